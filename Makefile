@@ -1,0 +1,33 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-slow check clean
+
+demo: .venv/core            ## five tasks, one after another, and the proof that none moved
+	$(BIN)/addenda demo
+
+test: .venv/dev             ## the quick tests
+	$(BIN)/pytest -m "not slow and not realdata and not gpu"
+
+test-slow: .venv/dev        ## the slow tests, and those on the real images where ../shared/data exists
+	$(BIN)/pytest -m "slow or realdata"
+
+check: .venv/dev            ## style, types, architecture, and every example in the docs
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pytest -q --doctest-modules addenda --ignore=addenda/registry/migrations
+
+.venv/core: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+.venv/dev: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

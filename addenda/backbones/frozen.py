@@ -1,0 +1,247 @@
+"""A frozen backbone: timm's own forward pass, with each layer's keys and values on offer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
+from torch import Tensor, nn
+
+from addenda.backbones.scope import obstacle
+from addenda.exceptions import BackboneError
+
+
+class KeyValue(NamedTuple):
+    """Keys and values of one layer: each Float[B, H, P, d]. Keys have been through k_norm where there is one."""
+
+    keys: Tensor
+    values: Tensor
+
+
+class FrozenBackbone:
+    """A timm VisionTransformer whose outputs never change.
+
+    Args:
+        model: a VisionTransformer with a class token and timm's standard blocks.
+        name: its timm name.
+        source: where the weights came from: `"hub"`, `"embedded"`, or a file's path.
+        mean: normalisation, None for the model's own.
+        std: normalisation, None for the model's own.
+        precision: dtype in which everything computes.
+        device: where it lives.
+
+    Attributes:
+        fingerprint: sha256 over architecture, input size, weights (as loaded, before any cast) and preprocessing.
+        preprocessing: timm's data configuration: input_size, interpolation, mean, std, crop_pct, crop_mode.
+        transform: PIL image -> Float[3, H, W].
+        num_tokens: P, the frozen tokens: class token, registers, patches.
+        blocks: timm's blocks, for the task stream to pass its own tokens through.
+
+    Raises:
+        BackboneError: the model is out of scope.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        name: str,
+        source: str,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        precision: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        why = obstacle(model)
+        if why is not None:
+            raise BackboneError(f"Backbone {name!r} cannot carry task tokens: {why}.")
+        config = resolve_model_data_config(model)
+        self.preprocessing: dict[str, Any] = {
+            "input_size": [3, *model.patch_embed.img_size],
+            "interpolation": config["interpolation"],
+            "mean": [float(v) for v in (mean or config["mean"])],
+            "std": [float(v) for v in (std or config["std"])],
+            "crop_pct": float(config["crop_pct"]),
+            "crop_mode": config["crop_mode"],
+        }
+        self.name, self.source = name, source
+        self.precision, self.device = precision, torch.device(device)
+        self.fingerprint = _fingerprint(model, self.preprocessing)
+        # timm's module attributes have no static types; the scope check has made sure of what they are.
+        self.model: Any = model.to(self.device, precision).eval().requires_grad_(False)
+        self.blocks: list[Any] = list(self.model.blocks)
+        self.embed_dim: int = model.embed_dim
+        self.depth: int = len(model.blocks)
+        self.num_heads: int = model.blocks[0].attn.num_heads
+        self.num_tokens: int = model.num_prefix_tokens + model.patch_embed.num_patches
+        self.num_parameters: int = sum(p.numel() for p in model.parameters())
+        settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in self.preprocessing.items()}
+        self.transform: Callable[[Image.Image], Float[Tensor, "3 H W"]] = create_transform(
+            **settings, is_training=False
+        )
+        # A hook on the qkv projection sees what timm computes without changing a bit of it or computing it twice.
+        self._captured = threading.local()
+        for block in self.blocks:
+            block.attn.qkv.register_forward_hook(self._capture)
+
+    def _capture(self, module: nn.Module, inputs: object, output: Tensor) -> None:
+        self._captured.qkv = output
+
+    def check_images(self, images: Tensor) -> None:
+        """Raises BackboneError unless images are Float[B, 3, H, W] of the model's own size."""
+        expected = tuple(self.preprocessing["input_size"])
+        if images.ndim != 4 or tuple(images.shape[1:]) != expected:
+            raise BackboneError(
+                f"Images must have the shape [B, {', '.join(map(str, expected))}] of backbone {self.name!r}; "
+                f"got {list(images.shape)}. `backbone.transform` makes them."
+            )
+        if not images.is_floating_point():
+            raise BackboneError(f"Images must be floating point and normalised; got {images.dtype}.")
+
+    def stream(self, images: Tensor, pooled: bool = True) -> FrozenStream:
+        """The frozen pass, layer by layer: iterate for each layer's keys and values.
+
+        Args:
+            images: Float[B, 3, H, W], normalised, of the model's own input size.
+            pooled: whether the last block's output is wanted; without it that block computes only keys and values.
+
+        Raises:
+            BackboneError: images of another shape.
+        """
+        self.check_images(images)
+        return FrozenStream(self, images, pooled)
+
+    @torch.no_grad()
+    def backbone_logits(self, images: Tensor) -> Float[Tensor, "B C"]:
+        """Stock timm's own forward pass over images Float[B, 3, H, W], head included."""
+        self.check_images(images)
+        logits: Tensor = self.model(images.to(self.device, self.precision))
+        return logits
+
+    def first_tokens(self, class_tokens: Float[Tensor, "S D"]) -> Float[Tensor, "S D"]:
+        """Tasks' tokens as the first block meets them.
+
+        A new class token gets the position of the backbone's own (DeiT-III gives it none), and norm_pre where the
+        model has one (CLIP).
+        """
+        position = self.model.pos_embed
+        if position is not None and not self.model.no_embed_class:
+            class_tokens = class_tokens + position[0, 0]
+        tokens: Tensor = self.model.norm_pre(class_tokens)
+        return tokens
+
+    @property
+    def class_token(self) -> Float[Tensor, " D"]:
+        """The backbone's own class token, without position."""
+        token: Tensor = self.model.cls_token[0, 0]
+        return token
+
+    def final_norm(self, tokens: Tensor) -> Tensor:
+        """Both final norms, of which one is an identity."""
+        normed: Tensor = self.model.fc_norm(self.model.norm(tokens))
+        return normed
+
+    def split_qkv(self, block: Any, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Splits a qkv projection [B, N, 3 D] into normed q, normed k and v, each [B, H, N, d]."""
+        attn = block.attn
+        parts = qkv.unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
+        queries, keys, values = parts.unbind(0)
+        return attn.q_norm(queries), attn.k_norm(keys), values
+
+    def record(self) -> dict[str, Any]:
+        """What a registry keeps of this backbone, enough to load it again."""
+        return {
+            "fingerprint": self.fingerprint,
+            "name": self.name,
+            "source": self.source,
+            "precision": str(self.precision).removeprefix("torch."),
+            "preprocessing": self.preprocessing,
+            "embed_dim": self.embed_dim,
+            "depth": self.depth,
+            "num_heads": self.num_heads,
+            "num_tokens": self.num_tokens,
+            "num_parameters": self.num_parameters,
+        }
+
+
+class FrozenStream:
+    """One frozen pass over one batch. Iterate once; then `pooled` is the backbone's own feature."""
+
+    def __init__(self, backbone: FrozenBackbone, images: Tensor, pooled: bool) -> None:
+        self._backbone = backbone
+        self._images = images
+        self.gives_pooled = pooled
+        self._tokens: Tensor | None = None
+
+    def __iter__(self) -> Iterator[KeyValue]:
+        """Yields each layer's keys and values, Float[B, H, P, d]."""
+        tokens = self._embed()
+        for layer in range(self._backbone.depth):
+            tokens, offered = self._advance(layer, tokens)
+            yield offered
+        if self.gives_pooled:
+            self._tokens = tokens
+
+    @torch.no_grad()
+    def _embed(self) -> Tensor:
+        """What the first block meets, as timm's forward_features makes it."""
+        backbone, model = self._backbone, self._backbone.model
+        tokens = model.patch_embed(self._images.to(backbone.device, backbone.precision))
+        embedded: Tensor = model.norm_pre(model.patch_drop(model._pos_embed(tokens)))
+        return embedded
+
+    @torch.no_grad()
+    def _advance(self, layer: int, tokens: Tensor) -> tuple[Tensor, KeyValue]:
+        """One block: its output, and the keys and values within it."""
+        backbone, block = self._backbone, self._backbone.blocks[layer]
+        if layer + 1 < backbone.depth or self.gives_pooled:
+            tokens = block(tokens)
+        else:
+            block.attn.qkv(block.norm1(tokens))
+        _, keys, values = backbone.split_qkv(block, backbone._captured.qkv)
+        return tokens, KeyValue(keys, values)
+
+    @property
+    def tokens(self) -> Float[Tensor, "B P D"]:
+        """The last block's output through the final norm, as timm's forward_features gives it."""
+        assert self._tokens is not None, "asked for before the stream was read to its end, or with pooled=False"
+        return self._normed(self._tokens)
+
+    @property
+    def pooled(self) -> Float[Tensor, "B D"]:
+        """The backbone's own pooled feature, which its head reads."""
+        with torch.no_grad():
+            feature: Tensor = self._backbone.model.forward_head(self.tokens, pre_logits=True)
+        return feature
+
+    @torch.no_grad()
+    def _normed(self, tokens: Tensor) -> Tensor:
+        normed: Tensor = self._backbone.model.norm(tokens)
+        return normed
+
+
+def _fingerprint(model: Any, preprocessing: dict[str, Any]) -> str:
+    """Hashes what the bits of a feature depend on, by content: never a file's name or a library's version."""
+    block = model.blocks[0]
+    structure = {
+        "class": type(model).__name__,
+        "depth": len(model.blocks),
+        "num_heads": block.attn.num_heads,
+        "patch_size": list(model.patch_embed.patch_size),
+        "global_pool": model.global_pool,
+        "no_embed_class": model.no_embed_class,
+        "norm": [type(block.norm1).__name__, getattr(block.norm1, "eps", None)],
+        "mlp": [type(block.mlp).__name__, type(getattr(block.mlp, "act", None)).__name__],
+        "preprocessing": preprocessing,
+    }
+    digest = hashlib.sha256(json.dumps(structure, sort_keys=True).encode())
+    for key, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{key}:{tensor.dtype}:{list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

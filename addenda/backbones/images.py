@@ -1,0 +1,35 @@
+"""Reading image files the same way everywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from addenda.exceptions import DataError
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """Reads a file as an RGB image, turned as its EXIF orientation says.
+
+    Transparent pixels are laid on white; 16-bit grey is scaled to 8 bits.
+
+    Raises:
+        DataError: the file is missing, truncated, too large to be safe, or no image.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+    except FileNotFoundError as error:
+        raise DataError(f"Image {str(path)!r} does not exist.") from error
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"Image {str(path)!r} cannot be read: {error}") from error
+    if upright.mode.startswith("I"):
+        upright = upright.point(lambda value: value / 257).convert("L")
+    if upright.mode in ("LA", "PA", "RGBA") or "transparency" in upright.info:
+        with_alpha = upright.convert("RGBA")
+        upright = Image.alpha_composite(Image.new("RGBA", with_alpha.size, "white"), with_alpha)
+    return upright.convert("RGB")

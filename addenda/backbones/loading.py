@@ -1,0 +1,161 @@
+"""Loading a timm Vision Transformer by name, with weights from timm's hub, a local file, or the package itself."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from timm.models import load_state_dict
+from timm.models.vision_transformer import checkpoint_filter_fn
+
+from addenda.backbones import glyphs
+from addenda.backbones.frozen import FrozenBackbone
+from addenda.backbones.scope import WORKING, obstacle
+from addenda.exceptions import BackboneError
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def load_backbone(
+    name: str,
+    weights: str | Path | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    precision: str = "float32",
+    device: str | torch.device = "auto",
+) -> FrozenBackbone:
+    """Loads a Vision Transformer and freezes it.
+
+    Args:
+        name: a timm model name, with or without its pretrained tag, or `"glyphs"`, which the package carries.
+        weights: a local `.safetensors`, `.pth`, `.pt` or `.bin` file; None takes timm's pretrained weights from the
+            hub or its cache.
+        mean: per-channel mean of the normalisation, pixel values in 0..1; None takes timm's for this model.
+        std: per-channel standard deviation, likewise.
+        precision: `"float32"` or `"bfloat16"`, in which the backbone and its tasks compute.
+        device: a torch device; `"auto"` is CUDA where there is one, else the CPU.
+
+    Returns:
+        The frozen backbone, in eval mode, without gradients.
+
+    Raises:
+        BackboneError: the name is unknown or out of scope, the weights are not to be had or do not fit, or an
+            argument is not valid.
+
+    Example:
+        >>> backbone = load_backbone("glyphs", device="cpu")
+        >>> backbone.depth, backbone.embed_dim
+        (5, 128)
+    """
+    if precision not in PRECISIONS:
+        raise BackboneError(f"Precision {precision!r} is not known. Known: {', '.join(PRECISIONS)}.")
+    for label, values in (("mean", mean), ("std", std)):
+        if values is not None and len(values) != 3:
+            raise BackboneError(f"{label} takes one number or three, one for each channel; got {len(values)}.")
+        if values is not None and not all(map(math.isfinite, values)):
+            raise BackboneError(f"{label} must be finite; got {tuple(values)}.")
+    if std is not None and min(std) <= 0:
+        raise BackboneError(f"std must be positive; got {tuple(std)}.")
+    try:
+        chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise BackboneError(f"Device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+    if name == "glyphs":
+        if weights is not None:
+            raise BackboneError("Backbone 'glyphs' carries its own weights; leave the weights out.")
+        model, source = _embedded(), "embedded"
+        mean, std = mean or glyphs.MEAN, std or glyphs.STD
+    elif weights is None:
+        model, source = _from_hub(name), "hub"
+    else:
+        model, source = _from_file(name, Path(weights)), str(Path(weights).resolve())
+    return FrozenBackbone(
+        model, name=name, source=source, mean=mean, std=std, precision=PRECISIONS[precision], device=chosen
+    )
+
+
+def _embedded() -> Any:
+    state = load_state_dict(str(glyphs.WEIGHTS), device="cpu")
+    model: Any = glyphs.architecture(num_classes=len(state["head.bias"]))
+    model.pretrained_cfg = {"input_size": (3, 32, 32), "crop_pct": 1.0, "interpolation": "bicubic"}
+    model.load_state_dict(state)
+    return model
+
+
+def _in_scope(name: str, **options: Any) -> Any:
+    """Builds a model, checked before its memory is taken."""
+    architecture = name.partition(".")[0]
+    if not timm.is_model(architecture):
+        near = difflib.get_close_matches(architecture, timm.list_models(), n=3) or list(WORKING)
+        raise BackboneError(
+            f"timm knows no model {name!r}. Near it: {', '.join(near)}. See: addenda backbones list 'vit_*'"
+        )
+    why = obstacle(timm.create_model(architecture, device="meta"))
+    if why is not None:
+        raise BackboneError(
+            f"Backbone {name!r} cannot carry task tokens: {why}. Two that work: {WORKING[0]}, {WORKING[1]}."
+        )
+    try:
+        return timm.create_model(name, **options)
+    except RuntimeError as error:  # timm's word for a pretrained tag that it does not know
+        if options.get("pretrained"):
+            raise
+        raise BackboneError(f"timm cannot make {name!r}: {_first_line(error)}") from error
+
+
+def _from_hub(name: str) -> Any:
+    try:
+        return _in_scope(name, pretrained=True)
+    except BackboneError:
+        raise
+    except Exception as error:  # each hub client has its own exception classes, and they change
+        raise BackboneError(
+            f"No weights for {name!r}: timm's hub could not be reached and its cache does not hold them, or there are "
+            f"none ({type(error).__name__}). Give a local file: --weights FILE.safetensors (in Python: weights=...)."
+        ) from error
+
+
+def _from_file(name: str, path: Path) -> Any:
+    if not path.is_file():
+        raise BackboneError(f"Weights file {str(path)!r} does not exist.")
+    try:
+        state = load_state_dict(str(path), device="cpu", weights_only=True)
+        if not all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()):
+            raise TypeError("it holds more than named tensors")
+    except (
+        RuntimeError, SafetensorError, OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError,
+        pickle.UnpicklingError,
+    ) as error:  # fmt: skip
+        raise BackboneError(
+            f"Weights file {str(path)!r} cannot be read: {_first_line(error)}. It must be a safetensors file or "
+            "a torch checkpoint that holds tensors only."
+        ) from error
+    model = _in_scope(name, num_classes=len(state["head.weight"]) if "head.weight" in state else 0)
+    own = model.state_dict()
+    for key in ("patch_embed.proj.weight", "pos_embed"):
+        if key in state and state[key].shape != own[key].shape:  # timm would resample it: another model, silently
+            raise BackboneError(
+                f"Weights file {str(path)!r} does not fit {name!r}: {key} is {list(state[key].shape)}, not "
+                f"{list(own[key].shape)}. It is of another patch or input size."
+            )
+    try:
+        model.load_state_dict(checkpoint_filter_fn(state, model))
+    except (RuntimeError, KeyError, AttributeError, IndexError) as error:
+        reasons = [line.strip() for line in str(error).splitlines()]
+        raise BackboneError(
+            f"Weights file {str(path)!r} does not fit {name!r}: {' '.join(reasons[1:3] or reasons)[:300]}"
+        ) from error
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")

@@ -1,0 +1,24 @@
+"""Avalanche streams, strategies and metrics; measurements and the demo."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from addenda.benchmarks.exactness import LogitBits
+    from addenda.benchmarks.strategy import MaskedMemory
+
+__all__ = ["LogitBits", "MaskedMemory"]
+
+_HOME = {"LogitBits": "addenda.benchmarks.exactness", "MaskedMemory": "addenda.benchmarks.strategy"}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports Avalanche, which takes seconds, when a name that needs it is first used."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'addenda.benchmarks' has no attribute {name!r}")
+    try:
+        return getattr(import_module(_HOME[name]), name)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{error}. Avalanche comes with: pip install 'addenda[bench]'") from error

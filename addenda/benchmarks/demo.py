@@ -1,0 +1,95 @@
+"""The demo: five tasks learned one after another, and the proof that no earlier one moved."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from addenda.backbones import load_backbone
+from addenda.benchmarks.digits import PAIRS, Digits, digits
+from addenda.combined import CombinedModel, task_cost, tensor_digest
+from addenda.learner import LearnConfig, Learner
+from addenda.learner.data import open_images
+from addenda.registry import Registry
+from addenda.terminal import console, percent, progress, size, table
+
+
+def run_demo() -> bool:
+    """Runs the demo on the CPU, in a folder of its own; returns whether every old task kept its bits."""
+    start = time.monotonic()
+    torch.set_num_threads(1)  # at this size threads wait for each other more than they work
+    folder = Path(tempfile.mkdtemp(prefix="addenda-demo-"))
+    backbone = load_backbone("glyphs", device="cpu")
+    console.print(
+        f"Backbone glyphs: {backbone.num_parameters / 1e6:.1f} M weights, frozen; trained on letters, never on digits."
+        "\nFive tasks come one after another. Each adds a class token, five memory tokens in each layer, and a head.\n"
+    )
+    names = [f"digits-{a}{b}" for a, b in PAIRS]
+    tests = {name: digits(pair, test=True, limit=48) for name, pair in zip(names, PAIRS, strict=True)}
+    images = {name: open_images(test).read_all(backbone) for name, test in tests.items()}
+    first_bits: dict[str, str] = {}
+    stages: list[list[object]] = []
+    intact = True
+    with Registry.open(folder / "demo.db") as registry:
+        learner = Learner(backbone, registry)
+        for stage, (name, pair) in enumerate(zip(names, PAIRS, strict=True)):
+            with progress() as report:
+                learner.learn(
+                    name,
+                    digits(pair, test=False, limit=160),
+                    config=LearnConfig(epochs=6, fall_back=False),
+                    report=report,
+                )
+            model = CombinedModel(backbone, registry.load(backbone))
+            logits = {known: model(images[known])[known] for known in names[: stage + 1]}
+            moved = [k for k, digest in first_bits.items() if tensor_digest(logits[k]) != digest]
+            first_bits.setdefault(name, tensor_digest(logits[name]))
+            intact = intact and not moved
+            stages.append([f"after {name}", *_accuracies(logits, tests, names), _verdict(stage, moved)])
+        console.print(_matrix(stages, names))
+        weight = registry.record(names[-1]).size_bytes
+    cost = task_cost(backbone, 5)
+    console.print(
+        f"\nOne more task costs {size(weight)} in the registry (the backbone: {size(4 * backbone.num_parameters)}) and "
+        f"{100 * cost.relative_operations:.1f} % of the backbone's pass over an image of {backbone.num_tokens} tokens "
+        f"(about 0.5 % at 224 px)."
+    )
+    (folder / "digits").mkdir()
+    for number, image in enumerate(tests[names[-1]].images[:3]):
+        image.resize((64, 64)).save(folder / "digits" / f"{number}.png")
+    console.print(
+        f"{'Every' if intact else 'NOT every'} earlier task kept its logits, bit for bit. "
+        f"{time.monotonic() - start:.0f} s.\n\nTry next:\n"
+        f"  addenda tasks list --registry {folder}/demo.db\n"
+        f"  addenda predict {folder}/digits --registry {folder}/demo.db\n"
+        f"  addenda verify --registry {folder}/demo.db",
+        soft_wrap=True,
+        highlight=False,
+    )
+    return intact
+
+
+def _accuracies(logits: dict[str, Tensor], tests: dict[str, Digits], names: list[str]) -> list[str]:
+    """Accuracy of each task learned so far on its own test digits, in %; blank for those to come."""
+    return [
+        percent((logits[n].argmax(1) == torch.tensor(tests[n].targets)).float().mean().item()) if n in logits else ""
+        for n in names
+    ]
+
+
+def _verdict(stage: int, moved: list[str]) -> Text:
+    if moved:
+        return Text(f"MOVED: {', '.join(moved)}", style="bold red")
+    return Text("–" if stage == 0 else f"{stage} of {stage} bit-identical", style="green" if stage else "")
+
+
+def _matrix(stages: list[list[object]], names: list[str]) -> Table:
+    return table(
+        "Accuracy on test digits, % (a task's own two)", ("stage", *names, "earlier tasks' logits"), stages, names
+    )

@@ -1,0 +1,20 @@
+"""One pass for all tasks: shared-prefix attention, tiles, exactness."""
+
+from addenda.combined.cost import TaskCost, task_cost
+from addenda.combined.golden import Verdict, golden, verify
+from addenda.combined.layout import MemoryCache
+from addenda.combined.model import CombinedModel
+from addenda.combined.numerics import numerics, numerics_fingerprint, tensor_digest
+
+__all__ = [
+    "CombinedModel",
+    "MemoryCache",
+    "TaskCost",
+    "Verdict",
+    "golden",
+    "numerics",
+    "numerics_fingerprint",
+    "task_cost",
+    "tensor_digest",
+    "verify",
+]

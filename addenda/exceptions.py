@@ -1,0 +1,45 @@
+"""The errors a user can meet. Each message says what was asked, what was found, and what to do."""
+
+from __future__ import annotations
+
+
+class AddendaError(Exception):
+    """Every error that bad input can cause; the command line prints it as one line and exits with 2."""
+
+
+class BackboneError(AddendaError):
+    """A backbone that is unknown, out of scope, without weights, or not the one that a task was learned on."""
+
+
+class DataError(AddendaError):
+    """A data set that cannot be learned from or scored: empty, unreadable, or with the wrong labels."""
+
+
+class RegistryError(AddendaError):
+    """A registry that cannot be opened, or that refuses a change."""
+
+
+class UnknownTaskError(RegistryError):
+    """A name, version or alias that the registry does not hold."""
+
+
+class NameTakenError(RegistryError):
+    """A task name that is already registered with other content."""
+
+    def __init__(self, name: str, version: int) -> None:
+        super().__init__(
+            f"Task {name!r} is already registered (version {version}) with other content. Choose another name, or add "
+            "a version of it with --new-version (in Python: new_version=True)."
+        )
+
+
+class IntegrityError(RegistryError):
+    """Stored bytes that no longer hash to what was recorded, or do not describe a valid task."""
+
+
+class ExactnessError(AddendaError):
+    """The device's arithmetic broke the exactness contract: a result depended on what it must not depend on."""
+
+
+class TrainingError(AddendaError):
+    """A run that gave no usable task."""

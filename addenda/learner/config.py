@@ -1,0 +1,73 @@
+"""How a task is learned: every setting, checked, with the defaults that the real sets chose."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from addenda.exceptions import TrainingError
+
+Positive = Annotated[float, Field(gt=0)]
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class LearnConfig:
+    """Settings of one learning run. The optimiser's defaults are the paper's; its learning rates are not published.
+
+    Attributes:
+        num_memory_tokens: m, memory tokens of each layer; 0 leaves the class token alone.
+        head_only: no token at all: the task is the logistic regression on the backbone's own feature.
+        extends: references of registered tasks whose tokens and memory this one sees.
+        epochs: passes over the training part, at most; validation picks the best.
+        batch_size: images in an optimiser step.
+        learning_rates: candidates for the token and the memory, trained side by side.
+        head_learning_rate: for the head, the same in all candidates.
+        optimizer: `"sgd"` with momentum (the paper) or `"adamw"`.
+        momentum: of SGD.
+        clip_norm: largest norm of a candidate's gradient.
+        warmup_steps: steps of linear warm-up before the cosine.
+        memory_std: standard deviation of the memory's first values (the paper: 0.02).
+        validation_fraction: the share of the training images held out, class by class, to choose by.
+        fall_back: whether a token whose validation loss is above the regression's is silenced: its head weights
+            become 0, and the task answers as the regression.
+        refit: whether the winner is trained again on training and validation images together.
+        seed: of the split, the memory's first values and the order of images.
+    """
+
+    num_memory_tokens: Annotated[int, Field(ge=0, le=1024)] = 5
+    head_only: bool = False
+    extends: tuple[str, ...] = ()
+    epochs: Annotated[int, Field(ge=1)] = 15
+    batch_size: Annotated[int, Field(ge=1)] = 64
+    learning_rates: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.1, 0.3, 1.0)
+    head_learning_rate: Positive = 0.003
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    clip_norm: Positive = 1.0
+    warmup_steps: Annotated[int, Field(ge=0)] = 5
+    memory_std: Annotated[float, Field(ge=0)] = 0.02
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    fall_back: bool = True
+    refit: bool = True
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any]) -> LearnConfig:
+        """Builds a configuration from plain values and reports every mistake at once.
+
+        Raises:
+            TrainingError: unknown keys, or values out of range.
+        """
+        try:
+            return TypeAdapter(cls).validate_python(dict(values))
+        except ValidationError as error:
+            problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            raise TrainingError(f"The configuration is not valid: {problems}.") from error
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as stored with the task."""
+        values: dict[str, Any] = TypeAdapter(type(self)).dump_python(self, mode="json")
+        return values

@@ -1,0 +1,111 @@
+"""A task as bytes: safetensors with one canonical-JSON manifest, no times and no metrics in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from addenda.exceptions import IntegrityError
+from addenda.registry.task import Task
+
+FORMAT = 1
+_TENSORS = ("class_token", "memory", "head_weight", "head_bias", "pooled_weight")
+
+
+def digest(data: bytes) -> str:
+    """The sha256 of some bytes, in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def canonical_json(value: Any) -> str:
+    """One text for one value: sorted keys, no spaces, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def encode(task: Task) -> bytes:
+    """Turns a task into its artifact. The manifest is one metadata value: several are saved in random order."""
+    manifest = {
+        "format": FORMAT,
+        "backbone": task.backbone,
+        "labels": list(task.labels),
+        "objective": task.objective,
+        "extends": [parent.sha256 for parent in task.parents],
+    }
+    tensors = {
+        name: tensor.detach().to("cpu", torch.float32).contiguous()
+        for name in _TENSORS
+        if (tensor := getattr(task, name)) is not None
+    }
+    check_tensors(manifest, tensors)
+    artifact: bytes = save(tensors, metadata={"addenda": canonical_json(manifest)})
+    return artifact
+
+
+def decode(data: bytes, sha256: str, parent: Callable[[str], Task], record: Mapping[str, Any]) -> Task:
+    """Turns an artifact back into a task.
+
+    Args:
+        data: the artifact.
+        sha256: what it must hash to.
+        parent: gives the task of a parent's sha256.
+        record: the fields that the artifact does not hold: name, version, config, metrics, data.
+
+    Raises:
+        IntegrityError: the bytes hash to something else, or are not a valid artifact.
+    """
+    found = digest(data)
+    if found != sha256:
+        raise IntegrityError(
+            f"its artifact was stored with sha256 {sha256[:16]}… and now hashes to {found[:16]}…: the stored bytes "
+            "have changed. Restore the registry from a backup"
+        )
+    try:
+        tensors = load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        manifest = json.loads(header["__metadata__"]["addenda"])
+        if manifest["format"] != FORMAT:
+            raise IntegrityError(f"its artifact has format {manifest['format']}; this version reads {FORMAT}")
+        check_tensors(manifest, tensors)
+        return Task(
+            backbone=manifest["backbone"],
+            labels=tuple(manifest["labels"]),
+            objective=manifest["objective"],
+            parents=tuple(parent(p) for p in manifest["extends"]),
+            **tensors,
+            **record,
+        )
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise IntegrityError(f"its artifact is not valid: {error}") from error
+
+
+def check_tensors(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Raises IntegrityError unless the tensors fit each other and the labels, and are finite."""
+    if len(set(manifest["labels"])) != len(manifest["labels"]) or not manifest["labels"]:
+        raise IntegrityError(f"its labels are none or repeat each other: {manifest['labels'][:10]}")
+    unknown = set(tensors) - set(_TENSORS)
+    if unknown or not {"head_weight", "head_bias"} <= set(tensors):
+        raise IntegrityError(f"its artifact holds the tensors {sorted(tensors)}; known are {sorted(_TENSORS)}")
+    head, bias, token = tensors["head_weight"], tensors["head_bias"], tensors.get("class_token")
+    memory, pooled = tensors.get("memory"), tensors.get("pooled_weight")
+    width = head.shape[-1] if head.ndim else 0
+    fits = (
+        head.ndim == 2
+        and tuple(bias.shape) == (len(manifest["labels"]),) == (len(head),)
+        and (token is None) == (memory is None)
+        and (token is None or tuple(token.shape) == (width,))
+        and (memory is None or (memory.ndim == 3 and memory.shape[2] == width))
+        and (pooled is None or (token is not None and pooled.shape == head.shape))
+    )
+    if not fits:
+        shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+        raise IntegrityError(f"its tensors do not fit {len(manifest['labels'])} labels or each other: {shapes}")
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.float32 or not tensor.isfinite().all():
+            raise IntegrityError(f"its {name} must be finite float32; it is {tensor.dtype}, or holds NaN or infinity")

@@ -1,0 +1,16 @@
+"""Runs the migrations on the connection that registry/database.py hands over, inside its transaction."""
+
+from alembic import context
+
+from addenda.registry.database import VERSION_TABLE
+from addenda.registry.schema import metadata
+
+context.configure(
+    connection=context.config.attributes["connection"],
+    target_metadata=metadata,
+    version_table=VERSION_TABLE,
+    transactional_ddl=True,
+    render_as_batch=True,
+)
+with context.begin_transaction():
+    context.run_migrations()

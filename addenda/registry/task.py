@@ -1,0 +1,133 @@
+"""What is learned: a task's tensors and what they mean, and the golden probe that pins its outputs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from addenda.exceptions import RegistryError
+
+NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+
+
+def check_name(name: str) -> str:
+    """Returns a valid task or alias name; raises RegistryError for any other."""
+    if not NAME.fullmatch(name):
+        raise RegistryError(
+            f"{name!r} is not a valid name: use lower-case letters, digits, '-' and '_', first a letter or digit, "
+            "63 characters at most."
+        )
+    return name
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """One learned task, immutable. Its logits are a function of its tensors, its parents' and the backbone alone.
+
+    Attributes:
+        name: what it is called; the registry numbers its versions.
+        backbone: fingerprint of the backbone that it was learned on.
+        labels: C class names, in the order of the head's rows.
+        head_weight: reads the task token's final feature; reads the backbone's pooled feature in a head-only task.
+        head_bias: added to the logits.
+        class_token: the task's token, without position embedding; None in a head-only task.
+        memory: memory tokens E of each layer, before norm1 (paper, Fig. 2); m may be 0; None in a head-only task.
+        pooled_weight: a second head matrix, which reads the backbone's own pooled feature beside the token's. The
+            paper has none; with it, training starts exactly at the logistic regression on that feature.
+        adapters: low-rank updates of the task's own stream; in the schema from version 1, None until they are built.
+        parents: the tasks it extends, in order: it sees their tokens and memory, and what they extend.
+        objective: how the logits are read: `"single-label"` is a softmax.
+        version: its number under its name, from 1; None before registration.
+        config: the resolved configuration that made it.
+        metrics: what was measured when it was learned.
+        data: fingerprint, counts and labels of what it was learned from.
+    """
+
+    name: str
+    backbone: str
+    labels: tuple[str, ...]
+    head_weight: Float[Tensor, "C D"]
+    head_bias: Float[Tensor, " C"]
+    class_token: Float[Tensor, " D"] | None = None
+    memory: Float[Tensor, "L m D"] | None = None
+    pooled_weight: Float[Tensor, "C D"] | None = None
+    adapters: None = None
+    parents: tuple[Task, ...] = ()
+    objective: str = "single-label"
+    version: int | None = None
+    config: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    metrics: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    data: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+    @property
+    def ref(self) -> str:
+        """`name:version`, or the bare name before registration."""
+        return self.name if self.version is None else f"{self.name}:{self.version}"
+
+    @property
+    def extends(self) -> tuple[str, ...]:
+        """References of its parents."""
+        return tuple(parent.ref for parent in self.parents)
+
+    @property
+    def num_memory_tokens(self) -> int:
+        """m, the memory tokens of each layer."""
+        return 0 if self.memory is None else self.memory.shape[1]
+
+    @property
+    def reads_pooled(self) -> bool:
+        """Whether its head reads the backbone's own pooled feature."""
+        return self.class_token is None or self.pooled_weight is not None
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers that this task adds to the backbone."""
+        tensors = (self.head_weight, self.head_bias, self.class_token, self.memory, self.pooled_weight)
+        return sum(t.numel() for t in tensors if t is not None)
+
+    @cached_property
+    def artifact(self) -> bytes:
+        """The task as safetensors; equal content gives equal bytes."""
+        from addenda.registry.artifact import encode
+
+        return encode(self)
+
+    @cached_property
+    def sha256(self) -> str:
+        """The artifact's sha256: the identity of the content, whatever its name."""
+        from addenda.registry.artifact import digest
+
+        return digest(self.artifact)
+
+    @cached_property
+    def closure(self) -> tuple[Task, ...]:
+        """Every task that this one sees, each once, in an order that its own history fixes."""
+        seen: dict[str, Task] = {}
+        for parent in self.parents:
+            for task in (*parent.closure, parent):
+                seen.setdefault(task.sha256, task)
+        return tuple(seen.values())
+
+
+@dataclass(frozen=True, eq=False)
+class Golden:
+    """A task's logits on the fixed probe images, made when it was registered.
+
+    Attributes:
+        numerics: what the bits depend on beside the content: versions, device, precision, shapes, a probe's digest.
+        numerics_fingerprint: sha256 over it.
+        logits: the logits of the probe images.
+        digest: sha256 over their bytes.
+    """
+
+    numerics: Mapping[str, Any]
+    numerics_fingerprint: str
+    logits: Float[Tensor, "N C"]
+    digest: str

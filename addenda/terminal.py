@@ -1,0 +1,73 @@
+"""What the command line shows: tables for people, JSON for programs, progress with the time left."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+console = Console()
+
+
+def print_json(value: Any) -> None:
+    """Prints a value as JSON on standard output, nothing else with it."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], right: Sequence[str] = ()) -> Table:
+    """A table; the columns named in `right` are aligned to the right. Texts are shown as they are, never as markup."""
+    made = Table(title=Text(title), title_justify="left", title_style="bold", header_style="bold")
+    for column in columns:
+        made.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
+    return made
+
+
+def percent(value: float | None) -> str:
+    """0.8412 -> 84.1; nothing measured -> a dash."""
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
+def size(num_bytes: float) -> str:
+    """Bytes in the unit that reads best."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.1f} TB"
+
+
+@contextmanager
+def progress(quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
+    """Shows one bar for each thing being done; gives the function to call with (what, done, total)."""
+    bars = Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=quiet,
+    )
+    known: dict[str, Any] = {}
+
+    def report(what: str, done: int, total: int) -> None:
+        key = what.partition(",")[0]
+        bars.start()
+        if key not in known or (done < bars.tasks[known[key]].completed and bars.tasks[known[key]].finished):
+            known[key] = bars.add_task(what, total=total)
+        bars.update(known[key], description=what, completed=done, total=total)
+
+    try:
+        yield report
+    finally:
+        if bars.live.is_started:
+            bars.stop()

@@ -1,0 +1,97 @@
+"""Shared fixtures: tiny seeded backbones and tasks, on the CPU, without the network."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from jaxtyping import install_import_hook
+from timm.models.vision_transformer import VisionTransformer
+
+# Every shape in a signature is checked at run time while the tests run.
+CHECKED = ["addenda.backbones", "addenda.combined", "addenda.learner", "addenda.registry.task"]
+with install_import_hook(CHECKED, "beartype.beartype"):
+    from addenda.backbones import FrozenBackbone, load_backbone
+    from addenda.learner import Learner  # noqa: F401
+    from addenda.registry import Registry, Task
+
+torch.set_num_threads(1)  # the models are tiny; on a busy machine threads only wait for each other
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "realdata" in item.keywords and not SHARED.is_dir():
+            item.add_marker(pytest.mark.skip(reason="the real weights and images are not beside this checkout"))
+
+
+def tiny_vit(seed: int = 0, **options: object) -> VisionTransformer:
+    """A random ViT for 32 px images: 17 tokens, 48 dimensions, 3 blocks, 3 heads."""
+    torch.manual_seed(seed)
+    settings = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 7}
+    return VisionTransformer(**{**settings, **options}).eval()
+
+
+def random_task(
+    backbone: FrozenBackbone,
+    name: str,
+    memory: int = 5,
+    classes: int = 3,
+    parents: tuple[Task, ...] = (),
+    seed: int = 0,
+    pooled: bool = True,
+) -> Task:
+    """A task with random tensors, at the scale that trained ones have."""
+    random = torch.Generator().manual_seed(seed)
+    width = backbone.embed_dim
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=random)
+
+    return Task(
+        name=name,
+        backbone=backbone.fingerprint,
+        labels=tuple(f"class {i}" for i in range(classes)),
+        class_token=backbone.class_token.float().cpu() + 0.1 * normal(width),
+        memory=0.5 * normal(backbone.depth, memory, width),
+        head_weight=normal(classes, width),
+        head_bias=normal(classes),
+        pooled_weight=normal(classes, width) if pooled else None,
+        parents=parents,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny() -> FrozenBackbone:
+    return FrozenBackbone(tiny_vit(), "tiny", "hub")
+
+
+@pytest.fixture(scope="session")
+def glyphs() -> FrozenBackbone:
+    return load_backbone("glyphs", device="cpu")
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Iterator[Registry]:
+    with Registry.open(tmp_path / "tasks.db") as opened:
+        yield opened
+
+
+@pytest.fixture
+def registered(registry: Registry, tiny: FrozenBackbone) -> Callable[..., Task]:
+    """Registers a random task on `tiny` and gives it back with its version."""
+    from addenda.combined import golden
+
+    registry.add_backbone(tiny.record())
+
+    def register(name: str, new_version: bool = False, **options: object) -> Task:
+        task = random_task(tiny, name, **options)
+        return registry.register(task, golden(tiny, task), new_version=new_version)
+
+    return register

@@ -1,0 +1,309 @@
+"""The commands as a person meets them: output, exit codes, and one line for bad input."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from PIL import Image
+
+from addenda import Registry, cli
+from addenda.benchmarks.digits import digits
+from tests.images import colour_folder
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    monkeypatch.setenv("COLUMNS", "240")
+    monkeypatch.setenv("ADDENDA_REGISTRY", str(tmp_path / "tasks.db"))
+
+    def command(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["addenda", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        return Result(int(stopped.value.code or 0), *capsys.readouterr())
+
+    return command
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Digits 0 and 1 as a folder with train/ and test/."""
+    for part, test in (("train", False), ("test", True)):
+        data = digits((0, 1), test)
+        for number in range(24):
+            place = tmp_path / "digits" / part / data.classes[data.targets[number]]
+            place.mkdir(parents=True, exist_ok=True)
+            data.images[number].save(place / f"{number}.png")
+    return tmp_path / "digits"
+
+
+@pytest.fixture
+def learned(run: Run, folder: Path) -> Result:
+    result = run("learn", "ones", folder, "--backbone", "glyphs", "--epochs", "2", "--lr", "0.3")
+    assert result.code == 0, result.err
+    return result
+
+
+def test_learn_prints_the_task_beside_its_rival(learned: Result) -> None:
+    assert "ones:1" in learned.out
+    assert "logistic regression" in learned.out
+    assert "test (24)" in learned.out
+
+
+def test_learning_the_same_again_says_so_and_does_nothing(run: Run, learned: Result, folder: Path) -> None:
+    again = run("learn", "ones", folder, "--epochs", "2", "--lr", "0.3")
+    assert again.code == 0
+    assert "learned before" in again.out
+    answer = json.loads(run("learn", "ones", folder, "--epochs", "2", "--lr", "0.3", "--json").out)
+    assert (answer["task"], answer["already"]) == ("ones:1", True)
+
+
+def test_a_name_taken_is_one_line_and_exit_code_2(run: Run, learned: Result, folder: Path) -> None:
+    result = run("learn", "ones", folder, "--epochs", "1")
+    assert result.code == 2
+    assert result.err.startswith("Error: Task 'ones' is already registered (version 1)")
+    assert "--new-version" in result.err
+
+
+def test_settings_come_from_defaults_then_file_then_options(run: Run, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "settings.yaml").write_text("epochs: 1\nlearning_rates: [0.2]\nnum_memory_tokens: 2\n")
+    result = run(
+        "learn",
+        "ones",
+        folder,
+        "--backbone",
+        "glyphs",
+        "--config",
+        tmp_path / "settings.yaml",
+        "--memory",
+        "3",
+        "--json",
+    )
+    assert result.code == 0, result.err
+    with Registry.open(tmp_path / "tasks.db") as registry:
+        config = registry.record("ones").config
+    assert (config["epochs"], config["learning_rates"], config["num_memory_tokens"]) == (1, [0.2], 3)
+    assert config["momentum"] == 0.9
+
+
+def test_every_mistake_in_a_configuration_is_named(run: Run, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "settings.yaml").write_text("epoch: 1\nmomentum: 2\n")
+    result = run("learn", "ones", folder, "--backbone", "glyphs", "--config", tmp_path / "settings.yaml")
+    assert result.code == 2
+    assert "epoch" in result.err
+    assert "momentum" in result.err
+
+
+def test_tasks_are_listed_and_shown(run: Run, learned: Result) -> None:
+    listed = run("tasks", "list")
+    assert "1 task in" in listed.out
+    assert "ones:1" in listed.out
+    shown = json.loads(run("tasks", "show", "ones", "--json").out)
+    assert shown["ref"] == "ones:1"
+    assert shown["labels"] == ["0", "1"]
+    assert [t["ref"] for t in json.loads(run("tasks", "list", "--json").out)] == ["ones:1"]
+
+
+def test_a_registry_is_a_path_or_a_url(run: Run, learned: Result, tmp_path: Path) -> None:
+    listed = run("tasks", "list", "--registry", f"sqlite:///{tmp_path / 'tasks.db'}", "--json")
+    assert listed.code == 0, listed.err
+    assert [t["ref"] for t in json.loads(listed.out)] == ["ones:1"]
+
+
+def test_an_evaluation_is_shown_with_its_task(run: Run, learned: Result, folder: Path) -> None:
+    result = run("evaluate", "ones", folder)
+    assert result.code == 0
+    assert "24 images: accuracy" in result.out
+    assert "Evaluations" in run("tasks", "show", "ones").out
+    assert json.loads(run("evaluate", "ones", folder, "--json").out)["metrics"]["num_images"] == 24
+
+
+def test_predict_answers_files_and_folders_as_table_json_and_csv(run: Run, learned: Result, folder: Path) -> None:
+    images = sorted((folder / "test").rglob("*.png"))
+    assert str(images[0]) in run("predict", images[0]).out
+    answers = json.loads(run("predict", folder / "test", "--json").out)
+    assert set(answers) == set(map(str, images))
+    hits = [answers[str(path)]["ones"][0]["label"] == path.parent.name for path in images]
+    assert sum(hits) > 20
+    assert sum(entry["probability"] for entry in answers[str(images[0])]["ones"]) == pytest.approx(1, abs=1e-5)
+    rows = list(csv.DictReader(io.StringIO(run("predict", folder / "test", "--csv", "--top", "1").out)))
+    assert {row["image"]: row["label"] for row in rows} == {p: a["ones"][0]["label"] for p, a in answers.items()}
+
+
+def test_a_bad_image_is_named_and_left_out_only_when_asked(run: Run, learned: Result, folder: Path) -> None:
+    bad = folder / "test" / "0" / "bad.png"
+    bad.write_bytes(b"no image")
+    refused = run("predict", folder / "test")
+    assert refused.code == 2
+    assert str(bad) in refused.err
+    skipped = run("predict", folder / "test", "--skip-bad", "--json")
+    assert skipped.code == 0
+    assert str(bad) in skipped.err
+    assert str(bad) not in json.loads(skipped.out)
+
+
+def test_verify_passes_and_names_a_task_whose_bytes_changed(
+    run: Run, learned: Result, folder: Path, tmp_path: Path
+) -> None:
+    other = run("learn", "twos", folder, "--epochs", "1", "--lr", "0.1", "--memory", "1")
+    assert other.code == 0
+    good = run("verify")
+    assert good.code == 0
+    assert good.out.count("identical, byte for byte") == 2
+    connection = sqlite3.connect(tmp_path / "tasks.db")
+    connection.execute("DROP TRIGGER artifact_no_update")
+    sha256, data = connection.execute(
+        "SELECT sha256, artifact.data FROM artifact JOIN task ON task.artifact = sha256 WHERE name = 'ones'"
+    ).fetchone()
+    flipped = data[:-1] + bytes([data[-1] ^ 1])
+    connection.execute("UPDATE artifact SET data = ? WHERE sha256 = ?", (flipped, sha256))
+    connection.commit()
+    connection.close()
+    bad = run("verify", "--json")
+    assert bad.code == 1
+    assert {v["task"]: v["ok"] for v in json.loads(bad.out)} == {"ones:1": False, "twos:1": True}
+    assert "Failed: ones:1" in bad.err
+    served = run("predict", folder / "test", "--task", "twos")
+    assert served.code == 0
+    assert "'ones:1' cannot be trusted" in run("predict", folder / "test").err
+
+
+def test_aliases_and_retirement(run: Run, learned: Result, folder: Path) -> None:
+    assert "ones@production is ones:1" in run("tasks", "alias", "ones", "production").out
+    assert run("evaluate", "ones@production", folder).code == 0
+    assert run("tasks", "retire", "ones").code == 0
+    assert "0 tasks in" in run("tasks", "list").out
+    assert "(retired)" in run("tasks", "list", "--retired").out
+    gone = run("predict", folder / "test")
+    assert gone.code == 2
+    assert "holds no active task" in gone.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("tasks", "list"), "There is no registry at"),
+        (("predict", "x.png"), "There is no registry at"),
+        (("learn", "Bad Name", "."), "'Bad Name' is not a valid name"),
+        (("learn", "a", "nowhere", "--backbone", "glyphs"), "There is no folder 'nowhere'"),
+        (("learn", "a", ".", "--backbone", "resnet50"), "is a ResNet"),
+        (("learn", "a", ".", "--backbone", "glyphs", "--mean", "x"), "'x' is not one number"),
+        (("learn", "a", ".", "--backbone", "glyphs", "--device", "nonsense"), "Device 'nonsense'"),
+        (("bench", "continual", "nothing"), "Stream 'nothing' is not known"),
+        (("backbones", "show", "vit_tiny_patch16_224", "--weights", "none.pth"), "'none.pth' does not exist"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(run: Run, arguments: tuple[str, ...], said: str) -> None:
+    result = run(*arguments)
+    assert result.code == 2
+    assert said in result.err
+    assert "Traceback" not in result.err
+
+
+def test_an_unknown_task_is_told_with_what_is_known(run: Run, learned: Result, folder: Path) -> None:
+    result = run("evaluate", "one", folder)
+    assert result.code == 2
+    assert "Task 'one' is not registered. Known: 'ones'. See: addenda tasks list" in result.err
+
+
+def test_without_weights_and_network_the_default_backbone_says_how_to_give_a_file(run: Run, tmp_path: Path) -> None:
+    result = run("learn", "a", colour_folder(tmp_path / "data"))
+    assert result.code == 2
+    assert "vit_base_patch16_224.augreg_in21k" in result.err
+    assert "--weights" in result.err
+
+
+def test_backbones_are_listed_and_shown_with_the_price_of_a_task(run: Run, learned: Result) -> None:
+    listed = run("backbones", "list", "vit_tiny*")
+    assert "in this registry" in listed.out
+    assert "vit_tiny_patch16_224" in listed.out
+    refused = json.loads(run("backbones", "list", "vit_base_patch16_gap*", "--json").out)
+    assert any(row["status"] == "refused" and "class token" in row["detail"] for row in refused)
+    shown = json.loads(run("backbones", "show", "glyphs", "--json").out)
+    assert shown["task_cost"]["token_bytes"] == 4 * 128 * (1 + 5 * 5)
+
+
+def test_moved_weights_are_asked_for_and_checked(run: Run, folder: Path, tmp_path: Path) -> None:
+    import timm
+    from safetensors.torch import load_file, save_file
+
+    model = timm.create_model("test_vit", num_classes=3)
+    weights = tmp_path / "weights.safetensors"
+    save_file(model.state_dict(), weights)
+    first = run("learn", "ones", folder, "--backbone", "test_vit", "--weights", weights, "--epochs", "1", "--lr", "0.1")
+    assert first.code == 0, first.err
+    weights.rename(tmp_path / "moved.safetensors")
+    lost = run("verify")
+    assert lost.code == 2
+    assert "no longer at" in lost.err
+    assert run("verify", "--weights", tmp_path / "moved.safetensors").code == 0
+    changed = load_file(tmp_path / "moved.safetensors")
+    changed["norm.bias"] = changed["norm.bias"] + 1
+    save_file(changed, tmp_path / "other.safetensors")
+    wrong = run("verify", "--weights", tmp_path / "other.safetensors")
+    assert wrong.code == 2
+    assert "These are other weights" in wrong.err
+
+
+def test_phone_photos_are_turned_upright(run: Run, learned: Result, folder: Path) -> None:
+    path = next((folder / "test").rglob("*.png"))
+    upright = Image.open(path).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored a quarter turn to the left
+    upright.save(folder / "upright.bmp")
+    upright.rotate(90, expand=True).save(folder / "turned.png", exif=exif)
+    answers = json.loads(run("predict", folder / "upright.bmp", folder / "turned.png", "--json").out)
+    first, second = answers.values()
+    assert first == second
+
+
+@pytest.mark.slow
+def test_help_answers_without_starting_a_framework() -> None:
+    script = (
+        "import sys; sys.argv = ['addenda', '--help']\n"
+        "from addenda.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "heavy = {'torch', 'timm', 'sqlalchemy', 'avalanche', 'sklearn', 'pydantic'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+
+
+def test_every_command_says_what_it_does(run: Run) -> None:
+    groups: list[tuple[str, ...]] = [()]
+    seen = 0
+    for group in groups:
+        out = run(*group, "--help").out
+        assert "Usage" in out
+    import typer.main
+
+    def walk(command: object, path: tuple[str, ...]) -> None:
+        nonlocal seen
+        for name, child in getattr(command, "commands", {}).items():
+            assert child.help, (*path, name)
+            for parameter in child.params:
+                assert getattr(parameter, "help", None) or parameter.name in ("help",), (*path, name, parameter.name)
+            seen += 1
+            walk(child, (*path, name))
+
+    walk(typer.main.get_command(cli.app), ())
+    assert seen >= 15

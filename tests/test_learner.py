@@ -1,0 +1,355 @@
+"""Learning: what is chosen, what is stored, and that it can be repeated."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+
+from addenda import CombinedModel, FrozenBackbone, LearnConfig, Learner, Registry
+from addenda.combined import verify
+from addenda.exceptions import BackboneError, NameTakenError, RegistryError, TrainingError
+from addenda.learner import Epoch
+from addenda.learner.cache import compute_activations
+from addenda.learner.data import open_images
+from addenda.learner.regression import choose_strength, fit_regression
+from addenda.learner.training import Candidate, Trainer, stream_features
+from tests.conftest import random_task, tiny_vit
+from tests.images import colour_folder
+
+QUICK = LearnConfig(epochs=2, learning_rates=(0.1, 0.3), batch_size=8)
+
+
+@pytest.fixture
+def colours(tmp_path: Path) -> Path:
+    colour_folder(tmp_path / "colours" / "train")
+    colour_folder(tmp_path / "colours" / "test", per_class=4, seed=1)
+    return tmp_path / "colours"
+
+
+@pytest.fixture
+def learner(tiny: FrozenBackbone, registry: Registry) -> Learner:
+    return Learner(tiny, registry)
+
+
+def test_a_learned_task_is_registered_with_its_scores_beside_the_regressions(learner: Learner, colours: Path) -> None:
+    task = learner.learn("colours", colours, config=QUICK)
+    assert (task.ref, task.labels) == ("colours:1", ("blue", "green", "red"))
+    assert task.memory is not None
+    assert task.memory.shape == (3, 5, 48)
+    for part, count in (("validation", 5), ("test", 12)):
+        for scores in (task.metrics[part], task.metrics["regression"][part]):
+            assert scores["num_images"] == count
+            assert sum(map(sum, scores["confusion"])) == count
+            assert set(scores["per_class"]) == {"blue", "green", "red"}
+            assert 0 <= scores["accuracy"] <= 1
+            assert 0 <= scores["calibration_error"] <= 1
+    assert [row["learning_rate"] for row in task.metrics["candidates"]] == [0.1, 0.3]
+    assert task.config["seed"] == 0
+    assert learner.registry.record("colours").data["counts"] == [8, 8, 8]
+
+
+def test_the_longest_name_leaves_room_for_the_rival(learner: Learner, colours: Path) -> None:
+    name = "n" * 63
+    assert learner.learn(name, colours, config=QUICK).metrics["regression"]["test"]["num_images"] == 12
+
+
+def test_the_test_score_is_the_combined_models(learner: Learner, tiny: FrozenBackbone, colours: Path) -> None:
+    task = learner.learn("colours", colours, config=QUICK)
+    images = open_images(colours / "test")
+    pixels = torch.stack([images.read(i, tiny) for i in range(len(images))])
+    logits = CombinedModel(tiny, [task])(pixels)["colours"]
+    assert task.metrics["test"]["accuracy"] == (logits.argmax(1) == images.targets).float().mean().item()
+
+
+class CountingDataset:
+    """Counts how often each image is read."""
+
+    def __init__(self, images: torch.Tensor, targets: torch.Tensor) -> None:
+        self.images, self.targets, self.reads = images, targets.tolist(), [0] * len(targets)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        self.reads[index] += 1
+        return self.images[index], self.targets[index]
+
+
+def noise(count: int = 24, classes: int = 3, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    targets = torch.arange(count) % classes
+    images = torch.randn(count, 3, 32, 32, generator=random)
+    images[:, 0] += targets[:, None, None] - 1.0
+    return images, targets
+
+
+def test_the_test_set_is_read_once_and_changes_nothing_that_is_learned(tiny: FrozenBackbone, tmp_path: Path) -> None:
+    digests = set()
+    for part in ("with", "without"):
+        test = CountingDataset(*noise(seed=7))
+        with Registry.open(tmp_path / f"{part}.db") as registry:
+            given = test if part == "with" else None
+            task = Learner(tiny, registry).learn("noise", CountingDataset(*noise()), test=given, config=QUICK)
+        assert set(test.reads) == ({1} if part == "with" else {0})
+        digests.add(task.sha256)
+    assert len(digests) == 1
+
+
+def test_the_same_run_is_not_done_again(learner: Learner, colours: Path) -> None:
+    first = learner.learn("colours", colours, config=QUICK)
+    generation = learner.registry.generation
+    again = Learner(learner.backbone, learner.registry).learn("colours", colours, config=QUICK)
+    assert (again.ref, again.sha256) == (first.ref, first.sha256)
+    assert learner.registry.generation == generation
+
+
+def test_a_name_taken_is_refused_before_any_work_unless_a_new_version_is_asked_for(
+    learner: Learner, colours: Path
+) -> None:
+    learner.learn("colours", colours, config=QUICK)
+    other = LearnConfig(epochs=1, seed=1)
+    seen: list[str] = []
+    with pytest.raises(NameTakenError, match=r"'colours' is already registered.*--new-version"):
+        learner.learn("colours", colours, config=other, report=lambda what, done, total: seen.append(what))
+    assert seen == []
+    assert learner.learn("colours", colours, config=other, new_version=True).ref == "colours:2"
+
+
+def test_seed_data_and_numerics_fix_the_artifact_across_processes(tiny: FrozenBackbone, tmp_path: Path) -> None:
+    folder = colour_folder(tmp_path / "data")
+    script = (
+        "import sys, torch; sys.path.insert(0, sys.argv[1]); torch.set_num_threads(1)\n"
+        "from tests.conftest import tiny_vit\n"
+        "from addenda import FrozenBackbone, LearnConfig, Learner, Registry\n"
+        "backbone = FrozenBackbone(tiny_vit(), 'tiny', 'hub')\n"
+        "config = LearnConfig(epochs=2, learning_rates=(0.1, 0.3), seed=int(sys.argv[4]))\n"
+        "with Registry.open(sys.argv[3]) as registry:\n"
+        "    print(Learner(backbone, registry).learn('colours', sys.argv[2], config=config).sha256)\n"
+    )
+    root = str(Path(__file__).resolve().parents[1])
+    digests = [
+        subprocess.run(
+            [sys.executable, "-c", script, root, str(folder), str(tmp_path / f"{i}.db"), seed],
+            capture_output=True, text=True, check=True,
+        ).stdout.strip()
+        for i, seed in enumerate(("0", "0"))
+    ]  # fmt: skip
+    assert digests[0] == digests[1]
+    with Registry.open(tmp_path / "other.db") as registry:
+        config = LearnConfig(epochs=2, learning_rates=(0.1, 0.3), seed=1)
+        assert Learner(tiny, registry).learn("colours", folder, config=config).sha256 != digests[0]
+
+
+def test_training_lowers_the_loss_and_moves_every_part(tiny: FrozenBackbone) -> None:
+    images, targets = noise(48)
+    activations = compute_activations(tiny, open_images(CountingDataset(images, targets)))
+    rows = torch.arange(48)
+    regression = fit_regression(activations.pooled, targets, 0.01)
+    config = LearnConfig(epochs=20, learning_rates=(0.1,), batch_size=16)
+    trainer = Trainer(tiny, activations, [], config)
+    snapshots, history = trainer.run(regression, [0.1], rows, rows, 20, None, "sweep")
+    assert history[-1].validation_loss[0] < history[0].validation_loss[0]
+    for before, after in zip(snapshots[0][0].tensors, snapshots[-1][0].tensors, strict=True):
+        assert not torch.equal(before, after)
+
+
+def test_where_the_regression_is_better_the_token_is_silenced_unless_told_not_to(
+    tiny: FrozenBackbone, registry: Registry
+) -> None:
+    images, targets = noise(48)
+    images[:, 0] += 20 * targets[:, None, None]  # plain to see for the regression; one bad epoch cannot beat it
+    learner = Learner(tiny, registry)
+    config = LearnConfig(epochs=1, learning_rates=(1.0,), refit=False)
+    silenced = learner.learn("silenced", CountingDataset(images, targets), config=config)
+    assert silenced.metrics["chosen"] == {"learning_rate": None, "epoch": 0}
+    assert not silenced.head_weight.any()
+    config = LearnConfig(epochs=1, learning_rates=(1.0,), refit=False, fall_back=False)
+    kept = learner.learn("kept", CountingDataset(images, targets), config=config)
+    assert kept.metrics["chosen"] == {"learning_rate": 1.0, "epoch": 1}
+    assert kept.head_weight.any()
+
+
+def test_a_token_that_adds_nothing_is_exactly_the_regression(tiny: FrozenBackbone) -> None:
+    images, targets = noise()
+    activations = compute_activations(tiny, open_images(CountingDataset(images, targets)))
+    regression = fit_regression(activations.pooled, targets, 0.1)
+    plain = Candidate.regression(tiny, regression, LearnConfig())
+    logits = Trainer(tiny, activations, [], LearnConfig()).validation_logits([plain], torch.arange(24))[:, 0]
+    expected = activations.pooled @ regression.weight.T + regression.bias
+    assert torch.allclose(logits, expected, atol=1e-5)
+
+
+def test_the_training_stream_is_the_combined_models_stream(tiny: FrozenBackbone, registry: Registry) -> None:
+    parent = random_task(tiny, "parent", memory=3, seed=1)
+    child = random_task(tiny, "child", memory=5, parents=(parent,), seed=2, pooled=False)
+    images, targets = noise(6)
+    activations = compute_activations(tiny, open_images(CountingDataset(images, targets)), [parent])
+    inherited = Learner(tiny, registry)._parent_memory([parent])
+    assert child.class_token is not None
+    assert child.memory is not None
+    features = stream_features(tiny, activations.key_values, child.class_token[None], child.memory[None], inherited)
+    logits = features[:, 0] @ child.head_weight.T + child.head_bias
+    expected = CombinedModel(tiny, [child])(images)["child"]
+    assert (logits - expected).abs().max() < 5e-3 * expected.abs().max()  # activations are kept in half precision
+    alone = stream_features(tiny, activations.key_values, child.class_token[None], child.memory[None], [])
+    assert (alone[:, 0] - features[:, 0]).abs().max() > 0.02
+
+
+def test_an_extension_names_what_it_extends_and_stays_exact(learner: Learner, colours: Path) -> None:
+    parent = learner.learn("parent", colours, config=QUICK)
+    config = LearnConfig(epochs=1, learning_rates=(0.1,), extends=("parent",), num_memory_tokens=0)
+    child = learner.learn("child", colours, config=config)
+    assert child.extends == ("parent:1",)
+    images = noise(5)[0]
+    alone = CombinedModel(learner.backbone, [parent])(images)["parent"]
+    assert torch.equal(
+        alone, CombinedModel(learner.backbone, learner.registry.load(learner.backbone))(images)["parent"]
+    )
+
+
+def test_two_versions_of_one_name_can_both_be_extended(learner: Learner, colours: Path) -> None:
+    for seed in (0, 1):
+        config = LearnConfig(epochs=1, learning_rates=(0.1,), seed=seed, fall_back=False)
+        learner.learn("parent", colours, config=config, new_version=seed > 0)
+    config = LearnConfig(epochs=1, learning_rates=(0.1,), extends=("parent:1", "parent:2"), fall_back=False)
+    assert learner.learn("child", colours, config=config).extends == ("parent:1", "parent:2")
+    assert learner.evaluate("child", colours).metrics["num_images"] == 12
+
+
+def test_a_head_only_task_is_the_regression_and_cannot_be_extended(learner: Learner, colours: Path) -> None:
+    task = learner.learn("head", colours, config=LearnConfig(head_only=True))
+    assert task.class_token is None
+    assert task.metrics["test"] == task.metrics["regression"]["test"]
+    with pytest.raises(RegistryError, match="'head:1' is head-only"):
+        learner.learn("child", colours, config=LearnConfig(extends=("head",)))
+
+
+def test_the_regression_is_converged_and_agrees_with_another_solver() -> None:
+    random = torch.Generator().manual_seed(0)
+    features, targets = torch.randn(90, 6, generator=random), torch.arange(90) % 3
+    features[:, 0] += targets
+    for classes in (3, 2):
+        kept = targets < classes
+        x, y = features[kept], targets[kept]
+        fitted = fit_regression(x, y, 0.3)
+        assert fitted.weight.shape == (classes, 6)
+        ours = (x @ fitted.weight.T + fitted.bias).softmax(1)
+        other = LogisticRegression(C=0.3, solver="newton-cg", tol=1e-8).fit(x.double().numpy(), y.numpy())
+        assert torch.allclose(ours, torch.from_numpy(other.predict_proba(x.double().numpy())).float(), atol=1e-4)
+
+
+def test_the_penalty_is_strong_for_noise_and_weak_for_signal() -> None:
+    random = torch.Generator().manual_seed(0)
+    targets = torch.arange(120) % 2
+    noise_only = torch.randn(120, 40, generator=random)
+    signal = torch.nn.functional.one_hot(targets).float() + 0.01 * torch.randn(120, 2, generator=random)
+    assert choose_strength(noise_only, targets, 0) < choose_strength(signal, targets, 0)
+
+
+def test_on_epoch_sees_every_epoch_of_sweep_and_refit(learner: Learner, colours: Path) -> None:
+    seen: list[Epoch] = []
+    task = learner.learn("colours", colours, config=QUICK, on_epoch=seen.append)
+    sweep = [e for e in seen if e.phase == "sweep"]
+    assert [e.epoch for e in sweep] == [1, 2]
+    assert all(len(e.validation_loss) == len(e.train_loss) == 2 for e in sweep)
+    refit = [e for e in seen if e.phase == "refit"]
+    assert len(refit) == task.metrics["chosen"]["epoch"]
+
+
+def test_refit_learns_from_the_validation_images_too(tiny: FrozenBackbone, colours: Path, tmp_path: Path) -> None:
+    shas = set()
+    for refit in (True, False):
+        with Registry.open(tmp_path / f"{refit}.db") as registry:
+            config = LearnConfig(epochs=1, learning_rates=(0.1,), refit=refit)
+            shas.add(Learner(tiny, registry).learn("colours", colours, config=config).sha256)
+    assert len(shas) == 2
+
+
+def test_all_candidates_lost_is_a_clear_failure(learner: Learner, colours: Path) -> None:
+    config = LearnConfig(epochs=1, learning_rates=(1e30,), head_learning_rate=1e30, warmup_steps=0)
+    with pytest.raises(TrainingError, match="Every candidate's loss became infinite or NaN"):
+        learner.learn("colours", colours, config=config)
+    assert learner.registry.tasks() == []
+
+
+def test_an_evaluation_is_recorded(learner: Learner, colours: Path) -> None:
+    task = learner.learn("colours", colours, config=QUICK)
+    record = learner.evaluate("colours", colours)
+    assert record.metrics["accuracy"] == task.metrics["test"]["accuracy"]
+    assert learner.registry.evaluations("colours") == [record]
+    assert learner.evaluate("colours", colours).logits_digest == record.logits_digest
+
+
+def test_a_task_is_refused_on_another_backbone(learner: Learner, colours: Path) -> None:
+    task = learner.learn("colours", colours, config=QUICK)
+    other = FrozenBackbone(tiny_vit(seed=1), "other", "hub")
+    with pytest.raises(BackboneError, match="'colours:1' was learned on the backbone"):
+        CombinedModel(other, [task])
+
+
+def test_the_configuration_reports_every_mistake_at_once() -> None:
+    with pytest.raises(TrainingError) as caught:
+        LearnConfig.parse({"epochs": 0, "memory": 5, "learning_rates": [-1]})
+    for name in ("epochs", "memory", "learning_rates"):
+        assert name in str(caught.value)
+
+
+def test_no_room_for_the_activations_is_said_before_they_are_computed(
+    learner: Learner, colours: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("addenda.learner.cache._free_ram_bytes", lambda: 0)
+    monkeypatch.setattr("tempfile.tempdir", "/proc")
+    with pytest.raises(TrainingError, match=r"The activations of 24 images take .* GB"):
+        learner.learn("colours", colours, config=QUICK)
+
+
+def test_activations_on_disk_give_the_same_task_as_in_memory(
+    tiny: FrozenBackbone, colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Registry.open(tmp_path / "ram.db") as registry:
+        in_memory = Learner(tiny, registry).learn("colours", colours, config=QUICK).sha256
+    monkeypatch.setattr("addenda.learner.cache._free_ram_bytes", lambda: 0)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with Registry.open(tmp_path / "disk.db") as registry:
+        assert Learner(tiny, registry).learn("colours", colours, config=QUICK).sha256 == in_memory
+    assert not list(tmp_path.glob("addenda-activations-*"))
+
+
+@pytest.mark.slow
+def test_ctrl_c_at_any_moment_leaves_no_half_task_and_the_next_run_starts_clean(
+    tmp_path: Path, glyphs: FrozenBackbone
+) -> None:
+    folder = colour_folder(tmp_path / "data", per_class=20)
+    database = tmp_path / "tasks.db"
+    command = [sys.executable, "-m", "addenda.cli", "learn", "colours", str(folder), "--backbone", "glyphs"]
+    command += ["--registry", str(database), "--epochs", "3"]
+    interrupted = 0
+    for moment in range(8):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        time.sleep(1.0 + 1.5 * moment)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=120)
+        if process.returncode == 0:
+            break
+        assert process.returncode in (130, -signal.SIGINT)
+        if process.returncode == 130:
+            assert "Interrupted" in errors
+            assert "Traceback" not in errors
+        interrupted += 1
+        if database.exists():
+            with Registry.open(database) as registry:
+                if registry.tasks(include_retired=True):  # the moment came after the one transaction that registers
+                    task = registry.get("colours")
+                    assert all(verify(glyphs, task, recorded).ok for recorded in registry.goldens(task.ref))
+                    break
+    assert interrupted > 0
+    finished = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
+    assert json.loads(finished.stdout)["task"] == "colours:1"
