@@ -6,16 +6,24 @@ import hashlib
 import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from copy import copy
+from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
 from addenda.backbones.scope import obstacle
-from addenda.exceptions import BackboneError
+from addenda.exceptions import BackboneError, IntegrityError
+
+MIN_ROWS = 4
+"""Fewest rows of a matrix product whose bits are promised: with one row it takes another path, with other bits."""
+
+Reading = Literal["tokens", "pooled", "nothing"]
+"""What is read of the last block's output."""
 
 
 class KeyValue(NamedTuple):
@@ -85,6 +93,7 @@ class FrozenBackbone:
         self.transform: Callable[[Image.Image], Float[Tensor, "3 H W"]] = create_transform(
             **settings, is_training=False
         )
+        self._contents = _hash_state(self.model).hexdigest()
         # A hook on the qkv projection sees what timm computes without changing a bit of it or computing it twice.
         self._captured = threading.local()
         for block in self.blocks:
@@ -104,18 +113,30 @@ class FrozenBackbone:
         if not images.is_floating_point():
             raise BackboneError(f"Images must be floating point and normalised; got {images.dtype}.")
 
-    def stream(self, images: Tensor, pooled: bool = True) -> FrozenStream:
+    def check_unchanged(self) -> None:
+        """Raises IntegrityError if a weight in memory is no longer what was loaded."""
+        if _hash_state(self.model).hexdigest() != self._contents:
+            raise IntegrityError(f"The weights of backbone {self.name!r} in memory have changed since they were loaded.")
+
+    def first_blocks(self, depth: int) -> FrozenBackbone:
+        """This backbone cut off after some blocks, sharing its weights: for computations where the depth is nothing."""
+        cut = copy(self)
+        cut.blocks, cut.depth = self.blocks[:depth], depth
+        return cut
+
+    def stream(self, images: Tensor, reading: Reading = "tokens") -> FrozenStream:
         """The frozen pass, layer by layer: iterate for each layer's keys and values.
 
         Args:
             images: Float[B, 3, H, W], normalised, of the model's own input size.
-            pooled: whether the last block's output is wanted; without it that block computes only keys and values.
+            reading: what is wanted of the last block. `"tokens"` runs it as timm does, bit for bit; `"pooled"` computes
+                only what the pooled feature needs (where that is the class token), and `"nothing"` only keys and values.
 
         Raises:
             BackboneError: images of another shape.
         """
         self.check_images(images)
-        return FrozenStream(self, images, pooled)
+        return FrozenStream(self, images, reading)
 
     @torch.no_grad()
     def backbone_logits(self, images: Tensor) -> Float[Tensor, "B C"]:
@@ -154,6 +175,18 @@ class FrozenBackbone:
         queries, keys, values = parts.unbind(0)
         return attn.q_norm(queries), attn.k_norm(keys), values
 
+    def project(self, block: Any, tokens: Float[Tensor, "B N D"]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of some tokens at a block's input, each [B, H, N, d]."""
+        return self.split_qkv(block, block.attn.qkv(block.norm1(tokens)))
+
+    def finish(
+        self, block: Any, tokens: Float[Tensor, "B N D"], read: Float[Tensor, "B N D"]
+    ) -> Float[Tensor, "B N D"]:
+        """The rest of a block after attention: projection, residuals, LayerScale and MLP."""
+        tokens = tokens + block.ls1(block.attn.proj(block.attn.norm(read)))
+        result: Tensor = tokens + block.ls2(block.mlp(block.norm2(tokens)))
+        return result
+
     def record(self) -> dict[str, Any]:
         """What a registry keeps of this backbone, enough to load it again."""
         return {
@@ -173,45 +206,63 @@ class FrozenBackbone:
 class FrozenStream:
     """One frozen pass over one batch. Iterate once; then `pooled` is the backbone's own feature."""
 
-    def __init__(self, backbone: FrozenBackbone, images: Tensor, pooled: bool) -> None:
+    def __init__(self, backbone: FrozenBackbone, images: Tensor, reading: Reading) -> None:
         self._backbone = backbone
         self._images = images
-        self.gives_pooled = pooled
+        self._reading = reading
         self._tokens: Tensor | None = None
 
+    @torch.no_grad()
     def __iter__(self) -> Iterator[KeyValue]:
         """Yields each layer's keys and values, Float[B, H, P, d]."""
-        tokens = self._embed()
-        for layer in range(self._backbone.depth):
-            tokens, offered = self._advance(layer, tokens)
-            yield offered
-        if self.gives_pooled:
-            self._tokens = tokens
-
-    @torch.no_grad()
-    def _embed(self) -> Tensor:
-        """What the first block meets, as timm's forward_features makes it."""
         backbone, model = self._backbone, self._backbone.model
         tokens = model.patch_embed(self._images.to(backbone.device, backbone.precision))
-        embedded: Tensor = model.norm_pre(model.patch_drop(model._pos_embed(tokens)))
-        return embedded
-
-    @torch.no_grad()
-    def _advance(self, layer: int, tokens: Tensor) -> tuple[Tensor, KeyValue]:
-        """One block: its output, and the keys and values within it."""
-        backbone, block = self._backbone, self._backbone.blocks[layer]
-        if layer + 1 < backbone.depth or self.gives_pooled:
+        tokens = model.norm_pre(model.patch_drop(model._pos_embed(tokens)))
+        for block in backbone.blocks[:-1]:
             tokens = block(tokens)
+            yield self._offered(block)
+        last = backbone.blocks[-1]
+        if self._reading != "tokens" and model.global_pool == "token":
+            tokens, offered = self._lean(last, tokens)
+        elif self._reading == "nothing":
+            last.attn.qkv(last.norm1(tokens))
+            offered = self._offered(last)
         else:
-            block.attn.qkv(block.norm1(tokens))
-        _, keys, values = backbone.split_qkv(block, backbone._captured.qkv)
+            tokens = last(tokens)
+            offered = self._offered(last)
+        yield offered
+        self._tokens = None if self._reading == "nothing" else tokens
+
+    def _offered(self, block: Any) -> KeyValue:
+        """Keys and values that the block's own forward pass has just computed."""
+        _, keys, values = self._backbone.split_qkv(block, self._backbone._captured.qkv)
+        return KeyValue(keys, values)
+
+    def _lean(self, block: Any, tokens: Tensor) -> tuple[Tensor, KeyValue]:
+        """A block of which only the class token goes on: no patch asks or passes the MLP, all offer keys and values.
+
+        The class token goes in the company of the next three, since a product with one row has other bits.
+        """
+        attn, width = block.attn, self._backbone.embed_dim
+        weight, bias = attn.qkv.weight, attn.qkv.bias
+        normed = block.norm1(tokens)
+        offered = F.linear(normed, weight[width:], None if bias is None else bias[width:])
+        keys, values = offered.unflatten(-1, (2, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
+        keys = attn.k_norm(keys)
+        if self._reading == "pooled":
+            queries = F.linear(normed[:, :MIN_ROWS], weight[:width], None if bias is None else bias[:width])
+            queries = attn.q_norm(queries.unflatten(-1, (attn.num_heads, attn.head_dim)).transpose(1, 2))
+            read = F.scaled_dot_product_attention(queries, keys, values, scale=attn.scale)
+            tokens = self._backbone.finish(block, tokens[:, :MIN_ROWS], read.transpose(1, 2).flatten(2))
         return tokens, KeyValue(keys, values)
 
     @property
     def tokens(self) -> Float[Tensor, "B P D"]:
         """The last block's output through the final norm, as timm's forward_features gives it."""
-        assert self._tokens is not None, "asked for before the stream was read to its end, or with pooled=False"
-        return self._normed(self._tokens)
+        assert self._tokens is not None, "asked for before the stream was read to its end, or reading nothing"
+        with torch.no_grad():
+            normed: Tensor = self._backbone.model.norm(self._tokens)
+        return normed
 
     @property
     def pooled(self) -> Float[Tensor, "B D"]:
@@ -219,11 +270,6 @@ class FrozenStream:
         with torch.no_grad():
             feature: Tensor = self._backbone.model.forward_head(self.tokens, pre_logits=True)
         return feature
-
-    @torch.no_grad()
-    def _normed(self, tokens: Tensor) -> Tensor:
-        normed: Tensor = self._backbone.model.norm(tokens)
-        return normed
 
 
 def _fingerprint(model: Any, preprocessing: dict[str, Any]) -> str:
@@ -240,8 +286,13 @@ def _fingerprint(model: Any, preprocessing: dict[str, Any]) -> str:
         "mlp": [type(block.mlp).__name__, type(getattr(block.mlp, "act", None)).__name__],
         "preprocessing": preprocessing,
     }
-    digest = hashlib.sha256(json.dumps(structure, sort_keys=True).encode())
+    return _hash_state(model, json.dumps(structure, sort_keys=True).encode()).hexdigest()
+
+
+def _hash_state(model: Any, start: bytes = b"") -> Any:
+    """sha256 over every tensor of a model, by name."""
+    digest = hashlib.sha256(start)
     for key, tensor in sorted(model.state_dict().items()):
         digest.update(f"{key}:{tensor.dtype}:{list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+        digest.update(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+    return digest

@@ -2,14 +2,15 @@
 
 from addenda.combined.cost import TaskCost, task_cost
 from addenda.combined.golden import Verdict, golden, verify
-from addenda.combined.layout import MemoryCache
-from addenda.combined.model import CombinedModel
+from addenda.combined.layout import TileStore
+from addenda.combined.model import Answers, CombinedModel
 from addenda.combined.numerics import numerics, numerics_fingerprint, tensor_digest
 
 __all__ = [
+    "Answers",
     "CombinedModel",
-    "MemoryCache",
     "TaskCost",
+    "TileStore",
     "Verdict",
     "golden",
     "numerics",

@@ -1,73 +1,66 @@
-"""The task stream through one block: frozen keys first, private keys beside them, one softmax (design, section 1)."""
+"""The task stream's attention: frozen keys first, private keys beside them, one softmax (design, section 1)."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from addenda.backbones import FrozenBackbone, KeyValue
-
-
-def project(backbone: FrozenBackbone, block: Any, tokens: Float[Tensor, "B S D"]) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of some tokens at a block's input, each [B, H, S, d]."""
-    return backbone.split_qkv(block, block.attn.qkv(block.norm1(tokens)))
+from addenda.backbones import MIN_ROWS, FrozenBackbone, KeyValue
 
 
 def attend(
     scale: float,
-    queries: Float[Tensor, "B H S d"],
+    queries: Float[Tensor, "S H B d"],
     frozen: KeyValue,
     tokens: KeyValue,
     memory: KeyValue,
     bias: Float[Tensor, "S w"] | None = None,
-) -> Float[Tensor, "B S D"]:
+) -> Float[Tensor, "S B D"]:
     """Each task's query over the keys that it sees, in one softmax (the paper's Table 1, never built as a mask).
 
     Args:
         scale: d ** -0.5.
-        queries: one for each task.
+        queries: one for each of S tasks and each of B images.
         frozen: the backbone's keys and values, [B, H, P, d], seen by every task.
-        tokens: each task's own token and its ancestors', [B, H, S, t, d].
+        tokens: each task's own token and its ancestors', [S, H, B, t, d].
         memory: each task's memory and its ancestors', [S, H, m, d]: of no image.
         bias: 0 where a private key is real and -inf where it only fills its size class, w = t + m.
 
     Returns:
         What each task's query read, heads side by side.
     """
-    queries = queries * scale
+    num_tasks, num_heads, batch, _ = queries.shape
     num_frozen, num_tokens = frozen.keys.shape[-2], tokens.keys.shape[-2]
-    by_task = queries.permute(2, 1, 0, 3)  # [S, H, B, d]: a task's memory is one matrix for all images
+    queries = (queries * scale).contiguous()
+    by_image = queries.permute(2, 1, 0, 3).flatten(0, 1)  # [B H, S, d]: an image's frozen keys serve all tasks
+    on_frozen = by_image @ frozen.keys.flatten(0, 1).transpose(1, 2)
     private = torch.cat(
-        [
-            (queries.unsqueeze(-2) * tokens.keys).sum(-1),
-            (by_task @ memory.keys.transpose(-1, -2)).permute(2, 1, 0, 3),
-        ],
-        dim=-1,
+        [(queries.unsqueeze(-2) * tokens.keys).sum(-1), _by_task(queries, memory.keys.transpose(-1, -2))], dim=-1
     )
     if bias is not None:
-        private = private + bias
-    scores = torch.cat([queries @ frozen.keys.transpose(-1, -2), private], dim=-1)
-    weights = scores.softmax(dim=-1)
+        private = private + bias[:, None, None]
+    scores = torch.cat([on_frozen.unflatten(0, (batch, num_heads)), private.permute(2, 1, 0, 3)], dim=-1)
+    weights = scores.softmax(dim=-1)  # [B, H, S, P + w]
     on_frozen, on_tokens, on_memory = weights.tensor_split((num_frozen, num_frozen + num_tokens), dim=-1)
-    read = (
-        on_frozen @ frozen.values
-        + (on_tokens.unsqueeze(-1) * tokens.values).sum(-2)
-        + (on_memory.permute(2, 1, 0, 3) @ memory.values).permute(2, 1, 0, 3)
-    )
-    return read.transpose(1, 2).flatten(2)
+    read = on_frozen.flatten(0, 1) @ frozen.values.flatten(0, 1)
+    of_tokens = (on_tokens.permute(2, 1, 0, 3).unsqueeze(-1) * tokens.values).sum(-2)
+    of_memory = _by_task(on_memory.permute(2, 1, 0, 3), memory.values)
+    read = read.unflatten(0, (batch, num_heads)).permute(2, 1, 0, 3) + of_tokens + of_memory  # [S, H, B, d]
+    return read.transpose(1, 2).reshape(num_tasks, batch, -1)
 
 
-def finish(block: Any, tokens: Float[Tensor, "B S D"], read: Float[Tensor, "B S D"]) -> Float[Tensor, "B S D"]:
-    """The rest of the block: projection, residuals, LayerScale and MLP, all the backbone's own."""
-    tokens = tokens + block.ls1(block.attn.proj(block.attn.norm(read)))
-    result: Tensor = tokens + block.ls2(block.mlp(block.norm2(tokens)))
-    return result
+def _by_task(rows: Float[Tensor, "S H B k"], matrices: Float[Tensor, "S H k n"]) -> Float[Tensor, "S H B n"]:
+    """A product for each task and head with its own memory; a few images are filled up to MIN_ROWS."""
+    batch = rows.shape[2]
+    filled = F.pad(rows, (0, 0, 0, max(0, MIN_ROWS - batch)))
+    return (filled @ matrices)[:, :, :batch]
 
 
 def memory_key_values(backbone: FrozenBackbone, block: Any, memory: Float[Tensor, "S m D"]) -> KeyValue:
     """Keys and values of memory tokens, [S, H, m, d]: put through norm1 and qkv like any token."""
-    _, keys, values = project(backbone, block, memory)
+    _, keys, values = backbone.project(block, memory)
     return KeyValue(keys, values)

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from addenda.backbones import FrozenBackbone
 from addenda.combined.model import CombinedModel
-from addenda.combined.numerics import (
-    NUM_PROBES,
-    numerics,
-    numerics_fingerprint,
-    probe_images,
-    tensor_digest,
-)
+from addenda.combined.numerics import numerics, numerics_fingerprint, tensor_digest
+from addenda.combined.probes import NUM_PROBES, probe_images
 from addenda.exceptions import IntegrityError
 from addenda.registry import Golden, Task
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
-"""What max |difference| / max |logit| may be under another numerics fingerprint; the bfloat16 bound is provisional."""
+"""What max |difference| / max |logit| may be under another numerics fingerprint (docs/exactness.md)."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +25,10 @@ class Verdict:
     Attributes:
         task: its reference.
         ok: digests equal under the same numerics fingerprint, or within tolerance under another.
-        same_numerics: whether the fingerprint is the one that the golden probe was made under.
+        compared: what was recomputed.
+        numerics_fingerprint: under which it was recomputed.
+        recorded_under: under which the golden probe was made.
+        same_numerics: whether these two are equal.
         identical: whether the logits are equal, byte for byte.
         max_difference: largest |difference| of a logit.
         detail: one line for a person.
@@ -37,6 +36,9 @@ class Verdict:
 
     task: str
     ok: bool
+    compared: str
+    numerics_fingerprint: str
+    recorded_under: str
     same_numerics: bool
     identical: bool
     max_difference: float
@@ -48,9 +50,12 @@ def golden(backbone: FrozenBackbone, task: Task) -> Golden:
 
     Raises:
         BackboneError: the task was learned on another backbone.
+        ExactnessError: this machine's arithmetic does not keep the promise.
+        IntegrityError: the backbone's weights in memory have changed since they were loaded.
     """
+    backbone.check_unchanged()
     described = numerics(backbone)
-    logits = _probe_logits(backbone, task)
+    logits = CombinedModel(backbone, [task])(probe_images(backbone))[task.name].cpu()
     return Golden(
         numerics=described,
         numerics_fingerprint=numerics_fingerprint(described),
@@ -59,36 +64,53 @@ def golden(backbone: FrozenBackbone, task: Task) -> Golden:
     )
 
 
-def verify(backbone: FrozenBackbone, task: Task, recorded: Golden, model: CombinedModel | None = None) -> Verdict:
-    """Recomputes a golden probe and compares.
+def verify(backbone: FrozenBackbone, recorded: Sequence[tuple[Task, Sequence[Golden]]]) -> list[Verdict]:
+    """Recomputes golden probes, of all tasks in one pass, as they are served, and compares.
 
     Args:
         backbone: the backbone as it is now.
-        task: the task as it is stored now.
-        recorded: its golden probe from the registry.
-        model: the model that serves the task among all others; None computes it alone.
+        recorded: tasks as they are stored now, each with its golden probes, newest first. The one made under the
+            present numerics fingerprint is compared, or else the newest.
 
     Raises:
-        IntegrityError: the golden probe is not one of this task, or its logits have been changed.
+        BackboneError: a task was learned on another backbone.
+        ExactnessError: this machine's arithmetic does not keep the promise.
+        IntegrityError: the backbone's weights in memory have changed since they were loaded; or a golden probe is not
+            one of its task, or its logits have been changed.
     """
-    expected = (NUM_PROBES, len(task.labels))
-    if tuple(recorded.logits.shape) != expected or tensor_digest(recorded.logits) != recorded.digest:
-        raise IntegrityError(f"Task {task.ref!r}: its golden probe does not fit it, or has been changed.")
+    backbone.check_unchanged()
     now = numerics_fingerprint(numerics(backbone))
-    logits = _probe_logits(backbone, task, model)
-    same, identical = now == recorded.numerics_fingerprint, tensor_digest(logits) == recorded.digest
-    difference = (logits - recorded.logits).abs().max().item()
-    bound = TOLERANCE[str(backbone.precision).removeprefix("torch.")] * recorded.logits.abs().max().item()
-    ok = identical or (not same and difference <= bound)
+    chosen = [next((g for g in probes if g.numerics_fingerprint == now), probes[0]) for _, probes in recorded]
+    for (task, _), probe in zip(recorded, chosen, strict=True):
+        if tuple(probe.logits.shape) != (NUM_PROBES, len(task.labels)) or tensor_digest(probe.logits) != probe.digest:
+            raise IntegrityError(f"Task {task.ref!r}: its golden probe does not fit it, or has been changed.")
+    # By reference: versions of one name are verified side by side.
+    model = CombinedModel(backbone, [replace(task, name=task.ref) for task, _ in recorded])
+    answers = model(probe_images(backbone))
+    return [
+        _verdict(task, probe, answers[task.ref].cpu(), now, backbone)
+        for (task, _), probe in zip(recorded, chosen, strict=True)
+    ]
+
+
+def _verdict(task: Task, probe: Golden, logits: Tensor, now: str, backbone: FrozenBackbone) -> Verdict:
+    same, identical = now == probe.numerics_fingerprint, tensor_digest(logits) == probe.digest
+    difference = (logits - probe.logits).abs().max().item()
+    bound = TOLERANCE[str(backbone.precision).removeprefix("torch.")] * probe.logits.abs().max().item()
     if identical:
         detail = "identical, byte for byte" + ("" if same else ", under another numerics fingerprint")
     elif same:
         detail = f"DIFFERS under the same numerics fingerprint, by up to {difference:.3g}"
     else:
         detail = f"new epoch (numerics {now[:12]}…): differs by up to {difference:.3g}, allowed {bound:.3g}"
-    return Verdict(task.ref, ok, same, identical, difference, detail)
-
-
-def _probe_logits(backbone: FrozenBackbone, task: Task, model: CombinedModel | None = None) -> Tensor:
-    model = model or CombinedModel(backbone, [task])
-    return model(probe_images(backbone))[task.name].cpu()
+    return Verdict(
+        task=task.ref,
+        ok=identical or (not same and difference <= bound),
+        compared=f"{NUM_PROBES} probe images x {len(task.labels)} logits",
+        numerics_fingerprint=now,
+        recorded_under=probe.numerics_fingerprint,
+        same_numerics=same,
+        identical=identical,
+        max_difference=difference,
+        detail=detail,
+    )

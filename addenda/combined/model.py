@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from functools import lru_cache
 from pathlib import Path
 
@@ -11,28 +12,43 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from addenda.backbones import FrozenBackbone, read_image
-from addenda.combined.layout import Layout, MemoryCache
-from addenda.combined.numerics import micro_batch
+from addenda.backbones import FrozenBackbone, KeyValue, read_image
+from addenda.combined.heads import Head
+from addenda.combined.layout import TILE, WIDE_TILE, Layout, TileStore
+from addenda.combined.numerics import exact_arithmetic, micro_batch
+from addenda.combined.selftest import Shapes, prove
 from addenda.combined.streams import Observer, task_features
 from addenda.exceptions import BackboneError, RegistryError, UnknownTaskError
 from addenda.registry import Task
 
-HEAD_ROWS = 16
+
+class Answers(dict[str, Tensor]):
+    """Logits Float[B, C] of each task by name.
+
+    Attributes:
+        exact: whether the bits are those that each task has in any company and batch.
+    """
+
+    def __init__(self, logits: dict[str, Tensor], exact: bool) -> None:
+        super().__init__(logits)
+        self.exact = exact
 
 
 class CombinedModel:
     """Answers every task from one pass over an image; a task's bits depend on no other task that it does not extend.
 
-    Images run in one canonical micro-batch, filled up with zeros; task tokens in tiles of fixed size; heads one by
-    one. docs/exactness.md says why.
+    Images run in batches of proven shapes, filled up with zeros; task tokens in tiles of fixed size; heads one by one.
+    docs/exactness.md says why. Before it computes anything, a self-test proves the shapes on this machine.
 
     Args:
         backbone: the frozen backbone.
         tasks: the tasks to answer, each learned on this backbone. Those that they extend are computed too.
+        exact: False fills up neither tiles nor batches and tests nothing: a little faster for few tasks or images, and
+            bits may depend on the company.
 
     Raises:
         BackboneError: a task was learned on another backbone.
+        ExactnessError: this machine's arithmetic does not keep the promise.
         RegistryError: two different tasks of one name.
 
     Example:
@@ -43,39 +59,50 @@ class CombinedModel:
         {}
     """
 
-    def __init__(self, backbone: FrozenBackbone, tasks: Sequence[Task]) -> None:
+    def __init__(self, backbone: FrozenBackbone, tasks: Sequence[Task], exact: bool = True) -> None:
         self.backbone = backbone
-        self.tasks: dict[str, Task] = {}
+        self.exact = exact
         self.micro_batch = micro_batch(backbone.device)
+        self._store = TileStore(backbone)
+        self._heads: dict[str, Head] = {}
+        self._load(tasks)
+
+    def with_tasks(self, tasks: Sequence[Task]) -> CombinedModel:
+        """A model of other tasks that shares with this one what both need; only what is new is computed and moved.
+
+        Args:
+            tasks: all that the new model answers.
+
+        Raises:
+            BackboneError, ExactnessError, RegistryError: as for a model made anew.
+        """
+        made = copy(self)
+        made._load(tasks)
+        return made
+
+    def _load(self, tasks: Sequence[Task]) -> None:
+        self.tasks: dict[str, Task] = {}
         for task in tasks:
             for member in (*task.closure, task):
-                _check_fits(member, backbone)
+                _check_fits(member, self.backbone)
             if self.tasks.setdefault(task.name, task).sha256 != task.sha256:
                 raise RegistryError(
                     f"Two different tasks are named {task.name!r}; a combined model answers one of them."
                 )
-        self._memory = MemoryCache(backbone)
+        known = self._heads
+        self._heads = {
+            task.sha256: known.get(task.sha256) or Head(self.backbone, task) for task in self.tasks.values()
+        }
         self._layout = lru_cache(maxsize=8)(self._make_layout)
-        self._head_dtype = torch.promote_types(backbone.precision, torch.float32)
-        self._heads = {task.sha256: self._head(task) for task in self.tasks.values()}
+        self.shapes = Shapes((self.micro_batch,), (TILE,))
+        if self.exact and tasks:
+            self.shapes = prove(self.backbone, tasks)
+        elif not self.exact:
+            self.shapes = Shapes(tuple(range(1, self.micro_batch + 1)), (WIDE_TILE,))
+        self._layout(tuple(self.tasks))
 
-    def _head(self, task: Task) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Head weight, bias and pooled weight: in float32 at least, whatever the backbone's precision.
-
-        Rows are filled up with zeros to a multiple of HEAD_ROWS: in narrower products an image's bits depend on its
-        place in the batch.
-        """
-
-        def fill(tensor: Tensor) -> Tensor:
-            moved = tensor.to(self.backbone.device, self._head_dtype)
-            rows = (0,) * (2 * (tensor.ndim - 1)) + (0, -len(tensor) % HEAD_ROWS)
-            return F.pad(moved, rows)
-
-        pooled = None if task.pooled_weight is None else fill(task.pooled_weight)
-        return fill(task.head_weight), fill(task.head_bias), pooled
-
-    def _make_layout(self, names: tuple[str, ...]) -> Layout:
-        return Layout(self.backbone, [self.tasks[name] for name in names], self._memory)
+    def _make_layout(self, names: tuple[str, ...], offered: tuple[Task, ...] = ()) -> Layout:
+        return Layout(self._store, [self.tasks[name] for name in names], self.shapes.slots, self.exact, offered)
 
     def _select(self, tasks: Sequence[str] | None) -> tuple[str, ...]:
         unknown = [name for name in tasks or () if name not in self.tasks]
@@ -85,12 +112,15 @@ class CombinedModel:
         return tuple(self.tasks) if tasks is None else tuple(dict.fromkeys(tasks))
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, tasks: Sequence[str] | None = None) -> dict[str, Float[Tensor, "B C"]]:
+    def __call__(self, images: Tensor, tasks: Sequence[str] | None = None) -> Answers:
         """Logits of every task, or of some, in float32 on the backbone's device.
 
         Args:
             images: Float[B, 3, H, W], of the backbone's input size, normalised, as `backbone.transform` gives them.
             tasks: names of the tasks to answer; None answers all.
+
+        Returns:
+            Float[B, C] for each task, by name; its `exact` says whether the promise holds.
 
         Raises:
             BackboneError: images of another shape.
@@ -99,37 +129,46 @@ class CombinedModel:
         self.backbone.check_images(images)
         names = self._select(tasks)
         if not names:
-            return {}
+            return Answers({}, self.exact)
         layout = self._layout(names)
         pieces: dict[str, list[Tensor]] = {name: [] for name in names}
-        for batch, count in self._micro_batches(images):
+        for batch, count in self._batches(images, self.shapes.images):
             for name, logits in self._answer(batch, names, layout).items():
                 pieces[name].append(logits[:count])
-        return {name: torch.cat(parts) for name, parts in pieces.items()}
+        return Answers({name: torch.cat(parts) for name, parts in pieces.items()}, self.exact)
 
     def backbone_logits(self, images: Tensor) -> Float[Tensor, "B C"]:
-        """Stock timm's own logits of images Float[B, 3, H, W], computed in the same micro-batches."""
+        """Stock timm's own logits of images Float[B, 3, H, W], computed in the canonical micro-batch."""
         self.backbone.check_images(images)
-        return torch.cat([self.backbone.backbone_logits(batch)[:count] for batch, count in self._micro_batches(images)])
-
-    def slots(self, tasks: Sequence[Task]) -> list[int]:
-        """Where `observe` finds the tokens of some of its tasks or their ancestors."""
-        layout = self._layout(tuple(self.tasks))
-        return [layout.slot[task.sha256] for task in tasks]
+        batches = self._batches(images, (self.micro_batch,))
+        return torch.cat([self.backbone.backbone_logits(batch)[:count] for batch, count in batches])
 
     @torch.no_grad()
-    def observe(self, images: Float[Tensor, "B 3 H W"], observer: Observer) -> Float[Tensor, "B D"]:
+    def observe(
+        self, images: Float[Tensor, "B 3 H W"], tasks: Sequence[Task], observer: Observer
+    ) -> Float[Tensor, "B D"]:
         """Runs one micro-batch or less and shows an observer each layer's keys and values, before any padding is cut.
+
+        Args:
+            images: at most the micro-batch.
+            tasks: of this model or extended by it: those whose tokens' keys and values the observer gets, [B, H, N, d].
+            observer: called with the layer's number, the frozen keys and values, and the tokens'.
 
         Returns:
             The backbone's own pooled feature of each image.
         """
-        layout = self._layout(tuple(self.tasks))
         assert len(images) <= self.micro_batch
-        batch, count = next(self._micro_batches(images))
-        stream = self.backbone.stream(batch)
-        task_features(self.backbone, stream, layout, observer)
-        return stream.pooled[:count]
+        layout = self._layout(tuple(self.tasks), tuple(tasks))
+        rows = [layout.offered[task.sha256] for task in tasks]
+
+        def chosen(layer: int, frozen: KeyValue, offered: KeyValue) -> None:
+            observer(layer, frozen, KeyValue(offered.keys[:, :, rows], offered.values[:, :, rows]))
+
+        batch, count = next(self._batches(images, (self.micro_batch,)))
+        with exact_arithmetic(self.backbone.device):
+            stream = self.backbone.stream(batch, "pooled")
+            task_features(self.backbone, stream, layout, chosen)
+            return stream.pooled[:count]
 
     def predict(
         self, paths: Sequence[str | Path], top: int = 3, tasks: Sequence[str] | None = None
@@ -157,30 +196,31 @@ class CombinedModel:
                     answers[name].append([(labels[i], value) for i, value in zip(indices, values, strict=True)])
         return answers
 
-    def _micro_batches(self, images: Tensor) -> Iterator[tuple[Tensor, int]]:
-        """Cuts images into batches of one shape, the last filled up with zeros; gives each with its count."""
+    def _batches(self, images: Tensor, sizes: Sequence[int]) -> Iterator[tuple[Tensor, int]]:
+        """Cuts images into micro-batches, the last filled up with zeros to the next of some sizes; each with its count."""
         for part in images.split(self.micro_batch):
-            fill = (0, 0, 0, 0, 0, 0, 0, self.micro_batch - len(part))
+            size = next(size for size in sizes if size >= len(part))
+            fill = (0, 0, 0, 0, 0, 0, 0, size - len(part))
             yield F.pad(part.to(self.backbone.device, self.backbone.precision), fill), len(part)
 
     def _answer(self, images: Tensor, names: Sequence[str], layout: Layout) -> dict[str, Tensor]:
-        """One micro-batch: the frozen stream and the task streams, layer by layer, then the heads one by one."""
-        stream = self.backbone.stream(images, pooled=any(self.tasks[name].reads_pooled for name in names))
-        features = task_features(self.backbone, stream, layout).to(self._head_dtype)
-        pooled = stream.pooled.to(self._head_dtype) if stream.gives_pooled else None
-        return {name: self._logits(self.tasks[name], features, pooled, layout) for name in names}
-
-    def _logits(self, task: Task, features: Tensor, pooled: Tensor | None, layout: Layout) -> Tensor:
-        weight, bias, pooled_weight = self._heads[task.sha256]
-        if task.class_token is None:
-            assert pooled is not None
-            logits = F.linear(pooled, weight, bias)
-        else:
-            logits = F.linear(features[:, layout.slot[task.sha256]].contiguous(), weight, bias)
-            if pooled_weight is not None:
-                assert pooled is not None
-                logits = logits + F.linear(pooled, pooled_weight)
-        return logits[:, : len(task.labels)].contiguous()
+        """One batch: the frozen stream and the task streams, layer by layer, then the heads one by one."""
+        reads_pooled = any(self.tasks[name].reads_pooled for name in names)
+        with exact_arithmetic(self.backbone.device):
+            stream = self.backbone.stream(images, "pooled" if reads_pooled else "nothing")
+            tiles = task_features(self.backbone, stream, layout)
+            pooled = stream.pooled if reads_pooled else None
+            logits = {}
+            for name in names:
+                task = self.tasks[name]
+                if task.class_token is None:
+                    assert pooled is not None
+                    feature = pooled
+                else:
+                    tile, slot = layout.slot[task.sha256]
+                    feature = tiles[tile][slot]
+                logits[name] = self._heads[task.sha256](feature, pooled)
+        return logits
 
 
 def _check_fits(task: Task, backbone: FrozenBackbone) -> None:

@@ -2,53 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from addenda.backbones import FrozenBackbone, FrozenStream, KeyValue
-from addenda.combined.attention import attend, finish, project
-from addenda.combined.layout import Layout
+from addenda.backbones import FrozenBackbone, KeyValue
+from addenda.combined.attention import attend
+from addenda.combined.layout import Group, Layout, Tile
 
 Observer = Callable[[int, KeyValue, KeyValue], None]
 
 
 @torch.no_grad()
 def task_features(
-    backbone: FrozenBackbone, stream: FrozenStream, layout: Layout, observe: Observer | None = None
-) -> Float[Tensor, "B N D"]:
+    backbone: FrozenBackbone, stream: Iterable[KeyValue], layout: Layout, observe: Observer | None = None
+) -> list[Float[Tensor, "S B D"]]:
     """Runs a frozen stream to its end and all the task streams of a layout with it.
 
     Args:
         backbone: the frozen backbone.
-        stream: its pass over one micro-batch, not yet begun.
-        layout: N slots in tiles.
-        observe: called at each layer with its number, the frozen keys and values [B, H, P, d] and those of the task
-            tokens [B, H, N, d].
+        stream: each layer's keys and values over one batch of images, [B, H, P, d].
+        layout: the slots.
+        observe: called at each layer with its number, the frozen keys and values, and those of the layout's offered
+            tokens, [B, H, 1 + N, d]; row 0 is zeros.
 
     Returns:
-        Each slot's final feature, through the backbone's final norms.
+        For each tile its slots' final features, through the backbone's final norms.
     """
     hidden: list[Tensor] = []
     for layer, frozen in enumerate(stream):
-        block = backbone.blocks[layer]
+        batch, num_heads, _, head_dim = frozen.keys.shape
         if layer == 0:
-            batch = len(frozen.keys)
-            hidden = [tile.class_tokens.expand(batch, -1, -1).contiguous() for tile in layout.tiles]
-        # A child reads its parents' tokens of this same layer, so every tile is projected before any attends.
-        projected = [project(backbone, block, tokens) for tokens in hidden]
-        shape = (len(frozen.keys), backbone.num_heads, 0, frozen.keys.shape[-1])
-        empty = frozen.keys.new_empty(shape)
-        keys = torch.cat([empty, *(k for _, k, _ in projected)], dim=2)
-        values = torch.cat([empty, *(v for _, _, v in projected)], dim=2)
-        if observe is not None:
-            observe(layer, frozen, KeyValue(keys, values))
+            hidden = [tile.class_tokens.unsqueeze(1).repeat(1, batch, 1) for tile in layout.tiles]
+            zeros = frozen.keys.new_zeros(batch, num_heads, 1 + len(layout.offered), head_dim)
+            offered = KeyValue(zeros, zeros.clone())
+        if layout.tiles:
+            prefix = KeyValue(frozen.keys.contiguous(), frozen.values.contiguous())
         for i, tile in enumerate(layout.tiles):
-            tokens = KeyValue(keys[:, :, tile.visible], values[:, :, tile.visible])
-            read = attend(block.attn.scale, projected[i][0], frozen, tokens, tile.memory[layer], tile.bias)
-            hidden[i] = finish(block, hidden[i], read)
-    if not hidden:
-        return torch.empty(0, 0, backbone.embed_dim, device=backbone.device)
-    return torch.cat([backbone.final_norm(tokens) for tokens in hidden], dim=1)
+            hidden[i] = _pass(backbone, layer, tile, hidden[i], prefix, offered, *layout.offers[i])
+        if observe is not None:
+            observe(layer, frozen, offered)
+    return [backbone.final_norm(tokens) for tokens in hidden]
+
+
+def _pass(
+    backbone: FrozenBackbone,
+    layer: int,
+    tile: Tile,
+    tokens: Float[Tensor, "S B D"],
+    frozen: KeyValue,
+    offered: KeyValue,
+    slots: list[int],
+    rows: list[int],
+) -> Float[Tensor, "S B D"]:
+    """One tile through one block. Tokens that others see are offered before any task of the tile attends."""
+    block: Any = backbone.blocks[layer]
+    queries, keys, values = backbone.project(block, tokens)  # [S, H, B, d]
+    if slots:
+        offered.keys[:, :, rows] = keys[slots].permute(2, 1, 0, 3)
+        offered.values[:, :, rows] = values[slots].permute(2, 1, 0, 3)
+    own = KeyValue(keys.unsqueeze(3), values.unsqueeze(3))
+    parts = []
+    for group in tile.groups:
+        read = attend(
+            block.attn.scale, queries, frozen, _with_ancestors(own, group, offered), group.memory[layer], group.bias
+        )
+        parts.append(read[group.slots.start : group.slots.stop if group is not tile.groups[-1] else None])
+    return backbone.finish(block, tokens, parts[0] if len(parts) == 1 else torch.cat(parts))
+
+
+def _with_ancestors(own: KeyValue, group: Group, offered: KeyValue) -> KeyValue:
+    """Each slot's own token and those that it sees, [S, H, B, t, d]."""
+    if not group.ancestors.shape[1]:
+        return own
+    seen = (part[:, :, group.ancestors].permute(2, 1, 0, 3, 4) for part in offered)  # from [B, H, S, a, d]
+    return KeyValue(*(torch.cat(pair, dim=3) for pair in zip(own, seen, strict=True)))

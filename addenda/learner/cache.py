@@ -65,8 +65,7 @@ def compute_activations(
     """
     # Named by content: among ancestors there may be two versions of one name.
     model = CombinedModel(backbone, [replace(parent, name=parent.sha256) for parent in parents])
-    slots = model.slots(parents)
-    num_tokens = backbone.num_tokens + len(slots)
+    num_tokens = backbone.num_tokens + len(parents)
     head_dim = backbone.embed_dim // backbone.num_heads
     store = _allocate(len(images), (backbone.depth, 2, backbone.num_heads, num_tokens, head_dim))
     pooled = torch.empty(len(images), backbone.embed_dim)
@@ -77,10 +76,10 @@ def compute_activations(
 
         def observe(layer: int, frozen: KeyValue, tokens: KeyValue) -> None:
             for which in (0, 1):
-                joined = torch.cat([frozen[which], tokens[which][:, :, slots]], dim=2)[:rows]
+                joined = torch.cat([frozen[which], tokens[which]], dim=2)[:rows]
                 store[start : start + rows, layer, which].copy_(joined)
 
-        pooled[start : start + rows] = model.observe(torch.stack([image for _, image in batch]), observe)
+        pooled[start : start + rows] = model.observe(torch.stack([image for _, image in batch]), parents, observe)
         kept.extend(index for index, _ in batch)
 
     bad = read_in_batches(images, backbone, model.micro_batch, flush, skip_bad, "reading images", report)

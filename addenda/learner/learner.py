@@ -13,7 +13,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from addenda.backbones import FrozenBackbone, KeyValue
-from addenda.combined import CombinedModel, MemoryCache, golden, numerics, numerics_fingerprint, tensor_digest
+from addenda.combined import CombinedModel, TileStore, golden, numerics, numerics_fingerprint, tensor_digest
 from addenda.exceptions import NameTakenError, RegistryError, TrainingError
 from addenda.learner.cache import Activations, Report, compute_activations, read_in_batches
 from addenda.learner.config import LearnConfig
@@ -217,8 +217,8 @@ class Learner:
     def _parent_memory(self, parents: Sequence[Task]) -> list[KeyValue]:
         """For each layer the memory keys and values of all that a task would see, [1, H, m, d]."""
         family = [task for task in _family(parents) if task.num_memory_tokens]
-        known = MemoryCache(self.backbone)
-        layers = zip(*(known(task) for task in family), strict=True)
+        store = TileStore(self.backbone)
+        layers = zip(*(store.memory(task) for task in family), strict=True)
         return [
             KeyValue(*(torch.cat(parts, dim=1).unsqueeze(0) for parts in zip(*layer, strict=True))) for layer in layers
         ]

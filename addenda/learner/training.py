@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from addenda.backbones import FrozenBackbone, KeyValue
-from addenda.combined.attention import attend, finish, memory_key_values, project
+from addenda.combined.attention import attend, memory_key_values
 from addenda.learner.cache import Activations
 from addenda.learner.config import LearnConfig
 from addenda.learner.regression import Regression
@@ -102,7 +102,7 @@ def stream_features(
     class_tokens: Float[Tensor, "S D"],
     memory: Float[Tensor, "S L m D"],
     parent_memory: Sequence[KeyValue],
-) -> Float[Tensor, "B S D"]:
+) -> Float[Tensor, "S B D"]:
     """The task streams of S candidates over cached activations, with gradients.
 
     Args:
@@ -116,17 +116,17 @@ def stream_features(
         Each candidate's final feature, in float32.
     """
     precision = backbone.precision
-    tokens = backbone.first_tokens(class_tokens.to(precision)).expand(len(key_values), -1, -1)
+    tokens = backbone.first_tokens(class_tokens.to(precision)).unsqueeze(1).expand(-1, len(key_values), -1)
     for layer, block in enumerate(backbone.blocks):
         # Converted one by one: a slice of both together is no plain matrix batch, and every product would copy it.
         frozen = KeyValue(key_values[:, layer, 0].to(precision), key_values[:, layer, 1].to(precision))
-        queries, keys, values = project(backbone, block, tokens)
+        queries, keys, values = backbone.project(block, tokens)
         own = memory_key_values(backbone, block, memory[:, layer].to(precision))
         if parent_memory:
             inherited = (t.expand(len(memory), -1, -1, -1) for t in parent_memory[layer])
             own = KeyValue(*(torch.cat(pair, dim=2) for pair in zip(own, inherited, strict=True)))
-        private = KeyValue(keys.unsqueeze(-2), values.unsqueeze(-2))
-        tokens = finish(block, tokens, attend(block.attn.scale, queries, frozen, private, own))
+        private = KeyValue(keys.unsqueeze(3), values.unsqueeze(3))
+        tokens = backbone.finish(block, tokens, attend(block.attn.scale, queries, frozen, private, own))
     return backbone.final_norm(tokens).float()
 
 
@@ -222,8 +222,8 @@ class Trainer:
         )
         pooled = self._activations.pooled[rows].to(device)
         heads = torch.stack([torch.cat([c.head_weight, c.pooled_weight], dim=1) for c in candidates])
-        inputs = torch.cat([features, pooled.unsqueeze(1).expand_as(features)], dim=2)
-        logits = torch.einsum("bsd,scd->bsc", inputs, heads) + torch.stack([c.head_bias for c in candidates])
+        inputs = torch.cat([features, pooled.expand_as(features)], dim=2)
+        logits = torch.einsum("sbd,scd->bsc", inputs, heads) + torch.stack([c.head_bias for c in candidates])
         return logits, self._activations.targets[rows].to(device)
 
     def _optimizer(self, candidates: Sequence[Candidate]) -> torch.optim.Optimizer:

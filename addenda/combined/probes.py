@@ -1,0 +1,49 @@
+"""Fixed seeded images and tasks, the same on every machine: what golden probes, fingerprint and self-test compute."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from addenda.backbones import FrozenBackbone
+from addenda.combined.layout import SizeClass
+from addenda.registry import Task
+
+NUM_PROBES = 4
+
+
+def probe_images(backbone: FrozenBackbone) -> Float[Tensor, "N 3 H W"]:
+    """NUM_PROBES images: blocks of colour with noise on them."""
+    _, height, width = backbone.preprocessing["input_size"]
+    random = np.random.RandomState(2203)
+    blocks = random.uniform(-1, 1, (NUM_PROBES, 3, 8, 8)).repeat(-(-height // 8), 2).repeat(-(-width // 8), 3)
+    noise = random.uniform(-0.25, 0.25, (NUM_PROBES, 3, height, width))
+    return torch.from_numpy((blocks[:, :, :height, :width] + noise).astype(np.float32))
+
+
+def probe_task(backbone: FrozenBackbone, width: SizeClass, seed: int = 0) -> Task:
+    """A task that fills its size class: one of its tokens and all its memory, with ancestors that have only tokens."""
+    num_tokens, num_memory = width
+    ancestors = tuple(_task(backbone, 0, (), seed=1000 + i) for i in range(num_tokens - 1))
+    return _task(backbone, num_memory, ancestors, seed)
+
+
+def _task(backbone: FrozenBackbone, num_memory: int, parents: tuple[Task, ...], seed: int) -> Task:
+    random = np.random.RandomState(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.from_numpy(random.standard_normal(shape).astype(np.float32))
+
+    return Task(
+        name=f"probe-{seed}",
+        backbone=backbone.fingerprint,
+        labels=("one", "other"),
+        class_token=backbone.class_token.float().cpu() + 0.1 * normal(backbone.embed_dim),
+        memory=0.5 * normal(backbone.depth, num_memory, backbone.embed_dim),
+        head_weight=normal(2, backbone.embed_dim),
+        head_bias=normal(2),
+        pooled_weight=normal(2, backbone.embed_dim),
+        parents=parents,
+    )
