@@ -43,7 +43,7 @@ BackboneOption = Annotated[
 WeightsOption = Annotated[Path | None, typer.Option("--weights", help="Local weights file of the backbone.")]
 MeanOption = Annotated[str | None, typer.Option("--mean", help="Normalisation: one number or three with commas.")]
 StdOption = Annotated[str | None, typer.Option("--std", help="Normalisation: one number or three with commas.")]
-PrecisionOption = Annotated[str, typer.Option("--precision", help="float32 or bfloat16.")]
+PrecisionOption = Annotated[str | None, typer.Option("--precision", help="float32 (default) or bfloat16.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, or auto.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 SkipBadOption = Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be read.")]
@@ -80,7 +80,7 @@ def learn(
     weights: WeightsOption = None,
     mean: MeanOption = None,
     std: StdOption = None,
-    precision: PrecisionOption = "float32",
+    precision: PrecisionOption = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -97,7 +97,7 @@ def learn(
     check_name(name)
     with Registry.open(registry) as opened:
         before = opened.generation
-        loaded = _backbone(opened, backbone, weights, mean, std, precision, device, new=True)
+        loaded = _backbone_to_learn_on(opened, backbone, weights, mean, std, precision, device)
         learner = Learner(loaded, opened)
         with progress(quiet=as_json) as report:
             task = learner.learn(name, data, test, settings, new_version=new_version, skip_bad=skip_bad, report=report)
@@ -128,7 +128,7 @@ def evaluate(
     from addenda.terminal import console, percent, print_json, progress, table
 
     with Registry.open(registry, create=False) as opened:
-        loaded = _backbone(opened, None, weights, None, None, None, device, fingerprint=opened.record(name).backbone)
+        loaded = _recorded_backbone(opened, weights, device, fingerprint=opened.record(name).backbone)
         with progress(quiet=as_json) as report:
             result = Learner(loaded, opened).evaluate(name, data, skip_bad, report)
     if as_json:
@@ -254,6 +254,9 @@ def predict(
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV, a row for each image, task and label.")] = False,
+    inexact: Annotated[
+        bool, typer.Option("--inexact", help="Without the promise of equal bits: no self-test, nothing filled up.")
+    ] = False,
 ) -> None:
     """Answers every registered task about some images, in one pass."""
     from addenda import Registry
@@ -262,12 +265,10 @@ def predict(
     paths = _image_files(images)
     with Registry.open(registry, create=False) as opened:
         chosen = [opened.get(ref) for ref in task or ()]
-        loaded = _backbone(
-            opened, None, weights, None, None, None, device, fingerprint=chosen[0].backbone if chosen else None
-        )
+        loaded = _recorded_backbone(opened, weights, device, chosen[0].backbone if chosen else None)
         from addenda import CombinedModel
 
-        model = CombinedModel(loaded, chosen or opened.load(loaded))
+        model = CombinedModel(loaded, chosen or opened.load(loaded), exact=not inexact)
     if not model.tasks:
         raise DataError(f"The registry {str(registry)!r} holds no active task. `addenda learn` adds one.")
     answers: dict[str, dict[str, list[tuple[str, float]]]] = {}
@@ -281,8 +282,9 @@ def predict(
     for message in bad:
         typer.echo(f"left out: {message}", err=True)
     if as_json:
-        print_json({path: {name: [{"label": label, "probability": p} for label, p in best]
-                           for name, best in answer.items()} for path, answer in answers.items()})  # fmt: skip
+        images_json = {path: {name: [{"label": label, "probability": p} for label, p in best]
+                              for name, best in answer.items()} for path, answer in answers.items()}  # fmt: skip
+        print_json({"exact": model.exact, "images": images_json})
         return
     rows = [
         (path, name, label, p) for path, answer in answers.items() for name, best in answer.items() for label, p in best
@@ -296,12 +298,17 @@ def predict(
         (path, *(", ".join(f"{label} {100 * p:.0f} %" for label, p in best) for best in answer.values()))
         for path, answer in answers.items()
     ]
-    console.print(table(f"{len(shown)} images, {len(model.tasks)} tasks", ("image", *model.tasks), shown))
+    title = f"{len(shown)} images, {len(model.tasks)} tasks" + ("" if model.exact else ", not exact")
+    console.print(table(title, ("image", *model.tasks), shown))
 
 
 @app.command()
 def verify(
     names: Annotated[list[str] | None, typer.Argument(help="Tasks to verify. Default: all active ones.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Verify retired tasks too.")] = False,
+    record: Annotated[
+        bool, typer.Option("--record", help="Keep probes that passed under new numerics, to compare bits from now on.")
+    ] = False,
     registry: RegistryOption = DEFAULT_REGISTRY,
     weights: WeightsOption = None,
     device: DeviceOption = "auto",
@@ -312,12 +319,19 @@ def verify(
     from addenda.terminal import console, print_json, table
 
     with Registry.open(registry, create=False) as opened:
-        verdicts = _verdicts(opened, names or [r.ref for r in opened.tasks()], weights, device)
+        refs = [opened.record(name).ref for name in names or ()]
+        refs = refs or [r.ref for r in opened.tasks(include_retired=everything)]
+        verdicts = _verdicts(opened, refs, weights, device, record)
     if as_json:
         print_json(verdicts)
     else:
-        rows = [(v["task"], "ok" if v["ok"] else "FAILED", v["detail"]) for v in verdicts]
-        console.print(table(f"{len(rows)} tasks verified on their golden probes", ("task", "", "result"), rows))
+        rows = [(v["task"], "ok" if v["ok"] else "FAILED", v.get("compared", "–"), v["detail"]) for v in verdicts]
+        title = f"{len(rows)} task{'' if len(rows) == 1 else 's'} verified on golden probes"
+        console.print(table(title, ("task", "", "compared", "result"), rows))
+        for now in dict.fromkeys(v["numerics_fingerprint"] for v in verdicts if "numerics_fingerprint" in v):
+            console.print(f"Computed under numerics {now[:12]}….")
+        if not record and any(v["ok"] and not v["same_numerics"] for v in verdicts):
+            console.print("New numerics: `addenda verify --record` keeps these probes, to compare bits from now on.")
     failed = [v["task"] for v in verdicts if not v["ok"]]
     if failed:
         typer.echo(f"Failed: {', '.join(failed)}.", err=True)
@@ -466,7 +480,7 @@ def _numbers(text: str | None) -> tuple[float, ...] | None:
     return values * 3 if len(values) == 1 else values
 
 
-def _backbone(
+def _backbone_to_learn_on(
     registry: Registry,
     name: str | None,
     weights: Path | None,
@@ -474,20 +488,33 @@ def _backbone(
     std: str | None,
     precision: str | None,
     device: str,
-    fingerprint: str | None = None,
-    new: bool = False,
 ) -> FrozenBackbone:
-    """Loads a backbone: the one that is named, or the registry's own, checked against its recorded fingerprint."""
+    """The backbone as it is described; where only its name is given, or nothing, the registry's own."""
     from addenda import load_backbone
 
-    records = [b for b in registry.backbones() if fingerprint in (None, b["fingerprint"])]
-    if new and (name or not records):
-        same = [b for b in records if b["name"] == name]
-        if not (len(same) == 1 and weights is None and mean is None and std is None):
-            return load_backbone(
-                name or DEFAULT_BACKBONE, weights, _numbers(mean), _numbers(std), precision or "float32", device
+    records = registry.backbones()
+    described = [option for option, value in (("--mean", mean), ("--std", std), ("--precision", precision)) if value]
+    if name is None and records:
+        if described:
+            raise BackboneError(
+                f"{' and '.join(described)} would make another backbone than the registry's own: "
+                "name it with --backbone."
             )
-        records = same
+        return _recorded_backbone(registry, weights, device)
+    if not described and weights is None and [b["name"] for b in records].count(name or "") == 1:
+        return _recorded_backbone(registry, None, device, name=name)
+    return load_backbone(
+        name or DEFAULT_BACKBONE, weights, _numbers(mean), _numbers(std), precision or "float32", device
+    )
+
+
+def _recorded_backbone(
+    registry: Registry, weights: Path | None, device: str, fingerprint: str | None = None, name: str | None = None
+) -> FrozenBackbone:
+    """Loads the registry's one backbone, or that of a fingerprint or name, and checks its fingerprint."""
+    from addenda import load_backbone
+
+    records = [b for b in registry.backbones() if fingerprint in (None, b["fingerprint"]) and name in (None, b["name"])]
     if not records:
         raise BackboneError(f"The registry {registry.location!r} holds no task yet. `addenda learn` adds one.")
     if len(records) > 1:
@@ -495,7 +522,7 @@ def _backbone(
         raise BackboneError(
             f"The registry holds tasks on several backbones ({names}): name one with --backbone or a task."
         )
-    record = records[0]
+    (record,) = records
     given = record["source"] if record["source"] not in ("hub", "embedded") else None
     if weights is None and given is not None and not Path(given).exists():
         raise BackboneError(f"The weights of {record['name']!r} are no longer at {given!r}. Say where: --weights FILE.")
@@ -503,8 +530,13 @@ def _backbone(
     loaded = load_backbone(
         record["name"], weights or given, preprocessing["mean"], preprocessing["std"], record["precision"], device
     )
+    if loaded.preprocessing != preprocessing:
+        raise IntegrityError(
+            f"The backbone {record['name']!r} as loaded prepares images by {loaded.preprocessing}; "
+            f"the registry's tasks were learned with {preprocessing}."
+        )
     if loaded.fingerprint != record["fingerprint"]:
-        raise BackboneError(
+        raise IntegrityError(
             f"The backbone {record['name']!r} as loaded from {str(weights or record['source'])!r} has fingerprint "
             f"{loaded.fingerprint[:12]}…; the registry's tasks were learned on {record['fingerprint'][:12]}…. "
             "These are other weights."
@@ -546,22 +578,31 @@ def _answers(
     return [(path, {name: best[i] for name, best in answers.items()}) for i, path in enumerate(good)]
 
 
-def _verdicts(registry: Registry, refs: Sequence[str], weights: Path | None, device: str) -> list[dict[str, Any]]:
+def _verdicts(
+    registry: Registry, refs: Sequence[str], weights: Path | None, device: str, record: bool
+) -> list[dict[str, Any]]:
     """Each task's verdict; one that cannot be trusted does not keep the others from being verified."""
-    from addenda.combined import verify as verify_task
+    from addenda.combined import golden
+    from addenda.combined import verify as verify_tasks
 
-    loaded: dict[str, FrozenBackbone] = {}
-    verdicts: list[dict[str, Any]] = []
+    verdicts: dict[str, dict[str, Any]] = {}
+    stored: dict[str, list[Any]] = {}  # by backbone
     for ref in refs:
-        fingerprint = registry.record(ref).backbone
         try:
-            task, recorded = registry.get(ref), registry.goldens(ref)
-            if fingerprint not in loaded:
-                loaded[fingerprint] = _backbone(registry, None, weights, None, None, None, device, fingerprint)
-            verdicts.append(vars(verify_task(loaded[fingerprint], task, recorded[0])))
+            stored.setdefault(registry.record(ref).backbone, []).append((registry.get(ref), registry.goldens(ref)))
         except IntegrityError as error:
-            verdicts.append({"task": ref, "ok": False, "detail": str(error)})
-    return verdicts
+            verdicts[ref] = {"task": ref, "ok": False, "detail": str(error)}
+    for fingerprint, recorded in stored.items():
+        try:
+            loaded = _recorded_backbone(registry, weights, device, fingerprint)
+        except IntegrityError as error:
+            verdicts |= {task.ref: {"task": task.ref, "ok": False, "detail": str(error)} for task, _ in recorded}
+            continue
+        for (task, _), verdict in zip(recorded, verify_tasks(loaded, recorded), strict=True):
+            verdicts[task.ref] = vars(verdict)
+            if record and verdict.ok and not verdict.same_numerics:
+                registry.add_golden(task.ref, golden(loaded, task))
+    return [verdicts[ref] for ref in refs]
 
 
 def _record_json(record: TaskRecord) -> dict[str, Any]:

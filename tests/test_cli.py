@@ -140,7 +140,7 @@ def test_an_evaluation_is_shown_with_its_task(run: Run, learned: Result, folder:
 def test_predict_answers_files_and_folders_as_table_json_and_csv(run: Run, learned: Result, folder: Path) -> None:
     images = sorted((folder / "test").rglob("*.png"))
     assert str(images[0]) in run("predict", images[0]).out
-    answers = json.loads(run("predict", folder / "test", "--json").out)
+    answers = json.loads(run("predict", folder / "test", "--json").out)["images"]
     assert set(answers) == set(map(str, images))
     hits = [answers[str(path)]["ones"][0]["label"] == path.parent.name for path in images]
     assert sum(hits) > 20
@@ -158,7 +158,7 @@ def test_a_bad_image_is_named_and_left_out_only_when_asked(run: Run, learned: Re
     skipped = run("predict", folder / "test", "--skip-bad", "--json")
     assert skipped.code == 0
     assert str(bad) in skipped.err
-    assert str(bad) not in json.loads(skipped.out)
+    assert str(bad) not in json.loads(skipped.out)["images"]
 
 
 def test_verify_passes_and_names_a_task_whose_bytes_changed(
@@ -260,8 +260,12 @@ def test_moved_weights_are_asked_for_and_checked(run: Run, folder: Path, tmp_pat
     changed["norm.bias"] = changed["norm.bias"] + 1
     save_file(changed, tmp_path / "other.safetensors")
     wrong = run("verify", "--weights", tmp_path / "other.safetensors")
-    assert wrong.code == 2
-    assert "These are other weights" in wrong.err
+    assert wrong.code == 1
+    assert "These are other weights" in wrong.out
+    assert "Failed: ones:1." in wrong.err
+    refused = run("predict", folder / "test", "--weights", tmp_path / "other.safetensors")
+    assert refused.code == 2
+    assert "These are other weights" in refused.err
 
 
 def test_phone_photos_are_turned_upright(run: Run, learned: Result, folder: Path) -> None:
@@ -271,7 +275,7 @@ def test_phone_photos_are_turned_upright(run: Run, learned: Result, folder: Path
     exif[0x0112] = 6  # stored a quarter turn to the left
     upright.save(folder / "upright.bmp")
     upright.rotate(90, expand=True).save(folder / "turned.png", exif=exif)
-    answers = json.loads(run("predict", folder / "upright.bmp", folder / "turned.png", "--json").out)
+    answers = json.loads(run("predict", folder / "upright.bmp", folder / "turned.png", "--json").out)["images"]
     first, second = answers.values()
     assert first == second
 

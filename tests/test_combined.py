@@ -18,10 +18,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from addenda.backbones import FrozenBackbone, read_image
+from addenda.backbones import FrozenBackbone, KeyValue, read_image
 from addenda.combined import (
     CombinedModel,
-    MemoryCache,
     golden,
     layout,
     numerics,
@@ -368,14 +367,12 @@ def test_what_learning_observes_does_not_depend_on_company(precision: torch.dtyp
     company = list(family(on).values())
     seen: list[list[bytes]] = []
     for model in (CombinedModel(on, [task]), CombinedModel(on, company)):
-        slots, layers = model.slots([task, *task.closure]), []
+        layers: list[bytes] = []
 
-        def note(
-            layer: int, frozen: object, tokens: object, slots: list[int] = slots, layers: list[bytes] = layers
-        ) -> None:
-            layers.extend(part.float().numpy().tobytes() for part in (*frozen, *(t[:, :, slots] for t in tokens)))
+        def note(layer: int, frozen: KeyValue, tokens: KeyValue, layers: list[bytes] = layers) -> None:
+            layers.extend(part.float().numpy().tobytes() for part in (*frozen, *tokens))
 
-        layers.append(model.observe(images(3), note).float().numpy().tobytes())
+        layers.append(model.observe(images(3), [task, *task.closure], note).float().numpy().tobytes())
         seen.append(layers)
     assert len(seen[0]) == 4 * on.depth + 1
     assert seen[0] == seen[1]

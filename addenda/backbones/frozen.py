@@ -93,7 +93,7 @@ class FrozenBackbone:
         self.transform: Callable[[Image.Image], Float[Tensor, "3 H W"]] = create_transform(
             **settings, is_training=False
         )
-        self._contents = _hash_state(self.model).hexdigest()
+        self._contents = _hash_state(self.model)
         # A hook on the qkv projection sees what timm computes without changing a bit of it or computing it twice.
         self._captured = threading.local()
         for block in self.blocks:
@@ -115,8 +115,10 @@ class FrozenBackbone:
 
     def check_unchanged(self) -> None:
         """Raises IntegrityError if a weight in memory is no longer what was loaded."""
-        if _hash_state(self.model).hexdigest() != self._contents:
-            raise IntegrityError(f"The weights of backbone {self.name!r} in memory have changed since they were loaded.")
+        if _hash_state(self.model) != self._contents:
+            raise IntegrityError(
+                f"The weights of backbone {self.name!r} in memory have changed since they were loaded."
+            )
 
     def first_blocks(self, depth: int) -> FrozenBackbone:
         """This backbone cut off after some blocks, sharing its weights: for computations where the depth is nothing."""
@@ -129,8 +131,9 @@ class FrozenBackbone:
 
         Args:
             images: Float[B, 3, H, W], normalised, of the model's own input size.
-            reading: what is wanted of the last block. `"tokens"` runs it as timm does, bit for bit; `"pooled"` computes
-                only what the pooled feature needs (where that is the class token), and `"nothing"` only keys and values.
+            reading: what is wanted of the last block. `"tokens"` runs it as timm does, bit for bit; `"pooled"`
+                computes only what the pooled feature needs (where that is the class token), `"nothing"` only keys and
+                values.
 
         Raises:
             BackboneError: images of another shape.
@@ -212,26 +215,39 @@ class FrozenStream:
         self._reading = reading
         self._tokens: Tensor | None = None
 
-    @torch.no_grad()
     def __iter__(self) -> Iterator[KeyValue]:
         """Yields each layer's keys and values, Float[B, H, P, d]."""
+        tokens = self._embed()
+        for block in self._backbone.blocks[:-1]:
+            tokens, offered = self._whole(block, tokens)
+            yield offered
+        tokens, offered = self._last(self._backbone.blocks[-1], tokens)
+        self._tokens = None if self._reading == "nothing" else tokens
+        yield offered
+
+    @torch.no_grad()
+    def _embed(self) -> Tensor:
+        """What the first block meets, as timm's forward_features makes it."""
         backbone, model = self._backbone, self._backbone.model
         tokens = model.patch_embed(self._images.to(backbone.device, backbone.precision))
-        tokens = model.norm_pre(model.patch_drop(model._pos_embed(tokens)))
-        for block in backbone.blocks[:-1]:
-            tokens = block(tokens)
-            yield self._offered(block)
-        last = backbone.blocks[-1]
-        if self._reading != "tokens" and model.global_pool == "token":
-            tokens, offered = self._lean(last, tokens)
-        elif self._reading == "nothing":
-            last.attn.qkv(last.norm1(tokens))
-            offered = self._offered(last)
-        else:
-            tokens = last(tokens)
-            offered = self._offered(last)
-        yield offered
-        self._tokens = None if self._reading == "nothing" else tokens
+        embedded: Tensor = model.norm_pre(model.patch_drop(model._pos_embed(tokens)))
+        return embedded
+
+    @torch.no_grad()
+    def _whole(self, block: Any, tokens: Tensor) -> tuple[Tensor, KeyValue]:
+        """One block as timm runs it, and the keys and values within it."""
+        tokens = block(tokens)
+        return tokens, self._offered(block)
+
+    @torch.no_grad()
+    def _last(self, block: Any, tokens: Tensor) -> tuple[Tensor, KeyValue]:
+        """The last block, of which only what is read is computed."""
+        if self._reading != "tokens" and self._backbone.model.global_pool == "token":
+            return self._lean(block, tokens)
+        if self._reading == "nothing":
+            block.attn.qkv(block.norm1(tokens))
+            return tokens, self._offered(block)
+        return self._whole(block, tokens)
 
     def _offered(self, block: Any) -> KeyValue:
         """Keys and values that the block's own forward pass has just computed."""
@@ -286,13 +302,13 @@ def _fingerprint(model: Any, preprocessing: dict[str, Any]) -> str:
         "mlp": [type(block.mlp).__name__, type(getattr(block.mlp, "act", None)).__name__],
         "preprocessing": preprocessing,
     }
-    return _hash_state(model, json.dumps(structure, sort_keys=True).encode()).hexdigest()
+    return _hash_state(model, json.dumps(structure, sort_keys=True).encode())
 
 
-def _hash_state(model: Any, start: bytes = b"") -> Any:
+def _hash_state(model: Any, start: bytes = b"") -> str:
     """sha256 over every tensor of a model, by name."""
     digest = hashlib.sha256(start)
     for key, tensor in sorted(model.state_dict().items()):
         digest.update(f"{key}:{tensor.dtype}:{list(tensor.shape)}".encode())
         digest.update(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
-    return digest
+    return digest.hexdigest()

@@ -46,10 +46,10 @@ def attend(
     scores = torch.cat([on_frozen.unflatten(0, (batch, num_heads)), private.permute(2, 1, 0, 3)], dim=-1)
     weights = scores.softmax(dim=-1)  # [B, H, S, P + w]
     on_frozen, on_tokens, on_memory = weights.tensor_split((num_frozen, num_frozen + num_tokens), dim=-1)
-    read = on_frozen.flatten(0, 1) @ frozen.values.flatten(0, 1)
+    of_frozen = on_frozen.flatten(0, 1) @ frozen.values.flatten(0, 1)
     of_tokens = (on_tokens.permute(2, 1, 0, 3).unsqueeze(-1) * tokens.values).sum(-2)
     of_memory = _by_task(on_memory.permute(2, 1, 0, 3), memory.values)
-    read = read.unflatten(0, (batch, num_heads)).permute(2, 1, 0, 3) + of_tokens + of_memory  # [S, H, B, d]
+    read: Tensor = of_frozen.unflatten(0, (batch, num_heads)).permute(2, 1, 0, 3) + of_tokens + of_memory
     return read.transpose(1, 2).reshape(num_tasks, batch, -1)
 
 
@@ -57,7 +57,8 @@ def _by_task(rows: Float[Tensor, "S H B k"], matrices: Float[Tensor, "S H k n"])
     """A product for each task and head with its own memory; a few images are filled up to MIN_ROWS."""
     batch = rows.shape[2]
     filled = F.pad(rows, (0, 0, 0, max(0, MIN_ROWS - batch)))
-    return (filled @ matrices)[:, :, :batch]
+    products: Tensor = filled @ matrices
+    return products[:, :, :batch]
 
 
 def memory_key_values(backbone: FrozenBackbone, block: Any, memory: Float[Tensor, "S m D"]) -> KeyValue:

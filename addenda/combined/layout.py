@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from weakref import WeakValueDictionary
@@ -16,10 +16,13 @@ from addenda.combined.attention import memory_key_values
 from addenda.registry import Task
 
 TILE = 16
-"""Task slots in a tile. A product's bits depend on its number of rows, so every tile has this many, filled or not."""
+"""Slots of the canonical tile. A product's bits may depend on its number of rows, so a tile is never cut to fit."""
 
-WIDE_TILE = 64
-"""Slots of a tile that serves where many tasks of one size class stand together and its bits proved to be the same."""
+TILE_SIZES = (4, 8, 16, 32, 64)
+"""Slots that a tile may have where the self-test proved the bits to be those of the canonical one."""
+
+TILE_OVERHEAD = 6
+"""What one more tile costs, in slots: its calls, and the poorer arithmetic of few rows (docs/performance.md)."""
 
 MIN_MEMORY = 4
 """Smallest class of memory keys but none: in products with fewer columns an image's bits depend on its place."""
@@ -29,37 +32,22 @@ SizeClass = tuple[int, int]
 
 
 @dataclass(frozen=True, eq=False)
-class Group:
-    """The slots of one size class within a tile. Its attention runs over the whole tile, in the class's own width.
-
-    Attributes:
-        slots: where they stand in the tile.
-        ancestors: for each slot of the tile the rows of the offered tokens that it sees; row 0 is none.
-        bias: 0 for a real private key, -inf for filling; own token, ancestors, memory.
-        memory: for each layer the keys and values of what the slot sees, [S, H, m, d].
-    """
-
-    slots: slice
-    ancestors: Int[Tensor, "S a"]
-    bias: Float[Tensor, "S w"]
-    memory: tuple[KeyValue, ...]
-
-
-@dataclass(frozen=True, eq=False)
 class Tile:
-    """Some task slots whose tokens pass the linear layers together.
+    """Task slots of one size class, which pass every layer together.
 
     Attributes:
         class_tokens: the slots' first tokens, position and norm_pre included; zeros in empty slots.
-        groups: the size classes in it.
-        places: the slot of each of its tasks, by sha256.
-        own_memory: where each of its tasks' own memory lies in the groups' memory, by sha256.
+        ancestors: for each slot the rows of the offered tokens that it sees; row 0 is none.
+        bias: 0 for a real private key, -inf for filling; own token, ancestors, memory.
+        memory: for each layer the keys and values of what the slot sees, [S, H, m, d].
+        slots: the slot of each of its tasks, by sha256, and how many memory tokens are its own.
     """
 
     class_tokens: Float[Tensor, "S D"]
-    groups: tuple[Group, ...]
-    places: dict[str, int]
-    own_memory: dict[str, tuple[KeyValue, ...]]
+    ancestors: Int[Tensor, "S a"]
+    bias: Float[Tensor, "S w"]
+    memory: tuple[KeyValue, ...]
+    slots: dict[str, tuple[int, int]]
 
 
 def size_class(task: Task) -> SizeClass:
@@ -92,7 +80,8 @@ class TileStore:
         """
         home = self._homes.get(task.sha256)
         if home is not None:
-            return home.own_memory[task.sha256]
+            slot, own = home.slots[task.sha256]
+            return tuple(KeyValue(keys[slot, :, :own], values[slot, :, :own]) for keys, values in home.memory)
         assert task.memory is not None
         memory = task.memory.to(self.backbone.device, self.backbone.precision)
         with torch.no_grad():
@@ -103,52 +92,25 @@ class TileStore:
         return tuple(KeyValue(keys[0], values[0]) for keys, values in layers)
 
     def tile(self, size: int, tasks: Sequence[Task], offered: dict[str, int]) -> Tile:
-        """A tile of some tasks, sorted by size class, the rest of its slots empty.
+        """A tile of some tasks of one size class, the rest of its slots empty.
 
         Args:
             size: its slots.
             tasks: at most as many.
             offered: row of each offered token, by its task's sha256.
         """
-        rows = tuple(offered[member.sha256] for task in tasks for member in task.closure)
+        rows = tuple(offered[kin.sha256] for task in tasks for kin in task.closure)
         key = (size, tuple(task.sha256 for task in tasks), rows)
         tile = self._tiles.get(key)
         if tile is None:
             self._tiles[key] = tile = self._build(size, tasks, offered)
-            self._homes.update(dict.fromkeys(tile.own_memory, tile))
+            self._homes.update(dict.fromkeys(tile.slots, tile))
         return tile
 
     def _build(self, size: int, tasks: Sequence[Task], offered: dict[str, int]) -> Tile:
-        backbone = self.backbone
-        class_tokens = torch.zeros(size, backbone.embed_dim)
-        for slot, task in enumerate(tasks):
-            assert task.class_token is not None
-            class_tokens[slot] = task.class_token
-        groups: list[Group] = []
-        own_memory: dict[str, tuple[KeyValue, ...]] = {}
-        start = 0
-        for width, members in groupby(tasks, key=size_class):
-            group = self._group(size, start, width, list(members), offered, own_memory)
-            groups.append(group)
-            start = group.slots.stop
-        return Tile(
-            class_tokens=backbone.first_tokens(class_tokens.to(backbone.device, backbone.precision)),
-            groups=tuple(groups),
-            places={task.sha256: slot for slot, task in enumerate(tasks)},
-            own_memory=own_memory,
-        )
-
-    def _group(
-        self,
-        size: int,
-        first: int,
-        width: SizeClass,
-        members: Sequence[Task],
-        offered: dict[str, int],
-        own_memory: dict[str, tuple[KeyValue, ...]],
-    ) -> Group:
-        backbone, (num_tokens, num_memory) = self.backbone, width
+        backbone, (num_tokens, num_memory) = self.backbone, size_class(tasks[0])
         shape = (size, backbone.num_heads, num_memory, backbone.embed_dim // backbone.num_heads)
+        class_tokens = torch.zeros(size, backbone.embed_dim)
         ancestors = torch.zeros(size, num_tokens - 1, dtype=torch.long)
         bias = torch.full((size, num_tokens + num_memory), float("-inf"))
         bias[:, 0] = 0
@@ -156,7 +118,9 @@ class TileStore:
             KeyValue(*(torch.zeros(shape, device=backbone.device, dtype=backbone.precision) for _ in range(2)))
             for _ in backbone.blocks
         )
-        for slot, task in enumerate(members, first):
+        for slot, task in enumerate(tasks):
+            assert task.class_token is not None
+            class_tokens[slot] = task.class_token
             ancestors[slot, : len(task.closure)] = torch.tensor([offered[kin.sha256] for kin in task.closure])
             bias[slot, : 1 + len(task.closure)] = 0
             start = 0
@@ -166,17 +130,14 @@ class TileStore:
                     for into, rows in zip(layers, self.memory(member), strict=True):
                         into.keys[slot, :, start:end] = rows.keys
                         into.values[slot, :, start:end] = rows.values
-                if member is task:
-                    own_memory[task.sha256] = tuple(
-                        KeyValue(into.keys[slot, :, :end], into.values[slot, :, :end]) for into in layers
-                    )
-                bias[slot, num_tokens + start : num_tokens + end] = 0
                 start = end
-        return Group(
-            slots=slice(first, first + len(members)),
+            bias[slot, num_tokens : num_tokens + start] = 0
+        return Tile(
+            class_tokens=backbone.first_tokens(class_tokens.to(backbone.device, backbone.precision)),
             ancestors=ancestors.to(backbone.device),
             bias=bias.to(backbone.device, backbone.precision),
             memory=layers,
+            slots={task.sha256: (slot, task.num_memory_tokens) for slot, task in enumerate(tasks)},
         )
 
 
@@ -189,8 +150,7 @@ class Layout:
     Args:
         store: where the tiles are kept.
         tasks: those asked for.
-        sizes: what tiles may measure, the smallest first; others than the smallest only where one class fills them.
-        filled: whether the last tile is filled up with empty slots, as exactness needs it.
+        sizes: the slots that a tile may have, ascending; None cuts tiles to their tasks, which is not exact.
         offered: tasks whose tokens' keys and values are wanted beside those that a task extends.
     """
 
@@ -198,36 +158,36 @@ class Layout:
         self,
         store: TileStore,
         tasks: Sequence[Task],
-        sizes: Sequence[int] = (TILE,),
-        filled: bool = True,
+        sizes: Sequence[int] | None = (TILE,),
         offered: Sequence[Task] = (),
     ) -> None:
         needed = {member.sha256: member for task in tasks for member in (*task.closure, task)}
-        members = sorted(
-            (task for task in needed.values() if task.class_token is not None),
-            key=lambda task: (size_class(task), len(task.closure)),
-        )
-        seen = {kin.sha256: kin for task in members for kin in task.closure} | {kin.sha256: kin for kin in offered}
+        members = [task for task in needed.values() if task.class_token is not None]
+        seen = dict.fromkeys(kin.sha256 for kin in (*(k for task in members for k in task.closure), *offered))
         self.offered = {sha256: row for row, sha256 in enumerate(seen, 1)}
-        self.tiles = [
-            store.tile(size if filled else len(run), run, self.offered) for size, run in _runs(members, sizes)
-        ]
+        members.sort(key=lambda task: (size_class(task), len(task.closure)))
+        self.tiles: list[Tile] = []
+        for _, group in groupby(members, key=size_class):
+            waiting = list(group)
+            for size in _cut(len(waiting), sizes):
+                self.tiles.append(store.tile(size, waiting[:size], self.offered))
+                waiting = waiting[size:]
         self.slot = {
-            sha256: (number, slot) for number, tile in enumerate(self.tiles) for sha256, slot in tile.places.items()
+            sha256: (number, slot) for number, tile in enumerate(self.tiles) for sha256, (slot, _) in tile.slots.items()
         }
-        self.offers = [
-            ([slot for sha, slot in tile.places.items() if sha in self.offered],
-             [self.offered[sha] for sha in tile.places if sha in self.offered])
-            for tile in self.tiles
-        ]  # fmt: skip
+
+    def offers(self, tile: Tile) -> tuple[list[int], list[int]]:
+        """The slots of a tile whose tokens others see, and their rows."""
+        pairs = [(slot, self.offered[sha256]) for sha256, (slot, _) in tile.slots.items() if sha256 in self.offered]
+        return [slot for slot, _ in pairs], [row for _, row in pairs]
 
 
-def _runs(members: Sequence[Task], sizes: Sequence[int]) -> Iterator[tuple[int, Sequence[Task]]]:
-    """Cuts tasks into tiles, each as wide as one size class fills it."""
-    classes = [size_class(task) for task in members]
-    start = 0
-    while start < len(members):
-        fitting = (s for s in sizes if start + s <= len(members) and classes[start] == classes[start + s - 1])
-        size = max(fitting, default=sizes[0])
-        yield size, members[start : start + size]
-        start += size
+def _cut(count: int, sizes: Sequence[int] | None) -> list[int]:
+    """Sizes of the tiles for some tasks of one class: few slots, few tiles."""
+    if count == 0:
+        return []
+    if sizes is None:
+        return [min(count, TILE_SIZES[-1]), *_cut(max(0, count - TILE_SIZES[-1]), None)]
+    ways = [[size] for size in sizes if size >= count][:1]
+    ways += [[size, *_cut(count - size, sizes)] for size in sizes if size < count][-1:]
+    return min(ways, key=lambda way: sum(way) + TILE_OVERHEAD * len(way))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from addenda.backbones import FrozenBackbone, KeyValue, read_image
 from addenda.combined.heads import Head
-from addenda.combined.layout import TILE, WIDE_TILE, Layout, TileStore
+from addenda.combined.layout import TILE, Layout, TileStore
 from addenda.combined.numerics import exact_arithmetic, micro_batch
 from addenda.combined.selftest import Shapes, prove
 from addenda.combined.streams import Observer, task_features
@@ -90,19 +90,16 @@ class CombinedModel:
                     f"Two different tasks are named {task.name!r}; a combined model answers one of them."
                 )
         known = self._heads
-        self._heads = {
-            task.sha256: known.get(task.sha256) or Head(self.backbone, task) for task in self.tasks.values()
-        }
+        self._heads = {task.sha256: known.get(task.sha256) or Head(self.backbone, task) for task in self.tasks.values()}
         self._layout = lru_cache(maxsize=8)(self._make_layout)
         self.shapes = Shapes((self.micro_batch,), (TILE,))
         if self.exact and tasks:
             self.shapes = prove(self.backbone, tasks)
-        elif not self.exact:
-            self.shapes = Shapes(tuple(range(1, self.micro_batch + 1)), (WIDE_TILE,))
         self._layout(tuple(self.tasks))
 
     def _make_layout(self, names: tuple[str, ...], offered: tuple[Task, ...] = ()) -> Layout:
-        return Layout(self._store, [self.tasks[name] for name in names], self.shapes.slots, self.exact, offered)
+        tasks = [self.tasks[name] for name in names]
+        return Layout(self._store, tasks, self.shapes.slots if self.exact else None, offered)
 
     def _select(self, tasks: Sequence[str] | None) -> tuple[str, ...]:
         unknown = [name for name in tasks or () if name not in self.tasks]
@@ -132,7 +129,7 @@ class CombinedModel:
             return Answers({}, self.exact)
         layout = self._layout(names)
         pieces: dict[str, list[Tensor]] = {name: [] for name in names}
-        for batch, count in self._batches(images, self.shapes.images):
+        for batch, count in self._batches(images, self.shapes.images if self.exact else None):
             for name, logits in self._answer(batch, names, layout).items():
                 pieces[name].append(logits[:count])
         return Answers({name: torch.cat(parts) for name, parts in pieces.items()}, self.exact)
@@ -196,10 +193,10 @@ class CombinedModel:
                     answers[name].append([(labels[i], value) for i, value in zip(indices, values, strict=True)])
         return answers
 
-    def _batches(self, images: Tensor, sizes: Sequence[int]) -> Iterator[tuple[Tensor, int]]:
-        """Cuts images into micro-batches, the last filled up with zeros to the next of some sizes; each with its count."""
+    def _batches(self, images: Tensor, sizes: Sequence[int] | None) -> Iterator[tuple[Tensor, int]]:
+        """Cuts images into micro-batches, the last filled up with zeros to one of some sizes; each with its count."""
         for part in images.split(self.micro_batch):
-            size = next(size for size in sizes if size >= len(part))
+            size = len(part) if sizes is None else next(size for size in sizes if size >= len(part))
             fill = (0, 0, 0, 0, 0, 0, 0, size - len(part))
             yield F.pad(part.to(self.backbone.device, self.backbone.precision), fill), len(part)
 

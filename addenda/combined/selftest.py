@@ -11,7 +11,7 @@ from torch import Tensor
 
 from addenda.backbones import FrozenBackbone, KeyValue
 from addenda.combined.heads import Head
-from addenda.combined.layout import TILE, WIDE_TILE, Layout, SizeClass, TileStore, size_class
+from addenda.combined.layout import TILE, TILE_SIZES, Layout, SizeClass, TileStore, size_class
 from addenda.combined.numerics import exact_arithmetic, micro_batch, settings
 from addenda.combined.probes import probe_images, probe_task
 from addenda.combined.streams import task_features
@@ -27,7 +27,7 @@ class Shapes:
 
     Attributes:
         images: batch sizes, ascending; the last is the canonical micro-batch.
-        slots: tile sizes, ascending; the first is the canonical tile.
+        slots: tile sizes, ascending, the canonical one among them.
     """
 
     images: tuple[int, ...]
@@ -55,7 +55,7 @@ def prove(backbone: FrozenBackbone, tasks: Iterable[Task]) -> Shapes:
     shapes = [test.width(width) for width in {size_class(t) for t in everyone if t.class_token is not None}]
     return Shapes(
         images=tuple(n for n in test.images if all(n in shape.images for shape in shapes)),
-        slots=tuple(n for n in (TILE, WIDE_TILE) if all(n in shape.slots for shape in shapes)),
+        slots=tuple(n for n in TILE_SIZES if all(n in shape.slots for shape in shapes)),
     )
 
 
@@ -127,19 +127,18 @@ class SelfTest:
                     f"{self._micro_batch} images, {width[0]} private tokens and {width[1]} memory keys"
                 )
             images = tuple(n for n in self.images if self._holds(store, task, feature, TILE, n))
-            wide = all(self._holds(store, task, feature, WIDE_TILE, n) for n in images)
-            self._widths[width] = Shapes(images, (TILE, WIDE_TILE) if wide else (TILE,))
+            slots = tuple(s for s in TILE_SIZES if all(self._holds(store, task, feature, s, n) for n in images))
+            self._widths[width] = Shapes(images, slots)
         return self._widths[width]
 
     def _holds(self, store: TileStore, task: Task, feature: Tensor, size: int, num_images: int) -> bool:
         """Whether a task in every slot of a full tile, between others, has the bits that it has alone."""
-        count = size + (TILE if task.parents else 0)  # its ancestors take slots before it
-        twins = [replace(task, labels=(f"twin {i}", "other")) for i in range(count)]
-        others = [probe_task(self._backbone, size_class(task), seed) for seed in range(1, count // 2 + 1)]
+        twins = [replace(task, labels=(f"twin {i}", "other")) for i in range(size)]
+        others = [probe_task(self._backbone, size_class(task), seed) for seed in range(1, size // 2 + 1)]
         for first in (0, 1):
             company = list(twins)
-            company[first::2] = others[: len(company[first::2])]
-            asked = [twin for twin in company if twin in twins]
+            company[first::2] = others
+            asked = [twin for twin in twins if twin in company]
             for places, stream in self._streams[num_images]:
                 for found in self._features(store, company, size, stream, asked):
                     if not _equal(found, feature[places]):
@@ -149,7 +148,7 @@ class SelfTest:
     def _features(
         self, store: TileStore, tasks: Sequence[Task], size: int, stream: Sequence[KeyValue], asked: Sequence[Task]
     ) -> list[Tensor]:
-        layout = Layout(store, tasks, (TILE, size))
+        layout = Layout(store, tasks, (size,))
         with exact_arithmetic(self._backbone.device):
             tiles = task_features(self._backbone, stream[:-1], layout)
         return [tiles[tile][slot] for tile, slot in (layout.slot[task.sha256] for task in asked)]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from addenda.backbones import FrozenBackbone, KeyValue
 from addenda.combined.attention import attend
-from addenda.combined.layout import Group, Layout, Tile
+from addenda.combined.layout import Layout, Tile
 
 Observer = Callable[[int, KeyValue, KeyValue], None]
 
@@ -42,7 +42,7 @@ def task_features(
         if layout.tiles:
             prefix = KeyValue(frozen.keys.contiguous(), frozen.values.contiguous())
         for i, tile in enumerate(layout.tiles):
-            hidden[i] = _pass(backbone, layer, tile, hidden[i], prefix, offered, *layout.offers[i])
+            hidden[i] = _pass(backbone, layer, tile, hidden[i], prefix, offered, layout.offers(tile))
         if observe is not None:
             observe(layer, frozen, offered)
     return [backbone.final_norm(tokens) for tokens in hidden]
@@ -55,28 +55,18 @@ def _pass(
     tokens: Float[Tensor, "S B D"],
     frozen: KeyValue,
     offered: KeyValue,
-    slots: list[int],
-    rows: list[int],
+    offers: tuple[list[int], list[int]],
 ) -> Float[Tensor, "S B D"]:
     """One tile through one block. Tokens that others see are offered before any task of the tile attends."""
     block: Any = backbone.blocks[layer]
     queries, keys, values = backbone.project(block, tokens)  # [S, H, B, d]
+    slots, rows = offers
     if slots:
         offered.keys[:, :, rows] = keys[slots].permute(2, 1, 0, 3)
         offered.values[:, :, rows] = values[slots].permute(2, 1, 0, 3)
-    own = KeyValue(keys.unsqueeze(3), values.unsqueeze(3))
-    parts = []
-    for group in tile.groups:
-        read = attend(
-            block.attn.scale, queries, frozen, _with_ancestors(own, group, offered), group.memory[layer], group.bias
-        )
-        parts.append(read[group.slots.start : group.slots.stop if group is not tile.groups[-1] else None])
-    return backbone.finish(block, tokens, parts[0] if len(parts) == 1 else torch.cat(parts))
-
-
-def _with_ancestors(own: KeyValue, group: Group, offered: KeyValue) -> KeyValue:
-    """Each slot's own token and those that it sees, [S, H, B, t, d]."""
-    if not group.ancestors.shape[1]:
-        return own
-    seen = (part[:, :, group.ancestors].permute(2, 1, 0, 3, 4) for part in offered)  # from [B, H, S, a, d]
-    return KeyValue(*(torch.cat(pair, dim=3) for pair in zip(own, seen, strict=True)))
+    seen = KeyValue(keys.unsqueeze(3), values.unsqueeze(3))  # [S, H, B, t, d]
+    if tile.ancestors.shape[1]:
+        kin = (part[:, :, tile.ancestors].permute(2, 1, 0, 3, 4) for part in offered)  # from [B, H, S, a, d]
+        seen = KeyValue(*(torch.cat(pair, dim=3) for pair in zip(seen, kin, strict=True)))
+    read = attend(block.attn.scale, queries, frozen, seen, tile.memory[layer], tile.bias)
+    return backbone.finish(block, tokens, read)

@@ -203,14 +203,7 @@ class Registry:
             RegistryError: a parent or the backbone is not registered, or the database refused.
         """
         check_name(task.name)
-        if golden.logits.shape[-1] != len(task.labels):
-            raise RegistryError(
-                f"Task {task.name!r} has {len(task.labels)} labels; "
-                f"its golden probe has {golden.logits.shape[-1]} columns."
-            )
-        golden_row = _golden_row(golden)
-        if digest(golden_row["logits"]) != golden.digest:
-            raise RegistryError(f"Task {task.name!r}: its golden probe does not hash to its digest.")
+        golden_row = _golden_row(task.name, len(task.labels), golden)
         data = task.artifact
         with database_errors(f"Task {task.name!r} was not registered"), writing(self._engine) as connection:
             versions = connection.execute(_tasks().where(schema.task.c.name == task.name)).all()
@@ -269,6 +262,24 @@ class Registry:
             connection.execute(insert(schema.golden).values(task_id=task_id, **golden_row, **_stamp()))
             _append_event(connection, "registered", f"{task.name}:{version}", sha256=task.sha256)
             return _load(connection, _find(connection, f"{task.name}:{version}"), {})
+
+    def add_golden(self, ref: str, golden: Golden) -> None:
+        """Records a golden probe made under further numerics, beside those that are there; a known one is left alone.
+
+        Raises:
+            UnknownTaskError: there is no such task.
+            RegistryError: the probe is not one of this task, or does not hash to its digest.
+        """
+        with database_errors(f"Task {ref!r}: no probe was recorded"), writing(self._engine) as connection:
+            row = _find(connection, ref)
+            golden_row = _golden_row(f"{row.name}:{row.version}", len(row.labels), golden)
+            known = select(schema.golden.c.digest).where(
+                schema.golden.c.task_id == row.id,
+                schema.golden.c.numerics_fingerprint == golden.numerics_fingerprint,
+            )
+            if connection.scalar(known) is None:
+                connection.execute(insert(schema.golden).values(task_id=row.id, **golden_row, **_stamp()))
+                _append_event(connection, "golden", f"{row.name}:{row.version}", numerics=golden.numerics_fingerprint)
 
     def retire(self, ref: str, reason: str = "") -> None:
         """Hides a version from `load` and from its bare name; nothing is deleted.
@@ -360,12 +371,19 @@ def _append_event(connection: Connection, kind: str, subject: str, **details: An
     connection.execute(insert(schema.event).values(kind=kind, subject=subject, details=details, **_stamp()))
 
 
-def _golden_row(golden: Golden) -> dict[str, Any]:
+def _golden_row(name: str, num_labels: int, golden: Golden) -> dict[str, Any]:
+    if golden.logits.shape[-1] != num_labels:
+        raise RegistryError(
+            f"Task {name!r} has {num_labels} labels; its golden probe has {golden.logits.shape[-1]} columns."
+        )
+    data = golden.logits.cpu().contiguous().numpy().tobytes()
+    if digest(data) != golden.digest:
+        raise RegistryError(f"Task {name!r}: its golden probe does not hash to its digest.")
     return {
         "numerics_fingerprint": golden.numerics_fingerprint,
         "numerics": dict(golden.numerics),
         "digest": golden.digest,
-        "logits": golden.logits.cpu().contiguous().numpy().tobytes(),
+        "logits": data,
     }
 
 
