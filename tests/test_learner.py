@@ -348,7 +348,7 @@ def test_ctrl_c_at_any_moment_leaves_no_half_task_and_the_next_run_starts_clean(
             with Registry.open(database) as registry:
                 if registry.tasks(include_retired=True):  # the moment came after the one transaction that registers
                     task = registry.get("colours")
-                    assert all(verify(glyphs, task, recorded).ok for recorded in registry.goldens(task.ref))
+                    assert all(verdict.ok for verdict in verify(glyphs, [(task, registry.goldens(task.ref))]))
                     break
     assert interrupted > 0
     finished = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)

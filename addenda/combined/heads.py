@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from addenda.backbones import MIN_ROWS, FrozenBackbone
+from addenda.backbones import FrozenBackbone
+from addenda.combined.layout import micro_batch
 from addenda.registry import Task
 
 HEAD_ROWS = 16
@@ -26,6 +27,7 @@ class Head:
 
     def __init__(self, backbone: FrozenBackbone, task: Task) -> None:
         self._dtype = torch.promote_types(backbone.precision, torch.float32)
+        self._micro_batch = micro_batch(backbone.device)
         self.num_labels = len(task.labels)
 
         def fill(tensor: Tensor) -> Tensor:
@@ -44,5 +46,5 @@ class Head:
         return logits[: len(feature), : self.num_labels].contiguous()
 
     def _rows(self, features: Tensor) -> Tensor:
-        """In the head's precision, a few images filled up to MIN_ROWS."""
-        return F.pad(features.to(self._dtype), (0, 0, 0, max(0, MIN_ROWS - len(features))))
+        """In the head's precision, filled up to the canonical micro-batch."""
+        return F.pad(features.to(self._dtype), (0, 0, 0, self._micro_batch - len(features)))

@@ -31,6 +31,11 @@ SizeClass = tuple[int, int]
 """Private token keys and memory keys."""
 
 
+def micro_batch(device: torch.device) -> int:
+    """Images in the one canonical batch shape of a device."""
+    return 64 if device.type == "cuda" else 4
+
+
 @dataclass(frozen=True, eq=False)
 class Tile:
     """Task slots of one size class, which pass every layer together.
@@ -188,6 +193,14 @@ def _cut(count: int, sizes: Sequence[int] | None) -> list[int]:
         return []
     if sizes is None:
         return [min(count, TILE_SIZES[-1]), *_cut(max(0, count - TILE_SIZES[-1]), None)]
-    ways = [[size] for size in sizes if size >= count][:1]
-    ways += [[size, *_cut(count - size, sizes)] for size in sizes if size < count][-1:]
-    return min(ways, key=lambda way: sum(way) + TILE_OVERHEAD * len(way))
+    full, rest = [], count
+    while rest > sizes[-1]:
+        full.append(sizes[-1])
+        rest -= sizes[-1]
+    whole = next(size for size in sizes if size >= rest)
+    smaller = [size for size in sizes if size < rest]
+    if smaller:
+        parts = [smaller[-1], *_cut(rest - smaller[-1], sizes)]
+        if sum(parts) + TILE_OVERHEAD * len(parts) < whole + TILE_OVERHEAD:
+            return [*full, *parts]
+    return [*full, whole]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from addenda.backbones import FrozenBackbone, KeyValue, read_image
 from addenda.combined.heads import Head
-from addenda.combined.layout import TILE, Layout, TileStore
-from addenda.combined.numerics import exact_arithmetic, micro_batch
+from addenda.combined.layout import TILE, Layout, TileStore, micro_batch
+from addenda.combined.numerics import exact_arithmetic
 from addenda.combined.selftest import Shapes, prove
 from addenda.combined.streams import Observer, task_features
 from addenda.exceptions import BackboneError, RegistryError, UnknownTaskError
@@ -91,15 +91,13 @@ class CombinedModel:
                 )
         known = self._heads
         self._heads = {task.sha256: known.get(task.sha256) or Head(self.backbone, task) for task in self.tasks.values()}
-        self._layout = lru_cache(maxsize=8)(self._make_layout)
         self.shapes = Shapes((self.micro_batch,), (TILE,))
         if self.exact and tasks:
             self.shapes = prove(self.backbone, tasks)
+        slots = self.shapes.slots if self.exact else None
+        # Without a reference to this model, which would keep what lies on the device until a garbage collection.
+        self._layout = lru_cache(maxsize=8)(partial(_layout, self._store, self.tasks, slots))
         self._layout(tuple(self.tasks))
-
-    def _make_layout(self, names: tuple[str, ...], offered: tuple[Task, ...] = ()) -> Layout:
-        tasks = [self.tasks[name] for name in names]
-        return Layout(self._store, tasks, self.shapes.slots if self.exact else None, offered)
 
     def _select(self, tasks: Sequence[str] | None) -> tuple[str, ...]:
         unknown = [name for name in tasks or () if name not in self.tasks]
@@ -218,6 +216,16 @@ class CombinedModel:
                     feature = tiles[tile][slot]
                 logits[name] = self._heads[task.sha256](feature, pooled)
         return logits
+
+
+def _layout(
+    store: TileStore,
+    tasks: Mapping[str, Task],
+    slots: Sequence[int] | None,
+    names: tuple[str, ...],
+    offered: tuple[Task, ...] = (),
+) -> Layout:
+    return Layout(store, [tasks[name] for name in names], slots, offered)
 
 
 def _check_fits(task: Task, backbone: FrozenBackbone) -> None:

@@ -16,17 +16,12 @@ from torch import Tensor
 
 from addenda.backbones import FrozenBackbone
 from addenda.combined.heads import Head
-from addenda.combined.layout import TILE, Layout, TileStore
+from addenda.combined.layout import TILE, Layout, TileStore, micro_batch
 from addenda.combined.probes import probe_images, probe_task
 from addenda.combined.streams import task_features
 from addenda.registry import canonical_json, digest
 
 _PROBED: WeakKeyDictionary[FrozenBackbone, dict[str, str]] = WeakKeyDictionary()
-
-
-def micro_batch(device: torch.device) -> int:
-    """Images in the one canonical batch shape of a device."""
-    return 64 if device.type == "cuda" else 4
 
 
 @contextmanager

@@ -11,12 +11,15 @@ from torch import Tensor
 
 from addenda.backbones import FrozenBackbone, KeyValue
 from addenda.combined.heads import Head
-from addenda.combined.layout import TILE, TILE_SIZES, Layout, SizeClass, TileStore, size_class
-from addenda.combined.numerics import exact_arithmetic, micro_batch, settings
+from addenda.combined.layout import TILE, TILE_SIZES, Layout, SizeClass, TileStore, micro_batch, size_class
+from addenda.combined.numerics import exact_arithmetic, settings
 from addenda.combined.probes import probe_images, probe_task
 from addenda.combined.streams import task_features
 from addenda.exceptions import ExactnessError
 from addenda.registry import Task, canonical_json
+
+Frozen = tuple[Tensor, list[KeyValue]]
+"""Places in the canonical batch, and what the frozen stream offers for these images; last its pooled feature, twice."""
 
 _TESTED: WeakKeyDictionary[FrozenBackbone, dict[str, SelfTest]] = WeakKeyDictionary()
 
@@ -102,13 +105,9 @@ class SelfTest:
             return
         random = torch.Generator().manual_seed(rows)
         features = torch.randn(self._micro_batch, self._backbone.embed_dim, generator=random).to(self._backbone.device)
-        logits = head(features, features)
-        alone = torch.cat([head(row, row) for row in features.split(1)[:2]])
-        turned = features.roll(1, 0)
+        logits, turned = head(features, features), features.roll(1, 0)
         if not _equal(head(turned, turned).roll(-1, 0), logits):
             raise self._refusal(f"logits depend on an image's place: a head of {rows} rows on {len(features)} images")
-        if 1 in self._streams and not _equal(alone, logits[:2]):
-            raise self._refusal(f"logits of one image alone differ: a head of {rows} rows")
         self._heads.add(rows)
 
     def width(self, width: SizeClass) -> Shapes:
@@ -118,48 +117,44 @@ class SelfTest:
             ExactnessError: a canonical shape gives a task other bits in another slot, place or company.
         """
         if width not in self._widths:
-            task = probe_task(self._backbone, width)
-            store = TileStore(self._backbone)
-            (feature,) = self._features(store, [task], TILE, self._streams[self._micro_batch][0][1], [task])
-            if not self._holds(store, task, feature, TILE, self._micro_batch):
+            task, largest = probe_task(self._backbone, width), TILE_SIZES[-1]
+            twins = [replace(task, labels=(f"twin {i}", "other")) for i in range(largest)]
+            others = [probe_task(self._backbone, width, seed) for seed in range(1, largest // 2 + 1)]
+            self._store = TileStore(self._backbone)  # kept: the tiles of one size lend their memory to the next
+            alone = Layout(self._store, [task])
+            (reference,) = self._features(alone, [task], self._streams[self._micro_batch][0])
+            held = {size: self._held(twins[:size], others, size, reference) for size in TILE_SIZES[::-1]}
+            if self._micro_batch not in held[TILE]:
                 raise self._refusal(
                     f"a task's bits depend on its slot, its neighbours or the image's place: tiles of {TILE} slots by "
                     f"{self._micro_batch} images, {width[0]} private tokens and {width[1]} memory keys"
                 )
-            images = tuple(n for n in self.images if self._holds(store, task, feature, TILE, n))
-            slots = tuple(s for s in TILE_SIZES if all(self._holds(store, task, feature, s, n) for n in images))
-            self._widths[width] = Shapes(images, slots)
+            slots = tuple(size for size in TILE_SIZES if held[size] >= held[TILE])
+            self._widths[width] = Shapes(tuple(sorted(held[TILE])), slots)
         return self._widths[width]
 
-    def _holds(self, store: TileStore, task: Task, feature: Tensor, size: int, num_images: int) -> bool:
-        """Whether a task in every slot of a full tile, between others, has the bits that it has alone."""
-        twins = [replace(task, labels=(f"twin {i}", "other")) for i in range(size)]
-        others = [probe_task(self._backbone, size_class(task), seed) for seed in range(1, size // 2 + 1)]
-        for first in (0, 1):
-            company = list(twins)
-            company[first::2] = others
-            asked = [twin for twin in twins if twin in company]
-            for places, stream in self._streams[num_images]:
-                for found in self._features(store, company, size, stream, asked):
-                    if not _equal(found, feature[places]):
-                        return False
-        return True
+    def _held(self, twins: Sequence[Task], others: Sequence[Task], size: int, reference: Tensor) -> set[int]:
+        """The batch sizes in which a tile gives a task the bits that it has alone, in every slot and between others."""
+        mixed = [others[i // 2] if i % 2 else twin for i, twin in enumerate(twins)]
+        full, mixed_layout = (Layout(self._store, tasks, (size,)) for tasks in (twins, mixed))
+        held: set[int] = set()
+        for num_images, (straight, other) in self._streams.items():
+            runs = ((full, twins, straight), (mixed_layout, twins[::2], straight), (mixed_layout, twins[::2], other))
+            if all(_equal(found, reference[run[2][0]]) for run in runs for found in self._features(*run)):
+                held.add(num_images)
+        return held
 
-    def _features(
-        self, store: TileStore, tasks: Sequence[Task], size: int, stream: Sequence[KeyValue], asked: Sequence[Task]
-    ) -> list[Tensor]:
-        layout = Layout(store, tasks, (size,))
+    def _features(self, layout: Layout, asked: Sequence[Task], frozen: Frozen) -> list[Tensor]:
         with exact_arithmetic(self._backbone.device):
-            tiles = task_features(self._backbone, stream[:-1], layout)
+            tiles = task_features(self._backbone, frozen[1][:-1], layout)
         return [tiles[tile][slot] for tile, slot in (layout.slot[task.sha256] for task in asked)]
 
-    def _frozen(self, batch: Tensor, places: Tensor) -> tuple[Tensor, list[KeyValue]]:
-        """The places, and what the frozen stream offers for them; its pooled feature as a last pair."""
+    def _frozen(self, batch: Tensor, places: Tensor) -> Frozen:
         with exact_arithmetic(self._backbone.device):
             stream = self._backbone.stream(batch[places], "pooled")
             return places, [*stream, KeyValue(stream.pooled, stream.pooled)]
 
-    def _same(self, found: tuple[Tensor, list[KeyValue]], reference: tuple[Tensor, list[KeyValue]]) -> bool:
+    def _same(self, found: Frozen, reference: Frozen) -> bool:
         places, layers = found
         return all(
             _equal(part, whole[places])
