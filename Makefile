@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow check clean
+.PHONY: demo test test-slow check gpu-check clean
 
 demo: .venv/core            ## five tasks, one after another, and the proof that none moved
 	$(BIN)/addenda demo
@@ -28,6 +28,9 @@ check: .venv/dev            ## style, types, architecture, and every example in 
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@
+
+gpu-check: .venv/dev        ## the exactness tests and the cost benchmark on a GPU, kept in docs/results/
+	$(BIN)/python scripts/gpu_check.py
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -417,6 +417,23 @@ def bench_continual(
         raise typer.Exit(1)
 
 
+@bench_app.command("cost")
+def bench_cost(
+    backbones: Annotated[str | None, typer.Option(help="timm names, with commas. Default: ViT-Ti, S and B.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="ViT-S, up to 100 tasks: under two minutes.")] = False,
+    batch: Annotated[int, typer.Option(min=1, help="Images in a call.")] = 8,
+    rounds: Annotated[int, typer.Option(min=2, help="Measured calls of each way.")] = 7,
+    out: Annotated[Path | None, typer.Option(help="Folder for the table, the plot and the JSON.")] = None,
+    precision: PrecisionOption = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Times the combined pass of many tasks beside the backbone alone, the paper's dense mask and separate passes."""
+    from addenda.benchmarks.cost import FULL, QUICK, run_cost
+
+    names = backbones.split(",") if backbones else list(QUICK if quick else FULL)
+    run_cost(names, out, quick, batch, rounds, precision or "float32", device)
+
+
 @bench_app.command("sets")
 def bench_sets(
     data: Annotated[Path, typer.Argument(help="A folder of data sets, each with train/ and test/.")],

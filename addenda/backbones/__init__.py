@@ -3,7 +3,7 @@
 from addenda.backbones.catalogue import catalogue
 from addenda.backbones.frozen import MIN_ROWS, FrozenBackbone, FrozenStream, KeyValue
 from addenda.backbones.images import SUFFIXES, read_image
-from addenda.backbones.loading import load_backbone
+from addenda.backbones.loading import load_backbone, untrained_backbone
 
 __all__ = [
     "MIN_ROWS",
@@ -14,4 +14,5 @@ __all__ = [
     "catalogue",
     "load_backbone",
     "read_image",
+    "untrained_backbone",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,12 +64,7 @@ def load_backbone(
             raise BackboneError(f"{label} must be finite; got {tuple(values)}.")
     if std is not None and min(std) <= 0:
         raise BackboneError(f"std must be positive; got {tuple(std)}.")
-    try:
-        chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise BackboneError(f"Device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
-
+    chosen = _device(device)
     if name == "glyphs":
         if weights is not None:
             raise BackboneError("Backbone 'glyphs' carries its own weights; leave the weights out.")
@@ -81,6 +77,29 @@ def load_backbone(
     return FrozenBackbone(
         model, name=name, source=source, mean=mean, std=std, precision=PRECISIONS[precision], device=chosen
     )
+
+
+def untrained_backbone(name: str, precision: str = "float32", device: str | torch.device = "auto") -> FrozenBackbone:
+    """A backbone with random weights, for measurements of what no weight changes; the same at every call.
+
+    Raises:
+        BackboneError: the name is unknown or out of scope, or the device cannot be used.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = _in_scope(name)
+    return FrozenBackbone(model, name, "untrained", precision=PRECISIONS[precision], device=_device(device))
+
+
+def _device(device: str | torch.device) -> torch.device:
+    """The device asked for, tried; on CUDA with the one workspace for matrix products that keeps their bits."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    try:
+        chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise BackboneError(f"Device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return chosen
 
 
 def _embedded() -> Any:

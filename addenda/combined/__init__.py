@@ -1,6 +1,6 @@
 """One pass for all tasks: shared-prefix attention, tiles, exactness."""
 
-from addenda.combined.cost import TaskCost, task_cost
+from addenda.combined.cost import TaskCost, loaded_bytes, pass_operations, task_cost
 from addenda.combined.golden import Verdict, golden, verify
 from addenda.combined.layout import TileStore
 from addenda.combined.model import Answers, CombinedModel
@@ -13,8 +13,10 @@ __all__ = [
     "TileStore",
     "Verdict",
     "golden",
+    "loaded_bytes",
     "numerics",
     "numerics_fingerprint",
+    "pass_operations",
     "task_cost",
     "tensor_digest",
     "verify",

@@ -1,12 +1,13 @@
-"""What one task adds, counted: bytes and multiply-adds."""
+"""What tasks cost, counted: bytes and multiply-adds."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
-from addenda.backbones import FrozenBackbone
+from addenda.backbones import MIN_ROWS, FrozenBackbone
+from addenda.combined.model import CombinedModel
 
 
 @dataclass(frozen=True)
@@ -46,3 +47,43 @@ def task_cost(backbone: FrozenBackbone, num_memory_tokens: int) -> TaskCost:
         backbone_operations=tokens * (linear + 2 * backbone.depth * tokens * width)
         + embed.num_patches * embed.proj.weight.numel(),
     )
+
+
+def pass_operations(model: CombinedModel, filled: bool = True) -> int:
+    """Multiply-adds of one combined pass, for one image of a full batch.
+
+    Args:
+        model: what is run.
+        filled: whether to count what only fills tiles, size classes and heads up; without it, it is the method's own.
+    """
+    backbone, width = model.backbone, model.backbone.embed_dim
+    cost = task_cost(backbone, 0)
+    per_token = cost.operations - 2 * backbone.depth * (backbone.num_tokens + 1) * width  # its linear layers
+    operations = cost.backbone_operations
+    if backbone.model.global_pool == "token":  # the last block: keys and values of all, the rest of a few
+        seen = 2 * backbone.num_tokens * width
+        of_block, offered = per_token // backbone.depth, 2 * width * width
+        operations -= backbone.num_tokens * (of_block - offered + seen)
+        if any(task.reads_pooled for task in model.tasks.values()):
+            operations += (MIN_ROWS if filled else 1) * (of_block - offered + seen)
+    for tile in model.layout.tiles:
+        num_slots, num_private = tile.bias.shape
+        queries = num_slots if filled else len(tile.slots)
+        private = num_slots * num_private if filled else int((tile.bias[: len(tile.slots)] == 0).sum())
+        keys = queries * backbone.num_tokens + private
+        operations += queries * per_token + 2 * backbone.depth * width * keys
+    for head in model.heads:
+        rows = len(head.weight) if filled else head.num_labels
+        operations += rows * width * (1 if head.pooled_weight is None else 2)
+    return operations
+
+
+def loaded_bytes(model: CombinedModel) -> int:
+    """What the tasks weigh on the device: tokens, memory keys and values, masks and heads, all filling included."""
+    tensors: list[Tensor | None] = []
+    for tile in model.layout.tiles:
+        tensors += [tile.class_tokens, tile.ancestors, tile.bias]
+        tensors += [part for layer in tile.memory for part in layer]
+    for head in model.heads:
+        tensors += [head.weight, head.bias, head.pooled_weight]
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)

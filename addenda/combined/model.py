@@ -80,6 +80,16 @@ class CombinedModel:
         made._load(tasks)
         return made
 
+    @property
+    def layout(self) -> Layout:
+        """Where all its tasks stand."""
+        return self._layout(tuple(self.tasks))
+
+    @property
+    def heads(self) -> list[Head]:
+        """Its tasks' heads, in their order."""
+        return [self._heads[task.sha256] for task in self.tasks.values()]
+
     def _load(self, tasks: Sequence[Task]) -> None:
         self.tasks: dict[str, Task] = {}
         for task in tasks:
@@ -97,7 +107,7 @@ class CombinedModel:
         slots = self.shapes.slots if self.exact else None
         # Without a reference to this model, which would keep what lies on the device until a garbage collection.
         self._layout = lru_cache(maxsize=8)(partial(_layout, self._store, self.tasks, slots))
-        self._layout(tuple(self.tasks))
+        _ = self.layout  # built now, not at the first image
 
     def _select(self, tasks: Sequence[str] | None) -> tuple[str, ...]:
         unknown = [name for name in tasks or () if name not in self.tasks]

@@ -1,0 +1,294 @@
+"""`addenda bench cost`: what many tasks cost beside the backbone alone, in time, operations and bytes."""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from addenda.backbones import FrozenBackbone, untrained_backbone
+from addenda.benchmarks.dense_mask import DenseMask
+from addenda.combined import CombinedModel, loaded_bytes, numerics, pass_operations, task_cost
+from addenda.registry import Task
+from addenda.terminal import console, size, table
+
+FULL = ("vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224")
+QUICK = ("vit_small_patch16_224",)
+MEMORY = 5
+CLASSES = 10
+SEPARATE = 10
+STOCK, STOCK_ONE = "stock timm", "stock timm, one image"
+
+Run = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to answer, measured.
+
+    Attributes:
+        backbone: timm name.
+        what: the way.
+        num_tasks: tasks answered.
+        num_images: images in the call.
+        seconds: median time of a call.
+        low: first quartile.
+        high: third quartile.
+        ratio: median over that of its reference.
+        reference: what it is measured against.
+        giga_operations: 1e9 multiply-adds counted for one image; None where they are not ours to count.
+        limit: these operations without any filling, over the backbone's own: the ratio that arithmetic allows.
+        task_bytes: what the tasks' keys, values, tokens and heads weigh on the device.
+    """
+
+    backbone: str
+    what: str
+    num_tasks: int
+    num_images: int
+    seconds: float
+    low: float
+    high: float
+    ratio: float
+    reference: str
+    giga_operations: float | None = None
+    limit: float | None = None
+    task_bytes: int | None = None
+
+
+def run_cost(
+    backbones: Sequence[str],
+    out: Path | None,
+    quick: bool = False,
+    batch: int = 8,
+    rounds: int = 7,
+    precision: str = "float32",
+    device: str = "auto",
+) -> list[Row]:
+    """Measures all ways interleaved, on the same images, threads and weights, and prints a table.
+
+    Args:
+        backbones: timm names; their weights are random, which no time depends on.
+        out: folder for cost.json, cost.md and cost.png.
+        quick: up to 100 tasks, three rounds.
+        batch: images in a call.
+        rounds: measured calls of each way, in a new order each time; one more is not counted.
+        precision: `"float32"` or `"bfloat16"`.
+        device: a torch device.
+
+    Raises:
+        BackboneError: a backbone that cannot carry tasks, or a device that cannot be used.
+    """
+    counts, dense, rounds = ((1, 10, 100), (100,), 3) if quick else ((1, 10, 100, 1000), (10, 100, 256), rounds)
+    rows: list[Row] = []
+    described: dict[str, Any] = {}
+    for name in backbones:
+        backbone = untrained_backbone(name, precision=precision, device=device)
+        described = {key: value for key, value in numerics(backbone).items() if key != "probe"}
+        found = _measure_backbone(backbone, counts, dense, batch, rounds)
+        rows += found
+        _show(name, found, described)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        report = {"numerics": described, "rounds": rounds, "rows": [asdict(row) for row in rows]}
+        (out / "cost.json").write_text(json.dumps(report, indent=2) + "\n")
+        (out / "cost.md").write_text(_markdown(rows))
+        _plot(rows, out / "cost.png")
+        console.print(f"Written to {out}: cost.json, cost.md, cost.png.")
+    return rows
+
+
+def _measure_backbone(
+    backbone: FrozenBackbone, counts: Sequence[int], dense: Sequence[int], batch: int, rounds: int
+) -> list[Row]:
+    tasks = [_task(backbone, number) for number in range(max(*counts, *dense))]
+    _, height, width = backbone.preprocessing["input_size"]
+    images = torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(0)).to(backbone.device)
+    combined = {count: CombinedModel(backbone, tasks[:count]) for count in counts}
+    single = [CombinedModel(backbone, [task]) for task in tasks[:SEPARATE]]
+    ways: dict[tuple[str, int, int, str], Run] = {
+        (STOCK, 0, batch, STOCK): lambda: backbone.backbone_logits(images),
+        (STOCK_ONE, 0, 1, STOCK_ONE): lambda: backbone.backbone_logits(images[:1]),
+        ("one image, exact", 10, 1, STOCK_ONE): lambda: combined[10](images[:1]),
+        ("separate passes", SEPARATE, batch, STOCK): lambda: [model(images) for model in single],
+    }
+    for count, model in combined.items():
+        ways["combined, exact", count, batch, STOCK] = lambda model=model: model(images)  # type: ignore[misc]
+    loose = CombinedModel(backbone, tasks[:10], exact=False)
+    ways["combined, inexact", 10, batch, STOCK] = lambda: loose(images)
+    for count in dense:
+        for precomputed in (True, False):
+            rival = DenseMask(backbone, tasks[:count], precomputed)
+            what = f"dense mask, memory keys {'precomputed' if precomputed else 'per image'}"
+            ways[what, count, batch, STOCK] = lambda rival=rival: rival(images)  # type: ignore[misc]
+    ways |= _adapter(backbone, images)
+    seconds = _interleave(ways, rounds, backbone.device)
+    medians = {way[0]: statistics.median(times) for way, times in seconds.items()}  # references have names of their own
+    rows = []
+    for (what, num_tasks, num_images, reference), times in seconds.items():
+        low, median, high = statistics.quantiles(times, n=4)
+        counted: dict[str, Any] = {}
+        if what.startswith(("combined", "one image")):
+            model = loose if "inexact" in what else combined[num_tasks]
+            operations, limit = pass_operations(model), pass_operations(model, filled=False)
+            stock = task_cost(backbone, MEMORY).backbone_operations
+            counted = {
+                "giga_operations": operations / 1e9, "limit": limit / stock, "task_bytes": loaded_bytes(model),
+            }  # fmt: skip
+        elif what in (STOCK, STOCK_ONE):
+            counted = {"giga_operations": task_cost(backbone, MEMORY).backbone_operations / 1e9}
+        ratio = median / medians[reference]
+        rows.append(Row(backbone.name, what, num_tasks, num_images, median, low, high, ratio, reference, **counted))
+    return rows
+
+
+def _adapter(backbone: FrozenBackbone, images: Tensor) -> dict[tuple[str, int, int, str], Run]:
+    """vit-pytorch's learnable-memory adapter, one task, beside its own ViT of the same sizes."""
+    try:
+        from vit_pytorch.learnable_memory_vit import Adapter, ViT
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{error}. It comes with: pip install 'addenda[bench]'") from error
+    vit = ViT(
+        image_size=images.shape[-1],
+        patch_size=backbone.model.patch_embed.patch_size[0],
+        num_classes=1000,
+        dim=backbone.embed_dim,
+        depth=backbone.depth,
+        heads=backbone.num_heads,
+        mlp_dim=4 * backbone.embed_dim,
+        dim_head=backbone.embed_dim // backbone.num_heads,
+    )
+    adapter = Adapter(vit=vit, num_classes=CLASSES, num_memories_per_layer=MEMORY)
+    adapter = adapter.to(backbone.device, backbone.precision).eval()
+    moved = images.to(backbone.precision)
+
+    def without_gradients(model: torch.nn.Module) -> Run:
+        return torch.no_grad()(lambda: model(moved))
+
+    own = "vit-pytorch's own ViT"
+    return {
+        (own, 0, len(images), own): without_gradients(vit),
+        ("vit-pytorch's adapter", 1, len(images), own): without_gradients(adapter),
+    }
+
+
+def _task(backbone: FrozenBackbone, number: int) -> Task:
+    random = torch.Generator().manual_seed(number)
+    width = backbone.embed_dim
+    return Task(
+        name=f"task-{number}",
+        backbone=backbone.fingerprint,
+        labels=tuple(map(str, range(CLASSES))),
+        class_token=torch.randn(width, generator=random),
+        memory=0.02 * torch.randn(backbone.depth, MEMORY, width, generator=random),
+        head_weight=torch.randn(CLASSES, width, generator=random),
+        head_bias=torch.zeros(CLASSES),
+        pooled_weight=torch.randn(CLASSES, width, generator=random),
+    )
+
+
+def _interleave(ways: dict[Any, Run], rounds: int, device: torch.device) -> dict[Any, list[float]]:
+    """Times every way once a round, in another order each round; a first round warms up."""
+    order = list(ways)
+    seconds: dict[Any, list[float]] = {way: [] for way in ways}
+    shuffle = random.Random(0)
+    for number in range(rounds + 1):
+        shuffle.shuffle(order)
+        for way in order:
+            start = time.perf_counter()
+            ways[way]()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if number:
+                seconds[way].append(time.perf_counter() - start)
+    return seconds
+
+
+COLUMNS = ("way", "tasks", "images", "ms", "quartiles", "x reference", "limit", "G op/image", "G op/s", "tasks weigh")
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    rate = None if row.giga_operations is None else row.giga_operations * row.num_images / row.seconds
+    return (
+        row.what,
+        str(row.num_tasks),
+        str(row.num_images),
+        f"{1000 * row.seconds:.1f}",
+        f"{1000 * row.low:.1f}–{1000 * row.high:.1f}",
+        f"{row.ratio:.2f}",
+        "" if row.limit is None else f"{row.limit:.2f}",
+        "" if row.giga_operations is None else f"{row.giga_operations:.2f}",
+        "" if rate is None else f"{rate:.0f}",
+        "" if row.task_bytes is None else size(row.task_bytes),
+    )
+
+
+def _show(name: str, rows: Sequence[Row], described: dict[str, Any]) -> None:
+    where = (
+        f"{described['device']}, {described['threads']} threads, {described['precision']}, torch {described['torch']}"
+    )
+    console.print(table(f"{name} on {where}", COLUMNS, [_cells(row) for row in rows], right=COLUMNS[1:]))
+
+
+def _markdown(rows: Sequence[Row]) -> str:
+    lines: list[str] = []
+    for name in dict.fromkeys(row.backbone for row in rows):
+        lines += [f"**{name}**", "", f"| {' | '.join(COLUMNS)} |", "|---" + "|---:" * (len(COLUMNS) - 1) + "|"]
+        lines += [f"| {' | '.join(_cells(row))} |" for row in rows if row.backbone == name] + [""]
+    return "\n".join(lines)
+
+
+def _plot(rows: Sequence[Row], path: Path) -> None:
+    """Cost against tasks, with the limit that arithmetic sets."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    names = list(dict.fromkeys(row.backbone for row in rows))
+    figure, axes = plt.subplots(1, len(names), figsize=(1 + 4.2 * len(names), 4.4), sharey=True, squeeze=False)
+    for axis, name in zip(axes[0], names, strict=True):
+        mine = [row for row in rows if row.backbone == name and row.reference == STOCK]
+        for what, style in (
+            ("combined, exact", {"color": "#0b6e4f", "marker": "o"}),
+            ("dense mask, memory keys precomputed", {"color": "#c1666b", "marker": "s"}),
+            ("dense mask, memory keys per image", {"color": "#8d3b72", "marker": "^"}),
+            ("separate passes", {"color": "#555555", "marker": "x", "linestyle": "none"}),
+        ):
+            points = [row for row in mine if row.what == what]
+            axis.errorbar(
+                [row.num_tasks for row in points],
+                [row.ratio for row in points],
+                yerr=[
+                    [row.ratio * (1 - row.low / row.seconds) for row in points],
+                    [row.ratio * (row.high / row.seconds - 1) for row in points],
+                ],
+                label=what,
+                capsize=3,
+                **style,
+            )
+        limits = [row for row in mine if row.what == "combined, exact"]
+        axis.plot(
+            [row.num_tasks for row in limits],
+            [row.limit for row in limits],
+            color="#0b6e4f",
+            linestyle=":",
+            label="limit of combined: its operations, nothing filled up",
+        )
+        axis.axhline(1, color="#bbbbbb", linewidth=1, zorder=0)
+        axis.set(xscale="log", yscale="log", title=name, xlabel="tasks")
+        axis.set_yticks([1, 2, 5, 10], ["1x", "2x", "5x", "10x"])
+        axis.minorticks_off()
+        axis.set_xticks([1, 10, 100, 1000], ["1", "10", "100", "1,000"])
+    axes[0][0].set_ylabel("time of a pass, stock timm = 1")
+    axes[0][0].legend(frameon=False, fontsize=8, loc="upper left")
+    figure.tight_layout()
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
