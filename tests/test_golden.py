@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -170,3 +175,28 @@ def test_the_probe_sees_arithmetic_that_no_setting_tells_of(part: str, monkeypat
     monkeypatch.setattr(owner, name, lambda *arguments: honest(*arguments) * (1 + 2**-20))
     after = numerics(FrozenBackbone(lively_vit(), "fresh", "hub"))
     assert {key for key in before if before[key] != after[key]} == {"probe"}
+
+
+PROGRAM = """
+import json, sys
+from addenda.combined import golden
+from tests.models import backbone, family
+
+recorded = golden(backbone("dinov2"), family(backbone("dinov2"))["diamond"])
+print(json.dumps([recorded.numerics, recorded.numerics_fingerprint, recorded.logits.tolist(), recorded.digest]))
+"""
+
+
+@pytest.mark.slow
+def test_a_probe_made_by_other_kernels_is_a_new_epoch_within_the_tolerance() -> None:
+    """The same machine held to its oldest instructions stands for another machine."""
+    older = {**os.environ, "ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE", "ONEDNN_MAX_CPU_ISA": "SSE41"}
+    folder = Path(__file__).resolve().parents[1]
+    command = [sys.executable, "-c", PROGRAM]
+    made = subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder, env=older)
+    described, fingerprint, logits, digest = json.loads(made.stdout.splitlines()[-1])
+    on = backbone("dinov2")
+    recorded = Golden(described, fingerprint, torch.tensor(logits), digest)
+    (verdict,) = verify(on, [(family(on)["diamond"], [recorded])])
+    assert verdict.ok, verdict.detail
+    assert not verdict.same_numerics
