@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from addenda import FrozenBackbone, LearnConfig, Registry
 from addenda.backbones import KeyValue
-from addenda.benchmarks.cost import STOCK, run_cost
+from addenda.benchmarks.cost import DENSE, DENSE_PRECOMPUTED, STOCK, run_cost
 from addenda.benchmarks.dense_mask import DenseMask
 from addenda.combined import CombinedModel, loaded_bytes, pass_operations, streams
 from tests import dense_mask as reference
@@ -210,7 +210,7 @@ def test_bench_cost_measures_every_way_and_writes_it_down(tmp_path: Path) -> Non
     rows = run_cost(["test_vit"], tmp_path, quick=True, batch=4)
     ways = {(row.what, row.num_tasks) for row in rows}
     assert {("combined, exact", 1), ("combined, exact", 10), ("combined, exact", 100)} < ways
-    assert {("dense mask, memory keys precomputed", 100), ("dense mask, memory keys per image", 100)} < ways
+    assert {(DENSE_PRECOMPUTED, 100), (DENSE, 100)} < ways
     assert {("separate passes", 10), ("one image, exact", 10), ("vit-pytorch's adapter", 1), (STOCK, 0)} < ways
     for row in rows:
         assert 0 < row.low <= row.seconds <= row.high

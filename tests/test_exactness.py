@@ -395,7 +395,7 @@ def test_a_size_that_gives_other_bits_is_not_used(monkeypatch: pytest.MonkeyPatc
     finish_otherwise(monkeypatch, lambda tokens: len(tokens) == 64, 0)
     tasks = [random_task(on, f"task-{i}", seed=i) for i in range(70)]
     model = CombinedModel(on, tasks)
-    assert model.shapes.slots == (4, 8, 16, 32)
+    assert model.shapes.slots == (4, 8, 12, 16, 32)
     assert {len(tile.class_tokens) for tile in model._layout(tuple(model.tasks)).tiles} == {32, 8}
     found = model(images(2))
     assert all(bits(found[task.name]) == alone(on, task, images(2)) for task in tasks[::9])

@@ -1,6 +1,7 @@
 """The paper's way to run many tasks: one sequence of frozen tokens, task tokens and memory under one mask (Table 1).
 
-It is the yardstick of `addenda bench cost`, written as well as the method allows; `addenda.combined` uses none of it.
+The yardstick of `addenda bench cost`: memory joins the sequence before norm1, as the paper draws it, one qkv product
+serves all tokens. `addenda.combined` uses none of it.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from addenda.registry import Task
 TILE = 16
 """Slots of the canonical tile. A product's bits may depend on its number of rows, so a tile is never cut to fit."""
 
-TILE_SIZES = (4, 8, 16, 32, 64)
+TILE_SIZES = (4, 8, 12, 16, 32, 64)
 """Slots that a tile may have where the self-test proved the bits to be those of the canonical one."""
 
 TILE_OVERHEAD = 6
