@@ -351,7 +351,7 @@ def test_bits_that_depend_on_the_slot_are_refused(monkeypatch: pytest.MonkeyPatc
     finish_otherwise(monkeypatch, lambda tokens: len(tokens) == TILE, 5)
     with pytest.raises(
         ExactnessError,
-        match=r"Exact mode is refused .* tiles of 16 slots by 4 images, 1 private tokens and 8 memory keys\. Comb.*\(",
+        match=r"Exact mode is refused .* tiles of 16 slots by 8 images, 1 private tokens and 8 memory keys\. Comb.*\(",
     ):
         CombinedModel(on, [random_task(on, "task")])
 
@@ -368,12 +368,12 @@ def test_bits_that_depend_on_the_neighbour_are_refused(monkeypatch: pytest.Monke
         CombinedModel(on, [random_task(on, "task")])
 
 
-@pytest.mark.parametrize("place", [0, 3])
+@pytest.mark.parametrize("place", [0, 7])
 def test_frozen_bits_that_depend_on_the_place_are_refused(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
     on = fresh_backbone()
     honest = FrozenStream._embed
     monkeypatch.setattr(FrozenStream, "_embed", lambda self: nudge(honest(self), place))
-    with pytest.raises(ExactnessError, match="keys and values depend on its place in 4 images"):
+    with pytest.raises(ExactnessError, match="keys and values depend on its place in 8 images"):
         CombinedModel(on, [random_task(on, "task")])
 
 
@@ -386,7 +386,7 @@ def test_a_head_whose_bits_depend_on_the_place_is_refused(monkeypatch: pytest.Mo
 
     CombinedModel(on, [random_task(on, "narrow", classes=3)])
     monkeypatch.setattr("addenda.combined.heads.F.linear", biased)
-    with pytest.raises(ExactnessError, match="a head of 32 rows on 4 images"):
+    with pytest.raises(ExactnessError, match="a head of 32 rows on 8 images"):
         CombinedModel(on, [random_task(on, "wide", classes=20)])
 
 
@@ -404,14 +404,14 @@ def test_a_size_that_gives_other_bits_is_not_used(monkeypatch: pytest.MonkeyPatc
 def test_one_image_goes_alone_only_where_that_was_proven(monkeypatch: pytest.MonkeyPatch) -> None:
     on = fresh_backbone()
     task = random_task(on, "task")
-    assert CombinedModel(on, [task]).shapes.images == (1, 4)
+    assert CombinedModel(on, [task]).shapes.images == (1, 4, 8)
     other = fresh_backbone()
     honest = FrozenStream._embed
     monkeypatch.setattr(
         FrozenStream, "_embed", lambda self: nudge(honest(self), 0) if len(self._images) == 1 else honest(self)
     )
     model = CombinedModel(other, [dataclasses.replace(task, backbone=other.fingerprint)])
-    assert model.shapes.images == (4,)
+    assert model.shapes.images == (4, 8)
     assert bits(model(images(1))["task"]) == bits(model(images(4))["task"])[:1]
 
 
@@ -441,7 +441,7 @@ def test_a_shape_is_tested_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert passes == []
     with threads(torch.get_num_threads() + 1):
         CombinedModel(on, [random_task(on, "other", memory=7)])
-    assert passes == [4, 4, 1, 1]
+    assert passes == [8, 8, 1, 1, 4, 4]
 
 
 # --- sabotage: these tests would notice -------------------------------------------------------------------------------

@@ -21,6 +21,9 @@ TILE = 16
 TILE_SIZES = (4, 8, 12, 16, 32, 64)
 """Slots that a tile may have where the self-test proved the bits to be those of the canonical one."""
 
+BATCH_SIZES = (1, 4)
+"""Images of a batch that is smaller than the canonical one, likewise where the self-test proved it."""
+
 TILE_OVERHEAD = 6
 """What one more tile costs, in slots: its calls, and the poorer arithmetic of few rows (docs/performance.md)."""
 
@@ -33,7 +36,7 @@ SizeClass = tuple[int, int]
 
 def micro_batch(device: torch.device) -> int:
     """Images in the one canonical batch shape of a device."""
-    return 64 if device.type == "cuda" else 4
+    return 64 if device.type == "cuda" else 8
 
 
 @dataclass(frozen=True, eq=False)

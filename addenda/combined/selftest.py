@@ -11,7 +11,7 @@ from torch import Tensor
 
 from addenda.backbones import FrozenBackbone, KeyValue
 from addenda.combined.heads import Head
-from addenda.combined.layout import TILE, TILE_SIZES, Layout, SizeClass, TileStore, micro_batch, size_class
+from addenda.combined.layout import BATCH_SIZES, TILE, TILE_SIZES, Layout, SizeClass, TileStore, micro_batch, size_class
 from addenda.combined.numerics import exact_arithmetic, settings
 from addenda.combined.probes import probe_images, probe_task
 from addenda.combined.streams import task_features
@@ -88,9 +88,10 @@ class SelfTest:
         reference, rolled = self._streams[self._micro_batch]
         if not self._same(rolled, reference):
             raise self._refusal(f"an image's frozen keys and values depend on its place in {self._micro_batch} images")
-        alone = [self._frozen(batch, order[i : i + 1]) for i in range(2)]
-        if self._micro_batch > 1 and all(self._same(one, reference) for one in alone):
-            self._streams[1] = alone
+        for size in BATCH_SIZES:
+            parts = [self._frozen(batch, order[:size]), self._frozen(batch, order[size : 2 * size])]
+            if all(self._same(part, reference) for part in parts):
+                self._streams[size] = parts
         self.images = tuple(sorted(self._streams))
 
     def head(self, task: Task) -> None:
