@@ -29,7 +29,7 @@ check: .venv/dev            ## style, types, architecture, and every example in 
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@
 
-gpu-check: .venv/dev        ## the exactness tests and the cost benchmark on a GPU, kept in docs/results/
+gpu-check: .venv/dev        ## exactness tests, cost and learning on a GPU, kept in docs/results/
 	$(BIN)/python scripts/gpu_check.py
 
 clean:
