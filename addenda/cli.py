@@ -319,7 +319,7 @@ def verify(
     from addenda.terminal import console, print_json, table
 
     with Registry.open(registry, create=False) as opened:
-        refs = [opened.record(name).ref for name in names or ()]
+        refs = list(dict.fromkeys(opened.record(name).ref for name in names or ()))
         refs = refs or [r.ref for r in opened.tasks(include_retired=everything)]
         verdicts = _verdicts(opened, refs, weights, device, record)
     if as_json:
@@ -537,7 +537,7 @@ def _recorded_backbone(
     if len(records) > 1:
         names = ", ".join(b["name"] for b in records)
         raise BackboneError(
-            f"The registry holds tasks on several backbones ({names}): name one with --backbone or a task."
+            f"The registry holds tasks on several backbones ({names}): name a task, or for `learn` one with --backbone."
         )
     (record,) = records
     given = record["source"] if record["source"] not in ("hub", "embedded") else None
@@ -606,7 +606,8 @@ def _verdicts(
     stored: dict[str, list[Any]] = {}  # by backbone
     for ref in refs:
         try:
-            stored.setdefault(registry.record(ref).backbone, []).append((registry.get(ref), registry.goldens(ref)))
+            found = registry.get(ref), registry.goldens(ref)
+            stored.setdefault(found[0].backbone, []).append(found)
         except IntegrityError as error:
             verdicts[ref] = {"task": ref, "ok": False, "detail": str(error)}
     for fingerprint, recorded in stored.items():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -351,7 +353,7 @@ def test_bits_that_depend_on_the_slot_are_refused(monkeypatch: pytest.MonkeyPatc
     finish_otherwise(monkeypatch, lambda tokens: len(tokens) == TILE, 5)
     with pytest.raises(
         ExactnessError,
-        match=r"Exact mode is refused .* tiles of 16 slots by 8 images, 1 private tokens and 8 memory keys\. Comb.*\(",
+        match=r"Exact mode is refused .* tiles of 16 slots by 8 images, 1 private tokens and 8 memory keys\. Another",
     ):
         CombinedModel(on, [random_task(on, "task")])
 
@@ -442,6 +444,56 @@ def test_a_shape_is_tested_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with threads(torch.get_num_threads() + 1):
         CombinedModel(on, [random_task(on, "other", memory=7)])
     assert passes == [8, 8, 1, 1, 4, 4]
+
+
+def test_a_head_is_tested_on_both_its_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    on = fresh_backbone()
+    honest = torch.addmm
+    monkeypatch.setattr(torch, "addmm", lambda *inputs: nudge(honest(*inputs), 1))
+    CombinedModel(on, [random_task(on, "token-only", pooled=False)])
+    with pytest.raises(ExactnessError, match="a head of 16 rows on 8 images"):
+        CombinedModel(on, [random_task(on, "both")])
+
+
+def test_settings_that_changed_under_a_live_model_are_noticed() -> None:
+    on = wide_backbone(torch.float32)
+    tasks = [random_task(on, f"task-{i}", memory=5, seed=i) for i in range(3)]
+    with threads(2):
+        live = CombinedModel(on, tasks)
+        live(images(1))
+    with threads(1):
+        with pytest.raises(ExactnessError, match=r"This model was made under .*'threads': 2.*make the model anew"):
+            live(images(1))
+        anew, fresh = live.with_tasks(tasks)(images(2)), CombinedModel(on, tasks)(images(2))
+    assert all(bits(anew[name]) == bits(fresh[name]) for name in fresh)
+
+
+def test_autocast_does_not_reach_the_pass() -> None:
+    on = backbone()
+    model = CombinedModel(on, list(family(on).values()))
+    expected = model(images(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(images(2))
+    assert all(bits(found[name]) == bits(logits) for name, logits in expected.items())
+
+
+def test_a_backbone_that_carried_a_model_is_freed() -> None:
+    on = fresh_backbone()
+    CombinedModel(on, [random_task(on, "task")])(images(1))
+    gone = weakref.ref(on)
+    del on
+    gc.collect()
+    assert gone() is None
+
+
+def test_subsets_do_not_push_out_the_whole() -> None:
+    on = backbone()
+    model = CombinedModel(on, [random_task(on, f"task-{i}", seed=i) for i in range(12)])
+    whole = model.layout
+    for name in model.tasks:
+        model(images(1), [name])
+    assert model.layout is whole
+    assert len(model._store._tiles) <= len(whole.tiles) + 8
 
 
 # --- sabotage: these tests would notice -------------------------------------------------------------------------------

@@ -125,6 +125,12 @@ def test_a_probe_whose_logits_changed_fails_and_the_others_are_still_compared() 
     assert verdicts[0].max_difference is None
 
 
+def test_a_task_without_a_probe_fails() -> None:
+    on = backbone()
+    (verdict,) = verify(on, [(family(on)["five"], [])])
+    assert (verdict.ok, verdict.detail) == (False, "no golden probe is recorded")
+
+
 def test_weights_changed_in_memory_are_caught_before_anything_is_compared() -> None:
     on = FrozenBackbone(lively_vit(), "fresh", "hub")
     task = random_task(on, "task")

@@ -51,6 +51,7 @@ class FrozenBackbone:
         transform: PIL image -> Float[3, H, W].
         num_tokens: P, the frozen tokens: class token, registers, patches.
         blocks: timm's blocks, for the task stream to pass its own tokens through.
+        memo: what others have found out about it, kept as long as it lives.
 
     Raises:
         BackboneError: the model is out of scope.
@@ -94,6 +95,7 @@ class FrozenBackbone:
             **settings, is_training=False
         )
         self._contents = _hash_state(self.model)
+        self.memo: dict[Any, Any] = {}
         # A hook on the qkv projection sees what timm computes without changing a bit of it or computing it twice.
         self._captured = threading.local()
         for block in self.blocks:
@@ -123,7 +125,8 @@ class FrozenBackbone:
     def first_blocks(self, depth: int) -> FrozenBackbone:
         """This backbone cut off after some blocks, sharing its weights: for computations where the depth is nothing."""
         cut = copy(self)
-        cut.blocks, cut.depth = self.blocks[:depth], depth
+        cut.blocks, cut.memo = self.blocks[:depth], {}
+        cut.depth = len(cut.blocks)
         return cut
 
     def stream(self, images: Tensor, reading: Reading = "tokens") -> FrozenStream:

@@ -55,8 +55,7 @@ def load_backbone(
         >>> backbone.depth, backbone.embed_dim
         (5, 128)
     """
-    if precision not in PRECISIONS:
-        raise BackboneError(f"Precision {precision!r} is not known. Known: {', '.join(PRECISIONS)}.")
+    dtype = _dtype(precision)
     for label, values in (("mean", mean), ("std", std)):
         if values is not None and len(values) != 3:
             raise BackboneError(f"{label} takes one number or three, one for each channel; got {len(values)}.")
@@ -74,31 +73,42 @@ def load_backbone(
         model, source = _from_hub(name), "hub"
     else:
         model, source = _from_file(name, Path(weights)), str(Path(weights).resolve())
-    return FrozenBackbone(
-        model, name=name, source=source, mean=mean, std=std, precision=PRECISIONS[precision], device=chosen
-    )
+    return FrozenBackbone(model, name=name, source=source, mean=mean, std=std, precision=dtype, device=chosen)
 
 
 def untrained_backbone(name: str, precision: str = "float32", device: str | torch.device = "auto") -> FrozenBackbone:
     """A backbone with random weights, for measurements of what no weight changes; the same at every call.
 
     Raises:
-        BackboneError: the name is unknown or out of scope, or the device cannot be used.
+        BackboneError: the name or precision is unknown or out of scope, or the device cannot be used.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = _in_scope(name)
-    return FrozenBackbone(model, name, "untrained", precision=PRECISIONS[precision], device=_device(device))
+    return FrozenBackbone(model, name, "untrained", precision=_dtype(precision), device=_device(device))
+
+
+def _dtype(precision: str) -> torch.dtype:
+    if precision not in PRECISIONS:
+        raise BackboneError(f"Precision {precision!r} is not known. Known: {', '.join(PRECISIONS)}.")
+    return PRECISIONS[precision]
 
 
 def _device(device: str | torch.device) -> torch.device:
-    """The device asked for, tried; on CUDA with the one workspace for matrix products that keeps their bits."""
+    """The device asked for, tried; CUDA set up, for the whole process, so that bits can be kept.
+
+    Matrix products get one workspace; convolutions do without TF32 and without a search for the fastest kernel.
+    """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     try:
         chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
         raise BackboneError(f"Device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
+    if chosen.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.deterministic = True
     return chosen
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from addenda.backbones import FrozenBackbone, untrained_backbone
 from addenda.benchmarks.dense_mask import DenseMask
 from addenda.combined import CombinedModel, loaded_bytes, numerics, pass_operations, task_cost
+from addenda.exceptions import AddendaError
 from addenda.registry import Task
 from addenda.terminal import console, size, table
 
@@ -78,8 +79,8 @@ def run_cost(
     Args:
         backbones: timm names; their weights are random, which no time depends on.
         out: folder for cost.json, cost.md and cost.png.
-        quick: up to 100 tasks, three rounds.
-        batch: images in a call.
+        quick: up to 100 tasks, three rounds at most.
+        batch: images in a call; fewer than the canonical micro-batch (64 on a GPU) are filled up to it.
         rounds: measured calls of each way, in a new order each time; one more is not counted.
         precision: `"float32"` or `"bfloat16"`.
         device: a torch device.
@@ -87,7 +88,9 @@ def run_cost(
     Raises:
         BackboneError: a backbone that cannot carry tasks, or a device that cannot be used.
     """
-    counts, dense, rounds = ((1, 10, 100), (100,), 3) if quick else ((1, 10, 100, 256, 1000), (100, 256), rounds)
+    counts, dense, rounds = (
+        ((1, 10, 100), (100,), min(3, rounds)) if quick else ((1, 10, 100, 256, 1000), (100, 256), rounds)
+    )
     rows: list[Row] = []
     described: dict[str, Any] = {}
     for name in backbones:
@@ -155,7 +158,7 @@ def _adapter(backbone: FrozenBackbone, images: Tensor) -> dict[tuple[str, int, i
     try:
         from vit_pytorch.learnable_memory_vit import Adapter, ViT
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{error}. It comes with: pip install 'addenda[bench]'") from error
+        raise AddendaError(f"{error}. It comes with: pip install 'addenda[bench]'") from error
     vit = ViT(
         image_size=images.shape[-1],
         patch_size=backbone.model.patch_embed.patch_size[0],

@@ -69,7 +69,7 @@ def verify(backbone: FrozenBackbone, recorded: Sequence[tuple[Task, Sequence[Gol
     Args:
         backbone: the backbone as it is now.
         recorded: tasks as they are stored now, each with its golden probes, newest first. The one made under the
-            present numerics fingerprint is compared, or else the newest.
+            present numerics fingerprint is compared, or else the newest; a task without one fails.
 
     Raises:
         BackboneError: a task was learned on another backbone.
@@ -78,7 +78,10 @@ def verify(backbone: FrozenBackbone, recorded: Sequence[tuple[Task, Sequence[Gol
     """
     backbone.check_unchanged()
     now = numerics_fingerprint(numerics(backbone))
-    chosen = [next((g for g in probes if g.numerics_fingerprint == now), probes[0]) for _, probes in recorded]
+    # Sorting is stable: the one of the present numerics first, then the newest.
+    chosen = [
+        next(iter(sorted(probes, key=lambda probe: probe.numerics_fingerprint != now)), None) for _, probes in recorded
+    ]
     # By reference: versions of one name are verified side by side.
     model = CombinedModel(backbone, [replace(task, name=task.ref) for task, _ in recorded])
     answers = model(probe_images(backbone))
@@ -88,14 +91,17 @@ def verify(backbone: FrozenBackbone, recorded: Sequence[tuple[Task, Sequence[Gol
     ]
 
 
-def _verdict(task: Task, probe: Golden, logits: Tensor, now: str, backbone: FrozenBackbone) -> Verdict:
-    same, identical = now == probe.numerics_fingerprint, tensor_digest(logits) == probe.digest
+def _verdict(task: Task, probe: Golden | None, logits: Tensor, now: str, backbone: FrozenBackbone) -> Verdict:
+    same, identical = False, False
     difference: float | None = None
     bound = 0.0
-    if probe.logits.shape == logits.shape and tensor_digest(probe.logits) == probe.digest:
+    if probe is not None and probe.logits.shape == logits.shape and tensor_digest(probe.logits) == probe.digest:
+        same, identical = now == probe.numerics_fingerprint, tensor_digest(logits) == probe.digest
         difference = (logits - probe.logits).abs().max().item()
         bound = TOLERANCE[str(backbone.precision).removeprefix("torch.")] * probe.logits.abs().max().item()
-    if difference is None:
+    if probe is None:
+        detail = "no golden probe is recorded"
+    elif difference is None:
         detail = "its golden probe does not fit it, or has been changed"
     elif identical:
         detail = "identical, byte for byte" + ("" if same else ", under another numerics fingerprint")
@@ -108,7 +114,7 @@ def _verdict(task: Task, probe: Golden, logits: Tensor, now: str, backbone: Froz
         ok=difference is not None and (identical or (not same and difference <= bound)),
         compared=f"{NUM_PROBES} probe images x {len(task.labels)} logits",
         numerics_fingerprint=now,
-        recorded_under=probe.numerics_fingerprint,
+        recorded_under="" if probe is None else probe.numerics_fingerprint,
         same_numerics=same,
         identical=identical,
         max_difference=difference,

@@ -69,7 +69,7 @@ def size_class(task: Task) -> SizeClass:
 
 
 class TileStore:
-    """The tiles on a device, each built once for all the layouts and models that share it.
+    """The tiles on a device, each built once for the layouts and models that share it, kept while one of them lives.
 
     Args:
         backbone: the backbone that all tasks were learned on.
@@ -78,7 +78,6 @@ class TileStore:
     def __init__(self, backbone: FrozenBackbone) -> None:
         self.backbone = backbone
         self._tiles: WeakValueDictionary[object, Tile] = WeakValueDictionary()
-        self._homes: WeakValueDictionary[str, Tile] = WeakValueDictionary()
 
     def memory(self, task: Task) -> tuple[KeyValue, ...]:
         """For each layer the keys and values of a task's own memory, [H, m, d].
@@ -86,10 +85,10 @@ class TileStore:
         They depend on no image: they are computed when the task is first loaded, alone, since their bits depend on
         the rows beside them.
         """
-        home = self._homes.get(task.sha256)
-        if home is not None:
-            slot, own = home.slots[task.sha256]
-            return tuple(KeyValue(keys[slot, :, :own], values[slot, :, :own]) for keys, values in home.memory)
+        for tile in list(self._tiles.values()):
+            if task.sha256 in tile.slots:
+                slot, own = tile.slots[task.sha256]
+                return tuple(KeyValue(keys[slot, :, :own], values[slot, :, :own]) for keys, values in tile.memory)
         assert task.memory is not None
         memory = task.memory.to(self.backbone.device, self.backbone.precision)
         with torch.no_grad():
@@ -112,7 +111,6 @@ class TileStore:
         tile = self._tiles.get(key)
         if tile is None:
             self._tiles[key] = tile = self._build(size, tasks, offered)
-            self._homes.update(dict.fromkeys(tile.slots, tile))
         return tile
 
     def _build(self, size: int, tasks: Sequence[Task], offered: dict[str, int]) -> Tile:

@@ -15,10 +15,10 @@ from torch import Tensor
 from addenda.backbones import FrozenBackbone, KeyValue, read_image
 from addenda.combined.heads import Head
 from addenda.combined.layout import TILE, Layout, TileStore, micro_batch
-from addenda.combined.numerics import exact_arithmetic
+from addenda.combined.numerics import arithmetic
 from addenda.combined.selftest import Shapes, prove
 from addenda.combined.streams import Observer, task_features
-from addenda.exceptions import BackboneError, RegistryError, UnknownTaskError
+from addenda.exceptions import BackboneError, ExactnessError, RegistryError, UnknownTaskError
 from addenda.registry import Task
 
 
@@ -64,6 +64,7 @@ class CombinedModel:
         self.exact = exact
         self.micro_batch = micro_batch(backbone.device)
         self._store = TileStore(backbone)
+        self._arithmetic = arithmetic()
         self._heads: dict[str, Head] = {}
         self._load(tasks)
 
@@ -81,11 +82,6 @@ class CombinedModel:
         return made
 
     @property
-    def layout(self) -> Layout:
-        """Where all its tasks stand."""
-        return self._layout(tuple(self.tasks))
-
-    @property
     def heads(self) -> list[Head]:
         """Its tasks' heads, in their order."""
         return [self._heads[task.sha256] for task in self.tasks.values()]
@@ -99,6 +95,8 @@ class CombinedModel:
                 raise RegistryError(
                     f"Two different tasks are named {task.name!r}; a combined model answers one of them."
                 )
+        if arithmetic() != self._arithmetic:  # what was computed under other settings has other bits
+            self._arithmetic, self._store = arithmetic(), TileStore(self.backbone)
         known = self._heads
         self._heads = {task.sha256: known.get(task.sha256) or Head(self.backbone, task) for task in self.tasks.values()}
         self.shapes = Shapes((self.micro_batch,), (TILE,))
@@ -107,7 +105,7 @@ class CombinedModel:
         slots = self.shapes.slots if self.exact else None
         # Without a reference to this model, which would keep what lies on the device until a garbage collection.
         self._layout = lru_cache(maxsize=8)(partial(_layout, self._store, self.tasks, slots))
-        _ = self.layout  # built now, not at the first image
+        self.layout = self._layout(tuple(self.tasks))
 
     def _select(self, tasks: Sequence[str] | None) -> tuple[str, ...]:
         unknown = [name for name in tasks or () if name not in self.tasks]
@@ -129,13 +127,19 @@ class CombinedModel:
 
         Raises:
             BackboneError: images of another shape.
+            ExactnessError: threads or precision have been changed since the model was made.
             UnknownTaskError: a name that this model does not hold.
         """
         self.backbone.check_images(images)
+        if self.exact and arithmetic() != self._arithmetic:
+            raise ExactnessError(
+                f"This model was made under {self._arithmetic}, now it is {arithmetic()}: other settings, other bits. "
+                "Set them back, or make the model anew (model.with_tasks)."
+            )
         names = self._select(tasks)
         if not names:
             return Answers({}, self.exact)
-        layout = self._layout(names)
+        layout = self.layout if names == tuple(self.tasks) else self._layout(names)
         pieces: dict[str, list[Tensor]] = {name: [] for name in names}
         for batch, count in self._batches(images, self.shapes.images if self.exact else None):
             for name, logits in self._answer(batch, names, layout).items():
@@ -170,7 +174,7 @@ class CombinedModel:
             observer(layer, frozen, KeyValue(offered.keys[:, :, rows], offered.values[:, :, rows]))
 
         batch, count = next(self._batches(images, (self.micro_batch,)))
-        with exact_arithmetic(self.backbone.device):
+        with torch.autocast(self.backbone.device.type, enabled=False):
             stream = self.backbone.stream(batch, "pooled")
             task_features(self.backbone, stream, layout, chosen)
             return stream.pooled[:count]
@@ -211,7 +215,7 @@ class CombinedModel:
     def _answer(self, images: Tensor, names: Sequence[str], layout: Layout) -> dict[str, Tensor]:
         """One batch: the frozen stream and the task streams, layer by layer, then the heads one by one."""
         reads_pooled = any(self.tasks[name].reads_pooled for name in names)
-        with exact_arithmetic(self.backbone.device):
+        with torch.autocast(self.backbone.device.type, enabled=False):
             stream = self.backbone.stream(images, "pooled" if reads_pooled else "nothing")
             tiles = task_features(self.backbone, stream, layout)
             pooled = stream.pooled if reads_pooled else None

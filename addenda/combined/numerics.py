@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -21,17 +19,18 @@ from addenda.combined.probes import probe_images, probe_task
 from addenda.combined.streams import task_features
 from addenda.registry import canonical_json, digest
 
-_PROBED: WeakKeyDictionary[FrozenBackbone, dict[str, str]] = WeakKeyDictionary()
 
-
-@contextmanager
-def exact_arithmetic(device: torch.device) -> Iterator[None]:
-    """On CUDA, convolutions without TF32 and without a search for the fastest kernel; elsewhere nothing."""
-    if device.type != "cuda":
-        yield
-        return
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-        yield
+def arithmetic() -> dict[str, Any]:
+    """Settings of this process that move bits and that a caller may change at any time."""
+    try:
+        matmul = torch.get_float32_matmul_precision()
+    except RuntimeError:  # set by torch's older and its newer way, differently
+        matmul = "mixed"
+    return {
+        "threads": torch.get_num_threads(),
+        "mkldnn": torch.backends.mkldnn.enabled,
+        "float32_matmul_precision": matmul,
+    }
 
 
 def settings(backbone: FrozenBackbone) -> dict[str, Any]:
@@ -42,9 +41,7 @@ def settings(backbone: FrozenBackbone) -> dict[str, Any]:
         "torch": torch.__version__,
         "timm": version("timm"),
         "device": f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}" if cuda else _cpu(),
-        "threads": torch.get_num_threads(),
-        "mkldnn": torch.backends.mkldnn.enabled,
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        **arithmetic(),
         "fused_attention": bool(backbone.blocks[0].attn.fused_attn),
         "precision": str(backbone.precision).removeprefix("torch."),
         "tile": TILE,
@@ -59,11 +56,10 @@ def numerics(backbone: FrozenBackbone) -> dict[str, Any]:
     over the probe images too; once for each backbone and its settings.
     """
     described = settings(backbone)
-    known = _PROBED.setdefault(backbone, {})
-    key = canonical_json(described)
-    if key not in known:
-        known[key] = _probe(backbone)
-    return described | {"probe": known[key]}
+    key = ("probe", canonical_json(described))
+    if key not in backbone.memo:
+        backbone.memo[key] = _probe(backbone)
+    return described | {"probe": backbone.memo[key]}
 
 
 @torch.no_grad()
@@ -72,7 +68,7 @@ def _probe(backbone: FrozenBackbone) -> str:
     images = images[torch.arange(micro_batch(backbone.device)) % len(images)]
     task = probe_task(backbone, (2, 8))
     layout = Layout(TileStore(backbone), [task])
-    with exact_arithmetic(backbone.device):
+    with torch.autocast(backbone.device.type, enabled=False):
         stream = backbone.stream(images, "pooled")
         tiles = task_features(backbone, stream, layout)
         tile, slot = layout.slot[task.sha256]

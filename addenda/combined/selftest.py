@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -12,16 +11,14 @@ from torch import Tensor
 from addenda.backbones import FrozenBackbone, KeyValue
 from addenda.combined.heads import Head
 from addenda.combined.layout import BATCH_SIZES, TILE, TILE_SIZES, Layout, SizeClass, TileStore, micro_batch, size_class
-from addenda.combined.numerics import exact_arithmetic, settings
-from addenda.combined.probes import probe_images, probe_task
+from addenda.combined.numerics import settings
+from addenda.combined.probes import probe_task
 from addenda.combined.streams import task_features
 from addenda.exceptions import ExactnessError
 from addenda.registry import Task, canonical_json
 
 Frozen = tuple[Tensor, list[KeyValue]]
 """Places in the canonical batch, and what the frozen stream offers for these images; last its pooled feature, twice."""
-
-_TESTED: WeakKeyDictionary[FrozenBackbone, dict[str, SelfTest]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -46,13 +43,12 @@ def prove(backbone: FrozenBackbone, tasks: Iterable[Task]) -> Shapes:
     Raises:
         ExactnessError: a task's bits depend on its slot, its neighbours or the image's place; it names the shape.
     """
-    key = canonical_json(settings(backbone))
-    known = _TESTED.setdefault(backbone, {})
-    if key not in known:
-        known[key] = SelfTest(backbone)
+    key = ("self-test", canonical_json(settings(backbone)))
+    if key not in backbone.memo:
+        backbone.memo[key] = SelfTest(backbone)
+    test: SelfTest = backbone.memo[key]
     tasks = list(tasks)
     everyone = [member for task in tasks for member in (task, *task.closure)]
-    test = known[key]
     for task in tasks:
         test.head(task)
     shapes = [test.width(width) for width in {size_class(t) for t in everyone if t.class_token is not None}]
@@ -74,14 +70,14 @@ class SelfTest:
 
     def __init__(self, backbone: FrozenBackbone) -> None:
         self._refused_on = f"{settings(backbone)['device']}, {settings(backbone)['precision']}"
-        if backbone.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
+        if backbone.device.type == "cuda" and settings(backbone)["float32_matmul_precision"] != "highest":
             raise self._refusal("TF32 is allowed in matrix products (torch.set_float32_matmul_precision('highest'))")
         self._backbone = backbone.first_blocks(2)
         self._micro_batch = micro_batch(backbone.device)
         self._widths: dict[SizeClass, Shapes] = {}
-        self._heads: set[int] = set()
-        probes = probe_images(backbone).to(backbone.device)
-        batch = probes[torch.arange(self._micro_batch) % len(probes)]
+        self._heads: set[tuple[int, bool]] = set()
+        shape = (self._micro_batch, *backbone.preprocessing["input_size"])
+        batch = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(backbone.device)
         order = torch.arange(self._micro_batch)
         # For each batch size: the images' places in the canonical batch, and their frozen stream.
         self._streams = {self._micro_batch: [self._frozen(batch, order), self._frozen(batch, order.roll(1))]}
@@ -102,14 +98,15 @@ class SelfTest:
         """
         head = Head(self._backbone, task)
         rows = len(head.weight)
-        if rows in self._heads:
+        kind = (rows, head.pooled_weight is not None)
+        if kind in self._heads:
             return
         random = torch.Generator().manual_seed(rows)
         features = torch.randn(self._micro_batch, self._backbone.embed_dim, generator=random).to(self._backbone.device)
         logits, turned = head(features, features), features.roll(1, 0)
         if not _equal(head(turned, turned).roll(-1, 0), logits):
             raise self._refusal(f"logits depend on an image's place: a head of {rows} rows on {len(features)} images")
-        self._heads.add(rows)
+        self._heads.add(kind)
 
     def width(self, width: SizeClass) -> Shapes:
         """Tests the tiles and batches of a size class; those that are not canonical may fail and are left out.
@@ -121,10 +118,15 @@ class SelfTest:
             task, largest = probe_task(self._backbone, width), TILE_SIZES[-1]
             twins = [replace(task, labels=(f"twin {i}", "other")) for i in range(largest)]
             others = [probe_task(self._backbone, width, seed) for seed in range(1, largest // 2 + 1)]
-            self._store = TileStore(self._backbone)  # kept: the tiles of one size lend their memory to the next
-            alone = Layout(self._store, [task])
-            (reference,) = self._features(alone, [task], self._streams[self._micro_batch][0])
-            held = {size: self._held(twins[:size], others, size, reference) for size in TILE_SIZES[::-1]}
+            mixed = [others[i // 2] if i % 2 else twin for i, twin in enumerate(twins)]
+            store = TileStore(self._backbone)
+            (reference,) = self._features(Layout(store, [task]), [task], self._streams[self._micro_batch][0])
+            # All made before any is used: the tiles of one size lend their memory to the next.
+            layouts = {
+                size: (Layout(store, twins[:size], (size,)), Layout(store, mixed[:size], (size,)))
+                for size in TILE_SIZES[::-1]
+            }
+            held = {size: self._held(*pair, twins[:size], reference) for size, pair in layouts.items()}
             if self._micro_batch not in held[TILE]:
                 raise self._refusal(
                     f"a task's bits depend on its slot, its neighbours or the image's place: tiles of {TILE} slots by "
@@ -134,24 +136,22 @@ class SelfTest:
             self._widths[width] = Shapes(tuple(sorted(held[TILE])), slots)
         return self._widths[width]
 
-    def _held(self, twins: Sequence[Task], others: Sequence[Task], size: int, reference: Tensor) -> set[int]:
+    def _held(self, full: Layout, mixed: Layout, twins: Sequence[Task], reference: Tensor) -> set[int]:
         """The batch sizes in which a tile gives a task the bits that it has alone, in every slot and between others."""
-        mixed = [others[i // 2] if i % 2 else twin for i, twin in enumerate(twins)]
-        full, mixed_layout = (Layout(self._store, tasks, (size,)) for tasks in (twins, mixed))
         held: set[int] = set()
         for num_images, (straight, other) in self._streams.items():
-            runs = ((full, twins, straight), (mixed_layout, twins[::2], straight), (mixed_layout, twins[::2], other))
+            runs = ((full, twins, straight), (mixed, twins[::2], straight), (mixed, twins[::2], other))
             if all(_equal(found, reference[run[2][0]]) for run in runs for found in self._features(*run)):
                 held.add(num_images)
         return held
 
     def _features(self, layout: Layout, asked: Sequence[Task], frozen: Frozen) -> list[Tensor]:
-        with exact_arithmetic(self._backbone.device):
+        with torch.autocast(self._backbone.device.type, enabled=False):
             tiles = task_features(self._backbone, frozen[1][:-1], layout)
         return [tiles[tile][slot] for tile, slot in (layout.slot[task.sha256] for task in asked)]
 
     def _frozen(self, batch: Tensor, places: Tensor) -> Frozen:
-        with exact_arithmetic(self._backbone.device):
+        with torch.autocast(self._backbone.device.type, enabled=False):
             stream = self._backbone.stream(batch[places], "pooled")
             return places, [*stream, KeyValue(stream.pooled, stream.pooled)]
 
@@ -166,7 +166,7 @@ class SelfTest:
     def _refusal(self, what: str) -> ExactnessError:
         return ExactnessError(
             f"Exact mode is refused on this machine ({self._refused_on}): {what}. "
-            "CombinedModel(..., exact=False) computes without the promise."
+            "Another number of threads may help; CombinedModel(..., exact=False) computes without the promise."
         )
 
 
