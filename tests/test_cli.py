@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 from PIL import Image
 
 from addenda import Registry, cli
@@ -185,6 +186,41 @@ def test_verify_passes_and_names_a_task_whose_bytes_changed(
     served = run("predict", folder / "test", "--task", "twos")
     assert served.code == 0
     assert "'ones:1' cannot be trusted" in run("predict", folder / "test").err
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"), [("mean", [0.4] * 3, "has fingerprint"), ("crop_pct", 0.5, "prepares images by")]
+)
+def test_verify_names_the_tasks_of_a_backbone_whose_preprocessing_changed(
+    run: Run, learned: Result, tmp_path: Path, key: str, value: object, said: str
+) -> None:
+    connection = sqlite3.connect(tmp_path / "tasks.db")
+    connection.execute("DROP TRIGGER backbone_no_update")
+    (stored,) = connection.execute("SELECT preprocessing FROM backbone").fetchone()
+    connection.execute("UPDATE backbone SET preprocessing = ?", (json.dumps({**json.loads(stored), key: value}),))
+    connection.commit()
+    connection.close()
+    changed = run("verify")
+    assert changed.code == 1
+    assert said in changed.out
+    assert "Failed: ones:1." in changed.err
+
+
+def test_verify_record_keeps_the_probe_of_new_numerics(
+    run: Run, learned: Result, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        first = run("verify")
+        assert first.code == 0
+        assert "under another numerics fingerprint" in first.out or "new epoch" in first.out
+        assert "--record" in first.out
+        assert run("verify", "--record").code == 0
+        (again,) = json.loads(run("verify", "--json").out)
+        assert (again["same_numerics"], again["identical"]) == (True, True)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_aliases_and_retirement(run: Run, learned: Result, folder: Path) -> None:
