@@ -181,8 +181,9 @@ class Layout:
         self.slot = {
             sha256: (number, slot) for number, tile in enumerate(self.tiles) for sha256, (slot, _) in tile.slots.items()
         }
+        self.offers = [self._offers(tile) for tile in self.tiles]
 
-    def offers(self, tile: Tile) -> tuple[list[int], list[int]]:
+    def _offers(self, tile: Tile) -> tuple[list[int], list[int]]:
         """The slots of a tile whose tokens others see, and their rows."""
         pairs = [(slot, self.offered[sha256]) for sha256, (slot, _) in tile.slots.items() if sha256 in self.offered]
         return [slot for slot, _ in pairs], [row for _, row in pairs]

@@ -42,7 +42,7 @@ def task_features(
         if layout.tiles:
             prefix = KeyValue(frozen.keys.contiguous(), frozen.values.contiguous())
         for i, tile in enumerate(layout.tiles):
-            hidden[i] = _pass(backbone, layer, tile, hidden[i], prefix, offered, layout.offers(tile))
+            hidden[i] = _pass(backbone, layer, tile, hidden[i], prefix, offered, layout.offers[i])
         if observe is not None:
             observe(layer, frozen, offered)
     return [backbone.final_norm(tokens) for tokens in hidden]
