@@ -27,9 +27,11 @@ app = typer.Typer(
 tasks_app = typer.Typer(no_args_is_help=True, help="The registered tasks.")
 backbones_app = typer.Typer(no_args_is_help=True, help="The backbones that tasks can be learned on.")
 bench_app = typer.Typer(no_args_is_help=True, help="Measurements that anyone can repeat.")
+cache_app = typer.Typer(no_args_is_help=True, help="Activations kept for later runs on the same images.")
 app.add_typer(tasks_app, name="tasks")
 app.add_typer(backbones_app, name="backbones")
 app.add_typer(bench_app, name="bench")
+app.add_typer(cache_app, name="cache")
 
 INTERRUPTED = 130  # typer's exit code after Ctrl-C
 DEFAULT_BACKBONE = "vit_base_patch16_224.augreg_in21k"
@@ -63,15 +65,24 @@ def learn(
     name: Annotated[str, typer.Argument(help="What to call the task.")],
     data: Annotated[Path, typer.Argument(help="A folder of class folders, or one with train/ and test/ in it.")],
     test: Annotated[Path | None, typer.Option(help="Test images, scored once. Default: test/ beside train/.")] = None,
-    memory: Annotated[int | None, typer.Option(help="Memory tokens in each layer.")] = None,
+    memory: Annotated[
+        list[int] | None, typer.Option(help="Memory tokens in each layer, to try; may be given again.")
+    ] = None,
     head_only: Annotated[bool | None, typer.Option("--head-only", help="No token: the regression alone.")] = None,
     extends: Annotated[list[str] | None, typer.Option(help="A task to extend; may be given again.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training images, at most.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images in an optimiser step.")] = None,
     lr: Annotated[list[float] | None, typer.Option(help="A learning rate to try; may be given again.")] = None,
+    weight_decay: Annotated[list[float] | None, typer.Option(help="A weight decay to try; may be given again.")] = None,
     optimizer: Annotated[str | None, typer.Option(help="sgd (the paper) or adamw.")] = None,
     refit: Annotated[bool | None, typer.Option("--refit/--no-refit", help="Train the winner on all images.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of split, memory and order.")] = None,
+    views: Annotated[int | None, typer.Option(help="Random views of each image to learn from; 0: as it is.")] = None,
+    fresh: Annotated[bool | None, typer.Option("--fresh", help="New views in each epoch, none kept: slow.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Seed of split, memory and order; more to try more.")] = None,
+    cache_gb: Annotated[
+        float | None,
+        typer.Option(help="Most that kept activations take on disk; 0 keeps none. Default: half of what is free."),
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings; options given here win.")] = None,
     new_version: Annotated[bool, typer.Option("--new-version", help="Add a version to a name already taken.")] = False,
     skip_bad: SkipBadOption = False,
@@ -86,20 +97,22 @@ def learn(
 ) -> None:
     """Learns a task from images and registers it."""
     from addenda import Learner, Registry
+    from addenda.learner import ActivationCache
     from addenda.registry import check_name
-    from addenda.terminal import console, print_json, progress
+    from addenda.terminal import console, print_json, progress, show_log
 
     given = {
         "num_memory_tokens": memory, "head_only": head_only, "extends": extends, "epochs": epochs, "seed": seed,
-        "batch_size": batch_size, "learning_rates": lr, "optimizer": optimizer, "refit": refit,
+        "batch_size": batch_size, "learning_rate": lr, "optimizer": optimizer, "refit": refit,
+        "weight_decay": weight_decay,
     }  # fmt: skip
-    settings = _settings(config, given)
+    settings = _settings(config, given, {"views": views, "fresh": fresh})
     check_name(name)
     with Registry.open(registry) as opened:
         before = opened.generation
         loaded = _backbone_to_learn_on(opened, backbone, weights, mean, std, precision, device)
-        learner = Learner(loaded, opened)
-        with progress(quiet=as_json) as report:
+        learner = Learner(loaded, opened, ActivationCache(budget_gb=cache_gb))
+        with show_log(quiet=as_json), progress(quiet=as_json) as report:
             task = learner.learn(name, data, test, settings, new_version=new_version, skip_bad=skip_bad, report=report)
         already = opened.generation == before
         record = opened.record(task.ref)
@@ -390,6 +403,42 @@ def backbones_show(
     console.print(table(name, ("", "value"), rows))
 
 
+@cache_app.command("list")
+def cache_list(as_json: JsonOption = False) -> None:
+    """Lists the activations that are kept for later runs on the same images."""
+    from addenda.learner import ActivationCache
+    from addenda.terminal import console, print_json, size, table
+
+    cache = ActivationCache()
+    kept = cache.sets()
+    if as_json:
+        print_json([vars(one) | {"used_at": one.used_at.isoformat()} for one in kept])
+        return
+    rows = [
+        (k.name, k.backbone, k.num_images, k.num_done, size(k.num_bytes), f"{k.used_at:%Y-%m-%d %H:%M}") for k in kept
+    ]
+    total = size(sum(one.num_bytes for one in kept))
+    title = f"{len(kept)} set{'' if len(kept) == 1 else 's'} of activations in {cache.folder}, {total}"
+    console.print(
+        table(title, ("set", "backbone", "images", "done", "size", "used"), rows, right=("images", "done", "size"))
+    )
+
+
+@cache_app.command("clear")
+def cache_clear(
+    names: Annotated[list[str] | None, typer.Argument(help="Sets, as `cache list` names them. Default: all.")] = None,
+) -> None:
+    """Deletes kept activations; they are computed anew when they are needed."""
+    from addenda.learner import ActivationCache
+    from addenda.terminal import size
+
+    cache = ActivationCache()
+    unknown = set(names or ()) - {kept.name for kept in cache.sets()}
+    if unknown:
+        raise DataError(f"No set of activations is named {min(unknown)!r}. See: addenda cache list")
+    typer.echo(f"{size(cache.clear(names or None))} set free in {cache.folder}.")
+
+
 @app.command()
 def demo() -> None:
     """Learns five tasks one after another and proves that no earlier one moved. Under a minute, no network."""
@@ -469,7 +518,7 @@ def main() -> None:
         raise
 
 
-def _settings(file: Path | None, given: dict[str, Any]) -> Any:
+def _settings(file: Path | None, given: dict[str, Any], augmentation: dict[str, Any]) -> Any:
     """Settings by precedence: defaults, file, command line."""
     import yaml
 
@@ -483,7 +532,15 @@ def _settings(file: Path | None, given: dict[str, Any]) -> Any:
             raise DataError(f"The configuration {str(file)!r} cannot be read: {error}") from error
         if not isinstance(values, dict):
             raise DataError(f"The configuration {str(file)!r} must be a mapping of settings to values.")
-    return LearnConfig.parse(values | {key: value for key, value in given.items() if value is not None})
+    varied = {key: value for key, value in augmentation.items() if value is not None}
+    if varied:
+        values["augmentation"] = (values.get("augmentation") or {}) | varied
+    return LearnConfig.parse(values | {key: _single(value) for key, value in given.items() if value is not None})
+
+
+def _single(value: Any) -> Any:
+    """An option that may be given again, given once."""
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
 def _numbers(text: str | None) -> tuple[float, ...] | None:
@@ -642,11 +699,12 @@ def _show(record: TaskRecord) -> None:
         ("registered", f"{record.created_at[:19].replace('T', ' ')} UTC by {record.created_by}"),
     ]
     metrics = record.metrics
-    if "chosen" in metrics:
-        rate, epoch = metrics["chosen"]["learning_rate"], metrics["chosen"]["epoch"]
-        trained = f"learning rate {rate}, {epoch} of {record.config.get('epochs')} epochs"
-        plain = "the regression was better on validation: the token adds nothing"
-        rows.insert(4, ("chosen", plain if rate is None else trained))
+    if "candidates" in metrics:
+        chosen, text = metrics["chosen"], "the regression was better on validation: the token adds nothing"
+        if chosen is not None:
+            settings = ", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in chosen.items())
+            text = f"{settings}; of {len(metrics['candidates'])} candidates"
+        rows.insert(4, ("chosen", text))
     if record.retired is not None:
         rows.append(("retired", record.retired or "yes"))
     console.print(table(record.ref, ("", "value"), rows))

@@ -67,6 +67,15 @@ def random_task(
     )
 
 
+@pytest.fixture(autouse=True, scope="session")
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Nothing is kept in the user's own cache."""
+    folder = tmp_path_factory.mktemp("activations")
+    os.environ["ADDENDA_CACHE"] = str(folder)
+    yield folder
+    del os.environ["ADDENDA_CACHE"]
+
+
 @pytest.fixture(scope="session")
 def tiny() -> FrozenBackbone:
     return FrozenBackbone(tiny_vit(), "tiny", "hub")

@@ -86,7 +86,7 @@ def test_a_name_taken_is_one_line_and_exit_code_2(run: Run, learned: Result, fol
 
 
 def test_settings_come_from_defaults_then_file_then_options(run: Run, folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "settings.yaml").write_text("epochs: 1\nlearning_rates: [0.2]\nnum_memory_tokens: 2\n")
+    (tmp_path / "settings.yaml").write_text("epochs: 1\nlearning_rate: [0.2]\nnum_memory_tokens: 2\n")
     result = run(
         "learn",
         "ones",
@@ -102,7 +102,7 @@ def test_settings_come_from_defaults_then_file_then_options(run: Run, folder: Pa
     assert result.code == 0, result.err
     with Registry.open(tmp_path / "tasks.db") as registry:
         config = registry.record("ones").config
-    assert (config["epochs"], config["learning_rates"], config["num_memory_tokens"]) == (1, [0.2], 3)
+    assert (config["epochs"], config["learning_rate"], config["num_memory_tokens"]) == (1, [0.2], 3)
     assert config["momentum"] == 0.9
 
 

@@ -14,7 +14,7 @@ from addenda.exceptions import DataError
 from addenda.learner.data import LabelledImages, check_same_labels, open_images
 from tests.images import colour_folder
 
-QUICK = LearnConfig(epochs=1, learning_rates=(0.1,))
+QUICK = LearnConfig(epochs=1, learning_rate=(0.1,))
 
 
 @pytest.fixture

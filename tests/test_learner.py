@@ -11,20 +11,25 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 
 from addenda import CombinedModel, FrozenBackbone, LearnConfig, Learner, Registry
 from addenda.combined import verify
 from addenda.exceptions import BackboneError, NameTakenError, RegistryError, TrainingError
 from addenda.learner import Epoch
-from addenda.learner.cache import compute_activations
-from addenda.learner.data import open_images
+from addenda.learner.activations import Activations
+from addenda.learner.augmentation import Augmentation
+from addenda.learner.cache import ActivationCache
+from addenda.learner.candidates import first_tensors, silenced
+from addenda.learner.data import Data, open_images
 from addenda.learner.regression import choose_strength, fit_regression
-from addenda.learner.training import Candidate, Trainer, stream_features
+from addenda.learner.stream import stream_features
+from addenda.learner.training import Trainer
 from tests.conftest import random_task, tiny_vit
 from tests.images import colour_folder
 
-QUICK = LearnConfig(epochs=2, learning_rates=(0.1, 0.3), batch_size=8)
+QUICK = LearnConfig(epochs=2, learning_rate=(0.1, 0.3), batch_size=8)
 
 
 @pytest.fixture
@@ -91,6 +96,11 @@ def noise(count: int = 24, classes: int = 3, seed: int = 0) -> tuple[torch.Tenso
     return images, targets
 
 
+def activations_of(backbone: FrozenBackbone, data: Data, **options: object) -> Activations:
+    settings = {"augmentation": Augmentation(), "cache": ActivationCache(), **options}
+    return Activations(backbone, open_images(data), **settings)
+
+
 def test_the_test_set_is_read_once_and_changes_nothing_that_is_learned(tiny: FrozenBackbone, tmp_path: Path) -> None:
     digests = set()
     for part in ("with", "without"):
@@ -130,7 +140,7 @@ def test_seed_data_and_numerics_fix_the_artifact_across_processes(tiny: FrozenBa
         "from tests.conftest import tiny_vit\n"
         "from addenda import FrozenBackbone, LearnConfig, Learner, Registry\n"
         "backbone = FrozenBackbone(tiny_vit(), 'tiny', 'hub')\n"
-        "config = LearnConfig(epochs=2, learning_rates=(0.1, 0.3), seed=int(sys.argv[4]))\n"
+        "config = LearnConfig(epochs=2, learning_rate=(0.1, 0.3), seed=int(sys.argv[4]))\n"
         "with Registry.open(sys.argv[3]) as registry:\n"
         "    print(Learner(backbone, registry).learn('colours', sys.argv[2], config=config).sha256)\n"
     )
@@ -144,21 +154,22 @@ def test_seed_data_and_numerics_fix_the_artifact_across_processes(tiny: FrozenBa
     ]  # fmt: skip
     assert digests[0] == digests[1]
     with Registry.open(tmp_path / "other.db") as registry:
-        config = LearnConfig(epochs=2, learning_rates=(0.1, 0.3), seed=1)
+        config = LearnConfig(epochs=2, learning_rate=(0.1, 0.3), seed=1)
         assert Learner(tiny, registry).learn("colours", folder, config=config).sha256 != digests[0]
 
 
 def test_training_lowers_the_loss_and_moves_every_part(tiny: FrozenBackbone) -> None:
     images, targets = noise(48)
-    activations = compute_activations(tiny, open_images(CountingDataset(images, targets)))
+    activations = activations_of(tiny, CountingDataset(images, targets))
     rows = torch.arange(48)
     regression = fit_regression(activations.pooled, targets, 0.01)
-    config = LearnConfig(epochs=20, learning_rates=(0.1,), batch_size=16)
-    trainer = Trainer(tiny, activations, [], config)
-    snapshots, history = trainer.run(regression, [0.1], rows, rows, 20, None, "sweep")
-    assert history[-1].validation_loss[0] < history[0].validation_loss[0]
-    for before, after in zip(snapshots[0][0].tensors, snapshots[-1][0].tensors, strict=True):
-        assert not torch.equal(before, after)
+    config = LearnConfig(epochs=20, learning_rate=0.03, batch_size=16, patience=20)
+    trainer = Trainer(activations, [], config)
+    (candidate,), history = trainer.run(regression, config.candidates, rows, rows, 20, None, "sweep")
+    start = first_tensors(tiny, regression, candidate.settings, config.memory_std)
+    assert history[-1].validation_loss[0] < F.cross_entropy(trainer.logits(start, rows), targets).item()
+    for name, before in start.items():
+        assert not torch.equal(before, candidate.best.tensors[name])
 
 
 def test_where_the_regression_is_better_the_token_is_silenced_unless_told_not_to(
@@ -167,22 +178,23 @@ def test_where_the_regression_is_better_the_token_is_silenced_unless_told_not_to
     images, targets = noise(48)
     images[:, 0] += 20 * targets[:, None, None]  # plain to see for the regression; one bad epoch cannot beat it
     learner = Learner(tiny, registry)
-    config = LearnConfig(epochs=1, learning_rates=(1.0,), refit=False)
+    config = LearnConfig(epochs=1, learning_rate=(1.0,), refit=False)
     silenced = learner.learn("silenced", CountingDataset(images, targets), config=config)
-    assert silenced.metrics["chosen"] == {"learning_rate": None, "epoch": 0}
+    assert silenced.metrics["chosen"] is None
     assert not silenced.head_weight.any()
-    config = LearnConfig(epochs=1, learning_rates=(1.0,), refit=False, fall_back=False)
+    config = LearnConfig(epochs=1, learning_rate=(1.0,), refit=False, fall_back=False)
     kept = learner.learn("kept", CountingDataset(images, targets), config=config)
-    assert kept.metrics["chosen"] == {"learning_rate": 1.0, "epoch": 1}
+    assert (kept.metrics["chosen"]["learning_rate"], kept.metrics["chosen"]["epoch"]) == (1.0, 1)
     assert kept.head_weight.any()
 
 
 def test_a_token_that_adds_nothing_is_exactly_the_regression(tiny: FrozenBackbone) -> None:
     images, targets = noise()
-    activations = compute_activations(tiny, open_images(CountingDataset(images, targets)))
+    activations = activations_of(tiny, CountingDataset(images, targets))
     regression = fit_regression(activations.pooled, targets, 0.1)
-    plain = Candidate.regression(tiny, regression, LearnConfig())
-    logits = Trainer(tiny, activations, [], LearnConfig()).validation_logits([plain], torch.arange(24))[:, 0]
+    config = LearnConfig()
+    plain = silenced(tiny, regression, config.candidates[0], config.memory_std)
+    logits = Trainer(activations, [], config).logits(plain, torch.arange(24))
     expected = activations.pooled @ regression.weight.T + regression.bias
     assert torch.allclose(logits, expected, atol=1e-5)
 
@@ -191,21 +203,22 @@ def test_the_training_stream_is_the_combined_models_stream(tiny: FrozenBackbone,
     parent = random_task(tiny, "parent", memory=3, seed=1)
     child = random_task(tiny, "child", memory=5, parents=(parent,), seed=2, pooled=False)
     images, targets = noise(6)
-    activations = compute_activations(tiny, open_images(CountingDataset(images, targets)), [parent])
+    activations = activations_of(tiny, CountingDataset(images, targets), parents=[parent])
     inherited = Learner(tiny, registry)._parent_memory([parent])
     assert child.class_token is not None
     assert child.memory is not None
-    features = stream_features(tiny, activations.key_values, child.class_token[None], child.memory[None], inherited)
+    batch = activations.batch(torch.arange(6))
+    features = stream_features(tiny, batch, child.class_token[None], child.memory[None], inherited)
     logits = features[0] @ child.head_weight.T + child.head_bias
     expected = CombinedModel(tiny, [child])(images)["child"]
     assert (logits - expected).abs().max() < 5e-3 * expected.abs().max()  # activations are kept in half precision
-    alone = stream_features(tiny, activations.key_values, child.class_token[None], child.memory[None], [])
+    alone = stream_features(tiny, batch, child.class_token[None], child.memory[None], [])
     assert (alone[0] - features[0]).abs().max() > 0.02
 
 
 def test_an_extension_names_what_it_extends_and_stays_exact(learner: Learner, colours: Path) -> None:
     parent = learner.learn("parent", colours, config=QUICK)
-    config = LearnConfig(epochs=1, learning_rates=(0.1,), extends=("parent",), num_memory_tokens=0)
+    config = LearnConfig(epochs=1, learning_rate=(0.1,), extends=("parent",), num_memory_tokens=0)
     child = learner.learn("child", colours, config=config)
     assert child.extends == ("parent:1",)
     images = noise(5)[0]
@@ -217,9 +230,9 @@ def test_an_extension_names_what_it_extends_and_stays_exact(learner: Learner, co
 
 def test_two_versions_of_one_name_can_both_be_extended(learner: Learner, colours: Path) -> None:
     for seed in (0, 1):
-        config = LearnConfig(epochs=1, learning_rates=(0.1,), seed=seed, fall_back=False)
+        config = LearnConfig(epochs=1, learning_rate=(0.1,), seed=seed, fall_back=False)
         learner.learn("parent", colours, config=config, new_version=seed > 0)
-    config = LearnConfig(epochs=1, learning_rates=(0.1,), extends=("parent:1", "parent:2"), fall_back=False)
+    config = LearnConfig(epochs=1, learning_rate=(0.1,), extends=("parent:1", "parent:2"), fall_back=False)
     assert learner.learn("child", colours, config=config).extends == ("parent:1", "parent:2")
     assert learner.evaluate("child", colours).metrics["num_images"] == 12
 
@@ -268,13 +281,13 @@ def test_refit_learns_from_the_validation_images_too(tiny: FrozenBackbone, colou
     shas = set()
     for refit in (True, False):
         with Registry.open(tmp_path / f"{refit}.db") as registry:
-            config = LearnConfig(epochs=1, learning_rates=(0.1,), refit=refit)
+            config = LearnConfig(epochs=1, learning_rate=(0.1,), refit=refit)
             shas.add(Learner(tiny, registry).learn("colours", colours, config=config).sha256)
     assert len(shas) == 2
 
 
 def test_all_candidates_lost_is_a_clear_failure(learner: Learner, colours: Path) -> None:
-    config = LearnConfig(epochs=1, learning_rates=(1e30,), head_learning_rate=1e30, warmup_steps=0)
+    config = LearnConfig(epochs=1, learning_rate=(1e30,), head_learning_rate=1e30, warmup_steps=0)
     with pytest.raises(TrainingError, match="Every candidate's loss became infinite or NaN"):
         learner.learn("colours", colours, config=config)
     assert learner.registry.tasks() == []
@@ -297,30 +310,9 @@ def test_a_task_is_refused_on_another_backbone(learner: Learner, colours: Path) 
 
 def test_the_configuration_reports_every_mistake_at_once() -> None:
     with pytest.raises(TrainingError) as caught:
-        LearnConfig.parse({"epochs": 0, "memory": 5, "learning_rates": [-1]})
-    for name in ("epochs", "memory", "learning_rates"):
+        LearnConfig.parse({"epochs": 0, "memory": 5, "learning_rate": [-1]})
+    for name in ("epochs", "memory", "learning_rate"):
         assert name in str(caught.value)
-
-
-def test_no_room_for_the_activations_is_said_before_they_are_computed(
-    learner: Learner, colours: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr("addenda.learner.cache._free_ram_bytes", lambda: 0)
-    monkeypatch.setattr("tempfile.tempdir", "/proc")
-    with pytest.raises(TrainingError, match=r"The activations of 24 images take .* GB"):
-        learner.learn("colours", colours, config=QUICK)
-
-
-def test_activations_on_disk_give_the_same_task_as_in_memory(
-    tiny: FrozenBackbone, colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with Registry.open(tmp_path / "ram.db") as registry:
-        in_memory = Learner(tiny, registry).learn("colours", colours, config=QUICK).sha256
-    monkeypatch.setattr("addenda.learner.cache._free_ram_bytes", lambda: 0)
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    with Registry.open(tmp_path / "disk.db") as registry:
-        assert Learner(tiny, registry).learn("colours", colours, config=QUICK).sha256 == in_memory
-    assert not list(tmp_path.glob("addenda-activations-*"))
 
 
 @pytest.mark.slow

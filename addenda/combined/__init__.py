@@ -2,22 +2,28 @@
 
 from addenda.combined.cost import TaskCost, loaded_bytes, pass_operations, task_cost
 from addenda.combined.golden import Verdict, golden, verify
-from addenda.combined.layout import TileStore
+from addenda.combined.layout import Layout, TileStore, micro_batch
 from addenda.combined.model import Answers, CombinedModel
 from addenda.combined.numerics import numerics, numerics_fingerprint, tensor_digest
+from addenda.combined.selftest import prove
+from addenda.combined.streams import task_features
 
 __all__ = [
     "Answers",
     "CombinedModel",
+    "Layout",
     "TaskCost",
     "TileStore",
     "Verdict",
     "golden",
     "loaded_bytes",
+    "micro_batch",
     "numerics",
     "numerics_fingerprint",
     "pass_operations",
+    "prove",
     "task_cost",
+    "task_features",
     "tensor_digest",
     "verify",
 ]

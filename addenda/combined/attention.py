@@ -34,23 +34,31 @@ def attend(
         What each task's query read, heads side by side.
     """
     num_tasks, num_heads, batch, _ = queries.shape
-    num_frozen, num_tokens = frozen.keys.shape[-2], tokens.keys.shape[-2]
+    num_frozen = frozen.keys.shape[-2]
     queries = (queries * scale).contiguous()
     by_image = queries.permute(2, 1, 0, 3).flatten(0, 1)  # [B H, S, d]: an image's frozen keys serve all tasks
     on_frozen = by_image @ frozen.keys.flatten(0, 1).transpose(1, 2)
-    private = torch.cat(
-        [(queries.unsqueeze(-2) * tokens.keys).sum(-1), _by_task(queries, memory.keys.transpose(-1, -2))], dim=-1
-    )
+    private = private_scores(queries, tokens, memory)
     if bias is not None:
         private = private + bias[:, None, None]
     scores = torch.cat([on_frozen.unflatten(0, (batch, num_heads)), private.permute(2, 1, 0, 3)], dim=-1)
     weights = scores.softmax(dim=-1)  # [B, H, S, P + w]
-    on_frozen, on_tokens, on_memory = weights.tensor_split((num_frozen, num_frozen + num_tokens), dim=-1)
-    of_frozen = on_frozen.flatten(0, 1) @ frozen.values.flatten(0, 1)
-    of_tokens = (on_tokens.permute(2, 1, 0, 3).unsqueeze(-1) * tokens.values).sum(-2)
-    of_memory = _by_task(on_memory.permute(2, 1, 0, 3), memory.values)
-    read: Tensor = of_frozen.unflatten(0, (batch, num_heads)).permute(2, 1, 0, 3) + of_tokens + of_memory
+    of_frozen = weights[..., :num_frozen].flatten(0, 1) @ frozen.values.flatten(0, 1)
+    of_private = private_read(weights[..., num_frozen:].permute(2, 1, 0, 3), tokens, memory)
+    read: Tensor = of_frozen.unflatten(0, (batch, num_heads)).permute(2, 1, 0, 3) + of_private
     return read.transpose(1, 2).reshape(num_tasks, batch, -1)
+
+
+def private_scores(queries: Float[Tensor, "S H B d"], tokens: KeyValue, memory: KeyValue) -> Float[Tensor, "S H B w"]:
+    """Scaled queries against a task's own keys and its ancestors': tokens' first, then memory's."""
+    on_tokens = (queries.unsqueeze(-2) * tokens.keys).sum(-1)
+    return torch.cat([on_tokens, _by_task(queries, memory.keys.transpose(-1, -2))], dim=-1)
+
+
+def private_read(weights: Float[Tensor, "S H B w"], tokens: KeyValue, memory: KeyValue) -> Float[Tensor, "S H B d"]:
+    """What the weights of the private keys read of their values."""
+    on_tokens, on_memory = weights.tensor_split((tokens.values.shape[-2],), dim=-1)
+    return (on_tokens.unsqueeze(-1) * tokens.values).sum(-2) + _by_task(on_memory, memory.values)
 
 
 def _by_task(rows: Float[Tensor, "S H B k"], matrices: Float[Tensor, "S H k n"]) -> Float[Tensor, "S H B n"]:

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from addenda.backbones import FrozenBackbone, KeyValue, read_image
+from addenda.backbones import FrozenBackbone, read_image
 from addenda.combined.heads import Head
 from addenda.combined.layout import TILE, Layout, TileStore, micro_batch
 from addenda.combined.numerics import arithmetic
 from addenda.combined.selftest import Shapes, prove
-from addenda.combined.streams import Observer, task_features
+from addenda.combined.streams import task_features
 from addenda.exceptions import BackboneError, ExactnessError, RegistryError, UnknownTaskError
 from addenda.registry import Task
 
@@ -152,33 +152,6 @@ class CombinedModel:
         batches = self._batches(images, (self.micro_batch,))
         return torch.cat([self.backbone.backbone_logits(batch)[:count] for batch, count in batches])
 
-    @torch.no_grad()
-    def observe(
-        self, images: Float[Tensor, "B 3 H W"], tasks: Sequence[Task], observer: Observer
-    ) -> Float[Tensor, "B D"]:
-        """Runs one micro-batch or less and shows an observer each layer's keys and values, before any padding is cut.
-
-        Args:
-            images: at most the micro-batch.
-            tasks: of this model or extended by it: those whose tokens' keys and values the observer gets, [B, H, N, d].
-            observer: called with the layer's number, the frozen keys and values, and the tokens'.
-
-        Returns:
-            The backbone's own pooled feature of each image.
-        """
-        assert len(images) <= self.micro_batch
-        layout = self._layout(tuple(self.tasks), tuple(tasks))
-        rows = [layout.offered[task.sha256] for task in tasks]
-
-        def chosen(layer: int, frozen: KeyValue, offered: KeyValue) -> None:
-            observer(layer, frozen, KeyValue(offered.keys[:, :, rows], offered.values[:, :, rows]))
-
-        batch, count = next(self._batches(images, (self.micro_batch,)))
-        with torch.autocast(self.backbone.device.type, enabled=False):
-            stream = self.backbone.stream(batch, "pooled")
-            task_features(self.backbone, stream, layout, chosen)
-            return stream.pooled[:count]
-
     def predict(
         self, paths: Sequence[str | Path], top: int = 3, tasks: Sequence[str] | None = None
     ) -> dict[str, list[list[tuple[str, float]]]]:
@@ -237,9 +210,8 @@ def _layout(
     tasks: Mapping[str, Task],
     slots: Sequence[int] | None,
     names: tuple[str, ...],
-    offered: tuple[Task, ...] = (),
 ) -> Layout:
-    return Layout(store, [tasks[name] for name in names], slots, offered)
+    return Layout(store, [tasks[name] for name in names], slots)
 
 
 def _check_fits(task: Task, backbone: FrozenBackbone) -> None:

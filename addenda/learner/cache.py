@@ -1,171 +1,275 @@
-"""The activation cache: what the frozen stream offers for each image, computed once."""
+"""The activation cache: a folder of what the frozen stream offered for images, addressed by their content."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
 import os
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+import platformdirs
 import torch
-from jaxtyping import Float, Int
+from filelock import FileLock
+from jaxtyping import Float16, Float32, UInt8
 from torch import Tensor
 
-from addenda.backbones import FrozenBackbone, KeyValue
-from addenda.combined import CombinedModel
-from addenda.exceptions import DataError, TrainingError
-from addenda.learner.data import LabelledImages
-from addenda.registry import Task
+from addenda.backbones import FrozenBackbone
+from addenda.combined import numerics, numerics_fingerprint
+from addenda.exceptions import TrainingError
 
-Report = Callable[[str, int, int], None]
-"""Called with what is being done, how much is done, and how much there is."""
+FORMAT = 1
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Activations:
-    """Constants of some images: all that a task's stream reads of them.
+class Kept:
+    """One set of kept activations, as `addenda cache list` shows it.
 
     Attributes:
-        key_values: keys and values of each layer, in half precision; the frozen tokens', then those of the tokens of
-            the tasks to extend.
-        pooled: the backbone's own pooled feature.
-        targets: class of each image.
-        skipped: images that could not be read.
+        name: its folder.
+        backbone: timm name of the backbone.
+        num_images: how many images or views there is room for.
+        num_done: how many of them are computed.
+        num_bytes: what it takes on disk.
+        used_at: when it was last opened, UTC.
     """
 
-    key_values: Float[Tensor, "N L 2 H P d"]
-    pooled: Float[Tensor, "N D"]
-    targets: Int[Tensor, " N"]
-    skipped: tuple[str, ...]
+    name: str
+    backbone: str
+    num_images: int
+    num_done: int
+    num_bytes: int
+    used_at: datetime
 
-    def __len__(self) -> int:
-        return len(self.targets)
+
+@dataclass(frozen=True)
+class Store:
+    """Memory-mapped rows of one set.
+
+    Attributes:
+        key_values: keys and values of each layer in half precision.
+        pooled: the backbone's own pooled feature.
+        done: 1 where the row is computed.
+        place: the row of each key.
+    """
+
+    key_values: Float16[Tensor, "K L 2 H P d"]
+    pooled: Float32[Tensor, "K D"]
+    done: UInt8[Tensor, " K"]
+    place: dict[str, int]
+    _maps: tuple[Any, ...]
+
+    def flush(self) -> None:
+        """Writes rows to disk, and only then the marks that say that they are there."""
+        key_values, pooled, done = self._maps
+        key_values.flush()
+        pooled.flush()
+        done[:] = self.done.numpy()
+        done.flush()
 
 
-def compute_activations(
-    backbone: FrozenBackbone,
-    images: LabelledImages,
-    parents: Sequence[Task] = (),
-    skip_bad: bool = False,
-    report: Report | None = None,
-) -> Activations:
-    """Runs the frozen stream, and those of the tasks to extend, over every image once.
+class ActivationCache:
+    """Keeps activations across runs: keyed by image content and view, backbone fingerprint and numerics.
+
+    A set is a folder of memory-mapped arrays: the operating system keeps of it in memory what fits, and never swaps it
+    out. Rows marked as done survive a kill at any moment. Sets not used for longest make room for new ones.
 
     Args:
-        backbone: the frozen backbone.
-        images: what to read.
-        parents: every task whose tokens will be seen.
-        skip_bad: leave out images that cannot be read, rather than refuse.
-        report: told of the progress.
-
-    Raises:
-        DataError: images that cannot be read, all named together.
-        TrainingError: neither memory nor disk holds the activations.
+        folder: where; by default `$ADDENDA_CACHE`, else the user's cache folder.
+        budget_gb: the most that all sets may take, in 10^9 bytes; 0 keeps nothing. By default half of what the disk
+            has left, what is kept already counted as free.
     """
-    # Named by content: among ancestors there may be two versions of one name.
-    model = CombinedModel(backbone, [replace(parent, name=parent.sha256) for parent in parents])
-    num_tokens = backbone.num_tokens + len(parents)
-    head_dim = backbone.embed_dim // backbone.num_heads
-    store = _allocate(len(images), (backbone.depth, 2, backbone.num_heads, num_tokens, head_dim))
-    pooled = torch.empty(len(images), backbone.embed_dim)
-    kept: list[int] = []
 
-    def flush(batch: list[tuple[int, Tensor]]) -> None:
-        start, rows = len(kept), len(batch)
+    def __init__(self, folder: str | Path | None = None, budget_gb: float | None = None) -> None:
+        chosen = folder or os.environ.get("ADDENDA_CACHE") or platformdirs.user_cache_path("addenda") / "activations"
+        self.folder = Path(chosen)
+        self._budget_gb = budget_gb
 
-        def observe(layer: int, frozen: KeyValue, tokens: KeyValue) -> None:
-            for which in (0, 1):
-                joined = torch.cat([frozen[which], tokens[which]], dim=2)[:rows]
-                store[start : start + rows, layer, which].copy_(joined)
+    @property
+    def budget_bytes(self) -> float:
+        """The most that all sets may take."""
+        if self._budget_gb is not None:
+            return self._budget_gb * 1e9
+        existing = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
+        return (shutil.disk_usage(existing).free + sum(kept.num_bytes for kept in self.sets())) / 2
 
-        pooled[start : start + rows] = model.observe(torch.stack([image for _, image in batch]), parents, observe)
-        kept.extend(index for index, _ in batch)
+    def sets(self) -> list[Kept]:
+        """All sets, the last used first."""
+        found = []
+        for folder in self._folders():
+            meta = _read_meta(folder) or {"name": "(damaged)", "num_rows": 0}
+            try:
+                num_done = int(np.load(folder / "done.npy").sum())
+            except (OSError, ValueError):
+                num_done = 0
+            found.append(
+                Kept(
+                    name=folder.name,
+                    backbone=meta["name"],
+                    num_images=meta["num_rows"],
+                    num_done=num_done,
+                    num_bytes=sum(path.stat().st_size for path in folder.iterdir()),
+                    used_at=datetime.fromtimestamp(folder.stat().st_mtime, UTC),
+                )
+            )
+        return sorted(found, key=lambda kept: kept.used_at, reverse=True)
 
-    bad = read_in_batches(images, backbone, model.micro_batch, flush, skip_bad, "reading images", report)
-    targets = images.targets[torch.tensor(kept, dtype=torch.long)]
-    return Activations(store[: len(kept)], pooled[: len(kept)], targets, tuple(bad))
+    def clear(self, names: Sequence[str] | None = None) -> int:
+        """Deletes some sets, or all; returns the bytes set free."""
+        freed = 0
+        for kept in self.sets():
+            if names is None or kept.name in names:
+                shutil.rmtree(self.folder / kept.name)
+                freed += kept.num_bytes
+        return freed
 
+    def capacity(self, row_bytes: int, num_rows: int) -> int:
+        """How many rows the budget holds.
 
-def read_in_batches(
-    images: LabelledImages,
-    backbone: FrozenBackbone,
-    size: int,
-    take: Callable[[list[tuple[int, Tensor]]], None],
-    skip_bad: bool,
-    what: str,
-    report: Report | None,
-) -> list[str]:
-    """Reads every image and hands them on in batches of (index, image); the last may be smaller.
+        Raises:
+            TrainingError: the budget is above 0 and holds not even one row.
+        """
+        budget = self.budget_bytes
+        if self._budget_gb and budget < row_bytes:
+            raise TrainingError(
+                f"A cache of {self._budget_gb:g} GB does not hold the activations of one image ({row_bytes / 1e9:.4f} "
+                f"GB); all {num_rows} take {num_rows * row_bytes / 1e9:.2f} GB. Give more, or 0 to compute them anew "
+                "in each epoch."
+            )
+        return min(num_rows, int(budget // row_bytes))
 
-    Returns:
-        What was wrong with each image left out.
+    def open(self, backbone: FrozenBackbone, keys: Sequence[str]) -> Store:
+        """A store that has a row for each key: one that is kept, or a new one with what others have already done.
 
-    Raises:
-        DataError: images that cannot be read, all named together, unless skip_bad.
-    """
-    batch: list[tuple[int, Tensor]] = []
-    bad: list[str] = []
-    for index, result in enumerate(_read_ahead(images, backbone)):
-        if isinstance(result, DataError):
-            bad.append(str(result))
-        elif not bad or skip_bad:  # once a run is lost, the rest is only read, to name every bad image
-            batch.append((index, result))
-        if len(batch) == size:
-            take(batch)
-            batch = []
-        if report is not None:
-            report(what, index + 1, len(images))
-    if (bad and not skip_bad) or len(bad) == len(images):
-        named = "\n  ".join(bad[:10]) + (f"\n  … and {len(bad) - 10} more" if len(bad) > 10 else "")
-        raise DataError(
-            f"{len(bad)} of {len(images)} images in {images.where} cannot be read:\n  {named}\n"
-            "Mend them, or leave them out with --skip-bad (in Python: skip_bad=True)."
-        )
-    if batch:
-        take(batch)
-    return bad
+        Args:
+            backbone: the frozen backbone.
+            keys: sha256 of each row's content and view.
 
+        Raises:
+            TrainingError: the disk has no room.
+        """
+        head_dim = backbone.embed_dim // backbone.num_heads
+        shape = (len(keys), backbone.depth, 2, backbone.num_heads, backbone.num_tokens, head_dim)
+        meta = {
+            "format": FORMAT,
+            "name": backbone.name,
+            "backbone": backbone.fingerprint,
+            "numerics": numerics_fingerprint(numerics(backbone)),
+            "num_rows": len(keys),
+            "shape": list(shape[1:]),
+            "width": backbone.embed_dim,
+        }
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.folder / ".lock"):
+            stores = [(folder, store) for folder in self._folders() if (store := self._load(folder, meta)) is not None]
+            for folder, store in stores:
+                if set(keys) <= store.place.keys():
+                    os.utime(folder)
+                    return store
+            self._make_room(int(np.prod(shape)) * 2 + len(keys) * backbone.embed_dim * 4)
+            made = self._create(meta, shape, keys)
+            for _, store in stores:
+                _copy(store, made)
+            made.flush()
+            return made
 
-def _read_ahead(images: LabelledImages, backbone: FrozenBackbone) -> Iterator[Tensor | DataError]:
-    """Reads images in order, a few ahead of the model, on another thread."""
+    def _folders(self) -> list[Path]:
+        return [path for path in self.folder.iterdir() if path.is_dir()] if self.folder.is_dir() else []
 
-    def read(index: int) -> Tensor | DataError:
+    def _load(self, folder: Path, meta: dict[str, Any]) -> Store | None:
+        """A set of this backbone and these numerics; one that is damaged is deleted, and said to be."""
+        found = _read_meta(folder)
+        if found is not None and any(found[k] != meta[k] for k in ("backbone", "numerics", "shape", "width")):
+            return None
         try:
-            return images.read(index, backbone)
-        except DataError as error:
-            return error
+            if found is None:
+                raise ValueError("its description cannot be read")
+            keys = np.load(folder / "keys.npy")
+            if folder.name != _name(found, keys):
+                raise ValueError("it is not what its name says")
+            rows = found["num_rows"]
+            return _map(folder, "r+", (rows, *found["shape"]), found["width"], keys)
+        except (OSError, ValueError, KeyError) as error:
+            log.warning("Kept activations %s are of no use (%s) and are made again.", folder, error)
+            shutil.rmtree(folder)
+            return None
 
-    window = 16
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        futures = [pool.submit(read, index) for index in range(min(window, len(images)))]
-        for index in range(len(images)):
-            yield futures.pop(0).result()
-            if index + window < len(images):
-                futures.append(pool.submit(read, index + window))
+    def _create(self, meta: dict[str, Any], shape: tuple[int, ...], keys: Sequence[str]) -> Store:
+        packed = np.frombuffer(bytes.fromhex("".join(keys)), np.uint8).reshape(-1, 32)
+        folder = self.folder / _name(meta, packed)
+        try:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            np.save(folder / "keys.npy", packed)
+            store = _map(folder, "w+", shape, meta["width"], packed)
+            for mapped in store._maps:
+                with open(str(mapped.filename), "r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, os.path.getsize(file.name))
+            (folder / "meta.json").write_text(json.dumps(meta))
+        except OSError as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise TrainingError(
+                f"The activations of {len(keys)} images take {np.prod(shape) * 2 / 1e9:.2f} GB, and {self.folder} "
+                f"cannot hold them ({error.strerror}). Free some space, keep less of them (--cache-gb), or set "
+                "ADDENDA_CACHE to a folder on a larger disk."
+            ) from error
+        return store
+
+    def _make_room(self, num_bytes: int) -> None:
+        kept = self.sets()
+        while kept and sum(k.num_bytes for k in kept) + num_bytes > self.budget_bytes:
+            oldest = kept.pop()
+            log.info("Kept activations %s make room (%.2f GB).", oldest.name, oldest.num_bytes / 1e9)
+            self.clear([oldest.name])
 
 
-def _allocate(num_images: int, shape: tuple[int, ...]) -> Tensor:
-    """Memory for the activations: RAM where half of what is free holds them, else a vanishing file."""
-    total = num_images * torch.Size(shape).numel()
-    if total * 2 <= 0.5 * _free_ram_bytes():
-        return torch.empty(num_images, *shape, dtype=torch.float16)
+def _name(meta: dict[str, Any], keys: UInt8[np.ndarray, "K 32"]) -> str:
+    identity = json.dumps([meta[k] for k in ("format", "backbone", "numerics", "shape", "width")])
+    return hashlib.sha256(identity.encode() + keys.tobytes()).hexdigest()[:16]
+
+
+def _read_meta(folder: Path) -> dict[str, Any] | None:
     try:
-        with tempfile.NamedTemporaryFile(prefix="addenda-activations-") as file:
-            os.posix_fallocate(file.fileno(), 0, total * 2)
-            return torch.from_file(file.name, shared=True, size=total, dtype=torch.float16).view(num_images, *shape)
-    except OSError as error:
-        raise TrainingError(
-            f"The activations of {num_images} images take {total * 2 / 1e9:.1f} GB: more than half of the free memory, "
-            f"and {tempfile.gettempdir()} cannot hold them ({error.strerror}). Free some space, or set TMPDIR to a "
-            "larger disk."
-        ) from error
+        meta: dict[str, Any] = json.loads((folder / "meta.json").read_text())
+        return meta if meta["format"] == FORMAT else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
-def _free_ram_bytes() -> int:
-    """Memory that can be taken without swapping."""
-    try:
-        with open("/proc/meminfo") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):  # not Linux
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+def _map(folder: Path, mode: Any, shape: tuple[int, ...], width: int, keys: UInt8[np.ndarray, "K 32"]) -> Store:
+    """Maps a set's arrays into memory; ValueError where a file is not the size that its header says."""
+    wanted: dict[str, tuple[Any, tuple[int, ...]]] = {
+        "key_values": (np.float16, shape),
+        "pooled": (np.float32, (shape[0], width)),
+        "done": (np.uint8, (shape[0],)),
+    }
+    maps = []
+    for name, (dtype, expected) in wanted.items():
+        path = folder / f"{name}.npy"
+        if mode == "w+":
+            maps.append(np.lib.format.open_memmap(path, mode, dtype, expected))
+            continue
+        found = np.load(path, mmap_mode="r")  # refuses a file that is too short; opened to write it would grow
+        if found.shape != expected or found.dtype != dtype:
+            raise ValueError(f"{path.name} holds {found.dtype} {found.shape}")
+        maps.append(np.lib.format.open_memmap(path, mode))
+    place = {row.tobytes().hex(): i for i, row in enumerate(keys)}
+    key_values, pooled, done = map(torch.from_numpy, maps)
+    return Store(key_values, pooled, done.clone(), place, tuple(maps))
+
+
+def _copy(source: Store, target: Store) -> None:
+    """Takes over the rows that another set has done."""
+    for key, row in target.place.items():
+        other = source.place.get(key)
+        if other is not None and source.done[other] and not target.done[row]:
+            target.key_values[row] = source.key_values[other]
+            target.pooled[row] = source.pooled[other]
+            target.done[row] = 1

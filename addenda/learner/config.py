@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from dataclasses import field
+from itertools import product
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, TypeVar
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 from pydantic.dataclasses import dataclass
 
 from addenda.exceptions import TrainingError
+from addenda.learner.augmentation import Augmentation
 
+T = TypeVar("T")
 Positive = Annotated[float, Field(gt=0)]
+OneOrMore: TypeAlias = T | tuple[T, ...]
+
+
+class Settings(NamedTuple):
+    """What one candidate is trained with, of what a sweep can vary."""
+
+    learning_rate: float
+    weight_decay: float
+    num_memory_tokens: int
+    seed: int
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class LearnConfig:
     """Settings of one learning run. The optimiser's defaults are the paper's; its learning rates are not published.
+
+    Settings of type OneOrMore take one value or several. All combinations are trained side by side, and validation
+    picks the best.
 
     Attributes:
         num_memory_tokens: m, memory tokens of each layer; 0 leaves the class token alone.
@@ -23,36 +40,68 @@ class LearnConfig:
         extends: references of registered tasks whose tokens and memory this one sees.
         epochs: passes over the training part, at most; validation picks the best.
         batch_size: images in an optimiser step.
-        learning_rates: candidates for the token and the memory, trained side by side.
+        learning_rate: for the token and the memory, at its highest.
+        weight_decay: of the token and the memory; the head has the regression's own penalty instead.
         head_learning_rate: for the head, the same in all candidates.
         optimizer: `"sgd"` with momentum (the paper) or `"adamw"`.
         momentum: of SGD.
         clip_norm: largest norm of a candidate's gradient.
         warmup_steps: steps of linear warm-up before the cosine.
         memory_std: standard deviation of the memory's first values (the paper: 0.02).
+        patience: epochs without a lower validation loss after which a candidate stops.
+        augmentation: random views of the training images.
         validation_fraction: the share of the training images held out, class by class, to choose by.
         fall_back: whether a token whose validation loss is above the regression's is silenced: its head weights
             become 0, and the task answers as the regression.
         refit: whether the winner is trained again on training and validation images together.
-        seed: of the split, the memory's first values and the order of images.
+        seed: of the split, the memory's first values and the order of images; of several, the first decides split and
+            order for all.
     """
 
-    num_memory_tokens: Annotated[int, Field(ge=0, le=1024)] = 5
+    num_memory_tokens: OneOrMore[Annotated[int, Field(ge=0, le=1024)]] = 5
     head_only: bool = False
     extends: tuple[str, ...] = ()
     epochs: Annotated[int, Field(ge=1)] = 15
     batch_size: Annotated[int, Field(ge=1)] = 64
-    learning_rates: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.1, 0.3, 1.0)
+    learning_rate: OneOrMore[Positive] = (0.1, 0.3, 1.0)
+    weight_decay: OneOrMore[Annotated[float, Field(ge=0)]] = 0.0
     head_learning_rate: Positive = 0.003
     optimizer: Literal["sgd", "adamw"] = "sgd"
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     clip_norm: Positive = 1.0
     warmup_steps: Annotated[int, Field(ge=0)] = 5
     memory_std: Annotated[float, Field(ge=0)] = 0.02
+    patience: Annotated[int, Field(ge=1)] = 5
+    augmentation: Augmentation = field(default_factory=Augmentation)
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
     fall_back: bool = True
     refit: bool = True
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: OneOrMore[Annotated[int, Field(ge=0)]] = 0
+
+    @field_validator("learning_rate", "weight_decay", "num_memory_tokens", "seed")
+    @classmethod
+    def _not_empty(cls, value: OneOrMore[Any]) -> OneOrMore[Any]:
+        if value == ():
+            raise ValueError("give one value at least")
+        return value
+
+    @property
+    def candidates(self) -> tuple[Settings, ...]:
+        """Every combination of the settings that have several values."""
+        return tuple(
+            Settings(*values)
+            for values in product(
+                _several(self.learning_rate),
+                _several(self.weight_decay),
+                _several(self.num_memory_tokens),
+                _several(self.seed),
+            )
+        )
+
+    @property
+    def first_seed(self) -> int:
+        """What split and order are drawn with."""
+        return _several(self.seed)[0]
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> LearnConfig:
@@ -71,3 +120,7 @@ class LearnConfig:
         """Plain values, as stored with the task."""
         values: dict[str, Any] = TypeAdapter(type(self)).dump_python(self, mode="json")
         return values
+
+
+def _several(value: T | tuple[T, ...]) -> tuple[T, ...]:
+    return value if isinstance(value, tuple) else (value,)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -50,18 +50,38 @@ class LabelledImages:
     def __len__(self) -> int:
         return len(self.targets)
 
-    def read(self, index: int, backbone: FrozenBackbone) -> Tensor:
+    def digest(self, index: int) -> str:
+        """sha256 over an image's content, whatever its name."""
+        return _digest(self.items[index])
+
+    def read(
+        self,
+        index: int,
+        backbone: FrozenBackbone,
+        digest: str | None = None,
+        transform: Callable[[Image.Image], Tensor] | None = None,
+    ) -> Tensor:
         """One image as the backbone takes it, Float[3, H, W].
 
+        Args:
+            index: which.
+            backbone: says how it is transformed, and which shape a tensor must have.
+            digest: what its content must hash to.
+            transform: instead of the backbone's own.
+
         Raises:
-            DataError: the image cannot be read, or has the wrong shape.
+            DataError: the image cannot be read, has the wrong shape, or is no longer the same.
         """
         item = self.items[index]
-        if isinstance(item, Path):
-            return backbone.transform(read_image(item))
-        image = item[0]
+        if digest is not None and _digest(item) != digest:
+            raise DataError(
+                f"{item if isinstance(item, Path) else f'Item {index} of {self.where}'} changed while it was being "
+                "learned from. Files must stay as they are until a run ends, and a Dataset must give the same image "
+                "each time: random views are `augmentation`'s to make."
+            )
+        image = read_image(item) if isinstance(item, Path) else item[0]
         if isinstance(image, Image.Image):
-            return backbone.transform(image.convert("RGB"))
+            return (transform or backbone.transform)(image.convert("RGB"))
         expected = backbone.preprocessing["input_size"]
         if not isinstance(image, Tensor) or list(image.shape) != expected or not image.is_floating_point():
             found = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
@@ -69,27 +89,38 @@ class LabelledImages:
                 f"Item {index} of {self.where} is {found}; it must be a PIL image or a normalised floating-point "
                 f"tensor {expected}."
             )
+        if transform is not None:
+            raise DataError(f"Item {index} of {self.where} is a tensor; random views are made of PIL images only.")
         return image
 
     def read_all(self, backbone: FrozenBackbone) -> Tensor:
         """Every image, Float[N, 3, H, W]: for sets that fit into memory."""
         return torch.stack([self.read(index, backbone) for index in range(len(self))])
 
-    def fingerprint(self) -> str:
-        """sha256 over the contents and labels of all images, whatever their order and names."""
-        lines = []
-        for index, target in enumerate(self.targets.tolist()):
-            item = self.items[index]
-            if isinstance(item, Path):
-                content = item.read_bytes()
-            elif isinstance(item[0], Tensor):
-                content = item[0].detach().cpu().contiguous().numpy().tobytes()
-            elif isinstance(item[0], Image.Image):
-                content = f"{item[0].mode}{item[0].size}".encode() + item[0].tobytes()
-            else:
-                content = repr(type(item[0])).encode()
-            lines.append(f"{hashlib.sha256(content).hexdigest()} {self.labels[target]}")
+    def fingerprint(self, digests: Sequence[str] | None = None) -> str:
+        """sha256 over the contents and labels of all images, whatever their order and names.
+
+        Args:
+            digests: of every image, where they are known.
+        """
+        digests = digests or [self.digest(index) for index in range(len(self))]
+        lines = [
+            f"{digest} {self.labels[target]}" for digest, target in zip(digests, self.targets.tolist(), strict=True)
+        ]
         return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+def _digest(item: Any) -> str:
+    """sha256 over a file's bytes, or over the image of a dataset's item."""
+    if isinstance(item, Path):
+        content = item.read_bytes()
+    elif isinstance(item[0], Tensor):
+        content = item[0].detach().cpu().contiguous().numpy().tobytes()
+    elif isinstance(item[0], Image.Image):
+        content = f"{item[0].mode}{item[0].size}".encode() + item[0].tobytes()
+    else:
+        content = repr(type(item[0])).encode()
+    return hashlib.sha256(content).hexdigest()
 
 
 def split_folders(data: Data, test: Data | None) -> tuple[Data, Data | None]:

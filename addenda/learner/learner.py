@@ -15,12 +15,15 @@ from torch import Tensor
 from addenda.backbones import FrozenBackbone, KeyValue
 from addenda.combined import CombinedModel, TileStore, golden, numerics, numerics_fingerprint, tensor_digest
 from addenda.exceptions import NameTakenError, RegistryError, TrainingError
-from addenda.learner.cache import Activations, Report, compute_activations, read_in_batches
+from addenda.learner.activations import Activations
+from addenda.learner.cache import ActivationCache
+from addenda.learner.candidates import Candidate, Tensors, silenced
 from addenda.learner.config import LearnConfig
 from addenda.learner.data import Data, LabelledImages, check_learnable, check_same_labels, open_images, split_folders
 from addenda.learner.metrics import score
+from addenda.learner.reading import Report, read_in_batches
 from addenda.learner.regression import Regression, choose_strength, fit_regression
-from addenda.learner.training import Candidate, Epoch, OnEpoch, Trainer
+from addenda.learner.training import Epoch, OnEpoch, Trainer
 from addenda.registry import EvaluationRecord, Registry, Task, check_name
 
 RIVAL = "logistic regression"
@@ -33,6 +36,7 @@ class Learner:
     Args:
         backbone: the frozen backbone; it says on which device all happens.
         registry: where the tasks go.
+        cache: where activations are kept for later runs on the same images.
 
     Example:
         >>> import torch
@@ -47,10 +51,10 @@ class Learner:
         ('bright:1', 1.0)
     """
 
-    def __init__(self, backbone: FrozenBackbone, registry: Registry) -> None:
+    def __init__(self, backbone: FrozenBackbone, registry: Registry, cache: ActivationCache | None = None) -> None:
         self.backbone = backbone
         self.registry = registry
-        self._last: tuple[Any, Activations] | None = None
+        self.cache = cache or ActivationCache()
 
     def learn(
         self,
@@ -98,7 +102,8 @@ class Learner:
         check_learnable(images)
         test_images = None if test is None else check_same_labels(images.labels, open_images(test))
 
-        fingerprint = images.fingerprint()
+        digests = [images.digest(index) for index in range(len(images))]
+        fingerprint = images.fingerprint(digests)
         run = {
             "data": fingerprint,
             "config": config.to_json(),
@@ -111,7 +116,9 @@ class Learner:
         if versions and not new_version:
             raise NameTakenError(name, versions[-1].version)
 
-        activations = self._activations(images, fingerprint, parents, skip_bad, report)
+        activations = Activations(
+            self.backbone, images, config.augmentation, self.cache, _family(parents), digests, skip_bad, report
+        )
         check_learnable(replace(images, targets=activations.targets))  # those left out may have been a class's last
         task, rival = self._train(name, images, activations, parents, config, on_epoch, report)
         metrics = dict(task.metrics)
@@ -149,16 +156,6 @@ class Learner:
             task.ref, images.fingerprint(), fingerprint, scored.metrics, scored.logits_digest
         )
 
-    def _activations(
-        self, images: LabelledImages, fingerprint: str, parents: Sequence[Task], skip_bad: bool, report: Report | None
-    ) -> Activations:
-        """The activations of some images; those of the last run are kept, for a next one on the same images."""
-        key = (fingerprint, tuple(parent.sha256 for parent in parents))
-        if self._last is None or self._last[0] != key:
-            self._last = None  # frees the memory before it is taken anew
-            self._last = key, compute_activations(self.backbone, images, _family(parents), skip_bad, report)
-        return self._last[1]
-
     def _train(
         self,
         name: str,
@@ -171,9 +168,8 @@ class Learner:
     ) -> tuple[Task, Task]:
         """Sweeps, chooses by validation, refits. Returns the task, with what validation said, and its rival."""
         pooled, targets = activations.pooled, activations.targets
-        everything = torch.arange(len(targets))
         train, validation = _split(targets, len(images.labels), config)
-        strength = choose_strength(pooled, targets, config.seed)
+        strength = choose_strength(pooled, targets, config.first_seed)
         fitted = fit_regression(pooled[train], targets[train], strength)
         rival_logits = F.linear(pooled[validation], fitted.weight, fitted.bias)
         metrics: dict[str, Any] = {
@@ -190,28 +186,30 @@ class Learner:
             if report is not None:
                 report(f"training, {standing}", done, total)
 
-        trainer = Trainer(self.backbone, activations, self._parent_memory(parents), config, step)
-        snapshots, history = trainer.run(
-            fitted, config.learning_rates, train, validation, config.epochs, on_epoch, "sweep"
+        trainer = Trainer(activations, self._parent_memory(parents), config, step)
+        candidates, history = trainer.run(
+            fitted, config.candidates, train, validation, config.epochs, on_epoch, "sweep"
         )
         rival_loss = F.cross_entropy(rival_logits, targets[validation]).item() if config.fall_back else math.inf
-        best, epoch = _choose(history, rival_loss)
-        metrics["candidates"] = _table(history)
-        metrics["curves"] = [{"train_loss": e.train_loss, "validation_loss": e.validation_loss} for e in history[1:]]
-        metrics["chosen"] = {"learning_rate": None if best is None else config.learning_rates[best], "epoch": epoch}
-        if best is None:
-            chosen = Candidate.regression(self.backbone, last, config)
+        chosen = _choose(candidates, rival_loss)
+        metrics["candidates"] = _table(candidates, history)
+        metrics["curves"] = [{"train_loss": e.train_loss, "validation_loss": e.validation_loss} for e in history]
+        metrics["chosen"] = None if chosen is None else chosen.settings._asdict() | {"epoch": chosen.best.epoch}
+        if chosen is None:
+            tensors = silenced(self.backbone, last, config.candidates[0], config.memory_std)
             metrics["validation"] = metrics["regression"]["validation"]
         else:
-            chosen = snapshots[epoch][best]
-            logits = trainer.validation_logits([_on(chosen, self.backbone)], validation)[:, 0]
-            metrics["validation"] = score(logits, targets[validation], images.labels)
+            tensors = chosen.best.tensors
+            metrics["validation"] = score(trainer.logits(tensors, validation), targets[validation], images.labels)
             if config.refit:
-                rate, nothing = config.learning_rates[best], everything[:0]
-                refitted, _ = trainer.run(last, [rate], everything, nothing, epoch, on_epoch, "refit")
-                chosen = refitted[-1][0]
+                everything, nothing = torch.arange(len(targets)), torch.empty(0, dtype=torch.long)
+                (refitted,), _ = trainer.run(
+                    last, [chosen.settings], everything, nothing, chosen.best.epoch, on_epoch, "refit"
+                )
+                if refitted.stopped is None:
+                    tensors = refitted.best.tensors
         return replace(
-            _as_task(name, self.backbone, images.labels, chosen, last, parents, config), metrics=metrics
+            _as_task(name, self.backbone, images.labels, tensors, last, parents, config), metrics=metrics
         ), rival
 
     def _parent_memory(self, parents: Sequence[Task]) -> list[KeyValue]:
@@ -231,12 +229,16 @@ class Learner:
         logits: dict[str, list[Tensor]] = {task.name: [] for task in tasks}
         kept: list[int] = []
 
-        def flush(batch: list[tuple[int, Tensor]]) -> None:
+        def take(batch: list[tuple[int, Tensor]]) -> None:
             kept.extend(index for index, _ in batch)
             for name, part in model(torch.stack([image for _, image in batch])).items():
                 logits[name].append(part.cpu())
 
-        read_in_batches(images, self.backbone, model.micro_batch, flush, skip_bad, "scoring test images", report)
+        def read(index: int) -> Tensor:
+            return images.read(index, self.backbone)
+
+        size, what = model.micro_batch, "scoring test images"
+        read_in_batches(range(len(images)), read, size, take, images.where, skip_bad, what, report)
         targets = images.targets[torch.tensor(kept, dtype=torch.long)]
         joined = {name: torch.cat(parts) for name, parts in logits.items()}
         return {
@@ -261,71 +263,52 @@ def _split(targets: Tensor, num_classes: int, config: LearnConfig) -> tuple[Tens
     """Training and validation rows: stratified and seeded, at least one image of each class to learn from."""
     held_out = max(num_classes, round(config.validation_fraction * len(targets)))
     train, validation = train_test_split(
-        range(len(targets)), test_size=held_out, stratify=targets.tolist(), random_state=config.seed
+        range(len(targets)), test_size=held_out, stratify=targets.tolist(), random_state=config.first_seed
     )
     return torch.tensor(train), torch.tensor(validation)
 
 
-def _choose(history: Sequence[Epoch], regression_loss: float) -> tuple[int | None, int]:
-    """The candidate and epoch of least validation loss; no candidate where the regression's is less."""
-    finite = [
-        (loss, epoch, candidate)
-        for epoch, record in enumerate(history)
-        for candidate, loss in enumerate(record.validation_loss)
-        if epoch > 0 and math.isfinite(loss)
-    ]
-    if not finite:
+def _choose(candidates: Sequence[Candidate], regression_loss: float) -> Candidate | None:
+    """The candidate of least validation loss; None where the regression's is less."""
+    best = min(candidates, key=lambda candidate: candidate.best.loss)
+    if best.best.epoch == 0:
         raise TrainingError("Every candidate's loss became infinite or NaN. Try smaller learning rates.")
-    loss, epoch, candidate = min(finite)
-    return (candidate, epoch) if loss < regression_loss else (None, 0)
+    return best if best.best.loss < regression_loss else None
 
 
-def _table(history: Sequence[Epoch]) -> list[dict[str, Any]]:
+def _table(candidates: Sequence[Candidate], history: Sequence[Epoch]) -> list[dict[str, Any]]:
     """Each candidate at its best epoch."""
     rows = []
-    for i, rate in enumerate(history[0].learning_rates):
-        losses = [e.validation_loss[i] if math.isfinite(e.validation_loss[i]) else math.inf for e in history]
-        best = min(range(1, len(history)), key=losses.__getitem__)
-        diverged = math.isinf(losses[best])
+    for i, candidate in enumerate(candidates):
+        best = candidate.best
         rows.append(
-            {
-                "learning_rate": rate,
-                "epoch": best,
-                "validation_loss": None if diverged else losses[best],
-                "validation_accuracy": None if diverged else history[best].validation_accuracy[i],
+            candidate.settings._asdict()
+            | {
+                "epoch": best.epoch,
+                "validation_loss": best.loss if best.epoch else None,
+                "validation_accuracy": history[best.epoch - 1].validation_accuracy[i] if best.epoch else None,
+                "stopped": candidate.stopped,
             }
         )
     return rows
-
-
-def _on(candidate: Candidate, backbone: FrozenBackbone) -> Candidate:
-    return Candidate(candidate.learning_rate, *(tensor.to(backbone.device) for tensor in candidate.tensors))
 
 
 def _as_task(
     name: str,
     backbone: FrozenBackbone,
     labels: tuple[str, ...],
-    candidate: Candidate | None,
+    tensors: Tensors | None,
     regression: Regression,
     parents: tuple[Task, ...],
     config: LearnConfig,
 ) -> Task:
-    """What was trained, as a task; without a candidate, the regression as a head-only task."""
+    """What was trained, as a task; without tensors, the regression as a head-only task."""
     common: dict[str, Any] = {
         "name": name,
         "backbone": backbone.fingerprint,
         "labels": labels,
         "config": config.to_json(),
     }
-    if candidate is None:
+    if tensors is None:
         return Task(**common, head_weight=regression.weight, head_bias=regression.bias)
-    return Task(
-        **common,
-        head_weight=candidate.head_weight,
-        head_bias=candidate.head_bias,
-        class_token=candidate.class_token,
-        memory=candidate.memory,
-        pooled_weight=candidate.pooled_weight,
-        parents=parents,
-    )
+    return Task(**common | tensors, parents=parents)

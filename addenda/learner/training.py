@@ -1,87 +1,41 @@
-"""Training task tokens on cached activations, several candidates side by side."""
+"""Training candidates on the same activations in the same order, side by side, each as if it were alone."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import Parameter
 
-from addenda.backbones import FrozenBackbone, KeyValue
-from addenda.combined.attention import attend, memory_key_values
-from addenda.learner.cache import Activations
-from addenda.learner.config import LearnConfig
+from addenda.backbones import KeyValue
+from addenda.learner.activations import Activations, Batch
+from addenda.learner.candidates import HEAD_WEIGHTS, Candidate, Tensors, first_tensors
+from addenda.learner.config import LearnConfig, Settings
 from addenda.learner.regression import Regression
+from addenda.learner.stream import stream_features
 
 EVALUATION_BATCH = 64
 
-
-@dataclass
-class Candidate:
-    """One set of a task's tensors on its way from the regression to the best that was found.
-
-    Its head reads the token's feature and the backbone's pooled one. It starts as the regression, shared in halves
-    between the two: under an L2 penalty that is the cheaper way to write the same function of two like features.
-    """
-
-    learning_rate: float
-    class_token: Tensor
-    memory: Tensor
-    head_weight: Tensor
-    pooled_weight: Tensor
-    head_bias: Tensor
-
-    @classmethod
-    def start(
-        cls, backbone: FrozenBackbone, regression: Regression, config: LearnConfig, learning_rate: float
-    ) -> Candidate:
-        """The first values (design, section 1): the backbone's class token, memory from N(0, memory_std)."""
-        random = torch.Generator().manual_seed(config.seed)
-        shape = (backbone.depth, config.num_memory_tokens, backbone.embed_dim)
-        tensors = (
-            backbone.class_token.float(),
-            torch.randn(shape, generator=random) * config.memory_std,
-            regression.weight / 2,
-            regression.weight / 2,
-            regression.bias,
-        )
-        return cls(learning_rate, *(Parameter(t.detach().clone().to(backbone.device)) for t in tensors))
-
-    @classmethod
-    def regression(cls, backbone: FrozenBackbone, regression: Regression, config: LearnConfig) -> Candidate:
-        """A token that adds nothing: exactly the regression, for where validation prefers that."""
-        start = cls.start(backbone, regression, config, 0.0).snapshot()
-        start.head_weight.zero_()
-        start.pooled_weight.copy_(regression.weight)
-        return start
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """Class token, memory, both head matrices, bias."""
-        return self.class_token, self.memory, self.head_weight, self.pooled_weight, self.head_bias
-
-    def snapshot(self) -> Candidate:
-        """A copy that further training does not touch."""
-        return Candidate(self.learning_rate, *(t.detach().clone().cpu() for t in self.tensors))
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """What is known after an epoch; `on_epoch` gets it.
+    """What is known after an epoch; `on_epoch` gets it. A candidate that trains no more has NaN.
 
     Attributes:
         phase: `"sweep"` or `"refit"`.
         epoch: from 1.
-        epochs: how many there will be.
-        train_loss: mean cross-entropy of each candidate on the training part.
+        epochs: how many there will be at most.
+        train_loss: mean loss of each candidate on the training part.
         validation_loss: of each candidate on the validation part; empty in the refit.
         validation_accuracy: likewise, 0..1.
-        learning_rates: of the candidates.
+        candidates: what each is trained with.
     """
 
     phase: str
@@ -90,182 +44,211 @@ class Epoch:
     train_loss: tuple[float, ...]
     validation_loss: tuple[float, ...]
     validation_accuracy: tuple[float, ...]
-    learning_rates: tuple[float, ...]
+    candidates: tuple[Settings, ...]
 
 
 OnEpoch = Callable[[Epoch], None]
 
 
-def stream_features(
-    backbone: FrozenBackbone,
-    key_values: Float[Tensor, "B L 2 H P d"],
-    class_tokens: Float[Tensor, "S D"],
-    memory: Float[Tensor, "S L m D"],
-    parent_memory: Sequence[KeyValue],
-) -> Float[Tensor, "S B D"]:
-    """The task streams of S candidates over cached activations, with gradients.
-
-    Args:
-        backbone: the frozen backbone.
-        key_values: cached keys and values; tokens of the tasks to extend are among them.
-        class_tokens: one for each candidate.
-        memory: each candidate's memory tokens.
-        parent_memory: for each layer the memory of the tasks to extend, [1, H, m', d]; empty if there is none.
-
-    Returns:
-        Each candidate's final feature, in float32.
-    """
-    precision = backbone.precision
-    tokens = backbone.first_tokens(class_tokens.to(precision)).unsqueeze(1).expand(-1, len(key_values), -1)
-    for layer, block in enumerate(backbone.blocks):
-        # Converted one by one: a slice of both together is no plain matrix batch, and every product would copy it.
-        frozen = KeyValue(key_values[:, layer, 0].to(precision), key_values[:, layer, 1].to(precision))
-        queries, keys, values = backbone.project(block, tokens)
-        own = memory_key_values(backbone, block, memory[:, layer].to(precision))
-        if parent_memory:
-            inherited = (t.expand(len(memory), -1, -1, -1) for t in parent_memory[layer])
-            own = KeyValue(*(torch.cat(pair, dim=2) for pair in zip(own, inherited, strict=True)))
-        private = KeyValue(keys.unsqueeze(3), values.unsqueeze(3))
-        tokens = backbone.finish(block, tokens, attend(block.attn.scale, queries, frozen, private, own))
-    return backbone.final_norm(tokens).float()
-
-
 class Trainer:
-    """Trains candidates on the same cached activations in the same order.
+    """Trains candidates, those of one shape in one pass.
 
     Args:
-        backbone: the frozen backbone.
         activations: of all the images.
-        parent_memory: for each layer the memory of the tasks to extend.
-        config: the settings.
-        regression: where candidates start; its penalty goes on as theirs.
+        parent_memory: for each layer the memory of the tasks to extend, [1, H, m', d].
+        config: the settings that all candidates share.
         report: called after each step with steps done, all steps, and how it stands.
     """
 
     def __init__(
         self,
-        backbone: FrozenBackbone,
         activations: Activations,
         parent_memory: Sequence[KeyValue],
         config: LearnConfig,
         report: Callable[[int, int, str], None] | None = None,
     ) -> None:
-        self._backbone = backbone
-        self._activations = activations
-        self._parent_memory = parent_memory
-        self._config = config
+        self._activations, self._parent_memory, self._config = activations, parent_memory, config
         self._report = report
+        self._backbone = activations.backbone
+        self._targets = activations.targets.to(self._backbone.device)
+        self._together: dict[object, bool] = {}
 
     def run(
         self,
         regression: Regression,
-        learning_rates: Sequence[float],
+        sweep: Sequence[Settings],
         train: Int[Tensor, " N"],
         validation: Int[Tensor, " M"],
         stop_after: int,
         on_epoch: OnEpoch | None,
         phase: str,
-    ) -> tuple[list[list[Candidate]], list[Epoch]]:
+    ) -> tuple[list[Candidate], list[Epoch]]:
         """Trains for some epochs of the schedule.
 
+        Args:
+            regression: where candidates start; its penalty goes on as theirs.
+            sweep: the candidates.
+            train: images to learn from.
+            validation: images to choose by; none in the refit.
+            stop_after: the last epoch, of the config's `epochs` that the schedule spans.
+            on_epoch: called after each epoch.
+            phase: what the epochs are called.
+
         Returns:
-            For each epoch, 0 (the start) included, the candidates as they were, and what was measured.
+            The candidates, each with its best epoch, and what was measured after each epoch.
         """
-        config = self._config
-        candidates = [Candidate.start(self._backbone, regression, config, rate) for rate in learning_rates]
-        optimizer = self._optimizer(candidates)
+        config, device = self._config, self._backbone.device
         steps_per_epoch = math.ceil(len(train) / config.batch_size)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._schedule(steps_per_epoch * config.epochs))
+        candidates = [
+            Candidate(
+                settings, first_tensors(self._backbone, regression, settings, config.memory_std), config,
+                steps_per_epoch * config.epochs, device,
+            )
+            for settings in sweep
+        ]  # fmt: skip
         # The regression's own penalty, twice: a function shared in halves by two like features weighs half as much.
         penalty = 1 / (regression.strength * len(train))
-        order = torch.Generator().manual_seed(config.seed)
-        snapshots = [[candidate.snapshot() for candidate in candidates]]
-        history = [self._epoch(phase, 0, stop_after, [math.nan] * len(candidates), candidates, validation)]
+        history: list[Epoch] = []
         for epoch in range(1, stop_after + 1):
-            total = torch.zeros(len(candidates))
-            for step, rows in enumerate(train[torch.randperm(len(train), generator=order)].split(config.batch_size)):
-                logits, targets = self._logits(candidates, rows)
-                losses = torch.stack([F.cross_entropy(logits[:, i], targets) for i in range(len(candidates))])
-                weights = [c.head_weight.square().sum() + c.pooled_weight.square().sum() for c in candidates]
-                optimizer.zero_grad()
-                (losses + penalty * torch.stack(weights)).sum().backward()
-                for candidate in candidates:
-                    torch.nn.utils.clip_grad_norm_(candidate.tensors, config.clip_norm)
-                optimizer.step()
-                schedule.step()
-                total += losses.detach().cpu() * len(rows)
+            live = [candidate for candidate in candidates if candidate.stopped is None]
+            if not live:
+                break
+            totals = {id(candidate): torch.zeros((), device=device) for candidate in live}
+            order, views = self._order(train, epoch)
+            for step, (rows, chosen) in enumerate(
+                zip(order.split(config.batch_size), views.split(config.batch_size), strict=True)
+            ):
+                batch, targets = self._activations.batch(rows, chosen), self._targets[rows.to(device)]
+                for group in _by_shape(live):
+                    found = self._gradients(group, batch, targets, penalty)
+                    for candidate, (loss, *gradients) in zip(group, found, strict=True):
+                        candidate.step(gradients)
+                        totals[id(candidate)] += loss * len(rows)
                 if self._report is not None:
                     done = (epoch - 1) * steps_per_epoch + step + 1
-                    reached = max(history[-1].validation_accuracy, default=None)
-                    standing = "" if reached is None else f", validation {100 * reached:.1f} %"
-                    self._report(done, stop_after * steps_per_epoch, f"loss {losses.min().item():.3f}{standing}")
-            snapshots.append([candidate.snapshot() for candidate in candidates])
-            history.append(self._epoch(phase, epoch, stop_after, (total / len(train)).tolist(), candidates, validation))
+                    self._report(done, stop_after * steps_per_epoch, _standing(history))
+            losses = [(totals[id(c)] / len(train)).item() if c in live else math.nan for c in candidates]
+            history.append(self._judge(phase, epoch, stop_after, losses, candidates, live, validation))
             if on_epoch is not None:
                 on_epoch(history[-1])
-        return snapshots, history
+        return candidates, history
 
     @torch.no_grad()
-    def validation_logits(self, candidates: Sequence[Candidate], rows: Tensor) -> Float[Tensor, "N S C"]:
-        """Logits of some images under each candidate."""
-        parts = [self._logits(candidates, part)[0].cpu() for part in rows.split(EVALUATION_BATCH)]
-        return torch.cat(parts)
+    def logits(self, tensors: Tensors, rows: Int[Tensor, " N"]) -> Float[Tensor, "N C"]:
+        """Logits of some images, as they are, under one set of tensors."""
+        moved = {name: tensor.to(self._backbone.device) for name, tensor in tensors.items()}
+        return self._evaluate([moved], rows)[0]
 
-    def _logits(self, candidates: Sequence[Candidate], rows: Tensor) -> tuple[Tensor, Tensor]:
-        device = self._backbone.device
+    def _order(self, train: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+        """The images of an epoch, shuffled, and which view of each."""
+        random = torch.Generator().manual_seed(self._config.first_seed * 1_000_003 + epoch)
+        order = train[torch.randperm(len(train), generator=random)]
+        how = self._config.augmentation
+        if how.fresh:
+            return order, torch.full_like(order, how.views + epoch)
+        return order, torch.randint(1 + how.views, (len(order),), generator=random)
+
+    def _gradients(
+        self, group: Sequence[Candidate], batch: Batch, targets: Tensor, penalty: float
+    ) -> list[list[Tensor]]:
+        """For each candidate its loss, then the gradient of each of its tensors."""
+
+        def compute(some: Sequence[Candidate]) -> list[list[Tensor]]:
+            logits = self._logits([candidate.tensors for candidate in some], batch)
+            losses = torch.stack([F.cross_entropy(part, targets) for part in logits])
+            weights = [torch.stack([c.tensors[name].square().sum() for name in HEAD_WEIGHTS]).sum() for c in some]
+            parameters = [tensor for candidate in some for tensor in candidate.tensors.values()]
+            gradients = torch.autograd.grad((losses + penalty * torch.stack(weights)).sum(), parameters)
+            each = len(gradients) // len(some)
+            return [[loss, *gradients[i * each : (i + 1) * each]] for i, loss in enumerate(losses.detach())]
+
+        return self._side_by_side(("gradients", group[0].shape, len(group), len(batch)), group, compute)
+
+    def _side_by_side(
+        self, key: object, group: Sequence[T], compute: Callable[[Sequence[T]], list[list[Tensor]]]
+    ) -> list[list[Tensor]]:
+        """Computes candidates in one pass where that was seen to give each the bits that it has alone, else one by one.
+
+        A product's bits may depend on how many rows it has, and never on what they hold: so one trial stands for all
+        that have its key.
+        """
+        if len(group) == 1 or self._together.get(key, False):
+            return compute(group)
+        alone = [compute([candidate])[0] for candidate in group]
+        if key not in self._together:
+            pairs = zip(alone, compute(group), strict=True)
+            self._together[key] = all(all(map(torch.equal, found, tried)) for found, tried in pairs)
+        return alone
+
+    def _logits(self, group: Sequence[Mapping[str, Tensor]], batch: Batch) -> Float[Tensor, "S B C"]:
+        """Logits of candidates of one shape."""
+
+        def stacked(name: str) -> Tensor:
+            return torch.stack([tensors[name] for tensors in group])
+
         features = stream_features(
-            self._backbone,
-            self._activations.key_values[rows].to(device),
-            torch.stack([c.class_token for c in candidates]),
-            torch.stack([c.memory for c in candidates]),
-            self._parent_memory,
+            self._backbone, batch, stacked("class_token"), stacked("memory"), self._parent_memory
         )
-        pooled = self._activations.pooled[rows].to(device)
-        heads = torch.stack([torch.cat([c.head_weight, c.pooled_weight], dim=1) for c in candidates])
-        inputs = torch.cat([features, pooled.expand_as(features)], dim=2)
-        logits = torch.einsum("sbd,scd->bsc", inputs, heads) + torch.stack([c.head_bias for c in candidates])
-        return logits, self._activations.targets[rows].to(device)
+        heads = torch.cat([stacked("head_weight"), stacked("pooled_weight")], dim=2)
+        inputs = torch.cat([features, batch.pooled.expand_as(features)], dim=2)
+        return torch.baddbmm(stacked("head_bias").unsqueeze(1), inputs, heads.mT)
 
-    def _optimizer(self, candidates: Sequence[Candidate]) -> torch.optim.Optimizer:
-        config = self._config
-        groups = []
-        for candidate in candidates:
-            groups.append({"params": [candidate.class_token, candidate.memory], "lr": candidate.learning_rate})
-            groups.append(
-                {
-                    "params": [candidate.head_weight, candidate.pooled_weight, candidate.head_bias],
-                    "lr": config.head_learning_rate,
-                }
-            )
-        if config.optimizer == "sgd":
-            return torch.optim.SGD(groups, momentum=config.momentum)
-        return torch.optim.AdamW(groups, weight_decay=0.0)
+    @torch.no_grad()
+    def _evaluate(self, group: Sequence[Mapping[str, Tensor]], rows: Tensor) -> Float[Tensor, "S N C"]:
+        """Logits of images as they are, under candidates of one shape."""
+        parts = []
+        for part in rows.split(EVALUATION_BATCH):
+            batch = self._activations.batch(part)
 
-    def _schedule(self, steps: int) -> Callable[[int], float]:
-        """Linear warm-up, then a cosine to zero, as a factor of the learning rate."""
-        warmup = self._config.warmup_steps
+            def compute(some: Sequence[Mapping[str, Tensor]], batch: Batch = batch) -> list[list[Tensor]]:
+                return [[logits] for logits in self._logits(some, batch)]
 
-        def factor(step: int) -> float:
-            if step < warmup:
-                return (step + 1) / (warmup + 1)
-            return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+            key = ("logits", *(tensor.shape for tensor in group[0].values()), len(group), len(part))
+            parts.append(torch.stack([logits for (logits,) in self._side_by_side(key, group, compute)]).cpu())
+        return torch.cat(parts, dim=1)
 
-        return factor
-
-    def _epoch(
+    def _judge(
         self,
         phase: str,
         epoch: int,
         epochs: int,
-        train_loss: Sequence[float],
+        train_losses: Sequence[float],
         candidates: Sequence[Candidate],
+        live: Sequence[Candidate],
         validation: Tensor,
     ) -> Epoch:
-        losses: list[float] = []
-        accuracies: list[float] = []
+        """Scores the candidates that are left on the validation part, and lets each draw its conclusion."""
+        scores: dict[int, tuple[float, float]] = {}
         if len(validation):
-            logits, targets = self.validation_logits(candidates, validation), self._activations.targets[validation]
-            losses = [F.cross_entropy(logits[:, i], targets).item() for i in range(len(candidates))]
-            accuracies = (logits.argmax(-1) == targets[:, None]).float().mean(0).tolist()
-        rates = tuple(c.learning_rate for c in candidates)
-        return Epoch(phase, epoch, epochs, tuple(train_loss), tuple(losses), tuple(accuracies), rates)
+            targets = self._activations.targets[validation]
+            for group in _by_shape(live):
+                logits = self._evaluate([candidate.tensors for candidate in group], validation)
+                for i, candidate in enumerate(group):
+                    accuracy = (logits[i].argmax(-1) == targets).float().mean().item()
+                    scores[id(candidate)] = F.cross_entropy(logits[i], targets).item(), accuracy
+        for candidate, loss in zip(candidates, train_losses, strict=True):
+            if candidate in live:
+                reached = scores.get(id(candidate), (None,))[0]
+                candidate.judge(epoch, loss, reached, self._config.patience)
+        shown = [scores.get(id(candidate), (math.nan, math.nan)) for candidate in candidates] if scores else []
+        return Epoch(
+            phase, epoch, epochs, tuple(train_losses), tuple(s[0] for s in shown), tuple(s[1] for s in shown),
+            tuple(candidate.settings for candidate in candidates),
+        )  # fmt: skip
+
+
+def _by_shape(candidates: Sequence[Candidate]) -> list[list[Candidate]]:
+    """Candidates that can share a pass, in their order."""
+    groups: dict[object, list[Candidate]] = {}
+    for candidate in candidates:
+        groups.setdefault(candidate.shape, []).append(candidate)
+    return list(groups.values())
+
+
+def _standing(history: Sequence[Epoch]) -> str:
+    if not history:
+        return ""
+    last = history[-1]
+    reached = [accuracy for accuracy in last.validation_accuracy if math.isfinite(accuracy)]
+    shown = f", validation {100 * max(reached):.1f} %" if reached else ""
+    return f"loss {min(last.train_loss, key=lambda v: math.inf if math.isnan(v) else v):.3f}{shown}"

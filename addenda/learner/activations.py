@@ -1,0 +1,301 @@
+"""What training reads of images: constants of the frozen stream, kept as far as the budget goes, else computed anew."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Float16, Int
+from torch import Tensor
+
+from addenda.backbones import FrozenBackbone, KeyValue
+from addenda.combined import Layout, TileStore, micro_batch, prove, task_features
+from addenda.learner.augmentation import Augmentation, augment
+from addenda.learner.cache import ActivationCache, Store
+from addenda.learner.data import LabelledImages
+from addenda.learner.reading import Report, read_in_batches
+from addenda.registry import Task
+
+PART_BYTES = 4e6
+"""Keys that are at work together on a CPU: more would leave its caches (docs/performance.md)."""
+
+FLUSH_S = 10.0
+"""Seconds of work that a power cut may cost while the cache is filled."""
+
+log = logging.getLogger(__name__)
+
+
+class Batch:
+    """Some views, of which a few at a time are fetched in the precision that computes.
+
+    Args:
+        backbone: says where and how precisely.
+        key_values: holds their keys and values on the device.
+        place: each view's row in it.
+        kin: keys and values of the tokens of the tasks to extend, for each view.
+        pooled: the backbone's own pooled feature of each view.
+    """
+
+    def __init__(
+        self,
+        backbone: FrozenBackbone,
+        key_values: Float16[Tensor, "K L 2 H P d"],
+        place: Int[Tensor, " B"],
+        kin: Float16[Tensor, "B L 2 H a d"],
+        pooled: Float[Tensor, "B D"],
+    ) -> None:
+        self.pooled = pooled.to(backbone.device)
+        self._key_values, self._place = key_values, place.to(backbone.device)
+        self._kin = kin.to(backbone.device)
+        num_heads, num_tokens, head_dim = key_values.shape[3:]
+        seen = num_tokens + kin.shape[4]
+        on_cpu = backbone.device.type == "cpu"
+        count = min(len(place), max(1, int(PART_BYTES / (4 * backbone.embed_dim * seen))) if on_cpu else len(place))
+        self.parts = [slice(start, min(start + count, len(place))) for start in range(0, len(place), count)]
+        self._half = key_values.new_empty(count, num_heads, num_tokens, head_dim)
+        self._whole = key_values.new_empty(count, num_heads, seen, head_dim, dtype=backbone.precision)
+
+    def __len__(self) -> int:
+        return len(self._place)
+
+    def fetch(self, layer: int, which: int, part: slice) -> Float[Tensor, "c H P d"]:
+        """Keys (which = 0) or values (1) of one of the `parts`; the next call overwrites them."""
+        place = self._place[part]
+        half, whole = self._half[: len(place)], self._whole[: len(place)]
+        torch.index_select(self._key_values[:, layer, which], 0, place, out=half)
+        whole[:, :, : half.shape[2]].copy_(half)
+        whole[:, :, half.shape[2] :].copy_(self._kin[part, layer, which])
+        return whole
+
+
+class Activations:
+    """Activations of every view of some images; view 0 is the image as it is.
+
+    A view's activations are the same bits whether they are kept or computed anew: images pass the frozen stream in the
+    canonical micro-batch, and what comes is rounded to half precision.
+
+    Args:
+        backbone: the frozen backbone.
+        images: what to read.
+        augmentation: which views there are beside the plain one.
+        cache: where they are kept.
+        parents: every task whose tokens will be seen.
+        digests: sha256 of each image's content, where they are known.
+        skip_bad: leave out images that cannot be read, rather than refuse.
+        report: told of the progress.
+
+    Attributes:
+        targets: class of each readable image, [N].
+        skipped: what was wrong with each image left out.
+
+    Raises:
+        DataError: images that cannot be read, all named together, or that have changed meanwhile.
+        ExactnessError: this machine gives an image other bits in other company.
+        TrainingError: there is no room for what the budget allows.
+    """
+
+    def __init__(
+        self,
+        backbone: FrozenBackbone,
+        images: LabelledImages,
+        augmentation: Augmentation,
+        cache: ActivationCache,
+        parents: Sequence[Task] = (),
+        digests: Sequence[str] | None = None,
+        skip_bad: bool = False,
+        report: Report | None = None,
+    ) -> None:
+        prove(backbone, [])
+        self.backbone = backbone
+        self._images, self._augmentation = images, augmentation
+        self._digests = digests or [images.digest(index) for index in range(len(images))]
+        self._parents, self._micro_batch = parents, micro_batch(backbone.device)
+        # Tasks go by their content: among ancestors there may be two versions of one name.
+        self._layout = Layout(TileStore(backbone), parents, offered=parents)
+        rows = range(len(images) * (1 + augmentation.views))
+        self._place, self._store = self._open(cache, rows)
+        self._pooled = torch.zeros(len(rows), backbone.embed_dim)
+        bad = self._fill(rows, skip_bad, report)
+        self.skipped = tuple(dict.fromkeys(text for _, text in bad))
+        lost = {row % len(images) for row, _ in bad}
+        self._readable = torch.tensor([i for i in range(len(images)) if i not in lost], dtype=torch.long)
+        self.targets = images.targets[self._readable]
+        self._resident = self._to_device()
+        self._kin = self._see_parents(report)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @property
+    def pooled(self) -> Float[Tensor, "N D"]:
+        """The backbone's own pooled feature of each readable image as it is."""
+        return self._pooled[self._readable]
+
+    def batch(self, images: Int[Tensor, " B"], views: Int[Tensor, " B"] | int = 0) -> Batch:
+        """What training reads of some of the readable images, in one view each; what is not kept is computed now."""
+        return self._batch(self._readable[images] + views * len(self._images))
+
+    def _batch(self, rows: Tensor) -> Batch:
+        known = rows < len(self._place)
+        place = torch.where(known, self._place[rows.clamp(max=len(self._place) - 1)], -1)
+        kept = place >= 0
+        if kept.all() and self._resident is not None:
+            return Batch(self.backbone, self._resident, place, self._kin_at(place), self._pooled[rows])
+        key_values = torch.empty(len(rows), *self._shape, dtype=torch.float16)
+        pooled, kin = torch.empty(len(rows), self.backbone.embed_dim), self._no_kin(len(rows))
+        if kept.any():
+            assert self._store is not None
+            key_values[kept], pooled[kept] = self._store.key_values[place[kept]], self._store.pooled[place[kept]]
+            kin[kept] = self._kin_at(place[kept])
+        position = {int(rows[i]): i for i in (~kept).nonzero()[:, 0].tolist()}
+
+        def take(taken: list[int], found: Tensor, feature: Tensor) -> None:
+            into = [position[row] for row in taken]
+            key_values[into], pooled[into], kin[into] = found, feature, self._kin_of(found)
+
+        self._compute(list(position), take)
+        whole = key_values.to(self.backbone.device)
+        return Batch(self.backbone, whole, torch.arange(len(rows)), kin, pooled)
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        """Of one view's keys and values."""
+        b = self.backbone
+        return b.depth, 2, b.num_heads, b.num_tokens, b.embed_dim // b.num_heads
+
+    def _kin_at(self, place: Tensor) -> Float16[Tensor, "B L 2 H a d"]:
+        return self._kin[place] if self._parents else self._no_kin(len(place))
+
+    def _no_kin(self, count: int) -> Float16[Tensor, "B L 2 H a d"]:
+        depth, two, num_heads, _, head_dim = self._shape
+        return torch.empty(count, depth, two, num_heads, len(self._parents), head_dim, dtype=torch.float16)
+
+    def _open(self, cache: ActivationCache, rows: range) -> tuple[Tensor, Store | None]:
+        """The place of each row in the cache's store, -1 where there is none."""
+        recipe = json.dumps(asdict(replace(self._augmentation, views=0, fresh=False)), sort_keys=True)
+        keys = [self._key(row, recipe) for row in rows]
+        unique = list(dict.fromkeys(keys))
+        row_bytes = 2 * torch.Size(self._shape).numel() + 4 * self.backbone.embed_dim
+        capacity = cache.capacity(row_bytes, len(unique))
+        whole, held = len(unique) * row_bytes / 1e9, capacity * row_bytes / 1e9
+        views = f", {1 + self._augmentation.views} views of each," if self._augmentation.views else ""
+        log.info(
+            "Activations of %d images%s take %.2f GB; %s.", len(self._images), views, whole,
+            f"they are kept in {cache.folder}" if capacity == len(unique)
+            else f"{held:.2f} GB are kept in {cache.folder}, the rest is computed anew in each epoch",
+        )  # fmt: skip
+        store = cache.open(self.backbone, unique[:capacity]) if capacity else None
+        return torch.tensor([store.place.get(key, -1) if store else -1 for key in keys]), store
+
+    def _key(self, row: int, recipe: str) -> str:
+        """Content and view of a row: what a kept row is found by."""
+        number, image = divmod(row, len(self._images))
+        text = f"{self._digests[image]} {f'{recipe} {number}' if number else 'plain'}"
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _fill(self, rows: range, skip_bad: bool, report: Report | None) -> list[tuple[int, str]]:
+        """Computes what is not kept yet, and every row's pooled feature."""
+        store, places = self._store, self._place.tolist()
+        todo = [row for row in rows if places[row] < 0 or (store is not None and not store.done[places[row]])]
+        flushed = time.monotonic()
+
+        def take(taken: list[int], key_values: Tensor, pooled: Tensor) -> None:
+            nonlocal flushed
+            for row, layers, feature in zip(taken, key_values, pooled, strict=True):
+                self._pooled[row] = feature
+                if store is not None and places[row] >= 0:
+                    store.key_values[places[row]], store.pooled[places[row]] = layers, feature
+                    store.done[places[row]] = 1
+            if store is not None and time.monotonic() - flushed > FLUSH_S:
+                store.flush()
+                flushed = time.monotonic()
+
+        try:
+            bad = self._compute(todo, take, skip_bad, report)
+        finally:
+            if store is not None:
+                store.flush()
+        for row, place in enumerate(places):
+            if place >= 0 and store is not None:
+                self._pooled[row] = store.pooled[place]
+        return bad
+
+    def _compute(
+        self,
+        rows: Sequence[int],
+        take: Callable[[list[int], Tensor, Tensor], None],
+        skip_bad: bool = False,
+        report: Report | None = None,
+    ) -> list[tuple[int, str]]:
+        """Runs the frozen stream over some rows; `take` gets rows, their keys and values in half precision, pooled."""
+
+        def pass_on(batch: list[tuple[int, Tensor]]) -> None:
+            images = torch.stack([image for _, image in batch])
+            filled = F.pad(images, (0, 0, 0, 0, 0, 0, 0, self._micro_batch - len(batch)))
+            half = torch.empty(len(batch), *self._shape, dtype=torch.float16)
+            with torch.autocast(self.backbone.device.type, enabled=False):
+                stream = self.backbone.stream(filled, "pooled")
+                for layer, offered in enumerate(stream):
+                    for which, part in enumerate(offered):
+                        half[:, layer, which] = part[: len(batch)]
+                pooled = stream.pooled[: len(batch)].float().cpu()
+            take([row for row, _ in batch], half, pooled)
+
+        where, size = self._images.where, self._micro_batch
+        return read_in_batches(rows, self._read, size, pass_on, where, skip_bad, "reading images", report)
+
+    def _read(self, row: int) -> Tensor:
+        number, image = divmod(row, len(self._images))
+        transform = None
+        if number:
+            how, preprocessing = self._augmentation, self.backbone.preprocessing
+            seed = int(hashlib.sha256(f"{self._digests[image]} {number}".encode()).hexdigest()[:16], 16)
+            transform = partial(augment, how=how, seed=seed, preprocessing=preprocessing)
+        return self._images.read(image, self.backbone, self._digests[image], transform)
+
+    def _to_device(self) -> Tensor | None:
+        """The kept keys and values where training reads them; None where each batch has to be brought there."""
+        if self._store is None:
+            return None
+        kept, device = self._store.key_values, self.backbone.device
+        if device.type == "cpu":
+            return kept
+        return kept.to(device) if kept.nbytes < torch.cuda.mem_get_info(device)[0] / 2 else None
+
+    def _see_parents(self, report: Report | None) -> Tensor:
+        """Keys and values of the parents' tokens for every kept row, from what is kept."""
+        if self._store is None or not self._parents:
+            return self._no_kin(0)
+        kept = self._store.key_values
+        kin = self._no_kin(len(kept))
+        for start in range(0, len(kept), self._micro_batch):
+            part = slice(start, start + self._micro_batch)
+            kin[part] = self._kin_of(kept[part])
+            if report is not None:
+                report("running the tasks to extend", min(start + self._micro_batch, len(kept)), len(kept))
+        return kin
+
+    def _kin_of(self, half: Float16[Tensor, "n L 2 H P d"]) -> Float16[Tensor, "n L 2 H a d"]:
+        """The parents' tokens over one micro-batch or less, in the shapes that keep their bits."""
+        kin = self._no_kin(len(half))
+        if not self._parents:
+            return kin
+        rows = [self._layout.offered[parent.sha256] for parent in self._parents]
+        filled = F.pad(half, (0, 0) * 5 + (0, self._micro_batch - len(half)))
+        layers = filled.to(self.backbone.device, self.backbone.precision)
+
+        def observe(layer: int, frozen: KeyValue, offered: KeyValue) -> None:
+            for which, part in enumerate(offered):
+                kin[:, layer, which] = part[: len(half), :, rows]
+
+        with torch.autocast(self.backbone.device.type, enabled=False):
+            stream = (KeyValue(layers[:, layer, 0], layers[:, layer, 1]) for layer in range(self.backbone.depth))
+            task_features(self.backbone, stream, self._layout, observe)
+        return kin

@@ -1,0 +1,87 @@
+"""Random views of an image: each a function of its content and the view's number, in timm's terms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import numpy as np
+from jaxtyping import Float
+from PIL import Image
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as transforms
+
+Share = Annotated[float, Field(gt=0, le=1)]
+Ratio = Annotated[float, Field(gt=0)]
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class Augmentation:
+    """How the training images are varied; `views` = 0 takes them as they are.
+
+    Attributes:
+        views: random views of each image, kept beside the plain one and drawn from in every epoch.
+        fresh: a new view for each epoch instead, computed anew every time: as many passes over the images as epochs.
+        scale: smallest and largest share of the area that a random crop keeps.
+        ratio: smallest and largest aspect ratio of it.
+        hflip: probability of a mirror image.
+        color_jitter: brightness, contrast and saturation each by a factor of 1 ± this.
+    """
+
+    views: Annotated[int, Field(ge=0, le=64)] = 0
+    fresh: bool = False
+    scale: tuple[Share, Share] = (0.5, 1.0)
+    ratio: tuple[Ratio, Ratio] = (3 / 4, 4 / 3)
+    hflip: Annotated[float, Field(ge=0, le=1)] = 0.5
+    color_jitter: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    @property
+    def varies(self) -> bool:
+        """Whether there is anything to do."""
+        return self.views > 0 or self.fresh
+
+
+def augment(
+    image: Image.Image, how: Augmentation, seed: int, preprocessing: Mapping[str, Any]
+) -> Float[Tensor, "3 H W"]:
+    """One random view of an image, normalised.
+
+    Source: the crop of Szegedy et al. 2015 (Inception), as timm and torchvision draw it.
+
+    Args:
+        image: RGB.
+        how: the ranges.
+        seed: decides the view.
+        preprocessing: the backbone's: input_size, interpolation, mean and std.
+    """
+    random = np.random.default_rng(seed)
+    top, left, height, width = _crop(image, how, random)
+    mode = InterpolationMode(preprocessing["interpolation"])
+    size = list(preprocessing["input_size"][1:])
+    view = transforms.resized_crop(image, top, left, height, width, size, mode)
+    if random.random() < how.hflip:
+        view = transforms.horizontal_flip(view)
+    if how.color_jitter:
+        brightness, contrast, saturation = random.uniform(1 - how.color_jitter, 1 + how.color_jitter, 3)
+        view = transforms.adjust_brightness(view, brightness)
+        view = transforms.adjust_contrast(view, contrast)
+        view = transforms.adjust_saturation(view, saturation)
+    pixels: Tensor = transforms.pil_to_tensor(view).float() / 255
+    normalised: Tensor = transforms.normalize(pixels, preprocessing["mean"], preprocessing["std"])
+    return normalised
+
+
+def _crop(image: Image.Image, how: Augmentation, random: np.random.Generator) -> tuple[int, int, int, int]:
+    """Top, left, height and width of a random crop; the whole image where ten draws do not fit."""
+    for _ in range(10):
+        area = image.width * image.height * random.uniform(*how.scale)
+        ratio = math.exp(random.uniform(math.log(how.ratio[0]), math.log(how.ratio[1])))
+        width, height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < width <= image.width and 0 < height <= image.height:
+            top, left = random.integers(image.height - height + 1), random.integers(image.width - width + 1)
+            return int(top), int(left), height, width
+    return 0, 0, image.height, image.width

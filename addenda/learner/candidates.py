@@ -1,0 +1,157 @@
+"""Candidates: sets of a task's tensors on their way from the regression to the best that is found."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from addenda.backbones import FrozenBackbone
+from addenda.learner.config import LearnConfig, Settings
+from addenda.learner.regression import Regression
+
+Tensors = dict[str, Tensor]
+"""A task's tensors by their names in the artifact."""
+
+HEAD_WEIGHTS = ("head_weight", "pooled_weight")
+HEAD = (*HEAD_WEIGHTS, "head_bias")
+
+
+def first_tensors(backbone: FrozenBackbone, regression: Regression, settings: Settings, memory_std: float) -> Tensors:
+    """Where training starts (design, section 1): the backbone's class token, memory from N(0, memory_std).
+
+    The head reads the token's feature and the backbone's pooled one. It starts as the regression, shared in halves
+    between the two: under an L2 penalty that is the cheaper way to write the same function of two like features.
+    """
+    random = torch.Generator().manual_seed(settings.seed)
+    shape = (backbone.depth, settings.num_memory_tokens, backbone.embed_dim)
+    return {
+        "class_token": backbone.class_token.float().cpu().clone(),
+        "memory": torch.randn(shape, generator=random) * memory_std,
+        "head_weight": regression.weight / 2,
+        "pooled_weight": regression.weight / 2,
+        "head_bias": regression.bias.clone(),
+    }
+
+
+def silenced(backbone: FrozenBackbone, regression: Regression, settings: Settings, memory_std: float) -> Tensors:
+    """A token that adds nothing: exactly the regression, for where validation prefers that."""
+    tensors = first_tensors(backbone, regression, settings, memory_std)
+    tensors["head_weight"] = torch.zeros_like(regression.weight)
+    tensors["pooled_weight"] = regression.weight.clone()
+    return tensors
+
+
+@dataclass
+class Best:
+    """The epoch of least validation loss so far; without validation, the latest.
+
+    Attributes:
+        epoch: from 1; 0 before any.
+        loss: on the validation part.
+        tensors: what they were then.
+    """
+
+    epoch: int = 0
+    loss: float = math.inf
+    tensors: Tensors = field(default_factory=dict)
+
+
+class Candidate:
+    """One candidate in training: its tensors, its optimiser, and how it has fared.
+
+    Args:
+        settings: what it is trained with.
+        tensors: where it starts.
+        config: optimiser and schedule.
+        steps: of the whole schedule.
+        device: where it trains.
+
+    Attributes:
+        tensors: the parameters by name.
+        best: its best epoch.
+        stopped: why it trains no more: `"diverged"`, `"no better"`, or None.
+    """
+
+    def __init__(
+        self, settings: Settings, tensors: Tensors, config: LearnConfig, steps: int, device: torch.device
+    ) -> None:
+        self.settings = settings
+        self.tensors = {name: Parameter(tensor.detach().clone().to(device)) for name, tensor in tensors.items()}
+        self.best = Best()
+        self.stopped: str | None = None
+        self._clip_norm = config.clip_norm
+        head = [self.tensors[name] for name in HEAD]
+        rest = [tensor for name, tensor in self.tensors.items() if name not in HEAD]
+        groups = [
+            {"params": rest, "lr": settings.learning_rate, "weight_decay": settings.weight_decay},
+            {"params": head, "lr": config.head_learning_rate, "weight_decay": 0.0},  # it has the regression's penalty
+        ]
+        if config.optimizer == "sgd":
+            self.optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, momentum=config.momentum)
+        else:
+            self.optimizer = torch.optim.AdamW(groups)
+        warmup = config.warmup_steps
+
+        def factor(step: int) -> float:
+            """Linear warm-up, then a cosine to zero."""
+            if step < warmup:
+                return (step + 1) / (warmup + 1)
+            return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
+
+    @property
+    def shape(self) -> tuple[torch.Size, ...]:
+        """Candidates of one shape can train side by side."""
+        return tuple(tensor.shape for tensor in self.tensors.values())
+
+    def step(self, gradients: Sequence[Tensor]) -> None:
+        """Clips the gradients of its tensors by their own norm, and takes a step."""
+        for tensor, gradient in zip(self.tensors.values(), gradients, strict=True):
+            tensor.grad = gradient
+        torch.nn.utils.clip_grad_norm_(self.tensors.values(), self._clip_norm)
+        self.optimizer.step()
+        self._schedule.step()
+
+    def judge(self, epoch: int, train_loss: float, loss: float | None, patience: int) -> None:
+        """Notes the end of an epoch: keeps the tensors if they are the best yet, stops what gets nowhere."""
+        if not math.isfinite(train_loss) or (loss is not None and not math.isfinite(loss)):
+            self.stopped = "diverged"
+        elif loss is None or loss < self.best.loss:
+            self.best = Best(epoch, self.best.loss if loss is None else loss, self.snapshot())
+        elif epoch - self.best.epoch >= patience:
+            self.stopped = "no better"
+
+    def snapshot(self) -> Tensors:
+        """A copy that further training does not touch, on the CPU."""
+        return {name: tensor.detach().clone().cpu() for name, tensor in self.tensors.items()}
+
+    def state(self) -> Tensors:
+        """Everything that training needs to go on from here, flat."""
+        state = {f"tensors.{name}": tensor for name, tensor in self.snapshot().items()}
+        state |= {f"best.{name}": tensor for name, tensor in self.best.tensors.items()}
+        for index, values in self.optimizer.state_dict()["state"].items():
+            state |= {f"optimizer.{index}.{name}": torch.as_tensor(value).clone() for name, value in values.items()}
+        return state
+
+    def restore(self, state: Mapping[str, Tensor], best: tuple[int, float], stopped: str | None, steps: int) -> None:
+        """Takes up where `state` was made, after some steps."""
+        with torch.no_grad():
+            for name, tensor in self.tensors.items():
+                tensor.copy_(state[f"tensors.{name}"])
+        kept = {key.removeprefix("best."): value for key, value in state.items() if key.startswith("best.")}
+        self.best, self.stopped = Best(*best, kept), stopped
+        described = self.optimizer.state_dict()
+        for key, value in state.items():
+            if key.startswith("optimizer."):
+                _, index, name = key.split(".", 2)
+                described["state"].setdefault(int(index), {})[name] = value
+        self.optimizer.load_state_dict(described)
+        with torch.no_grad():
+            for _ in range(steps):
+                self._schedule.step()
