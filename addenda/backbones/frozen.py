@@ -16,11 +16,9 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
+from addenda.backbones.products import MIN_ROWS
 from addenda.backbones.scope import obstacle
 from addenda.exceptions import BackboneError, IntegrityError
-
-MIN_ROWS = 4
-"""Fewest rows of a matrix product whose bits are promised: with one row it takes another path, with other bits."""
 
 Reading = Literal["tokens", "pooled", "nothing"]
 """What is read of the last block's output."""

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from addenda.backbones import MIN_ROWS, FrozenBackbone, KeyValue
+from addenda.backbones import FrozenBackbone, KeyValue, product
 
 
 def attend(
@@ -39,7 +38,7 @@ def attend(
     by_image = queries.permute(2, 1, 0, 3).flatten(0, 1)  # [B H, S, d]: an image's frozen keys serve all tasks
     on_frozen = by_image @ frozen.keys.flatten(0, 1).transpose(1, 2)
     private = torch.cat(
-        [(queries.unsqueeze(-2) * tokens.keys).sum(-1), _by_task(queries, memory.keys.transpose(-1, -2))], dim=-1
+        [(queries.unsqueeze(-2) * tokens.keys).sum(-1), product(queries, memory.keys.transpose(-1, -2))], dim=-1
     )
     if bias is not None:
         private = private + bias[:, None, None]
@@ -48,17 +47,9 @@ def attend(
     on_frozen, on_tokens, on_memory = weights.tensor_split((num_frozen, num_frozen + num_tokens), dim=-1)
     of_frozen = on_frozen.flatten(0, 1) @ frozen.values.flatten(0, 1)
     of_tokens = (on_tokens.permute(2, 1, 0, 3).unsqueeze(-1) * tokens.values).sum(-2)
-    of_memory = _by_task(on_memory.permute(2, 1, 0, 3), memory.values)
+    of_memory = product(on_memory.permute(2, 1, 0, 3), memory.values)
     read: Tensor = of_frozen.unflatten(0, (batch, num_heads)).permute(2, 1, 0, 3) + of_tokens + of_memory
     return read.transpose(1, 2).reshape(num_tasks, batch, -1)
-
-
-def _by_task(rows: Float[Tensor, "S H B k"], matrices: Float[Tensor, "S H k n"]) -> Float[Tensor, "S H B n"]:
-    """A product for each task and head with its own memory; a few images are filled up to MIN_ROWS."""
-    batch = rows.shape[2]
-    filled = F.pad(rows, (0, 0, 0, max(0, MIN_ROWS - batch)))
-    products: Tensor = filled @ matrices
-    return products[:, :, :batch]
 
 
 def memory_key_values(backbone: FrozenBackbone, block: Any, memory: Float[Tensor, "S m D"]) -> KeyValue:
