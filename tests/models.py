@@ -23,7 +23,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "plain": {},
     "registers": {"reg_tokens": 4},
     "layer-scale": {"init_values": 0.3},
-    "qk-norm": {"qk_norm": True, "scale_attn_norm": True},
+    "qk-norm": {"qk_norm": True, "scale_attn_norm": True, "scale_mlp_norm": True},
     "clip": {"pre_norm": True, "qkv_bias": False},
     "deit3": {"no_embed_class": True, "init_values": 0.3},
     "dinov2": {"reg_tokens": 4, "no_embed_class": True, "init_values": 0.3},

@@ -1,5 +1,6 @@
 """A timm Vision Transformer, frozen: loading, fingerprint, preprocessing, layer-by-layer keys and values."""
 
+from addenda.backbones.adapters import Adapter, BlockAdapters
 from addenda.backbones.catalogue import catalogue
 from addenda.backbones.frozen import FrozenBackbone, FrozenStream, KeyValue
 from addenda.backbones.images import SUFFIXES, read_image
@@ -9,6 +10,8 @@ from addenda.backbones.products import MIN_ROWS, product
 __all__ = [
     "MIN_ROWS",
     "SUFFIXES",
+    "Adapter",
+    "BlockAdapters",
     "FrozenBackbone",
     "FrozenStream",
     "KeyValue",
