@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -55,6 +57,12 @@ def compare(dtype: torch.dtype) -> None:
         by_task = torch.randn(16, HEADS, IMAGES, HEAD_DIM, dtype=dtype)
         turned = (by_task.roll(1, 2) @ matrices).roll(-1, 2)
         report(f"scores of {count} memory keys, the image at another place", turned, by_task @ matrices)
+
+    for width, rank in itertools.product((48, DIM), (1, 2, 3, 4, 8)):
+        down, up = torch.randn(16, width, rank, dtype=dtype), torch.randn(16, rank, width, dtype=dtype)
+        tokens = torch.randn(16, 2 * IMAGES, width, dtype=dtype)
+        fewer, all_images = tokens[:, :IMAGES].contiguous() @ down @ up, tokens @ down @ up
+        report(f"an update of rank {rank} in {width} dimensions, 4 images not 8", fewer, all_images[:, :IMAGES])
 
     features, heads = torch.randn(IMAGES, DIM), [torch.randn(count, DIM) for count in (3, 7, 40)]
     concatenated = F.linear(features, torch.cat(heads))

@@ -18,7 +18,7 @@ CHECKED = ["addenda.backbones", "addenda.combined", "addenda.learner", "addenda.
 with install_import_hook(CHECKED, "beartype.beartype"):
     from addenda.backbones import FrozenBackbone, load_backbone
     from addenda.learner import Learner  # noqa: F401
-    from addenda.registry import Registry, Task
+    from addenda.registry import LowRank, Registry, Task
 
 torch.set_num_threads(1)  # the models are tiny; on a busy machine threads only wait for each other
 
@@ -46,8 +46,9 @@ def random_task(
     parents: tuple[Task, ...] = (),
     seed: int = 0,
     pooled: bool = True,
+    rank: int = 0,
 ) -> Task:
-    """A task with random tensors, at the scale that trained ones have."""
+    """A task with random tensors, at the scale that trained ones have; lively adapters where there is a rank."""
     random = torch.Generator().manual_seed(seed)
     width = backbone.embed_dim
 
@@ -63,6 +64,7 @@ def random_task(
         head_weight=normal(classes, width),
         head_bias=normal(classes),
         pooled_weight=normal(classes, width) if pooled else None,
+        adapters=adapters(backbone, rank, seed) if rank else None,
         parents=parents,
     )
 
@@ -74,6 +76,19 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     os.environ["ADDENDA_CACHE"] = str(folder)
     yield folder
     del os.environ["ADDENDA_CACHE"]
+
+
+def adapters(backbone: FrozenBackbone, rank: int, seed: int = 0) -> dict[str, LowRank]:
+    """Random updates about half as large as what the layers of a lively backbone give."""
+    random = torch.Generator().manual_seed(1000 + seed)
+
+    def normal(scale: float, *shape: int) -> torch.Tensor:
+        return scale * torch.randn(backbone.depth, *shape, generator=random)
+
+    return {
+        site: LowRank(normal(fan_in**-0.5, rank, fan_in), normal(0.5 * rank**-0.5, fan_out, rank))
+        for site, (fan_in, fan_out) in backbone.adapter_shapes().items()
+    }
 
 
 @pytest.fixture(scope="session")

@@ -6,13 +6,16 @@ Nothing of `addenda.combined` is used here, so that the two agree only if both a
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 
 from addenda.registry import Task
+
+Changed = Callable[[str, Tensor, Tensor], Tensor]
+"""A layer's name, its inputs and its outputs; gives the outputs as the tasks' adapters change them."""
 
 
 def ancestors(task: Task) -> set[Task]:
@@ -64,8 +67,18 @@ class DenseMask:
         parts = [frozen]
         for place, task in enumerate(tasks):
             parts += [queries[:, place : place + 1], task.memory[layer].double().expand(batch, -1, -1)]
-        after = self.block(block, torch.cat(parts, dim=1), self.mask(num_frozen, tasks))
         starts, _ = positions(num_frozen, tasks)
+
+        def changed(site: str, inputs: Tensor, outputs: Tensor) -> Tensor:
+            """A layer's outputs with the tasks' own updates, in their tokens' rows alone."""
+            outputs = outputs.clone()
+            for task, row in starts.items():
+                if task.adapters is not None:
+                    down, up = (part[layer].double() for part in task.adapters[site])
+                    outputs[:, row] += torch.einsum("or,ri,bi->bo", up, down, inputs[:, row])
+            return outputs
+
+        after = self.block(block, torch.cat(parts, dim=1), self.mask(num_frozen, tasks), changed)
         return after[:, :num_frozen], after[:, [starts[task] for task in tasks]]
 
     def mask(self, num_frozen: int, tasks: Sequence[Task]) -> Tensor:
@@ -80,16 +93,21 @@ class DenseMask:
                     mask[start, starts[seen] : starts[seen] + 1 + seen.num_memory_tokens] = True
         return mask
 
-    def block(self, block: Block, tokens: Tensor, mask: Tensor) -> Tensor:
-        attn = block.attn
-        qkv = attn.qkv(block.norm1(tokens))
-        q, k, v = qkv.reshape(*tokens.shape[:2], 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
+    def block(self, block: Block, tokens: Tensor, mask: Tensor, changed: Changed) -> Tensor:
+        attn, mlp = block.attn, block.mlp
+        normed = block.norm1(tokens)
+        q, k, v = attn.qkv(normed).chunk(3, dim=-1)
+        q = changed("q", normed, q)
+        q, k, v = (part.unflatten(-1, (attn.num_heads, attn.head_dim)).transpose(1, 2) for part in (q, k, v))
         scores = attn.q_norm(q) @ attn.k_norm(k).transpose(-1, -2) / attn.head_dim**0.5
         scores = scores.masked_fill(~mask, float("-inf"))
         weights = (scores - scores.amax(-1, keepdim=True)).exp()
         read = (weights / weights.sum(-1, keepdim=True)) @ v
-        tokens = tokens + block.ls1(attn.proj(attn.norm(read.transpose(1, 2).flatten(2))))
-        return tokens + block.ls2(block.mlp(block.norm2(tokens)))
+        read = attn.norm(read.transpose(1, 2).flatten(2))
+        tokens = tokens + block.ls1(changed("proj", read, attn.proj(read)))
+        normed = block.norm2(tokens)
+        hidden = mlp.norm(mlp.act(changed("fc1", normed, mlp.fc1(normed))))
+        return tokens + block.ls2(changed("fc2", hidden, mlp.fc2(hidden)))
 
 
 def positions(num_frozen: int, tasks: Sequence[Task]) -> tuple[dict[Task, int], int]:

@@ -23,7 +23,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "plain": {},
     "registers": {"reg_tokens": 4},
     "layer-scale": {"init_values": 0.3},
-    "qk-norm": {"qk_norm": True, "scale_attn_norm": True},
+    "qk-norm": {"qk_norm": True, "scale_attn_norm": True, "scale_mlp_norm": True},
     "clip": {"pre_norm": True, "qkv_bias": False},
     "deit3": {"no_embed_class": True, "init_values": 0.3},
     "dinov2": {"reg_tokens": 4, "no_embed_class": True, "init_values": 0.3},
@@ -59,12 +59,12 @@ def images(count: int = 9, seed: int = 5) -> Tensor:
 
 
 def head_only(task: Task) -> Task:
-    return dataclasses.replace(task, class_token=None, memory=None, pooled_weight=None)
+    return dataclasses.replace(task, class_token=None, memory=None, pooled_weight=None, adapters=None)
 
 
 @cache
 def family(on: FrozenBackbone) -> dict[str, Task]:
-    """Ten tasks of six size classes: alone, without memory, one label, head only, a chain and a diamond."""
+    """Thirteen tasks of nine size classes: alone, without memory, one label, head only, a chain, a diamond, adapted."""
 
     def task(name: str, memory: int, parents: Sequence[str] = (), **options: object) -> None:
         kin = tuple(known[parent] for parent in parents)
@@ -80,6 +80,9 @@ def family(on: FrozenBackbone) -> dict[str, Task]:
     task("sees-two", 3, ["none", "nine"])
     task("diamond", 1, ["child", "sees-two", "five"])
     task("bare-child", 0, ["none"], pooled=False)
+    task("adapted", 5, rank=8)
+    task("adapted-child", 0, ["adapted"], rank=3)
+    task("sees-adapted", 4, ["adapted"], pooled=False)
     known["head-only"] = head_only(random_task(on, "head-only", seed=99))
     return known
 
@@ -106,7 +109,10 @@ def threads(count: int) -> Iterator[None]:
 
 
 def random_registry(on: FrozenBackbone, count: int, seed: int) -> list[Task]:
-    """Tasks of 0 to 40 memory tokens and 2 to 1,000 classes; a third extend up to three others, some are head-only."""
+    """Tasks of 0 to 40 memory tokens and 2 to 1,000 classes; a third extend up to three others, some are head-only.
+
+    Three in ten have adapters, of rank 1, 4 or 8.
+    """
     choose = random.Random(seed)
     tasks: list[Task] = []
     for number in range(count):
@@ -114,7 +120,8 @@ def random_registry(on: FrozenBackbone, count: int, seed: int) -> list[Task]:
         parents = choose.sample(possible, min(len(possible), choose.choice((0, 0, 0, 0, 1, 2, 3))))
         memory = choose.choice((0, 5, 5, choose.randint(0, 40)))
         classes = round(2 * 500 ** choose.random())
-        task = random_task(on, f"task-{number}", memory, classes, tuple(parents), choose.getrandbits(30))
+        rank = choose.choice((0, 0, 0, 0, 0, 0, 0, 1, 4, 8))
+        task = random_task(on, f"task-{number}", memory, classes, tuple(parents), choose.getrandbits(30), rank=rank)
         if choose.random() < 0.3:
             task = dataclasses.replace(task, pooled_weight=None)
         tasks.append(head_only(task) if choose.random() < 0.05 else task)

@@ -14,7 +14,7 @@ from addenda import FrozenBackbone, LearnConfig, Registry
 from addenda.backbones import KeyValue
 from addenda.benchmarks.cost import DENSE, DENSE_PRECOMPUTED, STOCK, run_cost
 from addenda.benchmarks.dense_mask import DenseMask
-from addenda.combined import CombinedModel, loaded_bytes, pass_operations, streams
+from addenda.combined import CombinedModel, loaded_bytes, pass_operations, streams, task_cost
 from tests import dense_mask as reference
 from tests.conftest import random_task
 from tests.models import backbone, images, lively_vit
@@ -183,18 +183,33 @@ def test_the_rival_is_the_papers_dense_mask(variant: str, precomputed: bool) -> 
 @pytest.mark.parametrize("variant", ["plain", "average"])
 def test_operations_are_those_that_torch_counts(variant: str) -> None:
     on = backbone(variant)
-    tasks = [random_task(on, f"task-{i}", memory=i % 7, classes=2 + i, seed=i, pooled=i % 2 == 0) for i in range(21)]
+    tasks = [
+        random_task(on, f"task-{i}", memory=i % 7, classes=2 + i, seed=i, pooled=i % 2 == 0, rank=(0, 0, 3, 8)[i % 4])
+        for i in range(21)
+    ]
     model = CombinedModel(on, tasks)
     with FlopCounterMode(display=False) as counter:
         model(images(model.micro_batch))
-    counted = counter.get_total_flops() / 2 / model.micro_batch
-    # What torch does not count: elementwise products (a query with its own token), and the CPU's fused attention, in
-    # the last block of which only the class token and its three companions ask where the class token is what is read.
+    operations = counter.get_flop_counts()["Global"].items()
+    counted = sum(flops for name, flops in operations if "scaled_dot_product" not in str(name)) / 2 / model.micro_batch
+    # What torch does not count: elementwise products (a query with its own token), and, in older versions, the CPU's
+    # fused attention, in the last block of which only the class token and its three companions ask where the class
+    # token is what is read.
     own = sum(2 * on.depth * on.embed_dim * len(tile.class_tokens) for tile in model.layout.tiles)
     asking = on.num_tokens * on.depth if variant == "average" else on.num_tokens * (on.depth - 1) + 4
     fused = 2 * on.embed_dim * on.num_tokens * asking
     assert pass_operations(model) == counted + own + fused
     assert pass_operations(model, filled=False) < pass_operations(model)
+
+
+def test_a_tasks_cost_is_what_it_adds_to_the_pass() -> None:
+    on = backbone()
+    for rank in (0, 3, 8):
+        kin, task = (random_task(on, name, memory=5, rank=rank, seed=i) for i, name in enumerate(("kin", "task")))
+        passes = [pass_operations(CombinedModel(on, tasks), filled=False) for tasks in ([kin], [kin, task])]
+        cost = task_cost(on, 5, adapter_rank=rank)
+        assert passes[1] - passes[0] == cost.operations + 2 * 3 * on.embed_dim  # with its head of 3, on two features
+        assert cost.token_bytes == 4 * (task.num_parameters - 3 * (2 * on.embed_dim + 1))
 
 
 def test_loaded_bytes_grow_by_what_a_task_weighs() -> None:
@@ -204,6 +219,9 @@ def test_loaded_bytes_grow_by_what_a_task_weighs() -> None:
     keys_and_values = 2 * 4 * 8 * on.depth * on.embed_dim
     heads = 4 * 16 * (2 * on.embed_dim + 1)
     assert weights == [64 * (keys_and_values + heads + 4 * on.embed_dim + 4 * 9), 2 * weights[0]]
+    adapted = [random_task(on, f"task-{i}", memory=8, classes=16, seed=i, rank=8) for i in range(64)]
+    updates = 4 * 8 * on.depth * (4 * on.embed_dim + 2 * 5 * on.embed_dim)
+    assert loaded_bytes(CombinedModel(on, adapted)) == weights[0] + 64 * updates
 
 
 def test_bench_cost_measures_every_way_and_writes_it_down(tmp_path: Path) -> None:

@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from timm.layers import SwiGLU
 
 from addenda.backbones import FrozenBackbone, read_image
 from addenda.combined import CombinedModel
 from addenda.exceptions import AddendaError, BackboneError, DataError, RegistryError, UnknownTaskError
-from addenda.registry import Task
-from tests.conftest import random_task
+from addenda.registry import LowRank, Task
+from tests.conftest import random_task, tiny_vit
 from tests.dense_mask import DenseMask
 from tests.models import VARIANTS, backbone, family, head_only, images, lively_vit
 
@@ -37,6 +38,7 @@ class Node:
     """A task of a random graph; parents by number. Drawn as plain values, made into tensors in the test."""
 
     memory: int
+    rank: int
     classes: int
     pooled: bool
     head_only: bool
@@ -54,6 +56,7 @@ def task_graphs(draw: st.DrawFn) -> list[Node]:
         nodes.append(
             Node(
                 memory=draw(st.integers(0, 9)),
+                rank=draw(st.sampled_from([0, 0, 0, 3, 4])),
                 classes=draw(st.integers(1, 12)),
                 pooled=draw(st.booleans()),
                 head_only=not parents and draw(st.integers(0, 5)) == 5,
@@ -69,7 +72,7 @@ def made(on: FrozenBackbone, nodes: Sequence[Node]) -> list[Task]:
     for node in nodes:
         kin = tuple(tasks[number] for number in node.parents)
         name = f"task-{len(tasks)}"
-        task = random_task(on, name, node.memory, node.classes, kin, node.seed, node.pooled)
+        task = random_task(on, name, node.memory, node.classes, kin, node.seed, node.pooled, node.rank)
         tasks.append(head_only(task) if node.head_only else task)
     return tasks
 
@@ -120,6 +123,30 @@ def test_what_a_task_extends_changes_its_logits() -> None:
     pictures = images(2)
     apart, together = (CombinedModel(on, [task])(pictures)["child"] for task in (child, extended))
     assert (apart - together).abs().max() > 1e-2
+
+
+def test_adapters_change_a_tasks_logits_and_those_of_tasks_that_extend_it() -> None:
+    on = backbone("plain", torch.float64)
+    adapted = random_task(on, "parent", rank=4)
+    found = []
+    for parent in (adapted, dataclasses.replace(adapted, adapters=None)):
+        child = random_task(on, "child", seed=1, parents=(parent,))
+        found.append(CombinedModel(on, [parent, child])(images(2)))
+    for name in ("parent", "child"):
+        assert (found[0][name] - found[1][name]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("ranks", [(0, 8, 0), (8, 0, 8), (8, 4, 0)])
+def test_a_task_sees_parents_of_any_rank(ranks: tuple[int, ...]) -> None:
+    """The last two links and the first two kin have as many keys: only ranks tell their size classes apart."""
+    on = backbone("plain", torch.float64)
+    chain = [random_task(on, "kin", memory=5), random_task(on, "more-kin", memory=0, seed=1)]
+    for i, rank in enumerate(ranks):
+        chain.append(random_task(on, f"link-{i}", memory=0, parents=tuple(chain), seed=2 + i, rank=rank))
+    expected = reference("plain")(images(2), chain)
+    for order in (chain, chain[::-1]):
+        for name, logits in CombinedModel(on, order)(images(2)).items():
+            assert (logits - expected[name]).abs().max() <= 1e-10, name
 
 
 # --- which tasks run, and what they read ------------------------------------------------------------------------------
@@ -209,6 +236,35 @@ def test_two_different_tasks_of_one_name_are_refused() -> None:
     with pytest.raises(RegistryError, match="Two different tasks are named 'twice'"):
         CombinedModel(backbone(), [first, second])
     assert list(CombinedModel(backbone(), [first, first]).tasks) == ["twice"]
+
+
+@pytest.mark.parametrize("what", ["layers", "inputs", "outputs", "sites"])
+def test_adapters_of_another_size_are_refused(what: str) -> None:
+    task = random_task(backbone(), "adapted", rank=4)
+    (down, up), rest = task.adapters["fc1"], dict(task.adapters)
+    del rest["fc1"]
+    changed = {
+        "layers": {**rest, "fc1": LowRank(down[1:], up[1:])},
+        "inputs": {**rest, "fc1": LowRank(down[:, :, 1:], up)},
+        "outputs": {**rest, "fc1": LowRank(down, up[:, 1:])},
+        "sites": rest,
+    }[what]
+    with pytest.raises(
+        RegistryError,
+        match=r"Task 'adapted' has adapters of \(layers, inputs, outputs\) \{.*backbone 'plain' takes .*\(3, 48, 192\)",
+    ):
+        CombinedModel(backbone(), [dataclasses.replace(task, adapters=changed)])
+
+
+def test_adapters_on_blocks_that_cannot_carry_them_are_refused() -> None:
+    on = FrozenBackbone(tiny_vit(mlp_layer=SwiGLU), "gated", "hub")
+    plain = random_task(on, "task")
+    adapted = dataclasses.replace(plain, adapters=random_task(backbone(), "other", rank=4).adapters)
+    message = "Task 'task' has adapters, which backbone 'gated' cannot carry: its MLPs are SwiGLU, not timm's plain Mlp"
+    for tasks in ([adapted], [random_task(on, "child", parents=(adapted,))]):
+        with pytest.raises(BackboneError, match=message):
+            CombinedModel(on, tasks, exact=False)
+    assert list(CombinedModel(on, [plain], exact=False)(images(1))) == ["task"]
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 32, 40), (1, 1, 32, 32), (3, 32, 32), (1, 3, 64, 64)])

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from addenda.backbones import FrozenBackbone, FrozenStream, KeyValue, load_backbone
+from addenda.backbones import Adapter, BlockAdapters, FrozenBackbone, FrozenStream, KeyValue, load_backbone
 from addenda.combined import CombinedModel, TileStore, layout, streams
 from addenda.combined.layout import TILE, TILE_SIZES
 from addenda.exceptions import ExactnessError
@@ -185,6 +185,47 @@ def test_tasks_keep_their_bits_with_the_heads_of_a_real_backbone(precision: torc
         assert bits(turned[task.name].roll(-1, 0)) == expected, task.name
 
 
+@PRECISIONS
+@pytest.mark.parametrize("variant", ["plain", "wide"])
+def test_tasks_keep_their_bits_at_every_rank(variant: str, precision: torch.dtype) -> None:
+    """At rank 2, not filled up, products of 48 dimensions give four images other bits than eight."""
+    on = wide_backbone(precision) if variant == "wide" else backbone(variant, precision)
+    pictures = images(4)
+    tasks = [random_task(on, f"rank-{r}", memory=4, seed=r, rank=r) for r in (0, 1, 2, 3, 4, 5, 8, 16, 32)]
+    tasks.append(random_task(on, "child", memory=0, parents=(tasks[6],), seed=40, rank=2))
+    tasks.append(random_task(on, "plain-child", memory=0, parents=(tasks[6],), seed=41))
+    together = CombinedModel(on, tasks)(pictures)
+    turned = CombinedModel(on, tasks[::-1])(pictures.roll(1, 0))
+    for task in tasks:
+        expected = alone(on, task, pictures)
+        assert bits(together[task.name]) == expected, task.name
+        assert bits(turned[task.name].roll(-1, 0)) == expected, task.name
+
+
+def test_an_adapted_task_moves_no_bit_of_one_without() -> None:
+    on = backbone()
+    plain, adapted = random_task(on, "plain"), random_task(on, "adapted", seed=1, rank=4)
+    assert_company_moves_no_bit(on, plain, [adapted])
+    assert_company_moves_no_bit(on, adapted, [plain])
+    assert len(CombinedModel(on, [plain, adapted]).layout.tiles) == 2
+
+
+def test_empty_slots_and_filled_up_ranks_hold_zeros() -> None:
+    on = backbone()
+    tasks = [random_task(on, f"rank-{r}", memory=4, seed=r, rank=r) for r in (5, 8, 7)]
+    (tile,) = CombinedModel(on, tasks).layout.tiles
+    assert (len(tile.class_tokens), tile.rank, len(tile.adapters)) == (4, 8, on.depth)
+    for layer in range(on.depth):
+        for site, (down, up) in tile.block_adapters(layer)._asdict().items():
+            for slot, task in enumerate(tasks):
+                own = task.adapters[site]
+                assert torch.equal(down[slot, : task.adapter_rank], own.down[layer])
+                assert torch.equal(up[slot, :, : task.adapter_rank], own.up[layer])
+                assert down[slot, task.adapter_rank :].count_nonzero() == 0
+                assert up[slot, :, task.adapter_rank :].count_nonzero() == 0
+            assert down[3].count_nonzero() == up[3].count_nonzero() == 0
+
+
 def test_a_head_gives_an_image_the_same_bits_at_every_place_in_the_batch() -> None:
     on = backbone()
     picture = images(1)
@@ -277,8 +318,8 @@ def test_a_task_keeps_its_bits_in_another_process() -> None:
 
 def test_a_live_model_computes_only_what_a_new_task_brings(monkeypatch: pytest.MonkeyPatch) -> None:
     on = backbone()
-    tasks = random_registry(on, 21, seed=3)
-    *before, new = sorted(tasks, key=lambda task: task is next(t for t in tasks[::-1] if t.num_memory_tokens))
+    new = random_task(on, "new", memory=5, seed=30, rank=5)
+    before = [*random_registry(on, 21, seed=3), random_task(on, "of its class", memory=6, seed=31, rank=8)]
     live = CombinedModel(on, before)
     answered = live(images(3))
     computed: list[int] = []
@@ -334,15 +375,12 @@ def nudge(tensor: Tensor, where: object) -> Tensor:
     return moved
 
 
-Finish = Callable[[FrozenBackbone, object, Tensor, Tensor], Tensor]
-
-
 def finish_otherwise(monkeypatch: pytest.MonkeyPatch, when: Callable[[Tensor], bool], where: object) -> None:
     """Task tokens' linear layers give a part of the rows other bits."""
-    honest: Finish = FrozenBackbone.finish
+    honest = FrozenBackbone.finish
 
-    def biased(self: FrozenBackbone, block: object, tokens: Tensor, read: Tensor) -> Tensor:
-        result = honest(self, block, tokens, read)
+    def biased(self: FrozenBackbone, block: object, tokens: Tensor, *rest: object) -> Tensor:
+        result = honest(self, block, tokens, *rest)
         return nudge(result, where) if when(tokens) else result
 
     monkeypatch.setattr(FrozenBackbone, "finish", biased)
@@ -368,6 +406,15 @@ def test_bits_that_depend_on_the_neighbour_are_refused(monkeypatch: pytest.Monke
     monkeypatch.setattr(streams, "attend", leaky)
     with pytest.raises(ExactnessError, match="its neighbours"):
         CombinedModel(on, [random_task(on, "task")])
+
+
+def test_an_adapter_that_reaches_the_neighbour_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    on = fresh_backbone()
+    honest = Adapter.__call__
+    monkeypatch.setattr(Adapter, "__call__", lambda self, x: honest(self, x) + 1e-6 * honest(self, x).roll(1, 0))
+    CombinedModel(on, [random_task(on, "plain")])
+    with pytest.raises(ExactnessError, match=r"its neighbours .* 1 private tokens and 8 memory keys, rank 4\. Another"):
+        CombinedModel(on, [random_task(on, "adapted", rank=3)])
 
 
 @pytest.mark.parametrize("place", [0, 7])
@@ -521,6 +568,18 @@ def first_slot_sees_the_next_memory(tile: layout.Tile) -> None:
         layer.keys[0, :, -1], layer.values[0, :, -1] = layer.keys[1, :, 0], layer.values[1, :, 0]
 
 
+def first_slot_has_the_next_ones_adapters(tile: layout.Tile) -> None:
+    for layer in tile.adapters:
+        layer.fc1.up[0] = layer.fc1.up[1]
+
+
+def first_slot_has_some_of_the_next_ones_queries(tile: layout.Tile) -> None:
+    tile.adapters[-1].q.down[0, -1], tile.adapters[-1].q.up[0, :, -1] = (
+        tile.adapters[-1].q.down[1, -1],
+        tile.adapters[-1].q.up[1, :, -1],
+    )
+
+
 def filling_counts(tile: layout.Tile) -> None:
     tile.bias.zero_()
 
@@ -533,11 +592,19 @@ def two_families() -> tuple[Task, list[Task]]:
     """A child of two, and another of the same class."""
     on = backbone()
     kin = [random_task(on, f"kin-{i}", memory=2, seed=i) for i in range(4)]
-    task = random_task(on, "task", memory=4, parents=tuple(kin[:2]), seed=7)
-    return task, [random_task(on, "other", memory=4, parents=tuple(kin[2:]), seed=8)]
+    task = random_task(on, "task", memory=4, parents=tuple(kin[:2]), seed=7, rank=3)
+    return task, [random_task(on, "other", memory=4, parents=tuple(kin[2:]), seed=8, rank=4)]
 
 
-@pytest.mark.parametrize("harm", [first_slot_sees_the_last_offered_token, first_slot_sees_the_next_memory])
+@pytest.mark.parametrize(
+    "harm",
+    [
+        first_slot_sees_the_last_offered_token,
+        first_slot_sees_the_next_memory,
+        first_slot_has_the_next_ones_adapters,
+        first_slot_has_some_of_the_next_ones_queries,
+    ],
+)
 def test_a_leak_between_tasks_would_move_bits(
     harm: Callable[[layout.Tile], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -565,6 +632,60 @@ def test_a_wrong_mask_would_differ_from_the_dense_one(
     assert (CombinedModel(on, [task, other])(images(2))["task"] - expected).abs().max() <= 1e-10
     sabotage(monkeypatch, harm)
     assert (CombinedModel(on, [task, other])(images(2))["task"] - expected).abs().max() > 1e-3
+
+
+def filled_up_rank_counts(tile: layout.Tile) -> None:
+    for layer in tile.adapters or ():
+        for down, up in layer:
+            down[:, -1], up[:, :, -1] = 0.3, 0.3
+
+
+def every_layer_has_the_firsts_adapters(tile: layout.Tile) -> None:
+    for layer in tile.adapters or ():
+        for (down, up), (first_down, first_up) in zip(layer, tile.adapters[0], strict=True):
+            down.copy_(first_down), up.copy_(first_up)
+
+
+def fc2_is_not_updated(tile: layout.Tile) -> None:
+    for layer in tile.adapters or ():
+        layer.fc2.up.zero_()
+
+
+@pytest.mark.parametrize("whose", ["task", "parent"])
+@pytest.mark.parametrize("harm", [filled_up_rank_counts, every_layer_has_the_firsts_adapters, fc2_is_not_updated])
+def test_wrong_adapters_would_differ_from_the_dense_mask(
+    harm: Callable[[layout.Tile], None], whose: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on = backbone("plain", torch.float64)
+    parent = random_task(on, "parent", memory=5, rank=3)
+    asked = parent if whose == "task" else random_task(on, "child", memory=5, parents=(parent,), seed=1)
+    expected = DenseMask(lively_vit())(images(2), [asked])[asked.name]
+    assert (CombinedModel(on, [asked])(images(2))[asked.name] - expected).abs().max() <= 1e-10
+    sabotage(monkeypatch, harm)
+    assert (CombinedModel(on, [asked])(images(2))[asked.name] - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("part", ["keys", "values"])
+@pytest.mark.parametrize("whose", ["task", "parent"])
+def test_adapted_keys_or_values_would_differ_from_the_dense_mask(
+    part: str, whose: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a task offers, to itself and to those that extend it, is what the backbone's own weights make of it."""
+    on = backbone("plain", torch.float64)
+    parent = random_task(on, "parent", memory=5, rank=3)
+    asked = parent if whose == "task" else random_task(on, "child", memory=5, parents=(parent,), seed=1)
+    expected = DenseMask(lively_vit())(images(2), [asked])[asked.name]
+    honest = FrozenBackbone.project
+
+    def adapted(self: FrozenBackbone, block: object, tokens: Tensor, adapters: BlockAdapters | None = None) -> object:
+        found = dict(zip(("queries", "keys", "values"), honest(self, block, tokens, adapters), strict=True))
+        if adapters is not None:
+            update = adapters.q(block.norm1(tokens))
+            found[part] = found[part] + update.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return tuple(found.values())
+
+    monkeypatch.setattr(FrozenBackbone, "project", adapted)
+    assert (CombinedModel(on, [asked])(images(2))[asked.name] - expected).abs().max() > 1e-3
 
 
 def test_memory_shared_by_two_tasks_would_move_bits(monkeypatch: pytest.MonkeyPatch) -> None:

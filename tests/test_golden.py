@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from addenda.backbones import FrozenBackbone, FrozenStream
+from addenda.backbones import Adapter, FrozenBackbone, FrozenStream
 from addenda.combined import golden, numerics, numerics_fingerprint, tensor_digest, verify
 from addenda.combined.heads import Head
 from addenda.combined.layout import TILE
@@ -47,6 +47,20 @@ def test_versions_of_one_name_verify_side_by_side() -> None:
     versions = [dataclasses.replace(random_task(on, "twice", seed=v), version=v) for v in (1, 2)]
     verdicts = verify(on, [(task, [golden(on, task)]) for task in versions])
     assert [(verdict.task, verdict.identical) for verdict in verdicts] == [("twice:1", True), ("twice:2", True)]
+
+
+@pytest.mark.parametrize("site", ["q", "proj", "fc1", "fc2"])
+@pytest.mark.parametrize("whose", ["own", "a parent's"])
+def test_a_changed_adapter_fails_under_the_same_numerics(site: str, whose: str) -> None:
+    on = backbone()
+    task = family(on)["adapted" if whose == "own" else "sees-adapted"]
+    (adapted,) = (task,) if whose == "own" else task.parents
+    update = adapted.adapters[site]
+    changed = dataclasses.replace(adapted, adapters={**adapted.adapters, site: update._replace(up=update.up + 1e-2)})
+    if whose != "own":
+        changed = dataclasses.replace(task, parents=(changed,))
+    (verdict,) = verify(on, [(changed, [golden(on, task)])])
+    assert (verdict.same_numerics, verdict.ok, verdict.identical) == (True, False, False)
 
 
 @pytest.mark.parametrize("field", ["class_token", "memory", "head_weight", "head_bias", "pooled_weight", "parents"])
@@ -170,13 +184,16 @@ def test_the_numerics_fingerprint_changes_with_whatever_can_move_a_bit(monkeypat
     assert len(set(found.values())) == len(found), found
 
 
-@pytest.mark.parametrize("part", ["frozen", "stream", "head"])
+@pytest.mark.parametrize("part", ["frozen", "stream", "adapter", "head"])
 def test_the_probe_sees_arithmetic_that_no_setting_tells_of(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An older libm, another BLAS: the same settings, other bits."""
     before = numerics(FrozenBackbone(lively_vit(), "fresh", "hub"))
     owner, name = {
-        "frozen": (FrozenStream, "_embed"), "stream": (FrozenBackbone, "finish"), "head": (Head, "__call__")
-    }[part]  # fmt: skip
+        "frozen": (FrozenStream, "_embed"),
+        "stream": (FrozenBackbone, "finish"),
+        "adapter": (Adapter, "__call__"),
+        "head": (Head, "__call__"),
+    }[part]
     honest = getattr(owner, name)
     monkeypatch.setattr(owner, name, lambda *arguments: honest(*arguments) * (1 + 2**-20))
     after = numerics(FrozenBackbone(lively_vit(), "fresh", "hub"))

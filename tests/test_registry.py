@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 from sqlalchemy import Engine, Pool, create_engine, event
 
 from addenda.exceptions import IntegrityError, NameTakenError, RegistryError, UnknownTaskError
-from addenda.registry import Golden, Registry, Task, canonical_json, check_name, digest, schema
+from addenda.registry import ADAPTED, Golden, LowRank, Registry, Task, canonical_json, check_name, digest, schema
 from addenda.registry.artifact import decode, encode
 from addenda.registry.database import VERSION_TABLE
 from addenda.registry.triggers import statements
@@ -65,6 +65,17 @@ def a_task(name: str = "digits", seed: int = 0, **changes: Any) -> Task:
     return Task(name=name, **{**content, **changes})
 
 
+def adapters(width: int = 8, depth: int = 2, rank: int = 3, hidden: int = 12, seed: int = 5) -> dict[str, LowRank]:
+    noise = torch.Generator().manual_seed(seed)
+    ends = {"q": (width, width), "proj": (width, width), "fc1": (width, hidden), "fc2": (hidden, width)}
+    return {
+        site: LowRank(
+            torch.randn(depth, rank, fan_in, generator=noise), torch.randn(depth, fan_out, rank, generator=noise)
+        )
+        for site, (fan_in, fan_out) in ends.items()
+    }
+
+
 def a_large_task(name: str = "large") -> Task:
     """A task of 2.6 MB, more than SQLite keeps in memory before it writes."""
     return a_task(name, memory=torch.full((2, 40000, 8), 0.5))
@@ -90,8 +101,14 @@ def same_content(one: Task, other: Task) -> bool:
     def equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
         return a is b if a is None or b is None else a.numpy().tobytes() == b.numpy().tobytes() and a.shape == b.shape
 
+    def parts(task: Task) -> dict[str, torch.Tensor]:
+        updates = (task.adapters or {}).items()
+        return {f"{site}.{i}": part for site, update in updates for i, part in enumerate(update)}
+
     return (
         all(equal(getattr(one, name), getattr(other, name)) for name in TENSORS)
+        and parts(one).keys() == parts(other).keys()
+        and all(equal(part, parts(other)[name]) for name, part in parts(one).items())
         and (one.backbone, one.labels, one.objective) == (other.backbone, other.labels, other.objective)
         and [parent.sha256 for parent in one.parents] == [parent.sha256 for parent in other.parents]
     )
@@ -510,18 +527,48 @@ def read_back(task: Task) -> Task:
     memory=st.integers(0, 3),
     token=st.booleans(),
     pooled=st.booleans(),
+    rank=st.integers(0, 3),
     seed=st.integers(0, 2**31),
 )
-def test_every_task_survives_its_artifact(labels, width, depth, memory, token, pooled, seed):
+def test_every_task_survives_its_artifact(labels, width, depth, memory, token, pooled, rank, seed):
     noise = torch.Generator().manual_seed(seed)
     shapes = {"head_weight": (len(labels), width), "head_bias": (len(labels),)}
     if token:
         shapes |= {"class_token": (width,), "memory": (depth, memory, width)}
         shapes |= {"pooled_weight": (len(labels), width)} if pooled else {}
     tensors = {name: torch.randn(shape, generator=noise) for name, shape in shapes.items()}
+    if token and rank:
+        tensors["adapters"] = adapters(width, depth, rank, 2 * width, seed)
     task = Task(name="any", backbone=FINGERPRINT, labels=tuple(labels), parents=(a_task(seed=1),), **tensors)
     assert same_content(read_back(task), task)
     assert encode(read_back(task)) == encode(task)
+    assert read_back(task).adapter_rank == task.adapter_rank == (rank if token else 0)
+
+
+def ramp(*shape: int) -> torch.Tensor:
+    """The same numbers on every machine."""
+    return (torch.arange(torch.Size(shape).numel()) % 251).sub(125).div(128).reshape(shape)
+
+
+def test_a_task_without_adapters_has_the_bytes_that_it_always_had():
+    content = {"backbone": FINGERPRINT, "class_token": ramp(8)}
+    parent = Task("p", labels=("x",), head_weight=ramp(1, 8), head_bias=ramp(1), memory=ramp(2, 0, 8), **content)
+    heads = {"head_weight": ramp(3, 8), "head_bias": ramp(3), "pooled_weight": ramp(3, 8)}
+    task = Task("t", labels=("a", "b", "c"), memory=ramp(2, 5, 8), parents=(parent,), **heads, **content)
+    assert parent.sha256 == "c8c11571a24f7d2271f3fae1fcb4e16e2beb7f350fd789921ba757ce1f6180e0"
+    assert task.sha256 == "6e6b36651a3c089ab70b87e6ab06cd0bf29b796e8518bd23fd8a7d313a2ae70b"
+
+
+def test_an_adapted_task_comes_back_from_the_registry_as_it_went_in(book):
+    task = a_task(adapters=adapters())
+    kept = keep(book, task)
+    found = book.get("digits")
+    assert same_content(found, task)
+    assert found.sha256 == kept.sha256 == task.sha256 != a_task().sha256
+    assert (found.adapter_rank, tuple(found.adapters)) == (3, ADAPTED)
+    assert book.record("digits").num_parameters == a_task().num_parameters + 2 * 3 * (4 * 8 + 2 * 20)
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        found.adapters["q"] = None
 
 
 def test_a_sha256_is_a_function_of_content_alone():
@@ -548,6 +595,13 @@ def test_a_sha256_changes_with_every_part_of_the_content():
         tensor = getattr(task, name).clone()
         tensor.view(torch.int32).view(-1)[-1] ^= 1
         changed.append(replace(task, **{name: tensor}))
+    changed.append(replace(task, adapters=adapters()))
+    for site, update in adapters().items():
+        for part, tensor in update._asdict().items():
+            other = tensor.clone()
+            other.view(torch.int32).view(-1)[-1] ^= 1
+            changed.append(replace(task, adapters={**adapters(), site: update._replace(**{part: other})}))
+    assert len(changed) == 7 + len(TENSORS) + 1 + 2 * len(ADAPTED)
     assert len({task.sha256, *(other.sha256 for other in changed)}) == 1 + len(changed)
 
 
@@ -599,6 +653,62 @@ def test_a_tensor_that_is_not_finite_is_refused(book, name, value):
 def test_tensors_that_do_not_fit_are_refused(name, shape):
     with pytest.raises(IntegrityError, match=r"do not fit 3 labels or each other: .*'head_bias'"):
         encode(spoiled(name, None if shape is None else torch.zeros(shape)))
+
+
+@pytest.mark.parametrize("site", ADAPTED)
+@pytest.mark.parametrize("part", LowRank._fields)
+def test_adapters_that_are_not_finite_are_refused(site, part):
+    whole = adapters()
+    getattr(whole[site], part)[1, 0, 0] = float("nan")
+    with pytest.raises(IntegrityError, match=rf"its adapters\.{site}\.{part} must be finite float32"):
+        encode(a_task(adapters=whole))
+
+
+@pytest.mark.parametrize(
+    ("site", "down", "up"),
+    [
+        ("q", (2, 4, 8), (2, 8, 4)),  # another rank than the rest
+        ("fc2", (2, 3, 12), (2, 8, 2)),  # two ranks
+        ("proj", (3, 3, 8), (3, 8, 3)),  # another depth
+        ("fc1", (2, 3, 7), (2, 12, 3)),  # another width
+        ("fc1", (2, 3, 8), (2, 11, 3)),  # another hidden width than fc2's
+        ("fc2", (2, 3, 12), (2, 7, 3)),
+        ("q", (2, 3, 8), (2, 9, 3)),  # another width than proj's
+        ("proj", (3, 8), (8, 3)),
+        ("proj", (), ()),
+    ],
+)
+def test_adapters_that_do_not_fit_are_refused(site, down, up):
+    changed = {**adapters(), site: LowRank(torch.zeros(down), torch.zeros(up))}
+    with pytest.raises(
+        IntegrityError,
+        match=r"its adapters, down and up, do not fit 2 layers of 8 dimensions, each other, or one rank .*'fc2': \[\[",
+    ):
+        encode(a_task(adapters=changed))
+
+
+def test_adapters_of_rank_0_are_refused():
+    with pytest.raises(IntegrityError, match="or one rank of 1 or more"):
+        encode(a_task(adapters=adapters(rank=0)))
+
+
+def test_half_of_the_adapters_are_refused():
+    whole = adapters()
+    del whole["proj"]
+    with pytest.raises(
+        IntegrityError, match=r"its adapters lack \['adapters\.proj\.down', 'adapters\.proj\.up'\]: a task"
+    ):
+        encode(a_task(adapters=whole))
+
+
+def test_adapters_of_another_layer_are_refused():
+    with pytest.raises(IntegrityError, match=r"holds the tensors \['adapters\.fc1\.down', .*'adapters\.k\.down', "):
+        encode(a_task(adapters={**adapters(), "k": adapters()["q"]}))
+
+
+def test_adapters_of_a_head_only_task_are_refused():
+    with pytest.raises(IntegrityError, match="it has adapters and no class token, whose way through the blocks"):
+        encode(a_task(class_token=None, memory=None, pooled_weight=None, adapters=adapters()))
 
 
 def test_labels_that_repeat_each_other_are_refused():

@@ -1,18 +1,23 @@
 """A timm Vision Transformer, frozen: loading, fingerprint, preprocessing, layer-by-layer keys and values."""
 
+from addenda.backbones.adapters import Adapter, BlockAdapters
 from addenda.backbones.catalogue import catalogue
-from addenda.backbones.frozen import MIN_ROWS, FrozenBackbone, FrozenStream, KeyValue
+from addenda.backbones.frozen import FrozenBackbone, FrozenStream, KeyValue
 from addenda.backbones.images import SUFFIXES, read_image
 from addenda.backbones.loading import load_backbone, untrained_backbone
+from addenda.backbones.products import MIN_ROWS, product
 
 __all__ = [
     "MIN_ROWS",
     "SUFFIXES",
+    "Adapter",
+    "BlockAdapters",
     "FrozenBackbone",
     "FrozenStream",
     "KeyValue",
     "catalogue",
     "load_backbone",
+    "product",
     "read_image",
     "untrained_backbone",
 ]

@@ -16,11 +16,10 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
-from addenda.backbones.scope import obstacle
+from addenda.backbones.adapters import BlockAdapters
+from addenda.backbones.products import MIN_ROWS
+from addenda.backbones.scope import adapter_obstacle, obstacle
 from addenda.exceptions import BackboneError, IntegrityError
-
-MIN_ROWS = 4
-"""Fewest rows of a matrix product whose bits are promised: with one row it takes another path, with other bits."""
 
 Reading = Literal["tokens", "pooled", "nothing"]
 """What is read of the last block's output."""
@@ -181,17 +180,63 @@ class FrozenBackbone:
         queries, keys, values = parts.unbind(0)
         return attn.q_norm(queries), attn.k_norm(keys), values
 
-    def project(self, block: Any, tokens: Float[Tensor, "B N D"]) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of some tokens at a block's input, each [B, H, N, d]."""
-        return self.split_qkv(block, block.attn.qkv(block.norm1(tokens)))
+    def project(
+        self, block: Any, tokens: Float[Tensor, "B N D"], adapters: BlockAdapters | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of some tokens at a block's input, each [B, H, N, d].
+
+        Args:
+            block: one of `blocks`.
+            tokens: with adapters, those of B slots, N images of each.
+            adapters: updates of B slots; of them `q` changes the queries, before q_norm.
+        """
+        normed = block.norm1(tokens)
+        qkv = block.attn.qkv(normed)
+        if adapters is not None:
+            queries, offered = qkv.tensor_split((qkv.shape[-1] // 3,), dim=-1)
+            qkv = torch.cat([queries + adapters.q(normed), offered], dim=-1)
+        return self.split_qkv(block, qkv)
 
     def finish(
-        self, block: Any, tokens: Float[Tensor, "B N D"], read: Float[Tensor, "B N D"]
+        self,
+        block: Any,
+        tokens: Float[Tensor, "B N D"],
+        read: Float[Tensor, "B N D"],
+        adapters: BlockAdapters | None = None,
     ) -> Float[Tensor, "B N D"]:
-        """The rest of a block after attention: projection, residuals, LayerScale and MLP."""
-        tokens = tokens + block.ls1(block.attn.proj(block.attn.norm(read)))
-        result: Tensor = tokens + block.ls2(block.mlp(block.norm2(tokens)))
+        """The rest of a block after attention: projection, residuals, LayerScale and MLP.
+
+        Args:
+            block: one of `blocks`.
+            tokens: at the block's input; with adapters, those of B slots, N images of each.
+            read: what their queries read, heads side by side.
+            adapters: updates of B slots; of them `proj`, `fc1` and `fc2` act here.
+        """
+        normed = block.attn.norm(read)
+        projected = block.attn.proj(normed)
+        if adapters is not None:
+            projected = projected + adapters.proj(normed)
+        tokens = tokens + block.ls1(projected)
+        result: Tensor = tokens + block.ls2(_mlp(block.mlp, block.norm2(tokens), adapters))
         return result
+
+    def adapter_obstacle(self) -> str | None:
+        """Says which property keeps this backbone's blocks from carrying adapters; None if nothing does."""
+        return adapter_obstacle(self.model)
+
+    def adapter_shapes(self) -> dict[str, tuple[int, int]]:
+        """Inputs and outputs of each linear layer of a block that adapters update, by its name in BlockAdapters.
+
+        Raises:
+            BackboneError: its blocks cannot carry adapters.
+        """
+        why = self.adapter_obstacle()
+        if why is not None:
+            raise BackboneError(f"Backbone {self.name!r} cannot carry adapters: {why}.")
+        attn, mlp = self.blocks[0].attn, self.blocks[0].mlp
+        layers = {"proj": attn.proj, "fc1": mlp.fc1, "fc2": mlp.fc2}
+        queries = (attn.qkv.in_features, attn.qkv.out_features // 3)
+        return {"q": queries} | {site: (layer.in_features, layer.out_features) for site, layer in layers.items()}
 
     def record(self) -> dict[str, Any]:
         """What a registry keeps of this backbone, enough to load it again."""
@@ -289,6 +334,16 @@ class FrozenStream:
         with torch.no_grad():
             feature: Tensor = self._backbone.model.forward_head(self.tokens, pre_logits=True)
         return feature
+
+
+def _mlp(mlp: Any, tokens: Tensor, adapters: BlockAdapters | None) -> Tensor:
+    """A block's MLP; with adapters it is timm's plain Mlp, whose forward pass is written out."""
+    if adapters is None:
+        result: Tensor = mlp(tokens)
+        return result
+    hidden = mlp.norm(mlp.act(mlp.fc1(tokens) + adapters.fc1(tokens)))
+    adapted: Tensor = mlp.fc2(hidden) + adapters.fc2(hidden)
+    return adapted
 
 
 def _fingerprint(model: Any, preprocessing: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from timm.layers import Attention, PatchEmbed
+from timm.layers import Attention, Mlp, PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 
 WORKING = ("vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2")
@@ -37,4 +37,12 @@ def obstacle(model: Any) -> str | None:
             return f"its attention is {type(block.attn).__name__}, not timm's standard Attention"
         if getattr(block.attn, "gate", None) is not None:  # older timm has no gates
             return "its attention is gated"
+    return None
+
+
+def adapter_obstacle(model: Any) -> str | None:
+    """Says which property keeps a backbone's blocks from carrying adapters; None if nothing does."""
+    for block in model.blocks:
+        if type(block.mlp) is not Mlp:
+            return f"its MLPs are {type(block.mlp).__name__}, not timm's plain Mlp of fc1 and fc2"
     return None

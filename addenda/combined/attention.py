@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from addenda.backbones import MIN_ROWS, FrozenBackbone, KeyValue
+from addenda.backbones import FrozenBackbone, KeyValue, product
 
 
 def attend(
@@ -52,21 +51,13 @@ def attend(
 def private_scores(queries: Float[Tensor, "S H B d"], tokens: KeyValue, memory: KeyValue) -> Float[Tensor, "S H B w"]:
     """Scaled queries against a task's own keys and its ancestors': tokens' first, then memory's."""
     on_tokens = (queries.unsqueeze(-2) * tokens.keys).sum(-1)
-    return torch.cat([on_tokens, _by_task(queries, memory.keys.transpose(-1, -2))], dim=-1)
+    return torch.cat([on_tokens, product(queries, memory.keys.transpose(-1, -2))], dim=-1)
 
 
 def private_read(weights: Float[Tensor, "S H B w"], tokens: KeyValue, memory: KeyValue) -> Float[Tensor, "S H B d"]:
     """What the weights of the private keys read of their values."""
     on_tokens, on_memory = weights.tensor_split((tokens.values.shape[-2],), dim=-1)
-    return (on_tokens.unsqueeze(-1) * tokens.values).sum(-2) + _by_task(on_memory, memory.values)
-
-
-def _by_task(rows: Float[Tensor, "S H B k"], matrices: Float[Tensor, "S H k n"]) -> Float[Tensor, "S H B n"]:
-    """A product for each task and head with its own memory; a few images are filled up to MIN_ROWS."""
-    batch = rows.shape[2]
-    filled = F.pad(rows, (0, 0, 0, max(0, MIN_ROWS - batch)))
-    products: Tensor = filled @ matrices
-    return products[:, :, :batch]
+    return (on_tokens.unsqueeze(-1) * tokens.values).sum(-2) + product(on_memory, memory.values)
 
 
 def memory_key_values(backbone: FrozenBackbone, block: Any, memory: Float[Tensor, "S m D"]) -> KeyValue:

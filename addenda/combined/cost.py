@@ -15,7 +15,7 @@ class TaskCost:
     """The price of one task that extends none, without its head and the padding of a last tile.
 
     Attributes:
-        token_bytes: its class token and memory, stored in float32.
+        token_bytes: its class token, memory and adapters, stored in float32.
         operations: multiply-adds for one image.
         backbone_operations: multiply-adds of the backbone's own pass over one image.
     """
@@ -30,8 +30,18 @@ class TaskCost:
         return self.operations / self.backbone_operations
 
 
-def task_cost(backbone: FrozenBackbone, num_memory_tokens: int) -> TaskCost:
-    """Counts the price of one task (design, section 2): its linear layers, and one query over the keys that it sees."""
+def task_cost(backbone: FrozenBackbone, num_memory_tokens: int, adapter_rank: int = 0) -> TaskCost:
+    """Counts the price of one task: its linear layers and their updates, and one query over the keys that it sees.
+
+    Args:
+        backbone: the backbone.
+        num_memory_tokens: m, in each layer.
+        adapter_rank: r, of the updates of its linear layers; 0 without.
+
+    Raises:
+        BackboneError: a rank, and a backbone whose blocks cannot carry adapters.
+    """
+    adapters = backbone.depth * _updates(backbone, adapter_rank)
     width, tokens = backbone.embed_dim, backbone.num_tokens
     linear = sum(
         module.weight.numel()
@@ -42,11 +52,16 @@ def task_cost(backbone: FrozenBackbone, num_memory_tokens: int) -> TaskCost:
     embed = backbone.model.patch_embed
     seen = tokens + 1 + num_memory_tokens
     return TaskCost(
-        token_bytes=4 * width * (1 + backbone.depth * num_memory_tokens),
-        operations=linear + 2 * backbone.depth * seen * width,
+        token_bytes=4 * (width * (1 + backbone.depth * num_memory_tokens) + adapters),
+        operations=linear + adapters + 2 * backbone.depth * seen * width,
         backbone_operations=tokens * (linear + 2 * backbone.depth * tokens * width)
         + embed.num_patches * embed.proj.weight.numel(),
     )
+
+
+def _updates(backbone: FrozenBackbone, rank: int) -> int:
+    """Numbers in the adapters of one block, each of which is one multiply-add for a token."""
+    return rank * sum(sum(ends) for ends in backbone.adapter_shapes().values()) if rank else 0
 
 
 def pass_operations(model: CombinedModel, filled: bool = True) -> int:
@@ -72,6 +87,11 @@ def pass_operations(model: CombinedModel, filled: bool = True) -> int:
         private = num_slots * num_private if filled else int((tile.bias[: len(tile.slots)] == 0).sum())
         keys = queries * backbone.num_tokens + private
         operations += queries * per_token + 2 * backbone.depth * width * keys
+        if filled:
+            operations += num_slots * backbone.depth * _updates(backbone, tile.rank)
+    if not filled:
+        running = {member.sha256: member for task in model.tasks.values() for member in (*task.closure, task)}
+        operations += sum(backbone.depth * _updates(backbone, member.adapter_rank) for member in running.values())
     for head in model.heads:
         rows = len(head.weight) if filled else head.num_labels
         operations += rows * width * (1 if head.pooled_weight is None else 2)
@@ -79,11 +99,12 @@ def pass_operations(model: CombinedModel, filled: bool = True) -> int:
 
 
 def loaded_bytes(model: CombinedModel) -> int:
-    """What the tasks weigh on the device: tokens, memory keys and values, masks and heads, all filling included."""
+    """What the tasks weigh on the device: tokens, memory, adapters, masks and heads, all filling included."""
     tensors: list[Tensor | None] = []
     for tile in model.layout.tiles:
         tensors += [tile.class_tokens, tile.ancestors, tile.bias]
         tensors += [part for layer in tile.memory for part in layer]
+        tensors += [part for layer in tile.adapters or () for adapter in layer for part in adapter]
     for head in model.heads:
         tensors += [head.weight, head.bias, head.pooled_weight]
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)

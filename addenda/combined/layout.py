@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from addenda.backbones import FrozenBackbone, KeyValue
+from addenda.backbones import Adapter, BlockAdapters, FrozenBackbone, KeyValue
 from addenda.combined.attention import memory_key_values
 from addenda.registry import Task
 
@@ -30,8 +31,17 @@ TILE_OVERHEAD = 6
 MIN_MEMORY = 4
 """Smallest class of memory keys but none: in products with fewer columns an image's bits depend on its place."""
 
-SizeClass = tuple[int, int]
-"""Private token keys and memory keys."""
+MIN_RANK = 4
+"""Smallest class of adapters but none: torch takes another path for smaller products, so at rank 2 a narrow one of four
+images has other bits than one of eight."""
+
+
+class SizeClass(NamedTuple):
+    """Private token keys, memory keys, and the rank of adapters."""
+
+    tokens: int
+    memory: int
+    rank: int = 0
 
 
 def micro_batch(device: torch.device) -> int:
@@ -48,6 +58,8 @@ class Tile:
         ancestors: for each slot the rows of the offered tokens that it sees; row 0 is none.
         bias: 0 for a real private key, -inf for filling; own token, ancestors, memory.
         memory: for each layer the keys and values of what the slot sees, [S, H, m, d].
+        adapters: for each layer the slots' own, filled up to the rank of the class; zeros in empty slots. None where
+            the class has none.
         slots: the slot of each of its tasks, by sha256, and how many memory tokens are its own.
     """
 
@@ -55,17 +67,37 @@ class Tile:
     ancestors: Int[Tensor, "S a"]
     bias: Float[Tensor, "S w"]
     memory: tuple[KeyValue, ...]
+    adapters: tuple[BlockAdapters, ...] | None
     slots: dict[str, tuple[int, int]]
+
+    @property
+    def rank(self) -> int:
+        """Rank of its adapters, filling included; 0 without."""
+        return 0 if self.adapters is None else self.adapters[0].q.down.shape[1]
+
+    def block_adapters(self, layer: int) -> BlockAdapters | None:
+        """The slots' adapters in one layer."""
+        return None if self.adapters is None else self.adapters[layer]
 
 
 def size_class(task: Task) -> SizeClass:
-    """Private token and memory keys of a task, each rounded up to a power of two; memory to MIN_MEMORY at least.
+    """Private token and memory keys of a task and its adapters' rank, each rounded up to a power of two.
 
-    It depends on the task and its ancestors alone, so that a wider task registered later widens no older one.
+    Memory and rank are none, or MIN_MEMORY and MIN_RANK at least. The class depends on the task and its ancestors
+    alone, so that a wider task registered later widens no older one. Ancestors' adapters are their own affair.
     """
     family = (task, *task.closure)
     num_memory = sum(member.num_memory_tokens for member in family)
-    return 1 << (len(family) - 1).bit_length(), max(MIN_MEMORY, 1 << (num_memory - 1).bit_length()) if num_memory else 0
+    return SizeClass(
+        tokens=_power_of_two(len(family)),
+        memory=max(MIN_MEMORY, _power_of_two(num_memory)) if num_memory else 0,
+        rank=max(MIN_RANK, _power_of_two(task.adapter_rank)) if task.adapter_rank else 0,
+    )
+
+
+def _power_of_two(count: int) -> int:
+    """The smallest that is not less than a positive count."""
+    return 1 << (count - 1).bit_length()
 
 
 class TileStore:
@@ -114,7 +146,7 @@ class TileStore:
         return tile
 
     def _build(self, size: int, tasks: Sequence[Task], offered: dict[str, int]) -> Tile:
-        backbone, (num_tokens, num_memory) = self.backbone, size_class(tasks[0])
+        backbone, (num_tokens, num_memory, rank) = self.backbone, size_class(tasks[0])
         shape = (size, backbone.num_heads, num_memory, backbone.embed_dim // backbone.num_heads)
         class_tokens = torch.zeros(size, backbone.embed_dim)
         ancestors = torch.zeros(size, num_tokens - 1, dtype=torch.long)
@@ -143,15 +175,32 @@ class TileStore:
             ancestors=ancestors.to(backbone.device),
             bias=bias.to(backbone.device, backbone.precision),
             memory=layers,
+            adapters=self._adapters(size, tasks, rank) if rank else None,
             slots={task.sha256: (slot, task.num_memory_tokens) for slot, task in enumerate(tasks)},
+        )
+
+    def _adapters(self, size: int, tasks: Sequence[Task], rank: int) -> tuple[BlockAdapters, ...]:
+        """For each layer some tasks' adapters; zeros in what only fills up the rank, and in empty slots."""
+        depth, device, dtype = self.backbone.depth, self.backbone.device, self.backbone.precision
+        stacked: dict[str, tuple[Tensor, Tensor]] = {}
+        for site, (fan_in, fan_out) in self.backbone.adapter_shapes().items():
+            down, up = torch.zeros(depth, size, rank, fan_in), torch.zeros(depth, size, fan_out, rank)
+            for slot, task in enumerate(tasks):
+                assert task.adapters is not None
+                down[:, slot, : task.adapter_rank] = task.adapters[site].down
+                up[:, slot, :, : task.adapter_rank] = task.adapters[site].up
+            stacked[site] = down.to(device, dtype), up.to(device, dtype)
+        return tuple(
+            BlockAdapters(**{site: Adapter(down[layer], up[layer]) for site, (down, up) in stacked.items()})
+            for layer in range(depth)
         )
 
 
 class Layout:
     """The slots and tiles of some tasks and all their ancestors.
 
-    Tasks stand sorted by size class, and within one by the size of their closure: a task comes after all it extends,
-    so that one tile after another can pass a layer.
+    Tasks stand sorted by size class, and within one by the size of their closure, so that those whose tokens others see
+    stand together.
 
     Args:
         store: where the tiles are kept.

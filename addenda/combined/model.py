@@ -19,7 +19,7 @@ from addenda.combined.numerics import arithmetic
 from addenda.combined.selftest import Shapes, prove
 from addenda.combined.streams import task_features
 from addenda.exceptions import BackboneError, ExactnessError, RegistryError, UnknownTaskError
-from addenda.registry import Task
+from addenda.registry import LowRank, Task
 
 
 class Answers(dict[str, Tensor]):
@@ -231,4 +231,20 @@ def _check_fits(task: Task, backbone: FrozenBackbone) -> None:
         raise RegistryError(
             f"Task {task.ref!r} has memory {list(task.memory.shape)}; backbone {backbone.name!r} has {backbone.depth} "
             f"layers of {backbone.embed_dim} dimensions."
+        )
+    if task.adapters:
+        _check_adapters_fit(task, task.adapters, backbone)
+
+
+def _check_adapters_fit(task: Task, adapters: Mapping[str, LowRank], backbone: FrozenBackbone) -> None:
+    """Raises an error that names the task unless the backbone's blocks can carry its adapters."""
+    why = backbone.adapter_obstacle()
+    if why is not None:
+        raise BackboneError(f"Task {task.ref!r} has adapters, which backbone {backbone.name!r} cannot carry: {why}.")
+    found = {site: (len(down), down.shape[-1], up.shape[1]) for site, (down, up) in adapters.items()}
+    expected = {site: (backbone.depth, *ends) for site, ends in backbone.adapter_shapes().items()}
+    if found != expected:
+        raise RegistryError(
+            f"Task {task.ref!r} has adapters of (layers, inputs, outputs) {found}; backbone {backbone.name!r} takes "
+            f"{expected}."
         )

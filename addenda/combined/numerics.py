@@ -14,7 +14,7 @@ from torch import Tensor
 
 from addenda.backbones import FrozenBackbone
 from addenda.combined.heads import Head
-from addenda.combined.layout import TILE, Layout, TileStore, micro_batch
+from addenda.combined.layout import TILE, Layout, SizeClass, TileStore, micro_batch
 from addenda.combined.probes import probe_images, probe_task
 from addenda.combined.streams import task_features
 from addenda.registry import canonical_json, digest
@@ -52,8 +52,9 @@ def settings(backbone: FrozenBackbone) -> dict[str, Any]:
 def numerics(backbone: FrozenBackbone) -> dict[str, Any]:
     """Everything that can move a bit without a change of content, and the digest of a fixed computation.
 
-    Versions and settings alone missed changes that moved bits, so the frozen stream, a task's stream and a head run
-    over the probe images too; once for each backbone and its settings.
+    Versions and settings alone missed changes that moved bits, so the frozen stream, tasks' streams (without adapters,
+    and with them where the backbone can carry them) and heads run over the probe images too; once for each backbone and
+    its settings.
     """
     described = settings(backbone)
     key = ("probe", canonical_json(described))
@@ -66,14 +67,17 @@ def numerics(backbone: FrozenBackbone) -> dict[str, Any]:
 def _probe(backbone: FrozenBackbone) -> str:
     images = probe_images(backbone).to(backbone.device)
     images = images[torch.arange(micro_batch(backbone.device)) % len(images)]
-    task = probe_task(backbone, (2, 8))
-    layout = Layout(TileStore(backbone), [task])
+    ranks = (0, 8) if backbone.adapter_obstacle() is None else (0,)
+    tasks = [probe_task(backbone, SizeClass(tokens=2, memory=8, rank=rank)) for rank in ranks]
+    layout = Layout(TileStore(backbone), tasks)
     with torch.autocast(backbone.device.type, enabled=False):
         stream = backbone.stream(images, "pooled")
         tiles = task_features(backbone, stream, layout)
-        tile, slot = layout.slot[task.sha256]
-        logits = Head(backbone, task)(tiles[tile][slot], stream.pooled)
-    return tensor_digest(torch.cat([stream.pooled.float(), tiles[tile][slot].float(), logits.float()], dim=1))
+        found = [stream.pooled]
+        for task in tasks:
+            tile, slot = layout.slot[task.sha256]
+            found += [tiles[tile][slot], Head(backbone, task)(tiles[tile][slot], stream.pooled)]
+    return tensor_digest(torch.cat([part.float() for part in found], dim=1))
 
 
 def numerics_fingerprint(described: Mapping[str, Any]) -> str:

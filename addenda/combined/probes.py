@@ -9,7 +9,7 @@ from torch import Tensor
 
 from addenda.backbones import FrozenBackbone
 from addenda.combined.layout import SizeClass
-from addenda.registry import Task
+from addenda.registry import LowRank, Task
 
 NUM_PROBES = 4
 
@@ -24,13 +24,12 @@ def probe_images(backbone: FrozenBackbone) -> Float[Tensor, "N 3 H W"]:
 
 
 def probe_task(backbone: FrozenBackbone, width: SizeClass, seed: int = 0) -> Task:
-    """A task that fills its size class: one of its tokens and all its memory, with ancestors that have only tokens."""
-    num_tokens, num_memory = width
-    ancestors = tuple(_task(backbone, 0, (), seed=1000 + i) for i in range(num_tokens - 1))
-    return _task(backbone, num_memory, ancestors, seed)
+    """A task that fills its size class: a token, all its memory and adapters, with ancestors that have only tokens."""
+    ancestors = tuple(_task(backbone, 0, 0, (), seed=1000 + i) for i in range(width.tokens - 1))
+    return _task(backbone, width.memory, width.rank, ancestors, seed)
 
 
-def _task(backbone: FrozenBackbone, num_memory: int, parents: tuple[Task, ...], seed: int) -> Task:
+def _task(backbone: FrozenBackbone, num_memory: int, rank: int, parents: tuple[Task, ...], seed: int) -> Task:
     random = np.random.RandomState(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -45,5 +44,10 @@ def _task(backbone: FrozenBackbone, num_memory: int, parents: tuple[Task, ...], 
         head_weight=normal(2, backbone.embed_dim),
         head_bias=normal(2),
         pooled_weight=normal(2, backbone.embed_dim),
+        adapters={
+            site: LowRank(normal(backbone.depth, rank, fan_in) / fan_in**0.5, normal(backbone.depth, fan_out, rank))
+            for site, (fan_in, fan_out) in (backbone.adapter_shapes() if rank else {}).items()
+        }
+        or None,
         parents=parents,
     )

@@ -128,9 +128,10 @@ class SelfTest:
             }
             held = {size: self._held(*pair, twins[:size], reference) for size, pair in layouts.items()}
             if self._micro_batch not in held[TILE]:
+                rank = f", rank {width.rank}" if width.rank else ""
                 raise self._refusal(
                     f"a task's bits depend on its slot, its neighbours or the image's place: tiles of {TILE} slots by "
-                    f"{self._micro_batch} images, {width[0]} private tokens and {width[1]} memory keys"
+                    f"{self._micro_batch} images, {width.tokens} private tokens and {width.memory} memory keys{rank}"
                 )
             slots = tuple(size for size in TILE_SIZES if held[size] >= held[TILE])
             self._widths[width] = Shapes(tuple(sorted(held[TILE])), slots)

@@ -35,38 +35,43 @@ def task_features(
     hidden: list[Tensor] = []
     for layer, frozen in enumerate(stream):
         batch, num_heads, _, head_dim = frozen.keys.shape
+        block = backbone.blocks[layer]
         if layer == 0:
             hidden = [tile.class_tokens.unsqueeze(1).repeat(1, batch, 1) for tile in layout.tiles]
             zeros = frozen.keys.new_zeros(batch, num_heads, 1 + len(layout.offered), head_dim)
             offered = KeyValue(zeros, zeros.clone())
         if layout.tiles:
             prefix = KeyValue(frozen.keys.contiguous(), frozen.values.contiguous())
+        # What others see is offered before any task attends: a child may stand in an earlier tile than its parent.
+        projected = {}
+        for i, (slots, rows) in enumerate(layout.offers):
+            if slots:
+                projected[i] = backbone.project(block, hidden[i], layout.tiles[i].block_adapters(layer))
+                _, keys, values = projected[i]  # [S, H, B, d]
+                offered.keys[:, :, rows] = keys[slots].permute(2, 1, 0, 3)
+                offered.values[:, :, rows] = values[slots].permute(2, 1, 0, 3)
         for i, tile in enumerate(layout.tiles):
-            hidden[i] = _pass(backbone, layer, tile, hidden[i], prefix, offered, layout.offers[i])
+            adapters = tile.block_adapters(layer)
+            parts = projected.pop(i) if i in projected else backbone.project(block, hidden[i], adapters)
+            read = _read(block, tile, layer, parts[0], KeyValue(*parts[1:]), prefix, offered)
+            hidden[i] = backbone.finish(block, hidden[i], read, adapters)
         if observe is not None:
             observe(layer, frozen, offered)
     return [backbone.final_norm(tokens) for tokens in hidden]
 
 
-def _pass(
-    backbone: FrozenBackbone,
-    layer: int,
+def _read(
+    block: Any,
     tile: Tile,
-    tokens: Float[Tensor, "S B D"],
+    layer: int,
+    queries: Float[Tensor, "S H B d"],
+    own: KeyValue,
     frozen: KeyValue,
     offered: KeyValue,
-    offers: tuple[list[int], list[int]],
 ) -> Float[Tensor, "S B D"]:
-    """One tile through one block. Tokens that others see are offered before any task of the tile attends."""
-    block: Any = backbone.blocks[layer]
-    queries, keys, values = backbone.project(block, tokens)  # [S, H, B, d]
-    slots, rows = offers
-    if slots:
-        offered.keys[:, :, rows] = keys[slots].permute(2, 1, 0, 3)
-        offered.values[:, :, rows] = values[slots].permute(2, 1, 0, 3)
-    seen = KeyValue(keys.unsqueeze(3), values.unsqueeze(3))  # [S, H, B, t, d]
+    """What a tile's tasks read in one layer: frozen tokens, their own and their ancestors', and all these' memory."""
+    seen = KeyValue(own.keys.unsqueeze(3), own.values.unsqueeze(3))  # [S, H, B, t, d]
     if tile.ancestors.shape[1]:
         kin = (part[:, :, tile.ancestors].permute(2, 1, 0, 3, 4) for part in offered)  # from [B, H, S, a, d]
         seen = KeyValue(*(torch.cat(pair, dim=3) for pair in zip(seen, kin, strict=True)))
-    read = attend(block.attn.scale, queries, frozen, seen, tile.memory[layer], tile.bias)
-    return backbone.finish(block, tokens, read)
+    return attend(block.attn.scale, queries, frozen, seen, tile.memory[layer], tile.bias)

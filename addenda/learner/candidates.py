@@ -21,13 +21,26 @@ HEAD_WEIGHTS = ("head_weight", "pooled_weight")
 HEAD = (*HEAD_WEIGHTS, "head_bias")
 
 
+def adapter_name(site: str, part: str) -> str:
+    """What a tensor of the adapters is called."""
+    return f"adapters.{site}.{part}"
+
+
 def first_tensors(backbone: FrozenBackbone, regression: Regression, settings: Settings, memory_std: float) -> Tensors:
     """Where training starts (design, section 1): the backbone's class token, memory from N(0, memory_std).
+
+    Adapters start as nothing: `up` is zero.
 
     The head reads the token's feature and the backbone's pooled one. It starts as the regression, shared in halves
     between the two: under an L2 penalty that is the cheaper way to write the same function of two like features.
     """
     random = torch.Generator().manual_seed(settings.seed)
+    adapters: Tensors = {}
+    if settings.adapter_rank:
+        for site, (fan_in, fan_out) in backbone.adapter_shapes().items():
+            down = torch.randn(backbone.depth, settings.adapter_rank, fan_in, generator=random) * fan_in**-0.5
+            adapters[adapter_name(site, "down")] = down
+            adapters[adapter_name(site, "up")] = torch.zeros(backbone.depth, fan_out, settings.adapter_rank)
     shape = (backbone.depth, settings.num_memory_tokens, backbone.embed_dim)
     return {
         "class_token": backbone.class_token.float().cpu().clone(),
@@ -35,6 +48,7 @@ def first_tensors(backbone: FrozenBackbone, regression: Regression, settings: Se
         "head_weight": regression.weight / 2,
         "pooled_weight": regression.weight / 2,
         "head_bias": regression.bias.clone(),
+        **adapters,
     }
 
 
@@ -85,12 +99,18 @@ class Candidate:
         self.best = Best()
         self.stopped: str | None = None
         self._clip_norm = config.clip_norm
+        adapters = [tensor for name, tensor in self.tensors.items() if name.startswith("adapters.")]
         head = [self.tensors[name] for name in HEAD]
-        rest = [tensor for name, tensor in self.tensors.items() if name not in HEAD]
+        rest = [
+            tensor for name, tensor in self.tensors.items() if name not in HEAD and not name.startswith("adapters.")
+        ]
         groups = [
             {"params": rest, "lr": settings.learning_rate, "weight_decay": settings.weight_decay},
             {"params": head, "lr": config.head_learning_rate, "weight_decay": 0.0},  # it has the regression's penalty
         ]
+        if adapters:
+            rate, decay = settings.adapter_learning_rate, settings.weight_decay
+            groups.append({"params": adapters, "lr": rate, "weight_decay": decay})
         if config.optimizer == "sgd":
             self.optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, momentum=config.momentum)
         else:

@@ -24,6 +24,8 @@ class Settings(NamedTuple):
     learning_rate: float
     weight_decay: float
     num_memory_tokens: int
+    adapter_rank: int
+    adapter_learning_rate: float
     seed: int
 
 
@@ -38,10 +40,12 @@ class LearnConfig:
         num_memory_tokens: m, memory tokens of each layer; 0 leaves the class token alone.
         head_only: no token at all: the task is the logistic regression on the backbone's own feature.
         extends: references of registered tasks whose tokens and memory this one sees.
+        adapter_rank: r of low-rank updates of the task's own stream (docs/adapters.md); 0 has none, the paper's form.
         epochs: passes over the training part, at most; validation picks the best.
         batch_size: images in an optimiser step.
         learning_rate: for the token and the memory, at its highest.
-        weight_decay: of the token and the memory; the head has the regression's own penalty instead.
+        adapter_learning_rate: for the adapters, at its highest.
+        weight_decay: of token, memory and adapters; the head has the regression's own penalty instead.
         head_learning_rate: for the head, the same in all candidates.
         optimizer: `"sgd"` with momentum (the paper) or `"adamw"`.
         momentum: of SGD.
@@ -60,10 +64,12 @@ class LearnConfig:
 
     num_memory_tokens: OneOrMore[Annotated[int, Field(ge=0, le=1024)]] = 5
     head_only: bool = False
+    adapter_rank: OneOrMore[Annotated[int, Field(ge=0, le=256)]] = 0
     extends: tuple[str, ...] = ()
     epochs: Annotated[int, Field(ge=1)] = 15
     batch_size: Annotated[int, Field(ge=1)] = 64
     learning_rate: OneOrMore[Positive] = (0.1, 0.3, 1.0)
+    adapter_learning_rate: OneOrMore[Positive] = 0.1
     weight_decay: OneOrMore[Annotated[float, Field(ge=0)]] = 0.0
     head_learning_rate: Positive = 0.003
     optimizer: Literal["sgd", "adamw"] = "sgd"
@@ -78,7 +84,9 @@ class LearnConfig:
     refit: bool = True
     seed: OneOrMore[Annotated[int, Field(ge=0)]] = 0
 
-    @field_validator("learning_rate", "weight_decay", "num_memory_tokens", "seed")
+    @field_validator(
+        "learning_rate", "weight_decay", "num_memory_tokens", "adapter_rank", "adapter_learning_rate", "seed"
+    )
     @classmethod
     def _not_empty(cls, value: OneOrMore[Any]) -> OneOrMore[Any]:
         if value == ():
@@ -94,6 +102,8 @@ class LearnConfig:
                 _several(self.learning_rate),
                 _several(self.weight_decay),
                 _several(self.num_memory_tokens),
+                _several(self.adapter_rank),
+                _several(self.adapter_learning_rate),
                 _several(self.seed),
             )
         )

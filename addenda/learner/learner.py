@@ -17,14 +17,14 @@ from addenda.combined import CombinedModel, TileStore, golden, numerics, numeric
 from addenda.exceptions import NameTakenError, RegistryError, TrainingError
 from addenda.learner.activations import Activations
 from addenda.learner.cache import ActivationCache
-from addenda.learner.candidates import Candidate, Tensors, silenced
+from addenda.learner.candidates import Candidate, Tensors, adapter_name, silenced
 from addenda.learner.config import LearnConfig
 from addenda.learner.data import Data, LabelledImages, check_learnable, check_same_labels, open_images, split_folders
 from addenda.learner.metrics import score
 from addenda.learner.reading import Report, read_in_batches
 from addenda.learner.regression import Regression, choose_strength, fit_regression
 from addenda.learner.training import Epoch, OnEpoch, Trainer
-from addenda.registry import EvaluationRecord, Registry, Task, check_name
+from addenda.registry import ADAPTED, EvaluationRecord, LowRank, Registry, Task, check_name
 
 RIVAL = "logistic regression"
 """What the rival is called beside the task; no task can have this name."""
@@ -311,4 +311,8 @@ def _as_task(
     }
     if tensors is None:
         return Task(**common, head_weight=regression.weight, head_bias=regression.bias)
-    return Task(**common | tensors, parents=parents)
+    own = {name: tensor for name, tensor in tensors.items() if not name.startswith("adapters.")}
+    adapters = None
+    if len(own) < len(tensors):
+        adapters = {site: LowRank(*(tensors[adapter_name(site, part)] for part in LowRank._fields)) for site in ADAPTED}
+    return Task(**common | own, adapters=adapters, parents=parents)

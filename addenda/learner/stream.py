@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from addenda.backbones import MIN_ROWS, FrozenBackbone, KeyValue
+from addenda.backbones import MIN_ROWS, BlockAdapters, FrozenBackbone, KeyValue
 from addenda.combined.attention import memory_key_values, private_read, private_scores
 from addenda.learner.activations import Batch
 
@@ -21,6 +21,7 @@ def stream_features(
     class_tokens: Float[Tensor, "S D"],
     memory: Float[Tensor, "S L m D"],
     parent_memory: Sequence[KeyValue] = (),
+    adapters: Sequence[BlockAdapters] = (),
 ) -> Float[Tensor, "S B D"]:
     """The task streams of S candidates over some images.
 
@@ -30,6 +31,7 @@ def stream_features(
         class_tokens: one for each candidate.
         memory: each candidate's memory tokens.
         parent_memory: for each layer the memory of the tasks to extend, [1, H, m', d]; empty if there is none.
+        adapters: for each layer the candidates' own; empty if they have none.
 
     Returns:
         Each candidate's final feature, in float32.
@@ -37,7 +39,8 @@ def stream_features(
     precision = backbone.precision
     tokens = backbone.first_tokens(class_tokens.to(precision)).unsqueeze(1).expand(-1, len(batch), -1)
     for layer, block in enumerate(backbone.blocks):
-        queries, keys, values = backbone.project(block, tokens)  # [S, H, B, d]
+        updates = adapters[layer] if adapters else None
+        queries, keys, values = backbone.project(block, tokens, updates)  # [S, H, B, d]
         # One by one: a few rows more or less beside them would change the bits of a candidate's memory.
         own = [memory_key_values(backbone, block, rows.to(precision)) for rows in memory[:, layer].split(1)]
         inherited = [layers.expand(len(memory), -1, -1, -1) for layers in parent_memory[layer]] if parent_memory else []
@@ -51,7 +54,7 @@ def stream_features(
         queries = queries * block.attn.scale
         read, weights = _FrozenAttention.apply(batch, layer, queries, private_scores(queries, private, beside))
         read = read + private_read(weights, private, beside)
-        tokens = backbone.finish(block, tokens, read.transpose(1, 2).flatten(2))
+        tokens = backbone.finish(block, tokens, read.transpose(1, 2).flatten(2), updates)
     return backbone.final_norm(tokens).float()
 
 

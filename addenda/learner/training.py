@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from addenda.backbones import KeyValue
+from addenda.backbones import Adapter, BlockAdapters, KeyValue
 from addenda.learner.activations import Activations, Batch
-from addenda.learner.candidates import HEAD_WEIGHTS, Candidate, Tensors, first_tensors
+from addenda.learner.candidates import HEAD_WEIGHTS, Candidate, Tensors, adapter_name, first_tensors
 from addenda.learner.config import LearnConfig, Settings
 from addenda.learner.regression import Regression
 from addenda.learner.stream import stream_features
@@ -186,9 +186,19 @@ class Trainer:
         def stacked(name: str) -> Tensor:
             return torch.stack([tensors[name] for tensors in group])
 
-        features = stream_features(
-            self._backbone, batch, stacked("class_token"), stacked("memory"), self._parent_memory
-        )
+        adapters: list[BlockAdapters] = []
+        if adapter_name("q", "down") in group[0]:
+            precision = self._backbone.precision
+            sites = [
+                [stacked(adapter_name(site, part)).to(precision).unbind(1) for part in Adapter._fields]
+                for site in BlockAdapters._fields
+            ]
+            adapters = [
+                BlockAdapters(*(Adapter(down[layer], up[layer]) for down, up in sites))
+                for layer in range(self._backbone.depth)
+            ]
+        tokens, memory = stacked("class_token"), stacked("memory")
+        features = stream_features(self._backbone, batch, tokens, memory, self._parent_memory, adapters)
         heads = torch.cat([stacked("head_weight"), stacked("pooled_weight")], dim=2)
         inputs = torch.cat([features, batch.pooled.expand_as(features)], dim=2)
         return torch.baddbmm(stacked("head_bias").unsqueeze(1), inputs, heads.mT)

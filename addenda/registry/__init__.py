@@ -3,6 +3,17 @@
 from addenda.registry.artifact import canonical_json, digest
 from addenda.registry.records import EvaluationRecord, TaskRecord
 from addenda.registry.registry import Registry
-from addenda.registry.task import Golden, Task, check_name
+from addenda.registry.task import ADAPTED, Golden, LowRank, Task, check_name
 
-__all__ = ["EvaluationRecord", "Golden", "Registry", "Task", "TaskRecord", "canonical_json", "check_name", "digest"]
+__all__ = [
+    "ADAPTED",
+    "EvaluationRecord",
+    "Golden",
+    "LowRank",
+    "Registry",
+    "Task",
+    "TaskRecord",
+    "canonical_json",
+    "check_name",
+    "digest",
+]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,10 +14,11 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from addenda.exceptions import IntegrityError
-from addenda.registry.task import Task
+from addenda.registry.task import ADAPTED, LowRank, Task
 
 FORMAT = 1
 _TENSORS = ("class_token", "memory", "head_weight", "head_bias", "pooled_weight")
+_ADAPTERS = tuple(f"adapters.{site}.{part}" for site in ADAPTED for part in LowRank._fields)
 
 
 def digest(data: bytes) -> str:
@@ -38,11 +40,10 @@ def encode(task: Task) -> bytes:
         "objective": task.objective,
         "extends": [parent.sha256 for parent in task.parents],
     }
-    tensors = {
-        name: tensor.detach().to("cpu", torch.float32).contiguous()
-        for name in _TENSORS
-        if (tensor := getattr(task, name)) is not None
-    }
+    held = {name: tensor for name in _TENSORS if (tensor := getattr(task, name)) is not None}
+    for site, update in (task.adapters or {}).items():
+        held |= {f"adapters.{site}.{part}": tensor for part, tensor in update._asdict().items()}
+    tensors = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in held.items()}
     check_tensors(manifest, tensors)
     artifact: bytes = save(tensors, metadata={"addenda": canonical_json(manifest)})
     return artifact
@@ -78,7 +79,8 @@ def decode(data: bytes, sha256: str, parent: Callable[[str], Task], record: Mapp
             labels=tuple(manifest["labels"]),
             objective=manifest["objective"],
             parents=tuple(parent(p) for p in manifest["extends"]),
-            **tensors,
+            **{name: tensor for name, tensor in tensors.items() if name in _TENSORS},
+            adapters=MappingProxyType(_adapters(tensors)) if _ADAPTERS[0] in tensors else None,
             **record,
         )
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -89,9 +91,10 @@ def check_tensors(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
     """Raises IntegrityError unless the tensors fit each other and the labels, and are finite."""
     if len(set(manifest["labels"])) != len(manifest["labels"]) or not manifest["labels"]:
         raise IntegrityError(f"its labels are none or repeat each other: {manifest['labels'][:10]}")
-    unknown = set(tensors) - set(_TENSORS)
+    known = (*_TENSORS, *_ADAPTERS)
+    unknown = set(tensors) - set(known)
     if unknown or not {"head_weight", "head_bias"} <= set(tensors):
-        raise IntegrityError(f"its artifact holds the tensors {sorted(tensors)}; known are {sorted(_TENSORS)}")
+        raise IntegrityError(f"its artifact holds the tensors {sorted(tensors)}; known are {sorted(known)}")
     head, bias, token = tensors["head_weight"], tensors["head_bias"], tensors.get("class_token")
     memory, pooled = tensors.get("memory"), tensors.get("pooled_weight")
     width = head.shape[-1] if head.ndim else 0
@@ -106,6 +109,36 @@ def check_tensors(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
     if not fits:
         shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
         raise IntegrityError(f"its tensors do not fit {len(manifest['labels'])} labels or each other: {shapes}")
+    if set(tensors) & set(_ADAPTERS):
+        _check_adapters(tensors, width)
     for name, tensor in tensors.items():
         if tensor.dtype != torch.float32 or not tensor.isfinite().all():
             raise IntegrityError(f"its {name} must be finite float32; it is {tensor.dtype}, or holds NaN or infinity")
+
+
+def _check_adapters(tensors: Mapping[str, Tensor], width: int) -> None:
+    """Raises IntegrityError unless adapters are whole and fit the layers, each other and one rank."""
+    missing = [name for name in _ADAPTERS if name not in tensors]
+    if missing:
+        raise IntegrityError(f"its adapters lack {missing}: a task has all of {list(_ADAPTERS)}, or none")
+    memory = tensors.get("memory")
+    if memory is None:
+        raise IntegrityError("it has adapters and no class token, whose way through the blocks they update")
+    sites = _adapters(tensors)
+    shapes = {site: [list(part.shape) for part in update] for site, update in sites.items()}
+    depth, fits = len(memory), all(part.ndim == 3 for update in sites.values() for part in update)
+    if fits:
+        rank, heads, hidden = sites["q"].down.shape[1], sites["q"].up.shape[1], sites["fc1"].up.shape[1]
+        ends = {"q": (width, heads), "proj": (heads, width), "fc1": (width, hidden), "fc2": (hidden, width)}
+        expected = {site: [[depth, rank, fan_in], [depth, fan_out, rank]] for site, (fan_in, fan_out) in ends.items()}
+        fits = rank > 0 and shapes == expected
+    if not fits:
+        raise IntegrityError(
+            f"its adapters, down and up, do not fit {depth} layers of {width} dimensions, each other, or one rank of 1 "
+            f"or more: {shapes}"
+        )
+
+
+def _adapters(tensors: Mapping[str, Tensor]) -> dict[str, LowRank]:
+    """The adapters among an artifact's tensors."""
+    return {site: LowRank(*(tensors[f"adapters.{site}.{part}"] for part in LowRank._fields)) for site in ADAPTED}

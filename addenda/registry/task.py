@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor
@@ -15,6 +15,21 @@ from torch import Tensor
 from addenda.exceptions import RegistryError
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+
+ADAPTED = ("q", "proj", "fc1", "fc2")
+"""The linear layers of a block that a task's adapters update, by timm's names; `q` is a third of its `qkv`."""
+
+
+class LowRank(NamedTuple):
+    """Low-rank updates of one linear layer in each of L blocks: its f(x) becomes f(x) + (x @ down.T) @ up.T.
+
+    Attributes:
+        down: Float[L, r, in].
+        up: Float[L, out, r].
+    """
+
+    down: Float[Tensor, "L r in"]
+    up: Float[Tensor, "L out r"]
 
 
 def check_name(name: str) -> str:
@@ -41,7 +56,8 @@ class Task:
         memory: memory tokens E of each layer, before norm1 (paper, Fig. 2); m may be 0; None in a head-only task.
         pooled_weight: a second head matrix, which reads the backbone's own pooled feature beside the token's. The
             paper has none; with it, training starts exactly at the logistic regression on that feature.
-        adapters: low-rank updates of the task's own stream; in the schema from version 1, None until they are built.
+        adapters: low-rank updates of its own token's way through the blocks, one for each of ADAPTED, of one rank; most
+            tasks have None. Keys and values, its own token's too, come from the backbone's own weights.
         parents: the tasks it extends, in order: it sees their tokens and memory, and what they extend.
         objective: how the logits are read: `"single-label"` is a softmax.
         version: its number under its name, from 1; None before registration.
@@ -58,7 +74,7 @@ class Task:
     class_token: Float[Tensor, " D"] | None = None
     memory: Float[Tensor, "L m D"] | None = None
     pooled_weight: Float[Tensor, "C D"] | None = None
-    adapters: None = None
+    adapters: Mapping[str, LowRank] | None = None
     parents: tuple[Task, ...] = ()
     objective: str = "single-label"
     version: int | None = None
@@ -82,6 +98,11 @@ class Task:
         return 0 if self.memory is None else self.memory.shape[1]
 
     @property
+    def adapter_rank(self) -> int:
+        """r, the rank of its adapters; 0 without."""
+        return 0 if not self.adapters else next(iter(self.adapters.values())).down.shape[1]
+
+    @property
     def reads_pooled(self) -> bool:
         """Whether its head reads the backbone's own pooled feature."""
         return self.class_token is None or self.pooled_weight is not None
@@ -89,7 +110,8 @@ class Task:
     @property
     def num_parameters(self) -> int:
         """Numbers that this task adds to the backbone."""
-        tensors = (self.head_weight, self.head_bias, self.class_token, self.memory, self.pooled_weight)
+        tensors = [self.head_weight, self.head_bias, self.class_token, self.memory, self.pooled_weight]
+        tensors += [part for update in (self.adapters or {}).values() for part in update]
         return sum(t.numel() for t in tensors if t is not None)
 
     @cached_property
