@@ -293,6 +293,17 @@ def test_all_candidates_lost_is_a_clear_failure(learner: Learner, colours: Path)
     assert learner.registry.tasks() == []
 
 
+def test_candidates_that_stop_or_diverge_are_in_the_record(learner: Learner, colours: Path) -> None:
+    config = LearnConfig(
+        epochs=12, learning_rate=(0.1, 3.0, 1e30), optimizer="adamw", clip_norm=1e30, batch_size=8, patience=1
+    )
+    metrics = learner.learn("colours", colours, config=config).metrics
+    stopped = [row["stopped"] for row in metrics["candidates"]]
+    assert stopped[2] == "diverged"
+    assert "no better" in stopped
+    assert metrics["curves"][-1]["train_loss"][2] is None
+
+
 def test_an_evaluation_is_recorded(learner: Learner, colours: Path) -> None:
     task = learner.learn("colours", colours, config=QUICK)
     record = learner.evaluate("colours", colours)
@@ -345,3 +356,64 @@ def test_ctrl_c_at_any_moment_leaves_no_half_task_and_the_next_run_starts_clean(
     assert interrupted > 0
     finished = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
     assert json.loads(finished.stdout)["task"] == "colours:1"
+
+
+RESUME = (
+    "import os, signal, sys, torch; sys.path.insert(0, sys.argv[1]); torch.set_num_threads(1)\n"
+    "from tests.conftest import tiny_vit\n"
+    "from addenda import FrozenBackbone, LearnConfig, Learner, Registry\n"
+    "from addenda.learner import ActivationCache, Augmentation\n"
+    "backbone = FrozenBackbone(tiny_vit(), 'tiny', 'hub')\n"
+    "seen = 0\n"
+    "def on_epoch(epoch):\n"
+    "    global seen\n"
+    "    seen += 1\n"
+    "    print(epoch.phase, epoch.epoch, flush=True)\n"
+    "    if seen == int(sys.argv[5]):\n"
+    "        os.kill(os.getpid(), signal.SIGKILL)\n"
+    "config = LearnConfig(epochs=4, learning_rate=(0.03, 0.3), optimizer=sys.argv[6], batch_size=10, patience=2,\n"
+    "                     adapter_rank=2, augmentation=Augmentation(views=1), fall_back=False)\n"
+    "with Registry.open(sys.argv[3]) as registry:\n"
+    "    learner = Learner(backbone, registry, ActivationCache(sys.argv[4]))\n"
+    "    print(learner.learn('colours', sys.argv[2], config=config, on_epoch=on_epoch).sha256)\n"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_run_killed_again_and_again_ends_in_the_same_artifact(tmp_path: Path, optimizer: str) -> None:
+    folder = colour_folder(tmp_path / "data")
+    root = str(Path(__file__).resolve().parents[1])
+
+    def run(name: str, kill_after: int) -> list[str]:
+        command = [sys.executable, "-c", RESUME, root, str(folder), str(tmp_path / f"{name}.db")]
+        command += [str(tmp_path / f"{name}-cache"), str(kill_after), optimizer]
+        finished = subprocess.run(command, capture_output=True, text=True)
+        assert finished.returncode in (0, -signal.SIGKILL), finished.stderr
+        return finished.stdout.split("\n")[:-1]
+
+    whole = run("whole", 0)
+    killed, runs = [], 0
+    while True:
+        lines = run("killed", 2)
+        runs += 1
+        killed += lines
+        if not lines[-1].startswith(("sweep", "refit")):
+            break
+    assert killed == whole
+    assert runs > 2
+    assert not list((tmp_path / "killed-cache" / "runs").iterdir())
+
+
+def test_an_unreadable_checkpoint_is_said_and_the_run_starts_anew(
+    learner: Learner, colours: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def stop(epoch: Epoch) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        learner.learn("colours", colours, config=QUICK, on_epoch=stop)
+    (path,) = learner.cache.folder.glob("runs/*/sweep.safetensors")
+    path.write_bytes(path.read_bytes()[:100])
+    assert learner.learn("colours", colours, config=QUICK).ref == "colours:1"
+    assert "cannot be read" in caplog.text

@@ -181,7 +181,11 @@ class ActivationCache:
             return made
 
     def _folders(self) -> list[Path]:
-        return [path for path in self.folder.iterdir() if path.is_dir()] if self.folder.is_dir() else []
+        return (
+            [path for path in self.folder.iterdir() if path.is_dir() and path.name != "runs"]
+            if self.folder.is_dir()
+            else []
+        )
 
     def _load(self, folder: Path, meta: dict[str, Any]) -> Store | None:
         """A set of this backbone and these numerics; one that is damaged is deleted, and said to be."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -115,15 +116,8 @@ class Candidate:
             self.optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, momentum=config.momentum)
         else:
             self.optimizer = torch.optim.AdamW(groups)
-        warmup = config.warmup_steps
-
-        def factor(step: int) -> float:
-            """Linear warm-up, then a cosine to zero."""
-            if step < warmup:
-                return (step + 1) / (warmup + 1)
-            return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
+        self._peaks = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self._steps, self._all_steps, self._warmup_steps = 0, steps, config.warmup_steps
 
     @property
     def shape(self) -> tuple[torch.Size, ...]:
@@ -135,8 +129,17 @@ class Candidate:
         for tensor, gradient in zip(self.tensors.values(), gradients, strict=True):
             tensor.grad = gradient
         torch.nn.utils.clip_grad_norm_(self.tensors.values(), self._clip_norm)
+        for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
+            group["lr"] = peak * self._rate()
         self.optimizer.step()
-        self._schedule.step()
+        self._steps += 1
+
+    def _rate(self) -> float:
+        """Linear warm-up, then a cosine to zero, as a factor of the learning rate."""
+        if self._steps < self._warmup_steps:
+            return (self._steps + 1) / (self._warmup_steps + 1)
+        done = (self._steps - self._warmup_steps) / max(1, self._all_steps - self._warmup_steps)
+        return 0.5 * (1 + math.cos(math.pi * done))
 
     def judge(self, epoch: int, train_loss: float, loss: float | None, patience: int) -> None:
         """Notes the end of an epoch: keeps the tensors if they are the best yet, stops what gets nowhere."""
@@ -151,27 +154,28 @@ class Candidate:
         """A copy that further training does not touch, on the CPU."""
         return {name: tensor.detach().clone().cpu() for name, tensor in self.tensors.items()}
 
-    def state(self) -> Tensors:
-        """Everything that training needs to go on from here, flat."""
-        state = {f"tensors.{name}": tensor for name, tensor in self.snapshot().items()}
-        state |= {f"best.{name}": tensor for name, tensor in self.best.tensors.items()}
+    def state(self) -> tuple[Tensors, dict[str, Any]]:
+        """Everything that training needs to go on from here: tensors, and plain values."""
+        tensors = {f"tensors.{name}": tensor for name, tensor in self.snapshot().items()}
+        tensors |= {f"best.{name}": tensor for name, tensor in self.best.tensors.items()}
         for index, values in self.optimizer.state_dict()["state"].items():
-            state |= {f"optimizer.{index}.{name}": torch.as_tensor(value).clone() for name, value in values.items()}
-        return state
+            tensors |= {f"optimizer.{index}.{name}": value.detach().cpu().clone() for name, value in values.items()}
+        plain = {"steps": self._steps, "stopped": self.stopped, "best": [self.best.epoch, self.best.loss]}
+        return tensors, plain
 
-    def restore(self, state: Mapping[str, Tensor], best: tuple[int, float], stopped: str | None, steps: int) -> None:
-        """Takes up where `state` was made, after some steps."""
-        with torch.no_grad():
-            for name, tensor in self.tensors.items():
-                tensor.copy_(state[f"tensors.{name}"])
-        kept = {key.removeprefix("best."): value for key, value in state.items() if key.startswith("best.")}
-        self.best, self.stopped = Best(*best, kept), stopped
-        described = self.optimizer.state_dict()
-        for key, value in state.items():
-            if key.startswith("optimizer."):
-                _, index, name = key.split(".", 2)
-                described["state"].setdefault(int(index), {})[name] = value
-        self.optimizer.load_state_dict(described)
-        with torch.no_grad():
-            for _ in range(steps):
-                self._schedule.step()
+    def restore(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+        """Takes up where `state` was made."""
+        best: Tensors = {}
+        optimizer = self.optimizer.state_dict()
+        for key, value in tensors.items():
+            kind, name = key.split(".", 1)
+            if kind == "tensors":
+                self.tensors[name].data.copy_(value)
+            elif kind == "best":
+                best[name] = value
+            else:
+                index, name = name.split(".")
+                optimizer["state"].setdefault(int(index), {})[name] = value
+        self.optimizer.load_state_dict(optimizer)
+        (epoch, loss), self._steps, self.stopped = plain["best"], plain["steps"], plain["stopped"]
+        self.best = Best(epoch, loss, best)

@@ -18,13 +18,14 @@ from addenda.exceptions import NameTakenError, RegistryError, TrainingError
 from addenda.learner.activations import Activations
 from addenda.learner.cache import ActivationCache
 from addenda.learner.candidates import Candidate, Tensors, adapter_name, silenced
+from addenda.learner.checkpoint import Checkpoint
 from addenda.learner.config import LearnConfig
 from addenda.learner.data import Data, LabelledImages, check_learnable, check_same_labels, open_images, split_folders
 from addenda.learner.metrics import score
 from addenda.learner.reading import Report, read_in_batches
 from addenda.learner.regression import Regression, choose_strength, fit_regression
 from addenda.learner.training import Epoch, OnEpoch, Trainer
-from addenda.registry import ADAPTED, EvaluationRecord, LowRank, Registry, Task, check_name
+from addenda.registry import ADAPTED, EvaluationRecord, LowRank, Registry, Task, canonical_json, check_name, digest
 
 RIVAL = "logistic regression"
 """What the rival is called beside the task; no task can have this name."""
@@ -120,7 +121,9 @@ class Learner:
             self.backbone, images, config.augmentation, self.cache, _family(parents), digests, skip_bad, report
         )
         check_learnable(replace(images, targets=activations.targets))  # those left out may have been a class's last
-        task, rival = self._train(name, images, activations, parents, config, on_epoch, report)
+        identity = canonical_json(run | {"backbone": self.backbone.fingerprint, "skipped": activations.skipped})
+        checkpoint = Checkpoint(self.cache.folder / "runs" / digest(identity.encode())[:16])
+        task, rival = self._train(name, images, activations, parents, config, checkpoint, on_epoch, report)
         metrics = dict(task.metrics)
         if test_images is not None:
             scored = self._score([task, rival], test_images, skip_bad, report)
@@ -132,7 +135,9 @@ class Learner:
         data = {"run": run, "num_images": len(activations), "counts": counts, "skipped": list(activations.skipped)}
         finished = replace(task, metrics=metrics, data=data)
         self.registry.add_backbone(self.backbone.record())
-        return self.registry.register(finished, golden(self.backbone, finished), new_version=new_version)
+        registered = self.registry.register(finished, golden(self.backbone, finished), new_version=new_version)
+        checkpoint.clear()
+        return registered
 
     def evaluate(self, ref: str, data: Data, skip_bad: bool = False, report: Report | None = None) -> EvaluationRecord:
         """Scores a registered task and records the result.
@@ -163,6 +168,7 @@ class Learner:
         activations: Activations,
         parents: tuple[Task, ...],
         config: LearnConfig,
+        checkpoint: Checkpoint,
         on_epoch: OnEpoch | None,
         report: Report | None,
     ) -> tuple[Task, Task]:
@@ -186,14 +192,17 @@ class Learner:
             if report is not None:
                 report(f"training, {standing}", done, total)
 
-        trainer = Trainer(activations, self._parent_memory(parents), config, step)
+        trainer = Trainer(activations, self._parent_memory(parents), config, checkpoint, step)
         candidates, history = trainer.run(
             fitted, config.candidates, train, validation, config.epochs, on_epoch, "sweep"
         )
         rival_loss = F.cross_entropy(rival_logits, targets[validation]).item() if config.fall_back else math.inf
         chosen = _choose(candidates, rival_loss)
         metrics["candidates"] = _table(candidates, history)
-        metrics["curves"] = [{"train_loss": e.train_loss, "validation_loss": e.validation_loss} for e in history]
+        metrics["curves"] = [
+            {"train_loss": _finite(epoch.train_loss), "validation_loss": _finite(epoch.validation_loss)}
+            for epoch in history
+        ]
         metrics["chosen"] = None if chosen is None else chosen.settings._asdict() | {"epoch": chosen.best.epoch}
         if chosen is None:
             tensors = silenced(self.backbone, last, config.candidates[0], config.memory_std)
@@ -274,6 +283,11 @@ def _choose(candidates: Sequence[Candidate], regression_loss: float) -> Candidat
     if best.best.epoch == 0:
         raise TrainingError("Every candidate's loss became infinite or NaN. Try smaller learning rates.")
     return best if best.best.loss < regression_loss else None
+
+
+def _finite(values: Sequence[float]) -> list[float | None]:
+    """A candidate that trains no more, or has diverged, has no loss."""
+    return [value if math.isfinite(value) else None for value in values]
 
 
 def _table(candidates: Sequence[Candidate], history: Sequence[Epoch]) -> list[dict[str, Any]]:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from addenda.backbones import Adapter, BlockAdapters, KeyValue
 from addenda.learner.activations import Activations, Batch
 from addenda.learner.candidates import HEAD_WEIGHTS, Candidate, Tensors, adapter_name, first_tensors
+from addenda.learner.checkpoint import Checkpoint
 from addenda.learner.config import LearnConfig, Settings
 from addenda.learner.regression import Regression
 from addenda.learner.stream import stream_features
@@ -57,6 +59,7 @@ class Trainer:
         activations: of all the images.
         parent_memory: for each layer the memory of the tasks to extend, [1, H, m', d].
         config: the settings that all candidates share.
+        checkpoint: where each epoch is noted, and taken up again.
         report: called after each step with steps done, all steps, and how it stands.
     """
 
@@ -65,10 +68,11 @@ class Trainer:
         activations: Activations,
         parent_memory: Sequence[KeyValue],
         config: LearnConfig,
+        checkpoint: Checkpoint | None = None,
         report: Callable[[int, int, str], None] | None = None,
     ) -> None:
         self._activations, self._parent_memory, self._config = activations, parent_memory, config
-        self._report = report
+        self._checkpoint, self._report = checkpoint, report
         self._backbone = activations.backbone
         self._targets = activations.targets.to(self._backbone.device)
         self._together: dict[object, bool] = {}
@@ -108,8 +112,8 @@ class Trainer:
         ]  # fmt: skip
         # The regression's own penalty, twice: a function shared in halves by two like features weighs half as much.
         penalty = 1 / (regression.strength * len(train))
-        history: list[Epoch] = []
-        for epoch in range(1, stop_after + 1):
+        history = self._resume(phase, candidates)
+        for epoch in range(len(history) + 1, stop_after + 1):
             live = [candidate for candidate in candidates if candidate.stopped is None]
             if not live:
                 break
@@ -129,9 +133,31 @@ class Trainer:
                     self._report(done, stop_after * steps_per_epoch, _standing(history))
             losses = [(totals[id(c)] / len(train)).item() if c in live else math.nan for c in candidates]
             history.append(self._judge(phase, epoch, stop_after, losses, candidates, live, validation))
+            self._note(phase, candidates, history)
             if on_epoch is not None:
                 on_epoch(history[-1])
         return candidates, history
+
+    def _note(self, phase: str, candidates: Sequence[Candidate], history: Sequence[Epoch]) -> None:
+        if self._checkpoint is None:
+            return
+        states = [candidate.state() for candidate in candidates]
+        tensors = {f"{i}.{name}": tensor for i, (own, _) in enumerate(states) for name, tensor in own.items()}
+        epochs = [asdict(epoch) | {"candidates": None} for epoch in history]
+        self._checkpoint.save(phase, tensors, {"candidates": [plain for _, plain in states], "history": epochs})
+
+    def _resume(self, phase: str, candidates: Sequence[Candidate]) -> list[Epoch]:
+        """Takes up an earlier run of the same content where it was interrupted; the epochs that it had done."""
+        found = None if self._checkpoint is None else self._checkpoint.load(phase)
+        if found is None:
+            return []
+        tensors, standing = found
+        for i, (candidate, plain) in enumerate(zip(candidates, standing["candidates"], strict=True)):
+            own = {key.removeprefix(f"{i}."): value for key, value in tensors.items() if key.startswith(f"{i}.")}
+            candidate.restore(own, plain)
+        swept = tuple(candidate.settings for candidate in candidates)
+        read = TypeAdapter(Epoch)
+        return [read.validate_python(row | {"candidates": swept}) for row in standing["history"]]
 
     @torch.no_grad()
     def logits(self, tensors: Tensors, rows: Int[Tensor, " N"]) -> Float[Tensor, "N C"]:
