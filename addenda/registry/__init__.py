@@ -1,8 +1,21 @@
 """The database of tasks: records, artifacts, lineage, history."""
 
 from addenda.registry.artifact import canonical_json, digest
+from addenda.registry.objectives import OBJECTIVES, headline, probabilities
 from addenda.registry.records import EvaluationRecord, TaskRecord
 from addenda.registry.registry import Registry
 from addenda.registry.task import Golden, Task, check_name
 
-__all__ = ["EvaluationRecord", "Golden", "Registry", "Task", "TaskRecord", "canonical_json", "check_name", "digest"]
+__all__ = [
+    "OBJECTIVES",
+    "EvaluationRecord",
+    "Golden",
+    "Registry",
+    "Task",
+    "TaskRecord",
+    "canonical_json",
+    "check_name",
+    "digest",
+    "headline",
+    "probabilities",
+]

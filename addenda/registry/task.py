@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from addenda.exceptions import RegistryError
+from addenda.registry.objectives import probabilities
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 
@@ -43,7 +44,8 @@ class Task:
             paper has none; with it, training starts exactly at the logistic regression on that feature.
         adapters: low-rank updates of the task's own stream; in the schema from version 1, None until they are built.
         parents: the tasks it extends, in order: it sees their tokens and memory, and what they extend.
-        objective: how the logits are read: `"single-label"` is a softmax.
+        objective: how the logits are read: `"single-label"` is a softmax, `"multi-label"` a sigmoid of each.
+        temperature: what its logits are divided by to become probabilities: finite, above 0. Logits stay.
         version: its number under its name, from 1; None before registration.
         config: the resolved configuration that made it.
         metrics: what was measured when it was learned.
@@ -61,6 +63,7 @@ class Task:
     adapters: None = None
     parents: tuple[Task, ...] = ()
     objective: str = "single-label"
+    temperature: float = 1.0
     version: int | None = None
     config: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     metrics: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
@@ -91,6 +94,10 @@ class Task:
         """Numbers that this task adds to the backbone."""
         tensors = (self.head_weight, self.head_bias, self.class_token, self.memory, self.pooled_weight)
         return sum(t.numel() for t in tensors if t is not None)
+
+    def probabilities(self, logits: Float[Tensor, "*B C"]) -> Float[Tensor, "*B C"]:
+        """Its logits as probabilities, by its objective and temperature."""
+        return probabilities(logits, self.objective, self.temperature)
 
     @cached_property
     def artifact(self) -> bytes:
