@@ -5,6 +5,7 @@ from addenda.combined.golden import Verdict, golden, verify
 from addenda.combined.layout import TileStore
 from addenda.combined.model import Answers, CombinedModel
 from addenda.combined.numerics import numerics, numerics_fingerprint, tensor_digest
+from addenda.combined.predictions import predictions
 
 __all__ = [
     "Answers",
@@ -17,6 +18,7 @@ __all__ = [
     "numerics",
     "numerics_fingerprint",
     "pass_operations",
+    "predictions",
     "task_cost",
     "tensor_digest",
     "verify",
