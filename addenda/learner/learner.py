@@ -17,7 +17,7 @@ from addenda.combined import CombinedModel, TileStore, golden, numerics, numeric
 from addenda.exceptions import NameTakenError, RegistryError, TrainingError
 from addenda.learner.cache import Activations, Report, compute_activations, read_in_batches
 from addenda.learner.config import LearnConfig
-from addenda.learner.data import Data, LabelledImages, check_learnable, check_same_labels, open_images, split_folders
+from addenda.learner.data import Data, LabelledImages, check_learnable, check_same_labels, has_test_part, open_images
 from addenda.learner.metrics import score
 from addenda.learner.regression import Regression, choose_strength, fit_regression
 from addenda.learner.training import Candidate, Epoch, OnEpoch, Trainer
@@ -70,8 +70,9 @@ class Learner:
 
         Args:
             name: the task's name.
-            train: a folder of class folders, a folder with train/ and test/ in it, or a torch Dataset.
-            test: likewise; None takes test/ beside train/ where there is one.
+            train: a folder of class folders, a CSV or Parquet listing, a torch Dataset or a Hugging Face one; a folder,
+                listing or DatasetDict may hold train and test.
+            test: likewise; None takes the test part of `train` where there is one.
             config: the settings.
             new_version: whether a name already taken gets a further version.
             skip_bad: leave out images that cannot be read.
@@ -93,10 +94,12 @@ class Learner:
         for parent in parents:
             if parent.class_token is None:
                 raise RegistryError(f"Task {parent.ref!r} is head-only: it has no token that {name!r} could see.")
-        train, test = split_folders(train, test)
         images = open_images(train)
         check_learnable(images)
-        test_images = None if test is None else check_same_labels(images.labels, open_images(test))
+        test = train if test is None and has_test_part(train) else test
+        test_images = (
+            None if test is None else check_same_labels(images.labels, open_images(test, "test"), images.objective)
+        )
 
         fingerprint = images.fingerprint()
         run = {
@@ -132,7 +135,7 @@ class Learner:
 
         Args:
             ref: the task.
-            data: a folder of class folders (of a folder with train/ and test/ in it, the test part), or a Dataset.
+            data: as for `learn`; of data that holds train and test, the test part.
             skip_bad: leave out images that cannot be read.
             report: told of the progress.
 
@@ -141,8 +144,7 @@ class Learner:
             UnknownTaskError: there is no such task.
         """
         task = self.registry.get(ref)
-        part, test = split_folders(data, None)
-        images = check_same_labels(task.labels, open_images(part if test is None else test))
+        images = check_same_labels(task.labels, open_images(data, "test"), task.objective)
         scored = self._score([task], images, skip_bad, report)[task.name]
         fingerprint = numerics_fingerprint(numerics(self.backbone))
         return self.registry.add_evaluation(
@@ -177,7 +179,10 @@ class Learner:
         fitted = fit_regression(pooled[train], targets[train], strength)
         rival_logits = F.linear(pooled[validation], fitted.weight, fitted.bias)
         metrics: dict[str, Any] = {
-            "regression": {"strength": strength, "validation": score(rival_logits, targets[validation], images.labels)}
+            "regression": {
+                "strength": strength,
+                "validation": score(rival_logits, targets[validation], images.labels, images.objective),
+            }
         }
         last = fit_regression(pooled, targets, strength) if config.refit else fitted
         rival = _as_task(RIVAL, self.backbone, images.labels, None, last, (), config)
@@ -205,7 +210,7 @@ class Learner:
         else:
             chosen = snapshots[epoch][best]
             logits = trainer.validation_logits([_on(chosen, self.backbone)], validation)[:, 0]
-            metrics["validation"] = score(logits, targets[validation], images.labels)
+            metrics["validation"] = score(logits, targets[validation], images.labels, images.objective)
             if config.refit:
                 rate, nothing = config.learning_rates[best], everything[:0]
                 refitted, _ = trainer.run(last, [rate], everything, nothing, epoch, on_epoch, "refit")
@@ -240,7 +245,7 @@ class Learner:
         targets = images.targets[torch.tensor(kept, dtype=torch.long)]
         joined = {name: torch.cat(parts) for name, parts in logits.items()}
         return {
-            name: _Scored(score(values, targets, images.labels), tensor_digest(values))
+            name: _Scored(score(values, targets, images.labels, images.objective), tensor_digest(values))
             for name, values in joined.items()
         }
 
