@@ -260,13 +260,18 @@ def tasks_retire(
 def predict(
     images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
     task: Annotated[list[str] | None, typer.Option(help="Answer this task only; may be given again.")] = None,
-    top: Annotated[int, typer.Option(min=1, help="Labels to give for each task.")] = 3,
+    top: Annotated[
+        int | None,
+        typer.Option(min=1, help="Labels for each task, at most. Default: 3; of a multi-label task all likely ones."),
+    ] = None,
     skip_bad: SkipBadOption = False,
     registry: RegistryOption = DEFAULT_REGISTRY,
     weights: WeightsOption = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
-    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV, a row for each image, task and label.")] = False,
+    as_csv: Annotated[
+        bool, typer.Option("--csv", help="Print CSV, a row for each image, task and label given.")
+    ] = False,
     inexact: Annotated[
         bool, typer.Option("--inexact", help="Without the promise of equal bits: no self-test, nothing filled up.")
     ] = False,
@@ -308,7 +313,7 @@ def predict(
         writer.writerows(rows)
         return
     shown = [
-        (path, *(", ".join(f"{label} {100 * p:.0f} %" for label, p in best) for best in answer.values()))
+        (path, *(", ".join(f"{label} {100 * p:.0f} %" for label, p in best) or "none" for best in answer.values()))
         for path, answer in answers.items()
     ]
     title = f"{len(shown)} images, {len(model.tasks)} tasks" + ("" if model.exact else ", not exact")
@@ -634,7 +639,7 @@ def _image_files(places: Sequence[Path]) -> list[Path]:
 
 
 def _answers(
-    model: Any, batch: Sequence[Path], top: int, skip_bad: bool, bad: list[str]
+    model: Any, batch: Sequence[Path], top: int | None, skip_bad: bool, bad: list[str]
 ) -> list[tuple[Path, dict[str, list[tuple[str, float]]]]]:
     """A micro-batch's answers; with skip_bad, unreadable images are left out and noted."""
     from addenda.backbones import read_image

@@ -14,7 +14,13 @@ from jaxtyping import install_import_hook
 from timm.models.vision_transformer import VisionTransformer
 
 # Every shape in a signature is checked at run time while the tests run.
-CHECKED = ["addenda.backbones", "addenda.combined", "addenda.learner", "addenda.registry.task"]
+CHECKED = [
+    "addenda.backbones",
+    "addenda.combined",
+    "addenda.learner",
+    "addenda.registry.objectives",
+    "addenda.registry.task",
+]
 with install_import_hook(CHECKED, "beartype.beartype"):
     from addenda.backbones import FrozenBackbone, load_backbone
     from addenda.learner import Learner  # noqa: F401

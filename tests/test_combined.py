@@ -17,7 +17,7 @@ from PIL import Image
 from timm.layers import SwiGLU
 
 from addenda.backbones import FrozenBackbone, read_image
-from addenda.combined import CombinedModel
+from addenda.combined import CombinedModel, predictions
 from addenda.exceptions import AddendaError, BackboneError, DataError, RegistryError, UnknownTaskError
 from addenda.registry import LowRank, Task
 from tests.conftest import random_task, tiny_vit
@@ -317,6 +317,37 @@ def test_predict_gives_the_top_of_the_tasks_asked_for(paths: list[Path]) -> None
     assert answers["many-labels"] == [pairs[:2] for pairs in everything["many-labels"]]
     assert answers["one-label"] == [[("class 0", 1.0)]] * 6
     assert model.predict([], tasks=["five"]) == {"five": []}
+
+
+def test_a_multi_label_task_gives_every_likely_label_best_first(paths: list[Path]) -> None:
+    single = random_task(backbone(), "tags", classes=9)
+    task = dataclasses.replace(single, objective="multi-label")
+    model = CombinedModel(backbone(), [task])
+    logits = model(torch.stack([backbone().transform(read_image(path)) for path in paths]))["tags"]
+    answers = model.predict(paths)["tags"]
+    for pairs, row in zip(answers, logits, strict=True):
+        likely = {label: p for label, p in zip(task.labels, row.sigmoid().tolist(), strict=True) if p >= 0.5}
+        assert dict(pairs) == likely
+        assert [p for _, p in pairs] == sorted(likely.values(), reverse=True)
+    assert max(map(len, answers)) > 3
+    assert model.predict(paths, top=2)["tags"] == [pairs[:2] for pairs in answers]
+
+
+def test_a_multi_label_task_may_give_no_label_and_gives_one_of_exactly_a_half() -> None:
+    task = dataclasses.replace(family(backbone())["five"], objective="multi-label")
+    logits = torch.tensor([[-1.0, -2.0, -0.1], [-1.0, 0.0, -0.1]])
+    assert predictions(task, logits) == [[], [("class 1", 0.5)]]
+
+
+def test_a_temperature_changes_probabilities_and_never_logits(paths: list[Path]) -> None:
+    task = family(backbone())["five"]
+    warm = dataclasses.replace(task, temperature=4.0)
+    images = torch.stack([backbone().transform(read_image(path)) for path in paths])
+    logits = CombinedModel(backbone(), [task])(images)["five"]
+    model = CombinedModel(backbone(), [warm])
+    assert torch.equal(model(images)["five"], logits)
+    for pairs, row in zip(model.predict(paths)["five"], (logits / 4).softmax(-1), strict=True):
+        assert dict(pairs) == dict(zip(task.labels, row.tolist(), strict=True))
 
 
 def test_predict_names_the_file_that_is_no_image(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -11,7 +13,8 @@ from torch.utils.data import TensorDataset
 
 from addenda import FrozenBackbone, LearnConfig, Learner, Registry
 from addenda.exceptions import DataError
-from addenda.learner.data import LabelledImages, check_same_labels, open_images
+from addenda.learner.data import check_same_labels, has_test_part, open_images
+from addenda.learner.labelled import LabelledImages, check_learnable
 from tests.images import colour_folder
 
 QUICK = LearnConfig(epochs=1, learning_rate=(0.1,))
@@ -136,7 +139,7 @@ def test_train_and_test_must_have_the_same_classes(learner: Learner, tmp_path: P
 
 def test_a_test_set_with_its_classes_in_another_order_is_put_in_order() -> None:
     images = LabelledImages("x", ("b", "a"), torch.tensor([0, 1, 1]), [])
-    assert check_same_labels(["a", "b"], images).targets.tolist() == [1, 0, 0]
+    assert check_same_labels(["a", "b"], images, "single-label").targets.tolist() == [1, 0, 0]
 
 
 def test_the_fingerprint_sees_content_and_labels_but_neither_names_nor_order(tmp_path: Path) -> None:
@@ -146,3 +149,145 @@ def test_the_fingerprint_sees_content_and_labels_but_neither_names_nor_order(tmp
     assert open_images(folder).fingerprint() == before
     (folder / "red" / "zzz.png").rename(folder / "blue" / "zzz.png")
     assert open_images(folder).fingerprint() != before
+
+
+def test_a_folder_of_train_and_test_gives_the_part_asked_for(tmp_path: Path) -> None:
+    colour_folder(tmp_path / "train", per_class=3)
+    assert not has_test_part(tmp_path)
+    with pytest.raises(DataError, match=r"has train/ in it and no test/"):
+        open_images(tmp_path, "test")
+    colour_folder(tmp_path / "test", per_class=1)
+    assert has_test_part(tmp_path)
+    assert (len(open_images(tmp_path, "train")), len(open_images(tmp_path, "test"))) == (9, 3)
+    assert not has_test_part(tmp_path / "test")
+    assert len(open_images(tmp_path / "test", "train")) == 3
+
+
+def test_a_file_that_cannot_be_opened_is_named_when_images_are_fingerprinted(tmp_path: Path) -> None:
+    images = LabelledImages("x", ("a", "b"), torch.tensor([0]), [tmp_path / "gone.png"])
+    with pytest.raises(DataError, match=r"gone\.png' cannot be read"):
+        images.fingerprint()
+
+
+# --- several labels ---------------------------------------------------------------------------------------------------
+
+HOT = [[1, 0, 1], [0, 0, 0], [0, 1, 0], [1, 1, 0], [0, 0, 1]]
+
+
+class Tagged:
+    """A Dataset of tensors with the targets given; in `targets` too, if wanted."""
+
+    def __init__(self, targets: list[object], classes: tuple[str, ...] = (), in_advance: object = None) -> None:
+        self._targets = targets
+        if classes:
+            self.classes = classes
+        if in_advance is not None:
+            self.targets = in_advance
+
+    def __len__(self) -> int:
+        return len(self._targets)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, object]:
+        return torch.full((3, 32, 32), float(index)), self._targets[index]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        Tagged([torch.tensor(row) for row in HOT], ("a", "b", "c")),
+        Tagged([torch.tensor(row).float() for row in HOT], ("a", "b", "c")),
+        Tagged(HOT, ("a", "b", "c")),
+        Tagged([None] * 5, ("a", "b", "c"), torch.tensor(HOT)),
+        Tagged([None] * 5, ("a", "b", "c"), np.array(HOT, dtype=bool)),
+        Tagged([None] * 5, ("a", "b", "c"), HOT),
+    ],
+    ids=["integers", "floats", "lists", "2-D tensor", "2-D array", "list of lists"],
+)
+def test_targets_of_zeros_and_ones_are_multi_label(data: Tagged) -> None:
+    images = open_images(data)
+    assert (images.objective, images.labels) == ("multi-label", ("a", "b", "c"))
+    assert images.targets.dtype == torch.bool
+    assert images.targets.int().tolist() == HOT
+    assert images.counts == [2, 2, 2]
+
+
+def test_labels_without_names_are_called_by_their_number() -> None:
+    assert open_images(Tagged(HOT)).labels == ("0", "1", "2")
+
+
+def test_one_number_in_a_vector_is_a_class_all_the_same() -> None:
+    images = open_images(Tagged([torch.tensor([2]), np.array([0]), [1], 1]))
+    assert (images.objective, images.targets.tolist(), images.counts) == ("single-label", [2, 0, 1, 1], [1, 2, 1])
+
+
+@pytest.mark.parametrize(
+    ("targets", "classes", "said"),
+    [
+        ([[0, 2], [1, 0]], (), "several numbers that are not 0 or 1"),
+        ([[0.5, 0.5], [1, 0]], (), "several numbers that are not 0 or 1"),
+        ([[0, 1], [1, 0, 0]], (), "not vectors of one length"),
+        ([[0, 1], 1], (), "not vectors of one length"),
+        ([1, [0, 1]], (), "a target that is not a whole number"),
+        ([torch.tensor(1), torch.tensor([0, 1])], (), "a target that is not a whole number"),
+        ([[0, 1], [1, 0]], ("a", "b", "c"), "targets of 2 labels and 3 classes"),
+        (["cat", "dog"], (), "a target that is not a whole number"),
+        ([[[0, 1]], [[1, 0]]], (), "a target that is not a whole number"),
+        ([[[0], [1]], [[1], [0]]], (), "several numbers that are not 0 or 1"),
+    ],
+)
+def test_targets_that_are_neither_are_refused(targets: list[object], classes: tuple[str, ...], said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        open_images(Tagged(targets, classes))
+
+
+def tagged(hot: list[list[int]], labels: tuple[str, ...] = ("a", "b", "c")) -> LabelledImages:
+    data = Tagged(hot)
+    return LabelledImages("the tags", labels, torch.tensor(hot).bool(), data)
+
+
+def test_a_label_needs_two_images_with_it_and_two_without() -> None:
+    check_learnable(tagged(HOT))
+    with pytest.raises(DataError, match="Class 'c' in the tags has 1 image: each class needs two"):
+        check_learnable(tagged([*HOT[:4], [0, 0, 0]]))
+    for common in ([[1, 0, 0], [1, 1, 0], [1, 1, 1], [1, 0, 1]], [[0, 0, 0], [1, 1, 0], [1, 1, 1], [1, 0, 1]]):
+        with pytest.raises(DataError, match="Label 'a' in the tags is on every image, or on all but one"):
+            check_learnable(tagged(common))
+    check_learnable(tagged([[1], [1], [0], [0]], ("alone",)))
+
+
+def test_two_classes_of_one_name_are_refused() -> None:
+    for images in (tagged(HOT, ("a", "b", "a")), LabelledImages("x", ("a", "b", "a"), torch.arange(6) % 3, [])):
+        with pytest.raises(DataError, match="several classes named 'a'"):
+            check_learnable(images)
+
+
+def test_multi_label_images_may_lack_labels_of_the_task_and_have_no_others() -> None:
+    images = check_same_labels(["c", "x", "a", "b"], tagged(HOT), "multi-label")
+    assert images.labels == ("c", "x", "a", "b")
+    assert images.targets.int().tolist() == [[row[2], 0, row[0], row[1]] for row in HOT]
+    with pytest.raises(DataError, match="it has 'b', 'c' besides"):
+        check_same_labels(["a"], tagged(HOT), "multi-label")
+
+
+def test_images_of_the_other_objective_are_refused() -> None:
+    with pytest.raises(DataError, match="the tags is multi-label; the task is single-label"):
+        check_same_labels(["a", "b", "c"], tagged(HOT), "single-label")
+    single = LabelledImages("x", ("a", "b"), torch.tensor([0, 1]), [])
+    with pytest.raises(DataError, match="x is single-label; the task is multi-label"):
+        check_same_labels(["a", "b"], single, "multi-label")
+
+
+def test_the_fingerprint_of_several_labels_sees_which_and_not_their_order() -> None:
+    before = tagged(HOT).fingerprint()
+    assert check_same_labels(["c", "a", "b"], tagged(HOT), "multi-label").fingerprint() == before
+    assert tagged([[0, 0, 1], *HOT[1:]]).fingerprint() != before
+    assert tagged(HOT, ("a", "c", "b")).fingerprint() != before
+    assert tagged(HOT, ("a", "b", "d")).fingerprint() != before
+
+
+def test_the_fingerprint_of_a_folder_is_what_it_always_was(tmp_path: Path) -> None:
+    for label, content in (("a", b"1"), ("b", b"2")):
+        (tmp_path / label).mkdir()
+        (tmp_path / label / "0.png").write_bytes(content)
+    lines = sorted(f"{hashlib.sha256(content).hexdigest()} {label}" for label, content in (("a", b"1"), ("b", b"2")))
+    assert open_images(tmp_path).fingerprint() == hashlib.sha256("\n".join(lines).encode()).hexdigest()

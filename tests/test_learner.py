@@ -406,8 +406,10 @@ def test_a_run_killed_again_and_again_ends_in_the_same_artifact(tmp_path: Path, 
 
 
 def test_an_unreadable_checkpoint_is_said_and_the_run_starts_anew(
-    learner: Learner, colours: Path, caplog: pytest.LogCaptureFixture
+    tiny: FrozenBackbone, registry: Registry, colours: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    learner = Learner(tiny, registry, ActivationCache(tmp_path / "cache"))
+
     def stop(epoch: Epoch) -> None:
         raise KeyboardInterrupt
 

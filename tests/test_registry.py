@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import random
@@ -26,6 +27,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save
 from sqlalchemy import Engine, Pool, create_engine, event
 
 from addenda.exceptions import IntegrityError, NameTakenError, RegistryError, UnknownTaskError
@@ -110,6 +112,7 @@ def same_content(one: Task, other: Task) -> bool:
         and parts(one).keys() == parts(other).keys()
         and all(equal(part, parts(other)[name]) for name, part in parts(one).items())
         and (one.backbone, one.labels, one.objective) == (other.backbone, other.labels, other.objective)
+        and one.temperature == other.temperature
         and [parent.sha256 for parent in one.parents] == [parent.sha256 for parent in other.parents]
     )
 
@@ -587,6 +590,8 @@ def test_a_sha256_changes_with_every_part_of_the_content():
         replace(task, labels=("zero", "one", "three")),
         replace(task, labels=("one", "zero", "two")),
         replace(task, objective="multi-label"),
+        replace(task, temperature=0.5),
+        replace(task, temperature=2.0),
         replace(task, pooled_weight=None),
         replace(task, parents=(a_task(seed=1),)),
         replace(task, parents=(a_task(seed=2),)),
@@ -601,7 +606,7 @@ def test_a_sha256_changes_with_every_part_of_the_content():
             other = tensor.clone()
             other.view(torch.int32).view(-1)[-1] ^= 1
             changed.append(replace(task, adapters={**adapters(), site: update._replace(**{part: other})}))
-    assert len(changed) == 7 + len(TENSORS) + 1 + 2 * len(ADAPTED)
+    assert len(changed) == 9 + len(TENSORS) + 1 + 2 * len(ADAPTED)
     assert len({task.sha256, *(other.sha256 for other in changed)}) == 1 + len(changed)
 
 
@@ -743,6 +748,77 @@ def test_an_artifact_of_another_format_is_refused():
         decode(other, digest(other), lambda sha256: a_task(), {"name": "any"})
 
 
+def manifest_of(task: Task) -> str:
+    """The manifest as it stands in a task's bytes."""
+    header = json.loads(task.artifact[8 : 8 + int.from_bytes(task.artifact[:8], "little")])
+    return header["__metadata__"]["addenda"]
+
+
+def with_manifest(task: Task, **changes: Any) -> bytes:
+    """A task's artifact with another manifest, as only another program would write it."""
+    manifest = canonical_json(json.loads(manifest_of(task)) | changes)
+    return save({name: getattr(task, name) for name in TENSORS}, metadata={"addenda": manifest})
+
+
+def test_a_task_without_a_temperature_keeps_the_bytes_it_always_had():
+    plain = (
+        f'{{"backbone":"{FINGERPRINT}","extends":[],"format":1,"labels":["zero","one","two"],'
+        '"objective":"single-label"}'
+    )
+    assert manifest_of(a_task()) == manifest_of(a_task(temperature=1.0)) == plain
+    assert manifest_of(a_task(temperature=2.0)) == plain[:-1] + ',"temperature":2.0}'
+
+
+@settings(max_examples=30, deadline=None, database=None)
+@given(temperature=st.floats(min_value=0, exclude_min=True, allow_infinity=False))
+def test_any_temperature_above_0_comes_back(temperature):
+    task = a_task(temperature=temperature, objective="multi-label")
+    assert read_back(task).temperature == temperature
+    assert same_content(read_back(task), task)
+    assert encode(read_back(task)) == encode(task)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf"), -float("inf")])
+def test_a_temperature_that_is_not_finite_and_above_0_is_refused(book, temperature):
+    with pytest.raises(IntegrityError, match=r"its temperature is .*it must be a finite number above 0"):
+        encode(a_task(temperature=temperature))
+    with pytest.raises(RegistryError, match="its temperature is"):
+        book.register(a_task(temperature=temperature), probe(a_task()))
+    assert rows(book)["task"] == rows(book)["artifact"] == []
+
+
+def test_an_objective_that_is_not_known_is_refused():
+    with pytest.raises(IntegrityError, match=r"its objective is 'ranking'; .* knows 'single-label', 'multi-label'"):
+        encode(a_task(objective="ranking"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"objective": "ranking"}, "its objective is 'ranking'"),
+        ({"temperature": 1.0}, "stores the temperature 1.0"),
+        ({"temperature": 0.0}, "its temperature is 0.0"),
+        ({"temperature": "2.0"}, "its temperature is '2.0'"),
+        ({"temperature": True}, "its temperature is True"),
+    ],
+)
+def test_an_artifact_that_cannot_be_read_as_probabilities_is_refused(changes, said):
+    unchanged = with_manifest(a_task())
+    assert decode(unchanged, digest(unchanged), lambda sha256: a_task(), {"name": "any"}).temperature == 1.0
+    data = with_manifest(a_task(), **changes)
+    with pytest.raises(IntegrityError, match=said):
+        decode(data, digest(data), lambda sha256: a_task(), {"name": "any"})
+
+
+def test_single_label_probabilities_are_a_softmax_and_multi_label_ones_sigmoids():
+    logits = torch.tensor([[2.0, 0.0, -1.0], [0.0, 0.0, 0.0]])
+    single, multi = a_task(), a_task(objective="multi-label")
+    assert torch.equal(single.probabilities(logits), logits.softmax(-1))
+    assert torch.equal(multi.probabilities(logits), logits.sigmoid())
+    assert torch.equal(replace(single, temperature=4.0).probabilities(logits), (logits / 4).softmax(-1))
+    assert torch.equal(replace(multi, temperature=4.0).probabilities(logits), (logits / 4).sigmoid())
+
+
 # -- nothing registered changes ---------------------------------------------------------------------------------------
 
 
@@ -833,6 +909,7 @@ def test_a_flipped_byte_of_an_artifact_is_found(full_book, place):
     [
         ("task", """UPDATE task SET labels = '["zero","one","three"]' WHERE name = 'digits'"""),
         ("task", f"UPDATE task SET backbone = '{'c' * 64}' WHERE name = 'digits'"),
+        ("task", "UPDATE task SET objective = 'multi-label' WHERE name = 'digits'"),
         ("task", "UPDATE task SET artifact = 'gone' WHERE name = 'digits'"),
         ("task_parent", "UPDATE task_parent SET parent_id = 3"),
         ("task_parent", "UPDATE task_parent SET parent_id = 99"),

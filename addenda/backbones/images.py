@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -11,22 +12,27 @@ from addenda.exceptions import DataError
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
 
 
-def read_image(path: str | Path) -> Image.Image:
+def read_image(source: str | Path | BytesIO, name: str | None = None) -> Image.Image:
     """Reads a file as an RGB image, turned as its EXIF orientation says.
 
     Transparent pixels are laid on white; 16-bit grey is scaled to 8 bits.
 
+    Args:
+        source: a path, or the bytes of a file.
+        name: what it is called in messages; a path is called by itself.
+
     Raises:
         DataError: the file is missing, truncated, too large to be safe, or no image.
     """
+    called = f"Image {str(source)!r}" if name is None else name
     try:
-        with Image.open(path) as image:
+        with Image.open(source) as image:
             image.load()
             upright = ImageOps.exif_transpose(image)
     except FileNotFoundError as error:
-        raise DataError(f"Image {str(path)!r} does not exist.") from error
+        raise DataError(f"{called} does not exist.") from error
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"Image {str(path)!r} cannot be read: {error}") from error
+        raise DataError(f"{called} cannot be read: {error}") from error
     if upright.mode.startswith("I"):
         upright = upright.point(lambda value: value / 257).convert("L")
     if upright.mode in ("LA", "PA", "RGBA") or "transparency" in upright.info:

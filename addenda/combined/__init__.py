@@ -5,6 +5,7 @@ from addenda.combined.golden import Verdict, golden, verify
 from addenda.combined.layout import Layout, TileStore, micro_batch
 from addenda.combined.model import Answers, CombinedModel
 from addenda.combined.numerics import numerics, numerics_fingerprint, tensor_digest
+from addenda.combined.predictions import predictions
 from addenda.combined.selftest import prove
 from addenda.combined.streams import task_features
 
@@ -21,6 +22,7 @@ __all__ = [
     "numerics",
     "numerics_fingerprint",
     "pass_operations",
+    "predictions",
     "prove",
     "task_cost",
     "task_features",

@@ -16,6 +16,7 @@ from addenda.backbones import FrozenBackbone, read_image
 from addenda.combined.heads import Head
 from addenda.combined.layout import TILE, Layout, TileStore, micro_batch
 from addenda.combined.numerics import arithmetic
+from addenda.combined.predictions import predictions
 from addenda.combined.selftest import Shapes, prove
 from addenda.combined.streams import task_features
 from addenda.exceptions import BackboneError, ExactnessError, RegistryError, UnknownTaskError
@@ -153,13 +154,14 @@ class CombinedModel:
         return torch.cat([self.backbone.backbone_logits(batch)[:count] for batch, count in batches])
 
     def predict(
-        self, paths: Sequence[str | Path], top: int = 3, tasks: Sequence[str] | None = None
+        self, paths: Sequence[str | Path], top: int | None = None, tasks: Sequence[str] | None = None
     ) -> dict[str, list[list[tuple[str, float]]]]:
         """Reads image files and answers every task.
 
         Args:
             paths: image files.
-            top: how many labels to give for each image, best first.
+            top: at most so many labels for each image, best first. None gives 3 of a single-label task, and of a
+                multi-label one every label of probability 0.5 and more.
             tasks: names of the tasks to answer; None answers all.
 
         Returns:
@@ -172,10 +174,7 @@ class CombinedModel:
         for start in range(0, len(paths), self.micro_batch):
             batch = [self.backbone.transform(read_image(path)) for path in paths[start : start + self.micro_batch]]
             for name, logits in self(torch.stack(batch), tasks).items():
-                labels = self.tasks[name].labels
-                best = logits.softmax(-1).topk(min(top, len(labels)))
-                for values, indices in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-                    answers[name].append([(labels[i], value) for i, value in zip(indices, values, strict=True)])
+                answers[name] += predictions(self.tasks[name], logits, top)
         return answers
 
     def _batches(self, images: Tensor, sizes: Sequence[int] | None) -> Iterator[tuple[Tensor, int]]:

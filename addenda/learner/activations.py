@@ -19,7 +19,7 @@ from addenda.backbones import FrozenBackbone, KeyValue
 from addenda.combined import Layout, TileStore, micro_batch, prove, task_features
 from addenda.learner.augmentation import Augmentation, augment
 from addenda.learner.cache import ActivationCache, Store
-from addenda.learner.data import LabelledImages
+from addenda.learner.labelled import LabelledImages
 from addenda.learner.reading import Report, read_in_batches
 from addenda.registry import Task
 
@@ -92,7 +92,9 @@ class Activations:
         report: told of the progress.
 
     Attributes:
-        targets: class of each readable image, [N].
+        targets: class of each readable image, [N], or its labels, [N, C].
+        objective: what targets are.
+        num_classes: C.
         skipped: what was wrong with each image left out.
 
     Raises:
@@ -127,6 +129,7 @@ class Activations:
         lost = {row % len(images) for row, _ in bad}
         self._readable = torch.tensor([i for i in range(len(images)) if i not in lost], dtype=torch.long)
         self.targets = images.targets[self._readable]
+        self.objective, self.num_classes = images.objective, len(images.labels)
         self._resident = self._to_device()
         self._kin = self._see_parents(report)
 
@@ -248,8 +251,8 @@ class Activations:
                 pooled = stream.pooled[: len(batch)].float().cpu()
             take([row for row, _ in batch], half, pooled)
 
-        where, size = self._images.where, self._micro_batch
-        return read_in_batches(rows, self._read, size, pass_on, where, skip_bad, "reading images", report)
+        size, where, count = self._micro_batch, self._images.where, len(self._images)
+        return read_in_batches(rows, self._read, size, pass_on, where, count, skip_bad, "reading images", report)
 
     def _read(self, row: int) -> Tensor:
         number, image = divmod(row, len(self._images))

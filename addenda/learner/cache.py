@@ -25,6 +25,9 @@ from addenda.combined import numerics, numerics_fingerprint
 from addenda.exceptions import TrainingError
 
 FORMAT = 1
+RUNS = "runs"
+"""Where interrupted runs stand, in the cache's folder."""
+
 log = logging.getLogger(__name__)
 
 
@@ -122,8 +125,10 @@ class ActivationCache:
         return sorted(found, key=lambda kept: kept.used_at, reverse=True)
 
     def clear(self, names: Sequence[str] | None = None) -> int:
-        """Deletes some sets, or all; returns the bytes set free."""
+        """Deletes some sets, or all and every interrupted run with them; returns the bytes set free."""
         freed = 0
+        if names is None:
+            shutil.rmtree(self.folder / RUNS, ignore_errors=True)
         for kept in self.sets():
             if names is None or kept.name in names:
                 shutil.rmtree(self.folder / kept.name)
@@ -182,7 +187,7 @@ class ActivationCache:
 
     def _folders(self) -> list[Path]:
         return (
-            [path for path in self.folder.iterdir() if path.is_dir() and path.name != "runs"]
+            [path for path in self.folder.iterdir() if path.is_dir() and path.name != RUNS]
             if self.folder.is_dir()
             else []
         )

@@ -14,6 +14,7 @@ from torch.nn import Parameter
 from addenda.backbones import FrozenBackbone
 from addenda.learner.config import LearnConfig, Settings
 from addenda.learner.regression import Regression
+from addenda.registry import ADAPTED, LowRank
 
 Tensors = dict[str, Tensor]
 """A task's tensors by their names in the artifact."""
@@ -51,6 +52,16 @@ def first_tensors(backbone: FrozenBackbone, regression: Regression, settings: Se
         "head_bias": regression.bias.clone(),
         **adapters,
     }
+
+
+def as_fields(tensors: Tensors) -> dict[str, Any]:
+    """A task's tensors as the fields of Task."""
+    fields: dict[str, Any] = {name: t for name, t in tensors.items() if not name.startswith("adapters.")}
+    if len(fields) < len(tensors):
+        fields["adapters"] = {
+            site: LowRank(*(tensors[adapter_name(site, part)] for part in LowRank._fields)) for site in ADAPTED
+        }
+    return fields
 
 
 def silenced(backbone: FrozenBackbone, regression: Regression, settings: Settings, memory_std: float) -> Tensors:

@@ -49,12 +49,15 @@ class LearnConfig:
         head_learning_rate: for the head, the same in all candidates.
         optimizer: `"sgd"` with momentum (the paper) or `"adamw"`.
         momentum: of SGD.
+        label_smoothing: share of each target that all classes get alike.
+        class_weights: `"balanced"` gives each class's images the same sum of weights.
         clip_norm: largest norm of a candidate's gradient.
         warmup_steps: steps of linear warm-up before the cosine.
         memory_std: standard deviation of the memory's first values (the paper: 0.02).
         patience: epochs without a lower validation loss after which a candidate stops.
         augmentation: random views of the training images.
         validation_fraction: the share of the training images held out, class by class, to choose by.
+        calibrate: whether a temperature for the probabilities is fitted on the validation part.
         fall_back: whether a token whose validation loss is above the regression's is silenced: its head weights
             become 0, and the task answers as the regression.
         refit: whether the winner is trained again on training and validation images together.
@@ -74,12 +77,15 @@ class LearnConfig:
     head_learning_rate: Positive = 0.003
     optimizer: Literal["sgd", "adamw"] = "sgd"
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    class_weights: Literal["none", "balanced"] = "none"
     clip_norm: Positive = 1.0
     warmup_steps: Annotated[int, Field(ge=0)] = 5
     memory_std: Annotated[float, Field(ge=0)] = 0.02
     patience: Annotated[int, Field(ge=1)] = 5
     augmentation: Augmentation = field(default_factory=Augmentation)
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    calibrate: bool = True
     fall_back: bool = True
     refit: bool = True
     seed: OneOrMore[Annotated[int, Field(ge=0)]] = 0

@@ -9,23 +9,25 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from addenda.backbones import FrozenBackbone, KeyValue
 from addenda.combined import CombinedModel, TileStore, golden, numerics, numerics_fingerprint, tensor_digest
 from addenda.exceptions import NameTakenError, RegistryError, TrainingError
 from addenda.learner.activations import Activations
-from addenda.learner.cache import ActivationCache
-from addenda.learner.candidates import Candidate, Tensors, adapter_name, silenced
+from addenda.learner.cache import RUNS, ActivationCache
+from addenda.learner.calibration import fit_temperature
+from addenda.learner.candidates import Candidate, as_fields, silenced
 from addenda.learner.checkpoint import Checkpoint
 from addenda.learner.config import LearnConfig
-from addenda.learner.data import Data, LabelledImages, check_learnable, check_same_labels, open_images, split_folders
+from addenda.learner.data import Data, LabelledImages, check_learnable, check_same_labels, has_test_part, open_images
 from addenda.learner.metrics import score
+from addenda.learner.objectives import loss
 from addenda.learner.reading import Report, read_in_batches
-from addenda.learner.regression import Regression, choose_strength, fit_regression
+from addenda.learner.regression import choose_strength, fit_regression
+from addenda.learner.splitting import split
 from addenda.learner.training import Epoch, OnEpoch, Trainer
-from addenda.registry import ADAPTED, EvaluationRecord, LowRank, Registry, Task, canonical_json, check_name, digest
+from addenda.registry import EvaluationRecord, Registry, Task, canonical_json, check_name, digest
 
 RIVAL = "logistic regression"
 """What the rival is called beside the task; no task can have this name."""
@@ -75,8 +77,9 @@ class Learner:
 
         Args:
             name: the task's name.
-            train: a folder of class folders, a folder with train/ and test/ in it, or a torch Dataset.
-            test: likewise; None takes test/ beside train/ where there is one.
+            train: a folder of class folders, a CSV or Parquet listing, a torch Dataset or a Hugging Face one; a folder,
+                listing or DatasetDict may hold train and test.
+            test: likewise; None takes the test part of `train` where there is one.
             config: the settings.
             new_version: whether a name already taken gets a further version.
             skip_bad: leave out images that cannot be read.
@@ -98,10 +101,12 @@ class Learner:
         for parent in parents:
             if parent.class_token is None:
                 raise RegistryError(f"Task {parent.ref!r} is head-only: it has no token that {name!r} could see.")
-        train, test = split_folders(train, test)
         images = open_images(train)
         check_learnable(images)
-        test_images = None if test is None else check_same_labels(images.labels, open_images(test))
+        test = train if test is None and has_test_part(train) else test
+        test_images = (
+            None if test is None else check_same_labels(images.labels, open_images(test, "test"), images.objective)
+        )
 
         digests = [images.digest(index) for index in range(len(images))]
         fingerprint = images.fingerprint(digests)
@@ -120,10 +125,15 @@ class Learner:
         activations = Activations(
             self.backbone, images, config.augmentation, self.cache, _family(parents), digests, skip_bad, report
         )
-        check_learnable(replace(images, targets=activations.targets))  # those left out may have been a class's last
+        kept = replace(images, targets=activations.targets)
+        check_learnable(kept)  # those left out may have been a class's last
         identity = canonical_json(run | {"backbone": self.backbone.fingerprint, "skipped": activations.skipped})
-        checkpoint = Checkpoint(self.cache.folder / "runs" / digest(identity.encode())[:16])
-        task, rival = self._train(name, images, activations, parents, config, checkpoint, on_epoch, report)
+        checkpoint = Checkpoint(self.cache.folder / RUNS / digest(identity.encode())[:16])
+        try:
+            task, rival = self._train(name, images, activations, parents, config, checkpoint, on_epoch, report)
+        except TrainingError:
+            checkpoint.clear()
+            raise
         metrics = dict(task.metrics)
         if test_images is not None:
             scored = self._score([task, rival], test_images, skip_bad, report)
@@ -131,8 +141,7 @@ class Learner:
                 scored[name].metrics,
                 metrics["regression"] | {"test": scored[rival.name].metrics},
             )
-        counts = activations.targets.bincount(minlength=len(images.labels)).tolist()
-        data = {"run": run, "num_images": len(activations), "counts": counts, "skipped": list(activations.skipped)}
+        data = {"run": run, "num_images": len(kept), "counts": kept.counts, "skipped": list(activations.skipped)}
         finished = replace(task, metrics=metrics, data=data)
         self.registry.add_backbone(self.backbone.record())
         registered = self.registry.register(finished, golden(self.backbone, finished), new_version=new_version)
@@ -144,7 +153,7 @@ class Learner:
 
         Args:
             ref: the task.
-            data: a folder of class folders (of a folder with train/ and test/ in it, the test part), or a Dataset.
+            data: as for `learn`; of data that holds train and test, the test part.
             skip_bad: leave out images that cannot be read.
             report: told of the progress.
 
@@ -153,8 +162,7 @@ class Learner:
             UnknownTaskError: there is no such task.
         """
         task = self.registry.get(ref)
-        part, test = split_folders(data, None)
-        images = check_same_labels(task.labels, open_images(part if test is None else test))
+        images = check_same_labels(task.labels, open_images(data, "test"), task.objective)
         scored = self._score([task], images, skip_bad, report)[task.name]
         fingerprint = numerics_fingerprint(numerics(self.backbone))
         return self.registry.add_evaluation(
@@ -173,20 +181,32 @@ class Learner:
         report: Report | None,
     ) -> tuple[Task, Task]:
         """Sweeps, chooses by validation, refits. Returns the task, with what validation said, and its rival."""
-        pooled, targets = activations.pooled, activations.targets
-        train, validation = _split(targets, len(images.labels), config)
+        pooled, targets, objective = activations.pooled, activations.targets, images.objective
+        train, validation = split(targets, len(images.labels), config.validation_fraction, config.first_seed)
         strength = choose_strength(pooled, targets, config.first_seed)
         fitted = fit_regression(pooled[train], targets[train], strength)
-        rival_logits = F.linear(pooled[validation], fitted.weight, fitted.bias)
-        metrics: dict[str, Any] = {
-            "regression": {"strength": strength, "validation": score(rival_logits, targets[validation], images.labels)}
-        }
         last = fit_regression(pooled, targets, strength) if config.refit else fitted
-        rival = _as_task(RIVAL, self.backbone, images.labels, None, last, (), config)
+
+        def judged(logits: Tensor) -> tuple[float, dict[str, Any]]:
+            """The temperature that validation logits ask for, and their scores under it."""
+            temperature = fit_temperature(logits, targets[validation], objective) if config.calibrate else 1.0
+            return temperature, score(logits / temperature, targets[validation], images.labels, objective)
+
+        rival_logits = F.linear(pooled[validation], fitted.weight, fitted.bias)
+        temperature, scores = judged(rival_logits)
+        plain = Task(
+            name=RIVAL,
+            backbone=self.backbone.fingerprint,
+            labels=images.labels,
+            objective=objective,
+            temperature=temperature,
+            config=config.to_json(),
+            head_weight=last.weight,
+            head_bias=last.bias,
+        )
+        metrics: dict[str, Any] = {"regression": {"strength": strength, "validation": scores}, "validation": scores}
         if config.head_only:
-            return replace(
-                rival, name=name, metrics=metrics | {"validation": metrics["regression"]["validation"]}
-            ), rival
+            return replace(plain, name=name, metrics=metrics), plain
 
         def step(done: int, total: int, standing: str) -> None:
             if report is not None:
@@ -196,20 +216,13 @@ class Learner:
         candidates, history = trainer.run(
             fitted, config.candidates, train, validation, config.epochs, on_epoch, "sweep"
         )
-        rival_loss = F.cross_entropy(rival_logits, targets[validation]).item() if config.fall_back else math.inf
-        chosen = _choose(candidates, rival_loss)
-        metrics["candidates"] = _table(candidates, history)
-        metrics["curves"] = [
-            {"train_loss": _finite(epoch.train_loss), "validation_loss": _finite(epoch.validation_loss)}
-            for epoch in history
-        ]
-        metrics["chosen"] = None if chosen is None else chosen.settings._asdict() | {"epoch": chosen.best.epoch}
-        if chosen is None:
-            tensors = silenced(self.backbone, last, config.candidates[0], config.memory_std)
-            metrics["validation"] = metrics["regression"]["validation"]
-        else:
+        bar = loss(rival_logits, targets[validation], objective).item() if config.fall_back else math.inf
+        chosen = _choose(candidates, bar)
+        metrics |= _record(candidates, history, chosen)
+        tensors = silenced(self.backbone, last, config.candidates[0], config.memory_std)
+        if chosen is not None:
             tensors = chosen.best.tensors
-            metrics["validation"] = score(trainer.logits(tensors, validation), targets[validation], images.labels)
+            temperature, metrics["validation"] = judged(trainer.logits(tensors, validation))
             if config.refit:
                 everything, nothing = torch.arange(len(targets)), torch.empty(0, dtype=torch.long)
                 (refitted,), _ = trainer.run(
@@ -217,9 +230,8 @@ class Learner:
                 )
                 if refitted.stopped is None:
                     tensors = refitted.best.tensors
-        return replace(
-            _as_task(name, self.backbone, images.labels, tensors, last, parents, config), metrics=metrics
-        ), rival
+        whole = replace(plain, name=name, parents=parents, temperature=temperature, metrics=metrics)
+        return replace(whole, **as_fields(tensors)), plain
 
     def _parent_memory(self, parents: Sequence[Task]) -> list[KeyValue]:
         """For each layer the memory keys and values of all that a task would see, [1, H, m, d]."""
@@ -247,12 +259,16 @@ class Learner:
             return images.read(index, self.backbone)
 
         size, what = model.micro_batch, "scoring test images"
-        read_in_batches(range(len(images)), read, size, take, images.where, skip_bad, what, report)
+        count = len(images)
+        read_in_batches(range(count), read, size, take, images.where, count, skip_bad, what, report)
         targets = images.targets[torch.tensor(kept, dtype=torch.long)]
         joined = {name: torch.cat(parts) for name, parts in logits.items()}
         return {
-            name: _Scored(score(values, targets, images.labels), tensor_digest(values))
-            for name, values in joined.items()
+            task.name: _Scored(
+                score(joined[task.name] / task.temperature, targets, images.labels, images.objective),
+                tensor_digest(joined[task.name]),
+            )
+            for task in tasks
         }
 
 
@@ -268,15 +284,6 @@ def _family(parents: Sequence[Task]) -> list[Task]:
     return list(seen.values())
 
 
-def _split(targets: Tensor, num_classes: int, config: LearnConfig) -> tuple[Tensor, Tensor]:
-    """Training and validation rows: stratified and seeded, at least one image of each class to learn from."""
-    held_out = max(num_classes, round(config.validation_fraction * len(targets)))
-    train, validation = train_test_split(
-        range(len(targets)), test_size=held_out, stratify=targets.tolist(), random_state=config.first_seed
-    )
-    return torch.tensor(train), torch.tensor(validation)
-
-
 def _choose(candidates: Sequence[Candidate], regression_loss: float) -> Candidate | None:
     """The candidate of least validation loss; None where the regression's is less."""
     best = min(candidates, key=lambda candidate: candidate.best.loss)
@@ -285,13 +292,8 @@ def _choose(candidates: Sequence[Candidate], regression_loss: float) -> Candidat
     return best if best.best.loss < regression_loss else None
 
 
-def _finite(values: Sequence[float]) -> list[float | None]:
-    """A candidate that trains no more, or has diverged, has no loss."""
-    return [value if math.isfinite(value) else None for value in values]
-
-
-def _table(candidates: Sequence[Candidate], history: Sequence[Epoch]) -> list[dict[str, Any]]:
-    """Each candidate at its best epoch."""
+def _record(candidates: Sequence[Candidate], history: Sequence[Epoch], chosen: Candidate | None) -> dict[str, Any]:
+    """What the task's record keeps of a sweep: each candidate at its best epoch, all losses, and what was chosen."""
     rows = []
     for i, candidate in enumerate(candidates):
         best = candidate.best
@@ -304,29 +306,14 @@ def _table(candidates: Sequence[Candidate], history: Sequence[Epoch]) -> list[di
                 "stopped": candidate.stopped,
             }
         )
-    return rows
+    curves = [
+        {"train_loss": _finite(epoch.train_loss), "validation_loss": _finite(epoch.validation_loss)}
+        for epoch in history
+    ]
+    picked = None if chosen is None else chosen.settings._asdict() | {"epoch": chosen.best.epoch}
+    return {"candidates": rows, "curves": curves, "chosen": picked}
 
 
-def _as_task(
-    name: str,
-    backbone: FrozenBackbone,
-    labels: tuple[str, ...],
-    tensors: Tensors | None,
-    regression: Regression,
-    parents: tuple[Task, ...],
-    config: LearnConfig,
-) -> Task:
-    """What was trained, as a task; without tensors, the regression as a head-only task."""
-    common: dict[str, Any] = {
-        "name": name,
-        "backbone": backbone.fingerprint,
-        "labels": labels,
-        "config": config.to_json(),
-    }
-    if tensors is None:
-        return Task(**common, head_weight=regression.weight, head_bias=regression.bias)
-    own = {name: tensor for name, tensor in tensors.items() if not name.startswith("adapters.")}
-    adapters = None
-    if len(own) < len(tensors):
-        adapters = {site: LowRank(*(tensors[adapter_name(site, part)] for part in LowRank._fields)) for site in ADAPTED}
-    return Task(**common | own, adapters=adapters, parents=parents)
+def _finite(values: Sequence[float]) -> list[float | None]:
+    """A candidate that trains no more, or has diverged, has no loss."""
+    return [value if math.isfinite(value) else None for value in values]

@@ -22,6 +22,7 @@ def read_in_batches(
     size: int,
     take: Callable[[list[tuple[int, Tensor]]], None],
     where: str,
+    num_images: int,
     skip_bad: bool,
     what: str,
     report: Report | None,
@@ -33,7 +34,8 @@ def read_in_batches(
         read: gives a row's image.
         size: rows in a batch.
         take: gets each batch.
-        where: what the rows are of, for messages.
+        where: what the rows are views of, for messages.
+        num_images: how many images there are in it, those not to be read now too.
         skip_bad: leave out images that cannot be read, rather than refuse.
         what: what is being done, for the report.
         report: told of the progress.
@@ -56,11 +58,11 @@ def read_in_batches(
             batch = []
         if report is not None:
             report(what, done, len(rows))
-    if bad and (not skip_bad or len(bad) == len(rows)):
-        texts = list(dict.fromkeys(text for _, text in bad))
+    texts = list(dict.fromkeys(text for _, text in bad))
+    if bad and (not skip_bad or len(texts) == num_images):
         named = "\n  ".join(texts[:10]) + (f"\n  … and {len(texts) - 10} more" if len(texts) > 10 else "")
         raise DataError(
-            f"{len(bad)} of {len(rows)} images in {where} cannot be read:\n  {named}\n"
+            f"{len(texts)} of {num_images} images in {where} cannot be read:\n  {named}\n"
             "Mend them, or leave them out with --skip-bad (in Python: skip_bad=True)."
         )
     if batch:

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from typing import TypeVar
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from pydantic import TypeAdapter
 from torch import Tensor
@@ -18,6 +17,8 @@ from addenda.learner.activations import Activations, Batch
 from addenda.learner.candidates import HEAD_WEIGHTS, Candidate, Tensors, adapter_name, first_tensors
 from addenda.learner.checkpoint import Checkpoint
 from addenda.learner.config import LearnConfig, Settings
+from addenda.learner.metrics import accuracy
+from addenda.learner.objectives import balanced_weights, loss
 from addenda.learner.regression import Regression
 from addenda.learner.stream import stream_features
 
@@ -36,7 +37,7 @@ class Epoch:
         epochs: how many there will be at most.
         train_loss: mean loss of each candidate on the training part.
         validation_loss: of each candidate on the validation part; empty in the refit.
-        validation_accuracy: likewise, 0..1.
+        validation_accuracy: likewise, 0..1; of a multi-label task the share of answers that are right.
         candidates: what each is trained with.
     """
 
@@ -75,6 +76,10 @@ class Trainer:
         self._checkpoint, self._report = checkpoint, report
         self._backbone = activations.backbone
         self._targets = activations.targets.to(self._backbone.device)
+        self._objective = activations.objective
+        self._class_weights = None
+        if config.class_weights == "balanced":
+            self._class_weights = balanced_weights(self._targets, activations.num_classes)
         self._together: dict[object, bool] = {}
 
     def run(
@@ -125,9 +130,9 @@ class Trainer:
                 batch, targets = self._activations.batch(rows, chosen), self._targets[rows.to(device)]
                 for group in _by_shape(live):
                     found = self._gradients(group, batch, targets, penalty)
-                    for candidate, (loss, *gradients) in zip(group, found, strict=True):
+                    for candidate, (mean, *gradients) in zip(group, found, strict=True):
                         candidate.step(gradients)
-                        totals[id(candidate)] += loss * len(rows)
+                        totals[id(candidate)] += mean * len(rows)
                 if self._report is not None:
                     done = (epoch - 1) * steps_per_epoch + step + 1
                     self._report(done, stop_after * steps_per_epoch, _standing(history))
@@ -181,14 +186,17 @@ class Trainer:
 
         def compute(some: Sequence[Candidate]) -> list[list[Tensor]]:
             logits = self._logits([candidate.tensors for candidate in some], batch)
-            losses = torch.stack([F.cross_entropy(part, targets) for part in logits])
+            losses = torch.stack([self._loss(part, targets) for part in logits])
             weights = [torch.stack([c.tensors[name].square().sum() for name in HEAD_WEIGHTS]).sum() for c in some]
             parameters = [tensor for candidate in some for tensor in candidate.tensors.values()]
             gradients = torch.autograd.grad((losses + penalty * torch.stack(weights)).sum(), parameters)
             each = len(gradients) // len(some)
-            return [[loss, *gradients[i * each : (i + 1) * each]] for i, loss in enumerate(losses.detach())]
+            return [[mean, *gradients[i * each : (i + 1) * each]] for i, mean in enumerate(losses.detach())]
 
         return self._side_by_side(("gradients", group[0].shape, len(group), len(batch)), group, compute)
+
+    def _loss(self, logits: Float[Tensor, "B C"], targets: Tensor) -> Tensor:
+        return loss(logits, targets, self._objective, self._config.label_smoothing, self._class_weights)
 
     def _side_by_side(
         self, key: object, group: Sequence[T], compute: Callable[[Sequence[T]], list[list[Tensor]]]
@@ -260,12 +268,12 @@ class Trainer:
             for group in _by_shape(live):
                 logits = self._evaluate([candidate.tensors for candidate in group], validation)
                 for i, candidate in enumerate(group):
-                    accuracy = (logits[i].argmax(-1) == targets).float().mean().item()
-                    scores[id(candidate)] = F.cross_entropy(logits[i], targets).item(), accuracy
-        for candidate, loss in zip(candidates, train_losses, strict=True):
+                    mean = loss(logits[i], targets, self._objective).item()
+                    scores[id(candidate)] = mean, accuracy(logits[i], targets)
+        for candidate, train_loss in zip(candidates, train_losses, strict=True):
             if candidate in live:
-                reached = scores.get(id(candidate), (None,))[0]
-                candidate.judge(epoch, loss, reached, self._config.patience)
+                reached = scores[id(candidate)][0] if scores else None
+                candidate.judge(epoch, train_loss, reached, self._config.patience)
         shown = [scores.get(id(candidate), (math.nan, math.nan)) for candidate in candidates] if scores else []
         return Epoch(
             phase, epoch, epochs, tuple(train_losses), tuple(s[0] for s in shown), tuple(s[1] for s in shown),

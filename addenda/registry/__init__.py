@@ -1,12 +1,14 @@
 """The database of tasks: records, artifacts, lineage, history."""
 
 from addenda.registry.artifact import canonical_json, digest
+from addenda.registry.objectives import OBJECTIVES, headline, probabilities
 from addenda.registry.records import EvaluationRecord, TaskRecord
 from addenda.registry.registry import Registry
 from addenda.registry.task import ADAPTED, Golden, LowRank, Task, check_name
 
 __all__ = [
     "ADAPTED",
+    "OBJECTIVES",
     "EvaluationRecord",
     "Golden",
     "LowRank",
@@ -16,4 +18,6 @@ __all__ = [
     "canonical_json",
     "check_name",
     "digest",
+    "headline",
+    "probabilities",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -14,6 +15,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from addenda.exceptions import IntegrityError
+from addenda.registry.objectives import OBJECTIVES
 from addenda.registry.task import ADAPTED, LowRank, Task
 
 FORMAT = 1
@@ -40,6 +42,9 @@ def encode(task: Task) -> bytes:
         "objective": task.objective,
         "extends": [parent.sha256 for parent in task.parents],
     }
+    if task.temperature != 1.0:  # a task without one keeps the bytes that it had before there were temperatures
+        manifest["temperature"] = float(task.temperature)
+    check_reading(manifest)
     held = {name: tensor for name in _TENSORS if (tensor := getattr(task, name)) is not None}
     for site, update in (task.adapters or {}).items():
         held |= {f"adapters.{site}.{part}": tensor for part, tensor in update._asdict().items()}
@@ -73,11 +78,13 @@ def decode(data: bytes, sha256: str, parent: Callable[[str], Task], record: Mapp
         manifest = json.loads(header["__metadata__"]["addenda"])
         if manifest["format"] != FORMAT:
             raise IntegrityError(f"its artifact has format {manifest['format']}; this version reads {FORMAT}")
+        check_reading(manifest)
         check_tensors(manifest, tensors)
         return Task(
             backbone=manifest["backbone"],
             labels=tuple(manifest["labels"]),
             objective=manifest["objective"],
+            temperature=manifest.get("temperature", 1.0),
             parents=tuple(parent(p) for p in manifest["extends"]),
             **{name: tensor for name, tensor in tensors.items() if name in _TENSORS},
             adapters=MappingProxyType(_adapters(tensors)) if _ADAPTERS[0] in tensors else None,
@@ -85,6 +92,18 @@ def decode(data: bytes, sha256: str, parent: Callable[[str], Task], record: Mapp
         )
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise IntegrityError(f"its artifact is not valid: {error}") from error
+
+
+def check_reading(manifest: Mapping[str, Any]) -> None:
+    """Raises IntegrityError unless the objective is known and the temperature is a finite number above 0, or absent."""
+    if manifest["objective"] not in OBJECTIVES:
+        known = ", ".join(map(repr, OBJECTIVES))
+        raise IntegrityError(f"its objective is {manifest['objective']!r}; this version knows {known}")
+    temperature = manifest.get("temperature", 0.5)
+    if not isinstance(temperature, float) or not math.isfinite(temperature) or temperature <= 0:
+        raise IntegrityError(f"its temperature is {temperature!r}; it must be a finite number above 0")
+    if temperature == 1.0:
+        raise IntegrityError("its artifact stores the temperature 1.0, which equal content leaves out")
 
 
 def check_tensors(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

@@ -465,8 +465,8 @@ def _load(connection: Connection, row: Row[Any], known: dict[str, Task]) -> Task
             raise IntegrityError("its artifact is missing")
         stored = {"name": row.name, "version": row.version, "config": row.config, "metrics": row.metrics}
         task = decode(artifact, row.artifact, parent, {**stored, "data": row.data})
-        if (task.backbone, list(task.labels)) != (row.backbone, row.labels):
-            raise IntegrityError("its row and its artifact name different backbones or labels")
+        if (task.backbone, list(task.labels), task.objective) != (row.backbone, row.labels, row.objective):
+            raise IntegrityError("its row and its artifact name different backbones, labels or objectives")
     except IntegrityError as error:
         raise IntegrityError(f"Task {ref!r} cannot be trusted: {str(error).rstrip('.')}.") from error
     known[ref] = task

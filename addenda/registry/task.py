@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from addenda.exceptions import RegistryError
+from addenda.registry.objectives import probabilities
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 
@@ -59,7 +60,8 @@ class Task:
         adapters: low-rank updates of its own token's way through the blocks, one for each of ADAPTED, of one rank; most
             tasks have None. Keys and values, its own token's too, come from the backbone's own weights.
         parents: the tasks it extends, in order: it sees their tokens and memory, and what they extend.
-        objective: how the logits are read: `"single-label"` is a softmax.
+        objective: how the logits are read: `"single-label"` is a softmax, `"multi-label"` a sigmoid of each.
+        temperature: what its logits are divided by to become probabilities: finite, above 0. Logits stay.
         version: its number under its name, from 1; None before registration.
         config: the resolved configuration that made it.
         metrics: what was measured when it was learned.
@@ -77,6 +79,7 @@ class Task:
     adapters: Mapping[str, LowRank] | None = None
     parents: tuple[Task, ...] = ()
     objective: str = "single-label"
+    temperature: float = 1.0
     version: int | None = None
     config: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     metrics: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
@@ -113,6 +116,10 @@ class Task:
         tensors = [self.head_weight, self.head_bias, self.class_token, self.memory, self.pooled_weight]
         tensors += [part for update in (self.adapters or {}).values() for part in update]
         return sum(t.numel() for t in tensors if t is not None)
+
+    def probabilities(self, logits: Float[Tensor, "*B C"]) -> Float[Tensor, "*B C"]:
+        """Its logits as probabilities, by its objective and temperature."""
+        return probabilities(logits, self.objective, self.temperature)
 
     @cached_property
     def artifact(self) -> bytes:

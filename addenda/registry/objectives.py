@@ -1,0 +1,31 @@
+"""What a task's logits mean: its objective, and how they become probabilities."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor
+
+OBJECTIVES = ("single-label", "multi-label")
+"""One label for each image, by a softmax; any number of labels, each by a sigmoid of its own."""
+
+_HEADLINES = {"single-label": "accuracy", "multi-label": "mean_average_precision"}
+
+
+def headline(objective: str) -> str:
+    """The one metric that stands for a task of this objective: a key of what `learner.metrics.score` gives."""
+    return _HEADLINES[objective]
+
+
+def probabilities(logits: Float[Tensor, "*B C"], objective: str, temperature: float = 1.0) -> Float[Tensor, "*B C"]:
+    """Turns logits into probabilities, for every part of the package.
+
+    Args:
+        logits: as a task gives them.
+        objective: one of OBJECTIVES.
+        temperature: what logits are divided by first; above 1 it makes a task less sure of itself.
+
+    Returns:
+        Of single-label logits a softmax, which sums to 1; of multi-label ones a sigmoid of each.
+    """
+    scaled = logits / temperature
+    return scaled.softmax(-1) if objective == "single-label" else scaled.sigmoid()
