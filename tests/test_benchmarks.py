@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from addenda import FrozenBackbone, LearnConfig, Registry
 from addenda.backbones import KeyValue
 from addenda.benchmarks.cost import DENSE, DENSE_PRECOMPUTED, STOCK, run_cost
-from addenda.benchmarks.dense_mask import DenseMask
 from addenda.combined import CombinedModel, loaded_bytes, pass_operations, streams, task_cost
+from addenda.learner.dense_mask import DenseMask
 from tests import dense_mask as reference
 from tests.conftest import random_task
 from tests.models import backbone, images, lively_vit
@@ -174,7 +174,7 @@ def test_the_rival_is_the_papers_dense_mask(variant: str, precomputed: bool) -> 
     on = backbone(variant, torch.float64)
     tasks = [random_task(on, f"task-{m}", memory=m, classes=2 + m, seed=m, pooled=m % 2 == 0) for m in (0, 5, 9)]
     expected = reference.DenseMask(lively_vit(variant))(images(3), tasks)
-    found = DenseMask(on, tasks, precomputed)(images(3))
+    found = DenseMask(on, tasks, precomputed=precomputed)(images(3))
     assert list(found) == list(expected)
     for name, logits in found.items():
         assert (logits - expected[name]).abs().max() <= 1e-6 * expected[name].abs().max()  # its heads are in float32

@@ -6,7 +6,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from copy import copy
+from copy import copy, deepcopy
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -237,6 +237,17 @@ class FrozenBackbone:
         layers = {"proj": attn.proj, "fc1": mlp.fc1, "fc2": mlp.fc2}
         queries = (attn.qkv.in_features, attn.qkv.out_features // 3)
         return {"q": queries} | {site: (layer.in_features, layer.out_features) for site, layer in layers.items()}
+
+    def trainable_copy(self, num_classes: int) -> nn.Module:
+        """A copy of the timm model whose weights can be trained, in float32, with a head of its own that is zeros."""
+        model: Any = deepcopy(self.model, {id(self): self})  # the hooks below are bound to this object
+        for block in model.blocks:
+            block.attn.qkv._forward_hooks.clear()
+        model.reset_classifier(num_classes)
+        nn.init.zeros_(model.head.weight)
+        nn.init.zeros_(model.head.bias)
+        trainable: nn.Module = model.float().to(self.device).requires_grad_(True)
+        return trainable
 
     def record(self) -> dict[str, Any]:
         """What a registry keeps of this backbone, enough to load it again."""

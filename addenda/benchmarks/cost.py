@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from addenda.backbones import FrozenBackbone, untrained_backbone
-from addenda.benchmarks.dense_mask import DenseMask
 from addenda.combined import CombinedModel, loaded_bytes, numerics, pass_operations, task_cost
 from addenda.exceptions import AddendaError
+from addenda.learner.dense_mask import DenseMask
 from addenda.registry import Task
 from addenda.terminal import console, size, table
 
@@ -129,7 +129,7 @@ def _measure_backbone(
     ways["combined, inexact", 10, batch, STOCK] = lambda: loose(images)
     for count in dense:
         for precomputed in (True, False):
-            rival = DenseMask(backbone, tasks[:count], precomputed)
+            rival = torch.no_grad()(DenseMask(backbone, tasks[:count], precomputed=precomputed))
             what = DENSE_PRECOMPUTED if precomputed else DENSE
             ways[what, count, batch, STOCK] = lambda rival=rival: rival(images)  # type: ignore[misc]
     ways |= _adapter(backbone, images)
