@@ -24,6 +24,7 @@ from addenda.learner.cache import ActivationCache
 from addenda.learner.candidates import first_tensors, silenced
 from addenda.learner.data import Data, open_images
 from addenda.learner.regression import choose_strength, fit_regression
+from addenda.learner.run import parent_memory
 from addenda.learner.stream import stream_features
 from addenda.learner.training import Trainer
 from tests.conftest import random_task, tiny_vit
@@ -199,12 +200,12 @@ def test_a_token_that_adds_nothing_is_exactly_the_regression(tiny: FrozenBackbon
     assert torch.allclose(logits, expected, atol=1e-5)
 
 
-def test_the_training_stream_is_the_combined_models_stream(tiny: FrozenBackbone, registry: Registry) -> None:
+def test_the_training_stream_is_the_combined_models_stream(tiny: FrozenBackbone) -> None:
     parent = random_task(tiny, "parent", memory=3, seed=1)
     child = random_task(tiny, "child", memory=5, parents=(parent,), seed=2, pooled=False)
     images, targets = noise(6)
     activations = activations_of(tiny, CountingDataset(images, targets), parents=[parent])
-    inherited = Learner(tiny, registry)._parent_memory([parent])
+    inherited = parent_memory(tiny, [parent])
     assert child.class_token is not None
     assert child.memory is not None
     batch = activations.batch(torch.arange(6))
@@ -415,7 +416,7 @@ def test_an_unreadable_checkpoint_is_said_and_the_run_starts_anew(
 
     with pytest.raises(KeyboardInterrupt):
         learner.learn("colours", colours, config=QUICK, on_epoch=stop)
-    (path,) = learner.cache.folder.glob("runs/*/sweep.safetensors")
+    (path,) = learner.cache.folder.glob("runs/*/*/sweep.safetensors")
     path.write_bytes(path.read_bytes()[:100])
     assert learner.learn("colours", colours, config=QUICK).ref == "colours:1"
     assert "cannot be read" in caplog.text

@@ -7,12 +7,13 @@ from addenda.combined.model import Answers, CombinedModel
 from addenda.combined.numerics import numerics, numerics_fingerprint, tensor_digest
 from addenda.combined.predictions import predictions
 from addenda.combined.selftest import prove
-from addenda.combined.streams import task_features
+from addenda.combined.streams import Observer, task_features
 
 __all__ = [
     "Answers",
     "CombinedModel",
     "Layout",
+    "Observer",
     "TaskCost",
     "TileStore",
     "Verdict",

@@ -7,6 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import asdict, replace
 from functools import partial
 
@@ -16,7 +17,7 @@ from jaxtyping import Float, Float16, Int
 from torch import Tensor
 
 from addenda.backbones import FrozenBackbone, KeyValue
-from addenda.combined import Layout, TileStore, micro_batch, prove, task_features
+from addenda.combined import Layout, Observer, TileStore, micro_batch, prove, task_features
 from addenda.learner.augmentation import Augmentation, augment
 from addenda.learner.cache import ActivationCache, Store
 from addenda.learner.labelled import LabelledImages
@@ -118,9 +119,7 @@ class Activations:
         self.backbone = backbone
         self._images, self._augmentation = images, augmentation
         self._digests = digests or [images.digest(index) for index in range(len(images))]
-        self._parents, self._micro_batch = parents, micro_batch(backbone.device)
-        # Tasks go by their content: among ancestors there may be two versions of one name.
-        self._layout = Layout(TileStore(backbone), parents, offered=parents)
+        self._micro_batch = micro_batch(backbone.device)
         rows = range(len(images) * (1 + augmentation.views))
         self._place, self._store = self._open(cache, rows)
         self._pooled = torch.zeros(len(rows), backbone.embed_dim)
@@ -131,7 +130,7 @@ class Activations:
         self.targets = images.targets[self._readable]
         self.objective, self.num_classes = images.objective, len(images.labels)
         self._resident = self._to_device()
-        self._kin = self._see_parents(report)
+        self._look_at(parents, report)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -151,21 +150,58 @@ class Activations:
         kept = place >= 0
         if kept.all() and self._resident is not None:
             return Batch(self.backbone, self._resident, place, self._kin_at(place), self._pooled[rows])
+        key_values, pooled = self._gather(rows, place)
+        kin = self._no_kin(len(rows))
+        if kept.any():
+            kin[kept] = self._kin_at(place[kept])
+        for missing in (~kept).nonzero()[:, 0].split(self._micro_batch):
+            kin[missing] = self._kin_of(key_values[missing])
+        whole = key_values.to(self.backbone.device)
+        return Batch(self.backbone, whole, torch.arange(len(rows)), kin, pooled)
+
+    def _gather(self, rows: Tensor, place: Tensor) -> tuple[Float16[Tensor, "n L 2 H P d"], Float[Tensor, "n D"]]:
+        """Keys and values of some rows on the CPU, and their pooled features: what is kept, and the rest computed."""
+        kept = place >= 0
         key_values = torch.empty(len(rows), *self._shape, dtype=torch.float16)
-        pooled, kin = torch.empty(len(rows), self.backbone.embed_dim), self._no_kin(len(rows))
+        pooled = torch.empty(len(rows), self.backbone.embed_dim)
         if kept.any():
             assert self._store is not None
             key_values[kept], pooled[kept] = self._store.key_values[place[kept]], self._store.pooled[place[kept]]
-            kin[kept] = self._kin_at(place[kept])
         position = {int(rows[i]): i for i in (~kept).nonzero()[:, 0].tolist()}
 
         def take(taken: list[int], found: Tensor, feature: Tensor) -> None:
             into = [position[row] for row in taken]
-            key_values[into], pooled[into], kin[into] = found, feature, self._kin_of(found)
+            key_values[into], pooled[into] = found, feature
 
         self._compute(list(position), take)
-        whole = key_values.to(self.backbone.device)
-        return Batch(self.backbone, whole, torch.arange(len(rows)), kin, pooled)
+        return key_values, pooled
+
+    def seeing(self, parents: Sequence[Task], report: Report | None = None) -> Activations:
+        """The same activations for a task that sees the tokens of some tasks; nothing of the frozen stream is redone.
+
+        Args:
+            parents: every task whose tokens will be seen.
+            report: told of the progress.
+        """
+        other = copy(self)
+        other._look_at(parents, report)
+        return other
+
+    def _look_at(self, parents: Sequence[Task], report: Report | None) -> None:
+        # Tasks go by their content: among ancestors there may be two versions of one name.
+        self._parents, self._layout = parents, Layout(TileStore(self.backbone), parents, offered=parents)
+        self._kin = self._see_parents(report)
+
+    def features(self, tasks: Sequence[Task]) -> list[Float[Tensor, "N D"]]:
+        """The final feature of each of some tasks' tokens over every readable image as it is, in float32."""
+        layout = Layout(TileStore(self.backbone), tasks)
+        found: list[list[Tensor]] = [[] for _ in tasks]
+        for rows in self._readable.split(self._micro_batch):
+            tiles = self._run_tasks(self._gather(rows, self._place[rows])[0], layout)
+            for parts, task in zip(found, tasks, strict=True):
+                tile, slot = layout.slot[task.sha256]
+                parts.append(tiles[tile][slot][: len(rows)].float().cpu())
+        return [torch.cat(parts) for parts in found]
 
     @property
     def _shape(self) -> tuple[int, ...]:
@@ -291,14 +327,18 @@ class Activations:
         if not self._parents:
             return kin
         rows = [self._layout.offered[parent.sha256] for parent in self._parents]
-        filled = F.pad(half, (0, 0) * 5 + (0, self._micro_batch - len(half)))
-        layers = filled.to(self.backbone.device, self.backbone.precision)
 
         def observe(layer: int, frozen: KeyValue, offered: KeyValue) -> None:
             for which, part in enumerate(offered):
                 kin[:, layer, which] = part[: len(half), :, rows]
 
+        self._run_tasks(half, self._layout, observe)
+        return kin
+
+    def _run_tasks(self, half: Tensor, layout: Layout, observe: Observer | None = None) -> list[Tensor]:
+        """Task streams over the kept activations of one micro-batch or less, filled up to it."""
+        filled = F.pad(half, (0, 0) * 5 + (0, self._micro_batch - len(half)))
+        layers = filled.to(self.backbone.device, self.backbone.precision)
         with torch.autocast(self.backbone.device.type, enabled=False):
             stream = (KeyValue(layers[:, layer, 0], layers[:, layer, 1]) for layer in range(self.backbone.depth))
-            task_features(self.backbone, stream, self._layout, observe)
-        return kin
+            return task_features(self.backbone, stream, layout, observe)

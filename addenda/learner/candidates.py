@@ -66,7 +66,7 @@ def as_fields(tensors: Tensors) -> dict[str, Any]:
 
 def silenced(backbone: FrozenBackbone, regression: Regression, settings: Settings, memory_std: float) -> Tensors:
     """A token that adds nothing: exactly the regression, for where validation prefers that."""
-    tensors = first_tensors(backbone, regression, settings, memory_std)
+    tensors = first_tensors(backbone, regression, settings._replace(adapter_rank=0), memory_std)
     tensors["head_weight"] = torch.zeros_like(regression.weight)
     tensors["pooled_weight"] = regression.weight.clone()
     return tensors

@@ -27,6 +27,10 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
+    def within(self, name: str) -> Checkpoint:
+        """The standing of a part of the run, which goes when the run's does."""
+        return Checkpoint(self._folder / name)
+
     def save(self, phase: str, tensors: Mapping[str, Tensor], standing: Mapping[str, Any]) -> None:
         """Replaces what was saved of a phase, whole or not at all."""
         self._folder.mkdir(parents=True, exist_ok=True)

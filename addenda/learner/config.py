@@ -18,6 +18,10 @@ Positive = Annotated[float, Field(gt=0)]
 OneOrMore: TypeAlias = T | tuple[T, ...]
 
 
+AUTO_RANK = 8
+"""The rank of adapters that `adapter_rank="auto"` tries."""
+
+
 class Settings(NamedTuple):
     """What one candidate is trained with, of what a sweep can vary."""
 
@@ -39,8 +43,10 @@ class LearnConfig:
     Attributes:
         num_memory_tokens: m, memory tokens of each layer; 0 leaves the class token alone.
         head_only: no token at all: the task is the logistic regression on the backbone's own feature.
-        extends: references of registered tasks whose tokens and memory this one sees.
-        adapter_rank: r of low-rank updates of the task's own stream (docs/adapters.md); 0 has none, the paper's form.
+        extends: references of registered tasks whose tokens and memory this one sees; `"auto"` tries those that look
+            promising and takes those that validation says pay.
+        adapter_rank: r of low-rank updates of the task's own stream; 0 has none, the paper's form. `"auto"` tries
+            AUTO_RANK beside 0 and takes it where validation says that it pays.
         epochs: passes over the training part, at most; validation picks the best.
         batch_size: images in an optimiser step.
         learning_rate: for the token and the memory, at its highest.
@@ -67,8 +73,8 @@ class LearnConfig:
 
     num_memory_tokens: OneOrMore[Annotated[int, Field(ge=0, le=1024)]] = 5
     head_only: bool = False
-    adapter_rank: OneOrMore[Annotated[int, Field(ge=0, le=256)]] = 0
-    extends: tuple[str, ...] = ()
+    adapter_rank: OneOrMore[Annotated[int, Field(ge=0, le=256)]] | Literal["auto"] = 0
+    extends: tuple[str, ...] | Literal["auto"] = ()
     epochs: Annotated[int, Field(ge=1)] = 15
     batch_size: Annotated[int, Field(ge=1)] = 64
     learning_rate: OneOrMore[Positive] = (0.1, 0.3, 1.0)
@@ -101,18 +107,21 @@ class LearnConfig:
 
     @property
     def candidates(self) -> tuple[Settings, ...]:
-        """Every combination of the settings that have several values."""
-        return tuple(
+        """Every combination of the settings that have several values; without adapters their learning rate is one."""
+        ranks = (0, AUTO_RANK) if self.adapter_rank == "auto" else _several(self.adapter_rank)
+        rates = _several(self.adapter_learning_rate)
+        combined = (
             Settings(*values)
             for values in product(
                 _several(self.learning_rate),
                 _several(self.weight_decay),
                 _several(self.num_memory_tokens),
-                _several(self.adapter_rank),
-                _several(self.adapter_learning_rate),
+                ranks,
+                rates,
                 _several(self.seed),
             )
         )
+        return tuple(s for s in combined if s.adapter_rank or s.adapter_learning_rate == rates[0])
 
     @property
     def first_seed(self) -> int:

@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from addenda.backbones import FrozenBackbone, KeyValue
-from addenda.combined import CombinedModel, TileStore, golden, numerics, numerics_fingerprint, tensor_digest
+from addenda.backbones import FrozenBackbone
+from addenda.combined import CombinedModel, golden, numerics, numerics_fingerprint, tensor_digest
 from addenda.exceptions import NameTakenError, RegistryError, TrainingError
 from addenda.learner.activations import Activations
 from addenda.learner.cache import RUNS, ActivationCache
-from addenda.learner.calibration import fit_temperature
-from addenda.learner.candidates import Candidate, as_fields, silenced
 from addenda.learner.checkpoint import Checkpoint
 from addenda.learner.config import LearnConfig
 from addenda.learner.data import Data, LabelledImages, check_learnable, check_same_labels, has_test_part, open_images
 from addenda.learner.metrics import score
-from addenda.learner.objectives import loss
 from addenda.learner.reading import Report, read_in_batches
-from addenda.learner.regression import choose_strength, fit_regression
-from addenda.learner.splitting import split
-from addenda.learner.training import Epoch, OnEpoch, Trainer
+from addenda.learner.run import Run, family
+from addenda.learner.training import OnEpoch
 from addenda.registry import EvaluationRecord, Registry, Task, canonical_json, check_name, digest
-
-RIVAL = "logistic regression"
-"""What the rival is called beside the task; no task can have this name."""
 
 
 class Learner:
@@ -97,10 +88,12 @@ class Learner:
         config = config or LearnConfig()
         check_name(name)
         versions = [record for record in self.registry.tasks(include_retired=True) if record.name == name]
-        parents = tuple(self.registry.get(ref) for ref in config.extends)
+        auto = config.extends == "auto"
+        parents = () if auto else tuple(self.registry.get(ref) for ref in config.extends)
         for parent in parents:
             if parent.class_token is None:
                 raise RegistryError(f"Task {parent.ref!r} is head-only: it has no token that {name!r} could see.")
+        pool = [task for task in self.registry.load(self.backbone) if task.class_token is not None] if auto else None
         images = open_images(train)
         check_learnable(images)
         test = train if test is None and has_test_part(train) else test
@@ -113,7 +106,7 @@ class Learner:
         run = {
             "data": fingerprint,
             "config": config.to_json(),
-            "extends": [parent.sha256 for parent in parents],
+            "extends": "auto" if auto else [parent.sha256 for parent in parents],
             "numerics": numerics_fingerprint(numerics(self.backbone)),
         }
         for record in versions:
@@ -123,14 +116,15 @@ class Learner:
             raise NameTakenError(name, versions[-1].version)
 
         activations = Activations(
-            self.backbone, images, config.augmentation, self.cache, _family(parents), digests, skip_bad, report
+            self.backbone, images, config.augmentation, self.cache, family(parents), digests, skip_bad, report
         )
         kept = replace(images, targets=activations.targets)
         check_learnable(kept)  # those left out may have been a class's last
         identity = canonical_json(run | {"backbone": self.backbone.fingerprint, "skipped": activations.skipped})
         checkpoint = Checkpoint(self.cache.folder / RUNS / digest(identity.encode())[:16])
+        started = Run(name, images.labels, activations, config, checkpoint, on_epoch, report)
         try:
-            task, rival = self._train(name, images, activations, parents, config, checkpoint, on_epoch, report)
+            task, rival = started.task(parents, pool), started.rival
         except TrainingError:
             checkpoint.clear()
             raise
@@ -169,79 +163,6 @@ class Learner:
             task.ref, images.fingerprint(), fingerprint, scored.metrics, scored.logits_digest
         )
 
-    def _train(
-        self,
-        name: str,
-        images: LabelledImages,
-        activations: Activations,
-        parents: tuple[Task, ...],
-        config: LearnConfig,
-        checkpoint: Checkpoint,
-        on_epoch: OnEpoch | None,
-        report: Report | None,
-    ) -> tuple[Task, Task]:
-        """Sweeps, chooses by validation, refits. Returns the task, with what validation said, and its rival."""
-        pooled, targets, objective = activations.pooled, activations.targets, images.objective
-        train, validation = split(targets, len(images.labels), config.validation_fraction, config.first_seed)
-        strength = choose_strength(pooled, targets, config.first_seed)
-        fitted = fit_regression(pooled[train], targets[train], strength)
-        last = fit_regression(pooled, targets, strength) if config.refit else fitted
-
-        def judged(logits: Tensor) -> tuple[float, dict[str, Any]]:
-            """The temperature that validation logits ask for, and their scores under it."""
-            temperature = fit_temperature(logits, targets[validation], objective) if config.calibrate else 1.0
-            return temperature, score(logits / temperature, targets[validation], images.labels, objective)
-
-        rival_logits = F.linear(pooled[validation], fitted.weight, fitted.bias)
-        temperature, scores = judged(rival_logits)
-        plain = Task(
-            name=RIVAL,
-            backbone=self.backbone.fingerprint,
-            labels=images.labels,
-            objective=objective,
-            temperature=temperature,
-            config=config.to_json(),
-            head_weight=last.weight,
-            head_bias=last.bias,
-        )
-        metrics: dict[str, Any] = {"regression": {"strength": strength, "validation": scores}, "validation": scores}
-        if config.head_only:
-            return replace(plain, name=name, metrics=metrics), plain
-
-        def step(done: int, total: int, standing: str) -> None:
-            if report is not None:
-                report(f"training, {standing}", done, total)
-
-        trainer = Trainer(activations, self._parent_memory(parents), config, checkpoint, step)
-        candidates, history = trainer.run(
-            fitted, config.candidates, train, validation, config.epochs, on_epoch, "sweep"
-        )
-        bar = loss(rival_logits, targets[validation], objective).item() if config.fall_back else math.inf
-        chosen = _choose(candidates, bar)
-        metrics |= _record(candidates, history, chosen)
-        tensors = silenced(self.backbone, last, config.candidates[0], config.memory_std)
-        if chosen is not None:
-            tensors = chosen.best.tensors
-            temperature, metrics["validation"] = judged(trainer.logits(tensors, validation))
-            if config.refit:
-                everything, nothing = torch.arange(len(targets)), torch.empty(0, dtype=torch.long)
-                (refitted,), _ = trainer.run(
-                    last, [chosen.settings], everything, nothing, chosen.best.epoch, on_epoch, "refit"
-                )
-                if refitted.stopped is None:
-                    tensors = refitted.best.tensors
-        whole = replace(plain, name=name, parents=parents, temperature=temperature, metrics=metrics)
-        return replace(whole, **as_fields(tensors)), plain
-
-    def _parent_memory(self, parents: Sequence[Task]) -> list[KeyValue]:
-        """For each layer the memory keys and values of all that a task would see, [1, H, m, d]."""
-        family = [task for task in _family(parents) if task.num_memory_tokens]
-        store = TileStore(self.backbone)
-        layers = zip(*(store.memory(task) for task in family), strict=True)
-        return [
-            KeyValue(*(torch.cat(parts, dim=1).unsqueeze(0) for parts in zip(*layer, strict=True))) for layer in layers
-        ]
-
     def _score(
         self, tasks: Sequence[Task], images: LabelledImages, skip_bad: bool, report: Report | None
     ) -> dict[str, _Scored]:
@@ -276,44 +197,3 @@ class Learner:
 class _Scored:
     metrics: dict[str, Any]
     logits_digest: str
-
-
-def _family(parents: Sequence[Task]) -> list[Task]:
-    """All that a task with these parents sees."""
-    seen = {task.sha256: task for parent in parents for task in (*parent.closure, parent)}
-    return list(seen.values())
-
-
-def _choose(candidates: Sequence[Candidate], regression_loss: float) -> Candidate | None:
-    """The candidate of least validation loss; None where the regression's is less."""
-    best = min(candidates, key=lambda candidate: candidate.best.loss)
-    if best.best.epoch == 0:
-        raise TrainingError("Every candidate's loss became infinite or NaN. Try smaller learning rates.")
-    return best if best.best.loss < regression_loss else None
-
-
-def _record(candidates: Sequence[Candidate], history: Sequence[Epoch], chosen: Candidate | None) -> dict[str, Any]:
-    """What the task's record keeps of a sweep: each candidate at its best epoch, all losses, and what was chosen."""
-    rows = []
-    for i, candidate in enumerate(candidates):
-        best = candidate.best
-        rows.append(
-            candidate.settings._asdict()
-            | {
-                "epoch": best.epoch,
-                "validation_loss": best.loss if best.epoch else None,
-                "validation_accuracy": history[best.epoch - 1].validation_accuracy[i] if best.epoch else None,
-                "stopped": candidate.stopped,
-            }
-        )
-    curves = [
-        {"train_loss": _finite(epoch.train_loss), "validation_loss": _finite(epoch.validation_loss)}
-        for epoch in history
-    ]
-    picked = None if chosen is None else chosen.settings._asdict() | {"epoch": chosen.best.epoch}
-    return {"candidates": rows, "curves": curves, "chosen": picked}
-
-
-def _finite(values: Sequence[float]) -> list[float | None]:
-    """A candidate that trains no more, or has diverged, has no loss."""
-    return [value if math.isfinite(value) else None for value in values]

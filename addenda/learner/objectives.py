@@ -32,11 +32,22 @@ def loss(
     label_smoothing: float = 0.0,
     class_weights: ClassWeights | None = None,
 ) -> Float[Tensor, "*S"]:
-    """The mean over images of the loss of each candidate.
+    """The mean over images of the loss of each candidate: see `losses`."""
+    return losses(logits, targets, objective, label_smoothing, class_weights).mean(-1)
+
+
+def losses(
+    logits: Float[Tensor, "*S N C"],
+    targets: Targets,
+    objective: str,
+    label_smoothing: float = 0.0,
+    class_weights: ClassWeights | None = None,
+) -> Float[Tensor, "*S N"]:
+    """The loss of each candidate on each image.
 
     An image's multi-label loss is the sum over its labels, not the mean: each head row's gradient, and the weight of a
     penalty beside it, are then those of the cross-entropy, whatever the number of labels. Weights do not change what is
-    divided by, as they do in torch's mean: it is the number of images.
+    divided by in the mean, as they do in torch's: it is the number of images.
 
     Args:
         logits: of one candidate, or of several stacked.
@@ -49,11 +60,11 @@ def loss(
         flat = logits.reshape(-1, logits.shape[-1])
         classes = targets.expand(logits.shape[:-1]).reshape(-1)
         each = F.cross_entropy(flat, classes, class_weights, reduction="none", label_smoothing=label_smoothing)
-        return each.view(logits.shape[:-1]).mean(-1)
+        return each.view(logits.shape[:-1])
     truth = targets.to(logits.dtype)
     smooth = truth * (1 - label_smoothing) + label_smoothing / 2
     if class_weights is None:
         class_weights = logits.new_ones(2, logits.shape[-1])
     absent, present = class_weights
     answers: Tensor = -present * smooth * F.logsigmoid(logits) - absent * (1 - smooth) * F.logsigmoid(-logits)
-    return answers.sum(-1).mean(-1)
+    return answers.sum(-1)

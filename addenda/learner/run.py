@@ -1,0 +1,246 @@
+"""One learning run, from activations to a task: candidates are swept, validation chooses, all images refit."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from addenda.backbones import FrozenBackbone, KeyValue
+from addenda.combined import TileStore
+from addenda.exceptions import TrainingError
+from addenda.learner.activations import Activations
+from addenda.learner.calibration import fit_temperature
+from addenda.learner.candidates import Candidate, Tensors, as_fields, silenced
+from addenda.learner.checkpoint import Checkpoint
+from addenda.learner.config import LearnConfig
+from addenda.learner.extension import promising
+from addenda.learner.metrics import score
+from addenda.learner.objectives import losses
+from addenda.learner.reading import Report
+from addenda.learner.regression import choose_strength, fit_regression
+from addenda.learner.splitting import split
+from addenda.learner.training import Epoch, OnEpoch, Trainer
+from addenda.registry import Task, digest
+
+RIVAL = "logistic regression"
+"""What the rival is called beside the task; no task can have this name."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What came of training all candidates with one set of tasks to extend.
+
+    Attributes:
+        parents: the tasks that they extend.
+        trainer: what trained them.
+        candidates: all of them.
+        history: every epoch.
+        chosen: the best by validation; None where the regression is better.
+        losses: of the best on each validation image; the regression's where that is better.
+    """
+
+    parents: tuple[Task, ...]
+    trainer: Trainer
+    candidates: list[Candidate]
+    history: list[Epoch]
+    chosen: Candidate | None
+    losses: Float[Tensor, " V"]
+
+
+class Run:
+    """One learning run.
+
+    Args:
+        name: the task's name.
+        labels: its classes.
+        activations: of all its images.
+        config: the settings.
+        checkpoint: where each epoch is noted.
+        on_epoch: called after each epoch.
+        report: told of the progress.
+
+    Attributes:
+        rival: the logistic regression on the same images, as a task.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        labels: tuple[str, ...],
+        activations: Activations,
+        config: LearnConfig,
+        checkpoint: Checkpoint,
+        on_epoch: OnEpoch | None = None,
+        report: Report | None = None,
+    ) -> None:
+        self._name, self._labels, self._activations, self._config = name, labels, activations, config
+        self._checkpoint, self._on_epoch, self._report = checkpoint, on_epoch, report
+        self._backbone, self._objective = activations.backbone, activations.objective
+        pooled, targets = activations.pooled, activations.targets
+        self._train, self._validation = split(targets, len(labels), config.validation_fraction, config.first_seed)
+        self._truth = targets[self._validation]
+        self._strength = choose_strength(pooled, targets, config.first_seed)
+        self._fitted = fit_regression(pooled[self._train], targets[self._train], self._strength)
+        self._last = fit_regression(pooled, targets, self._strength) if config.refit else self._fitted
+        logits = F.linear(pooled[self._validation], self._fitted.weight, self._fitted.bias)
+        self._rival_losses = losses(logits, self._truth, self._objective)
+        temperature, self._rival_scores = self._judge(logits)
+        self.rival = Task(
+            name=RIVAL,
+            backbone=self._backbone.fingerprint,
+            labels=labels,
+            objective=self._objective,
+            temperature=temperature,
+            config=config.to_json(),
+            head_weight=self._last.weight,
+            head_bias=self._last.bias,
+        )
+
+    def task(self, parents: tuple[Task, ...], pool: Sequence[Task] | None = None) -> Task:
+        """Learns the task, with what was measured on the validation part.
+
+        Args:
+            parents: the tasks to extend, which the activations hold; with a pool, none.
+            pool: tasks of which it may extend those that help; None where `parents` are all.
+
+        Raises:
+            TrainingError: no candidate stayed finite.
+        """
+        metrics: dict[str, Any] = {
+            "regression": {"strength": self._strength, "validation": self._rival_scores},
+            "validation": self._rival_scores,
+        }
+        if self._config.head_only:
+            return replace(self.rival, name=self._name, metrics=metrics)
+        best = self._sweep(self._activations, parents)
+        if pool is not None:
+            best, metrics["extensions"] = self._extend(best, pool)
+        metrics |= _record(best)
+        tensors = silenced(self._backbone, self._last, self._config.candidates[0], self._config.memory_std)
+        temperature = self.rival.temperature
+        if best.chosen is not None:
+            tensors = best.chosen.best.tensors
+            temperature, metrics["validation"] = self._judge(best.trainer.logits(tensors, self._validation))
+            if self._config.refit:
+                tensors = self._refit(best, best.chosen)
+        whole = replace(
+            self.rival, name=self._name, parents=best.parents, temperature=temperature, metrics=metrics
+        )  # fmt: skip
+        return replace(whole, **as_fields(tensors))
+
+    def _judge(self, logits: Tensor) -> tuple[float, dict[str, Any]]:
+        """The temperature that validation logits ask for, and their scores under it."""
+        calibrate = self._config.calibrate
+        temperature = fit_temperature(logits, self._truth, self._objective) if calibrate else 1.0
+        return temperature, score(logits / temperature, self._truth, self._labels, self._objective)
+
+    def _sweep(self, activations: Activations, parents: tuple[Task, ...]) -> Sweep:
+        """Trains all candidates on the training part, with some tasks to extend, and lets validation choose."""
+        config = self._config
+        what = f" beside {', '.join(parent.ref for parent in parents)}" if parents else ""
+
+        def step(done: int, total: int, standing: str) -> None:
+            if self._report is not None:
+                self._report(f"training{what}, {standing}", done, total)
+
+        checkpoint = self._checkpoint.within(digest(" ".join(parent.sha256 for parent in parents).encode())[:16])
+        trainer = Trainer(activations, parent_memory(self._backbone, parents), config, checkpoint, step)
+        candidates, history = trainer.run(
+            self._fitted, config.candidates, self._train, self._validation, config.epochs, self._on_epoch, "sweep"
+        )
+        for candidate in candidates:
+            if candidate.stopped == "diverged":
+                log.warning("A candidate's loss became infinite or NaN and it is dropped: %s.", candidate.settings)
+        reached = [candidate for candidate in candidates if candidate.best.epoch]
+        if not reached:
+            raise TrainingError("Every candidate's loss became infinite or NaN. Try smaller learning rates.")
+
+        def validation_losses(candidate: Candidate) -> Tensor:
+            return losses(trainer.logits(candidate.best.tensors, self._validation), self._truth, self._objective)
+
+        chosen = min(reached, key=lambda candidate: candidate.best.loss)
+        lean = [candidate for candidate in reached if not candidate.settings.adapter_rank]
+        if config.adapter_rank == "auto" and chosen not in lean and lean:
+            leanest = min(lean, key=lambda candidate: candidate.best.loss)
+            if not pays(validation_losses(chosen), validation_losses(leanest)):
+                chosen = leanest
+        if config.fall_back and chosen.best.loss >= self._rival_losses.mean().item():
+            return Sweep(parents, trainer, candidates, history, None, self._rival_losses)
+        return Sweep(parents, trainer, candidates, history, chosen, validation_losses(chosen))
+
+    def _extend(self, best: Sweep, pool: Sequence[Task]) -> tuple[Sweep, list[dict[str, Any]]]:
+        """Tries the most promising tasks of a pool one after another, and keeps those that pay; with what was tried."""
+        tried = []
+        ranked = promising(self._activations, pool, self._fitted, self._train, self._validation)
+        for task in ranked:
+            parents = (*best.parents, task)
+            found = self._sweep(self._activations.seeing(family(parents), self._report), parents)
+            taken = found.chosen is not None and pays(found.losses, best.losses)
+            tried.append({"task": task.ref, "validation_loss": found.losses.mean().item(), "taken": taken})
+            best = found if taken else best
+        return best, tried
+
+    def _refit(self, sweep: Sweep, chosen: Candidate) -> Tensors:
+        """The winner, trained again on training and validation images together, as long as it was best for."""
+        everything, nothing = torch.arange(len(self._activations)), torch.empty(0, dtype=torch.long)
+        (refitted,), _ = sweep.trainer.run(
+            self._last, [chosen.settings], everything, nothing, chosen.best.epoch, self._on_epoch, "refit"
+        )
+        return chosen.best.tensors if refitted.stopped else refitted.best.tensors
+
+
+def pays(dear: Float[Tensor, " N"], cheap: Float[Tensor, " N"]) -> bool:
+    """Whether what costs more is better by more than a standard error: of the mean difference between their losses."""
+    gain = cheap - dear
+    return len(gain) > 1 and bool(gain.mean() > gain.std() / math.sqrt(len(gain)))
+
+
+def family(parents: Sequence[Task]) -> list[Task]:
+    """All that a task with these parents sees."""
+    seen = {task.sha256: task for parent in parents for task in (*parent.closure, parent)}
+    return list(seen.values())
+
+
+def parent_memory(backbone: FrozenBackbone, parents: Sequence[Task]) -> list[KeyValue]:
+    """For each layer the memory keys and values of all that a task would see, [1, H, m, d]."""
+    store = TileStore(backbone)
+    layers = zip(*(store.memory(task) for task in family(parents) if task.num_memory_tokens), strict=True)
+    return [KeyValue(*(torch.cat(parts, dim=1).unsqueeze(0) for parts in zip(*layer, strict=True))) for layer in layers]
+
+
+def _record(sweep: Sweep) -> dict[str, Any]:
+    """What the task's record keeps of a sweep: each candidate at its best epoch, all losses, and what was chosen."""
+    rows = []
+    for i, candidate in enumerate(sweep.candidates):
+        best = candidate.best
+        rows.append(
+            candidate.settings._asdict()
+            | {
+                "epoch": best.epoch,
+                "validation_loss": best.loss if best.epoch else None,
+                "validation_accuracy": sweep.history[best.epoch - 1].validation_accuracy[i] if best.epoch else None,
+                "stopped": candidate.stopped,
+            }
+        )
+    curves = [
+        {"train_loss": _finite(epoch.train_loss), "validation_loss": _finite(epoch.validation_loss)}
+        for epoch in sweep.history
+    ]
+    chosen = sweep.chosen
+    picked = None if chosen is None else chosen.settings._asdict() | {"epoch": chosen.best.epoch}
+    return {"candidates": rows, "curves": curves, "chosen": picked}
+
+
+def _finite(values: Sequence[float]) -> list[float | None]:
+    """A candidate that trains no more, or has diverged, has no loss."""
+    return [value if math.isfinite(value) else None for value in values]
