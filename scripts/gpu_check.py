@@ -29,7 +29,7 @@ def learning(name: str, device: str, num_images: int = 1024) -> str:
     images = torch.randn(num_images, 3, height, width) + targets[:, None, None, None]
     ends: list[float] = []
     with tempfile.TemporaryDirectory() as folder, Registry.open(f"{folder}/tasks.db") as registry:
-        config = LearnConfig(epochs=5, refit=False, learning_rate=(0.3,))
+        config = LearnConfig(optimizer="sgd", epochs=5, refit=False, learning_rate=(0.3,))
         start = time.perf_counter()
         Learner(backbone, registry).learn(
             "task",

@@ -21,7 +21,7 @@ from tests.models import backbone, images, lively_vit
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Avalanche and what it imports warn while they load
 
-QUICK = LearnConfig(epochs=1, learning_rate=(0.1,), num_memory_tokens=2, fall_back=False)
+QUICK = LearnConfig(optimizer="sgd", epochs=1, learning_rate=(0.1,), num_memory_tokens=2, fall_back=False)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from addenda.learner.data import check_same_labels, has_test_part, open_images
 from addenda.learner.labelled import LabelledImages, check_learnable
 from tests.images import colour_folder
 
-QUICK = LearnConfig(epochs=1, learning_rate=(0.1,))
+QUICK = LearnConfig(optimizer="sgd", epochs=1, learning_rate=(0.1,))
 
 
 @pytest.fixture

@@ -82,7 +82,7 @@ def test_a_dictionary_of_train_and_test_is_learned_and_scored(
     data = DatasetDict({"train": dataset(folder), "test": dataset(folder, 2)})
     assert has_test_part(data)
     learner = Learner(tiny, registry)
-    task = learner.learn("colours", data, config=LearnConfig(epochs=1, learning_rate=0.1))
+    task = learner.learn("colours", data, config=LearnConfig(optimizer="sgd", epochs=1, learning_rate=0.1))
     assert task.labels == ("red", "green", "blue")
     assert (task.data["num_images"], task.metrics["test"]["num_images"]) == (24, 6)
     assert learner.evaluate("colours", data).metrics == task.metrics["test"]
@@ -93,7 +93,7 @@ def test_an_image_that_cannot_be_read_is_named_and_left_out_when_asked(
     tiny: FrozenBackbone, registry: Registry, folder: Path
 ) -> None:
     broken = dataset(folder).map(lambda row, i: {"picture": {"bytes": b"none"}} if i == 5 else {}, with_indices=True)
-    config = LearnConfig(epochs=1, learning_rate=0.1)
+    config = LearnConfig(optimizer="sgd", epochs=1, learning_rate=0.1)
     with pytest.raises(DataError, match="Image 5 of the Dataset given cannot be read"):
         Learner(tiny, registry).learn("colours", broken, config=config)
     task = Learner(tiny, registry).learn("colours", broken, config=config, skip_bad=True)

@@ -19,9 +19,10 @@ from addenda.combined import verify
 from addenda.exceptions import BackboneError, NameTakenError, RegistryError, TrainingError
 from addenda.learner import Epoch
 from addenda.learner.activations import Activations
-from addenda.learner.augmentation import Augmentation
+from addenda.learner.augmentation import DEFAULT_VIEWS, Augmentation
 from addenda.learner.cache import ActivationCache
 from addenda.learner.candidates import first_tensors, silenced
+from addenda.learner.config import DEFAULTS
 from addenda.learner.data import Data, open_images
 from addenda.learner.regression import choose_strength, fit_regression
 from addenda.learner.run import parent_memory
@@ -30,7 +31,9 @@ from addenda.learner.training import Trainer
 from tests.conftest import random_task, tiny_vit
 from tests.images import colour_folder
 
-QUICK = LearnConfig(epochs=2, learning_rate=(0.1, 0.3), batch_size=8)
+QUICK = LearnConfig(
+    optimizer="sgd", epochs=2, learning_rate=(0.1, 0.3), batch_size=8, augmentation=Augmentation(views=0)
+)
 
 
 @pytest.fixture
@@ -141,7 +144,7 @@ def test_seed_data_and_numerics_fix_the_artifact_across_processes(tiny: FrozenBa
         "from tests.conftest import tiny_vit\n"
         "from addenda import FrozenBackbone, LearnConfig, Learner, Registry\n"
         "backbone = FrozenBackbone(tiny_vit(), 'tiny', 'hub')\n"
-        "config = LearnConfig(epochs=2, learning_rate=(0.1, 0.3), seed=int(sys.argv[4]))\n"
+        "config = LearnConfig(optimizer='sgd', epochs=2, learning_rate=(0.1, 0.3), seed=int(sys.argv[4]))\n"
         "with Registry.open(sys.argv[3]) as registry:\n"
         "    print(Learner(backbone, registry).learn('colours', sys.argv[2], config=config).sha256)\n"
     )
@@ -155,7 +158,7 @@ def test_seed_data_and_numerics_fix_the_artifact_across_processes(tiny: FrozenBa
     ]  # fmt: skip
     assert digests[0] == digests[1]
     with Registry.open(tmp_path / "other.db") as registry:
-        config = LearnConfig(epochs=2, learning_rate=(0.1, 0.3), seed=1)
+        config = LearnConfig(optimizer="sgd", epochs=2, learning_rate=(0.1, 0.3), seed=1)
         assert Learner(tiny, registry).learn("colours", folder, config=config).sha256 != digests[0]
 
 
@@ -164,7 +167,7 @@ def test_training_lowers_the_loss_and_moves_every_part(tiny: FrozenBackbone) -> 
     activations = activations_of(tiny, CountingDataset(images, targets))
     rows = torch.arange(48)
     regression = fit_regression(activations.pooled, targets, 0.01)
-    config = LearnConfig(epochs=20, learning_rate=0.03, batch_size=16, patience=20)
+    config = LearnConfig(optimizer="sgd", epochs=20, learning_rate=0.03, batch_size=16, patience=20)
     trainer = Trainer(activations, [], config)
     (candidate,), history = trainer.run(regression, config.candidates, rows, rows, 20, None, "sweep")
     start = first_tensors(tiny, regression, candidate.settings, config.memory_std)
@@ -179,11 +182,11 @@ def test_where_the_regression_is_better_the_token_is_silenced_unless_told_not_to
     images, targets = noise(48)
     images[:, 0] += 20 * targets[:, None, None]  # plain to see for the regression; one bad epoch cannot beat it
     learner = Learner(tiny, registry)
-    config = LearnConfig(epochs=1, learning_rate=(1.0,), refit=False)
+    config = LearnConfig(optimizer="sgd", epochs=1, learning_rate=(1.0,), refit=False)
     silenced = learner.learn("silenced", CountingDataset(images, targets), config=config)
     assert silenced.metrics["chosen"] is None
     assert not silenced.head_weight.any()
-    config = LearnConfig(epochs=1, learning_rate=(1.0,), refit=False, fall_back=False)
+    config = LearnConfig(optimizer="sgd", epochs=1, learning_rate=(1.0,), refit=False, fall_back=False)
     kept = learner.learn("kept", CountingDataset(images, targets), config=config)
     assert (kept.metrics["chosen"]["learning_rate"], kept.metrics["chosen"]["epoch"]) == (1.0, 1)
     assert kept.head_weight.any()
@@ -219,7 +222,7 @@ def test_the_training_stream_is_the_combined_models_stream(tiny: FrozenBackbone)
 
 def test_an_extension_names_what_it_extends_and_stays_exact(learner: Learner, colours: Path) -> None:
     parent = learner.learn("parent", colours, config=QUICK)
-    config = LearnConfig(epochs=1, learning_rate=(0.1,), extends=("parent",), num_memory_tokens=0)
+    config = LearnConfig(optimizer="sgd", epochs=1, learning_rate=(0.1,), extends=("parent",), num_memory_tokens=0)
     child = learner.learn("child", colours, config=config)
     assert child.extends == ("parent:1",)
     images = noise(5)[0]
@@ -231,9 +234,11 @@ def test_an_extension_names_what_it_extends_and_stays_exact(learner: Learner, co
 
 def test_two_versions_of_one_name_can_both_be_extended(learner: Learner, colours: Path) -> None:
     for seed in (0, 1):
-        config = LearnConfig(epochs=1, learning_rate=(0.1,), seed=seed, fall_back=False)
+        config = LearnConfig(optimizer="sgd", epochs=1, learning_rate=(0.1,), seed=seed, fall_back=False)
         learner.learn("parent", colours, config=config, new_version=seed > 0)
-    config = LearnConfig(epochs=1, learning_rate=(0.1,), extends=("parent:1", "parent:2"), fall_back=False)
+    config = LearnConfig(
+        optimizer="sgd", epochs=1, learning_rate=(0.1,), extends=("parent:1", "parent:2"), fall_back=False
+    )
     assert learner.learn("child", colours, config=config).extends == ("parent:1", "parent:2")
     assert learner.evaluate("child", colours).metrics["num_images"] == 12
 
@@ -282,13 +287,13 @@ def test_refit_learns_from_the_validation_images_too(tiny: FrozenBackbone, colou
     shas = set()
     for refit in (True, False):
         with Registry.open(tmp_path / f"{refit}.db") as registry:
-            config = LearnConfig(epochs=1, learning_rate=(0.1,), refit=refit)
+            config = LearnConfig(optimizer="sgd", epochs=1, learning_rate=(0.1,), refit=refit)
             shas.add(Learner(tiny, registry).learn("colours", colours, config=config).sha256)
     assert len(shas) == 2
 
 
 def test_all_candidates_lost_is_a_clear_failure(learner: Learner, colours: Path) -> None:
-    config = LearnConfig(epochs=1, learning_rate=(1e30,), head_learning_rate=1e30, warmup_steps=0)
+    config = LearnConfig(optimizer="sgd", epochs=1, learning_rate=(1e30,), head_learning_rate=1e30, warmup_steps=0)
     with pytest.raises(TrainingError, match="Every candidate's loss became infinite or NaN"):
         learner.learn("colours", colours, config=config)
     assert learner.registry.tasks() == []
@@ -303,6 +308,35 @@ def test_candidates_that_stop_or_diverge_are_in_the_record(learner: Learner, col
     assert stopped[2] == "diverged"
     assert "no better" in stopped
     assert metrics["curves"][-1]["train_loss"][2] is None
+
+
+def test_images_are_varied_unless_they_are_ready_tensors_or_only_the_head_is_learned(
+    learner: Learner, colours: Path
+) -> None:
+    quick = {"epochs": 1, "learning_rate": 0.001}
+    views = {}
+    for name, data, settings in (
+        ("files", colours, quick),
+        ("tensors", CountingDataset(*noise()), quick),
+        ("head", colours, quick | {"head_only": True}),
+        ("asked", colours, quick | {"augmentation": {"views": 1}}),
+    ):
+        task = learner.learn(name, data, config=LearnConfig.parse(settings))
+        views[name] = task.config["augmentation"]["views"]
+    assert views == {"files": DEFAULT_VIEWS, "tensors": 0, "head": 0, "asked": 1}
+
+
+def test_each_optimiser_has_learning_rates_of_its_own() -> None:
+    for optimizer, rates in DEFAULTS.items():
+        config = LearnConfig.parse({"optimizer": optimizer})
+        assert (config.learning_rate, config.head_learning_rate, config.weight_decay) == (
+            rates.token, rates.head, rates.decay,
+        )  # fmt: skip
+    assert LearnConfig(optimizer="sgd", learning_rate=0.2).learning_rate == 0.2
+    with pytest.raises(TrainingError) as caught:
+        LearnConfig.parse({"optimizer": "adam"})
+    assert str(caught.value).count("optimizer") == 1
+    assert "learning_rate" not in str(caught.value)  # its default follows from the optimiser: no second mistake
 
 
 def test_an_evaluation_is_recorded(learner: Learner, colours: Path) -> None:

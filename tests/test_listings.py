@@ -130,7 +130,7 @@ def test_a_task_is_learned_and_scored_from_one_listing(tiny: FrozenBackbone, reg
     ]
     file = write_csv(folder, rows)
     learner = Learner(tiny, registry)
-    task = learner.learn("colours", file, config=LearnConfig(epochs=1, learning_rate=0.1))
+    task = learner.learn("colours", file, config=LearnConfig(optimizer="sgd", epochs=1, learning_rate=0.1))
     assert task.labels == ("blue", "green", "red")
     assert (task.data["num_images"], task.metrics["test"]["num_images"]) == (18, 6)
     assert learner.evaluate("colours", file).metrics == task.metrics["test"]

@@ -27,7 +27,7 @@ def subset(name: str, folder: Path, per_class: int, part: str) -> Path:
 
 def test_two_real_tasks_are_learned_kept_and_answered_bit_for_bit(tmp_path: Path) -> None:
     backbone = load_backbone("vit_tiny_patch16_224", WEIGHTS, mean=(0.5,) * 3, std=(0.5,) * 3, device="cpu")
-    config = LearnConfig(epochs=3, learning_rate=(0.3,), fall_back=False)
+    config = LearnConfig(optimizer="sgd", epochs=3, learning_rate=(0.3,), fall_back=False)
     with Registry.open(tmp_path / "tasks.db") as registry:
         learner = Learner(backbone, registry)
         for name in ("pacs_sketch", "mnist"):

@@ -93,7 +93,7 @@ def test_extends_auto_takes_nothing_where_nothing_is_registered_or_helps(
     images, targets = noise(48)
     images[:, 0] += 20 * targets[:, None, None]  # plain to see without any other task
     learner = Learner(tiny, registry)
-    config = LearnConfig(epochs=1, extends="auto", learning_rate=0.1)
+    config = LearnConfig(optimizer="sgd", epochs=1, extends="auto", learning_rate=0.1)
     first = learner.learn("first", CountingDataset(images, targets), config=config)
     assert (first.extends, first.metrics["extensions"]) == ((), [])
     keep(registry, tiny, random_task(tiny, "other", seed=10))
@@ -108,7 +108,9 @@ def test_extends_auto_takes_nothing_where_nothing_is_registered_or_helps(
 def test_adapter_rank_auto_tries_adapters_beside_none(
     tiny: FrozenBackbone, registry: Registry, fall_back: bool
 ) -> None:
-    config = LearnConfig(epochs=2, batch_size=16, adapter_rank="auto", learning_rate=0.1, fall_back=fall_back)
+    config = LearnConfig(
+        optimizer="sgd", epochs=2, batch_size=16, adapter_rank="auto", learning_rate=0.1, fall_back=fall_back
+    )
     task = Learner(tiny, registry).learn("new", CountingDataset(*noise(48)), config=config)
     assert {row["adapter_rank"] for row in task.metrics["candidates"]} == {0, AUTO_RANK}
     chosen = task.metrics["chosen"]
@@ -126,6 +128,6 @@ def test_what_costs_more_must_be_better_by_more_than_chance() -> None:
 def test_a_silenced_token_carries_no_adapters(tiny: FrozenBackbone, registry: Registry) -> None:
     images, targets = noise(48)
     images[:, 0] += 20 * targets[:, None, None]
-    config = LearnConfig(epochs=1, learning_rate=1.0, adapter_rank=4)
+    config = LearnConfig(optimizer="sgd", epochs=1, learning_rate=1.0, adapter_rank=4)
     task = Learner(tiny, registry).learn("new", CountingDataset(images, targets), config=config)
     assert (task.metrics["chosen"], task.adapters) == (None, None)

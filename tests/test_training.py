@@ -14,7 +14,7 @@ from addenda.learner.regression import Regression, fit_regression
 from addenda.learner.training import Epoch, Trainer
 from tests.test_learner import noise
 
-SWEEP = LearnConfig(
+SWEEP = LearnConfig(optimizer="sgd",
     epochs=3, batch_size=16, learning_rate=(0.03, 0.3), num_memory_tokens=(0, 5), weight_decay=(0.0, 0.1),
     adapter_rank=(0, 3), seed=(0, 1),
 )  # fmt: skip
@@ -87,7 +87,7 @@ def test_a_candidate_that_diverges_is_dropped_and_the_others_go_on(learned: tupl
 
 
 def test_a_candidate_stops_when_it_gets_no_better(learned: tuple[Activations, Regression]) -> None:
-    config = LearnConfig(epochs=30, batch_size=16, learning_rate=(0.01, 3.0), patience=2)
+    config = LearnConfig(optimizer="sgd", epochs=30, batch_size=16, learning_rate=(0.01, 3.0), patience=2)
     candidates, history, _ = run(learned, config)
     stopped = [c for c in candidates if c.stopped == "no better"]
     assert stopped

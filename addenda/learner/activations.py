@@ -120,7 +120,7 @@ class Activations:
         self._images, self._augmentation = images, augmentation
         self._digests = digests or [images.digest(index) for index in range(len(images))]
         self._micro_batch = micro_batch(backbone.device)
-        rows = range(len(images) * (1 + augmentation.views))
+        rows = range(len(images) * (1 + augmentation.num_views))
         self._place, self._store = self._open(cache, rows)
         self._pooled = torch.zeros(len(rows), backbone.embed_dim)
         bad = self._fill(rows, skip_bad, report)
@@ -224,7 +224,7 @@ class Activations:
         row_bytes = 2 * torch.Size(self._shape).numel() + 4 * self.backbone.embed_dim
         capacity = cache.capacity(row_bytes, len(unique))
         whole, held = len(unique) * row_bytes / 1e9, capacity * row_bytes / 1e9
-        views = f", {1 + self._augmentation.views} views of each," if self._augmentation.views else ""
+        views = f", {1 + self._augmentation.num_views} views of each," if self._augmentation.num_views else ""
         log.info(
             "Activations of %d images%s take %.2f GB; %s.", len(self._images), views, whole,
             f"they are kept in {cache.folder}" if capacity == len(unique)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any
 
 import numpy as np
@@ -15,16 +16,19 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
+DEFAULT_VIEWS = 3
+
 Share = Annotated[float, Field(gt=0, le=1)]
 Ratio = Annotated[float, Field(gt=0)]
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Augmentation:
-    """How the training images are varied; `views` = 0 takes them as they are.
+    """How the training images are varied.
 
     Attributes:
-        views: random views of each image, kept beside the plain one and drawn from in every epoch.
+        views: random views of each image, kept beside the plain one and drawn from in every epoch; 0 takes images as
+            they are. None means DEFAULT_VIEWS; of ready tensors, which cannot be varied, none.
         fresh: a new view for each epoch instead, computed anew every time: as many passes over the images as epochs.
         scale: smallest and largest share of the area that a random crop keeps.
         ratio: smallest and largest aspect ratio of it.
@@ -32,7 +36,7 @@ class Augmentation:
         color_jitter: brightness, contrast and saturation each by a factor of 1 ± this.
     """
 
-    views: Annotated[int, Field(ge=0, le=64)] = 0
+    views: Annotated[int, Field(ge=0, le=64)] | None = None
     fresh: bool = False
     scale: tuple[Share, Share] = (0.5, 1.0)
     ratio: tuple[Ratio, Ratio] = (3 / 4, 4 / 3)
@@ -40,9 +44,15 @@ class Augmentation:
     color_jitter: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     @property
-    def varies(self) -> bool:
-        """Whether there is anything to do."""
-        return self.views > 0 or self.fresh
+    def num_views(self) -> int:
+        """Random views that are kept of each image."""
+        return self.views or 0
+
+    def resolved(self, variable: bool) -> Augmentation:
+        """With the number of views settled, for images that can be varied or that cannot."""
+        if self.views is not None:
+            return self
+        return replace(self, views=DEFAULT_VIEWS if variable and not self.fresh else 0)
 
 
 def augment(

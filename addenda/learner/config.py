@@ -22,6 +22,21 @@ AUTO_RANK = 8
 """The rank of adapters that `adapter_rank="auto"` tries."""
 
 
+class Rates(NamedTuple):
+    """One optimiser's learning rates, for token and memory, for adapters and for the head, and its weight decay."""
+
+    token: tuple[float, ...]
+    adapters: tuple[float, ...]
+    head: float
+    decay: float
+
+
+DEFAULTS = {
+    "adamw": Rates(token=(0.001, 0.003), adapters=(0.001, 0.002), head=0.001, decay=0.05),
+    "sgd": Rates(token=(0.1, 0.3, 1.0), adapters=(0.1, 0.3), head=0.003, decay=0.0),
+}
+
+
 class Settings(NamedTuple):
     """What one candidate is trained with, of what a sweep can vary."""
 
@@ -35,12 +50,13 @@ class Settings(NamedTuple):
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class LearnConfig:
-    """Settings of one learning run. The optimiser's defaults are the paper's; its learning rates are not published.
+    """Settings of one learning run; docs/results.md has the measurements that chose the defaults.
 
     Settings of type OneOrMore take one value or several. All combinations are trained side by side, and validation
-    picks the best.
+    picks the best. Learning rates and weight decay have defaults for each optimiser; the paper publishes none.
 
     Attributes:
+        optimizer: `"adamw"`, or `"sgd"` with momentum (the paper).
         num_memory_tokens: m, memory tokens of each layer; 0 leaves the class token alone.
         head_only: no token at all: the task is the logistic regression on the backbone's own feature.
         extends: references of registered tasks whose tokens and memory this one sees; `"auto"` tries those that look
@@ -51,9 +67,8 @@ class LearnConfig:
         batch_size: images in an optimiser step.
         learning_rate: for the token and the memory, at its highest.
         adapter_learning_rate: for the adapters, at its highest.
-        weight_decay: of token, memory and adapters; the head has the regression's own penalty instead.
         head_learning_rate: for the head, the same in all candidates.
-        optimizer: `"sgd"` with momentum (the paper) or `"adamw"`.
+        weight_decay: of token, memory and adapters; the head has the regression's own penalty instead.
         momentum: of SGD.
         label_smoothing: share of each target that all classes get alike.
         class_weights: `"balanced"` gives each class's images the same sum of weights.
@@ -71,24 +86,28 @@ class LearnConfig:
             order for all.
     """
 
+    optimizer: Literal["adamw", "sgd"] = "adamw"
     num_memory_tokens: OneOrMore[Annotated[int, Field(ge=0, le=1024)]] = 5
     head_only: bool = False
     adapter_rank: OneOrMore[Annotated[int, Field(ge=0, le=256)]] | Literal["auto"] = 0
     extends: tuple[str, ...] | Literal["auto"] = ()
-    epochs: Annotated[int, Field(ge=1)] = 15
+    epochs: Annotated[int, Field(ge=1)] = 30
     batch_size: Annotated[int, Field(ge=1)] = 64
-    learning_rate: OneOrMore[Positive] = (0.1, 0.3, 1.0)
-    adapter_learning_rate: OneOrMore[Positive] = 0.1
-    weight_decay: OneOrMore[Annotated[float, Field(ge=0)]] = 0.0
-    head_learning_rate: Positive = 0.003
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    learning_rate: OneOrMore[Positive] = Field(default_factory=lambda given: DEFAULTS[given["optimizer"]].token)
+    adapter_learning_rate: OneOrMore[Positive] = Field(
+        default_factory=lambda given: DEFAULTS[given["optimizer"]].adapters
+    )
+    head_learning_rate: Positive = Field(default_factory=lambda given: DEFAULTS[given["optimizer"]].head)
+    weight_decay: OneOrMore[Annotated[float, Field(ge=0)]] = Field(
+        default_factory=lambda given: DEFAULTS[given["optimizer"]].decay
+    )
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     class_weights: Literal["none", "balanced"] = "none"
     clip_norm: Positive = 1.0
     warmup_steps: Annotated[int, Field(ge=0)] = 5
     memory_std: Annotated[float, Field(ge=0)] = 0.02
-    patience: Annotated[int, Field(ge=1)] = 5
+    patience: Annotated[int, Field(ge=1)] = 8
     augmentation: Augmentation = field(default_factory=Augmentation)
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
     calibrate: bool = True
@@ -138,7 +157,8 @@ class LearnConfig:
         try:
             return TypeAdapter(cls).validate_python(dict(values))
         except ValidationError as error:
-            problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            found = [e for e in error.errors() if e["type"] != "default_factory_not_called"]  # those follow from others
+            problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in found)
             raise TrainingError(f"The configuration is not valid: {problems}.") from error
 
     def to_json(self) -> dict[str, Any]:

@@ -74,6 +74,12 @@ class LabelledImages:
         return "single-label" if self.targets.ndim == 1 else "multi-label"
 
     @property
+    def can_vary(self) -> bool:
+        """Whether random views can be made: of image files and PIL images, not of ready tensors."""
+        item = self.items[0]
+        return isinstance(item, Path | EncodedImage) or isinstance(item[0], Image.Image)
+
+    @property
     def counts(self) -> list[int]:
         """How many images have each label."""
         counts: list[int] = label_counts(self.targets, len(self.labels)).tolist()

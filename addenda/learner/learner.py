@@ -96,6 +96,8 @@ class Learner:
         pool = [task for task in self.registry.load(self.backbone) if task.class_token is not None] if auto else None
         images = open_images(train)
         check_learnable(images)
+        varied = config.augmentation.resolved(images.can_vary and not config.head_only)
+        config = replace(config, augmentation=varied)
         test = train if test is None and has_test_part(train) else test
         test_images = (
             None if test is None else check_same_labels(images.labels, open_images(test, "test"), images.objective)

@@ -176,8 +176,8 @@ class Trainer:
         order = train[torch.randperm(len(train), generator=random)]
         how = self._config.augmentation
         if how.fresh:
-            return order, torch.full_like(order, how.views + epoch)
-        return order, torch.randint(1 + how.views, (len(order),), generator=random)
+            return order, torch.full_like(order, how.num_views + epoch)
+        return order, torch.randint(1 + how.num_views, (len(order),), generator=random)
 
     def _gradients(
         self, group: Sequence[Candidate], batch: Batch, targets: Tensor, penalty: float
