@@ -20,7 +20,7 @@ from addenda.learner.calibration import fit_temperature
 from addenda.learner.candidates import Candidate, as_fields, silenced
 from addenda.learner.checkpoint import Checkpoint
 from addenda.learner.config import LearnConfig
-from addenda.learner.data import Data, LabelledImages, check_learnable, check_same_labels, has_test_part, open_images
+from addenda.learner.data import Data, LabelledImages, check_learnable, check_same_labels, open_images, open_parts
 from addenda.learner.metrics import score
 from addenda.learner.objectives import loss
 from addenda.learner.reading import Report, read_in_batches
@@ -101,13 +101,7 @@ class Learner:
         for parent in parents:
             if parent.class_token is None:
                 raise RegistryError(f"Task {parent.ref!r} is head-only: it has no token that {name!r} could see.")
-        images = open_images(train)
-        check_learnable(images)
-        test = train if test is None and has_test_part(train) else test
-        test_images = (
-            None if test is None else check_same_labels(images.labels, open_images(test, "test"), images.objective)
-        )
-
+        images, test_images = open_parts(train, test)
         digests = [images.digest(index) for index in range(len(images))]
         fingerprint = images.fingerprint(digests)
         run = {
