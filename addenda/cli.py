@@ -15,7 +15,7 @@ from addenda import __version__
 from addenda.exceptions import AddendaError, BackboneError, DataError, IntegrityError, RegistryError
 
 if TYPE_CHECKING:
-    from addenda import FrozenBackbone, Registry
+    from addenda import FrozenBackbone, LearnConfig, Registry, Task
     from addenda.registry import TaskRecord
 
 app = typer.Typer(
@@ -48,6 +48,11 @@ StdOption = Annotated[str | None, typer.Option("--std", help="Normalisation: one
 PrecisionOption = Annotated[str | None, typer.Option("--precision", help="float32 (default) or bfloat16.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, or auto.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+CacheOption = Annotated[
+    float | None,
+    typer.Option(help="Most that kept activations take on disk; 0 keeps none. Default: half of what is free."),
+]
+NewVersionOption = Annotated[bool, typer.Option("--new-version", help="Add a version to a name already taken.")]
 SkipBadOption = Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be read.")]
 DEFAULT_REGISTRY = "addenda.db"
 
@@ -63,28 +68,52 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 @app.command()
 def learn(
     name: Annotated[str, typer.Argument(help="What to call the task.")],
-    data: Annotated[Path, typer.Argument(help="A folder of class folders, or one with train/ and test/ in it.")],
-    test: Annotated[Path | None, typer.Option(help="Test images, scored once. Default: test/ beside train/.")] = None,
+    data: Annotated[
+        Path,
+        typer.Argument(
+            help="A folder of class folders, or a .csv or .parquet listing with the columns path and label (or labels, "
+            "any number of them). A folder may hold train/ and test/, a listing a column split."
+        ),
+    ],
+    test: Annotated[
+        Path | None, typer.Option(help="Test images, scored once: a folder or listing. Default: the test part of DATA.")
+    ] = None,
     memory: Annotated[
         list[int] | None, typer.Option(help="Memory tokens in each layer, to try; may be given again.")
     ] = None,
     head_only: Annotated[bool | None, typer.Option("--head-only", help="No token: the regression alone.")] = None,
-    extends: Annotated[list[str] | None, typer.Option(help="A task to extend; may be given again.")] = None,
+    adapter_rank: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Rank of the task's own low-rank updates, to try; may be given again. 'auto' takes them where "
+            "validation says they pay. Default: none."
+        ),
+    ] = None,
+    adapter_lr: Annotated[
+        list[float] | None, typer.Option(help="A learning rate of the adapters to try; may be given again.")
+    ] = None,
+    extends: Annotated[
+        list[str] | None,
+        typer.Option(help="A task to extend; may be given again. 'auto' takes those that help, or none."),
+    ] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training images, at most.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images in an optimiser step.")] = None,
     lr: Annotated[list[float] | None, typer.Option(help="A learning rate to try; may be given again.")] = None,
     weight_decay: Annotated[list[float] | None, typer.Option(help="A weight decay to try; may be given again.")] = None,
     optimizer: Annotated[str | None, typer.Option(help="sgd (the paper) or adamw.")] = None,
+    label_smoothing: Annotated[
+        float | None, typer.Option(help="Share of each target that all classes get alike; below 1.")
+    ] = None,
+    class_weights: Annotated[
+        str | None, typer.Option(help="none, or balanced: each class's images weigh as much together as any other's.")
+    ] = None,
     refit: Annotated[bool | None, typer.Option("--refit/--no-refit", help="Train the winner on all images.")] = None,
     views: Annotated[int | None, typer.Option(help="Random views of each image to learn from; 0: as it is.")] = None,
     fresh: Annotated[bool | None, typer.Option("--fresh", help="New views in each epoch, none kept: slow.")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Seed of split, memory and order; more to try more.")] = None,
-    cache_gb: Annotated[
-        float | None,
-        typer.Option(help="Most that kept activations take on disk; 0 keeps none. Default: half of what is free."),
-    ] = None,
+    cache_gb: CacheOption = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings; options given here win.")] = None,
-    new_version: Annotated[bool, typer.Option("--new-version", help="Add a version to a name already taken.")] = False,
+    new_version: NewVersionOption = False,
     skip_bad: SkipBadOption = False,
     registry: RegistryOption = DEFAULT_REGISTRY,
     backbone: BackboneOption = None,
@@ -102,15 +131,18 @@ def learn(
     from addenda.terminal import console, print_json, progress, show_log
 
     given = {
-        "num_memory_tokens": memory, "head_only": head_only, "extends": extends, "epochs": epochs, "seed": seed,
-        "batch_size": batch_size, "learning_rate": lr, "optimizer": optimizer, "refit": refit,
-        "weight_decay": weight_decay,
+        "num_memory_tokens": _single(memory), "head_only": head_only, "adapter_rank": _ranks(adapter_rank),
+        "adapter_learning_rate": _single(adapter_lr), "extends": extends and tuple(extends), "epochs": epochs,
+        "seed": _single(seed), "batch_size": batch_size, "learning_rate": _single(lr),
+        "weight_decay": _single(weight_decay), "optimizer": optimizer, "label_smoothing": label_smoothing,
+        "class_weights": class_weights, "refit": refit,
     }  # fmt: skip
     settings = _settings(config, given, {"views": views, "fresh": fresh})
     check_name(name)
     with Registry.open(registry) as opened:
         before = opened.generation
         loaded = _backbone_to_learn_on(opened, backbone, weights, mean, std, precision, device)
+        _print_price(loaded, [settings], quiet=as_json)
         learner = Learner(loaded, opened, ActivationCache(budget_gb=cache_gb))
         with show_log(quiet=as_json), progress(quiet=as_json) as report:
             task = learner.learn(name, data, test, settings, new_version=new_version, skip_bad=skip_bad, report=report)
@@ -123,13 +155,75 @@ def learn(
         console.print(f"{task.ref} was learned before from these images with these settings; nothing was done.")
     for path in task.data["skipped"]:
         console.print(f"left out: {path}", markup=False)
-    _show(record)
+    _show(record, task)
+
+
+@app.command("learn-many")
+def learn_many(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="YAML with tasks: a list of name, data, and where wanted test, extends and config; and, for all of "
+            "them, config. Paths are relative to the file."
+        ),
+    ],
+    new_version: NewVersionOption = False,
+    skip_bad: SkipBadOption = False,
+    cache_gb: CacheOption = None,
+    registry: RegistryOption = DEFAULT_REGISTRY,
+    backbone: BackboneOption = None,
+    weights: WeightsOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    precision: PrecisionOption = None,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Learns tasks from a file, in order; given again, it goes on where it was. Exits with 1 if one failed."""
+    from addenda import Learner, Registry
+    from addenda import learner as learning
+    from addenda.terminal import console, print_json, progress, show_log, table
+
+    with Registry.open(registry) as opened:
+        rows = learning.read_rows(file, opened)
+        loaded = _backbone_to_learn_on(opened, backbone, weights, mean, std, precision, device)
+        _print_price(loaded, [row.config for row in rows], quiet=as_json)
+        learner = Learner(loaded, opened, learning.ActivationCache(budget_gb=cache_gb))
+        with show_log(quiet=as_json), progress(quiet=as_json) as report:
+            outcomes = list(learning.learn_many(learner, rows, new_version, skip_bad, report))
+        records = [None if outcome.ref is None else opened.record(outcome.ref) for outcome in outcomes]
+    missing = [outcome for outcome in outcomes if outcome.ref is None]
+    if as_json:
+        made = [{"sha256": r.sha256, "metrics": r.metrics} if r is not None else {} for r in records]
+        print_json([vars(outcome) | more for outcome, more in zip(outcomes, made, strict=True)])
+    else:
+        lines = [
+            (
+                outcome.ref or outcome.name,
+                *((r.data["num_images"], len(r.labels), *_headlines(r)) if r is not None else ("–",) * 6),
+                f"{outcome.seconds:.1f}",
+                outcome.state,
+            )
+            for outcome, r in zip(outcomes, records, strict=True)
+        ]
+        columns = ("task", "images", "classes", *HEADLINES, "seconds", "state")
+        title = f"{len(rows) - len(missing)} of {len(rows)} tasks of {file} are in {registry}"
+        console.print(table(title, columns, lines, right=("images", "classes", *HEADLINES[1:], "seconds")))
+        for outcome in missing:
+            console.print(f"{outcome.name} {outcome.state}: {outcome.reason}", markup=False, highlight=False)
+    if missing:
+        raise typer.Exit(1)
 
 
 @app.command()
 def evaluate(
     name: Annotated[str, typer.Argument(help="The task: NAME, NAME:VERSION or NAME@ALIAS.")],
-    data: Annotated[Path, typer.Argument(help="A folder of class folders, or one with test/ in it.")],
+    data: Annotated[
+        Path,
+        typer.Argument(
+            help="A folder of class folders, or a .csv or .parquet listing; its test part where it has one."
+        ),
+    ],
     skip_bad: SkipBadOption = False,
     registry: RegistryOption = DEFAULT_REGISTRY,
     weights: WeightsOption = None,
@@ -138,10 +232,12 @@ def evaluate(
 ) -> None:
     """Scores a task on labelled images and records the result."""
     from addenda import Learner, Registry
-    from addenda.terminal import console, percent, print_json, progress, table
+    from addenda.terminal import SCORES, console, percent, print_json, progress, table
 
     with Registry.open(registry, create=False) as opened:
-        loaded = _recorded_backbone(opened, weights, device, fingerprint=opened.record(name).backbone)
+        record = opened.record(name)
+        objective = record.objective
+        loaded = _recorded_backbone(opened, weights, device, fingerprint=record.backbone)
         with progress(quiet=as_json) as report:
             result = Learner(loaded, opened).evaluate(name, data, skip_bad, report)
     if as_json:
@@ -149,13 +245,13 @@ def evaluate(
                     "data": result.data_fingerprint, "logits_digest": result.logits_digest})  # fmt: skip
         return
     metrics = result.metrics
+    scores = ", ".join(f"{called} {percent(metrics[key])} %" for key, called in SCORES[objective].items())
     console.print(
-        f"{result.task} on {metrics['num_images']} images: accuracy {percent(metrics['accuracy'])} %, balanced "
-        f"{percent(metrics['balanced_accuracy'])} %, calibration error {percent(metrics['calibration_error'])} %. "
-        f"Recorded at generation {result.generation}."
+        f"{result.task} on {metrics['num_images']} images: {scores}. Recorded at generation {result.generation}."
     )
+    title = "Accuracy by class" if objective == "single-label" else "Average precision by label"
     rows = [(label, percent(value)) for label, value in metrics["per_class"].items()]
-    console.print(table("Accuracy by class", ("class", "%"), rows, right=("%",)))
+    console.print(table(title, ("class" if objective == "single-label" else "label", "%"), rows, right=("%",)))
 
 
 @tasks_app.command("list")
@@ -166,7 +262,7 @@ def tasks_list(
 ) -> None:
     """Lists every registered version of every task."""
     from addenda import Registry
-    from addenda.terminal import console, percent, print_json, size, table
+    from addenda.terminal import console, print_json, size, table
 
     with Registry.open(registry, create=False) as opened:
         records, generation = opened.tasks(include_retired=retired), opened.generation
@@ -179,9 +275,7 @@ def tasks_list(
             r.ref + "".join(f" @{alias}" for alias in r.aliases) + (" (retired)" if r.retired is not None else ""),
             len(r.labels),
             r.num_memory_tokens,
-            percent(r.metrics.get("validation", {}).get("accuracy")),
-            percent(r.metrics.get("test", {}).get("accuracy")),
-            percent(r.metrics.get("regression", {}).get("test", {}).get("accuracy")),
+            *_headlines(r),
             size(r.size_bytes),
             names[r.backbone],
             ", ".join(r.extends),
@@ -189,9 +283,9 @@ def tasks_list(
         )
         for r in records
     ]
-    columns = ("task", "classes", "memory", "val %", "test %", "regression %", "size", "backbone", "extends", "learned")
+    columns = ("task", "classes", "memory", *HEADLINES, "size", "backbone", "extends", "learned")
     title = f"{len(rows)} task{'' if len(rows) == 1 else 's'} in {registry}, generation {generation}"
-    console.print(table(title, columns, rows, right=columns[1:7]))
+    console.print(table(title, columns, rows, right=("classes", "memory", *HEADLINES[1:], "size")))
 
 
 @tasks_app.command("show")
@@ -202,27 +296,30 @@ def tasks_show(
 ) -> None:
     """Shows all that is recorded of one task."""
     from addenda import Registry
-    from addenda.terminal import console, percent, print_json, table
+    from addenda.registry import headline
+    from addenda.terminal import SCORES, console, percent, print_json, table
 
     with Registry.open(registry, create=False) as opened:
-        record, evaluations = opened.record(name), opened.evaluations(name)
+        record, evaluations, task = opened.record(name), opened.evaluations(name), opened.get(name)
     if as_json:
-        print_json(_record_json(record) | {"evaluations": [vars(e) for e in evaluations]})
+        inside = {"adapter_rank": task.adapter_rank, "temperature": task.temperature}
+        print_json(_record_json(record) | inside | {"evaluations": [vars(e) for e in evaluations]})
         return
-    _show(record)
+    _show(record, task)
     if evaluations:
+        kind = headline(record.objective)
         rows = [
             (
                 e.created_at[:16].replace("T", " "),
                 e.generation,
                 e.metrics["num_images"],
-                percent(e.metrics["accuracy"]),
+                percent(e.metrics[kind]),
                 e.data_fingerprint[:12],
                 e.logits_digest[:12],
             )
             for e in evaluations
         ]
-        columns = ("when", "generation", "images", "accuracy %", "data", "logits")
+        columns = ("when", "generation", "images", f"{SCORES[record.objective][kind]} %", "data", "logits")
         console.print(table("Evaluations", columns, rows, right=columns[1:4]))
 
 
@@ -387,6 +484,7 @@ def backbones_show(
     mean: MeanOption = None,
     std: StdOption = None,
     memory: Annotated[int, typer.Option(min=0, help="Memory tokens of the task whose price is shown.")] = 5,
+    adapter_rank: Annotated[int, typer.Option(min=0, help="Rank of its adapters; 0: none, as by default.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Loads a backbone and shows it, with the price of one task on it."""
@@ -396,13 +494,14 @@ def backbones_show(
 
     loaded = load_backbone(name, weights, _numbers(mean), _numbers(std), device="cpu")
     record = loaded.record()
-    cost = task_cost(loaded, memory)
+    cost = task_cost(loaded, memory, adapter_rank)
     if as_json:
         print_json(record | {"task_cost": vars(cost)})
         return
+    adapted = f" and adapters of rank {adapter_rank}" if adapter_rank else ""
     rows = [(key, str(value)) for key, value in record.items()]
     rows += [
-        (f"one task with {memory} memory tokens", f"{size(cost.token_bytes)}, its head apart"),
+        (f"one task with {memory} memory tokens{adapted}", f"{size(cost.token_bytes)}, its head apart"),
         ("its arithmetic", f"{100 * cost.relative_operations:.2f} % of the backbone's pass"),
     ]
     console.print(table(name, ("", "value"), rows))
@@ -517,35 +616,60 @@ def main() -> None:
     except AddendaError as error:
         typer.echo(f"Error: {error}", err=True)
         sys.exit(2)
+    except OSError as error:  # a place that may not be read or written, or whose name cannot be one
+        typer.echo(f"Error: {str(error)[:500]}.", err=True)
+        sys.exit(2)
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
-            typer.echo("Interrupted. This run registered nothing.", err=True)
+            typer.echo("Interrupted. Nothing half done was registered.", err=True)
         raise
 
 
-def _settings(file: Path | None, given: dict[str, Any], augmentation: dict[str, Any]) -> Any:
+def _settings(file: Path | None, given: dict[str, Any], augmentation: dict[str, Any]) -> LearnConfig:
     """Settings by precedence: defaults, file, command line."""
-    import yaml
-
     from addenda import LearnConfig
+    from addenda.learner import read_mapping
 
-    values: dict[str, Any] = {}
-    if file is not None:
-        try:
-            values = yaml.safe_load(file.read_text()) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise DataError(f"The configuration {str(file)!r} cannot be read: {error}") from error
-        if not isinstance(values, dict):
-            raise DataError(f"The configuration {str(file)!r} must be a mapping of settings to values.")
+    values = {} if file is None else read_mapping(file)
     varied = {key: value for key, value in augmentation.items() if value is not None}
-    if varied:
-        values["augmentation"] = (values.get("augmentation") or {}) | varied
-    return LearnConfig.parse(values | {key: _single(value) for key, value in given.items() if value is not None})
+    own = values.get("augmentation") or {}
+    if varied and isinstance(own, dict):
+        values["augmentation"] = own | varied
+    return LearnConfig.parse(values | {key: value for key, value in given.items() if value is not None})
 
 
-def _single(value: Any) -> Any:
+def _print_price(backbone: FrozenBackbone, configs: Sequence[LearnConfig], quiet: bool) -> None:
+    """Says on standard error what the largest adapters that are asked for cost, beside a task without."""
+    from addenda.combined import task_cost
+    from addenda.terminal import size
+
+    sweep = [candidate for config in configs if not config.head_only for candidate in config.candidates]
+    rank, memory = max(((one.adapter_rank, one.num_memory_tokens) for one in sweep), default=(0, 0))
+    if quiet or not rank:
+        return
+    plain, adapted = task_cost(backbone, memory), task_cost(backbone, memory, rank)
+    typer.echo(
+        f"Adapters of rank {rank} weigh {size(adapted.token_bytes - plain.token_bytes)}, beside "
+        f"{size(plain.token_bytes)} of token and memory; a task takes {100 * adapted.relative_operations:.2f} % of the "
+        f"backbone's arithmetic, {100 * plain.relative_operations:.2f} % without.",
+        err=True,
+    )
+
+
+def _single(values: list[Any] | None) -> Any:
     """An option that may be given again, given once."""
-    return value[0] if isinstance(value, list) and len(value) == 1 else value
+    return values[0] if values is not None and len(values) == 1 else values
+
+
+def _ranks(given: list[str] | None) -> Any:
+    """--adapter-rank as the configuration has it: the word auto, or whole numbers."""
+    if given is None:
+        return None
+    if given == ["auto"]:
+        return "auto"
+    if not all(rank.isdecimal() for rank in given):
+        raise DataError(f"--adapter-rank is {' '.join(given)!r}: give whole numbers, or the one word auto.")
+    return _single([int(rank) for rank in given])
 
 
 def _numbers(text: str | None) -> tuple[float, ...] | None:
@@ -689,38 +813,55 @@ def _record_json(record: TaskRecord) -> dict[str, Any]:
     return {"ref": record.ref, **vars(record)}
 
 
-def _show(record: TaskRecord) -> None:
+HEADLINES = ("score", "val %", "test %", "regression %")
+
+
+def _headlines(record: TaskRecord) -> tuple[str, ...]:
+    """The figures that stand for a task, as HEADLINES names them."""
+    from addenda.registry import headline
+    from addenda.terminal import SCORES, percent
+
+    kind, metrics = headline(record.objective), record.metrics
+    parts = (metrics.get("validation", {}), metrics.get("test", {}), metrics.get("regression", {}).get("test", {}))
+    return SCORES[record.objective][kind], *(percent(part.get(kind)) for part in parts)
+
+
+def _show(record: TaskRecord, task: Task) -> None:
     """A task for people: what it is, how good beside its rival, where it came from."""
-    from addenda.terminal import console, percent, size, table
+    from addenda.terminal import SCORES, console, percent, size, table
 
     labels = ", ".join(record.labels[:12]) + (", …" if len(record.labels) > 12 else "")
     weight = f"{record.num_parameters:,} parameters, {size(record.size_bytes)}"
     rows = [
         ("classes", f"{len(record.labels)}: {labels}"),
+        ("objective", record.objective),
         ("memory tokens", f"{record.num_memory_tokens} in each layer; {weight}"),
         ("extends", ", ".join(record.extends) or "nothing"),
+        ("temperature", f"{task.temperature:.3g}"),
         ("learned from", f"{record.data.get('num_images', '?')} images"),
         ("sha256", record.sha256),
         ("registered", f"{record.created_at[:19].replace('T', ' ')} UTC by {record.created_by}"),
     ]
+    if task.adapter_rank:
+        rows.insert(3, ("adapters", f"of rank {task.adapter_rank}"))
     metrics = record.metrics
     if "candidates" in metrics:
         chosen, text = metrics["chosen"], "the regression was better on validation: the token adds nothing"
         if chosen is not None:
-            settings = ", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in chosen.items())
+            used = {key: value for key, value in chosen.items() if task.adapter_rank or not key.startswith("adapter")}
+            settings = ", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in used.items())
             text = f"{settings}; of {len(metrics['candidates'])} candidates"
-        rows.insert(4, ("chosen", text))
+        rows.insert(-3, ("chosen", text))
     if record.retired is not None:
         rows.append(("retired", record.retired or "yes"))
     console.print(table(record.ref, ("", "value"), rows))
-    rival = metrics.get("regression", {})
+    rival, shown = metrics.get("regression", {}), SCORES[record.objective]
     scores = []
     for part in (part for part in ("validation", "test") if part in metrics):
         pair = (metrics[part], rival.get(part, {}))
-        kinds = ("accuracy", "balanced_accuracy", "calibration_error")
-        scores.append((f"{part} ({pair[0]['num_images']})", *(percent(m.get(kind)) for kind in kinds for m in pair)))
+        scores.append((f"{part} ({pair[0]['num_images']})", *(percent(m.get(kind)) for kind in shown for m in pair)))
     if scores:
-        columns = ("part", "accuracy", "regression", "balanced", "regression", "calib. error", "regression")
+        columns = ("part", *(column for called in shown.values() for column in (called, "regression")))
         title = "Scores in %, beside the logistic regression on the same images"
         console.print(table(title, columns, scores, right=columns[1:]))
 

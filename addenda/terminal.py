@@ -9,12 +9,23 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 console = Console()
+
+SCORES = {
+    "single-label": {"accuracy": "accuracy", "balanced_accuracy": "balanced", "calibration_error": "calibration error"},
+    "multi-label": {
+        "mean_average_precision": "mAP",
+        "f1_micro": "F1",
+        "exact_match": "exact match",
+        "calibration_error": "calibration error",
+    },
+}
+"""What is shown of the metrics of each objective, and what it is called."""
 
 
 def print_json(value: Any) -> None:
@@ -22,14 +33,14 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], right: Sequence[str] = ()) -> Table:
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], right: Sequence[str] = ()) -> Group:
     """A table; the columns named in `right` are aligned to the right. Texts are shown as they are, never as markup."""
-    made = Table(title=Text(title), title_justify="left", title_style="bold", header_style="bold")
+    made = Table(header_style="bold")
     for column in columns:
         made.add_column(column, justify="right" if column in right else "left", overflow="fold")
     for row in rows:
         made.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
-    return made
+    return Group(Text(title, "bold"), made)  # a title of the table's own would be as narrow as the table
 
 
 def percent(value: float | None) -> str:
@@ -78,8 +89,10 @@ def progress(quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
     def report(what: str, done: int, total: int) -> None:
         key = what.partition(",")[0]
         bars.start()
-        if key not in known or (done < bars.tasks[known[key]].completed and bars.tasks[known[key]].finished):
+        if key not in known:
             known[key] = bars.add_task(what, total=total)
+        elif done < bars.tasks[known[key]].completed:
+            bars.reset(known[key], total=total)
         bars.update(known[key], description=what, completed=done, total=total)
 
     try:

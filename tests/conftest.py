@@ -7,11 +7,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# The models are tiny: on a busy machine threads only wait for each other, scikit-learn's like torch's, and turn while
+# they wait unless told not to.
+os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
 import pytest
 import torch
 from jaxtyping import install_import_hook
-from timm.models.vision_transformer import VisionTransformer
+
+from tests.tiny import tiny_vit
 
 # Every shape in a signature is checked at run time while the tests run.
 CHECKED = [
@@ -26,7 +30,7 @@ with install_import_hook(CHECKED, "beartype.beartype"):
     from addenda.learner import Learner  # noqa: F401
     from addenda.registry import LowRank, Registry, Task
 
-torch.set_num_threads(1)  # the models are tiny; on a busy machine threads only wait for each other
+torch.set_num_threads(1)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -35,13 +39,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "realdata" in item.keywords and not SHARED.is_dir():
             item.add_marker(pytest.mark.skip(reason="the real weights and images are not beside this checkout"))
-
-
-def tiny_vit(seed: int = 0, **options: object) -> VisionTransformer:
-    """A random ViT for 32 px images: 17 tokens, 48 dimensions, 3 blocks, 3 heads."""
-    torch.manual_seed(seed)
-    settings = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 7}
-    return VisionTransformer(**{**settings, **options}).eval()
 
 
 def random_task(

@@ -138,13 +138,14 @@ def test_a_damaged_set_is_made_again_and_said_to_be(
     assert all(kept.num_done == kept.num_images for kept in cache.sets() if kept.num_images == 12)
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_the_cache_is_filled_goes_on_where_it_was(
     tiny: FrozenBackbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = colour_folder(tmp_path / "many", per_class=40)
     script = (
         "import sys, time, torch; sys.path.insert(0, sys.argv[1]); torch.set_num_threads(1)\n"
-        "from tests.conftest import tiny_vit\n"
+        "from tests.tiny import tiny_vit\n"
         "from addenda import FrozenBackbone\n"
         "from addenda.learner import ActivationCache, Augmentation\n"
         "from addenda.learner import activations as a\n"

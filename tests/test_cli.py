@@ -114,6 +114,120 @@ def test_every_mistake_in_a_configuration_is_named(run: Run, folder: Path, tmp_p
     assert "momentum" in result.err
 
 
+@pytest.fixture
+def tagged(tmp_path: Path) -> Path:
+    """Digits as a listing with several labels: 0 has none, 1 is odd, 2 is even, 3 is odd and high."""
+    lines = ["path,labels,split"]
+    (tmp_path / "tagged").mkdir()
+    for part, test in (("train", False), ("test", True)):
+        data = digits((0, 1, 2, 3), test)
+        for number in range(48 if part == "train" else 12):
+            labels = ("", "odd", "even", "high|odd")[data.targets[number]]
+            data.images[number].save(tmp_path / "tagged" / f"{part}-{number}.png")
+            lines.append(f"tagged/{part}-{number}.png,{labels},{part}")
+    (tmp_path / "tags.csv").write_text("\n".join(lines))
+    return tmp_path / "tags.csv"
+
+
+def test_a_task_of_several_labels_is_shown_by_its_own_figures(run: Run, learned: Result, tagged: Path) -> None:
+    made = run("learn", "tags", tagged, "--epochs", "1", "--lr", "0.3", "--class-weights", "balanced")
+    assert made.code == 0, made.err
+    shown = run("tasks", "show", "tags").out
+    for text in (made.out, shown):
+        assert "multi-label" in text
+        assert "mAP" in text
+        assert "exact match" in text
+        assert "temperature" in text
+        assert "test (12)" in text
+    evaluated = run("evaluate", "tags", tagged)
+    assert evaluated.code == 0, evaluated.err
+    assert "12 images: mAP" in evaluated.out
+    assert "Average precision by label" in evaluated.out
+    assert "mAP %" in run("tasks", "show", "tags").out
+    metrics = json.loads(run("evaluate", "tags", tagged, "--json").out)["metrics"]
+    assert set(metrics["per_class"]) == {"even", "high", "odd"}
+    listed = [line for line in run("tasks", "list").out.splitlines() if ":1" in line]
+    score = f"{100 * metrics['mean_average_precision']:.1f}"
+    assert [word in listed[0] for word in ("ones:1", "accuracy")] == [True, True]
+    assert [word in listed[1] for word in ("tags:1", "mAP", score)] == [True, True, True]
+    with Registry.open(tagged.parent / "tasks.db") as registry:
+        temperature = registry.get("tags").temperature
+    assert json.loads(run("tasks", "show", "tags", "--json").out)["temperature"] == temperature
+
+
+def test_predictions_of_several_labels_are_all_that_are_likely(run: Run, learned: Result, tagged: Path) -> None:
+    assert run("learn", "tags", tagged, "--head-only").code == 0
+    digits = sorted(map(str, (tagged.parent / "tagged").glob("test-*.png")))
+    answers = json.loads(run("predict", *digits, "--task", "tags", "--json").out)["images"]
+    given = {path: [entry["label"] for entry in answers[path]["tags"]] for path in digits}
+    assert all(entry["probability"] >= 0.5 for answer in answers.values() for entry in answer["tags"])
+    assert {0, 1, 2} == set(map(len, given.values()))
+    rows = csv.DictReader(io.StringIO(run("predict", *digits, "--task", "tags", "--csv").out))
+    assert [(row["image"], row["label"]) for row in rows] == [
+        (p, label) for p, found in given.items() for label in found
+    ]
+    shown = run("predict", *digits, "--task", "tags").out
+    assert shown.count(" none ") == list(given.values()).count([])
+
+
+def test_every_setting_of_a_run_can_be_given_as_an_option(run: Run, folder: Path, tmp_path: Path) -> None:
+    given = ("--adapter-rank", "1", "--adapter-rank", "2", "--adapter-lr", "0.05", "--label-smoothing", "0.1")
+    result = run(
+        "learn", "ones", folder, "--backbone", "glyphs", "--epochs", "1", "--lr", "0.3", *given,
+        "--class-weights", "balanced",
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    assert "Adapters of rank 2 weigh" in result.err
+    with Registry.open(tmp_path / "tasks.db") as registry:
+        config, rank = registry.record("ones").config, registry.get("ones").adapter_rank
+    assert (config["adapter_rank"], config["adapter_learning_rate"]) == ([1, 2], 0.05)
+    assert (config["label_smoothing"], config["class_weights"]) == (0.1, "balanced")
+    assert f"of rank {rank}" in result.out
+    child = run("learn", "child", folder, "--extends", "ones", "--epochs", "1", "--lr", "0.3")
+    assert child.code == 0, child.err
+    assert "Adapters" not in child.err
+    assert "ones:1" in run("tasks", "list").out.splitlines()[-2]
+    assert json.loads(run("tasks", "show", "ones", "--json").out)["adapter_rank"] == rank
+
+
+def test_many_tasks_are_learned_from_one_file(run: Run, folder: Path, tmp_path: Path) -> None:
+    (folder.parent / "few" / "a").mkdir(parents=True)
+    (folder.parent / "few" / "b").mkdir()
+    for name in ("a", "b"):
+        for number in range(3):
+            (folder.parent / "few" / name / f"{number}.png").write_bytes(b"no image")
+    file = tmp_path / "tasks.yaml"
+    file.write_text(
+        "config: {epochs: 1, learning_rate: 0.3, fall_back: false}\n"
+        "tasks:\n"
+        "  - {name: ones, data: digits}\n"
+        "  - {name: few, data: few}\n"
+        "  - {name: after-few, data: digits, extends: few}\n"
+        "  - {name: child, data: digits, extends: ones}\n"
+    )
+    first = run("learn-many", file, "--backbone", "glyphs")
+    assert first.code == 1
+    assert "2 of 4 tasks of" in first.out
+    rows = {line.split("│")[1].strip(): line for line in first.out.splitlines() if line.startswith("│")}
+    assert [rows[name].split("│")[-2].strip() for name in ("ones:1", "few", "after-few", "child:1")] == [
+        "learned", "failed", "skipped", "learned",
+    ]  # fmt: skip
+    assert "few failed: 6 of 6 images in" in first.out
+    assert "after-few skipped: it extends 'few', which failed" in first.out
+    again = run("learn-many", file, "--json")
+    assert again.code == 1
+    answer = json.loads(again.out)
+    assert [row["state"] for row in answer] == ["learned before", "failed", "skipped", "learned before"]
+    assert answer[0]["metrics"]["test"]["num_images"] == 24
+    assert len(answer[3]["sha256"]) == 64
+    file.write_text("tasks: [{name: ones, data: digits, config: {epochs: 1, learning_rate: 0.3, fall_back: false}}]")
+    assert run("learn-many", file).code == 0
+    file.write_text("tasks: [{name: ones, data: nowhere}, {nam: x}]")
+    refused = run("learn-many", file)
+    assert refused.code == 2
+    assert refused.err.startswith("Error: Nothing was learned.")
+
+
 def test_tasks_are_listed_and_shown(run: Run, learned: Result) -> None:
     listed = run("tasks", "list")
     assert "1 task in" in listed.out
@@ -244,6 +358,17 @@ def test_aliases_and_retirement(run: Run, learned: Result, folder: Path) -> None
         (("learn", "a", ".", "--backbone", "resnet50"), "is a ResNet"),
         (("learn", "a", ".", "--backbone", "glyphs", "--mean", "x"), "'x' is not one number"),
         (("learn", "a", ".", "--backbone", "glyphs", "--device", "nonsense"), "Device 'nonsense'"),
+        (("learn", "a", "x" * 300, "--backbone", "glyphs"), "File name too long"),
+        (("learn", "a", ".", "--backbone", "glyphs", "--cache-gb", "nan"), "A cache cannot take nan GB"),
+        (
+            ("learn", "a", ".", "--adapter-rank", "auto", "--adapter-rank", "4"),
+            "give whole numbers, or the one word auto",
+        ),
+        (("learn", "a", ".", "--adapter-rank", "-1"), "--adapter-rank is '-1'"),
+        (("learn", "a", ".", "--class-weights", "some"), "class_weights: Input should be 'none' or 'balanced'"),
+        (("learn", "a", ".", "--label-smoothing", "1"), "label_smoothing: Input should be less than 1"),
+        (("learn", "a", ".", "--config", "none.yaml"), "The file 'none.yaml' cannot be read: No such file"),
+        (("learn-many", "none.yaml"), "The file 'none.yaml' cannot be read: No such file"),
         (("bench", "continual", "nothing"), "Stream 'nothing' is not known"),
         (("backbones", "show", "vit_tiny_patch16_224", "--weights", "none.pth"), "'none.pth' does not exist"),
     ],
@@ -276,6 +401,9 @@ def test_backbones_are_listed_and_shown_with_the_price_of_a_task(run: Run, learn
     assert any(row["status"] == "refused" and "class token" in row["detail"] for row in refused)
     shown = json.loads(run("backbones", "show", "glyphs", "--json").out)
     assert shown["task_cost"]["token_bytes"] == 4 * 128 * (1 + 5 * 5)
+    adapted = json.loads(run("backbones", "show", "glyphs", "--adapter-rank", "8", "--json").out)["task_cost"]
+    assert adapted["token_bytes"] > 10 * shown["task_cost"]["token_bytes"]
+    assert "5 memory tokens and adapters of rank 8" in run("backbones", "show", "glyphs", "--adapter-rank", "8").out
 
 
 def test_moved_weights_are_asked_for_and_checked(run: Run, folder: Path, tmp_path: Path) -> None:

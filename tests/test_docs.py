@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import typer.main
 
-from addenda import cli
+from addenda import Registry, cli
 from addenda.backbones import glyphs
+from addenda.learner import read_rows
+from tests.images import colour_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -26,6 +28,20 @@ def test_the_readmes_example_prints_what_it_says(
     monkeypatch.chdir(tmp_path)
     exec(compile(match[1], "README.md", "exec"), {})
     assert capsys.readouterr().out == match[2]
+
+
+def test_the_readmes_file_of_many_tasks_is_one(tmp_path: Path, registry: Registry) -> None:
+    match = re.search(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert match is not None
+    (tmp_path / "tasks.yaml").write_text(match[1])
+    colour_folder(tmp_path / "textures")
+    colour_folder(tmp_path / "sketches")
+    listing = [f"textures/{name}/{number}.png,{name}" for name in ("red", "blue") for number in range(4)]
+    (tmp_path / "rubbish.csv").write_text("\n".join(["path,label", *listing]))
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "rubbish.csv").write_text("\n".join(["path,label", *(f"../{line}" for line in listing)]))
+    rows = read_rows(tmp_path / "tasks.yaml", registry)
+    assert [(row.name, row.config.epochs) for row in rows] == [("textures", 20), ("rubbish", 20), ("sketches", 20)]
 
 
 def test_every_command_that_the_documents_name_exists() -> None:

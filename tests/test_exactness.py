@@ -304,6 +304,7 @@ print(*(golden(on, task).digest for task in random_registry(on, 8, seed=4)))
 """
 
 
+@pytest.mark.slow
 def test_a_task_keeps_its_bits_in_another_process() -> None:
     from addenda.combined import tensor_digest
     from addenda.combined.probes import probe_images

@@ -137,29 +137,35 @@ def test_a_name_taken_is_refused_before_any_work_unless_a_new_version_is_asked_f
     assert learner.learn("colours", colours, config=other, new_version=True).ref == "colours:2"
 
 
-def test_seed_data_and_numerics_fix_the_artifact_across_processes(tiny: FrozenBackbone, tmp_path: Path) -> None:
+def test_seed_data_and_numerics_fix_the_artifact(tiny: FrozenBackbone, colours: Path, tmp_path: Path) -> None:
+    digests = []
+    for number, seed in enumerate((0, 0, 1)):
+        config = LearnConfig(epochs=2, learning_rate=(0.1, 0.3), seed=seed)
+        with Registry.open(tmp_path / f"{number}.db") as registry:
+            learner = Learner(tiny, registry, ActivationCache(tmp_path / f"cache-{number}"))
+            digests.append(learner.learn("colours", colours, config=config).sha256)
+    assert digests[0] == digests[1] != digests[2]
+
+
+@pytest.mark.slow
+def test_another_process_learns_the_same_artifact(tiny: FrozenBackbone, registry: Registry, tmp_path: Path) -> None:
     folder = colour_folder(tmp_path / "data")
     script = (
         "import sys, torch; sys.path.insert(0, sys.argv[1]); torch.set_num_threads(1)\n"
-        "from tests.conftest import tiny_vit\n"
+        "from tests.tiny import tiny_vit\n"
         "from addenda import FrozenBackbone, LearnConfig, Learner, Registry\n"
+        "from addenda.learner import ActivationCache\n"
         "backbone = FrozenBackbone(tiny_vit(), 'tiny', 'hub')\n"
-        "config = LearnConfig(optimizer='sgd', epochs=2, learning_rate=(0.1, 0.3), seed=int(sys.argv[4]))\n"
+        "config = LearnConfig(optimizer='sgd', epochs=2, learning_rate=(0.1, 0.3))\n"
         "with Registry.open(sys.argv[3]) as registry:\n"
-        "    print(Learner(backbone, registry).learn('colours', sys.argv[2], config=config).sha256)\n"
+        "    learner = Learner(backbone, registry, ActivationCache(sys.argv[4]))\n"
+        "    print(learner.learn('colours', sys.argv[2], config=config).sha256)\n"
     )
-    root = str(Path(__file__).resolve().parents[1])
-    digests = [
-        subprocess.run(
-            [sys.executable, "-c", script, root, str(folder), str(tmp_path / f"{i}.db"), seed],
-            capture_output=True, text=True, check=True,
-        ).stdout.strip()
-        for i, seed in enumerate(("0", "0"))
-    ]  # fmt: skip
-    assert digests[0] == digests[1]
-    with Registry.open(tmp_path / "other.db") as registry:
-        config = LearnConfig(optimizer="sgd", epochs=2, learning_rate=(0.1, 0.3), seed=1)
-        assert Learner(tiny, registry).learn("colours", folder, config=config).sha256 != digests[0]
+    root = Path(__file__).resolve().parents[1]
+    command = [sys.executable, "-c", script, root, folder, tmp_path / "other.db", tmp_path / "other-cache"]
+    other = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout.strip()
+    config = LearnConfig(optimizer="sgd", epochs=2, learning_rate=(0.1, 0.3))
+    assert Learner(tiny, registry).learn("colours", folder, config=config).sha256 == other
 
 
 def test_training_lowers_the_loss_and_moves_every_part(tiny: FrozenBackbone) -> None:
@@ -361,6 +367,27 @@ def test_the_configuration_reports_every_mistake_at_once() -> None:
         assert name in str(caught.value)
 
 
+def test_a_mistake_in_a_setting_of_one_value_or_several_is_said_once_in_the_form_given() -> None:
+    wrong = {
+        "seed": -1,
+        "learning_rate": [0.1, "x"],
+        "extends": 5,
+        "epoch": 1,
+        "augmentation": {"views": -1, "view": 2},
+    }
+    with pytest.raises(TrainingError) as caught:
+        LearnConfig.parse(wrong)
+    said = str(caught.value).removeprefix("The configuration is not valid: ").removesuffix(".").split("; ")
+    assert sorted(said) == [
+        "augmentation.view: there is no such setting",
+        "augmentation.views: Input should be greater than or equal to 0",
+        "epoch: there is no such setting",
+        "extends: Input should be a valid list",
+        "learning_rate.1: Input should be a valid number, unable to parse string as a number",
+        "seed: Input should be greater than or equal to 0",
+    ]
+
+
 @pytest.mark.slow
 def test_ctrl_c_at_any_moment_leaves_no_half_task_and_the_next_run_starts_clean(
     tmp_path: Path, glyphs: FrozenBackbone
@@ -395,7 +422,7 @@ def test_ctrl_c_at_any_moment_leaves_no_half_task_and_the_next_run_starts_clean(
 
 RESUME = (
     "import os, signal, sys, torch; sys.path.insert(0, sys.argv[1]); torch.set_num_threads(1)\n"
-    "from tests.conftest import tiny_vit\n"
+    "from tests.tiny import tiny_vit\n"
     "from addenda import FrozenBackbone, LearnConfig, Learner, Registry\n"
     "from addenda.learner import ActivationCache, Augmentation\n"
     "backbone = FrozenBackbone(tiny_vit(), 'tiny', 'hub')\n"

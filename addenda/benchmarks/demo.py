@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import torch
-from rich.table import Table
+from rich.console import Group
 from rich.text import Text
 from torch import Tensor
 
@@ -89,7 +89,7 @@ def _verdict(stage: int, moved: list[str]) -> Text:
     return Text("–" if stage == 0 else f"{stage} of {stage} bit-identical", style="green" if stage else "")
 
 
-def _matrix(stages: list[list[object]], names: list[str]) -> Table:
+def _matrix(stages: list[list[object]], names: list[str]) -> Group:
     return table(
         "Accuracy on test digits, % (a task's own two)", ("stage", *names, "earlier tasks' logits"), stages, names
     )

@@ -1,9 +1,22 @@
-"""Training a new task: data, activation cache, sweep, Learner."""
+"""Training a new task: data, activation cache, sweep, Learner, many tasks from one file."""
 
 from addenda.learner.augmentation import Augmentation
 from addenda.learner.cache import ActivationCache
 from addenda.learner.config import LearnConfig
 from addenda.learner.learner import Learner
+from addenda.learner.many import Outcome, Row, learn_many, read_rows
 from addenda.learner.training import Epoch
+from addenda.learner.yaml_file import read_mapping
 
-__all__ = ["ActivationCache", "Augmentation", "Epoch", "LearnConfig", "Learner"]
+__all__ = [
+    "ActivationCache",
+    "Augmentation",
+    "Epoch",
+    "LearnConfig",
+    "Learner",
+    "Outcome",
+    "Row",
+    "learn_many",
+    "read_mapping",
+    "read_rows",
+]

@@ -88,11 +88,16 @@ class ActivationCache:
         folder: where; by default `$ADDENDA_CACHE`, else the user's cache folder.
         budget_gb: the most that all sets may take, in 10^9 bytes; 0 keeps nothing. By default half of what the disk
             has left, what is kept already counted as free.
+
+    Raises:
+        TrainingError: a budget below 0, or none that is a number.
     """
 
     def __init__(self, folder: str | Path | None = None, budget_gb: float | None = None) -> None:
         chosen = folder or os.environ.get("ADDENDA_CACHE") or platformdirs.user_cache_path("addenda") / "activations"
         self.folder = Path(chosen)
+        if budget_gb is not None and not budget_gb >= 0:
+            raise TrainingError(f"A cache cannot take {budget_gb:g} GB: give a number from 0 on.")
         self._budget_gb = budget_gb
 
     @property
@@ -148,7 +153,7 @@ class ActivationCache:
                 f"GB); all {num_rows} take {num_rows * row_bytes / 1e9:.2f} GB. Give more, or 0 to compute them anew "
                 "in each epoch."
             )
-        return min(num_rows, int(budget // row_bytes))
+        return int(min(num_rows, budget / row_bytes))
 
     def open(self, backbone: FrozenBackbone, keys: Sequence[str]) -> Store:
         """A store that has a row for each key: one that is kept, or a new one with what others have already done.

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 from pydantic.dataclasses import dataclass
+from pydantic_core import ErrorDetails
 
 from addenda.exceptions import TrainingError
 from addenda.learner.augmentation import Augmentation
@@ -158,7 +159,7 @@ class LearnConfig:
             return TypeAdapter(cls).validate_python(dict(values))
         except ValidationError as error:
             found = [e for e in error.errors() if e["type"] != "default_factory_not_called"]  # those follow from others
-            problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in found)
+            problems = "; ".join(filter(None, map(_problem, found)))
             raise TrainingError(f"The configuration is not valid: {problems}.") from error
 
     def to_json(self) -> dict[str, Any]:
@@ -169,3 +170,15 @@ class LearnConfig:
 
 def _several(value: T | tuple[T, ...]) -> tuple[T, ...]:
     return value if isinstance(value, tuple) else (value,)
+
+
+def _problem(error: ErrorDetails) -> str | None:
+    """What is wrong with which setting; None where pydantic tried one value for several, or several for one."""
+    name, *inside = error["loc"]
+    several = isinstance(error["input"], list | tuple)
+    if inside and (error["type"] == "tuple_type" or (several and error["type"].endswith("_type"))):
+        return None
+    unknown = error["type"] == "unexpected_keyword_argument"
+    place = [part for part in inside if unknown or isinstance(part, int) or part in Augmentation.__dataclass_fields__]
+    said = "there is no such setting" if unknown else error["msg"].replace("a valid tuple", "a valid list")
+    return f"{'.'.join(map(str, [name, *place]))}: {said}"

@@ -15,7 +15,15 @@ from addenda.learner import hub_datasets, listings
 from addenda.learner.hub_datasets import HubDataset
 from addenda.learner.labelled import ImageDataset, LabelledImages, check_learnable, check_same_labels
 
-__all__ = ["Data", "LabelledImages", "check_learnable", "check_same_labels", "has_test_part", "open_images"]
+__all__ = [
+    "Data",
+    "LabelledImages",
+    "check_learnable",
+    "check_same_labels",
+    "has_test_part",
+    "open_images",
+    "open_parts",
+]
 
 Data = str | Path | ImageDataset | HubDataset
 Part = Literal["train", "test"]
@@ -61,6 +69,24 @@ def has_test_part(data: Data) -> bool:
     if Path(data).suffix.lower() in listings.SUFFIXES and not Path(data).is_dir():
         return listings.has_test_part(Path(data))
     return _is_divided(Path(data)) and (Path(data) / "test").is_dir()
+
+
+def open_parts(train: Data, test: Data | None = None) -> tuple[LabelledImages, LabelledImages | None]:
+    """Opens what to learn from and what to score on, and checks both without reading an image.
+
+    Args:
+        train: what to learn from.
+        test: what to score on; None takes the test part of `train` where there is one.
+
+    Raises:
+        DataError: either cannot be opened, or cannot be learned from, or they have other classes.
+    """
+    images = open_images(train)
+    check_learnable(images)
+    test = train if test is None and has_test_part(train) else test
+    if test is None:
+        return images, None
+    return images, check_same_labels(images.labels, open_images(test, "test"), images.objective)
 
 
 def _is_divided(folder: Path) -> bool:

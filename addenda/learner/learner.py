@@ -16,7 +16,7 @@ from addenda.learner.activations import Activations
 from addenda.learner.cache import RUNS, ActivationCache
 from addenda.learner.checkpoint import Checkpoint
 from addenda.learner.config import LearnConfig
-from addenda.learner.data import Data, LabelledImages, check_learnable, check_same_labels, has_test_part, open_images
+from addenda.learner.data import Data, LabelledImages, check_learnable, check_same_labels, open_images, open_parts
 from addenda.learner.metrics import score
 from addenda.learner.reading import Report, read_in_batches
 from addenda.learner.run import Run, family
@@ -94,15 +94,9 @@ class Learner:
             if parent.class_token is None:
                 raise RegistryError(f"Task {parent.ref!r} is head-only: it has no token that {name!r} could see.")
         pool = [task for task in self.registry.load(self.backbone) if task.class_token is not None] if auto else None
-        images = open_images(train)
-        check_learnable(images)
+        images, test_images = open_parts(train, test)
         varied = config.augmentation.resolved(images.can_vary and not config.head_only)
         config = replace(config, augmentation=varied)
-        test = train if test is None and has_test_part(train) else test
-        test_images = (
-            None if test is None else check_same_labels(images.labels, open_images(test, "test"), images.objective)
-        )
-
         digests = [images.digest(index) for index in range(len(images))]
         fingerprint = images.fingerprint(digests)
         run = {

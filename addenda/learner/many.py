@@ -1,0 +1,214 @@
+"""Many tasks from one file, one after another: one that fails does not keep the others from being learned."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from addenda.exceptions import AddendaError, DataError
+from addenda.learner.config import LearnConfig
+from addenda.learner.data import Data, open_parts
+from addenda.learner.learner import Learner
+from addenda.learner.reading import Report
+from addenda.learner.yaml_file import read_mapping
+from addenda.registry import Registry, check_name
+
+AUTO = "auto"
+State = Literal["learned", "learned before", "failed", "skipped"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One task to learn: the arguments of `Learner.learn`.
+
+    Attributes:
+        name: the task's name.
+        data: what to learn from.
+        test: what to score it on; None takes the test part of `data` where there is one.
+        config: the settings; they may extend tasks of earlier rows by their names.
+    """
+
+    name: str
+    data: Data
+    test: Data | None = None
+    config: LearnConfig = field(default_factory=LearnConfig)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a row.
+
+    Attributes:
+        name: the row's.
+        state: `"learned"`; `"learned before"`, from the same images with the same settings; `"failed"`; or `"skipped"`,
+            because it extends a row that failed or was skipped.
+        seconds: how long it took.
+        ref: the registered task; None where there is none.
+        reason: why there is none.
+    """
+
+    name: str
+    state: State
+    seconds: float
+    ref: str | None = None
+    reason: str = ""
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    tasks: Annotated[list[Any], Field(min_length=1)]
+    config: dict[str, Any] = {}
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    name: str
+    data: str
+    test: str | None = None
+    config: dict[str, Any] = {}
+    extends: Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = []
+
+
+def read_rows(file: Path, registry: Registry) -> list[Row]:
+    """Reads and checks a YAML file of tasks to learn; images are not read yet.
+
+    It holds `tasks`, a list whose entries have `name` and `data` and may have `test`, `extends` and `config`; and may
+    hold `config` for all of them, of which a task's own settings win. Paths are relative to the file's folder.
+
+    Args:
+        file: the YAML file.
+        registry: where tasks to extend may be, beside those of earlier entries.
+
+    Raises:
+        DataError: the file is not right; all that is wrong is named.
+    """
+    values = read_mapping(file)
+    problems = _problems(_File, values)
+    entries = values["tasks"] if isinstance(values.get("tasks"), list) else []
+    shared = values["config"] if isinstance(values.get("config"), dict) else {}
+    with _noting(problems, "config: "):
+        LearnConfig.parse(shared)
+    if problems:
+        shared = {}  # what is wrong with it is said once, not for each task
+    names = [entry.get("name") if isinstance(entry, dict) else None for entry in entries]
+    rows = []
+    for index, (entry, name) in enumerate(zip(entries, names, strict=True)):
+        found, row = _row(entry, shared, names[:index], file.parent, registry)
+        called = f" ({name!r})" if isinstance(name, str) else ""
+        problems += [f"task {index + 1}{called}: {problem}" for problem in found]
+        rows.append(row)
+    if problems:
+        raise DataError(f"Nothing was learned. {str(file)!r} has mistakes:\n  " + "\n  ".join(problems))
+    return [row for row in rows if row is not None]
+
+
+def learn_many(
+    learner: Learner,
+    rows: Sequence[Row],
+    new_version: bool = False,
+    skip_bad: bool = False,
+    report: Report | None = None,
+) -> Iterator[Outcome]:
+    """Learns tasks in order and says what became of each when it is done.
+
+    A run that was interrupted is taken up by another with the same rows: what was learned is found, not learned again.
+
+    Args:
+        learner: learns them.
+        rows: the tasks, each after those that it extends.
+        new_version: whether names already taken get a further version.
+        skip_bad: leave out images that cannot be read.
+        report: told of the progress.
+    """
+    before = {record.ref for record in learner.registry.tasks(include_retired=True)}
+    lost: dict[str, str] = {}
+    for number, row in enumerate(rows, start=1):
+        started, place = time.perf_counter(), f"{row.name}, {number} of {len(rows)}"
+
+        def step(what: str, done: int, total: int, place: str = place) -> None:
+            if report is not None:
+                report(f"{what}, {place}", done, total)
+
+        parent = next((ref for ref in _named(row.config) if ref in lost), None)
+        state: State
+        if parent is None:
+            ref, reason = _learn(learner, row, new_version, skip_bad, step)
+            state = "failed" if ref is None else "learned before" if ref in before else "learned"
+        else:
+            ref, reason, state = None, f"it extends {parent!r}, which {lost[parent]}", "skipped"
+        if ref is None:
+            lost[row.name] = "failed" if state == "failed" else "was skipped"
+        seconds = time.perf_counter() - started
+        log.log(logging.WARNING if reason else logging.INFO, "%s: %s.", place, ": ".join(filter(None, (state, reason))))
+        yield Outcome(row.name, state, seconds, ref, reason)
+
+
+def _learn(learner: Learner, row: Row, new_version: bool, skip_bad: bool, report: Report) -> tuple[str | None, str]:
+    """The registered task of a row, or why there is none."""
+    try:
+        return learner.learn(row.name, row.data, row.test, row.config, new_version, skip_bad, report=report).ref, ""
+    except AddendaError as error:
+        return None, str(error)
+    except Exception as error:  # out of memory, a disk that went: the other tasks are still to be learned
+        log.exception("Task %r met an error that is not one of its images or settings:", row.name)
+        return None, f"{type(error).__name__}: {error}"
+
+
+def _row(
+    entry: Any, shared: dict[str, Any], earlier: Sequence[Any], folder: Path, registry: Registry
+) -> tuple[list[str], Row | None]:
+    """What is wrong with an entry, and its row where nothing is."""
+    problems = _problems(_Entry, entry)
+    if problems:
+        return problems, None
+    given = _Entry(**entry)
+    settings = shared | given.config | ({"extends": given.extends} if "extends" in entry else {})
+    config, data = LearnConfig(), folder / given.data
+    test = None if given.test is None else folder / given.test
+    with _noting(problems):
+        check_name(given.name)
+    if given.name in earlier:
+        problems.append(f"the name is that of task {earlier.index(given.name) + 1} already")
+    with _noting(problems):
+        config = LearnConfig.parse(settings)
+    with _noting(problems):
+        open_parts(data, test)
+    for ref in _named(config):
+        with _noting(problems, "it extends no task above it, nor one in the registry: "):
+            if ref not in earlier:
+                registry.record(ref)
+    return problems, Row(given.name, data, test, config)
+
+
+@contextmanager
+def _noting(problems: list[str], where: str = "") -> Iterator[None]:
+    """Notes what is wrong rather than stopping at it."""
+    try:
+        yield
+    except (AddendaError, OSError) as error:
+        problems.append(f"{where}{error}")
+
+
+def _named(config: LearnConfig) -> Sequence[str]:
+    """The tasks that a row extends by name."""
+    return () if AUTO in config.extends else config.extends
+
+
+def _problems(model: type[BaseModel], values: Any) -> list[str]:
+    """What is wrong with the form of what a file says."""
+    own = {"extra_forbidden": f"is not one of {', '.join(model.model_fields)}", "missing": "is missing"}
+    try:
+        model.model_validate(values)
+    except ValidationError as error:
+        found = [(".".join(map(str, e["loc"])), own.get(e["type"], e["msg"])) for e in error.errors()]
+        return [f"{place}: {said}" if place else said for place, said in found]
+    return []

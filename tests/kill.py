@@ -1,0 +1,61 @@
+"""The command line in processes of their own, killed at moments that are seen from outside."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+class Commands:
+    """Runs `addenda` on a registry and a cache of its own.
+
+    Args:
+        folder: where both are.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        self.registry, self.cache = folder / "tasks.db", folder / "cache"
+
+    def _start(self, *arguments: object) -> subprocess.Popen[str]:
+        command = [
+            sys.executable,
+            "-m",
+            "addenda.cli",
+            *map(str, arguments),
+            "--registry",
+            str(self.registry),
+            "--json",
+        ]
+        environment = {**os.environ, "ADDENDA_CACHE": str(self.cache)}
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+            cwd=Path(__file__).resolve().parents[1],
+        )  # fmt: skip
+
+    def run(self, *arguments: object) -> Any:
+        """What it prints as JSON."""
+        process = self._start(*arguments)
+        out, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+        return json.loads(out)
+
+    def kill(self, when: Callable[[], bool], *arguments: object) -> None:
+        """Kills it by SIGKILL as soon as something is so."""
+        process = self._start(*arguments)
+        while process.poll() is None and not when():
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGKILL, errors
+
+    def seen(self, pattern: str) -> Callable[[], bool]:
+        """Whether the cache holds something of that name."""
+        return lambda: next(self.cache.glob(pattern), None) is not None
