@@ -132,7 +132,8 @@ def learn(
 
     given = {
         "num_memory_tokens": _single(memory), "head_only": head_only, "adapter_rank": _ranks(adapter_rank),
-        "adapter_learning_rate": _single(adapter_lr), "extends": extends and tuple(extends), "epochs": epochs,
+        "adapter_learning_rate": _single(adapter_lr), "epochs": epochs,
+        "extends": "auto" if extends == ["auto"] else extends,
         "seed": _single(seed), "batch_size": batch_size, "learning_rate": _single(lr),
         "weight_decay": _single(weight_decay), "optimizer": optimizer, "label_smoothing": label_smoothing,
         "class_weights": class_weights, "refit": refit,

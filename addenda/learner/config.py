@@ -181,4 +181,6 @@ def _problem(error: ErrorDetails) -> str | None:
     unknown = error["type"] == "unexpected_keyword_argument"
     place = [part for part in inside if unknown or isinstance(part, int) or part in Augmentation.__dataclass_fields__]
     said = "there is no such setting" if unknown else error["msg"].replace("a valid tuple", "a valid list")
+    if name == "extends" and error["type"] == "literal_error":
+        said = "Input should be a list of tasks, or 'auto'"
     return f"{'.'.join(map(str, [name, *place]))}: {said}"

@@ -20,7 +20,6 @@ from addenda.learner.reading import Report
 from addenda.learner.yaml_file import read_mapping
 from addenda.registry import Registry, check_name
 
-AUTO = "auto"
 State = Literal["learned", "learned before", "failed", "skipped"]
 
 log = logging.getLogger(__name__)
@@ -171,7 +170,8 @@ def _row(
     if problems:
         return problems, None
     given = _Entry(**entry)
-    settings = shared | given.config | ({"extends": given.extends} if "extends" in entry else {})
+    extends = "auto" if given.extends == ["auto"] else given.extends
+    settings = shared | given.config | ({"extends": extends} if "extends" in entry else {})
     config, data = LearnConfig(), folder / given.data
     test = None if given.test is None else folder / given.test
     with _noting(problems):
@@ -200,7 +200,7 @@ def _noting(problems: list[str], where: str = "") -> Iterator[None]:
 
 def _named(config: LearnConfig) -> Sequence[str]:
     """The tasks that a row extends by name."""
-    return () if AUTO in config.extends else config.extends
+    return () if config.extends == "auto" else config.extends
 
 
 def _problems(model: type[BaseModel], values: Any) -> list[str]:
