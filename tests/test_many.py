@@ -169,7 +169,7 @@ def test_a_task_that_fails_is_named_and_takes_only_those_with_it_that_extend_it(
     assert outcomes[1].reason == "it extends 'bad', which failed"
     assert outcomes[2].reason == "it extends 'child', which was skipped"
     assert [record.name for record in learner.registry.tasks()] == ["good", "good-child"]
-    assert "grandchild, 3 of 5: skipped: it extends 'child', which was skipped." in caplog.text
+    assert "grandchild, 3 of 5: skipped: it extends 'child', which was skipped" in caplog.text
     mended = list(learn_many(learner, rows, skip_bad=True))
     assert [o.state for o in mended] == ["learned"] * 3 + ["learned before"] * 2
 

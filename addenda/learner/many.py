@@ -147,7 +147,7 @@ def learn_many(
         if ref is None:
             lost[row.name] = "failed" if state == "failed" else "was skipped"
         seconds = time.perf_counter() - started
-        log.log(logging.WARNING if reason else logging.INFO, "%s: %s.", place, ": ".join(filter(None, (state, reason))))
+        log.log(logging.WARNING if reason else logging.INFO, "%s: %s", place, ": ".join(filter(None, (state, reason))))
         yield Outcome(row.name, state, seconds, ref, reason)
 
 
