@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -43,6 +44,11 @@ class Augmentation:
     def varies(self) -> bool:
         """Whether there is anything to do."""
         return self.views > 0 or self.fresh
+
+
+def view_seed(digest: str, number: int) -> int:
+    """The seed of one view of an image, by its content and the view's number, from 1."""
+    return int(hashlib.sha256(f"{digest} {number}".encode()).hexdigest()[:16], 16)
 
 
 def augment(
