@@ -610,6 +610,46 @@ def bench_sets(
         raise typer.Exit(1)
 
 
+@bench_app.command("paper")
+def bench_paper(
+    data: Annotated[Path, typer.Argument(help="A folder of data sets, each with train/ and test/.")],
+    out: Annotated[Path, typer.Option(help="Folder of what is found; a run there goes on where it was stopped.")],
+    sets: Annotated[str, typer.Option(help="Names of the sets, with commas, in order.")],
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 3,
+    limit: Annotated[int | None, typer.Option(min=4, help="Training images of a set. Default: all.")] = None,
+    regimes: Annotated[
+        str | None,
+        typer.Option(help="Names with commas, such as full,head,memory-5,lora-8,pairs. Default: the paper's."),
+    ] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images, at most: ours.")] = 15,
+    rival_epochs: Annotated[int, typer.Option(min=1, help="The same of full, lora and unmasked.")] = 8,
+    views: Annotated[int, typer.Option(min=0, help="Random views of each image to learn from; 0: as it is.")] = 0,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Train full, lora and unmasked in bfloat16 autocast.")] = False,
+    backbone: BackboneOption = DEFAULT_BACKBONE,
+    weights: WeightsOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Compares the paper's regimes, masked and not, with LoRA and full fine-tuning on any sets, over several seeds."""
+    from dataclasses import replace
+
+    from addenda import load_backbone
+    from addenda.benchmarks.paper import OURS, REGIMES, Comparison, run_paper
+    from addenda.learner import Augmentation
+    from addenda.learner.regimes import RivalConfig
+
+    varied = Augmentation(views=views)
+    comparison = Comparison(
+        load_backbone(backbone or DEFAULT_BACKBONE, weights, _numbers(mean), _numbers(std), device=device), data, limit,
+        replace(OURS, epochs=epochs, augmentation=varied),
+        RivalConfig(epochs=rival_epochs, augmentation=varied, autocast=bf16),
+    )  # fmt: skip
+    cells = run_paper(comparison, sets.split(","), seeds, regimes.split(",") if regimes else REGIMES, out)
+    if not all(cell.get("identical", True) for cell in cells):
+        raise typer.Exit(1)
+
+
 def main() -> None:
     """Runs the command line; bad input is one line and exit code 2, never a traceback."""
     try:

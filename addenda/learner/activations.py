@@ -18,7 +18,7 @@ from torch import Tensor
 
 from addenda.backbones import FrozenBackbone, KeyValue
 from addenda.combined import Layout, Observer, TileStore, micro_batch, prove, task_features
-from addenda.learner.augmentation import Augmentation, augment
+from addenda.learner.augmentation import Augmentation, augment, view_seed
 from addenda.learner.cache import ActivationCache, Store
 from addenda.learner.labelled import LabelledImages
 from addenda.learner.reading import Report, read_in_batches
@@ -295,7 +295,7 @@ class Activations:
         transform = None
         if number:
             how, preprocessing = self._augmentation, self.backbone.preprocessing
-            seed = int(hashlib.sha256(f"{self._digests[image]} {number}".encode()).hexdigest()[:16], 16)
+            seed = view_seed(self._digests[image], number)
             transform = partial(augment, how=how, seed=seed, preprocessing=preprocessing)
         return self._images.read(image, self.backbone, self._digests[image], transform)
 

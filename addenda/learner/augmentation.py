@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -53,6 +54,11 @@ class Augmentation:
         if self.views is not None:
             return self
         return replace(self, views=DEFAULT_VIEWS if variable and not self.fresh else 0)
+
+
+def view_seed(digest: str, number: int) -> int:
+    """The seed of one view of an image, by its content and the view's number, from 1."""
+    return int(hashlib.sha256(f"{digest} {number}".encode()).hexdigest()[:16], 16)
 
 
 def augment(
