@@ -588,28 +588,6 @@ def bench_cost(
     run_cost(names, out, quick, batch, rounds, precision or "float32", device)
 
 
-@bench_app.command("sets")
-def bench_sets(
-    data: Annotated[Path, typer.Argument(help="A folder of data sets, each with train/ and test/.")],
-    sets: Annotated[str, typer.Option(help="Names of the sets, with commas, in order.")],
-    seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 3,
-    memory: Annotated[int, typer.Option(min=0, help="Memory tokens in each layer.")] = 5,
-    out: Annotated[Path | None, typer.Option(help="Write the table to this Markdown file too.")] = None,
-    backbone: BackboneOption = DEFAULT_BACKBONE,
-    weights: WeightsOption = None,
-    mean: MeanOption = None,
-    std: StdOption = None,
-    device: DeviceOption = "auto",
-) -> None:
-    """Learns data sets one after another, each beside its logistic regression, over several seeds."""
-    from addenda import load_backbone
-    from addenda.benchmarks.sets import run_sets
-
-    loaded = load_backbone(backbone or DEFAULT_BACKBONE, weights, _numbers(mean), _numbers(std), device=device)
-    if not run_sets(loaded, data, sets.split(","), seeds, memory, out):
-        raise typer.Exit(1)
-
-
 @bench_app.command("paper")
 def bench_paper(
     data: Annotated[Path, typer.Argument(help="A folder of data sets, each with train/ and test/.")],
@@ -623,7 +601,7 @@ def bench_paper(
     ] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images, at most: ours.")] = 15,
     rival_epochs: Annotated[int, typer.Option(min=1, help="The same of full, lora and unmasked.")] = 8,
-    views: Annotated[int, typer.Option(min=0, help="Random views of each image to learn from; 0: as it is.")] = 0,
+    views: Annotated[int, typer.Option(min=0, help="Random views of each image to learn from; 0: as it is.")] = 3,
     bf16: Annotated[bool, typer.Option("--bf16", help="Train full, lora and unmasked in bfloat16 autocast.")] = False,
     backbone: BackboneOption = DEFAULT_BACKBONE,
     weights: WeightsOption = None,

@@ -138,7 +138,7 @@ class _Run:
                 name, seed, regime, seconds=seconds, num_images=num_images,
                 chosen=metrics.get("chosen") or {"strength": metrics["regression"]["strength"]},
                 validation=metrics["validation"]["accuracy"],
-                test=accuracy(answers[task.name], test.targets),
+                test=accuracy(answers[task.name], test.targets), num_test=len(test),
             )  # fmt: skip
 
     def train(self, name: str, seed: int, regime: str) -> None:
@@ -203,7 +203,7 @@ class _Run:
 
     def _task(self, name: str, seed: int, regime: str, extends: Task | None = None) -> tuple[Task, int]:
         """A registered task, learned now if it was not before, and how many images training passed for it."""
-        config = replace(regime_config(regime, self.comparison.ours), seed=seed)
+        config = regime_config(regime, replace(self.comparison.ours, seed=seed))
         called = f"{name}-seed{seed}-{regime}".lower().replace("+", "-")
         if extends is not None:
             config, called = replace(config, extends=(extends.ref,)), f"{name}-on-{extends.name}".lower()
@@ -252,7 +252,7 @@ class _Run:
         self.cells.append(cell)
         with self._file.open("a") as stream:  # one write, since another process may add its cells too
             stream.write(json.dumps(cell) + "\n")
-        shown = {key: value for key, value in found.items() if key != "num_images"}
+        shown = {key: value for key, value in found.items() if not key.startswith("num_")}
         console.print(f"{place}, seed {seed}, {regime}: {_shown(shown)}", markup=False, highlight=False)
 
 

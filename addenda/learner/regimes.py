@@ -32,7 +32,12 @@ from addenda.learner.regression import Regression, choose_strength, fit_regressi
 from addenda.learner.splitting import split
 from addenda.registry import Task
 
-REGISTRABLE = ("head", "head+class", "memory-M", "adapters-R")
+REGISTRABLE = ("head", "head+class", "memory-M", "adapters-R", "regression", "default", "default+adapters")
+AS_SHIPPED: Mapping[str, Mapping[str, Any]] = {
+    "regression": {"head_only": True}, "default": {}, "default+adapters": {"adapter_rank": "auto"},
+}  # fmt: skip
+"""What a user gets, by the settings that are asked for."""
+
 RIVALS = {
     "full": "it changes the backbone's own weights",
     "lora": "its updates change what the backbone's own tokens become",
@@ -122,8 +127,9 @@ def regime_config(regime: str, config: LearnConfig) -> LearnConfig:
     """The settings under which `Learner` learns and registers a regime.
 
     Args:
-        regime: `"head"` (the logistic regression), `"head+class"`, `"memory-5"` or `"adapters-8"`, with any number.
-        config: all other settings.
+        regime: `"head"` (the logistic regression), `"head+class"`, `"memory-5"` or `"adapters-8"`, with any number; or,
+            as a user meets them, `"regression"`, `"default"` and `"default+adapters"`, which decides for itself.
+        config: all other settings; of those a user meets, the seed alone.
 
     Raises:
         TrainingError: the regime is unknown, or moves the frozen tokens and so can never be registered.
@@ -134,10 +140,12 @@ def regime_config(regime: str, config: LearnConfig) -> LearnConfig:
             f"Regime {regime!r} cannot be registered: {RIVALS[kind]}, so tasks learned before would not keep their "
             f"bits. It is trained for comparison only (addenda bench paper). Registrable: {', '.join(REGISTRABLE)}."
         )
+    if kind in AS_SHIPPED:
+        return LearnConfig.parse({**AS_SHIPPED[kind], "seed": config.seed})
     if kind == "head":
         return replace(config, head_only=True)
     if kind == "adapters":
-        return replace(config, num_memory_tokens=0, adapter_rank=size)
+        return replace(config, adapter_rank=size)
     return replace(config, num_memory_tokens=size)
 
 
@@ -269,7 +277,7 @@ def joined_accuracies(
 
 def _parse(regime: str) -> tuple[str, int]:
     """The kind of a regime, and its number of memory tokens or its rank."""
-    if regime in ("full", "head"):
+    if regime in ("full", "head", *AS_SHIPPED):
         return regime, 0
     if regime == "head+class":
         return "memory", 0
