@@ -42,6 +42,10 @@ class Batch:
         place: each view's row in it.
         kin: keys and values of the tokens of the tasks to extend, for each view.
         pooled: the backbone's own pooled feature of each view.
+
+    Attributes:
+        parts: slices of the views that are fetched together.
+        num_keys: P, frozen tokens and those of the tasks to extend.
     """
 
     def __init__(
@@ -56,7 +60,7 @@ class Batch:
         self._key_values, self._place = key_values, place.to(backbone.device)
         self._kin = kin.to(backbone.device)
         num_heads, num_tokens, head_dim = key_values.shape[3:]
-        seen = num_tokens + kin.shape[4]
+        self.num_keys = seen = num_tokens + kin.shape[4]
         on_cpu = backbone.device.type == "cpu"
         count = min(len(place), max(1, int(PART_BYTES / (4 * backbone.embed_dim * seen))) if on_cpu else len(place))
         self.parts = [slice(start, min(start + count, len(place))) for start in range(0, len(place), count)]

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from addenda.backbones import MIN_ROWS, BlockAdapters, FrozenBackbone, KeyValue
 from addenda.combined.attention import memory_key_values, private_read, private_scores
 from addenda.learner.activations import Batch
+from addenda.learner.linear import training_blocks
 
 
 def stream_features(
@@ -38,11 +38,12 @@ def stream_features(
     """
     precision = backbone.precision
     tokens = backbone.first_tokens(class_tokens.to(precision)).unsqueeze(1).expand(-1, len(batch), -1)
-    for layer, block in enumerate(backbone.blocks):
+    # On a GPU one by one: a few rows more or less beside them would change the bits of a candidate's memory.
+    at_once = len(memory) if backbone.device.type == "cpu" else 1
+    for layer, block in enumerate(training_blocks(backbone)):
         updates = adapters[layer] if adapters else None
         queries, keys, values = backbone.project(block, tokens, updates)  # [S, H, B, d]
-        # One by one: a few rows more or less beside them would change the bits of a candidate's memory.
-        own = [memory_key_values(backbone, block, rows.to(precision)) for rows in memory[:, layer].split(1)]
+        own = [memory_key_values(backbone, block, rows.to(precision)) for rows in memory[:, layer].split(at_once)]
         inherited = [layers.expand(len(memory), -1, -1, -1) for layers in parent_memory[layer]] if parent_memory else []
         beside = KeyValue(
             *(
@@ -74,37 +75,48 @@ class _FrozenAttention(torch.autograd.Function):
         private: Float[Tensor, "S H B w"],
     ) -> tuple[Tensor, Tensor]:
         """Returns what each query read of the frozen values, [S, H, B, d], and the weights of its private keys."""
-        read, weights = torch.empty_like(queries), torch.empty_like(private)
-        ctx.batch, ctx.layer, ctx.weights = batch, layer, []
+        count, num_frozen = len(queries), batch.num_keys
+        asking, beside = _rows(queries), _rows(private)
+        read = torch.empty_like(asking)
+        joined = torch.cat([asking.new_empty(*asking.shape[:-1], num_frozen), beside], dim=-1)  # [B, H, R, P + w]
         for part in batch.parts:
-            scores = _rows(queries[:, :, part]) @ batch.fetch(layer, 0, part).transpose(-1, -2)
-            joined = torch.cat([scores, _rows(private[:, :, part])], dim=-1).softmax(-1)  # [c, H, R, P + w]
-            on_frozen = joined[..., : scores.shape[-1]]
-            read[:, :, part] = _slots(on_frozen @ batch.fetch(layer, 1, part), len(queries))
-            weights[:, :, part] = _slots(joined[..., scores.shape[-1] :], len(queries))
-            ctx.weights.append(joined)
-        return read, weights
+            here = joined[part]
+            here[..., :num_frozen] = _products(asking[part], batch.fetch(layer, 0, part).mT)
+            torch.softmax(here, -1, out=here)
+            read[part] = _products(here[..., :num_frozen], batch.fetch(layer, 1, part))
+        ctx.batch, ctx.layer, ctx.weights = batch, layer, joined
+        return _slots(read, count), _slots(joined[..., num_frozen:], count)
 
     @staticmethod
     def backward(ctx: Any, read: Tensor, weights: Tensor) -> tuple[None, None, Tensor, Tensor]:
         """The softmax's own gradient; keys and values are constants."""
-        queries, private = torch.empty_like(read), torch.empty_like(weights)
-        for part, joined in zip(ctx.batch.parts, ctx.weights, strict=True):
-            of_frozen = _rows(read[:, :, part]) @ ctx.batch.fetch(ctx.layer, 1, part).transpose(-1, -2)
-            gradient = torch.cat([of_frozen, _rows(weights[:, :, part])], dim=-1)
-            scores = torch.ops.aten._softmax_backward_data(gradient, joined, -1, joined.dtype)
-            num_frozen = of_frozen.shape[-1]
-            queries[:, :, part] = _slots(scores[..., :num_frozen] @ ctx.batch.fetch(ctx.layer, 0, part), len(queries))
-            private[:, :, part] = _slots(scores[..., num_frozen:], len(private))
-        return None, None, queries, private
+        count, num_frozen = len(read), ctx.batch.num_keys
+        of_read = _rows(read)
+        queries, gradient = torch.empty_like(of_read), torch.empty_like(ctx.weights)
+        gradient[..., num_frozen:] = _rows(weights)
+        for part in ctx.batch.parts:
+            here, joined = gradient[part], ctx.weights[part]
+            here[..., :num_frozen] = _products(of_read[part], ctx.batch.fetch(ctx.layer, 1, part).mT)
+            torch.ops.aten._softmax_backward_data.out(here, joined, -1, joined.dtype, grad_input=here)
+            queries[part] = _products(here[..., :num_frozen], ctx.batch.fetch(ctx.layer, 0, part))
+        return None, None, _slots(queries, count), _slots(gradient[..., num_frozen:], count)
 
 
-def _rows(by_slot: Float[Tensor, "S H c k"]) -> Float[Tensor, "c H R k"]:
+def _products(rows: Float[Tensor, "c H R k"], matrices: Float[Tensor, "c H k n"]) -> Float[Tensor, "c H R n"]:
+    """Row by row; unlike `@`, without copying rows that lie apart."""
+    products: Tensor = torch.bmm(rows.flatten(0, 1), matrices.flatten(0, 1))
+    by_head: Tensor = products.unflatten(0, rows.shape[:2])
+    return by_head
+
+
+def _rows(by_slot: Float[Tensor, "S H B k"]) -> Float[Tensor, "B H R k"]:
     """A candidate a row, by image and head; filled up to MIN_ROWS, since fewer have other bits."""
-    filled = F.pad(by_slot.permute(2, 1, 0, 3), (0, 0, 0, max(0, MIN_ROWS - len(by_slot))))
-    return filled.contiguous()
+    count, num_heads, batch, width = by_slot.shape
+    filled = by_slot.new_zeros(batch, num_heads, max(count, MIN_ROWS), width)
+    filled[:, :, :count] = by_slot.permute(2, 1, 0, 3)
+    return filled
 
 
-def _slots(by_image: Float[Tensor, "c H R k"], count: int) -> Float[Tensor, "S H c k"]:
+def _slots(by_image: Float[Tensor, "B H R k"], count: int) -> Float[Tensor, "S H B k"]:
     """The way back."""
     return by_image[:, :, :count].permute(2, 1, 0, 3)
