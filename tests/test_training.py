@@ -16,7 +16,7 @@ from tests.test_learner import noise
 
 SWEEP = LearnConfig(optimizer="sgd",
     epochs=3, batch_size=16, learning_rate=(0.03, 0.3), num_memory_tokens=(0, 5), weight_decay=(0.0, 0.1),
-    adapter_rank=(0, 3), seed=(0, 1),
+    adapter_rank=(0, 3), adapter_learning_rate=0.1, seed=(0, 1),
 )  # fmt: skip
 
 
