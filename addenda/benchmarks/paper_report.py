@@ -90,8 +90,9 @@ def _accuracies(plain: Cells) -> str:
         [f"*{name}* (paper)", *(f"{row[r]:.1f}" if r in row else "" for r in regimes)] for name, row in PAPER.items()
     ]
     note = (
-        "full, unmasked and lora move the frozen tokens: trained for comparison, never registrable as exact. The "
-        "paper's rows: ViT-B/32 of ImageNet-21k.\n"
+        "full, unmasked and lora move the frozen tokens: trained for comparison, never registrable as exact. "
+        "Validation chooses their epoch and learning rate by accuracy, those of the others by loss. The paper's rows: "
+        "ViT-B/32 of ImageNet-21k.\n"
     )
     return f"\nTest accuracy, %, mean ± standard deviation over seeds.\n\n{_table(('set', *regimes), rows)}\n{note}"
 

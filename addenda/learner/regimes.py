@@ -1,7 +1,8 @@
 """The regimes that the paper compares: settings of `LearnConfig`, and rivals that move the frozen tokens.
 
-A rival starts from the same regression on the same split as a task, under the same penalty on its head, and validation
-loss chooses its learning rate and epoch likewise. None can be registered.
+A rival starts from the same regression on the same split as a task, under the same penalty on its head. Validation
+chooses its learning rate and epoch too: by accuracy, and by loss among equals, since full fine-tuning soon grows too
+sure of itself and its loss rises while its accuracy still does. None can be registered.
 """
 
 from __future__ import annotations
@@ -46,11 +47,12 @@ RIVALS = {
 """Why each cannot be registered."""
 
 LEARNING_RATES: Mapping[str, tuple[float, ...]] = {
-    "full": (1e-4, 3e-4),
-    "lora": (1e-3, 3e-3),
-    "unmasked": (3e-3, 1e-2),
+    "full": (3e-5, 1e-4),
+    "lora": (3e-4, 1e-3),
+    "unmasked": (1e-3, 3e-3),
 }
-"""What a rival is tried with, unless told."""
+"""What a rival is tried with, unless told. Between these lay the best of two to four rates on the validation parts of
+pacs_sketch and textures (ViT-Ti, 140 images each, 6 epochs, one seed)."""
 
 DENSE_NAMES = {
     "class_token": "class_tokens.0", "memory": "memory.0", "head_weight": "head_weight.0",
@@ -72,7 +74,6 @@ class RivalConfig:
         epochs: passes over the training part, at most; validation picks the best.
         batch_size: images in an optimiser step.
         learning_rate: at its highest; of several, validation picks the best. Empty takes the regime's own.
-        head_learning_rate: for the head, where it is the higher.
         weight_decay: AdamW's, of all but the head, which has the regression's own penalty instead.
         warmup_steps: steps of linear warm-up before the cosine.
         clip_norm: largest norm of the gradient.
@@ -85,7 +86,6 @@ class RivalConfig:
     epochs: int = 8
     batch_size: int = 16
     learning_rate: tuple[float, ...] = ()
-    head_learning_rate: float = 0.003
     weight_decay: float = 0.05
     warmup_steps: int = 5
     clip_norm: float = 1.0
@@ -197,13 +197,11 @@ def train_rival(
         head_weights = [p for name, p in head.items() if p.ndim == 2]
         # The regression's own, once for each feature that the head reads (Trainer.run says why).
         penalty = len(head_weights) / (2 * strength * len(train))
-        optimizer = torch.optim.AdamW(
-            [
-                {"params": [p for name, p in learned.items() if name not in head], "lr": rate},
-                {"params": list(head.values()), "lr": max(rate, config.head_learning_rate), "weight_decay": 0.0},
-            ],
-            weight_decay=config.weight_decay,
-        )
+        groups: list[dict[str, Any]] = [
+            {"params": [p for name, p in learned.items() if name not in head]},
+            {"params": list(head.values()), "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=config.weight_decay)
         rise = partial(_schedule, warmup=config.warmup_steps, steps=steps * config.epochs)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rise)
         random = torch.Generator().manual_seed(config.seed)
@@ -226,8 +224,8 @@ def train_rival(
                     report(f"training {regime}, {standing}", done, len(rates) * config.epochs * steps)
             logits = _logits(answer, pixels[0, validation], backbone, config.autocast)
             reached = loss(logits, targets[validation], objective).item()
-            if reached < best.validation_loss:  # false of NaN
-                right = accuracy(logits, targets[validation])
+            right = accuracy(logits, targets[validation])
+            if math.isfinite(reached) and (-right, reached) < (-best.validation_accuracy, best.validation_loss):
                 kept = {
                     name: p.detach().clone(memory_format=torch.contiguous_format).cpu() for name, p in learned.items()
                 }
