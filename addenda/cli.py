@@ -588,6 +588,30 @@ def bench_cost(
     run_cost(names, out, quick, batch, rounds, precision or "float32", device)
 
 
+@bench_app.command("training")
+def bench_training(
+    data: Annotated[Path, typer.Argument(help="A folder with train/ and test/, each of class folders.")],
+    quick: Annotated[bool, typer.Option("--quick", help="200 images, fewer rounds: under two minutes.")] = False,
+    limit: Annotated[int, typer.Option(min=20, help="Training images, drawn at random.")] = 1000,
+    rounds: Annotated[int, typer.Option(min=2, help="Measured rounds.")] = 5,
+    dense_epochs: Annotated[int, typer.Option(min=1, help="Epochs that the dense mask really trains.")] = 2,
+    out: Annotated[Path | None, typer.Option(help="Folder for the table, the plot and the JSON.")] = None,
+    backbone: BackboneOption = DEFAULT_BACKBONE,
+    weights: WeightsOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    precision: PrecisionOption = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Times and weighs learning beside stock timm's pass, the paper's dense mask and full fine-tuning."""
+    from addenda import load_backbone
+    from addenda.benchmarks.training import run_training
+
+    name, chosen = backbone or DEFAULT_BACKBONE, precision or "float32"
+    loaded = load_backbone(name, weights, _numbers(mean), _numbers(std), chosen, device)
+    run_training(loaded, data, out, quick, limit, rounds, dense_epochs)
+
+
 @bench_app.command("paper")
 def bench_paper(
     data: Annotated[Path, typer.Argument(help="A folder of data sets, each with train/ and test/.")],

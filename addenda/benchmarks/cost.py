@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import random
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor
 
 from addenda.backbones import FrozenBackbone, untrained_backbone
+from addenda.benchmarks.interleaving import Run, interleave
 from addenda.combined import CombinedModel, loaded_bytes, numerics, pass_operations, task_cost
 from addenda.exceptions import AddendaError
 from addenda.learner.dense_mask import DenseMask
@@ -28,8 +27,6 @@ CLASSES = 10
 SEPARATE = 10
 STOCK, STOCK_ONE = "stock timm", "stock timm, one image"
 DENSE, DENSE_PRECOMPUTED = "dense mask", "dense mask, precomputed"
-
-Run = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -133,7 +130,8 @@ def _measure_backbone(
             what = DENSE_PRECOMPUTED if precomputed else DENSE
             ways[what, count, batch, STOCK] = lambda rival=rival: rival(images)  # type: ignore[misc]
     ways |= _adapter(backbone, images)
-    seconds = _interleave(ways, rounds, backbone.device)
+    references = {way for way in ways if way[0] == way[-1]}
+    seconds = interleave(ways, rounds, backbone.device, thrice=references)
     medians = {way[0]: statistics.median(times) for way, times in seconds.items()}  # references have names of their own
     rows = []
     for (what, num_tasks, num_images, reference), times in seconds.items():
@@ -196,23 +194,6 @@ def _task(backbone: FrozenBackbone, number: int) -> Task:
         head_bias=torch.zeros(CLASSES),
         pooled_weight=torch.randn(CLASSES, width, generator=random),
     )
-
-
-def _interleave(ways: dict[Any, Run], rounds: int, device: torch.device) -> dict[Any, list[float]]:
-    """Times every way once a round, references thrice, in another order each round; a first round warms up."""
-    order = [way for way in ways for _ in range(3 if way[0] == way[-1] else 1)]
-    seconds: dict[Any, list[float]] = {way: [] for way in ways}
-    shuffle = random.Random(0)
-    for number in range(rounds + 1):
-        shuffle.shuffle(order)
-        for way in order:
-            start = time.perf_counter()
-            ways[way]()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if number:
-                seconds[way].append(time.perf_counter() - start)
-    return seconds
 
 
 COLUMNS = ("way", "tasks", "images", "ms", "quartiles", "ratio", "limit", "G op/image", "G op/s", "tasks weigh")
