@@ -33,7 +33,7 @@ from addenda.registry import Task
 from addenda.terminal import console, progress
 
 MEMORY = 5
-RATE, RATES = 0.1, (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
+RATE, RATES = 0.001, (0.0002, 0.0005, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.01)
 STOCK_IMAGES = 64
 EPOCHS = 100
 CLOSE = 0.5
