@@ -103,7 +103,7 @@ def _said(details: Mapping[str, Any]) -> str:
         f"({beside}); stock timm passes the images in {details['pass_s']:.1f} s. Cached, filling takes "
         f"{details['fill_s']:.1f} s and {num} epochs {details['train_s']:.1f} s; the dense mask takes "
         f"{details['dense_epoch_s']:.1f} s an epoch, {num} of them extrapolated from steps. On "
-        f"{details['test_images']} held-out images after {few} epochs: cached {100 * accuracy['cached']:.1f} %, dense "
+        f"{details['test_images']} held-out images, epochs: {few}: cached {100 * accuracy['cached']:.1f} %, dense "
         f"{100 * accuracy['dense']:.1f} % (at the start {100 * accuracy['start']:.1f} %; cached after {num} epochs "
         f"{100 * accuracy['learned']:.1f} %). Live tensors at most: one candidate {size(memory['one'])}, eight "
         f"{size(memory['eight'])}, full fine-tuning {size(memory['full'])}; the cache is {kept}."
@@ -121,8 +121,8 @@ def _plot(details: Mapping[str, Any], path: Path) -> None:
     num, few, green, red = details["epochs"], details["dense_epochs"], "#0b6e4f", "#8d3b72"
     epochs = range(1, num + 1)
     dense = [details["dense_epoch_s"] * epoch for epoch in epochs]
-    left.plot(epochs[:few], dense[:few], color=red, linewidth=3, label=f"dense mask, {few} epochs trained")
     left.plot(epochs, dense, color=red, linestyle="--", label="dense mask, extrapolated")
+    left.plot(epochs[:few], dense[:few], "o", color=red, label="dense mask, trained")
     cached = [details["fill_s"] + details["train_s"] / num * epoch for epoch in epochs]
     left.plot(epochs, cached, color=green, linewidth=2, label="cached, filling included")
     left.axhline(details["pass_s"], color="#999999", linestyle=":", label="stock timm, one pass")
