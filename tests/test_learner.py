@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -281,7 +282,7 @@ def test_the_penalty_is_strong_for_noise_and_weak_for_signal() -> None:
 
 def test_on_epoch_sees_every_epoch_of_sweep_and_refit(learner: Learner, colours: Path) -> None:
     seen: list[Epoch] = []
-    task = learner.learn("colours", colours, config=QUICK, on_epoch=seen.append)
+    task = learner.learn("colours", colours, config=replace(QUICK, fall_back=False), on_epoch=seen.append)
     sweep = [e for e in seen if e.phase == "sweep"]
     assert [e.epoch for e in sweep] == [1, 2]
     assert all(len(e.validation_loss) == len(e.train_loss) == 2 for e in sweep)
@@ -382,7 +383,7 @@ def test_a_mistake_in_a_setting_of_one_value_or_several_is_said_once_in_the_form
         "augmentation.view: there is no such setting",
         "augmentation.views: Input should be greater than or equal to 0",
         "epoch: there is no such setting",
-        "extends: Input should be a valid list",
+        "extends: Input should be a list of tasks, or 'auto'",
         "learning_rate.1: Input should be a valid number, unable to parse string as a number",
         "seed: Input should be greater than or equal to 0",
     ]

@@ -8,7 +8,7 @@ import torch
 from addenda import FrozenBackbone, LearnConfig
 from addenda.learner import ActivationCache, Augmentation
 from addenda.learner.activations import Activations
-from addenda.learner.candidates import Candidate
+from addenda.learner.candidates import HEAD, Candidate
 from addenda.learner.data import open_images
 from addenda.learner.regression import Regression, fit_regression
 from addenda.learner.training import Epoch, Trainer
@@ -96,3 +96,19 @@ def test_a_candidate_stops_when_it_gets_no_better(learned: tuple[Activations, Re
         losses = [e.validation_loss[place] for e in history if e.validation_loss[place] == e.validation_loss[place]]
         assert len(losses) == candidate.best.epoch + 2
         assert min(losses) == losses[candidate.best.epoch - 1] == candidate.best.loss
+
+
+@pytest.mark.parametrize("calibrate", [True, False])
+def test_candidates_are_compared_by_what_they_are_worth_once_calibrated(tiny: FrozenBackbone, calibrate: bool) -> None:
+    images, targets = noise(40)
+    shuffled = targets[torch.randperm(40, generator=torch.Generator().manual_seed(0))]  # none can be right of all
+    data = open_images(torch.utils.data.TensorDataset(images, shuffled))
+    activations = Activations(tiny, data, Augmentation(), ActivationCache())
+    learned = activations, fit_regression(activations.pooled, shuffled, 0.1)
+    config = LearnConfig(epochs=2, batch_size=16, learning_rate=0.003, calibrate=calibrate)
+    (candidate,), _, trainer = run(learned, config)
+    rows, tensors = torch.arange(30, 40), candidate.best.tensors
+    losses = trainer.losses(tensors, rows)
+    assert losses.mean().item() == pytest.approx(candidate.best.loss, rel=1e-5)
+    surer = trainer.losses(tensors | {name: 1.5 * tensors[name] for name in HEAD}, rows)  # of the same answers
+    assert torch.allclose(losses, surer, rtol=5e-3) == calibrate

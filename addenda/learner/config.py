@@ -79,7 +79,8 @@ class LearnConfig:
         patience: epochs without a lower validation loss after which a candidate stops.
         augmentation: random views of the training images.
         validation_fraction: the share of the training images held out, class by class, to choose by.
-        calibrate: whether a temperature for the probabilities is fitted on the validation part.
+        calibrate: whether a temperature for the probabilities is fitted on the validation part; candidates are then
+            compared as calibrated.
         fall_back: whether a token whose validation loss is above the regression's is silenced: its head weights
             become 0, and the task answers as the regression.
         refit: whether the winner is trained again on training and validation images together.

@@ -93,8 +93,8 @@ class Run:
         self._fitted = fit_regression(pooled[self._train], targets[self._train], self._strength)
         self._last = fit_regression(pooled, targets, self._strength) if config.refit else self._fitted
         logits = F.linear(pooled[self._validation], self._fitted.weight, self._fitted.bias)
-        self._rival_losses = losses(logits, self._truth, self._objective)
         temperature, self._rival_scores = self._judge(logits)
+        self._rival_losses = losses(logits / temperature, self._truth, self._objective)
         self.rival = Task(
             name=RIVAL,
             backbone=self._backbone.fingerprint,
@@ -166,7 +166,7 @@ class Run:
             raise TrainingError("Every candidate's loss became infinite or NaN. Try smaller learning rates.")
 
         def validation_losses(candidate: Candidate) -> Tensor:
-            return losses(trainer.logits(candidate.best.tensors, self._validation), self._truth, self._objective)
+            return trainer.losses(candidate.best.tensors, self._validation)
 
         chosen = min(reached, key=lambda candidate: candidate.best.loss)
         lean = [candidate for candidate in reached if not candidate.settings.adapter_rank]

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from addenda.backbones import Adapter, BlockAdapters, KeyValue
 from addenda.learner.activations import Activations, Batch
+from addenda.learner.calibration import fit_temperature
 from addenda.learner.candidates import HEAD_WEIGHTS, Candidate, Tensors, adapter_name, first_tensors
 from addenda.learner.checkpoint import Checkpoint
 from addenda.learner.config import LearnConfig, Settings
 from addenda.learner.metrics import accuracy
-from addenda.learner.objectives import balanced_weights, loss
+from addenda.learner.objectives import balanced_weights, loss, losses
 from addenda.learner.regression import Regression
 from addenda.learner.stream import stream_features
 
@@ -36,7 +37,7 @@ class Epoch:
         epoch: from 1.
         epochs: how many there will be at most.
         train_loss: mean loss of each candidate on the training part.
-        validation_loss: of each candidate on the validation part; empty in the refit.
+        validation_loss: of each candidate on the validation part, calibrated; empty in the refit.
         validation_accuracy: likewise, 0..1; of a multi-label task the share of answers that are right.
         candidates: what each is trained with.
     """
@@ -165,6 +166,17 @@ class Trainer:
         return [read.validate_python(row | {"candidates": swept}) for row in standing["history"]]
 
     @torch.no_grad()
+    def losses(self, tensors: Tensors, rows: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
+        """The loss on each of some images, as candidates are compared by it."""
+        return self._calibrated(self.logits(tensors, rows), self._activations.targets[rows])
+
+    def _calibrated(self, logits: Float[Tensor, "N C"], targets: Tensor) -> Float[Tensor, " N"]:
+        """The losses under the temperature that these images ask for: too sure can be mended, wrong cannot."""
+        calibrate = self._config.calibrate and bool(logits.isfinite().all())
+        temperature = fit_temperature(logits, targets, self._objective) if calibrate else 1.0
+        return losses(logits / temperature, targets, self._objective)
+
+    @torch.no_grad()
     def logits(self, tensors: Tensors, rows: Int[Tensor, " N"]) -> Float[Tensor, "N C"]:
         """Logits of some images, as they are, under one set of tensors."""
         moved = {name: tensor.to(self._backbone.device) for name, tensor in tensors.items()}
@@ -268,7 +280,7 @@ class Trainer:
             for group in _by_shape(live):
                 logits = self._evaluate([candidate.tensors for candidate in group], validation)
                 for i, candidate in enumerate(group):
-                    mean = loss(logits[i], targets, self._objective).item()
+                    mean = self._calibrated(logits[i], targets).mean().item()
                     scores[id(candidate)] = mean, accuracy(logits[i], targets)
         for candidate, train_loss in zip(candidates, train_losses, strict=True):
             if candidate in live:
