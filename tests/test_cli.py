@@ -171,9 +171,11 @@ def test_predictions_of_several_labels_are_all_that_are_likely(run: Run, learned
 
 
 def test_every_setting_of_a_run_can_be_given_as_an_option(run: Run, folder: Path, tmp_path: Path) -> None:
-    given = ("--adapter-rank", "1", "--adapter-rank", "2", "--adapter-lr", "0.05", "--label-smoothing", "0.1")
+    (tmp_path / "own.yaml").write_text("fall_back: false\n")
+    given = ("--adapter-rank", "1", "--adapter-rank", "2", "--adapter-lr", "0.05", "--label-smoothing", "0.1",
+             "--config", tmp_path / "own.yaml")  # fmt: skip
     result = run(
-        "learn", "ones", folder, "--backbone", "glyphs", "--epochs", "1", "--optimizer", "sgd", "--lr", "0.3", *given,
+        "learn", "ones", folder, "--backbone", "glyphs", "--epochs", "1", "--lr", "0.3", *given,
         "--class-weights", "balanced",
     )  # fmt: skip
     assert result.code == 0, result.err

@@ -171,6 +171,36 @@ def test_figures_are_means_and_spreads_over_seeds(tiny: FrozenBackbone, tmp_path
     assert "| head | 50.0 | 2 | 4 | " in text
 
 
+def test_what_a_user_gets_stands_beside_the_regression_with_the_error_of_the_difference(
+    tiny: FrozenBackbone, tmp_path: Path
+) -> None:
+    made = [
+        {"set": "a", "seed": seed, "regime": regime, "validation": 0.5, "test": test, "seconds": 2.0, "num_images": 8,
+         "num_test": 100, "chosen": {"adapter_rank": rank}}
+        for regime, tests, rank in (
+            ("regression", (0.7, 0.7), 0), ("default", (0.7, 0.8), 0), ("default+adapters", (0.8, 0.8), 8),
+        )
+        for seed, test in enumerate(tests)
+    ]  # fmt: skip
+    write_report(made, tiny, tmp_path, 100, tmp_path)
+    text = (tmp_path / "paper.md").read_text()
+    # 0.0025 of two seeds' mean and 0.75 * 0.25 / 100 of the test set; then 0.8 * 0.2 / 100 alone
+    assert "| a | 70.0 ± 0.0 | 75.0 ± 7.1 | +5.0 | 6.6 | 80.0 ± 0.0 | +10.0 | 4.0 | 2 of 2 |" in text
+    assert "of the way" not in text
+    assert not (tmp_path / "paper.png").exists()
+
+
+def test_the_way_from_head_to_full_is_that_of_the_means(tiny: FrozenBackbone, tmp_path: Path) -> None:
+    made = [
+        {"set": name, "seed": 0, "regime": regime, "validation": 0.5, "test": test, "seconds": 2.0, "num_images": 8,
+         "chosen": {"epoch": 1}}
+        for name in ("a", "b")
+        for regime, test in (("full", 0.9), ("head", 0.6), ("adapters-8", 0.8))
+    ]  # fmt: skip
+    write_report(made, tiny, tmp_path, None, tmp_path)
+    assert "| of the way from head to full | 100 % | 0 % | 67 % |" in (tmp_path / "paper.md").read_text()
+
+
 def test_the_papers_figures_are_whole() -> None:
     assert all(len(row) == 7 for row in PAPER.values())
     assert (PAPER["CIFAR-100"]["full"], PAPER["Places-365"]["memory-20"]) == (91.8, 54.1)

@@ -71,9 +71,10 @@ def write_report(cells: Cells, backbone: FrozenBackbone, data: Path, limit: int 
     (out / "paper.md").write_text(text)
     console.print(text, markup=False, highlight=False, soft_wrap=True)
     _write_csv(cells, out / "paper.csv")
-    if plain:
-        _plot(cells, plain, out / "paper.png")
-    console.print(f"Written to {out}: paper.md, paper.csv, paper.png.")
+    compared = [cell for cell in plain if cell["regime"] not in AS_SHIPPED]
+    if compared:
+        _plot(cells, compared, out / "paper.png")
+    console.print(f"Written to {out}: paper.md, paper.csv{', paper.png' if compared else ''}.")
 
 
 def _accuracies(plain: Cells) -> str:
@@ -205,7 +206,7 @@ def _plot(cells: Cells, plain: Cells, file: Path) -> None:
     from matplotlib import pyplot as plt
 
     joined = [cell for cell in cells if cell["regime"] == COLLAPSE]
-    regimes, sets = [regime for regime in _regimes(plain) if regime not in AS_SHIPPED], _sets(plain)
+    regimes, sets = _regimes(plain), _sets(plain)
     figure, axes = plt.subplots(
         1, 3, figsize=(15, 5.2), sharey=False, width_ratios=(max(3, len(regimes)), 7, 4), layout="constrained"
     )
