@@ -18,7 +18,22 @@ BACKBONE = ("--backbone", "glyphs", "--device", "cpu")
 
 def test_learn_killed_at_any_moment_goes_on_to_the_same_artifact(tmp_path: Path, glyphs: FrozenBackbone) -> None:
     folder = colour_folder(tmp_path / "data", per_class=24)
-    learn = ("learn", "colours", folder, *BACKBONE, "--epochs", 6, "--batch-size", 4, "--lr", 0.1, "--views", 1)
+    learn = (
+        "learn",
+        "colours",
+        folder,
+        *BACKBONE,
+        "--epochs",
+        6,
+        "--batch-size",
+        4,
+        "--optimizer",
+        "sgd",
+        "--lr",
+        0.1,
+        "--views",
+        1,
+    )
     (tmp_path / "settings.yaml").write_text("fall_back: false\npatience: 6\n")
     learn = (*learn, "--config", tmp_path / "settings.yaml")
     whole = Commands(tmp_path / "whole").run(*learn)
@@ -26,9 +41,9 @@ def test_learn_killed_at_any_moment_goes_on_to_the_same_artifact(tmp_path: Path,
     moments = [
         killed.registry.exists,
         killed.seen("*/meta.json"),  # activations are being kept
-        killed.seen("runs/*/sweep.safetensors"),
-        killed.seen("runs/*/*.unfinished"),
-        killed.seen("runs/*/refit.safetensors"),
+        killed.seen("runs/*/*/sweep.safetensors"),
+        killed.seen("runs/*/*/*.unfinished"),
+        killed.seen("runs/*/*/refit.safetensors"),
     ]
     for moment in moments:
         killed.kill(moment, *learn)
@@ -48,7 +63,7 @@ def test_learn_many_killed_at_any_moment_goes_on_to_the_same_artifacts(tmp_path:
         colour_folder(tmp_path / name, per_class=20, seed=seed)
     file = tmp_path / "tasks.yaml"
     file.write_text(
-        "config: {epochs: 4, batch_size: 4, learning_rate: 0.1, fall_back: false}\n"
+        "config: {epochs: 4, batch_size: 4, optimizer: sgd, learning_rate: 0.1, fall_back: false}\n"
         "tasks:\n"
         "  - {name: first, data: first}\n"
         "  - {name: second, data: second, extends: first}\n"
@@ -64,7 +79,7 @@ def test_learn_many_killed_at_any_moment_goes_on_to_the_same_artifacts(tmp_path:
         with Registry.open(killed.registry) as registry:
             return [record.name for record in registry.tasks(include_retired=True)]
 
-    sweeping = killed.seen("runs/*/sweep.safetensors")
+    sweeping = killed.seen("runs/*/*/sweep.safetensors")
     killed.kill(sweeping, *many)
     assert registered() == []
     killed.kill(lambda: bool(registered()), *many)
