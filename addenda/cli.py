@@ -623,7 +623,7 @@ def bench_paper(
         str | None,
         typer.Option(help="Names with commas, such as full,head,memory-5,lora-8,pairs. Default: the paper's."),
     ] = None,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images, at most: ours.")] = 15,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images, at most: ours.")] = 30,
     rival_epochs: Annotated[int, typer.Option(min=1, help="The same of full, lora and unmasked.")] = 8,
     views: Annotated[int, typer.Option(min=0, help="Random views of each image to learn from; 0: as it is.")] = 3,
     bf16: Annotated[bool, typer.Option("--bf16", help="Train full, lora and unmasked in bfloat16 autocast.")] = False,

@@ -23,7 +23,7 @@ from addenda.exceptions import DataError
 from addenda.learner import LearnConfig, Learner
 from addenda.learner.data import LabelledImages, check_same_labels, open_images
 from addenda.learner.metrics import accuracy
-from addenda.learner.regimes import RivalConfig, is_rival, joined_accuracies, regime_config, train_rival
+from addenda.learner.regimes import AS_SHIPPED, RivalConfig, is_rival, joined_accuracies, regime_config, train_rival
 from addenda.registry import Registry, Task
 from addenda.terminal import console, progress
 
@@ -61,7 +61,8 @@ class Comparison:
         common = {"backbone": self.backbone.fingerprint, "limit": self.limit}
         if regime != PAIRS and (regime == COLLAPSE or is_rival(regime)):
             return common | {"config": json.loads(json.dumps(asdict(self.rivals)))}
-        return common | {"config": self.ours.to_json()}
+        ours = regime_config(regime, self.ours) if regime in AS_SHIPPED else self.ours
+        return common | {"config": ours.to_json()}
 
 
 def run_paper(
