@@ -25,7 +25,7 @@ from addenda.learner import ActivationCache, LearnConfig
 from addenda.learner.activations import Activations
 from addenda.learner.candidates import HEAD_WEIGHTS, Candidate, as_fields, first_tensors
 from addenda.learner.data import LabelledImages, check_same_labels, has_test_part, open_images
-from addenda.learner.dense_mask import DenseMask
+from addenda.learner.dense_mask import DENSE_NAMES, DenseMask
 from addenda.learner.objectives import loss
 from addenda.learner.regression import Regression, choose_strength, fit_regression
 from addenda.learner.training import Trainer
@@ -95,13 +95,8 @@ class DenseTraining:
         self._order = Trainer(setting.activations, [], config)._order
         self._candidate = Candidate(settings, first, config, setting.num_steps * config.epochs, backbone.device)
         self._model = DenseMask(backbone, [as_task(setting, "dense", first)])
-        held = {
-            "class_token": self._model.class_tokens[0],
-            "memory": self._model.memory[0],
-            "head_weight": self._model.head_weight[0],
-            "pooled_weight": self._model.pooled_weight["0"],
-            "head_bias": self._model.head_bias[0],
-        }
+        learned = dict(self._model.named_parameters())
+        held = {name: learned[own] for name, own in DENSE_NAMES.items()}
         self._parameters = [held[name] for name in self._candidate.tensors]
         self._head = [held[name] for name in HEAD_WEIGHTS]
         for parameter, tensor in zip(self._parameters, self._candidate.tensors.values(), strict=True):

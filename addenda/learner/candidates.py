@@ -72,6 +72,14 @@ def silenced(backbone: FrozenBackbone, regression: Regression, settings: Setting
     return tensors
 
 
+def schedule(step: int, warmup_steps: int, steps: int) -> float:
+    """Linear warm-up, then a cosine to zero, as a factor of the learning rate; steps count from 0."""
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    done = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * done))
+
+
 @dataclass
 class Best:
     """The epoch of least validation loss so far; without validation, the latest.
@@ -141,16 +149,9 @@ class Candidate:
             tensor.grad = gradient
         torch.nn.utils.clip_grad_norm_(self.tensors.values(), self._clip_norm)
         for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
-            group["lr"] = peak * self._rate()
+            group["lr"] = peak * schedule(self._steps, self._warmup_steps, self._all_steps)
         self.optimizer.step()
         self._steps += 1
-
-    def _rate(self) -> float:
-        """Linear warm-up, then a cosine to zero, as a factor of the learning rate."""
-        if self._steps < self._warmup_steps:
-            return (self._steps + 1) / (self._warmup_steps + 1)
-        done = (self._steps - self._warmup_steps) / max(1, self._all_steps - self._warmup_steps)
-        return 0.5 * (1 + math.cos(math.pi * done))
 
     def judge(self, epoch: int, train_loss: float, loss: float | None, patience: int) -> None:
         """Notes the end of an epoch: keeps the tensors if they are the best yet, stops what gets nowhere."""

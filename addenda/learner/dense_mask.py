@@ -17,6 +17,12 @@ from torch import Tensor, nn
 from addenda.backbones import FrozenBackbone
 from addenda.registry import Task
 
+DENSE_NAMES = {
+    "class_token": "class_tokens.0", "memory": "memory.0", "head_weight": "head_weight.0",
+    "head_bias": "head_bias.0", "pooled_weight": "pooled_weight.0",
+}  # fmt: skip
+"""A task's tensors, as the parameters of a DenseMask of one task."""
+
 
 class DenseMask(nn.Module):
     """Tasks that extend none, answered through a mask of all tokens by all keys; what is learned are its parameters.

@@ -93,7 +93,6 @@ class Learner:
         for parent in parents:
             if parent.class_token is None:
                 raise RegistryError(f"Task {parent.ref!r} is head-only: it has no token that {name!r} could see.")
-        pool = [task for task in self.registry.load(self.backbone) if task.class_token is not None] if auto else None
         images, test_images = open_parts(train, test)
         varied = config.augmentation.resolved(images.can_vary and not config.head_only)
         config = replace(config, augmentation=varied)
@@ -111,6 +110,7 @@ class Learner:
         if versions and not new_version:
             raise NameTakenError(name, versions[-1].version)
 
+        pool = [task for task in self.registry.load(self.backbone) if task.class_token is not None] if auto else None
         activations = Activations(
             self.backbone, images, config.augmentation, self.cache, family(parents), digests, skip_bad, report
         )

@@ -22,10 +22,10 @@ from addenda.exceptions import TrainingError
 from addenda.learner.activations import Activations
 from addenda.learner.augmentation import Augmentation, augment, view_seed
 from addenda.learner.cache import ActivationCache
-from addenda.learner.candidates import Tensors, as_fields, first_tensors
+from addenda.learner.candidates import Tensors, as_fields, first_tensors, schedule
 from addenda.learner.config import LearnConfig
 from addenda.learner.data import LabelledImages
-from addenda.learner.dense_mask import DenseMask
+from addenda.learner.dense_mask import DENSE_NAMES, DenseMask
 from addenda.learner.metrics import accuracy
 from addenda.learner.objectives import loss
 from addenda.learner.reading import Report
@@ -53,12 +53,6 @@ LEARNING_RATES: Mapping[str, tuple[float, ...]] = {
 }
 """What a rival is tried with, unless told. Between these lay the best of two to four rates on the validation parts of
 pacs_sketch and textures (ViT-Ti, 140 images each, 6 epochs, one seed)."""
-
-DENSE_NAMES = {
-    "class_token": "class_tokens.0", "memory": "memory.0", "head_weight": "head_weight.0",
-    "head_bias": "head_bias.0", "pooled_weight": "pooled_weight.0",
-}  # fmt: skip
-"""A task's tensors, as the parameters of a DenseMask of one task."""
 
 LORA_LAYERS = r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(fc1|fc2))"
 EVALUATION_BATCH = 32
@@ -202,7 +196,7 @@ def train_rival(
             {"params": list(head.values()), "weight_decay": 0.0},
         ]
         optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=config.weight_decay)
-        rise = partial(_schedule, warmup=config.warmup_steps, steps=steps * config.epochs)
+        rise = partial(schedule, warmup_steps=config.warmup_steps, steps=steps * config.epochs)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rise)
         random = torch.Generator().manual_seed(config.seed)
         for epoch in range(1, config.epochs + 1):
@@ -334,13 +328,6 @@ def _low_rank(model: nn.Module, rank: int) -> nn.Module:
 def _unmasked_task(name: str, backbone: FrozenBackbone, labels: tuple[str, ...], tensors: Tensors) -> Task:
     """What DenseMask is made of; its tensors mean nothing under the mask, so no one else gets it."""
     return Task(name=name, backbone=backbone.fingerprint, labels=labels, **as_fields(tensors))
-
-
-def _schedule(step: int, warmup: int, steps: int) -> float:
-    """Linear warm-up, then a cosine to zero, as a factor of the learning rate."""
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 @torch.no_grad()

@@ -169,14 +169,16 @@ class Run:
             return trainer.losses(candidate.best.tensors, self._validation)
 
         chosen = min(reached, key=lambda candidate: candidate.best.loss)
+        found = validation_losses(chosen)
         lean = [candidate for candidate in reached if not candidate.settings.adapter_rank]
         if config.adapter_rank == "auto" and chosen not in lean and lean:
             leanest = min(lean, key=lambda candidate: candidate.best.loss)
-            if not pays(validation_losses(chosen), validation_losses(leanest)):
-                chosen = leanest
+            without = validation_losses(leanest)
+            if not pays(found, without):
+                chosen, found = leanest, without
         if config.fall_back and chosen.best.loss >= self._rival_losses.mean().item():
             return Sweep(parents, trainer, candidates, history, None, self._rival_losses)
-        return Sweep(parents, trainer, candidates, history, chosen, validation_losses(chosen))
+        return Sweep(parents, trainer, candidates, history, chosen, found)
 
     def _extend(self, best: Sweep, pool: Sequence[Task]) -> tuple[Sweep, list[dict[str, Any]]]:
         """Tries the most promising tasks of a pool one after another, and keeps those that pay; with what was tried."""
