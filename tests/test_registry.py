@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import count
 from multiprocessing import forkserver
 from pathlib import Path
@@ -31,7 +31,18 @@ from safetensors.torch import save
 from sqlalchemy import Engine, Pool, create_engine, event
 
 from addenda.exceptions import IntegrityError, NameTakenError, RegistryError, UnknownTaskError
-from addenda.registry import ADAPTED, Golden, LowRank, Registry, Task, canonical_json, check_name, digest, schema
+from addenda.registry import (
+    ADAPTED,
+    FeatureStatistics,
+    Golden,
+    LowRank,
+    Registry,
+    Task,
+    canonical_json,
+    check_name,
+    digest,
+    schema,
+)
 from addenda.registry.artifact import decode, encode
 from addenda.registry.database import VERSION_TABLE
 from addenda.registry.triggers import statements
@@ -89,7 +100,19 @@ def probe(task: Task, numerics: str = "n" * 64) -> Golden:
 
 
 def keep(registry: Registry, task: Task, new_version: bool = False) -> Task:
-    return registry.register(task, probe(task), new_version=new_version)
+    return registry.register(task, probe(task), a_statistic(), new_version)
+
+
+def a_statistic(num_classes: int = 3, **changes: Any) -> FeatureStatistics:
+    noise = torch.Generator().manual_seed(3)
+    content = {
+        "counts": torch.arange(num_classes) + 4,
+        "sums": torch.randn(num_classes, 5, generator=noise),
+        "gram": torch.randn(15, generator=noise),
+        "sample": torch.randn(6, 4, generator=noise),
+        "sample_targets": torch.arange(6) % num_classes,
+    }
+    return FeatureStatistics(**{**content, **changes})
 
 
 def spoiled(name: str, tensor: torch.Tensor | None) -> Task:
@@ -181,6 +204,62 @@ def full_book(shelf: Path, tmp_path: Path) -> Iterator[Registry]:
     with Registry.open(shutil.copy(shelf / "full.db", tmp_path)) as opened:
         assert all(rows(opened).values()), "a table without a row would prove nothing"
         yield opened
+
+
+# -- statistics --------------------------------------------------------------------------------------------------------
+
+
+def test_statistics_come_back_bit_for_bit(book):
+    keep(book, a_task())
+    back, made = book.statistics("digits:1"), a_statistic()
+    assert back.sha256 == made.sha256
+    for field in fields(FeatureStatistics):
+        assert getattr(back, field.name).numpy().tobytes() == getattr(made, field.name).numpy().tobytes()
+    assert book.record("digits").statistics_bytes == len(made.data)
+
+
+def test_a_task_without_statistics_has_none(book):
+    task = a_task()
+    book.register(task, probe(task))
+    assert book.statistics("digits") is None
+    with pytest.raises(UnknownTaskError, match="'cats'"):
+        book.statistics("cats")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"counts": torch.ones(2, dtype=torch.long)}, r"do not fit 3 classes or each other: .*'counts': \[2\]"),
+        ({"gram": torch.ones(14)}, r"do not fit .*'gram': \[14\]"),
+        ({"sample_targets": torch.ones(5, dtype=torch.long)}, r"do not fit .*'sample_targets': \[5\]"),
+        ({"sums": torch.full((3, 5), torch.nan)}, "sums must be finite float32"),
+        ({"sample_targets": torch.full((6,), 3)}, "classes that do not exist"),
+        ({"counts": torch.tensor([1, 1, -1])}, "classes that do not exist"),
+    ],
+)
+def test_statistics_that_do_not_fit_are_refused_and_nothing_is_registered(book, changes, message):
+    before, task = rows(book), a_task()
+    with pytest.raises(IntegrityError, match=message):
+        book.register(task, probe(task), a_statistic(**changes))
+    assert rows(book) == before
+
+
+def test_statistics_that_weigh_too_much_are_refused_and_nothing_is_registered(book):
+    before, task = rows(book), a_task()
+    large = a_statistic(sample=torch.zeros(320_000, 4), sample_targets=torch.zeros(320_000, dtype=torch.long))
+    with pytest.raises(RegistryError, match=r"3 classes weigh [0-9,]+ bytes, and a task may have 5,000,000"):
+        book.register(task, probe(task), large)
+    assert rows(book) == before
+
+
+@pytest.mark.parametrize("cut", [0, 40])
+def test_statistics_whose_bytes_have_changed_are_refused(book, cut):
+    keep(book, a_task())
+    data = a_statistic().data
+    tamper(book, "statistics", "UPDATE statistics SET data = ?", data[:-1] + b"?" if cut == 0 else data[:cut])
+    with pytest.raises(IntegrityError, match="Task 'digits:1' cannot be routed to: its statistics' stored bytes have"):
+        book.statistics("digits")
+    assert book.get("digits").ref == "digits:1"
 
 
 # -- registering and finding ------------------------------------------------------------------------------------------
@@ -833,7 +912,7 @@ def refused(registry: Registry, sql: str, *values: object, pragma: str = "") -> 
 @pytest.mark.parametrize("pragma", ["", "PRAGMA recursive_triggers=ON"], ids=["plain", "recursive triggers"])
 def test_the_database_refuses_to_change_any_row(full_book, pragma):
     before, tried = rows(full_book), 0
-    assert len(schema.IMMUTABLE) == 8
+    assert len(schema.IMMUTABLE) == 9
     for table in schema.IMMUTABLE:
         name, values = table.name, before[table.name][0]
         marks = ", ".join("?" * len(values))
@@ -1012,8 +1091,22 @@ def test_every_immutable_table_has_its_triggers(registry):
         found = dict(connection.execute("SELECT name, sql FROM sqlite_master WHERE type = 'trigger'"))
     expected = {name: sql for table in schema.IMMUTABLE for name, sql in statements(table).items()}
     assert found == expected
-    assert len(expected) == 24
+    assert len(expected) == 27
     assert {table.name for table in schema.metadata.sorted_tables} - {t.name for t in schema.IMMUTABLE} == {"alias"}
+
+
+def test_a_registry_of_the_first_version_is_upgraded_and_keeps_every_row(full_book):
+    before = rows(full_book)
+    with raw(full_book) as connection:
+        connection.execute("DROP TABLE statistics")
+        connection.execute(f"UPDATE {VERSION_TABLE} SET version_num = '0001'")
+    with Registry.open(full_book.location) as opened:
+        assert rows(opened) == before | {"statistics": []}
+        assert opened.statistics("digits") is None
+        assert opened.record("digits").statistics_bytes == 0
+        with raw(opened) as connection:
+            found = dict(connection.execute("SELECT name, sql FROM sqlite_master WHERE type = 'trigger'"))
+        assert found == {name: sql for table in schema.IMMUTABLE for name, sql in statements(table).items()}
 
 
 def test_a_registry_of_a_newer_version_is_refused_untouched(full_book):

@@ -47,7 +47,6 @@ class FrozenBackbone:
     Attributes:
         fingerprint: sha256 over architecture, input size, weights (as loaded, before any cast) and preprocessing.
         preprocessing: timm's data configuration: input_size, interpolation, mean, std, crop_pct, crop_mode.
-        transform: PIL image -> Float[3, H, W].
         num_tokens: P, the frozen tokens: class token, registers, patches.
         blocks: timm's blocks, for the task stream to pass its own tokens through.
         memo: what others have found out about it, kept as long as it lives.
@@ -90,15 +89,17 @@ class FrozenBackbone:
         self.num_tokens: int = model.num_prefix_tokens + model.patch_embed.num_patches
         self.num_parameters: int = sum(p.numel() for p in model.parameters())
         settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in self.preprocessing.items()}
-        self.transform: Callable[[Image.Image], Float[Tensor, "3 H W"]] = create_transform(
-            **settings, is_training=False
-        )
+        self._prepare: Callable[[Image.Image], Float[Tensor, "3 H W"]] = create_transform(**settings, is_training=False)
         self._contents = _hash_state(self.model)
         self.memo: dict[Any, Any] = {}
         # A hook on the qkv projection sees what timm computes without changing a bit of it or computing it twice.
         self._captured = threading.local()
         for block in self.blocks:
             block.attn.qkv.register_forward_hook(self._capture)
+
+    def transform(self, image: Image.Image) -> Float[Tensor, "3 H W"]:
+        """An image of any mode and size as the model takes it: resized, cropped and normalised by timm."""
+        return self._prepare(image.convert("RGB"))
 
     def _capture(self, module: nn.Module, inputs: object, output: Tensor) -> None:
         self._captured.qkv = output

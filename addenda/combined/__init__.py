@@ -6,17 +6,21 @@ from addenda.combined.layout import Layout, TileStore, micro_batch
 from addenda.combined.model import Answers, CombinedModel
 from addenda.combined.numerics import numerics, numerics_fingerprint, tensor_digest
 from addenda.combined.predictions import predictions
+from addenda.combined.routing import Choice, Router, feature_statistics
 from addenda.combined.selftest import prove
 from addenda.combined.streams import Observer, task_features
 
 __all__ = [
     "Answers",
+    "Choice",
     "CombinedModel",
     "Layout",
     "Observer",
+    "Router",
     "TaskCost",
     "TileStore",
     "Verdict",
+    "feature_statistics",
     "golden",
     "loaded_bytes",
     "micro_batch",

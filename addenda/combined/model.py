@@ -17,6 +17,7 @@ from addenda.combined.heads import Head
 from addenda.combined.layout import TILE, Layout, TileStore, micro_batch
 from addenda.combined.numerics import arithmetic
 from addenda.combined.predictions import predictions
+from addenda.combined.routing import Choice, Router
 from addenda.combined.selftest import Shapes, prove
 from addenda.combined.streams import task_features
 from addenda.exceptions import BackboneError, ExactnessError, RegistryError, UnknownTaskError
@@ -28,11 +29,13 @@ class Answers(dict[str, Tensor]):
 
     Attributes:
         exact: whether the bits are those that each task has in any company and batch.
+        pooled: the backbone's own pooled feature of each image, Float[B, D], where it was asked for.
     """
 
-    def __init__(self, logits: dict[str, Tensor], exact: bool) -> None:
+    def __init__(self, logits: dict[str, Tensor], exact: bool, pooled: Tensor | None = None) -> None:
         super().__init__(logits)
         self.exact = exact
+        self.pooled = pooled
 
 
 class CombinedModel:
@@ -116,12 +119,13 @@ class CombinedModel:
         return tuple(self.tasks) if tasks is None else tuple(dict.fromkeys(tasks))
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, tasks: Sequence[str] | None = None) -> Answers:
+    def __call__(self, images: Tensor, tasks: Sequence[str] | None = None, pooled: bool = False) -> Answers:
         """Logits of every task, or of some, in float32 on the backbone's device.
 
         Args:
             images: Float[B, 3, H, W], of the backbone's input size, normalised, as `backbone.transform` gives them.
             tasks: names of the tasks to answer; None answers all.
+            pooled: whether the backbone's own feature is wanted too, for a `Router`.
 
         Returns:
             Float[B, C] for each task, by name; its `exact` says whether the promise holds.
@@ -138,14 +142,19 @@ class CombinedModel:
                 "Set them back, or make the model anew (model.with_tasks)."
             )
         names = self._select(tasks)
-        if not names:
+        if not names and not pooled:
             return Answers({}, self.exact)
         layout = self.layout if names == tuple(self.tasks) else self._layout(names)
         pieces: dict[str, list[Tensor]] = {name: [] for name in names}
+        features = []
         for batch, count in self._batches(images, self.shapes.images if self.exact else None):
-            for name, logits in self._answer(batch, names, layout).items():
-                pieces[name].append(logits[:count])
-        return Answers({name: torch.cat(parts) for name, parts in pieces.items()}, self.exact)
+            logits, feature = self._answer(batch, names, layout, pooled)
+            for name, part in logits.items():
+                pieces[name].append(part[:count])
+            if feature is not None:
+                features.append(feature[:count].float())
+        answers = {name: torch.cat(parts) for name, parts in pieces.items()}
+        return Answers(answers, self.exact, torch.cat(features) if pooled else None)
 
     def backbone_logits(self, images: Tensor) -> Float[Tensor, "B C"]:
         """Stock timm's own logits of images Float[B, 3, H, W], computed in the canonical micro-batch."""
@@ -171,11 +180,41 @@ class CombinedModel:
             DataError: a file that is not a readable image.
         """
         answers: dict[str, list[list[tuple[str, float]]]] = {name: [] for name in self._select(tasks)}
-        for start in range(0, len(paths), self.micro_batch):
-            batch = [self.backbone.transform(read_image(path)) for path in paths[start : start + self.micro_batch]]
-            for name, logits in self(torch.stack(batch), tasks).items():
+        for images in self._read(paths):
+            for name, logits in self(images, tasks).items():
                 answers[name] += predictions(self.tasks[name], logits, top)
         return answers
+
+    def route(
+        self, paths: Sequence[str | Path], router: Router, top: int | None = None
+    ) -> list[tuple[Choice, list[tuple[str, float]]]]:
+        """Reads image files, lets a router choose a task for each, and gives that task's answer.
+
+        Args:
+            paths: image files.
+            router: knows tasks of this model.
+            top: at most so many labels for each image; None gives 3.
+
+        Returns:
+            For each path the choice, and (label, probability) pairs within the chosen task.
+
+        Raises:
+            DataError: a file that is not a readable image.
+            UnknownTaskError: a task that this model does not hold.
+        """
+        routed = []
+        for images in self._read(paths):
+            answers = self(images, router.tasks, pooled=True)
+            assert answers.pooled is not None
+            labels = {name: predictions(self.tasks[name], logits, top) for name, logits in answers.items()}
+            routed += [(choice, labels[choice.task][i]) for i, choice in enumerate(router.choose(answers.pooled))]
+        return routed
+
+    def _read(self, paths: Sequence[str | Path]) -> Iterator[Float[Tensor, "B 3 H W"]]:
+        """Image files as the backbone takes them, a micro-batch at a time."""
+        for start in range(0, len(paths), self.micro_batch):
+            part = paths[start : start + self.micro_batch]
+            yield torch.stack([self.backbone.transform(read_image(path)) for path in part])
 
     def _batches(self, images: Tensor, sizes: Sequence[int] | None) -> Iterator[tuple[Tensor, int]]:
         """Cuts images into micro-batches, the last filled up with zeros to one of some sizes; each with its count."""
@@ -184,9 +223,11 @@ class CombinedModel:
             fill = (0, 0, 0, 0, 0, 0, 0, size - len(part))
             yield F.pad(part.to(self.backbone.device, self.backbone.precision), fill), len(part)
 
-    def _answer(self, images: Tensor, names: Sequence[str], layout: Layout) -> dict[str, Tensor]:
+    def _answer(
+        self, images: Tensor, names: Sequence[str], layout: Layout, pooled_wanted: bool
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
         """One batch: the frozen stream and the task streams, layer by layer, then the heads one by one."""
-        reads_pooled = any(self.tasks[name].reads_pooled for name in names)
+        reads_pooled = pooled_wanted or any(self.tasks[name].reads_pooled for name in names)
         with torch.autocast(self.backbone.device.type, enabled=False):
             stream = self.backbone.stream(images, "pooled" if reads_pooled else "nothing")
             tiles = task_features(self.backbone, stream, layout)
@@ -201,7 +242,7 @@ class CombinedModel:
                     tile, slot = layout.slot[task.sha256]
                     feature = tiles[tile][slot]
                 logits[name] = self._heads[task.sha256](feature, pooled)
-        return logits
+        return logits, pooled
 
 
 def _layout(

@@ -118,14 +118,9 @@ class LabelledImages:
                 "learned from. Files must stay as they are until a run ends, and a Dataset must give the same image "
                 "each time: random views are `augmentation`'s to make."
             )
-        if isinstance(item, Path):
-            image: Any = read_image(item)
-        elif isinstance(item, EncodedImage):
-            image = read_image(io.BytesIO(item.content), item.name)
-        else:
-            image = item[0]
+        image = _picture(item)
         if isinstance(image, Image.Image):
-            return (transform or backbone.transform)(image.convert("RGB"))
+            return backbone.transform(image) if transform is None else transform(image.convert("RGB"))
         expected = backbone.preprocessing["input_size"]
         if not isinstance(image, Tensor) or list(image.shape) != expected or not image.is_floating_point():
             found = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
@@ -136,6 +131,14 @@ class LabelledImages:
         if transform is not None:
             raise DataError(f"Item {index} of {self.where} is a tensor; random views are made of PIL images only.")
         return image
+
+    def picture(self, index: int) -> Any:
+        """One image as it is held: a PIL image in most cases, or what a dataset gives.
+
+        Raises:
+            DataError: a file is not a readable image.
+        """
+        return _picture(self.items[index])
 
     def read_all(self, backbone: FrozenBackbone) -> Float[Tensor, "N 3 H W"]:
         """Every image: for sets that fit into memory."""
@@ -161,6 +164,15 @@ class LabelledImages:
         if isinstance(target, int):
             return self.labels[target]
         return json.dumps(sorted(label for label, has in zip(self.labels, target, strict=True) if has))
+
+
+def _picture(item: Any) -> Any:
+    """The image of an item: read from its file, or what a dataset's item begins with."""
+    if isinstance(item, Path):
+        return read_image(item)
+    if isinstance(item, EncodedImage):
+        return read_image(io.BytesIO(item.content), item.name)
+    return item[0]
 
 
 def _digest(item: Any) -> str:

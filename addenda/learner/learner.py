@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,7 +11,14 @@ import torch
 from torch import Tensor
 
 from addenda.backbones import FrozenBackbone
-from addenda.combined import CombinedModel, golden, numerics, numerics_fingerprint, tensor_digest
+from addenda.combined import (
+    CombinedModel,
+    feature_statistics,
+    golden,
+    numerics,
+    numerics_fingerprint,
+    tensor_digest,
+)
 from addenda.exceptions import NameTakenError, RegistryError, TrainingError
 from addenda.learner.activations import Activations
 from addenda.learner.cache import RUNS, ActivationCache
@@ -21,7 +29,9 @@ from addenda.learner.metrics import score
 from addenda.learner.reading import Report, read_in_batches
 from addenda.learner.run import Run, family
 from addenda.learner.training import OnEpoch
-from addenda.registry import EvaluationRecord, Registry, Task, canonical_json, check_name, digest
+from addenda.registry import EvaluationRecord, FeatureStatistics, Registry, Task, canonical_json, check_name, digest
+
+log = logging.getLogger(__name__)
 
 
 class Learner:
@@ -134,7 +144,9 @@ class Learner:
         data = {"run": run, "num_images": len(kept), "counts": kept.counts, "skipped": list(activations.skipped)}
         finished = replace(task, metrics=metrics, data=data)
         self.registry.add_backbone(self.backbone.record())
-        registered = self.registry.register(finished, golden(self.backbone, finished), new_version=new_version)
+        statistics = self._statistics(activations) if kept.objective == "single-label" else None
+        probe = golden(self.backbone, finished)
+        registered = self.registry.register(finished, probe, statistics, new_version=new_version)
         checkpoint.clear()
         return registered
 
@@ -158,6 +170,14 @@ class Learner:
         return self.registry.add_evaluation(
             task.ref, images.fingerprint(), fingerprint, scored.metrics, scored.logits_digest
         )
+
+    def _statistics(self, activations: Activations) -> FeatureStatistics | None:
+        """What a router will know of the images; None, and said, where it would weigh too much."""
+        made = feature_statistics(activations.pooled, activations.targets, activations.num_classes)
+        if made.excess is None:
+            return made
+        log.warning("No router will know of this task: %s.", made.excess)
+        return None
 
     def _score(
         self, tasks: Sequence[Task], images: LabelledImages, skip_bad: bool, report: Report | None

@@ -16,6 +16,7 @@ class TaskRecord:
         backbone: fingerprint of its backbone.
         sha256: its artifact's digest.
         size_bytes: its artifact's size.
+        statistics_bytes: the size of what a router knows of its images; 0 where it knows nothing.
         labels: class names.
         num_memory_tokens: m.
         num_parameters: numbers that it adds to the backbone.
@@ -35,6 +36,7 @@ class TaskRecord:
     backbone: str
     sha256: str
     size_bytes: int
+    statistics_bytes: int
     labels: tuple[str, ...]
     num_memory_tokens: int
     num_parameters: int

@@ -20,6 +20,7 @@ from addenda.registry import schema
 from addenda.registry.artifact import decode, digest
 from addenda.registry.database import connect, database_errors, reading, writing
 from addenda.registry.records import EvaluationRecord, TaskRecord
+from addenda.registry.statistics import FeatureStatistics
 from addenda.registry.task import Golden, Task, check_name
 
 NUMBER = re.compile(r"[1-9][0-9]{0,8}")
@@ -163,6 +164,23 @@ class Registry:
             for probe in stored
         ]
 
+    def statistics(self, ref: str) -> FeatureStatistics | None:
+        """What a router knows of a task's images; None where nothing was kept.
+
+        Raises:
+            UnknownTaskError: there is no such task.
+            IntegrityError: the stored bytes are not what was registered.
+        """
+        with reading(self._engine) as connection:
+            row = _find(connection, ref)
+            stored = connection.execute(select(schema.statistics).where(schema.statistics.c.task_id == row.id)).first()
+        if stored is None:
+            return None
+        try:
+            return FeatureStatistics.decode(stored.data, stored.sha256, len(row.labels))
+        except IntegrityError as error:
+            raise IntegrityError(f"Task '{row.name}:{row.version}' cannot be routed to: {error}.") from error
+
     def evaluations(self, ref: str) -> list[EvaluationRecord]:
         """Every recorded scoring of a task, oldest first."""
         with reading(self._engine) as connection:
@@ -186,12 +204,16 @@ class Registry:
             if connection.scalar(known) is None:
                 connection.execute(insert(schema.backbone).values(**record, **_stamp()))
 
-    def register(self, task: Task, golden: Golden, new_version: bool = False) -> Task:
+    def register(
+        self, task: Task, golden: Golden, statistics: FeatureStatistics | None = None, new_version: bool = False
+    ) -> Task:
         """Registers a task, in one transaction: wholly or not at all.
 
         Args:
             task: what was learned; its parents must be registered.
             golden: its golden probe, from `combined.golden`.
+            statistics: of the images it was learned from, from `combined.feature_statistics`; without, no router
+                knows of it.
             new_version: whether a name already taken gets a further version.
 
         Returns:
@@ -200,9 +222,14 @@ class Registry:
 
         Raises:
             NameTakenError: the name is taken by other content.
-            RegistryError: a parent or the backbone is not registered, or the database refused.
+            RegistryError: a parent or the backbone is not registered, its statistics weigh too much, or the database
+                refused.
         """
         check_name(task.name)
+        if statistics is not None:
+            statistics.check(len(task.labels))
+            if statistics.excess is not None:
+                raise RegistryError(f"Task {task.name!r} was not registered: {statistics.excess}.")
         golden_row = _golden_row(task.name, len(task.labels), golden)
         data = task.artifact
         with database_errors(f"Task {task.name!r} was not registered"), writing(self._engine) as connection:
@@ -260,6 +287,10 @@ class Registry:
                     insert(schema.task_parent).values(task_id=task_id, position=position, parent_id=parent_row.id)
                 )
             connection.execute(insert(schema.golden).values(task_id=task_id, **golden_row, **_stamp()))
+            if statistics is not None:
+                connection.execute(
+                    insert(schema.statistics).values(task_id=task_id, sha256=statistics.sha256, data=statistics.data)
+                )
             _append_event(connection, "registered", f"{task.name}:{version}", sha256=task.sha256)
             return _load(connection, _find(connection, f"{task.name}:{version}"), {})
 
@@ -422,12 +453,14 @@ def _record(connection: Connection, row: Row[Any]) -> TaskRecord:
     retired = select(schema.retirement.c.reason).where(schema.retirement.c.task_id == row.id)
     aliases = select(schema.alias.c.alias).where(schema.alias.c.task_id == row.id).order_by(schema.alias.c.alias)
     size = select(func.length(schema.artifact.c.data)).where(schema.artifact.c.sha256 == row.artifact)
+    known = select(func.length(schema.statistics.c.data)).where(schema.statistics.c.task_id == row.id)
     return TaskRecord(
         name=row.name,
         version=row.version,
         backbone=row.backbone,
         sha256=row.artifact,
         size_bytes=connection.scalar(size) or 0,
+        statistics_bytes=connection.scalar(known) or 0,
         labels=tuple(row.labels),
         num_memory_tokens=row.num_memory_tokens,
         num_parameters=row.num_parameters,

@@ -143,5 +143,13 @@ golden = Table(
     *_who_and_when(),
 )
 
-IMMUTABLE = (backbone, artifact, task, task_parent, retirement, event, evaluation, golden)
+statistics = Table(
+    "statistics",
+    metadata,
+    _task_id(primary_key=True),
+    Column("sha256", String, nullable=False),
+    Column("data", LargeBinary, nullable=False),
+)
+
+IMMUTABLE = (backbone, artifact, task, task_parent, retirement, event, evaluation, golden, statistics)
 """Tables whose rows are written once. An alias may move; its history is in the events."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sqlalchemy import Connection, Table
+from sqlalchemy import Connection, Table, inspect
 
 from addenda.registry.schema import IMMUTABLE
 
@@ -27,8 +27,12 @@ def statements(table: Table) -> dict[str, str]:
 
 
 def create_triggers(connection: Connection) -> None:
-    """Creates, or creates again, every trigger; each migration ends with this, since a batch migration drops them."""
-    for table in IMMUTABLE:
+    """Creates, or creates again, the triggers of the tables there are so far; each migration ends with this.
+
+    A batch migration drops them.
+    """
+    there = inspect(connection).get_table_names()
+    for table in (table for table in IMMUTABLE if table.name in there):
         for name, sql in statements(table).items():
             connection.exec_driver_sql(f"DROP TRIGGER IF EXISTS {name}")
             connection.exec_driver_sql(sql)
