@@ -157,6 +157,14 @@ def test_missing_columns_are_asked_for_beside_those_found(tmp_path: Path, header
     assert f"Found: {', '.join(map(repr, header.split(',')))}." in message
 
 
+def test_a_file_that_is_no_listing_at_all_is_refused_in_few_words(tmp_path: Path) -> None:
+    (tmp_path / "listing.csv").write_bytes(b"\0" * 9000 + b"," * 500)
+    message = refused(tmp_path / "listing.csv")
+    assert "needs a column 'path'" in message
+    assert "and 489 more." in message
+    assert len(message) < 1000
+
+
 def test_columns_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
     (tmp_path / "listing.csv").write_text("path,label,labels\n")
     assert "both columns 'label' and 'labels'" in refused(tmp_path / "listing.csv")

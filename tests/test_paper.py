@@ -100,6 +100,18 @@ def test_every_regime_sees_the_same_balanced_images(comparison: Comparison, out:
     assert {task.data["run"]["data"] for task in tasks} == {listing.fingerprint()}
 
 
+def test_a_subsets_listing_is_whole_whoever_reads_it_meanwhile(comparison: Comparison, tmp_path: Path) -> None:
+    with Registry.open(tmp_path / "tasks.db") as registry:
+        run = paper._Run(comparison, Learner(comparison.backbone, registry), tmp_path)
+        with run._subset("warm", 0).open() as reader:
+            whole = Path(reader.name).read_text()
+            Path(reader.name).write_text("half done")
+            run._subset("warm", 0)
+            assert reader.read() == "half done"  # what was open stays what it was: the new one took its place at once
+            assert Path(reader.name).read_text() == whole
+    assert [file.suffix for file in (tmp_path / "subsets").iterdir()] == [".csv"]
+
+
 def test_rows_are_drawn_class_by_class_and_by_the_seed() -> None:
     targets = torch.tensor([0] * 30 + [1] * 4 + [2] * 30)
     drawn = balanced_rows(targets, 24, seed=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -220,13 +221,15 @@ class _Run:
         images = open_images(self.comparison.data / name / "train")
         rows = balanced_rows(images.targets, self.comparison.limit or len(images), seed)
         file.parent.mkdir(exist_ok=True)
-        with file.open("w", newline="") as stream:
+        unfinished = file.with_suffix(f".{os.getpid()}")  # another process may be reading the listing
+        with unfinished.open("w", newline="") as stream:
             writer = csv.writer(stream)
             writer.writerow(("path", "label"))
             for row in rows:
                 item = images.items[row]
                 assert isinstance(item, Path)  # of a folder
                 writer.writerow((item.resolve(), images.labels[images.targets[row]]))
+        unfinished.replace(file)
         return file
 
     def _learned(self, name: str, seed: int) -> Path:

@@ -70,6 +70,9 @@ def has_test_part(file: Path) -> bool:
     )
 
 
+SHOWN_COLUMNS, SHOWN_LETTERS = 12, 40
+"""Of a listing's columns, in messages: a file that is none at all may seem to have thousands."""
+
 Lines = Iterable[tuple[str, list[Any]]]
 """Rows, each with the words for where it stands."""
 
@@ -116,7 +119,11 @@ def _read_parquet(file: Path) -> tuple[list[str], Lines]:
 
 
 def _check_columns(file: Path, columns: Sequence[str]) -> None:
-    found = f"Found: {', '.join(map(repr, columns))}."
+    shown = [
+        repr(name if len(name) <= SHOWN_LETTERS else f"{name[:SHOWN_LETTERS]}…") for name in columns[:SHOWN_COLUMNS]
+    ]
+    more = f" and {len(columns) - SHOWN_COLUMNS} more" if len(columns) > SHOWN_COLUMNS else ""
+    found = f"Found: {', '.join(shown)}{more}."
     if "path" not in columns or not {"label", "labels"} & set(columns):
         raise DataError(
             f"The listing {str(file)!r} needs a column 'path', and 'label' (one for each image) or 'labels' (any "
