@@ -15,7 +15,8 @@ from addenda import __version__
 from addenda.exceptions import AddendaError, BackboneError, DataError, IntegrityError, RegistryError
 
 if TYPE_CHECKING:
-    from addenda import FrozenBackbone, LearnConfig, Registry, Task
+    from addenda import CombinedModel, FrozenBackbone, LearnConfig, Registry, Task
+    from addenda.combined import Choice, Router
     from addenda.registry import TaskRecord
 
 app = typer.Typer(
@@ -277,7 +278,7 @@ def tasks_list(
             len(r.labels),
             r.num_memory_tokens,
             *_headlines(r),
-            size(r.size_bytes),
+            size(r.size_bytes + r.statistics_bytes),
             names[r.backbone],
             ", ".join(r.extends),
             r.created_at[:16].replace("T", " "),
@@ -357,7 +358,13 @@ def tasks_retire(
 @app.command()
 def predict(
     images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
-    task: Annotated[list[str] | None, typer.Option(help="Answer this task only; may be given again.")] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Answer this task only; may be given again. 'auto' chooses one for each image, or says that it looks "
+            "like none of their images."
+        ),
+    ] = None,
     top: Annotated[
         int | None,
         typer.Option(min=1, help="Labels for each task, at most. Default: 3; of a multi-label task all likely ones."),
@@ -378,25 +385,33 @@ def predict(
     from addenda import Registry
     from addenda.terminal import console, print_json, progress, table
 
-    paths = _image_files(images)
+    paths, auto = _image_files(images), task == ["auto"]
     with Registry.open(registry, create=False) as opened:
-        chosen = [opened.get(ref) for ref in task or ()]
+        chosen = [opened.get(ref) for ref in task or () if not auto]
         loaded = _recorded_backbone(opened, weights, device, chosen[0].backbone if chosen else None)
         from addenda import CombinedModel
 
         model = CombinedModel(loaded, chosen or opened.load(loaded), exact=not inexact)
+        router = _router(opened, model) if auto and model.tasks else None
     if not model.tasks:
         raise DataError(f"The registry {str(registry)!r} holds no active task. `addenda learn` adds one.")
-    answers: dict[str, dict[str, list[tuple[str, float]]]] = {}
+    answers: dict[str, Any] = {}
     bad: list[str] = []
     with progress(quiet=as_json or as_csv or len(paths) < 16) as report:
         for done, start in enumerate(range(0, len(paths), model.micro_batch)):
             batch = paths[start : start + model.micro_batch]
-            for path, answer in _answers(model, batch, top, skip_bad, bad):
-                answers[str(path)] = answer
+            batch = _readable(batch, bad) if skip_bad else batch
+            if router is not None:
+                answers |= {str(path): one for path, one in zip(batch, model.route(batch, router, top), strict=True)}
+            else:
+                found = model.predict(batch, top)
+                answers |= {str(path): {n: best[i] for n, best in found.items()} for i, path in enumerate(batch)}
             report("predicting", min((done + 1) * model.micro_batch, len(paths)), len(paths))
     for message in bad:
         typer.echo(f"left out: {message}", err=True)
+    if router is not None:
+        _show_routed(answers, model, as_json, as_csv)
+        return
     if as_json:
         images_json = {path: {name: [{"label": label, "probability": p} for label, p in best]
                               for name, best in answer.items()} for path, answer in answers.items()}  # fmt: skip
@@ -555,20 +570,73 @@ def demo() -> None:
 
 @bench_app.command("continual")
 def bench_continual(
-    stream: Annotated[str, typer.Argument(help="The stream: digits.")] = "digits",
-    memory: Annotated[int, typer.Option(min=0, help="Memory tokens in each layer.")] = 5,
-    seed: Annotated[int, typer.Option(help="Seed of the run.")] = 0,
+    stream: Annotated[
+        str,
+        typer.Argument(help="A stream of the package (digits, split-cifar10, …), a YAML file, or a folder to split."),
+    ] = "digits",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the report; a run there goes on. Default: continual-STREAM.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Where the stream's folders of images lie.")] = None,
+    split: Annotated[int | None, typer.Option(min=1, help="Experiences to split a folder's classes into.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Names with commas. Default: the file's, else all.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="How many seeds. Default: the file's.")] = None,
+    limit: Annotated[int | None, typer.Option(min=4, help="Training images of an experience, at most.")] = None,
+    test_limit: Annotated[int | None, typer.Option(min=1, help="Test images of an experience, at most.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training images: the baselines'.")] = None,
+    bf16: Annotated[bool | None, typer.Option("--bf16", help="Train the baselines in bfloat16 autocast.")] = None,
+    download: Annotated[bool | None, typer.Option("--download", help="Fetch missing images where that works.")] = None,
+    backbone: BackboneOption = None,
+    weights: WeightsOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Runs a stream of tasks under Avalanche and checks every old task's logits, byte for byte."""
-    from addenda.benchmarks.continual import run_continual
+    """Runs a stream of tasks, ours beside the methods that the field knows, and writes a report; see docs/avalanche.md.
+
+    Exits with 1 if a logit of an old task of ours has moved by a bit.
+    """
+    from addenda import load_backbone
+    from addenda.benchmarks.continual.config import read_config
+    from addenda.benchmarks.continual.report import print_report
+    from addenda.benchmarks.continual.run import run_continual
+    from addenda.terminal import print_json, progress
+
+    config = read_config(stream, {
+        "backbone": {"name": backbone, "weights": weights, "mean": _numbers(mean), "std": _numbers(std)},
+        "baselines": {"epochs": epochs, "autocast": bf16}, "seeds": seeds, "limit": limit, "test_limit": test_limit,
+        "methods": methods.split(",") if methods else None, "download": download,
+        **({"data": {"num_experiences": split}} if split is not None else {}),
+    })  # fmt: skip
+    chosen = config.backbone
+    loaded = load_backbone(chosen.name, chosen.weights, chosen.mean, chosen.std, device=device)
+    folder = out or Path(f"continual-{config.name}")
+    with progress(quiet=as_json) as report:
+        results = run_continual(config, loaded, folder, data, report)
+    if as_json:
+        print_json(results.to_json())
+    else:
+        print_report(results, folder)
+    if not all(cell.identical in (True, None) for cell in results.of("addenda")):
+        raise typer.Exit(1)
+
+
+@bench_app.command("compare")
+def bench_compare(
+    one: Annotated[Path, typer.Argument(help="A report of `bench continual`: its folder, or its results.json.")],
+    other: Annotated[Path, typer.Argument(help="Another of the same stream.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Compares two runs of a stream: what the second has more or less, beside the spread of both."""
+    from addenda.benchmarks.continual.comparison import compare_reports, print_comparison
     from addenda.terminal import print_json
 
-    result = run_continual(stream, memory, seed, quiet=as_json)
+    comparison = compare_reports(one, other)
     if as_json:
-        print_json(result)
-    if not result["identical"]:
-        raise typer.Exit(1)
+        print_json(comparison.to_json())
+    else:
+        print_comparison(comparison)
 
 
 @bench_app.command("cost")
@@ -805,23 +873,67 @@ def _image_files(places: Sequence[Path]) -> list[Path]:
     return paths
 
 
-def _answers(
-    model: Any, batch: Sequence[Path], top: int | None, skip_bad: bool, bad: list[str]
-) -> list[tuple[Path, dict[str, list[tuple[str, float]]]]]:
-    """A micro-batch's answers; with skip_bad, unreadable images are left out and noted."""
+def _readable(paths: Sequence[Path], bad: list[str]) -> list[Path]:
+    """The images that can be read; what is wrong with the others is noted."""
     from addenda.backbones import read_image
 
-    good = list(batch)
-    if skip_bad:
-        good = []
-        for path in batch:
-            try:
-                read_image(path)
-                good.append(path)
-            except DataError as error:
-                bad.append(str(error))
-    answers = model.predict(good, top)
-    return [(path, {name: best[i] for name, best in answers.items()}) for i, path in enumerate(good)]
+    good = []
+    for path in paths:
+        try:
+            read_image(path)
+            good.append(path)
+        except DataError as error:
+            bad.append(str(error))
+    return good
+
+
+def _router(registry: Registry, model: CombinedModel) -> Router:
+    """A router of a model's tasks; those that it cannot know of are named on standard error."""
+    from addenda.combined import Router
+
+    kept = {name: registry.statistics(task.ref) for name, task in model.tasks.items()}
+    known = {name: statistics for name, statistics in kept.items() if statistics is not None}
+    left_out = [name for name in kept if name not in known]
+    if left_out:
+        typer.echo(
+            f"Not chosen from, since nothing was kept of their images: {', '.join(left_out)}. (Single-label tasks keep "
+            "statistics when they are learned.)",
+            err=True,
+        )
+    if not known:
+        raise DataError("There is no task to choose from: nothing was kept of any task's images.")
+    return Router(known)
+
+
+def _show_routed(
+    answers: dict[str, tuple[Choice, list[tuple[str, float]]]], model: CombinedModel, as_json: bool, as_csv: bool
+) -> None:
+    """Prints which task was chosen for each image, and its answer."""
+    from addenda.terminal import console, print_json, table
+
+    if as_json:
+        images = {
+            path: choice._asdict() | {"labels": [{"label": label, "probability": p} for label, p in best]}
+            for path, (choice, best) in answers.items()
+        }
+        print_json({"exact": model.exact, "images": images})
+        return
+    if as_csv:
+        writer = csv.writer(sys.stdout)
+        writer.writerow(("image", "task", "task_probability", "familiar", "label", "probability"))
+        writer.writerows((path, *choice, *pair) for path, (choice, best) in answers.items() for pair in best)
+        return
+    rows = [
+        (
+            path,
+            choice.task if choice.familiar else f"none; nearest {choice.task}",
+            f"{100 * choice.probability:.0f} %",
+            ", ".join(f"{label} {100 * p:.0f} %" for label, p in best) if choice.familiar else "–",
+        )
+        for path, (choice, best) in answers.items()
+    ]
+    title = f"{len(rows)} images, the task chosen among {len(model.tasks)}" + ("" if model.exact else ", not exact")
+    console.print(table(title, ("image", "task", "sure", "labels"), rows))
 
 
 def _verdicts(
@@ -881,6 +993,10 @@ def _show(record: TaskRecord, task: Task) -> None:
         ("memory tokens", f"{record.num_memory_tokens} in each layer; {weight}"),
         ("extends", ", ".join(record.extends) or "nothing"),
         ("temperature", f"{task.temperature:.3g}"),
+        (
+            "statistics",
+            f"{size(record.statistics_bytes)}, for choosing the task" if record.statistics_bytes else "none",
+        ),
         ("learned from", f"{record.data.get('num_images', '?')} images"),
         ("sha256", record.sha256),
         ("registered", f"{record.created_at[:19].replace('T', ' ')} UTC by {record.created_by}"),

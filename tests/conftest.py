@@ -20,6 +20,7 @@ from tests.tiny import tiny_vit
 # Every shape in a signature is checked at run time while the tests run.
 CHECKED = [
     "addenda.backbones",
+    "addenda.benchmarks.continual",
     "addenda.combined",
     "addenda.learner",
     "addenda.registry.objectives",

@@ -18,10 +18,12 @@ class Commands:
 
     Args:
         folder: where both are.
+        registry: False for commands that take none.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, registry: bool = True) -> None:
         folder.mkdir()
+        self._takes_registry = registry
         self.registry, self.cache = folder / "tasks.db", folder / "cache"
 
     def _start(self, *arguments: object) -> subprocess.Popen[str]:
@@ -30,8 +32,7 @@ class Commands:
             "-m",
             "addenda.cli",
             *map(str, arguments),
-            "--registry",
-            str(self.registry),
+            *(("--registry", str(self.registry)) if self._takes_registry else ()),
             "--json",
         ]
         environment = {**os.environ, "ADDENDA_CACHE": str(self.cache)}

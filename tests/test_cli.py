@@ -266,6 +266,64 @@ def test_predict_answers_files_and_folders_as_table_json_and_csv(run: Run, learn
     assert {row["image"]: row["label"] for row in rows} == {p: a["ones"][0]["label"] for p, a in answers.items()}
 
 
+@pytest.fixture
+def two_tasks(run: Run, learned: Result, tmp_path: Path) -> Path:
+    """Beside zeros and ones, sevens and eights; gives a folder with images of both, one of them in colour."""
+    data = digits((7, 8), test=False)
+    for number in range(40):
+        place = tmp_path / "more" / data.classes[data.targets[number]]
+        place.mkdir(parents=True, exist_ok=True)
+        data.images[number].save(place / f"{number}.png")
+    result = run("learn", "eights", tmp_path / "more", "--epochs", "1", "--lr", "0.3")
+    assert result.code == 0, result.err
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    for name, pair in (("ones", (0, 1)), ("eights", (7, 8))):
+        test = digits(pair, test=True)
+        for number in range(10):
+            test.images[number].save(mixed / f"{name}-{number}.png")
+    Image.effect_noise((64, 64), 90).convert("RGB").save(mixed / "noise.png")
+    return mixed
+
+
+def test_predict_chooses_the_task_for_each_image(run: Run, two_tasks: Path) -> None:
+    found = json.loads(run("predict", two_tasks, "--task", "auto", "--json").out)
+    answers = {Path(path).stem: answer for path, answer in found["images"].items()}
+    assert len(answers) == 21
+    right = [answer["task"] == name.partition("-")[0] for name, answer in answers.items() if name != "noise"]
+    assert sum(right) >= 18
+    assert all(0.5 <= answer["probability"] <= 1 for answer in answers.values())
+    assert {label["label"] for label in answers["eights-0"]["labels"]} == {"7", "8"}
+    assert not answers["noise"]["familiar"]
+    rows = list(csv.DictReader(io.StringIO(run("predict", two_tasks, "--task", "auto", "--csv", "--top", "1").out)))
+    assert {Path(row["image"]).stem: row["task"] for row in rows} == {n: a["task"] for n, a in answers.items()}
+    shown = run("predict", two_tasks, "--task", "auto").out
+    assert "21 images, the task chosen among 2" in shown
+    assert f"none; nearest {answers['noise']['task']}" in shown
+
+
+def test_predict_names_tasks_that_it_cannot_choose(run: Run, two_tasks: Path, tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "tasks.db") as connection:
+        connection.execute("DROP TRIGGER statistics_no_delete")
+        connection.execute("DELETE FROM statistics WHERE task_id = (SELECT id FROM task WHERE name = 'ones')")
+    result = run("predict", two_tasks, "--task", "auto", "--json")
+    assert "nothing was kept of their images: ones." in result.err
+    assert {answer["task"] for answer in json.loads(result.out)["images"].values()} == {"eights"}
+    with sqlite3.connect(tmp_path / "tasks.db") as connection:
+        connection.execute("DELETE FROM statistics")
+    refused = run("predict", two_tasks, "--task", "auto")
+    assert refused.code == 2
+    assert "There is no task to choose from" in refused.err
+
+
+def test_a_tasks_size_counts_what_a_router_knows(run: Run, learned: Result, tmp_path: Path) -> None:
+    with Registry.open(tmp_path / "tasks.db") as opened:
+        record = opened.record("ones")
+    assert record.statistics_bytes > 10_000
+    assert f"{(record.size_bytes + record.statistics_bytes) / 1000:.1f} kB" in run("tasks", "list").out
+    assert f"{record.statistics_bytes / 1000:.1f} kB, for choosing the task" in run("tasks", "show", "ones").out
+
+
 def test_a_bad_image_is_named_and_left_out_only_when_asked(run: Run, learned: Result, folder: Path) -> None:
     bad = folder / "test" / "0" / "bad.png"
     bad.write_bytes(b"no image")
@@ -371,7 +429,9 @@ def test_aliases_and_retirement(run: Run, learned: Result, folder: Path) -> None
         (("learn", "a", ".", "--label-smoothing", "1"), "label_smoothing: Input should be less than 1"),
         (("learn", "a", ".", "--config", "none.yaml"), "The file 'none.yaml' cannot be read: No such file"),
         (("learn-many", "none.yaml"), "The file 'none.yaml' cannot be read: No such file"),
-        (("bench", "continual", "nothing"), "Stream 'nothing' is not known"),
+        (("bench", "continual", "nothing"), "There is no stream 'nothing'. Known: "),
+        (("bench", "continual", "digits", "--methods", "magic"), "Baseline 'magic' is not known"),
+        (("bench", "compare", "none", "none"), "The results 'none' cannot be read"),
         (("backbones", "show", "vit_tiny_patch16_224", "--weights", "none.pth"), "'none.pth' does not exist"),
     ],
 )

@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer.main
 
 from addenda import Registry, cli
 from addenda.backbones import glyphs
+from addenda.benchmarks.digits import digits
 from addenda.learner import read_rows
 from tests.images import colour_folder
 
@@ -42,6 +45,31 @@ def test_the_readmes_file_of_many_tasks_is_one(tmp_path: Path, registry: Registr
     (tmp_path / "more" / "rubbish.csv").write_text("\n".join(["path,label", *(f"../{line}" for line in listing)]))
     rows = read_rows(tmp_path / "tasks.yaml", registry)
     assert [(row.name, row.config.epochs) for row in rows] == [("textures", 20), ("rubbish", 20), ("sketches", 20)]
+
+
+@pytest.mark.filterwarnings("ignore")  # Avalanche and what it imports warn while they load
+def test_the_avalanche_page_runs_in_a_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    match = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "avalanche.md").read_text(), re.DOTALL)
+    assert match is not None
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"make_benchmark": digit_benchmark}
+    exec(compile(match[1], "avalanche.md", "exec"), names)
+    assert names["evaluator"].metrics[-1].identical
+    found = {key: value for key, value in names["results"].items() if key.startswith("LogitsIdentical")}
+    assert found == {f"LogitsIdentical/Exp00{i}": 1.0 for i in range(4)}
+    accuracies = [value for key, value in names["results"].items() if key.startswith("Top1_Acc_Exp")]
+    assert len(accuracies) == 5
+    assert min(accuracies) > 0.8
+
+
+def digit_benchmark(eval_transform: Callable[[Any], Any]) -> Any:
+    """What a script of someone's own has: Avalanche's nc_benchmark on PIL images."""
+    from avalanche.benchmarks import nc_benchmark
+
+    data = [digits(tuple(range(10)), test, limit=100) for test in (False, True)]
+    return nc_benchmark(
+        *data, n_experiences=5, task_labels=True, shuffle=False, train_transform=None, eval_transform=eval_transform
+    )
 
 
 def test_every_command_that_the_documents_name_exists() -> None:

@@ -53,10 +53,11 @@ def run_demo() -> bool:
             intact = intact and not moved
             stages.append([f"after {name}", *_accuracies(logits, tests, names), _verdict(stage, moved)])
         console.print(_matrix(stages, names))
-        weight = registry.record(names[-1]).size_bytes
+        last = registry.record(names[-1])
     cost = task_cost(backbone, 5)
     console.print(
-        f"\nOne more task costs {size(weight)} in the registry (the backbone: {size(4 * backbone.num_parameters)}) and "
+        f"\nOne more task costs {size(last.size_bytes)} in the registry (the backbone: "
+        f"{size(4 * backbone.num_parameters)}), {size(last.statistics_bytes)} more for a router, and "
         f"{100 * cost.relative_operations:.1f} % of the backbone's pass over an image of {backbone.num_tokens} tokens "
         f"(about 0.5 % at 224 px)."
     )

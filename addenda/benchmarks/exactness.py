@@ -7,21 +7,29 @@ from typing import Any
 import torch
 from avalanche.evaluation import PluginMetric
 from avalanche.evaluation.metric_results import MetricValue
+from avalanche.models import avalanche_forward
+from jaxtyping import Float
 from torch import Tensor
 
-NUM_IMAGES = 16
+from addenda.benchmarks.strategy import TaskAnswers
 
 
 class LogitBits(PluginMetric[float]):  # type: ignore[misc]
-    """After each experience: compares every old task's logits with what they were when it was learned, byte for byte.
+    """After each experience: compares every old one's logits with what they were when it was learned, byte for byte.
 
-    Emits for each old task `LogitsIdentical` (1 or 0) and `MaxLogitDifference`, on the first NUM_IMAGES images of its
-    experience. `identical` and `max_difference` sum up the whole stream.
+    Works with every strategy. It emits for each old experience `LogitsIdentical` (1 or 0) and `MaxLogitDifference`, on
+    some of the images that it was learned from, through the evaluation transform. `identical` and `max_difference` sum
+    up the whole stream. Of `MaskedMemory` they are the bare logits of the task's head, of other strategies what their
+    model gives in evaluation mode; columns that a later experience adds are left out.
+
+    Args:
+        num_images: of each experience, at most.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, num_images: int = 16) -> None:
         super().__init__()
-        self._probes: dict[str, tuple[Tensor, Tensor]] = {}
+        self._num_images = num_images
+        self._before: dict[int, tuple[Tensor, int, Tensor]] = {}
         self.reset()
 
     def reset(self) -> None:
@@ -34,24 +42,39 @@ class LogitBits(PluginMetric[float]):  # type: ignore[misc]
         return self.max_difference
 
     def after_training_exp(self, strategy: Any) -> list[MetricValue]:
-        """Compares the old tasks, then remembers the new one."""
-        combined = strategy.model.combined
+        """Compares the old experiences, then remembers the new one."""
+        experience = strategy.experience
         emitted: list[MetricValue] = []
-        for name, (images, before) in self._probes.items():
-            now = combined(images)[name].cpu()  # in the company of all the others, which must not show
+        for number, (images, label, before) in self._before.items():
+            if number == experience.current_experience:
+                continue
+            now = _logits(strategy, images, label, number)[:, : before.shape[1]]
             same = now.numpy().tobytes() == before.numpy().tobytes()
             difference = (now - before).abs().max().item()
             self.identical = self.identical and same
             self.max_difference = max(self.max_difference, difference)
-            at = strategy.clock.train_iterations
-            emitted.append(MetricValue(self, f"LogitsIdentical/{name}", float(same), at))
-            emitted.append(MetricValue(self, f"MaxLogitDifference/{name}", difference, at))
-        for name in combined.tasks:
-            if name not in self._probes:
-                dataset = strategy.experience.dataset
-                images = torch.stack([dataset[i][0] for i in range(min(NUM_IMAGES, len(dataset)))])
-                self._probes[name] = (images, combined(images)[name].cpu())
+            at, place = strategy.clock.train_iterations, f"Exp{number:03d}"
+            emitted.append(MetricValue(self, f"LogitsIdentical/{place}", float(same), at))
+            emitted.append(MetricValue(self, f"MaxLogitDifference/{place}", difference, at))
+        dataset = experience.dataset.eval()
+        images = torch.stack([dataset[i][0] for i in range(min(self._num_images, len(dataset)))])
+        label = int(next(iter(getattr(experience, "task_labels", [0]))))
+        before = _logits(strategy, images, label, experience.current_experience)
+        self._before[experience.current_experience] = (images, label, before)
         return emitted
 
     def __str__(self) -> str:
         return "LogitBits"
+
+
+@torch.no_grad()
+def _logits(strategy: Any, images: Float[Tensor, "B 3 H W"], label: int, number: int) -> Float[Tensor, "B C"]:
+    """Logits of an experience's images, as the strategy's model gives them now."""
+    model, training = strategy.model, strategy.model.training
+    if isinstance(model, TaskAnswers):
+        return model.logits(images, number)
+    model.eval()
+    labels = torch.full((len(images),), label, device=strategy.device)
+    logits: Tensor = avalanche_forward(model, images.to(strategy.device), labels)
+    model.train(training)
+    return logits.float().cpu().contiguous()

@@ -2,69 +2,135 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from avalanche.training.plugins.evaluation import EvaluationPlugin, default_evaluator
 from avalanche.training.templates import SupervisedTemplate
-from jaxtyping import Float
+from jaxtyping import Float, Int
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from addenda.backbones import FrozenBackbone
-from addenda.combined import CombinedModel
-from addenda.learner import LearnConfig, Learner
-from addenda.registry import Registry
+from addenda.benchmarks.continual.method import NEVER
+from addenda.combined import Answers, CombinedModel, Router
+from addenda.exceptions import RegistryError
+from addenda.learner import ActivationCache, LearnConfig, Learner
+from addenda.registry import FeatureStatistics, Registry, Task
 
-NEVER = -1e4
-"""Score of a class that no task offers; Avalanche's own padding of 0 would win over an all-negative head."""
+
+@dataclass(frozen=True)
+class Learned:
+    """A task of the stream.
+
+    Attributes:
+        task: what was registered.
+        number: of the experience.
+        task_label: of the experience; 0 where the benchmark has none.
+        classes: the stream's classes, by row of the head.
+        statistics: what a router knows of its images.
+    """
+
+    task: Task
+    number: int
+    task_label: int
+    classes: tuple[int, ...]
+    statistics: FeatureStatistics | None
 
 
 class TaskAnswers(nn.Module):
     """The combined model as a classifier over the stream's classes.
 
-    Where Avalanche gives task labels, a sample is answered by the tasks of its label; else by all, and the most
-    confident wins.
+    An image is answered by the task of its task label. Where there is no label, or several tasks have it, a router
+    weighs them; a class that several tasks offer has the sum of what they give it.
     """
 
     def __init__(self, backbone: FrozenBackbone) -> None:
         super().__init__()
         self.combined = CombinedModel(backbone, [])
-        self._classes: dict[str, tuple[int, list[int]]] = {}
+        self.learned: dict[str, Learned] = {}
+        self._routers: dict[tuple[str, ...], Router] = {}
 
-    def add(self, combined: CombinedModel, name: str, task_label: int, classes: list[int]) -> None:
-        """Answers with another combined model, and with one more task: its task label and the classes of its head."""
-        self.combined = combined
-        self._classes[name] = (task_label, classes)
+    def add(self, learned: Learned) -> None:
+        """Answers one more task."""
+        self.learned[learned.task.name] = learned
+        self.combined = self.combined.with_tasks([one.task for one in self.learned.values()])
+        self._routers.clear()
 
     def forward(
-        self, images: Float[Tensor, "B 3 H W"], task_labels: Tensor | None = None, num_classes: int = 0
+        self, images: Float[Tensor, "B 3 H W"], task_labels: Int[Tensor, " B"] | None = None, num_classes: int = 0
     ) -> Float[Tensor, "B C"]:
-        """Scores of every class: log-probabilities within the task that offers it."""
-        width = max([num_classes, *(max(classes) + 1 for _, classes in self._classes.values())])
-        scores = torch.full((len(images), width), NEVER, device=images.device)
-        wanted = [n for n, (t, _) in self._classes.items() if task_labels is None or bool((task_labels == t).any())]
-        for name, logits in self.combined(images, wanted).items():
-            task_label, classes = self._classes[name]
-            rows = (
-                torch.ones(len(images), dtype=torch.bool) if task_labels is None else (task_labels == task_label).cpu()
-            )
-            offered = logits.log_softmax(-1).to(images.device)
-            scores[rows[:, None].to(images.device) & _columns(classes, width, images.device)] = offered[rows].flatten()
+        """Log-probabilities of every class, of `num_classes` at least; NEVER where no task asked offers it.
+
+        Raises:
+            RegistryError: a router is needed, and of one of the tasks nothing is known.
+        """
+        return self.score(self.combined(images, pooled=True), task_labels, num_classes).to(images.device)
+
+    def score(
+        self, answers: Answers, task_labels: Int[Tensor, " B"] | None = None, num_classes: int = 0
+    ) -> Float[Tensor, "B C"]:
+        """The same from what the combined model answered, with the backbone's own feature, on the CPU."""
+        assert answers.pooled is not None
+        count = len(answers.pooled)
+        width = max([num_classes, *(max(one.classes) + 1 for one in self.learned.values())])
+        scores = torch.full((count, width), NEVER)
+        labels = torch.zeros(count) if task_labels is None else task_labels.cpu()
+        for label in labels.unique():
+            rows = labels == label
+            names = [n for n, one in self.learned.items() if task_labels is None or one.task_label == label]
+            within = {
+                name: (answers[name].cpu()[rows] / self.learned[name].task.temperature).log_softmax(1) for name in names
+            }
+            if len(names) > 1:
+                within = self._router(tuple(names)).routed(within, answers.pooled[rows])
+            for name, found in within.items():
+                columns = torch.tensor(self.learned[name].classes)
+                held = scores[rows]
+                held[:, columns] = held[:, columns].logaddexp(found.float()).clamp(min=NEVER / 2)
+                scores[rows] = held
         return scores
+
+    def logits(self, images: Float[Tensor, "B 3 H W"], number: int) -> Float[Tensor, "B C"]:
+        """What the head of an experience's task gives, in the company of all the others."""
+        (name,) = [name for name, one in self.learned.items() if one.number == number]
+        return self.combined(images)[name].cpu()
+
+    def _router(self, names: tuple[str, ...]) -> Router:
+        if names not in self._routers:
+            known = {name: one.statistics for name in names if (one := self.learned[name]).statistics is not None}
+            missing = sorted(set(names) - set(known))
+            if missing:
+                raise RegistryError(
+                    f"Nobody says which task an image is for, and of the images of task {missing[0]!r} nothing was "
+                    "kept: it has too many classes. Give the benchmark task labels."
+                )
+            self._routers[names] = Router(known)
+        return self._routers[names]
 
 
 class MaskedMemory(SupervisedTemplate):  # type: ignore[misc]
     """The paper's masked memory tokens as a strategy: training an experience learns and registers one task.
 
+    With task labels an image is answered by its task; without, or where experiences share a label, a router chooses.
+    The registry is the checkpoint: a stream met again finds its tasks there, and an experience that was interrupted
+    goes on from its last epoch.
+
     Args:
-        backbone: the frozen backbone. The benchmark's images must come through `backbone.transform`, or be PIL images.
-        registry: where the tasks go; a stream met again finds its tasks there.
+        backbone: the frozen backbone. Images to be tested on must come through `backbone.transform`: give that as the
+            benchmark's `eval_transform`. Images to learn from come as they are (`train_transform=None`, PIL images, of
+            which random views are made as `config` says), or else through `eval_transform` too.
+        registry: where the tasks go.
         config: settings of each learning run.
         prefix: experience 3 becomes the task `prefix-003`.
         eval_mb_size: images in an evaluation batch.
         plugins: Avalanche plugins.
         evaluator: Avalanche's evaluation plugin.
+        eval_every: 0 evaluates the streams that `train` is given before and after each experience, as Avalanche's
+            forward transfer asks for.
+        cache: where activations are kept.
     """
 
     def __init__(
@@ -76,6 +142,8 @@ class MaskedMemory(SupervisedTemplate):  # type: ignore[misc]
         eval_mb_size: int = 64,
         plugins: list[Any] | None = None,
         evaluator: EvaluationPlugin | Any = default_evaluator,
+        eval_every: int = -1,
+        cache: ActivationCache | None = None,
     ) -> None:
         placeholder = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=0.0)
         super().__init__(
@@ -85,8 +153,9 @@ class MaskedMemory(SupervisedTemplate):  # type: ignore[misc]
             device=backbone.device,
             plugins=plugins,
             evaluator=evaluator,
+            eval_every=eval_every,
         )
-        self.learner = Learner(backbone, registry)
+        self.learner = Learner(backbone, registry, cache)
         self._config = config or LearnConfig()
         self._prefix = prefix
 
@@ -94,12 +163,13 @@ class MaskedMemory(SupervisedTemplate):  # type: ignore[misc]
         """Nothing to adapt: the learner makes what a new task needs."""
 
     def _train_exp(self, experience: Any, eval_streams: Any = None, **kwargs: Any) -> None:
-        name = f"{self._prefix}-{experience.current_experience:03d}"
         images = ExperienceImages(experience.dataset)
+        name = f"{self._prefix}-{experience.current_experience:03d}"
         task = self.learner.learn(name, images, config=self._config)
-        combined = CombinedModel(self.learner.backbone, [*self.model.combined.tasks.values(), task])
-        label = next(iter(experience.task_labels)) if hasattr(experience, "task_labels") else 0
-        self.model.add(combined, name, int(label), [int(c) for c in task.labels])
+        label = next(iter(getattr(experience, "task_labels", [0])))
+        classes = tuple(int(number) for number in task.labels)
+        statistics = self.learner.registry.statistics(task.ref)
+        self.model.add(Learned(task, experience.current_experience, int(label), classes, statistics))
 
     def forward(self) -> Tensor:
         """Scores of the current mini-batch."""
@@ -109,10 +179,14 @@ class MaskedMemory(SupervisedTemplate):  # type: ignore[misc]
 
 
 class ExperienceImages(Dataset[tuple[Any, int]]):
-    """An Avalanche dataset as the learner takes it: its classes are those that occur, by their number in the stream."""
+    """An Avalanche dataset as the learner takes it: its classes are those that occur, by their number in the stream.
+
+    Args:
+        dataset: PIL images are taken as they are; of anything else, what the evaluation transform gives.
+    """
 
     def __init__(self, dataset: Any) -> None:
-        self._dataset = dataset
+        self._dataset = dataset if isinstance(dataset[0][0], Image.Image) else dataset.eval()
         stream_targets = [int(target) for target in dataset.targets]
         numbers = sorted(set(stream_targets))
         self.classes = tuple(map(str, numbers))
@@ -123,10 +197,3 @@ class ExperienceImages(Dataset[tuple[Any, int]]):
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         return self._dataset[index][0], self.targets[index]
-
-
-def _columns(classes: list[int], width: int, device: torch.device) -> Tensor:
-    """True at the columns of some classes, [1, width]; `classes` rise, as a head's rows do."""
-    mask = torch.zeros(1, width, dtype=torch.bool, device=device)
-    mask[0, classes] = True
-    return mask

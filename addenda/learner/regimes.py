@@ -236,6 +236,30 @@ def train_rival(
     return replace(best, test_accuracy=accuracy(logits, test.targets))
 
 
+def rival_logits(
+    regime: str,
+    backbone: FrozenBackbone,
+    rival: Rival,
+    labels: tuple[str, ...],
+    pixels: Float[Tensor, "N 3 H W"],
+    autocast: bool = False,
+) -> Float[Tensor, "N C"]:
+    """What a trained rival answers for other images.
+
+    Args:
+        regime: as it was trained.
+        backbone: the one that it was trained on.
+        rival: what was learned.
+        labels: of the images that it learned from.
+        pixels: the images, as the backbone takes them.
+        autocast: as it was trained.
+    """
+    nothing = Regression(torch.zeros(len(labels), backbone.embed_dim), torch.zeros(len(labels)), 1.0)
+    module, answer = _build(regime, backbone, nothing, labels, 0)
+    module.load_state_dict(rival.tensors, strict=False)
+    return _logits(answer, pixels, backbone, autocast)
+
+
 def joined_accuracies(
     backbone: FrozenBackbone,
     rivals: Mapping[str, Tensors],

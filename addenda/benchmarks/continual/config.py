@@ -1,0 +1,167 @@
+"""What a run of the benchmark is: a YAML file of the package, one of the user's, or a folder of class folders."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
+from pydantic_core import ErrorDetails
+
+from addenda.benchmarks.continual.data_config import Data
+from addenda.benchmarks.continual.settings import BaselineSettings
+from addenda.exceptions import AddendaError, DataError
+from addenda.learner import LearnConfig, read_mapping
+
+STREAMS = Path(__file__).with_name("streams")
+
+Channels = tuple[float, float, float]
+
+
+class BackboneConfig(BaseModel):
+    """The arguments of `load_backbone`.
+
+    Attributes:
+        name: timm's, or `"glyphs"`.
+        weights: a local file; None takes timm's pretrained weights.
+        mean: of the normalisation, for each channel; None takes timm's.
+        std: likewise.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: str = "vit_base_patch16_224.augreg_in21k"
+    weights: Path | None = None
+    mean: Channels | None = None
+    std: Channels | None = None
+
+
+class StreamConfig(BaseModel):
+    """A stream, what learns it, and what is known about the run.
+
+    Attributes:
+        name: what it is called.
+        about: one line for people.
+        command: what runs it.
+        hardware: what it was run on.
+        minutes: how long that took.
+        expected: what came out: a metric's name and its value in %.
+        backbone: the frozen backbone.
+        data: where the images come from.
+        download: whether missing images may be fetched, from those sources that can.
+        limit: training images of an experience at most, drawn class by class; None takes all.
+        test_limit: test images likewise.
+        seeds: runs, with the seeds 0, 1, 2 and so on.
+        methods: who runs; None is Addenda and every baseline.
+        learn: settings of `LearnConfig` for Addenda's own method.
+        baselines: settings of the baselines.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,39}$")]
+    about: str = ""
+    command: str = ""
+    hardware: str = ""
+    minutes: Annotated[float, Field(gt=0)] | None = None
+    expected: dict[str, float] = {}
+    backbone: BackboneConfig = BackboneConfig()
+    data: Data
+    download: bool = False
+    limit: Annotated[int, Field(ge=1)] | None = None
+    test_limit: Annotated[int, Field(ge=1)] | None = None
+    seeds: Annotated[int, Field(ge=1)] = 3
+    methods: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    learn: dict[str, Any] = {}
+    baselines: BaselineSettings = BaselineSettings()
+    _folder: Path = PrivateAttr(default=Path())
+
+    @field_validator("learn")
+    @classmethod
+    def _learnable(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        try:
+            LearnConfig.parse(settings)
+        except AddendaError as error:
+            raise ValueError(str(error)) from error
+        return settings
+
+    @property
+    def folder(self) -> Path:
+        """Where a relative `root` is looked for unless --data says: the YAML file's own folder, or the current one."""
+        return self._folder
+
+
+def stream_names() -> list[str]:
+    """The streams that the package carries."""
+    return sorted(file.stem for file in STREAMS.glob("*.yaml"))
+
+
+def read_config(stream: str | Path, overrides: Mapping[str, Any] | None = None) -> StreamConfig:
+    """Reads and checks a stream's configuration; images are not read yet.
+
+    Args:
+        stream: a name of `stream_names()`, a YAML file, or a folder with one folder of images for each class.
+        overrides: settings that win over the file's; inside a mapping, each by itself. None leaves the file's.
+
+    Raises:
+        DataError: there is no such stream, or its configuration is not right; all that is wrong is named.
+
+    Example:
+        >>> read_config("digits", {"seeds": 1}).seeds
+        1
+    """
+    place = Path(stream)
+    if str(stream) in stream_names():
+        file = STREAMS / f"{stream}.yaml"
+        values, folder = read_mapping(file), Path()
+    elif place.is_dir():
+        name = slug(place.resolve().name)[:40]
+        values, folder = {"name": name, "data": {"source": "split", "root": str(place.resolve())}}, Path()
+    elif place.suffix in (".yaml", ".yml"):
+        values, folder = read_mapping(place), place.parent
+    else:
+        raise DataError(
+            f"There is no stream {str(stream)!r}. Known: {', '.join(stream_names())}. A stream of your own is a YAML "
+            "file, or a folder with one folder of images for each class."
+        )
+    try:
+        config = StreamConfig.model_validate(_merge(values, overrides or {}))
+    except ValidationError as error:
+        problems = "\n  ".join(map(_problem, error.errors()))
+        raise DataError(f"The stream {str(stream)!r} has mistakes:\n  {problems}") from error
+    config._folder = folder
+    return config
+
+
+def slug(name: str) -> str:
+    """A folder's name as a valid name of a task."""
+    return re.sub(r"[^a-z0-9_-]+", "-", name.lower()).strip("-_") or "stream"
+
+
+def _merge(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(values)
+    for key, value in overrides.items():
+        if isinstance(value, Mapping):
+            below = merged.get(key)
+            merged[key] = _merge(below if isinstance(below, Mapping) else {}, value)
+        elif value is not None:
+            merged[key] = value
+    return merged
+
+
+def _problem(error: ErrorDetails) -> str:
+    """What is wrong with which setting."""
+    place = list(error["loc"])
+    if place[0] == "data" and len(place) > 2:
+        del place[1]  # pydantic's tag: the source
+    context = error.get("ctx", {})
+    own = {
+        "extra_forbidden": "there is no such setting",
+        "missing": "is missing",
+        "string_pattern_mismatch": "use lower-case letters, digits, '-' and '_', first a letter or digit, 40 at most",
+        "union_tag_not_found": "`source` is missing",
+        "union_tag_invalid": f"`source` is {context.get('tag')!r}; it must be one of {context.get('expected_tags')}",
+    }
+    said = own.get(error["type"], error["msg"].removeprefix("Value error, "))
+    said = said.replace("Tuple", "List").replace("a valid tuple", "a valid list")
+    return f"{'.'.join(map(str, place))}: {said}"

@@ -1,0 +1,120 @@
+"""Addenda in the benchmark: masked memory tokens, a registry underneath, a router where nobody names the task."""
+
+from __future__ import annotations
+
+import torch
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+
+from addenda.backbones import FrozenBackbone
+from addenda.benchmarks.continual.method import NEVER, Price, Scores, quiet_evaluator
+from addenda.benchmarks.continual.stream import Experience, Stream
+from addenda.benchmarks.strategy import MaskedMemory
+from addenda.combined import Answers, Router, pass_operations, task_cost
+from addenda.learner import LearnConfig
+from addenda.registry import FeatureStatistics, Registry
+
+
+class Masked:
+    """Addenda as a method of the benchmark.
+
+    Args:
+        stream: to be learned.
+        backbone: the frozen backbone.
+        config: settings of each learning run.
+        registry: where the tasks go; a run interrupted finds them there.
+    """
+
+    def __init__(self, stream: Stream, backbone: FrozenBackbone, config: LearnConfig, registry: Registry) -> None:
+        self._stream, self._backbone, self._registry = stream, backbone, registry
+        self._strategy = MaskedMemory(backbone, registry, config, prefix=stream.name, evaluator=quiet_evaluator())
+        self._experiences = stream.benchmark(None, backbone.transform).train_stream
+        self._answers: dict[str, Answers] = {}
+
+    def learn(self, number: int) -> None:
+        """Learns experience `number` as one more task."""
+        self._strategy.train(self._experiences[number])
+        self._answers.clear()
+
+    def scores(self, experience: Experience) -> Scores:
+        """Told: the bare logits of the experience's own task. Untold: the router's choice times the heads' answers."""
+        answers = self._answer(experience)
+        width = len(self._stream.labels)
+        told = torch.full((len(experience.test), width), NEVER)
+        number = self._stream.experiences.index(experience)
+        for name, learned in self._strategy.model.learned.items():
+            if learned.number == number:
+                told[:, list(learned.classes)] = answers[name].cpu()
+        return Scores(told, self._strategy.model.score(answers, num_classes=width))
+
+    def price(self) -> Price:
+        """Artifacts and statistics in the registry, and the combined pass with all tasks."""
+        records = [self._registry.record(one.task.ref) for one in self._strategy.model.learned.values()]
+        weights = [record.size_bytes + record.statistics_bytes for record in records]
+        operations = pass_operations(self._strategy.model.combined)
+        return Price(sum(weights) / len(weights), operations / task_cost(self._backbone, 0).backbone_operations)
+
+    def extra(self) -> dict[str, float | dict[str, float]]:
+        """Ways to choose the task compared, and how well a router tells images of tasks that it does not know.
+
+        `routers`: untold accuracy, in the mean over experiences, where each chooses and the chosen task's head answers.
+        `auroc`: of familiarity, the images of tasks to come against those of known ones, in the mean over the routers
+        after each experience but the last.
+        """
+        auroc = self._auroc()
+        return {"routers": self._routers()} | ({} if auroc is None else {"auroc": auroc})
+
+    def _routers(self) -> dict[str, float]:
+        learned = self._strategy.model.learned
+        router = Router(self._kept(len(learned)))
+        right: dict[str, list[float]] = {}
+        for experience in self._stream.experiences:
+            answers = self._answer(experience)
+            logits = {name: answers[name].cpu() / one.task.temperature for name, one in learned.items()}
+            heads = torch.stack([
+                torch.tensor(one.classes)[logits[name].argmax(1)] for name, one in learned.items()
+            ], dim=1)  # fmt: skip
+            found = {
+                "max softmax": {name: one.log_softmax(1).amax(1) for name, one in logits.items()},
+                "energy": {name: one.logsumexp(1) for name, one in logits.items()},
+                "the router": router.log_probabilities(_pooled(answers)),
+            }
+            for how, scores in router.class_scores(_pooled(answers)).items():
+                if how != "pooled":
+                    found[how.replace("-", " ")] = {name: one.amax(1) for name, one in scores.items()}
+            for how, by_name in found.items():
+                chosen = torch.stack([by_name[name] for name in learned], dim=1).argmax(1)
+                answered = heads.gather(1, chosen[:, None])[:, 0]
+                right.setdefault(how, []).append((answered == experience.test.targets).float().mean().item())
+        return {how: sum(values) / len(values) for how, values in right.items()}
+
+    def _auroc(self) -> float | None:
+        features, found = [_pooled(self._answer(experience)) for experience in self._stream.experiences], []
+        for known in range(1, len(features)):
+            router = Router(self._kept(known))
+            familiar = [router.familiarity(one) for one in features]
+            truth = torch.cat([torch.full((len(one),), i < known) for i, one in enumerate(familiar)])
+            found.append(roc_auc_score(truth.numpy(), torch.cat(familiar).numpy()))
+        return sum(found) / len(found) if found else None
+
+    def _kept(self, count: int) -> dict[str, FeatureStatistics]:
+        """What a router knows of the first experiences."""
+        learned = list(self._strategy.model.learned.items())[:count]
+        return {name: one.statistics for name, one in learned if one.statistics is not None}
+
+    def _answer(self, experience: Experience) -> Answers:
+        """All tasks' logits on an experience's test images, from one pass."""
+        if experience.name not in self._answers:
+            model, images = self._strategy.model.combined, experience.test
+            parts = []
+            for start in range(0, len(images), model.micro_batch):
+                rows = range(start, min(start + model.micro_batch, len(images)))
+                parts.append(model(torch.stack([images.read(i, self._backbone) for i in rows]), pooled=True))
+            logits = {name: torch.cat([part[name] for part in parts]) for name in model.tasks}
+            self._answers[experience.name] = Answers(logits, model.exact, torch.cat([_pooled(part) for part in parts]))
+        return self._answers[experience.name]
+
+
+def _pooled(answers: Answers) -> Tensor:
+    assert answers.pooled is not None
+    return answers.pooled

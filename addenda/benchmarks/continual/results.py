@@ -1,0 +1,207 @@
+"""What a run of `addenda bench continual` measured, and the file that keeps it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
+
+from addenda.exceptions import DataError
+
+FILE = "results.json"
+SHOWN_PROBLEMS = 5
+
+# A logit of a rival that diverged differs by NaN or infinity, which JSON knows only as texts.
+STRICT = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Change = Annotated[float, Field(ge=-1, le=1)]
+Matrix = list[list[Share | None]]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Metrics:
+    """Avalanche's figures of one accuracy matrix, as fractions; None where there is nothing to measure them by.
+
+    Attributes:
+        average_accuracy: after the last experience.
+        average_incremental_accuracy: the mean, over all experiences, of the accuracy on everything met until then.
+        forgetting: accuracy when learned less accuracy at the end, in the mean over old experiences.
+        backward_transfer: its negative.
+        forward_transfer: accuracy on an experience before it is learned, less that before anything is.
+    """
+
+    average_accuracy: Share
+    average_incremental_accuracy: Share | None
+    forgetting: Change | None
+    backward_transfer: Change | None
+    forward_transfer: Change | None
+
+
+@dataclass(frozen=True, config=STRICT)
+class Cell:
+    """One method with one seed.
+
+    Attributes:
+        method: name of the method.
+        seed: seed of everything random.
+        told: accuracy after experience i (row) on experience j (column), the task being known; None where not measured.
+        untold: likewise, the task being unknown.
+        comparisons: of an old experience's told logits with those when it was learned, after each later experience.
+        identical: whether they were the same, byte for byte, each time; None where nothing was compared.
+        max_difference: the largest |difference| between them.
+        changed_decisions: share of untold answers on old experiences' test images that differ from those when learned.
+        train_seconds: of each experience.
+        stored_bytes: for one task, in the mean.
+        relative_inference: arithmetic of one image's answer, over one pass of the backbone.
+        told_metrics: of `told`.
+        untold_metrics: of `untold`.
+        extra: what only some methods have: a figure, or several by name, such as `routers`.
+    """
+
+    method: str
+    seed: int
+    told: Matrix
+    untold: Matrix
+    comparisons: Annotated[int, Field(ge=0)]
+    identical: bool | None
+    max_difference: float
+    changed_decisions: Share | None
+    train_seconds: list[Amount]
+    stored_bytes: Amount
+    relative_inference: Amount
+    told_metrics: Metrics
+    untold_metrics: Metrics
+    extra: dict[str, float | dict[str, float]]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Cell:
+        for name, matrix in (("told", self.told), ("untold", self.untold)):
+            if any(len(row) != len(self.train_seconds) for row in matrix) or len(matrix) != len(self.train_seconds):
+                raise ValueError(f"{name} is not a square of as many experiences as train_seconds has")
+            met = [{value is None for value in row[: i + 1]} for i, row in enumerate(matrix)]
+            if {True, False} in met or met[-1] == {True}:  # a method that answers late has none at all until then
+                raise ValueError(f"{name} has no accuracy on an experience that was learned")
+        if (self.identical is None) != (self.comparisons == 0):
+            raise ValueError(f"{self.comparisons} comparisons, and identical is {self.identical}")
+        if self.identical and self.max_difference != 0:
+            raise ValueError(f"identical, yet max_difference is {self.max_difference:g}")
+        return self
+
+
+@dataclass(frozen=True, config=STRICT)
+class MethodNote:
+    """What people should know of a method.
+
+    Attributes:
+        name: as in the cells; names files too.
+        label: what people read.
+        note: one sentence, such as "forgets nothing when told the task".
+        verified: whether its code was checked against a published figure.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
+    label: str
+    note: str
+    verified: bool
+
+
+@dataclass(frozen=True, config=STRICT)
+class ExperienceNote:
+    """One experience: its name, its classes as numbers among the stream's labels, and how many images it has."""
+
+    name: str
+    classes: list[int]
+    num_train: int
+    num_test: int
+
+
+@dataclass(frozen=True, config=STRICT)
+class Results:
+    """A whole run.
+
+    Attributes:
+        stream: name of the stream.
+        command: how to make it again.
+        hardware: where it was made, in words.
+        expected: what the configuration says should come out.
+        experiences: in the order in which they came.
+        labels: names of the stream's classes.
+        config: the configuration, resolved.
+        environment: versions, processor, threads.
+        methods: in the order in which they are shown.
+        cells: each method with each of its seeds.
+    """
+
+    stream: str
+    command: str
+    hardware: str
+    expected: dict[str, Any]
+    experiences: Annotated[list[ExperienceNote], Field(min_length=1)]
+    labels: list[str]
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    methods: Annotated[list[MethodNote], Field(min_length=1)]
+    cells: list[Cell]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Results:
+        names = [note.name for note in self.methods]
+        if sorted(set(names)) != sorted(names) or {cell.method for cell in self.cells} != set(names):
+            raise ValueError("methods are not those of the cells, each once")
+        if len({(cell.method, cell.seed) for cell in self.cells}) < len(self.cells):
+            raise ValueError("a method has two cells of one seed")
+        if any(len(cell.told) != len(self.experiences) for cell in self.cells):
+            raise ValueError("a cell has another number of experiences")
+        if any(not 0 <= number < len(self.labels) for one in self.experiences for number in one.classes):
+            raise ValueError("an experience has a class without a label")
+        return self
+
+    def of(self, method: str) -> list[Cell]:
+        """The cells of a method, in the order of their seeds."""
+        return sorted((cell for cell in self.cells if cell.method == method), key=lambda cell: cell.seed)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as the file holds them."""
+        values: dict[str, Any] = json.loads(TypeAdapter(Results).dump_json(self))
+        return values
+
+    @classmethod
+    def from_json(cls, text: str | bytes, source: str) -> Results:
+        """Reads what `to_json` gave.
+
+        Args:
+            text: JSON.
+            source: where it is from, as messages name it.
+
+        Raises:
+            DataError: it is cut off or damaged, or describes something else.
+        """
+        try:
+            return TypeAdapter(cls).validate_json(text)
+        except ValidationError as error:
+            problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}".removeprefix(": ") for e in error.errors()]
+            more = len(problems) - SHOWN_PROBLEMS
+            said = "; ".join(problems[:SHOWN_PROBLEMS]) + (f"; {more} more" if more > 0 else "")
+            raise DataError(
+                f"{source} holds no whole results of `addenda bench continual`: {said}. "
+                "Give those of another run, or run it again."
+            ) from error
+
+
+def read_results(place: Path) -> Results:
+    """The results in a report's folder, or in a file.
+
+    Raises:
+        DataError: there are none, or they are damaged.
+    """
+    file = place / FILE if place.is_dir() else place
+    try:
+        text = file.read_bytes()
+    except OSError as error:
+        raise DataError(f"The results {str(file)!r} cannot be read: {error.strerror}.") from error
+    return Results.from_json(text, f"The file {str(file)!r}")

@@ -1,0 +1,251 @@
+"""`addenda bench continual`: every method learns a stream with every seed; each cell is kept as soon as it is known."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+
+from addenda.backbones import FrozenBackbone
+from addenda.benchmarks.continual.config import StreamConfig
+from addenda.benchmarks.continual.measures import measure
+from addenda.benchmarks.continual.method import NEVER, Method
+from addenda.benchmarks.continual.methods import BASELINES, baseline, describe, verified
+from addenda.benchmarks.continual.ours import Masked
+from addenda.benchmarks.continual.report import write_report
+from addenda.benchmarks.continual.results import Cell, ExperienceNote, MethodNote, Results
+from addenda.benchmarks.continual.settings import BaselineSettings
+from addenda.benchmarks.continual.sources import build_stream
+from addenda.benchmarks.continual.stream import Experience, Stream
+from addenda.combined import numerics
+from addenda.exceptions import DataError
+from addenda.learner import LearnConfig
+from addenda.registry import Registry, canonical_json
+
+Report = Callable[[str, int, int], None]
+
+OURS: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType({
+    "addenda": ("Addenda", {}),
+    "addenda-adapters": ("Addenda, adapters", {"adapter_rank": "auto"}),
+})  # fmt: skip
+"""Our own methods: what they are called, and their settings."""
+
+NOTES = {
+    "addenda": "as `addenda learn` does by default; less seconds where an earlier seed has kept activations",
+    "addenda-adapters": "adapters where validation says that they pay",
+}
+
+CELLS, SECONDS, REGISTRIES = "cells.jsonl", "seconds.jsonl", "registries"
+
+
+def run_continual(
+    config: StreamConfig, backbone: FrozenBackbone, out: Path, data_root: Path | None, report: Report
+) -> Results:
+    """Runs what `out` does not hold yet, and writes the report there.
+
+    Args:
+        config: the stream, and what is asked of whom.
+        backbone: the frozen backbone of all methods.
+        out: folder of the cells, the registries and the report. A run that was interrupted goes on: cells that are
+            done stay, and of Addenda's, tasks that are registered.
+        data_root: where a relative `root` of the stream's data lies.
+        report: told of the progress.
+
+    Raises:
+        DataError: the images are not there, or a method is not known.
+    """
+    names = config.methods or (*OURS, *BASELINES)
+    _check_methods(names)
+    out.mkdir(parents=True, exist_ok=True)
+    cells = []
+    for seed in range(config.seeds):
+        stream = build_stream(config, data_root, seed)
+        for place, name in enumerate(names):
+            run = _Run(config, backbone, stream, name, seed, out)
+
+            def tell(what: str, done: int, total: int, run: _Run = run, start: int = place) -> None:
+                report(f"seed {run.seed}: {run.name}, {what}", start * total + done, len(names) * total)
+
+            cells.append(run.cell(tell))
+    results = Results(
+        stream=config.name,
+        command=config.command,
+        hardware=config.hardware,
+        expected=config.expected,
+        experiences=[
+            ExperienceNote(one.name, list(one.classes), len(one.train), len(one.test)) for one in stream.experiences
+        ],
+        labels=list(stream.labels),
+        config=json.loads(config.model_dump_json()),
+        environment=numerics(backbone) | {"backbone": backbone.fingerprint},
+        methods=[_note(name) for name in names],
+        cells=cells,
+    )
+    write_report(results, out)
+    return results
+
+
+class _Run:
+    """One method with one seed."""
+
+    def __init__(
+        self, config: StreamConfig, backbone: FrozenBackbone, stream: Stream, name: str, seed: int, out: Path
+    ) -> None:
+        self.name, self.seed = name, seed
+        self._backbone, self._stream, self._settings, self._out = backbone, stream, config.baselines, out
+        own = OURS[name][1] if name in OURS else {}
+        self._learn = LearnConfig.parse({**config.learn, **own, "seed": seed}) if name in OURS else None
+        depends = {
+            "method": name,
+            "seed": seed,
+            "settings": json.loads(TypeAdapter(BaselineSettings).dump_json(self._settings))
+            if self._learn is None
+            else self._learn.to_json(),
+            "backbone": backbone.fingerprint,
+            "images": [[one.train.fingerprint(), one.test.fingerprint()] for one in stream.experiences],
+        }
+        self._key = hashlib.sha256(canonical_json(depends).encode()).hexdigest()[:16]
+
+    def cell(self, report: Report) -> Cell:
+        """The cell: as it was kept, or computed now and kept."""
+        for line in _lines(self._out / CELLS):
+            if line["key"] == self._key:
+                try:
+                    return TypeAdapter(Cell).validate_python(line["cell"])
+                except ValidationError:
+                    continue  # of another version; computed anew
+        with ExitStack() as stack:
+            made = self._compute(self._make(stack), report)
+        _append(self._out / CELLS, {"key": self._key, "cell": json.loads(TypeAdapter(Cell).dump_json(made))})
+        return made
+
+    def _make(self, stack: ExitStack) -> Method:
+        if self._learn is None:
+            return baseline(self.name)(self._stream, self._backbone, self._settings, self.seed)
+        folder = self._out / REGISTRIES
+        folder.mkdir(exist_ok=True)
+        registry = stack.enter_context(Registry.open(folder / f"{self.name}-seed{self.seed}-{self._key}.db"))
+        return Masked(self._stream, self._backbone, self._learn, registry)
+
+    def _compute(self, method: Method, report: Report) -> Cell:
+        experiences = self._stream.experiences
+        matrices = _Matrices(len(experiences))
+        seconds = []
+        for number, experience in enumerate(experiences):
+            report(f"learning {experience.name}", number, len(experiences))
+            start = time.monotonic()
+            method.learn(number)
+            seconds.append(self._seconds(number, time.monotonic() - start))
+            report(f"testing after {experience.name}", number, len(experiences))
+            for on in range(min(number + 2, len(experiences))):
+                matrices.add(number, on, experiences[on], *method.scores(experiences[on]))
+        report("done", len(experiences), len(experiences))
+        price = method.price()
+        return Cell(
+            method=self.name,
+            seed=self.seed,
+            told=matrices.told,
+            untold=matrices.untold,
+            comparisons=matrices.comparisons,
+            identical=matrices.identical,
+            max_difference=matrices.max_difference,
+            changed_decisions=matrices.changed_decisions,
+            train_seconds=seconds,
+            stored_bytes=price.stored_bytes,
+            relative_inference=price.relative_inference,
+            told_metrics=measure(matrices.told),
+            untold_metrics=measure(matrices.untold),
+            extra=method.extra() if isinstance(method, Masked) else {},
+        )
+
+    def _seconds(self, number: int, measured: float) -> float:
+        """How long an experience took to learn; of a task that an interrupted run registered, what that run noted."""
+        kept = [line["seconds"] for line in _lines(self._out / SECONDS) if line["key"] == f"{self._key}-{number}"]
+        if kept and self._learn is not None:
+            return float(kept[0])
+        _append(self._out / SECONDS, {"key": f"{self._key}-{number}", "seconds": measured})
+        return measured
+
+
+class _Matrices:
+    """Accuracies, and what becomes of old experiences' scores."""
+
+    def __init__(self, count: int) -> None:
+        self.told: list[list[float | None]] = [[None] * count for _ in range(count)]
+        self.untold: list[list[float | None]] = [[None] * count for _ in range(count)]
+        self.comparisons, self.max_difference = 0, 0.0
+        self._moved = False
+        self._first: dict[int, tuple[Tensor, Tensor]] = {}
+        self._decided, self._changed = 0, 0
+
+    def add(self, after: int, on: int, experience: Experience, told: Tensor, untold: Tensor) -> None:
+        """Scores on an experience after another was learned; where nothing is offered, nothing is noted."""
+        if (untold == NEVER).all():
+            return
+        targets = experience.test.targets
+        for matrix, scores in ((self.told, told), (self.untold, untold)):
+            offered = bool((scores > NEVER).any())
+            matrix[after][on] = (scores.argmax(1) == targets).float().mean().item() if offered else 0.0
+        logits, decisions = told[:, list(experience.classes)], untold.argmax(1)
+        if on == after:
+            self._first[on] = logits, decisions
+        elif on < after and on in self._first:
+            before, decided = self._first[on]
+            self.comparisons += 1
+            self._moved |= before.numpy().tobytes() != logits.numpy().tobytes()
+            self.max_difference = max(self.max_difference, (before - logits).abs().max().item())
+            if after == len(self.told) - 1:
+                self._decided += len(decisions)
+                self._changed += int((decided != decisions).sum())
+
+    @property
+    def identical(self) -> bool | None:
+        """Whether no old score has moved by a bit; None where there was none to compare."""
+        return not self._moved if self.comparisons else None
+
+    @property
+    def changed_decisions(self) -> float | None:
+        """The share of untold answers on old experiences that are others now; None where there are none."""
+        return self._changed / self._decided if self._decided else None
+
+
+def _check_methods(names: Sequence[str]) -> None:
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise DataError(f"Method {min(twice)!r} is named twice.")
+    for name in names:
+        if name not in OURS:
+            describe(name)
+
+
+def _note(name: str) -> MethodNote:
+    if name in OURS:
+        return MethodNote(name, OURS[name][0], NOTES[name], verified=True)
+    return MethodNote(name, *describe(name), verified(name))
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    """What a file holds, a value for each line; one that an interrupted run cut short is left out."""
+    if not file.exists():
+        return []
+    found = []
+    for line in file.read_text().splitlines():
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return found
+
+
+def _append(file: Path, value: Mapping[str, Any]) -> None:
+    """Adds a line in one write; the line break before it ends one that was cut short."""
+    with file.open("a") as stream:
+        stream.write("\n" + json.dumps(value) if file.stat().st_size else json.dumps(value))

@@ -1,0 +1,276 @@
+"""The Avalanche strategy and the exactness metric."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from addenda import FrozenBackbone, LearnConfig, Registry
+from addenda.backbones import KeyValue
+from addenda.combined import CombinedModel, Router, feature_statistics, streams
+from addenda.exceptions import RegistryError
+from addenda.registry import Task
+from tests.conftest import random_task
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Avalanche and what it imports warn while they load
+
+QUICK = LearnConfig(optimizer="sgd", epochs=1, learning_rate=(0.1,), num_memory_tokens=2, fall_back=False)
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Iterator[Registry]:
+    with Registry.open(tmp_path / "stream.db") as opened:
+        yield opened
+
+
+def stream(task_labels: bool = True, classes: int = 6, **options: Any) -> Any:
+    """Three experiences of two classes; each class is a shade of noise."""
+    from avalanche.benchmarks import nc_benchmark
+
+    def part(seed: int) -> torch.utils.data.TensorDataset:
+        random = torch.Generator().manual_seed(seed)
+        targets = torch.arange(48) % classes
+        images = 0.3 * torch.randn(48, 3, 32, 32, generator=random) + (targets[:, None, None, None] - 2.5)
+        dataset = torch.utils.data.TensorDataset(images, targets)
+        dataset.targets = targets.tolist()  # type: ignore[attr-defined]
+        return dataset
+
+    order = {"fixed_class_order": list(range(classes)), "shuffle": False}
+    return nc_benchmark(part(0), part(1), n_experiences=3, task_labels=task_labels, **order, **options)
+
+
+def train(backbone: FrozenBackbone, registry: Registry, benchmark: Any) -> tuple[Any, Any, list[dict[str, float]]]:
+    from avalanche.evaluation.metrics import accuracy_metrics, bwt_metrics, forgetting_metrics, forward_transfer_metrics
+    from avalanche.training.plugins import EvaluationPlugin
+
+    from addenda.benchmarks import LogitBits, MaskedMemory
+
+    bits = LogitBits()
+    evaluator = EvaluationPlugin(
+        accuracy_metrics(experience=True), forgetting_metrics(experience=True, stream=True), bwt_metrics(stream=True),
+        forward_transfer_metrics(stream=True), bits, loggers=[],
+    )  # fmt: skip
+    strategy = MaskedMemory(backbone, registry, QUICK, evaluator=evaluator, eval_every=0)
+    results = []
+    for experience in benchmark.train_stream:
+        strategy.train(experience, eval_streams=[benchmark.test_stream])
+        results.append(strategy.eval(benchmark.test_stream))
+    return strategy, bits, results
+
+
+def accuracies(results: dict[str, float]) -> dict[int, float]:
+    """Test accuracy on each experience, by Avalanche."""
+    pattern = re.compile(r"Top1_Acc_Exp/eval_phase/test_stream/(?:Task\d+/)?Exp(\d+)")
+    return {int(found[1]): value for key, value in results.items() if (found := pattern.fullmatch(key))}
+
+
+def break_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each task sees its neighbour's token in place of its own; the self-test, which would refuse, is put to sleep."""
+    attend = streams.attend
+
+    def leaking(scale, queries, frozen, tokens, memory, bias):
+        moved = KeyValue(tokens.keys.roll(-1, dims=0), tokens.values.roll(-1, dims=0))
+        return attend(scale, queries, frozen, moved, memory, bias)
+
+    monkeypatch.setattr(streams, "attend", leaking)
+    monkeypatch.setattr("addenda.combined.selftest._equal", lambda one, other: True)
+
+
+def test_each_experience_becomes_a_task_and_no_old_logit_moves(tiny: FrozenBackbone, registry: Registry) -> None:
+    _, bits, results = train(tiny, registry, stream())
+    assert [record.ref for record in registry.tasks()] == [f"experience-00{i}:1" for i in range(3)]
+    assert [record.labels for record in registry.tasks()] == [("0", "1"), ("2", "3"), ("4", "5")]
+    assert bits.identical
+    assert bits.max_difference == 0
+    emitted = {key: value for key, value in results[-1].items() if key.startswith("LogitsIdentical")}
+    assert emitted == {"LogitsIdentical/Exp000": 1.0, "LogitsIdentical/Exp001": 1.0}
+    found = [accuracies(r) for r in results]
+    assert [sorted(one) for one in found] == [[0, 1, 2]] * 3
+    assert found[0][0] == found[1][0] == found[2][0]
+    assert found[1][1] == found[2][1]
+    assert {v for k, v in results[-1].items() if k.startswith("StreamForgetting")} == {0.0}
+    assert {v for k, v in results[-1].items() if k.startswith("StreamBWT")} == {0.0}
+    assert any(key.startswith("StreamForwardTransfer") for key in results[-1])
+
+
+def test_a_broken_mask_is_caught_by_the_metric(
+    tiny: FrozenBackbone, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    break_the_mask(monkeypatch)
+    _, bits, results = train(tiny, registry, stream())
+    assert not bits.identical
+    assert bits.max_difference > 0
+    assert 0.0 in {value for key, value in results[-1].items() if key.startswith("LogitsIdentical")}
+
+
+def test_the_metric_sees_naive_fine_tuning_move() -> None:
+    from avalanche.models import SimpleMLP, as_multitask
+    from avalanche.training.plugins import EvaluationPlugin
+    from avalanche.training.supervised import Naive
+
+    from addenda.benchmarks import LogitBits
+
+    torch.manual_seed(0)
+    model = as_multitask(SimpleMLP(input_size=3 * 32 * 32, num_classes=2, drop_rate=0.0), "classifier")
+    bits = LogitBits(num_images=4)
+    strategy = Naive(
+        model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.01), train_mb_size=8,
+        evaluator=EvaluationPlugin(bits, loggers=[]),
+    )  # fmt: skip
+    for experience in stream().train_stream:
+        strategy.train(experience)
+    assert not bits.identical
+    assert bits.max_difference > 1e-4
+
+
+@pytest.mark.parametrize("labelled_alike", [False, True])
+def test_without_task_labels_a_router_chooses(tiny: FrozenBackbone, registry: Registry, labelled_alike: bool) -> None:
+    """Whether Avalanche gives no task label, or the same one to every experience."""
+    benchmark = stream(task_labels=False)
+    if labelled_alike:
+        from avalanche.benchmarks import benchmark_from_datasets, with_classes_timeline, with_task_labels
+        from avalanche.benchmarks.utils.flat_data import ConstantSequence
+
+        datasets = {
+            part: [
+                one.dataset.update_data_attribute("targets_task_labels", ConstantSequence(0, len(one.dataset)))
+                for one in experiences
+            ]
+            for part, experiences in (("train", benchmark.train_stream), ("test", benchmark.test_stream))
+        }
+        benchmark = with_task_labels(with_classes_timeline(benchmark_from_datasets(**datasets)))
+    strategy, bits, results = train(tiny, registry, benchmark)
+    assert bits.identical
+    assert sorted(accuracies(results[-1])) == [0, 1, 2]
+    labels = torch.zeros(16, dtype=torch.long) if labelled_alike else None
+    for number, experience in enumerate(benchmark.test_stream):
+        scores = strategy.model(torch.stack([item[0] for item in experience.dataset]), labels)
+        assert scores.shape == (16, 6)
+        torch.testing.assert_close(scores.exp().sum(1), torch.ones(16))
+        answers = scores.argmax(1)
+        assert ((answers // 2) == number).float().mean() > 0.8  # the shades differ, and the router sees it
+        right = (answers == torch.tensor(list(experience.dataset.targets))).float().mean()
+        assert accuracies(results[-1])[number] == right
+
+
+def test_the_routers_answer_is_its_tasks_probability_times_the_heads(tiny: FrozenBackbone) -> None:
+    from addenda.benchmarks.strategy import Learned, TaskAnswers
+
+    answers, kept, images = TaskAnswers(tiny), {}, torch.randn(5, 3, 32, 32)
+    noise = torch.Generator().manual_seed(0)
+    tasks = {name: random_task(tiny, name, classes=2, seed=i) for i, name in enumerate("ab")}
+    for number, (name, task) in enumerate(tasks.items()):
+        features = number + torch.randn(30, tiny.embed_dim, generator=noise)
+        kept[name] = feature_statistics(features, torch.arange(30) % 2, 2)
+        answers.add(Learned(task, number, number, (2 * number, 2 * number + 1), kept[name]))
+    found = CombinedModel(tiny, list(tasks.values()))(images, pooled=True)
+    of_task = Router(kept).log_probabilities(found.pooled)
+    expected = [of_task[name][:, None] + (found[name] / tasks[name].temperature).log_softmax(1) for name in "ab"]
+    torch.testing.assert_close(answers(images), torch.cat(expected, dim=1).float())
+
+
+def test_a_class_of_several_tasks_has_the_sum_of_what_they_give(tiny: FrozenBackbone) -> None:
+    from addenda.benchmarks.strategy import Learned, TaskAnswers
+
+    answers, noise = TaskAnswers(tiny), torch.Generator().manual_seed(0)
+    for number, name in enumerate("ab"):
+        features = number + torch.randn(30, tiny.embed_dim, generator=noise)
+        statistics = feature_statistics(features, torch.arange(30) % 2, 2)
+        answers.add(Learned(random_task(tiny, name, classes=2, seed=number), number, number, (0, 1), statistics))
+    scores = answers(torch.randn(5, 3, 32, 32))
+    assert scores.shape == (5, 2)
+    torch.testing.assert_close(scores.exp().sum(1), torch.ones(5))
+
+
+def test_a_task_without_statistics_needs_task_labels(tiny: FrozenBackbone) -> None:
+    from addenda.benchmarks.strategy import Learned, TaskAnswers
+
+    answers = TaskAnswers(tiny)
+    for number, name in enumerate("ab"):
+        answers.add(Learned(random_task(tiny, name, classes=2), number, number, (2 * number, 2 * number + 1), None))
+    images = torch.randn(3, 3, 32, 32)
+    assert answers(images, torch.tensor([0, 1, 0])).shape == (3, 4)
+    with pytest.raises(RegistryError, match=r"of the images of task 'a' nothing was kept: .* Give the benchmark task"):
+        answers(images)
+
+
+def test_a_head_of_negative_logits_still_wins_within_its_task(tiny: FrozenBackbone) -> None:
+    from addenda.benchmarks.continual.method import NEVER
+    from addenda.benchmarks.strategy import Learned, TaskAnswers
+
+    task = random_task(tiny, "a", classes=2)
+    task.head_bias.sub_(1000)
+    answers = TaskAnswers(tiny)
+    answers.add(Learned(task, 0, 0, (2, 3), None))
+    scores = answers(torch.randn(3, 3, 32, 32), torch.zeros(3, dtype=torch.long), num_classes=6)
+    assert scores.shape == (3, 6)
+    assert set(scores.argmax(1).tolist()) <= {2, 3}
+    assert (scores[:, [0, 1, 4, 5]] == NEVER).all()
+    assert (answers(torch.randn(3, 3, 32, 32), torch.ones(3, dtype=torch.long)) == NEVER).all()
+
+
+def test_a_stream_met_again_is_taken_up_where_it_stopped(tiny: FrozenBackbone, registry: Registry) -> None:
+    _, _, before = train(tiny, registry, stream())
+    generation = registry.generation
+    _, _, after = train(tiny, registry, stream())
+    assert registry.generation == generation
+    assert accuracies(after[-1]) == accuracies(before[-1])
+
+
+def shades(count: int, seed: int) -> tuple[list[Image.Image], list[int]]:
+    """PIL images of two shades."""
+    noise = torch.Generator().manual_seed(seed)
+    targets = [i % 2 for i in range(count)]
+    pixels = [(60 + 120 * t + 40 * torch.rand(32, 32, 3, generator=noise)).byte().numpy() for t in targets]
+    return [Image.fromarray(one) for one in pixels], targets
+
+
+def pictures(backbone: FrozenBackbone, train_transform: Any) -> Any:
+    """One experience of PIL images, transformed as a script would have it."""
+    from avalanche.benchmarks import benchmark_from_datasets, with_classes_timeline
+    from avalanche.benchmarks.utils import DataAttribute, TransformGroups
+    from avalanche.benchmarks.utils.classification_dataset import ClassificationDataset
+
+    def dataset(seed: int, group: str) -> Any:
+        images, targets = shades(16, seed)
+        transforms = {"train": (train_transform, None), "eval": (backbone.transform, None)}
+        return ClassificationDataset(
+            [list(zip(images, targets, strict=True))],
+            transform_groups=TransformGroups(transforms, current_group=group),
+            data_attributes=[DataAttribute(targets, "targets")],
+        )
+
+    return with_classes_timeline(benchmark_from_datasets(train=[dataset(0, "train")], test=[dataset(1, "eval")]))
+
+
+def test_pil_images_are_learned_from_in_random_views(tiny: FrozenBackbone, registry: Registry) -> None:
+    train(tiny, registry, pictures(tiny, None))
+    assert registry.tasks()[0].config["augmentation"]["views"] == 3
+
+
+def test_images_that_a_script_varies_are_learned_from_as_they_are_tested(
+    tiny: FrozenBackbone, registry: Registry
+) -> None:
+    def vary(image: Image.Image) -> Tensor:
+        varied: Tensor = tiny.transform(image)
+        return varied + torch.rand(1)
+
+    _, bits, results = train(tiny, registry, pictures(tiny, vary))
+    assert registry.tasks()[0].config["augmentation"]["views"] == 0
+    assert bits.identical
+    assert accuracies(results[-1]) == {0: 1.0}
+
+
+def test_a_task_keeps_statistics_of_the_images_it_was_learned_from(tiny: FrozenBackbone, registry: Registry) -> None:
+    train(tiny, registry, stream())
+    kept = [registry.statistics(record.ref) for record in registry.tasks()]
+    assert [one.counts.tolist() for one in kept] == [[8, 8]] * 3
+    assert all(record.statistics_bytes == len(one.data) for record, one in zip(registry.tasks(), kept, strict=True))
+    assert isinstance(registry.get("experience-000"), Task)
