@@ -399,7 +399,10 @@ def test_ctrl_c_at_any_moment_leaves_no_half_task_and_the_next_run_starts_clean(
     command += ["--registry", str(database), "--epochs", "3"]
     interrupted = 0
     for moment in range(8):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests run in the background ignore it
+        )  # fmt: skip
         time.sleep(1.0 + 1.5 * moment)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=120)
