@@ -7,7 +7,6 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from addenda.backbones import FrozenBackbone
+from addenda.benchmarks.jsonl import append_line, read_lines
 from addenda.benchmarks.paper_report import COLLAPSE, PAIRS, write_report
 from addenda.combined import CombinedModel
 from addenda.exceptions import DataError
@@ -120,7 +120,7 @@ class _Run:
     def __init__(self, comparison: Comparison, learner: Learner, out: Path) -> None:
         self.comparison, self.learner, self.backbone, self.out = comparison, learner, comparison.backbone, out
         self._file = out / "cells.jsonl"
-        self.cells = _read_cells(self._file)
+        self.cells = read_lines(self._file)
 
     def learn(self, name: str, seed: int, regimes: Sequence[str]) -> None:
         """Learns registrable regimes; one combined pass over the test images scores all, each as if it were alone."""
@@ -254,8 +254,7 @@ class _Run:
     def _keep(self, place: str, seed: int, regime: str, **found: Any) -> None:
         cell = {"set": place, "seed": seed, "regime": regime, **found, "settings": self.comparison.settings(regime)}
         self.cells.append(cell)
-        with self._file.open("a") as stream:  # one write, since another process may add its cells too
-            stream.write(json.dumps(cell) + "\n")
+        append_line(self._file, cell)
         shown = {key: value for key, value in found.items() if not key.startswith("num_")}
         console.print(f"{place}, seed {seed}, {regime}: {_shown(shown)}", markup=False, highlight=False)
 
@@ -272,21 +271,6 @@ def balanced_rows(targets: Tensor, limit: int, seed: int) -> list[int]:
         seen[label] = seen.get(label, 0) + 1
     turns.sort(key=lambda turn: turn[0])  # all classes' first images, then all second ones
     return sorted(row for _, row in turns[:limit])
-
-
-def _read_cells(file: Path) -> list[dict[str, Any]]:
-    """The cells of earlier runs; a line that an interrupted run cut short is ended, and left out."""
-    if not file.exists():
-        return []
-    text = file.read_text()
-    if text and not text.endswith("\n"):
-        with file.open("a") as stream:
-            stream.write("\n")
-    cells = []
-    for line in text.splitlines():
-        with suppress(json.JSONDecodeError):
-            cells.append(json.loads(line))
-    return cells
 
 
 def _shown(found: Mapping[str, Any]) -> str:

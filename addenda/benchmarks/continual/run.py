@@ -25,6 +25,7 @@ from addenda.benchmarks.continual.results import Cell, ExperienceNote, MethodNot
 from addenda.benchmarks.continual.settings import BaselineSettings
 from addenda.benchmarks.continual.sources import build_stream
 from addenda.benchmarks.continual.stream import Experience, Stream
+from addenda.benchmarks.jsonl import append_line, read_lines
 from addenda.combined import numerics
 from addenda.exceptions import DataError
 from addenda.learner import LearnConfig
@@ -68,8 +69,9 @@ def run_continual(
     cells = []
     for seed in range(config.seeds):
         stream = build_stream(config, data_root, seed)
+        images = [[one.train.fingerprint(), one.test.fingerprint()] for one in stream.experiences]
         for place, name in enumerate(names):
-            run = _Run(config, backbone, stream, name, seed, out)
+            run = _Run(config, backbone, stream, images, name, seed, out)
 
             def tell(what: str, done: int, total: int, run: _Run = run, start: int = place) -> None:
                 report(f"seed {run.seed}: {run.name}, {what}", start * total + done, len(names) * total)
@@ -97,8 +99,9 @@ class _Run:
     """One method with one seed."""
 
     def __init__(
-        self, config: StreamConfig, backbone: FrozenBackbone, stream: Stream, name: str, seed: int, out: Path
-    ) -> None:
+        self, config: StreamConfig, backbone: FrozenBackbone, stream: Stream, images: Sequence[Sequence[str]],
+        name: str, seed: int, out: Path,
+    ) -> None:  # fmt: skip
         self.name, self.seed = name, seed
         self._backbone, self._stream, self._settings, self._out = backbone, stream, config.baselines, out
         own = OURS[name][1] if name in OURS else {}
@@ -110,13 +113,13 @@ class _Run:
             if self._learn is None
             else self._learn.to_json(),
             "backbone": backbone.fingerprint,
-            "images": [[one.train.fingerprint(), one.test.fingerprint()] for one in stream.experiences],
+            "images": images,
         }
         self._key = hashlib.sha256(canonical_json(depends).encode()).hexdigest()[:16]
 
     def cell(self, report: Report) -> Cell:
         """The cell: as it was kept, or computed now and kept."""
-        for line in _lines(self._out / CELLS):
+        for line in read_lines(self._out / CELLS):
             if line["key"] == self._key:
                 try:
                     return TypeAdapter(Cell).validate_python(line["cell"])
@@ -124,7 +127,7 @@ class _Run:
                     continue  # of another version; computed anew
         with ExitStack() as stack:
             made = self._compute(self._make(stack), report)
-        _append(self._out / CELLS, {"key": self._key, "cell": json.loads(TypeAdapter(Cell).dump_json(made))})
+        append_line(self._out / CELLS, {"key": self._key, "cell": json.loads(TypeAdapter(Cell).dump_json(made))})
         return made
 
     def _make(self, stack: ExitStack) -> Method:
@@ -168,10 +171,10 @@ class _Run:
 
     def _seconds(self, number: int, measured: float) -> float:
         """How long an experience took to learn; of a task that an interrupted run registered, what that run noted."""
-        kept = [line["seconds"] for line in _lines(self._out / SECONDS) if line["key"] == f"{self._key}-{number}"]
+        kept = [line["seconds"] for line in read_lines(self._out / SECONDS) if line["key"] == f"{self._key}-{number}"]
         if kept and self._learn is not None:
             return float(kept[0])
-        _append(self._out / SECONDS, {"key": f"{self._key}-{number}", "seconds": measured})
+        append_line(self._out / SECONDS, {"key": f"{self._key}-{number}", "seconds": measured})
         return measured
 
 
@@ -230,22 +233,3 @@ def _note(name: str) -> MethodNote:
     if name in OURS:
         return MethodNote(name, OURS[name][0], NOTES[name], verified=True)
     return MethodNote(name, *describe(name), verified(name))
-
-
-def _lines(file: Path) -> list[dict[str, Any]]:
-    """What a file holds, a value for each line; one that an interrupted run cut short is left out."""
-    if not file.exists():
-        return []
-    found = []
-    for line in file.read_text().splitlines():
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return found
-
-
-def _append(file: Path, value: Mapping[str, Any]) -> None:
-    """Adds a line in one write; the line break before it ends one that was cut short."""
-    with file.open("a") as stream:
-        stream.write("\n" + json.dumps(value) if file.stat().st_size else json.dumps(value))
