@@ -30,6 +30,9 @@ with install_import_hook(CHECKED, "beartype.beartype"):
     from addenda.backbones import FrozenBackbone, load_backbone
     from addenda.learner import Learner  # noqa: F401
     from addenda.registry import LowRank, Registry, Task
+    from tests.databases import Database, Postgres, Sqlite, postgres_server, rows
+    from tests.processes import start_another_interpreter
+    from tests.registries import BACKBONE, fill
 
 torch.set_num_threads(1)
 
@@ -93,6 +96,74 @@ def adapters(backbone: FrozenBackbone, rank: int, seed: int = 0) -> dict[str, Lo
         site: LowRank(normal(fan_in**-0.5, rank, fan_in), normal(0.5 * rank**-0.5, fan_out, rank))
         for site, (fan_in, fan_out) in backbone.adapter_shapes().items()
     }
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """The URL of a PostgreSQL server, started at its first use."""
+    with postgres_server() as url:
+        yield url
+
+
+def _database(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Database]:
+    if request.param == "sqlite":
+        yield Sqlite(tmp_path_factory.mktemp("registries"))
+        return
+    made = Postgres(request.getfixturevalue("postgres"))
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def database(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Database]:
+    """Each of the two databases, where a module's registries are made."""
+    yield from _database(request, tmp_path_factory)
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def elsewhere(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Database]:
+    """Each of them again, for tasks that travel from one to the other."""
+    yield from _database(request, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def shelf(database: Database) -> dict[str, str]:
+    """A registry that only knows the backbone, and one with a row in every table; for copies to be made of."""
+    made = {"book": database.new()}
+    with Registry.open(made["book"]) as registry:
+        registry.add_backbone(BACKBONE)
+    made["full"] = database.copy(made["book"])
+    with Registry.open(made["full"]) as registry:
+        fill(registry)
+    assert all(rows(made["full"]).values()), "a table without a row would prove nothing"
+    return made
+
+
+@pytest.fixture
+def book(shelf: dict[str, str], database: Database) -> Iterator[Registry]:
+    """A registry of its own that knows the backbone and no task."""
+    with Registry.open(database.copy(shelf["book"])) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def shared_book(shelf: dict[str, str], database: Database) -> Iterator[Registry]:
+    """A registry that knows the backbone, for tests of what is refused: one for them all."""
+    with Registry.open(database.copy(shelf["book"])) as opened:
+        yield opened
+
+
+@pytest.fixture
+def full_book(shelf: dict[str, str], database: Database) -> Iterator[Registry]:
+    """A registry of its own with a row in every table."""
+    with Registry.open(database.copy(shelf["full"])) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="session")
+def another_interpreter() -> None:
+    """For tests that start processes of their own functions."""
+    start_another_interpreter()
 
 
 @pytest.fixture(scope="session")

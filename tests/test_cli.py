@@ -320,7 +320,7 @@ def test_a_tasks_size_counts_what_a_router_knows(run: Run, learned: Result, tmp_
     with Registry.open(tmp_path / "tasks.db") as opened:
         record = opened.record("ones")
     assert record.statistics_bytes > 10_000
-    assert f"{(record.size_bytes + record.statistics_bytes) / 1000:.1f} kB" in run("tasks", "list").out
+    assert f"{(record.size_bytes + record.statistics_bytes) / 1000:.1f} kB" in run("tasks", "show", "ones").out
     assert f"{record.statistics_bytes / 1000:.1f} kB, for choosing the task" in run("tasks", "show", "ones").out
 
 

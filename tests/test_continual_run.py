@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from addenda.benchmarks.continual.config import StreamConfig, read_config
 from addenda.benchmarks.continual.measures import measure
 from addenda.benchmarks.continual.method import NEVER
 from addenda.benchmarks.continual.results import Results, read_results
-from addenda.benchmarks.continual.run import CELLS, REGISTRIES, _Matrices, run_continual
+from addenda.benchmarks.continual.run import CELLS, REGISTRIES, Run, _Matrices, run_continual
 from addenda.benchmarks.continual.sources import build_stream
 from addenda.exceptions import AddendaError
 from tests.kill import Commands
@@ -28,7 +29,7 @@ QUICK = {"epochs": 1, "fall_back": False, "num_memory_tokens": 2, "optimizer": "
 
 def quick(**settings: Any) -> StreamConfig:
     defaults = {
-        "seeds": 1, "limit": 20, "test_limit": 10, "learn": {**QUICK, "augmentation": {"views": 0}},
+        "seeds": 1, "jobs": 1, "limit": 20, "test_limit": 10, "learn": {**QUICK, "augmentation": {"views": 0}},
         "baselines": {"epochs": 1, "augment": False, "finetuning_rate": 1e-3},
     }  # fmt: skip
     return read_config("digits", defaults | settings)
@@ -64,6 +65,25 @@ def test_a_run_measures_every_method_on_the_same_images(tiny: FrozenBackbone, tm
         assert cell.untold_metrics.average_incremental_accuracy is None
     assert read_results(tmp_path) == results
     assert (tmp_path / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_processes_side_by_side_find_what_one_finds(
+    glyphs: FrozenBackbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    methods = ["nearest-mean", "slda"]
+    alone = run(quick(methods=methods, seeds=2), glyphs, tmp_path / "alone")
+    monkeypatch.setattr(Run, "_compute", None)  # nothing is left for this process to compute
+    together = run(quick(methods=methods, seeds=2, jobs=2), glyphs, tmp_path / "together")
+    untimed = [[replace(cell, train_seconds=[0.0] * 5) for cell in found.cells] for found in (alone, together)]
+    assert untimed[0] == untimed[1]
+
+
+@pytest.mark.slow
+def test_what_goes_wrong_in_a_process_is_told(glyphs: FrozenBackbone, tmp_path: Path) -> None:
+    (tmp_path / CELLS).mkdir()
+    with pytest.raises(IsADirectoryError):
+        run(quick(methods=["nearest-mean"], jobs=2), glyphs, tmp_path)
 
 
 def test_a_run_that_is_done_is_not_computed_again(tiny: FrozenBackbone, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from addenda import FrozenBackbone, LearnConfig, Learner, Registry
 from addenda.exceptions import DataError
 from addenda.learner.data import check_same_labels, has_test_part, open_images
 from addenda.learner.labelled import LabelledImages, check_learnable
+from addenda.registry import TaskFilter
 from tests.images import colour_folder
 
 QUICK = LearnConfig(optimizer="sgd", epochs=1, learning_rate=(0.1,))
@@ -28,7 +29,7 @@ def learner(tiny: FrozenBackbone, registry: Registry) -> Learner:
 def refused(learner: Learner, train: object, **options: object) -> str:
     with pytest.raises(DataError) as caught:
         learner.learn("colours", train, config=QUICK, **options)
-    assert learner.registry.tasks(include_retired=True) == []
+    assert learner.registry.tasks(TaskFilter(retired=True)) == []
     return str(caught.value)
 
 

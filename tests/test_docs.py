@@ -76,7 +76,9 @@ def test_every_command_that_the_documents_name_exists() -> None:
     named = set()
     for page in PAGES:
         named |= set(
-            re.findall(r"(?:^|`)addenda ((?:(?:tasks|backbones|bench) )?[a-z]+)", page.read_text(), re.MULTILINE)
+            re.findall(
+                r"(?:^|`)addenda ((?:(?:tasks|backbones|bench|db|cache) )?[a-z]+)", page.read_text(), re.MULTILINE
+            )
         )
     assert len(named) >= 6
     for words in named:
@@ -105,7 +107,11 @@ def test_every_dependency_is_explained() -> None:
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [*project["dependencies"], *project["optional-dependencies"]["bench"]]
+    wanted = [
+        *project["dependencies"],
+        *project["optional-dependencies"]["bench"],
+        *project["optional-dependencies"]["postgres"],
+    ]
     explained = (ROOT / "docs" / "dependencies.md").read_text()
     for requirement in wanted:
         assert re.match(r"[\w-]+", requirement)[0] in explained, requirement

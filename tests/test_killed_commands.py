@@ -8,6 +8,7 @@ import pytest
 
 from addenda import FrozenBackbone, Registry
 from addenda.combined import verify
+from addenda.registry import TaskFilter
 from tests.images import colour_folder
 from tests.kill import Commands
 
@@ -48,7 +49,7 @@ def test_learn_killed_at_any_moment_goes_on_to_the_same_artifact(tmp_path: Path,
     for moment in moments:
         killed.kill(moment, *learn)
         with Registry.open(killed.registry) as registry:
-            assert registry.tasks(include_retired=True) == []
+            assert registry.tasks(TaskFilter(retired=True)) == []
     again = killed.run(*learn)
     assert (again["sha256"], again["metrics"]) == (whole["sha256"], whole["metrics"])
     assert not again["already"]
@@ -77,7 +78,7 @@ def test_learn_many_killed_at_any_moment_goes_on_to_the_same_artifacts(tmp_path:
         if not killed.registry.exists():
             return []
         with Registry.open(killed.registry) as registry:
-            return [record.name for record in registry.tasks(include_retired=True)]
+            return [record.name for record in registry.tasks(TaskFilter(retired=True))]
 
     sweeping = killed.seen("runs/*/*/sweep.safetensors")
     killed.kill(sweeping, *many)

@@ -29,6 +29,7 @@ from addenda.learner.regression import choose_strength, fit_regression
 from addenda.learner.run import parent_memory
 from addenda.learner.stream import stream_features
 from addenda.learner.training import Trainer
+from addenda.registry import TaskFilter
 from tests.conftest import random_task, tiny_vit
 from tests.images import colour_folder
 
@@ -415,7 +416,7 @@ def test_ctrl_c_at_any_moment_leaves_no_half_task_and_the_next_run_starts_clean(
         interrupted += 1
         if database.exists():
             with Registry.open(database) as registry:
-                if registry.tasks(include_retired=True):  # the moment came after the one transaction that registers
+                if registry.tasks(TaskFilter(retired=True)):  # the moment came after the one transaction that registers
                     task = registry.get("colours")
                     assert all(verdict.ok for verdict in verify(glyphs, [(task, registry.goldens(task.ref))]))
                     break

@@ -29,7 +29,17 @@ from addenda.learner.metrics import score
 from addenda.learner.reading import Report, read_in_batches
 from addenda.learner.run import Run, family
 from addenda.learner.training import OnEpoch
-from addenda.registry import EvaluationRecord, FeatureStatistics, Registry, Task, canonical_json, check_name, digest
+from addenda.registry import (
+    EvaluationRecord,
+    FeatureStatistics,
+    Registry,
+    Scoring,
+    Task,
+    TaskFilter,
+    canonical_json,
+    check_name,
+    digest,
+)
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +107,7 @@ class Learner:
         """
         config = config or LearnConfig()
         check_name(name)
-        versions = [record for record in self.registry.tasks(include_retired=True) if record.name == name]
+        versions = self.registry.tasks(TaskFilter(name=name, retired=True))
         auto = config.extends == "auto"
         parents = () if auto else tuple(self.registry.get(ref) for ref in config.extends)
         for parent in parents:
@@ -108,11 +118,12 @@ class Learner:
         config = replace(config, augmentation=varied)
         digests = [images.digest(index) for index in range(len(images))]
         fingerprint = images.fingerprint(digests)
+        here = numerics_fingerprint(numerics(self.backbone))
         run = {
             "data": fingerprint,
             "config": config.to_json(),
             "extends": "auto" if auto else [parent.sha256 for parent in parents],
-            "numerics": numerics_fingerprint(numerics(self.backbone)),
+            "numerics": here,
         }
         for record in versions:
             if record.data.get("run") == run and record.backbone == self.backbone.fingerprint:
@@ -135,18 +146,21 @@ class Learner:
             checkpoint.clear()
             raise
         metrics = dict(task.metrics)
+        scorings = []
         if test_images is not None:
             scored = self._score([task, rival], test_images, skip_bad, report)
             metrics["test"], metrics["regression"] = (
                 scored[name].metrics,
                 metrics["regression"] | {"test": scored[rival.name].metrics},
             )
+            one = scored[name]
+            scorings.append(Scoring(test_images.fingerprint(), here, one.metrics, one.logits_digest))
         data = {"run": run, "num_images": len(kept), "counts": kept.counts, "skipped": list(activations.skipped)}
         finished = replace(task, metrics=metrics, data=data)
         self.registry.add_backbone(self.backbone.record())
         statistics = self._statistics(activations) if kept.objective == "single-label" else None
         probe = golden(self.backbone, finished)
-        registered = self.registry.register(finished, probe, statistics, new_version=new_version)
+        registered = self.registry.register(finished, probe, statistics, new_version, scorings)
         checkpoint.clear()
         return registered
 

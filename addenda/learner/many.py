@@ -18,7 +18,7 @@ from addenda.learner.data import Data, open_parts
 from addenda.learner.learner import Learner
 from addenda.learner.reading import Report
 from addenda.learner.yaml_file import read_mapping
-from addenda.registry import Registry, check_name
+from addenda.registry import Registry, TaskFilter, check_name
 
 State = Literal["learned", "learned before", "failed", "skipped"]
 
@@ -128,7 +128,7 @@ def learn_many(
         skip_bad: leave out images that cannot be read.
         report: told of the progress.
     """
-    before = {record.ref for record in learner.registry.tasks(include_retired=True)}
+    before = {record.ref for record in learner.registry.tasks(TaskFilter(retired=True))}
     lost: dict[str, str] = {}
     for number, row in enumerate(rows, start=1):
         started, place = time.perf_counter(), f"{row.name}, {number} of {len(rows)}"

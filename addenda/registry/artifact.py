@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
 
@@ -66,20 +67,8 @@ def decode(data: bytes, sha256: str, parent: Callable[[str], Task], record: Mapp
     Raises:
         IntegrityError: the bytes hash to something else, or are not a valid artifact.
     """
-    found = digest(data)
-    if found != sha256:
-        raise IntegrityError(
-            f"its artifact was stored with sha256 {sha256[:16]}… and now hashes to {found[:16]}…: the stored bytes "
-            "have changed. Restore the registry from a backup"
-        )
-    try:
-        tensors = load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        manifest = json.loads(header["__metadata__"]["addenda"])
-        if manifest["format"] != FORMAT:
-            raise IntegrityError(f"its artifact has format {manifest['format']}; this version reads {FORMAT}")
-        check_reading(manifest)
-        check_tensors(manifest, tensors)
+    manifest, tensors = read(data, sha256)
+    with _valid():
         return Task(
             backbone=manifest["backbone"],
             labels=tuple(manifest["labels"]),
@@ -90,6 +79,31 @@ def decode(data: bytes, sha256: str, parent: Callable[[str], Task], record: Mapp
             adapters=MappingProxyType(_adapters(tensors)) if _ADAPTERS[0] in tensors else None,
             **record,
         )
+
+
+def read(data: bytes, sha256: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """An artifact's manifest and tensors, checked; raises IntegrityError as `decode` does."""
+    found = digest(data)
+    if found != sha256:
+        raise IntegrityError(
+            f"its artifact was stored with sha256 {sha256[:16]}… and now hashes to {found[:16]}…: the stored bytes "
+            "have changed. Restore the registry from a backup"
+        )
+    with _valid():
+        tensors = load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        manifest = json.loads(header["__metadata__"]["addenda"])
+        if manifest["format"] != FORMAT:
+            raise IntegrityError(f"its artifact has format {manifest['format']}; this version reads {FORMAT}")
+        check_reading(manifest)
+        check_tensors(manifest, tensors)
+        return manifest, tensors
+
+
+@contextmanager
+def _valid() -> Iterator[None]:
+    try:
+        yield
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise IntegrityError(f"its artifact is not valid: {error}") from error
 

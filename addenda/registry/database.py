@@ -1,7 +1,8 @@
-"""Opening a registry's database: where it is, how its transactions run, and bringing its schema up to date."""
+"""Where a registry's database is, and how its transactions run; SQLite and PostgreSQL alike."""
 
 from __future__ import annotations
 
+import re
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -9,23 +10,31 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event, inspect
+from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, StatementError
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from addenda.exceptions import RegistryError
 from addenda.registry.artifact import canonical_json
 
-VERSION_TABLE = "addenda_version"
+WAIT_S = 30
+"""How long a transaction waits for another's lock."""
 
 
 def connect(location: str | Path, create: bool) -> Engine:
-    """Makes an engine for a path or a sqlite:/// URL, and the schema where there is none yet.
+    """Makes an engine for a path or a URL; of a schema it knows nothing.
+
+    Args:
+        location: a path, or a URL: sqlite:///PATH, postgresql://USER@HOST/DATABASE.
+        create: whether an SQLite file may be made.
 
     Raises:
-        RegistryError: the location cannot be opened, is no registry, or was written by a newer version.
+        RegistryError: the location is none, or there is no such file.
     """
-    path = _path(location)
+    url = _url(location)
+    if url.get_backend_name() == "postgresql":
+        return _postgresql(url)
+    path = Path(url.database or "").resolve()
     if not path.exists() and not create:
         raise RegistryError(
             f"There is no registry at {str(path)!r}. `addenda learn` makes one; --registry names another."
@@ -33,20 +42,22 @@ def connect(location: str | Path, create: bool) -> Engine:
     if not path.parent.is_dir():
         raise RegistryError(f"The folder {str(path.parent)!r} of the registry does not exist.")
     engine = create_engine(URL.create("sqlite", database=str(path)), json_serializer=canonical_json)
-    event.listen(engine, "connect", _configure)
-    event.listen(engine, "begin", _begin)
-    with database_errors(f"Registry {str(path)!r} cannot be opened"):
-        _migrate(engine)
+    event.listen(engine, "connect", _configure_sqlite)
+    event.listen(engine, "begin", _begin_sqlite)
     return engine
 
 
 @contextmanager
 def database_errors(context: str) -> Iterator[None]:
-    """Turns the database's errors into a RegistryError that begins with what was being done."""
+    """Turns the database's errors into a RegistryError that begins with what was being done.
+
+    Values that are no JSON or no UTF-8 are among them; PostgreSQL's driver raises those as they are.
+    """
     try:
         yield
-    except (StatementError, sqlite3.Error) as error:
-        raise RegistryError(f"{context}: {getattr(error, 'orig', error)}. Nothing was changed.") from error
+    except (SQLAlchemyError, sqlite3.Error, ValueError, TypeError) as error:
+        said = " ".join(str(getattr(error, "orig", None) or error).split()).rstrip(".")
+        raise RegistryError(f"{context}: {said}. Nothing was changed.") from error
 
 
 @contextmanager
@@ -58,7 +69,7 @@ def writing(engine: Engine) -> Iterator[Connection]:
 
 @contextmanager
 def reading(engine: Engine) -> Iterator[Connection]:
-    """One consistent view; damage that keeps it from being read is a RegistryError."""
+    """One consistent view, which waits for no writer; damage that keeps it from being read is a RegistryError."""
     with database_errors("The registry cannot be read"), engine.connect() as connection:
         try:
             yield connection
@@ -66,26 +77,41 @@ def reading(engine: Engine) -> Iterator[Connection]:
             raise RegistryError(f"The registry cannot be read: a record is damaged ({error}).") from error
 
 
-def _path(location: str | Path) -> Path:
+def described(engine: Engine) -> str:
+    """Where the registry is, for people: a path, or a URL without its password."""
+    if engine.dialect.name == "sqlite":
+        return str(engine.url.database)
+    return _shown(engine.url.set(drivername="postgresql"))
+
+
+def _shown(url: URL) -> str:
+    """A URL without its password, which may stand in its query too."""
+    return url.difference_update_query([key for key in url.query if "password" in key]).render_as_string()
+
+
+def _url(location: str | Path) -> URL:
     text = str(location)
     if "://" not in text:
-        return Path(text).expanduser().resolve()
+        return URL.create("sqlite", database=str(Path(text).expanduser()))
     try:
         url = make_url(text)
-    except ArgumentError as error:
-        raise RegistryError(f"{text!r} is not a database URL.") from error
-    if url.get_backend_name() != "sqlite" or not url.database:
+    except (ArgumentError, ValueError) as error:
+        shown = re.sub("//.*@", "//***@", text, flags=re.DOTALL)
+        raise RegistryError(f"{shown!r} is not a database URL.") from error
+    if url.get_backend_name() not in ("sqlite", "postgresql") or not url.database:
         raise RegistryError(
-            f"A registry is an SQLite file: give a path or sqlite:///PATH, not {url.render_as_string()!r}."
+            f"A registry is an SQLite file or a PostgreSQL database: give a path, sqlite:///PATH or "
+            f"postgresql://USER@HOST/DATABASE, not {_shown(url)!r}."
         )
-    return Path(url.database).resolve()
+    return url
 
 
-def _configure(dbapi: Any, record: object) -> None:
-    dbapi.isolation_level = None  # pysqlite's own transactions would commit before DDL; `_begin` starts ours
-    for pragma in ("busy_timeout=30000", "synchronous=FULL", "foreign_keys=ON", "recursive_triggers=ON"):
+def _configure_sqlite(dbapi: Any, record: object) -> None:
+    dbapi.isolation_level = None  # pysqlite's own transactions would commit before DDL; `_begin_sqlite` starts ours
+    pragmas = [f"busy_timeout={1000 * WAIT_S}", "synchronous=FULL", "foreign_keys=ON", "recursive_triggers=ON"]
+    for pragma in (*pragmas, "page_size=16384"):  # of a new file; an artifact in 4 kB pages costs four times the calls
         dbapi.execute(f"PRAGMA {pragma}")
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + WAIT_S
     while True:  # SQLite does not wait for this lock, whatever the busy_timeout
         try:
             dbapi.execute("PRAGMA journal_mode=WAL")
@@ -96,34 +122,34 @@ def _configure(dbapi: Any, record: object) -> None:
             time.sleep(0.05)
 
 
-def _begin(connection: Connection) -> None:
-    writes = connection.get_execution_options().get("writes", False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+def _writes(connection: Connection) -> bool:
+    return bool(connection.get_execution_options().get("writes", False))
 
 
-def _migrate(engine: Engine) -> None:
-    from alembic import command
-    from alembic.config import Config
-    from alembic.runtime.migration import MigrationContext
-    from alembic.script import ScriptDirectory
+def _begin_sqlite(connection: Connection) -> None:
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if _writes(connection) else "BEGIN")
 
-    config = Config()
-    config.set_main_option("script_location", str(Path(__file__).with_name("migrations")))
-    scripts = ScriptDirectory.from_config(config)
 
-    def revision(connection: Connection) -> str | None:
-        return MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE}).get_current_revision()
-
-    with engine.connect() as connection:
-        found = revision(connection)
-        if found is None and inspect(connection).get_table_names():
-            raise RegistryError(f"{engine.url.database!r} is another program's database, not a registry.")
-    if found is not None and found not in {script.revision for script in scripts.walk_revisions()}:
-        raise RegistryError(
-            f"The registry's schema is {found!r}, from a newer version of Addenda. Upgrade Addenda to open it."
+def _postgresql(url: URL) -> Engine:
+    try:
+        engine = create_engine(
+            url.set(drivername="postgresql+psycopg"),
+            json_serializer=canonical_json,
+            pool_pre_ping=True,  # a server may have been restarted since the last transaction
+            connect_args={"connect_timeout": 10, "application_name": "addenda"},
         )
-    if found == scripts.get_current_head():
-        return
-    with writing(engine) as connection:
-        config.attributes["connection"] = connection
-        command.upgrade(config, "head")
+    except ImportError as error:
+        raise RegistryError("A registry on PostgreSQL needs psycopg: pip install 'addenda[postgres]'.") from error
+    event.listen(engine, "begin", _begin_postgresql)
+    return engine
+
+
+def _begin_postgresql(connection: Connection) -> None:
+    """Writers wait for one lock of the registry, held until they commit: so event ids become visible in order."""
+    if _writes(connection):
+        # Whatever the server's default is: a snapshot from before the lock would not show what the others wrote.
+        connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL READ COMMITTED")
+        connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{WAIT_S}s'")
+        connection.exec_driver_sql("SELECT pg_advisory_xact_lock(hashtext('addenda.' || current_schema()))")
+    else:
+        connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")

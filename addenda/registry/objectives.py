@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from jaxtyping import Float
 from torch import Tensor
 
@@ -14,6 +17,15 @@ _HEADLINES = {"single-label": "accuracy", "multi-label": "mean_average_precision
 def headline(objective: str) -> str:
     """The one metric that stands for a task of this objective: a key of what `learner.metrics.score` gives."""
     return _HEADLINES[objective]
+
+
+def score_of(objective: str, metrics: Mapping[str, Any]) -> float | None:
+    """The headline metric on the test images, else on the validation part; None where neither was measured."""
+    for part in ("test", "validation"):
+        value = (metrics.get(part) or {}).get(headline(objective))
+        if value is not None:
+            return float(value)
+    return None
 
 
 def probabilities(logits: Float[Tensor, "*B C"], objective: str, temperature: float = 1.0) -> Float[Tensor, "*B C"]:

@@ -23,10 +23,15 @@ class TaskRecord:
         objective: how its logits are read.
         config: the resolved configuration that made it.
         metrics: what was measured when it was learned.
+        score: its headline metric on the test images, else on the validation part; None where neither was measured.
         data: what it was learned from.
         extends: references of its parents, in order.
         aliases: the aliases that point at this version.
+        tags: its tags.
         retired: why it was retired; None while it is active.
+        generation: the registry's generation that began with it.
+        code_version: Addenda's version that learned it.
+        packages: versions of Python and of the packages that had a part in learning it.
         created_by: who registered it.
         created_at: when, ISO 8601 in UTC.
     """
@@ -43,10 +48,15 @@ class TaskRecord:
     objective: str
     config: dict[str, Any]
     metrics: dict[str, Any]
+    score: float | None
     data: dict[str, Any]
     extends: tuple[str, ...]
     aliases: tuple[str, ...]
+    tags: tuple[str, ...]
     retired: str | None
+    generation: int
+    code_version: str
+    packages: dict[str, str]
     created_by: str
     created_at: str
 
@@ -57,14 +67,24 @@ class TaskRecord:
 
 
 @dataclass(frozen=True)
-class EvaluationRecord:
-    """One scoring of a task: on what, at which generation, under which numerics, and what came out."""
+class Scoring:
+    """One scoring of a task: on what, under which numerics, and what came out."""
 
-    task: str
     data_fingerprint: str
-    generation: int
     numerics_fingerprint: str
     metrics: dict[str, Any]
     logits_digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRecord(Scoring):
+    """A scoring as it was recorded: of which task, at which generation, by whom and when.
+
+    An imported one keeps the generation of the registry where it was made; `event_id` is the import's here.
+    """
+
+    task: str
+    generation: int
+    event_id: int
     created_by: str
     created_at: str

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-import difflib
-import getpass
-import re
-from collections.abc import Mapping
-from datetime import UTC, datetime
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
-import torch
-from sqlalchemy import Connection, Engine, Row, Select, func, insert, select, update
+from sqlalchemy import Connection, Engine, Row, delete, insert, select, update
 
 import addenda
-from addenda.exceptions import IntegrityError, NameTakenError, RegistryError, UnknownTaskError
-from addenda.registry import schema
-from addenda.registry.artifact import decode, digest
-from addenda.registry.database import connect, database_errors, reading, writing
-from addenda.registry.records import EvaluationRecord, TaskRecord
+from addenda.exceptions import NameTakenError, RegistryError
+from addenda.registry import bundle, ledger, schema
+from addenda.registry.backup import backup
+from addenda.registry.comparison import Difference, compare
+from addenda.registry.database import connect, database_errors, described, reading, writing
+from addenda.registry.gathering import Read, aliases, gather
+from addenda.registry.history import Scored, history
+from addenda.registry.integrity import Integrity, check_integrity
+from addenda.registry.ledger import Event
+from addenda.registry.lineage import Lineage, lineage
+from addenda.registry.loading import load_goldens, load_statistics, load_task, load_tasks
+from addenda.registry.manifest import Alias, Contents
+from addenda.registry.queries import TaskFilter, descendants, find, is_retired, listing, records
+from addenda.registry.receiving import Received, receive
+from addenda.registry.records import EvaluationRecord, Scoring, TaskRecord
+from addenda.registry.registration import derived, golden_row, insert_task, next_id, packages
 from addenda.registry.statistics import FeatureStatistics
-from addenda.registry.task import Golden, Task, check_name
-
-NUMBER = re.compile(r"[1-9][0-9]{0,8}")
+from addenda.registry.task import Golden, Task, check_name, check_tag
+from addenda.registry.upgrade import revision, schema_faults, upgrade
+from addenda.registry.waiting import tell, wait
 
 
 @runtime_checkable
@@ -45,22 +50,30 @@ class Registry:
         ([], 0)
     """
 
-    def __init__(self, engine: Engine, location: str) -> None:
+    def __init__(self, engine: Engine, user: str | None = None) -> None:
         self._engine = engine
-        self.location = location
+        self._user = user
+        self.location = described(engine)
 
     @classmethod
-    def open(cls, location: str | Path, create: bool = True) -> Registry:
+    def open(cls, location: str | Path, create: bool = True, user: str | None = None) -> Registry:
         """Opens a registry, making or upgrading its schema where needed.
 
         Args:
-            location: a path or an sqlite:/// URL.
+            location: a path, or a URL: sqlite:///PATH, postgresql://USER@HOST/DATABASE.
             create: whether to make a new registry where there is none.
+            user: in whose name changes are recorded; None takes the operating system's user.
 
         Raises:
             RegistryError: it does not exist, is no registry, cannot be opened, or is of a newer version.
         """
-        return cls(connect(location, create), str(location))
+        engine = connect(location, create)
+        try:
+            upgrade(engine, create)
+        except RegistryError:
+            engine.dispose()
+            raise
+        return cls(engine, user)
 
     def close(self) -> None:
         """Closes its connections."""
@@ -76,16 +89,49 @@ class Registry:
 
     @property
     def generation(self) -> int:
-        """The id of the last event: it grows with every change."""
+        """The id of the last event: it grows by one with every change."""
         with reading(self._engine) as connection:
-            return _generation(connection)
+            return ledger.generation(connection)
 
-    def tasks(self, include_retired: bool = False) -> list[TaskRecord]:
-        """Every version of every task, oldest first."""
+    def wait(self, after: int, timeout_s: float) -> int:
+        """Waits until the generation is past `after`, or the time is over; returns the generation."""
+        with database_errors("The registry cannot be waited for"):
+            return wait(self._engine, lambda: self.generation, after, timeout_s)
+
+    def events(self, name: str | None = None, after: int = 0, limit: int | None = None) -> list[Event]:
+        """Who did what and when, oldest first.
+
+        Args:
+            name: only what happened to versions and aliases of this task.
+            after: only events past this generation.
+            limit: only so many, the newest.
+        """
+        event = schema.event.c
+        query = select(schema.event).where(event.id > after).order_by(event.id.desc()).limit(limit)
+        if name is not None:
+            query = query.where(
+                event.subject.startswith(f"{name}:", autoescape=True)
+                | event.subject.startswith(f"{name}@", autoescape=True)
+            )
         with reading(self._engine) as connection:
-            rows = connection.execute(_tasks().order_by(schema.task.c.id)).all()
-            records = [_record(connection, row) for row in rows]
-        return [record for record in records if include_retired or record.retired is None]
+            return [Event(**row) for row in reversed(connection.execute(query).mappings().all())]
+
+    def tasks(
+        self, chosen: TaskFilter | None = None, limit: int | None = None, before: str | None = None
+    ) -> list[TaskRecord]:
+        """Every version of every task that a filter lets through, oldest first.
+
+        Args:
+            chosen: the filter; None lets all active tasks through.
+            limit: only so many, the newest.
+            before: only those registered before this one; with `limit` a page after a page.
+
+        Raises:
+            UnknownTaskError: the filter or `before` names a task that is not registered.
+        """
+        with reading(self._engine) as connection:
+            rows = connection.execute(listing(connection, chosen or TaskFilter(), limit, before)).all()
+            return records(connection, rows[::-1])
 
     def record(self, ref: str) -> TaskRecord:
         """What is known of one version.
@@ -97,7 +143,7 @@ class Registry:
             UnknownTaskError: there is no such task, version or alias.
         """
         with reading(self._engine) as connection:
-            return _record(connection, _find(connection, ref))
+            return records(connection, [find(connection, ref)])[0]
 
     def get(self, ref: str) -> Task:
         """Loads a task and what it extends; the bytes are checked against their sha256.
@@ -110,7 +156,7 @@ class Registry:
             IntegrityError: its stored bytes, or an ancestor's, are not what was registered.
         """
         with reading(self._engine) as connection:
-            return _load(connection, _find(connection, ref), {})
+            return load_task(connection, find(connection, ref))
 
     def load(self, backbone: HasFingerprint, alias: str | None = None) -> list[Task]:
         """Loads the newest active version of each name on a backbone, or those that an alias points at.
@@ -118,51 +164,33 @@ class Registry:
         Raises:
             IntegrityError: a task's stored bytes are not what was registered.
         """
-        query = _tasks().where(schema.task.c.backbone == backbone.fingerprint).order_by(schema.task.c.id)
+        query = select(schema.task).where(schema.task.c.backbone == backbone.fingerprint)
+        query = query.order_by(schema.task.c.version)  # an older one may have been imported after a newer one
+        if alias is None:
+            query = query.where(~is_retired())
+        else:
+            pointed = schema.alias.c
+            query = query.join(schema.alias, pointed.task_id == schema.task.c.id).where(pointed.alias == alias)
         with reading(self._engine) as connection:
-            if alias is None:
-                rows = connection.execute(query.where(~_retired())).all()
-            else:
-                rows = connection.execute(
-                    query.join(schema.alias, schema.alias.c.task_id == schema.task.c.id).where(
-                        schema.alias.c.alias == alias
-                    )
-                ).all()
-            newest = {row.name: row for row in rows}
-            known: dict[str, Task] = {}
-            return [_load(connection, row, known) for row in newest.values()]
+            newest = {row.name: row for row in connection.execute(query)}
+            return load_tasks(connection, sorted(newest.values(), key=lambda row: int(row.id)))
 
     def backbones(self) -> list[dict[str, Any]]:
         """The backbones that tasks were learned on, as `FrozenBackbone.record` described them."""
         with reading(self._engine) as connection:
             rows = connection.execute(select(schema.backbone).order_by(schema.backbone.c.created_at)).mappings()
-            return [{k: v for k, v in row.items() if k not in ("created_by", "created_at")} for row in rows]
+            ours = ("created_by", "created_at", "event_id")
+            return [{key: value for key, value in row.items() if key not in ours} for row in rows]
 
     def goldens(self, ref: str) -> list[Golden]:
         """A task's golden probes, one for each numerics fingerprint it was recorded under, newest first.
 
         Raises:
+            UnknownTaskError: there is no such task.
             IntegrityError: stored logits that do not hash to their digest.
         """
         with reading(self._engine) as connection:
-            row = _find(connection, ref)
-            stored = connection.execute(
-                select(schema.golden)
-                .where(schema.golden.c.task_id == row.id)
-                .order_by(schema.golden.c.created_at.desc())
-            ).all()
-        for probe in stored:
-            if digest(probe.logits) != probe.digest:
-                raise IntegrityError(f"Task {ref!r}: its golden probe's stored bytes have changed.")
-        return [
-            Golden(
-                numerics=probe.numerics,
-                numerics_fingerprint=probe.numerics_fingerprint,
-                logits=torch.from_numpy(np.frombuffer(probe.logits, np.float32).copy()).view(-1, len(row.labels)),
-                digest=probe.digest,
-            )
-            for probe in stored
-        ]
+            return load_goldens(connection, find(connection, ref))
 
     def statistics(self, ref: str) -> FeatureStatistics | None:
         """What a router knows of a task's images; None where nothing was kept.
@@ -172,28 +200,77 @@ class Registry:
             IntegrityError: the stored bytes are not what was registered.
         """
         with reading(self._engine) as connection:
-            row = _find(connection, ref)
-            stored = connection.execute(select(schema.statistics).where(schema.statistics.c.task_id == row.id)).first()
-        if stored is None:
-            return None
-        try:
-            return FeatureStatistics.decode(stored.data, stored.sha256, len(row.labels))
-        except IntegrityError as error:
-            raise IntegrityError(f"Task '{row.name}:{row.version}' cannot be routed to: {error}.") from error
+            return load_statistics(connection, find(connection, ref))
 
     def evaluations(self, ref: str) -> list[EvaluationRecord]:
         """Every recorded scoring of a task, oldest first."""
         with reading(self._engine) as connection:
-            row = _find(connection, ref)
-            stored = connection.execute(
-                select(schema.evaluation).where(schema.evaluation.c.task_id == row.id).order_by(schema.evaluation.c.id)
-            ).mappings()
+            row = find(connection, ref)
+            query = select(schema.evaluation).where(schema.evaluation.c.task_id == row.id)
+            stored = connection.execute(query.order_by(schema.evaluation.c.id)).mappings()
             return [
                 EvaluationRecord(
                     task=f"{row.name}:{row.version}", **{k: v for k, v in e.items() if k not in ("id", "task_id")}
                 )
                 for e in stored
             ]
+
+    def history(self, name: str) -> list[Scored]:
+        """Every scoring of every version of a name, data by data, each measured against the one before.
+
+        Raises:
+            UnknownTaskError: there is no such name.
+        """
+        with reading(self._engine) as connection:
+            return history(connection, name)
+
+    def lineage(self, ref: str) -> Lineage:
+        """What a version extends and what extends it, as trees.
+
+        Raises:
+            UnknownTaskError: there is no such task.
+        """
+        with reading(self._engine) as connection:
+            return lineage(connection, ref)
+
+    def compare(self, one: str, other: str) -> list[Difference]:
+        """What differs between two versions, section by section.
+
+        Raises:
+            UnknownTaskError: there is no such task.
+        """
+        return compare(self.record(one), self.record(other))
+
+    def backup(self, path: str | Path) -> Integrity:
+        """Copies the registry, as it is at one moment, into a new SQLite file, and checks the copy.
+
+        Raises:
+            RegistryError: there is such a file already, or the copy could not be written.
+            IntegrityError: the registry is damaged; nothing was written.
+        """
+        return backup(self._engine, path)
+
+    @property
+    def schema_version(self) -> str:
+        """The version of the database's schema."""
+        with reading(self._engine) as connection:
+            return revision(connection) or "none"
+
+    def schema_faults(self) -> list[str]:
+        """What of the tables, indexes and triggers is not as this version makes them, in words."""
+        return schema_faults(self._engine)
+
+    def check_integrity(self, head: str | None = None) -> Integrity:
+        """Hashes every stored byte again, and checks every seal, key, alias, tag, trigger and index; it only reads.
+
+        Args:
+            head: the digest of an event that was noted earlier (`Integrity.head`): then no event since can have been
+                cut off unseen.
+
+        Raises:
+            RegistryError: the database cannot be read at all.
+        """
+        return check_integrity(self._engine, head)
 
     # -- writing ---------------------------------------------------------------------------------------------------
 
@@ -202,10 +279,17 @@ class Registry:
         with database_errors(f"Backbone {record['name']!r} cannot be recorded"), writing(self._engine) as connection:
             known = select(schema.backbone.c.fingerprint).where(schema.backbone.c.fingerprint == record["fingerprint"])
             if connection.scalar(known) is None:
-                connection.execute(insert(schema.backbone).values(**record, **_stamp()))
+                stamp, number = ledger.stamp(self._user), ledger.generation(connection) + 1
+                connection.execute(insert(schema.backbone).values(**record, **stamp, event_id=number))
+                self._append(connection, "backbone", record["fingerprint"], stamp)
 
     def register(
-        self, task: Task, golden: Golden, statistics: FeatureStatistics | None = None, new_version: bool = False
+        self,
+        task: Task,
+        golden: Golden,
+        statistics: FeatureStatistics | None = None,
+        new_version: bool = False,
+        evaluations: Sequence[Scoring] = (),
     ) -> Task:
         """Registers a task, in one transaction: wholly or not at all.
 
@@ -215,6 +299,7 @@ class Registry:
             statistics: of the images it was learned from, from `combined.feature_statistics`; without, no router
                 knows of it.
             new_version: whether a name already taken gets a further version.
+            evaluations: scorings made while it was learned.
 
         Returns:
             The task with its version. Content already registered under this name is not registered again: the
@@ -230,69 +315,45 @@ class Registry:
             statistics.check(len(task.labels))
             if statistics.excess is not None:
                 raise RegistryError(f"Task {task.name!r} was not registered: {statistics.excess}.")
-        golden_row = _golden_row(task.name, len(task.labels), golden)
+        probe = golden_row(task.name, len(task.labels), golden)
         data = task.artifact
         with database_errors(f"Task {task.name!r} was not registered"), writing(self._engine) as connection:
-            versions = connection.execute(_tasks().where(schema.task.c.name == task.name)).all()
+            versions = connection.execute(select(schema.task).where(schema.task.c.name == task.name)).all()
             for row in versions:
                 if row.artifact == task.sha256:
-                    return _load(connection, row, {})
+                    return load_task(connection, row)
             if versions and not new_version:
                 raise NameTakenError(task.name, max(row.version for row in versions))
-            if (
-                connection.scalar(select(schema.backbone.c.name).where(schema.backbone.c.fingerprint == task.backbone))
-                is None
-            ):
+            known = select(schema.backbone.c.name).where(schema.backbone.c.fingerprint == task.backbone)
+            if connection.scalar(known) is None:
                 raise RegistryError(
                     f"Task {task.name!r} was learned on a backbone that is not registered: add_backbone first."
                 )
-            if (
-                connection.scalar(select(schema.artifact.c.sha256).where(schema.artifact.c.sha256 == task.sha256))
-                is None
-            ):
-                connection.execute(insert(schema.artifact).values(sha256=task.sha256, data=data))
-            version = max((row.version for row in versions), default=0) + 1
-            task_id = connection.scalar(
-                insert(schema.task)
-                .values(
-                    name=task.name,
-                    version=version,
-                    backbone=task.backbone,
-                    artifact=task.sha256,
-                    labels=list(task.labels),
-                    num_memory_tokens=task.num_memory_tokens,
-                    num_parameters=task.num_parameters,
-                    objective=task.objective,
-                    config=dict(task.config),
-                    metrics=dict(task.metrics),
-                    data=dict(task.data),
-                    code_version=addenda.__version__,
-                    **_stamp(),
-                )
-                .returning(schema.task.c.id)
+            stamp, version = ledger.stamp(self._user), max((row.version for row in versions), default=0) + 1
+            number = insert_task(
+                connection,
+                "registered",
+                {
+                    **derived(task),
+                    "name": task.name,
+                    "version": version,
+                    "artifact": task.sha256,
+                    "config": dict(task.config),
+                    "metrics": dict(task.metrics),
+                    "data": dict(task.data),
+                    "code_version": addenda.__version__,
+                    "packages": packages(),
+                    **stamp,
+                },
+                data,
+                [_parent(connection, task, parent) for parent in task.parents],
+                [probe | stamp],
+                None if statistics is None else {"sha256": statistics.sha256, "data": statistics.data},
+                [vars(evaluation) | stamp for evaluation in evaluations],
+                stamp,
             )
-            for position, parent in enumerate(task.parents):
-                parent_row = connection.execute(
-                    _tasks()
-                    .where(schema.task.c.artifact == parent.sha256)
-                    .order_by((schema.task.c.name != parent.name) | (schema.task.c.version != parent.version))
-                ).first()
-                if parent_row is None:
-                    raise RegistryError(f"Task {task.name!r} extends {parent.ref!r}, which is not registered here.")
-                if parent.class_token is None:
-                    raise RegistryError(
-                        f"Task {task.name!r} extends {parent.ref!r}, which is head-only: it has no token."
-                    )
-                connection.execute(
-                    insert(schema.task_parent).values(task_id=task_id, position=position, parent_id=parent_row.id)
-                )
-            connection.execute(insert(schema.golden).values(task_id=task_id, **golden_row, **_stamp()))
-            if statistics is not None:
-                connection.execute(
-                    insert(schema.statistics).values(task_id=task_id, sha256=statistics.sha256, data=statistics.data)
-                )
-            _append_event(connection, "registered", f"{task.name}:{version}", sha256=task.sha256)
-            return _load(connection, _find(connection, f"{task.name}:{version}"), {})
+            tell(connection, number)
+            return load_task(connection, find(connection, f"{task.name}:{version}"))
 
     def add_golden(self, ref: str, golden: Golden) -> None:
         """Records a golden probe made under further numerics, beside those that are there; a known one is left alone.
@@ -302,58 +363,215 @@ class Registry:
             RegistryError: the probe is not one of this task, or does not hash to its digest.
         """
         with database_errors(f"Task {ref!r}: no probe was recorded"), writing(self._engine) as connection:
-            row = _find(connection, ref)
-            golden_row = _golden_row(f"{row.name}:{row.version}", len(row.labels), golden)
+            row = find(connection, ref)
+            probe = golden_row(f"{row.name}:{row.version}", len(row.labels), golden)
             known = select(schema.golden.c.digest).where(
                 schema.golden.c.task_id == row.id,
                 schema.golden.c.numerics_fingerprint == golden.numerics_fingerprint,
             )
             if connection.scalar(known) is None:
-                connection.execute(insert(schema.golden).values(task_id=row.id, **golden_row, **_stamp()))
-                _append_event(connection, "golden", f"{row.name}:{row.version}", numerics=golden.numerics_fingerprint)
+                stamp, number = ledger.stamp(self._user), ledger.generation(connection) + 1
+                connection.execute(insert(schema.golden).values(task_id=row.id, **probe, **stamp, event_id=number))
+                numerics = golden.numerics_fingerprint
+                self._append(connection, "golden", f"{row.name}:{row.version}", stamp, numerics=numerics)
 
-    def retire(self, ref: str, reason: str = "") -> None:
+    def export(self, refs: Sequence[str], path: str | Path) -> list[str]:
+        """Writes tasks, what they extend and all that belongs to them to one file, which `import_bundle` reads.
+
+        The same tasks give the same bytes. Aliases and notes stay at home.
+
+        Args:
+            refs: of the tasks.
+            path: the file, by custom NAME.addenda; it must not exist.
+
+        Returns:
+            References of all the tasks in it.
+
+        Raises:
+            UnknownTaskError: there is no such task.
+            IntegrityError: stored bytes are not what was registered.
+            RegistryError: the file exists, or cannot be written.
+        """
+        with reading(self._engine) as connection:
+            contents, read = gather(connection, refs)
+            bundle.write(Path(path), contents, read)
+        return [entry.ref for entry in contents.tasks]
+
+    def import_bundle(
+        self, path: str | Path, renames: Mapping[str, str] | None = None, dry_run: bool = False
+    ) -> list[Received]:
+        """Takes in what `export` wrote, in one transaction: wholly or not at all.
+
+        What is here is never altered: content already under its name only gains golden probes of other numerics and
+        tags. Who learned a task and when, with what score, stays as it was; the event tells of the import.
+
+        Args:
+            path: the file.
+            renames: a name there -> its name here.
+            dry_run: only says what would be done.
+
+        Raises:
+            IntegrityError: the file is not a whole bundle.
+            RegistryError: a version number holds other content here; all of these are named.
+        """
+        with bundle.opened(Path(path)) as (contents, read, source):
+            return self._receive(f"Bundle {str(path)!r}", contents, read, renames, [], source, dry_run)
+
+    def merge(self, other: Registry, renames: Mapping[str, str] | None = None, dry_run: bool = False) -> list[Received]:
+        """Takes in every task of another registry, with retirements and aliases, in one transaction.
+
+        What is here is never altered, as with `import_bundle`; an alias that points elsewhere here stays.
+
+        Args:
+            other: it is only read.
+            renames: a name there -> its name here.
+            dry_run: only says what would be done.
+
+        Raises:
+            IntegrityError: stored bytes there are not what was registered.
+            RegistryError: a version number holds other content here; all of these are named.
+        """
+        with reading(other._engine) as connection:
+            contents, read = gather(connection, None)
+            pointed = aliases(connection)
+            what = f"Registry {other.location!r}"
+            return self._receive(what, contents, read, renames, pointed, other.location, dry_run)
+
+    def _receive(
+        self,
+        what: str,
+        contents: Contents,
+        read: Read,
+        renames: Mapping[str, str] | None,
+        aliases: Sequence[Alias],
+        source: str,
+        dry_run: bool,
+    ) -> list[Received]:
+        with database_errors(f"{what} was not taken in"), writing(self._engine) as connection:
+            received = receive(connection, contents, read, renames or {}, aliases, source, ledger.stamp(self._user))
+            if dry_run:
+                connection.get_transaction().rollback()  # type: ignore[union-attr]
+            else:
+                tell(connection, ledger.generation(connection))
+        return received
+
+    def retire(self, ref: str, reason: str = "", along: Sequence[str] = ()) -> None:
         """Hides a version from `load` and from its bare name; nothing is deleted.
 
+        Args:
+            ref: the version.
+            reason: why, for the record.
+            along: active tasks that extend it, directly or not, to retire before it; all of them must be named.
+
         Raises:
             UnknownTaskError: there is no such task.
-            RegistryError: it is retired already, or an active task extends it.
+            RegistryError: it is retired already, an active task that is not named extends it, or one that is named
+                does not.
         """
         with database_errors(f"Task {ref!r} was not retired"), writing(self._engine) as connection:
-            row = _find(connection, ref)
-            record = _record(connection, row)
-            if record.retired is not None:
-                raise RegistryError(f"Task {record.ref!r} is retired already.")
-            children = connection.execute(
-                _tasks()
-                .join(schema.task_parent, schema.task_parent.c.task_id == schema.task.c.id)
-                .where(schema.task_parent.c.parent_id == row.id, ~_retired())
-            ).all()
-            if children:
-                names = ", ".join(f"{child.name}:{child.version}" for child in children)
-                raise RegistryError(f"Task {record.ref!r} cannot be retired: active tasks extend it ({names}).")
-            connection.execute(insert(schema.retirement).values(task_id=row.id, reason=reason, **_stamp()))
-            _append_event(connection, "retired", record.ref, reason=reason)
+            root = find(connection, ref)
+            named = {row.id: row for row in (root, *(find(connection, other) for other in along))}
+            below = {row.id for row in connection.execute(descendants(root.id))}
+            for row in named.values():
+                if row.id not in below and row.id != root.id:
+                    raise RegistryError(f"Task {_ref(row)!r} does not extend {_ref(root)!r}: retire it by itself.")
+            active = connection.execute(descendants(root.id).where(~is_retired())).all()
+            if missing := ", ".join(_ref(row) for row in active if row.id not in named):
+                raise RegistryError(
+                    f"Task {_ref(root)!r} cannot be retired: active tasks extend it ({missing}). Name them, to retire "
+                    "them with it."
+                )
+            # Parents have smaller numbers than their children: from the greatest down, no child is left behind.
+            for task_id in sorted(named, reverse=True):
+                self._retire(connection, _ref(named[task_id]), task_id, reason)
 
-    def set_alias(self, alias: str, ref: str) -> None:
+    def _retire(self, connection: Connection, ref: str, task_id: int, reason: str) -> None:
+        if connection.scalar(select(schema.retirement.c.task_id).where(schema.retirement.c.task_id == task_id)):
+            raise RegistryError(f"Task {ref!r} is retired already.")
+        stamp, number = ledger.stamp(self._user), ledger.generation(connection) + 1
+        connection.execute(insert(schema.retirement).values(task_id=task_id, reason=reason, **stamp, event_id=number))
+        self._append(connection, "retired", ref, stamp, reason=reason)
+
+    def set_alias(self, alias: str, ref: str, expected: int | None = None) -> None:
         """Points `name@alias` at a version; where it pointed before stays in the events.
+
+        Args:
+            alias: its name, such as `production`.
+            ref: the version.
+            expected: the version that it must point at now, 0 for none; None sets it whatever it is.
 
         Raises:
             UnknownTaskError: there is no such task.
-            RegistryError: the alias is not a valid name.
+            RegistryError: the alias is not a valid name, or points elsewhere than expected.
         """
         check_name(alias)
         with database_errors(f"Alias {alias!r} was not set"), writing(self._engine) as connection:
-            row = _find(connection, ref)
-            key = (schema.alias.c.name == row.name) & (schema.alias.c.alias == alias)
-            before = connection.scalar(
-                select(schema.task.c.version).join(schema.alias, schema.alias.c.task_id == schema.task.c.id).where(key)
-            )
-            if before is None:
+            row = find(connection, ref)
+            before = _pointed(connection, row.name, alias, expected)
+            if before == row.version:
+                return
+            if before == 0:
                 connection.execute(insert(schema.alias).values(name=row.name, alias=alias, task_id=row.id))
             else:
-                connection.execute(update(schema.alias).where(key).values(task_id=row.id))
-            _append_event(connection, "alias", f"{row.name}@{alias}", version=row.version, before=before)
+                connection.execute(
+                    update(schema.alias)
+                    .where(schema.alias.c.name == row.name, schema.alias.c.alias == alias)
+                    .values(task_id=row.id)
+                )
+            stamp = ledger.stamp(self._user)
+            self._append(connection, "alias", f"{row.name}@{alias}", stamp, version=row.version, before=before or None)
+
+    def remove_alias(self, alias: str, name: str, expected: int | None = None) -> None:
+        """Lets `name@alias` point at nothing; where it pointed stays in the events.
+
+        Raises:
+            RegistryError: it points at nothing already, or elsewhere than expected.
+        """
+        with database_errors(f"Alias {alias!r} was not removed"), writing(self._engine) as connection:
+            before = _pointed(connection, name, alias, expected)
+            if before == 0:
+                raise RegistryError(f"There is no alias '{name}@{alias}'. See: addenda tasks list")
+            connection.execute(delete(schema.alias).where(schema.alias.c.name == name, schema.alias.c.alias == alias))
+            stamp = ledger.stamp(self._user)
+            self._append(connection, "alias", f"{name}@{alias}", stamp, version=None, before=before)
+
+    def tag(self, ref: str, tag: str) -> None:
+        """Puts a tag on a version; one that it carries already changes nothing.
+
+        Raises:
+            UnknownTaskError: there is no such task.
+            RegistryError: the tag is not valid.
+        """
+        check_tag(tag)
+        with database_errors(f"Task {ref!r} was not tagged"), writing(self._engine) as connection:
+            row = find(connection, ref)
+            if not _is_tagged(connection, row.id, tag):
+                connection.execute(insert(schema.tag).values(task_id=row.id, tag=tag))
+                self._append(connection, "tagged", f"{row.name}:{row.version}", ledger.stamp(self._user), tag=tag)
+
+    def untag(self, ref: str, tag: str) -> None:
+        """Takes a tag off a version.
+
+        Raises:
+            UnknownTaskError: there is no such task.
+            RegistryError: it does not carry this tag.
+        """
+        with database_errors(f"Task {ref!r} was not untagged"), writing(self._engine) as connection:
+            row = find(connection, ref)
+            if not _is_tagged(connection, row.id, tag):
+                raise RegistryError(f"Task '{row.name}:{row.version}' does not carry the tag {tag!r}.")
+            connection.execute(delete(schema.tag).where(schema.tag.c.task_id == row.id, schema.tag.c.tag == tag))
+            self._append(connection, "untagged", f"{row.name}:{row.version}", ledger.stamp(self._user), tag=tag)
+
+    def note(self, ref: str, text: str) -> None:
+        """Adds a note to a version's history; a note is an event, so it stays.
+
+        Raises:
+            UnknownTaskError: there is no such task.
+        """
+        with database_errors(f"Task {ref!r}: no note was added"), writing(self._engine) as connection:
+            row = find(connection, ref)
+            self._append(connection, "noted", f"{row.name}:{row.version}", ledger.stamp(self._user), text=text)
 
     def add_evaluation(
         self, ref: str, data_fingerprint: str, numerics_fingerprint: str, metrics: Mapping[str, Any], logits_digest: str
@@ -364,143 +582,59 @@ class Registry:
             UnknownTaskError: there is no such task.
         """
         with database_errors(f"The evaluation of {ref!r} was not recorded"), writing(self._engine) as connection:
-            row = _find(connection, ref)
-            _append_event(connection, "evaluated", f"{row.name}:{row.version}", data=data_fingerprint)
+            row = find(connection, ref)
+            stamp, number = ledger.stamp(self._user), ledger.generation(connection) + 1
             values: dict[str, Any] = {
                 "data_fingerprint": data_fingerprint,
-                "generation": _generation(connection),
+                "generation": number,
                 "numerics_fingerprint": numerics_fingerprint,
                 "metrics": dict(metrics),
                 "logits_digest": logits_digest,
-                **_stamp(),
+                "event_id": number,
+                **stamp,
             }
-            connection.execute(insert(schema.evaluation).values(task_id=row.id, **values))
+            evaluation_id = next_id(connection, schema.evaluation)
+            connection.execute(insert(schema.evaluation).values(id=evaluation_id, task_id=row.id, **values))
+            self._append(connection, "evaluated", f"{row.name}:{row.version}", stamp, data=data_fingerprint)
             return EvaluationRecord(task=f"{row.name}:{row.version}", **values)
 
-
-def _tasks() -> Select[Any]:
-    return select(schema.task)
-
-
-def _retired() -> Any:
-    return select(schema.retirement.c.task_id).where(schema.retirement.c.task_id == schema.task.c.id).exists()
+    def _append(
+        self, connection: Connection, kind: str, subject: str, stamp: Mapping[str, str], **details: Any
+    ) -> None:
+        tell(connection, ledger.append(connection, kind, subject, stamp, **details))
 
 
-def _generation(connection: Connection) -> int:
-    return connection.scalar(select(func.max(schema.event.c.id))) or 0
+def _ref(row: Row[Any]) -> str:
+    return f"{row.name}:{row.version}"
 
 
-def _stamp() -> dict[str, str]:
-    try:
-        user = getpass.getuser()
-    except (OSError, KeyError):  # a container without a user database
-        user = "unknown"
-    return {"created_by": user, "created_at": datetime.now(UTC).isoformat(timespec="microseconds")}
-
-
-def _append_event(connection: Connection, kind: str, subject: str, **details: Any) -> None:
-    connection.execute(insert(schema.event).values(kind=kind, subject=subject, details=details, **_stamp()))
-
-
-def _golden_row(name: str, num_labels: int, golden: Golden) -> dict[str, Any]:
-    if golden.logits.shape[-1] != num_labels:
-        raise RegistryError(
-            f"Task {name!r} has {num_labels} labels; its golden probe has {golden.logits.shape[-1]} columns."
-        )
-    data = golden.logits.cpu().contiguous().numpy().tobytes()
-    if digest(data) != golden.digest:
-        raise RegistryError(f"Task {name!r}: its golden probe does not hash to its digest.")
-    return {
-        "numerics_fingerprint": golden.numerics_fingerprint,
-        "numerics": dict(golden.numerics),
-        "digest": golden.digest,
-        "logits": data,
-    }
-
-
-def _find(connection: Connection, ref: str) -> Row[Any]:
-    """The task row of a reference."""
-    query = _tasks().order_by(schema.task.c.version.desc())
-    name, at, alias = ref.partition("@")
-    if at:
-        query = query.join(schema.alias, schema.alias.c.task_id == schema.task.c.id).where(
-            schema.alias.c.name == name, schema.alias.c.alias == alias
-        )
-    else:
-        name, colon, version = ref.partition(":")
-        query = query.where(schema.task.c.name == name)
-        if colon:
-            query = query.where(schema.task.c.version == (int(version) if NUMBER.fullmatch(version) else -1))
-        else:
-            query = query.where(~_retired())
-    row = connection.execute(query).first()
+def _parent(connection: Connection, task: Task, parent: Task) -> int:
+    """The id of a task that another extends."""
+    row = connection.execute(
+        select(schema.task)
+        .where(schema.task.c.artifact == parent.sha256)
+        .order_by((schema.task.c.name != parent.name) | (schema.task.c.version != parent.version))
+    ).first()
     if row is None:
-        known = sorted(set(connection.scalars(select(schema.task.c.name))))
-        near = difflib.get_close_matches(name, known, n=5, cutoff=0.4) or known[:5]
-        listed = ", ".join(repr(k) for k in near) + (", …" if len(near) < len(known) else "")
-        why = "has no active version" if name in known and ref == name else "is not registered"
-        raise UnknownTaskError(f"Task {ref!r} {why}. Known: {listed or 'none'}. See: addenda tasks list")
-    return row
+        raise RegistryError(f"Task {task.name!r} extends {parent.ref!r}, which is not registered here.")
+    if parent.class_token is None:
+        raise RegistryError(f"Task {task.name!r} extends {parent.ref!r}, which is head-only: it has no token.")
+    return int(row.id)
 
 
-def _record(connection: Connection, row: Row[Any]) -> TaskRecord:
-    parents = connection.execute(
-        _tasks()
-        .join(schema.task_parent, schema.task_parent.c.parent_id == schema.task.c.id)
-        .where(schema.task_parent.c.task_id == row.id)
-        .order_by(schema.task_parent.c.position)
+def _pointed(connection: Connection, name: str, alias: str, expected: int | None) -> int:
+    """The version that an alias points at, 0 for none; RegistryError where that is not what was expected."""
+    found = connection.scalar(
+        select(schema.task.c.version)
+        .join(schema.alias, schema.alias.c.task_id == schema.task.c.id)
+        .where(schema.alias.c.name == name, schema.alias.c.alias == alias)
     )
-    retired = select(schema.retirement.c.reason).where(schema.retirement.c.task_id == row.id)
-    aliases = select(schema.alias.c.alias).where(schema.alias.c.task_id == row.id).order_by(schema.alias.c.alias)
-    size = select(func.length(schema.artifact.c.data)).where(schema.artifact.c.sha256 == row.artifact)
-    known = select(func.length(schema.statistics.c.data)).where(schema.statistics.c.task_id == row.id)
-    return TaskRecord(
-        name=row.name,
-        version=row.version,
-        backbone=row.backbone,
-        sha256=row.artifact,
-        size_bytes=connection.scalar(size) or 0,
-        statistics_bytes=connection.scalar(known) or 0,
-        labels=tuple(row.labels),
-        num_memory_tokens=row.num_memory_tokens,
-        num_parameters=row.num_parameters,
-        objective=row.objective,
-        config=row.config,
-        metrics=row.metrics,
-        data=row.data,
-        extends=tuple(f"{parent.name}:{parent.version}" for parent in parents),
-        aliases=tuple(connection.scalars(aliases)),
-        retired=connection.scalar(retired),
-        created_by=row.created_by,
-        created_at=row.created_at,
-    )
+    if expected is not None and (found or 0) != expected:
+        what = [f"at '{name}:{version}'" if version else "at nothing" for version in (found, expected)]
+        raise RegistryError(f"'{name}@{alias}' points {what[0]}, not {what[1]} as expected. Nothing was changed.")
+    return found or 0
 
 
-def _load(connection: Connection, row: Row[Any], known: dict[str, Task]) -> Task:
-    """Decodes a task and its ancestors, each once."""
-
-    def parent(sha256: str) -> Task:
-        found = connection.execute(
-            _tasks()
-            .join(schema.task_parent, schema.task_parent.c.parent_id == schema.task.c.id)
-            .where(schema.task_parent.c.task_id == row.id, schema.task.c.artifact == sha256)
-        ).first()
-        if found is None:
-            raise IntegrityError(f"it extends a task with sha256 {sha256[:16]}… that is missing")
-        return _load(connection, found, known)
-
-    ref = f"{row.name}:{row.version}"
-    if ref in known:
-        return known[ref]
-    artifact = connection.scalar(select(schema.artifact.c.data).where(schema.artifact.c.sha256 == row.artifact))
-    try:
-        if artifact is None:
-            raise IntegrityError("its artifact is missing")
-        stored = {"name": row.name, "version": row.version, "config": row.config, "metrics": row.metrics}
-        task = decode(artifact, row.artifact, parent, {**stored, "data": row.data})
-        if (task.backbone, list(task.labels), task.objective) != (row.backbone, row.labels, row.objective):
-            raise IntegrityError("its row and its artifact name different backbones, labels or objectives")
-    except IntegrityError as error:
-        raise IntegrityError(f"Task {ref!r} cannot be trusted: {str(error).rstrip('.')}.") from error
-    known[ref] = task
-    return task
+def _is_tagged(connection: Connection, task_id: int, tag: str) -> bool:
+    found = select(schema.tag.c.tag).where(schema.tag.c.task_id == task_id, schema.tag.c.tag == tag)
+    return connection.scalar(found) is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from sqlalchemy import (
     JSON,
     Column,
+    Float,
     ForeignKey,
     Index,
     Integer,
@@ -26,7 +27,13 @@ metadata = MetaData(
 
 
 def _id() -> Column[int]:
-    return Column("id", Integer, primary_key=True, autoincrement=True)
+    """Given out by the registry, under its write lock: no number is left out."""
+    return Column("id", Integer, primary_key=True, autoincrement=False)
+
+
+def _event_id() -> Column[int]:
+    """The event that wrote the row; its digest seals it."""
+    return Column("event_id", Integer, nullable=False, index=True, server_default="0")
 
 
 def _who_and_when() -> list[Column[str]]:
@@ -52,6 +59,7 @@ backbone = Table(
     Column("num_tokens", Integer, nullable=False),
     Column("num_parameters", Integer, nullable=False),
     *_who_and_when(),
+    _event_id(),
 )
 
 artifact = Table(
@@ -78,9 +86,14 @@ task = Table(
     Column("data", JSON, nullable=False),
     Column("code_version", String, nullable=False),
     *_who_and_when(),
+    _event_id(),
+    Column("packages", JSON, nullable=False, server_default="{}"),
+    Column("score", Float),
     UniqueConstraint("name", "version"),
-    Index(None, "backbone"),
     Index(None, "artifact"),
+    # All that a page is chosen by, newest first: whatever is asked, no row is read but those of the page.
+    Index("ix_task_page", "id", "name", "backbone", "score", "created_at"),
+    Index("ix_task_backbone_page", "backbone", "id", "name", "score", "created_at"),
 )
 
 task_parent = Table(
@@ -88,7 +101,8 @@ task_parent = Table(
     metadata,
     _task_id(primary_key=True),
     Column("position", Integer, primary_key=True),
-    Column("parent_id", ForeignKey("task.id"), nullable=False, index=True),
+    Column("parent_id", ForeignKey("task.id"), nullable=False),
+    Index(None, "parent_id", "task_id"),
 )
 
 retirement = Table(
@@ -97,6 +111,7 @@ retirement = Table(
     _task_id(primary_key=True),
     Column("reason", String, nullable=False),
     *_who_and_when(),
+    _event_id(),
 )
 
 alias = Table(
@@ -107,6 +122,14 @@ alias = Table(
     _task_id(),
 )
 
+tag = Table(
+    "tag",
+    metadata,
+    _task_id(primary_key=True),
+    Column("tag", String, primary_key=True),
+    Index(None, "tag", "task_id"),
+)
+
 event = Table(
     "event",
     metadata,
@@ -115,6 +138,8 @@ event = Table(
     Column("subject", String, nullable=False),
     Column("details", JSON, nullable=False),
     *_who_and_when(),
+    Column("digest", String, nullable=False, server_default=""),
+    Index(None, "subject"),
     sqlite_autoincrement=True,
 )
 
@@ -129,6 +154,7 @@ evaluation = Table(
     Column("metrics", JSON, nullable=False),
     Column("logits_digest", String, nullable=False),
     *_who_and_when(),
+    _event_id(),
     Index(None, "task_id"),
 )
 
@@ -141,6 +167,7 @@ golden = Table(
     Column("digest", String, nullable=False),
     Column("logits", LargeBinary, nullable=False),
     *_who_and_when(),
+    _event_id(),
 )
 
 statistics = Table(
@@ -152,4 +179,4 @@ statistics = Table(
 )
 
 IMMUTABLE = (backbone, artifact, task, task_parent, retirement, event, evaluation, golden, statistics)
-"""Tables whose rows are written once. An alias may move; its history is in the events."""
+"""Tables whose rows are written once. Aliases and tags may change; their history is in the events."""

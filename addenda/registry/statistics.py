@@ -73,7 +73,7 @@ class FeatureStatistics:
 
     def check(self, num_classes: int) -> None:
         """Raises IntegrityError unless the tensors fit each other and the number of classes, and are finite."""
-        width = self.sums.shape[-1]
+        width = self.sums.shape[-1] if self.sums.ndim else 0
         fits = (
             self.counts.shape == (num_classes,)
             and self.sums.shape == (num_classes, width)

@@ -16,6 +16,7 @@ from addenda.exceptions import RegistryError
 from addenda.registry.objectives import probabilities
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=:/-]{0,99}")
 
 ADAPTED = ("q", "proj", "fc1", "fc2")
 """The linear layers of a block that a task's adapters update, by timm's names; `q` is a third of its `qkv`."""
@@ -41,6 +42,16 @@ def check_name(name: str) -> str:
             "63 characters at most."
         )
     return name
+
+
+def check_tag(tag: str) -> str:
+    """Returns a valid tag; raises RegistryError for any other."""
+    if not TAG.fullmatch(tag):
+        raise RegistryError(
+            f"{tag!r} is not a valid tag: use letters, digits and '.', '_', '=', ':', '/', '-', first a letter or "
+            "digit, 100 characters at most."
+        )
+    return tag
 
 
 @dataclass(frozen=True, eq=False)

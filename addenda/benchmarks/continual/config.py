@@ -52,6 +52,7 @@ class StreamConfig(BaseModel):
         download: whether missing images may be fetched, from those sources that can.
         limit: training images of an experience at most, drawn class by class; None takes all.
         test_limit: test images likewise.
+        jobs: processes that share the methods and seeds among them, and the processor's cores.
         seeds: runs, with the seeds 0, 1, 2 and so on.
         methods: who runs; None is Addenda and every baseline.
         learn: settings of `LearnConfig` for Addenda's own method.
@@ -70,6 +71,7 @@ class StreamConfig(BaseModel):
     download: bool = False
     limit: Annotated[int, Field(ge=1)] | None = None
     test_limit: Annotated[int, Field(ge=1)] | None = None
+    jobs: Annotated[int, Field(ge=1)] = 1
     seeds: Annotated[int, Field(ge=1)] = 3
     methods: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     learn: dict[str, Any] = {}

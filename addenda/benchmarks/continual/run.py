@@ -23,6 +23,7 @@ from addenda.benchmarks.continual.ours import Masked
 from addenda.benchmarks.continual.report import write_report
 from addenda.benchmarks.continual.results import Cell, ExperienceNote, MethodNote, Results
 from addenda.benchmarks.continual.settings import BaselineSettings
+from addenda.benchmarks.continual.side_by_side import compute_side_by_side
 from addenda.benchmarks.continual.sources import build_stream
 from addenda.benchmarks.continual.stream import Experience, Stream
 from addenda.benchmarks.jsonl import append_line, read_lines
@@ -66,14 +67,16 @@ def run_continual(
     names = config.methods or (*OURS, *BASELINES)
     _check_methods(names)
     out.mkdir(parents=True, exist_ok=True)
+    if config.jobs > 1:
+        compute_side_by_side(config, str(backbone.device), out, data_root, names, report)
     cells = []
     for seed in range(config.seeds):
         stream = build_stream(config, data_root, seed)
-        images = [[one.train.fingerprint(), one.test.fingerprint()] for one in stream.experiences]
+        images = fingerprints(stream)
         for place, name in enumerate(names):
-            run = _Run(config, backbone, stream, images, name, seed, out)
+            run = Run(config, backbone, stream, images, name, seed, out)
 
-            def tell(what: str, done: int, total: int, run: _Run = run, start: int = place) -> None:
+            def tell(what: str, done: int, total: int, run: Run = run, start: int = place) -> None:
                 report(f"seed {run.seed}: {run.name}, {what}", start * total + done, len(names) * total)
 
             cells.append(run.cell(tell))
@@ -95,7 +98,12 @@ def run_continual(
     return results
 
 
-class _Run:
+def fingerprints(stream: Stream) -> list[list[str]]:
+    """Of the training and test images of each experience."""
+    return [[one.train.fingerprint(), one.test.fingerprint()] for one in stream.experiences]
+
+
+class Run:
     """One method with one seed."""
 
     def __init__(

@@ -1,0 +1,1 @@
+"""The commands: a module for each group, and what they share. They import what is heavy only when they run."""

@@ -1,0 +1,195 @@
+"""The `bench` commands: measurements, each with the options that it can be repeated with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from addenda.commands.options import (
+    DEFAULT_BACKBONE,
+    BackboneOption,
+    DeviceOption,
+    JsonOption,
+    MeanOption,
+    PrecisionOption,
+    StdOption,
+    WeightsOption,
+    numbers,
+)
+
+app = typer.Typer(no_args_is_help=True, help="Measurements that anyone can repeat.")
+
+
+@app.command("continual")
+def bench_continual(
+    stream: Annotated[
+        str,
+        typer.Argument(help="A stream of the package (digits, split-cifar10, …), a YAML file, or a folder to split."),
+    ] = "digits",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the report; a run there goes on. Default: continual-STREAM.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Where the stream's folders of images lie.")] = None,
+    split: Annotated[int | None, typer.Option(min=1, help="Experiences to split a folder's classes into.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Names with commas. Default: the file's, else all.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="How many seeds. Default: the file's.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Processes side by side. Default: the file's.")] = None,
+    limit: Annotated[int | None, typer.Option(min=4, help="Training images of an experience, at most.")] = None,
+    test_limit: Annotated[int | None, typer.Option(min=1, help="Test images of an experience, at most.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training images: the baselines'.")] = None,
+    bf16: Annotated[bool | None, typer.Option("--bf16", help="Train the baselines in bfloat16 autocast.")] = None,
+    download: Annotated[bool | None, typer.Option("--download", help="Fetch missing images where that works.")] = None,
+    backbone: BackboneOption = None,
+    weights: WeightsOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Runs a stream of tasks, ours beside the methods that the field knows, and writes a report; see docs/avalanche.md.
+
+    Exits with 1 if a logit of an old task of ours has moved by a bit.
+    """
+    from addenda import load_backbone
+    from addenda.benchmarks.continual.config import read_config
+    from addenda.benchmarks.continual.report import print_report
+    from addenda.benchmarks.continual.run import run_continual
+    from addenda.terminal import print_json, progress
+
+    config = read_config(stream, {
+        "backbone": {"name": backbone, "weights": weights, "mean": numbers(mean), "std": numbers(std)},
+        "baselines": {"epochs": epochs, "autocast": bf16}, "seeds": seeds, "jobs": jobs,
+        "limit": limit, "test_limit": test_limit, "download": download,
+        "methods": methods.split(",") if methods else None,
+        **({"data": {"num_experiences": split}} if split is not None else {}),
+    })  # fmt: skip
+    chosen = config.backbone
+    loaded = load_backbone(chosen.name, chosen.weights, chosen.mean, chosen.std, device=device)
+    folder = out or Path(f"continual-{config.name}")
+    with progress(quiet=as_json) as report:
+        results = run_continual(config, loaded, folder, data, report)
+    if as_json:
+        print_json(results.to_json())
+    else:
+        print_report(results, folder)
+    if not all(cell.identical in (True, None) for cell in results.of("addenda")):
+        raise typer.Exit(1)
+
+
+@app.command("compare")
+def bench_compare(
+    one: Annotated[Path, typer.Argument(help="A report of `bench continual`: its folder, or its results.json.")],
+    other: Annotated[Path, typer.Argument(help="Another of the same stream.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Compares two runs of a stream: what the second has more or less, beside the spread of both."""
+    from addenda.benchmarks.continual.comparison import compare_reports, print_comparison
+    from addenda.terminal import print_json
+
+    comparison = compare_reports(one, other)
+    if as_json:
+        print_json(comparison.to_json())
+    else:
+        print_comparison(comparison)
+
+
+@app.command("cost")
+def bench_cost(
+    backbones: Annotated[str | None, typer.Option(help="timm names, with commas. Default: ViT-Ti, S and B.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="ViT-S, up to 100 tasks: under two minutes.")] = False,
+    batch: Annotated[int, typer.Option(min=1, help="Images in a call.")] = 8,
+    rounds: Annotated[int, typer.Option(min=2, help="Measured calls of each way.")] = 7,
+    out: Annotated[Path | None, typer.Option(help="Folder for the table, the plot and the JSON.")] = None,
+    precision: PrecisionOption = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Times the combined pass of many tasks beside the backbone alone, the paper's dense mask and separate passes."""
+    from addenda.benchmarks.cost import FULL, QUICK, run_cost
+
+    names = backbones.split(",") if backbones else list(QUICK if quick else FULL)
+    run_cost(names, out, quick, batch, rounds, precision or "float32", device)
+
+
+@app.command("registry")
+def bench_registry(
+    registry: Annotated[
+        list[str] | None,
+        typer.Option(help="An empty database to measure too, such as a PostgreSQL URL; it stays full."),
+    ] = None,
+    tasks: Annotated[int, typer.Option(min=40, help="Tasks to register and load.")] = 1000,
+    listed: Annotated[int, typer.Option(min=100, help="Tasks in the list that pages are read of.")] = 100_000,
+    quick: Annotated[bool, typer.Option("--quick", help="100 tasks, a list of 5,000: under two minutes.")] = False,
+    backbone: BackboneOption = "vit_base_patch16_224.augreg_in21k",
+    out: Annotated[Path | None, typer.Option(help="Folder for the table and the JSON.")] = None,
+) -> None:
+    """Times the registry: registering, reading and hashing, pages of a long list, and how soon a change is noticed."""
+    from addenda.backbones import untrained_backbone
+    from addenda.benchmarks.registry import run_registry
+
+    run_registry(untrained_backbone(backbone or DEFAULT_BACKBONE), registry or (), out, quick, tasks, listed)
+
+
+@app.command("training")
+def bench_training(
+    data: Annotated[Path, typer.Argument(help="A folder with train/ and test/, each of class folders.")],
+    quick: Annotated[bool, typer.Option("--quick", help="200 images, fewer rounds: under two minutes.")] = False,
+    limit: Annotated[int, typer.Option(min=20, help="Training images, drawn at random.")] = 1000,
+    rounds: Annotated[int, typer.Option(min=2, help="Measured rounds.")] = 5,
+    dense_epochs: Annotated[int, typer.Option(min=1, help="Epochs that the dense mask really trains.")] = 2,
+    out: Annotated[Path | None, typer.Option(help="Folder for the table, the plot and the JSON.")] = None,
+    backbone: BackboneOption = DEFAULT_BACKBONE,
+    weights: WeightsOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    precision: PrecisionOption = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Times and weighs learning beside stock timm's pass, the paper's dense mask and full fine-tuning."""
+    from addenda import load_backbone
+    from addenda.benchmarks.training import run_training
+
+    name, chosen = backbone or DEFAULT_BACKBONE, precision or "float32"
+    loaded = load_backbone(name, weights, numbers(mean), numbers(std), chosen, device)
+    run_training(loaded, data, out, quick, limit, rounds, dense_epochs)
+
+
+@app.command("paper")
+def bench_paper(
+    data: Annotated[Path, typer.Argument(help="A folder of data sets, each with train/ and test/.")],
+    out: Annotated[Path, typer.Option(help="Folder of what is found; a run there goes on where it was stopped.")],
+    sets: Annotated[str, typer.Option(help="Names of the sets, with commas, in order.")],
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 3,
+    limit: Annotated[int | None, typer.Option(min=4, help="Training images of a set. Default: all.")] = None,
+    regimes: Annotated[
+        str | None,
+        typer.Option(help="Names with commas, such as full,head,memory-5,lora-8,pairs. Default: the paper's."),
+    ] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images, at most: ours.")] = 30,
+    rival_epochs: Annotated[int, typer.Option(min=1, help="The same of full, lora and unmasked.")] = 8,
+    views: Annotated[int, typer.Option(min=0, help="Random views of each image to learn from; 0: as it is.")] = 3,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Train full, lora and unmasked in bfloat16 autocast.")] = False,
+    backbone: BackboneOption = DEFAULT_BACKBONE,
+    weights: WeightsOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Compares the paper's regimes, masked and not, with LoRA and full fine-tuning on any sets, over several seeds."""
+    from dataclasses import replace
+
+    from addenda import load_backbone
+    from addenda.benchmarks.paper import OURS, REGIMES, Comparison, run_paper
+    from addenda.learner import Augmentation
+    from addenda.learner.regimes import RivalConfig
+
+    varied = Augmentation(views=views)
+    comparison = Comparison(
+        load_backbone(backbone or DEFAULT_BACKBONE, weights, numbers(mean), numbers(std), device=device), data, limit,
+        replace(OURS, epochs=epochs, augmentation=varied),
+        RivalConfig(epochs=rival_epochs, augmentation=varied, autocast=bf16),
+    )  # fmt: skip
+    cells = run_paper(comparison, sets.split(","), seeds, regimes.split(",") if regimes else REGIMES, out)
+    if not all(cell.get("identical", True) for cell in cells):
+        raise typer.Exit(1)

@@ -1,0 +1,235 @@
+"""Learning tasks, one or a file of them, and scoring them again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from addenda.commands.loading import backbone_to_learn_on, recorded_backbone
+from addenda.commands.options import (
+    DEFAULT_REGISTRY,
+    BackboneOption,
+    CacheOption,
+    DeviceOption,
+    JsonOption,
+    MeanOption,
+    NewVersionOption,
+    PrecisionOption,
+    RegistryOption,
+    SkipBadOption,
+    StdOption,
+    WeightsOption,
+)
+from addenda.commands.settings import learn_settings, ranks, single
+from addenda.commands.tasks import HEADLINES, headlines, show_task
+
+if TYPE_CHECKING:
+    from addenda import FrozenBackbone, LearnConfig
+
+
+def learn(
+    name: Annotated[str, typer.Argument(help="What to call the task.")],
+    data: Annotated[
+        Path,
+        typer.Argument(
+            help="A folder of class folders, or a .csv or .parquet listing with the columns path and label (or labels, "
+            "any number of them). A folder may hold train/ and test/, a listing a column split."
+        ),
+    ],
+    test: Annotated[
+        Path | None, typer.Option(help="Test images, scored once: a folder or listing. Default: the test part of DATA.")
+    ] = None,
+    memory: Annotated[
+        list[int] | None, typer.Option(help="Memory tokens in each layer, to try; may be given again.")
+    ] = None,
+    head_only: Annotated[bool | None, typer.Option("--head-only", help="No token: the regression alone.")] = None,
+    adapter_rank: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Rank of the task's own low-rank updates, to try; may be given again. 'auto' takes them where "
+            "validation says they pay. Default: none."
+        ),
+    ] = None,
+    adapter_lr: Annotated[
+        list[float] | None, typer.Option(help="A learning rate of the adapters to try; may be given again.")
+    ] = None,
+    extends: Annotated[
+        list[str] | None,
+        typer.Option(help="A task to extend; may be given again. 'auto' takes those that help, or none."),
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training images, at most.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images in an optimiser step.")] = None,
+    lr: Annotated[list[float] | None, typer.Option(help="A learning rate to try; may be given again.")] = None,
+    weight_decay: Annotated[list[float] | None, typer.Option(help="A weight decay to try; may be given again.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="sgd (the paper) or adamw.")] = None,
+    label_smoothing: Annotated[
+        float | None, typer.Option(help="Share of each target that all classes get alike; below 1.")
+    ] = None,
+    class_weights: Annotated[
+        str | None, typer.Option(help="none, or balanced: each class's images weigh as much together as any other's.")
+    ] = None,
+    refit: Annotated[bool | None, typer.Option("--refit/--no-refit", help="Train the winner on all images.")] = None,
+    views: Annotated[int | None, typer.Option(help="Random views of each image to learn from; 0: as it is.")] = None,
+    fresh: Annotated[bool | None, typer.Option("--fresh", help="New views in each epoch, none kept: slow.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Seed of split, memory and order; more to try more.")] = None,
+    cache_gb: CacheOption = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings; options given here win.")] = None,
+    new_version: NewVersionOption = False,
+    skip_bad: SkipBadOption = False,
+    registry: RegistryOption = DEFAULT_REGISTRY,
+    backbone: BackboneOption = None,
+    weights: WeightsOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    precision: PrecisionOption = None,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Learns a task from images and registers it."""
+    from addenda import Learner, Registry
+    from addenda.learner import ActivationCache
+    from addenda.registry import check_name
+    from addenda.terminal import console, print_json, progress, show_log
+
+    given = {
+        "num_memory_tokens": single(memory), "head_only": head_only, "adapter_rank": ranks(adapter_rank),
+        "adapter_learning_rate": single(adapter_lr), "epochs": epochs,
+        "extends": "auto" if extends == ["auto"] else extends,
+        "seed": single(seed), "batch_size": batch_size, "learning_rate": single(lr),
+        "weight_decay": single(weight_decay), "optimizer": optimizer, "label_smoothing": label_smoothing,
+        "class_weights": class_weights, "refit": refit,
+    }  # fmt: skip
+    settings = learn_settings(config, given, {"views": views, "fresh": fresh})
+    check_name(name)
+    with Registry.open(registry) as opened:
+        before = opened.generation
+        loaded = backbone_to_learn_on(opened, backbone, weights, mean, std, precision, device)
+        _print_price(loaded, [settings], quiet=as_json)
+        learner = Learner(loaded, opened, ActivationCache(budget_gb=cache_gb))
+        with show_log(quiet=as_json), progress(quiet=as_json) as report:
+            task = learner.learn(name, data, test, settings, new_version=new_version, skip_bad=skip_bad, report=report)
+        already = opened.generation == before
+        record = opened.record(task.ref)
+    if as_json:
+        print_json({"task": task.ref, "sha256": task.sha256, "already": already, "metrics": dict(task.metrics)})
+        return
+    if already:
+        console.print(f"{task.ref} was learned before from these images with these settings; nothing was done.")
+    for path in task.data["skipped"]:
+        console.print(f"left out: {path}", markup=False)
+    show_task(record, task)
+
+
+def learn_many(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="YAML with tasks: a list of name, data, and where wanted test, extends and config; and, for all of "
+            "them, config. Paths are relative to the file."
+        ),
+    ],
+    new_version: NewVersionOption = False,
+    skip_bad: SkipBadOption = False,
+    cache_gb: CacheOption = None,
+    registry: RegistryOption = DEFAULT_REGISTRY,
+    backbone: BackboneOption = None,
+    weights: WeightsOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    precision: PrecisionOption = None,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Learns tasks from a file, in order; given again, it goes on where it was. Exits with 1 if one failed."""
+    from addenda import Learner, Registry
+    from addenda import learner as learning
+    from addenda.terminal import console, print_json, progress, show_log, table
+
+    with Registry.open(registry) as opened:
+        rows = learning.read_rows(file, opened)
+        loaded = backbone_to_learn_on(opened, backbone, weights, mean, std, precision, device)
+        _print_price(loaded, [row.config for row in rows], quiet=as_json)
+        learner = Learner(loaded, opened, learning.ActivationCache(budget_gb=cache_gb))
+        with show_log(quiet=as_json), progress(quiet=as_json) as report:
+            outcomes = list(learning.learn_many(learner, rows, new_version, skip_bad, report))
+        records = [None if outcome.ref is None else opened.record(outcome.ref) for outcome in outcomes]
+    missing = [outcome for outcome in outcomes if outcome.ref is None]
+    if as_json:
+        made = [{"sha256": r.sha256, "metrics": r.metrics} if r is not None else {} for r in records]
+        print_json([vars(outcome) | more for outcome, more in zip(outcomes, made, strict=True)])
+    else:
+        lines = [
+            (
+                outcome.ref or outcome.name,
+                *((r.data["num_images"], len(r.labels), *headlines(r)) if r is not None else ("–",) * 6),
+                f"{outcome.seconds:.1f}",
+                outcome.state,
+            )
+            for outcome, r in zip(outcomes, records, strict=True)
+        ]
+        columns = ("task", "images", "classes", *HEADLINES, "seconds", "state")
+        title = f"{len(rows) - len(missing)} of {len(rows)} tasks of {file} are in {registry}"
+        console.print(table(title, columns, lines, right=("images", "classes", *HEADLINES[1:], "seconds")))
+        for outcome in missing:
+            console.print(f"{outcome.name} {outcome.state}: {outcome.reason}", markup=False, highlight=False)
+    if missing:
+        raise typer.Exit(1)
+
+
+def evaluate(
+    name: Annotated[str, typer.Argument(help="The task: NAME, NAME:VERSION or NAME@ALIAS.")],
+    data: Annotated[
+        Path,
+        typer.Argument(
+            help="A folder of class folders, or a .csv or .parquet listing; its test part where it has one."
+        ),
+    ],
+    skip_bad: SkipBadOption = False,
+    registry: RegistryOption = DEFAULT_REGISTRY,
+    weights: WeightsOption = None,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Scores a task on labelled images and records the result."""
+    from addenda import Learner, Registry
+    from addenda.terminal import SCORES, console, percent, print_json, progress, table
+
+    with Registry.open(registry, create=False) as opened:
+        record = opened.record(name)
+        objective = record.objective
+        loaded = recorded_backbone(opened, weights, device, fingerprint=record.backbone)
+        with progress(quiet=as_json) as report:
+            result = Learner(loaded, opened).evaluate(name, data, skip_bad, report)
+    if as_json:
+        print_json({"task": result.task, "generation": result.generation, "metrics": result.metrics,
+                    "data": result.data_fingerprint, "logits_digest": result.logits_digest})  # fmt: skip
+        return
+    metrics = result.metrics
+    scores = ", ".join(f"{called} {percent(metrics[key])} %" for key, called in SCORES[objective].items())
+    console.print(
+        f"{result.task} on {metrics['num_images']} images: {scores}. Recorded at generation {result.generation}."
+    )
+    title = "Accuracy by class" if objective == "single-label" else "Average precision by label"
+    rows = [(label, percent(value)) for label, value in metrics["per_class"].items()]
+    console.print(table(title, ("class" if objective == "single-label" else "label", "%"), rows, right=("%",)))
+
+
+def _print_price(backbone: FrozenBackbone, configs: Sequence[LearnConfig], quiet: bool) -> None:
+    """Says on standard error what the largest adapters that are asked for cost, beside a task without."""
+    from addenda.combined import task_cost
+    from addenda.terminal import size
+
+    sweep = [candidate for config in configs if not config.head_only for candidate in config.candidates]
+    rank, memory = max(((one.adapter_rank, one.num_memory_tokens) for one in sweep), default=(0, 0))
+    if quiet or not rank:
+        return
+    plain, adapted = task_cost(backbone, memory), task_cost(backbone, memory, rank)
+    typer.echo(
+        f"Adapters of rank {rank} weigh {size(adapted.token_bytes - plain.token_bytes)}, beside "
+        f"{size(plain.token_bytes)} of token and memory; a task takes {100 * adapted.relative_operations:.2f} % of the "
+        f"backbone's arithmetic, {100 * plain.relative_operations:.2f} % without.",
+        err=True,
+    )

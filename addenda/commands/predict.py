@@ -1,0 +1,181 @@
+"""Predicting: every task about some images, or the one that a router chooses for each."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from addenda.commands.loading import recorded_backbone
+from addenda.commands.options import (
+    DEFAULT_REGISTRY,
+    DeviceOption,
+    JsonOption,
+    RegistryOption,
+    SkipBadOption,
+    WeightsOption,
+)
+from addenda.exceptions import DataError
+
+if TYPE_CHECKING:
+    from addenda import CombinedModel, Registry
+    from addenda.combined import Choice, Router
+
+
+def predict(
+    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Answer this task only; may be given again. 'auto' chooses one for each image, or says that it looks "
+            "like none of their images."
+        ),
+    ] = None,
+    top: Annotated[
+        int | None,
+        typer.Option(min=1, help="Labels for each task, at most. Default: 3; of a multi-label task all likely ones."),
+    ] = None,
+    skip_bad: SkipBadOption = False,
+    registry: RegistryOption = DEFAULT_REGISTRY,
+    weights: WeightsOption = None,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+    as_csv: Annotated[
+        bool, typer.Option("--csv", help="Print CSV, a row for each image, task and label given.")
+    ] = False,
+    inexact: Annotated[
+        bool, typer.Option("--inexact", help="Without the promise of equal bits: no self-test, nothing filled up.")
+    ] = False,
+) -> None:
+    """Answers every registered task about some images, in one pass."""
+    from addenda import Registry
+    from addenda.terminal import console, print_json, progress, table
+
+    paths, auto = _image_files(images), task == ["auto"]
+    with Registry.open(registry, create=False) as opened:
+        chosen = [opened.get(ref) for ref in task or () if not auto]
+        loaded = recorded_backbone(opened, weights, device, chosen[0].backbone if chosen else None)
+        from addenda import CombinedModel
+
+        model = CombinedModel(loaded, chosen or opened.load(loaded), exact=not inexact)
+        router = _router(opened, model) if auto and model.tasks else None
+    if not model.tasks:
+        raise DataError(f"The registry {str(registry)!r} holds no active task. `addenda learn` adds one.")
+    answers: dict[str, Any] = {}
+    bad: list[str] = []
+    with progress(quiet=as_json or as_csv or len(paths) < 16) as report:
+        for done, start in enumerate(range(0, len(paths), model.micro_batch)):
+            batch = paths[start : start + model.micro_batch]
+            batch = _readable(batch, bad) if skip_bad else batch
+            if router is not None:
+                answers |= {str(path): one for path, one in zip(batch, model.route(batch, router, top), strict=True)}
+            else:
+                found = model.predict(batch, top)
+                answers |= {str(path): {n: best[i] for n, best in found.items()} for i, path in enumerate(batch)}
+            report("predicting", min((done + 1) * model.micro_batch, len(paths)), len(paths))
+    for message in bad:
+        typer.echo(f"left out: {message}", err=True)
+    if router is not None:
+        _show_routed(answers, model, as_json, as_csv)
+        return
+    if as_json:
+        images_json = {path: {name: [{"label": label, "probability": p} for label, p in best]
+                              for name, best in answer.items()} for path, answer in answers.items()}  # fmt: skip
+        print_json({"exact": model.exact, "images": images_json})
+        return
+    rows = [
+        (path, name, label, p) for path, answer in answers.items() for name, best in answer.items() for label, p in best
+    ]
+    if as_csv:
+        writer = csv.writer(sys.stdout)
+        writer.writerow(("image", "task", "label", "probability"))
+        writer.writerows(rows)
+        return
+    shown = [
+        (path, *(", ".join(f"{label} {100 * p:.0f} %" for label, p in best) or "none" for best in answer.values()))
+        for path, answer in answers.items()
+    ]
+    title = f"{len(shown)} images, {len(model.tasks)} tasks" + ("" if model.exact else ", not exact")
+    console.print(table(title, ("image", *model.tasks), shown))
+
+
+def _image_files(places: Sequence[Path]) -> list[Path]:
+    from addenda.backbones import SUFFIXES
+
+    paths: list[Path] = []
+    for place in places:
+        if place.is_dir():
+            found = sorted(p for p in place.rglob("*") if p.suffix.lower() in SUFFIXES)
+            if not found:
+                raise DataError(f"The folder {str(place)!r} holds no images.")
+            paths += found
+        else:
+            paths.append(place)
+    return paths
+
+
+def _readable(paths: Sequence[Path], bad: list[str]) -> list[Path]:
+    """The images that can be read; what is wrong with the others is noted."""
+    from addenda.backbones import read_image
+
+    good = []
+    for path in paths:
+        try:
+            read_image(path)
+            good.append(path)
+        except DataError as error:
+            bad.append(str(error))
+    return good
+
+
+def _router(registry: Registry, model: CombinedModel) -> Router:
+    """A router of a model's tasks; those that it cannot know of are named on standard error."""
+    from addenda.combined import Router
+
+    kept = {name: registry.statistics(task.ref) for name, task in model.tasks.items()}
+    known = {name: statistics for name, statistics in kept.items() if statistics is not None}
+    left_out = [name for name in kept if name not in known]
+    if left_out:
+        typer.echo(
+            f"Not chosen from, since nothing was kept of their images: {', '.join(left_out)}. (Single-label tasks keep "
+            "statistics when they are learned.)",
+            err=True,
+        )
+    if not known:
+        raise DataError("There is no task to choose from: nothing was kept of any task's images.")
+    return Router(known)
+
+
+def _show_routed(
+    answers: dict[str, tuple[Choice, list[tuple[str, float]]]], model: CombinedModel, as_json: bool, as_csv: bool
+) -> None:
+    """Prints which task was chosen for each image, and its answer."""
+    from addenda.terminal import console, print_json, table
+
+    if as_json:
+        images = {
+            path: choice._asdict() | {"labels": [{"label": label, "probability": p} for label, p in best]}
+            for path, (choice, best) in answers.items()
+        }
+        print_json({"exact": model.exact, "images": images})
+        return
+    if as_csv:
+        writer = csv.writer(sys.stdout)
+        writer.writerow(("image", "task", "task_probability", "familiar", "label", "probability"))
+        writer.writerows((path, *choice, *pair) for path, (choice, best) in answers.items() for pair in best)
+        return
+    rows = [
+        (
+            path,
+            choice.task if choice.familiar else f"none; nearest {choice.task}",
+            f"{100 * choice.probability:.0f} %",
+            ", ".join(f"{label} {100 * p:.0f} %" for label, p in best) if choice.familiar else "–",
+        )
+        for path, (choice, best) in answers.items()
+    ]
+    title = f"{len(rows)} images, the task chosen among {len(model.tasks)}" + ("" if model.exact else ", not exact")
+    console.print(table(title, ("image", "task", "sure", "labels"), rows))

@@ -1,0 +1,184 @@
+"""The `tasks` commands that look: tasks listed and shown."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from addenda.commands.options import DEFAULT_REGISTRY, JsonOption, RegistryOption
+
+if TYPE_CHECKING:
+    from addenda import Task
+    from addenda.registry import TaskRecord
+
+HEADLINES = ("score", "val %", "test %", "regression %")
+
+app = typer.Typer(no_args_is_help=True, help="The registered tasks.")
+
+
+@app.command("list")
+def tasks_list(
+    name: Annotated[str | None, typer.Argument(help="A name, or a pattern such as 'birds-*'. Default: all.")] = None,
+    backbone: Annotated[str | None, typer.Option(help="On this backbone: a timm name or a fingerprint.")] = None,
+    tag: Annotated[str | None, typer.Option(help="Only tasks that carry this tag.")] = None,
+    extends: Annotated[str | None, typer.Option(help="Only tasks that extend this one.")] = None,
+    min_score: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Only with such an accuracy (or mAP) on test images, 0 to 1.")
+    ] = None,
+    since: Annotated[str | None, typer.Option(help="Registered since, in UTC: 2026-01-31 or 2026-01-31T12:00.")] = None,
+    until: Annotated[str | None, typer.Option(help="Registered before.")] = None,
+    retired: Annotated[bool, typer.Option("--retired", help="Show retired tasks too.")] = False,
+    limit: Annotated[int, typer.Option(min=1, help="The newest so many.")] = 100,
+    before: Annotated[str | None, typer.Option(help="Only tasks registered before this one: the next page.")] = None,
+    registry: RegistryOption = DEFAULT_REGISTRY,
+    as_json: JsonOption = False,
+) -> None:
+    """Lists registered versions of tasks, the newest last."""
+    from addenda import Registry
+    from addenda.registry import TaskFilter
+    from addenda.terminal import console, print_json, table
+
+    with Registry.open(registry, create=False) as opened:
+        chosen = TaskFilter(name, backbone, tag, extends, min_score, since, until, retired)
+        records, generation = opened.tasks(chosen, limit + 1, before), opened.generation
+        names = {b["fingerprint"]: b["name"] for b in opened.backbones()}
+    more, records = len(records) > limit, records[-limit:]
+    if as_json:
+        print_json([_record_json(record) for record in records])
+        return
+    kinds, _, tests, regressions = zip(*map(headlines, records), strict=True) if records else [()] * 4
+    columns = {
+        "task": [r.ref + (" (retired)" if r.retired is not None else "") for r in records],
+        "also": [_also(r) for r in records],
+        "backbone": [names[r.backbone] for r in records] if len(names) > 1 else [],
+        "classes": [len(r.labels) for r in records],
+        "score": kinds if len(set(kinds)) > 1 else [],
+        "val %": [headlines(r)[1] for r in records] if "–" in tests else [],
+        "test %": tests,
+        "regr. %": regressions,
+        "learned": [r.created_at[:10] for r in records],
+    }
+    shown = {key: values for key, values in columns.items() if set(values) - {"", "–"}}
+    title = f"{len(records)} task{'' if len(records) == 1 else 's'} in {opened.location}, generation {generation}"
+    right = ("classes", "val %", "test %", "regr. %")
+    rows = zip(*shown.values(), strict=True)
+    console.print(table(title, list(shown), rows, right, whole=("task", "learned", *right)) if records else title)
+    if more:
+        console.print(f"Older ones: --before {records[0].ref}")
+
+
+@app.command("show")
+def tasks_show(
+    name: Annotated[str, typer.Argument(help="NAME, NAME:VERSION or NAME@ALIAS.")],
+    registry: RegistryOption = DEFAULT_REGISTRY,
+    as_json: JsonOption = False,
+) -> None:
+    """Shows all that is recorded of one task."""
+    from addenda import Registry
+    from addenda.registry import headline
+    from addenda.terminal import SCORES, console, percent, print_json, table
+
+    with Registry.open(registry, create=False) as opened:
+        record, evaluations, task = opened.record(name), opened.evaluations(name), opened.get(name)
+    if as_json:
+        inside = {"adapter_rank": task.adapter_rank, "temperature": task.temperature}
+        print_json(_record_json(record) | inside | {"evaluations": [vars(e) for e in evaluations]})
+        return
+    show_task(record, task)
+    if evaluations:
+        kind = headline(record.objective)
+        rows = [
+            (
+                e.created_at[:16].replace("T", " "),
+                e.generation,
+                e.metrics["num_images"],
+                percent(e.metrics[kind]),
+                e.data_fingerprint[:12],
+                e.logits_digest[:12],
+            )
+            for e in evaluations
+        ]
+        columns = ("when", "generation", "images", f"{SCORES[record.objective][kind]} %", "data", "logits")
+        console.print(table("Evaluations", columns, rows, right=columns[1:4]))
+
+
+def _also(record: TaskRecord) -> str:
+    """Its aliases, tags and parents, in a few words."""
+    parents = [f"extends {', '.join(record.extends)}"] if record.extends else []
+    return " ".join([*(f"@{alias}" for alias in record.aliases), *(f"#{tag}" for tag in record.tags), *parents])
+
+
+def show_task(record: TaskRecord, task: Task) -> None:
+    """A task for people: what it is, how good beside its rival, where it came from.
+
+    Args:
+        record: What the registry says of it.
+        task: The task itself.
+    """
+    from addenda.terminal import SCORES, console, percent, size, table
+
+    labels = ", ".join(record.labels[:12]) + (", …" if len(record.labels) > 12 else "")
+    weight = f"{record.num_parameters:,} parameters, {size(record.size_bytes)}"
+    rows = [
+        ("classes", f"{len(record.labels)}: {labels}"),
+        ("objective", record.objective),
+        ("memory tokens", f"{record.num_memory_tokens} in each layer; {weight}"),
+        ("extends", ", ".join(record.extends) or "nothing"),
+        ("temperature", f"{task.temperature:.3g}"),
+        (
+            "statistics",
+            f"{size(record.statistics_bytes)}, for choosing the task" if record.statistics_bytes else "none",
+        ),
+        ("size", size(record.size_bytes + record.statistics_bytes)),
+        ("learned from", f"{record.data.get('num_images', '?')} images"),
+        ("tags", ", ".join(record.tags) or "none"),
+        ("sha256", record.sha256),
+        (
+            "registered",
+            f"{record.created_at[:19].replace('T', ' ')} UTC by {record.created_by}, generation {record.generation}",
+        ),
+    ]
+    if task.adapter_rank:
+        rows.insert(3, ("adapters", f"of rank {task.adapter_rank}"))
+    metrics = record.metrics
+    if "candidates" in metrics:
+        chosen, text = metrics["chosen"], "the regression was better on validation: the token adds nothing"
+        if chosen is not None:
+            used = {key: value for key, value in chosen.items() if task.adapter_rank or not key.startswith("adapter")}
+            settings = ", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in used.items())
+            text = f"{settings}; of {len(metrics['candidates'])} candidates"
+        rows.insert(-3, ("chosen", text))
+    if record.retired is not None:
+        rows.append(("retired", record.retired or "yes"))
+    console.print(table(record.ref, ("", "value"), rows))
+    rival, shown = metrics.get("regression", {}), SCORES[record.objective]
+    scores = []
+    for part in (part for part in ("validation", "test") if part in metrics):
+        pair = (metrics[part], rival.get(part, {}))
+        scores.append((f"{part} ({pair[0]['num_images']})", *(percent(m.get(kind)) for kind in shown for m in pair)))
+    if scores:
+        columns = ("part", *(column for called in shown.values() for column in (called, "regression")))
+        title = "Scores in %, beside the logistic regression on the same images"
+        console.print(table(title, columns, scores, right=columns[1:]))
+
+
+def headlines(record: TaskRecord) -> tuple[str, ...]:
+    """The figures that stand for a task, as HEADLINES names them.
+
+    Args:
+        record: What the registry says of it.
+
+    Returns:
+        A text for each column.
+    """
+    from addenda.registry import headline
+    from addenda.terminal import SCORES, percent
+
+    kind, metrics = headline(record.objective), record.metrics
+    parts = (metrics.get("validation", {}), metrics.get("test", {}), metrics.get("regression", {}).get("test", {}))
+    return SCORES[record.objective][kind], *(percent(part.get(kind)) for part in parts)
+
+
+def _record_json(record: TaskRecord) -> dict[str, Any]:
+    return {"ref": record.ref, **vars(record)}

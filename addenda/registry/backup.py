@@ -1,0 +1,119 @@
+"""Copies of a whole registry, row for row: to a file for safekeeping, and from one into an empty registry."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from sqlalchemy import Connection, Engine, LargeBinary, Table, insert, select
+
+from addenda.exceptions import IntegrityError, RegistryError
+from addenda.registry import schema
+from addenda.registry.database import connect, database_errors, described, reading, writing
+from addenda.registry.integrity import Integrity, check_rows
+from addenda.registry.upgrade import outdated, upgrade
+from addenda.registry.waiting import tell
+
+_BATCH, _FEW = 500, 16
+
+
+def backup(engine: Engine, path: str | Path) -> Integrity:
+    """Copies a registry, as it is at one moment, into a new SQLite file; who writes meanwhile does not wait.
+
+    The file appears under its name when it is whole and its history was checked. A process that is killed leaves a
+    folder whose name begins with `.backup-`, which may be removed.
+
+    Args:
+        engine: the registry.
+        path: the file to make.
+
+    Returns:
+        What the check of the copy found; its `head` is worth noting elsewhere.
+
+    Raises:
+        RegistryError: there is such a file already, or the copy could not be written.
+        IntegrityError: the registry is damaged; nothing was written.
+    """
+    target = Path(path).expanduser().resolve()
+    _refuse_to_overwrite(target)
+    if not target.parent.is_dir():
+        raise RegistryError(f"The folder {str(target.parent)!r} of the backup does not exist.")
+    try:
+        with tempfile.TemporaryDirectory(prefix=".backup-", dir=target.parent) as folder:
+            part = Path(folder) / target.name
+            copy = connect(part, create=True)
+            try:
+                upgrade(copy, create=True)
+                found = _copy(engine, copy)
+            finally:
+                copy.dispose()
+            _refuse_to_overwrite(target)
+            part.rename(target)
+    except OSError as error:
+        raise RegistryError(f"The backup {str(target)!r} could not be written: {error}.") from error
+    return found
+
+
+def restore(path: str | Path, location: str | Path) -> Integrity:
+    """Copies a backup into an empty registry, on SQLite or PostgreSQL; wholly or not at all.
+
+    Args:
+        path: the backup; any registry in an SQLite file will do.
+        location: where to, a path or a URL; made where there is none.
+
+    Returns:
+        What the check of the copy found.
+
+    Raises:
+        RegistryError: there is no such backup, its schema is older than this version's, or the target holds anything.
+        IntegrityError: the backup is damaged; nothing was restored.
+    """
+    source = connect(path, create=False)
+    try:
+        if outdated(source):
+            raise RegistryError(
+                f"The backup {str(path)!r} has an older schema, or is no registry. Copy the file, open the copy with "
+                "`addenda db upgrade`, and restore that."
+            )
+        target = connect(location, create=True)
+        try:
+            upgrade(target, create=True)
+            return _copy(source, target)
+        finally:
+            target.dispose()
+    finally:
+        source.dispose()
+
+
+def _refuse_to_overwrite(target: Path) -> None:
+    if target.exists():
+        raise RegistryError(f"{str(target)!r} exists already: a backup overwrites nothing. Choose another name.")
+
+
+def _copy(source: Engine, target: Engine) -> Integrity:
+    """Copies every row into an empty registry, in one transaction, which a fault in what was copied rolls back."""
+    where = described(target)
+    with reading(source) as read, database_errors(f"{where!r} was not filled"), writing(target) as write:
+        for table in schema.metadata.sorted_tables:
+            if write.execute(select(table).limit(1)).first() is not None:
+                raise RegistryError(f"{where!r} holds tasks or a history already: only an empty registry is filled.")
+        for table in schema.metadata.sorted_tables:
+            _copy_table(read, write, table)
+        found = check_rows(write)
+        if not found.ok:
+            first = found.faults[0]
+            raise IntegrityError(
+                f"{described(source)!r} is damaged, so that it was not copied; {len(found.faults)} faults, the first: "
+                f"{first.subject} {first.said}. See: addenda verify --deep"
+            )
+        tell(write, found.generation)
+    return found
+
+
+def _copy_table(read: Connection, write: Connection, table: Table) -> None:
+    """Copies a table's rows in the order of its key; those with large values a few at a time."""
+    large = any(isinstance(column.type, LargeBinary) for column in table.c)
+    ordered = select(table).order_by(*table.primary_key)
+    rows = read.execute(ordered.execution_options(yield_per=_FEW if large else _BATCH))
+    for some in rows.mappings().partitions():
+        write.execute(insert(table), [dict(row) for row in some])

@@ -1,0 +1,95 @@
+"""Every row belongs to an event, and every event seals its rows; tags, packages, and a score to sort by."""
+
+import sqlalchemy as sa
+from alembic import op
+
+from addenda.registry import ledger
+from addenda.registry.objectives import score_of
+from addenda.registry.triggers import create_triggers, drop_triggers
+
+revision = "0003"
+down_revision = "0002"
+branch_labels = None
+depends_on = None
+
+SEALED = ("backbone", "task", "retirement", "golden", "evaluation")
+
+
+def upgrade() -> None:
+    connection = op.get_bind()
+    drop_triggers(connection)
+    for table in SEALED:
+        op.add_column(table, sa.Column("event_id", sa.Integer(), nullable=False, server_default="0"))
+        op.create_index(op.f(f"ix_{table}_event_id"), table, ["event_id"])
+    op.add_column("task", sa.Column("packages", sa.JSON(), nullable=False, server_default="{}"))
+    op.add_column("task", sa.Column("score", sa.Float(), nullable=True))
+    op.add_column("event", sa.Column("digest", sa.String(), nullable=False, server_default=""))
+    op.drop_index(op.f("ix_task_backbone"), "task")
+    op.create_index(op.f("ix_task_page"), "task", ["id", "name", "backbone", "score", "created_at"])
+    op.create_index(op.f("ix_task_backbone_page"), "task", ["backbone", "id", "name", "score", "created_at"])
+    op.drop_index(op.f("ix_task_parent_parent_id"), "task_parent")
+    op.create_index(op.f("ix_task_parent_parent_id_task_id"), "task_parent", ["parent_id", "task_id"])
+    op.create_index(op.f("ix_event_subject"), "event", ["subject"])
+    op.create_table(
+        "tag",
+        sa.Column("task_id", sa.Integer(), nullable=False),
+        sa.Column("tag", sa.String(), nullable=False),
+        sa.ForeignKeyConstraint(["task_id"], ["task.id"], name=op.f("fk_tag_task_id")),
+        sa.PrimaryKeyConstraint("task_id", "tag", name=op.f("pk_tag")),
+    )
+    op.create_index(op.f("ix_tag_tag_task_id"), "tag", ["tag", "task_id"])
+    if connection.dialect.name == "postgresql":  # it would try to compress them at length; floats do not get smaller
+        for table in ("artifact", "statistics"):
+            op.execute(f"ALTER TABLE {table} ALTER COLUMN data SET STORAGE EXTERNAL")
+    _assign_events(connection)
+    _score(connection)
+    _seal(connection)
+    create_triggers(connection)
+
+
+def _assign_events(connection: sa.Connection) -> None:
+    """Gives each row the event that wrote it, as far as events told."""
+    of_task = "(SELECT name || ':' || version FROM task WHERE id = {table}.task_id)"
+    last = "coalesce((SELECT max(e.id) FROM event e WHERE e.kind = '{kind}' AND e.subject = {subject}), 0)"
+    subjects = {
+        ("task", "registered"): "task.name || ':' || task.version",
+        ("retirement", "retired"): of_task.format(table="retirement"),
+        ("golden", "registered"): of_task.format(table="golden"),
+    }
+    for (table, kind), subject in subjects.items():
+        found = last.format(kind=kind, subject=subject)
+        connection.execute(sa.text(f"UPDATE {table} SET event_id = {found}"))
+    connection.execute(sa.text("UPDATE evaluation SET event_id = generation"))
+    golden = sa.table("golden", sa.column("task_id"), sa.column("numerics_fingerprint"), sa.column("event_id"))
+    told = sa.text(
+        "SELECT e.id, e.details, t.id AS task_id FROM event e JOIN task t ON e.subject = t.name || ':' || t.version "
+        "WHERE e.kind = 'golden'"
+    ).columns(details=sa.JSON)
+    for event in connection.execute(told).all():
+        connection.execute(
+            golden.update()
+            .where(golden.c.task_id == event.task_id, golden.c.numerics_fingerprint == event.details["numerics"])
+            .values(event_id=event.id)
+        )
+
+
+def _score(connection: sa.Connection) -> None:
+    task = sa.table(
+        "task", sa.column("id"), sa.column("objective"), sa.column("metrics", sa.JSON), sa.column("score", sa.Float)
+    )
+    for row in connection.execute(sa.select(task.c.id, task.c.objective, task.c.metrics)).all():
+        score = score_of(row.objective, row.metrics)
+        connection.execute(task.update().where(task.c.id == row.id).values(score=score))
+
+
+def _seal(connection: sa.Connection) -> None:
+    """Seals the events that there are; backbones had none, so they belong to the upgrade's own."""
+    event = sa.table("event", sa.column("id"), sa.column("digest"))
+    last = ledger.generation(connection)
+    before = ""
+    for told, rows in ledger.events_with_rows(connection, last):
+        before = ledger.seal(before, dict(told._mapping), rows)
+        connection.execute(event.update().where(event.c.id == told.id).values(digest=before))
+    if connection.scalar(sa.text("SELECT count(*) FROM backbone")):
+        connection.execute(sa.text("UPDATE backbone SET event_id = :id"), {"id": last + 1})
+        ledger.append(connection, "upgraded", "schema", ledger.stamp(), version=revision)

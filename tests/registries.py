@@ -1,0 +1,125 @@
+"""Tasks of a few numbers, registries with a row in every table, and whether a ledger still proves them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from addenda.registry import FeatureStatistics, Golden, LowRank, Registry, Scoring, Task, digest, ledger
+from addenda.registry.database import connect, reading
+
+FINGERPRINT = "b" * 64
+BACKBONE = {
+    "fingerprint": FINGERPRINT,
+    "name": "tiny",
+    "source": "hub",
+    "precision": "float32",
+    "preprocessing": {"input_size": [3, 32, 32], "mean": [0.5, 0.5, 0.5]},
+    "embed_dim": 8,
+    "depth": 2,
+    "num_heads": 2,
+    "num_tokens": 17,
+    "num_parameters": 1234,
+}
+HERE = SimpleNamespace(fingerprint=FINGERPRINT)
+TENSORS = ("class_token", "memory", "head_weight", "head_bias", "pooled_weight")
+SCORING = Scoring("d" * 64, "n" * 64, {"accuracy": 0.75}, "l" * 64)
+
+
+def a_task(name: str = "digits", seed: int = 0, **changes: Any) -> Task:
+    noise = torch.Generator().manual_seed(seed)
+    content = {
+        "backbone": FINGERPRINT,
+        "labels": ("zero", "one", "two"),
+        "class_token": torch.randn(8, generator=noise),
+        "memory": torch.randn(2, 4, 8, generator=noise),
+        "head_weight": torch.randn(3, 8, generator=noise),
+        "head_bias": torch.randn(3, generator=noise),
+        "pooled_weight": torch.randn(3, 8, generator=noise),
+    }
+    return Task(name=name, **{**content, **changes})
+
+
+def a_large_task(name: str = "large", **changes: Any) -> Task:
+    """A task of 2.6 MB, more than SQLite keeps in memory before it writes."""
+    return a_task(name, memory=torch.full((2, 40000, 8), 0.5), **changes)
+
+
+def adapters(width: int = 8, depth: int = 2, rank: int = 3, hidden: int = 12, seed: int = 5) -> dict[str, LowRank]:
+    noise = torch.Generator().manual_seed(seed)
+    ends = {"q": (width, width), "proj": (width, width), "fc1": (width, hidden), "fc2": (hidden, width)}
+    return {
+        site: LowRank(
+            torch.randn(depth, rank, fan_in, generator=noise), torch.randn(depth, fan_out, rank, generator=noise)
+        )
+        for site, (fan_in, fan_out) in ends.items()
+    }
+
+
+def probe(task: Task, numerics: str = "n" * 64) -> Golden:
+    logits = torch.arange(4.0 * len(task.labels)).view(4, -1)
+    return Golden({"torch": "any"}, numerics, logits, digest(logits.numpy().tobytes()))
+
+
+def a_statistic(num_classes: int = 3, **changes: Any) -> FeatureStatistics:
+    noise = torch.Generator().manual_seed(3)
+    content = {
+        "counts": torch.arange(num_classes) + 4,
+        "sums": torch.randn(num_classes, 5, generator=noise),
+        "gram": torch.randn(15, generator=noise),
+        "sample": torch.randn(6, 4, generator=noise),
+        "sample_targets": torch.arange(6) % num_classes,
+    }
+    return FeatureStatistics(**{**content, **changes})
+
+
+def keep(registry: Registry, task: Task, new_version: bool = False) -> Task:
+    return registry.register(task, probe(task), a_statistic(), new_version)
+
+
+def fill(registry: Registry) -> None:
+    """Gives a registry that knows the backbone a row in every table."""
+    parent = keep(registry, a_task("strokes", 1))
+    keep(registry, a_task("digits", 2, parents=(parent,), metrics={"test": {"accuracy": 0.9}}))
+    keep(registry, a_task("old", 3))
+    registry.retire("old", "superseded")
+    registry.set_alias("production", "digits:1")
+    registry.add_evaluation("digits", *vars(SCORING).values())
+    registry.add_golden("digits", probe(parent, "m" * 64))
+    registry.tag("digits", "shop")
+
+
+def same_content(one: Task, other: Task) -> bool:
+    def equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+        return a is b if a is None or b is None else a.numpy().tobytes() == b.numpy().tobytes() and a.shape == b.shape
+
+    def parts(task: Task) -> dict[str, torch.Tensor]:
+        updates = (task.adapters or {}).items()
+        return {f"{site}.{i}": part for site, update in updates for i, part in enumerate(update)}
+
+    return (
+        all(equal(getattr(one, name), getattr(other, name)) for name in TENSORS)
+        and parts(one).keys() == parts(other).keys()
+        and all(equal(part, parts(other)[name]) for name, part in parts(one).items())
+        and (one.backbone, one.labels, one.objective) == (other.backbone, other.labels, other.objective)
+        and one.temperature == other.temperature
+        and [parent.sha256 for parent in one.parents] == [parent.sha256 for parent in other.parents]
+    )
+
+
+def verify_ledger(location: str) -> int:
+    """Recomputes the digest of every event; gives how many there are, which is the generation."""
+    engine = connect(location, create=False)
+    try:
+        with reading(engine) as connection:
+            last, before, numbers = ledger.generation(connection), "", []
+            for event, rows in ledger.events_with_rows(connection, last):
+                before = ledger.seal(before, event._mapping, rows)
+                assert event.digest == before, f"event {event.id} ({event.kind} {event.subject}) does not verify"
+                numbers.append(event.id)
+    finally:
+        engine.dispose()
+    assert numbers == list(range(1, last + 1)), "events are left out"
+    return last
