@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
+from tests.commands import Result, Run
 from tests.tiny import tiny_vit
 
 # Every shape in a signature is checked at run time while the tests run.
@@ -164,6 +166,24 @@ def full_book(shelf: dict[str, str], database: Database) -> Iterator[Registry]:
 def another_interpreter() -> None:
     """For tests that start processes of their own functions."""
     start_another_interpreter()
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    """Runs `addenda` on a registry of the test's own."""
+    monkeypatch.setenv("COLUMNS", "240")
+    monkeypatch.setenv("ADDENDA_REGISTRY", str(tmp_path / "tasks.db"))
+
+    def command(*arguments: object) -> Result:
+        from addenda import cli
+
+        monkeypatch.setattr(sys, "argv", ["addenda", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        return Result(int(stopped.value.code or 0), *capsys.readouterr())
+
+    return command
 
 
 @pytest.fixture(scope="session")

@@ -8,9 +8,7 @@ import json
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -18,31 +16,8 @@ from PIL import Image
 
 from addenda import Registry, cli
 from addenda.benchmarks.digits import digits
+from tests.commands import Result, Run
 from tests.images import colour_folder
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Result]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
-    monkeypatch.setenv("COLUMNS", "240")
-    monkeypatch.setenv("ADDENDA_REGISTRY", str(tmp_path / "tasks.db"))
-
-    def command(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["addenda", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        return Result(int(stopped.value.code or 0), *capsys.readouterr())
-
-    return command
 
 
 @pytest.fixture
