@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,12 +12,13 @@ from uuid import uuid4
 import pytest
 from sqlalchemy import text
 from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ProgrammingError
 
 from addenda.exceptions import RegistryError
 from addenda.registry import Registry
 from addenda.registry import database as databases
 from tests.databases import ON_POSTGRESQL, address, everything, raw, rows
-from tests.registries import HERE, a_task, keep
+from tests.registries import HERE, SCORING, a_task, keep, probe
 
 
 def test_a_registry_stays_when_it_is_closed_and_opened_again(full_book, database):
@@ -135,6 +137,28 @@ def test_a_postgresql_role_that_may_only_read_reads(full_book):
                 change()
         assert "secret" not in reader.location
     assert rows(full_book) == before
+
+
+@ON_POSTGRESQL
+def test_a_postgresql_role_with_a_writers_rights_of_the_documents_does_all_but_alter(full_book):
+    page = (Path(__file__).parents[1] / "docs" / "registry.md").read_text()
+    rights = re.findall(r"^GRANT (.*) TO (?:\w+, )*writer\b.*;$", page, re.MULTILINE)
+    assert len(rights) == 4
+    with a_role(address(full_book), *rights) as location, Registry.open(location) as writer:
+        keep(writer, a_task("birds", 8))
+        writer.set_alias("production", "birds")
+        writer.set_alias("production", "digits")
+        writer.remove_alias("production", "birds")
+        writer.tag("birds", "new")
+        writer.untag("birds", "new")
+        writer.note("birds", "seen")
+        writer.add_evaluation("birds", *vars(SCORING).values())
+        writer.add_golden("birds", probe(a_task("birds", 8), "o" * 64))
+        writer.retire("birds")
+        assert writer.check_integrity().ok
+        for sql in ("ALTER TABLE task DISABLE TRIGGER ALL", "UPDATE task SET name = 'x'", "TRUNCATE event"):
+            with pytest.raises(ProgrammingError, match=r"permission denied|must be owner"), raw(location) as connection:
+                connection.execute(text(sql))
 
 
 @ON_POSTGRESQL
