@@ -6,7 +6,7 @@ BIN := .venv/bin
 demo: .venv/core            ## five tasks, one after another, and the proof that none moved
 	$(BIN)/addenda demo
 
-test: .venv/dev             ## the quick tests
+test: .venv/dev             ## the quick tests; ADDENDA_TEST_POSTGRES=URL has them use that server, else they start one
 	$(BIN)/pytest -m "not slow and not realdata and not gpu"
 
 test-slow: .venv/dev        ## the slow tests, and those on the real images where ../shared/data exists
