@@ -107,14 +107,16 @@ def activations_of(backbone: FrozenBackbone, data: Data, **options: object) -> A
     return Activations(backbone, open_images(data), **settings)
 
 
-def test_the_test_set_is_read_once_and_changes_nothing_that_is_learned(tiny: FrozenBackbone, tmp_path: Path) -> None:
+def test_the_test_set_is_scored_once_and_changes_nothing_that_is_learned(tiny: FrozenBackbone, tmp_path: Path) -> None:
     digests = set()
     for part in ("with", "without"):
         test = CountingDataset(*noise(seed=7))
         with Registry.open(tmp_path / f"{part}.db") as registry:
             given = test if part == "with" else None
             task = Learner(tiny, registry).learn("noise", CountingDataset(*noise()), test=given, config=QUICK)
-        assert set(test.reads) == ({1} if part == "with" else {0})
+            assert len(registry.evaluations("noise")) == (1 if part == "with" else 0)
+        # Once for its score, and once for the fingerprint that is recorded with the score.
+        assert set(test.reads) == ({2} if part == "with" else {0})
         digests.add(task.sha256)
     assert len(digests) == 1
 
@@ -347,11 +349,18 @@ def test_each_optimiser_has_learning_rates_of_its_own() -> None:
     assert "learning_rate" not in str(caught.value)  # its default follows from the optimiser: no second mistake
 
 
-def test_an_evaluation_is_recorded(learner: Learner, colours: Path) -> None:
+def test_every_evaluation_is_recorded_the_first_when_a_task_is_learned(learner: Learner, colours: Path) -> None:
     task = learner.learn("colours", colours, config=QUICK)
     record = learner.evaluate("colours", colours)
     assert record.metrics["accuracy"] == task.metrics["test"]["accuracy"]
-    assert learner.registry.evaluations("colours") == [record]
+    first, second = learner.registry.evaluations("colours")
+    assert second == record
+    assert (first.metrics, first.logits_digest) == (record.metrics, record.logits_digest)
+    assert (first.data_fingerprint, first.numerics_fingerprint) == (
+        record.data_fingerprint,
+        record.numerics_fingerprint,
+    )
+    assert first.generation == learner.registry.record("colours").generation
     assert learner.evaluate("colours", colours).logits_digest == record.logits_digest
 
 
