@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from sqlalchemy.engine import make_url
 
-from addenda import Registry
+from addenda import Registry, load_backbone
 from addenda.combined import golden
 from tests.commands import Run
 from tests.conftest import random_task
-from tests.databases import Database, address, tamper
+from tests.databases import Database, Postgres, address, tamper
 from tests.registries import BACKBONE, a_task, keep, probe
 
 
@@ -135,6 +137,28 @@ def test_a_merge_names_every_clash_and_a_new_name_resolves_it(run: Run, location
     assert "digits:1" in clash.err
     assert "strokes:1" in clash.err
     assert "2 tasks were added" in run("db", "merge", other, "--rename", "digits=d2", "--rename", "strokes=s2").out
+
+
+def test_an_alias_that_a_merge_brings_is_not_counted_as_a_task(run: Run, location: str, elsewhere: Database) -> None:
+    merged = run("db", "merge", location, "--registry", elsewhere.new())
+    assert "3 tasks were added" in merged.out
+    assert "digits@production" in merged.out
+
+
+def test_a_password_in_a_url_is_not_printed(run: Run, tmp_path: Path, postgres: str) -> None:
+    made = Postgres(postgres)
+    url = make_url(made.new()).set(password="secret").render_as_string(hide_password=False)
+    with Registry.open(url) as book:
+        book.add_backbone(load_backbone("glyphs", device="cpu").record())
+    refused = run("predict", *small_image(tmp_path), "--registry", url)
+    made.close()
+    assert "holds no active task" in refused.err
+    assert "secret" not in refused.err + refused.out
+
+
+def small_image(folder: Path) -> list[Path]:
+    Image.new("RGB", (32, 32)).save(folder / "one.png")
+    return [folder / "one.png"]
 
 
 def test_a_backup_restores_into_an_empty_registry_only(

@@ -76,7 +76,7 @@ def _show(received: Sequence[Received], dry_run: bool, as_json: bool) -> None:
     if as_json:
         print_json([vars(one) for one in received])
         return
-    added = sum(one.state == "added" for one in received)
+    added = sum(one.state == "added" and "@" not in one.ref for one in received)  # aliases are told in their rows
     would = "would be" if dry_run else "were" if added != 1 else "was"
     title = f"{added} task{'' if added == 1 else 's'} {would} added" + (", nothing was changed" if dry_run else "")
     rows = [(one.ref, one.origin if one.origin != one.ref else "", one.state, one.detail) for one in received]

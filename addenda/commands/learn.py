@@ -171,7 +171,7 @@ def learn_many(
             for outcome, r in zip(outcomes, records, strict=True)
         ]
         columns = ("task", "images", "classes", *HEADLINES, "seconds", "state")
-        title = f"{len(rows) - len(missing)} of {len(rows)} tasks of {file} are in {registry}"
+        title = f"{len(rows) - len(missing)} of {len(rows)} tasks of {file} are in {opened.location}"
         console.print(table(title, columns, lines, right=("images", "classes", *HEADLINES[1:], "seconds")))
         for outcome in missing:
             console.print(f"{outcome.name} {outcome.state}: {outcome.reason}", markup=False, highlight=False)

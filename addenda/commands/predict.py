@@ -64,7 +64,7 @@ def predict(
         model = CombinedModel(loaded, chosen or opened.load(loaded), exact=not inexact)
         router = _router(opened, model) if auto and model.tasks else None
     if not model.tasks:
-        raise DataError(f"The registry {str(registry)!r} holds no active task. `addenda learn` adds one.")
+        raise DataError(f"The registry {opened.location!r} holds no active task. `addenda learn` adds one.")
     answers: dict[str, Any] = {}
     bad: list[str] = []
     with progress(quiet=as_json or as_csv or len(paths) < 16) as report:
