@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from addenda import __version__
-from addenda.commands import backbones, bench, cache, changes, database, exchange, insight, tasks
+from addenda.commands import backbones, bench, cache, changes, database, exchange, insight, serve, tasks
 from addenda.commands.demo import demo
 from addenda.commands.learn import evaluate, learn, learn_many
 from addenda.commands.predict import predict
@@ -23,7 +23,7 @@ app = typer.Typer(
     add_completion=True,
     help="Adds vision tasks to a frozen Vision Transformer; every earlier task keeps its outputs, bit for bit.",
 )
-for command in (learn, learn_many, evaluate, predict, verify, demo):
+for command in (learn, learn_many, evaluate, predict, verify, serve.serve, demo):
     app.command()(command)
 for more in (
     insight.history,
@@ -43,6 +43,7 @@ app.add_typer(backbones.app, name="backbones")
 app.add_typer(bench.app, name="bench")
 app.add_typer(cache.app, name="cache")
 app.add_typer(database.app, name="db")
+app.add_typer(serve.app, name="keys")
 
 
 @app.callback(invoke_without_command=True)

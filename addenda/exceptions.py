@@ -15,8 +15,16 @@ class DataError(AddendaError):
     """A data set that cannot be learned from or scored: empty, unreadable, or with the wrong labels."""
 
 
+class TooLargeError(DataError):
+    """An image of more pixels, or a file of more bytes, than is taken."""
+
+
 class RegistryError(AddendaError):
     """A registry that cannot be opened, or that refuses a change."""
+
+
+class RegistryUnavailableError(RegistryError):
+    """A database that does not answer now; what was asked may work later."""
 
 
 class UnknownTaskError(RegistryError):
@@ -43,3 +51,23 @@ class ExactnessError(AddendaError):
 
 class TrainingError(AddendaError):
     """A run that gave no usable task."""
+
+
+class KeyFileError(AddendaError):
+    """A file of API keys that cannot be read or changed, or a key that it lacks."""
+
+
+class OverloadedError(AddendaError):
+    """More images wait for an answer than the server lets wait.
+
+    Attributes:
+        retry_after_s: after how many seconds there may be room.
+    """
+
+    def __init__(self, message: str, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class DeadlineError(AddendaError):
+    """An answer that was not ready when its time was over."""

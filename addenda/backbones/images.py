@@ -7,12 +7,17 @@ from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from addenda.exceptions import DataError
+from addenda.exceptions import DataError, TooLargeError
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
 
 
-def read_image(source: str | Path | BytesIO, name: str | None = None) -> Image.Image:
+def read_image(
+    source: str | Path | BytesIO,
+    name: str | None = None,
+    formats: tuple[str, ...] | None = None,
+    max_pixels: int | None = None,
+) -> Image.Image:
     """Reads a file as an RGB image, turned as its EXIF orientation says.
 
     Transparent pixels are laid on white; 16-bit grey is scaled to 8 bits.
@@ -20,13 +25,20 @@ def read_image(source: str | Path | BytesIO, name: str | None = None) -> Image.I
     Args:
         source: a path, or the bytes of a file.
         name: what it is called in messages; a path is called by itself.
+        formats: Pillow's names of those that are tried; None tries all.
+        max_pixels: most that are taken; None leaves it to Pillow.
 
     Raises:
+        TooLargeError: more pixels than are taken; none was decoded.
         DataError: the file is missing, truncated, too large to be safe, or no image.
     """
     called = f"Image {str(source)!r}" if name is None else name
     try:
-        with Image.open(source) as image:
+        with Image.open(source, formats=formats) as image:
+            if max_pixels is not None and image.width * image.height > max_pixels:
+                raise TooLargeError(
+                    f"{called} has {image.width} x {image.height} pixels; at most {max_pixels} are taken."
+                )
             image.load()
             upright = ImageOps.exif_transpose(image)
     except FileNotFoundError as error:

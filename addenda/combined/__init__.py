@@ -1,7 +1,7 @@
 """One pass for all tasks: shared-prefix attention, tiles, exactness."""
 
 from addenda.combined.cost import TaskCost, loaded_bytes, pass_operations, task_cost
-from addenda.combined.golden import Verdict, golden, verify
+from addenda.combined.golden import Verdict, golden, verdicts, verify
 from addenda.combined.layout import Layout, TileStore, micro_batch
 from addenda.combined.model import Answers, CombinedModel
 from addenda.combined.numerics import numerics, numerics_fingerprint, tensor_digest
@@ -32,5 +32,6 @@ __all__ = [
     "task_cost",
     "task_features",
     "tensor_digest",
+    "verdicts",
     "verify",
 ]

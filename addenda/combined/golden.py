@@ -77,18 +77,21 @@ def verify(backbone: FrozenBackbone, recorded: Sequence[tuple[Task, Sequence[Gol
         IntegrityError: the backbone's weights in memory have changed since they were loaded.
     """
     backbone.check_unchanged()
-    now = numerics_fingerprint(numerics(backbone))
-    # Sorting is stable: the one of the present numerics first, then the newest.
-    chosen = [
-        next(iter(sorted(probes, key=lambda probe: probe.numerics_fingerprint != now)), None) for _, probes in recorded
-    ]
     # By reference: versions of one name are verified side by side.
-    model = CombinedModel(backbone, [replace(task, name=task.ref) for task, _ in recorded])
-    answers = model(probe_images(backbone))
-    return [
-        _verdict(task, probe, answers[task.ref].cpu(), now, backbone)
-        for (task, _), probe in zip(recorded, chosen, strict=True)
-    ]
+    named = [(replace(task, name=task.ref, version=None), probes) for task, probes in recorded]
+    return verdicts(CombinedModel(backbone, [task for task, _ in named]), named)
+
+
+def verdicts(model: CombinedModel, recorded: Sequence[tuple[Task, Sequence[Golden]]]) -> list[Verdict]:
+    """As `verify`, on a model as it is and some of its tasks; whether the weights have changed is not looked at."""
+    now = numerics_fingerprint(numerics(model.backbone))
+    answers = model(probe_images(model.backbone), [task.name for task, _ in recorded])
+    found = []
+    for task, probes in recorded:
+        # Sorting is stable: the one of the present numerics first, then the newest.
+        probe = next(iter(sorted(probes, key=lambda probe: probe.numerics_fingerprint != now)), None)
+        found.append(_verdict(task, probe, answers[task.name].cpu(), now, model.backbone))
+    return found
 
 
 def _verdict(task: Task, probe: Golden | None, logits: Tensor, now: str, backbone: FrozenBackbone) -> Verdict:

@@ -12,9 +12,10 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from addenda.exceptions import RegistryError
+from addenda.exceptions import RegistryError, RegistryUnavailableError
 from addenda.registry.artifact import canonical_json
 
 WAIT_S = 30
@@ -51,13 +52,16 @@ def connect(location: str | Path, create: bool) -> Engine:
 def database_errors(context: str) -> Iterator[None]:
     """Turns the database's errors into a RegistryError that begins with what was being done.
 
-    Values that are no JSON or no UTF-8 are among them; PostgreSQL's driver raises those as they are.
+    Values that are no JSON or no UTF-8 are among them; PostgreSQL's driver raises those as they are. A database that
+    does not answer is a RegistryUnavailableError.
     """
     try:
         yield
     except (SQLAlchemyError, sqlite3.Error, ValueError, TypeError) as error:
         said = " ".join(str(getattr(error, "orig", None) or error).split()).rstrip(".")
-        raise RegistryError(f"{context}: {said}. Nothing was changed.") from error
+        gone = isinstance(error, (OperationalError, InterfaceError, PoolTimeoutError, sqlite3.OperationalError))
+        kind = RegistryUnavailableError if gone else RegistryError
+        raise kind(f"{context}: {said}. Nothing was changed.") from error
 
 
 @contextmanager

@@ -101,6 +101,25 @@ def listing(connection: Connection, chosen: TaskFilter, limit: int | None, befor
     return select(schema.task).where(task.id.in_(page)).order_by(task.id.desc())
 
 
+def current(connection: Connection, backbone: str, alias: str | None) -> list[Row[Any]]:
+    """Rows of the newest active version of each name on a backbone, or of those that an alias points at; oldest first.
+
+    Args:
+        connection: to read from.
+        backbone: its fingerprint.
+        alias: an alias's name.
+    """
+    query = select(schema.task).where(schema.task.c.backbone == backbone)
+    query = query.order_by(schema.task.c.version)  # an older one may have been imported after a newer one
+    if alias is None:
+        query = query.where(~is_retired())
+    else:
+        pointed = schema.alias.c
+        query = query.join(schema.alias, pointed.task_id == schema.task.c.id).where(pointed.alias == alias)
+    newest = {row.name: row for row in connection.execute(query)}
+    return sorted(newest.values(), key=lambda row: int(row.id))
+
+
 def _utc(text: str) -> str:
     """A time as it is stored; RegistryError where it is none."""
     try:

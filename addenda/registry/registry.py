@@ -21,7 +21,7 @@ from addenda.registry.ledger import Event
 from addenda.registry.lineage import Lineage, lineage
 from addenda.registry.loading import load_goldens, load_statistics, load_task, load_tasks
 from addenda.registry.manifest import Alias, Contents
-from addenda.registry.queries import TaskFilter, descendants, find, is_retired, listing, records
+from addenda.registry.queries import TaskFilter, current, descendants, find, is_retired, listing, records
 from addenda.registry.receiving import Received, receive
 from addenda.registry.records import EvaluationRecord, Scoring, TaskRecord
 from addenda.registry.registration import derived, golden_row, insert_task, next_id, packages
@@ -164,16 +164,14 @@ class Registry:
         Raises:
             IntegrityError: a task's stored bytes are not what was registered.
         """
-        query = select(schema.task).where(schema.task.c.backbone == backbone.fingerprint)
-        query = query.order_by(schema.task.c.version)  # an older one may have been imported after a newer one
-        if alias is None:
-            query = query.where(~is_retired())
-        else:
-            pointed = schema.alias.c
-            query = query.join(schema.alias, pointed.task_id == schema.task.c.id).where(pointed.alias == alias)
         with reading(self._engine) as connection:
-            newest = {row.name: row for row in connection.execute(query)}
-            return load_tasks(connection, sorted(newest.values(), key=lambda row: int(row.id)))
+            return load_tasks(connection, current(connection, backbone.fingerprint, alias))
+
+    def current(self, backbone: HasFingerprint, alias: str | None = None) -> tuple[int, list[TaskRecord]]:
+        """The generation, and what is known of the tasks that `load` loads, as both are at one moment."""
+        with reading(self._engine) as connection:
+            chosen = current(connection, backbone.fingerprint, alias)
+            return ledger.generation(connection), records(connection, chosen)
 
     def backbones(self) -> list[dict[str, Any]]:
         """The backbones that tasks were learned on, as `FrozenBackbone.record` described them."""

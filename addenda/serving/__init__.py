@@ -1,0 +1,1 @@
+"""Serving the combined model of all registered tasks over HTTP."""

@@ -1,0 +1,65 @@
+"""Who may do what: API keys, scopes, and browsers on other people's pages."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+from urllib.parse import urlsplit
+
+from fastapi import Request, Security
+from fastapi.security import APIKeyCookie, HTTPAuthorizationCredentials, HTTPBearer, SecurityScopes
+
+from addenda.serving.keys import Key, KeyFile
+from addenda.serving.problems import ProblemError
+
+COOKIE = "addenda_key"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+Bearer = Annotated[
+    HTTPAuthorizationCredentials | None,
+    Security(HTTPBearer(auto_error=False, scheme_name="key", description="An API key, from `addenda keys create`.")),
+]
+Cookie = Annotated[str | None, Security(APIKeyCookie(name=COOKIE, auto_error=False, scheme_name="page"))]
+
+
+async def check(request: Request, scopes: SecurityScopes, bearer: Bearer, cookie: Cookie) -> None:
+    """Lets a request through whose key allows what the route asks for; without keys everybody on this machine may.
+
+    A cookie, which a browser sends by itself, counts only for requests that come from the server's own pages.
+    """
+    keys: KeyFile | None = request.app.state.keys
+    check_origin(request)
+    if keys is None:
+        return
+    found = key_of(keys, bearer.credentials if bearer else cookie)
+    if found is None:
+        raise ProblemError(
+            401, "A valid API key is needed: Authorization: Bearer KEY.", headers={"WWW-Authenticate": "Bearer"}
+        )
+    request.state.key = found.name
+    for scope in scopes.scopes:
+        if not found.allows(scope):
+            raise ProblemError(403, f"The key {found.name!r} allows {found.scope!r}; this needs {scope!r}.")
+
+
+def key_of(keys: KeyFile, text: str | None) -> Key | None:
+    """The key that was given, if it is one."""
+    return keys.find(text) if text else None
+
+
+def check_origin(request: Request) -> None:
+    """Refuses what a browser sends from another site's page, or by a name that is made to point here.
+
+    Raises:
+        ProblemError: it is such a request.
+    """
+    host = request.headers.get("host", "")
+    if request.app.state.loopback and (urlsplit(f"//{host}").hostname or "") not in LOOPBACK:
+        raise ProblemError(421, f"This server answers on {', '.join(LOOPBACK)} only, not as {host!r}.")
+    origin = request.headers.get("origin")
+    if origin is not None and urlsplit(origin).netloc != host:
+        raise ProblemError(403, f"Requests from pages of {origin!r} are refused.")
+
+
+def needs(scope: str) -> Any:
+    """The dependency of a route that needs a scope."""
+    return Security(check, scopes=[scope])

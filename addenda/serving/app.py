@@ -1,0 +1,56 @@
+"""The HTTP application: routes, put together."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from starlette.middleware import Middleware
+
+from addenda import __version__
+from addenda.serving import health, problems
+from addenda.serving.keys import KeyFile
+from addenda.serving.service import Limits, Service
+from addenda.serving.telemetry import Metrics, Telemetry
+
+Start = Callable[[Metrics], Service]
+"""Makes the service, on the event loop that will use it."""
+
+
+def make_app(start: Start, keys: KeyFile | None = None, loopback: bool = True) -> FastAPI:
+    """The application of one service.
+
+    Args:
+        start: makes the service.
+        keys: whose keys count; None lets everybody do everything.
+        loopback: whether it is bound to this machine alone; then it answers to no other name.
+
+    Its `state` holds `service`, `keys`, `loopback`, `metrics` and `draining`.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        app.state.service = service = start(metrics)
+        metrics.watch(service)
+        try:
+            yield
+        finally:
+            await service.close()
+
+    metrics = Metrics()
+    app = FastAPI(
+        title="Addenda",
+        version=__version__,
+        summary="Every task's answer about an image, from one pass.",
+        lifespan=lifespan,
+        docs_url=None,  # its page loads scripts from elsewhere
+        redoc_url=None,
+        middleware=[Middleware(Telemetry, metrics=metrics)],
+        max_body_size=Limits().bundle_bytes,
+    )
+    app.state.keys, app.state.loopback, app.state.metrics, app.state.draining = keys, loopback, metrics, False
+    problems.install(app)
+    for routes in (health,):
+        app.include_router(routes.router)
+    return app

@@ -1,0 +1,124 @@
+"""Running the application: signals, slow clients, and stopping without losing a request."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import h11
+import uvicorn
+from fastapi import FastAPI
+from prometheus_client import start_http_server
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from addenda.exceptions import AddendaError
+from addenda.serving.telemetry import JsonLines
+
+HEAD_S = 10
+"""Seconds in which a connection must send a request's head, from its first byte on."""
+CONNECTIONS = 256
+
+
+class _Protocol(H11Protocol):
+    """HTTP/1.1 that hangs up on who sends a request's head too slowly."""
+
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._late is not None:
+            self._late.cancel()
+        super().connection_lost(exc)
+
+    def _watch(self) -> None:
+        """Has a time run while a head is incomplete."""
+        waiting = self.conn.their_state is h11.IDLE and not self.transport.is_closing()
+        if waiting and self._late is None:
+            self._late = self.loop.call_later(HEAD_S, self.transport.close)
+        elif not waiting and self._late is not None:
+            self._late.cancel()
+            self._late = None
+
+
+class Server(uvicorn.Server):
+    """Runs an application until SIGTERM or SIGINT; then it drains, and ends with exit code 0.
+
+    Args:
+        app: from `make_app`.
+        listening: the socket it answers on, bound.
+        drain_s: seconds in which it says that it is not ready and still answers, before it takes no more.
+        stop_s: seconds that what it has begun may still take after that.
+    """
+
+    def __init__(self, app: FastAPI, listening: socket.socket, drain_s: float, stop_s: int) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=_Protocol,
+                ws="none",
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                limit_concurrency=CONNECTIONS,
+                timeout_graceful_shutdown=stop_s,
+            )
+        )
+        self._app, self._listening, self._drain_s = app, listening, drain_s
+
+    def run_until_stopped(self) -> None:
+        """Serves."""
+        asyncio.run(self.serve([self._listening]))
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Drains on the first signal; a second one stops at once."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._drain, loop)
+        yield
+
+    def _drain(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._app.state.draining:
+            self.should_exit = True
+            return
+        logging.getLogger(__name__).info("Stopping: not ready any more, answering for %g s", self._drain_s)
+        self._app.state.draining = True
+        loop.call_later(self._drain_s, setattr, self, "should_exit", True)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that listens.
+
+    Raises:
+        AddendaError: the place is taken, or is none.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address, family=family, backlog=2048)
+    except OSError as error:
+        raise AddendaError(f"{host}:{port} cannot be listened on: {error.strerror}.") from error
+
+
+def serve_metrics(app: FastAPI, host: str, port: int) -> None:
+    """Answers Prometheus on a port of its own, where no key is asked for."""
+    start_http_server(port, host, app.state.metrics.registry)
+
+
+def log_as_json(level: str) -> None:
+    """Has everything that is logged written to standard error, a JSON document on each line."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonLines())
+    logging.basicConfig(handlers=[handler], level=level.upper(), force=True)

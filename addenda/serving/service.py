@@ -1,0 +1,219 @@
+"""Serving without HTTP: images in, answers of one generation out."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from io import BytesIO
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from addenda.backbones import FrozenBackbone, read_image
+from addenda.combined import Answers, Choice, Router, Verdict, verdicts
+from addenda.exceptions import DataError, DeadlineError, RegistryError, UnknownTaskError
+from addenda.registry import Registry
+from addenda.serving.batching import Batcher, Report
+from addenda.serving.follower import Follower
+from addenda.serving.snapshot import Snapshot
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one server takes.
+
+    Attributes:
+        body_bytes: of a request, after it is inflated.
+        bundle_bytes: of a bundle that is registered.
+        pixels: of an image.
+        images: of a request.
+        waiting: images that wait or are answered at one time.
+        timeout_s: for an answer, where the request names no shorter time.
+    """
+
+    body_bytes: int = 32 * 2**20
+    bundle_bytes: int = 256 * 2**20
+    pixels: int = 50_000_000
+    images: int = 128
+    waiting: int = 256
+    timeout_s: float = 30.0
+
+
+@dataclass(frozen=True, eq=False)
+class Answered:
+    """Answers about some images, all from one snapshot.
+
+    Attributes:
+        snapshot: whose answers they are.
+        logits: Float[B, C] of each task that was asked for, by name.
+        choices: the task that a router chose for each image, where one was asked to.
+    """
+
+    snapshot: Snapshot
+    logits: Answers
+    choices: list[Choice] | None = None
+
+
+class Service:
+    """Answers images with the tasks of a registry as it is at every moment. Make it on the event loop that uses it.
+
+    Args:
+        backbone: the backbone of the tasks.
+        registry: the registry; it is followed.
+        alias: serve what this alias points at; None serves the newest active version of each name.
+        limits: what it takes.
+        report: told of each pass: its images, and its seconds.
+
+    Attributes:
+        registry: the registry.
+        alias: the alias.
+        limits: the limits.
+        batcher: the queue of images.
+        follower: keeps in step with the registry.
+
+    Raises:
+        ExactnessError: this machine's arithmetic does not keep the promise.
+        RegistryError: the registry cannot be read.
+    """
+
+    def __init__(
+        self,
+        backbone: FrozenBackbone,
+        registry: Registry,
+        alias: str | None = None,
+        limits: Limits | None = None,
+        report: Report = lambda images, seconds: None,
+    ) -> None:
+        self.backbone, self.registry, self.alias = backbone, registry, alias
+        self.limits = limits or Limits()
+        self.follower = Follower(backbone, registry, alias)
+        self.batcher = Batcher(self.limits.waiting, report)
+        self._decoders = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="addenda-decoder")
+        self._router: tuple[Snapshot, Router] | None = None
+        self._routing = asyncio.Lock()
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """What is served now."""
+        return self.follower.snapshot
+
+    async def close(self) -> None:
+        """Ends its threads."""
+        await self.batcher.close()
+        await asyncio.to_thread(self.follower.stop)
+        self._decoders.shutdown()
+
+    async def answer(
+        self,
+        images: Sequence[bytes] | Float[Tensor, "B 3 H W"],
+        tasks: Sequence[str] | None = None,
+        timeout_s: float | None = None,
+        snapshot: Snapshot | None = None,
+    ) -> Answered:
+        """Answers encoded image files, or images as the backbone's transform gives them.
+
+        Args:
+            images: JPEG, PNG or WebP files, or a tensor.
+            tasks: names of the tasks to answer; None answers all.
+            timeout_s: seconds that it may take, at most those of the limits.
+            snapshot: to answer from; None takes the present one.
+
+        Raises:
+            DataError: no readable image, too many, or pixels that are not finite.
+            TooLargeError: an image of too many pixels.
+            BackboneError: a tensor of another shape.
+            UnknownTaskError: a task that is not served.
+            OverloadedError: too many images wait.
+            DeadlineError: the time was over.
+        """
+        snapshot = snapshot or self.snapshot
+        names = self._served(snapshot, tasks)
+        return Answered(snapshot, await self._pass(snapshot, images, names, timeout_s, pooled=False))
+
+    async def route(self, images: Sequence[bytes], timeout_s: float | None = None) -> Answered:
+        """Lets a router choose a task for each image; answers of all tasks that it knows are there.
+
+        Raises:
+            RegistryError: nothing was kept of any task's images, so that there is none to choose from.
+            DataError, TooLargeError, OverloadedError, DeadlineError: as for `answer`.
+        """
+        snapshot = self.snapshot
+        router = await self._router_of(snapshot)
+        logits = await self._pass(snapshot, images, router.tasks, timeout_s, pooled=True)
+        assert logits.pooled is not None
+        return Answered(snapshot, logits, await asyncio.to_thread(router.choose, logits.pooled))
+
+    def verify(self, tasks: Sequence[str] | None = None) -> tuple[Snapshot, list[Verdict]]:
+        """Recomputes golden probes on the model as it is served. It blocks its thread.
+
+        Raises:
+            UnknownTaskError: a task that is not served.
+            IntegrityError: the backbone's weights in memory have changed.
+            RegistryError: the registry cannot be read.
+        """
+        snapshot = self.snapshot
+        served = [snapshot.model.tasks[name] for name in self._served(snapshot, tasks)]
+        self.backbone.check_unchanged()
+        return snapshot, verdicts(snapshot.model, [(task, self.registry.goldens(task.ref)) for task in served])
+
+    def _served(self, snapshot: Snapshot, tasks: Sequence[str] | None) -> tuple[str, ...]:
+        for name in tasks or ():
+            if name not in snapshot.model.tasks:
+                why = next((why for ref, why in snapshot.quarantined.items() if ref.startswith(f"{name}:")), None)
+                known = ", ".join(repr(known) for known in list(snapshot.model.tasks)[:10]) or "none"
+                said = f"is quarantined. {why}" if why else f"is not served. Served: {known}."
+                raise UnknownTaskError(f"Task {name!r} {said}")
+        return tuple(snapshot.model.tasks if tasks is None else dict.fromkeys(tasks))
+
+    async def _pass(
+        self,
+        snapshot: Snapshot,
+        images: Sequence[bytes] | Tensor,
+        names: tuple[str, ...],
+        timeout_s: float | None,
+        pooled: bool,
+    ) -> Answers:
+        if not 0 < len(images) <= self.limits.images:
+            raise DataError(f"A request is of 1 to {self.limits.images} images, not {len(images)}.")
+        loop = asyncio.get_running_loop()
+        timeout_s = min(timeout_s or self.limits.timeout_s, self.limits.timeout_s)
+        with self.batcher.room(len(images)):
+            try:
+                async with asyncio.timeout(timeout_s):
+                    deadline = loop.time() + timeout_s
+                    pixels = images if isinstance(images, Tensor) else await self._decoded(images)
+                    self.backbone.check_images(pixels)
+                    answers = await self.batcher.answer(snapshot, pixels, names, deadline, pooled)
+            except TimeoutError as error:
+                raise DeadlineError(f"No answer within {timeout_s:g} s.") from error
+        if not all(logits.isfinite().all() for logits in answers.values()):
+            raise DataError("These pixel values give logits that are not finite.")
+        return answers
+
+    async def _decoded(self, images: Sequence[bytes]) -> Float[Tensor, "B 3 H W"]:
+        loop = asyncio.get_running_loop()
+        decoding = [loop.run_in_executor(self._decoders, self._decode, i, image) for i, image in enumerate(images)]
+        return torch.stack(await asyncio.gather(*decoding))
+
+    def _decode(self, number: int, data: bytes) -> Float[Tensor, "3 H W"]:
+        image = read_image(BytesIO(data), f"Image {number}", FORMATS, self.limits.pixels)
+        return self.backbone.transform(image)
+
+    async def _router_of(self, snapshot: Snapshot) -> Router:
+        async with self._routing:
+            if self._router is None or self._router[0] is not snapshot:
+                self._router = snapshot, await asyncio.to_thread(self._make_router, snapshot)
+            return self._router[1]
+
+    def _make_router(self, snapshot: Snapshot) -> Router:
+        kept = {name: self.registry.statistics(record.ref) for name, record in snapshot.records.items()}
+        known = {name: statistics for name, statistics in kept.items() if statistics is not None}
+        if not known:
+            raise RegistryError("There is no task to choose from: nothing was kept of any task's images.")
+        return Router(known)

@@ -1,0 +1,84 @@
+"""What is served at one moment: a generation of the registry, as one reference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from addenda.backbones import FrozenBackbone
+from addenda.combined import CombinedModel, verdicts
+from addenda.exceptions import AddendaError, RegistryUnavailableError
+from addenda.registry import Golden, Registry, Task, TaskRecord
+
+Recorded = tuple[Task, list[Golden]]
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """One generation, served. An answer comes wholly from one snapshot.
+
+    Attributes:
+        generation: the registry's.
+        model: answers its tasks.
+        records: of the tasks that it answers, by name.
+        quarantined: why a version is not served although it should be, by its reference.
+    """
+
+    generation: int
+    model: CombinedModel
+    records: Mapping[str, TaskRecord]
+    quarantined: Mapping[str, str]
+
+
+def first(backbone: FrozenBackbone) -> Snapshot:
+    """The snapshot of a registry without tasks."""
+    return Snapshot(0, CombinedModel(backbone, []), {}, {})
+
+
+def following(before: Snapshot, registry: Registry, alias: str | None = None) -> Snapshot:
+    """The snapshot of a registry as it is now; what the one before serves is shared, not loaded or computed again.
+
+    A task whose stored bytes are not what was registered, whose golden probe comes out otherwise, or that this machine
+    cannot compute exactly is quarantined: it is named, and the others are served. It is tried again with every change.
+
+    Args:
+        before: the one before.
+        registry: to read from.
+        alias: serve what this alias points at; None serves the newest active version of each name.
+
+    Raises:
+        RegistryUnavailableError: the database does not answer.
+    """
+    generation, chosen = registry.current(before.model.backbone, alias)
+    quarantined: dict[str, str] = {}
+    known = {(task.ref, task.sha256): task for task in before.model.tasks.values()}
+    passed = {record.ref: known[key] for record in chosen if (key := (record.ref, record.sha256)) in known}
+    fresh = []
+    for record in chosen:
+        if record.ref not in passed:
+            try:
+                fresh.append((registry.get(record.ref), registry.goldens(record.ref)))
+            except RegistryUnavailableError:
+                raise
+            except AddendaError as error:
+                quarantined[record.ref] = str(error)
+    passed |= {task.ref: task for task in _passed(before.model, fresh, quarantined)}
+    records = {record.name: record for record in chosen if record.ref in passed}
+    model = before.model.with_tasks([passed[record.ref] for record in records.values()])
+    return Snapshot(generation, model, records, quarantined)
+
+
+def _passed(model: CombinedModel, fresh: Sequence[Recorded], quarantined: dict[str, str]) -> list[Task]:
+    """Those tasks whose golden probes come out as they were recorded, computed together as far as possible."""
+    if not fresh:
+        return []
+    try:
+        found = verdicts(model.with_tasks([task for task, _ in fresh]), fresh)
+    except AddendaError as error:
+        if len(fresh) == 1:
+            quarantined[fresh[0][0].ref] = str(error)
+            return []
+        half = len(fresh) // 2
+        return _passed(model, fresh[:half], quarantined) + _passed(model, fresh[half:], quarantined)
+    quarantined |= {verdict.task: f"Its golden probe {verdict.detail}." for verdict in found if not verdict.ok}
+    return [task for (task, _), verdict in zip(fresh, found, strict=True) if verdict.ok]

@@ -1,0 +1,119 @@
+"""What an operator sees: Prometheus metrics, one JSON line of log for each request, and request ids."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import secrets
+import time
+from datetime import UTC, datetime
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from addenda.serving.service import Service
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
+IMAGES = (1, 2, 4, 8, 16, 32, 64)
+
+log = logging.getLogger("addenda.serving.requests")
+
+
+class Metrics:
+    """The metrics of one server.
+
+    Attributes:
+        registry: what prometheus_client writes out.
+    """
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "addenda_requests", "Requests answered.", ("method", "route", "status"), registry=self.registry
+        )
+        self.seconds = Histogram(
+            "addenda_request_seconds", "From a request's head to its answer's end.", ("route",), buckets=SECONDS,
+            registry=self.registry,
+        )  # fmt: skip
+        self.pass_images = Histogram("addenda_pass_images", "Images of a pass.", buckets=IMAGES, registry=self.registry)
+        self.pass_seconds = Histogram("addenda_pass_seconds", "Of a pass.", buckets=SECONDS, registry=self.registry)
+
+    def report(self, images: int, seconds: float) -> None:
+        """Notes a pass."""
+        self.pass_images.observe(images)
+        self.pass_seconds.observe(seconds)
+
+    def watch(self, service: Service) -> None:
+        """Adds what a service is at every moment."""
+        self.registry.register(_State(service))
+
+
+class _State(Collector):
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def collect(self) -> Any:
+        """The gauges as they are now."""
+        service, snapshot = self._service, self._service.snapshot
+        values = {
+            "addenda_generation": ("The registry's generation that is served.", snapshot.generation),
+            "addenda_tasks": ("Tasks that are served.", len(snapshot.records)),
+            "addenda_quarantined_tasks": ("Tasks that should be served and cannot.", len(snapshot.quarantined)),
+            "addenda_waiting_images": ("Images that wait or are answered now.", service.batcher.num_waiting),
+            "addenda_registry_up": ("1 while the registry answers.", int(service.follower.reachable)),
+        }
+        for name, (said, value) in values.items():
+            yield GaugeMetricFamily(name, said, value)
+
+
+class Telemetry:
+    """ASGI middleware: gives each request an id, counts it and writes a line about it; never a header or a query."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app, self.metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes a request on."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        request_id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+        state = scope.setdefault("state", {})
+        state["id"] = request_id
+        started, status = time.monotonic(), 499
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id.encode())]}
+            await send(message)
+
+        try:
+            await self.app(scope, receive, answer)
+        finally:
+            seconds = time.monotonic() - started
+            route = getattr(scope.get("route"), "path", "none")
+            self.metrics.requests.labels(scope["method"], route, status).inc()
+            self.metrics.seconds.labels(route).observe(seconds)
+            facts = {"method": scope["method"], "path": scope["path"], "status": status, "request_id": request_id}
+            log.info("request", extra={"facts": {**facts, "key": state.get("key"), "ms": round(1000 * seconds, 1)}})
+
+
+class JsonLines(logging.Formatter):
+    """A log record as one line of JSON."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        line = {"at": at, "level": record.levelname.lower(), "logger": record.name, "message": record.getMessage()}
+        line |= getattr(record, "facts", {})
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line)
