@@ -16,6 +16,7 @@ from sqlalchemy import Connection, Row, Select, func, insert, select
 
 from addenda.registry import schema
 from addenda.registry.artifact import canonical_json, digest
+from addenda.registry.waiting import tell
 
 _INTERNAL = {"id", "task_id", "parent_id", "event_id"}  # numbers within one database; sealed as what they point at
 _BLOBS = {"logits", "data"}  # of golden probes and statistics; each has its sha256 in its row
@@ -65,7 +66,7 @@ def generation(connection: Connection) -> int:
 
 
 def append(connection: Connection, kind: str, subject: str, who: Mapping[str, str], **details: Any) -> int:
-    """Adds the event of a change whose rows are written, under the id that `generation` + 1 gave them.
+    """Adds the event of a change whose rows are written, under the id that `generation` + 1 gave them, and tells of it.
 
     Returns:
         Its id.
@@ -75,6 +76,7 @@ def append(connection: Connection, kind: str, subject: str, who: Mapping[str, st
     before = connection.scalar(select(schema.event.c.digest).where(schema.event.c.id == number - 1)) or ""
     sealed = seal(before, columns, written(connection, number, number).get(number, []))
     connection.execute(insert(schema.event).values(**columns, digest=sealed))
+    tell(connection, number)
     return number
 
 

@@ -28,7 +28,7 @@ from addenda.registry.registration import derived, golden_row, insert_task, next
 from addenda.registry.statistics import FeatureStatistics
 from addenda.registry.task import Golden, Task, check_name, check_tag
 from addenda.registry.upgrade import revision, schema_faults, upgrade
-from addenda.registry.waiting import tell, wait
+from addenda.registry.waiting import wait
 
 
 @runtime_checkable
@@ -279,7 +279,7 @@ class Registry:
             if connection.scalar(known) is None:
                 stamp, number = ledger.stamp(self._user), ledger.generation(connection) + 1
                 connection.execute(insert(schema.backbone).values(**record, **stamp, event_id=number))
-                self._append(connection, "backbone", record["fingerprint"], stamp)
+                ledger.append(connection, "backbone", record["fingerprint"], stamp)
 
     def register(
         self,
@@ -328,7 +328,7 @@ class Registry:
                     f"Task {task.name!r} was learned on a backbone that is not registered: add_backbone first."
                 )
             stamp, version = ledger.stamp(self._user), max((row.version for row in versions), default=0) + 1
-            number = insert_task(
+            insert_task(
                 connection,
                 "registered",
                 {
@@ -350,7 +350,6 @@ class Registry:
                 [vars(evaluation) | stamp for evaluation in evaluations],
                 stamp,
             )
-            tell(connection, number)
             return load_task(connection, find(connection, f"{task.name}:{version}"))
 
     def add_golden(self, ref: str, golden: Golden) -> None:
@@ -371,7 +370,7 @@ class Registry:
                 stamp, number = ledger.stamp(self._user), ledger.generation(connection) + 1
                 connection.execute(insert(schema.golden).values(task_id=row.id, **probe, **stamp, event_id=number))
                 numerics = golden.numerics_fingerprint
-                self._append(connection, "golden", f"{row.name}:{row.version}", stamp, numerics=numerics)
+                ledger.append(connection, "golden", f"{row.name}:{row.version}", stamp, numerics=numerics)
 
     def export(self, refs: Sequence[str], path: str | Path) -> list[str]:
         """Writes tasks, what they extend and all that belongs to them to one file, which `import_bundle` reads.
@@ -449,8 +448,6 @@ class Registry:
             received = receive(connection, contents, read, renames or {}, aliases, source, ledger.stamp(self._user))
             if dry_run:
                 connection.get_transaction().rollback()  # type: ignore[union-attr]
-            else:
-                tell(connection, ledger.generation(connection))
         return received
 
     def retire(self, ref: str, reason: str = "", along: Sequence[str] = ()) -> None:
@@ -488,7 +485,7 @@ class Registry:
             raise RegistryError(f"Task {ref!r} is retired already.")
         stamp, number = ledger.stamp(self._user), ledger.generation(connection) + 1
         connection.execute(insert(schema.retirement).values(task_id=task_id, reason=reason, **stamp, event_id=number))
-        self._append(connection, "retired", ref, stamp, reason=reason)
+        ledger.append(connection, "retired", ref, stamp, reason=reason)
 
     def set_alias(self, alias: str, ref: str, expected: int | None = None) -> None:
         """Points `name@alias` at a version; where it pointed before stays in the events.
@@ -517,7 +514,7 @@ class Registry:
                     .values(task_id=row.id)
                 )
             stamp = ledger.stamp(self._user)
-            self._append(connection, "alias", f"{row.name}@{alias}", stamp, version=row.version, before=before or None)
+            ledger.append(connection, "alias", f"{row.name}@{alias}", stamp, version=row.version, before=before or None)
 
     def remove_alias(self, alias: str, name: str, expected: int | None = None) -> None:
         """Lets `name@alias` point at nothing; where it pointed stays in the events.
@@ -531,7 +528,7 @@ class Registry:
                 raise RegistryError(f"There is no alias '{name}@{alias}'. See: addenda tasks list")
             connection.execute(delete(schema.alias).where(schema.alias.c.name == name, schema.alias.c.alias == alias))
             stamp = ledger.stamp(self._user)
-            self._append(connection, "alias", f"{name}@{alias}", stamp, version=None, before=before)
+            ledger.append(connection, "alias", f"{name}@{alias}", stamp, version=None, before=before)
 
     def tag(self, ref: str, tag: str) -> None:
         """Puts a tag on a version; one that it carries already changes nothing.
@@ -545,7 +542,7 @@ class Registry:
             row = find(connection, ref)
             if not _is_tagged(connection, row.id, tag):
                 connection.execute(insert(schema.tag).values(task_id=row.id, tag=tag))
-                self._append(connection, "tagged", f"{row.name}:{row.version}", ledger.stamp(self._user), tag=tag)
+                ledger.append(connection, "tagged", f"{row.name}:{row.version}", ledger.stamp(self._user), tag=tag)
 
     def untag(self, ref: str, tag: str) -> None:
         """Takes a tag off a version.
@@ -559,7 +556,7 @@ class Registry:
             if not _is_tagged(connection, row.id, tag):
                 raise RegistryError(f"Task '{row.name}:{row.version}' does not carry the tag {tag!r}.")
             connection.execute(delete(schema.tag).where(schema.tag.c.task_id == row.id, schema.tag.c.tag == tag))
-            self._append(connection, "untagged", f"{row.name}:{row.version}", ledger.stamp(self._user), tag=tag)
+            ledger.append(connection, "untagged", f"{row.name}:{row.version}", ledger.stamp(self._user), tag=tag)
 
     def note(self, ref: str, text: str) -> None:
         """Adds a note to a version's history; a note is an event, so it stays.
@@ -569,7 +566,7 @@ class Registry:
         """
         with database_errors(f"Task {ref!r}: no note was added"), writing(self._engine) as connection:
             row = find(connection, ref)
-            self._append(connection, "noted", f"{row.name}:{row.version}", ledger.stamp(self._user), text=text)
+            ledger.append(connection, "noted", f"{row.name}:{row.version}", ledger.stamp(self._user), text=text)
 
     def add_evaluation(
         self, ref: str, data_fingerprint: str, numerics_fingerprint: str, metrics: Mapping[str, Any], logits_digest: str
@@ -593,13 +590,8 @@ class Registry:
             }
             evaluation_id = next_id(connection, schema.evaluation)
             connection.execute(insert(schema.evaluation).values(id=evaluation_id, task_id=row.id, **values))
-            self._append(connection, "evaluated", f"{row.name}:{row.version}", stamp, data=data_fingerprint)
+            ledger.append(connection, "evaluated", f"{row.name}:{row.version}", stamp, data=data_fingerprint)
             return EvaluationRecord(task=f"{row.name}:{row.version}", **values)
-
-    def _append(
-        self, connection: Connection, kind: str, subject: str, stamp: Mapping[str, str], **details: Any
-    ) -> None:
-        tell(connection, ledger.append(connection, kind, subject, stamp, **details))
 
 
 def _ref(row: Row[Any]) -> str:
