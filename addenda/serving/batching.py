@@ -107,7 +107,7 @@ class Batcher:
         self._queue += parts
         self._filled.set()
         try:
-            found = [await part.answer for part in parts]
+            found = await asyncio.gather(*(part.answer for part in parts))
         finally:
             for part in parts:
                 part.answer.cancel()

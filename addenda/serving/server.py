@@ -121,4 +121,6 @@ def log_as_json(level: str) -> None:
     """Has everything that is logged written to standard error, a JSON document on each line."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
-    logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
+    logging.basicConfig(handlers=[handler], level="WARNING", force=True)
+    for name in ("addenda", "uvicorn"):
+        logging.getLogger(name).setLevel(level.upper())
