@@ -111,6 +111,8 @@ class Batcher:
         finally:
             for part in parts:
                 part.answer.cancel()
+        if len(found) == 1:
+            return found[0]
         logits = {name: torch.cat([one[name] for one in found]) for name in tasks}
         features = [one.pooled for one in found if one.pooled is not None]
         return Answers(logits, found[0].exact, torch.cat(features) if pooled else None)
