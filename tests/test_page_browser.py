@@ -54,7 +54,14 @@ def stand_in(app: Any) -> None:
     def verify(request: Request) -> Any:
         snapshot, found = request.app.state.service.verify()
         ok = all(one.ok for one in found)
-        verified.append({"generation": snapshot.generation, "tasks": [asdict(one) for one in found], "ok": ok})
+        verified.append(
+            {
+                "at": "2026-11-25T12:00:00+00:00",
+                "generation": snapshot.generation,
+                "tasks": [asdict(one) for one in found],
+                "ok": ok,
+            }
+        )
         return verified[-1]
 
     @app.get("/api/v1/verifications")
@@ -177,7 +184,9 @@ def light(canvas: Any) -> float:
     """The mean of a canvas's red, minus its blue: what a heat map raises."""
     return canvas.evaluate(
         """canvas => {
-            const data = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
+            const copy = new OffscreenCanvas(canvas.width, canvas.height).getContext("2d", {willReadFrequently: true});
+            copy.drawImage(canvas, 0, 0);
+            const data = copy.getImageData(0, 0, canvas.width, canvas.height).data;
             let sum = 0;
             for (let i = 0; i < data.length; i += 4) sum += data[i] - data[i + 2];
             return 4 * sum / data.length;

@@ -31,9 +31,13 @@ async function ask(path, options = {}) {
 
 const percent = (share) => `${(100 * share).toFixed(1)} %`;
 
-/** Tells everybody, those who listen too. */
-function announce(text) {
-  find("news").textContent = text;
+/** Tells those who listen; where it is news, those who look too, for a while. */
+function announce(text, seen = false) {
+  const news = find("news");
+  news.textContent = text;
+  news.classList.toggle("seen", seen);
+  clearTimeout(announce.fading);
+  announce.fading = setTimeout(() => news.classList.remove("seen"), 10_000);
 }
 
 // ---- An image ------------------------------------------------------------------------------------------------------
@@ -43,6 +47,11 @@ const image = { file: null, bitmap: null, looking: null, asking: null, answers: 
 function openImages() {
   const drop = find("drop");
   find("file").addEventListener("change", (event) => take(event.target.files[0]));
+  find("file").addEventListener("keydown", (event) => {
+    if (event.key !== "Enter") return; // the space bar works by itself everywhere
+    event.preventDefault();
+    event.target.click();
+  });
   addEventListener("paste", (event) => take(event.clipboardData.files[0]));
   for (const kind of ["dragover", "dragleave", "drop"]) {
     addEventListener(kind, (event) => {
@@ -146,7 +155,7 @@ function draw(map) {
   context.fillStyle = "#808080";
   context.fillRect(0, 0, width, height);
   context.globalCompositeOperation = "source-over";
-  context.fillStyle = "rgba(8, 10, 24, 0.55)";
+  context.fillStyle = "rgba(8, 10, 24, 0.4)";
   context.fillRect(0, 0, width, height);
   const [left, top, across, down] = map.box;
   context.imageSmoothingEnabled = true;
@@ -207,7 +216,7 @@ async function replaceTasks(generation) {
   const come = now.filter((ref) => !before.includes(ref));
   const gone = before.filter((ref) => !now.includes(ref));
   const told = [come.length ? `Now served: ${come.join(", ")}.` : "", gone.length ? `No longer served: ${gone.join(", ")}.` : ""];
-  announce([...told, `Generation ${fresh.dataset.generation}.`].filter(Boolean).join(" "));
+  announce([...told, `Generation ${fresh.dataset.generation}.`].filter(Boolean).join(" "), true);
   if (image.file && (come.length || gone.length)) await answer();
 }
 
@@ -244,7 +253,7 @@ async function showVerifications() {
   if (!all?.length) return;
   const rows = all.map((one) => {
     const failed = (one.tasks || []).filter((task) => !task.ok).map((task) => task.task);
-    const at = one.at || one.created_at || "";
+    const at = one.at || "";
     const said = failed.length ? failed.join(", ") : one.detail || `${(one.tasks || []).length} tasks`;
     return [at.slice(0, 19).replace("T", " "), String(one.generation), tag(one.ok ? "kept" : "broken", one.ok), said];
   });
