@@ -43,5 +43,5 @@ def probabilities(logits: Float[Tensor, "*B C"], objective: str, temperature: fl
     scaled = logits / temperature
     if objective == "single-label":
         return scaled.softmax(-1)
-    # torch's sigmoid ends a tensor in other bits than it has elsewhere: an image's would depend on its place in a batch.
+    # torch's sigmoid has other bits at a tensor's end than elsewhere: they would depend on an image's place in a batch.
     return torch.stack([scaled, torch.zeros_like(scaled)], -1).softmax(-1)[..., 0]
