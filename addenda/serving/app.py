@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from starlette.middleware import Middleware
 
 from addenda import __version__
-from addenda.serving import health, problems
+from addenda.serving import health, inference, page, page_attention, problems
 from addenda.serving.keys import KeyFile
 from addenda.serving.service import Limits, Service
 from addenda.serving.telemetry import Metrics, Telemetry
@@ -51,6 +51,6 @@ def make_app(start: Start, keys: KeyFile | None = None, loopback: bool = True) -
     )
     app.state.keys, app.state.loopback, app.state.metrics, app.state.draining = keys, loopback, metrics, False
     problems.install(app)
-    for routes in (health,):
+    for routes in (health, inference, page, page_attention):
         app.include_router(routes.router)
     return app
