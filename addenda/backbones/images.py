@@ -5,7 +5,7 @@ from __future__ import annotations
 from io import BytesIO
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from addenda.exceptions import DataError, TooLargeError
 
@@ -45,6 +45,9 @@ def read_image(
         raise
     except FileNotFoundError as error:
         raise DataError(f"{called} does not exist.") from error
+    except UnidentifiedImageError as error:
+        kinds = f"no {', '.join(formats)} file" if formats else "no image of a known kind"
+        raise DataError(f"{called} cannot be read: it is {kinds}.") from error
     except Exception as error:  # Pillow lets through what a damaged file makes its readers stumble over, of any kind
         raise DataError(f"{called} cannot be read: {error}") from error
 

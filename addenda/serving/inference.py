@@ -22,7 +22,7 @@ from addenda.serving import tensors
 from addenda.serving.access import needs
 from addenda.serving.bodies import read_body, while_connected
 from addenda.serving.health import check_ready
-from addenda.serving.problems import MEDIA_TYPE, ProblemError
+from addenda.serving.problems import ProblemError, documents
 from addenda.serving.service import Answered, Service
 from addenda.serving.snapshot import Snapshot
 
@@ -30,11 +30,7 @@ COMBINED = "combined"
 """The model of all tasks; a task of this name is answered as its outputs only."""
 
 
-def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {status: {"description": "A problem document.", "content": {MEDIA_TYPE: {}}} for status in statuses}
-
-
-router = APIRouter(prefix="/v2", tags=["inference"], responses=_problems(401, 403))
+router = APIRouter(prefix="/v2", tags=["inference"], responses=documents(401, 403))
 _BODY: dict[str, Any] = {
     "type": "object",
     "required": ["inputs"],
@@ -71,7 +67,7 @@ _INFER: dict[str, Any] = {
     "response_class": Response,
     "responses": {
         200: {"description": "The outputs.", "content": {"application/json": {}, "application/octet-stream": {}}},
-        **_problems(400, 404, 408, 413, 415, 503, 504),
+        **documents(400, 404, 408, 413, 415, 503, 504),
     },
     "openapi_extra": {
         "parameters": [{"name": tensors.HEADER_LENGTH, "in": "header", "schema": {"type": "integer", "minimum": 0}}],
@@ -81,7 +77,7 @@ _INFER: dict[str, Any] = {
         },
     },
 }
-_ASK: dict[str, Any] = {"dependencies": [needs("predict")], "responses": _problems(404, 503)}
+_ASK: dict[str, Any] = {"dependencies": [needs("predict")], "responses": documents(404, 503)}
 
 
 class _Output(NamedTuple):
@@ -120,7 +116,7 @@ async def live() -> dict[str, bool]:
     return {"live": True}
 
 
-@router.get("/health/ready", summary="Whether requests should be sent here", responses=_problems(503))
+@router.get("/health/ready", summary="Whether requests should be sent here", responses=documents(503))
 async def ready(request: Request) -> dict[str, bool]:
     """503 from the moment when the server is told to stop."""
     check_ready(request)

@@ -18,7 +18,7 @@ from addenda.combined import numerics, numerics_fingerprint
 from addenda.exceptions import AddendaError, RegistryError, UnknownTaskError
 from addenda.registry import TaskFilter, TaskRecord, check_name, headline
 from addenda.serving import page_charts
-from addenda.serving.access import COOKIE, check_origin, key_of, needs
+from addenda.serving.access import COOKIE, check_origin, key_of, needs, open_to_all
 from addenda.serving.bodies import read_body
 from addenda.serving.problems import ProblemError, problem_of
 from addenda.serving.service import Service
@@ -106,7 +106,7 @@ def exactness(request: Request) -> Response:
 @router.get("/login", dependencies=_ANYBODY, summary="Page: the way in", **_PAGE)
 def login(request: Request) -> Response:
     """Asks for a key, where keys are used."""
-    if request.app.state.keys is None:
+    if open_to_all(request):
         return RedirectResponse("/", 303)
     return _render(request, "login.html", wrong=False)
 
@@ -130,13 +130,13 @@ def login(request: Request) -> Response:
 )
 async def enter(request: Request) -> Response:
     """A key from a form becomes a cookie that no script sees and that only this server's own pages send."""
-    keys = request.app.state.keys
     form = parse_qs((await read_body(request, 4096)).decode("utf-8", "replace"))
     key = form.get("key", [""])[0].strip()
-    if keys is not None and key_of(keys, key) is None:
+    is_open = open_to_all(request)
+    if not is_open and key_of(request, key) is None:
         return _render(request, "login.html", 403, wrong=True)
     response = RedirectResponse("/", 303)
-    if keys is not None:
+    if not is_open:
         secure = request.url.scheme == "https"
         response.set_cookie(COOKIE, key, httponly=True, samesite="strict", secure=secure)
     return response
@@ -216,7 +216,7 @@ def _render(request: Request, template: str, status: int = 200, **values: Any) -
         snapshot=service.snapshot,
         alias=service.alias,
         reachable=service.follower.reachable,
-        keys=request.app.state.keys is not None,
+        keys=not open_to_all(request),
         charts=page_charts,
         names=SCORES,
         **values,
