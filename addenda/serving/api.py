@@ -150,10 +150,13 @@ async def _image(request: Request, body: bytes) -> bytes:
     except (MultiPartException, KeyError, LookupError, ValueError) as error:
         said = getattr(error, "message", "") or "it is damaged"
         raise DataError(f"The form cannot be read: {said}.") from error
-    image = form.get("image")
-    if not isinstance(image, UploadFile):
-        raise DataError("The form has no file in its field 'image'.")
-    return await image.read()
+    try:
+        image = form.get("image")
+        if not isinstance(image, UploadFile):
+            raise DataError("The form has no file in its field 'image'.")
+        return await image.read()
+    finally:
+        await form.close()
 
 
 def _prediction(answered: Answered, top: int | None) -> Prediction:
