@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from http import HTTPStatus
+from http.client import responses
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -77,7 +77,7 @@ def response(request: Request, problem: ProblemError) -> JSONResponse:
     request_id = getattr(request.state, "id", None)
     document = {
         "type": "about:blank",
-        "title": HTTPStatus(problem.status).phrase,
+        "title": responses.get(problem.status, "Client Closed Request"),
         "status": problem.status,
         "detail": problem.detail,
         "instance": request.url.path,
