@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import json
 import socket
+import struct
+import threading
 import time
+import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -17,18 +24,23 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput, InferResult
 from tritonclient.utils import InferenceServerException
 
 from addenda import CombinedModel, FrozenBackbone, Registry, Task
-from addenda.backbones import read_image
+from addenda.backbones import load_backbone, read_image
 from addenda.combined import golden
 from addenda.serving.tensors import HEADER_LENGTH
 from tests.commands import Run
 from tests.conftest import random_task
+from tests.processes import exit_code
 from tests.servers import ServedProcess, client_of
 
 SIDE = 32
+MOST_MORE_BYTES = 2**30
+"""What a server may take beyond what it has after its first answer: an image of 49 million pixels, decoded, and copies
+of it; and a body of 32 MiB as Python objects."""
 
 
 def pictures(count: int, seed: int = 0) -> list[bytes]:
@@ -207,11 +219,11 @@ REFUSED: list[tuple[int, str, dict[str, Any]]] = [
     (400, "Input 'pixel_values' is FP32 [B, 3, H, W]; this is FP32 []", {"inputs": pixels(shape=[], data=[1])}),
     (400, "Images must have the shape [B, 3, 32, 32]", {"inputs": pixels(shape=[1, 3, 16, 64])}),
     (400, "A request is of 1 to 128 images, not 0", {"inputs": pixels(shape=[0, 3, 32, 32], data=[])}),
-    (400, "A request is of 1 to 128 images, not 129", {"inputs": [image(b"")[0] | {"shape": [129], "data": [""] * 129}]}),
+    (400, "1 to 128 images, not 129", {"inputs": [image(b"")[0] | {"shape": [129], "data": [""] * 129}]}),
     (400, "Input 'pixel_values' has values that are not finite", {"inputs": pixels(1e39)}),
     (400, "These pixel values give logits that are not finite", {"inputs": pixels(1e38)}),
     (400, "Image 0 cannot be read: cannot identify image file", {"inputs": image(b"no image")}),
-    (413, "Image 0 has 1 x 2000000 pixels; a side is at most 100 times the other", {"inputs": image(thin())}),
+    (413, "1 x 2000000 pixels; a side may be 100 times as long as the other", {"inputs": image(thin())}),
     (400, "has no output 'logits' for what is asked. Outputs: 'digits.logits',", {"outputs": [{"name": "logits"}]}),
     (400, "has no output 'tags.probs'", {"outputs": [{"name": "tags.probs"}], "parameters": {"tasks": "digits"}}),
     (400, "has no output 'tags.label'", {"outputs": [{"name": "tags.label"}]}),
@@ -373,4 +385,236 @@ def test_a_client_that_leaves_is_no_failure_of_the_server(served: ServedProcess)
         ]
     assert sorted((line["request_id"], line["status"]) for line in lines) == [("early", 499), ("late", 499)]
     assert "Traceback" not in served.log.read_text()
+    assert "traceback" not in served.log.read_text()
+
+
+def _register_more(location: str) -> None:
+    """New tasks, and new versions of tasks, one after another."""
+    backbone = load_backbone("glyphs", device="cpu")
+    with Registry.open(location, create=False) as registry:
+        for seed, name in enumerate(["digits", "letters", "tags", "letters", "digits"], start=50):
+            task = random_task(backbone, name, classes=5, seed=seed)
+            registry.register(task, golden(backbone, task), new_version=True)
+            time.sleep(0.5)
+
+
+@pytest.mark.slow
+def test_answers_under_load_are_each_of_one_generation_and_have_the_bits_they_have_alone(
+    glyphs: FrozenBackbone, tasks: tuple[Path, dict[str, Task]], tmp_path: Path, another_interpreter: None
+) -> None:
+    files, path, over = pictures(20, seed=9), tmp_path / "tasks.db", threading.Event()
+    with Registry.open(tasks[0]) as registry:
+        registry.backup(path)
+
+    def work(seed: int) -> list[tuple[list[int], set[str], InferResult]]:
+        random, answers = Random(seed), []
+        with client_at(served) as client:
+            while len(answers) < 10 or not over.is_set():
+                chosen = random.choices(range(len(files)), k=random.choice([1, 1, 2, 5, 9, 33]))
+                names = random.choice([(), ("digits",), ("tags", "strokes"), ("strokes", "digits", "tags")])
+                asked = {"tasks": ",".join(names)} if names else {}
+                answers.append((chosen, set(names), infer(client, [files[i] for i in chosen], **asked)))
+        return answers
+
+    with ServedProcess(path, tmp_path, "--max-waiting", 1000) as served, ThreadPoolExecutor(16) as pool:
+        working = [pool.submit(work, seed) for seed in range(16)]
+        try:
+            assert exit_code(_register_more, str(path), timeout_s=120) == 0
+        finally:
+            over.set()
+        answers = [answer for one in working for answer in one.result()]
+
+    with Registry.open(path) as registry:
+        records = [registry.record(event.subject) for event in registry.events() if event.kind == "registered"]
+        expected = {record.sha256: alone(glyphs, registry.get(record.ref), files) for record in records}
+    generations = set()
+    for chosen, names, answer in answers:
+        told = answer.get_response()
+        generation = told["parameters"]["generation"]
+        assert told["model_version"] == str(generation)
+        current = {record.name: record for record in records if record.generation <= generation}
+        described = {(one["parameters"]["task"], one["parameters"]["sha256"]) for one in told["outputs"]}
+        assert described == {(r.ref, r.sha256) for r in current.values() if not names or r.name in names}
+        for ref, sha256 in described:
+            logits = answer.as_numpy(f"{ref.split(':')[0]}.logits")
+            assert [row.tobytes() for row in logits] == [expected[sha256][i] for i in chosen]
+        generations.add(generation)
+    assert len(answers) >= 160
+    assert len(generations) >= 4, "too few registrations fell into the load to prove anything"
+
+
+def image_files() -> list[bytes]:
+    """Valid files of every kind that is taken: colour models, transparency, animation, metadata."""
+    colour = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 28, 3), dtype=np.uint8))
+    exif, text = Image.Exif(), PngInfo()
+    exif[0x0112], exif[0x010E] = 6, "hello"
+    text.add_text("a", "b" * 100, zip=True)
+    kinds: list[tuple[str, Image.Image, dict[str, Any]]] = [
+        ("JPEG", colour, {"exif": exif}),
+        ("JPEG", colour, {"progressive": True}),
+        ("JPEG", colour.convert("CMYK"), {}),
+        ("PNG", colour, {"exif": exif, "pnginfo": text, "icc_profile": b"x" * 200}),
+        ("PNG", colour.convert("RGBA"), {}),
+        ("PNG", colour.convert("P"), {"transparency": 3}),
+        ("PNG", colour.convert("1"), {}),
+        ("PNG", Image.fromarray(np.arange(672, dtype=np.uint16).reshape(24, 28)), {}),
+        ("PNG", colour, {"save_all": True, "append_images": [colour.rotate(90)]}),
+        ("WEBP", colour, {"exif": exif}),
+        ("WEBP", colour.convert("RGBA"), {"lossless": True}),
+        ("WEBP", colour, {"save_all": True, "append_images": [colour.rotate(90)]}),
+    ]
+    made = []
+    for kind, picture, options in kinds:
+        file = BytesIO()
+        picture.save(file, kind, **options)
+        made.append(file.getvalue())
+    return made
+
+
+def with_right_checksums(png: bytes) -> bytes:
+    """A PNG file whose chunks' checksums fit again, so that a reader looks at what is in them."""
+    made, at = bytearray(png[:8]), 8
+    while at + 12 <= len(png):
+        chunk = png[at + 4 : at + 8 + int.from_bytes(png[at : at + 4], "big")]
+        made += png[at : at + 4] + chunk + zlib.crc32(chunk).to_bytes(4, "big")
+        at += 8 + len(chunk) + 4 if chunk else len(png)
+    return bytes(made)
+
+
+def mutated(random: Random, data: bytes) -> bytes:
+    """Bytes cut off, flipped, overwritten with extremes, taken out or put in."""
+    changed, at = bytearray(data), random.randrange(len(data))
+    how = random.choice(("cut", "flip", "flip", "flip", "extreme", "remove", "insert"))
+    if how == "cut":
+        del changed[at:]
+    elif how == "flip":
+        for _ in range(random.choice((1, 1, 2, 4, 16))):
+            changed[random.randrange(min(len(data), random.choice((40, 200, len(data)))))] ^= 1 << random.randrange(8)
+    elif how == "extreme":
+        changed[at : at + 4] = random.choice((b"\0\0\0\0", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"99e9", b"[[[["))
+    elif how == "remove":
+        del changed[at : at + random.randrange(1, 64)]
+    else:
+        changed[at:at] = random.randbytes(random.randrange(1, 64))
+    return bytes(changed)
+
+
+def png_of(width: int, height: int) -> bytes:
+    """A PNG file whose head says a size, and whose pixels are zeros of as many bytes as fit into a small file."""
+    rows = zlib.compress(bytes(min(height * (1 + 3 * width), 2**28)), 9)
+    chunks = ((b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", rows), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+
+
+Asked = tuple[bytes, dict[str, str]]
+
+
+def asked_in_binary(files: Sequence[bytes]) -> Asked:
+    body, length = InferenceServerClient.generate_request_body([images_of(files)])
+    return body, {HEADER_LENGTH: str(length)}
+
+
+def asked_in_json(**members: Any) -> Asked:
+    return json.dumps(members).encode(), {}
+
+
+def bombs() -> list[Asked]:
+    """Small requests that would be large where they are believed."""
+    one = {"name": "pixel_values", "shape": [1, 3, SIDE, SIDE], "datatype": "FP32", "data": [0.0]}
+    lists: list[Any] = [[0.0]]
+    for _ in range(150):
+        lists = [lists]
+    made = [
+        asked_in_binary([png_of(*size)]) for size in ((100_000, 100_000), (7000, 7000), (1, 40_000_000), (2**31 - 1, 1))
+    ]
+    made += [
+        asked_in_json(inputs=[{**one, "shape": shape}]) for shape in ([2**31] * 8, [10**300], [1] * 10_000, [2**31, 0])
+    ]
+    made += [
+        asked_in_json(inputs=[{**one, "data": lists}]),
+        asked_in_json(inputs=[{**one, "data": ["x" * 10**6, *[0.0] * 3071]}]),
+        asked_in_json(inputs=[{**one, "data": [10**300] * 3072}]),
+        asked_in_json(inputs=[one] * 10_000),
+        asked_in_json(inputs=[{"name": str(i)} for i in range(10_000)]),
+        asked_in_json(inputs=[one], outputs=[{"name": str(i)} for i in range(10_000)]),
+        (b"[" * 10**6, {}),
+        (b'{"inputs":[' + b"{}," * 10**6, {}),
+        (b'{"inputs":[' + b"1," * 5 * 10**6, {}),
+        (b'{"inputs":[' + b"9" * 10**6, {}),
+        (b"\x01\x00\x00\x00" * 10**6, {HEADER_LENGTH: "999999999999999999999"}),
+        (gzip.compress(bytes(10**8), 9), {"Content-Encoding": "gzip"}),
+        (gzip.compress(b"[" * (31 * 2**20), 9), {"Content-Encoding": "gzip"}),
+        (zlib.compress(bytes(10**8), 9), {"Content-Encoding": "deflate"}),
+        (b"not deflated", {"Content-Encoding": "deflate"}),
+        (b"{}", {"Content-Encoding": "br"}),
+    ]  # fmt: skip
+    return made
+
+
+def malformed(random: Random, count: int) -> Iterator[Asked]:
+    """Requests that are valid but for what was done to a file, the body or a header; every bomb in between."""
+    files = image_files()
+    encoded = [base64.b64encode(file).decode() for file in files]
+    bodies = [
+        asked_in_binary(files[:2]),
+        asked_in_json(
+            id="x",
+            inputs=[{"name": "image", "shape": [2], "datatype": "BYTES", "data": encoded[:2]}],
+            outputs=[{"name": "digits.logits", "parameters": {"binary_data": True}}],
+            parameters={"timeout": 10**7, "tasks": "digits"},
+        ),
+        asked_in_json(inputs=pixels(0.5)),
+    ]
+    threats = bombs()
+    every = count // len(threats)
+    for number in range(count):
+        if number % every == 0 and threats:
+            yield threats.pop()
+        elif random.random() < 0.6:
+            file = mutated(random, random.choice(files))
+            is_png = file.startswith(b"\x89PNG") and random.random() < 0.8
+            yield asked_in_binary([with_right_checksums(file) if is_png else file])
+        else:
+            body, headers = random.choice(bodies)
+            length = headers.get(HEADER_LENGTH)
+            if length is not None and random.random() < 0.3:
+                yield body, {HEADER_LENGTH: str(int(length) + random.choice((-1, 1, 10**6, -int(length), 7)))}
+            elif length is not None and random.random() < 0.7:
+                head = mutated(random, body[: int(length)])
+                yield head + body[int(length) :], {HEADER_LENGTH: str(len(head))}
+            else:
+                yield mutated(random, body), headers
+
+
+def resident_bytes(pid: int) -> int:
+    """The most that a process has had in memory so far."""
+    (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return 1024 * int(line.split()[1])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_ten_thousand_malformed_requests_neither_break_nor_fill_the_server(
+    tasks: tuple[Path, dict[str, Task]], tmp_path: Path
+) -> None:
+    statuses: Counter[int] = Counter()
+    with ServedProcess(tasks[0], tmp_path) as served, client_at(served) as client:
+        good = pictures(3)
+        first = infer(client, good)
+        before = resident_bytes(served.process.pid)
+        for body, headers in malformed(Random(7), 10_000):
+            answer = client.post("/v2/models/combined/infer", content=body, headers=headers)
+            statuses[answer.status_code] += 1
+            assert answer.status_code < 500, answer.text
+            assert answer.status_code == 200 or answer.json()["detail"]
+        assert served.process.poll() is None
+        assert resident_bytes(served.process.pid) - before < MOST_MORE_BYTES
+        again = infer(client, good)
+        for output in first.get_response()["outputs"]:
+            assert again.as_numpy(output["name"]).tobytes() == first.as_numpy(output["name"]).tobytes()
+    assert statuses.total() == 10_000
+    assert statuses.keys() == {200, 400, 404, 413, 415}
+    assert statuses[400] > 5_000
     assert "traceback" not in served.log.read_text()

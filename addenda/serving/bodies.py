@@ -29,8 +29,8 @@ async def read_body(request: Request, limit: int) -> bytes:
 
     Raises:
         TooLargeError: it has more.
-        ProblemError: it is compressed in an unknown way or not rightly (415, 400), does not come in time (408), or ends with its
-            client (499, which nobody reads but the log).
+        ProblemError: it is compressed in an unknown way or not rightly (415, 400), does not come in time (408), or
+            its client has gone (499, which nobody reads but the log).
     """
     encoding = request.headers.get("content-encoding", "identity").lower()
     if encoding not in ("identity", *_WINDOWS):
