@@ -10,6 +10,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from addenda.exceptions import DataError, TooLargeError
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
+ASPECT = 100
+"""A transform that brings the shorter side to a size makes of a longer line more pixels than fit into memory."""
 
 
 def read_image(
@@ -26,7 +28,7 @@ def read_image(
         source: a path, or the bytes of a file.
         name: what it is called in messages; a path is called by itself.
         formats: Pillow's names of those that are tried; None tries all.
-        max_pixels: most that are taken; None leaves it to Pillow.
+        max_pixels: most that are taken, of sides that are at most ASPECT times each other; None leaves it to Pillow.
 
     Raises:
         TooLargeError: more pixels than are taken; none was decoded.
@@ -35,10 +37,8 @@ def read_image(
     called = f"Image {str(source)!r}" if name is None else name
     try:
         with Image.open(source, formats=formats) as image:
-            if max_pixels is not None and image.width * image.height > max_pixels:
-                raise TooLargeError(
-                    f"{called} has {image.width} x {image.height} pixels; at most {max_pixels} are taken."
-                )
+            if max_pixels is not None:
+                _check_size(called, image, max_pixels)
             image.load()
             return _rgb(ImageOps.exif_transpose(image))
     except TooLargeError:
@@ -50,6 +50,14 @@ def read_image(
         raise DataError(f"{called} cannot be read: it is {kinds}.") from error
     except Exception as error:  # Pillow lets through what a damaged file makes its readers stumble over, of any kind
         raise DataError(f"{called} cannot be read: {error}") from error
+
+
+def _check_size(called: str, image: Image.Image, max_pixels: int) -> None:
+    found = f"{called} has {image.width} x {image.height} pixels"
+    if image.width * image.height > max_pixels:
+        raise TooLargeError(f"{found}; at most {max_pixels} are taken.")
+    if max(image.size) > ASPECT * min(image.size):
+        raise TooLargeError(f"{found}; a side may be {ASPECT} times as long as the other at most.")
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -43,4 +43,5 @@ def attention_map(
         task_features(backbone, backbone.stream(images, "nothing"), layout, look=look)
     rows, columns = backbone.model.patch_embed.grid_size
     patches = slice(backbone.num_tokens - rows * columns, backbone.num_tokens)
-    return kept[0][:, patches].unflatten(-1, (rows, columns)).cpu()
+    found: Tensor = kept[0][:, patches].unflatten(-1, (rows, columns)).cpu()
+    return found

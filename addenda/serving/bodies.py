@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Coroutine
 from typing import Any, TypeVar
 
 from fastapi import Request
+from starlette.requests import ClientDisconnect
 
 from addenda.exceptions import TooLargeError
 from addenda.serving.problems import ProblemError
@@ -15,6 +16,7 @@ from addenda.serving.problems import ProblemError
 Result = TypeVar("Result")
 BODY_S = 60
 """Seconds that a body may take to come."""
+GONE = "The client has gone."
 _WINDOWS = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 
 
@@ -27,7 +29,8 @@ async def read_body(request: Request, limit: int) -> bytes:
 
     Raises:
         TooLargeError: it has more.
-        ProblemError: it is compressed in an unknown way or not rightly (415, 400), or does not come in time (408).
+        ProblemError: it is compressed in an unknown way or not rightly (415, 400), does not come in time (408), or
+            its client has gone (499, which nobody reads but the log).
     """
     encoding = request.headers.get("content-encoding", "identity").lower()
     if encoding not in ("identity", *_WINDOWS):
@@ -43,6 +46,8 @@ async def read_body(request: Request, limit: int) -> bytes:
                     raise TooLargeError(f"The request's body has more than the {limit} bytes that are taken.")
     except TimeoutError as error:
         raise ProblemError(408, f"The request's body did not come within {BODY_S} s.") from error
+    except ClientDisconnect as error:
+        raise ProblemError(499, GONE) from error
     except zlib.error as error:
         raise ProblemError(400, f"The request's body is not in {encoding}.") from error
     return bytes(body)
@@ -69,7 +74,7 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
-        raise ProblemError(499, "The client has gone.")
+        raise ProblemError(499, GONE)
     finally:
         for task in (working, leaving):
             task.cancel()

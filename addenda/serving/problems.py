@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from http import HTTPStatus
+from http.client import responses
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -45,8 +45,6 @@ STATUS: dict[type[AddendaError], int] = {
 }
 """By the first of an error's classes that stands here."""
 
-TITLES = {499: "Client Closed Request"}
-
 log = logging.getLogger(__name__)
 
 
@@ -71,7 +69,7 @@ def documents(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """What OpenAPI says of answers that are problem documents."""
     schema = {"type": "object", "required": ["type", "title", "status", "detail"]}
     content = {MEDIA_TYPE: {"schema": schema}}
-    return {status: {"description": HTTPStatus(status).phrase, "content": content} for status in statuses}
+    return {status: {"description": responses[status], "content": content} for status in statuses}
 
 
 def problem_of(error: AddendaError) -> ProblemError:
@@ -90,7 +88,7 @@ def response(request: Request, problem: ProblemError) -> JSONResponse:
     request_id = getattr(request.state, "id", None)
     document = {
         "type": "about:blank",
-        "title": TITLES.get(problem.status) or HTTPStatus(problem.status).phrase,
+        "title": responses.get(problem.status, "Client Closed Request"),
         "status": problem.status,
         "detail": problem.detail,
         "instance": request.url.path,
