@@ -222,7 +222,7 @@ REFUSED: list[tuple[int, str, dict[str, Any]]] = [
     (400, "1 to 128 images, not 129", {"inputs": [image(b"")[0] | {"shape": [129], "data": [""] * 129}]}),
     (400, "Input 'pixel_values' has values that are not finite", {"inputs": pixels(1e39)}),
     (400, "These pixel values give logits that are not finite", {"inputs": pixels(1e38)}),
-    (400, "Image 0 cannot be read: cannot identify image file", {"inputs": image(b"no image")}),
+    (400, "Image 0 cannot be read: it is no JPEG, PNG, WEBP file", {"inputs": image(b"no image")}),
     (413, "1 x 2000000 pixels; a side may be 100 times as long as the other", {"inputs": image(thin())}),
     (400, "has no output 'logits' for what is asked. Outputs: 'digits.logits',", {"outputs": [{"name": "logits"}]}),
     (400, "has no output 'tags.probs'", {"outputs": [{"name": "tags.probs"}], "parameters": {"tasks": "digits"}}),

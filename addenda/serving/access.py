@@ -22,7 +22,7 @@ Cookie = Annotated[str | None, Security(APIKeyCookie(name=COOKIE, auto_error=Fal
 
 
 async def check(request: Request, scopes: SecurityScopes, bearer: Bearer, cookie: Cookie) -> None:
-    """Lets a request through whose key allows what the route asks for; without keys everybody on this machine may.
+    """Lets a request through whose key allows what the route asks for; without a file of keys everybody on this machine may.
 
     A cookie, which a browser sends by itself, counts only for requests that come from the server's own pages.
     """
@@ -41,13 +41,9 @@ async def check(request: Request, scopes: SecurityScopes, bearer: Bearer, cookie
 
 
 def open_to_all(request: Request) -> bool:
-    """Whether no key is asked for: none was made, and only this machine can ask.
-
-    Raises:
-        KeyFileError: the keys cannot be read; then nobody is let in.
-    """
+    """Whether no key is asked for: there is no file of keys, and only this machine can ask."""
     keys: KeyFile | None = request.app.state.keys
-    return request.app.state.loopback and (keys is None or not keys.keys())
+    return request.app.state.loopback and (keys is None or not keys.path.exists())
 
 
 def key_of(request: Request, text: str | None) -> Key | None:
