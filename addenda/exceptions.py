@@ -41,6 +41,10 @@ class NameTakenError(RegistryError):
         )
 
 
+class ConflictError(RegistryError):
+    """A change that was asked for on the condition that something is as it no longer is."""
+
+
 class IntegrityError(RegistryError):
     """Stored bytes that no longer hash to what was recorded, or do not describe a valid task."""
 

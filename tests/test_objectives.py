@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from addenda.learner.objectives import balanced_weights, loss
+from addenda.registry.objectives import OBJECTIVES, probabilities
 
 RANDOM = torch.Generator().manual_seed(0)
 LOGITS = torch.randn(3, 20, 5, generator=RANDOM)  # three candidates, twenty images, five classes
@@ -89,3 +90,20 @@ def test_balanced_weights_of_labels_weigh_presence_against_absence() -> None:
 def test_a_class_that_no_image_has_gets_a_finite_weight() -> None:
     assert balanced_weights(torch.tensor([0, 0, 2]), 4).tolist() == pytest.approx([3 / 8, 3 / 4, 3 / 4, 3 / 4])
     assert balanced_weights(torch.zeros(4, 1).bool(), 1).tolist() == [[0.5], [2.0]]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("classes", [1, 2, 3, 7, 17, 100])
+def test_an_images_probabilities_have_the_same_bits_in_any_batch(objective: str, classes: int) -> None:
+    logits = 5 * torch.randn(67, classes, generator=RANDOM)
+    together = probabilities(logits, objective, 1.3)
+    for size in (1, 2, 5, 8, 33):
+        parts = [probabilities(part, objective, 1.3) for part in logits.split(size)]
+        assert torch.equal(torch.cat(parts), together)
+
+
+def test_a_multi_label_probability_is_the_sigmoid() -> None:
+    logits = torch.tensor([[0.0, -200.0, 200.0, 1.5, -3.25]])
+    found = probabilities(logits, "multi-label")
+    assert torch.allclose(found, logits.sigmoid(), rtol=1e-6)
+    assert found[0, :3].tolist() == [0.5, 0.0, 1.0]

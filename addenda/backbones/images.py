@@ -40,14 +40,22 @@ def read_image(
                     f"{called} has {image.width} x {image.height} pixels; at most {max_pixels} are taken."
                 )
             image.load()
-            upright = ImageOps.exif_transpose(image)
+            return _rgb(ImageOps.exif_transpose(image))
+    except TooLargeError:
+        raise
     except FileNotFoundError as error:
         raise DataError(f"{called} does not exist.") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except UnidentifiedImageError as error:
+        kinds = f"no {', '.join(formats)} file" if formats else "no image of a known kind"
+        raise DataError(f"{called} cannot be read: it is {kinds}.") from error
+    except Exception as error:  # Pillow lets through what a damaged file makes its readers stumble over, of any kind
         raise DataError(f"{called} cannot be read: {error}") from error
-    if upright.mode.startswith("I"):
-        upright = upright.point(lambda value: value / 257).convert("L")
-    if upright.mode in ("LA", "PA", "RGBA") or "transparency" in upright.info:
-        with_alpha = upright.convert("RGBA")
-        upright = Image.alpha_composite(Image.new("RGBA", with_alpha.size, "white"), with_alpha)
-    return upright.convert("RGB")
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        image = image.point(lambda value: value / 257).convert("L")
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        with_alpha = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", with_alpha.size, "white"), with_alpha)
+    return image.convert("RGB")

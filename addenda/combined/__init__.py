@@ -3,6 +3,7 @@
 from addenda.combined.cost import TaskCost, loaded_bytes, pass_operations, task_cost
 from addenda.combined.golden import Verdict, golden, verdicts, verify
 from addenda.combined.layout import Layout, TileStore, micro_batch
+from addenda.combined.looking import attention_map
 from addenda.combined.model import Answers, CombinedModel
 from addenda.combined.numerics import numerics, numerics_fingerprint, tensor_digest
 from addenda.combined.predictions import predictions
@@ -20,6 +21,7 @@ __all__ = [
     "TaskCost",
     "TileStore",
     "Verdict",
+    "attention_map",
     "feature_statistics",
     "golden",
     "loaded_bytes",

@@ -34,6 +34,23 @@ def attend(
     """
     num_tasks, num_heads, batch, _ = queries.shape
     num_frozen = frozen.keys.shape[-2]
+    weights = attention_weights(scale, queries, frozen, tokens, memory, bias)
+    of_frozen = weights[..., :num_frozen].flatten(0, 1) @ frozen.values.flatten(0, 1)
+    of_private = private_read(weights[..., num_frozen:].permute(2, 1, 0, 3), tokens, memory)
+    read: Tensor = of_frozen.unflatten(0, (batch, num_heads)).permute(2, 1, 0, 3) + of_private
+    return read.transpose(1, 2).reshape(num_tasks, batch, -1)
+
+
+def attention_weights(
+    scale: float,
+    queries: Float[Tensor, "S H B d"],
+    frozen: KeyValue,
+    tokens: KeyValue,
+    memory: KeyValue,
+    bias: Float[Tensor, "S w"] | None = None,
+) -> Float[Tensor, "B H S K"]:
+    """How much each task's query attends to each of its K = P + w keys: frozen ones, then private. Args as `attend`."""
+    _, num_heads, batch, _ = queries.shape
     queries = (queries * scale).contiguous()
     by_image = queries.permute(2, 1, 0, 3).flatten(0, 1)  # [B H, S, d]: an image's frozen keys serve all tasks
     on_frozen = by_image @ frozen.keys.flatten(0, 1).transpose(1, 2)
@@ -41,11 +58,7 @@ def attend(
     if bias is not None:
         private = private + bias[:, None, None]
     scores = torch.cat([on_frozen.unflatten(0, (batch, num_heads)), private.permute(2, 1, 0, 3)], dim=-1)
-    weights = scores.softmax(dim=-1)  # [B, H, S, P + w]
-    of_frozen = weights[..., :num_frozen].flatten(0, 1) @ frozen.values.flatten(0, 1)
-    of_private = private_read(weights[..., num_frozen:].permute(2, 1, 0, 3), tokens, memory)
-    read: Tensor = of_frozen.unflatten(0, (batch, num_heads)).permute(2, 1, 0, 3) + of_private
-    return read.transpose(1, 2).reshape(num_tasks, batch, -1)
+    return scores.softmax(dim=-1)
 
 
 def private_scores(queries: Float[Tensor, "S H B d"], tokens: KeyValue, memory: KeyValue) -> Float[Tensor, "S H B w"]:

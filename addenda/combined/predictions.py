@@ -28,7 +28,7 @@ def predictions(task: Task, logits: Float[Tensor, "B C"], top: int | None = None
     """
     single = task.objective == "single-label"
     count = TOP if top is None and single else top
-    best = task.probabilities(logits).sort(dim=-1, descending=True, stable=True)
+    best = task.probabilities(logits.cpu()).sort(dim=-1, descending=True, stable=True)
     return [
         [(task.labels[i], value) for i, value in zip(indices, values, strict=True) if single or value >= LIKELY]
         for values, indices in zip(best.values[:, :count].tolist(), best.indices[:, :count].tolist(), strict=True)

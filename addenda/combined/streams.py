@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from addenda.backbones import FrozenBackbone, KeyValue
-from addenda.combined.attention import attend
+from addenda.combined.attention import attend, attention_weights
 from addenda.combined.layout import Layout, Tile
 
 Observer = Callable[[int, KeyValue, KeyValue], None]
+Onlooker = Callable[[int, int, Tensor], None]
 
 
 @torch.no_grad()
 def task_features(
-    backbone: FrozenBackbone, stream: Iterable[KeyValue], layout: Layout, observe: Observer | None = None
+    backbone: FrozenBackbone,
+    stream: Iterable[KeyValue],
+    layout: Layout,
+    observe: Observer | None = None,
+    look: Onlooker | None = None,
 ) -> list[Float[Tensor, "S B D"]]:
     """Runs a frozen stream to its end and all the task streams of a layout with it.
 
@@ -28,6 +32,7 @@ def task_features(
         layout: the slots.
         observe: called at each layer with its number, the frozen keys and values, and those of the layout's offered
             tokens, [B, H, 1 + N, d]; row 0 is zeros.
+        look: called at each layer and tile with their numbers, and how its slots attend, [B, H, S, P + w].
 
     Returns:
         For each tile its slots' final features, through the backbone's final norms.
@@ -53,25 +58,21 @@ def task_features(
         for i, tile in enumerate(layout.tiles):
             adapters = tile.block_adapters(layer)
             parts = projected.pop(i) if i in projected else backbone.project(block, hidden[i], adapters)
-            read = _read(block, tile, layer, parts[0], KeyValue(*parts[1:]), prefix, offered)
+            seen = _seen(tile, KeyValue(*parts[1:]), offered)
+            attention = block.attn.scale, parts[0], prefix, seen, tile.memory[layer], tile.bias
+            if look is not None:
+                look(layer, i, attention_weights(*attention))
+            read = attend(*attention)
             hidden[i] = backbone.finish(block, hidden[i], read, adapters)
         if observe is not None:
             observe(layer, frozen, offered)
     return [backbone.final_norm(tokens) for tokens in hidden]
 
 
-def _read(
-    block: Any,
-    tile: Tile,
-    layer: int,
-    queries: Float[Tensor, "S H B d"],
-    own: KeyValue,
-    frozen: KeyValue,
-    offered: KeyValue,
-) -> Float[Tensor, "S B D"]:
-    """What a tile's tasks read in one layer: frozen tokens, their own and their ancestors', and all these' memory."""
+def _seen(tile: Tile, own: KeyValue, offered: KeyValue) -> KeyValue:
+    """The tokens that each slot of a tile sees in one layer beside the frozen ones: its own and its ancestors'."""
     seen = KeyValue(own.keys.unsqueeze(3), own.values.unsqueeze(3))  # [S, H, B, t, d]
     if tile.ancestors.shape[1]:
         kin = (part[:, :, tile.ancestors].permute(2, 1, 0, 3, 4) for part in offered)  # from [B, H, S, a, d]
         seen = KeyValue(*(torch.cat(pair, dim=3) for pair in zip(seen, kin, strict=True)))
-    return attend(block.attn.scale, queries, frozen, seen, tile.memory[layer], tile.bias)
+    return seen

@@ -57,7 +57,7 @@ def serve(
         limits = Limits(waiting=max_waiting, timeout_s=timeout)
         made = make_app(
             lambda metrics: Service(loaded, opened, alias, limits, metrics.report),
-            known if known.keys() else None,
+            known,
             loopback=host in LOOPBACK,
         )
         if metrics_port is not None:

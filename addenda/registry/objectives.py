@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -40,4 +41,7 @@ def probabilities(logits: Float[Tensor, "*B C"], objective: str, temperature: fl
         Of single-label logits a softmax, which sums to 1; of multi-label ones a sigmoid of each.
     """
     scaled = logits / temperature
-    return scaled.softmax(-1) if objective == "single-label" else scaled.sigmoid()
+    if objective == "single-label":
+        return scaled.softmax(-1)
+    # torch's sigmoid has other bits at a tensor's end than elsewhere: they would depend on an image's place in a batch.
+    return torch.stack([scaled, torch.zeros_like(scaled)], -1).softmax(-1)[..., 0]

@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine, Row, delete, insert, select, update
 
 import addenda
-from addenda.exceptions import NameTakenError, RegistryError
+from addenda.exceptions import ConflictError, NameTakenError, RegistryError
 from addenda.registry import bundle, ledger, schema
 from addenda.registry.database import connect, database_errors, reading, writing
 from addenda.registry.gathering import Read, aliases, gather
@@ -272,7 +272,8 @@ class Registry(Reader):
 
         Raises:
             UnknownTaskError: there is no such task.
-            RegistryError: the alias is not a valid name, or points elsewhere than expected.
+            ConflictError: it points elsewhere than expected.
+            RegistryError: the alias is not a valid name.
         """
         check_name(alias)
         with database_errors(f"Alias {alias!r} was not set"), writing(self._engine) as connection:
@@ -295,7 +296,8 @@ class Registry(Reader):
         """Lets `name@alias` point at nothing; where it pointed stays in the events.
 
         Raises:
-            RegistryError: it points at nothing already, or elsewhere than expected.
+            ConflictError: it points elsewhere than expected.
+            RegistryError: it points at nothing already.
         """
         with database_errors(f"Alias {alias!r} was not removed"), writing(self._engine) as connection:
             before = _pointed(connection, name, alias, expected)
@@ -388,7 +390,7 @@ def _parent(connection: Connection, task: Task, parent: Task) -> int:
 
 
 def _pointed(connection: Connection, name: str, alias: str, expected: int | None) -> int:
-    """The version that an alias points at, 0 for none; RegistryError where that is not what was expected."""
+    """The version that an alias points at, 0 for none; ConflictError where that is not what was expected."""
     found = connection.scalar(
         select(schema.task.c.version)
         .join(schema.alias, schema.alias.c.task_id == schema.task.c.id)
@@ -396,7 +398,7 @@ def _pointed(connection: Connection, name: str, alias: str, expected: int | None
     )
     if expected is not None and (found or 0) != expected:
         what = [f"at '{name}:{version}'" if version else "at nothing" for version in (found, expected)]
-        raise RegistryError(f"'{name}@{alias}' points {what[0]}, not {what[1]} as expected. Nothing was changed.")
+        raise ConflictError(f"'{name}@{alias}' points {what[0]}, not {what[1]} as expected. Nothing was changed.")
     return found or 0
 
 

@@ -26,11 +26,10 @@ async def check(request: Request, scopes: SecurityScopes, bearer: Bearer, cookie
 
     A cookie, which a browser sends by itself, counts only for requests that come from the server's own pages.
     """
-    keys: KeyFile | None = request.app.state.keys
     check_origin(request)
-    if keys is None:
+    if open_to_all(request):
         return
-    found = key_of(keys, bearer.credentials if bearer else cookie)
+    found = key_of(request, bearer.credentials if bearer else cookie)
     if found is None:
         raise ProblemError(
             401, "A valid API key is needed: Authorization: Bearer KEY.", headers={"WWW-Authenticate": "Bearer"}
@@ -41,9 +40,20 @@ async def check(request: Request, scopes: SecurityScopes, bearer: Bearer, cookie
             raise ProblemError(403, f"The key {found.name!r} allows {found.scope!r}; this needs {scope!r}.")
 
 
-def key_of(keys: KeyFile, text: str | None) -> Key | None:
+def open_to_all(request: Request) -> bool:
+    """Whether no key is asked for: none was made, and only this machine can ask.
+
+    Raises:
+        KeyFileError: the keys cannot be read; then nobody is let in.
+    """
+    keys: KeyFile | None = request.app.state.keys
+    return request.app.state.loopback and (keys is None or not keys.keys())
+
+
+def key_of(request: Request, text: str | None) -> Key | None:
     """The key that was given, if it is one."""
-    return keys.find(text) if text else None
+    keys: KeyFile | None = request.app.state.keys
+    return keys.find(text) if text and keys is not None else None
 
 
 def check_origin(request: Request) -> None:

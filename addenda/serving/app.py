@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -9,7 +12,7 @@ from fastapi import FastAPI
 from starlette.middleware import Middleware
 
 from addenda import __version__
-from addenda.serving import health, problems
+from addenda.serving import api, api_tasks, health, inference, page, page_attention, problems
 from addenda.serving.keys import KeyFile
 from addenda.serving.service import Limits, Service
 from addenda.serving.telemetry import Metrics, Telemetry
@@ -50,7 +53,9 @@ def make_app(start: Start, keys: KeyFile | None = None, loopback: bool = True) -
         max_body_size=Limits().bundle_bytes,
     )
     app.state.keys, app.state.loopback, app.state.metrics, app.state.draining = keys, loopback, metrics, False
+    app.state.verifying, app.state.verifications = threading.Lock(), deque(maxlen=100)
+    app.state.registering, app.state.replies = asyncio.Lock(), {}
     problems.install(app)
-    for routes in (health,):
+    for routes in (health, inference, api, api_tasks, page, page_attention):
         app.include_router(routes.router)
     return app

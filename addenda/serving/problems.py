@@ -15,9 +15,11 @@ from starlette.exceptions import HTTPException
 from addenda.exceptions import (
     AddendaError,
     BackboneError,
+    ConflictError,
     DataError,
     DeadlineError,
     IntegrityError,
+    KeyFileError,
     NameTakenError,
     OverloadedError,
     RegistryError,
@@ -33,13 +35,17 @@ STATUS: dict[type[AddendaError], int] = {
     BackboneError: 400,
     UnknownTaskError: 404,
     NameTakenError: 409,
+    ConflictError: 412,
     IntegrityError: 422,
     RegistryUnavailableError: 503,
     RegistryError: 409,
     OverloadedError: 503,
     DeadlineError: 504,
+    KeyFileError: 503,
 }
 """By the first of an error's classes that stands here."""
+
+TITLES = {499: "Client Closed Request"}
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +67,13 @@ class ProblemError(Exception):
         self.status, self.detail, self.headers, self.more = status, detail, dict(headers or {}), dict(more or {})
 
 
+def documents(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """What OpenAPI says of answers that are problem documents."""
+    schema = {"type": "object", "required": ["type", "title", "status", "detail"]}
+    content = {MEDIA_TYPE: {"schema": schema}}
+    return {status: {"description": HTTPStatus(status).phrase, "content": content} for status in statuses}
+
+
 def problem_of(error: AddendaError) -> ProblemError:
     """The problem that an error of this library is."""
     status = next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), 500)
@@ -77,7 +90,7 @@ def response(request: Request, problem: ProblemError) -> JSONResponse:
     request_id = getattr(request.state, "id", None)
     document = {
         "type": "about:blank",
-        "title": HTTPStatus(problem.status).phrase,
+        "title": TITLES.get(problem.status) or HTTPStatus(problem.status).phrase,
         "status": problem.status,
         "detail": problem.detail,
         "instance": request.url.path,

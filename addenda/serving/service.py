@@ -15,13 +15,15 @@ from torch import Tensor
 
 from addenda.backbones import FrozenBackbone, read_image
 from addenda.combined import Answers, Choice, Router, Verdict, verdicts
-from addenda.exceptions import DataError, DeadlineError, RegistryError, UnknownTaskError
+from addenda.exceptions import DataError, DeadlineError, RegistryError, TooLargeError, UnknownTaskError
 from addenda.registry import Registry
 from addenda.serving.batching import Batcher, Report
 from addenda.serving.follower import Follower
 from addenda.serving.snapshot import Snapshot
 
 FORMATS = ("JPEG", "PNG", "WEBP")
+ASPECT = 100
+"""How many times as long as its shorter side an image may be: the transform brings the shorter one to a size."""
 
 
 @dataclass(frozen=True)
@@ -203,6 +205,10 @@ class Service:
 
     def _decode(self, number: int, data: bytes) -> Float[Tensor, "3 H W"]:
         image = read_image(BytesIO(data), f"Image {number}", FORMATS, self.limits.pixels)
+        if max(image.size) > ASPECT * min(image.size):
+            raise TooLargeError(
+                f"Image {number} has {image.width} x {image.height} pixels; a side is at most {ASPECT} times the other."
+            )
         return self.backbone.transform(image)
 
     async def _router_of(self, snapshot: Snapshot) -> Router:

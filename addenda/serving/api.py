@@ -1,0 +1,244 @@
+"""The friendly API about images and about the server: predict, status, verify, events."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, Query, Request
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+from pydantic import BaseModel
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+from addenda import __version__
+from addenda.combined import numerics, numerics_fingerprint, predictions
+from addenda.exceptions import DataError
+from addenda.serving.access import needs
+from addenda.serving.bodies import read_body, while_connected
+from addenda.serving.problems import documents
+from addenda.serving.service import Answered, Service
+from addenda.serving.snapshot import Snapshot
+
+AUTO = "auto"
+LOOK_S = 0.2
+"""Between looks for another generation, for those who listen."""
+
+router = APIRouter(prefix="/api/v1", responses=documents(401, 403))
+
+
+class Label(BaseModel):
+    """A class, and how probable it is."""
+
+    label: str
+    probability: float
+
+
+class Answer(BaseModel):
+    """A task's answer about an image, and which task it is to the byte."""
+
+    ref: str
+    sha256: str
+    objective: str
+    labels: list[Label]
+
+
+class Chosen(BaseModel):
+    """The task that a router chose; not familiar: the image looks like none of their images."""
+
+    task: str
+    probability: float
+    familiar: bool
+
+
+class Prediction(BaseModel):
+    """Answers about one image, all of one generation."""
+
+    generation: int
+    exact: bool
+    chosen: Chosen | None = None
+    tasks: dict[str, Answer]
+
+
+class Status(BaseModel):
+    """What a server is at this moment."""
+
+    version: str
+    generation: int
+    registry_reachable: bool
+    alias: str | None
+    backbone: str
+    backbone_fingerprint: str
+    numerics_fingerprint: str
+    tasks: dict[str, str]
+    quarantined: dict[str, str]
+    waiting_images: int
+    draining: bool
+
+
+class Verified(BaseModel):
+    """What became of the golden probes of the served tasks."""
+
+    at: str
+    generation: int
+    ok: bool
+    tasks: list[dict[str, Any]]
+
+
+def service_of(request: Request) -> Service:
+    """The application's service."""
+    service: Service = request.app.state.service
+    return service
+
+
+@router.post(
+    "/predict",
+    tags=["predict"],
+    dependencies=[needs("predict")],
+    summary="Answers an image",
+    responses=documents(400, 404, 408, 409, 413, 415, 422, 503, 504),
+    response_model_exclude_none=True,
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {
+                "image/*": {"schema": {"type": "string", "format": "binary"}},
+                "multipart/form-data": {
+                    "schema": {
+                        "type": "object",
+                        "required": ["image"],
+                        "properties": {"image": {"type": "string", "format": "binary"}},
+                    }
+                },
+            },
+        }
+    },
+)
+async def predict(
+    request: Request,
+    tasks: Annotated[list[str] | None, Query(description="Names of tasks, also with commas; default: all.")] = None,
+    task: Annotated[
+        str | None, Query(description="A task's name, or 'auto': the one that the image looks like.")
+    ] = None,
+    top: Annotated[int | None, Query(ge=1, le=1000, description="Labels of each task, at most.")] = None,
+    addenda_timeout_ms: Annotated[int | None, Header(ge=1, le=3_600_000)] = None,
+) -> Prediction:
+    """Answers a JPEG, PNG or WebP file, sent as it is or as the field `image` of a form."""
+    service = service_of(request)
+    image = await _image(request, await read_body(request, service.limits.body_bytes))
+    timeout_s = None if addenda_timeout_ms is None else addenda_timeout_ms / 1000
+    if task == AUTO:
+        if tasks:
+            raise DataError("'task=auto' chooses among all tasks: leave 'tasks' out.")
+        return _prediction(await while_connected(request, service.route([image], timeout_s)), top)
+    names = [name.strip() for part in tasks or () for name in part.split(",")] + ([] if task is None else [task])
+    return _prediction(await while_connected(request, service.answer([image], names or None, timeout_s)), top)
+
+
+async def _image(request: Request, body: bytes) -> bytes:
+    """The image of a body: the body itself, or the one file of its form."""
+    if not request.headers.get("content-type", "").lower().startswith("multipart/"):
+        return body
+
+    async def once() -> AsyncGenerator[bytes, None]:
+        yield body
+
+    try:
+        form = await MultiPartParser(request.headers, once(), max_files=1, max_fields=8, max_part_size=4096).parse()
+    except (MultiPartException, KeyError, LookupError, ValueError) as error:
+        said = getattr(error, "message", "") or "it is damaged"
+        raise DataError(f"The form cannot be read: {said}.") from error
+    image = form.get("image")
+    if not isinstance(image, UploadFile):
+        raise DataError("The form has no file in its field 'image'.")
+    return await image.read()
+
+
+def _prediction(answered: Answered, top: int | None) -> Prediction:
+    choice = answered.choices[0] if answered.choices else None
+    names = [choice.task] if choice else list(answered.logits)
+    tasks = {}
+    for name in names:
+        found = answered.snapshot.model.tasks[name]
+        best = predictions(found, answered.logits[name], top)[0]
+        labels = [Label(label=label, probability=probability) for label, probability in best]
+        tasks[name] = Answer(ref=found.ref, sha256=found.sha256, objective=found.objective, labels=labels)
+    return Prediction(
+        generation=answered.snapshot.generation,
+        exact=answered.logits.exact,
+        chosen=None if choice is None else Chosen(**choice._asdict()),
+        tasks=tasks,
+    )
+
+
+@router.get("/status", tags=["server"], dependencies=[needs("predict")], summary="What the server is now")
+def status(request: Request) -> Status:
+    """The generation that is served, its tasks, and what bits depend on."""
+    service, snapshot = service_of(request), service_of(request).snapshot
+    return Status(
+        version=__version__,
+        generation=snapshot.generation,
+        registry_reachable=service.follower.reachable,
+        alias=service.alias,
+        backbone=service.backbone.name,
+        backbone_fingerprint=service.backbone.fingerprint,
+        numerics_fingerprint=numerics_fingerprint(numerics(service.backbone)),
+        tasks={name: record.ref for name, record in snapshot.records.items()},
+        quarantined=dict(snapshot.quarantined),
+        waiting_images=service.batcher.num_waiting,
+        draining=request.app.state.draining,
+    )
+
+
+@router.post(
+    "/verify",
+    tags=["server"],
+    dependencies=[needs("admin")],
+    summary="Recomputes golden probes",
+    responses=documents(404, 409, 422, 503),
+)
+def verify(request: Request) -> Verified:
+    """Recomputes the golden probes of the served tasks, on the model as it serves, one verification at a time."""
+    with request.app.state.verifying:
+        snapshot, verdicts = service_of(request).verify()
+    found = Verified(
+        at=datetime.now(UTC).isoformat(timespec="seconds"),
+        generation=snapshot.generation,
+        ok=all(verdict.ok for verdict in verdicts) and not snapshot.quarantined,
+        tasks=[vars(verdict) for verdict in verdicts] + list(_unverified(snapshot)),
+    )
+    request.app.state.verifications.appendleft(found)
+    return found
+
+
+def _unverified(snapshot: Snapshot) -> Iterator[dict[str, Any]]:
+    for ref, why in snapshot.quarantined.items():
+        yield {"task": ref, "ok": False, "detail": f"quarantined: {why}"}
+
+
+@router.get("/verifications", tags=["server"], dependencies=[needs("predict")], summary="Verifications so far")
+def verifications(request: Request) -> list[Verified]:
+    """The last hundred since the server started, newest first."""
+    return list(request.app.state.verifications)
+
+
+@router.get(
+    "/events",
+    tags=["server"],
+    dependencies=[needs("predict")],
+    summary="Says when another generation is served",
+    response_class=EventSourceResponse,
+)
+async def events(request: Request) -> AsyncIterator[ServerSentEvent]:
+    """A server-sent event `generation` at once, and whenever another one is served; it ends when the server stops."""
+    service, told = service_of(request), None
+    while not request.app.state.draining:
+        snapshot = service.snapshot
+        if snapshot is not told:
+            told = snapshot
+            tasks = {name: record.ref for name, record in snapshot.records.items()}
+            data = {"generation": snapshot.generation, "tasks": tasks, "quarantined": dict(snapshot.quarantined)}
+            yield ServerSentEvent(event="generation", id=str(snapshot.generation), data=data)
+        await asyncio.sleep(LOOK_S)
