@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -164,7 +163,10 @@ class _Bench:
             for _ in range(cycles):
                 server.change(next(fresh))
                 memory.append(server.memory_mb())
-            half, end = memory[len(memory) // 2 - len(memory) // 10 : len(memory) // 2 + 1], memory[-len(memory) // 10 :]
+            half, end = (
+                memory[len(memory) // 2 - len(memory) // 10 : len(memory) // 2 + 1],
+                memory[-len(memory) // 10 :],
+            )
             growth = statistics.median(end) / statistics.median(half)
         return [
             *_latencies(group, f"at {SHARES[0]:.0%}, nothing changes", quiet),
