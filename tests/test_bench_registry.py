@@ -26,7 +26,7 @@ def server(postgres: str) -> Iterator[str]:
 
 def test_bench_registry_measures_and_writes_it_down(tiny: FrozenBackbone, server: str, tmp_path: Path) -> None:
     figures = run_registry(tiny, [server], tmp_path, quick=True, num_tasks=40, num_listed=800)
-    of = {name: [figure for figure in figures if name in figure.database] for name in ("SQLite", "PostgreSQL")}
+    of = {name: [figure for figure in figures if name in figure.group] for name in ("SQLite", "PostgreSQL")}
     shown = {name: {figure.what: figure for figure in found} for name, found in of.items()}
     assert len(of["SQLite"]) + len(of["PostgreSQL"]) == len(figures)
     assert len(of["PostgreSQL"]) > 15

@@ -109,7 +109,7 @@ def run_cost(
 def _measure_backbone(
     backbone: FrozenBackbone, counts: Sequence[int], dense: Sequence[int], batch: int, rounds: int
 ) -> list[Row]:
-    tasks = [_task(backbone, number) for number in range(max(*counts, *dense))]
+    tasks = [random_task(backbone, number) for number in range(max(*counts, *dense))]
     _, height, width = backbone.preprocessing["input_size"]
     images = torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(0)).to(backbone.device)
     combined = {count: CombinedModel(backbone, tasks[:count]) for count in counts}
@@ -181,7 +181,8 @@ def _adapter(backbone: FrozenBackbone, images: Tensor) -> dict[tuple[str, int, i
     }
 
 
-def _task(backbone: FrozenBackbone, number: int) -> Task:
+def random_task(backbone: FrozenBackbone, number: int) -> Task:
+    """A task of random numbers, the same for each number."""
     random = torch.Generator().manual_seed(number)
     width = backbone.embed_dim
     return Task(

@@ -85,7 +85,8 @@ def run_registry(
         "num_tasks": num_tasks,
         "num_listed": num_listed,
     }
-    write(figures, details, out)
+    title = f"{num_tasks:,} tasks of {backbone.name}, {num_listed:,} more listed; {described['device']}"
+    write("registry", title, figures, details, out)
     return figures
 
 

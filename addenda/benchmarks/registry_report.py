@@ -1,4 +1,4 @@
-"""What `addenda bench registry` has measured, as a table for each database, and JSON."""
+"""What `addenda bench registry` and `bench serving` have measured, as a table for each group, and JSON."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Figure:
     """One thing that was measured.
 
     Attributes:
-        database: on which, and its version.
+        group: the table that it stands in: a database and its version, or so many tasks.
         what: in words.
         unit: of all its numbers.
         measured: the median.
@@ -29,7 +29,7 @@ class Figure:
         more: whether more is better.
     """
 
-    database: str
+    group: str
     what: str
     unit: str
     measured: float
@@ -40,11 +40,11 @@ class Figure:
 
     @classmethod
     def of_rounds(
-        cls, database: str, what: str, unit: str, values: Sequence[float], target: float | None, more: bool = False
+        cls, group: str, what: str, unit: str, values: Sequence[float], target: float | None, more: bool = False
     ) -> Figure:
         """Median and quartiles of several rounds."""
         low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-        return cls(database, what, unit, median, low, high, target, more)
+        return cls(group, what, unit, median, low, high, target, more)
 
     @property
     def met(self) -> bool | None:
@@ -54,25 +54,22 @@ class Figure:
         return self.measured >= self.target if self.more else self.measured <= self.target
 
 
-def write(figures: Sequence[Figure], details: Mapping[str, Any], out: Path | None) -> None:
-    """Prints the tables; with a folder, writes them and the JSON there."""
-    title = (
-        f"{details['num_tasks']:,} tasks of {details['backbone']}, {details['num_listed']:,} more listed; "
-        f"{details['device']}"
-    )
+def write(name: str, title: str, figures: Sequence[Figure], details: Mapping[str, Any], out: Path | None) -> None:
+    """Prints the tables; with a folder, writes them there as NAME.md and NAME.json."""
     console.print(title, highlight=False)
     lines = [f"`{details['command']}`", "", title]
-    for database in dict.fromkeys(figure.database for figure in figures):
-        cells = [_cells(figure) for figure in figures if figure.database == database]
-        console.print(table(database, COLUMNS, cells, right=COLUMNS[1:4]))
+    for group in dict.fromkeys(figure.group for figure in figures):
+        cells = [_cells(figure) for figure in figures if figure.group == group]
+        console.print(table(group, COLUMNS, cells, right=COLUMNS[1:4]))
         rows = (COLUMNS, ("---", *["---:"] * 3, "---"), *cells)
-        lines += ["", f"**{database}**", "", *(f"| {' | '.join(row)} |" for row in rows)]
+        lines += ["", f"**{group}**", "", *(f"| {' | '.join(row)} |" for row in rows)]
     if out is None:
         return
     report = {"figures": [asdict(figure) | {"met": figure.met} for figure in figures], **details}
-    (out / "registry.json").write_text(json.dumps(report, indent=2) + "\n")
-    (out / "registry.md").write_text("\n".join(lines) + "\n")
-    console.print(f"Written to {out}: registry.json, registry.md.")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
+    (out / f"{name}.md").write_text("\n".join(lines) + "\n")
+    console.print(f"Written to {out}: {name}.json, {name}.md.")
 
 
 def _cells(figure: Figure) -> tuple[str, ...]:

@@ -131,6 +131,25 @@ def bench_registry(
     run_registry(untrained_backbone(backbone or DEFAULT_BACKBONE), registry or (), out, quick, tasks, listed)
 
 
+@app.command("serving")
+def bench_serving(
+    quick: Annotated[bool, typer.Option("--quick", help="1 and 10 tasks, short loads, 20 cycles.")] = False,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Of each load.")] = 20,
+    rounds: Annotated[int, typer.Option(min=2, help="Measured rounds.")] = 5,
+    cycles: Annotated[int, typer.Option(min=10, help="Tasks to register and retire while memory is weighed.")] = 1000,
+    out: Annotated[Path | None, typer.Option(help="Folder for the table and the JSON.")] = None,
+    backbone: BackboneOption = DEFAULT_BACKBONE,
+    weights: WeightsOption = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Loads a server of 1 to 1,000 tasks from another process: throughput beside the bare model, latency, changes."""
+    from addenda import load_backbone
+    from addenda.benchmarks.serving import run_serving
+
+    loaded = load_backbone(backbone or DEFAULT_BACKBONE, weights, device=device)
+    run_serving(loaded, weights, out, quick, seconds=seconds, rounds=rounds, cycles=cycles)
+
+
 @app.command("training")
 def bench_training(
     data: Annotated[Path, typer.Argument(help="A folder with train/ and test/, each of class folders.")],

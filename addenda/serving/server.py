@@ -25,7 +25,7 @@ CONNECTIONS = 256
 
 
 class _Protocol(H11Protocol):
-    """HTTP/1.1 that hangs up on who sends a request's head too slowly."""
+    """HTTP/1.1 that hangs up on who sends a request's head, or the rest of a refused body, too slowly."""
 
     _late: asyncio.TimerHandle | None = None
 
@@ -42,9 +42,15 @@ class _Protocol(H11Protocol):
             self._late.cancel()
         super().connection_lost(exc)
 
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.conn.their_state is h11.SEND_BODY:
+            self._watch()
+
     def _watch(self) -> None:
-        """Has a time run while a head is incomplete."""
-        waiting = self.conn.their_state is h11.IDLE and not self.transport.is_closing()
+        """Has a time run while a head is incomplete, or a body that was answered before it had come."""
+        refused = self.cycle is not None and self.cycle.response_complete and self.conn.their_state is h11.SEND_BODY
+        waiting = (refused or self.conn.their_state is h11.IDLE) and not self.transport.is_closing()
         if waiting and self._late is None:
             self._late = self.loop.call_later(HEAD_S, self.transport.close)
         elif not waiting and self._late is not None:

@@ -1,0 +1,12 @@
+"""`addenda serve` with the times of slow clients that the environment names, so that a test can wait for them."""
+
+from __future__ import annotations
+
+import os
+
+from addenda import cli
+from addenda.serving import bodies, server
+
+if __name__ == "__main__":
+    server.HEAD_S, bodies.BODY_S = int(os.environ["HEAD_S"]), int(os.environ["BODY_S"])
+    cli.main()
