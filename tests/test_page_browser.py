@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
 import os
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from fastapi import Request
-from fastapi.responses import StreamingResponse
 from PIL import Image, ImageDraw
 
 from addenda import FrozenBackbone, Registry
-from addenda.combined import golden, predictions
+from addenda.combined import golden
 from addenda.serving.app import make_app
 from addenda.serving.keys import KeyFile
 from addenda.serving.server import Server, bind
@@ -33,64 +28,11 @@ from tests.test_page import LEARNED, keep, scores
 pytestmark = pytest.mark.slow
 CHROMIUM = Path("/usr/bin/chromium")
 
-# -- a stand-in of the API's routes, until it is there ----------------------------------------------------------------
-
-
-def stand_in(app: Any) -> None:
-    verified: list[Any] = []
-
-    @app.post("/api/v1/predict")
-    async def predict(request: Request) -> Any:
-        found = await request.app.state.service.answer([await request.body()])
-        model = found.snapshot.model
-        tasks = {}
-        for name, logits in found.logits.items():
-            pairs = predictions(model.tasks[name], logits)[0]
-            labels = [{"label": label, "probability": value} for label, value in pairs]
-            tasks[name] = {"ref": model.tasks[name].ref, "labels": labels}
-        return {"generation": found.snapshot.generation, "exact": found.logits.exact, "tasks": tasks}
-
-    @app.post("/api/v1/verify")
-    def verify(request: Request) -> Any:
-        snapshot, found = request.app.state.service.verify()
-        ok = all(one.ok for one in found)
-        verified.append(
-            {
-                "at": "2026-11-25T12:00:00+00:00",
-                "generation": snapshot.generation,
-                "tasks": [asdict(one) for one in found],
-                "ok": ok,
-            }
-        )
-        return verified[-1]
-
-    @app.get("/api/v1/verifications")
-    def verifications() -> Any:
-        return verified
-
-    @app.get("/api/v1/events")
-    async def events(request: Request) -> StreamingResponse:
-        async def told() -> AsyncIterator[str]:
-            last = None
-            while not request.app.state.draining:
-                snapshot = request.app.state.service.snapshot
-                if snapshot.generation != last:
-                    last = snapshot.generation
-                    data = {"generation": last, "tasks": [r.ref for r in snapshot.records.values()], "quarantined": {}}
-                    yield f"event: generation\ndata: {json.dumps(data)}\n\n"
-                await asyncio.sleep(0.1)
-
-        return StreamingResponse(told(), media_type="text/event-stream")
-
-
-# -- the end of the stand-in ------------------------------------------------------------------------------------------
-
 
 @contextmanager
 def serving(backbone: FrozenBackbone, registry: Registry, keys: KeyFile | None = None) -> Iterator[str]:
     """A server in a thread of this process; gives its URL."""
     app = make_app(lambda metrics: Service(backbone, registry, None, None, metrics.report), keys)
-    stand_in(app)
     listening: socket.socket = bind("127.0.0.1", 0)
     server = Server(app, listening, drain_s=0, stop_s=1)
     server.capture_signals = contextmanager(lambda: iter([None]))  # type: ignore[method-assign]  # the thread gets none

@@ -22,7 +22,7 @@ Cookie = Annotated[str | None, Security(APIKeyCookie(name=COOKIE, auto_error=Fal
 
 
 async def check(request: Request, scopes: SecurityScopes, bearer: Bearer, cookie: Cookie) -> None:
-    """Lets a request through whose key allows what the route asks for; without a file of keys everybody on this machine may.
+    """Lets a request through whose key allows what the route asks for; without a file of keys all on this machine may.
 
     A cookie, which a browser sends by itself, counts only for requests that come from the server's own pages.
     """
