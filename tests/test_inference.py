@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from http.client import HTTPConnection
 from io import BytesIO
 from pathlib import Path
 from random import Random
@@ -38,6 +39,7 @@ from tests.processes import exit_code
 from tests.servers import ServedProcess, client_of
 
 SIDE = 32
+MALFORMED = 10_000
 MOST_MORE_BYTES = 2**30
 """What a server may take beyond what it has after its first answer: an image of 49 million pixels, decoded, and copies
 of it; and a body of 32 MiB as Python objects."""
@@ -604,17 +606,22 @@ def test_ten_thousand_malformed_requests_neither_break_nor_fill_the_server(
         good = pictures(3)
         first = infer(client, good)
         before = resident_bytes(served.process.pid)
-        for body, headers in malformed(Random(7), 10_000):
-            answer = client.post("/v2/models/combined/infer", content=body, headers=headers)
-            statuses[answer.status_code] += 1
-            assert answer.status_code < 500, answer.text
-            assert answer.status_code == 200 or answer.json()["detail"]
+        connection = HTTPConnection(served.url.removeprefix("http://"))  # far quicker than a friendlier client
+        for body, headers in malformed(Random(7), MALFORMED):
+            connection.request("POST", "/v2/models/combined/infer", body, headers)
+            answer = connection.getresponse()
+            told = answer.read()
+            statuses[answer.status] += 1
+            assert answer.status < 500, told
+            assert answer.status == 200 or json.loads(told)["detail"]
+        connection.close()
         assert served.process.poll() is None
         assert resident_bytes(served.process.pid) - before < MOST_MORE_BYTES
         again = infer(client, good)
         for output in first.get_response()["outputs"]:
-            assert again.as_numpy(output["name"]).tobytes() == first.as_numpy(output["name"]).tobytes()
-    assert statuses.total() == 10_000
-    assert statuses.keys() == {200, 400, 404, 413, 415}
-    assert statuses[400] > 5_000
+            one, other = (answer.as_numpy(output["name"]) for answer in (first, again))
+            assert one.tobytes() == other.tobytes() if one.dtype == np.float32 else one.tolist() == other.tolist()
+    assert statuses.total() == MALFORMED
+    assert {200, 400, 413, 415} <= statuses.keys() <= {200, 400, 404, 413, 415}
+    assert statuses[400] > MALFORMED / 2
     assert "traceback" not in served.log.read_text()
