@@ -15,6 +15,7 @@ from PIL import Image
 
 from addenda import CombinedModel, FrozenBackbone, Registry, Task
 from addenda.combined import predictions
+from addenda.serving.keys import KeyFile
 from addenda.serving.service import Limits
 from tests.servers import ServedProcess, client_of
 
@@ -165,6 +166,20 @@ def test_a_bundle_is_served_when_its_registration_is_answered(client: TestClient
     problem(client.post("/api/v1/tasks", content=bundle[:300]), 422, "Bundle cannot be taken in")
     changed = bundle[:-1] + bytes([bundle[-1] ^ 1])
     problem(client.post("/api/v1/tasks", content=changed), 422, "has changed")
+
+
+def test_a_change_is_recorded_in_the_name_of_its_key(
+    tiny: FrozenBackbone, registry: Registry, registered: Callable[..., Task], bundle: bytes, tmp_path: Path
+) -> None:
+    registered("digits")
+    keys = KeyFile(tmp_path / "keys.json")
+    headers = {"Authorization": f"Bearer {keys.create('boss', 'admin')}"}
+    with client_of(tiny, registry, keys) as client:
+        assert client.post("/api/v1/tasks", content=bundle, headers=headers).status_code == 201
+        path = "/api/v1/tasks/digits/aliases/production"
+        assert client.put(path, json={"version": 1}, headers={**headers, "If-None-Match": "*"}).status_code == 200
+    told = [(event.kind, event.created_by) for event in registry.events()[-2:]]
+    assert told == [("imported", "key boss"), ("alias", "key boss")]
 
 
 def test_what_no_alias_points_at_is_registered_and_not_served(

@@ -59,6 +59,10 @@ class Registry(Reader):
             raise
         return cls(engine, user)
 
+    def on_behalf_of(self, user: str) -> Registry:
+        """The same registry, by the same connections, whose changes are recorded in another's name."""
+        return Registry(self._engine, user)
+
     def close(self) -> None:
         """Closes its connections."""
         self._engine.dispose()

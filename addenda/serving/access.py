@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from typing import Annotated, Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from fastapi import Request, Security
 from fastapi.security import APIKeyCookie, HTTPAuthorizationCredentials, HTTPBearer, SecurityScopes
@@ -41,9 +41,9 @@ async def check(request: Request, scopes: SecurityScopes, bearer: Bearer, cookie
 
 
 def open_to_all(request: Request) -> bool:
-    """Whether no key is asked for: there is no file of keys, and only this machine can ask."""
+    """Whether no key is asked for: there never was a file of keys, and only this machine can ask."""
     keys: KeyFile | None = request.app.state.keys
-    return request.app.state.loopback and (keys is None or not keys.path.exists())
+    return request.app.state.loopback and (keys is None or not keys.guards)
 
 
 def key_of(request: Request, text: str | None) -> Key | None:
@@ -59,11 +59,19 @@ def check_origin(request: Request) -> None:
         ProblemError: it is such a request.
     """
     host = request.headers.get("host", "")
-    if request.app.state.loopback and (urlsplit(f"//{host}").hostname or "") not in LOOPBACK:
+    if request.app.state.loopback and _place(f"//{host}").hostname not in LOOPBACK:
         raise ProblemError(421, f"This server answers on {', '.join(LOOPBACK)} only, not as {host!r}.")
     origin = request.headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != host:
+    if origin is not None and _place(origin).netloc != host:
         raise ProblemError(403, f"Requests from pages of {origin!r} are refused.")
+
+
+def _place(url: str) -> SplitResult:
+    """The parts of a URL; none where it is not one."""
+    try:
+        return urlsplit(url)
+    except ValueError:
+        return urlsplit("")
 
 
 def needs(scope: str) -> Any:

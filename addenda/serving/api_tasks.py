@@ -15,7 +15,7 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from pydantic import BaseModel
 
 from addenda.exceptions import RegistryError, UnknownTaskError
-from addenda.registry import Received, TaskFilter, TaskRecord
+from addenda.registry import Received, Registry, TaskFilter, TaskRecord
 from addenda.serving.access import needs
 from addenda.serving.api import service_of
 from addenda.serving.bodies import read_body
@@ -210,7 +210,7 @@ async def register(
             if before != digest:
                 raise ProblemError(422, f"Idempotency-Key {idempotency_key!r} came with another request before.")
             return reply
-        received = await asyncio.to_thread(_import, service, body, dry_run)
+        received = await asyncio.to_thread(_import, _registry(request), body, dry_run)
         if dry_run:
             response.status_code, reply = 200, _registered(service, received, dry_run)
         else:
@@ -218,19 +218,26 @@ async def register(
             added = any(one.state == "added" for one in received)
             response.status_code = (201 if added else 200) if settled else 202
             reply = _registered(service, received, dry_run)
-        if idempotency_key is not None:
+        if idempotency_key is not None and response.status_code != 202:
             replies[idempotency_key] = digest, response.status_code, reply
             while len(replies) > MOST_REPLIES:
                 del replies[next(iter(replies))]
     return reply
 
 
-def _import(service: Service, body: bytes, dry_run: bool) -> list[Received]:
+def _registry(request: Request) -> Registry:
+    """The registry, which will record changes in the name of the key that asks for them."""
+    key: str | None = getattr(request.state, "key", None)
+    registry = service_of(request).registry
+    return registry if key is None else registry.on_behalf_of(f"key {key}")
+
+
+def _import(registry: Registry, body: bytes, dry_run: bool) -> list[Received]:
     with tempfile.TemporaryDirectory(prefix="addenda-") as folder:
         path = Path(folder) / "upload.addenda"
         path.write_bytes(body)
         try:
-            return service.registry.import_bundle(path, dry_run=dry_run)
+            return registry.import_bundle(path, dry_run=dry_run)
         except RegistryError as error:  # whose file here is nobody's business
             raise type(error)(str(error).replace(f" {str(path)!r}", "")) from error
 
@@ -285,7 +292,7 @@ async def set_alias(
     Answered when it is served.
     """
     expected = _expected(if_match, if_none_match)
-    registry = service_of(request).registry
+    registry = _registry(request)
     await asyncio.to_thread(registry.set_alias, alias, _ref(name, wanted.version), expected)
     await _serve_change(request, f"'{name}@{alias}'")
     response.headers["ETag"] = f'"{wanted.version}"'
@@ -304,7 +311,7 @@ async def remove_alias(
 ) -> None:
     """With `If-Match: "VERSION"`: only where it points at that now. Answered when it is served."""
     expected = _expected(if_match, None)
-    registry = service_of(request).registry
+    registry = _registry(request)
     await asyncio.to_thread(registry.remove_alias, alias, _name(name), expected)
     await _serve_change(request, f"'{name}@{alias}'")
 

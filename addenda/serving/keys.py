@@ -58,6 +58,7 @@ class KeyFile:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._seen: object = None
+        self._there = False
         self._keys: dict[str, Key] = {}
         self.keys()
 
@@ -81,6 +82,12 @@ class KeyFile:
             why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error.strerror
             raise KeyFileError(f"The keys {str(self.path)!r} cannot be read: {why}.") from error
         return list(self._keys.values())
+
+    @property
+    def guards(self) -> bool:
+        """Whether the file has ever been there: then keys are asked for, even when it is gone."""
+        self._there = self._there or self.path.exists()
+        return self._there
 
     def find(self, key: str) -> Key | None:
         """The key as it is kept, if it is one."""

@@ -248,8 +248,7 @@ async function verify() {
 }
 
 async function showVerifications() {
-  const answer = await ask("/api/v1/verifications").catch(() => null);
-  const all = Array.isArray(answer) ? answer : answer?.verifications;
+  const all = await ask("/api/v1/verifications").catch(() => null);
   if (!all?.length) return;
   const rows = all.map((one) => {
     const failed = (one.tasks || []).filter((task) => !task.ok).map((task) => task.task);
