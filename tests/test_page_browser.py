@@ -234,9 +234,8 @@ def test_everything_is_done_by_keyboard(
         visit = Visit(browser, url, tmp_path)
         page = visit.page
         choosers: list[Any] = []
-        page.on(
-            "filechooser", choosers.append
-        )  # from the start: a browser is told to hand them over, and not waited for
+        # From the start: a browser is told to hand them over, and not waited for.
+        page.on("filechooser", lambda chooser: choosers.append(chooser))
         page.goto("/")
         page.keyboard.press("Tab")
         assert "To the content" in focused()
