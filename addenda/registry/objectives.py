@@ -44,4 +44,4 @@ def probabilities(logits: Float[Tensor, "*B C"], objective: str, temperature: fl
     if objective == "single-label":
         return scaled.softmax(-1)
     # torch's sigmoid has other bits at a tensor's end than elsewhere: they would depend on an image's place in a batch.
-    return torch.stack([scaled, torch.zeros_like(scaled)], -1).softmax(-1)[..., 0]
+    return torch.stack([scaled, torch.zeros_like(scaled)], -1).softmax(-1)[..., 0].contiguous()
