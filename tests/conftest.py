@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # The models are tiny: on a busy machine threads only wait for each other, scikit-learn's like torch's, and turn while
@@ -37,6 +38,8 @@ with install_import_hook(CHECKED, "beartype.beartype"):
     from tests.registries import BACKBONE, fill
 
 torch.set_num_threads(1)
+
+CHROMIUM = Path("/usr/bin/chromium")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -184,6 +187,17 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp
         return Result(int(stopped.value.code or 0), *capsys.readouterr())
 
     return command
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if not CHROMIUM.exists():
+        pytest.skip(f"there is no {CHROMIUM}")
+    with playwright.sync_playwright() as started:
+        opened = started.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+        yield opened
+        opened.close()
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,6 @@ from addenda.benchmarks.continual.summary import exactness, verdict
 from addenda.exceptions import DataError
 from addenda.terminal import console
 
-CHROMIUM = Path("/usr/bin/chromium")
 HOSTILE = "<script>document.title = 'broken'</script> | $\\frac"
 NOTES = {
     "addenda": MethodNote("addenda", "addenda", "forgets nothing when told the task", verified=True),
@@ -303,17 +301,6 @@ def test_runs_without_a_common_method_are_not_compared(results: Results, tmp_pat
     b = kept(replace(results, methods=results.methods[1:], cells=results.cells[2:]), tmp_path / "b")
     with pytest.raises(DataError, match=r"No method is in both: .*a' has addenda; .*b' has finetune, prompt"):
         compare_reports(a, b)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if not CHROMIUM.exists():
-        pytest.skip(f"there is no {CHROMIUM}")
-    with playwright.sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -26,7 +26,6 @@ from tests.conftest import random_task
 from tests.test_page import LEARNED, keep, scores
 
 pytestmark = pytest.mark.slow
-CHROMIUM = Path("/usr/bin/chromium")
 
 
 @contextmanager
@@ -46,17 +45,6 @@ def serving(backbone: FrozenBackbone, registry: Registry, keys: KeyFile | None =
     finally:
         app.state.draining = server.should_exit = True
         thread.join()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if not CHROMIUM.exists():
-        pytest.skip(f"there is no {CHROMIUM}")
-    with playwright.sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 class Visit:

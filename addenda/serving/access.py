@@ -1,4 +1,4 @@
-"""Who may do what: API keys, scopes, and browsers on other people's pages."""
+"""What every route asks first: the service, and who may do what by keys, scopes and origins."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from fastapi.security import APIKeyCookie, HTTPAuthorizationCredentials, HTTPBea
 
 from addenda.serving.keys import Key, KeyFile
 from addenda.serving.problems import ProblemError
+from addenda.serving.service import Service
 
 COOKIE = "addenda_key"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -72,6 +73,12 @@ def _place(url: str) -> SplitResult:
         return urlsplit(url)
     except ValueError:
         return urlsplit("")
+
+
+def service_of(request: Request) -> Service:
+    """The service that the application answers with."""
+    service: Service = request.app.state.service
+    return service
 
 
 def needs(scope: str) -> Any:

@@ -16,10 +16,10 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from addenda import __version__
 from addenda.combined import numerics, numerics_fingerprint, predictions
 from addenda.exceptions import DataError
-from addenda.serving.access import needs
+from addenda.serving.access import needs, service_of
 from addenda.serving.bodies import read_body, while_connected
 from addenda.serving.problems import documents
-from addenda.serving.service import Answered, Service
+from addenda.serving.service import Answered
 from addenda.serving.snapshot import Snapshot
 
 AUTO = "auto"
@@ -87,12 +87,6 @@ class Verified(BaseModel):
     tasks: list[dict[str, Any]]
 
 
-def service_of(request: Request) -> Service:
-    """The application's service."""
-    service: Service = request.app.state.service
-    return service
-
-
 @router.post(
     "/predict",
     tags=["predict"],
@@ -147,7 +141,7 @@ async def _image(request: Request, body: bytes) -> bytes:
 
     try:
         form = await MultiPartParser(request.headers, once(), max_files=1, max_fields=8, max_part_size=4096).parse()
-    except (MultiPartException, KeyError, LookupError, ValueError) as error:
+    except (MultiPartException, LookupError, ValueError) as error:
         said = getattr(error, "message", "") or "it is damaged"
         raise DataError(f"The form cannot be read: {said}.") from error
     try:
@@ -188,7 +182,7 @@ def status(request: Request) -> Status:
         backbone=service.backbone.name,
         backbone_fingerprint=service.backbone.fingerprint,
         numerics_fingerprint=numerics_fingerprint(numerics(service.backbone)),
-        tasks={name: record.ref for name, record in snapshot.records.items()},
+        tasks=snapshot.refs,
         quarantined=dict(snapshot.quarantined),
         waiting_images=service.batcher.num_waiting,
         draining=request.app.state.draining,
@@ -241,7 +235,7 @@ async def events(request: Request) -> AsyncIterator[ServerSentEvent]:
         snapshot = service.snapshot
         if snapshot is not told:
             told = snapshot
-            tasks = {name: record.ref for name, record in snapshot.records.items()}
-            data = {"generation": snapshot.generation, "tasks": tasks, "quarantined": dict(snapshot.quarantined)}
+            quarantined = dict(snapshot.quarantined)
+            data = {"generation": snapshot.generation, "tasks": snapshot.refs, "quarantined": quarantined}
             yield ServerSentEvent(event="generation", id=str(snapshot.generation), data=data)
         await asyncio.sleep(LOOK_S)

@@ -16,8 +16,7 @@ from pydantic import BaseModel
 
 from addenda.exceptions import RegistryError, UnknownTaskError
 from addenda.registry import Received, Registry, TaskFilter, TaskRecord
-from addenda.serving.access import needs
-from addenda.serving.api import service_of
+from addenda.serving.access import needs, service_of
 from addenda.serving.bodies import read_body
 from addenda.serving.problems import ProblemError, documents
 from addenda.serving.service import Service

@@ -19,7 +19,7 @@ from addenda.combined import predictions
 from addenda.exceptions import DataError
 from addenda.registry import Task
 from addenda.serving import tensors
-from addenda.serving.access import needs
+from addenda.serving.access import needs, service_of
 from addenda.serving.bodies import read_body, while_connected
 from addenda.serving.health import check_ready
 from addenda.serving.problems import ProblemError, documents
@@ -132,7 +132,7 @@ async def server() -> dict[str, Any]:
 @router.post("/repository/index", dependencies=[needs("predict")], summary="All models")
 async def index(request: Request) -> list[dict[str, str]]:
     """Every model that is served, and those that should be and cannot, each with the reason."""
-    snapshot = _service(request).snapshot
+    snapshot = service_of(request).snapshot
     served = {COMBINED: str(snapshot.generation)}
     served |= {name: str(record.version) for name, record in snapshot.records.items() if name != COMBINED}
     models = [{"name": name, "version": version, "state": "READY", "reason": ""} for name, version in served.items()]
@@ -145,27 +145,27 @@ async def index(request: Request) -> list[dict[str, str]]:
 @router.get("/models/{model}", **_ASK, summary="A model")
 async def metadata(request: Request, model: str) -> dict[str, Any]:
     """Its version, inputs and outputs."""
-    return _metadata(_service(request), model)
+    return _metadata(service_of(request), model)
 
 
 @router.get("/models/{model}/versions/{version}", **_ASK, summary="A version of a model")
 async def version_metadata(request: Request, model: str, version: str) -> dict[str, Any]:
     """Its inputs and outputs, while it is served."""
-    return _metadata(_service(request), model, version)
+    return _metadata(service_of(request), model, version)
 
 
 @router.get("/models/{model}/ready", **_ASK, summary="Whether a model answers")
 async def model_ready(request: Request, model: str) -> dict[str, Any]:
     """404 with the reason where it does not."""
     check_ready(request)
-    return {"name": model, "ready": bool(_model(_service(request).snapshot, model))}
+    return {"name": model, "ready": bool(_model(service_of(request).snapshot, model))}
 
 
 @router.get("/models/{model}/versions/{version}/ready", **_ASK, summary="Whether a version of a model answers")
 async def version_ready(request: Request, model: str, version: str) -> dict[str, Any]:
     """404 with the reason where it does not."""
     check_ready(request)
-    return {"name": model, "ready": bool(_model(_service(request).snapshot, model, version))}
+    return {"name": model, "ready": bool(_model(service_of(request).snapshot, model, version))}
 
 
 @router.post("/models/{model}/infer", **_INFER)
@@ -183,11 +183,6 @@ async def version_infer(request: Request, model: str, version: str) -> Response:
     return await _infer(request, model, version)
 
 
-def _service(request: Request) -> Service:
-    service: Service = request.app.state.service
-    return service
-
-
 def _model(snapshot: Snapshot, name: str, version: str | None = None) -> _Model:
     """The model of a name.
 
@@ -200,20 +195,12 @@ def _model(snapshot: Snapshot, name: str, version: str | None = None) -> _Model:
     elif name in tasks:
         found = _Model(name, str(tasks[name].version), [tasks[name]])
     else:
-        raise ProblemError(404, f"Model {name!r} {_absence(snapshot, name)}")
+        raise ProblemError(404, f"Model {name!r} {snapshot.absence(name, (COMBINED, *snapshot.model.tasks))}")
     if version not in (None, found.version):
         raise ProblemError(
             404, f"Version {version!r} of model {name!r} is not served now; version {found.version!r} is."
         )
     return found
-
-
-def _absence(snapshot: Snapshot, name: str) -> str:
-    """Why there is no model of a task's name."""
-    for ref, why in snapshot.quarantined.items():
-        if ref.startswith(f"{name}:"):
-            return f"is quarantined. {why}"
-    return f"is not served. Served: {', '.join(map(repr, islice((COMBINED, *snapshot.model.tasks), 10)))}."
 
 
 def _metadata(service: Service, name: str, version: str | None = None) -> dict[str, Any]:
@@ -236,7 +223,7 @@ def _metadata(service: Service, name: str, version: str | None = None) -> dict[s
 
 
 async def _infer(request: Request, name: str, version: str | None = None) -> Response:
-    service = _service(request)
+    service = service_of(request)
     body = await read_body(request, service.limits.body_bytes)
     answering = _answer(service, name, version, body, request.headers.get(tensors.HEADER_LENGTH))
     content, header_length = await while_connected(request, answering)
@@ -287,7 +274,9 @@ def _chosen(snapshot: Snapshot, model: _Model, asked: tensors.Request) -> list[_
         wanted = list(dict.fromkeys(name.strip() for name in names.split(",")))
         for name in wanted:
             if name not in snapshot.model.tasks:
-                raise ProblemError(404, f"Task {short(name)} {_absence(snapshot, name)}")
+                raise ProblemError(
+                    404, f"Task {short(name)} {snapshot.absence(name, (COMBINED, *snapshot.model.tasks))}"
+                )
         model = replace(model, tasks=[snapshot.model.tasks[name] for name in wanted])
     available = {output.name: output for output in model.outputs()}
     for name in asked.outputs:

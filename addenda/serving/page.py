@@ -18,10 +18,9 @@ from addenda.combined import numerics, numerics_fingerprint
 from addenda.exceptions import AddendaError, RegistryError, UnknownTaskError
 from addenda.registry import TaskFilter, TaskRecord, check_name, headline
 from addenda.serving import page_charts
-from addenda.serving.access import COOKIE, check_origin, key_of, needs, open_to_all
+from addenda.serving.access import COOKIE, check_origin, key_of, needs, open_to_all, service_of
 from addenda.serving.bodies import read_body
 from addenda.serving.problems import ProblemError, problem_of
-from addenda.serving.service import Service
 from addenda.terminal import SCORES, percent, size
 
 CSP = (
@@ -86,7 +85,7 @@ def tasks(request: Request) -> Response:
 @router.get("/tasks/{name}", dependencies=_PREDICT, summary="Page: a task", **_TASK_PAGE)
 def task(request: Request, name: str) -> Response:
     """The version of a task that is served, else its newest."""
-    served = _service(request).snapshot.records.get(name)
+    served = service_of(request).snapshot.records.get(name)
     return _task_page(request, name, served.version if served else None)
 
 
@@ -99,7 +98,7 @@ def task_version(request: Request, name: str, version: int) -> Response:
 @router.get("/exactness", dependencies=_PREDICT, summary="Page: whether the promise is kept", **_PAGE)
 def exactness(request: Request) -> Response:
     """The promise, its verification, and what bits depend on here."""
-    described = numerics(_service(request).backbone)
+    described = numerics(service_of(request).backbone)
     return _render(request, "exactness.html", numerics=described, fingerprint=numerics_fingerprint(described))
 
 
@@ -171,13 +170,8 @@ def static(request: Request, asset: str) -> Response:
     return Response((files(__package__) / "static" / asset).read_bytes(), media_type=ASSETS[asset])
 
 
-def _service(request: Request) -> Service:
-    service: Service = request.app.state.service
-    return service
-
-
 def _task_page(request: Request, name: str, version: int | None) -> Response:
-    service = _service(request)
+    service = service_of(request)
     registry, snapshot = service.registry, service.snapshot
     try:
         check_name(name)
@@ -210,7 +204,7 @@ def _task_page(request: Request, name: str, version: int | None) -> Response:
 
 
 def _render(request: Request, template: str, status: int = 200, **values: Any) -> HTMLResponse:
-    service = _service(request)
+    service = service_of(request)
     page = _templates.get_template(template).render(
         path=request.url.path,
         snapshot=service.snapshot,

@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-from io import BytesIO
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel
 
-from addenda.backbones import FrozenBackbone, read_image
-from addenda.combined import attention_map
-from addenda.exceptions import DeadlineError, UnknownTaskError
-from addenda.registry import Task
-from addenda.serving.access import needs
+from addenda.serving.access import needs, service_of
 from addenda.serving.bodies import read_body, while_connected
-from addenda.serving.service import FORMATS, Service
-from addenda.serving.snapshot import Snapshot
+from addenda.serving.problems import documents
 
 router = APIRouter(tags=["page"])
-
-_looking = ThreadPoolExecutor(1, thread_name_prefix="addenda-looking")
 
 
 class Attention(BaseModel):
@@ -52,17 +42,7 @@ class Attention(BaseModel):
     "/page/attention",
     dependencies=[needs("predict")],
     summary="Where a task's token looked",
-    responses={
-        code: {"description": said}
-        for code, said in {
-            400: "No readable image.",
-            404: "The task is not served.",
-            409: "The task is head-only: it has no token.",
-            413: "Too large.",
-            503: "Too many images wait.",
-            504: "The time was over.",
-        }.items()
-    },
+    responses=documents(400, 404, 409, 413, 503, 504),
     openapi_extra={
         "requestBody": {
             "required": True,
@@ -75,33 +55,18 @@ class Attention(BaseModel):
 )
 async def attention(request: Request, task: Annotated[str, Query(description="The task's name.")]) -> Attention:
     """Attention of the task's own token over an image's patches in the last layer, the mean over heads."""
-    service: Service = request.app.state.service
-    snapshot = service.snapshot
-    if task not in snapshot.model.tasks:
-        raise UnknownTaskError(f"Task {task!r} is not served.")
-    data = await read_body(request, service.limits.body_bytes)
-    return await while_connected(request, _answer(service, snapshot, snapshot.model.tasks[task], data))
-
-
-async def _answer(service: Service, snapshot: Snapshot, task: Task, data: bytes) -> Attention:
-    """Takes a place in the queue of images, so that these do not pile up beside it; one at a time is computed."""
-    loop = asyncio.get_running_loop()
-    with service.batcher.room(1):
-        try:
-            async with asyncio.timeout(service.limits.timeout_s):
-                pixels = service.limits.pixels
-                found = await loop.run_in_executor(_looking, _look, service.backbone, task, data, pixels)
-        except TimeoutError as error:
-            raise DeadlineError(f"No answer within {service.limits.timeout_s:g} s.") from error
-    return Attention(generation=snapshot.generation, task=task.name, ref=task.ref, **found)
-
-
-def _look(backbone: FrozenBackbone, task: Task, data: bytes, max_pixels: int) -> dict[str, Any]:
-    image = read_image(BytesIO(data), "The image", FORMATS, max_pixels)
-    weights = attention_map(backbone, task, backbone.transform(image).unsqueeze(0))[0]
-    rows, columns = weights.shape
-    box = seen_box(backbone.preprocessing, image.width, image.height)
-    return {"rows": rows, "columns": columns, "weights": weights.flatten().tolist(), "box": box}
+    service = service_of(request)
+    looked = await while_connected(request, service.look(await read_body(request, service.limits.body_bytes), task))
+    rows, columns = looked.weights.shape
+    return Attention(
+        generation=looked.snapshot.generation,
+        task=task,
+        ref=looked.snapshot.records[task].ref,
+        rows=rows,
+        columns=columns,
+        weights=looked.weights.flatten().tolist(),
+        box=seen_box(service.backbone.preprocessing, looked.width, looked.height),
+    )
 
 
 def seen_box(preprocessing: Mapping[str, Any], width: int, height: int) -> tuple[float, float, float, float]:

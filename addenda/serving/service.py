@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from io import BytesIO
 
@@ -14,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from addenda.backbones import FrozenBackbone, read_image
-from addenda.combined import Answers, Choice, Router, Verdict, verdicts
+from addenda.combined import Answers, Choice, Router, Verdict, attention_map, verdicts
 from addenda.exceptions import DataError, DeadlineError, RegistryError, UnknownTaskError
 from addenda.registry import Registry
 from addenda.serving.batching import Batcher, Report
@@ -60,6 +61,23 @@ class Answered:
     choices: list[Choice] | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class Looked:
+    """Where a task's token looked.
+
+    Attributes:
+        snapshot: whose task it is.
+        weights: of each patch.
+        width: of the image, in pixels.
+        height: of the image, in pixels.
+    """
+
+    snapshot: Snapshot
+    weights: Float[Tensor, "rows columns"]
+    width: int
+    height: int
+
+
 class Service:
     """Answers images with the tasks of a registry as it is at every moment. Make it on the event loop that uses it.
 
@@ -95,6 +113,7 @@ class Service:
         self.follower = Follower(backbone, registry, alias)
         self.batcher = Batcher(self.limits.waiting, report)
         self._decoders = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="addenda-decoder")
+        self._looker = ThreadPoolExecutor(1, thread_name_prefix="addenda-looker")
         self._router: tuple[Snapshot, Router] | None = None
         self._routing = asyncio.Lock()
 
@@ -108,6 +127,7 @@ class Service:
         await self.batcher.close()
         await asyncio.to_thread(self.follower.stop)
         self._decoders.shutdown()
+        self._looker.shutdown()
 
     async def answer(
         self,
@@ -149,26 +169,41 @@ class Service:
         assert logits.pooled is not None
         return Answered(snapshot, logits, await asyncio.to_thread(router.choose, logits.pooled))
 
-    def verify(self, tasks: Sequence[str] | None = None) -> tuple[Snapshot, list[Verdict]]:
-        """Recomputes golden probes on the model as it is served. It blocks its thread.
+    async def look(self, image: bytes, task: str) -> Looked:
+        """Where a task's token looks in an image, one image at a time.
 
         Raises:
             UnknownTaskError: a task that is not served.
+            RegistryError: the task is head-only.
+            DataError, TooLargeError, OverloadedError, DeadlineError: as for `answer`.
+        """
+        snapshot = self.snapshot
+        self._served(snapshot, [task])
+        async with self._place(1):
+            looking = asyncio.get_running_loop().run_in_executor(self._looker, self._look, snapshot, image, task)
+            return await looking
+
+    def _look(self, snapshot: Snapshot, image: bytes, task: str) -> Looked:
+        pixels, size = self._decode(0, image)
+        weights = attention_map(self.backbone, snapshot.model.tasks[task], pixels.unsqueeze(0))[0]
+        return Looked(snapshot, weights, *size)
+
+    def verify(self) -> tuple[Snapshot, list[Verdict]]:
+        """Recomputes golden probes on the model as it is served. It blocks its thread.
+
+        Raises:
             IntegrityError: the backbone's weights in memory have changed.
             RegistryError: the registry cannot be read.
         """
         snapshot = self.snapshot
-        served = [snapshot.model.tasks[name] for name in self._served(snapshot, tasks)]
+        served = snapshot.model.tasks.values()
         self.backbone.check_unchanged()
         return snapshot, verdicts(snapshot.model, [(task, self.registry.goldens(task.ref)) for task in served])
 
     def _served(self, snapshot: Snapshot, tasks: Sequence[str] | None) -> tuple[str, ...]:
         for name in tasks or ():
             if name not in snapshot.model.tasks:
-                why = next((why for ref, why in snapshot.quarantined.items() if ref.startswith(f"{name}:")), None)
-                known = ", ".join(repr(known) for known in list(snapshot.model.tasks)[:10]) or "none"
-                said = f"is quarantined. {why}" if why else f"is not served. Served: {known}."
-                raise UnknownTaskError(f"Task {name!r} {said}")
+                raise UnknownTaskError(f"Task {name!r} {snapshot.absence(name)}")
         return tuple(snapshot.model.tasks if tasks is None else dict.fromkeys(tasks))
 
     async def _pass(
@@ -181,29 +216,34 @@ class Service:
     ) -> Answers:
         if not 0 < len(images) <= self.limits.images:
             raise DataError(f"A request is of 1 to {self.limits.images} images, not {len(images)}.")
-        loop = asyncio.get_running_loop()
-        timeout_s = min(timeout_s or self.limits.timeout_s, self.limits.timeout_s)
-        with self.batcher.room(len(images)):
-            try:
-                async with asyncio.timeout(timeout_s):
-                    deadline = loop.time() + timeout_s
-                    pixels = images if isinstance(images, Tensor) else await self._decoded(images)
-                    self.backbone.check_images(pixels)
-                    answers = await self.batcher.answer(snapshot, pixels, names, deadline, pooled)
-            except TimeoutError as error:
-                raise DeadlineError(f"No answer within {timeout_s:g} s.") from error
+        async with self._place(len(images), timeout_s) as deadline:
+            pixels = images if isinstance(images, Tensor) else await self._decoded(images)
+            self.backbone.check_images(pixels)
+            answers = await self.batcher.answer(snapshot, pixels, names, deadline, pooled)
         if isinstance(images, Tensor) and not all(logits.isfinite().all() for logits in answers.values()):
             raise DataError("These pixel values give logits that are not finite.")
         return answers
 
+    @asynccontextmanager
+    async def _place(self, num_images: int, timeout_s: float | None = None) -> AsyncIterator[float]:
+        """A place in the queue for some images, and until when on the event loop's clock."""
+        timeout_s = min(timeout_s or self.limits.timeout_s, self.limits.timeout_s)
+        with self.batcher.room(num_images):
+            try:
+                async with asyncio.timeout(timeout_s):
+                    yield asyncio.get_running_loop().time() + timeout_s
+            except TimeoutError as error:
+                raise DeadlineError(f"No answer within {timeout_s:g} s.") from error
+
     async def _decoded(self, images: Sequence[bytes]) -> Float[Tensor, "B 3 H W"]:
         loop = asyncio.get_running_loop()
         decoding = [loop.run_in_executor(self._decoders, self._decode, i, image) for i, image in enumerate(images)]
-        return torch.stack(await asyncio.gather(*decoding))
+        return torch.stack([pixels for pixels, _ in await asyncio.gather(*decoding)])
 
-    def _decode(self, number: int, data: bytes) -> Float[Tensor, "3 H W"]:
+    def _decode(self, number: int, data: bytes) -> tuple[Float[Tensor, "3 H W"], tuple[int, int]]:
+        """An image file as the backbone takes it, and its width and height."""
         image = read_image(BytesIO(data), f"Image {number}", FORMATS, self.limits.pixels)
-        return self.backbone.transform(image)
+        return self.backbone.transform(image), image.size
 
     async def _router_of(self, snapshot: Snapshot) -> Router:
         async with self._routing:

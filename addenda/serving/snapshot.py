@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from addenda.backbones import FrozenBackbone
 from addenda.combined import CombinedModel, verdicts
@@ -28,6 +29,19 @@ class Snapshot:
     model: CombinedModel
     records: Mapping[str, TaskRecord]
     quarantined: Mapping[str, str]
+
+    @property
+    def refs(self) -> dict[str, str]:
+        """The versions that it answers, by name."""
+        return {name: record.ref for name, record in self.records.items()}
+
+    def absence(self, name: str, served: Iterable[str] | None = None) -> str:
+        """Why a name is not answered, in words to follow it; `served` are the names to offer, by default its tasks."""
+        for ref, why in self.quarantined.items():
+            if ref.startswith(f"{name}:"):
+                return f"is quarantined. {why}"
+        known = ", ".join(repr(name) for name in islice(self.model.tasks if served is None else served, 10)) or "none"
+        return f"is not served. Served: {known}."
 
 
 def first(backbone: FrozenBackbone) -> Snapshot:
