@@ -30,7 +30,13 @@ def check_ready(request: Request) -> None:
         raise ProblemError(503, "The server is stopping.", {"Retry-After": "5"})
 
 
-@router.get("/metrics", dependencies=[needs("predict")], summary="Prometheus metrics")
+@router.get(
+    "/metrics",
+    dependencies=[needs("predict")],
+    summary="Prometheus metrics",
+    response_class=Response,
+    responses={200: {"description": "In Prometheus's text format.", "content": {"text/plain": {}}}},
+)
 async def metrics(request: Request) -> Response:
     """In Prometheus's text format."""
     return Response(generate_latest(request.app.state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
