@@ -1,5 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
+# Two processes: a test computes on one thread.
+PYTEST := $(BIN)/pytest --numprocesses 2 --dist worksteal
 
 .PHONY: demo test test-slow check gpu-check clean
 
@@ -7,10 +9,10 @@ demo: .venv/core            ## five tasks, one after another, and the proof that
 	$(BIN)/addenda demo
 
 test: .venv/dev             ## the quick tests; ADDENDA_TEST_POSTGRES=URL has them use that server, else they start one
-	$(BIN)/pytest -m "not slow and not realdata and not gpu"
+	$(PYTEST) -m "not slow and not realdata and not gpu"
 
 test-slow: .venv/dev        ## the slow tests, and those on the real images where ../shared/data exists
-	$(BIN)/pytest -m "slow or realdata"
+	$(PYTEST) -m "slow or realdata"
 
 check: .venv/dev            ## style, types, architecture, and every example in the docs
 	$(BIN)/ruff format --check .

@@ -44,37 +44,40 @@ def learning(name: str, device: str, num_images: int = 1024) -> str:
     )
 
 
+def run(*command: str, limit_s: float = 60) -> tuple[int, str]:
+    """A command's exit code, 1 if it was stopped at the limit, and all that it printed."""
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=limit_s)
+    except subprocess.TimeoutExpired as stopped:
+        return 1, f"{(stopped.output or b'').decode()}\nStopped after {limit_s:g} seconds."
+    return done.returncode, done.stdout
+
+
 def main() -> int:
     """Runs everything and writes docs/results/gpu-DATE.md; returns what the tests returned."""
     if not torch.cuda.is_available():
         print("No CUDA device is at hand: nothing to check.", file=sys.stderr)
         return 2
-    bin_folder = Path(sys.executable).parent
-    driver = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
-    ).stdout.strip()
-    tests = subprocess.run(
-        [bin_folder / "pytest", "-q", "-m", "gpu", "tests/gpu"], capture_output=True, text=True, timeout=240
-    )
+    _, driver = run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    failed, tests = run(sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--durations=8", "tests/gpu", limit_s=150)
     sections = [
         f"# {torch.cuda.get_device_name()}, {datetime.now(UTC):%Y-%m-%d}",
-        f"Driver {driver}, CUDA {torch.version.cuda}, torch {torch.__version__}, timm {version('timm')}.",
-        f"Made by `make gpu-check`.\n\n## Tests\n\n```\n{tests.stdout[-3000:]}```",
+        f"Driver {driver.strip()}, CUDA {torch.version.cuda}, torch {torch.__version__}, timm {version('timm')}.",
+        f"Made by `make gpu-check`.\n\n## Tests\n\n```\n{tests[-3000:]}```",
     ]
-    for precision in ("bfloat16", "float32"):
-        with tempfile.TemporaryDirectory() as folder:
-            command = [bin_folder / "addenda", "bench", "cost", "--quick", "--backbones", NAMES, "--batch", "64"]
-            command += ["--device", "cuda", "--precision", precision, "--out", folder]
-            cost = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120)
-            table = Path(folder) / "cost.md"
-            shown = table.read_text() if table.exists() else f"```\n{cost.stderr[-3000:]}```"
-        sections.append(f"## Cost, batch 64, {precision}\n\n{shown}")
-    sections.append(f"## Learning\n\n{learning('vit_small_patch16_224', 'cuda')}")
+    with tempfile.TemporaryDirectory() as folder:
+        cost = (sys.executable, "-m", "addenda.cli", "bench", "cost", "--quick", "--backbones", NAMES)
+        _, output = run(*cost, "--batch", "64", "--device", "cuda", "--out", folder, limit_s=120)
+        table = Path(folder) / "cost.md"
+        shown = table.read_text() if table.exists() else f"```\n{output[-3000:]}```"
+    sections.append(f"## Cost, batch 64\n\n{shown}")
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"gpu-{datetime.now(UTC):%Y-%m-%d}.md"
     path.write_text("\n\n".join(sections) + "\n")
+    with path.open("a") as report:
+        report.write(f"\n## Learning\n\n{learning('vit_small_patch16_224', 'cuda')}\n")
     print(f"Written: {path}")
-    return tests.returncode
+    return failed
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def made(on: FrozenBackbone, nodes: Sequence[Node]) -> list[Task]:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@settings(deadline=None, max_examples=8)
+@settings(deadline=None, max_examples=3)
 @given(nodes=task_graphs(), count=st.integers(1, 5), data=st.data())
 def test_the_combined_pass_is_the_dense_mask(variant: str, nodes: list[Node], count: int, data: st.DataObject) -> None:
     on = backbone(variant, torch.float64)

@@ -146,6 +146,7 @@ def test_a_process_killed_at_any_statement_of_any_change_leaves_nothing_of_it(sh
         assert [record.ref for record in registry.tasks()] == ["digits:2"]
 
 
+@pytest.mark.slow
 def test_a_process_killed_at_any_statement_of_a_new_tag_leaves_none(shelf, database):
     location = database.copy(shelf["full"])
     assert killed_at_each_statement(tags, location) > 8

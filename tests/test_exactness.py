@@ -76,7 +76,7 @@ REGISTRY = {"seed": st.integers(0, 2**20), "num_images": st.integers(1, 33), "da
 
 @PRECISIONS
 @pytest.mark.parametrize("variant", ["plain", "dinov2", "average", "wide"])
-@settings(deadline=None, max_examples=5)
+@settings(deadline=None, max_examples=2)
 @given(num_tasks=st.integers(1, 24), **REGISTRY)
 def test_a_task_keeps_its_bits_in_any_registry(
     variant: str, precision: torch.dtype, num_tasks: int, seed: int, num_images: int, data: st.DataObject
