@@ -3,16 +3,19 @@ BIN := .venv/bin
 # Two processes: a test computes on one thread.
 PYTEST := $(BIN)/pytest --numprocesses 2 --dist worksteal
 
-.PHONY: demo test test-slow check gpu-check clean
+.PHONY: demo test test-slow test-ray check gpu-check clean
 
 demo: .venv/core            ## five tasks, one after another, and the proof that none moved
 	$(BIN)/addenda demo
 
 test: .venv/dev             ## the quick tests; ADDENDA_TEST_POSTGRES=URL has them use that server, else they start one
-	$(PYTEST) -m "not slow and not realdata and not gpu"
+	$(PYTEST) -m "not slow and not realdata and not gpu and not ray"
 
 test-slow: .venv/dev        ## the slow tests, and those on the real images where ../shared/data exists
-	$(PYTEST) -m "slow or realdata"
+	$(PYTEST) -m "(slow or realdata) and not ray"
+
+test-ray: .venv/dev         ## learning, predicting and serving on Ray clusters of several nodes on this machine
+	$(BIN)/pytest -m ray
 
 check: .venv/dev            ## style, types, architecture, and every example in the docs
 	$(BIN)/ruff format --check .

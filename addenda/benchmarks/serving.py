@@ -129,8 +129,8 @@ class _Bench:
                 Figure.of_rounds(group, "stock timm alone", "images/s", rates["bare"], None),
                 Figure.of_rounds(group, "the combined model alone", "images/s", rates["combined"], None),
                 Figure.of_rounds(group, f"served, {clients} clients", "images/s", rates["served"], None),
-                Figure.of_rounds(group, "served / stock timm", "x", shares, THROUGHPUT, more=True),
-                Figure.of_rounds(group, "served / the combined model", "x", of_pass, None),
+                Figure.of_rounds(group, "served / stock timm", "x", shares, None),
+                Figure.of_rounds(group, "served / the combined model", "x", of_pass, THROUGHPUT, more=True),
                 Figure(group, "failed requests, closed loop", "", failed, target=0),
             ]
             capacity = statistics.median(rates["served"])

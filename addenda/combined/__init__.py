@@ -7,6 +7,7 @@ from addenda.combined.looking import attention_map
 from addenda.combined.model import Answers, CombinedModel
 from addenda.combined.numerics import numerics, numerics_fingerprint, tensor_digest
 from addenda.combined.predictions import predictions
+from addenda.combined.recorded import recorded_backbone
 from addenda.combined.routing import Choice, Router, feature_statistics
 from addenda.combined.selftest import prove
 from addenda.combined.streams import Observer, task_features
@@ -31,6 +32,7 @@ __all__ = [
     "pass_operations",
     "predictions",
     "prove",
+    "recorded_backbone",
     "task_cost",
     "task_features",
     "tensor_digest",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from addenda.commands.loading import backbone_to_learn_on, recorded_backbone
+from addenda.commands.loading import backbone_to_learn_on
 from addenda.commands.options import (
     DEFAULT_REGISTRY,
     BackboneOption,
@@ -195,6 +195,7 @@ def evaluate(
 ) -> None:
     """Scores a task on labelled images and records the result."""
     from addenda import Learner, Registry
+    from addenda.combined import recorded_backbone
     from addenda.terminal import SCORES, console, percent, print_json, progress, table
 
     with Registry.open(registry, create=False) as opened:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from addenda.commands.loading import recorded_backbone
 from addenda.commands.options import (
     DEFAULT_REGISTRY,
     DeviceOption,
@@ -53,6 +52,7 @@ def predict(
 ) -> None:
     """Answers every registered task about some images, in one pass."""
     from addenda import Registry
+    from addenda.combined import recorded_backbone
     from addenda.terminal import console, print_json, progress, table
 
     paths, auto = _image_files(images), task == ["auto"]

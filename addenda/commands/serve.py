@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from addenda.commands.loading import recorded_backbone
 from addenda.commands.options import DEFAULT_REGISTRY, DeviceOption, JsonOption, RegistryOption, WeightsOption
 from addenda.exceptions import AddendaError, KeyFileError
 
@@ -40,6 +39,7 @@ def serve(
     except ImportError as error:
         raise AddendaError(f"Serving needs {error.name}: pip install 'addenda[serve]'.") from error
     from addenda import Registry
+    from addenda.combined import recorded_backbone
     from addenda.serving.keys import KeyFile
     from addenda.serving.service import Limits, Service
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from addenda.commands.loading import recorded_backbone
 from addenda.commands.options import DEFAULT_REGISTRY, DeviceOption, JsonOption, RegistryOption, WeightsOption
 from addenda.exceptions import IntegrityError
 
@@ -80,7 +79,7 @@ def _verdicts(
     registry: Registry, refs: Sequence[str], weights: Path | None, device: str, record: bool
 ) -> list[dict[str, Any]]:
     """Each task's verdict; one that cannot be trusted does not keep the others from being verified."""
-    from addenda.combined import golden
+    from addenda.combined import golden, recorded_backbone
     from addenda.combined import verify as verify_tasks
 
     verdicts: dict[str, dict[str, Any]] = {}

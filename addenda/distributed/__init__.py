@@ -1,0 +1,1 @@
+"""Learning, predicting and serving on a Ray cluster."""

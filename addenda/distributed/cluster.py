@@ -1,0 +1,84 @@
+"""The way to a Ray cluster, and what each of its workers opens for itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from addenda.backbones import FrozenBackbone
+from addenda.combined import recorded_backbone
+from addenda.exceptions import AddendaError, RegistryError
+from addenda.registry import Registry
+
+LOCAL = "local"
+"""The address that starts a cluster of this machine alone, which ends with the process."""
+NAMESPACE = "addenda"
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """What every worker opens for itself; nothing that is open travels.
+
+    Attributes:
+        registry: the registry's location, as `Registry.open` takes it.
+        backbone: fingerprint of the backbone, which the registry has recorded; None means its only one.
+        weights: a file of its weights, at the same path on every node; None takes what the registry recorded.
+        device: cpu, cuda, or auto.
+    """
+
+    registry: str
+    backbone: str | None = None
+    weights: str | None = None
+    device: str = "auto"
+
+    @contextmanager
+    def opened(self) -> Iterator[tuple[Registry, FrozenBackbone]]:
+        """The registry and the backbone.
+
+        Raises:
+            BackboneError, IntegrityError, RegistryError: as `recorded_backbone` and `Registry.open` raise them.
+        """
+        with Registry.open(self.registry, create=False) as registry:
+            yield registry, recorded_backbone(registry, self.weights, self.device, self.backbone)
+
+
+@contextmanager
+def connected(address: str) -> Iterator[None]:
+    """A connection to a cluster; one that this starts listens on this machine alone.
+
+    Args:
+        address: `local` to start one here, `auto` for one that runs on this machine, or HOST:PORT.
+
+    Raises:
+        AddendaError: Ray is not installed, or nothing answers there.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise AddendaError(f"Ray is needed: pip install 'addenda[ray]' ({error}).") from error
+    if address.startswith("ray://"):
+        raise AddendaError(f"{address!r} is Ray's client, which cannot do all of this: run on a node, with 'auto'.")
+    try:
+        if address == LOCAL:
+            ray.init(namespace=NAMESPACE, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
+        else:
+            ray.init(address, namespace=NAMESPACE, log_to_driver=False)
+    except ConnectionError as error:
+        raise AddendaError(f"No Ray cluster answers at {address!r}: {error}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def check_shared(registry: Registry) -> None:
+    """Raises a RegistryError where a registry in a file cannot be seen by all nodes of the cluster."""
+    import ray
+
+    hosts = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    if len(hosts) > 1 and not registry.location.startswith("postgresql"):
+        raise RegistryError(
+            f"The registry {registry.location!r} is a file, which the {len(hosts)} machines of this cluster do not "
+            "share: use PostgreSQL (addenda db restore copies it there)."
+        )
