@@ -48,6 +48,16 @@ def compare(dtype: torch.dtype) -> None:
     for count in (1, 2, 3, 4, 5, 6, 7, 8, 16, 64, 197):
         report(f"linear layer on {count} rows, not 1024", linear(rows[:count].clone()), all_rows[:count])
 
+    # Sums that cancel: all that is left of them is rounding, so another order of additions cannot be rounded away.
+    half, weights = torch.randn(2 * DIM) * 2.0 ** torch.randint(-6, 7, (2 * DIM,)), torch.randn(DIM, 2 * DIM)
+    order = torch.randperm(4 * DIM)
+    row = torch.cat([half, half])[order].to(dtype)
+    matrix = torch.cat([weights, -weights], 1)[:, order].to(dtype)
+    left = F.linear(row.expand(1024, -1).contiguous(), matrix)
+    for count in (1, 4, 17, 64, 197):
+        found = F.linear(row.expand(count, -1).contiguous(), matrix)
+        report(f"sums that cancel, from {4 * DIM} dimensions, on {count} rows, not 1024", found, left[:count])
+
     memory = torch.randn(20, 5, DIM, dtype=dtype)
     together = linear(memory.flatten(0, 1))
     report("5 memory rows of a task among those of 20 tasks, not alone", together[:5], linear(memory[0]))

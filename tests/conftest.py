@@ -12,6 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # The models are tiny: on a busy machine threads only wait for each other, scikit-learn's like torch's, and turn while
 # they wait unless told not to.
 os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+os.environ.pop("COLUMNS", None)  # a test sets its own; one of pytest-xdist's would be fixed when the console is made
 
 import pytest
 import torch

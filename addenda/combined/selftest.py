@@ -38,7 +38,9 @@ def prove(backbone: FrozenBackbone, tasks: Iterable[Task]) -> Shapes:
     """Tests whatever some tasks need that was not tested before in this process under these settings.
 
     A product's order of additions depends on shapes and settings, never on the numbers in it: so random numbers in two
-    of the blocks, of which the last is the lean one, stand for all.
+    of the blocks, of which the last is the lean one, stand for all. In float32 another order shows in nearly every
+    number; rounded to bfloat16 it shows in one of thousands, too few to trust. So there nothing but the canonical
+    shapes serves.
 
     Raises:
         ExactnessError: a task's bits depend on its slot, its neighbours or the image's place; it names the shape.
@@ -90,7 +92,9 @@ class SelfTest:
         reference, rolled = self._streams[self._micro_batch]
         if not self._same(rolled, reference):
             raise self._refusal(f"an image's frozen keys and values depend on its place in {self._micro_batch} images")
-        for size in BATCH_SIZES:
+        self._sees_orders = backbone.precision.itemsize >= torch.float32.itemsize
+        self._tile_sizes = TILE_SIZES if self._sees_orders else (TILE,)
+        for size in BATCH_SIZES if self._sees_orders else ():
             parts = [self._frozen(batch, order[:size]), self._frozen(batch, order[size : 2 * size])]
             if all(self._same(part, reference) for part in parts):
                 self._streams[size] = parts
@@ -121,7 +125,7 @@ class SelfTest:
             ExactnessError: a canonical shape gives a task other bits in another slot, place or company.
         """
         if width not in self._widths:
-            task, largest = probe_task(self._backbone, width), TILE_SIZES[-1]
+            task, largest = probe_task(self._backbone, width), self._tile_sizes[-1]
             twins = [replace(task, labels=(f"twin {i}", "other")) for i in range(largest)]
             others = [probe_task(self._backbone, width, seed) for seed in range(1, largest // 2 + 1)]
             mixed = [others[i // 2] if i % 2 else twin for i, twin in enumerate(twins)]
@@ -130,7 +134,7 @@ class SelfTest:
             # All made before any is used: the tiles of one size lend their memory to the next.
             layouts = {
                 size: (Layout(store, twins[:size], (size,)), Layout(store, mixed[:size], (size,)))
-                for size in TILE_SIZES[::-1]
+                for size in self._tile_sizes[::-1]
             }
             held = {size: self._held(*pair, twins[:size], reference) for size, pair in layouts.items()}
             if self._micro_batch not in held[TILE]:
@@ -139,7 +143,7 @@ class SelfTest:
                     f"a task's bits depend on its slot, its neighbours or the image's place: tiles of {TILE} slots by "
                     f"{self._micro_batch} images, {width.tokens} private tokens and {width.memory} memory keys{rank}"
                 )
-            slots = tuple(size for size in TILE_SIZES if held[size] >= held[TILE])
+            slots = tuple(size for size in self._tile_sizes if held[size] >= held[TILE])
             self._widths[width] = Shapes(tuple(sorted(held[TILE])), slots)
         return self._widths[width]
 
