@@ -28,24 +28,24 @@ class Job:
 
     Attributes:
         folder: where the parts go; the same on every node.
-        workplace: what the worker opens.
+        place: what the worker opens.
         manifest: the folder's.
         threads: on how many it computes.
         skip_bad: whether images that cannot be read are left out.
     """
 
     folder: Path
-    workplace: Workplace
+    place: Workplace
     manifest: Manifest
     threads: int
     skip_bad: bool
 
 
-def choose(workplace: Workplace, refs: Sequence[str], exact: bool, threads: int) -> dict[str, Any]:
+def choose(place: Workplace, refs: Sequence[str], exact: bool, threads: int) -> dict[str, Any]:
     """The tasks that are to be answered, and what their bits depend on; the self-test is run.
 
     Args:
-        workplace: what is opened.
+        place: what is opened.
         refs: of the tasks; none means all that are active.
         exact: as `CombinedModel` takes it.
         threads: on how many to compute.
@@ -57,7 +57,7 @@ def choose(workplace: Workplace, refs: Sequence[str], exact: bool, threads: int)
         AddendaError: there is no such task, or none at all; or this machine cannot answer them.
     """
     torch.set_num_threads(threads)
-    with workplace.opened() as (registry, backbone):
+    with place.opened() as (registry, backbone):
         generation, active = registry.current(backbone)
         tasks = [registry.get(ref) for ref in refs or [record.ref for record in active]]
     if not tasks:
@@ -92,7 +92,7 @@ class PartWriter:
     def __init__(self, job: Job) -> None:
         self._job, manifest = job, job.manifest
         torch.set_num_threads(job.threads)
-        with job.workplace.opened() as (registry, backbone):
+        with job.place.opened() as (registry, backbone):
             tasks = [registry.get(ref) for ref in manifest.tasks]
         for task in tasks:
             if task.sha256 != manifest.tasks[task.ref]:

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,7 +112,8 @@ class Summary:
 def predict_many(
     images: Sequence[Path],
     folder: Path,
-    workplace: Workplace,
+    registry: Registry,
+    place: Workplace,
     question: Question | None = None,
     crew: Crew | None = None,
     report: Report | None = None,
@@ -127,7 +128,8 @@ def predict_many(
     Args:
         images: files that all nodes see at the same paths.
         folder: where the parts go; so too.
-        workplace: what each worker opens.
+        registry: that of the workplace.
+        place: what each worker opens.
         question: what is asked.
         crew: who answers.
         report: told of the progress in images.
@@ -144,16 +146,17 @@ def predict_many(
     started, question, crew = time.perf_counter(), question or Question(), crew or Crew()
     folder = folder.absolute()
     paths = sorted({str(path.absolute()) for path in images})
-    with Registry.open(workplace.registry, create=False) as registry:
-        check_shared(registry)
+    check_shared(registry)
     room, before = _room(crew), read_manifest(folder)
     refs = question.refs or (() if before is None else tuple(before.tasks))
+    if refs:
+        place = replace(place, backbone=registry.record(refs[0]).backbone)
     manifest = Manifest(
         images=len(paths),
         images_sha256=paths_digest(paths),
         part_size=question.part_size,
         top=question.top,
-        **_chosen(workplace, refs, question.exact, crew),
+        **_chosen(place, refs, question.exact, crew),
     )
     if before is None:
         write_manifest(folder, manifest)
@@ -168,7 +171,8 @@ def predict_many(
     ]
     computed, nodes = 0, set()
     earlier = len(paths) - sum(len(part["images"]) for part in missing)
-    job = Job(folder, workplace, manifest, crew.cpus, question.skip_bad)
+    place = replace(place, backbone=manifest.backbone)
+    job = Job(folder, place, manifest, crew.cpus, question.skip_bad)
     for outcome in _outcomes(job, missing, crew, crew.workers or room):
         if outcome["problem"]:
             raise DataError(f"{outcome['problem']} What is done stays done: the same command goes on from it.")
@@ -205,13 +209,13 @@ def _room(crew: Crew) -> int:
     return room
 
 
-def _chosen(workplace: Workplace, refs: Sequence[str], exact: bool, crew: Crew) -> dict[str, Any]:
+def _chosen(place: Workplace, refs: Sequence[str], exact: bool, crew: Crew) -> dict[str, Any]:
     """What `choose` gives on a node where a worker has room: this one may have no GPU."""
     import ray
 
     remote = ray.remote(num_cpus=crew.cpus, num_gpus=crew.gpus)(choose)
     try:
-        chosen: dict[str, Any] = ray.get(remote.remote(workplace, refs, exact, crew.cpus))
+        chosen: dict[str, Any] = ray.get(remote.remote(place, refs, exact, crew.cpus))
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, AddendaError):
             raise error.cause from None
