@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 PART_SIZE = 1000
 """Images in a part, unless told."""
-DEATHS = 10
-"""Workers that may die of one part, or beside it, before the run ends: one that kills them all would go on for ever."""
 
 Report = Callable[[str, int, int], None]
 
@@ -240,7 +238,6 @@ def _outcomes(job: Job, parts: Sequence[Mapping[str, Any]], crew: Crew, workers:
                 compute=pool,
                 num_cpus=crew.cpus,
                 num_gpus=crew.gpus,
-                max_task_retries=DEATHS,
             )
             .iter_rows()
         )

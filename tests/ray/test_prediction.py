@@ -29,7 +29,7 @@ from tests.images import colour_folder
 from tests.models import threads
 from tests.ray.conftest import NODE
 
-pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::ResourceWarning")]
+pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.*")]
 
 PART_SIZE, NUM_PARTS = 4, 15
 TWO = Crew(workers=2)
@@ -156,9 +156,9 @@ def test_a_killed_workers_part_is_computed_again(
 
     def kill(what: str, done: int, total: int) -> None:
         if not killed:
-            for worker in (found for node in cluster[0].list_all_nodes() for found in descendants(node)):
-                worker.kill()
-                killed.append(worker.pid)
+            worker = next(found for node in cluster[0].list_all_nodes() for found in descendants(node))
+            worker.kill()
+            killed.append(worker.pid)
 
     summary = predict(images, tmp_path / "parts", report=kill)
     assert killed
