@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -116,11 +117,15 @@ def predicted(on: FrozenBackbone, registry: Registry, images: Sequence[Path], **
     ]
 
 
-def descendants(node: Any) -> list[psutil.Process]:
+def workers(node: Any) -> list[psutil.Process]:
     """The workers of a cluster's node that hold a part of a prediction."""
     (raylet,) = node.all_processes["raylet"]
     children = psutil.Process(raylet.process.pid).children(recursive=True)
-    return [child for child in children if "_Worker" in " ".join(child.cmdline())]
+    found = []
+    for child in children:
+        with suppress(psutil.NoSuchProcess):  # it may be a zombie
+            found += [child] if "_Worker" in " ".join(child.cmdline()) else []
+    return found
 
 
 def test_the_answers_are_those_of_one_machine_and_of_both_nodes(
@@ -156,7 +161,7 @@ def test_a_killed_workers_part_is_computed_again(
 
     def kill(what: str, done: int, total: int) -> None:
         if not killed:
-            worker = next(found for node in cluster[0].list_all_nodes() for found in descendants(node))
+            worker = next(found for node in cluster[0].list_all_nodes() for found in workers(node))
             worker.kill()
             killed.append(worker.pid)
 
@@ -175,7 +180,7 @@ def test_a_lost_nodes_parts_are_computed_by_others(
 
     def remove(what: str, done: int, total: int) -> None:
         if not lost:
-            lost.extend(worker.pid for worker in descendants(second))
+            lost.extend(worker.pid for worker in workers(second))
             nodes.remove_node(second, allow_graceful=False)
 
     try:
@@ -192,26 +197,15 @@ def test_a_run_cut_short_goes_on_with_what_is_missing_and_the_tasks_that_it_had(
     tasks: Registry, glyphs: FrozenBackbone,
 ) -> None:  # fmt: skip
     folder = tmp_path / "parts"
-    options = [
-        "--ray",
-        cluster[1],
-        "--out",
-        folder,
-        "--part-size",
-        PART_SIZE,
-        "--workers",
-        1,
-        "--registry",
-        tasks.location,
-    ]
-    command = [sys.executable, "-m", "addenda.cli", "predict", *images, *options, "--json"]
-    with subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as driver:
+    options = f"--ray {cluster[1]} --out {folder} --part-size {PART_SIZE} --workers 1 --registry {tasks.location}"
+    command = [sys.executable, "-m", "addenda.cli", "predict", *map(str, images), *options.split()]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as driver:
         while driver.poll() is None and not parts(folder):
             time.sleep(0.002)
         driver.send_signal(signal.SIGKILL)
         assert driver.wait() == -signal.SIGKILL, driver.communicate()[1]
     deadline = time.monotonic() + 30
-    while any(descendants(node) for node in cluster[0].list_all_nodes()):
+    while any(workers(node) for node in cluster[0].list_all_nodes()):
         assert time.monotonic() < deadline, "a worker outlives its driver"
         time.sleep(0.1)
     there = {path.name: path.stat() for path in folder.glob("part-*.parquet")}
@@ -285,7 +279,7 @@ def test_a_worker_of_other_numerics_or_content_is_refused(job: Job) -> None:
         PartWriter(dataclasses.replace(job, manifest=other))
 
 
-def test_bad_input_is_one_line(run: Run, tmp_path: Path, job: Job) -> None:
+def test_bad_input_is_one_line(run: Run) -> None:
     refused = {
         ("--ray", "auto"): "--ray takes --out FOLDER",
         ("--ray", "auto", "--out", "x", "--csv"): "--csv is not for --ray",
