@@ -136,10 +136,10 @@ def predict_many(
         What lies in the folder.
 
     Raises:
-        DataError: an image cannot be read; or the folder holds other predictions.
-        ExactnessError: the machines do not compute alike.
+        DataError: the folder holds other predictions.
         RegistryError: a task is not there, or the registry is not seen by all machines.
-        AddendaError: no node has room for a worker.
+        AddendaError: no node has room for a worker; or a part could not be computed: an image cannot be read, a node
+            computes with other numerics.
     """
     started, question, crew = time.perf_counter(), question or Question(), crew or Crew()
     folder = folder.absolute()
@@ -167,13 +167,13 @@ def predict_many(
         for part in range(manifest.num_parts)
         if PART.format(part) not in there
     ]
-    computed, nodes = 0, set()
+    computed, nodes = 0, set[str]()
     earlier = len(paths) - sum(len(part["images"]) for part in missing)
     place = replace(place, backbone=manifest.backbone)
     job = Job(folder, place, manifest, crew.cpus, question.skip_bad)
     for outcome in _outcomes(job, missing, crew, crew.workers or room):
         if outcome["problem"]:
-            raise DataError(f"{outcome['problem']} What is done stays done: the same command goes on from it.")
+            raise AddendaError(f"{outcome['problem'].rstrip('.')}. What is done stays done: the same again goes on.")
         computed += outcome["images"]
         nodes.add(outcome["node"])
         if report is not None:

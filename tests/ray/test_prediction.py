@@ -19,10 +19,10 @@ import pytest
 from addenda.backbones import FrozenBackbone
 from addenda.combined import CombinedModel, golden
 from addenda.distributed.cluster import Workplace, connected
-from addenda.distributed.manifest import Manifest, read_manifest
+from addenda.distributed.manifest import Manifest, read_manifest, replacing
 from addenda.distributed.parts import Job, PartWriter, choose
 from addenda.distributed.prediction import Crew, Question, Summary, predict_many
-from addenda.exceptions import DataError, ExactnessError, IntegrityError
+from addenda.exceptions import AddendaError, DataError, ExactnessError, IntegrityError
 from addenda.registry import Registry
 from tests.commands import Run
 from tests.conftest import random_task
@@ -75,7 +75,7 @@ def predict(cluster: tuple[Any, str], tasks: Registry) -> Iterator[Predict]:
     with connected(cluster[1]):
         from ray.data import DataContext
 
-        DataContext.get_current().wait_for_min_actors_s = 60
+        DataContext.get_current().wait_for_min_actors_s = 300
         yield run
 
 
@@ -246,7 +246,7 @@ def test_an_unreadable_image_ends_the_run_or_is_left_out(
     bad.write_bytes(images[0].read_bytes()[:100])
     try:
         asked = sorted([*images[:18], bad])
-        with pytest.raises(DataError, match=r"9-bad\.png' cannot be read") as error:
+        with pytest.raises(AddendaError, match=r"9-bad\.png' cannot be read") as error:
             predict(asked, tmp_path / "parts", Crew(workers=1))
         assert "\n" not in str(error.value)
         there = parts(tmp_path / "parts")
@@ -277,6 +277,17 @@ def test_a_worker_of_other_numerics_or_content_is_refused(job: Job) -> None:
     other = dataclasses.replace(job.manifest, tasks={**job.manifest.tasks, "shades:1": "0" * 64})
     with pytest.raises(IntegrityError, match="'shades:1' is in the registry with other content"):
         PartWriter(dataclasses.replace(job, manifest=other))
+
+
+def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "part"
+    with replacing(path) as unfinished:
+        unfinished.write_text("one")
+        assert not path.exists()
+    with suppress(KeyboardInterrupt), replacing(path) as unfinished:
+        unfinished.write_text("half of another")
+        raise KeyboardInterrupt
+    assert contents(tmp_path) == {"part": b"one"}
 
 
 def test_bad_input_is_one_line(run: Run) -> None:
