@@ -162,7 +162,7 @@ def predict_many(
         check_same(folder, before, manifest)
         manifest = before
     there = {path.name for path in folder.iterdir()}
-    missing = [
+    missing: list[dict[str, Any]] = [
         {"part": part, "images": paths[manifest.bounds(part)]}
         for part in range(manifest.num_parts)
         if PART.format(part) not in there
@@ -227,13 +227,14 @@ def _outcomes(job: Job, parts: Sequence[Mapping[str, Any]], crew: Crew, workers:
 
     if not parts:
         return
+    worker: Any = _Worker  # Ray's types know of functions only
     with _quiet():
         # One part in a block, and one block at a worker: a worker that dies has lost one part.
         pool = ray.data.ActorPoolStrategy(size=min(workers, len(parts)), max_tasks_in_flight_per_actor=1)
         yield from (
             ray.data.from_items(list(parts), override_num_blocks=len(parts))
             .map(
-                _Worker,
+                worker,
                 fn_constructor_args=(ray.put(job),),  # its text would be shown, and a registry's URL has a password
                 compute=pool,
                 num_cpus=crew.cpus,
@@ -265,7 +266,7 @@ def _quiet() -> Iterator[None]:
 class _Worker:
     """A `PartWriter` as Ray Data's actors hold it."""
 
-    def __init__(self, job: ray.ObjectRef) -> None:
+    def __init__(self, job: ray.ObjectRef[Job]) -> None:
         self._job = job
 
     @cached_property
