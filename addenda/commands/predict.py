@@ -18,11 +18,12 @@ from addenda.commands.options import (
     SkipBadOption,
     WeightsOption,
 )
-from addenda.exceptions import DataError
+from addenda.exceptions import AddendaError, DataError
 
 if TYPE_CHECKING:
     from addenda import CombinedModel, Registry
     from addenda.combined import Choice, Router
+    from addenda.distributed.prediction import Crew, Question
 
 
 def predict(
@@ -49,8 +50,41 @@ def predict(
     inexact: Annotated[
         bool, typer.Option("--inexact", help="Without the promise of equal bits: no self-test, nothing filled up.")
     ] = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(help="Predict on a Ray cluster, into --out: 'local' starts one here, 'auto' is on, or HOST:PORT."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="With --ray: folder of Parquet files, seen by all nodes. What is missing in it is computed."),
+    ] = None,
+    part_size: Annotated[int | None, typer.Option(min=1, help="With --ray: images in a file. Default: 1000.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="With --ray: workers at most. Default: as many as there is room for.")
+    ] = None,
+    cpus: Annotated[
+        int | None, typer.Option(min=1, help="With --ray: CPUs of each worker, and its threads. Default: 1.")
+    ] = None,
+    gpus: Annotated[
+        float | None, typer.Option(min=0, max=1, help="With --ray: each worker's share of a GPU. Default: 0.")
+    ] = None,
 ) -> None:
     """Answers every registered task about some images, in one pass."""
+    if ray is not None:
+        if as_csv or task == ["auto"]:
+            wrong = "--csv" if as_csv else "--task auto"
+            raise AddendaError(f"{wrong} is not for --ray, which writes each task's answers to Parquet.")
+        if out is None:
+            raise AddendaError("--ray takes --out FOLDER, where its files go.")
+        from addenda.distributed.prediction import PART_SIZE, Crew, Question
+
+        question = Question(tuple(task or ()), top, not inexact, part_size or PART_SIZE, skip_bad)
+        crew = Crew(workers, cpus or 1, gpus or 0.0)
+        _predict_on_ray(_image_files(images), ray, out, question, crew, registry, weights, device, as_json)
+        return
+    of_ray = {"--out": out, "--part-size": part_size, "--workers": workers, "--cpus": cpus, "--gpus": gpus}
+    if used := [option for option, value in of_ray.items() if value is not None]:
+        raise AddendaError(f"{', '.join(used)}: only with --ray, which says on which cluster.")
     from addenda import Registry
     from addenda.combined import recorded_backbone
     from addenda.terminal import console, print_json, progress, table
@@ -101,6 +135,50 @@ def predict(
     ]
     title = f"{len(shown)} images, {len(model.tasks)} tasks" + ("" if model.exact else ", not exact")
     console.print(table(title, ("image", *model.tasks), shown))
+
+
+def _predict_on_ray(
+    paths: Sequence[Path],
+    address: str,
+    out: Path,
+    question: Question,
+    crew: Crew,
+    registry: str,
+    weights: Path | None,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Predicts on a cluster, and prints what then lies in the folder."""
+    from addenda import Registry
+    from addenda.distributed.cluster import Workplace, connected
+    from addenda.distributed.prediction import predict_many
+    from addenda.terminal import console, print_json, progress, size
+
+    with Registry.open(registry, create=False) as opened:
+        place = Workplace(
+            registry if registry.startswith("postgresql") else opened.location,
+            weights=None if weights is None else str(weights.absolute()),
+            device="cpu" if device == "auto" and not crew.gpus else device,
+        )
+        with connected(address), progress(quiet=as_json) as report:
+            found = predict_many(paths, out, opened, place, question, crew, report)
+    if as_json:
+        print_json(vars(found) | {"images_per_second": found.images_per_second})
+        return
+    exact = "" if found.exact else ", not exact"
+    left_out = f", {found.left_out} of them left out (why stands in the column left_out)" if found.left_out else ""
+    console.print(
+        f"{found.images} images{left_out}, {found.tasks} tasks{exact}: {found.rows} rows in {found.parts} parts, "
+        f"{size(found.size_bytes)}, in {found.folder}",
+        markup=False, highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    if found.computed_parts < found.parts:
+        console.print(f"{found.parts - found.computed_parts} parts were there before.")
+    if found.computed_parts:
+        console.print(
+            f"{found.computed_images} images in {found.computed_parts} parts were computed on {found.nodes} nodes in "
+            f"{found.seconds:.1f} s, {found.images_per_second:.1f} a second."
+        )
 
 
 def _image_files(places: Sequence[Path]) -> list[Path]:
