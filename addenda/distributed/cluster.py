@@ -61,10 +61,12 @@ def connected(address: str) -> Iterator[None]:
         raise AddendaError(f"{address!r} is Ray's client, which cannot do all of this: run on a node, with 'auto'.")
     try:
         if address == LOCAL:
-            ray.init(namespace=NAMESPACE, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
+            ray.init(
+                LOCAL, namespace=NAMESPACE, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1"
+            )
         else:
             ray.init(address, namespace=NAMESPACE, log_to_driver=False)
-    except ConnectionError as error:
+    except (ConnectionError, ValueError) as error:
         raise AddendaError(f"No Ray cluster answers at {address!r}: {error}") from error
     try:
         yield

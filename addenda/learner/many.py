@@ -102,7 +102,7 @@ def read_rows(file: Path, registry: Registry) -> list[Row]:
     names = [entry.get("name") if isinstance(entry, dict) else None for entry in entries]
     rows = []
     for index, (entry, name) in enumerate(zip(entries, names, strict=True)):
-        found, row = _row(entry, shared, names[:index], file.parent, registry)
+        found, row = _row(entry, shared, names[:index], file.parent.absolute(), registry)
         called = f" ({name!r})" if isinstance(name, str) else ""
         problems += [f"task {index + 1}{called}: {problem}" for problem in found]
         rows.append(row)
