@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from addenda import LearnConfig, Registry
+from addenda import FrozenBackbone, LearnConfig, Registry
 from addenda.distributed.cluster import Workplace, connected
 from addenda.distributed.learning import Job, learn_on_cluster, predecessors
 from addenda.learner import Row
@@ -209,7 +209,9 @@ def test_the_cpus_of_a_task_are_its_threads(cluster: tuple[Any, str], tmp_path: 
         assert here.record("wide").data["run"] == alone.record("wide").data["run"], "the numerics are in it"
 
 
-def test_what_cannot_be_done_is_said(cluster: tuple[Any, str], tmp_path: Path, folder: Path, run: Run) -> None:
+def test_what_cannot_be_done_is_said(
+    cluster: tuple[Any, str], tmp_path: Path, folder: Path, run: Run, glyphs: FrozenBackbone
+) -> None:
     file = tmp_path / "tasks.yaml"
     file.write_text(f"tasks: [{{name: one, data: {folder / 'first'}}}]")
     many = ("learn-many", file, *GLYPHS)
@@ -222,6 +224,7 @@ def test_what_cannot_be_done_is_said(cluster: tuple[Any, str], tmp_path: Path, f
         assert (refused.code, said in refused.err, "Traceback" in refused.err) == (2, True, False), refused.err
     with connected(cluster[1]), Registry.open(tmp_path / "tasks.db") as registry:
         rows = [Row("unseen", tmp_path / "gone"), Row("seen", folder / "first", None, LearnConfig(epochs=1))]
+        registry.add_backbone(glyphs.record())
         job = Job(Workplace(registry.location, device="cpu"))
         unseen, seen = learn_on_cluster(job, rows, registry)
     where = f"'{tmp_path / 'gone'}'"
