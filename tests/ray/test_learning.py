@@ -29,7 +29,7 @@ from tests.kill import Commands
 pytestmark = pytest.mark.ray
 
 TASKS = """\
-config: {epochs: 12, patience: 12, batch_size: 2, optimizer: sgd, learning_rate: 0.1, fall_back: false}
+config: {epochs: 6, patience: 6, batch_size: 4, optimizer: sgd, learning_rate: 0.1, fall_back: false}
 tasks:
   - {name: zebra, data: first}
   - {name: ape, data: first}
@@ -46,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file of tasks and their images."""
     made = tmp_path_factory.mktemp("many")
     for seed, name in enumerate(("first", "second", "third")):
-        colour_folder(made / name, per_class=16, seed=seed)
+        colour_folder(made / name, per_class=10, seed=seed)
     (made / "tasks.yaml").write_text(TASKS)
     return made
 
@@ -218,7 +218,8 @@ def test_what_cannot_be_done_is_said(
     for options, said in (
         (("--cpus", 2), "Error: --cpus and --gpus are what a task takes of a cluster: say which, with --ray."),
         (("--ray", cluster[1], "--cpus", 64), "Error: A task takes 64 CPUs and 0 GPUs of one node; the nodes have 2 a"),
-        (("--ray", "somewhere"), "Error: No Ray cluster answers at 'somewhere'"),
+        (("--ray", "somewhere"), "Error: No Ray cluster answers at 'somewhere': Invalid address format"),
+        (("--ray", "127.0.0.1:9"), "Error: No Ray cluster answers at '127.0.0.1:9': [Errno 111] Connection refused."),
     ):
         refused = run(*many, *options)
         assert (refused.code, said in refused.err, "Traceback" in refused.err) == (2, True, False), refused.err
