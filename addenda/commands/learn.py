@@ -25,6 +25,7 @@ from addenda.commands.options import (
 )
 from addenda.commands.settings import learn_settings, ranks, single
 from addenda.commands.tasks import HEADLINES, headlines, show_task
+from addenda.exceptions import AddendaError
 
 if TYPE_CHECKING:
     from addenda import FrozenBackbone, LearnConfig
@@ -131,6 +132,16 @@ def learn_many(
             "them, config. Paths are relative to the file."
         ),
     ],
+    ray: Annotated[
+        str | None,
+        typer.Option(help="Learn side by side on a Ray cluster: 'local' starts one here, 'auto' is on, or HOST:PORT."),
+    ] = None,
+    cpus: Annotated[
+        int | None, typer.Option(min=1, help="With --ray: CPUs of each task, and its threads. Default: 1.")
+    ] = None,
+    gpus: Annotated[
+        float | None, typer.Option(min=0, max=1, help="With --ray: each task's share of a GPU. Default: 0.")
+    ] = None,
     new_version: NewVersionOption = False,
     skip_bad: SkipBadOption = False,
     cache_gb: CacheOption = None,
@@ -148,13 +159,27 @@ def learn_many(
     from addenda import learner as learning
     from addenda.terminal import console, print_json, progress, show_log, table
 
+    if ray is None and (cpus is not None or gpus is not None):
+        raise AddendaError("--cpus and --gpus are what a task takes of a cluster: say which, with --ray.")
     with Registry.open(registry) as opened:
         rows = learning.read_rows(file, opened)
-        loaded = backbone_to_learn_on(opened, backbone, weights, mean, std, precision, device)
+        loaded = backbone_to_learn_on(opened, backbone, weights, mean, std, precision, "cpu" if ray else device)
         _print_price(loaded, [row.config for row in rows], quiet=as_json)
-        learner = Learner(loaded, opened, learning.ActivationCache(budget_gb=cache_gb))
         with show_log(quiet=as_json), progress(quiet=as_json) as report:
-            outcomes = list(learning.learn_many(learner, rows, new_version, skip_bad, report))
+            if ray is None:
+                learner = Learner(loaded, opened, learning.ActivationCache(budget_gb=cache_gb))
+                outcomes = list(learning.learn_many(learner, rows, new_version, skip_bad, report))
+            else:
+                from addenda.distributed.cluster import Workplace, connected
+                from addenda.distributed.learning import Job, learn_on_cluster
+
+                location = registry if registry.startswith("postgresql") else opened.location
+                there = "cpu" if device == "auto" and not gpus else device
+                place = Workplace(location, loaded.fingerprint, str(weights.absolute()) if weights else None, there)
+                job = Job(place, cpus or 1, gpus or 0, new_version, skip_bad, cache_gb)
+                with connected(ray):
+                    opened.add_backbone(loaded.record())
+                    outcomes = learn_on_cluster(job, rows, opened, report)
         records = [None if outcome.ref is None else opened.record(outcome.ref) for outcome in outcomes]
     missing = [outcome for outcome in outcomes if outcome.ref is None]
     if as_json:

@@ -35,7 +35,7 @@ class Checkpoint:
         """Replaces what was saved of a phase, whole or not at all."""
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"{phase}.safetensors"
-        unfinished = path.with_suffix(".unfinished")
+        unfinished = path.with_suffix(f".{os.getpid()}.unfinished")  # of a lost node's worker that lives on, too
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished,
                   metadata={"standing": json.dumps(standing)})  # fmt: skip
         with unfinished.open("rb") as file:

@@ -28,7 +28,8 @@ def promising(
     """The tasks of a pool worth trying, the best first.
 
     A task is ranked by the validation loss of a logistic regression that reads its token's final feature beside the
-    backbone's pooled one. Those that make it no better than the pooled feature alone are left out.
+    backbone's pooled one. Those that make it no better than the pooled feature alone are left out; of equals the first
+    by name comes first, in whatever order they were registered.
 
     Args:
         activations: of the new task's images.
@@ -45,9 +46,9 @@ def promising(
 
     bar = reached(regression, pooled)
     ranked = []
-    for place, (task, feature) in enumerate(zip(pool, activations.features(pool), strict=True)):
+    for task, feature in zip(pool, activations.features(pool), strict=True):
         both = torch.cat([pooled, feature], dim=1)
         found = reached(fit_regression(both[train], targets[train], regression.strength), both)
         if found < bar:
-            ranked.append((found, place, task))
+            ranked.append((found, task.name, task))
     return [task for *_, task in sorted(ranked)[:TRIED]]

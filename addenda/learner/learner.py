@@ -137,7 +137,9 @@ class Learner:
         )
         kept = replace(images, targets=activations.targets)
         check_learnable(kept)  # those left out may have been a class's last
-        identity = canonical_json(run | {"backbone": self.backbone.fingerprint, "skipped": activations.skipped})
+        identity = canonical_json(
+            run | {"name": name, "backbone": self.backbone.fingerprint, "skipped": activations.skipped}
+        )
         checkpoint = Checkpoint(self.cache.folder / RUNS / digest(identity.encode())[:16])
         started = Run(name, images.labels, activations, config, checkpoint, on_epoch, report)
         try:

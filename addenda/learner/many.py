@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,7 +19,7 @@ from addenda.learner.data import Data, open_parts
 from addenda.learner.learner import Learner
 from addenda.learner.reading import Report
 from addenda.learner.yaml_file import read_mapping
-from addenda.registry import Registry, TaskFilter, check_name
+from addenda.registry import Registry, Task, TaskFilter, check_name
 
 State = Literal["learned", "learned before", "failed", "skipped"]
 
@@ -101,7 +102,7 @@ def read_rows(file: Path, registry: Registry) -> list[Row]:
     names = [entry.get("name") if isinstance(entry, dict) else None for entry in entries]
     rows = []
     for index, (entry, name) in enumerate(zip(entries, names, strict=True)):
-        found, row = _row(entry, shared, names[:index], file.parent, registry)
+        found, row = _row(entry, shared, names[:index], file.parent.absolute(), registry)
         called = f" ({name!r})" if isinstance(name, str) else ""
         problems += [f"task {index + 1}{called}: {problem}" for problem in found]
         rows.append(row)
@@ -128,38 +129,69 @@ def learn_many(
         skip_bad: leave out images that cannot be read.
         report: told of the progress.
     """
-    before = {record.ref for record in learner.registry.tasks(TaskFilter(retired=True))}
-    lost: dict[str, str] = {}
-    for number, row in enumerate(rows, start=1):
-        started, place = time.perf_counter(), f"{row.name}, {number} of {len(rows)}"
+    results = Results(learner.registry, rows)
+    for row in rows:
+        started, place = time.perf_counter(), results.place(row)
 
         def step(what: str, done: int, total: int, place: str = place) -> None:
             if report is not None:
                 report(f"{what}, {place}", done, total)
 
-        parent = next((ref for ref in _named(row.config) if ref in lost), None)
+        learn = partial(learner.learn, row.name, row.data, row.test, row.config, new_version, skip_bad, report=step)
+        obstacle = results.obstacle(row)
+        ref, reason = (None, obstacle) if obstacle else attempt(row.name, learn)
+        yield results.add(row, time.perf_counter() - started, ref, reason)
+
+
+class Results:
+    """What became of rows so far.
+
+    Args:
+        registry: where their tasks go; what is there already was learned before.
+        rows: all of them.
+    """
+
+    def __init__(self, registry: Registry, rows: Sequence[Row]) -> None:
+        self._before = {record.ref for record in registry.tasks(TaskFilter(retired=True))}
+        self._places = {row.name: f"{row.name}, {number} of {len(rows)}" for number, row in enumerate(rows, start=1)}
+        self._lost: dict[str, str] = {}
+
+    def place(self, row: Row) -> str:
+        """A row's name, and which one it is."""
+        return self._places[row.name]
+
+    def obstacle(self, row: Row) -> str:
+        """Why a row cannot be learned, of those that it extends by name; empty where nothing is known against it."""
+        parent = next((ref for ref in named(row.config) if ref in self._lost), None)
+        return "" if parent is None else f"it extends {parent!r}, which {self._lost[parent]}"
+
+    def add(self, row: Row, seconds: float, ref: str | None, reason: str) -> Outcome:
+        """Keeps and logs what became of a row: its registered task, or why there is none."""
         state: State
-        if parent is None:
-            ref, reason = _learn(learner, row, new_version, skip_bad, step)
-            state = "failed" if ref is None else "learned before" if ref in before else "learned"
+        if ref is not None:
+            state = "learned before" if ref in self._before else "learned"
         else:
-            ref, reason, state = None, f"it extends {parent!r}, which {lost[parent]}", "skipped"
-        if ref is None:
-            lost[row.name] = "failed" if state == "failed" else "was skipped"
-        seconds = time.perf_counter() - started
-        log.log(logging.WARNING if reason else logging.INFO, "%s: %s", place, ": ".join(filter(None, (state, reason))))
-        yield Outcome(row.name, state, seconds, ref, reason)
+            state = "skipped" if self.obstacle(row) else "failed"
+            self._lost[row.name] = "failed" if state == "failed" else "was skipped"
+        level, said = logging.WARNING if reason else logging.INFO, ": ".join(filter(None, (state, reason)))
+        log.log(level, "%s: %s", self.place(row), said)
+        return Outcome(row.name, state, seconds, ref, reason)
 
 
-def _learn(learner: Learner, row: Row, new_version: bool, skip_bad: bool, report: Report) -> tuple[str | None, str]:
-    """The registered task of a row, or why there is none."""
+def attempt(name: str, learn: Callable[[], Task]) -> tuple[str | None, str]:
+    """The reference of a registered task, or why there is none."""
     try:
-        return learner.learn(row.name, row.data, row.test, row.config, new_version, skip_bad, report=report).ref, ""
+        return learn().ref, ""
     except AddendaError as error:
         return None, str(error)
     except Exception as error:  # out of memory, a disk that went: the other tasks are still to be learned
-        log.exception("Task %r met an error that is not one of its images or settings:", row.name)
+        log.exception("Task %r met an error that is not one of its images or settings:", name)
         return None, f"{type(error).__name__}: {error}"
+
+
+def named(config: LearnConfig) -> Sequence[str]:
+    """The tasks that a row extends by name."""
+    return () if config.extends == "auto" else config.extends
 
 
 def _row(
@@ -182,7 +214,7 @@ def _row(
         config = LearnConfig.parse(settings)
     with _noting(problems):
         open_parts(data, test)
-    for ref in _named(config):
+    for ref in named(config):
         with _noting(problems, "it extends no task above it, nor one in the registry: "):
             if ref not in earlier:
                 registry.record(ref)
@@ -196,11 +228,6 @@ def _noting(problems: list[str], where: str = "") -> Iterator[None]:
         yield
     except (AddendaError, OSError) as error:
         problems.append(f"{where}{error}")
-
-
-def _named(config: LearnConfig) -> Sequence[str]:
-    """The tasks that a row extends by name."""
-    return () if config.extends == "auto" else config.extends
 
 
 def _problems(model: type[BaseModel], values: Any) -> list[str]:

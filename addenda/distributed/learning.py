@@ -1,0 +1,216 @@
+"""Learning many tasks at once: each row of a file is a task of a Ray cluster, after those that it builds on."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from graphlib import TopologicalSorter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from addenda.backbones import FrozenBackbone
+from addenda.distributed.board import REFRESH_S, Board
+from addenda.distributed.cluster import Workplace, check_shared
+from addenda.exceptions import AddendaError, DataError
+from addenda.learner import ActivationCache, Learner, Outcome, Row
+from addenda.learner.many import Results, attempt, named
+from addenda.learner.reading import Report
+from addenda.registry import Registry, Task
+
+RETRIES = 3
+"""How often a row is begun again because its worker, or the node under it, was lost."""
+SHOWN = 3
+"""Rows whose progress is shown in words."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """How rows are learned by the workers.
+
+    Attributes:
+        place: what each opens.
+        cpus: the CPUs of a row: that many threads compute it, which is part of the numerics fingerprint.
+        gpus: a row's share of a GPU, at most 1; 0 computes on CPUs.
+        new_version: whether names already taken get a further version.
+        skip_bad: leave out images that cannot be read.
+        cache_gb: the most that kept activations take on a node's disk; None as for `ActivationCache`.
+    """
+
+    place: Workplace
+    cpus: int = 1
+    gpus: float = 0
+    new_version: bool = False
+    skip_bad: bool = False
+    cache_gb: float | None = None
+
+
+def learn_on_cluster(job: Job, rows: Sequence[Row], registry: Registry, report: Report | None = None) -> list[Outcome]:
+    """Learns tasks side by side on the cluster that this process is connected to.
+
+    Their artifacts are those of `learn_many`. A row whose worker is lost is begun again elsewhere. A run that was
+    interrupted is taken up by another with the same rows.
+
+    Args:
+        job: how they are learned.
+        rows: the tasks, each after those that it extends; their paths are the same on every node.
+        registry: that of the job, which has recorded the backbone.
+        report: told of the progress: rows that are done, and what is at work.
+
+    Returns:
+        What became of each row, in their order.
+
+    Raises:
+        AddendaError: no node is large enough for a row.
+        RegistryError: the registry is a file, and the nodes are several machines.
+    """
+    import ray
+
+    check_shared(registry)
+    _check_room(job)
+    learn: Any = ray.remote(num_cpus=job.cpus, num_gpus=job.gpus, max_retries=RETRIES)(_learn)
+    board, results = Board(), Results(registry, rows)
+    outcomes: dict[int, Outcome] = {}
+    running: dict[Any, tuple[int, float]] = {}
+    order = TopologicalSorter(predecessors(rows))
+    order.prepare()
+
+    def finish(index: int, started: float, ref: str | None, reason: str) -> None:
+        outcomes[index] = results.add(rows[index], time.perf_counter() - started, ref, reason)
+        order.done(index)
+
+    while order.is_active():
+        for index in sorted(order.get_ready()):
+            now, obstacle = time.perf_counter(), results.obstacle(rows[index])
+            if obstacle:
+                finish(index, now, None, obstacle)
+            else:
+                row = rows[index]
+                running[learn.options(name=f"learn {row.name}").remote(job, row, board)] = index, now
+        for answer in ray.wait(list(running), timeout=REFRESH_S)[0] if running else ():
+            index, started = running.pop(answer)
+            finish(index, started, *_received(answer, rows[index]))
+        if report is not None:
+            names = [rows[index].name for index, _ in running.values()]
+            report(_standing(names, board.read()), len(outcomes), len(rows))
+    return [outcomes[index] for index in range(len(rows))]
+
+
+def predecessors(rows: Sequence[Row]) -> dict[int, set[int]]:
+    """The earlier rows that each waits for, by their numbers from 0, so that it sees what it would see in order.
+
+    It waits for those that it extends, and for those that extend an older task of its own name. One that extends
+    `"auto"` waits for all, and all later ones wait for it.
+    """
+    found: dict[int, set[int]] = {}
+    start = 0
+    for index, row in enumerate(rows):
+        auto = row.config.extends == "auto"
+        found[index] = {
+            earlier
+            for earlier in range(start, index)
+            if auto
+            or rows[earlier].config.extends == "auto"
+            or rows[earlier].name in named(row.config)
+            or row.name in named(rows[earlier].config)
+        }
+        if auto:
+            start = index
+    return found
+
+
+def _check_room(job: Job) -> None:
+    """Raises AddendaError where a row would wait for ever."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not any(node.get("CPU", 0) >= job.cpus and node.get("GPU", 0) >= job.gpus for node in nodes):
+        largest = ", ".join(f"{node.get('CPU', 0):g} and {node.get('GPU', 0):g}" for node in nodes)
+        raise AddendaError(
+            f"A task takes {job.cpus} CPUs and {job.gpus:g} GPUs of one node; the nodes have {largest}. Ask for less: "
+            "--cpus, --gpus."
+        )
+
+
+def _standing(names: Sequence[str], at: Mapping[str, str]) -> str:
+    """What is being done, in words."""
+    begun = [f"{name}: {at[name]}" for name in names if name in at]
+    more = len(begun) - SHOWN
+    return ", ".join(["learning tasks", *begun[:SHOWN], *([f"and {more} more"] if more > 0 else [])])
+
+
+def _received(answer: Any, row: Row) -> tuple[str | None, str]:
+    """What a worker found: the reference of a registered task, or why there is none."""
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+
+    try:
+        ref, reason, said = ray.get(answer)
+    except RayTaskError as error:  # before the row was begun: the worker lacks the package, say
+        log.debug("Task %r:", row.name, exc_info=True)
+        return None, f"its worker could not begin: {str(error.cause).strip().splitlines()[-1]}"
+    except RayError as error:
+        return None, f"{RETRIES + 1} workers were lost over it ({type(error).__name__})"
+    for level, message in said:
+        log.log(level, "%s: %s", row.name, message)
+    return ref, reason
+
+
+def _learn(job: Job, row: Row, board: Board) -> tuple[str | None, str, list[tuple[int, str]]]:
+    """Learns a row, on a worker: the reference of the registered task or why there is none, and the log's warnings."""
+    report = board.reporter(row.name)
+    report("beginning", 0, 1)
+    torch.set_num_threads(job.cpus)
+
+    def learn() -> Task:
+        _check_seen(row)
+        _, registry, backbone = _opened(job.place)
+        learner = Learner(backbone, registry, ActivationCache(budget_gb=job.cache_gb))
+        return learner.learn(row.name, row.data, row.test, row.config, job.new_version, job.skip_bad, report=report)
+
+    with _warnings() as said:
+        ref, reason = attempt(row.name, learn)
+    return ref, reason, said
+
+
+@lru_cache(maxsize=1)
+def _opened(place: Workplace) -> tuple[ExitStack, Registry, FrozenBackbone]:
+    """The registry and the backbone of a worker, kept from one row to the next for as long as the first is."""
+    stack = ExitStack()
+    return stack, *stack.enter_context(place.opened())
+
+
+def _check_seen(row: Row) -> None:
+    """Raises DataError where this node does not see a row's data."""
+    import ray
+
+    for data in (row.data, row.test):
+        if isinstance(data, str | Path) and not Path(data).exists():
+            raise DataError(
+                f"Node {ray.util.get_node_ip_address()} does not see {str(data)!r}: every node must see the data, at "
+                "the same path."
+            )
+
+
+@contextmanager
+def _warnings() -> Iterator[list[tuple[int, str]]]:
+    """What the package warns of meanwhile, with the level of each."""
+    said: list[tuple[int, str]] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append((record.levelno, self.format(record)))
+
+    keep, logger = Keep(logging.WARNING), logging.getLogger("addenda")
+    logger.addHandler(keep)
+    try:
+        yield said
+    finally:
+        logger.removeHandler(keep)
