@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from addenda.learner.reading import Report
+if TYPE_CHECKING:
+    from addenda.learner.reading import Report
 
 REFRESH_S = 1.0
 """How often a worker says how far it is, and how often that is read."""

@@ -78,27 +78,26 @@ def learn_on_cluster(job: Job, rows: Sequence[Row], registry: Registry, report: 
     learn: Any = ray.remote(num_cpus=job.cpus, num_gpus=job.gpus, max_retries=RETRIES)(_learn)
     board, results = Board(), Results(registry, rows)
     outcomes: dict[int, Outcome] = {}
-    running: dict[Any, tuple[int, float]] = {}
+    running: dict[Any, int] = {}
     order = TopologicalSorter(predecessors(rows))
     order.prepare()
 
-    def finish(index: int, started: float, ref: str | None, reason: str) -> None:
-        outcomes[index] = results.add(rows[index], time.perf_counter() - started, ref, reason)
+    def finish(index: int, seconds: float, ref: str | None, reason: str) -> None:
+        outcomes[index] = results.add(rows[index], seconds, ref, reason)
         order.done(index)
 
     while order.is_active():
         for index in sorted(order.get_ready()):
-            now, obstacle = time.perf_counter(), results.obstacle(rows[index])
+            row, obstacle = rows[index], results.obstacle(rows[index])
             if obstacle:
-                finish(index, now, None, obstacle)
+                finish(index, 0.0, None, obstacle)
             else:
-                row = rows[index]
-                running[learn.options(name=f"learn {row.name}").remote(job, row, board)] = index, now
+                running[learn.options(name=f"learn {row.name}").remote(job, row, board)] = index
         for answer in ray.wait(list(running), timeout=REFRESH_S)[0] if running else ():
-            index, started = running.pop(answer)
-            finish(index, started, *_received(answer, rows[index]))
+            index = running.pop(answer)
+            finish(index, *_received(answer, rows[index]))
         if report is not None:
-            names = [rows[index].name for index, _ in running.values()]
+            names = [rows[index].name for index in running.values()]
             report(_standing(names, board.read()), len(outcomes), len(rows))
     return [outcomes[index] for index in range(len(rows))]
 
@@ -146,25 +145,26 @@ def _standing(names: Sequence[str], at: Mapping[str, str]) -> str:
     return ", ".join(["learning tasks", *begun[:SHOWN], *([f"and {more} more"] if more > 0 else [])])
 
 
-def _received(answer: Any, row: Row) -> tuple[str | None, str]:
-    """What a worker found: the reference of a registered task, or why there is none."""
+def _received(answer: Any, row: Row) -> tuple[float, str | None, str]:
+    """How long a row took its worker, and the reference of the registered task, or why there is none."""
     import ray
     from ray.exceptions import RayError, RayTaskError
 
     try:
-        ref, reason, said = ray.get(answer)
+        seconds, ref, reason, said = ray.get(answer)
     except RayTaskError as error:  # before the row was begun: the worker lacks the package, say
         log.debug("Task %r:", row.name, exc_info=True)
-        return None, f"its worker could not begin: {str(error.cause).strip().splitlines()[-1]}"
+        return 0.0, None, f"its worker could not begin: {str(error.cause).strip().splitlines()[-1]}"
     except RayError as error:
-        return None, f"{RETRIES + 1} workers were lost over it ({type(error).__name__})"
+        return 0.0, None, f"{RETRIES + 1} workers were lost over it ({type(error).__name__})"
     for level, message in said:
         log.log(level, "%s: %s", row.name, message)
-    return ref, reason
+    return seconds, ref, reason
 
 
-def _learn(job: Job, row: Row, board: Board) -> tuple[str | None, str, list[tuple[int, str]]]:
-    """Learns a row, on a worker: the reference of the registered task or why there is none, and the log's warnings."""
+def _learn(job: Job, row: Row, board: Board) -> tuple[float, str | None, str, list[tuple[int, str]]]:
+    """Learns a row, on a worker: what `_received` gives, and what was warned of meanwhile."""
+    started = time.perf_counter()
     report = board.reporter(row.name)
     report("beginning", 0, 1)
     torch.set_num_threads(job.cpus)
@@ -177,7 +177,7 @@ def _learn(job: Job, row: Row, board: Board) -> tuple[str | None, str, list[tupl
 
     with _warnings() as said:
         ref, reason = attempt(row.name, learn)
-    return ref, reason, said
+    return time.perf_counter() - started, ref, reason, said
 
 
 @lru_cache(maxsize=1)

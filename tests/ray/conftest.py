@@ -23,6 +23,7 @@ def cluster() -> Iterator[tuple[Any, str]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))  # the workers are to import what is tested
         patch.setenv("RAY_DISABLE_MEMORY_MONITOR", "1")
+        patch.setenv("RAY_worker_niceness", "0")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         made = utils.Cluster()
         try:

@@ -30,14 +30,14 @@ from tests.ray.conftest import NODE
 pytestmark = pytest.mark.ray
 
 NAMED = """\
-config: {epochs: 15, patience: 15, batch_size: 4, optimizer: sgd, learning_rate: 0.1, fall_back: false}
+config: {epochs: 10, patience: 10, batch_size: 4, optimizer: sgd, learning_rate: 0.1, fall_back: false}
 tasks:
   - {name: zebra, data: first}
   - {name: bear, data: second}
   - {name: ape, data: first}
   - {name: child, data: second, extends: [bear, zebra]}
 """
-AUTO = "  - {name: chooser, data: second, extends: auto, config: {epochs: 2}}\n"
+AUTO = "  - {name: chooser, data: first, extends: auto, config: {epochs: 2}}\n"
 GLYPHS = ("--backbone", "glyphs", "--device", "cpu")
 
 
@@ -103,7 +103,7 @@ def at_work(node: Any) -> dict[str, int]:
 
 def meanwhile(moment: Callable[[], bool], do: Callable[[], None]) -> threading.Thread:
     """Does something on another thread as soon as something is so."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
 
     def wait() -> None:
         while time.monotonic() < deadline:
