@@ -35,6 +35,23 @@ pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::DeprecationWa
 PART_SIZE, NUM_PARTS = 4, 15
 TWO = Crew(workers=2)
 
+CUT_SHORT = """
+import os, signal, sys
+from pathlib import Path
+from addenda import Registry
+from addenda.distributed.cluster import Workplace, connected
+from addenda.distributed.prediction import Crew, Question, predict_many
+
+def die(*progress):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+address, folder, location, *images = sys.argv[1:]
+with Registry.open(location) as registry, connected(address):
+    place, question = Workplace(location, device="cpu"), Question(part_size=4)
+    predict_many([*map(Path, images)], Path(folder), registry, place, question, Crew(workers=1), die)
+"""
+"""A driver that is killed when it hears of its first part."""
+
 Rows = list[tuple[str, str, str, str, float]]
 Predict = Callable[..., Summary]
 
@@ -197,14 +214,10 @@ def test_a_run_cut_short_goes_on_with_what_is_missing_and_the_tasks_that_it_had(
     tasks: Registry, glyphs: FrozenBackbone,
 ) -> None:  # fmt: skip
     folder = tmp_path / "parts"
-    options = f"--ray {cluster[1]} --out {folder} --part-size {PART_SIZE} --workers 1 --registry {tasks.location}"
-    command = [sys.executable, "-m", "addenda.cli", "predict", *map(str, images), *options.split()]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as driver:
-        while driver.poll() is None and not parts(folder):
-            time.sleep(0.002)
-        driver.send_signal(signal.SIGKILL)
-        assert driver.wait() == -signal.SIGKILL, driver.communicate()[1]
-    deadline = time.monotonic() + 30
+    command = [sys.executable, "-c", CUT_SHORT, cluster[1], str(folder), tasks.location, *map(str, images)]
+    driver = subprocess.run(command, capture_output=True, text=True)
+    assert driver.returncode == -signal.SIGKILL, driver.stderr
+    deadline = time.monotonic() + 120
     while any(workers(node) for node in cluster[0].list_all_nodes()):
         assert time.monotonic() < deadline, "a worker outlives its driver"
         time.sleep(0.1)
@@ -212,10 +225,13 @@ def test_a_run_cut_short_goes_on_with_what_is_missing_and_the_tasks_that_it_had(
     assert 0 < len(there) < NUM_PARTS
     register(tasks, glyphs, "newcomer", seed=3)
     try:
-        summary = predict(images, folder)
+        options = f"--ray {cluster[1]} --out {folder} --part-size {PART_SIZE} --workers 2 --registry {tasks.location}"
+        command = [sys.executable, "-m", "addenda.cli", "predict", *map(str, images), *options.split(), "--json"]
+        done = subprocess.run(command, capture_output=True, text=True)
     finally:
         tasks.retire("newcomer")
-    assert summary.computed_parts == NUM_PARTS - len(there)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["computed_parts"] == NUM_PARTS - len(there)
     assert contents(folder) == contents(whole[0])
     for name, stat in there.items():
         assert (folder / name).stat().st_ino == stat.st_ino
