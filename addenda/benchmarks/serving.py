@@ -76,7 +76,7 @@ def run_serving(
     with tempfile.TemporaryDirectory() as folder, _generator() as load, progress() as report:
         bench = _Bench(backbone, weights, Path(folder), load, seconds, rounds)
         if ray is not None:
-            figures += bench.replicas(ray, replicas)
+            figures += bench.replicas(ray, replicas, report)
         else:
             for number, count in enumerate(counts):
                 report("Serving tasks", number, len(counts) + 1)
@@ -185,11 +185,13 @@ class _Bench:
             Figure(group, f"that / memory after {cycles // 2:,}", "x", growth, target=GROWTH),
         ]
 
-    def replicas(self, ray: str, counts: Sequence[int]) -> list[Figure]:
+    def replicas(self, ray: str, counts: Sequence[int], report: Callable[[str, int, int], None]) -> list[Figure]:
         """Replicas on a Ray cluster, each on its share of this machine's cores: a closed loop on so many."""
-        cpus, figures = max(1, (os.cpu_count() or 1) // max(counts)), []
-        group, fewest = f"{CHANGED} tasks on Ray Serve, {cpus} CPUs a replica", []
-        for count in counts:
+        cpus = max(1, (os.cpu_count() or 1) // max(counts))
+        group, figures = f"{CHANGED} tasks on Ray Serve, {cpus} CPUs a replica", []
+        fewest: list[float] = []
+        for number, count in enumerate(counts):
+            report("Serving on replicas", number, len(counts))
             clients, rates, failed = 3 * micro_batch(self.backbone.device) * count, [], 0
             options = ("--ray", ray, "--replicas", str(count), "--cpus", str(cpus), "--drain", "0")
             tasks = [random_task(self.backbone, number) for number in range(CHANGED)]
@@ -206,6 +208,7 @@ class _Bench:
                 Figure.of_rounds(group, f"replicas: {count} / {counts[0]}", "x", shares, None),
                 Figure(group, f"replicas: {count}, failed requests", "", failed, target=0),
             ]
+        report("Serving on replicas", len(counts), len(counts))
         return figures
 
     def _open(self, server: _Server, rate: float, seed: int) -> Measured:

@@ -154,9 +154,7 @@ def bench_serving(
         raise AddendaError(f"--replicas {replicas!r} is no list of numbers with commas, such as 1,2.")
     counts = [int(count) for count in replicas.split(",")]
     loaded = load_backbone(backbone or DEFAULT_BACKBONE, weights, device=device)
-    run_serving(
-        loaded, weights, out, quick, seconds=seconds, rounds=rounds, cycles=cycles, ray=ray, replicas=counts
-    )
+    run_serving(loaded, weights, out, quick, seconds=seconds, rounds=rounds, cycles=cycles, ray=ray, replicas=counts)
 
 
 @app.command("training")

@@ -52,7 +52,9 @@ def serve(
     of_ray = {"--replicas": replicas, "--min-replicas": min_replicas, "--max-replicas": max_replicas, "--cpus": cpus}
     given = [option for option, value in (of_ray | {"--gpus": gpus}).items() if value is not None]
     if given and ray is None:
-        raise AddendaError(f"{given[0]} is for replicas on a Ray cluster: say where with --ray local, auto or HOST:PORT.")
+        raise AddendaError(
+            f"{given[0]} is for replicas on a Ray cluster: say where with --ray local, auto or HOST:PORT."
+        )
     if log_level not in ("debug", "info", "warning", "error"):
         raise AddendaError(f"There is no log level {log_level!r}: debug, info, warning or error.")
     known = KeyFile(keys)
@@ -64,7 +66,9 @@ def serve(
     limits = Limits(waiting=max_waiting, timeout_s=timeout)
     if ray is not None:
         if metrics_port is not None:
-            raise AddendaError("--metrics-port is one process's: leave it out with --ray (docs/scale.md says what there is).")
+            raise AddendaError(
+                "--metrics-port is one process's: leave it out with --ray (docs/scale.md says what there is)."
+            )
         from addenda.distributed.cluster import Workplace, connected
         from addenda.distributed.replicas import Serving, serve_replicas
 

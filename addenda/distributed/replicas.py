@@ -95,14 +95,16 @@ class Replica:
         check_numerics(found, expected)
         keys = KeyFile(serving.keys)
         if serving.guarded and not keys.guards:
-            raise KeyFileError(f"The file of keys {str(serving.keys)!r} is not on this node: it must be on all of them.")
+            raise KeyFileError(
+                f"The file of keys {str(serving.keys)!r} is not on this node: it must be on all of them."
+            )
         self._made = make_app(
             lambda metrics: Service(backbone, registry, serving.alias, serving.limits, metrics.report),
             keys,
             serving.loopback,
         )
 
-    def __serve_build_asgi_app__(self) -> object:  # noqa: N807 - Ray Serve's name for it
+    def __serve_build_asgi_app__(self) -> object:
         return self._made
 
     def drain(self) -> None:
@@ -119,8 +121,8 @@ def check_numerics(found: Mapping[str, Any], expected: Mapping[str, Any]) -> Non
     if one != other:
         differing = [key for key in expected if found.get(key) != expected[key]]
         raise ExactnessError(
-            f"A replica is refused: its numerics are {one[:12]}…, those of the first one {other[:12]}…, so that answers "
-            f"would depend on who gives them. They differ in {', '.join(differing)}. Serve on nodes that are alike."
+            f"A replica is refused: its numerics are {one[:12]}…, those of the first one {other[:12]}…, so its answers "
+            f"would be other bytes. They differ in {', '.join(differing)}. Serve on nodes that are alike."
         )
 
 
