@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,6 +54,8 @@ def connected(address: str) -> Iterator[None]:
     Raises:
         AddendaError: Ray is not installed, or nothing answers there.
     """
+    if address == LOCAL:  # read when Ray is imported: without it Ray listens on all of this machine's addresses
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     try:
         import ray
     except ImportError as error:
@@ -61,10 +64,12 @@ def connected(address: str) -> Iterator[None]:
         raise AddendaError(f"{address!r} is Ray's client, which cannot do all of this: run on a node, with 'auto'.")
     try:
         if address == LOCAL:
-            ray.init(namespace=NAMESPACE, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
+            ray.init(
+                LOCAL, namespace=NAMESPACE, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1"
+            )
         else:
             ray.init(address, namespace=NAMESPACE, log_to_driver=False)
-    except ConnectionError as error:
+    except (ConnectionError, ValueError) as error:
         raise AddendaError(f"No Ray cluster answers at {address!r}: {error}") from error
     try:
         yield

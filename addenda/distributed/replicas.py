@@ -206,7 +206,7 @@ def _serve_until_stopped(
     target = _target(serving, expected, *replicas)
     signals: SimpleQueue[int] = SimpleQueue()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda number, frame: signals.put(number))
+        signal.signal(number, lambda received, frame: signals.put(received))
     deploy()
     told: tuple[int, str] = (0, "")
     while True:
@@ -219,10 +219,10 @@ def _serve_until_stopped(
             say(f"{what} with {running} replica{'s' * (running != 1)}")
         told = running, why
         try:
-            number = signals.get(timeout=1)
+            received = signals.get(timeout=1)
         except Empty:
             continue
-        if number != signal.SIGHUP:
+        if received != signal.SIGHUP:
             break
         say("Restarting the replicas, one after another")
         deploy()
@@ -249,8 +249,7 @@ def _target(serving: Serving, expected: Mapping[str, Any], least: int, most: int
                 "upscale_delay_s": UPSCALE_S,
             }
         }
-    return serve.deployment(
-        serve.ingress()(Replica),
+    deployment: Any = serve.deployment(
         name=Replica.__name__,
         ray_actor_options={"num_cpus": serving.cpus, "num_gpus": serving.gpus},
         max_ongoing_requests=CONNECTIONS,
@@ -260,7 +259,8 @@ def _target(serving: Serving, expected: Mapping[str, Any], least: int, most: int
         health_check_period_s=HEALTH_S,
         request_router_config={"request_router_class": ROUTER},
         **scale,
-    ).bind(serving, expected)
+    )
+    return deployment(serve.ingress()(Replica)).bind(serving, expected)
 
 
 def _state() -> tuple[int, str, bool]:
@@ -273,4 +273,5 @@ def _state() -> tuple[int, str, bool]:
         return 0, "", False
     lines = [line.strip() for line in found.message.splitlines() if line.strip()]
     why = lines[-1].partition("Error: ")[2] or lines[-1] if lines else ""
-    return found.replica_states.get("RUNNING", 0), why, application.status == "DEPLOY_FAILED"
+    states: dict[Any, int] = found.replica_states  # whose keys are texts too
+    return states.get("RUNNING", 0), why, application.status == "DEPLOY_FAILED"
