@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from addenda.registry import Registry
 LOCAL = "local"
 """The address that starts a cluster of this machine alone, which ends with the process."""
 NAMESPACE = "addenda"
+TIMEOUT_S = 5
+LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""With 0 in this variable Ray takes 127.0.0.1 as it is on every system; else it takes a public address for it."""
 
 
 @dataclass(frozen=True)
@@ -54,27 +58,38 @@ def connected(address: str) -> Iterator[None]:
     Raises:
         AddendaError: Ray is not installed, or nothing answers there.
     """
-    if address == LOCAL:  # read when Ray is imported: without it Ray listens on all of this machine's addresses
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    if address.startswith("ray://"):
+        raise AddendaError(f"{address!r} is Ray's client, which cannot do all of this: run on a node, with 'auto'.")
+    if address == LOCAL:
+        os.environ[LOOPBACK_ONLY] = "0"
     try:
         import ray
     except ImportError as error:
         raise AddendaError(f"Ray is needed: pip install 'addenda[ray]' ({error}).") from error
-    if address.startswith("ray://"):
-        raise AddendaError(f"{address!r} is Ray's client, which cannot do all of this: run on a node, with 'auto'.")
-    try:
-        if address == LOCAL:
-            ray.init(
-                LOCAL, namespace=NAMESPACE, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1"
-            )
-        else:
-            ray.init(address, namespace=NAMESPACE, log_to_driver=False)
-    except (ConnectionError, ValueError) as error:
-        raise AddendaError(f"No Ray cluster answers at {address!r}: {error}") from error
+    if address == LOCAL:
+        started = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+    else:
+        _check_answers(address)
+        started = {}
+    ray.init(address, namespace=NAMESPACE, log_to_driver=False, **started)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Raises AddendaError where nothing listens at an address: Ray itself would try for minutes."""
+    from ray._private.services import canonicalize_bootstrap_address
+
+    try:
+        found = canonicalize_bootstrap_address(address)
+        if found is None:
+            raise ConnectionError("none runs on this machine")
+        host, _, port = found.rpartition(":")
+        socket.create_connection((host.strip("[]"), int(port)), TIMEOUT_S).close()
+    except (OSError, ValueError) as error:
+        raise AddendaError(f"No Ray cluster answers at {address!r}: {error}.") from error
 
 
 def check_shared(registry: Registry) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = (
+    "0"  # before Ray is imported: else it makes 127.0.0.1 a public address
+)
 ROOT = Path(__file__).resolve().parents[2]
 NODE = {"num_cpus": 2, "node_ip_address": "127.0.0.1", "include_dashboard": False}
 

@@ -31,7 +31,11 @@ CPUS = 2
 INFER = "/v2/models/combined/infer"
 
 
-class Replicas(ServedProcess):
+class OnRay(ServedProcess):
+    start_s = 180
+
+
+class Replicas(OnRay):
     """`addenda serve --ray` on a cluster of this process.
 
     Attributes:
@@ -224,7 +228,7 @@ def test_one_replica_on_this_machine_alone_answers_and_stops(
 ) -> None:
     place = str(tmp_path / "tasks.db")
     fill(place, glyphs)
-    with ServedProcess(place, tmp_path, "--ray", "local", "--replicas", 1, "--drain", 1) as server:
+    with OnRay(place, tmp_path, "--ray", "local", "--replicas", 1, "--drain", 1) as server:
         processes = [psutil.Process(server.process.pid), *psutil.Process(server.process.pid).children(recursive=True)]
         elsewhere = [(name, ip) for name, ip in listening(processes) if ip.removeprefix("::ffff:") != "127.0.0.1"]
         assert [name.partition(":addenda:")[0] for name, _ in elsewhere] == ["ray::ServeReplica"], elsewhere
