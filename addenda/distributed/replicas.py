@@ -92,7 +92,7 @@ class Replica:
         log_as_json(serving.log_level)
         self._open = ExitStack()
         registry, backbone, found = self._open.enter_context(serving.opened())
-        check_numerics(found, expected)
+        _check_numerics(found, expected)
         keys = KeyFile(serving.keys)
         if serving.guarded and not keys.guards:
             raise KeyFileError(
@@ -115,7 +115,7 @@ class Replica:
         self._open.close()
 
 
-def check_numerics(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+def _check_numerics(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     """Raises an ExactnessError where a replica would give other bits than the first one."""
     one, other = numerics_fingerprint(found), numerics_fingerprint(expected)
     if one != other:
@@ -163,7 +163,8 @@ def serve_replicas(
         proxy_location="EveryNode" if host in EVERYWHERE else "HeadOnly", http_options={"host": host, "port": port}
     )
     try:
-        _serve_until_stopped(serving, expected, replicas, drain_s, say, f"Serving {location} on http://{host}:{port}")
+        target, what = _target(serving, expected, *replicas), f"Serving {location} on http://{host}:{port}"
+        _serve_until_stopped(target, drain_s, say, what)
     finally:
         serve.delete(NAME)
         serve.shutdown()
@@ -189,21 +190,14 @@ def _numerics_of_a_worker(serving: Serving, say: Callable[[str], None]) -> dict[
     return found
 
 
-def _serve_until_stopped(
-    serving: Serving,
-    expected: Mapping[str, Any],
-    replicas: tuple[int, int],
-    drain_s: float,
-    say: Callable[[str], None],
-    what: str,
-) -> None:
+def _serve_until_stopped(target: Any, drain_s: float, say: Callable[[str], None], what: str) -> None:
+    """Deploys the application, again on SIGHUP, and says how it goes, until it is told to stop and has drained."""
     from ray import serve
     from ray.serve.exceptions import RayServeException
 
     def deploy() -> None:
         serve.run_many([serve.RunTarget(target, NAME)], wait_for_applications_running=False)
 
-    target = _target(serving, expected, *replicas)
     signals: SimpleQueue[int] = SimpleQueue()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda received, frame: signals.put(received))
