@@ -70,9 +70,14 @@ class Replicas(OnRay):
                 timeout=60,
                 **request,
             )
-            (log,) = (log for log in self.logs.glob("worker-*.err") if f'"{request_id}"' in log.read_text())
-            answers[int(log.stem.rsplit("-", 1)[1])] = response
+            until(lambda: self._answered(request_id), f"{request_id} is logged")  # noqa: B023 - at once
+            answers[self._answered(request_id)[0]] = response
         return answers
+
+    def _answered(self, request_id: str) -> list[int]:
+        """The process that logged a request."""
+        logs = (log for log in self.logs.glob("worker-*.err") if f'"{request_id}"' in log.read_text())
+        return [int(log.stem.rsplit("-", 1)[1]) for log in logs]
 
     def said(self, what: str) -> bool:
         return what in self.log.read_text()
@@ -110,6 +115,15 @@ def right(server: Replicas, images: list[bytes]) -> list[dict[str, Any]]:
     return [httpx2.post(server.url + PREDICT, content=image, timeout=60).json() for image in images]
 
 
+def check_told(load: Load, answers: list[dict[str, Any]], gone: float, missed: float) -> None:
+    """All is answered rightly, or was sent to a replica that had gone and was not yet missed, and failed with 500."""
+    failed = [told for told in load.told if told.status != 200]
+    assert {told.status for told in failed} <= {500}
+    assert all(told.told > gone and told.asked < missed for told in failed), [told.asked - gone for told in failed]
+    assert all(told.document == answers[told.image] for told in load.told if told.status == 200)
+    assert sum(told.asked > missed for told in load.told) > 20
+
+
 def test_all_replicas_give_the_bytes_that_the_model_alone_gives(served: Replicas, glyphs: FrozenBackbone) -> None:
     pixels = torch.randn(3, *glyphs.preprocessing["input_size"], generator=torch.Generator().manual_seed(0))
     sent = {"name": "pixel_values", "shape": list(pixels.shape), "datatype": "FP32", "data": pixels.flatten().tolist()}
@@ -145,16 +159,13 @@ def test_what_a_killed_replica_was_answering_fails_and_nothing_else(served: Repl
         load.wait(50)
         killed = time.monotonic()
         os.kill(min(before), signal.SIGKILL)
+        until(lambda: served.log.read_text().rstrip().endswith("with 1 replica"), "it is missed", 60)
+        missed = time.monotonic()
         until(lambda: len(served.pids() - before) == 1, "another is started", 60)
-        until(lambda: len(served.pids()) == 2 and served.said("with 1 replica\n"), "it is missed", 60)
         until(lambda: served.log.read_text().rstrip().endswith("with 2 replicas"), "it serves", 60)
         load.wait(50)
     assert not load.failed
-    failed = [told for told in load.told if told.status != 200]
-    assert {told.status for told in failed} <= {500}
-    assert len(failed) <= load.clients, "no more than those that it was answering"
-    assert all(told.asked <= killed + 0.5 for told in failed), "what is asked afterwards goes to the other one"
-    assert all(told.document == answers[told.image] for told in load.told if told.status == 200)
+    check_told(load, answers, killed, missed)
     assert len(served.each("/api/v1/status")) == 2
 
 
@@ -182,6 +193,7 @@ def test_a_node_that_goes_is_done_without_and_one_of_other_numerics_is_refused(
         (node,) = nodes.worker_nodes
         nodes.remove_node(node, allow_graceful=False)
         until(lambda: served.log.read_text().rstrip().endswith("with 1 replica"), "its replica is missed", 60)
+        missed = time.monotonic()
         other = nodes.add_node(
             num_cpus=CPUS, node_ip_address="127.0.0.1", include_dashboard=False,
             env_vars={"ATEN_CPU_CAPABILITY": "default"},
@@ -194,11 +206,7 @@ def test_a_node_that_goes_is_done_without_and_one_of_other_numerics_is_refused(
         until(lambda: served.log.read_text().rstrip().endswith("with 2 replicas"), "one that is alike is taken", 90)
         load.wait(20)
     assert not load.failed
-    failed = [told for told in load.told if told.status != 200]
-    assert {told.status for told in failed} <= {500}
-    assert len(failed) <= load.clients
-    assert all(told.asked <= gone + 10 for told in failed)
-    assert all(told.document == answers[told.image] for told in load.told if told.status == 200)
+    check_told(load, answers, gone, missed)
     assert len(served.each("/api/v1/status")) == 2
     refusal = re.search(r"its numerics are (\w+)…, those of the first one (\w+)…", served.log.read_text())
     assert refusal is not None
