@@ -12,7 +12,7 @@ import httpx2
 
 @dataclass(frozen=True)
 class Told:
-    """An answer: about which image, when asked and told, and what."""
+    """An answer: about which image, when asked and told, and what; a proxy's own is no document."""
 
     image: int
     asked: float
@@ -66,5 +66,6 @@ class Load:
                     self.failed.append((asked, error))
                     return
                 at = time.monotonic()
-                self.told.append(Told(image, asked, at, response.status_code, response.headers, response.json()))
+                document = response.json() if "json" in response.headers.get("content-type", "") else {}
+                self.told.append(Told(image, asked, at, response.status_code, response.headers, document))
                 number += 1

@@ -41,11 +41,13 @@ class ServedProcess:
 
     Attributes:
         module: what is run.
+        start_s: seconds that it may take until it answers.
         url: where it answers.
         process: the process.
     """
 
     module = "addenda.cli"
+    start_s = 60
 
     def __init__(self, registry: str | Path, folder: Path, *options: object, **environment: str) -> None:
         self.log = folder / "serve.log"
@@ -54,10 +56,11 @@ class ServedProcess:
         with self.log.open("w") as log:
             self.process = subprocess.Popen([str(part) for part in command], stderr=log, env=environment, cwd=folder)
         self.url = ""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + self.start_s
         while not self._answers():
             if self.process.poll() is not None or time.monotonic() > deadline:
                 self.process.kill()
+                self.process.wait()
                 raise AssertionError(f"The server did not start:\n{self.log.read_text()}")
             time.sleep(0.05)
 

@@ -50,6 +50,8 @@ def run_serving(
     seconds: float = 20,
     rounds: int = 5,
     cycles: int = 1000,
+    ray: str | None = None,
+    replicas: Sequence[int] = (1, 2),
 ) -> list[Figure]:
     """Serves random tasks of a backbone in a process, loads it from another, and prints a table.
 
@@ -62,6 +64,8 @@ def run_serving(
         seconds: of each load; a round has one of each kind.
         rounds: of which medians are given.
         cycles: of registering and retiring a task.
+        ray: the address of a Ray cluster; then replicas there are measured instead, and nothing else.
+        replicas: how many, one measurement each.
 
     Raises:
         AddendaError: a server does not start.
@@ -71,16 +75,19 @@ def run_serving(
     figures: list[Figure] = []
     with tempfile.TemporaryDirectory() as folder, _generator() as load, progress() as report:
         bench = _Bench(backbone, weights, Path(folder), load, seconds, rounds)
-        for number, count in enumerate(counts):
-            report("Serving tasks", number, len(counts) + 1)
-            figures += bench.throughput(count)
-        report("Changes of the registry", len(counts), len(counts) + 1)
-        figures += bench.changes(cycles)
-        report("Changes of the registry", len(counts) + 1, len(counts) + 1)
+        if ray is not None:
+            figures += bench.replicas(ray, replicas, report)
+        else:
+            for number, count in enumerate(counts):
+                report("Serving tasks", number, len(counts) + 1)
+                figures += bench.throughput(count)
+            report("Changes of the registry", len(counts), len(counts) + 1)
+            figures += bench.changes(cycles)
+            report("Changes of the registry", len(counts) + 1, len(counts) + 1)
     device = numerics(backbone)["device"]
     details = {
         "command": f"addenda bench serving --backbone {backbone.name} --seconds {seconds:g} --rounds {rounds} "
-        f"--cycles {cycles}",
+        + (f"--cycles {cycles}" if ray is None else f"--ray {ray} --replicas {','.join(map(str, replicas))}"),
         "backbone": backbone.name,
         "device": device,
         "threads": torch.get_num_threads(),
@@ -178,6 +185,32 @@ class _Bench:
             Figure(group, f"that / memory after {cycles // 2:,}", "x", growth, target=GROWTH),
         ]
 
+    def replicas(self, ray: str, counts: Sequence[int], report: Callable[[str, int, int], None]) -> list[Figure]:
+        """Replicas on a Ray cluster, each on its share of this machine's cores: a closed loop on so many."""
+        cpus = max(1, (os.cpu_count() or 1) // max(counts))
+        group, figures = f"{CHANGED} tasks on Ray Serve, {cpus} CPUs a replica", []
+        fewest: list[float] = []
+        for number, count in enumerate(counts):
+            report("Serving on replicas", number, len(counts))
+            clients, rates, failed = 3 * micro_batch(self.backbone.device) * count, [], 0
+            options = ("--ray", ray, "--replicas", str(count), "--cpus", str(cpus), "--drain", "0")
+            tasks = [random_task(self.backbone, number) for number in range(CHANGED)]
+            with self._served(tasks, *options, ready=f" with {count} replica") as server:
+                self._load(server, self.images, seconds=min(2, self.seconds), clients=clients)
+                for _ in range(self.rounds):
+                    closed = self._load(server, self.images, seconds=self.seconds, clients=clients)
+                    rates.append(len(closed.latencies_s) / closed.seconds)
+                    failed += sum(closed.failed.values())
+            fewest = fewest or rates
+            shares = [rate / one for rate, one in zip(rates, fewest, strict=True)]
+            figures += [
+                Figure.of_rounds(group, f"replicas: {count}, {clients} clients", "images/s", rates, None),
+                Figure.of_rounds(group, f"replicas: {count} / {counts[0]}", "x", shares, None),
+                Figure(group, f"replicas: {count}, failed requests", "", failed, target=0),
+            ]
+        report("Serving on replicas", len(counts), len(counts))
+        return figures
+
     def _open(self, server: _Server, rate: float, seed: int) -> Measured:
         return self._load(server, self.images, seconds=self.seconds, rate=rate, seed=seed)
 
@@ -200,8 +233,8 @@ class _Bench:
             start += at_once
 
     @contextmanager
-    def _served(self, tasks: Sequence[Task]) -> Iterator[_Server]:
-        """A server of a new registry of these tasks."""
+    def _served(self, tasks: Sequence[Task], *options: str, ready: str = "") -> Iterator[_Server]:
+        """A server of a new registry of these tasks, which says `ready` behind its address."""
         with tempfile.TemporaryDirectory(dir=self.folder) as folder, ExitStack() as stack:
             registry = stack.enter_context(Registry.open(f"{folder}/tasks.db"))
             registry.add_backbone(self.backbone.record())
@@ -211,11 +244,11 @@ class _Bench:
             command = (*SERVER, "--registry", f"{folder}/tasks.db", "--port", "0", "--keys", f"{folder}/keys.json")
             log = stack.enter_context(open(f"{folder}/log", "w+"))
             process = subprocess.Popen(
-                (*command, "--log-level", "error", "--device", str(self.backbone.device), *weights),
+                (*command, "--log-level", "error", "--device", str(self.backbone.device), *weights, *options),
                 stderr=log, env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
             )  # fmt: skip
             try:
-                yield _Server(process, registry, Path(log.name), len(tasks))
+                yield _Server(process, registry, Path(log.name), len(tasks), ready)
             finally:
                 process.terminate()
                 process.wait()
@@ -224,9 +257,11 @@ class _Bench:
 class _Server:
     """A process that serves a registry."""
 
-    def __init__(self, process: subprocess.Popen[bytes], registry: Registry, log: Path, num_tasks: int) -> None:
+    def __init__(
+        self, process: subprocess.Popen[bytes], registry: Registry, log: Path, num_tasks: int, ready: str
+    ) -> None:
         self._process, self._registry = process, registry
-        while (found := re.search(r" on http://([\d.]+):(\d+)", log.read_text())) is None:
+        while (found := re.search(rf" on http://([\d.]+):(\d+){ready}", log.read_text())) is None:
             if process.poll() is not None:
                 raise AddendaError(f"The server did not start: {log.read_text()[-500:]}")
             time.sleep(0.05)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +19,7 @@ from addenda.commands.options import (
     WeightsOption,
     numbers,
 )
+from addenda.exceptions import AddendaError
 
 app = typer.Typer(no_args_is_help=True, help="Measurements that anyone can repeat.")
 
@@ -137,6 +139,8 @@ def bench_serving(
     seconds: Annotated[float, typer.Option(min=0.1, help="Of each load.")] = 20,
     rounds: Annotated[int, typer.Option(min=2, help="Measured rounds.")] = 5,
     cycles: Annotated[int, typer.Option(min=10, help="Tasks to register and retire while memory is weighed.")] = 1000,
+    ray: Annotated[str | None, typer.Option(help="Measure replicas on Ray instead: local, auto or HOST:PORT.")] = None,
+    replicas: Annotated[str, typer.Option(help="How many replicas, with commas, with --ray.")] = "1,2",
     out: Annotated[Path | None, typer.Option(help="Folder for the table and the JSON.")] = None,
     backbone: BackboneOption = DEFAULT_BACKBONE,
     weights: WeightsOption = None,
@@ -146,8 +150,11 @@ def bench_serving(
     from addenda import load_backbone
     from addenda.benchmarks.serving import run_serving
 
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", replicas):
+        raise AddendaError(f"--replicas {replicas!r} is no list of numbers with commas, such as 1,2.")
+    counts = [int(count) for count in replicas.split(",")]
     loaded = load_backbone(backbone or DEFAULT_BACKBONE, weights, device=device)
-    run_serving(loaded, weights, out, quick, seconds=seconds, rounds=rounds, cycles=cycles)
+    run_serving(loaded, weights, out, quick, seconds=seconds, rounds=rounds, cycles=cycles, ray=ray, replicas=counts)
 
 
 @app.command("training")

@@ -30,6 +30,12 @@ def serve(
     registry: RegistryOption = DEFAULT_REGISTRY,
     weights: WeightsOption = None,
     device: DeviceOption = "auto",
+    ray: Annotated[str | None, typer.Option(help="Serve replicas on a Ray cluster: local, auto or HOST:PORT.")] = None,
+    replicas: Annotated[int | None, typer.Option(min=1, help="How many, with --ray. Default: 1.")] = None,
+    min_replicas: Annotated[int | None, typer.Option(min=1, help="As many as the load needs, at least.")] = None,
+    max_replicas: Annotated[int | None, typer.Option(min=1, help="As many as the load needs, at most.")] = None,
+    cpus: Annotated[int | None, typer.Option(min=1, help="CPUs and threads of a replica. Default: 1.")] = None,
+    gpus: Annotated[float | None, typer.Option(min=0, help="GPUs of a replica, or a part of one. Default: 0.")] = None,
 ) -> None:
     """Answers every task over HTTP, and takes in new ones while it runs; stop it with SIGTERM or Ctrl-C."""
     try:
@@ -43,6 +49,12 @@ def serve(
     from addenda.serving.keys import KeyFile
     from addenda.serving.service import Limits, Service
 
+    of_ray = {"--replicas": replicas, "--min-replicas": min_replicas, "--max-replicas": max_replicas, "--cpus": cpus}
+    given = [option for option, value in (of_ray | {"--gpus": gpus}).items() if value is not None]
+    if given and ray is None:
+        raise AddendaError(
+            f"{given[0]} is for replicas on a Ray cluster: say where with --ray local, auto or HOST:PORT."
+        )
     if log_level not in ("debug", "info", "warning", "error"):
         raise AddendaError(f"There is no log level {log_level!r}: debug, info, warning or error.")
     known = KeyFile(keys)
@@ -51,10 +63,28 @@ def serve(
             f"Without keys, answering on {host!r} would let everybody in. Make one: addenda keys create NAME "
             f"--keys {keys}"
         )
+    limits = Limits(waiting=max_waiting, timeout_s=timeout)
+    if ray is not None:
+        if metrics_port is not None:
+            raise AddendaError(
+                "--metrics-port is one process's: leave it out with --ray (docs/scale.md says what there is)."
+            )
+        from addenda.distributed.cluster import Workplace, connected
+        from addenda.distributed.replicas import Serving, serve_replicas
+
+        scale = _scale(replicas, min_replicas, max_replicas)
+        place = registry if "://" in registry else str(Path(registry).expanduser().resolve())
+        found = None if weights is None else str(weights.resolve())
+        serving = Serving(
+            Workplace(place, weights=found, device=device), keys.resolve(), known.guards, host in LOOPBACK, alias,
+            limits, cpus or 1, gpus or 0, log_level,
+        )  # fmt: skip
+        with connected(ray):
+            serve_replicas(serving, host, port, scale, drain, lambda line: typer.echo(line, err=True))
+        return
     log_as_json(log_level)
     with Registry.open(registry, create=False) as opened, bind(host, port) as listening:
         loaded = recorded_backbone(opened, weights, device)
-        limits = Limits(waiting=max_waiting, timeout_s=timeout)
         made = make_app(
             lambda metrics: Service(loaded, opened, alias, limits, metrics.report),
             known,
@@ -68,6 +98,15 @@ def serve(
         server.run_until_stopped()
         if not server.started:
             sys.exit(1)
+
+
+def _scale(replicas: int | None, least: int | None, most: int | None) -> tuple[int, int]:
+    """How many replicas at least and at most."""
+    if least is None and most is None:
+        return replicas or 1, replicas or 1
+    if replicas is not None or most is None or (least or 1) > most:
+        raise AddendaError("Give --replicas N, or else --min-replicas A and --max-replicas B with A at most B.")
+    return least or 1, most
 
 
 @app.command("create")

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = (
-    "0"  # before Ray is imported: else it makes 127.0.0.1 a public address
-)
+# Before Ray is imported: else it makes a public address of 127.0.0.1.
+os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 ROOT = Path(__file__).resolve().parents[2]
 NODE = {"num_cpus": 2, "node_ip_address": "127.0.0.1", "include_dashboard": False}
 
