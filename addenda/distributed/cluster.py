@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from addenda.backbones import FrozenBackbone
 from addenda.combined import recorded_backbone
@@ -66,11 +67,11 @@ def connected(address: str) -> Iterator[None]:
         import ray
     except ImportError as error:
         raise AddendaError(f"Ray is needed: pip install 'addenda[ray]' ({error}).") from error
+    started: dict[str, Any] = {}
     if address == LOCAL:
         started = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
     else:
         _check_answers(address)
-        started = {}
     ray.init(address, namespace=NAMESPACE, log_to_driver=False, **started)
     try:
         yield
