@@ -6,7 +6,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from addenda.backbones import FrozenBackbone
@@ -33,7 +33,7 @@ class Workplace:
         device: cpu, cuda, or auto.
     """
 
-    registry: str
+    registry: str = field(repr=False)  # a URL may hold a password
     backbone: str | None = None
     weights: str | None = None
     device: str = "auto"
