@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,7 +75,8 @@ def connected(address: str) -> Iterator[None]:
         _check_answers(address)
     ray.init(address, namespace=NAMESPACE, log_to_driver=False, **started)
     try:
-        yield
+        with redirect_stdout(sys.stderr):  # where Ray tells of lost workers: standard output is the command's
+            yield
     finally:
         ray.shutdown()
 
