@@ -37,7 +37,7 @@ tasks:
   - {name: ape, data: first}
   - {name: child, data: second, extends: [bear, zebra]}
 """
-AUTO = "  - {name: chooser, data: first, extends: auto, config: {epochs: 2}}\n"
+AUTO = "  - {name: chooser, data: third, extends: auto, config: {epochs: 2}}\n"
 GLYPHS = ("--backbone", "glyphs", "--device", "cpu")
 
 
@@ -45,7 +45,7 @@ GLYPHS = ("--backbone", "glyphs", "--device", "cpu")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Images, and two files of tasks: the first of them extend others by name, and one more whatever helps."""
     made = tmp_path_factory.mktemp("many")
-    for seed, name in enumerate(("first", "second")):
+    for seed, name in ((0, "first"), (1, "second"), (3, "third")):
         colour_folder(made / name, per_class=8, seed=seed)
     (made / "named.yaml").write_text(NAMED)
     (made / "tasks.yaml").write_text(NAMED + AUTO)
