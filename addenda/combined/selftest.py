@@ -92,9 +92,9 @@ class SelfTest:
         reference, rolled = self._streams[self._micro_batch]
         if not self._same(rolled, reference):
             raise self._refusal(f"an image's frozen keys and values depend on its place in {self._micro_batch} images")
-        self._sees_orders = backbone.precision.itemsize >= torch.float32.itemsize
-        self._tile_sizes = TILE_SIZES if self._sees_orders else (TILE,)
-        for size in BATCH_SIZES if self._sees_orders else ():
+        sees_orders = backbone.precision.itemsize >= torch.float32.itemsize
+        self._tile_sizes = TILE_SIZES if sees_orders else (TILE,)
+        for size in BATCH_SIZES if sees_orders else ():
             parts = [self._frozen(batch, order[:size]), self._frozen(batch, order[size : 2 * size])]
             if all(self._same(part, reference) for part in parts):
                 self._streams[size] = parts

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from addenda.commands.loading import backbone_to_learn_on
+from addenda.commands.loading import backbone_to_learn_on, workplace
 from addenda.commands.options import (
     DEFAULT_REGISTRY,
     BackboneOption,
@@ -170,12 +170,10 @@ def learn_many(
                 learner = Learner(loaded, opened, learning.ActivationCache(budget_gb=cache_gb))
                 outcomes = list(learning.learn_many(learner, rows, new_version, skip_bad, report))
             else:
-                from addenda.distributed.cluster import Workplace, connected
+                from addenda.distributed.cluster import connected
                 from addenda.distributed.learning import Job, learn_on_cluster
 
-                location = registry if registry.startswith("postgresql") else opened.location
-                there = "cpu" if device == "auto" and not gpus else device
-                place = Workplace(location, loaded.fingerprint, str(weights.absolute()) if weights else None, there)
+                place = workplace(registry, opened, weights, device, gpus, loaded.fingerprint)
                 job = Job(place, cpus or 1, gpus or 0, new_version, skip_bad, cache_gb)
                 with connected(ray):
                     opened.add_backbone(loaded.record())

@@ -1,4 +1,4 @@
-"""Which backbone `addenda learn` works on: the one that is asked for, or the one that its registry names."""
+"""What a command works on: the backbone to learn on, and what the workers of a cluster open."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from addenda.exceptions import BackboneError
 
 if TYPE_CHECKING:
     from addenda import FrozenBackbone, Registry
+    from addenda.distributed.cluster import Workplace
 
 
 def backbone_to_learn_on(
@@ -54,3 +55,29 @@ def backbone_to_learn_on(
     if not described and weights is None and [b["name"] for b in records].count(name or "") == 1:
         return recorded_backbone(registry, None, device, name=name)
     return load_backbone(name or DEFAULT_BACKBONE, weights, numbers(mean), numbers(std), precision or "float32", device)
+
+
+def workplace(
+    registry: str, opened: Registry, weights: Path | None, device: str, gpus: float | None, backbone: str | None = None
+) -> Workplace:
+    """What the workers of a cluster open, from a command's options.
+
+    Args:
+        registry: The registry, as it was given.
+        opened: The same, open.
+        weights: A file of the backbone's weights.
+        device: cpu, cuda, or auto: where a worker has no share of a GPU, the CPU.
+        gpus: A worker's share of a GPU.
+        backbone: The backbone's fingerprint.
+
+    Returns:
+        What each worker opens, by absolute paths.
+    """
+    from addenda.distributed.cluster import Workplace
+
+    return Workplace(
+        registry if registry.startswith("postgresql") else opened.location,
+        backbone,
+        None if weights is None else str(weights.absolute()),
+        "cpu" if device == "auto" and not gpus else device,
+    )

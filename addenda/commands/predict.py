@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from addenda.commands.loading import workplace
 from addenda.commands.options import (
     DEFAULT_REGISTRY,
     DeviceOption,
@@ -150,16 +151,12 @@ def _predict_on_ray(
 ) -> None:
     """Predicts on a cluster, and prints what then lies in the folder."""
     from addenda import Registry
-    from addenda.distributed.cluster import Workplace, connected
+    from addenda.distributed.cluster import connected
     from addenda.distributed.prediction import predict_many
     from addenda.terminal import console, print_json, progress, size
 
     with Registry.open(registry, create=False) as opened:
-        place = Workplace(
-            registry if registry.startswith("postgresql") else opened.location,
-            weights=None if weights is None else str(weights.absolute()),
-            device="cpu" if device == "auto" and not crew.gpus else device,
-        )
+        place = workplace(registry, opened, weights, device, crew.gpus)
         with connected(address), progress(quiet=as_json) as report:
             found = predict_many(paths, out, opened, place, question, crew, report)
     if as_json:

@@ -105,3 +105,26 @@ def check_shared(registry: Registry) -> None:
             f"The registry {registry.location!r} is a file, which the {len(hosts)} machines of this cluster do not "
             "share: use PostgreSQL (addenda db restore copies it there)."
         )
+
+
+def room(cpus: int, gpus: float) -> int:
+    """How many workers of so many CPUs and GPUs, or a part of one, the nodes have room for together."""
+    import ray
+
+    found = 0
+    for held in (node["Resources"] for node in ray.nodes() if node["Alive"]):
+        fits = held.get("CPU", 0) / cpus
+        found += int(min(fits, held.get("GPU", 0) / gpus + 1e-6) if gpus else fits)
+    return found
+
+
+def fetched(answer: Any) -> Any:
+    """What a Ray task gives; an error of ours that it met is raised as it was there, not wrapped in Ray's."""
+    import ray
+
+    try:
+        return ray.get(answer)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, AddendaError):
+            raise error.cause from None
+        raise

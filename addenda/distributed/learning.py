@@ -16,7 +16,7 @@ import torch
 
 from addenda.backbones import FrozenBackbone
 from addenda.distributed.board import REFRESH_S, Board
-from addenda.distributed.cluster import Workplace, check_shared
+from addenda.distributed.cluster import Workplace, check_shared, room
 from addenda.exceptions import AddendaError, DataError
 from addenda.learner import ActivationCache, Learner, Outcome, Row
 from addenda.learner.many import Results, attempt, named
@@ -129,8 +129,8 @@ def _check_room(job: Job) -> None:
     """Raises AddendaError where a row would wait for ever."""
     import ray
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if not any(node.get("CPU", 0) >= job.cpus and node.get("GPU", 0) >= job.gpus for node in nodes):
+    if not room(job.cpus, job.gpus):
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         largest = ", ".join(f"{node.get('CPU', 0):g} and {node.get('GPU', 0):g}" for node in nodes)
         raise AddendaError(
             f"A task takes {job.cpus} CPUs and {job.gpus:g} GPUs of one node; the nodes have {largest}. Ask for less: "

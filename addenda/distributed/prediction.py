@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from addenda.distributed.cluster import Workplace, check_shared
+from addenda.distributed.cluster import Workplace, check_shared, fetched, room
 from addenda.distributed.manifest import (
     PART,
     UNFINISHED,
@@ -145,7 +145,7 @@ def predict_many(
     folder = folder.absolute()
     paths = sorted({str(path.absolute()) for path in images})
     check_shared(registry)
-    room, before = _room(crew), read_manifest(folder)
+    places, before = _room(crew), read_manifest(folder)
     refs = question.refs or (() if before is None else tuple(before.tasks))
     if refs:
         place = replace(place, backbone=registry.record(refs[0]).backbone)
@@ -171,7 +171,7 @@ def predict_many(
     earlier = len(paths) - sum(len(part["images"]) for part in missing)
     place = replace(place, backbone=manifest.backbone)
     job = Job(folder, place, manifest, crew.cpus, question.skip_bad)
-    for outcome in _outcomes(job, missing, crew, crew.workers or room):
+    for outcome in _outcomes(job, missing, crew, crew.workers or places):
         if outcome["problem"]:
             raise AddendaError(f"{outcome['problem'].rstrip('.')}. What is done stays done: the same again goes on.")
         computed += outcome["images"]
@@ -196,15 +196,11 @@ def _room(crew: Crew) -> int:
     """How many workers the cluster has room for."""
     import ray
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    room = 0
-    for held in nodes:
-        fits = held.get("CPU", 0) / crew.cpus
-        room += int(min(fits, held.get("GPU", 0) / crew.gpus + 1e-6) if crew.gpus else fits)
-    if not room:
-        gpus = f" and {crew.gpus:g} GPUs" if crew.gpus else ""
-        raise AddendaError(f"None of the cluster's {len(nodes)} nodes has the {crew.cpus} CPUs{gpus} of a worker.")
-    return room
+    found = room(crew.cpus, crew.gpus)
+    if not found:
+        nodes, gpus = sum(node["Alive"] for node in ray.nodes()), f" and {crew.gpus:g} GPUs" if crew.gpus else ""
+        raise AddendaError(f"None of the cluster's {nodes} nodes has the {crew.cpus} CPUs{gpus} of a worker.")
+    return found
 
 
 def _chosen(place: Workplace, refs: Sequence[str], exact: bool, crew: Crew) -> dict[str, Any]:
@@ -212,12 +208,7 @@ def _chosen(place: Workplace, refs: Sequence[str], exact: bool, crew: Crew) -> d
     import ray
 
     remote = ray.remote(num_cpus=crew.cpus, num_gpus=crew.gpus)(choose)
-    try:
-        chosen: dict[str, Any] = ray.get(remote.remote(place, refs, exact, crew.cpus))
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, AddendaError):
-            raise error.cause from None
-        raise
+    chosen: dict[str, Any] = fetched(remote.remote(place, refs, exact, crew.cpus))
     return chosen
 
 

@@ -15,7 +15,7 @@ import torch
 
 from addenda.backbones import FrozenBackbone
 from addenda.combined import numerics, numerics_fingerprint
-from addenda.distributed.cluster import Workplace, check_shared
+from addenda.distributed.cluster import Workplace, check_shared, fetched
 from addenda.exceptions import AddendaError, ExactnessError, KeyFileError
 from addenda.registry import Registry
 from addenda.serving.app import make_app
@@ -181,12 +181,7 @@ def _numerics_of_a_worker(serving: Serving, say: Callable[[str], None]) -> dict[
     finding = ray.remote(num_cpus=serving.cpus, num_gpus=serving.gpus, max_calls=1)(find).remote()
     if not ray.wait([finding], timeout=PATIENCE_S)[0]:
         say(f"Waiting for a node with {serving.cpus} CPUs and {serving.gpus:g} GPUs to spare.")
-    try:
-        found: dict[str, Any] = ray.get(finding)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, AddendaError):
-            raise error.cause from None
-        raise
+    found: dict[str, Any] = fetched(finding)
     return found
 
 
