@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from addenda import FrozenBackbone, Registry, Task
-from addenda.combined import Answers, golden
+from addenda.backbones import KeyValue
+from addenda.combined import Answers, golden, layout
 from addenda.exceptions import DataError, DeadlineError, OverloadedError
 from addenda.serving.batching import Batcher
 from addenda.serving.service import Limits, Service
@@ -67,12 +68,26 @@ def snapshot_of(registry: Registry, backbone: FrozenBackbone) -> Snapshot:
     return following(first(backbone), registry)
 
 
-def test_a_swap_shares_all_that_was_there(tiny: FrozenBackbone, registry: Registry, registered: Register) -> None:
+def test_a_swap_shares_all_that_was_there(
+    tiny: FrozenBackbone, registry: Registry, registered: Register, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for number in range(3):
         registered(f"old-{number}", seed=number)
     before = snapshot_of(registry, tiny)
     registered("new", seed=9)
+    computed: list[torch.Tensor] = []
+    plain = layout.memory_key_values
+
+    def noted(backbone: FrozenBackbone, block: torch.nn.Module, memory: torch.Tensor) -> KeyValue:
+        computed.append(memory[0])
+        return plain(backbone, block, memory)
+
+    monkeypatch.setattr(layout, "memory_key_values", noted)
     after = following(before, registry)
+    assert after.model.tasks["new"].memory is not None
+    layers = [*after.model.tasks["new"].memory]
+    assert computed
+    assert all(any(torch.equal(memory, layer) for layer in layers) for memory in computed), "of the new task alone"
     assert after.generation > before.generation
     assert [*after.model.tasks] == [*before.model.tasks, "new"]
     for name, task in before.model.tasks.items():

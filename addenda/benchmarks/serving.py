@@ -46,7 +46,7 @@ def run_serving(
     weights: Path | None = None,
     out: Path | None = None,
     quick: bool = False,
-    counts: Sequence[int] = (1, 10, 100, 1000),
+    counts: Sequence[int] | None = None,
     seconds: float = 20,
     rounds: int = 5,
     cycles: int = 1000,
@@ -60,7 +60,7 @@ def run_serving(
         weights: a local file of its weights.
         out: folder for serving.json and serving.md.
         quick: 1 and 10 tasks, two rounds of two seconds, 20 cycles.
-        counts: of tasks.
+        counts: of tasks; None is 1, 10, 100 and 1,000, on Ray 10.
         seconds: of each load; a round has one of each kind.
         rounds: of which medians are given.
         cycles: of registering and retiring a task.
@@ -70,13 +70,14 @@ def run_serving(
     Raises:
         AddendaError: a server does not start.
     """
+    counts = counts or ((CHANGED,) if ray is not None else (1, 10) if quick else (1, 10, 100, 1000))
     if quick:
-        counts, seconds, rounds, cycles = (1, 10), min(seconds, 2), 2, min(cycles, 20)
+        seconds, rounds, cycles = min(seconds, 2), 2, min(cycles, 20)
     figures: list[Figure] = []
     with tempfile.TemporaryDirectory() as folder, _generator() as load, progress() as report:
         bench = _Bench(backbone, weights, Path(folder), load, seconds, rounds)
         if ray is not None:
-            figures += bench.replicas(ray, replicas, report)
+            figures += bench.replicas(ray, counts, replicas, report)
         else:
             for number, count in enumerate(counts):
                 report("Serving tasks", number, len(counts) + 1)
@@ -86,7 +87,8 @@ def run_serving(
             report("Changes of the registry", len(counts) + 1, len(counts) + 1)
     device = numerics(backbone)["device"]
     details = {
-        "command": f"addenda bench serving --backbone {backbone.name} --seconds {seconds:g} --rounds {rounds} "
+        "command": f"addenda bench serving --backbone {backbone.name} --tasks {','.join(map(str, counts))} "
+        f"--seconds {seconds:g} --rounds {rounds} "
         + (f"--cycles {cycles}" if ray is None else f"--ray {ray} --replicas {','.join(map(str, replicas))}"),
         "backbone": backbone.name,
         "device": device,
@@ -185,31 +187,56 @@ class _Bench:
             Figure(group, f"that / memory after {cycles // 2:,}", "x", growth, target=GROWTH),
         ]
 
-    def replicas(self, ray: str, counts: Sequence[int], report: Callable[[str, int, int], None]) -> list[Figure]:
+    def replicas(
+        self, ray: str, sizes: Sequence[int], counts: Sequence[int], report: Callable[[str, int, int], None]
+    ) -> list[Figure]:
         """Replicas on a Ray cluster, each on its share of this machine's cores: a closed loop on so many."""
+        figures: list[Figure] = []
+        ends: list[tuple[int, float, float]] = []
+        for number, size in enumerate(sizes):
+            report("Serving tasks on replicas", number, len(sizes))
+            found, seconds, memory = self._replicas(ray, size, counts)
+            figures += found
+            ends.append((size, seconds, memory))
+        report("Serving tasks on replicas", len(sizes), len(sizes))
+        if len(ends) > 1:
+            (few, seconds, memory), (many, most_seconds, most_memory) = ends[0], ends[-1]
+            group = f"a task more, from {few:,} to {many:,}, {counts[0]} replica{'s' * (counts[0] > 1)}"
+            figures += [
+                Figure(group, "time of an image", "ms", 1000 * (most_seconds - seconds) / (many - few)),
+                Figure(group, "memory of a replica", "kB", 1000 * (most_memory - memory) / (many - few)),
+            ]
+        return figures
+
+    def _replicas(self, ray: str, size: int, counts: Sequence[int]) -> tuple[list[Figure], float, float]:
+        """Replicas with so many tasks; of the first count also an image's seconds, and a replica's memory in MB."""
         cpus = max(1, (os.cpu_count() or 1) // max(counts))
-        group, figures = f"{CHANGED} tasks on Ray Serve, {cpus} CPUs a replica", []
-        fewest: list[float] = []
-        for number, count in enumerate(counts):
-            report("Serving on replicas", number, len(counts))
+        group = f"{size:,} tasks on Ray Serve, {cpus} CPUs a replica"
+        tasks = [random_task(self.backbone, number) for number in range(size)]
+        figures: list[Figure] = []
+        all_rates: list[list[float]] = []
+        all_memory: list[float] = []
+        for count in counts:
             clients, rates, failed = 3 * micro_batch(self.backbone.device) * count, [], 0
             options = ("--ray", ray, "--replicas", str(count), "--cpus", str(cpus), "--drain", "0")
-            tasks = [random_task(self.backbone, number) for number in range(CHANGED)]
             with self._served(tasks, *options, ready=f" with {count} replica") as server:
                 self._load(server, self.images, seconds=min(2, self.seconds), clients=clients)
                 for _ in range(self.rounds):
                     closed = self._load(server, self.images, seconds=self.seconds, clients=clients)
                     rates.append(len(closed.latencies_s) / closed.seconds)
                     failed += sum(closed.failed.values())
-            fewest = fewest or rates
-            shares = [rate / one for rate, one in zip(rates, fewest, strict=True)]
+                all_memory.append(server.memory_mb())
+                started = server.started_s
+            all_rates.append(rates)
+            shares = [rate / one for rate, one in zip(rates, all_rates[0], strict=True)]
             figures += [
                 Figure.of_rounds(group, f"replicas: {count}, {clients} clients", "images/s", rates, None),
                 Figure.of_rounds(group, f"replicas: {count} / {counts[0]}", "x", shares, None),
                 Figure(group, f"replicas: {count}, failed requests", "", failed, target=0),
+                Figure(group, f"replicas: {count}, from the command to all tasks served", "s", started),
+                Figure(group, f"replicas: {count}, memory of one", "MB", all_memory[-1]),
             ]
-        report("Serving on replicas", len(counts), len(counts))
-        return figures
+        return figures, 1 / statistics.median(all_rates[0]), all_memory[0]
 
     def _open(self, server: _Server, rate: float, seed: int) -> Measured:
         return self._load(server, self.images, seconds=self.seconds, rate=rate, seed=seed)
@@ -260,7 +287,7 @@ class _Server:
     def __init__(
         self, process: subprocess.Popen[bytes], registry: Registry, log: Path, num_tasks: int, ready: str
     ) -> None:
-        self._process, self._registry = process, registry
+        self._registry, start = registry, time.perf_counter()
         while (found := re.search(rf" on http://([\d.]+):(\d+){ready}", log.read_text())) is None:
             if process.poll() is not None:
                 raise AddendaError(f"The server did not start: {log.read_text()[-500:]}")
@@ -268,6 +295,7 @@ class _Server:
         self.host, self.port = found[1], int(found[2])
         while self._tasks() != num_tasks:
             time.sleep(0.05)
+        self.started_s = time.perf_counter() - start
 
     def change(self, *tasks: tuple[Task, Golden]) -> list[float]:
         """Registers tasks and retires them, one after the other; seconds until each was served."""
@@ -284,19 +312,23 @@ class _Server:
         return seconds
 
     def memory_mb(self) -> float:
-        """What the process holds in memory."""
-        status = Path(f"/proc/{self._process.pid}/status").read_text()
-        return int(status.partition("VmRSS:")[2].split()[0]) / 1000
+        """What the process that answers holds in memory."""
+        return self._metric("process_resident_memory_bytes") / 1e6
 
     def _tasks(self) -> int:
         """How many tasks are served; -1 before it answers."""
+        try:
+            return int(self._metric("addenda_tasks"))
+        except ConnectionError:
+            return -1
+
+    def _metric(self, name: str) -> float:
+        """A number of its metrics; -1 before it tells any."""
         connection = http.client.HTTPConnection(self.host, self.port, timeout=60)
         try:
             connection.request("GET", "/metrics")
-            found = re.search(rb"^addenda_tasks (\d+)", connection.getresponse().read(), re.MULTILINE)
-            return int(found[1]) if found else -1
-        except ConnectionError:
-            return -1
+            found = re.search(rf"^{name} (\S+)", connection.getresponse().read().decode(), re.MULTILINE)
+            return float(found[1]) if found else -1
         finally:
             connection.close()
 

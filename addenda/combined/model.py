@@ -16,7 +16,7 @@ from addenda.backbones import FrozenBackbone, read_image
 from addenda.combined.heads import Head
 from addenda.combined.layout import TILE, Layout, TileStore, micro_batch
 from addenda.combined.numerics import arithmetic
-from addenda.combined.predictions import predictions
+from addenda.combined.predictions import predictions_of
 from addenda.combined.routing import Choice, Router
 from addenda.combined.selftest import Shapes, prove
 from addenda.combined.streams import task_features
@@ -181,8 +181,9 @@ class CombinedModel:
         """
         answers: dict[str, list[list[tuple[str, float]]]] = {name: [] for name in self._select(tasks)}
         for images in self._read(paths):
-            for name, logits in self(images, tasks).items():
-                answers[name] += predictions(self.tasks[name], logits, top)
+            found = self(images, tasks)
+            for name, labels in predictions_of(map(self.tasks.__getitem__, found), found, top).items():
+                answers[name] += labels
         return answers
 
     def route(
@@ -206,7 +207,7 @@ class CombinedModel:
         for images in self._read(paths):
             answers = self(images, router.tasks, pooled=True)
             assert answers.pooled is not None
-            labels = {name: predictions(self.tasks[name], logits, top) for name, logits in answers.items()}
+            labels = predictions_of(map(self.tasks.__getitem__, answers), answers, top)
             routed += [(choice, labels[choice.task][i]) for i, choice in enumerate(router.choose(answers.pooled))]
         return routed
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from addenda.registry import Task
+from addenda.registry import Task, probabilities
+
+Prediction = list[tuple[str, float]]
+"""What a task says about an image: (label, probability) pairs, best first."""
 
 TOP = 3
 """Labels that a single-label task gives for each image, unless told."""
@@ -13,23 +19,39 @@ LIKELY = 0.5
 """The probability from which a multi-label task gives a label."""
 
 
-def predictions(task: Task, logits: Float[Tensor, "B C"], top: int | None = None) -> list[list[tuple[str, float]]]:
-    """Reads a task's logits as labels.
+def predictions(task: Task, logits: Float[Tensor, "B C"], top: int | None = None) -> list[Prediction]:
+    """Reads a task's logits as labels; `predictions_of` with one task."""
+    return predictions_of([task], {task.name: logits}, top)[task.name]
+
+
+def predictions_of(
+    tasks: Iterable[Task], logits: Mapping[str, Float[Tensor, "B C"]], top: int | None = None
+) -> dict[str, list[Prediction]]:
+    """Reads logits as labels; tasks of one kind and number of classes together, since each call of torch costs as much.
 
     Args:
-        task: whose logits they are.
-        logits: as the combined model gives them.
+        tasks: which, of those whose logits there are.
+        logits: of each task by its name, as the combined model gives them, of the same images.
         top: at most so many labels for each image. None gives 3 of a single-label task, and of a multi-label one all
             that are likely.
 
     Returns:
-        For each image (label, probability) pairs, best first. A multi-label task gives the labels of probability 0.5
-        and more: none, where no label has it.
+        By task, for each image (label, probability) pairs, best first. A multi-label task gives the labels of
+        probability 0.5 and more: none, where no label has it.
     """
-    single = task.objective == "single-label"
-    count = TOP if top is None and single else top
-    best = task.probabilities(logits.cpu()).sort(dim=-1, descending=True, stable=True)
-    return [
-        [(task.labels[i], value) for i, value in zip(indices, values, strict=True) if single or value >= LIKELY]
-        for values, indices in zip(best.values[:, :count].tolist(), best.indices[:, :count].tolist(), strict=True)
-    ]
+    alike: dict[tuple[str, float, int], list[Task]] = {}
+    for task in tasks:
+        alike.setdefault((task.objective, task.temperature, len(task.labels)), []).append(task)
+    found: dict[str, list[Prediction]] = {}
+    for (objective, temperature, _), group in alike.items():
+        single = objective == "single-label"
+        count = TOP if top is None and single else top
+        together = torch.stack([logits[task.name].cpu() for task in group])
+        best = probabilities(together, objective, temperature).sort(dim=-1, descending=True, stable=True)
+        values, indices = best.values[..., :count].tolist(), best.indices[..., :count].tolist()
+        for task, values_of, indices_of in zip(group, values, indices, strict=True):
+            found[task.name] = [
+                [(task.labels[i], value) for i, value in zip(*pairs, strict=True) if single or value >= LIKELY]
+                for pairs in zip(indices_of, values_of, strict=True)
+            ]
+    return found

@@ -136,6 +136,7 @@ def bench_registry(
 @app.command("serving")
 def bench_serving(
     quick: Annotated[bool, typer.Option("--quick", help="1 and 10 tasks, short loads, 20 cycles.")] = False,
+    tasks: Annotated[str | None, typer.Option(help="Of a server. Default: 1,10,100,1000, and with --ray 10.")] = None,
     seconds: Annotated[float, typer.Option(min=0.1, help="Of each load.")] = 20,
     rounds: Annotated[int, typer.Option(min=2, help="Measured rounds.")] = 5,
     cycles: Annotated[int, typer.Option(min=10, help="Tasks to register and retire while memory is weighed.")] = 1000,
@@ -150,11 +151,15 @@ def bench_serving(
     from addenda import load_backbone
     from addenda.benchmarks.serving import run_serving
 
-    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", replicas):
-        raise AddendaError(f"--replicas {replicas!r} is no list of numbers with commas, such as 1,2.")
-    counts = [int(count) for count in replicas.split(",")]
+    counts = None if tasks is None else _counts("--tasks", tasks)
     loaded = load_backbone(backbone or DEFAULT_BACKBONE, weights, device=device)
-    run_serving(loaded, weights, out, quick, seconds=seconds, rounds=rounds, cycles=cycles, ray=ray, replicas=counts)
+    run_serving(loaded, weights, out, quick, counts, seconds, rounds, cycles, ray, _counts("--replicas", replicas))
+
+
+def _counts(option: str, given: str) -> list[int]:
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", given):
+        raise AddendaError(f"{option} {given!r} is no list of numbers with commas, such as 1,2.")
+    return [int(count) for count in given.split(",")]
 
 
 @app.command("training")

@@ -41,7 +41,7 @@ def serve(
     try:
         from addenda.serving.access import LOOPBACK
         from addenda.serving.app import make_app
-        from addenda.serving.server import Server, bind, log_as_json, serve_metrics
+        from addenda.serving.server import Server, bind, keep_memory, log_as_json, serve_metrics
     except ImportError as error:
         raise AddendaError(f"Serving needs {error.name}: pip install 'addenda[serve]'.") from error
     from addenda import Registry
@@ -83,6 +83,7 @@ def serve(
             serve_replicas(serving, host, port, scale, drain, lambda line: typer.echo(line, err=True))
         return
     log_as_json(log_level)
+    keep_memory()
     with Registry.open(registry, create=False) as opened, bind(host, port) as listening:
         loaded = recorded_backbone(opened, weights, device)
         made = make_app(

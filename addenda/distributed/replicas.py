@@ -20,7 +20,7 @@ from addenda.exceptions import AddendaError, ExactnessError, KeyFileError
 from addenda.registry import Registry
 from addenda.serving.app import make_app
 from addenda.serving.keys import KeyFile
-from addenda.serving.server import CONNECTIONS, bind, log_as_json
+from addenda.serving.server import CONNECTIONS, bind, keep_memory, log_as_json
 from addenda.serving.service import Limits, Service
 
 NAME = "addenda"
@@ -90,6 +90,7 @@ class Replica:
 
     def __init__(self, serving: Serving, expected: Mapping[str, Any]) -> None:
         log_as_json(serving.log_level)
+        keep_memory()
         self._open = ExitStack()
         registry, backbone, found = self._open.enter_context(serving.opened())
         _check_numerics(found, expected)

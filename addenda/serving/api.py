@@ -14,7 +14,7 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from addenda import __version__
-from addenda.combined import numerics, numerics_fingerprint, predictions
+from addenda.combined import numerics, numerics_fingerprint, predictions_of
 from addenda.exceptions import DataError
 from addenda.serving.access import needs, service_of
 from addenda.serving.bodies import read_body, while_connected
@@ -156,11 +156,11 @@ async def _image(request: Request, body: bytes) -> bytes:
 def _prediction(answered: Answered, top: int | None) -> Prediction:
     choice = answered.choices[0] if answered.choices else None
     names = [choice.task] if choice else list(answered.logits)
+    asked = {name: answered.snapshot.model.tasks[name] for name in names}
+    best = predictions_of(asked.values(), answered.logits, top)
     tasks = {}
-    for name in names:
-        found = answered.snapshot.model.tasks[name]
-        best = predictions(found, answered.logits[name], top)[0]
-        labels = [Label(label=label, probability=probability) for label, probability in best]
+    for name, found in asked.items():
+        labels = [Label(label=label, probability=probability) for label, probability in best[name][0]]
         tasks[name] = Answer(ref=found.ref, sha256=found.sha256, objective=found.objective, labels=labels)
     return Prediction(
         generation=answered.snapshot.generation,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from jaxtyping import Float
@@ -27,7 +28,7 @@ class _Waiting:
     """Some images of one request, at most a micro-batch of them."""
 
     snapshot: Snapshot
-    images: Tensor
+    images: Sequence[Tensor]
     tasks: tuple[str, ...]
     pooled: bool
     deadline: float
@@ -85,7 +86,7 @@ class Batcher:
     async def answer(
         self,
         snapshot: Snapshot,
-        images: Float[Tensor, "B 3 H W"],
+        images: Iterable[Float[Tensor, "3 H W"]],
         tasks: Sequence[str],
         deadline: float = math.inf,
         pooled: bool = False,
@@ -102,8 +103,10 @@ class Batcher:
         Raises:
             DeadlineError: no pass began on them before the deadline.
         """
-        size = snapshot.model.micro_batch
-        parts = [_Waiting(snapshot, part, tuple(tasks), pooled, deadline) for part in images.split(size)]
+        size, rest = snapshot.model.micro_batch, iter(images)
+        parts = []
+        while some := tuple(islice(rest, size)):
+            parts.append(_Waiting(snapshot, some, tuple(tasks), pooled, deadline))
         self._queue += parts
         self._filled.set()
         try:
@@ -167,7 +170,8 @@ def _compute(batch: Sequence[_Waiting]) -> list[Answers]:
     wanted = {name for part in batch for name in part.tasks}
     model = batch[0].snapshot.model
     tasks = [name for name in model.tasks if name in wanted]
-    found = model(torch.cat([part.images for part in batch]), tasks, any(part.pooled for part in batch))
+    images = torch.stack([image for part in batch for image in part.images])
+    found = model(images, tasks, any(part.pooled for part in batch))
     logits = {name: values.cpu() for name, values in found.items()}
     pooled = None if found.pooled is None else found.pooled.cpu()
     answers, start = [], 0

@@ -10,7 +10,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from io import BytesIO
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -217,8 +216,9 @@ class Service:
         if not 0 < len(images) <= self.limits.images:
             raise DataError(f"A request is of 1 to {self.limits.images} images, not {len(images)}.")
         async with self._place(len(images), timeout_s) as deadline:
+            if isinstance(images, Tensor):
+                self.backbone.check_images(images)
             pixels = images if isinstance(images, Tensor) else await self._decoded(images)
-            self.backbone.check_images(pixels)
             answers = await self.batcher.answer(snapshot, pixels, names, deadline, pooled)
         if isinstance(images, Tensor) and not all(logits.isfinite().all() for logits in answers.values()):
             raise DataError("These pixel values give logits that are not finite.")
@@ -235,10 +235,10 @@ class Service:
             except TimeoutError as error:
                 raise DeadlineError(f"No answer within {timeout_s:g} s.") from error
 
-    async def _decoded(self, images: Sequence[bytes]) -> Float[Tensor, "B 3 H W"]:
+    async def _decoded(self, images: Sequence[bytes]) -> list[Float[Tensor, "3 H W"]]:
         loop = asyncio.get_running_loop()
         decoding = [loop.run_in_executor(self._decoders, self._decode, i, image) for i, image in enumerate(images)]
-        return torch.stack([pixels for pixels, _ in await asyncio.gather(*decoding)])
+        return [pixels for pixels, _ in await asyncio.gather(*decoding)]
 
     def _decode(self, number: int, data: bytes) -> tuple[Float[Tensor, "3 H W"], tuple[int, int]]:
         """An image file as the backbone takes it, and its width and height."""
