@@ -12,7 +12,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, Select, String, cast, func, select
 
-from addenda.exceptions import RegistryError, UnknownTaskError
+from addenda.exceptions import DataError, UnknownTaskError
 from addenda.registry import schema
 from addenda.registry.records import TaskRecord
 
@@ -67,7 +67,7 @@ def listing(connection: Connection, chosen: TaskFilter, limit: int | None, befor
         before: list only tasks registered before this one: the last page's oldest.
 
     Raises:
-        RegistryError: a time is none.
+        DataError: a time is none.
         UnknownTaskError: a task that it names is not registered.
     """
     task = schema.task.c
@@ -121,11 +121,11 @@ def current(connection: Connection, backbone: str, alias: str | None) -> list[Ro
 
 
 def _utc(text: str) -> str:
-    """A time as it is stored; RegistryError where it is none."""
+    """A time as it is stored; DataError where it is none."""
     try:
         given = datetime.fromisoformat(text)
     except ValueError as error:
-        raise RegistryError(f"{text!r} is no time: write 2026-01-31, or 2026-01-31T12:00, in UTC.") from error
+        raise DataError(f"{text!r} is no time: write 2026-01-31, or 2026-01-31T12:00, in UTC.") from error
     utc = given.replace(tzinfo=UTC) if given.tzinfo is None else given.astimezone(UTC)
     return utc.isoformat(timespec="microseconds")
 

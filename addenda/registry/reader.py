@@ -89,6 +89,7 @@ class Reader:
             before: only those registered before this one; with `limit` a page after a page.
 
         Raises:
+            DataError: a time of the filter is none.
             UnknownTaskError: the filter or `before` names a task that is not registered.
         """
         with reading(self._engine) as connection:

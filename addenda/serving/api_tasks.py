@@ -84,7 +84,7 @@ class Version(BaseModel):
     version: Annotated[int, Query(ge=1, le=999_999_999)]
 
 
-@router.get("", **_PREDICT, summary="Lists tasks", responses=documents(409))
+@router.get("", **_PREDICT, summary="Lists tasks", responses=documents(400))
 def list_tasks(
     request: Request,
     name: Annotated[str | None, Query(max_length=100, description="A name, or a pattern with *.")] = None,

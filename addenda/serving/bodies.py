@@ -49,7 +49,7 @@ async def read_body(request: Request, limit: int) -> bytes:
     except ClientDisconnect as error:
         raise ProblemError(499, GONE) from error
     except zlib.error as error:
-        raise ProblemError(400, f"The request's body is not in {encoding}.") from error
+        raise ProblemError(400, f"The request's body is not one stream of {encoding}.") from error
     return bytes(body)
 
 
@@ -58,6 +58,8 @@ async def _inflated(request: Request, encoding: str, most: int) -> AsyncIterator
     inflate = zlib.decompressobj(_WINDOWS[encoding]) if encoding in _WINDOWS else None
     async for chunk in request.stream():
         yield chunk if inflate is None else inflate.decompress(chunk, most)
+        if inflate is not None and inflate.unused_data:
+            raise zlib.error("more after its end")
     if inflate is not None and not inflate.eof:
         raise zlib.error("cut off")
 
