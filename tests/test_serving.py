@@ -253,6 +253,21 @@ def test_no_pass_runs_for_what_was_cancelled_or_is_late(
     assert passes == [1, 4]
 
 
+def test_a_pass_that_fails_fails_alone(tiny: FrozenBackbone, registry: Registry, registered: Register) -> None:
+    registered("digits")
+    snapshot = snapshot_of(registry, tiny)
+
+    async def ask() -> None:
+        batcher = Batcher(64)
+        with pytest.raises(RuntimeError, match="size"):
+            await batcher.answer(snapshot, [torch.zeros(3, 32, 32), torch.zeros(3, 8, 8)], ["digits"])
+        answers = await asyncio.wait_for(batcher.answer(snapshot, images_of(1), ["digits"]), 30)
+        assert torch.equal(answers["digits"], snapshot.model(images_of(1))["digits"])
+        await batcher.close()
+
+    asyncio.run(ask())
+
+
 def test_a_place_in_the_queue_is_given_back_however_a_request_ends(
     tiny: FrozenBackbone, registry: Registry, registered: Register
 ) -> None:
