@@ -263,7 +263,7 @@ def test_l2p_chooses_prompts_as_avalanches_pool_does(tiny: FrozenBackbone) -> No
     pool = Prompt(length=5, embed_dim=48, prompt_pool=True, prompt_key=True, pool_size=10, top_k=5, embedding_key="cls")
     pool.prompt.data, pool.prompt_key.data = method._pool.data, method._keys.data
     queries = method._pooled(STREAM.experiences[0].test)
-    embedded = method._embed(STREAM.experiences[0].test.read_all(tiny))
+    embedded = tiny.embed(STREAM.experiences[0].test.read_all(tiny))
     expected = pool(embedded, cls_features=queries)
     tokens = expected["prompted_embedding"]
     for block in tiny.blocks:
@@ -298,7 +298,7 @@ def test_codas_prompt_that_weighs_nothing_changes_nothing_but_the_softmax(tiny: 
     with torch.no_grad():
         method._groups[0][2].zero_()
         found = method._prompted(pixels, method._pooled(STREAM.experiences[0].test))[0]
-        tokens, block = method._embed(pixels), tiny.blocks[0]
+        tokens, block = tiny.embed(pixels), tiny.blocks[0]
         query, key, value = tiny.project(block, tokens)
         weights = (query @ key.transpose(2, 3) * block.attn.scale).exp()
         read = weights @ value / (weights.sum(-1, keepdim=True) + 4)

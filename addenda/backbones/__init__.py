@@ -2,7 +2,8 @@
 
 from addenda.backbones.adapters import Adapter, BlockAdapters
 from addenda.backbones.catalogue import catalogue
-from addenda.backbones.frozen import FrozenBackbone, FrozenStream, KeyValue
+from addenda.backbones.family import KeyValue
+from addenda.backbones.frozen import FrozenBackbone, FrozenStream
 from addenda.backbones.images import SUFFIXES, read_image
 from addenda.backbones.loading import load_backbone, untrained_backbone
 from addenda.backbones.products import MIN_ROWS, product
