@@ -22,11 +22,12 @@ from addenda.benchmarks.continual.methods import BASELINES, baseline, describe, 
 from addenda.benchmarks.continual.prompts import L2P, CodaPrompt
 from addenda.benchmarks.continual.settings import BaselineSettings
 from addenda.benchmarks.continual.stream import Experience, Stream
-from addenda.exceptions import TrainingError
+from addenda.exceptions import BackboneError, TrainingError
 from addenda.learner.candidates import schedule
 from addenda.learner.labelled import LabelledImages
 from addenda.learner.metrics import accuracy
 from addenda.learner.regimes import RivalConfig, rival_logits, train_rival
+from tests.tiny import tiny_eva
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Avalanche and what it imports warn while they load
 
@@ -339,3 +340,9 @@ def test_autocast_changes_passes_but_not_the_heads_precision(tiny: FrozenBackbon
         half, whole = told(name, True), told(name, False)
         assert half.told.dtype == torch.float32
         assert not torch.equal(half.told, whole.told)
+
+
+@pytest.mark.parametrize("name", ["l2p", "coda-prompt"])
+def test_prompts_on_another_family_than_they_were_written_for_are_refused(name: str) -> None:
+    with pytest.raises(BackboneError, match="is for timm's VisionTransformer; backbone 'dinov3' is timm's Eva"):
+        make(name, FrozenBackbone(tiny_eva("dinov3"), "dinov3", "hub"))

@@ -1,4 +1,4 @@
-"""Tiny random backbones, for processes that tests start too: importing it brings neither pytest nor the shape checker."""
+"""Tiny random backbones, for processes that a test starts too: importing it brings no pytest and no shape checker."""
 
 from __future__ import annotations
 

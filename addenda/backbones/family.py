@@ -40,6 +40,9 @@ class Family(ABC):
     TIMM_CLASS: ClassVar[type]
     """The class of its models: this one, no subclass."""
 
+    LAST_PROJECTIONS: ClassVar[int] = 3
+    """Of queries, keys and values, those that `last` computes for all tokens where little is read."""
+
     convert: ClassVar[Callable[[dict[str, Tensor], Any], dict[str, Tensor]]]
     """A checkpoint's tensors by the names of the model's own: timm's `checkpoint_filter_fn` for the class."""
 

@@ -19,6 +19,7 @@ class VisionTransformerFamily(Family):
     """Models of timm's VisionTransformer, of its standard blocks."""
 
     TIMM_CLASS = VisionTransformer
+    LAST_PROJECTIONS = 2
     convert = staticmethod(checkpoint_filter_fn)
 
     def __init__(self, model: Any) -> None:
