@@ -15,8 +15,8 @@ from addenda.learner.dense_mask import DenseMask
 from tests import dense_mask as reference
 from tests.conftest import random_task
 from tests.models import backbone, images, lively_vit
-from tests.tiny import EVA
 from tests.test_strategy import break_the_mask
+from tests.tiny import EVA
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Avalanche and what it imports warn while they load
 

@@ -1,4 +1,4 @@
-"""A timm Vision Transformer, frozen: loading, fingerprint, preprocessing, layer-by-layer keys and values."""
+"""A timm ViT or Eva, frozen: loading, fingerprint, preprocessing, layer-by-layer keys and values."""
 
 from addenda.backbones.adapters import Adapter, BlockAdapters
 from addenda.backbones.catalogue import catalogue

@@ -38,9 +38,9 @@ class EvaFamily(Family):
     def obstacle(model: Any) -> str | None:
         """Blocks and attention of other kinds than the pre-norm ones."""
         for block in model.blocks:
-            attn = block.attn
             if type(block) is not EvaBlock:
                 return f"its blocks are {type(block).__name__}, not timm's pre-norm EvaBlock"
+            attn = block.attn
             if type(attn) not in (EvaAttention, AttentionRope):
                 return f"its attention is {type(attn).__name__}, not timm's EvaAttention or AttentionRope"
             if getattr(attn, "gate", None) is not None:  # older timm has neither gates nor groups

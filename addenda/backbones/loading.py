@@ -31,7 +31,7 @@ def load_backbone(
     precision: str = "float32",
     device: str | torch.device = "auto",
 ) -> FrozenBackbone:
-    """Loads a Vision Transformer and freezes it.
+    """Loads a backbone and freezes it.
 
     Args:
         name: a timm model name, with or without its pretrained tag, or `"glyphs"`, which the package carries.
