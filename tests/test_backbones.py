@@ -64,8 +64,8 @@ STOCK = [
     ("vit_small_patch16_dinov3", {**SMALL, **NARROW, "global_pool": "token"}, lambda m: m.blocks[0].attn.rotate_half),
     ("vit_small_patch16_dinov3_qkvb", {**SMALL, **NARROW}, lambda m: m.blocks[0].attn.q_bias is not None),
     ("vit_small_plus_patch16_dinov3", {**SMALL, **NARROW}, lambda m: isinstance(m.blocks[0].mlp, SwiGLU)),
-    ("vit_7b_patch16_dinov3", {**SMALL, **NARROW}, lambda m: m.blocks[0].mlp.fc1_g.out_features == 192),
     ("vit_giant_patch16_lingbot", {**SMALL, **NARROW}, lambda m: m.global_pool == "token"),
+    ("vit_base_patch16_sapiens2", {**SMALL, **NARROW, "num_kv_heads": 3}, lambda m: m.blocks[0].gamma_2 is None),
     ("vit_pe_spatial_base_patch16_512", {**SMALL, **NARROW}, lambda m: isinstance(m.norm_pre, LayerNorm)),
     ("vit_small_patch16_rope_224", {**SMALL, **NARROW}, lambda m: m.pos_embed is None),
     ("vit_small_patch16_rope_mixed_ape_224", {**SMALL, **NARROW}, lambda m: m.rope_mixed and m.pos_embed is not None),
@@ -75,7 +75,7 @@ REFUSED = [
     ("swin_tiny_patch4_window7_224", "it is a SwinTransformer"),
     ("beit_base_patch16_224", "it is a Beit"),
     ("eva02_enormous_patch14_clip_224", "its blocks are EvaBlockPostNorm, not timm's pre-norm EvaBlock"),
-    ("vit_base_patch16_sapiens2", "its attention is grouped: 2 heads of queries share one of keys"),
+    ("vit_large_patch16_sapiens2", "its attention is grouped: 2 heads of queries share one of keys"),
     ("vit_pe_core_base_patch16_224", "it pools by 'map'"),
     ("vit_medium_patch16_rope_reg1_gap_256", "it has no class token"),
     ("resnet50", "it is a ResNet"),
@@ -210,13 +210,13 @@ def test_a_bias_that_timm_adds_after_the_product_is_added_there():
     model = shaken(tiny_eva("eva02-small"))
     for block in model.blocks:
         block.attn.qkv_bias_separate = True
-    stock = copy.deepcopy(model)
-    images = some_images(stock)
-    stream = FrozenBackbone(model, "apart", "hub").stream(images)
-    assert same(list(stream), stock_keys_and_values(stock, images))
+    stock = copy.deepcopy(model).bfloat16()
+    images = some_images(stock).bfloat16()
+    found = list(FrozenBackbone(model, "apart", "hub", precision=torch.bfloat16).stream(images))
+    assert same(found, stock_keys_and_values(stock, images))
     for block in stock.blocks:
         block.attn.qkv_bias_separate = False
-    assert not same(list(stream), stock_keys_and_values(stock, images)), "there is nothing to tell the two apart"
+    assert not same(found, stock_keys_and_values(stock, images)), "there is nothing to tell the two apart"
 
 
 def test_the_patches_are_turned_and_nothing_else_is():
