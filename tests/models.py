@@ -31,7 +31,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "no-position": {"pos_embed": "none"},
     "average": {"global_pool": "avg"},
     "average-after-norm": {"global_pool": "avg", "fc_norm": False, "reg_tokens": 2},
-    **{kind: {} for kind in EVA},
+    **{kind: {} for kind in EVA if kind != "eva"},
 }
 
 

@@ -43,8 +43,8 @@ class Family(ABC):
     LAST_PROJECTIONS: ClassVar[int] = 3
     """Of queries, keys and values, those that `last` computes for all tokens where little is read."""
 
-    convert: ClassVar[Callable[[dict[str, Tensor], Any], dict[str, Tensor]]]
-    """A checkpoint's tensors by the names of the model's own: timm's `checkpoint_filter_fn` for the class."""
+    convert: ClassVar[Callable[..., dict[str, Tensor]]]
+    """Gives a checkpoint's tensors the names of the model's own: timm's `checkpoint_filter_fn` for the class."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
