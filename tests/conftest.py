@@ -61,7 +61,10 @@ def random_task(
     pooled: bool = True,
     rank: int = 0,
 ) -> Task:
-    """A task with random tensors, at the scale that trained ones have; lively adapters where there is a rank."""
+    """A task with random tensors, at the scale that trained ones have; lively adapters of a rank that is not 0.
+
+    A backbone that cannot carry adapters gets the task without.
+    """
     random = torch.Generator().manual_seed(seed)
     width = backbone.embed_dim
 
@@ -77,7 +80,7 @@ def random_task(
         head_weight=normal(classes, width),
         head_bias=normal(classes),
         pooled_weight=normal(classes, width) if pooled else None,
-        adapters=adapters(backbone, rank, seed) if rank else None,
+        adapters=adapters(backbone, rank, seed) if rank and backbone.adapter_obstacle() is None else None,
         parents=parents,
     )
 

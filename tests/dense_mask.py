@@ -9,8 +9,10 @@ import copy
 from collections.abc import Callable, Sequence
 
 import torch
-from timm.models.vision_transformer import Block, VisionTransformer
-from torch import Tensor
+from timm.layers import Mlp
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
 
 from addenda.registry import Task
 
@@ -30,8 +32,9 @@ class DenseMask:
         model: a stock timm model; it is copied.
     """
 
-    def __init__(self, model: VisionTransformer) -> None:
+    def __init__(self, model: VisionTransformer | Eva) -> None:
         self.model = copy.deepcopy(model).double().eval()
+        self.rotation: Tensor | None = None
 
     @torch.no_grad()
     def __call__(self, images: Tensor, asked: Sequence[Task]) -> dict[str, Tensor]:
@@ -53,7 +56,10 @@ class DenseMask:
 
     def first_tokens(self, images: Tensor, tasks: Sequence[Task]) -> tuple[Tensor, Tensor]:
         model = self.model
-        frozen = model.norm_pre(model._pos_embed(model.patch_embed(images.double())))
+        frozen = model._pos_embed(model.patch_embed(images.double()))
+        if isinstance(model, Eva):
+            frozen, self.rotation = frozen
+        frozen = model.norm_pre(frozen)
         queries = frozen.new_zeros(len(images), len(tasks), model.embed_dim)
         for place, task in enumerate(tasks):
             position = 0 if model.no_embed_class or model.pos_embed is None else model.pos_embed[0, 0]
@@ -61,7 +67,7 @@ class DenseMask:
         return frozen, queries
 
     def one_layer(
-        self, block: Block, layer: int, frozen: Tensor, queries: Tensor, tasks: Sequence[Task]
+        self, block: nn.Module, layer: int, frozen: Tensor, queries: Tensor, tasks: Sequence[Task]
     ) -> tuple[Tensor, Tensor]:
         num_frozen, batch = frozen.shape[1], len(frozen)
         parts = [frozen]
@@ -78,7 +84,11 @@ class DenseMask:
                     outputs[:, row] += torch.einsum("or,ri,bi->bo", up, down, inputs[:, row])
             return outputs
 
-        after = self.block(block, torch.cat(parts, dim=1), self.mask(num_frozen, tasks), changed)
+        mask = self.mask(num_frozen, tasks)
+        if isinstance(self.model, Eva):
+            after = self.eva_block(block, layer, torch.cat(parts, dim=1), mask, changed)
+        else:
+            after = self.block(block, torch.cat(parts, dim=1), mask, changed)
         return after[:, :num_frozen], after[:, [starts[task] for task in tasks]]
 
     def mask(self, num_frozen: int, tasks: Sequence[Task]) -> Tensor:
@@ -93,21 +103,66 @@ class DenseMask:
                     mask[start, starts[seen] : starts[seen] + 1 + seen.num_memory_tokens] = True
         return mask
 
-    def block(self, block: Block, tokens: Tensor, mask: Tensor, changed: Changed) -> Tensor:
+    def block(self, block: nn.Module, tokens: Tensor, mask: Tensor, changed: Changed) -> Tensor:
         attn, mlp = block.attn, block.mlp
         normed = block.norm1(tokens)
         q, k, v = attn.qkv(normed).chunk(3, dim=-1)
         q = changed("q", normed, q)
         q, k, v = (part.unflatten(-1, (attn.num_heads, attn.head_dim)).transpose(1, 2) for part in (q, k, v))
-        scores = attn.q_norm(q) @ attn.k_norm(k).transpose(-1, -2) / attn.head_dim**0.5
-        scores = scores.masked_fill(~mask, float("-inf"))
-        weights = (scores - scores.amax(-1, keepdim=True)).exp()
-        read = (weights / weights.sum(-1, keepdim=True)) @ v
-        read = attn.norm(read.transpose(1, 2).flatten(2))
+        read = attn.norm(attention(attn.q_norm(q), attn.k_norm(k), v, mask))
         tokens = tokens + block.ls1(changed("proj", read, attn.proj(read)))
         normed = block.norm2(tokens)
         hidden = mlp.norm(mlp.act(changed("fc1", normed, mlp.fc1(normed))))
         return tokens + block.ls2(changed("fc2", hidden, mlp.fc2(hidden)))
+
+    def eva_block(self, block: nn.Module, layer: int, tokens: Tensor, mask: Tensor, changed: Changed) -> Tensor:
+        attn, mlp = block.attn, block.mlp
+        normed = block.norm1(tokens)
+        if attn.qkv is None:
+            q, k, v = (project(normed) for project in (attn.q_proj, attn.k_proj, attn.v_proj))
+        else:
+            q, k, v = attn.qkv(normed).chunk(3, dim=-1)
+            if getattr(attn, "q_bias", None) is not None:  # the keys have none
+                q, v = q + attn.q_bias, v + attn.v_bias
+        q = changed("q", normed, q)
+        q, k, v = (part.unflatten(-1, (attn.num_heads, attn.head_dim)).transpose(1, 2) for part in (q, k, v))
+        q, k = attn.q_norm(q), attn.k_norm(k)
+        if self.rotation is not None:
+            rotation = self.rotation[layer] if self.model.rope_mixed else self.rotation
+            patches = slice(self.model.num_prefix_tokens, self.model.num_prefix_tokens + rotation.shape[-2])
+            for part in (q, k):
+                part[:, :, patches] = turned(part[:, :, patches], rotation, attn.rotate_half)
+        read = attn.norm(attention(q, k, v, mask))
+        gammas = (1.0 if gamma is None else gamma for gamma in (block.gamma_1, block.gamma_2))
+        tokens = tokens + next(gammas) * changed("proj", read, attn.proj(read))
+        normed = block.norm2(tokens)
+        if type(mlp) is not Mlp:
+            return tokens + next(gammas) * mlp(normed)
+        hidden = mlp.norm(mlp.act(changed("fc1", normed, mlp.fc1(normed))))
+        return tokens + next(gammas) * changed("fc2", hidden, mlp.fc2(hidden))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """What each query reads, heads side by side."""
+    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+    scores = scores.masked_fill(~mask, float("-inf"))
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    return ((weights / weights.sum(-1, keepdim=True)) @ v).transpose(1, 2).flatten(2)
+
+
+def turned(rows: Tensor, rotation: Tensor, half: bool) -> Tensor:
+    """Each pair of dimensions, as a complex number, times its own of absolute value 1."""
+    sin, cos = rotation.chunk(2, dim=-1)
+    if half:  # a dimension of the first half and the one of its place in the second
+        first, second = rows.chunk(2, dim=-1)
+        turn = torch.complex(cos, sin).chunk(2, dim=-1)[0]
+    else:  # neighbours
+        first, second = rows[..., ::2], rows[..., 1::2]
+        turn = torch.complex(cos, sin)[..., ::2]
+    result = torch.complex(first, second) * turn
+    if half:
+        return torch.cat([result.real, result.imag], dim=-1)
+    return torch.stack([result.real, result.imag], dim=-1).flatten(-2)
 
 
 def positions(num_frozen: int, tasks: Sequence[Task]) -> tuple[dict[Task, int], int]:

@@ -16,6 +16,7 @@ from addenda.backbones import FrozenBackbone
 from addenda.combined import CombinedModel
 from addenda.registry import Task
 from tests.conftest import random_task, tiny_vit
+from tests.tiny import EVA, tiny_eva
 
 PRECISIONS = pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 
@@ -30,12 +31,13 @@ VARIANTS: dict[str, dict[str, object]] = {
     "no-position": {"pos_embed": "none"},
     "average": {"global_pool": "avg"},
     "average-after-norm": {"global_pool": "avg", "fc_norm": False, "reg_tokens": 2},
+    **{kind: {} for kind in EVA if kind != "eva"},
 }
 
 
 def lively_vit(variant: str = "plain") -> torch.nn.Module:
-    """A tiny ViT in which attention chooses and every parameter matters: fresh ones are nearly uniform."""
-    model = tiny_vit(1, **VARIANTS[variant])
+    """A tiny backbone in which attention chooses and every parameter matters: fresh ones are nearly uniform."""
+    model = tiny_eva(variant, 1) if variant in EVA else tiny_vit(1, **VARIANTS[variant])
     random = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -64,7 +66,10 @@ def head_only(task: Task) -> Task:
 
 @cache
 def family(on: FrozenBackbone) -> dict[str, Task]:
-    """Thirteen tasks of nine size classes: alone, without memory, one label, head only, a chain, a diamond, adapted."""
+    """Thirteen tasks of nine size classes: alone, without memory, one label, head only, a chain, a diamond, adapted.
+
+    On a backbone that cannot carry adapters the adapted ones have none, and the size classes are fewer.
+    """
 
     def task(name: str, memory: int, parents: Sequence[str] = (), **options: object) -> None:
         kin = tuple(known[parent] for parent in parents)

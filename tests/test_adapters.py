@@ -13,6 +13,7 @@ from addenda.exceptions import BackboneError
 from addenda.registry import ADAPTED
 from tests.conftest import tiny_vit
 from tests.models import PRECISIONS, backbone, lively_vit
+from tests.tiny import tiny_eva
 
 NARROW = {"embed_dim": 48, "num_heads": 3, "depth": 2, "img_size": 56}
 
@@ -55,7 +56,7 @@ def test_the_backbone_and_the_registry_name_the_same_layers() -> None:
     assert backbone().adapter_shapes() == {"q": (48, 48), "proj": (48, 48), "fc1": (48, 192), "fc2": (192, 48)}
 
 
-@pytest.mark.parametrize("variant", ["plain", "layer-scale", "qk-norm", "clip"])
+@pytest.mark.parametrize("variant", ["plain", "layer-scale", "qk-norm", "clip", "dinov3", "rope-mixed"])
 @pytest.mark.parametrize("slot", [0, 2])
 def test_an_adapted_block_is_the_block_with_merged_weights_but_for_keys_and_values(variant: str, slot: int) -> None:
     on = backbone(variant, torch.float64)
@@ -123,6 +124,8 @@ def test_a_product_of_few_rows_is_filled_up(count: int) -> None:
         (lambda: tiny_vit(mlp_layer=SwiGLU), "SwiGLU"),
         (lambda: tiny_vit(mlp_layer=GluMlp), "GluMlp"),
         (lambda: timm.create_model("vit_giant_patch14_dinov2", **NARROW), "GluMlp"),
+        (lambda: tiny_eva("eva02"), "SwiGLU"),
+        (lambda: tiny_eva("eva02-small"), "GluMlp"),
     ],
 )
 def test_blocks_that_cannot_carry_adapters_are_named(model: object, found: str) -> None:

@@ -17,14 +17,17 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 from timm.data import create_transform, resolve_model_data_config
-from timm.layers import Attention, GluMlp, LayerNorm
+from timm.layers import Attention, GluMlp, LayerNorm, SwiGLU
+from timm.models.eva import Eva, EvaAttention
 from timm.models.vision_transformer import ParallelScalingBlock
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from addenda.backbones import SUFFIXES, FrozenBackbone, catalogue, load_backbone, read_image
 from addenda.backbones.scope import WORKING, obstacle
 from addenda.exceptions import BackboneError, DataError
 from tests.conftest import tiny_vit
+from tests.tiny import EVA, tiny_eva
 
 SMALL = {"img_size": 64, "depth": 2}
 NARROW = {"embed_dim": 48, "num_heads": 3, "depth": 2}
@@ -53,12 +56,28 @@ STOCK = [
     ("beit3_base_patch16_224", {**SMALL, **NARROW}, lambda m: isinstance(m.blocks[0].attn.norm, LayerNorm)),
     ("flexivit_small", {**NARROW, "img_size": 96}, lambda m: m.pos_embed.shape[1] == m.patch_embed.num_patches),
     ("vit_base_patch16_radio_v3", {**SMALL, **NARROW}, lambda m: isinstance(m.norm, nn.Identity)),
+    ("eva_giant_patch14_224", {**NARROW, "img_size": 56}, lambda m: type(m) is Eva and m.rope is None),
+    ("eva02_tiny_patch14_224", {**NARROW, "img_size": 56}, lambda m: isinstance(m.blocks[0].mlp, GluMlp)),
+    ("eva02_base_patch14_224", {**NARROW, "img_size": 56}, lambda m: isinstance(m.blocks[0].mlp.norm, LayerNorm)),
+    ("eva02_base_patch16_clip_224", {**SMALL, **NARROW}, lambda m: isinstance(m.blocks[0].attn.norm, LayerNorm)),
+    ("vit_small_patch16_dinov3", {**SMALL, **NARROW}, lambda m: m.num_prefix_tokens == 5 and m.dynamic_img_size),
+    ("vit_small_patch16_dinov3", {**SMALL, **NARROW, "global_pool": "token"}, lambda m: m.blocks[0].attn.rotate_half),
+    ("vit_small_patch16_dinov3_qkvb", {**SMALL, **NARROW}, lambda m: m.blocks[0].attn.q_bias is not None),
+    ("vit_small_plus_patch16_dinov3", {**SMALL, **NARROW}, lambda m: isinstance(m.blocks[0].mlp, SwiGLU)),
+    ("vit_giant_patch16_lingbot", {**SMALL, **NARROW}, lambda m: m.global_pool == "token"),
+    ("vit_base_patch16_sapiens2", {**SMALL, **NARROW, "num_kv_heads": 3}, lambda m: m.blocks[0].gamma_2 is None),
+    ("vit_pe_spatial_base_patch16_512", {**SMALL, **NARROW}, lambda m: isinstance(m.norm_pre, LayerNorm)),
+    ("vit_small_patch16_rope_224", {**SMALL, **NARROW}, lambda m: m.pos_embed is None),
+    ("vit_small_patch16_rope_mixed_ape_224", {**SMALL, **NARROW}, lambda m: m.rope_mixed and m.pos_embed is not None),
 ]
 
 REFUSED = [
     ("swin_tiny_patch4_window7_224", "it is a SwinTransformer"),
     ("beit_base_patch16_224", "it is a Beit"),
-    ("eva02_tiny_patch14_224", "it is a Eva"),
+    ("eva02_enormous_patch14_clip_224", "its blocks are EvaBlockPostNorm, not timm's pre-norm EvaBlock"),
+    ("vit_large_patch16_sapiens2", "its attention is grouped: 2 heads of queries share one of keys"),
+    ("vit_pe_core_base_patch16_224", "it pools by 'map'"),
+    ("vit_medium_patch16_rope_reg1_gap_256", "it has no class token"),
     ("resnet50", "it is a ResNet"),
     ("deit_tiny_distilled_patch16_224", "it is a VisionTransformerDistilled"),
     ("vit_relpos_small_patch16_224", "it is a VisionTransformerRelPos"),
@@ -84,24 +103,26 @@ def some_images(model: nn.Module, count: int = 2) -> Tensor:
     return torch.randn(count, 3, *model.patch_embed.img_size, generator=torch.Generator().manual_seed(1))
 
 
+class Spy(TorchFunctionMode):
+    """Sees the keys and values that timm's attention hands to torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[Tensor, Tensor]] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            self.seen.append(args[1:3])
+        return func(*args, **(kwargs or {}))
+
+
 @torch.no_grad()
 def stock_keys_and_values(model: nn.Module, images: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Each layer's keys and values, from timm's own intermediates."""
-    inputs: list[Tensor] = []
-    hook = model.blocks[0].register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0]))
-    layers = model.forward_intermediates(
-        images, return_prefix_tokens=True, output_fmt="NLC", intermediates_only=True, norm=False
-    )
-    hook.remove()
-    inputs += [torch.cat([prefix, patches], dim=1) for patches, prefix in layers[:-1]]
-    found = []
-    for block, tokens in zip(model.blocks, inputs, strict=True):
-        attn = block.attn
-        projected = F.linear(block.norm1(tokens), attn.qkv.weight, attn.qkv.bias)
-        _, keys, values = projected.chunk(3, dim=-1)
-        keys, values = (part.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for part in (keys, values))
-        found.append((attn.k_norm(keys), values))
-    return found
+    """Each layer's keys and values, as timm's own forward pass has them."""
+    with Spy() as spy:
+        model(images)
+    assert len(spy.seen) == len(model.blocks)
+    return spy.seen
 
 
 def same(ours: list[tuple[Tensor, Tensor]], stock: list[tuple[Tensor, Tensor]]) -> bool:
@@ -147,8 +168,13 @@ def test_at_least_fifteen_names_are_compared_with_timm():
     assert len({name for name, _, _ in STOCK}) >= 15
 
 
-def test_a_bfloat16_stream_is_bit_equal_to_stock_timm_in_bfloat16():
-    model = shaken(tiny_vit(qk_norm=True))
+@pytest.mark.parametrize(
+    "made",
+    [lambda: tiny_vit(qk_norm=True), *(partial(tiny_eva, kind) for kind in EVA)],
+    ids=["vit", *EVA],
+)
+def test_a_bfloat16_stream_is_bit_equal_to_stock_timm_in_bfloat16(made):
+    model = shaken(made())
     stock = copy.deepcopy(model).to(torch.bfloat16)
     backbone = FrozenBackbone(model, "tiny", "hub", precision=torch.bfloat16)
     images = some_images(stock)
@@ -157,6 +183,63 @@ def test_a_bfloat16_stream_is_bit_equal_to_stock_timm_in_bfloat16():
     with torch.no_grad():
         assert torch.equal(stream.tokens, stock.forward_features(images.bfloat16()))
     assert stream.tokens.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", EVA)
+@pytest.mark.parametrize("fused", [True, False])
+def test_each_kind_of_eva_is_bit_equal_to_stock_timm_with_and_without_fused_attention(kind, fused):
+    model = shaken(tiny_eva(kind))
+    for block in model.blocks:
+        block.attn.fused_attn = fused
+    stock, backbone = copy.deepcopy(model), FrozenBackbone(model, kind, "hub")
+    images = some_images(stock, 5)
+    with torch.no_grad():
+        tokens = stock.forward_features(images)
+        pooled = stock.forward_head(tokens, pre_logits=True)
+    stream = backbone.stream(images)
+    kept = list(stream)
+    assert torch.equal(stream.tokens, tokens)
+    assert torch.equal(stream.pooled, pooled)
+    assert torch.equal(backbone.backbone_logits(images), stock(images))
+    assert len(kept) == 3
+    if fused:
+        assert same(kept, stock_keys_and_values(stock, images))
+
+
+def test_a_bias_that_timm_adds_after_the_product_is_added_there():
+    model = shaken(tiny_eva("eva02-small"))
+    for block in model.blocks:
+        block.attn.qkv_bias_separate = True
+    stock = copy.deepcopy(model).bfloat16()
+    images = some_images(stock).bfloat16()
+    found = list(FrozenBackbone(model, "apart", "hub", precision=torch.bfloat16).stream(images))
+    assert same(found, stock_keys_and_values(stock, images))
+    for block in stock.blocks:
+        block.attn.qkv_bias_separate = False
+    assert not same(found, stock_keys_and_values(stock, images)), "there is nothing to tell the two apart"
+
+
+def test_the_patches_are_turned_and_nothing_else_is():
+    backbone = FrozenBackbone(shaken(tiny_eva("dinov3")), "tiny", "hub")
+    heads = torch.randn(2, 3, backbone.num_tokens + 4, 16, generator=torch.Generator().manual_seed(3))
+    turned = backbone.place(backbone.blocks[0], heads)
+    moved = (turned != heads).any(dim=-1).all(dim=(0, 1))
+    assert moved.tolist() == [False] * 5 + [True] * 16 + [False] * 4
+    assert torch.allclose(turned.norm(dim=-1), heads.norm(dim=-1), atol=1e-5)
+    vit = FrozenBackbone(tiny_vit(), "tiny", "hub")
+    assert vit.place(vit.blocks[0], heads) is heads
+
+
+def test_stand_ins_share_the_models_weights():
+    shared = 0
+    for kind in EVA:
+        backbone = FrozenBackbone(tiny_eva(kind), kind, "hub")
+        own = {parameter.data_ptr() for parameter in backbone.model.parameters()}
+        for block in backbone.blocks:
+            for name, parameter in block.named_parameters():
+                assert parameter.data_ptr() in own or name == "attn.qkv.bias", name
+                shared += 1
+    assert shared > 100
 
 
 def test_a_frozen_stream_does_not_change_what_the_model_computes(tiny):
@@ -212,11 +295,17 @@ def test_a_frozen_backbone_has_no_gradients_and_no_dropout():
     assert all(not parameter.requires_grad for parameter in backbone.model.parameters())
 
 
-@pytest.mark.parametrize("options", [{}, {"no_embed_class": True}, {"pre_norm": True}, {"pos_embed": "none"}])
-def test_a_first_token_stands_where_the_class_token_stands(options):
-    backbone = FrozenBackbone(shaken(tiny_vit(**options)), "tiny", "hub")
+@pytest.mark.parametrize(
+    "made",
+    [
+        *(partial(tiny_vit, **o) for o in ({}, {"no_embed_class": True}, {"pre_norm": True}, {"pos_embed": "none"})),
+        *(partial(tiny_eva, kind) for kind in EVA),
+    ],
+)
+def test_a_first_token_stands_where_the_class_token_stands(made):
+    backbone = FrozenBackbone(shaken(made()), "tiny", "hub")
     inputs: list[Tensor] = []
-    backbone.blocks[0].register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0]))
+    backbone.model.blocks[0].register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0]))
     backbone.backbone_logits(some_images(backbone.model))
     assert torch.equal(backbone.first_tokens(backbone.class_token[None])[0], inputs[0][0, 0])
 
@@ -313,9 +402,14 @@ def test_a_property_that_task_tokens_cannot_share_is_named(options, missing):
     assert missing in str(refusal.value)
 
 
-def test_gated_attention_is_named_even_in_one_block():
-    model = tiny_vit()
-    model.blocks[2].attn = Attention(48, num_heads=3, gated=True)
+@pytest.mark.parametrize(
+    ("model", "attention"),
+    [(tiny_vit, Attention), (lambda: tiny_eva("dinov3"), partial(EvaAttention, scale_norm=False))],
+    ids=["vit", "eva"],
+)
+def test_gated_attention_is_named_even_in_one_block(model, attention):
+    model = model()
+    model.blocks[2].attn = attention(48, num_heads=3, gated=True)
     with pytest.raises(BackboneError, match="'odd' cannot carry task tokens: its attention is gated"):
         FrozenBackbone(model, "odd", "hub")
 
@@ -344,7 +438,8 @@ def test_a_name_near_nothing_is_refused_with_two_that_work():
 
 
 def test_the_catalogue_says_what_works_and_what_is_missing():
-    assert catalogue("vit_tiny_patch16_*") == [("vit_tiny_patch16_224", None), ("vit_tiny_patch16_384", None)]
+    working = ["vit_tiny_patch16_224", "vit_tiny_patch16_384", "vit_tiny_patch16_dinov3_qkvb"]
+    assert catalogue("vit_tiny_patch16_*") == [(name, None) for name in working]
     [(name, missing)] = catalogue("vit_base_patch16_xp_224")
     assert name == "vit_base_patch16_xp_224"
     assert "ParallelScalingBlock" in missing
@@ -401,6 +496,25 @@ def test_a_fingerprint_changes_with_the_architecture_around_the_same_weights(tin
         model.load_state_dict(tiny.model.state_dict())
         found.add(fingerprint(model))
     assert len(found) == 1 + len(variants)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("dinov3", {"rope_temperature": 10.0}),
+        ("dinov3", {"rope_rotate_half": False}),
+        ("dinov3", {"rope_grid_offset": 0.5}),
+        ("dinov3", {"rope_type": "cat"}),
+        ("dinov3", {"use_rot_pos_emb": False}),
+        ("eva02", {"ref_feat_shape": (4, 4)}),
+        ("rope-mixed", {"rope_grid_indexing": "ij"}),
+    ],
+)
+def test_a_fingerprint_changes_with_rotations_that_no_weight_tells_of(kind, options):
+    model, other = tiny_eva(kind), tiny_eva(kind, **options)
+    other.load_state_dict(model.state_dict())
+    assert not torch.equal(model.forward_features(some_images(model)), other.forward_features(some_images(model)))
+    assert fingerprint(model) != fingerprint(other)
 
 
 def test_a_fingerprint_is_the_same_in_another_order_of_memory(tiny):

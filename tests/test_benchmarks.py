@@ -16,6 +16,7 @@ from tests import dense_mask as reference
 from tests.conftest import random_task
 from tests.models import backbone, images, lively_vit
 from tests.test_strategy import break_the_mask
+from tests.tiny import EVA
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Avalanche and what it imports warn while they load
 
@@ -48,7 +49,7 @@ def test_the_demo_fails_when_a_mask_is_broken(
 
 
 @pytest.mark.parametrize("precomputed", [True, False])
-@pytest.mark.parametrize("variant", ["plain", "dinov2", "clip", "average"])
+@pytest.mark.parametrize("variant", ["plain", "dinov2", "clip", "average", *EVA])
 def test_the_rival_is_the_papers_dense_mask(variant: str, precomputed: bool) -> None:
     on = backbone(variant, torch.float64)
     tasks = [random_task(on, f"task-{m}", memory=m, classes=2 + m, seed=m, pooled=m % 2 == 0) for m in (0, 5, 9)]
@@ -59,7 +60,7 @@ def test_the_rival_is_the_papers_dense_mask(variant: str, precomputed: bool) -> 
         assert (logits - expected[name]).abs().max() <= 1e-6 * expected[name].abs().max()  # its heads are in float32
 
 
-@pytest.mark.parametrize("variant", ["plain", "average"])
+@pytest.mark.parametrize("variant", ["plain", "average", *EVA])
 def test_operations_are_those_that_torch_counts(variant: str) -> None:
     on = backbone(variant)
     tasks = [
@@ -75,7 +76,7 @@ def test_operations_are_those_that_torch_counts(variant: str) -> None:
     # fused attention, in the last block of which only the class token and its three companions ask where the class
     # token is what is read.
     own = sum(2 * on.depth * on.embed_dim * len(tile.class_tokens) for tile in model.layout.tiles)
-    asking = on.num_tokens * on.depth if variant == "average" else on.num_tokens * (on.depth - 1) + 4
+    asking = on.num_tokens * on.depth if on.model.global_pool == "avg" else on.num_tokens * (on.depth - 1) + 4
     fused = 2 * on.embed_dim * on.num_tokens * asking
     assert pass_operations(model) == counted + own + fused
     assert pass_operations(model, filled=False) < pass_operations(model)

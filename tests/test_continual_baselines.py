@@ -22,11 +22,12 @@ from addenda.benchmarks.continual.methods import BASELINES, baseline, describe, 
 from addenda.benchmarks.continual.prompts import L2P, CodaPrompt
 from addenda.benchmarks.continual.settings import BaselineSettings
 from addenda.benchmarks.continual.stream import Experience, Stream
-from addenda.exceptions import TrainingError
+from addenda.exceptions import BackboneError, TrainingError
 from addenda.learner.candidates import schedule
 from addenda.learner.labelled import LabelledImages
 from addenda.learner.metrics import accuracy
 from addenda.learner.regimes import RivalConfig, rival_logits, train_rival
+from tests.tiny import tiny_eva
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Avalanche and what it imports warn while they load
 
@@ -263,7 +264,7 @@ def test_l2p_chooses_prompts_as_avalanches_pool_does(tiny: FrozenBackbone) -> No
     pool = Prompt(length=5, embed_dim=48, prompt_pool=True, prompt_key=True, pool_size=10, top_k=5, embedding_key="cls")
     pool.prompt.data, pool.prompt_key.data = method._pool.data, method._keys.data
     queries = method._pooled(STREAM.experiences[0].test)
-    embedded = method._embed(STREAM.experiences[0].test.read_all(tiny))
+    embedded = tiny.embed(STREAM.experiences[0].test.read_all(tiny))
     expected = pool(embedded, cls_features=queries)
     tokens = expected["prompted_embedding"]
     for block in tiny.blocks:
@@ -298,7 +299,7 @@ def test_codas_prompt_that_weighs_nothing_changes_nothing_but_the_softmax(tiny: 
     with torch.no_grad():
         method._groups[0][2].zero_()
         found = method._prompted(pixels, method._pooled(STREAM.experiences[0].test))[0]
-        tokens, block = method._embed(pixels), tiny.blocks[0]
+        tokens, block = tiny.embed(pixels), tiny.blocks[0]
         query, key, value = tiny.project(block, tokens)
         weights = (query @ key.transpose(2, 3) * block.attn.scale).exp()
         read = weights @ value / (weights.sum(-1, keepdim=True) + 4)
@@ -339,3 +340,9 @@ def test_autocast_changes_passes_but_not_the_heads_precision(tiny: FrozenBackbon
         half, whole = told(name, True), told(name, False)
         assert half.told.dtype == torch.float32
         assert not torch.equal(half.told, whole.told)
+
+
+@pytest.mark.parametrize("name", ["l2p", "coda-prompt"])
+def test_prompts_on_another_family_than_they_were_written_for_are_refused(name: str) -> None:
+    with pytest.raises(BackboneError, match="is for timm's VisionTransformer; backbone 'dinov3' is timm's Eva"):
+        make(name, FrozenBackbone(tiny_eva("dinov3"), "dinov3", "hub"))

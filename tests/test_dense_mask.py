@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -13,9 +16,14 @@ from addenda.learner.dense_mask import DenseMask
 from addenda.learner.stream import stream_features
 from tests.conftest import random_task
 from tests.test_learner import noise
+from tests.tiny import tiny_eva, tiny_vit
 
 
-def test_training_by_the_dense_mask_follows_the_gradients_of_the_cached_stream(tiny: FrozenBackbone) -> None:
+@pytest.mark.parametrize("made", [tiny_vit, lambda: tiny_eva("dinov3"), lambda: tiny_eva("eva02")])
+def test_training_by_the_dense_mask_follows_the_gradients_of_the_cached_stream(
+    made: Callable[[], torch.nn.Module],
+) -> None:
+    tiny = FrozenBackbone(made(), "tiny", "hub")
     images, targets = noise(12)
     task = random_task(tiny, "task")
     assert task.class_token is not None
@@ -44,7 +52,9 @@ def test_without_the_mask_a_task_is_moved_by_its_neighbour_and_with_it_is_not(ti
         assert masked or changed > 0.05
 
 
-def test_a_trainable_copy_starts_as_the_backbone_and_leaves_it_as_it_is(tiny: FrozenBackbone) -> None:
+@pytest.mark.parametrize("made", [tiny_vit, lambda: tiny_eva("dinov3"), lambda: tiny_eva("eva02")])
+def test_a_trainable_copy_starts_as_the_backbone_and_leaves_it_as_it_is(made: Callable[[], torch.nn.Module]) -> None:
+    tiny = FrozenBackbone(made(), "tiny", "hub")
     images, targets = noise(6)
     before = tiny.backbone_logits(images)
     copied = tiny.trainable_copy(3)

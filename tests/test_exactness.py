@@ -76,7 +76,7 @@ REGISTRY = {"seed": st.integers(0, 2**20), "num_images": st.integers(1, 33), "da
 
 
 @PRECISIONS
-@pytest.mark.parametrize("variant", ["plain", "dinov2", "average", "wide"])
+@pytest.mark.parametrize("variant", ["plain", "dinov2", "average", "wide", "dinov3", "eva02"])
 @settings(deadline=None, max_examples=2)
 @given(num_tasks=st.integers(1, 24), **REGISTRY)
 def test_a_task_keeps_its_bits_in_any_registry(
@@ -89,7 +89,7 @@ def test_a_task_keeps_its_bits_in_any_registry(
 @pytest.mark.slow
 @PRECISIONS
 @pytest.mark.parametrize("num_threads", [1, 2])
-@pytest.mark.parametrize("variant", ["plain", "clip", "wide"])
+@pytest.mark.parametrize("variant", ["plain", "clip", "wide", "dinov3", "eva02-small"])
 @settings(deadline=None, max_examples=6)
 @given(num_tasks=st.integers(1, 70), **REGISTRY)
 def test_a_task_keeps_its_bits_in_any_large_registry(

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 
 from addenda import CombinedModel, FrozenBackbone, LearnConfig, Learner, Registry
-from addenda.combined import verify
+from addenda.combined import Router, verify
 from addenda.exceptions import BackboneError, NameTakenError, RegistryError, TrainingError
 from addenda.learner import Epoch
 from addenda.learner.activations import Activations
@@ -32,6 +32,7 @@ from addenda.learner.training import Trainer
 from addenda.registry import TaskFilter
 from tests.conftest import random_task, tiny_vit
 from tests.images import colour_folder
+from tests.tiny import tiny_eva
 
 QUICK = LearnConfig(
     optimizer="sgd", epochs=2, learning_rate=(0.1, 0.3), batch_size=8, augmentation=Augmentation(views=0)
@@ -65,6 +66,38 @@ def test_a_learned_task_is_registered_with_its_scores_beside_the_regressions(lea
     assert [row["learning_rate"] for row in task.metrics["candidates"]] == [0.1, 0.3]
     assert task.config["seed"] == 0
     assert learner.registry.record("colours").data["counts"] == [8, 8, 8]
+
+
+@pytest.mark.parametrize("kind", ["dinov3", "eva02"])
+def test_a_task_is_learned_on_an_eva_and_stays_as_it_is_when_another_joins(
+    kind: str, registry: Registry, colours: Path
+) -> None:
+    on = FrozenBackbone(tiny_eva(kind), kind, "hub")
+    learner = Learner(on, registry)
+    task = learner.learn("colours", colours, config=replace(QUICK, fall_back=False))
+    assert task.metrics["test"]["accuracy"] > 0.8
+    assert task.memory is not None
+    assert registry.record("colours").backbone == on.fingerprint
+    images = open_images(colours / "test")
+    pixels = torch.stack([images.read(i, on) for i in range(len(images))])
+    alone = CombinedModel(on, [task])(pixels)["colours"]
+    learner.learn("more", colours, config=replace(QUICK, extends=("colours",), seed=1))
+    together = CombinedModel(on, registry.load(on))(pixels)
+    assert together.exact
+    assert together["colours"].numpy().tobytes() == alone.numpy().tobytes()
+    assert all(verdict.ok for verdict in verify(on, [(one, registry.goldens(one.ref)) for one in registry.load(on)]))
+    router = Router({name: registry.statistics(f"{name}:1") for name in ("colours", "more")})
+    pooled = CombinedModel(on, [])(pixels, pooled=True).pooled
+    assert len(router.choose(pooled)) == len(pixels)
+
+
+def test_adapters_that_an_evas_gated_mlp_cannot_carry_are_refused(registry: Registry, colours: Path) -> None:
+    learner = Learner(FrozenBackbone(tiny_eva("eva02"), "eva02", "hub"), registry)
+    with pytest.raises(BackboneError, match="'eva02' cannot carry adapters: its MLPs are SwiGLU, not timm's plain Mlp"):
+        learner.learn("colours", colours, config=replace(QUICK, adapter_rank=4))
+    adapted = Learner(FrozenBackbone(tiny_eva("dinov3"), "dinov3", "hub"), registry)
+    task = adapted.learn("colours", colours, config=replace(QUICK, adapter_rank=4, fall_back=False))
+    assert task.adapter_rank == 4
 
 
 def test_the_longest_name_leaves_room_for_the_rival(learner: Learner, colours: Path) -> None:

@@ -8,10 +8,12 @@ import torch
 from addenda import FrozenBackbone
 from addenda.learner.linear import training_blocks
 from tests.models import backbone
+from tests.tiny import EVA
 
 
-def test_training_blocks_are_the_backbones_own_function_with_its_own_weights() -> None:
-    on = backbone("qk-norm")
+@pytest.mark.parametrize("variant", ["qk-norm", *EVA])
+def test_training_blocks_are_the_backbones_own_function_with_its_own_weights(variant: str) -> None:
+    on = backbone(variant)
     tokens = torch.randn(2, 9, on.embed_dim, generator=torch.Generator().manual_seed(0))
     for block, original in zip(training_blocks(on), on.blocks, strict=True):
         results = []
@@ -21,8 +23,9 @@ def test_training_blocks_are_the_backbones_own_function_with_its_own_weights() -
             results.append((out, *torch.autograd.grad(out.square().sum(), leaf)))
         for found, expected in zip(*results, strict=True):
             assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
-        assert block.mlp.fc1._weight.data_ptr() == original.mlp.fc1.weight.data_ptr()
-        assert isinstance(original.mlp.fc1, torch.nn.Linear)
+        assert block.mlp.fc2._weight.data_ptr() == original.mlp.fc2.weight.data_ptr()
+        assert isinstance(original.mlp.fc2, torch.nn.Linear)
+        assert not any(isinstance(module, torch.nn.Linear) for module in block.modules())
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 64])

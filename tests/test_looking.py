@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from addenda import FrozenBackbone, Task
 from addenda.combined import attention_map
 from addenda.exceptions import RegistryError
 from tests.conftest import random_task
-from tests.tiny import tiny_vit
+from tests.tiny import tiny_eva, tiny_vit
 
 
 def images(count: int = 3) -> torch.Tensor:
@@ -44,9 +46,9 @@ def by_the_formula(backbone: FrozenBackbone, task: Task, pixels: torch.Tensor) -
     return torch.stack(maps)
 
 
-@pytest.mark.parametrize("registers", [0, 2])
-def test_the_map_is_the_softmax_over_all_that_the_token_sees(registers: int) -> None:
-    backbone = FrozenBackbone(tiny_vit(reg_tokens=registers), "tiny", "hub")
+@pytest.mark.parametrize("made", [tiny_vit, lambda: tiny_vit(reg_tokens=2), lambda: tiny_eva("dinov3")])
+def test_the_map_is_the_softmax_over_all_that_the_token_sees(made: Callable[[], torch.nn.Module]) -> None:
+    backbone = FrozenBackbone(made(), "tiny", "hub")
     grandparent = random_task(backbone, "grandparent", memory=3, seed=1)
     parent = random_task(backbone, "parent", memory=0, parents=(grandparent,), seed=2)
     child = random_task(backbone, "child", parents=(parent,), seed=3)

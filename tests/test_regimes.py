@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from addenda import FrozenBackbone, LearnConfig
-from addenda.exceptions import TrainingError
+from addenda.exceptions import BackboneError, TrainingError
 from addenda.learner import Augmentation, regimes
 from addenda.learner.activations import Activations
 from addenda.learner.cache import ActivationCache
@@ -24,6 +24,7 @@ from addenda.learner.splitting import split
 from tests.conftest import random_task
 from tests.images import colour_folder
 from tests.models import backbone, images
+from tests.tiny import tiny_eva
 
 RIVALS = ("full", "lora-4", "unmasked-2")
 QUICK = RivalConfig(epochs=2, batch_size=8)
@@ -216,3 +217,12 @@ _low_rank(torch.nn.Linear(2, 2), 8)
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "Regime 'lora-8' needs PEFT" in found.stderr
     assert "pip install 'addenda[bench]'" in found.stderr
+
+
+def test_lora_on_another_family_than_it_was_written_for_is_refused(train: LabelledImages) -> None:
+    on = FrozenBackbone(tiny_eva("dinov3"), "dinov3", "hub")
+    with pytest.raises(
+        BackboneError, match="The regime 'lora-4' is for timm's VisionTransformer; backbone 'dinov3' is timm's Eva"
+    ):
+        train_rival("lora-4", on, train, config=QUICK)
+    assert train_rival("full", on, train, config=QUICK).num_images > 0

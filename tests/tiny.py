@@ -1,13 +1,43 @@
-"""A tiny random ViT, for processes that a test starts too: importing it brings neither pytest nor the shape checker."""
+"""Tiny random backbones, for processes that a test starts too: importing it brings no pytest and no shape checker."""
 
 from __future__ import annotations
 
 import torch
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
+
+SETTINGS = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 7}
 
 
 def tiny_vit(seed: int = 0, **options: object) -> VisionTransformer:
     """A random ViT for 32 px images: 17 tokens, 48 dimensions, 3 blocks, 3 heads."""
     torch.manual_seed(seed)
-    settings = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 7}
-    return VisionTransformer(**{**settings, **options}).eval()
+    return VisionTransformer(**{**SETTINGS, **options}).eval()
+
+
+EVA: dict[str, dict[str, object]] = {
+    "dinov3": {
+        "qkv_bias": False, "init_values": 0.3, "num_reg_tokens": 4, "use_abs_pos_emb": False, "use_rot_pos_emb": True,
+        "rope_type": "dinov3", "rope_temperature": 100.0, "rope_rotate_half": True, "dynamic_img_size": True,
+        "use_fc_norm": False,
+    },
+    "eva02": {
+        "qkv_fused": False, "swiglu_mlp": True, "scale_mlp": True, "scale_attn_inner": True, "use_rot_pos_emb": True,
+        "ref_feat_shape": (16, 16), "mlp_ratio": 8 / 3, "global_pool": "token",
+    },
+    "eva02-small": {
+        "swiglu_mlp": True, "use_rot_pos_emb": True, "ref_feat_shape": (16, 16), "mlp_ratio": 8 / 3,
+    },
+    "rope-mixed": {
+        "attn_type": "rope", "qk_norm": True, "init_values": 0.3, "use_abs_pos_emb": False, "use_rot_pos_emb": True,
+        "rope_type": "mixed", "rope_temperature": 10.0, "rope_grid_indexing": "xy", "global_pool": "token",
+    },
+    "eva": {"init_values": 0.3, "global_pool": "token", "use_pre_transformer_norm": True},
+}  # fmt: skip
+"""Settings of timm's Eva as its models have them: DINOv3; EVA-02 of CLIP and small; rotations learned; none at all."""
+
+
+def tiny_eva(kind: str, seed: int = 0, **options: object) -> Eva:
+    """A random Eva of one of the kinds, as large as `tiny_vit`."""
+    torch.manual_seed(seed)
+    return Eva(**{**SETTINGS, **EVA[kind], **options}).eval()

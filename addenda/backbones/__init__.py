@@ -1,8 +1,9 @@
-"""A timm Vision Transformer, frozen: loading, fingerprint, preprocessing, layer-by-layer keys and values."""
+"""A timm ViT or Eva, frozen: loading, fingerprint, preprocessing, layer-by-layer keys and values."""
 
 from addenda.backbones.adapters import Adapter, BlockAdapters
 from addenda.backbones.catalogue import catalogue
-from addenda.backbones.frozen import FrozenBackbone, FrozenStream, KeyValue
+from addenda.backbones.family import KeyValue
+from addenda.backbones.frozen import FrozenBackbone, FrozenStream
 from addenda.backbones.images import SUFFIXES, read_image
 from addenda.backbones.loading import load_backbone, untrained_backbone
 from addenda.backbones.products import MIN_ROWS, product

@@ -4,39 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy, deepcopy
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
 from addenda.backbones.adapters import BlockAdapters
-from addenda.backbones.products import MIN_ROWS
-from addenda.backbones.scope import adapter_obstacle, obstacle
+from addenda.backbones.family import Family, KeyValue, Reading
+from addenda.backbones.scope import adapter_obstacle, family_of, obstacle
 from addenda.exceptions import BackboneError, IntegrityError
-
-Reading = Literal["tokens", "pooled", "nothing"]
-"""What is read of the last block's output."""
-
-
-class KeyValue(NamedTuple):
-    """Keys and values of one layer: each Float[B, H, P, d]. Keys have been through k_norm where there is one."""
-
-    keys: Tensor
-    values: Tensor
 
 
 class FrozenBackbone:
-    """A timm VisionTransformer whose outputs never change.
+    """A timm VisionTransformer or Eva whose outputs never change.
 
     Args:
-        model: a VisionTransformer with a class token and timm's standard blocks.
+        model: one of them with a class token and pre-norm blocks of plain attention.
         name: its timm name.
         source: where the weights came from: `"hub"`, `"embedded"`, or a file's path.
         mean: normalisation, None for the model's own.
@@ -48,7 +36,8 @@ class FrozenBackbone:
         fingerprint: sha256 over architecture, input size, weights (as loaded, before any cast) and preprocessing.
         preprocessing: timm's data configuration: input_size, interpolation, mean, std, crop_pct, crop_mode.
         num_tokens: P, the frozen tokens: class token, registers, patches.
-        blocks: timm's blocks, for the task stream to pass its own tokens through.
+        family: how models of its class compute.
+        blocks: for the task stream to pass its own tokens through: timm's, or stand-ins of theirs.
         memo: what others have found out about it, kept as long as it lives.
 
     Raises:
@@ -65,8 +54,8 @@ class FrozenBackbone:
         precision: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        why = obstacle(model)
-        if why is not None:
+        why, family = obstacle(model), family_of(model)
+        if why is not None or family is None:
             raise BackboneError(f"Backbone {name!r} cannot carry task tokens: {why}.")
         config = resolve_model_data_config(model)
         self.preprocessing: dict[str, Any] = {
@@ -79,10 +68,11 @@ class FrozenBackbone:
         }
         self.name, self.source = name, source
         self.precision, self.device = precision, torch.device(device)
-        self.fingerprint = _fingerprint(model, self.preprocessing)
+        self.fingerprint = _fingerprint(model, family, self.preprocessing)
         # timm's module attributes have no static types; the scope check has made sure of what they are.
         self.model: Any = model.to(self.device, precision).eval().requires_grad_(False)
-        self.blocks: list[Any] = list(self.model.blocks)
+        self.family: Family = family(self.model)
+        self.blocks: list[Any] = self.family.blocks
         self.embed_dim: int = model.embed_dim
         self.depth: int = len(model.blocks)
         self.num_heads: int = model.blocks[0].attn.num_heads
@@ -92,17 +82,10 @@ class FrozenBackbone:
         self._prepare: Callable[[Image.Image], Float[Tensor, "3 H W"]] = create_transform(**settings, is_training=False)
         self._contents = _hash_state(self.model)
         self.memo: dict[Any, Any] = {}
-        # A hook on the qkv projection sees what timm computes without changing a bit of it or computing it twice.
-        self._captured = threading.local()
-        for block in self.blocks:
-            block.attn.qkv.register_forward_hook(self._capture)
 
     def transform(self, image: Image.Image) -> Float[Tensor, "3 H W"]:
         """An image of any mode and size as the model takes it: resized, cropped and normalised by timm."""
         return self._prepare(image.convert("RGB"))
-
-    def _capture(self, module: nn.Module, inputs: object, output: Tensor) -> None:
-        self._captured.qkv = output
 
     def check_images(self, images: Tensor) -> None:
         """Raises BackboneError unless images are Float[B, 3, H, W] of the model's own size."""
@@ -121,6 +104,12 @@ class FrozenBackbone:
             raise IntegrityError(
                 f"The weights of backbone {self.name!r} in memory have changed since they were loaded."
             )
+
+    def check_vision_transformer(self, what: str) -> None:
+        """Raises BackboneError, naming what was written for it alone, unless it is timm's VisionTransformer."""
+        found = self.family.TIMM_CLASS.__name__
+        if found != "VisionTransformer":
+            raise BackboneError(f"{what} is for timm's VisionTransformer; backbone {self.name!r} is timm's {found}.")
 
     def first_blocks(self, depth: int) -> FrozenBackbone:
         """This backbone cut off after some blocks, sharing its weights: for computations where the depth is nothing."""
@@ -174,29 +163,19 @@ class FrozenBackbone:
         normed: Tensor = self.model.fc_norm(self.model.norm(tokens))
         return normed
 
-    def split_qkv(self, block: Any, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Splits a qkv projection [B, N, 3 D] into normed q, normed k and v, each [B, H, N, d]."""
-        attn = block.attn
-        parts = qkv.unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
-        queries, keys, values = parts.unbind(0)
-        return attn.q_norm(queries), attn.k_norm(keys), values
+    def embed(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B P D"]:
+        """What the first block meets, as timm's forward_features makes it."""
+        return self.family.embed(images.to(self.device, self.precision))
+
+    def place(self, block: Any, heads: Float[Tensor, "B H N d"]) -> Float[Tensor, "B H N d"]:
+        """Queries or keys of a sequence that begins with the frozen tokens, turned as these tokens' positions say."""
+        return self.family.place(block, heads)
 
     def project(
         self, block: Any, tokens: Float[Tensor, "B N D"], adapters: BlockAdapters | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of some tokens at a block's input, each [B, H, N, d].
-
-        Args:
-            block: one of `blocks`.
-            tokens: with adapters, those of B slots, N images of each.
-            adapters: updates of B slots; of them `q` changes the queries, before q_norm.
-        """
-        normed = block.norm1(tokens)
-        qkv = block.attn.qkv(normed)
-        if adapters is not None:
-            queries, offered = qkv.tensor_split((qkv.shape[-1] // 3,), dim=-1)
-            qkv = torch.cat([queries + adapters.q(normed), offered], dim=-1)
-        return self.split_qkv(block, qkv)
+        """Queries, keys and values of some tokens at a block's input, each [B, H, N, d]: see Family.project."""
+        return self.family.project(block, tokens, adapters)
 
     def finish(
         self,
@@ -205,21 +184,8 @@ class FrozenBackbone:
         read: Float[Tensor, "B N D"],
         adapters: BlockAdapters | None = None,
     ) -> Float[Tensor, "B N D"]:
-        """The rest of a block after attention: projection, residuals, LayerScale and MLP.
-
-        Args:
-            block: one of `blocks`.
-            tokens: at the block's input; with adapters, those of B slots, N images of each.
-            read: what their queries read, heads side by side.
-            adapters: updates of B slots; of them `proj`, `fc1` and `fc2` act here.
-        """
-        normed = block.attn.norm(read)
-        projected = block.attn.proj(normed)
-        if adapters is not None:
-            projected = projected + adapters.proj(normed)
-        tokens = tokens + block.ls1(projected)
-        result: Tensor = tokens + block.ls2(_mlp(block.mlp, block.norm2(tokens), adapters))
-        return result
+        """The rest of a block after attention, of which `read` is what was read: see Family.finish."""
+        return self.family.finish(block, tokens, read, adapters)
 
     def adapter_obstacle(self) -> str | None:
         """Says which property keeps this backbone's blocks from carrying adapters; None if nothing does."""
@@ -236,14 +202,14 @@ class FrozenBackbone:
             raise BackboneError(f"Backbone {self.name!r} cannot carry adapters: {why}.")
         attn, mlp = self.blocks[0].attn, self.blocks[0].mlp
         layers = {"proj": attn.proj, "fc1": mlp.fc1, "fc2": mlp.fc2}
-        queries = (attn.qkv.in_features, attn.qkv.out_features // 3)
+        queries = (self.embed_dim, attn.proj.in_features)
         return {"q": queries} | {site: (layer.in_features, layer.out_features) for site, layer in layers.items()}
 
     def trainable_copy(self, num_classes: int) -> nn.Module:
         """A copy of the timm model whose weights can be trained, in float32, with a head of its own that is zeros."""
-        model: Any = deepcopy(self.model, {id(self): self})  # the hooks below are bound to this object
-        for block in model.blocks:
-            block.attn.qkv._forward_hooks.clear()
+        model: Any = deepcopy(self.model, {id(self.family): self.family})  # a family's hooks are bound to it
+        for module in model.modules():
+            module._forward_hooks.clear()
         model.reset_classifier(num_classes)
         nn.init.zeros_(model.head.weight)
         nn.init.zeros_(model.head.bias)
@@ -277,60 +243,20 @@ class FrozenStream:
 
     def __iter__(self) -> Iterator[KeyValue]:
         """Yields each layer's keys and values, Float[B, H, P, d]."""
+        family, (*blocks, last) = self._backbone.family, self._backbone.blocks
         tokens = self._embed()
-        for block in self._backbone.blocks[:-1]:
-            tokens, offered = self._whole(block, tokens)
+        for block in blocks:
+            with torch.no_grad():
+                tokens, offered = family.run(block, tokens)
             yield offered
-        tokens, offered = self._last(self._backbone.blocks[-1], tokens)
+        with torch.no_grad():
+            tokens, offered = family.last(last, tokens, self._reading)
         self._tokens = None if self._reading == "nothing" else tokens
         yield offered
 
     @torch.no_grad()
     def _embed(self) -> Tensor:
-        """What the first block meets, as timm's forward_features makes it."""
-        backbone, model = self._backbone, self._backbone.model
-        tokens = model.patch_embed(self._images.to(backbone.device, backbone.precision))
-        embedded: Tensor = model.norm_pre(model.patch_drop(model._pos_embed(tokens)))
-        return embedded
-
-    @torch.no_grad()
-    def _whole(self, block: Any, tokens: Tensor) -> tuple[Tensor, KeyValue]:
-        """One block as timm runs it, and the keys and values within it."""
-        tokens = block(tokens)
-        return tokens, self._offered(block)
-
-    @torch.no_grad()
-    def _last(self, block: Any, tokens: Tensor) -> tuple[Tensor, KeyValue]:
-        """The last block, of which only what is read is computed."""
-        if self._reading != "tokens" and self._backbone.model.global_pool == "token":
-            return self._lean(block, tokens)
-        if self._reading == "nothing":
-            block.attn.qkv(block.norm1(tokens))
-            return tokens, self._offered(block)
-        return self._whole(block, tokens)
-
-    def _offered(self, block: Any) -> KeyValue:
-        """Keys and values that the block's own forward pass has just computed."""
-        _, keys, values = self._backbone.split_qkv(block, self._backbone._captured.qkv)
-        return KeyValue(keys, values)
-
-    def _lean(self, block: Any, tokens: Tensor) -> tuple[Tensor, KeyValue]:
-        """A block of which only the class token goes on: no patch asks or passes the MLP, all offer keys and values.
-
-        The class token goes in the company of the next three, since a product with one row has other bits.
-        """
-        attn, width = block.attn, self._backbone.embed_dim
-        weight, bias = attn.qkv.weight, attn.qkv.bias
-        normed = block.norm1(tokens)
-        offered = F.linear(normed, weight[width:], None if bias is None else bias[width:])
-        keys, values = offered.unflatten(-1, (2, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
-        keys = attn.k_norm(keys)
-        if self._reading == "pooled":
-            queries = F.linear(normed[:, :MIN_ROWS], weight[:width], None if bias is None else bias[:width])
-            queries = attn.q_norm(queries.unflatten(-1, (attn.num_heads, attn.head_dim)).transpose(1, 2))
-            read = F.scaled_dot_product_attention(queries, keys, values, scale=attn.scale)
-            tokens = self._backbone.finish(block, tokens[:, :MIN_ROWS], read.transpose(1, 2).flatten(2))
-        return tokens, KeyValue(keys, values)
+        return self._backbone.embed(self._images)
 
     @property
     def tokens(self) -> Float[Tensor, "B P D"]:
@@ -348,17 +274,7 @@ class FrozenStream:
         return feature
 
 
-def _mlp(mlp: Any, tokens: Tensor, adapters: BlockAdapters | None) -> Tensor:
-    """A block's MLP; with adapters it is timm's plain Mlp, whose forward pass is written out."""
-    if adapters is None:
-        result: Tensor = mlp(tokens)
-        return result
-    hidden = mlp.norm(mlp.act(mlp.fc1(tokens) + adapters.fc1(tokens)))
-    adapted: Tensor = mlp.fc2(hidden) + adapters.fc2(hidden)
-    return adapted
-
-
-def _fingerprint(model: Any, preprocessing: dict[str, Any]) -> str:
+def _fingerprint(model: Any, family: type[Family], preprocessing: dict[str, Any]) -> str:
     """Hashes what the bits of a feature depend on, by content: never a file's name or a library's version."""
     block = model.blocks[0]
     structure = {
@@ -371,6 +287,7 @@ def _fingerprint(model: Any, preprocessing: dict[str, Any]) -> str:
         "norm": [type(block.norm1).__name__, getattr(block.norm1, "eps", None)],
         "mlp": [type(block.mlp).__name__, type(getattr(block.mlp, "act", None)).__name__],
         "preprocessing": preprocessing,
+        **family.structure(model),
     }
     return _hash_state(model, json.dumps(structure, sort_keys=True).encode())
 

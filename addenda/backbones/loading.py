@@ -1,4 +1,4 @@
-"""Loading a timm Vision Transformer by name, with weights from timm's hub, a local file, or the package itself."""
+"""Loading a timm backbone by name, with weights from timm's hub, a local file, or the package itself."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ import timm
 import torch
 from safetensors import SafetensorError
 from timm.models import load_state_dict
-from timm.models.vision_transformer import checkpoint_filter_fn
 
 from addenda.backbones import glyphs
 from addenda.backbones.frozen import FrozenBackbone
-from addenda.backbones.scope import WORKING, obstacle
+from addenda.backbones.scope import WORKING, family_of, obstacle
 from addenda.exceptions import BackboneError
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -32,7 +31,7 @@ def load_backbone(
     precision: str = "float32",
     device: str | torch.device = "auto",
 ) -> FrozenBackbone:
-    """Loads a Vision Transformer and freezes it.
+    """Loads a backbone and freezes it.
 
     Args:
         name: a timm model name, with or without its pretrained tag, or `"glyphs"`, which the package carries.
@@ -171,13 +170,17 @@ def _from_file(name: str, path: Path) -> Any:
     model = _in_scope(name, num_classes=len(state["head.weight"]) if "head.weight" in state else 0)
     own = model.state_dict()
     for key in ("patch_embed.proj.weight", "pos_embed"):
-        if key in state and state[key].shape != own[key].shape:  # timm would resample it: another model, silently
+        if (
+            key in state and key in own and state[key].shape != own[key].shape
+        ):  # timm would resample it: another model, silently
             raise BackboneError(
                 f"Weights file {str(path)!r} does not fit {name!r}: {key} is {list(state[key].shape)}, not "
                 f"{list(own[key].shape)}. It is of another patch or input size."
             )
+    family = family_of(model)
+    assert family is not None
     try:
-        model.load_state_dict(checkpoint_filter_fn(state, model))
+        model.load_state_dict(family.convert(state, model))
     except (RuntimeError, KeyError, AttributeError, IndexError) as error:
         reasons = [line.strip() for line in str(error).splitlines()]
         raise BackboneError(

@@ -77,7 +77,7 @@ def pass_operations(model: CombinedModel, filled: bool = True) -> int:
     operations = cost.backbone_operations
     if backbone.model.global_pool == "token":  # the last block: keys and values of all, the rest of a few
         seen = 2 * backbone.num_tokens * width
-        of_block, offered = per_token // backbone.depth, 2 * width * width
+        of_block, offered = per_token // backbone.depth, backbone.family.LAST_PROJECTIONS * width * width
         operations -= backbone.num_tokens * (of_block - offered + seen)
         if any(task.reads_pooled for task in model.tasks.values()):
             operations += (MIN_ROWS if filled else 1) * (of_block - offered + seen)

@@ -86,8 +86,7 @@ class DenseMask(nn.Module):
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> dict[str, Float[Tensor, "B C"]]:
         """Logits of every task, in float32."""
         backbone, model = self._backbone, self._backbone.model
-        tokens = model.patch_embed(images.to(backbone.device, backbone.precision))
-        tokens = model.norm_pre(model._pos_embed(tokens))
+        tokens = backbone.embed(images)
         own = backbone.first_tokens(torch.stack(list(self.class_tokens)).to(backbone.precision))
         tokens = torch.cat([tokens, own.expand(len(images), -1, -1)], dim=1)
         for layer, block in enumerate(backbone.blocks):
@@ -113,5 +112,6 @@ class DenseMask(nn.Module):
                 torch.cat([own, of_memory.expand(batch, -1, -1, -1)], dim=2)
                 for own, of_memory in zip((keys, values), self._precomputed[layer], strict=True)
             )
+        queries, keys = backbone.place(block, queries), backbone.place(block, keys)
         read = F.scaled_dot_product_attention(queries, keys, values, attn_mask=self._mask, scale=block.attn.scale)
         return backbone.finish(block, tokens, read.transpose(1, 2).flatten(2))

@@ -167,11 +167,14 @@ def train_rival(
     Raises:
         DataError: an image cannot be read.
         TrainingError: the regime is unknown or no rival, every learning rate diverged, or PEFT is not installed.
+        BackboneError: the regime is LoRA, and the backbone is no VisionTransformer.
     """
     config = config or RivalConfig()
     kind, _ = _parse(regime)
     if kind not in RIVALS:
         raise TrainingError(f"Regime {regime!r} is no rival: `Learner` learns it. Rivals: full, lora-R, unmasked-M.")
+    if kind == "lora":
+        backbone.check_vision_transformer(f"The regime {regime!r}")
     if config.augmentation.fresh:
         raise TrainingError("Rivals learn from views that are kept in memory; fresh ones are not for them.")
     activations = Activations(backbone, images, replace(config.augmentation, views=0), cache or ActivationCache())

@@ -34,6 +34,7 @@ class PromptMethod(OneHead):
 
     def __init__(self, stream: Stream, backbone: FrozenBackbone, settings: BaselineSettings, seed: int) -> None:
         super().__init__(stream, backbone, settings, seed)
+        backbone.check_vision_transformer(f"The method {type(self).__name__}")
         self._pooled = PooledFeatures(backbone)
         self._random = torch.Generator().manual_seed(seed)
         self._head_weight = Parameter(torch.zeros(len(stream.labels), backbone.embed_dim, device=backbone.device))
@@ -69,12 +70,6 @@ class PromptMethod(OneHead):
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self._settings.autocast):
             features, penalty = self._prompted(pixels, queries)
         return features.float(), penalty.float()
-
-    def _embed(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B P D"]:
-        """What the first block meets, as timm makes it."""
-        model = self._backbone.model
-        tokens: Tensor = model.norm_pre(model._pos_embed(model.patch_embed(pixels.to(self._backbone.precision))))
-        return tokens
 
     def _stored_bytes(self) -> float:
         return sum(kept.nbytes for kept in (self._head_weight, self._head_bias, *self._prompts()))
@@ -138,7 +133,7 @@ class L2P(PromptMethod):
         nearness = F.normalize(queries, dim=1) @ F.normalize(self._keys, dim=1).T  # [B, pool]
         found = nearness.topk(self._settings.l2p_top, dim=1)
         prompts = self._pool[found.indices].flatten(1, 2).to(self._backbone.precision)
-        tokens = torch.cat([prompts, self._embed(pixels)], dim=1)
+        tokens = torch.cat([prompts, self._backbone.embed(pixels)], dim=1)
         for block in self._backbone.blocks:
             tokens = block(tokens)
         features = self._backbone.final_norm(tokens[:, : prompts.shape[1]]).mean(1)
@@ -204,7 +199,7 @@ class CodaPrompt(PromptMethod):
 
     def _prompted(self, pixels: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
         backbone, components = self._backbone, self._components()
-        tokens = self._embed(pixels)
+        tokens = self._backbone.embed(pixels)
         for layer, block in enumerate(backbone.blocks):
             if layer < self._layers:
                 tokens = self._block(block, tokens, queries, *(kind[layer] for kind in components))

@@ -1,0 +1,171 @@
+"""timm's Eva (EVA-02, DINOv3, ViTs with rotary positions): attention turns the patches' queries and keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from timm.layers import AttentionRope, apply_rot_embed_cat
+from timm.models.eva import Eva, EvaAttention, EvaBlock, checkpoint_filter_fn
+from torch import Tensor, nn
+
+from addenda.backbones.family import Family, KeyValue, Reading
+from addenda.backbones.products import MIN_ROWS
+
+
+class EvaFamily(Family):
+    """Models of timm's Eva, of its pre-norm blocks.
+
+    timm's attention here calls no layer that a hook could read keys and values from, so the blocks are written out, in
+    timm's own operations and order. Class token and registers are not turned, as timm has it, and neither are tasks'
+    tokens and memory, which stand nowhere in the image.
+    """
+
+    TIMM_CLASS = Eva
+    convert = staticmethod(checkpoint_filter_fn)
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        with torch.no_grad():  # of no image: timm's own way to its rotations, whatever kind they are of
+            pixels = model.patch_embed.proj.weight.new_zeros(1, 3, *model.patch_embed.img_size)
+            _, rotation = model._pos_embed(model.patch_embed(pixels))
+        of_layers = rotation if model.rope_mixed else [rotation] * len(model.blocks)
+        self.blocks = [_StandIn(block, turn) for block, turn in zip(model.blocks, of_layers, strict=True)]
+
+    @staticmethod
+    def obstacle(model: Any) -> str | None:
+        """Blocks and attention of other kinds than the pre-norm ones."""
+        for block in model.blocks:
+            if type(block) is not EvaBlock:
+                return f"its blocks are {type(block).__name__}, not timm's pre-norm EvaBlock"
+            attn = block.attn
+            if type(attn) not in (EvaAttention, AttentionRope):
+                return f"its attention is {type(attn).__name__}, not timm's EvaAttention or AttentionRope"
+            if getattr(attn, "gate", None) is not None:  # older timm has neither gates nor groups
+                return "its attention is gated"
+            if getattr(attn, "num_kv_groups", 1) != 1:
+                return f"its attention is grouped: {attn.num_kv_groups} heads of queries share one of keys"
+        return None
+
+    @staticmethod
+    def structure(model: Any) -> dict[str, Any]:
+        """The settings that rotations are computed from: they are in no checkpoint."""
+        rope = model.rope
+        if rope is None:
+            return {"rope": None}
+        settings = ("grid_offset", "grid_indexing", "ref_feat_shape", "mrope_section")
+        return {
+            "rope": type(rope).__name__,
+            "rotate_half": getattr(model.blocks[0].attn, "rotate_half", False),
+            "temperature": float(rope.temperature),
+            **{setting: getattr(rope, setting, None) for setting in settings},
+        }
+
+    def embed(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B P D"]:
+        """Patches, class token and registers; with absolute positions too, where the model has them."""
+        tokens, _ = self.model._pos_embed(self.model.patch_embed(images))
+        embedded: Tensor = self.model.norm_pre(tokens)
+        return embedded
+
+    def run(self, block: Any, tokens: Float[Tensor, "B P D"]) -> tuple[Tensor, KeyValue]:
+        """Written out: timm's forward pass."""
+        queries, keys, values = self.project(block, tokens)
+        offered = KeyValue(self.place(block, keys), values)
+        return self._attend(block, tokens, self.place(block, queries), offered), offered
+
+    def last(self, block: Any, tokens: Float[Tensor, "B P D"], reading: Reading) -> tuple[Tensor, KeyValue]:
+        """Less than `run` where the class token is all that is read of the block, or nothing.
+
+        The class token, which is never turned, goes in the company of the next three, since a product with one row has
+        other bits.
+        """
+        if reading == "tokens" or (reading == "pooled" and self.model.global_pool != "token"):
+            return self.run(block, tokens)
+        queries, keys, values = self.project(block, tokens)
+        offered = KeyValue(self.place(block, keys), values)
+        if reading == "pooled":
+            tokens = self._attend(block, tokens[:, :MIN_ROWS], queries[:, :, :MIN_ROWS], offered)
+        return tokens, offered
+
+    def place(self, block: Any, heads: Float[Tensor, "B H N d"]) -> Float[Tensor, "B H N d"]:
+        """The patches' turned, as timm turns them; all others as they are."""
+        if block.rotation is None:
+            return heads
+        start = self.model.num_prefix_tokens
+        end = start + self.model.patch_embed.num_patches
+        first, patches, behind = heads.tensor_split((start, end), dim=2)
+        turned = apply_rot_embed_cat(patches, block.rotation, half=block.attn.rotate_half)
+        return torch.cat([first, turned, behind], dim=2).type_as(heads)
+
+    def _attend(self, block: Any, tokens: Tensor, queries: Tensor, offered: KeyValue) -> Tensor:
+        """A block from its queries on."""
+        if block.attn.fused_attn:
+            read = F.scaled_dot_product_attention(queries, *offered)
+        else:
+            read = (queries * block.attn.scale @ offered.keys.transpose(-2, -1)).softmax(dim=-1) @ offered.values
+        return self.finish(block, tokens, read.transpose(1, 2).flatten(2))
+
+
+class _StandIn(nn.Module):
+    """An EvaBlock's own layers by the names of timm's standard Block; `rotation` is None where nothing is turned."""
+
+    def __init__(self, block: Any, rotation: Tensor | None) -> None:
+        super().__init__()
+        self.norm1, self.norm2, self.mlp = block.norm1, block.norm2, block.mlp
+        self.attn = _Attention(block.attn)
+        self.ls1, self.ls2 = (nn.Identity() if g is None else _Scale(g) for g in (block.gamma_1, block.gamma_2))
+        self.rotation = rotation
+
+
+class _Attention(nn.Module):
+    def __init__(self, attn: Any) -> None:
+        super().__init__()
+        self.qkv = _qkv(attn)
+        self.q_norm, self.k_norm, self.norm, self.proj = attn.q_norm, attn.k_norm, attn.norm, attn.proj
+        self.num_heads, self.head_dim = attn.num_heads, attn.head_dim
+        self.scale, self.fused_attn = attn.scale, attn.fused_attn
+        self.rotate_half = getattr(attn, "rotate_half", False)
+
+
+def _qkv(attn: Any) -> nn.Module:
+    """One layer to queries, keys and values, whatever timm has them in."""
+    if attn.qkv is None:
+        return _SideBySide(attn.q_proj, attn.k_proj, attn.v_proj)
+    if getattr(attn, "q_bias", None) is None:  # without bias, or AttentionRope's, which has it in its layer
+        layer: nn.Module = attn.qkv
+        return layer
+    bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+    if attn.qkv_bias_separate:  # added after the product, which rounds otherwise
+        return nn.Sequential(attn.qkv, _Shift(bias))
+    biased = nn.Linear(attn.qkv.in_features, attn.qkv.out_features, device="meta")
+    biased.weight, biased.bias = attn.qkv.weight, nn.Parameter(bias, requires_grad=False)
+    return biased
+
+
+class _SideBySide(nn.Module):
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, rows: Float[Tensor, "*n in"]) -> Float[Tensor, "*n out"]:
+        return torch.cat([layer(rows) for layer in self.layers], dim=-1)
+
+
+class _Shift(nn.Module):
+    def __init__(self, bias: Float[Tensor, " n"]) -> None:
+        super().__init__()
+        self.bias = bias
+
+    def forward(self, rows: Float[Tensor, "*b n"]) -> Float[Tensor, "*b n"]:
+        return rows + self.bias
+
+
+class _Scale(nn.Module):
+    def __init__(self, gamma: Float[Tensor, " n"]) -> None:
+        super().__init__()
+        self.gamma = gamma
+
+    def forward(self, rows: Float[Tensor, "*b n"]) -> Float[Tensor, "*b n"]:
+        return self.gamma * rows

@@ -1,0 +1,90 @@
+"""timm's VisionTransformer: the stock blocks run, and a hook reads their keys and values."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from timm.layers import Attention
+from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
+from torch import Tensor, nn
+
+from addenda.backbones.family import Family, KeyValue, Reading
+from addenda.backbones.products import MIN_ROWS
+
+
+class VisionTransformerFamily(Family):
+    """Models of timm's VisionTransformer, of its standard blocks."""
+
+    TIMM_CLASS = VisionTransformer
+    LAST_PROJECTIONS = 2
+    convert = staticmethod(checkpoint_filter_fn)
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        # A hook on the qkv projection sees what timm computes without changing a bit of it or computing it twice.
+        self._captured = threading.local()
+        for block in self.blocks:
+            block.attn.qkv.register_forward_hook(self._capture)
+
+    @staticmethod
+    def obstacle(model: Any) -> str | None:
+        """Pooling and blocks of other kinds than timm's standard ones."""
+        if model.pool_include_prefix:
+            return "its pooling includes the prefix tokens"
+        for block in model.blocks:
+            if type(block) is not Block:
+                return f"its blocks are {type(block).__name__}, not timm's standard Block"
+            if type(block.attn) is not Attention:
+                return f"its attention is {type(block.attn).__name__}, not timm's standard Attention"
+            if getattr(block.attn, "gate", None) is not None:  # older timm has no gates
+                return "its attention is gated"
+        return None
+
+    def embed(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B P D"]:
+        """Patches, class token and registers, with their positions."""
+        model = self.model
+        embedded: Tensor = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
+        return embedded
+
+    def run(self, block: Any, tokens: Float[Tensor, "B P D"]) -> tuple[Tensor, KeyValue]:
+        """As it stands: timm's forward pass."""
+        tokens = block(tokens)
+        return tokens, self._offered(block)
+
+    def last(self, block: Any, tokens: Float[Tensor, "B P D"], reading: Reading) -> tuple[Tensor, KeyValue]:
+        """Less than `run` where the class token is all that is read of the block, or nothing."""
+        if reading != "tokens" and self.model.global_pool == "token":
+            return self._lean(block, tokens, reading)
+        if reading == "nothing":
+            block.attn.qkv(block.norm1(tokens))
+            return tokens, self._offered(block)
+        return self.run(block, tokens)
+
+    def _capture(self, module: nn.Module, inputs: object, output: Tensor) -> None:
+        self._captured.qkv = output
+
+    def _offered(self, block: Any) -> KeyValue:
+        """Keys and values that the block's own qkv projection has just computed."""
+        _, keys, values = self.split_qkv(block, self._captured.qkv)
+        return KeyValue(keys, values)
+
+    def _lean(self, block: Any, tokens: Tensor, reading: Reading) -> tuple[Tensor, KeyValue]:
+        """A block of which only the class token goes on: no patch asks or passes the MLP, all offer keys and values.
+
+        The class token goes in the company of the next three, since a product with one row has other bits.
+        """
+        attn, width = block.attn, self.model.embed_dim
+        weight, bias = attn.qkv.weight, attn.qkv.bias
+        normed = block.norm1(tokens)
+        offered = F.linear(normed, weight[width:], None if bias is None else bias[width:])
+        keys, values = offered.unflatten(-1, (2, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
+        keys = attn.k_norm(keys)
+        if reading == "pooled":
+            queries = F.linear(normed[:, :MIN_ROWS], weight[:width], None if bias is None else bias[:width])
+            queries = attn.q_norm(queries.unflatten(-1, (attn.num_heads, attn.head_dim)).transpose(1, 2))
+            read = F.scaled_dot_product_attention(queries, keys, values, scale=attn.scale)
+            tokens = self.finish(block, tokens[:, :MIN_ROWS], read.transpose(1, 2).flatten(2))
+        return tokens, KeyValue(keys, values)
