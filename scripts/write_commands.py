@@ -13,9 +13,9 @@ from addenda import cli
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "commands.md"
 HEAD = """# Commands
 
-What each command says of itself with `--help`, on one page, made by `scripts/write_commands.py`. Exit codes: 0; 1 where a
-command ran and found a failure; 2 for bad usage or input, told in one line; 130 after Ctrl-C. `addenda --version` prints
-the version, and `addenda --install-completion` has your shell complete all of this.
+What each command says of itself with `--help`, on one page, made by `scripts/write_commands.py`. Exit codes: 0; 1 where
+a command ran and found a failure; 2 for bad usage or input, told in one line; 130 after Ctrl-C. `addenda --version`
+prints the version, and `addenda --install-completion` has your shell complete all of this.
 """
 
 
