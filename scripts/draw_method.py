@@ -1,12 +1,14 @@
-"""Draws the three pictures of docs/method.md as SVG: the mask, the shared-prefix pass, a task's way."""
+"""Draws docs/images: the mask, the shared-prefix pass, a task's way, and the README's picture of kept results."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+IMAGES = DOCS / "images"
 
 # Each drawing has a card of its own under it, so that it reads on any page; its colours follow the reader's system.
 STYLE = """
@@ -47,7 +49,7 @@ def main() -> None:
 
 def drawings() -> dict[str, str]:
     """Each file's name and text."""
-    return {"mask.svg": mask(), "pass.svg": shared_pass(), "way.svg": way()}
+    return {"mask.svg": mask(), "pass.svg": shared_pass(), "way.svg": way(), "stages.svg": stages()}
 
 
 def mask() -> str:
@@ -59,7 +61,7 @@ def mask() -> str:
         ("token of task 2, on its own", "two", "10011"),
         ("token of task 2, extending 1", "three", "11111"),
     )
-    left, top, width, height = 235, 78, 112, 46
+    left, top, width, height = 280, 78, 112, 46
     parts = [text(left - 16, 58, "asks  \\  is seen", "small end")]
     parts += [text(left + (i + 0.5) * width, 58, name, "bold middle") for i, name in enumerate(columns)]
     for row, (name, colour, seen) in enumerate(rows):
@@ -77,21 +79,21 @@ def mask() -> str:
             "small",
         )
     )
-    return svg(830, 316, "The attention mask: frozen tokens see frozen tokens only", parts)
+    return svg(862, 316, "The attention mask: frozen tokens see frozen tokens only", parts)
 
 
 def shared_pass() -> str:
     """The frozen stream above, tasks' streams below: arrows go down only."""
-    layers = ((190, "block 1"), (350, "block 2"), (530, "block L"))
+    layers = ((190, "block 1"), (350, "block 2"), (560, "block L"))
     parts = [
         rectangle(24, 58, 104, 52, "box"),
         text(76, 80, "image", "bold middle"),
         text(76, 99, "patches", "small middle"),
         arrow(128, 84, 190, 84),
         text(150, 36, "frozen stream: stock timm, computed once, sees no task", "small"),
-        text(466, 89, "…", "middle"),
+        text(504, 89, "…", "middle"),
         arrow(310, 84, 350, 84),
-        arrow(484, 84, 530, 84),
+        arrow(516, 84, 560, 84),
     ]
     for x, name in layers:
         parts += [
@@ -111,12 +113,12 @@ def shared_pass() -> str:
             parts += [rectangle(x + 48 + 13 * i, y - 7, 10, 14, colour) for i in range(5)]
             parts += [f'<circle cx="{x + 22}" cy="{y}" r="11" class="{colour}"/>', arrow(ends[-1], y, x, y)]
             ends.append(x + 120)
-        parts.append(rectangle(700, y - 17, 52, 34, colour))
+        parts.append(rectangle(730, y - 17, 52, 34, colour))
         parts += [
-            arrow(650, y, 700, y),
-            text(726, y + 5, "head", "middle"),
-            arrow(752, y, 786, y),
-            text(794, y + 5, labels),
+            arrow(680, y, 730, y),
+            text(756, y + 5, "head", "middle"),
+            arrow(782, y, 816, y),
+            text(824, y + 5, labels),
         ]
     parts.append(text(32, 376, "● a task's token    ▮ its memory in that layer, discarded after it.", "small"))
     parts.append(
@@ -127,23 +129,23 @@ def shared_pass() -> str:
             "small",
         )
     )
-    return svg(890, 422, "The shared-prefix pass: one frozen stream, one token a task beside it", parts)
+    return svg(920, 422, "The shared-prefix pass: one frozen stream, one token a task beside it", parts)
 
 
 def way() -> str:
     """From a folder of images to a served answer."""
     steps = (
         ("folder", "a folder for each class,", "every image by its sha256", "box"),
-        ("keep", "the frozen stream's keys and", "values, once an image", "frozen"),
+        ("keep", "the frozen stream's keys", "and values, once an image", "frozen"),
         ("rival", "logistic regression on the", "backbone's own feature", "box"),
         ("sweep", "candidates side by side;", "validation chooses", "one"),
         ("refit", "the winner on all images,", "then calibrated", "one"),
-        ("register", "artifact, golden probe and a", "sealed event, or nothing", "two"),
+        ("register", "artifact, golden probe,", "event: all or nothing", "two"),
         ("prove", "self-test; the probe again,", "as it will be served", "two"),
         ("serve", "every task from one pass;", "old bits as they were", "three"),
     )
     parts = []
-    width, height, gap = 194, 92, 32
+    width, height, gap = 204, 92, 32
     for number, (name, first, second, colour) in enumerate(steps):
         row, column = divmod(number, 4)
         column = column if row == 0 else 3 - column
@@ -156,7 +158,33 @@ def way() -> str:
             parts.append(arrow(x + width, y + height / 2, x + width + gap, y + height / 2))
         elif number < 7:
             parts.append(arrow(x, y + height / 2, x - gap, y + height / 2))
-    return svg(920, 282, "A task's way from a folder of images to a served answer", parts)
+    return svg(960, 282, "A task's way from a folder of images to a served answer", parts)
+
+
+def stages() -> str:
+    """Accuracy on each pair of digits after each was learned, by four methods, from the results that the docs keep."""
+    results = json.loads((DOCS / "results" / "continual" / "digits.json").read_text(encoding="utf-8"))
+    names = [experience["name"].removeprefix("digits-") for experience in results["experiences"]]
+    cell, step, left, top = 39, 222, 74, 92
+    parts = [text(left - 10, top + (i + 0.5) * cell + 4, f"after {n}", "small end") for i, n in enumerate(names)]
+    for panel, (method, title) in enumerate(
+        (("addenda", "Addenda"), ("replay", "experience replay"), ("ewc", "EWC"), ("naive", "fine-tuning"))
+    ):
+        seeds = [one for one in results["cells"] if one["method"] == method]
+        moved = max(one["max_difference"] for one in seeds)
+        kept = all(one["identical"] for one in seeds)
+        x = left + panel * step
+        parts += [text(x, 32, title, "bold")]
+        parts += [text(x, 53, "old logits: " + ("identical" if kept else f"move by {moved:.2g}"), "small")]
+        parts += [text(x + (j + 0.5) * cell, 80, name, "small middle") for j, name in enumerate(names)]
+        for i in range(len(names)):
+            for j in range(i + 1):
+                accuracy = sum(one["told"][i][j] for one in seeds) / len(seeds)
+                at_x, at_y = x + j * cell, top + i * cell
+                strength = f' fill-opacity="{max(0.0, 2 * accuracy - 1):.2f}"'
+                parts.append(rectangle(at_x, at_y, cell - 3, cell - 3, "two", strength))
+                parts.append(text(at_x + cell / 2 - 1, at_y + cell / 2 + 4, f"{100 * accuracy:.0f}", "middle"))
+    return svg(left + 4 * step, top + 5 * cell + 16, "Accuracy after each of five tasks, by four methods", parts)
 
 
 def svg(width: int, height: int, title: str, parts: Iterable[str]) -> str:
@@ -166,9 +194,9 @@ def svg(width: int, height: int, title: str, parts: Iterable[str]) -> str:
     return "\n".join([head, f"<title>{escape(title)}</title>", f"<style>{STYLE}</style>", card, *parts, "</svg>", ""])
 
 
-def rectangle(x: float, y: float, width: float, height: float, colour: str) -> str:
+def rectangle(x: float, y: float, width: float, height: float, colour: str, more: str = "") -> str:
     """A rectangle with its upper left corner at x, y."""
-    return f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="4" class="{colour}"/>'
+    return f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="4" class="{colour}"{more}/>'
 
 
 def text(x: float, y: float, words: str, looks: str = "") -> str:

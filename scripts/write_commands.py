@@ -46,7 +46,9 @@ def usage(command: Any, words: str) -> Iterator[str]:
     call = [placeholder(one) for one in arguments] + ["[OPTIONS]"] * bool(options)
     yield f"```text\n{' '.join([words, *call])}\n```\n"
     rows = [(placeholder(one), described(one)) for one in arguments]
-    rows += [(", ".join([*one.opts, *one.secondary_opts]) + taken(one), described(one)) for one in options]
+    for one in options:
+        names = ", ".join([*one.opts, *one.secondary_opts])
+        rows.append((names if one.is_flag else f"{names} VALUE", described(one)))
     if rows:
         yield "\n".join(["| | |", "|---|---|", *(f"| `{name}` | {text} |" for name, text in rows)]) + "\n"
 
@@ -55,11 +57,6 @@ def placeholder(argument: Any) -> str:
     """An argument as a call shows it: in brackets where it may be left out, with dots where it may be repeated."""
     name = argument.name.upper() + ("..." if argument.nargs == -1 else "")
     return name if argument.required else f"[{name}]"
-
-
-def taken(option: Any) -> str:
-    """The kind of value that an option takes; nothing for a switch."""
-    return "" if option.is_flag else f" {option.type.name.split()[0].upper()}"
 
 
 def described(parameter: Any) -> str:
