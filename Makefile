@@ -3,7 +3,7 @@ BIN := .venv/bin
 # Two processes: a test computes on one thread.
 PYTEST := $(BIN)/pytest --numprocesses 2 --dist worksteal
 
-.PHONY: demo test test-slow test-ray check gpu-check clean
+.PHONY: demo test test-slow test-ray check docs gpu-check clean
 
 demo: .venv/core            ## five tasks, one after another, and the proof that none moved
 	$(BIN)/addenda demo
@@ -24,6 +24,9 @@ check: .venv/dev            ## style, types, architecture, and every example in 
 	$(BIN)/lint-imports
 	$(BIN)/pytest -q --doctest-modules addenda --ignore=addenda/registry/migrations
 
+docs: .venv/dev             ## every page and the reference as site/, to read without a network; a broken link fails
+	$(BIN)/mkdocs build --strict
+
 .venv/core: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --editable .
@@ -38,4 +41,4 @@ gpu-check: .venv/dev        ## exactness tests, cost and learning on a GPU, kept
 	$(BIN)/python scripts/gpu_check.py
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

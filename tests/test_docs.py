@@ -3,23 +3,76 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import re
+import shlex
+import subprocess
+import tomllib
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import typer.main
 
+import addenda
 from addenda import Registry, cli
 from addenda.backbones import glyphs
 from addenda.benchmarks.digits import digits
 from addenda.learner import read_rows
+from tests.commands import Run
 from tests.images import colour_folder
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
+DOCS = ROOT / "docs"
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.rglob("*.md")])
+COMMANDS: Any = typer.main.get_command(cli.app)
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+OTHERS = {"--node-ip-address", "--include-dashboard"}
+"""Options of other programs that the pages name without the program."""
+
+
+def script(name: str) -> ModuleType:
+    """A script of scripts/, as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def command_lines(page: Path) -> list[list[str]]:
+    """The words after `addenda` of each whole command line in a page's blocks."""
+    lines = []
+    for language, block in BLOCK.findall(page.read_text()):
+        if language == "":
+            joined = block.replace("\\\n", " ").splitlines()
+            lines += [line.removeprefix("$ ") for line in joined]
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("addenda ")]
+
+
+def found(words: list[str]) -> tuple[Any, list[str]]:
+    """The command that words begin with, and the words after it."""
+    command = COMMANDS
+    while words and not words[0].startswith("-") and getattr(command, "commands", {}):
+        assert words[0] in command.commands, f"There is no command {' '.join(words)!r}"
+        command, words = command.commands[words[0]], words[1:]
+    return command, words
+
+
+def options(command: Any) -> set[str]:
+    """The options of a command."""
+    return {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+
+
+def all_options(command: Any) -> set[str]:
+    """The options of a command and of those below it."""
+    below = getattr(command, "commands", {}).values()
+    return options(command).union({"--help"}, *(all_options(child) for child in below))
 
 
 def test_the_readmes_example_prints_what_it_says(
@@ -33,8 +86,8 @@ def test_the_readmes_example_prints_what_it_says(
     assert capsys.readouterr().out == match[2]
 
 
-def test_the_readmes_file_of_many_tasks_is_one(tmp_path: Path, registry: Registry) -> None:
-    match = re.search(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def test_the_engineers_file_of_many_tasks_is_one(tmp_path: Path, registry: Registry) -> None:
+    match = re.search(r"```yaml\n(.*?)```", (DOCS / "engineer.md").read_text(), re.DOTALL)
     assert match is not None
     (tmp_path / "tasks.yaml").write_text(match[1])
     colour_folder(tmp_path / "textures")
@@ -62,32 +115,144 @@ def test_the_avalanche_page_runs_in_a_script(tmp_path: Path, monkeypatch: pytest
     assert min(accuracies) > 0.8
 
 
-def digit_benchmark(eval_transform: Callable[[Any], Any]) -> Any:
+def digit_benchmark(eval_transform: Callable[[Any], Any], train_transform: Callable[[Any], Any] | None = None) -> Any:
     """What a script of someone's own has: Avalanche's nc_benchmark on PIL images."""
     from avalanche.benchmarks import nc_benchmark
 
     data = [digits(tuple(range(10)), test, limit=100) for test in (False, True)]
     return nc_benchmark(
-        *data, n_experiences=5, task_labels=True, shuffle=False, train_transform=None, eval_transform=eval_transform
+        *data,
+        n_experiences=5,
+        task_labels=True,
+        shuffle=False,
+        train_transform=train_transform,
+        eval_transform=eval_transform,
     )
 
 
-def test_every_command_that_the_documents_name_exists() -> None:
-    named = set()
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Avalanche and what it imports warn while they load
+def test_the_researchers_examples_print_what_they_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    blocks = BLOCK.findall((DOCS / "researcher.md").read_text())
+    examples = [(code, blocks[i + 1][1]) for i, (language, code) in enumerate(blocks) if language == "python"]
+    assert len(examples) == 2
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"make_benchmark": digit_benchmark}
+    for code, printed in examples:
+        capsys.readouterr()
+        exec(compile(code, "researcher.md", "exec"), names)
+        assert capsys.readouterr().out.endswith(printed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["index.md", "engineer.md", "operator.md"])
+def test_a_walk_through_a_page_works_as_written(
+    page: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("textures", "rubbish"):
+        colour_folder(tmp_path / "photos" / name)
+    if page == "operator.md":
+        for seed in ("0", "1"):
+            learned = run(
+                "learn", "birds", "photos/textures", "--backbone", "glyphs", "--head-only", "--new-version",
+                "--seed", seed,
+            )  # fmt: skip
+            assert learned.code == 0, learned.err
+        assert run("tasks", "alias", "birds:1", "production").code == 0
+    for language, block in BLOCK.findall((DOCS / page).read_text()):
+        if language == "sh":
+            subprocess.run(["bash", "-c", block], check=True)
+    walked = 0
+    for words in command_lines(DOCS / page):
+        here = [
+            w.replace("/backups/", f"{tmp_path}/").replace("vit_base_patch16_224.augreg_in21k", "glyphs") for w in words
+        ]
+        if here[0] != "serve":  # it ends when it is told to; tests/test_serving.py has it
+            result = run(*here)
+            assert result.code == 0, (words, result.err)
+            walked += 1
+    assert walked >= 5
+
+
+def test_every_command_line_in_the_documents_is_one() -> None:
+    lines = [(page, words) for page in PAGES for words in command_lines(page)]
+    assert len(lines) > 50
+    for page, words in lines:
+        command, rest = found(words)
+        command.make_context(page.name, rest)  # raises where the command would refuse the line
+
+
+def test_every_command_and_option_that_a_sentence_names_exists() -> None:
+    known, seen = all_options(COMMANDS) | OTHERS, 0
     for page in PAGES:
-        named |= set(
-            re.findall(
-                r"(?:^|`)addenda ((?:(?:tasks|backbones|bench|db|cache|keys) )?[a-z]+)", page.read_text(), re.MULTILINE
-            )
-        )
-    assert len(named) >= 6
-    for words in named:
-        command = typer.main.get_command(cli.app)
-        for word in words.split():
-            commands = getattr(command, "commands", {})
-            if commands:
-                assert word in commands, f"addenda {words}"
-                command = commands[word]
+        for span in re.findall(r"`([^`]+)`", BLOCK.sub("", page.read_text())):
+            words = span.split()
+            named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", span))
+            if words[0] == "addenda" or words[0] in COMMANDS.commands:
+                command, _ = found([word for word in words if word != "addenda"])
+                known_here = all_options(command)
+            elif words[0].startswith("--"):
+                known_here = known
+            else:
+                continue
+            assert named <= known_here, f"{page.name}: `{span}`"
+            seen += len(named)
+    assert seen > 50
+
+
+def test_the_page_of_all_commands_is_what_they_say_of_themselves() -> None:
+    assert (DOCS / "commands.md").read_text() == script("write_commands").page(), "run scripts/write_commands.py"
+
+
+def test_every_make_target_that_the_documents_name_exists() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {name for page in PAGES for name in re.findall(r"(?:^|`)make ([a-z-]+)", page.read_text(), re.MULTILINE)}
+    assert {"demo", "test"} <= named <= targets
+
+
+def test_the_reference_has_every_public_name_and_what_the_pages_import() -> None:
+    listed = set(re.findall(r"^::: ([\w.]+)$", (DOCS / "api.md").read_text(), re.MULTILINE))
+    assert {f"addenda.{name}" for name in addenda.__all__} <= listed
+    for name in listed:
+        home, _, attribute = name.rpartition(".")
+        assert getattr(import_module(home), attribute), name
+    for page in PAGES:
+        for home, names in re.findall(r"^from (addenda[\w.]*) import (.+)$", page.read_text(), re.MULTILINE):
+            for name in names.split(", "):
+                assert f"{home}.{name}" in listed or home == "addenda.benchmarks.digits", f"{page.name}: {name}"
+
+
+def test_every_dotted_name_in_the_documents_exists() -> None:
+    seen = set()
+    for page in PAGES:
+        seen |= set(re.findall(r"`(addenda(?:\.\w+)+)(?:`|\()", page.read_text()))
+    seen = {name for name in seen if not name.endswith((".db", ".service"))}
+    assert len(seen) >= 3
+    for name in seen:
+        home, _, attribute = name.rpartition(".")
+        assert hasattr(import_module(home), attribute) or importlib.util.find_spec(name), name
+
+
+def test_the_drawings_are_what_their_script_draws() -> None:
+    drawings = script("draw_method").drawings()
+    assert len(drawings) == 4
+    shown = (DOCS / "method.md").read_text() + (ROOT / "README.md").read_text()
+    for name, drawing in drawings.items():
+        assert (DOCS / "images" / name).read_text(encoding="utf-8") == drawing, f"run scripts/draw_method.py: {name}"
+        assert f"images/{name}" in shown
+
+
+def test_every_figure_of_the_readme_and_the_limits_stands_on_another_page() -> None:
+    for page in (ROOT / "README.md", DOCS / "limits.md"):
+        figures = set(re.findall(r"(?<![\w.:])\d+\.\d+(?![\w.])", BLOCK.sub("", page.read_text())))
+        figures -= {"3.11", "2203.15243", "2.0"}  # a Python, a paper, a licence
+        assert len(figures) >= 5
+        others = " ".join(other.read_text() for other in PAGES if other.name not in ("README.md", "limits.md"))
+        for figure in figures:
+            assert re.search(rf"(?<![\d.]){re.escape(figure)}(?![\d.]\d|\d)", others), f"{page.name}: {figure}"
 
 
 def test_every_file_that_the_documents_link_or_name_exists() -> None:
@@ -97,21 +262,17 @@ def test_every_file_that_the_documents_link_or_name_exists() -> None:
         for link in re.findall(r"\]\((?!https?:)([^)#]+)", text):
             assert (page.parent / link).exists(), f"{page.name}: {link}"
             found += 1
-        for path in re.findall(r"`((?:addenda|scripts|tests|docs)/[\w./-]+)`", text):
+        for path in re.findall(r"`((?:addenda|scripts|tests|docs|deploy)/[\w./-]+)`", text):
             assert (ROOT / path).exists(), f"{page.name}: {path}"
             found += 1
     assert found > 10
 
 
 def test_every_dependency_is_explained() -> None:
-    import tomllib
-
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [
-        *project["dependencies"],
-        *project["optional-dependencies"]["bench"],
-        *project["optional-dependencies"]["postgres"],
-    ]
+    extras = project["optional-dependencies"]
+    wanted = project["dependencies"] + [one for name, extra in extras.items() if name != "all" for one in extra]
+    wanted = [one for one in wanted if not one.startswith(("addenda", "types-"))]
     explained = (ROOT / "docs" / "dependencies.md").read_text()
     for requirement in wanted:
         assert re.match(r"[\w-]+", requirement)[0] in explained, requirement
@@ -126,19 +287,13 @@ def test_the_glyphs_report_is_of_the_weights_in_the_package() -> None:
 
 
 def test_no_digits_are_drawn_for_glyphs_and_a_drawing_is_an_image() -> None:
-    import importlib.util
-
     import torch
 
-    spec = importlib.util.spec_from_file_location("train_glyphs", ROOT / "scripts" / "train_glyphs.py")
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    assert not any(letter.isdigit() for letter in script.LETTERS)
-    assert len(set(script.LETTERS)) == len(script.LETTERS) == 89
+    drawing = script("train_glyphs")
+    assert not any(letter.isdigit() for letter in drawing.LETTERS)
+    assert len(set(drawing.LETTERS)) == len(drawing.LETTERS) == 89
     masks = torch.randint(0, 256, (16, 48, 48), dtype=torch.uint8)
-    first = script.augment(masks, torch.Generator().manual_seed(1))
+    first = drawing.augment(masks, torch.Generator().manual_seed(1))
     assert first.shape == (16, 3, 32, 32)
     assert first.abs().max() <= 1
-    assert torch.equal(first, script.augment(masks, torch.Generator().manual_seed(1)))
+    assert torch.equal(first, drawing.augment(masks, torch.Generator().manual_seed(1)))

@@ -49,7 +49,7 @@ def load_backbone(
         BackboneError: the name is unknown or out of scope, the weights are not to be had or do not fit, or an
             argument is not valid.
 
-    Example:
+    Examples:
         >>> backbone = load_backbone("glyphs", device="cpu")
         >>> backbone.depth, backbone.embed_dim
         (5, 128)

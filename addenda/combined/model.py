@@ -55,7 +55,7 @@ class CombinedModel:
         ExactnessError: this machine's arithmetic does not keep the promise.
         RegistryError: two different tasks of one name.
 
-    Example:
+    Examples:
         >>> from addenda import load_backbone
         >>> import torch
         >>> model = CombinedModel(load_backbone("glyphs", device="cpu"), [])

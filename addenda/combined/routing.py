@@ -90,7 +90,7 @@ class Router:
     Raises:
         RegistryError: there are none, or they come of different features.
 
-    Example:
+    Examples:
         >>> import torch
         >>> noise = torch.Generator().manual_seed(0)
         >>> places = {"left": -2.0, "right": 2.0}

@@ -52,7 +52,7 @@ class Learner:
         registry: where the tasks go.
         cache: where activations are kept for later runs on the same images.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from tempfile import TemporaryDirectory
         >>> from addenda import LearnConfig, Registry, load_backbone

@@ -28,7 +28,7 @@ from addenda.registry.upgrade import upgrade
 class Registry(Reader):
     """A database of tasks. Open it with `Registry.open`.
 
-    Example:
+    Examples:
         >>> from tempfile import TemporaryDirectory
         >>> with TemporaryDirectory() as folder, Registry.open(f"{folder}/tasks.db") as registry:
         ...     registry.tasks(), registry.generation

@@ -108,7 +108,7 @@ def read_config(stream: str | Path, overrides: Mapping[str, Any] | None = None) 
     Raises:
         DataError: there is no such stream, or its configuration is not right; all that is wrong is named.
 
-    Example:
+    Examples:
         >>> read_config("digits", {"seeds": 1}).seeds
         1
     """
