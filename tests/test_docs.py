@@ -77,7 +77,9 @@ def test_every_command_that_the_documents_name_exists() -> None:
     for page in PAGES:
         named |= set(
             re.findall(
-                r"(?:^|`)addenda ((?:(?:tasks|backbones|bench|db|cache|keys) )?[a-z]+)", page.read_text(), re.MULTILINE
+                r"(?:^|`)addenda ((?:(?:tasks|backbones|bench|db|cache|keys) )?[a-z]+(?:-[a-z]+)*)",
+                page.read_text(),
+                re.MULTILINE,
             )
         )
     assert len(named) >= 6

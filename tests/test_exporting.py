@@ -1,0 +1,248 @@
+"""Exported models: one file without Addenda, which answers as the combined pass does."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from addenda import CombinedModel, FrozenBackbone, Registry, Task
+from addenda.combined import golden, tensor_digest
+from addenda.exceptions import AddendaError, BackboneError, DataError, ExactnessError
+from addenda.exporting import FORMATS, export_model
+from tests.commands import Run
+from tests.conftest import random_task
+from tests.tiny import tiny_vit
+
+ROOT = Path(__file__).resolve().parents[1]
+for package in ("onnx", "onnxscript", "onnxruntime"):
+    pytest.importorskip(package, reason=f"{package} is not installed")
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # torch's of itself
+
+
+def filled(registry: Registry, backbone: FrozenBackbone, tasks: list[Task]) -> list[Task]:
+    registry.add_backbone(backbone.record())
+    return [registry.register(task, golden(backbone, task)) for task in tasks]
+
+
+def of_every_kind(backbone: FrozenBackbone) -> list[Task]:
+    """Tasks of several size classes, a chain of extensions and a head without a token; names as inner nodes have."""
+    first = random_task(backbone, "linear", memory=5, seed=1)
+    second = random_task(backbone, "add", memory=0, classes=2, seed=2, parents=(first,), pooled=False)
+    third = random_task(backbone, "softmax_1", memory=20, classes=40, seed=3, parents=(second,), rank=3)
+    bare = replace(random_task(backbone, "val_0", seed=4), class_token=None, memory=None, pooled_weight=None)
+    return [first, second, third, bare, random_task(backbone, "9-lives", memory=6, seed=5, rank=5)]
+
+
+def images(backbone: FrozenBackbone, count: int) -> Tensor:
+    shape = (count, *backbone.preprocessing["input_size"])
+    return torch.randn(shape, generator=torch.Generator().manual_seed(count))
+
+
+def assert_close(found: Any, expected: dict[str, Tensor], share: float = 1e-4) -> None:
+    assert list(found) == list(expected)
+    for name, logits in expected.items():
+        assert found[name].shape == logits.shape
+        assert (found[name] - logits).abs().max() <= share * logits.abs().max(), name
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_file_answers_any_number_of_images_as_the_combined_pass_does(
+    registry: Registry, tiny: FrozenBackbone, tmp_path: Path, format: str
+) -> None:
+    tasks = filled(registry, tiny, of_every_kind(tiny))
+    path = tmp_path / f"all{FORMATS[format].suffix}"
+    made = export_model(registry, tiny, tasks, path, format)
+    assert made.tasks == ("linear:1", "add:1", "softmax_1:1", "val_0:1", "9-lives:1")
+    assert 0 <= made.deviation <= made.tolerance == 1e-4
+    assert made.size_bytes == path.stat().st_size
+    assert [one.name for one in tmp_path.iterdir() if one.suffix != ".db" and "db-" not in one.name] == [path.name]
+    run, model = FORMATS[format].load(path), CombinedModel(tiny, tasks)
+    for count in (1, 2, 3, 9):
+        batch = images(tiny, count)
+        assert_close(run(batch), model(batch))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"reg_tokens": 2, "init_values": 0.1, "qk_norm": True},
+        {"global_pool": "avg", "pre_norm": True},
+        {"no_embed_class": True, "num_classes": 0},
+    ],
+    ids=str,
+)
+def test_backbones_of_several_kinds_can_be_exported(
+    registry: Registry, tmp_path: Path, format: str, options: dict[str, Any]
+) -> None:
+    backbone = FrozenBackbone(tiny_vit(1, **options), "other", "hub")
+    child = random_task(backbone, "child", parents=(first := random_task(backbone, "first"),), seed=1)
+    tasks = filled(registry, backbone, [first, child])
+    path = tmp_path / f"model{FORMATS[format].suffix}"
+    export_model(registry, backbone, tasks[1:], path, format)  # what it extends is computed, not answered
+    batch = images(backbone, 5)
+    assert_close(FORMATS[format].load(path)(batch), CombinedModel(backbone, tasks[1:])(batch))
+
+
+def test_a_file_does_without_the_backbones_own_head(registry: Registry, tmp_path: Path) -> None:
+    sizes = []
+    for classes in (0, 10_000):
+        backbone = FrozenBackbone(tiny_vit(num_classes=classes), "tiny", "hub")
+        tasks = filled(registry, backbone, [random_task(backbone, f"of-{classes}")])
+        sizes.append(export_model(registry, backbone, tasks, tmp_path / f"{classes}.pt2").size_bytes)
+        assert backbone.model.head is not None
+        assert backbone.backbone_logits(images(backbone, 1)).shape == (1, classes or 48)
+    assert abs(sizes[1] - sizes[0]) < 10_000
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_one_content_under_two_names_gives_two_outputs(
+    registry: Registry, tiny: FrozenBackbone, tmp_path: Path, format: str
+) -> None:
+    task = random_task(tiny, "one")
+    tasks = filled(registry, tiny, [task, replace(task, name="other")])
+    path = tmp_path / f"twins{FORMATS[format].suffix}"
+    export_model(registry, tiny, tasks, path, format)
+    found = FORMATS[format].load(path)(images(tiny, 2))
+    assert list(found) == ["one", "other"]
+    assert torch.equal(found["one"], found["other"])
+
+
+def test_nothing_in_a_file_is_pickled(registry: Registry, tiny: FrozenBackbone, tmp_path: Path) -> None:
+    tasks = filled(registry, tiny, of_every_kind(tiny))
+    export_model(registry, tiny, tasks, tmp_path / "all.pt2")
+    with zipfile.ZipFile(tmp_path / "all.pt2") as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+        configs = [json.loads(data) for name, data in members.items() if name.endswith("_config.json")]
+    assert len(members) > 20
+    assert len(configs) == 2
+    assert not any(entry["use_pickle"] for config in configs for entry in config["config"].values())
+    assert not [name for name, data in members.items() if data[:2] in (b"PK", b"\x80\x02", b"\x80\x04")]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_answers_that_deviate_are_refused_and_no_file_is_left(
+    registry: Registry, tiny: FrozenBackbone, tmp_path: Path, format: str
+) -> None:
+    task = random_task(tiny, "one")
+    registry.add_backbone(tiny.record())
+    probe = golden(tiny, task)
+    logits = probe.logits.clone()
+    logits[0, 0] += 2e-4 * logits.abs().max()
+    task = registry.register(task, replace(probe, logits=logits, digest=tensor_digest(logits)))
+    path = tmp_path / f"one{FORMATS[format].suffix}"
+    with pytest.raises(ExactnessError, match=r"was not written: .* deviate by 0\.0002 of the largest logit, allowed"):
+        export_model(registry, tiny, [task], path, format)
+    assert not list(tmp_path.glob("one*"))
+
+
+def test_a_bfloat16_backbone_is_exported_within_its_own_tolerance(registry: Registry, tmp_path: Path) -> None:
+    backbone = FrozenBackbone(tiny_vit(), "tiny", "hub", precision=torch.bfloat16)
+    tasks = filled(registry, backbone, [random_task(backbone, "one")])
+    for format, (suffix, *_) in FORMATS.items():
+        made = export_model(registry, backbone, tasks, tmp_path / f"one{suffix}", format)
+        assert made.deviation <= made.tolerance == 1e-1
+
+
+def test_what_cannot_be_exported_says_what_to_do(registry: Registry, tiny: FrozenBackbone, tmp_path: Path) -> None:
+    tasks = filled(registry, tiny, [random_task(tiny, "one"), random_task(tiny, "images", seed=1)])
+    (tmp_path / "there.pt2").write_bytes(b"")
+    other = FrozenBackbone(tiny_vit(2), "other", "hub")
+    refused: list[tuple[FrozenBackbone, list[Task], str, str, type[Exception], str]] = [
+        (tiny, tasks, "a.pt2", "tflite", AddendaError, "There is no format 'tflite': torch-export or onnx."),
+        (tiny, tasks, "a.onnx", "torch-export", AddendaError, "format torch-export ends in .pt2; 'a.onnx' does not"),
+        (tiny, tasks, "there.pt2", "torch-export", AddendaError, "exists already: name another file, or remove it"),
+        (tiny, tasks, "nowhere/a.pt2", "torch-export", AddendaError, "nowhere' of the file does not exist"),
+        (tiny, [], "a.pt2", "torch-export", DataError, "There is no task to export"),
+        (tiny, tasks, "a.onnx", "onnx", AddendaError, "'images' has the name of the model's input"),
+        (other, tasks, "a.pt2", "torch-export", BackboneError, "was learned on the backbone with fingerprint"),
+    ]
+    for backbone, asked, name, format, kind, said in refused:
+        with pytest.raises(kind, match=re.escape(said)):
+            export_model(registry, backbone, asked, tmp_path / name, format)
+    assert (tmp_path / "there.pt2").read_bytes() == b""
+    assert not (tmp_path / "a.pt2").exists()
+
+
+@pytest.fixture
+def on_glyphs(glyphs: FrozenBackbone, tmp_path: Path) -> list[Task]:
+    """Two tasks in the registry of the commands."""
+    with Registry.open(tmp_path / "tasks.db") as opened:
+        first = random_task(glyphs, "textures")
+        return filled(opened, glyphs, [first, random_task(glyphs, "rubbish", seed=1, parents=(first,))])
+
+
+def test_the_command_exports_chosen_tasks_or_all(run: Run, on_glyphs: list[Task], tmp_path: Path) -> None:
+    made = run("export-model", "--out", tmp_path / "all.pt2")
+    assert made.code == 0, made.err
+    assert f"{tmp_path / 'all.pt2'}: textures:1, rubbish:1; torch-export, " in made.out
+    assert re.search(r"deviate by \d\.\de-\d\d of the largest logit at most; 0\.0001 is allowed\.", made.out)
+    one = run("export-model", "--tasks", "rubbish:1", "--format", "onnx", "-o", tmp_path / "one.onnx", "--json")
+    assert json.loads(one.out)["tasks"] == ["rubbish:1"], one.err
+    again = run("export-model", "--out", tmp_path / "all.pt2")
+    assert (again.code, "exists already" in again.err) == (2, True)
+    unknown = run("export-model", "--tasks", "textures,rubish", "--out", tmp_path / "b.pt2")
+    assert (unknown.code, "Task 'rubish' is not registered" in unknown.err) == (2, True)
+
+
+def test_the_page_runs_as_it_is_without_addenda(run: Run, on_glyphs: list[Task], tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "export.md").read_text()
+    for line in re.findall(r"^addenda (export-model [^#\n]*)", text, re.MULTILINE):
+        made = run(*(tmp_path / word if word.endswith((".pt2", ".onnx")) else word for word in line.split()))
+        assert made.code == 0, made.err
+    scripts = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(scripts) == 2
+    script = "import sys\n" + "\n".join(scripts) + "\nassert not {'addenda', 'timm'} & set(sys.modules)\n"
+    ran = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    lines = ran.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["textures", "rubbish"] * 2
+    assert all(
+        label.startswith("class ")
+        for line in lines[:2]
+        for label in json.loads(line.split(" ", 1)[1].replace("'", '"'))
+    )
+
+
+def test_a_file_says_what_it_holds(registry: Registry, tiny: FrozenBackbone, tmp_path: Path) -> None:
+    import onnx
+
+    parent = random_task(tiny, "parent")
+    child = replace(random_task(tiny, "child", seed=1, parents=(parent,)), temperature=2.5, objective="multi-label")
+    tasks = filled(registry, tiny, [parent, child])
+    export_model(registry, tiny, tasks, tmp_path / "both.pt2")
+    export_model(registry, tiny, tasks, tmp_path / "both.onnx", "onnx")
+    model = onnx.load(tmp_path / "both.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    assert [dim.dim_param or dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim][1:] == [
+        3,
+        32,
+        32,
+    ]
+    assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    files = {"addenda.json": ""}
+    torch.export.load(tmp_path / "both.pt2", extra_files=files)
+    about = json.loads(files["addenda.json"])
+    assert about == json.loads({entry.key: entry.value for entry in model.metadata_props}["addenda.json"])
+    assert about["backbone"] == {"name": "tiny", "fingerprint": tiny.fingerprint, "precision": "float32"}
+    assert about["preprocessing"] == tiny.preprocessing
+    assert about["generation"] == registry.generation
+    assert about["tasks"]["child"] == {
+        "ref": "child:1",
+        "sha256": tasks[1].sha256,
+        "labels": list(child.labels),
+        "objective": "multi-label",
+        "temperature": 2.5,
+        "extends": ["parent:1"],
+    }
