@@ -109,9 +109,9 @@ def _devices() -> Iterator[Finding]:
 def _cache() -> Finding:
     cache = ActivationCache()
     existing = next(path for path in (cache.folder, *cache.folder.absolute().parents) if path.exists())
-    if not os.access(existing, os.W_OK):
-        advice = "ADDENDA_CACHE names another folder; without, `--cache-gb 0` keeps nothing"
-        return Finding("activation cache", "BROKEN", f"{existing} may not be written: {advice}")
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        advice = "ADDENDA_CACHE names another folder, `--cache-gb 0` does without"
+        return Finding("activation cache", "BROKEN", f"{existing} is no folder to write to: {advice}")
     kept = size(sum(one.num_bytes for one in cache.sets()))
     return Finding("activation cache", "works", f"{kept} kept in {cache.folder}; room for {size(cache.budget_bytes)}")
 

@@ -46,6 +46,8 @@ def _check_torch(names: Sequence[str]) -> None:
 
 def _write_torch(program: ExportedProgram, names: Sequence[str], metadata: str, path: Path) -> None:
     program.example_inputs = None  # the one part that torch would pickle
+    constants = program.constants  # slices of one storage would be written as one
+    constants.update({name: one.clone() for name, one in constants.items() if isinstance(one, Tensor)})
     with path.open("wb") as file:
         torch.export.save(program, file, extra_files={METADATA: metadata})
 
