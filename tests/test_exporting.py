@@ -45,8 +45,9 @@ def of_every_kind(backbone: FrozenBackbone) -> list[Task]:
     return [first, second, third, head_only(backbone, "val_0"), last]
 
 
-def head_only(backbone: FrozenBackbone, name: str) -> Task:
-    return replace(random_task(backbone, name, seed=4), class_token=None, memory=None, pooled_weight=None)
+def head_only(backbone: FrozenBackbone, name: str, classes: int = 3) -> Task:
+    task = random_task(backbone, name, classes=classes, seed=4)
+    return replace(task, class_token=None, memory=None, pooled_weight=None)
 
 
 def images(backbone: FrozenBackbone, count: int) -> Tensor:
@@ -159,14 +160,13 @@ def test_answers_that_deviate_are_refused_and_no_file_is_left(registry: Registry
     assert not list(tmp_path.glob("one*"))
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_a_bfloat16_backbone_is_exported_within_its_own_tolerance(
-    registry: Registry, tmp_path: Path, format: str
-) -> None:
+def test_a_bfloat16_backbone_is_exported_for_torch_within_its_own_tolerance(registry: Registry, tmp_path: Path) -> None:
     backbone = FrozenBackbone(tiny_vit(depth=1), "tiny", "hub", precision=torch.bfloat16)
     tasks = filled(registry, backbone, [random_task(backbone, "one")])
-    made = export_model(registry, backbone, tasks, tmp_path / f"one{FORMATS[format].suffix}", format)
+    made = export_model(registry, backbone, tasks, tmp_path / "one.pt2")
     assert made.deviation <= made.tolerance == 1e-1
+    with pytest.raises(AddendaError, match="computes in bfloat16, which ONNX runtimes do not: --format torch-export"):
+        export_model(registry, backbone, tasks, tmp_path / "one.onnx", "onnx")
 
 
 def test_what_cannot_be_exported_says_what_to_do(registry: Registry, tiny: FrozenBackbone, tmp_path: Path) -> None:
@@ -193,8 +193,7 @@ def test_what_cannot_be_exported_says_what_to_do(registry: Registry, tiny: Froze
 def on_glyphs(glyphs: FrozenBackbone, tmp_path: Path) -> list[Task]:
     """Two tasks in the registry of the commands."""
     with Registry.open(tmp_path / "tasks.db") as opened:
-        first = random_task(glyphs, "textures")
-        return filled(opened, glyphs, [first, random_task(glyphs, "rubbish", seed=1, parents=(first,))])
+        return filled(opened, glyphs, [head_only(glyphs, "textures"), head_only(glyphs, "rubbish", classes=5)])
 
 
 def test_the_command_exports_chosen_tasks_or_all(run: Run, on_glyphs: list[Task], tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def export_model(
     _check_request(backbone, tasks, path, format)
     chosen, model = FORMATS[format], CombinedModel(backbone, tasks, exact=False)
     tasks, tolerance = list(model.tasks.values()), TOLERANCE[_precision(backbone)]
-    chosen.check(list(model.tasks))
+    chosen.check(list(model.tasks), _precision(backbone))
     goldens = {task.name: registry.goldens(task.ref)[0] for task in tasks}
     metadata = json.dumps(_metadata(registry, backbone, tasks, tolerance), indent=2, ensure_ascii=False)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")

@@ -29,19 +29,19 @@ class Format(NamedTuple):
 
     Attributes:
         suffix: of its files.
-        check: raises AddendaError where a program cannot be written here, or not with outputs of some names.
+        check: raises AddendaError where it cannot be written here, or not with outputs of some names or in a precision.
         write: writes a program, the names of its outputs and its metadata to a file.
         load: reads a file, to be run on images without Addenda.
     """
 
     suffix: str
-    check: Callable[[Sequence[str]], None]
+    check: Callable[[Sequence[str], str], None]
     write: Callable[[ExportedProgram, Sequence[str], str, Path], None]
     load: Callable[[Path], Run]
 
 
-def _check_torch(names: Sequence[str]) -> None:
-    """Torch itself writes it, whatever the names."""
+def _check_torch(names: Sequence[str], precision: str) -> None:
+    """Torch itself writes it, whatever it is."""
 
 
 def _write_torch(program: ExportedProgram, names: Sequence[str], metadata: str, path: Path) -> None:
@@ -58,10 +58,12 @@ def _load_torch(path: Path) -> Run:
     return run
 
 
-def _check_onnx(names: Sequence[str]) -> None:
+def _check_onnx(names: Sequence[str], precision: str) -> None:
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
     if missing:
         raise AddendaError(f"Export to ONNX needs {missing[0]}: pip install 'addenda[export]'.")
+    if precision != "float32":
+        raise AddendaError(f"The backbone computes in {precision}, which ONNX runtimes do not: --format torch-export.")
     if INPUT in names:
         raise AddendaError(
             f"Task {INPUT!r} has the name of the model's input, which ONNX does not allow: --format torch-export does."
