@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,7 @@ def test_without_a_registry_nothing_is_broken_and_nothing_is_made(run: Run, tmp_
     assert found["registry"][0] == "absent"
     assert "`addenda learn` makes one" in found["registry"][1]
     assert found["exactness of glyphs"][0] == "works"
-    assert torch.__version__ in found["addenda"][1]
+    assert f"torch {version('torch')}" in found["addenda"][1]
     assert found["weights of vit_base_patch16_224.augreg_in21k"][0] == "absent"
     assert not (tmp_path / "tasks.db").exists()
     shown = run("doctor").out
@@ -133,3 +134,22 @@ def test_requirements_are_compared_with_what_is_installed(tmp_path: Path, monkey
     broken = next(package_findings())
     assert broken.state == "BROKEN"
     assert "wanted >=999: pip install 'addenda'" in broken.detail
+
+
+@pytest.mark.parametrize(("typed", "offered"), [("addenda expo", "export-model"), ("addenda tasks li", "list")])
+def test_a_shell_completes_commands(run: Run, monkeypatch: pytest.MonkeyPatch, typed: str, offered: str) -> None:
+    monkeypatch.setenv("_ADDENDA_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", typed)
+    monkeypatch.setenv("COMP_CWORD", str(len(typed.split()) - 1))
+    assert offered in run().out.splitlines()
+
+
+def test_the_completion_of_a_shell_is_installed(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
+    result = run("--install-completion", "bash")
+    assert result.code == 0, result.err
+    assert "bash completion installed in" in result.out
+    script = tmp_path / ".bash_completions" / "addenda.sh"
+    assert "_ADDENDA_COMPLETE=complete_bash" in script.read_text()
+    assert str(script) in (tmp_path / ".bashrc").read_text()
