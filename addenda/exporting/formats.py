@@ -54,7 +54,7 @@ def _write_torch(program: ExportedProgram, names: Sequence[str], metadata: str, 
 
 def _load_torch(path: Path) -> Run:
     with path.open("rb") as file:
-        run: Any = torch.export.load(file).module()
+        run: Run = torch.export.load(file).module()
     return run
 
 
