@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from addenda.exceptions import UnknownTaskError
+from addenda.exceptions import RegistryError, UnknownTaskError
 from addenda.registry import Registry, TaskFilter
 from tests.registries import BACKBONE, a_task, keep
 
