@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
+import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -136,20 +139,19 @@ def test_requirements_are_compared_with_what_is_installed(tmp_path: Path, monkey
     assert "wanted >=999: pip install 'addenda'" in broken.detail
 
 
-@pytest.mark.parametrize(("typed", "offered"), [("addenda expo", "export-model"), ("addenda tasks li", "list")])
-def test_a_shell_completes_commands(run: Run, monkeypatch: pytest.MonkeyPatch, typed: str, offered: str) -> None:
-    monkeypatch.setenv("_ADDENDA_COMPLETE", "complete_bash")
-    monkeypatch.setenv("COMP_WORDS", typed)
-    monkeypatch.setenv("COMP_CWORD", str(len(typed.split()) - 1))
-    assert offered in run().out.splitlines()
+def shell(folder: Path, *arguments: str, **environment: str) -> str:
+    """What `addenda` prints in a process of its own, as a shell calls it."""
+    script = f"import sys; sys.argv = {['addenda', *arguments]!r}; from addenda.cli import main; main()"
+    settings = os.environ | {"HOME": str(folder), "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"} | environment
+    return subprocess.run(
+        [sys.executable, "-c", script], env=settings, capture_output=True, text=True, check=True
+    ).stdout
 
 
-def test_the_completion_of_a_shell_is_installed(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
-    result = run("--install-completion", "bash")
-    assert result.code == 0, result.err
-    assert "bash completion installed in" in result.out
+def test_completion_is_installed_and_completes_commands(tmp_path: Path) -> None:
+    assert "bash completion installed in" in shell(tmp_path, "--install-completion", "bash")
     script = tmp_path / ".bash_completions" / "addenda.sh"
     assert "_ADDENDA_COMPLETE=complete_bash" in script.read_text()
     assert str(script) in (tmp_path / ".bashrc").read_text()
+    typed = {"_ADDENDA_COMPLETE": "complete_bash", "COMP_WORDS": "addenda tasks li", "COMP_CWORD": "2"}
+    assert shell(tmp_path, **typed).splitlines() == ["list", "lineage"]

@@ -25,7 +25,7 @@ def cached_weights(name: str) -> Path | None:
             found = try_to_load_from_cache(config.hf_hub_id, file)
             if isinstance(found, str):
                 return Path(found)
-    elif config.url:
+    elif isinstance(config.url, str):
         fetched = Path(torch.hub.get_dir()) / "checkpoints" / Path(config.url).name
         return fetched if fetched.is_file() else None
     return None
