@@ -10,6 +10,8 @@ import typer
 from addenda import __version__
 from addenda.commands import backbones, bench, cache, changes, database, exchange, insight, serve, tasks
 from addenda.commands.demo import demo
+from addenda.commands.doctor import doctor
+from addenda.commands.export_model import export_model
 from addenda.commands.learn import evaluate, learn, learn_many
 from addenda.commands.predict import predict
 from addenda.commands.verify import verify
@@ -23,7 +25,7 @@ app = typer.Typer(
     add_completion=True,
     help="Adds vision tasks to a frozen Vision Transformer; every earlier task keeps its outputs, bit for bit.",
 )
-for command in (learn, learn_many, evaluate, predict, verify, serve.serve, demo):
+for command in (learn, learn_many, evaluate, predict, verify, export_model, serve.serve, demo, doctor):
     app.command()(command)
 for more in (
     insight.history,

@@ -408,6 +408,12 @@ def test_aliases_and_retirement(run: Run, learned: Result, folder: Path) -> None
         (("bench", "continual", "digits", "--methods", "magic"), "Baseline 'magic' is not known"),
         (("bench", "compare", "none", "none"), "The results 'none' cannot be read"),
         (("backbones", "show", "vit_tiny_patch16_224", "--weights", "none.pth"), "'none.pth' does not exist"),
+        (("tasks", "list", "--registry", "."), "is a folder, and a registry is a file"),
+        (("predict", "x.png", "--json", "--csv"), "give one of them"),
+        (("predict", "x.png", "--task", "auto", "--task", "a"), "--task auto chooses among all tasks: give it alone"),
+        (("serve", "--metrics-port", "65536"), "Invalid value for '--metrics-port'"),
+        (("learn", "a", ".", "--seed", "4294967296"), "seed: Input should be less than or equal to 4294967295"),
+        (("export-model", "--out", "a.pt2"), "There is no registry at"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(run: Run, arguments: tuple[str, ...], said: str) -> None:

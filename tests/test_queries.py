@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from addenda.exceptions import UnknownTaskError
+from addenda.exceptions import RegistryError, UnknownTaskError
 from addenda.registry import Registry, TaskFilter
 from tests.registries import BACKBONE, a_task, keep
 
@@ -101,3 +101,8 @@ def test_a_listing_that_names_an_unknown_task_is_refused(shop):
     for ask in (lambda: shop.tasks(before="cats:1"), lambda: shop.tasks(TaskFilter(extends="cats:1"))):
         with pytest.raises(UnknownTaskError, match="Task 'cats:1' is not registered"):
             ask()
+
+
+def test_a_number_past_the_databases_own_is_refused_in_words(full_book: Registry) -> None:
+    with pytest.raises(RegistryError, match="The registry cannot be read: "):
+        full_book.events(after=10**30)

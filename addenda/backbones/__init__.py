@@ -1,6 +1,7 @@
 """A timm ViT or Eva, frozen: loading, fingerprint, preprocessing, layer-by-layer keys and values."""
 
 from addenda.backbones.adapters import Adapter, BlockAdapters
+from addenda.backbones.cached import cached_weights
 from addenda.backbones.catalogue import catalogue
 from addenda.backbones.family import KeyValue
 from addenda.backbones.frozen import FrozenBackbone, FrozenStream
@@ -16,6 +17,7 @@ __all__ = [
     "FrozenBackbone",
     "FrozenStream",
     "KeyValue",
+    "cached_weights",
     "catalogue",
     "load_backbone",
     "product",

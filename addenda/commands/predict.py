@@ -71,6 +71,10 @@ def predict(
     ] = None,
 ) -> None:
     """Answers every registered task about some images, in one pass."""
+    if as_json and as_csv:
+        raise AddendaError("--json and --csv are two ways to print one answer: give one of them.")
+    if task is not None and "auto" in task and len(task) > 1:
+        raise AddendaError("--task auto chooses among all tasks: give it alone, or name tasks without it.")
     if ray is not None:
         if as_csv or task == ["auto"]:
             wrong = "--csv" if as_csv else "--task auto"

@@ -22,7 +22,9 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
     alias: Annotated[str | None, typer.Option(help="Serve only versions that this alias points at.")] = None,
     keys: KeysOption = DEFAULT_KEYS,
-    metrics_port: Annotated[int | None, typer.Option(help="Answer Prometheus on this port, without a key.")] = None,
+    metrics_port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Answer Prometheus on this port, without a key.")
+    ] = None,
     max_waiting: Annotated[int, typer.Option(min=1, help="Images that may wait; more are told to come again.")] = 256,
     timeout: Annotated[float, typer.Option(min=0.001, help="Seconds for an answer, at most.")] = 30.0,
     drain: Annotated[float, typer.Option(min=0, help="Seconds to answer on, unready, when told to stop.")] = 5.0,

@@ -115,7 +115,7 @@ class LearnConfig:
     calibrate: bool = True
     fall_back: bool = True
     refit: bool = True
-    seed: OneOrMore[Annotated[int, Field(ge=0)]] = 0
+    seed: OneOrMore[Annotated[int, Field(ge=0, le=2**32 - 1)]] = 0
 
     @field_validator(
         "learning_rate", "weight_decay", "num_memory_tokens", "adapter_rank", "adapter_learning_rate", "seed"

@@ -40,6 +40,8 @@ def connect(location: str | Path, create: bool) -> Engine:
         raise RegistryError(
             f"There is no registry at {str(path)!r}. `addenda learn` makes one; --registry names another."
         )
+    if path.is_dir():
+        raise RegistryError(f"{str(path)!r} is a folder, and a registry is a file: {str(path / 'addenda.db')!r}, say.")
     if not path.parent.is_dir():
         raise RegistryError(f"The folder {str(path.parent)!r} of the registry does not exist.")
     engine = create_engine(URL.create("sqlite", database=str(path)), json_serializer=canonical_json)
@@ -57,7 +59,7 @@ def database_errors(context: str) -> Iterator[None]:
     """
     try:
         yield
-    except (SQLAlchemyError, sqlite3.Error, ValueError, TypeError) as error:
+    except (SQLAlchemyError, sqlite3.Error, ValueError, TypeError, OverflowError) as error:
         said = " ".join(str(getattr(error, "orig", None) or error).split()).rstrip(".")
         gone = isinstance(error, (OperationalError, InterfaceError, PoolTimeoutError, sqlite3.OperationalError))
         kind = RegistryUnavailableError if gone else RegistryError
