@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import io
 import re
+import subprocess
+import sys
 import tarfile
 import zipfile
 from email.message import Message
@@ -12,6 +14,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from addenda import FrozenBackbone, Registry
+from addenda.benchmarks.digits import digits
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -73,7 +78,35 @@ def test_what_is_missing_and_what_does_not_belong_is_named(script: ModuleType, t
 
 
 def test_every_extra_is_tried_by_what_it_is_for(script: ModuleType) -> None:
-    assert script.EXTRAS.keys() == script.PROJECT["optional-dependencies"].keys() - {"dev", "all"}
+    extras = script.PROJECT["optional-dependencies"].keys() - {"dev", "all"}
+    assert script.EXTRAS.keys() == PACKAGES.keys() == extras
+
+
+PACKAGES = {
+    "bench": ("avalanche", "matplotlib", "peft", "vit_pytorch"),
+    "serve": ("fastapi", "uvicorn", "prometheus_client"),
+    "postgres": ("psycopg",),
+    "parquet": ("pyarrow",),
+    "ray": ("ray",),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("extra", PACKAGES)
+def test_without_its_packages_an_extra_is_asked_for_by_name(
+    script: ModuleType, tmp_path: Path, glyphs: FrozenBackbone, extra: str
+) -> None:
+    with Registry.open(tmp_path / "demo.db") as registry:
+        registry.add_backbone(glyphs.record())
+    digits((0, 1), test=True, limit=2).save(tmp_path / "digits")
+    (tmp_path / "listing.parquet").touch()
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({PACKAGES[extra]}))\n"
+        f"from addenda.cli import main; sys.argv = ['addenda', *{script.EXTRAS[extra].command}]; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert re.fullmatch(rf"Error: .*pip install 'addenda\[{extra}\]'.*\n", done.stderr)
 
 
 def test_the_pythons_named_are_those_that_are_said_to_be_tried_or_not(script: ModuleType) -> None:
