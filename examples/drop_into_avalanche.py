@@ -18,7 +18,7 @@ from addenda.benchmarks.digits import digits
 
 backbone = load_backbone("glyphs", device="cpu")  # or any timm ViT; its transform is the benchmark's
 benchmark = nc_benchmark(
-    *(digits(tuple(range(10)), test, limit=400) for test in (False, True)),
+    *(digits(tuple(range(10)), test, limit=300) for test in (False, True)),
     n_experiences=5,
     task_labels=False,
     shuffle=False,
@@ -37,8 +37,10 @@ mlp = SimpleMLP(num_classes=10, input_size=3 * 32 * 32)
 sgd = torch.optim.SGD(mlp.parameters(), lr=0.01, momentum=0.9)
 with Registry.open("avalanche.db") as registry:
     strategies = {
-        "naive": Naive(mlp, sgd, train_mb_size=16, train_epochs=4, eval_mb_size=64, evaluator=evaluator()),
-        "addenda": MaskedMemory(backbone, registry, LearnConfig(epochs=4), evaluator=evaluator()),
+        "naive": Naive(model=mlp, optimizer=sgd, train_mb_size=16, train_epochs=4, evaluator=evaluator()),
+        "addenda": MaskedMemory(
+            backbone=backbone, registry=registry, config=LearnConfig(epochs=3), evaluator=evaluator()
+        ),
     }
     results = {}
     for name, strategy in strategies.items():
