@@ -148,6 +148,8 @@ def test_curves_are_written_for_tensorboard(example: Example) -> None:
     assert [each.name for each in Path("refit").iterdir() if each.is_dir()] == ["refit_train_loss_0_lr_0.001"]
 
 
+@pytest.mark.slow  # MLflow makes its database in some hundred steps
+@pytest.mark.filterwarnings("ignore")  # what MLflow asks of SQLAlchemy is deprecated there
 def test_a_run_is_logged_to_mlflow(example: Example) -> None:
     mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed: pip install mlflow-skinny")
     names, _ = example("log_to_mlflow.py")
