@@ -3,7 +3,7 @@ BIN := .venv/bin
 # Two processes: a test computes on one thread.
 PYTEST := $(BIN)/pytest --numprocesses 2 --dist worksteal
 
-.PHONY: demo test test-slow test-ray check docs gpu-check clean
+.PHONY: demo test test-slow test-ray check docs gpu-check release-check clean
 
 demo: .venv/core            ## five tasks, one after another, and the proof that none moved
 	$(BIN)/addenda demo
@@ -39,6 +39,9 @@ docs: .venv/dev             ## every page and the reference as site/, to read wi
 
 gpu-check: .venv/dev        ## exactness tests, cost and learning on a GPU, kept in docs/results/
 	$(BIN)/python scripts/gpu_check.py
+
+release-check: .venv/dev    ## sdist and wheel: what is in them, and the wheel alone in clean environments; minutes
+	$(BIN)/python scripts/release_check.py
 
 clean:
 	rm -rf .venv site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

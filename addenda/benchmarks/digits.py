@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -25,6 +26,13 @@ class Digits:
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         return self.images[index], self.targets[index]
+
+    def save(self, folder: Path) -> None:
+        """Writes each image as a PNG file into the folder of its class."""
+        for number, (image, target) in enumerate(zip(self.images, self.targets, strict=True)):
+            place = folder / self.classes[target]
+            place.mkdir(parents=True, exist_ok=True)
+            image.save(place / f"{number}.png")
 
 
 def digits(keep: tuple[int, ...], test: bool, seed: int = 0, limit: int | None = None) -> Digits:

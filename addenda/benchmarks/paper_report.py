@@ -56,8 +56,9 @@ def write_report(cells: Cells, backbone: FrozenBackbone, data: Path, limit: int 
     plain = [cell for cell in cells if cell["regime"] not in (PAIRS, COLLAPSE)]
     sizes = "all training images of a set" if limit is None else f"{limit} training images of a set, drawn by the seed"
     seeds = len({cell["seed"] for cell in cells})
+    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
     text = (
-        f"`addenda {' '.join(sys.argv[1:])}`\n\nBackbone {backbone.name} ({backbone.fingerprint[:12]}); {sizes} from "
+        f"`{command}`\n\nBackbone {backbone.name} ({backbone.fingerprint[:12]}); {sizes} from "
         f"{data.name}/, a fifth of them held out to choose learning rate and epoch by; {seeds} seed"
         f"{'' if seeds == 1 else 's'}; whole test sets. torch {torch.__version__}, {platform.machine()}, "
         f"{os.cpu_count()} CPUs, {torch.get_num_threads()} threads.\n"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from addenda.commands.options import (
     DEFAULT_BACKBONE,
@@ -21,7 +22,20 @@ from addenda.commands.options import (
 )
 from addenda.exceptions import AddendaError
 
-app = typer.Typer(no_args_is_help=True, help="Measurements that anyone can repeat.")
+
+class _Measurements(TyperGroup):
+    """Says what to install where a measurement lacks a package."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ModuleNotFoundError as error:
+            if (error.name or "addenda").partition(".")[0] == "addenda":
+                raise
+            raise AddendaError(f"This measurement needs {error.name}: pip install 'addenda[bench]'.") from error
+
+
+app = typer.Typer(cls=_Measurements, no_args_is_help=True, help="Measurements that anyone can repeat.")
 
 
 @app.command("continual")

@@ -1,0 +1,54 @@
+"""An Avalanche script, and what has to change in it to try Addenda: one strategy takes the place of another.
+
+The strategies see the digits two classes at a time, and nobody tells them which two when they are tested.
+"""
+
+from __future__ import annotations
+
+import torch
+from avalanche.benchmarks import nc_benchmark
+from avalanche.evaluation.metrics import accuracy_metrics
+from avalanche.models import SimpleMLP
+from avalanche.training import Naive
+from avalanche.training.plugins import EvaluationPlugin
+
+from addenda import LearnConfig, Registry, load_backbone
+from addenda.benchmarks import LogitBits, MaskedMemory
+from addenda.benchmarks.digits import digits
+
+backbone = load_backbone("glyphs", device="cpu")  # or any timm ViT; its transform is the benchmark's
+benchmark = nc_benchmark(
+    *(digits(tuple(range(10)), test, limit=300) for test in (False, True)),
+    n_experiences=5,
+    task_labels=False,
+    shuffle=False,
+    train_transform=backbone.transform,
+    eval_transform=backbone.transform,
+)
+
+
+def evaluator() -> EvaluationPlugin:
+    """What is measured: accuracy on all ten digits, and whether an old experience's logits kept their bits."""
+    return EvaluationPlugin(accuracy_metrics(stream=True), LogitBits(), loggers=[])
+
+
+torch.manual_seed(0)
+mlp = SimpleMLP(num_classes=10, input_size=3 * 32 * 32)
+sgd = torch.optim.SGD(mlp.parameters(), lr=0.01, momentum=0.9)
+with Registry.open("avalanche.db") as registry:
+    strategies = {
+        "naive": Naive(model=mlp, optimizer=sgd, train_mb_size=16, train_epochs=4, evaluator=evaluator()),
+        "addenda": MaskedMemory(
+            backbone=backbone, registry=registry, config=LearnConfig(epochs=3), evaluator=evaluator()
+        ),
+    }
+    results = {}
+    for name, strategy in strategies.items():
+        for experience in benchmark.train_stream:
+            strategy.train(experience)
+        results[name] = strategy.eval(benchmark.test_stream)
+
+for name, strategy in strategies.items():
+    (accuracy,) = (value for key, value in results[name].items() if key.startswith("Top1_Acc_Stream"))
+    bits = "kept every bit" if strategy.evaluator.metrics[-1].identical else "moved"
+    print(f"{name}: {100 * accuracy:.1f} % of all digits after five experiences; old logits {bits}")

@@ -1,0 +1,35 @@
+"""The paper's table: full fine-tuning, heads, memory of several sizes, masked and not; as `addenda bench paper` has it.
+
+    python paper_table.py IMAGES        # a folder of data sets, each with train/ and test/; a ViT-B/32 of ImageNet-21k
+
+Without a folder it is a table in small: two sets of scikit-learn's digits on the backbone `glyphs`, in a minute or two.
+The report is written to `paper-table/`; a run that was stopped goes on. arXiv 2203.15243.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from addenda import load_backbone
+from addenda.benchmarks.digits import digits
+from addenda.benchmarks.paper import OURS, REGIMES, Comparison, run_paper
+from addenda.learner.regimes import RivalConfig
+
+OUT = Path("paper-table")
+
+if len(sys.argv) > 1:
+    data, regimes, seeds = Path(sys.argv[1]), REGIMES, 3
+    comparison = Comparison(load_backbone("vit_base_patch32_224.augreg_in21k"), data)
+else:
+    data, seeds = OUT / "images", 1
+    for name, keep in {"low": (0, 1, 2), "high": (7, 8, 9)}.items():
+        for part in ("train", "test"):
+            digits(keep, part == "test", limit=90).save(data / name / part)
+    regimes = ("full", "head", "head+class", "memory-1", "memory-5", "unmasked-5", "pairs", "collapse")
+    ours, rivals = replace(OURS, epochs=2, learning_rate=(0.003,)), RivalConfig(epochs=1, learning_rate=(1e-3,))
+    comparison = Comparison(load_backbone("glyphs"), data, limit=45, ours=ours, rivals=rivals)
+
+sets = sorted(folder.name for folder in data.iterdir() if folder.is_dir())
+cells = run_paper(comparison, sets, seeds, regimes, OUT)
