@@ -138,6 +138,8 @@ def test_an_artifact_is_its_bytes_under_its_sha256(client: TestClient, registry:
     assert (found.content, found.headers["etag"]) == (task.artifact, f'"{task.sha256}"')
     again = client.get("/api/v1/tasks/digits/versions/1/artifact", headers={"If-None-Match": f'"{task.sha256}"'})
     assert (again.status_code, again.content) == (304, b"")
+    other = client.get("/api/v1/tasks/digits/versions/1/artifact", headers={"If-None-Match": f'"{"0" * 64}"'})
+    assert (other.status_code, other.content) == (200, task.artifact)
 
 
 @pytest.fixture

@@ -17,6 +17,8 @@ import pytest
 
 from addenda import FrozenBackbone, Registry
 from addenda.benchmarks.digits import digits
+from addenda.combined import golden
+from tests.conftest import random_task
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -78,13 +80,14 @@ def test_what_is_missing_and_what_does_not_belong_is_named(script: ModuleType, t
 
 
 def test_every_extra_is_tried_by_what_it_is_for(script: ModuleType) -> None:
-    extras = script.PROJECT["optional-dependencies"].keys() - {"dev", "all"}
+    extras = script.PROJECT["optional-dependencies"].keys() - {"dev", "docs"}
     assert script.EXTRAS.keys() == PACKAGES.keys() == extras
 
 
 PACKAGES = {
     "bench": ("avalanche", "matplotlib", "peft", "vit_pytorch"),
     "serve": ("fastapi", "uvicorn", "prometheus_client"),
+    "export": ("onnx", "onnxscript", "onnxruntime"),
     "postgres": ("psycopg",),
     "parquet": ("pyarrow",),
     "ray": ("ray",),
@@ -98,6 +101,8 @@ def test_without_its_packages_an_extra_is_asked_for_by_name(
 ) -> None:
     with Registry.open(tmp_path / "demo.db") as registry:
         registry.add_backbone(glyphs.record())
+        task = random_task(glyphs, "digits")
+        registry.register(task, golden(glyphs, task))
     digits((0, 1), test=True, limit=2).save(tmp_path / "digits")
     (tmp_path / "listing.parquet").touch()
     code = (

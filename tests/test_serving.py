@@ -259,8 +259,8 @@ def test_a_pass_that_fails_fails_alone(tiny: FrozenBackbone, registry: Registry,
 
     async def ask() -> None:
         batcher = Batcher(64)
+        unlike = [torch.zeros(3, 32, 32), torch.zeros(3, 8, 8)]
         with pytest.raises(RuntimeError, match="size"):
-            unlike = [torch.zeros(3, 32, 32), torch.zeros(3, 8, 8)]
             await asyncio.wait_for(batcher.answer(snapshot, unlike, ["digits"]), 30)
         answers = await asyncio.wait_for(batcher.answer(snapshot, images_of(1), ["digits"]), 30)
         assert torch.equal(answers["digits"], snapshot.model(images_of(1))["digits"])
