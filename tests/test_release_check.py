@@ -80,7 +80,7 @@ def test_what_is_missing_and_what_does_not_belong_is_named(script: ModuleType, t
 
 
 def test_every_extra_is_tried_by_what_it_is_for(script: ModuleType) -> None:
-    extras = script.PROJECT["optional-dependencies"].keys() - {"dev", "docs"}
+    extras = script.PROJECT["optional-dependencies"].keys() - {"all", "dev", "docs"}
     assert script.EXTRAS.keys() == PACKAGES.keys() == extras
 
 
