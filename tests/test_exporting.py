@@ -7,8 +7,9 @@ import re
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from addenda.exceptions import AddendaError, BackboneError, DataError, Exactness
 from addenda.exporting import FORMATS, export_model
 from tests.commands import Run
 from tests.conftest import random_task
-from tests.tiny import tiny_vit
+from tests.tiny import tiny_eva, tiny_vit
 
 ROOT = Path(__file__).resolve().parents[1]
 for package in ("onnx", "onnxscript", "onnxruntime"):
@@ -92,18 +93,20 @@ def test_a_file_answers_any_number_of_images_as_the_combined_pass_does(
 @pytest.mark.slow
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize(
-    "options",
+    "model",
     [
-        {"reg_tokens": 2, "init_values": 0.1, "qk_norm": True},
-        {"global_pool": "avg", "pre_norm": True},
-        {"no_embed_class": True, "num_classes": 0},
+        partial(tiny_vit, reg_tokens=2, init_values=0.1, qk_norm=True),
+        partial(tiny_vit, global_pool="avg", pre_norm=True),
+        partial(tiny_vit, no_embed_class=True, num_classes=0),
+        partial(tiny_eva, "dinov3"),
+        partial(tiny_eva, "eva02"),
     ],
-    ids=str,
+    ids=("registers", "pooled by average", "no position of the class token", "dinov3", "eva02"),
 )
 def test_backbones_of_several_kinds_can_be_exported(
-    registry: Registry, tmp_path: Path, format: str, options: dict[str, Any]
+    registry: Registry, tmp_path: Path, format: str, model: Callable[..., Any]
 ) -> None:
-    backbone = FrozenBackbone(tiny_vit(1, depth=2, **options), "other", "hub")
+    backbone = FrozenBackbone(model(seed=1, depth=2), "other", "hub")
     child = random_task(backbone, "child", parents=(first := random_task(backbone, "first"),), seed=1)
     tasks = filled(registry, backbone, [first, child])
     path = tmp_path / f"model{FORMATS[format].suffix}"
