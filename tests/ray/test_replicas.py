@@ -28,6 +28,8 @@ pytestmark = pytest.mark.ray
 
 CPUS = 2
 """Of each node, and of each replica: a node has room for one."""
+MICRO_BATCH = 8
+"""On a CPU; more than two of requests a replica, and another is started."""
 INFER = "/v2/models/combined/infer"
 
 
@@ -232,17 +234,21 @@ def listening(processes: list[psutil.Process]) -> list[tuple[str, str]]:
     return found
 
 
-def test_one_replica_on_this_machine_alone_answers_and_stops(
+def test_one_replica_on_this_machine_alone_answers_grows_under_load_and_stops(
     glyphs: FrozenBackbone, images: list[bytes], tmp_path: Path
 ) -> None:
     place = str(tmp_path / "tasks.db")
     fill(place, glyphs)
-    with OnRay(place, tmp_path, "--ray", "local", "--replicas", 1, "--drain", 1) as server:
+    scale = ("--min-replicas", 1, "--max-replicas", 2)
+    with OnRay(place, tmp_path, "--ray", "local", *scale, "--drain", 1) as server:
         processes = [psutil.Process(server.process.pid), *psutil.Process(server.process.pid).children(recursive=True)]
         elsewhere = [(name, ip) for name, ip in listening(processes) if ip.removeprefix("::ffff:") != "127.0.0.1"]
         assert [name.partition(":addenda:")[0] for name, _ in elsewhere] == ["ray::ServeReplica"], elsewhere
-        with Load(server.url + PREDICT, images) as load:
+        with Load(server.url + PREDICT, images, clients=3 * MICRO_BATCH) as load:
+            until(lambda: server.log.read_text().rstrip().endswith("with 2 replicas"), "there are more", 90)
             load.wait(50)
+            assert {told.status for told in load.told} == {200}
+            processes += psutil.Process(server.process.pid).children(recursive=True)
             server.process.terminate()
             until(lambda: httpx2.get(f"{server.url}/readyz").status_code == 503, "unready")
             load.wait(5)
