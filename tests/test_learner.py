@@ -451,7 +451,12 @@ def test_ctrl_c_at_any_moment_leaves_no_half_task_and_the_next_run_starts_clean(
         _, errors = process.communicate(timeout=120)
         if process.returncode == 0:
             break
-        assert process.returncode in (130, -signal.SIGINT)
+        if process.returncode == -signal.SIGABRT:  # C++ code that torch's import runs lets no exception of Python pass
+            assert "pybind11::error_already_set" in errors
+            assert "KeyboardInterrupt" in errors
+            assert not database.exists()
+        else:
+            assert process.returncode in (130, -signal.SIGINT)
         if process.returncode == 130:
             assert "Interrupted" in errors
             assert "Traceback" not in errors
