@@ -63,14 +63,18 @@ def test_an_adapted_block_is_the_block_with_merged_weights_but_for_keys_and_valu
     adapters, (tokens, read) = some_adapters(on), some_tokens(on)
     other = merged(on, variant, adapters, slot)
     block, full = on.blocks[-1], other.blocks[-1]
-    plain, found, expected = on.project(block, tokens), on.project(block, tokens, adapters), other.project(full, tokens)
+    plain, found, expected = (
+        on.family.project(block, tokens),
+        on.family.project(block, tokens, adapters),
+        other.family.project(full, tokens),
+    )
     assert (found[0][slot] - expected[0][slot]).abs().max() <= 1e-12
     assert (found[0][slot] - plain[0][slot]).abs().max() > 1e-2
     assert torch.equal(found[1], plain[1])
     assert torch.equal(found[2], plain[2])
-    finished, wanted = on.finish(block, tokens, read, adapters), other.finish(full, tokens, read)
+    finished, wanted = on.family.finish(block, tokens, read, adapters), other.family.finish(full, tokens, read)
     assert (finished[slot] - wanted[slot]).abs().max() <= 1e-12
-    assert (finished[slot] - on.finish(block, tokens, read)[slot]).abs().max() > 1e-2
+    assert (finished[slot] - on.family.finish(block, tokens, read)[slot]).abs().max() > 1e-2
 
 
 @PRECISIONS
@@ -78,9 +82,9 @@ def test_updates_of_zero_change_nothing(precision: torch.dtype) -> None:
     on = backbone("qk-norm", precision)
     adapters, (tokens, read), block = some_adapters(on), some_tokens(on), on.blocks[0]
     idle = BlockAdapters(*(Adapter(down, torch.zeros_like(up)) for down, up in adapters))
-    pairs = zip(on.project(block, tokens, idle), on.project(block, tokens), strict=True)
+    pairs = zip(on.family.project(block, tokens, idle), on.family.project(block, tokens), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)
-    assert torch.equal(on.finish(block, tokens, read, idle), on.finish(block, tokens, read))
+    assert torch.equal(on.family.finish(block, tokens, read, idle), on.family.finish(block, tokens, read))
 
 
 def test_gradients_reach_adapters_and_tokens() -> None:
@@ -90,8 +94,8 @@ def test_gradients_reach_adapters_and_tokens() -> None:
 
     def block_of(tokens: Tensor, read: Tensor, *parts: Tensor) -> Tensor:
         updates = BlockAdapters(*(Adapter(*parts[i : i + 2]) for i in range(0, len(parts), 2)))
-        offered = [part.transpose(1, 2).flatten(2) for part in on.project(block, tokens, updates)]
-        results = torch.stack([*offered, on.finish(block, tokens, read, updates)])
+        offered = [part.transpose(1, 2).flatten(2) for part in on.family.project(block, tokens, updates)]
+        results = torch.stack([*offered, on.family.finish(block, tokens, read, updates)])
         return (results * weights).sum((1, 2, 3))
 
     inputs = [tokens, read, *(part for adapter in adapters for part in adapter)]

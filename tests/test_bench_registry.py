@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from addenda import FrozenBackbone, Registry
+from addenda.benchmarks.measured import Figure
 from addenda.benchmarks.registry import run_registry
-from addenda.benchmarks.registry_report import Figure
 from addenda.exceptions import RegistryError
 from addenda.registry import TaskFilter
 from tests.databases import Database, Postgres

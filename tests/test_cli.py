@@ -442,6 +442,7 @@ def test_backbones_are_listed_and_shown_with_the_price_of_a_task(run: Run, learn
     assert "vit_tiny_patch16_224" in listed.out
     refused = json.loads(run("backbones", "list", "vit_base_patch16_gap*", "--json").out)
     assert any(row["status"] == "refused" and "class token" in row["detail"] for row in refused)
+    assert "No model of timm's matches 'vit_huuge*'" in run("backbones", "list", "vit_huuge*").err
     shown = json.loads(run("backbones", "show", "glyphs", "--json").out)
     assert shown["task_cost"]["token_bytes"] == 4 * 128 * (1 + 5 * 5)
     adapted = json.loads(run("backbones", "show", "glyphs", "--adapter-rank", "8", "--json").out)["task_cost"]

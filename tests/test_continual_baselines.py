@@ -300,10 +300,10 @@ def test_codas_prompt_that_weighs_nothing_changes_nothing_but_the_softmax(tiny: 
         method._groups[0][2].zero_()
         found = method._prompted(pixels, method._pooled(STREAM.experiences[0].test))[0]
         tokens, block = tiny.embed(pixels), tiny.blocks[0]
-        query, key, value = tiny.project(block, tokens)
+        query, key, value = tiny.family.project(block, tokens)
         weights = (query @ key.transpose(2, 3) * block.attn.scale).exp()
         read = weights @ value / (weights.sum(-1, keepdim=True) + 4)
-        tokens = tiny.finish(block, tokens, read.transpose(1, 2).flatten(2))
+        tokens = tiny.family.finish(block, tokens, read.transpose(1, 2).flatten(2))
         for block in tiny.blocks[1:]:
             tokens = block(tokens)
         assert torch.allclose(found, tiny.model.norm(tokens)[:, 0], atol=1e-5)

@@ -34,7 +34,7 @@ def test_a_registry_stays_when_it_is_closed_and_opened_again(full_book, database
 
 def test_a_registry_is_not_made_where_none_was_asked_for(database):
     location = database.new()
-    with pytest.raises(RegistryError, match=r"There is no registry at '.*'. `addenda learn` makes one"):
+    with pytest.raises(RegistryError, match=r"There is no registry at '.*': check the .*`addenda learn` makes one"):
         Registry.open(location, create=False)
     if database.kind == "sqlite":
         assert not Path(location).exists()

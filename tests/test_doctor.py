@@ -15,6 +15,7 @@ import torch
 
 from addenda import FrozenBackbone, Registry, load_backbone
 from addenda.backbones import cached_weights
+from addenda.backbones.family import Family
 from addenda.combined import golden
 from addenda.commands.checkup import package_findings
 from tests.commands import Run
@@ -79,13 +80,13 @@ def test_a_damaged_registry_is_broken_and_the_exit_code_says_so(run: Run, regist
 
 
 def test_arithmetic_that_keeps_no_bits_is_broken(run: Run, registered: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = FrozenBackbone.finish
+    honest = Family.finish
 
-    def biased(self: FrozenBackbone, block: object, tokens: torch.Tensor, *rest: object) -> torch.Tensor:
+    def biased(self: Family, block: object, tokens: torch.Tensor, *rest: object) -> torch.Tensor:
         done = honest(self, block, tokens, *rest)
         return done + 1e-6 * done.roll(1, 0)
 
-    monkeypatch.setattr(FrozenBackbone, "finish", biased)
+    monkeypatch.setattr(Family, "finish", biased)
     result = run("doctor", "--json")
     assert result.code == 1
     assert [one["subject"] for one in json.loads(result.out) if one["state"] == "BROKEN"] == ["exactness of glyphs"] * 2

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from addenda.backbones import Adapter, BlockAdapters, FrozenBackbone, FrozenStream, KeyValue, load_backbone
+from addenda.backbones.family import Family
 from addenda.combined import CombinedModel, TileStore, layout, streams
 from addenda.combined.layout import TILE, TILE_SIZES
 from addenda.combined.selftest import Shapes
@@ -382,13 +383,13 @@ def nudge(tensor: Tensor, where: object) -> Tensor:
 
 def finish_otherwise(monkeypatch: pytest.MonkeyPatch, when: Callable[[Tensor], bool], where: object) -> None:
     """Task tokens' linear layers give a part of the rows other bits."""
-    honest = FrozenBackbone.finish
+    honest = Family.finish
 
-    def biased(self: FrozenBackbone, block: object, tokens: Tensor, *rest: object) -> Tensor:
+    def biased(self: Family, block: object, tokens: Tensor, *rest: object) -> Tensor:
         result = honest(self, block, tokens, *rest)
         return nudge(result, where) if when(tokens) else result
 
-    monkeypatch.setattr(FrozenBackbone, "finish", biased)
+    monkeypatch.setattr(Family, "finish", biased)
 
 
 def test_bits_that_depend_on_the_slot_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -690,16 +691,16 @@ def test_adapted_keys_or_values_would_differ_from_the_dense_mask(
     parent = random_task(on, "parent", memory=5, rank=3)
     asked = parent if whose == "task" else random_task(on, "child", memory=5, parents=(parent,), seed=1)
     expected = DenseMask(lively_vit())(images(2), [asked])[asked.name]
-    honest = FrozenBackbone.project
+    honest = Family.project
 
-    def adapted(self: FrozenBackbone, block: object, tokens: Tensor, adapters: BlockAdapters | None = None) -> object:
+    def adapted(self: Family, block: object, tokens: Tensor, adapters: BlockAdapters | None = None) -> object:
         found = dict(zip(("queries", "keys", "values"), honest(self, block, tokens, adapters), strict=True))
         if adapters is not None:
             update = adapters.q(block.norm1(tokens))
-            found[part] = found[part] + update.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            found[part] = found[part] + update.unflatten(-1, (block.attn.num_heads, -1)).transpose(1, 2)
         return tuple(found.values())
 
-    monkeypatch.setattr(FrozenBackbone, "project", adapted)
+    monkeypatch.setattr(Family, "project", adapted)
     assert (CombinedModel(on, [asked])(images(2))[asked.name] - expected).abs().max() > 1e-3
 
 

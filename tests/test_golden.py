@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from addenda.backbones import Adapter, FrozenBackbone, FrozenStream
+from addenda.backbones.family import Family
 from addenda.combined import golden, numerics, numerics_fingerprint, tensor_digest, verify
 from addenda.combined.heads import Head
 from addenda.combined.layout import TILE
@@ -190,7 +191,7 @@ def test_the_probe_sees_arithmetic_that_no_setting_tells_of(part: str, monkeypat
     before = numerics(FrozenBackbone(lively_vit(), "fresh", "hub"))
     owner, name = {
         "frozen": (FrozenStream, "_embed"),
-        "stream": (FrozenBackbone, "finish"),
+        "stream": (Family, "finish"),
         "adapter": (Adapter, "__call__"),
         "head": (Head, "__call__"),
     }[part]

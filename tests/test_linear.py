@@ -19,7 +19,7 @@ def test_training_blocks_are_the_backbones_own_function_with_its_own_weights(var
         results = []
         for each in (block, original):
             leaf = tokens.clone().requires_grad_()
-            out = on.finish(each, leaf, on.project(each, leaf)[0].transpose(1, 2).flatten(2))
+            out = on.family.finish(each, leaf, on.family.project(each, leaf)[0].transpose(1, 2).flatten(2))
             results.append((out, *torch.autograd.grad(out.square().sum(), leaf)))
         for found, expected in zip(*results, strict=True):
             assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()

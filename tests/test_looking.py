@@ -25,11 +25,13 @@ def by_the_formula(backbone: FrozenBackbone, task: Task, pixels: torch.Tensor) -
         hidden = {kin.sha256: backbone.first_tokens(kin.class_token[None])[None] for kin in (*task.closure, task)}
         for layer, frozen in enumerate(backbone.stream(image)):
             block = backbone.blocks[layer]
-            own = {sha: backbone.project(block, tokens) for sha, tokens in hidden.items()}
+            own = {sha: backbone.family.project(block, tokens) for sha, tokens in hidden.items()}
             after = {}
             for member in (*task.closure, task):
                 family = (member, *member.closure)
-                rows = [backbone.project(block, kin.memory[None, layer]) for kin in family if kin.num_memory_tokens]
+                rows = [
+                    backbone.family.project(block, kin.memory[None, layer]) for kin in family if kin.num_memory_tokens
+                ]
                 keys = torch.cat([frozen.keys, *(own[kin.sha256][1] for kin in family), *(r[1] for r in rows)], dim=2)
                 values = torch.cat(
                     [frozen.values, *(own[kin.sha256][2] for kin in family), *(r[2] for r in rows)], dim=2
@@ -38,7 +40,7 @@ def by_the_formula(backbone: FrozenBackbone, task: Task, pixels: torch.Tensor) -
                 scores = (query @ keys.transpose(-1, -2))[0, :, 0] / query.shape[-1] ** 0.5  # [H, K]
                 weights = scores.exp() / scores.exp().sum(-1, keepdim=True)
                 read = (weights[:, None] @ values[0]).reshape(1, 1, -1)
-                after[member.sha256] = backbone.finish(block, hidden[member.sha256], read)
+                after[member.sha256] = backbone.family.finish(block, hidden[member.sha256], read)
             hidden = after
         patches = backbone.model.patch_embed.num_patches
         first = frozen.keys.shape[2] - patches

@@ -88,6 +88,14 @@ def test_a_note_is_a_part_of_the_history(versions):
     ]
 
 
+@pytest.mark.parametrize("text", ["", " \n"])
+def test_a_note_that_says_nothing_is_refused(versions, text):
+    before = rows(versions)
+    with pytest.raises(RegistryError, match="A note says something"):
+        versions.note("digits", text)
+    assert rows(versions) == before
+
+
 def test_a_note_that_no_database_can_hold_is_refused(versions):
     before = rows(versions)
     with pytest.raises(RegistryError, match=r"'digits': no note was added: .*surrogates.*Nothing was changed"):

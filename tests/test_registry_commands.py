@@ -139,6 +139,13 @@ def test_a_merge_names_every_clash_and_a_new_name_resolves_it(run: Run, location
     assert "2 tasks were added" in run("db", "merge", other, "--rename", "digits=d2", "--rename", "strokes=s2").out
 
 
+def test_a_merge_of_nothing_makes_no_registry(run: Run, tmp_path: Path) -> None:
+    refused = run("db", "merge", tmp_path / "absent.db", "--registry", tmp_path / "new.db")
+    assert refused.code == 2
+    assert f"There is no registry at '{tmp_path / 'absent.db'}': check the path." in refused.err
+    assert not (tmp_path / "new.db").exists()
+
+
 def test_an_alias_that_a_merge_brings_is_not_counted_as_a_task(run: Run, location: str, elsewhere: Database) -> None:
     merged = run("db", "merge", location, "--registry", elsewhere.new())
     assert "3 tasks were added" in merged.out

@@ -45,10 +45,10 @@ def reference(
     for layer, block in enumerate(backbone.blocks):
         frozen = KeyValue(*(torch.cat([batch.fetch(layer, which, p).clone() for p in batch.parts]) for which in (0, 1)))
         updates = adapters[layer] if adapters else None
-        queries, keys, values = backbone.project(block, tokens, updates)
+        queries, keys, values = backbone.family.project(block, tokens, updates)
         own = KeyValue(keys.unsqueeze(3), values.unsqueeze(3))
         read = attend(block.attn.scale, queries, frozen, own, memory_key_values(backbone, block, memory[:, layer]))
-        tokens = backbone.finish(block, tokens, read, updates)
+        tokens = backbone.family.finish(block, tokens, read, updates)
     return backbone.final_norm(tokens)
 
 

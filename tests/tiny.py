@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
 
 SETTINGS = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 7}
 
@@ -41,3 +42,16 @@ def tiny_eva(kind: str, seed: int = 0, **options: object) -> Eva:
     """A random Eva of one of the kinds, as large as `tiny_vit`."""
     torch.manual_seed(seed)
     return Eva(**{**SETTINGS, **EVA[kind], **options}).eval()
+
+
+def shaken(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Moves every parameter, so that no zero head, unit norm or vanishing LayerScale hides a difference."""
+    noise = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=noise))
+    return model.eval()
+
+
+def some_images(model: nn.Module, count: int = 2) -> Tensor:
+    return torch.randn(count, 3, *model.patch_embed.img_size, generator=torch.Generator().manual_seed(1))

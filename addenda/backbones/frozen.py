@@ -14,9 +14,9 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
-from addenda.backbones.adapters import BlockAdapters
 from addenda.backbones.family import Family, KeyValue, Reading
 from addenda.backbones.scope import adapter_obstacle, family_of, obstacle
+from addenda.backbones.vit import VisionTransformerFamily
 from addenda.exceptions import BackboneError, IntegrityError
 
 
@@ -107,8 +107,8 @@ class FrozenBackbone:
 
     def check_vision_transformer(self, what: str) -> None:
         """Raises BackboneError, naming what was written for it alone, unless it is timm's VisionTransformer."""
-        found = self.family.TIMM_CLASS.__name__
-        if found != "VisionTransformer":
+        if not isinstance(self.family, VisionTransformerFamily):
+            found = self.family.TIMM_CLASS.__name__
             raise BackboneError(f"{what} is for timm's VisionTransformer; backbone {self.name!r} is timm's {found}.")
 
     def first_blocks(self, depth: int) -> FrozenBackbone:
@@ -166,26 +166,6 @@ class FrozenBackbone:
     def embed(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B P D"]:
         """What the first block meets, as timm's forward_features makes it."""
         return self.family.embed(images.to(self.device, self.precision))
-
-    def place(self, block: Any, heads: Float[Tensor, "B H N d"]) -> Float[Tensor, "B H N d"]:
-        """Queries or keys of a sequence that begins with the frozen tokens, turned as these tokens' positions say."""
-        return self.family.place(block, heads)
-
-    def project(
-        self, block: Any, tokens: Float[Tensor, "B N D"], adapters: BlockAdapters | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of some tokens at a block's input, each [B, H, N, d]: see Family.project."""
-        return self.family.project(block, tokens, adapters)
-
-    def finish(
-        self,
-        block: Any,
-        tokens: Float[Tensor, "B N D"],
-        read: Float[Tensor, "B N D"],
-        adapters: BlockAdapters | None = None,
-    ) -> Float[Tensor, "B N D"]:
-        """The rest of a block after attention, of which `read` is what was read: see Family.finish."""
-        return self.family.finish(block, tokens, read, adapters)
 
     def adapter_obstacle(self) -> str | None:
         """Says which property keeps this backbone's blocks from carrying adapters; None if nothing does."""

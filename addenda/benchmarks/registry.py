@@ -19,7 +19,7 @@ from torch import Tensor
 
 from addenda.backbones import FrozenBackbone
 from addenda.benchmarks.interleaving import Run, interleave
-from addenda.benchmarks.registry_report import Figure, write
+from addenda.benchmarks.measured import Figure, write
 from addenda.combined import feature_statistics, numerics, numerics_fingerprint, tensor_digest
 from addenda.combined.probes import NUM_PROBES
 from addenda.exceptions import RegistryError

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import io
 import json
+import math
 import os
 import re
 import statistics
@@ -23,7 +24,7 @@ from PIL import Image
 
 from addenda.backbones import FrozenBackbone
 from addenda.benchmarks.cost import random_task
-from addenda.benchmarks.registry_report import Figure, write
+from addenda.benchmarks.measured import Figure, write
 from addenda.benchmarks.serving_load import Measured
 from addenda.combined import CombinedModel, micro_batch, numerics, numerics_fingerprint, tensor_digest
 from addenda.combined.probes import probe_images
@@ -85,6 +86,7 @@ def run_serving(
             report("Changes of the registry", len(counts), len(counts) + 1)
             figures += bench.changes(cycles)
             report("Changes of the registry", len(counts) + 1, len(counts) + 1)
+    figures = [figure for figure in figures if not math.isnan(figure.measured)]
     device = numerics(backbone)["device"]
     details = {
         "command": f"addenda bench serving --backbone {backbone.name} --tasks {','.join(map(str, counts))} "
@@ -115,13 +117,15 @@ class _Bench:
         self.seconds, self.rounds = seconds, rounds
         _, height, width = backbone.preprocessing["input_size"]
         self.images = [_image(number, width, height) for number in range(16)]
+        self._clients = 3 * micro_batch(backbone.device)
+        """Connections of a closed loop, a server: two full passes wait behind the one at work."""
         self.batch = probe_images(backbone)[torch.arange(micro_batch(backbone.device)) % len(probe_images(backbone))]
 
     def throughput(self, count: int) -> list[Figure]:
         """A server of so many tasks: closed loop beside the bare model, then open loop."""
         group, tasks = f"{count:,} tasks", [random_task(self.backbone, number) for number in range(count)]
         model = CombinedModel(self.backbone, tasks)
-        clients = 3 * micro_batch(self.backbone.device)
+        clients = self._clients
         rates: dict[str, list[float]] = {"bare": [], "combined": [], "served": []}
         failed = 0
         with self._served(tasks) as server:
@@ -130,8 +134,8 @@ class _Bench:
                 rates["bare"].append(self._alone(lambda: self.backbone.backbone_logits(self.batch)))
                 rates["combined"].append(self._alone(lambda: model(self.batch)))
                 closed = self._load(server, self.images, seconds=self.seconds, clients=clients)
-                rates["served"].append(len(closed.latencies_s) / closed.seconds)
-                failed += sum(closed.failed.values())
+                rates["served"].append(closed.rate)
+                failed += closed.num_failed
             shares = [served / bare for served, bare in zip(rates["served"], rates["bare"], strict=True)]
             of_pass = [served / alone for served, alone in zip(rates["served"], rates["combined"], strict=True)]
             figures = [
@@ -152,9 +156,7 @@ class _Bench:
         """A server whose registry changes: latency and failures, time until a task is served, and memory."""
         group = f"{CHANGED} tasks, changing"
         with self._served([random_task(self.backbone, number) for number in range(CHANGED)]) as server:
-            clients = 3 * micro_batch(self.backbone.device)
-            closed = self._load(server, self.images, seconds=self.seconds, clients=clients)
-            rate = SHARES[0] * len(closed.latencies_s) / closed.seconds
+            rate = SHARES[0] * self._load(server, self.images, seconds=self.seconds, clients=self._clients).rate
             fresh = self._fresh(CHANGED)
             quiet: list[Measured] = []
             busy: list[Measured] = []
@@ -172,18 +174,16 @@ class _Bench:
             for _ in range(cycles):
                 server.change(next(fresh))
                 memory.append(server.memory_mb())
-            half, end = (
-                memory[len(memory) // 2 - len(memory) // 10 : len(memory) // 2 + 1],
-                memory[-len(memory) // 10 :],
-            )
-            growth = statistics.median(end) / statistics.median(half)
+            middle, tenth = len(memory) // 2, len(memory) // 10
+            end = statistics.median(memory[-max(1, tenth) :])
+            growth = end / statistics.median(memory[middle - tenth : middle + 1])
         return [
             *_latencies(group, f"at {SHARES[0]:.0%}, nothing changes", quiet),
             *_latencies(group, f"at {SHARES[0]:.0%}, tasks come and go", busy),
             Figure.of_rounds(group, "p99 while tasks come and go / without", "x", ratios, P99_RATIO),
             Figure.of_rounds(group, "from registered to served, under load", "s", served, SERVED_S),
             Figure.of_rounds(group, "from registered to served, idle", "s", idle, SERVED_S),
-            Figure(group, f"memory after {cycles:,} registered and retired", "MB", statistics.median(end)),
+            Figure(group, f"memory after {cycles:,} registered and retired", "MB", end),
             Figure(group, f"that / memory after {cycles // 2:,}", "x", growth, target=GROWTH),
         ]
 
@@ -217,14 +217,14 @@ class _Bench:
         all_rates: list[list[float]] = []
         all_memory: list[float] = []
         for count in counts:
-            clients, rates, failed = 3 * micro_batch(self.backbone.device) * count, [], 0
+            clients, rates, failed = self._clients * count, [], 0
             options = ("--ray", ray, "--replicas", str(count), "--cpus", str(cpus), "--drain", "0")
             with self._served(tasks, *options, ready=f" with {count} replica") as server:
                 self._load(server, self.images, seconds=min(2, self.seconds), clients=clients)
                 for _ in range(self.rounds):
                     closed = self._load(server, self.images, seconds=self.seconds, clients=clients)
-                    rates.append(len(closed.latencies_s) / closed.seconds)
-                    failed += sum(closed.failed.values())
+                    rates.append(closed.rate)
+                    failed += closed.num_failed
                 all_memory.append(server.memory_mb())
                 started = server.started_s
             all_rates.append(rates)
@@ -312,23 +312,23 @@ class _Server:
         return seconds
 
     def memory_mb(self) -> float:
-        """What the process that answers holds in memory."""
-        return self._metric("process_resident_memory_bytes") / 1e6
+        """What the process that answers holds in memory; NaN elsewhere than on Linux, where it tells none."""
+        return self._metric("process_resident_memory_bytes", float("nan")) / 1e6
 
     def _tasks(self) -> int:
         """How many tasks are served; -1 before it answers."""
         try:
-            return int(self._metric("addenda_tasks"))
+            return int(self._metric("addenda_tasks", -1))
         except ConnectionError:
             return -1
 
-    def _metric(self, name: str) -> float:
-        """A number of its metrics; -1 before it tells any."""
+    def _metric(self, name: str, untold: float) -> float:
+        """A number of its metrics."""
         connection = http.client.HTTPConnection(self.host, self.port, timeout=60)
         try:
             connection.request("GET", "/metrics")
             found = re.search(rf"^{name} (\S+)", connection.getresponse().read().decode(), re.MULTILINE)
-            return float(found[1]) if found else -1
+            return float(found[1]) if found else untold
         finally:
             connection.close()
 
@@ -377,7 +377,7 @@ def _p(percent: int, measured: Measured) -> float:
 
 def _latencies(group: str, when: str, loads: Sequence[Measured]) -> list[Figure]:
     """What an open loop measured, over its rounds."""
-    failed = sum(sum(load.failed.values()) for load in loads)
+    failed = sum(load.num_failed for load in loads)
     lag = 1000 * max(load.lag_s for load in loads)
     return [
         *(Figure.of_rounds(group, f"p{p}, {when}", "ms", [_p(p, load) for load in loads], None) for p in (50, 95, 99)),

@@ -33,6 +33,16 @@ class Measured:
     failed: Counter[str] = field(default_factory=Counter)
     lag_s: float = 0
 
+    @property
+    def rate(self) -> float:
+        """Requests a second that were answered with 200."""
+        return len(self.latencies_s) / self.seconds
+
+    @property
+    def num_failed(self) -> int:
+        """How many were not."""
+        return sum(self.failed.values())
+
 
 class Generator:
     """Sends requests that were made before, on connections that stay open.

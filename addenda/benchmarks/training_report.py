@@ -3,56 +3,15 @@
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from addenda.benchmarks.measured import Figure
 from addenda.terminal import console, size, table
 
 COLUMNS = ("what", "measured", "quartiles", "target", "by operations")
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One thing that was measured.
-
-    Attributes:
-        what: in words.
-        unit: of all its numbers.
-        target: of the design; None where it sets none.
-        measured: the median.
-        low: first quartile, None of what was measured once.
-        high: third quartile.
-        limit: what it would be if multiply-adds were all that takes time, and all went at one speed; reading what is
-            kept, which candidates share, is then nothing.
-        more: whether more is better.
-    """
-
-    what: str
-    unit: str
-    target: float | None
-    measured: float
-    low: float | None = None
-    high: float | None = None
-    limit: float | None = None
-    more: bool = False
-
-    @classmethod
-    def of_rounds(
-        cls, what: str, unit: str, target: float, values: Sequence[float], limit: float, more: bool = False
-    ) -> Figure:
-        """Median and quartiles of several rounds."""
-        low, median, high = statistics.quantiles(values, n=4)
-        return cls(what, unit, target, median, low, high, limit, more)
-
-    @property
-    def met(self) -> bool | None:
-        """Whether the target is met."""
-        if self.target is None:
-            return None
-        return self.measured >= self.target if self.more else self.measured <= self.target
 
 
 def write(figures: Sequence[Figure], details: Mapping[str, Any], out: Path | None) -> None:

@@ -75,5 +75,5 @@ def private_read(weights: Float[Tensor, "S H B w"], tokens: KeyValue, memory: Ke
 
 def memory_key_values(backbone: FrozenBackbone, block: Any, memory: Float[Tensor, "S m D"]) -> KeyValue:
     """Keys and values of memory tokens, [S, H, m, d]: put through norm1 and qkv like any token."""
-    _, keys, values = backbone.project(block, memory)
+    _, keys, values = backbone.family.project(block, memory)
     return KeyValue(keys, values)

@@ -51,19 +51,19 @@ def task_features(
         projected = {}
         for i, (slots, rows) in enumerate(layout.offers):
             if slots:
-                projected[i] = backbone.project(block, hidden[i], layout.tiles[i].block_adapters(layer))
+                projected[i] = backbone.family.project(block, hidden[i], layout.tiles[i].block_adapters(layer))
                 _, keys, values = projected[i]  # [S, H, B, d]
                 offered.keys[:, :, rows] = keys[slots].permute(2, 1, 0, 3)
                 offered.values[:, :, rows] = values[slots].permute(2, 1, 0, 3)
         for i, tile in enumerate(layout.tiles):
             adapters = tile.block_adapters(layer)
-            parts = projected.pop(i) if i in projected else backbone.project(block, hidden[i], adapters)
+            parts = projected.pop(i) if i in projected else backbone.family.project(block, hidden[i], adapters)
             seen = _seen(tile, KeyValue(*parts[1:]), offered)
             attention = block.attn.scale, parts[0], prefix, seen, tile.memory[layer], tile.bias
             if look is not None:
                 look(layer, i, attention_weights(*attention))
             read = attend(*attention)
-            hidden[i] = backbone.finish(block, hidden[i], read, adapters)
+            hidden[i] = backbone.family.finish(block, hidden[i], read, adapters)
         if observe is not None:
             observe(layer, frozen, offered)
     return [backbone.final_norm(tokens) for tokens in hidden]

@@ -38,7 +38,10 @@ def backbones_list(
             (b["name"], "in this registry", f"{b['fingerprint'][:12]}… from {b['source']}") for b in opened.backbones()
         ]
     rows.append(("glyphs", "works", "in the package; for the demo and tests"))
-    rows += [(n, "works" if why is None else "refused", why or "") for n, why in catalogue(pattern)]
+    timms = catalogue(pattern)
+    if not timms:
+        typer.echo(f"No model of timm's matches {pattern!r}; '*' stands for any characters.", err=True)
+    rows += [(n, "works" if why is None else "refused", why or "") for n, why in timms]
     if as_json:
         print_json([{"name": n, "status": s, "detail": d} for n, s, d in rows])
         return

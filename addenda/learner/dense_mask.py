@@ -65,7 +65,7 @@ class DenseMask(nn.Module):
         if precomputed:
             with torch.no_grad():
                 self._precomputed = [
-                    backbone.project(block, self._layer(layer).unsqueeze(0))[1:]
+                    backbone.family.project(block, self._layer(layer).unsqueeze(0))[1:]
                     for layer, block in enumerate(backbone.blocks)
                 ]
 
@@ -104,14 +104,14 @@ class DenseMask(nn.Module):
         backbone, batch = self._backbone, len(tokens)
         if self._precomputed is None:
             everything = torch.cat([tokens, self._layer(layer).expand(batch, -1, -1)], dim=1)
-            queries, keys, values = backbone.project(block, everything)
+            queries, keys, values = backbone.family.project(block, everything)
             queries = queries[:, :, : tokens.shape[1]]
         else:
-            queries, keys, values = backbone.project(block, tokens)
+            queries, keys, values = backbone.family.project(block, tokens)
             keys, values = (
                 torch.cat([own, of_memory.expand(batch, -1, -1, -1)], dim=2)
                 for own, of_memory in zip((keys, values), self._precomputed[layer], strict=True)
             )
-        queries, keys = backbone.place(block, queries), backbone.place(block, keys)
+        queries, keys = backbone.family.place(block, queries), backbone.family.place(block, keys)
         read = F.scaled_dot_product_attention(queries, keys, values, attn_mask=self._mask, scale=block.attn.scale)
-        return backbone.finish(block, tokens, read.transpose(1, 2).flatten(2))
+        return backbone.family.finish(block, tokens, read.transpose(1, 2).flatten(2))

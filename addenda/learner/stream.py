@@ -42,7 +42,7 @@ def stream_features(
     at_once = len(memory) if backbone.device.type == "cpu" else 1
     for layer, block in enumerate(training_blocks(backbone)):
         updates = adapters[layer] if adapters else None
-        queries, keys, values = backbone.project(block, tokens, updates)  # [S, H, B, d]
+        queries, keys, values = backbone.family.project(block, tokens, updates)  # [S, H, B, d]
         own = [memory_key_values(backbone, block, rows.to(precision)) for rows in memory[:, layer].split(at_once)]
         inherited = [layers.expand(len(memory), -1, -1, -1) for layers in parent_memory[layer]] if parent_memory else []
         beside = KeyValue(
@@ -55,7 +55,7 @@ def stream_features(
         queries = queries * block.attn.scale
         read, weights = _FrozenAttention.apply(batch, layer, queries, private_scores(queries, private, beside))
         read = read + private_read(weights, private, beside)
-        tokens = backbone.finish(block, tokens, read.transpose(1, 2).flatten(2), updates)
+        tokens = backbone.family.finish(block, tokens, read.transpose(1, 2).flatten(2), updates)
     return backbone.final_norm(tokens).float()
 
 

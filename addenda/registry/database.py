@@ -38,7 +38,7 @@ def connect(location: str | Path, create: bool) -> Engine:
     path = Path(url.database or "").resolve()
     if not path.exists() and not create:
         raise RegistryError(
-            f"There is no registry at {str(path)!r}. `addenda learn` makes one; --registry names another."
+            f"There is no registry at {str(path)!r}: check the path. `addenda learn` makes one where --registry says."
         )
     if path.is_dir():
         raise RegistryError(f"{str(path)!r} is a folder, and a registry is a file: {str(path / 'addenda.db')!r}, say.")

@@ -343,8 +343,11 @@ class Registry(Reader):
         """Adds a note to a version's history; a note is an event, so it stays.
 
         Raises:
+            RegistryError: the note says nothing.
             UnknownTaskError: there is no such task.
         """
+        if not text.strip():
+            raise RegistryError("A note says something; this one is empty.")
         with database_errors(f"Task {ref!r}: no note was added"), writing(self._engine) as connection:
             row = find(connection, ref)
             ledger.append(connection, "noted", f"{row.name}:{row.version}", ledger.stamp(self._user), text=text)

@@ -37,7 +37,7 @@ def upgrade(engine: Engine, create: bool) -> None:
                 raise RegistryError(f"{where!r} is another program's database, not a registry.")
         if found is None and not create:
             raise RegistryError(
-                f"There is no registry at {where!r}. `addenda learn` makes one; --registry names another."
+                f"There is no registry at {where!r}: check the place. `addenda learn` makes one where --registry says."
             )
         config = _config()
         scripts = ScriptDirectory.from_config(config)

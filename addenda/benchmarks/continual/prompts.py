@@ -216,11 +216,11 @@ class CodaPrompt(PromptMethod):
         met = F.cosine_similarity(queries[:, None] * attention, keys, dim=-1)  # [B, M]
         prefix = (met @ prompts).unflatten(1, (2, -1, block.attn.num_heads, block.attn.head_dim))
         more_keys, more_values = prefix.transpose(2, 3).unbind(1)  # each [B, H, length / 2, d]
-        query, key, value = self._backbone.project(block, tokens)
+        query, key, value = self._backbone.family.project(block, tokens)
         key = torch.cat([more_keys.to(key.dtype), key], dim=2)
         value = torch.cat([more_values.to(value.dtype), value], dim=2)
         read = F.scaled_dot_product_attention(query, key, value, scale=block.attn.scale)
-        return self._backbone.finish(block, tokens, read.transpose(1, 2).flatten(2))
+        return self._backbone.family.finish(block, tokens, read.transpose(1, 2).flatten(2))
 
     def _prompts(self) -> Sequence[Tensor]:
         return [component for group in self._groups for component in group]

@@ -1,4 +1,4 @@
-"""What `addenda bench registry` and `bench serving` have measured, as a table for each group, and JSON."""
+"""What a benchmark has measured beside its targets; as a table for each group, and JSON."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ class Figure:
         high: third quartile.
         target: of the design; None where it sets none.
         more: whether more is better.
+        limit: what it would be if multiply-adds were all that takes time, and all went at one speed.
     """
 
     group: str
@@ -37,14 +38,15 @@ class Figure:
     high: float | None = None
     target: float | None = None
     more: bool = False
+    limit: float | None = None
 
     @classmethod
     def of_rounds(
-        cls, group: str, what: str, unit: str, values: Sequence[float], target: float | None, more: bool = False
+        cls, group: str, what: str, unit: str, values: Sequence[float], target: float | None = None, **more: Any
     ) -> Figure:
         """Median and quartiles of several rounds."""
         low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-        return cls(group, what, unit, median, low, high, target, more)
+        return cls(group, what, unit, median, low, high, target, **more)
 
     @property
     def met(self) -> bool | None:

@@ -1,0 +1,119 @@
+"""Images from files: each is read as people see it, and a damaged one is refused by its name."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from addenda.backbones import SUFFIXES, read_image
+from addenda.exceptions import DataError
+
+
+def pixels(path: Path) -> list[list[int]]:
+    image = read_image(path)
+    assert image.mode == "RGB"
+    return np.asarray(image).reshape(-1, 3).tolist()
+
+
+def mode(path: Path) -> str:
+    with Image.open(path) as image:
+        return image.mode
+
+
+def picture(values: object, dtype: type = np.uint8) -> Image.Image:
+    return Image.fromarray(np.array(values, dtype))
+
+
+def test_transparent_pixels_are_laid_on_white(tmp_path):
+    picture([[[255, 0, 0, 0], [255, 0, 0, 255], [0, 0, 0, 51]]]).save(tmp_path / "a.png")
+    assert pixels(tmp_path / "a.png") == [[255, 255, 255], [255, 0, 0], [204, 204, 204]]
+
+
+def test_grey_with_alpha_is_laid_on_white(tmp_path):
+    picture([[[9, 9, 9, 0], [9, 9, 9, 255]]]).convert("LA").save(tmp_path / "a.png")
+    assert mode(tmp_path / "a.png") == "LA"
+    assert pixels(tmp_path / "a.png") == [[255, 255, 255], [9, 9, 9]]
+
+
+@pytest.mark.parametrize("transparency", [1, bytes([255, 0, 255])], ids=["index", "table"])
+def test_a_transparent_palette_entry_is_laid_on_white(tmp_path, transparency):
+    image = Image.new("P", (3, 1))
+    image.putdata([0, 1, 2])
+    image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
+    image.save(tmp_path / "a.png", transparency=transparency)
+    assert mode(tmp_path / "a.png") == "P"
+    assert pixels(tmp_path / "a.png") == [[255, 0, 0], [255, 255, 255], [0, 0, 255]]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_sixteen_bit_grey_is_scaled_to_eight(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    picture([[0, 10 * 257, 200 * 257, 65535]], np.uint16).save(path)
+    assert mode(path).startswith("I")
+    assert pixels(path) == [[v] * 3 for v in (0, 10, 200, 255)]
+
+
+def test_exif_orientation_turns_the_image(tmp_path):
+    expected = {1: [1, 2, 3, 4], 2: [2, 1, 4, 3], 3: [4, 3, 2, 1], 6: [3, 1, 4, 2], 8: [2, 4, 1, 3]}
+    for orientation, order in expected.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        picture([[10, 20], [30, 40]]).save(tmp_path / "a.png", exif=exif)
+        assert pixels(tmp_path / "a.png") == [[10 * v] * 3 for v in order], orientation
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 20)).save(tmp_path / "a.jpg", exif=exif)
+    assert read_image(tmp_path / "a.jpg").size == (20, 40)
+
+
+def test_every_suffix_can_be_read(tmp_path):
+    assert len(SUFFIXES) >= 9
+    for suffix in SUFFIXES:
+        Image.new("RGB", (8, 6), (0, 0, 255)).save(tmp_path / f"a{suffix}")
+        red, green, blue = pixels(tmp_path / f"a{suffix}")[0]
+        assert max(red, green, 255 - blue) <= 2, suffix
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".gif", ".webp", ".bmp", ".ppm"])
+def test_a_truncated_image_is_refused_by_name(tmp_path, suffix):
+    whole, path = tmp_path / f"whole{suffix}", tmp_path / f"cut{suffix}"
+    picture(np.random.RandomState(0).randint(0, 255, (40, 40, 3))).save(whole)
+    data = whole.read_bytes()
+    cuts = random.Random(0).sample(range(len(data) // 2), 10)
+    assert read_image(whole).size == (40, 40)
+    for length in cuts:
+        path.write_bytes(data[:length])
+        with pytest.raises(DataError, match=rf"Image '.*cut\{suffix}' cannot be read: "):
+            read_image(path)
+
+
+def test_a_file_that_is_no_image_is_refused_by_name(tmp_path):
+    (tmp_path / "notes.png").write_text("not a picture")
+    with pytest.raises(DataError, match=r"Image '.*notes\.png' cannot be read: "):
+        read_image(tmp_path / "notes.png")
+    with pytest.raises(DataError, match="cannot be read"):
+        read_image(tmp_path)
+
+
+def test_a_turned_image_whose_exif_has_a_wrong_type_is_refused_by_name(tmp_path):
+    text_where_a_number_belongs = bytes.fromhex(
+        "4578696600004d4d002a000000080002010a0002000000060000002601120003000000010006000000000000"
+    )
+    Image.new("RGB", (8, 6)).save(tmp_path / "a.jpg", exif=text_where_a_number_belongs + b"hello\0")
+    with pytest.raises(DataError, match=r"a\.jpg' cannot be read: required argument is not an integer"):
+        read_image(tmp_path / "a.jpg")
+
+
+def test_a_missing_image_is_refused_by_name(tmp_path):
+    with pytest.raises(DataError, match=r"Image '.*nowhere\.png' does not exist"):
+        read_image(tmp_path / "nowhere.png")
+
+
+def test_an_image_too_large_to_be_safe_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    with pytest.raises(DataError, match=r"a\.png' cannot be read: .*decompression bomb"):
+        read_image(tmp_path / "a.png")
