@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 console = Console()
+WORD = 16
 
 SCORES = {
     "single-label": {"accuracy": "accuracy", "balanced_accuracy": "balanced", "calibration_error": "calibration error"},
@@ -42,14 +44,18 @@ def table(
 ) -> Group:
     """A table; the columns named in `right` are aligned to the right, those in `whole` never broken.
 
-    Texts are shown as they are, never as markup.
+    Texts are shown as they are, never as markup. Where the terminal is narrow, long texts take more lines; words of up to
+    WORD characters are not broken.
     """
-    made = Table(header_style="bold")
-    for column in columns:
+    made = Table(header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    cells = [[cell if isinstance(cell, Text) else Text(str(cell)) for cell in row] for row in rows]
+    for number, column in enumerate(columns):
         side: Literal["left", "right"] = "right" if column in right else "left"
-        made.add_column(column, justify=side, overflow="fold", no_wrap=column in whole)
-    for row in rows:
-        made.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
+        words = [word for text in (column, *(row[number].plain for row in cells)) for word in text.split()]
+        longest = max((len(word) for word in words if len(word) <= WORD), default=0)
+        made.add_column(column, justify=side, overflow="fold", no_wrap=column in whole, min_width=longest)
+    for row in cells:
+        made.add_row(*row)
     return Group(Text(title, "bold"), made)  # a title of the table's own would be as narrow as the table
 
 

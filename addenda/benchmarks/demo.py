@@ -51,7 +51,7 @@ def run_demo() -> bool:
             moved = [k for k, digest in first_bits.items() if tensor_digest(logits[k]) != digest]
             first_bits.setdefault(name, tensor_digest(logits[name]))
             intact = intact and not moved
-            stages.append([f"after {name}", *_accuracies(logits, tests, names), _verdict(stage, moved)])
+            stages.append([name, *_accuracies(logits, tests, names), _verdict(stage, moved)])
         console.print(_matrix(stages, names))
         last = registry.record(names[-1])
     cost = task_cost(backbone, 5)
@@ -87,10 +87,11 @@ def _accuracies(logits: dict[str, Tensor], tests: dict[str, Digits], names: list
 def _verdict(stage: int, moved: list[str]) -> Text:
     if moved:
         return Text(f"MOVED: {', '.join(moved)}", style="bold red")
-    return Text("–" if stage == 0 else f"{stage} of {stage} bit-identical", style="green" if stage else "")
+    return Text("–" if stage == 0 else f"{stage} of {stage}", style="green" if stage else "")
 
 
 def _matrix(stages: list[list[object]], names: list[str]) -> Group:
     return table(
-        "Accuracy on test digits, % (a task's own two)", ("stage", *names, "earlier tasks' logits"), stages, names
+        "Accuracy on test digits, % (a task's own two), after each task was learned; old logits, bit for bit the same",
+        ("after", *names, "old logits"), stages, names
     )

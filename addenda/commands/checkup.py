@@ -123,7 +123,7 @@ def self_test(backbone: FrozenBackbone, tasks: Sequence[Task]) -> Finding:
         backbone: the backbone.
         tasks: tasks on it.
     """
-    subject = f"exactness of {backbone.name}"
+    subject = f"exactness of {backbone.name}" + (f", {len(tasks)} task{'' if len(tasks) == 1 else 's'}" if tasks else "")
     where = f"{backbone.device}, {str(backbone.precision).removeprefix('torch.')}"
     try:
         proven = prove(backbone, tasks)
@@ -179,6 +179,10 @@ def _recorded(registry: Registry, record: Mapping[str, Any], device: str) -> Fin
     """Whether a backbone is still what it was, and its tasks keep their bits on this machine."""
     try:
         backbone = recorded_backbone(registry, None, device, record["fingerprint"])
-        return self_test(backbone, registry.load(backbone))
     except AddendaError as error:
-        return Finding(f"exactness of {record['name']}", "BROKEN", str(error))
+        return Finding(f"weights of {record['name']}", "BROKEN", str(error))
+    try:
+        tasks = registry.load(backbone)
+    except AddendaError as error:
+        return Finding(f"tasks on {record['name']}", "BROKEN", str(error))
+    return self_test(backbone, tasks)

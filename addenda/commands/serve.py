@@ -63,7 +63,7 @@ def serve(
     if host not in LOOPBACK and not known.keys():
         raise KeyFileError(
             f"Without keys, answering on {host!r} would let everybody in. Make one: addenda keys create NAME "
-            f"--keys {keys}"
+            f"--scope predict --keys {keys}"
         )
     limits = Limits(waiting=max_waiting, timeout_s=timeout)
     if ray is not None:

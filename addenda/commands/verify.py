@@ -72,7 +72,7 @@ def _show_integrity(found: Integrity) -> None:
     if found.faults or found.unchecked:
         rows = [(fault.subject, fault.said) for fault in found.faults]
         console.print(table("What is wrong", ("of", "fault"), [*rows, *(("–", said) for said in found.unchecked)]))
-    console.print(f"The last event's digest: {found.head}")
+    typer.echo(f"The last event's digest: {found.head}")
 
 
 def _verdicts(

@@ -61,6 +61,8 @@ def database_errors(context: str) -> Iterator[None]:
         yield
     except (SQLAlchemyError, sqlite3.Error, ValueError, TypeError, OverflowError) as error:
         said = " ".join(str(getattr(error, "orig", None) or error).split()).rstrip(".")
+        if "unable to open database file" in said:
+            said += " (SQLite writes beside it: can its folder be written to, and is its disk not full?)"
         gone = isinstance(error, (OperationalError, InterfaceError, PoolTimeoutError, sqlite3.OperationalError))
         kind = RegistryUnavailableError if gone else RegistryError
         raise kind(f"{context}: {said}. Nothing was changed.") from error

@@ -10,11 +10,11 @@ from sqlalchemy import Connection, Row, insert, select
 
 from addenda.exceptions import IntegrityError, RegistryError
 from addenda.registry import ledger, schema
-from addenda.registry.artifact import decode
+from addenda.registry.artifact import decode, digest
 from addenda.registry.gathering import Read
 from addenda.registry.loading import load_tasks
 from addenda.registry.manifest import Alias, Backbone, Contents, Entry, Golden, Parent
-from addenda.registry.queries import find
+from addenda.registry.queries import find, is_retired
 from addenda.registry.registration import derived, insert_task
 from addenda.registry.statistics import FeatureStatistics
 from addenda.registry.task import Task, check_name
@@ -127,7 +127,7 @@ class _Receiver:
         try:
             generation = self._add(entry, ref.partition(":")[0]) if new else None
             row = find(self._connection, ref)
-            said = [] if new else self._add_goldens(entry, row, ref)
+            said = [] if new else [*self._damage(row), *self._add_goldens(entry, row, ref)]
         except IntegrityError as error:
             raise IntegrityError(f"Task {entry.ref!r} was not taken in: {str(error).rstrip('.')}.") from error
         self._rows[entry.task.name, entry.task.version] = row
@@ -145,6 +145,8 @@ class _Receiver:
             .join(schema.alias, of.task_id == schema.task.c.id)
             .where(of.name == name, of.alias == alias.alias)
         )
+        if pointed is None and self._connection.scalar(select(is_retired()).where(schema.task.c.id == row.id)):
+            return Received(here, there, "kept", f"points at nothing here, where '{name}:{row.version}' is retired")
         if pointed is None:
             self._connection.execute(insert(schema.alias).values(name=name, alias=alias.alias, task_id=row.id))
             generation = self._append("alias", here, version=row.version, before=None)
@@ -219,6 +221,14 @@ class _Receiver:
         if not logits or len(logits) % (4 * len(entry.task.labels)):
             raise IntegrityError(f"its golden probe is not of {len(entry.task.labels)} labels")
         return {**golden.model_dump(), "logits": logits}
+
+    def _damage(self, row: Row[Any]) -> list[str]:
+        """Says of a task that is there already whether its stored bytes are still its own."""
+        of = schema.artifact.c
+        data = self._connection.scalar(select(of.data).where(of.sha256 == row.artifact))
+        if data is not None and digest(data) == row.artifact:
+            return []
+        return ["its stored bytes here are DAMAGED, and a merge does not mend them: addenda verify --deep"]
 
     def _add_goldens(self, entry: Entry, row: Row[Any], ref: str) -> list[str]:
         """Adds golden probes of numerics that a task has none of; says where two of the same numerics differ."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Table, func, insert, select
 
-from addenda.exceptions import RegistryError
+from addenda.exceptions import IntegrityError, RegistryError
 from addenda.registry import ledger, schema
 from addenda.registry.artifact import digest
 from addenda.registry.objectives import score_of
@@ -59,11 +59,17 @@ def insert_task(
 
     Returns:
         The event's id.
+
+    Raises:
+        IntegrityError: the same content is stored already, and its bytes have changed.
     """
     number, task_id = ledger.generation(connection) + 1, next_id(connection, schema.task)
     sha256 = columns["artifact"]
-    if connection.scalar(select(schema.artifact.c.sha256).where(schema.artifact.c.sha256 == sha256)) is None:
+    kept = connection.scalar(select(schema.artifact.c.data).where(schema.artifact.c.sha256 == sha256))
+    if kept is None:
         connection.execute(insert(schema.artifact).values(sha256=sha256, data=artifact))
+    elif kept != artifact:
+        raise IntegrityError(f"The bytes of sha256 {sha256[:12]}… that are stored already have changed.")
     connection.execute(insert(schema.task).values(**columns, id=task_id, event_id=number))
     for position, parent in enumerate(parents):
         connection.execute(insert(schema.task_parent).values(task_id=task_id, position=position, parent_id=parent))

@@ -239,8 +239,8 @@ class Registry(Reader):
 
         Raises:
             UnknownTaskError: there is no such task.
-            RegistryError: it is retired already, an active task that is not named extends it, or one that is named
-                does not.
+            RegistryError: it is retired already, an alias points at it, an active task that is not named extends it, or
+                one that is named does not.
         """
         with database_errors(f"Task {ref!r} was not retired"), writing(self._engine) as connection:
             root = find(connection, ref)
@@ -254,6 +254,12 @@ class Registry(Reader):
                 raise RegistryError(
                     f"Task {_ref(root)!r} cannot be retired: active tasks extend it ({missing}). Name them, to retire "
                     "them with it."
+                )
+            pointed = select(schema.alias.c.name, schema.alias.c.alias).where(schema.alias.c.task_id.in_(named))
+            for name, alias in connection.execute(pointed.order_by(schema.alias.c.alias)):
+                raise RegistryError(
+                    f"Task {_ref(root)!r} cannot be retired while '{name}@{alias}' serves it or what extends it. Point it "
+                    f"elsewhere, or at nothing: addenda tasks alias {name} {alias} --remove"
                 )
             # Parents have smaller numbers than their children: from the greatest down, no child is left behind.
             for task_id in sorted(named, reverse=True):
@@ -277,11 +283,13 @@ class Registry(Reader):
         Raises:
             UnknownTaskError: there is no such task.
             ConflictError: it points elsewhere than expected.
-            RegistryError: the alias is not a valid name.
+            RegistryError: the alias is not a valid name, or the version is retired.
         """
         check_name(alias)
         with database_errors(f"Alias {alias!r} was not set"), writing(self._engine) as connection:
             row = find(connection, ref)
+            if connection.scalar(select(is_retired()).where(schema.task.c.id == row.id)):
+                raise RegistryError(f"Task {_ref(row)!r} is retired: no alias is pointed at it.")
             before = _pointed(connection, row.name, alias, expected)
             if before == row.version:
                 return

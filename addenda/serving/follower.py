@@ -85,6 +85,9 @@ class Follower:
             len(snapshot.records),
             1000 * (time.monotonic() - started),
         )
+        if not (snapshot.records or snapshot.quarantined):
+            where = "is registered" if self._alias is None else f"has the alias {self._alias!r}"
+            log.warning("Nothing is answered: no task of backbone %s %s", snapshot.model.backbone.name, where)
         for ref, why in snapshot.quarantined.items():
             if before.quarantined.get(ref) != why:
                 log.error("Task %s is quarantined: %s", ref, why)

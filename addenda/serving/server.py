@@ -134,8 +134,15 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def serve_metrics(app: FastAPI, host: str, port: int) -> None:
-    """Answers Prometheus on a port of its own, where no key is asked for."""
-    start_http_server(port, host, app.state.metrics.registry)
+    """Answers Prometheus on a port of its own, where no key is asked for.
+
+    Raises:
+        AddendaError: the place is taken.
+    """
+    try:
+        start_http_server(port, host, app.state.metrics.registry)
+    except OSError as error:
+        raise AddendaError(f"{host}:{port} cannot be listened on for --metrics-port: {error.strerror}.") from error
 
 
 def log_as_json(level: str) -> None:
