@@ -44,19 +44,25 @@ def table(
 ) -> Group:
     """A table; the columns named in `right` are aligned to the right, those in `whole` never broken.
 
-    Texts are shown as they are, never as markup. Where the terminal is narrow, long texts take more lines; words of up to
-    WORD characters are not broken.
+    Texts are shown as they are, never as markup. Where the terminal is narrow, long texts take more lines, and words of
+    up to WORD characters stay whole if it is not too narrow for that.
     """
-    made = Table(header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    made = Table(header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     cells = [[cell if isinstance(cell, Text) else Text(str(cell)) for cell in row] for row in rows]
-    for number, column in enumerate(columns):
+    widths = [_longest_word([column, *(row[number].plain for row in cells)]) for number, column in enumerate(columns)]
+    fits = sum(widths) + 2 * len(widths) <= console.width
+    for column, width in zip(columns, widths, strict=True):
         side: Literal["left", "right"] = "right" if column in right else "left"
-        words = [word for text in (column, *(row[number].plain for row in cells)) for word in text.split()]
-        longest = max((len(word) for word in words if len(word) <= WORD), default=0)
-        made.add_column(column, justify=side, overflow="fold", no_wrap=column in whole, min_width=longest)
+        least = width if fits else None
+        made.add_column(column, justify=side, overflow="fold", no_wrap=column in whole, min_width=least)
     for row in cells:
         made.add_row(*row)
     return Group(Text(title, "bold"), made)  # a title of the table's own would be as narrow as the table
+
+
+def _longest_word(texts: Iterable[str]) -> int:
+    """Characters of the longest word that has no more than WORD."""
+    return max((len(word) for text in texts for word in text.split() if len(word) <= WORD), default=0)
 
 
 def percent(value: float | None) -> str:

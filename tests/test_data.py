@@ -49,6 +49,15 @@ def test_images_side_by_side_are_told_apart_from_none(learner: Learner, tmp_path
     assert "its images lie side by side" in refused(learner, tmp_path)
 
 
+def test_a_folder_of_data_sets_is_not_taken_for_one(learner: Learner, tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        colour_folder(tmp_path / name / "train")
+        colour_folder(tmp_path / name / "test")
+    message = refused(learner, tmp_path)
+    assert "holds data sets, not classes: 'first' in it has train/ of its own" in message
+    assert "learn-many" in message
+
+
 def test_one_class_is_too_few(learner: Learner, tmp_path: Path) -> None:
     assert "has one class ('red')" in refused(learner, colour_folder(tmp_path, classes=("red",)))
 

@@ -66,6 +66,18 @@ def test_the_tasks_of_a_registry_are_tried(run: Run, registered: Path) -> None:
     found = states(run("doctor", "--json").out)
     assert found["registry"] == ("works", f"{registered}: 1 active task, generation 2")
     assert found["weights of glyphs"] == ("works", "in the package")
+    assert found["exactness of glyphs with the registry's tasks"][0] == "works"
+
+
+def test_a_task_whose_bytes_have_changed_is_what_is_broken(run: Run, registered: Path) -> None:
+    with sqlite3.connect(registered) as connection:
+        (made,) = connection.execute("SELECT sql FROM sqlite_master WHERE name = 'artifact_no_update'").fetchone()
+        connection.execute("DROP TRIGGER artifact_no_update")
+        connection.execute("UPDATE artifact SET data = zeroblob(length(data))")
+        connection.execute(made)
+    result = run("doctor")
+    assert "Broken: tasks on glyphs." in result.err
+    assert "ones:1" in result.out
 
 
 def test_a_damaged_registry_is_broken_and_the_exit_code_says_so(run: Run, registered: Path) -> None:
@@ -89,7 +101,10 @@ def test_arithmetic_that_keeps_no_bits_is_broken(run: Run, registered: Path, mon
     monkeypatch.setattr(Family, "finish", biased)
     result = run("doctor", "--json")
     assert result.code == 1
-    assert [one["subject"] for one in json.loads(result.out) if one["state"] == "BROKEN"] == ["exactness of glyphs"] * 2
+    assert [one["subject"] for one in json.loads(result.out) if one["state"] == "BROKEN"] == [
+        "exactness of glyphs",
+        "exactness of glyphs with the registry's tasks",
+    ]
     assert "Exact mode is refused on this machine" in states(result.out)["exactness of glyphs"][1]
 
 

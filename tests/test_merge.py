@@ -72,6 +72,18 @@ def test_merged_twice_adds_nothing_and_the_generation_stays(home, here):
     assert rows(here.location) == before
 
 
+def test_damaged_bytes_that_are_there_already_are_told_and_nothing_is_built_on_them(home, here):
+    here.merge(home)
+    sha256 = here.get("strokes").sha256
+    tamper(here, "artifact", "UPDATE artifact SET data = :data WHERE sha256 = :sha256", data=b"other", sha256=sha256)
+    told = {each.ref: each.detail for each in here.merge(home)}
+    assert [ref for ref, detail in told.items() if "its stored bytes here are DAMAGED" in detail] == ["strokes:1"]
+    before = rows(here.location)
+    with pytest.raises(IntegrityError, match=f"sha256 {sha256[:12]}… that are stored already have changed"):
+        here.merge(home, renames={"strokes": "lines"})
+    assert rows(here.location) == before
+
+
 def test_a_dry_run_says_what_would_be_done_and_changes_no_row(home, here):
     before = rows(here.location)
     told = here.merge(home, dry_run=True)

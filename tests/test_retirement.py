@@ -14,16 +14,35 @@ from tests.registries import HERE, a_task, keep, same_content, verify_ledger
 
 def test_a_retired_task_is_hidden_but_stays(book):
     task = keep(book, a_task())
-    book.set_alias("production", "digits")
     book.retire("digits", "a better one")
     assert book.load(HERE) == []
     assert book.tasks() == []
     assert [record.retired for record in book.tasks(TaskFilter(retired=True))] == ["a better one"]
     with pytest.raises(UnknownTaskError, match="Task 'digits' has no active version"):
         book.get("digits")
-    for ref in ("digits:1", "digits@production"):
-        assert same_content(book.get(ref), task)
+    assert same_content(book.get("digits:1"), task)
     assert len(book.goldens("digits:1")) == 1
+
+
+def test_what_an_alias_serves_is_not_retired_and_what_is_retired_gets_no_alias(book):
+    for seed in range(2):
+        keep(book, a_task(seed=seed), new_version=True)
+    child = keep(book, a_task("child", parents=(book.get("digits:2"),)))
+    book.set_alias("production", "digits:2")
+    book.set_alias("next", child.ref)
+    before = rows(book)
+    for ref, along in (("digits:2", ["child"]), ("child", [])):
+        with pytest.raises(RegistryError, match=f"'{ref.partition(':')[0]}:.' cannot be retired: '.*@.*' points at it"):
+            book.retire(ref, along=along)
+    assert rows(book) == before
+    book.retire("digits:1")
+    with pytest.raises(RegistryError, match="Task 'digits:1' is retired: no alias is pointed at it"):
+        book.set_alias("production", "digits:1")
+    assert book.get("digits@production").version == 2
+    book.remove_alias("next", "child")
+    book.remove_alias("production", "digits")
+    book.retire("digits:2", along=["child"])
+    assert book.load(HERE) == []
 
 
 def test_the_name_of_a_retired_task_stays_taken(book):

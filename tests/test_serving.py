@@ -112,6 +112,27 @@ def test_a_retired_task_is_not_served_and_leaves_nothing_behind(
     assert live_tensors() == before
 
 
+@pytest.mark.parametrize("alias", [None, "production"])
+def test_a_server_that_answers_nothing_warns(
+    tiny: FrozenBackbone, registry: Registry, registered: Register, caplog: pytest.LogCaptureFixture, alias: str | None
+) -> None:
+    if alias is not None:
+        registered("digits")
+    with client_of(tiny, registry, alias=alias):
+        said = "has the alias 'production'" if alias else "is registered"
+        assert f"Nothing is answered: no task of backbone tiny {said}" in caplog.text
+
+
+def test_what_is_served_is_named_and_the_rest_counted(
+    tiny: FrozenBackbone, registry: Registry, registered: Register
+) -> None:
+    for number in range(12):
+        registered(f"task-{number:02}")
+    said = snapshot_of(registry, tiny).absence("other")
+    assert said.startswith("is not served. Served: 'task-00', 'task-01'")
+    assert said.endswith("'task-09' and 2 more.")
+
+
 def live_tensors() -> int:
     gc.collect()
     return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())

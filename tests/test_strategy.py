@@ -57,7 +57,7 @@ def train(backbone: FrozenBackbone, registry: Registry, benchmark: Any) -> tuple
         accuracy_metrics(experience=True), forgetting_metrics(experience=True, stream=True), bwt_metrics(stream=True),
         forward_transfer_metrics(stream=True), bits, loggers=[],
     )  # fmt: skip
-    strategy = MaskedMemory(backbone, registry, QUICK, evaluator=evaluator, eval_every=0)
+    strategy = MaskedMemory(backbone=backbone, registry=registry, config=QUICK, evaluator=evaluator, eval_every=0)
     results = []
     for experience in benchmark.train_stream:
         strategy.train(experience, eval_streams=[benchmark.test_stream])

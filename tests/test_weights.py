@@ -180,6 +180,11 @@ def test_glyphs_takes_another_mean_and_std(glyphs):
     assert other.fingerprint != glyphs.fingerprint
 
 
+def test_one_number_is_the_mean_or_std_of_every_channel():
+    found = load_backbone("glyphs", mean=0.5, std=0.25, device="cpu").preprocessing
+    assert (found["mean"], found["std"]) == ([0.5] * 3, [0.25] * 3)
+
+
 def test_glyphs_takes_no_weights(tmp_path):
     with pytest.raises(BackboneError, match="'glyphs' carries its own weights"):
         load_backbone("glyphs", tmp_path / "w.safetensors", device="cpu")

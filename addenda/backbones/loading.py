@@ -26,8 +26,8 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def load_backbone(
     name: str,
     weights: str | Path | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    mean: Sequence[float] | float | None = None,
+    std: Sequence[float] | float | None = None,
     precision: str = "float32",
     device: str | torch.device = "auto",
 ) -> FrozenBackbone:
@@ -37,8 +37,9 @@ def load_backbone(
         name: a timm model name, with or without its pretrained tag, or `"glyphs"`, which the package carries.
         weights: a local `.safetensors`, `.pth`, `.pt` or `.bin` file; None takes timm's pretrained weights from the
             hub or its cache.
-        mean: per-channel mean of the normalisation, pixel values in 0..1; None takes timm's for this model.
-        std: per-channel standard deviation, likewise.
+        mean: of the normalisation, pixel values in 0..1, one for each channel or one for all; None takes timm's for
+            this model.
+        std: standard deviation, likewise.
         precision: `"float32"` or `"bfloat16"`, in which the backbone and its tasks compute.
         device: a torch device; `"auto"` is CUDA where there is one, else the CPU.
 
@@ -55,6 +56,7 @@ def load_backbone(
         (5, 128)
     """
     dtype = _dtype(precision)
+    mean, std = ((value,) * 3 if isinstance(value, int | float) else value for value in (mean, std))
     for label, values in (("mean", mean), ("std", std)):
         if values is not None and len(values) != 3:
             raise BackboneError(f"{label} takes one number or three, one for each channel; got {len(values)}.")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import tempfile
 import time
 from pathlib import Path
+from shutil import which
 
 import torch
 from rich.console import Group
@@ -64,12 +67,13 @@ def run_demo() -> bool:
     (folder / "digits").mkdir()
     for number, image in enumerate(tests[names[-1]].images[:3]):
         image.resize((64, 64)).save(folder / "digits" / f"{number}.png")
+    command = "addenda" if which("addenda") else os.path.relpath(Path(sys.executable).with_name("addenda"))
     console.print(
         f"{'Every' if intact else 'NOT every'} earlier task kept its logits, bit for bit. "
         f"{time.monotonic() - start:.0f} s.\n\nTry next:\n"
-        f"  addenda tasks list --registry {folder}/demo.db\n"
-        f"  addenda predict {folder}/digits --registry {folder}/demo.db\n"
-        f"  addenda verify --registry {folder}/demo.db",
+        f"  {command} tasks list --registry {folder}/demo.db\n"
+        f"  {command} predict {folder}/digits --registry {folder}/demo.db\n"
+        f"  {command} verify --registry {folder}/demo.db",
         soft_wrap=True,
         highlight=False,
     )
@@ -91,7 +95,5 @@ def _verdict(stage: int, moved: list[str]) -> Text:
 
 
 def _matrix(stages: list[list[object]], names: list[str]) -> Group:
-    return table(
-        "Accuracy on test digits, % (a task's own two), after each task was learned; old logits, bit for bit the same",
-        ("after", *names, "old logits"), stages, names
-    )
+    title = "Accuracy on test digits, % (a task's own two); earlier tasks whose logits are identical, bit for bit"
+    return table(title, ("after", *names, "identical"), stages, names)

@@ -135,6 +135,7 @@ class MaskedMemory(SupervisedTemplate):  # type: ignore[misc]
 
     def __init__(
         self,
+        *,
         backbone: FrozenBackbone,
         registry: Registry,
         config: LearnConfig | None = None,

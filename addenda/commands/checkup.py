@@ -116,14 +116,15 @@ def _cache() -> Finding:
     return Finding("activation cache", "works", f"{kept} kept in {cache.folder}; room for {size(cache.budget_bytes)}")
 
 
-def self_test(backbone: FrozenBackbone, tasks: Sequence[Task]) -> Finding:
+def self_test(backbone: FrozenBackbone, tasks: Sequence[Task], more: str = "") -> Finding:
     """Whether a backbone and some tasks keep their bits here, as every exact model tries first.
 
     Args:
         backbone: the backbone.
         tasks: tasks on it.
+        more: to be said of them.
     """
-    subject = f"exactness of {backbone.name}" + (f", {len(tasks)} task{'' if len(tasks) == 1 else 's'}" if tasks else "")
+    subject = f"exactness of {backbone.name}{more}"
     where = f"{backbone.device}, {str(backbone.precision).removeprefix('torch.')}"
     try:
         proven = prove(backbone, tasks)
@@ -185,4 +186,4 @@ def _recorded(registry: Registry, record: Mapping[str, Any], device: str) -> Fin
         tasks = registry.load(backbone)
     except AddendaError as error:
         return Finding(f"tasks on {record['name']}", "BROKEN", str(error))
-    return self_test(backbone, tasks)
+    return self_test(backbone, tasks, " with the registry's tasks")

@@ -184,16 +184,20 @@ def learn_many(
         made = [{"sha256": r.sha256, "metrics": r.metrics} if r is not None else {} for r in records]
         print_json([vars(outcome) | more for outcome, more in zip(outcomes, made, strict=True)])
     else:
+        figures = [headlines(r) if r is not None else ("–",) * len(HEADLINES) for r in records]
+        mixed = {score for score, *_ in figures} - {"accuracy", "–"}
+        shown = HEADLINES if mixed else HEADLINES[1:]  # which score it is goes without saying where all are accuracies
         lines = [
             (
                 outcome.ref or outcome.name,
-                *((r.data["num_images"], len(r.labels), *headlines(r)) if r is not None else ("–",) * 6),
+                *((r.data["num_images"], len(r.labels)) if r is not None else ("–", "–")),
+                *found[-len(shown) :],
                 f"{outcome.seconds:.1f}",
                 outcome.state,
             )
-            for outcome, r in zip(outcomes, records, strict=True)
+            for outcome, r, found in zip(outcomes, records, figures, strict=True)
         ]
-        columns = ("task", "images", "classes", *HEADLINES, "seconds", "state")
+        columns = ("task", "images", "classes", *shown, "seconds", "state")
         title = f"{len(rows) - len(missing)} of {len(rows)} tasks of {file} are in {opened.location}"
         console.print(table(title, columns, lines, right=("images", "classes", *HEADLINES[1:], "seconds")))
         for outcome in missing:

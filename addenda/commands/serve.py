@@ -122,7 +122,11 @@ def create(
     from addenda.serving.keys import KeyFile
 
     typer.echo(KeyFile(keys).create(name, scope))
-    typer.echo(f"Only its SHA-256 is kept, in {keys}. A server that runs with keys takes it from now on.", err=True)
+    typer.echo(
+        f"Only its SHA-256 is kept, in {keys}. A server with these keys takes it from now on, and asks "
+        "everybody for one.",
+        err=True,
+    )
 
 
 @app.command("list")

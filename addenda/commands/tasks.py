@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from addenda import Task
     from addenda.registry import TaskRecord
 
-HEADLINES = ("score", "val %", "test %", "regression %")
+HEADLINES = ("score", "val %", "test %", "regr. %")
 
 app = typer.Typer(no_args_is_help=True, help="The registered tasks.")
 

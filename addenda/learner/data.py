@@ -97,6 +97,11 @@ def _from_folder(folder: Path) -> LabelledImages:
     if not folder.is_dir():
         raise DataError(f"There is no folder {str(folder)!r}.")
     classes = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if tasks := [p.name for p in classes if _is_divided(p)]:
+        raise DataError(
+            f"{str(folder)!r} holds data sets, not classes: {tasks[0]!r} in it has train/ of its own. Give "
+            f"{str(folder / tasks[0])!r}, or name them all in a file for `addenda learn-many`."
+        )
     files = {c.name: sorted(p for p in c.rglob("*") if p.suffix.lower() in SUFFIXES) for c in classes}
     if not any(files.values()):
         loose = any(p.suffix.lower() in SUFFIXES for p in folder.iterdir())

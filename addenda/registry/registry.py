@@ -258,8 +258,8 @@ class Registry(Reader):
             pointed = select(schema.alias.c.name, schema.alias.c.alias).where(schema.alias.c.task_id.in_(named))
             for name, alias in connection.execute(pointed.order_by(schema.alias.c.alias)):
                 raise RegistryError(
-                    f"Task {_ref(root)!r} cannot be retired while '{name}@{alias}' serves it or what extends it. Point it "
-                    f"elsewhere, or at nothing: addenda tasks alias {name} {alias} --remove"
+                    f"Task {_ref(root)!r} cannot be retired: '{name}@{alias}' points at it, or at one retired with it. "
+                    f"Point that elsewhere, or at nothing: addenda tasks alias {name} {alias} --remove"
                 )
             # Parents have smaller numbers than their children: from the greatest down, no child is left behind.
             for task_id in sorted(named, reverse=True):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 from addenda.backbones import FrozenBackbone
 from addenda.combined import CombinedModel, verdicts
@@ -40,8 +39,9 @@ class Snapshot:
         for ref, why in self.quarantined.items():
             if ref.startswith(f"{name}:"):
                 return f"is quarantined. {why}"
-        known = ", ".join(repr(name) for name in islice(self.model.tasks if served is None else served, 10)) or "none"
-        return f"is not served. Served: {known}."
+        offered = [repr(each) for each in (self.model.tasks if served is None else served)]
+        more = f" and {len(offered) - 10} more" if len(offered) > 10 else ""
+        return f"is not served. Served: {', '.join(offered[:10]) or 'none'}{more}."
 
 
 def first(backbone: FrozenBackbone) -> Snapshot:

@@ -27,7 +27,9 @@ class Masked:
 
     def __init__(self, stream: Stream, backbone: FrozenBackbone, config: LearnConfig, registry: Registry) -> None:
         self._stream, self._backbone, self._registry = stream, backbone, registry
-        self._strategy = MaskedMemory(backbone, registry, config, prefix=stream.name, evaluator=quiet_evaluator())
+        self._strategy = MaskedMemory(
+            backbone=backbone, registry=registry, config=config, prefix=stream.name, evaluator=quiet_evaluator()
+        )
         self._experiences = stream.benchmark(None, backbone.transform).train_stream
         self._answers: dict[str, Answers] = {}
 
