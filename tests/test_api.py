@@ -243,6 +243,16 @@ def test_a_change_of_the_served_weights_is_found_by_verification(
     assert [(one["task"], one["ok"]) for one in found["tasks"]] == [("digits:1", False), ("strokes:1", True)]
 
 
+def test_a_change_of_a_weight_that_no_task_reads_is_found_by_verification(client: TestClient) -> None:
+    weight = client.app.state.service.backbone.model.head.weight
+    before = weight.data.clone()
+    try:
+        weight.data[0, 0] += 1
+        problem(client.post("/api/v1/verify"), 422, "in memory have changed since they were loaded")
+    finally:
+        weight.data.copy_(before)
+
+
 def test_listeners_are_told_of_each_generation_and_hang_up_nothing(
     tmp_path: Path, registry: Registry, glyphs: FrozenBackbone
 ) -> None:
