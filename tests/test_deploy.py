@@ -14,8 +14,11 @@ from addenda import FrozenBackbone, Registry, cli
 from tests.servers import client_of
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
+OPERATOR = DEPLOY.parent / "docs" / "operator.md"
 STOP_S = 30
 """What `addenda serve` gives to what was begun, after the drain."""
+START_S = 423
+"""What a server of 2,000 tasks took to start (docs/scale.md)."""
 
 
 def options_of_serve() -> set[str]:
@@ -32,6 +35,29 @@ def container() -> dict[str, Any]:
 
 def value(arguments: list[str], option: str) -> int:
     return int(next(one.partition("=")[2] for one in arguments if one.startswith(f"{option}=")))
+
+
+def alerts() -> list[dict[str, Any]]:
+    [group] = yaml.safe_load((DEPLOY / prometheus()["rule_files"][0]).read_text())["groups"]
+    return group["rules"]
+
+
+def prometheus() -> dict[str, Any]:
+    return yaml.safe_load((DEPLOY / "prometheus.yaml").read_text())
+
+
+def words_of_the_unit() -> list[str]:
+    unit = re.search(r"^ExecStart=\S+ serve (.*)$", (DEPLOY / "addenda.service").read_text(), re.MULTILINE)
+    return shlex.split(unit[1])
+
+
+def words_of_the_image() -> list[str]:
+    command = re.search(r"^CMD \[(.*)\]$", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE)
+    return shlex.split(command[1].replace(",", " "))
+
+
+def after(words: list[str], option: str) -> str:
+    return words[words.index(option) + 1]
 
 
 def test_the_probes_ask_for_what_exists(tiny: FrozenBackbone, registry: Registry) -> None:
@@ -55,6 +81,37 @@ def test_ports_and_names_agree_in_kubernetes() -> None:
     assert {one["key"] for one in wanted} | {"keys.json"} == found["Secret"]["stringData"].keys()
 
 
+def test_the_metrics_have_one_port_everywhere() -> None:
+    [target] = prometheus()["scrape_configs"][0]["static_configs"][0]["targets"]
+    assert target == f"{after(words_of_the_unit(), '--host')}:{after(words_of_the_unit(), '--metrics-port')}"
+    exposed = re.search(r"^EXPOSE (.*)$", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE)
+    image = words_of_the_image()
+    assert exposed[1].split() == [after(image, "--port"), after(image, "--metrics-port")]
+    [told] = re.findall(r"^addenda serve (.*--metrics-port.*)$", OPERATOR.read_text(), re.MULTILINE)
+    ports = {after(words, "--metrics-port") for words in (words_of_the_unit(), image, shlex.split(told, comments=True))}
+    assert ports == {str(value(container()["args"], "--metrics-port"))}
+    assert after(shlex.split(told), "--host") == after(words_of_the_unit(), "--host")
+
+
+def test_everybody_reaches_the_http_port_and_a_namespace_the_metrics() -> None:
+    policy = manifests()["NetworkPolicy"]["spec"]
+    assert policy["podSelector"] == manifests()["Deployment"]["spec"]["selector"]
+    assert policy["policyTypes"] == ["Ingress"]
+    reached = {port["port"]: rule.get("from") for rule in policy["ingress"] for port in rule["ports"]}
+    assert reached.keys() == {port["name"] for port in container()["ports"]}
+    assert reached["http"] is None
+    assert [set(one) for one in reached["metrics"]] == [{"namespaceSelector"}]
+
+
+def test_probes_wait_as_long_as_they_must() -> None:
+    def patience(probe: str) -> int:
+        return container()[probe]["periodSeconds"] * container()[probe]["failureThreshold"]
+
+    assert patience("startupProbe") > 2 * START_S
+    assert patience("startupProbe") < manifests()["Deployment"]["spec"]["progressDeadlineSeconds"]
+    assert patience("readinessProbe") < value(container()["args"], "--drain")
+
+
 def test_what_is_stopped_has_the_time_that_it_takes() -> None:
     grace = manifests()["Deployment"]["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
     waits = int(container()["lifecycle"]["preStop"]["exec"]["command"][1])
@@ -65,9 +122,7 @@ def test_what_is_stopped_has_the_time_that_it_takes() -> None:
 
 
 def test_every_option_that_is_given_exists() -> None:
-    unit = re.search(r"^ExecStart=\S+ serve (.*)$", (DEPLOY / "addenda.service").read_text(), re.MULTILINE)
-    command = re.search(r"^CMD \[(.*)\]$", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE)
-    given = [*shlex.split(unit[1]), *shlex.split(command[1].replace(",", " ")), *container()["args"]]
+    given = [*words_of_the_unit(), *words_of_the_image(), *container()["args"]]
     options = {word.partition("=")[0] for word in given if word.startswith("--")}
     assert len(options) > 5
     assert options <= options_of_serve()
@@ -78,12 +133,21 @@ def test_the_alerts_are_about_metrics_that_exist(tiny: FrozenBackbone, registry:
         client.get("/livez")
         shown = client.get("/metrics").text
         routes = set(client.app.openapi()["paths"])
-    alerts = [rule["expr"] for rule in yaml.safe_load((DEPLOY / "alerts.yaml").read_text())["groups"][0]["rules"]]
-    names = {name for expression in alerts for name in re.findall(r"addenda_\w+", expression)}
+    expressions = [rule["expr"] for rule in alerts()]
+    names = {name for expression in expressions for name in re.findall(r"addenda_\w+", expression)}
     assert len(names) > 4
     assert all(f"\n{name}" in shown for name in names), names
-    assert "/api/v1/predict" in routes
     assert 'route="/livez"' in shown
-    [scrape] = yaml.safe_load((DEPLOY / "prometheus.yaml").read_text())["scrape_configs"]
-    unit = re.search(r"--metrics-port (\d+)", (DEPLOY / "addenda.service").read_text())
-    assert scrape["static_configs"][0]["targets"] == [f"127.0.0.1:{unit[1]}"]
+    asked = [re.compile(route) for expression in expressions for route in re.findall(r'route=~"([^"]*)"', expression)]
+    assert len(asked) == 3
+    predict = {route for route in routes if route.endswith(("/predict", "/infer"))}
+    assert len(predict) == 3
+    assert all({route for route in routes if one.fullmatch(route)} == predict for one in asked)
+
+
+def test_prometheus_loads_the_alerts_and_each_says_how_bad_it_is() -> None:
+    assert prometheus()["rule_files"] == ["alerts.yaml"]
+    assert {rule["alert"] for rule in alerts()} > {"AddendaDown", "AddendaNothingServed"}
+    assert all(rule["labels"]["severity"] in ("critical", "warning") for rule in alerts())
+    jobs = {job for rule in alerts() for job in re.findall(r'job="(\w+)"', rule["expr"])}
+    assert jobs == {job["job_name"] for job in prometheus()["scrape_configs"]}
