@@ -43,7 +43,8 @@ def usage(command: Any, words: str) -> Iterator[str]:
     """How a command is called, and a table of what it takes."""
     arguments = [one for one in command.params if one.param_type_name == "argument"]
     options = [one for one in command.params if one.param_type_name == "option"]
-    call = [placeholder(one) for one in arguments] + ["[OPTIONS]"] * bool(options)
+    call = [placeholder(one) for one in arguments]
+    call += [f"{one.opts[0]} VALUE" for one in options if one.required] + ["[OPTIONS]"] * bool(options)
     yield f"```text\n{' '.join([words, *call])}\n```\n"
     rows = [(placeholder(one), described(one)) for one in arguments]
     for one in options:
@@ -62,6 +63,8 @@ def placeholder(argument: Any) -> str:
 def described(parameter: Any) -> str:
     """A parameter's help, its default, and the environment variable that stands for it."""
     notes = [parameter.help]
+    if parameter.required and parameter.param_type_name == "option":
+        notes.append("Required.")
     if parameter.default is not None and not getattr(parameter, "is_flag", False):
         notes.append(f"Default: `{parameter.default}`.")
     if parameter.envvar:

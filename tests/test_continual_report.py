@@ -170,6 +170,39 @@ def test_the_notes_say_what_the_table_cannot(folder: Path) -> None:
     assert "| addenda | auroc | 0.875 |" in text
 
 
+def test_before_it_is_learned_an_experience_has_figures_only_where_it_can_be_answered(
+    results: Results, folder: Path, tmp_path: Path
+) -> None:
+    text = (folder / "report.md").read_text()
+    assert "forward transfer |" not in text
+    assert "in italics, before the experience was learned" in text
+    assert "Forward transfer, and accuracy on an experience before it is learned, are given only where" in text
+    new = [
+        replace(one, **{
+            setting: [[v if j <= i else None for j, v in enumerate(row)] for i, row in enumerate(getattr(one, setting))]
+            for setting in ("told", "untold")
+        }) for one in results.cells
+    ]  # fmt: skip
+    write_report(replace(results, cells=new), tmp_path)
+    assert not any("in italics" in (tmp_path / name).read_text() for name in ("report.md", "report.html"))
+    some = [replace(one, untold_metrics=replace(one.untold_metrics, forward_transfer=0.25)) for one in results.cells]
+    write_report(replace(results, cells=some), tmp_path)
+    text = (tmp_path / "report.md").read_text().partition("All of Avalanche's figures")[2]
+    assert row_of(text, "full fine-tuning | told")[-1] == "–"
+    assert row_of(text, "full fine-tuning | untold")[-1] == "25.0 ± 0.0"
+
+
+def test_what_the_file_expects_is_said_to_be_the_files_and_left_out_where_there_is_none(
+    results: Results, folder: Path, tmp_path: Path
+) -> None:
+    write_report(replace(results, expected={}, command=""), tmp_path)
+    for name in ("report.md", "report.html"):
+        assert "Expected of Addenda, by the stream's file" in (folder / name).read_text().replace("&#39;", "'")
+        assert "Expected" not in (tmp_path / name).read_text()
+        assert "shapes.yaml" in (folder / name).read_text()
+        assert "shapes.yaml" not in (tmp_path / name).read_text()
+
+
 def test_pictures_show_means_over_seeds_and_over_what_was_met(results: Results) -> None:
     cells = results.of("finetune")
     told = mean_matrix(cells, "told")
@@ -257,8 +290,10 @@ def test_damaged_results_are_refused_by_name(results: Results, tmp_path: Path, c
 
 
 def test_results_that_are_missing_or_foreign_are_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"results\.json' cannot be read: No such file"):
-        read_results(tmp_path)
+    for place in (tmp_path / "my runs", tmp_path / "my runs" / "results.json"):
+        made = f"`addenda bench continual STREAM --out '{tmp_path}/my runs'` makes one."
+        with pytest.raises(DataError, match=re.escape(f"There is no report at {str(place)!r}. {made}")):
+            read_results(place)
     (tmp_path / "other.json").write_text('{"figures": []}')
     with pytest.raises(DataError, match=r"other\.json' holds no whole results .*stream: Field required.* more"):
         read_results(tmp_path / "other.json")

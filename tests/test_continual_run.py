@@ -11,14 +11,17 @@ from typing import Any
 import pytest
 import torch
 
-from addenda import FrozenBackbone, Registry, cli
+from addenda import FrozenBackbone, Registry, cli, load_backbone
 from addenda.benchmarks.continual.config import StreamConfig, read_config
 from addenda.benchmarks.continual.measures import measure
 from addenda.benchmarks.continual.method import NEVER
 from addenda.benchmarks.continual.results import Results, read_results
 from addenda.benchmarks.continual.run import CELLS, REGISTRIES, Run, _Matrices, run_continual
 from addenda.benchmarks.continual.sources import build_stream
+from addenda.combined import numerics
 from addenda.exceptions import AddendaError
+from tests.commands import Run as Command
+from tests.images import colour_folder
 from tests.kill import Commands
 from tests.test_strategy import break_the_mask
 
@@ -50,6 +53,8 @@ def test_a_run_measures_every_method_on_the_same_images(tiny: FrozenBackbone, tm
         assert (cell.comparisons, cell.max_difference) == (10, 0)
         assert cell.told_metrics.forgetting == 0
         assert all(cell.told[i][j] == cell.told[j][j] for i in range(5) for j in range(i + 1))
+        assert all(cell.untold[i][j] is None for i in range(5) for j in range(i + 1, 5))  # classes not met
+        assert cell.told_metrics.forward_transfer is cell.untold_metrics.forward_transfer is None
         assert set(cell.extra["routers"]) == {
             "max softmax", "energy", "the router", "nearest mean", "mahalanobis", "ridge",
         }  # fmt: skip
@@ -65,6 +70,48 @@ def test_a_run_measures_every_method_on_the_same_images(tiny: FrozenBackbone, tm
         assert cell.untold_metrics.average_incremental_accuracy is None
     assert read_results(tmp_path) == results
     assert (tmp_path / "report.html").exists()
+
+
+def test_where_classes_come_again_accuracy_before_learning_is_measured(tiny: FrozenBackbone, tmp_path: Path) -> None:
+    for number, name in enumerate(("day", "night")):
+        colour_folder(tmp_path / name / "train", 8, ("red", "blue"), number)
+        colour_folder(tmp_path / name / "test", 4, ("red", "blue"), number + 10)
+    file = tmp_path / "light.yaml"
+    file.write_text("name: light\ndata: {source: folders, sets: [day, night], shared_labels: true}\nmethods: [slda]\n")
+    (cell,) = run(read_config(file, {"seeds": 1}), tiny, tmp_path / "out").cells
+    assert cell.untold[0][1] is not None
+    assert cell.untold_metrics.forward_transfer == cell.untold[0][1]
+
+
+def test_a_report_states_its_own_command_and_machine(run: Command, tmp_path: Path) -> None:
+    given = ("bench", "continual", "digits", "--limit", "20", "--methods", "slda", "--seeds", "1", "--jobs", "1")
+    ran = run(*given, "--device", "cpu", "--out", tmp_path / "a b")
+    assert ran.code == 0, ran.err
+    results = read_results(tmp_path / "a b")
+    assert results.command == f"addenda {' '.join(given)} --device cpu --out '{tmp_path}/a b'"
+    described = numerics(load_backbone("glyphs", device="cpu"))
+    count = described["threads"]
+    assert results.hardware == f"{described['device']}, {count} thread{'' if count == 1 else 's'}"
+    assert results.expected == {}
+    assert not {"command", "hardware", "minutes", "expected"} & set(results.config)
+    assert ran.err.splitlines()[-1] == "seed 0: slda, done"  # standard error is no terminal here
+    again = run(*given, "--device", "cpu", "--out", tmp_path / "a b", "--json")
+    assert (again.code, again.err) == (0, "")
+
+
+def test_what_a_run_lacks_is_told_before_weights_are_looked_for(
+    run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("addenda.load_backbone", lambda *args, **more: pytest.fail("weights were looked for"))
+    for given, said in (
+        (("continual", "split-cifar10", "--data", tmp_path), f"There is no folder {str(tmp_path / 'cifar10')!r}."),
+        (("continual", "digits", "--split", "3"), "--split is for a folder, or a stream of one set; 'digits' has"),
+        (("continual", "digits", "--methods", "addenda,foo"), "Method 'foo' is not known. Known: addenda, addenda-"),
+        (("paper", tmp_path, "--out", tmp_path / "out", "--sets", "a"), "has no set 'a' with train/ and test/"),
+    ):
+        found = run("bench", *given)
+        assert found.code == 2
+        assert said in found.err
 
 
 @pytest.mark.slow
@@ -153,7 +200,7 @@ def test_a_broken_mask_ends_in_a_verdict_and_exit_code_1(
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"methods": ["addenda", "magic"]}, "Baseline 'magic' is not known"),
+        ({"methods": ["addenda", "magic"]}, "Method 'magic' is not known. Known: addenda, addenda-adapters, naive, "),
         ({"methods": ["naive", "naive"]}, "Method 'naive' is named twice"),
         ({"baselines": {"epoch": 1}}, "baselines.epoch: "),
         ({"learn": {"epochs": 0}}, "epochs"),

@@ -429,6 +429,23 @@ def test_what_is_given_wins_over_the_file_setting_by_setting() -> None:
     assert read_config("pacs") == read_config("pacs", {"seeds": None})
 
 
+@pytest.mark.parametrize(
+    ("name", "given", "stands"),
+    [
+        ("digits", {"jobs": 1, "download": True, "limit": None, "backbone": {"weights": None}}, True),
+        ("digits", {"methods": ["addenda", "slda"]}, True),
+        ("digits", {"methods": ["slda"]}, False),
+        ("digits", {"limit": 20}, False),
+        ("digits", {"seeds": 2}, False),
+        ("digits", {"backbone": {"weights": "other.safetensors"}}, False),
+        ("pacs", {"limit": 100, "test_limit": 80, "backbone": {"weights": "tiny.safetensors"}}, True),
+        ("pacs", {"backbone": {"weights": "tiny.safetensors"}}, False),
+    ],
+)
+def test_figures_are_expected_only_of_the_files_own_run(name: str, given: dict[str, object], stands: bool) -> None:
+    assert bool(read_config(name, given).expected) is stands
+
+
 def test_every_mistake_is_named_at_once(tmp_path: Path) -> None:
     file = tmp_path / "own.yaml"
     file.write_text(

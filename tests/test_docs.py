@@ -11,6 +11,7 @@ import subprocess
 import tomllib
 from collections.abc import Callable
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -136,8 +137,11 @@ def test_the_researchers_examples_print_what_they_say(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     blocks = BLOCK.findall((DOCS / "researcher.md").read_text())
-    examples = [(code, blocks[i + 1][1]) for i, (language, code) in enumerate(blocks) if language == "python"]
-    assert len(examples) == 2
+    examples = [
+        (code, printed if kind == "" and not printed.startswith("addenda ") else "")
+        for (language, code), (kind, printed) in pairwise(blocks) if language == "python"
+    ]  # fmt: skip
+    assert [bool(printed) for _, printed in examples] == [True, True, False]
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"make_benchmark": digit_benchmark}
     for code, printed in examples:
@@ -205,6 +209,30 @@ def test_every_command_and_option_that_a_sentence_names_exists() -> None:
 
 def test_the_page_of_all_commands_is_what_they_say_of_themselves() -> None:
     assert (DOCS / "commands.md").read_text() == script("write_commands").page(), "run scripts/write_commands.py"
+
+
+def test_required_options_are_marked() -> None:
+    text = (DOCS / "commands.md").read_text()
+    assert "\naddenda bench paper DATA --out VALUE --sets VALUE [OPTIONS]\n" in text
+    assert "| `--sets VALUE` | Names of the sets, with commas, in order. Required. |" in text
+
+
+@pytest.mark.filterwarnings("ignore")  # Avalanche and what it imports warn while they load
+def test_the_names_of_methods_and_regimes_are_those_that_the_commands_take() -> None:
+    from addenda.benchmarks.continual.methods import BASELINES
+    from addenda.benchmarks.continual.run import OURS
+    from addenda.benchmarks.paper import KNOWN, REGIMES
+    from addenda.commands.bench import METHODS
+    from addenda.commands.bench import REGIMES as REGIMES_HELP
+
+    methods = [*OURS, *(name.replace("lora-8", "lora-R") for name in BASELINES)]
+    listed = re.findall(r"^\| `([\w+-]+)` \|", (DOCS / "avalanche.md").read_text(), re.MULTILINE)
+    assert listed == [*methods, *KNOWN]
+    offered = METHODS.partition(": ")[2].partition(" of any rank")[0].split(", ")
+    assert sorted(offered) == sorted(methods)
+    kinds, _, defaults = REGIMES_HELP.partition(": ")[2].partition("; M memory tokens, R the rank. Default: ")
+    assert sorted(kinds.split(", ")) == sorted(KNOWN)
+    assert defaults.rstrip(".").split(", ") == list(REGIMES)
 
 
 def test_every_make_target_that_the_documents_name_exists() -> None:

@@ -219,7 +219,7 @@ def test_the_papers_figures_are_whole() -> None:
 
 
 def test_what_cannot_be_compared_is_refused_before_anything_is_computed(comparison: Comparison, tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="Regime 'memory' is not known"):
+    with pytest.raises(TrainingError, match=r"Regime 'memory' is not known\. Known: full, .* pairs, collapse;"):
         run_paper(comparison, ["warm"], 1, ["head", "memory"], tmp_path / "out")
     with pytest.raises(DataError, match="has no set 'hot' with train/ and test/ in it"):
         run_paper(comparison, ["warm", "hot"], 1, ["head"], tmp_path / "out")

@@ -20,11 +20,19 @@ from addenda.backbones import FrozenBackbone
 from addenda.benchmarks.jsonl import append_line, read_lines
 from addenda.benchmarks.paper_report import COLLAPSE, PAIRS, write_report
 from addenda.combined import CombinedModel
-from addenda.exceptions import DataError
+from addenda.exceptions import DataError, TrainingError
 from addenda.learner import LearnConfig, Learner
 from addenda.learner.data import LabelledImages, check_same_labels, open_images
 from addenda.learner.metrics import accuracy
-from addenda.learner.regimes import AS_SHIPPED, RivalConfig, is_rival, joined_accuracies, regime_config, train_rival
+from addenda.learner.regimes import (
+    AS_SHIPPED,
+    REGISTRABLE,
+    RivalConfig,
+    is_rival,
+    joined_accuracies,
+    regime_config,
+    train_rival,
+)
 from addenda.registry import Registry, Task
 from addenda.terminal import console, progress
 
@@ -32,6 +40,9 @@ REGIMES = (
     "full", "head", "head+class", "memory-1", "memory-5", "memory-10", "memory-20",
     "unmasked-5", "adapters-8", "lora-8", PAIRS, COLLAPSE,
 )  # fmt: skip
+KNOWN = ("full", "lora-R", "unmasked-M", *REGISTRABLE, PAIRS, COLLAPSE)
+"""Every regime; M is a number of memory tokens, R a rank."""
+
 MASKED, UNMASKED = "memory-5", "unmasked-5"
 """The regimes of which pairs and the collapse are made."""
 
@@ -66,6 +77,26 @@ class Comparison:
         return common | {"config": ours.to_json()}
 
 
+def check_run(data: Path, sets: Sequence[str], regimes: Sequence[str]) -> None:
+    """Finds what would stop a run, before weights are looked for; arguments as of `run_paper`.
+
+    Raises:
+        DataError: a set is missing.
+        TrainingError: a regime is unknown.
+    """
+    for regime in regimes:
+        try:
+            if regime not in (PAIRS, COLLAPSE):
+                is_rival(regime)
+        except TrainingError as error:
+            raise TrainingError(
+                f"Regime {regime!r} is not known. Known: {', '.join(KNOWN)}; M memory tokens in each layer, R the rank."
+            ) from error
+    missing = [name for name in sets if not all((data / name / part).is_dir() for part in ("train", "test"))]
+    if missing:
+        raise DataError(f"{str(data)!r} has no set {missing[0]!r} with train/ and test/ in it.")
+
+
 def run_paper(
     comparison: Comparison, sets: Sequence[str], seeds: int, regimes: Sequence[str], out: Path
 ) -> list[dict[str, Any]]:
@@ -79,7 +110,7 @@ def run_paper(
         comparison: what is compared.
         sets: names of folders.
         seeds: how many.
-        regimes: of `REGIMES`, or others of their forms.
+        regimes: of the forms in `KNOWN`.
         out: folder of the cells, the registry, what the rivals of the collapse learned, and the report.
 
     Returns:
@@ -89,12 +120,10 @@ def run_paper(
         DataError: a set is missing or too small.
         TrainingError: a regime is unknown, or its training gave nothing.
     """
+    check_run(comparison.data, sets, regimes)
     of_one_set = [regime for regime in regimes if regime not in (PAIRS, COLLAPSE)]
     rivals = [regime for regime in of_one_set if is_rival(regime)]
     ours = [regime for regime in of_one_set if regime not in rivals]
-    missing = [n for n in sets if not all((comparison.data / n / part).is_dir() for part in ("train", "test"))]
-    if missing:
-        raise DataError(f"{str(comparison.data)!r} has no set {missing[0]!r} with train/ and test/ in it.")
     out.mkdir(parents=True, exist_ok=True)
     with Registry.open(out / "tasks.db") as registry:
         run = _Run(comparison, Learner(comparison.backbone, registry), out)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import re
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +15,6 @@ from typer.core import TyperGroup
 
 from addenda.commands.options import (
     DEFAULT_BACKBONE,
-    BackboneOption,
     DeviceOption,
     JsonOption,
     MeanOption,
@@ -21,6 +24,18 @@ from addenda.commands.options import (
     numbers,
 )
 from addenda.exceptions import AddendaError
+
+BackboneOption = Annotated[str, typer.Option("--backbone", help="timm name, or 'glyphs'.")]
+STREAM_BACKBONE = f"timm name, or 'glyphs'. Default: the stream's, or {DEFAULT_BACKBONE}."
+METHODS = (
+    "Names with commas: addenda, addenda-adapters, naive, joint, ewc, lwf, replay, slda, nearest-mean, ranpac, l2p, "
+    "coda-prompt, linear-probe, full, lora-R of any rank R. Default: the file's, else all, lora-8 among them."
+)
+REGIMES = (
+    "Names with commas: full, head, head+class, memory-M, unmasked-M, adapters-R, lora-R, regression, default, "
+    "default+adapters, pairs, collapse; M memory tokens, R the rank. Default: full, head, head+class, memory-1, "
+    "memory-5, memory-10, memory-20, unmasked-5, adapters-8, lora-8, pairs, collapse."
+)
 
 
 class _Measurements(TyperGroup):
@@ -48,8 +63,8 @@ def bench_continual(
         Path | None, typer.Option(help="Folder of the report; a run there goes on. Default: continual-STREAM.")
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Where the stream's folders of images lie.")] = None,
-    split: Annotated[int | None, typer.Option(min=1, help="Experiences to split a folder's classes into.")] = None,
-    methods: Annotated[str | None, typer.Option(help="Names with commas. Default: the file's, else all.")] = None,
+    split: Annotated[int | None, typer.Option(min=1, help="Experiences to split one set's classes into.")] = None,
+    methods: Annotated[str | None, typer.Option(help=METHODS)] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="How many seeds. Default: the file's.")] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes side by side. Default: the file's.")] = None,
     limit: Annotated[int | None, typer.Option(min=4, help="Training images of an experience, at most.")] = None,
@@ -57,7 +72,7 @@ def bench_continual(
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the training images: the baselines'.")] = None,
     bf16: Annotated[bool | None, typer.Option("--bf16", help="Train the baselines in bfloat16 autocast.")] = None,
     download: Annotated[bool | None, typer.Option("--download", help="Fetch missing images where that works.")] = None,
-    backbone: BackboneOption = None,
+    backbone: Annotated[str | None, typer.Option("--backbone", help=STREAM_BACKBONE)] = None,
     weights: WeightsOption = None,
     mean: MeanOption = None,
     std: StdOption = None,
@@ -71,9 +86,11 @@ def bench_continual(
     from addenda import load_backbone
     from addenda.benchmarks.continual.config import read_config
     from addenda.benchmarks.continual.report import print_report
-    from addenda.benchmarks.continual.run import run_continual
-    from addenda.terminal import print_json, progress
+    from addenda.benchmarks.continual.run import check_run, run_continual
+    from addenda.terminal import print_json
 
+    if split is not None and not hasattr(read_config(stream).data, "num_experiences"):
+        raise AddendaError(f"--split is for a folder, or a stream of one set; {stream!r} has experiences of its own.")
     config = read_config(stream, {
         "backbone": {"name": backbone, "weights": weights, "mean": numbers(mean), "std": numbers(std)},
         "baselines": {"epochs": epochs, "autocast": bf16}, "seeds": seeds, "jobs": jobs,
@@ -81,17 +98,35 @@ def bench_continual(
         "methods": methods.split(",") if methods else None,
         **({"data": {"num_experiences": split}} if split is not None else {}),
     })  # fmt: skip
+    check_run(config, data)
     chosen = config.backbone
     loaded = load_backbone(chosen.name, chosen.weights, chosen.mean, chosen.std, device=device)
     folder = out or Path(f"continual-{config.name}")
-    with progress(quiet=as_json) as report:
-        results = run_continual(config, loaded, folder, data, report)
+    with _cells(as_json) as report:
+        results = run_continual(config, loaded, folder, data, report, shlex.join(["addenda", *sys.argv[1:]]))
     if as_json:
         print_json(results.to_json())
     else:
         print_report(results, folder)
     if not all(cell.identical in (True, None) for cell in results.of("addenda")):
         raise typer.Exit(1)
+
+
+@contextmanager
+def _cells(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """Bars; where standard error is no terminal, a plain line there for each cell that is done."""
+    from addenda.benchmarks.continual.side_by_side import DONE
+    from addenda.terminal import progress
+
+    def line(what: str, done: int, total: int) -> None:
+        if what.endswith(f", {DONE}"):
+            print(what, file=sys.stderr, flush=True)
+
+    if quiet or sys.stderr.isatty():
+        with progress(quiet) as report:
+            yield report
+    else:
+        yield line
 
 
 @app.command("compare")
@@ -137,14 +172,14 @@ def bench_registry(
     tasks: Annotated[int, typer.Option(min=40, help="Tasks to register and load.")] = 1000,
     listed: Annotated[int, typer.Option(min=100, help="Tasks in the list that pages are read of.")] = 100_000,
     quick: Annotated[bool, typer.Option("--quick", help="100 tasks, a list of 5,000: under two minutes.")] = False,
-    backbone: BackboneOption = "vit_base_patch16_224.augreg_in21k",
+    backbone: BackboneOption = DEFAULT_BACKBONE,
     out: Annotated[Path | None, typer.Option(help="Folder for the table and the JSON.")] = None,
 ) -> None:
     """Times the registry: registering, reading and hashing, pages of a long list, and how soon a change is noticed."""
     from addenda.backbones import untrained_backbone
     from addenda.benchmarks.registry import run_registry
 
-    run_registry(untrained_backbone(backbone or DEFAULT_BACKBONE), registry or (), out, quick, tasks, listed)
+    run_registry(untrained_backbone(backbone), registry or (), out, quick, tasks, listed)
 
 
 @app.command("serving")
@@ -166,7 +201,7 @@ def bench_serving(
     from addenda.benchmarks.serving import run_serving
 
     counts = None if tasks is None else _counts("--tasks", tasks)
-    loaded = load_backbone(backbone or DEFAULT_BACKBONE, weights, device=device)
+    loaded = load_backbone(backbone, weights, device=device)
     run_serving(loaded, weights, out, quick, counts, seconds, rounds, cycles, ray, _counts("--replicas", replicas))
 
 
@@ -195,8 +230,7 @@ def bench_training(
     from addenda import load_backbone
     from addenda.benchmarks.training import run_training
 
-    name, chosen = backbone or DEFAULT_BACKBONE, precision or "float32"
-    loaded = load_backbone(name, weights, numbers(mean), numbers(std), chosen, device)
+    loaded = load_backbone(backbone, weights, numbers(mean), numbers(std), precision or "float32", device)
     run_training(loaded, data, out, quick, limit, rounds, dense_epochs)
 
 
@@ -207,10 +241,7 @@ def bench_paper(
     sets: Annotated[str, typer.Option(help="Names of the sets, with commas, in order.")],
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds.")] = 3,
     limit: Annotated[int | None, typer.Option(min=4, help="Training images of a set. Default: all.")] = None,
-    regimes: Annotated[
-        str | None,
-        typer.Option(help="Names with commas, such as full,head,memory-5,lora-8,pairs. Default: the paper's."),
-    ] = None,
+    regimes: Annotated[str | None, typer.Option(help=REGIMES)] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images, at most: ours.")] = 30,
     rival_epochs: Annotated[int, typer.Option(min=1, help="The same of full, lora and unmasked.")] = 8,
     views: Annotated[int, typer.Option(min=0, help="Random views of each image to learn from; 0: as it is.")] = 3,
@@ -225,16 +256,18 @@ def bench_paper(
     from dataclasses import replace
 
     from addenda import load_backbone
-    from addenda.benchmarks.paper import OURS, REGIMES, Comparison, run_paper
+    from addenda.benchmarks import paper
     from addenda.learner import Augmentation
     from addenda.learner.regimes import RivalConfig
 
+    names, chosen = sets.split(","), regimes.split(",") if regimes else paper.REGIMES
+    paper.check_run(data, names, chosen)
     varied = Augmentation(views=views)
-    comparison = Comparison(
-        load_backbone(backbone or DEFAULT_BACKBONE, weights, numbers(mean), numbers(std), device=device), data, limit,
-        replace(OURS, epochs=epochs, augmentation=varied),
+    comparison = paper.Comparison(
+        load_backbone(backbone, weights, numbers(mean), numbers(std), device=device), data, limit,
+        replace(paper.OURS, epochs=epochs, augmentation=varied),
         RivalConfig(epochs=rival_epochs, augmentation=varied, autocast=bf16),
     )  # fmt: skip
-    cells = run_paper(comparison, sets.split(","), seeds, regimes.split(",") if regimes else REGIMES, out)
+    cells = paper.run_paper(comparison, names, seeds, chosen, out)
     if not all(cell.get("identical", True) for cell in cells):
         raise typer.Exit(1)

@@ -38,7 +38,7 @@ class BackboneConfig(BaseModel):
 
 
 class StreamConfig(BaseModel):
-    """A stream, what learns it, and what is known about the run.
+    """A stream, what learns it, and what its file says of a run of it.
 
     Attributes:
         name: what it is called.
@@ -46,7 +46,9 @@ class StreamConfig(BaseModel):
         command: what runs it.
         hardware: what it was run on.
         minutes: how long that took.
-        expected: what came out: a metric's name and its value in %.
+        expected: what came out for Addenda: a metric's name and its value in %. `read_config` leaves it out where it is
+            told to run the stream otherwise.
+        expected_with: settings that were given for this, beside the file's own.
         backbone: the frozen backbone.
         data: where the images come from.
         download: whether missing images may be fetched, from those sources that can.
@@ -66,6 +68,7 @@ class StreamConfig(BaseModel):
     hardware: str = ""
     minutes: Annotated[float, Field(gt=0)] | None = None
     expected: dict[str, float] = {}
+    expected_with: dict[str, Any] = {}
     backbone: BackboneConfig = BackboneConfig()
     data: Data
     download: bool = False
@@ -131,6 +134,8 @@ def read_config(stream: str | Path, overrides: Mapping[str, Any] | None = None) 
     except ValidationError as error:
         problems = "\n  ".join(map(_problem, error.errors()))
         raise DataError(f"The stream {str(stream)!r} has mistakes:\n  {problems}") from error
+    if not _as_expected(config, overrides or {}):
+        config = config.model_copy(update={"expected": {}})
     config._folder = folder
     return config
 
@@ -138,6 +143,18 @@ def read_config(stream: str | Path, overrides: Mapping[str, Any] | None = None) 
 def slug(name: str) -> str:
     """A folder's name as a valid name of a task."""
     return re.sub(r"[^a-z0-9_-]+", "-", name.lower()).strip("-_") or "stream"
+
+
+def _as_expected(config: StreamConfig, overrides: Mapping[str, Any]) -> bool:
+    """Whether the file's own run is asked for: nothing else is given that could change Addenda's figures."""
+    given = _merge({}, overrides)
+    for name in ("download", "jobs"):
+        given.pop(name, None)
+    if "addenda" in given.get("methods", ()):
+        del given["methods"]
+    if "--weights" in config.command:
+        given.get("backbone", {}).pop("weights", None)
+    return {name: value for name, value in given.items() if value != {}} == config.expected_with
 
 
 def _merge(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

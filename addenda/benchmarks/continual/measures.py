@@ -16,7 +16,7 @@ def measure(matrix: Sequence[Row]) -> Metrics:
     """The figures of one matrix: accuracy after experience i (row) on experience j (column), None where not measured.
 
     Every experience weighs the same, however many test images it has. Before anything is learned nothing is answered,
-    so forward transfer is the accuracy on an experience before it is learned.
+    so forward transfer is the accuracy on an experience before it is learned, where it was measured.
     """
     count = len(matrix)
     forgetting, backward, forward = Forgetting(), BWT(), ForwardTransfer()

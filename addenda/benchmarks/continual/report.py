@@ -19,6 +19,7 @@ from addenda.benchmarks.continual.figures import Picture, accuracy_so_far, curve
 from addenda.benchmarks.continual.results import FILE, Cell, Results
 from addenda.benchmarks.continual.summary import NOTHING, OURS, verdict
 from addenda.benchmarks.continual.tables import (
+    NOT_OFFERED,
     SETTINGS,
     Setting,
     comparison_table,
@@ -102,11 +103,18 @@ def _content(results: Results, values: dict[str, Any]) -> dict[str, Any]:
         "proof": proof_table(results),
         "extra": extra_table(results),
         "metrics": metrics_table(results),
+        "not_offered": NOT_OFFERED if len(names) > 1 else "",
+        "early": any(value is not None for cell in results.cells for value in _early(cell)),
         "experiences": experience_table(results),
         "expected": _yaml(values["expected"]),
         "config": _yaml(values["config"]),
         "environment": _yaml(values["environment"]),
     }
+
+
+def _early(cell: Cell) -> list[float | None]:
+    """Accuracies before the experience was learned."""
+    return [value for matrix in (cell.told, cell.untold) for i, row in enumerate(matrix) for value in row[i + 1 :]]
 
 
 def _matrix(name: str, label: str, cells: list[Cell], setting: Setting, names: list[str]) -> Drawn:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,7 +33,8 @@ class Metrics:
         average_incremental_accuracy: the mean, over all experiences, of the accuracy on everything met until then.
         forgetting: accuracy when learned less accuracy at the end, in the mean over old experiences.
         backward_transfer: its negative.
-        forward_transfer: accuracy on an experience before it is learned, less that before anything is.
+        forward_transfer: accuracy on an experience before it is learned, less that before anything is; None where one
+            has no class that is offered by then.
     """
 
     average_accuracy: Share
@@ -49,7 +51,8 @@ class Cell:
     Attributes:
         method: name of the method.
         seed: seed of everything random.
-        told: accuracy after experience i (row) on experience j (column), the task being known; None where not measured.
+        told: accuracy after experience i (row) on experience j (column), the task being known; None where not measured,
+            or no class of j is offered.
         untold: likewise, the task being unknown.
         comparisons: of an old experience's told logits with those when it was learned, after each later experience.
         identical: whether they were the same, byte for byte, each time; None where nothing was compared.
@@ -126,9 +129,9 @@ class Results:
 
     Attributes:
         stream: name of the stream.
-        command: how to make it again.
-        hardware: where it was made, in words.
-        expected: what the configuration says should come out.
+        command: the command line that made it; empty where it was made in Python.
+        hardware: the machine, its device and threads, in words.
+        expected: what the stream's file says should come out for Addenda; empty where the stream was run otherwise.
         experiences: in the order in which they came.
         labels: names of the stream's classes.
         config: the configuration, resolved.
@@ -200,6 +203,12 @@ def read_results(place: Path) -> Results:
         DataError: there are none, or they are damaged.
     """
     file = place / FILE if place.is_dir() else place
+    if not file.exists():
+        folder = file.parent if file.name == FILE else place
+        raise DataError(
+            f"There is no report at {str(place)!r}. `addenda bench continual STREAM --out {shlex.quote(str(folder))}` "
+            "makes one."
+        )
     try:
         text = file.read_bytes()
     except OSError as error:

@@ -23,12 +23,12 @@ from addenda.benchmarks.continual.ours import Masked
 from addenda.benchmarks.continual.report import write_report
 from addenda.benchmarks.continual.results import Cell, ExperienceNote, MethodNote, Results
 from addenda.benchmarks.continual.settings import BaselineSettings
-from addenda.benchmarks.continual.side_by_side import compute_side_by_side
+from addenda.benchmarks.continual.side_by_side import DONE, compute_side_by_side, threads_each
 from addenda.benchmarks.continual.sources import build_stream
 from addenda.benchmarks.continual.stream import Experience, Stream
 from addenda.benchmarks.jsonl import append_line, read_lines
 from addenda.combined import numerics
-from addenda.exceptions import DataError
+from addenda.exceptions import DataError, TrainingError
 from addenda.learner import LearnConfig
 from addenda.registry import Registry, canonical_json
 
@@ -47,9 +47,22 @@ NOTES = {
 
 CELLS, SECONDS, REGISTRIES = "cells.jsonl", "seconds.jsonl", "registries"
 
+OF_THE_FILE = {"command", "hardware", "minutes", "expected", "expected_with"}
+"""What a stream's file says of a run that was made before."""
+
+
+def check_run(config: StreamConfig, data_root: Path | None) -> None:
+    """Finds what would stop a run, before weights are looked for.
+
+    Raises:
+        DataError: the images are not there, or a method is not known.
+    """
+    _methods(config)
+    build_stream(config, data_root)
+
 
 def run_continual(
-    config: StreamConfig, backbone: FrozenBackbone, out: Path, data_root: Path | None, report: Report
+    config: StreamConfig, backbone: FrozenBackbone, out: Path, data_root: Path | None, report: Report, command: str = ""
 ) -> Results:
     """Runs what `out` does not hold yet, and writes the report there.
 
@@ -60,12 +73,12 @@ def run_continual(
             done stay, and of Addenda's, tasks that are registered.
         data_root: where a relative `root` of the stream's data lies.
         report: told of the progress.
+        command: what runs it, for the report.
 
     Raises:
         DataError: the images are not there, or a method is not known.
     """
-    names = config.methods or (*OURS, *BASELINES)
-    _check_methods(names)
+    names = _methods(config)
     out.mkdir(parents=True, exist_ok=True)
     if config.jobs > 1:
         compute_side_by_side(config, str(backbone.device), out, data_root, names, report)
@@ -80,17 +93,18 @@ def run_continual(
                 report(f"seed {run.seed}: {run.name}, {what}", start * total + done, len(names) * total)
 
             cells.append(run.cell(tell))
+    environment = numerics(backbone)
     results = Results(
         stream=config.name,
-        command=config.command,
-        hardware=config.hardware,
+        command=command,
+        hardware=_hardware(environment, config.jobs),
         expected=config.expected,
         experiences=[
             ExperienceNote(one.name, list(one.classes), len(one.train), len(one.test)) for one in stream.experiences
         ],
         labels=list(stream.labels),
-        config=json.loads(config.model_dump_json()),
-        environment=numerics(backbone) | {"backbone": backbone.fingerprint},
+        config=json.loads(config.model_dump_json(exclude=OF_THE_FILE)),
+        environment=environment | {"backbone": backbone.fingerprint},
         methods=[_note(name) for name in names],
         cells=cells,
     )
@@ -158,7 +172,7 @@ class Run:
             report(f"testing after {experience.name}", number, len(experiences))
             for on in range(min(number + 2, len(experiences))):
                 matrices.add(number, on, experiences[on], *method.scores(experiences[on]))
-        report("done", len(experiences), len(experiences))
+        report(DONE, len(experiences), len(experiences))
         price = method.price()
         return Cell(
             method=self.name,
@@ -198,14 +212,14 @@ class _Matrices:
         self._decided, self._changed = 0, 0
 
     def add(self, after: int, on: int, experience: Experience, told: Tensor, untold: Tensor) -> None:
-        """Scores on an experience after another was learned; where nothing is offered, nothing is noted."""
+        """Scores on an experience after another was learned; where none of its classes is offered, nothing is noted."""
         if (untold == NEVER).all():
             return
-        targets = experience.test.targets
+        classes, targets = list(experience.classes), experience.test.targets
         for matrix, scores in ((self.told, told), (self.untold, untold)):
-            offered = bool((scores > NEVER).any())
-            matrix[after][on] = (scores.argmax(1) == targets).float().mean().item() if offered else 0.0
-        logits, decisions = told[:, list(experience.classes)], untold.argmax(1)
+            if (scores[:, classes] > NEVER).any():
+                matrix[after][on] = (scores.argmax(1) == targets).float().mean().item()
+        logits, decisions = told[:, classes], untold.argmax(1)
         if on == after:
             self._first[on] = logits, decisions
         elif on < after and on in self._first:
@@ -228,13 +242,29 @@ class _Matrices:
         return self._changed / self._decided if self._decided else None
 
 
-def _check_methods(names: Sequence[str]) -> None:
+def _methods(config: StreamConfig) -> tuple[str, ...]:
+    """Who runs, in order."""
+    names = config.methods or (*OURS, *BASELINES)
     twice = {name for name in names if names.count(name) > 1}
     if twice:
         raise DataError(f"Method {min(twice)!r} is named twice.")
     for name in names:
         if name not in OURS:
-            describe(name)
+            try:
+                baseline(name)
+            except TrainingError as error:
+                raise DataError(
+                    f"Method {name!r} is not known. Known: {', '.join((*OURS, *BASELINES))}, or lora-R with another "
+                    "rank R."
+                ) from error
+    return names
+
+
+def _hardware(environment: Mapping[str, Any], jobs: int) -> str:
+    """The machine in words."""
+    count = threads_each(jobs) if jobs > 1 else environment["threads"]
+    threads = f"{count} thread{'' if count == 1 else 's'}"
+    return f"{environment['device']}, " + (f"{jobs} processes of {threads}" if jobs > 1 else threads)
 
 
 def _note(name: str) -> MethodNote:

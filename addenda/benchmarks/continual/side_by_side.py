@@ -15,6 +15,9 @@ from addenda.backbones import load_backbone
 from addenda.benchmarks.continual.config import StreamConfig
 from addenda.benchmarks.continual.sources import build_stream
 
+DONE = "done"
+"""Ends what is reported of a cell that is whole."""
+
 
 def compute_side_by_side(
     config: StreamConfig,
@@ -37,16 +40,20 @@ def compute_side_by_side(
     Raises:
         DataError: as a run alone would.
     """
-    threads = max(1, (os.cpu_count() or 1) // config.jobs)
     cell = partial(_compute, config, device, out, data_root)
-    pool = ProcessPoolExecutor(config.jobs, get_context("spawn"), torch.set_num_threads, (threads,))
+    pool = ProcessPoolExecutor(config.jobs, get_context("spawn"), torch.set_num_threads, (threads_each(config.jobs),))
     try:
         cells = [pool.submit(cell, seed, name) for seed in range(config.seeds) for name in names]
         for done, future in enumerate(as_completed(cells), start=1):
             seed, name = future.result()
-            report(f"seed {seed}: {name}", done, len(cells))
+            report(f"seed {seed}: {name}, {DONE}", done, len(cells))
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def threads_each(jobs: int) -> int:
+    """Threads of each of so many processes."""
+    return max(1, (os.cpu_count() or 1) // jobs)
 
 
 def _compute(

@@ -12,6 +12,10 @@ Setting = Literal["told", "untold"]
 SETTINGS: tuple[Setting, ...] = ("told", "untold")
 METRICS = tuple(Metrics.__dataclass_fields__)
 UNVERIFIED = "†"
+NOT_OFFERED = (
+    "Forward transfer, and accuracy on an experience before it is learned, are given only where a method can already "
+    "answer with a class of that experience; in a stream of new classes, nowhere."
+)
 
 
 class Table(NamedTuple):
@@ -99,14 +103,16 @@ def _flat(extra: Mapping[str, float | Mapping[str, float]]) -> Iterator[tuple[tu
 
 
 def metrics_table(results: Results) -> Table:
-    """All of Avalanche's figures."""
+    """All of Avalanche's figures that any method has."""
+    every = [metrics for cell in results.cells for metrics in (cell.told_metrics, cell.untold_metrics)]
+    names = [name for name in METRICS if any(getattr(metrics, name) is not None for metrics in every)]
     rows = []
     for note in results.methods:
         for setting in SETTINGS:
             found = [getattr(cell, f"{setting}_metrics") for cell in results.of(note.name)]
-            spreads = [Spread.of(getattr(metrics, name) for metrics in found) for name in METRICS]
+            spreads = [Spread.of(getattr(metrics, name) for metrics in found) for name in names]
             rows.append([note.label, setting, *(shown(spread, "%") for spread in spreads)])
-    return Table(["method", "task", *(name.replace("_", " ") for name in METRICS)], rows, num_left=2)
+    return Table(["method", "task", *(name.replace("_", " ") for name in names)], rows, num_left=2)
 
 
 def experience_table(results: Results) -> Table:
