@@ -36,6 +36,22 @@ def test_pth_and_safetensors_files_give_equal_backbones(tmp_path, weights):
     assert loaded[2].source == str(tmp_path / "c.safetensors")
 
 
+@pytest.mark.parametrize(
+    "names", [{}, {"mlp.fc1_g": "mlp.w1", "mlp.fc1_x": "mlp.w2", "mlp.fc2": "mlp.w3", "mlp.norm": "mlp.ffn_ln"}],
+    ids=["timm", "the authors"],
+)  # fmt: skip
+def test_a_file_of_an_evas_weights_is_read_by_timms_names_and_by_its_authors(tmp_path, names):
+    model = shaken(timm.create_model("eva02_tiny_patch14_224", num_classes=4))
+    state = model.state_dict()
+    for ours, theirs in names.items():
+        state = {key.replace(ours, theirs): value for key, value in state.items()}
+    assert (state.keys() == model.state_dict().keys()) == (not names)
+    save_file(state, tmp_path / "eva.safetensors")
+    loaded = load_backbone("eva02_tiny_patch14_224", tmp_path / "eva.safetensors", device="cpu")
+    images = some_images(model)
+    assert loaded.backbone_logits(images).numpy().tobytes() == model.eval()(images).detach().numpy().tobytes()
+
+
 def test_weights_without_a_head_make_a_backbone_without_one(tmp_path, weights):
     save_file({k: v for k, v in weights.items() if not k.startswith("head.")}, tmp_path / "w.safetensors")
     backbone = load_backbone("test_vit", tmp_path / "w.safetensors", device="cpu")
