@@ -68,7 +68,7 @@ def main() -> None:
         sys.exit(2)
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
-            typer.echo("Interrupted. Nothing half done was registered.", err=True)
+            typer.echo("Interrupted. Nothing half done was registered: give the same command again to go on.", err=True)
         raise
 
 

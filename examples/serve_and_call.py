@@ -1,6 +1,6 @@
 """A server that Triton's client calls as it is, and that takes in a task while it runs.
 
-`pip install 'addenda[serve]' 'tritonclient[http]'`
+`pip install '.[serve]' 'tritonclient[http]'`
 """
 
 from __future__ import annotations
