@@ -151,12 +151,16 @@ def test_beyond_this_machine_no_keys_means_nobody(client: TestClient) -> None:
     assert client.get("/api/v1/status").status_code == 401
 
 
-def test_a_damaged_key_file_lets_nobody_in(client: TestClient, keys: KeyFile) -> None:
+def test_a_damaged_key_file_lets_nobody_in_and_only_the_log_says_why(
+    client: TestClient, keys: KeyFile, caplog: pytest.LogCaptureFixture
+) -> None:
     headers = {"Authorization": f"Bearer {keys.create('shop', 'predict')}"}
     keys.path.write_text("[{]")
     answer = client.get("/api/v1/status", headers=headers)
     assert answer.status_code == 503
-    assert "cannot be read" in answer.json()["detail"]
+    assert "cannot read its keys" in answer.json()["detail"]
+    assert str(keys.path) not in answer.text
+    assert f"The keys {str(keys.path)!r} cannot be read" in caplog.text
     assert client.get("/livez").status_code == 200
 
 

@@ -41,7 +41,6 @@ STATUS: dict[type[AddendaError], int] = {
     RegistryError: 409,
     OverloadedError: 503,
     DeadlineError: 504,
-    KeyFileError: 503,
 }
 """By the first of an error's classes that stands here."""
 
@@ -105,6 +104,11 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(ProblemError)
     async def _problem(request: Request, error: ProblemError) -> JSONResponse:
         return response(request, error)
+
+    @app.exception_handler(KeyFileError)
+    async def _keys(request: Request, error: KeyFileError) -> JSONResponse:
+        log.error("Whoever needs a key is refused: %s", error)
+        return response(request, ProblemError(503, "The server cannot read its keys; its log says why."))
 
     @app.exception_handler(AddendaError)
     async def _ours(request: Request, error: AddendaError) -> JSONResponse:
