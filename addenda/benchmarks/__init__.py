@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from addenda.benchmarks.exactness import LogitBits
     from addenda.benchmarks.strategy import MaskedMemory
+
+# What Avalanche imports says so at every start, of methods that nothing here uses.
+warnings.filterwarnings("ignore", "no QP solver found")
 
 __all__ = ["LogitBits", "MaskedMemory"]
 
