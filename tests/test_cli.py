@@ -185,7 +185,8 @@ def test_many_tasks_are_learned_from_one_file(run: Run, folder: Path, tmp_path: 
     first = run("learn-many", file, "--backbone", "glyphs")
     assert first.code == 1
     assert "2 of 4 tasks of" in first.out
-    states = {words[0]: words[-1] for line in first.out.splitlines() if len(words := line.split()) > 7}
+    lines = [line.split() for line in reversed(first.out.splitlines())]  # the table stands before what went wrong
+    states = {words[0]: words[-1] for words in lines if len(words) == 8}
     assert [states[name] for name in ("ones:1", "few", "after-few", "child:1")] == [
         "learned", "failed", "skipped", "learned",
     ]  # fmt: skip
@@ -375,6 +376,8 @@ def test_verify_record_keeps_the_probe_of_new_numerics(
 def test_aliases_and_retirement(run: Run, learned: Result, folder: Path) -> None:
     assert "ones@production is ones:1" in run("tasks", "alias", "ones", "production").out
     assert run("evaluate", "ones@production", folder).code == 0
+    assert "'ones@production' points at it" in run("tasks", "retire", "ones").err
+    assert run("tasks", "alias", "ones", "production", "--remove").code == 0
     assert run("tasks", "retire", "ones").code == 0
     assert "0 tasks in" in run("tasks", "list").out
     assert "(retired)" in run("tasks", "list", "--retired").out

@@ -143,8 +143,8 @@ def hold_open(location: str, changed: Any, go_on: Any) -> None:
     with Registry.open(location) as registry:
         event.listen(Engine, "commit", hold)
         keep(registry, a_large_task())
-        registry.retire("digits")
-        registry.set_alias("production", "large")
+        registry.retire("large")
+        registry.set_alias("staging", "digits")
 
 
 def read_all(location: str, generation: int) -> None:

@@ -62,7 +62,7 @@ def adds_an_evaluation(location: str) -> None:
 
 def sets_an_alias(location: str) -> None:
     with Registry.open(location) as registry:
-        registry.set_alias("staging", "digits:1", expected=0)
+        registry.set_alias("staging", "digits:2", expected=0)
 
 
 def moves_an_alias(location: str) -> None:

@@ -132,7 +132,7 @@ def test_a_postgresql_role_that_may_only_read_reads(full_book):
     with a_role(address(full_book), reading) as location, Registry.open(location) as reader:
         assert [task.ref for task in reader.load(HERE)] == ["strokes:1", "digits:1"]
         assert reader.wait(9, 0.1) == 9
-        for change in (lambda: keep(reader, a_task("birds", 8)), lambda: reader.retire("digits")):
+        for change in (lambda: keep(reader, a_task("birds", 8)), lambda: reader.note("digits", "read")):
             with pytest.raises(RegistryError, match=r"permission denied for table .*\. Nothing was changed"):
                 change()
         assert "secret" not in reader.location

@@ -74,6 +74,10 @@ def test_tags_and_notes_stand_in_the_log(run: Run, location: str) -> None:
 
 def test_a_parent_is_retired_with_all_its_children_or_not_at_all(run: Run, location: str) -> None:
     assert "active tasks extend it (digits:1)" in run("tasks", "retire", "strokes").err
+    pointed = run("tasks", "retire", "strokes", "--with", "digits").err
+    assert "'digits@production' points at it" in pointed
+    assert "addenda tasks alias digits production --remove" in pointed
+    run("tasks", "alias", "digits", "production", "--remove")
     retired = run("tasks", "retire", "strokes", "--with", "digits", "--reason", "done")
     assert retired.out == "Retired: digits:1, strokes:1. They stay in the registry.\n"
 
