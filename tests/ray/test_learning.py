@@ -6,8 +6,8 @@ import json
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
@@ -101,20 +101,24 @@ def at_work(node: Any) -> dict[str, int]:
     return found
 
 
-def meanwhile(moment: Callable[[], bool], do: Callable[[], None]) -> threading.Thread:
-    """Does something on another thread as soon as something is so."""
-    deadline = time.monotonic() + 240
+@contextmanager
+def meanwhile(moment: Callable[[], bool], do: Callable[[], None]) -> Iterator[None]:
+    """Does something on another thread as soon as something is so, if that comes before what is within ends."""
+    over = threading.Event()
 
     def wait() -> None:
-        while time.monotonic() < deadline:
+        while not over.wait(0.005):
             if moment():
                 do()
                 return
-            time.sleep(0.005)
 
     thread = threading.Thread(target=wait)
     thread.start()
-    return thread
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def test_artifacts_are_those_of_one_after_another(
@@ -145,7 +149,7 @@ def test_what_is_lost_is_learned_again_to_the_same_artifact_and_registered_once(
 ) -> None:
     nodes, address = cluster
     (other,) = nodes.worker_nodes
-    location, rows, victims = server.new(), {}, []
+    rows, victims = {}, []
 
     def all_train() -> bool:
         there = at_work(other)
@@ -160,14 +164,15 @@ def test_what_is_lost_is_learned_again_to_the_same_artifact_and_registered_once(
         else:
             nodes.remove_node(other, allow_graceful=False)
 
-    thread = meanwhile(all_train, lose)
-    try:
-        done = run("learn-many", folder / "named.yaml", *GLYPHS, "--ray", address, "--registry", location, "--json")
-    finally:
-        thread.join()
-        if lost == "node":
+    for _ in range(5):  # Ray may give all rows to one node, and then nothing is lost
+        location = server.new()
+        with meanwhile(all_train, lose):
+            done = run("learn-many", folder / "named.yaml", *GLYPHS, "--ray", address, "--registry", location, "--json")
+        if victims and lost == "node":
             nodes.add_node(**NODE)
-    assert done.code == 0, done.err
+        assert done.code == 0, done.err
+        if victims:
+            break
     assert victims, "nothing was lost while rows were learned side by side on both nodes"
     assert artifacts(json.loads(done.out)) == artifacts(whole[:-1])
     assert sorted(registered(location)) == ["ape:1", "bear:1", "child:1", "zebra:1"]

@@ -7,6 +7,7 @@ import re
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -52,11 +53,12 @@ class Replicas(OnRay):
 
     def pids(self) -> set[int]:
         """The processes of the replicas."""
-        return {
-            child.pid
-            for child in psutil.Process().children(recursive=True)
-            if child.status() != psutil.STATUS_ZOMBIE and "ServeReplica:addenda" in " ".join(child.cmdline())
-        }
+        found = set()
+        for child in psutil.Process().children(recursive=True):
+            with suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+                if child.status() != psutil.STATUS_ZOMBIE and "ServeReplica:addenda" in " ".join(child.cmdline()):
+                    found.add(child.pid)
+        return found
 
     def each(self, path: str, **request: Any) -> dict[int, httpx2.Response]:
         """What every replica answers, by its process: asked until all have answered."""
@@ -113,7 +115,8 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
 
 
 def right(server: Replicas, images: list[bytes]) -> list[dict[str, Any]]:
-    """What is answered to each image, when nobody else asks."""
+    """What is answered to each image, when both replicas serve and nobody else asks."""
+    until(lambda: server.log.read_text().rstrip().endswith("with 2 replicas"), "both serve", 60)
     return [httpx2.post(server.url + PREDICT, content=image, timeout=60).json() for image in images]
 
 
