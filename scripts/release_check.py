@@ -31,7 +31,7 @@ NAME = f"addenda-{PROJECT['version']}"
 DATA, LARGEST_BYTES = "addenda/backbones/glyphs.safetensors", 200_000
 """The only data that the package carries; any other file is smaller."""
 UNTRIED = ("3.12", "3.13", "3.14")
-"""Pythons that the classifiers name and that nothing is run on here."""
+"""Pythons that the classifiers name and that no test is run on here."""
 OURS = {"addenda", "pip", "setuptools"}
 
 
