@@ -256,10 +256,11 @@ class Registry(Reader):
                     "them with it."
                 )
             pointed = select(schema.alias.c.name, schema.alias.c.alias).where(schema.alias.c.task_id.in_(named))
-            for name, alias in connection.execute(pointed.order_by(schema.alias.c.alias)):
+            if (held := connection.execute(pointed.order_by(schema.alias.c.alias)).first()) is not None:
                 raise RegistryError(
-                    f"Task {_ref(root)!r} cannot be retired: '{name}@{alias}' points at it, or at one retired with it. "
-                    f"Point that elsewhere, or at nothing: addenda tasks alias {name} {alias} --remove"
+                    f"Task {_ref(root)!r} cannot be retired: '{held.name}@{held.alias}' points at it, or at one "
+                    f"retired with it. Point that elsewhere, or at nothing: addenda tasks alias {held.name} "
+                    f"{held.alias} --remove"
                 )
             # Parents have smaller numbers than their children: from the greatest down, no child is left behind.
             for task_id in sorted(named, reverse=True):
