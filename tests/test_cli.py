@@ -306,6 +306,7 @@ def test_a_bad_image_is_named_and_left_out_only_when_asked(run: Run, learned: Re
     refused = run("predict", folder / "test")
     assert refused.code == 2
     assert str(bad) in refused.err
+    assert "(--skip-bad leaves out what cannot be read.)" in refused.err
     skipped = run("predict", folder / "test", "--skip-bad", "--json")
     assert skipped.code == 0
     assert str(bad) in skipped.err
@@ -386,6 +387,9 @@ def test_aliases_and_retirement(run: Run, learned: Result, folder: Path) -> None
     assert "holds no active task" in gone.err
 
 
+DATA = "the folder to learn from"
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -393,11 +397,11 @@ def test_aliases_and_retirement(run: Run, learned: Result, folder: Path) -> None
         (("predict", "x.png"), "There is no registry at"),
         (("learn", "Bad Name", "."), "'Bad Name' is not a valid name"),
         (("learn", "a", "nowhere", "--backbone", "glyphs"), "There is no folder 'nowhere'"),
-        (("learn", "a", ".", "--backbone", "resnet50"), "is a ResNet"),
-        (("learn", "a", ".", "--backbone", "glyphs", "--mean", "x"), "'x' is not one number"),
-        (("learn", "a", ".", "--backbone", "glyphs", "--device", "nonsense"), "Device 'nonsense'"),
+        (("learn", "a", DATA, "--backbone", "resnet50"), "is a ResNet"),
+        (("learn", "a", DATA, "--backbone", "glyphs", "--mean", "x"), "'x' is not one number"),
+        (("learn", "a", DATA, "--backbone", "glyphs", "--device", "nonsense"), "Device 'nonsense'"),
         (("learn", "a", "x" * 300, "--backbone", "glyphs"), "File name too long"),
-        (("learn", "a", ".", "--backbone", "glyphs", "--cache-gb", "nan"), "A cache cannot take nan GB"),
+        (("learn", "a", DATA, "--backbone", "glyphs", "--cache-gb", "nan"), "A cache cannot take nan GB"),
         (
             ("learn", "a", ".", "--adapter-rank", "auto", "--adapter-rank", "4"),
             "give whole numbers, or the one word auto",
@@ -425,11 +429,24 @@ def test_aliases_and_retirement(run: Run, learned: Result, folder: Path) -> None
         (("export-model", "--out", "a.pt2"), "There is no registry at"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(run: Run, arguments: tuple[str, ...], said: str) -> None:
-    result = run(*arguments)
+def test_bad_input_is_one_line_and_exit_code_2(
+    run: Run, folder: Path, arguments: tuple[str, ...], said: str
+) -> None:
+    result = run(*(folder if argument == DATA else argument for argument in arguments))
     assert result.code == 2
     assert said in result.err
     assert "Traceback" not in result.err
+
+
+def test_a_folder_that_is_not_there_is_told_before_weights_are_looked_for_or_a_registry_is_made(
+    run: Run, tmp_path: Path
+) -> None:
+    registry = tmp_path / "tasks.db"
+    for places in ([tmp_path / "gone"], [colour_folder(tmp_path / "data"), "--test", tmp_path / "gone"]):
+        result = run("learn", "a", *places, "--registry", registry)
+        assert result.code == 2
+        assert f"There is no folder '{tmp_path / 'gone'}'" in result.err
+        assert not registry.exists()
 
 
 def test_an_unknown_task_is_told_with_what_is_known(run: Run, learned: Result, folder: Path) -> None:
@@ -478,7 +495,7 @@ def test_moved_weights_are_asked_for_and_checked(run: Run, folder: Path, tmp_pat
     save_file(changed, tmp_path / "other.safetensors")
     wrong = run("verify", "--weights", tmp_path / "other.safetensors")
     assert wrong.code == 1
-    assert "These are other weights" in wrong.out
+    assert "These are other weights" in " ".join(wrong.out.split())
     assert "Failed: ones:1." in wrong.err
     refused = run("predict", folder / "test", "--weights", tmp_path / "other.safetensors")
     assert refused.code == 2

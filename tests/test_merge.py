@@ -10,7 +10,7 @@ from sqlalchemy import text
 
 from addenda.combined import CombinedModel, golden, verify
 from addenda.exceptions import IntegrityError, RegistryError
-from addenda.registry import Registry, TaskFilter
+from addenda.registry import Received, Registry, TaskFilter
 from tests.conftest import random_task
 from tests.databases import Database, raw, rows, tamper, without_triggers
 from tests.models import bits, images
@@ -72,16 +72,29 @@ def test_merged_twice_adds_nothing_and_the_generation_stays(home, here):
     assert rows(here.location) == before
 
 
+def damaged(received: list[Received]) -> list[str]:
+    """The tasks that are said to be."""
+    return [each.ref for each in received if "its stored bytes here are DAMAGED" in each.detail]
+
+
 def test_damaged_bytes_that_are_there_already_are_told_and_nothing_is_built_on_them(home, here):
     here.merge(home)
+    assert damaged(here.merge(home)) == []
     sha256 = here.get("strokes").sha256
     tamper(here, "artifact", "UPDATE artifact SET data = :data WHERE sha256 = :sha256", data=b"other", sha256=sha256)
-    told = {each.ref: each.detail for each in here.merge(home)}
-    assert [ref for ref, detail in told.items() if "its stored bytes here are DAMAGED" in detail] == ["strokes:1"]
+    assert damaged(here.merge(home)) == ["strokes:1"]
     before = rows(here.location)
     with pytest.raises(IntegrityError, match=f"sha256 {sha256[:12]}… that are stored already have changed"):
         here.merge(home, renames={"strokes": "lines"})
     assert rows(here.location) == before
+
+
+@pytest.mark.parametrize(("table", "column"), [("statistics", "data"), ("golden", "logits")])
+def test_a_damaged_statistic_or_golden_probe_that_is_there_already_is_told(home, here, table, column):
+    here.merge(home)
+    changed = f"UPDATE {table} SET {column} = :data WHERE task_id = (SELECT id FROM task WHERE name = 'tip')"
+    tamper(here, table, changed, data=b"other")
+    assert damaged(here.merge(home)) == ["tip:1"]
 
 
 def test_a_dry_run_says_what_would_be_done_and_changes_no_row(home, here):

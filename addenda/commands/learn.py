@@ -91,7 +91,7 @@ def learn(
 ) -> None:
     """Learns a task from images and registers it."""
     from addenda import Learner, Registry
-    from addenda.learner import ActivationCache
+    from addenda.learner import ActivationCache, open_parts
     from addenda.registry import check_name
     from addenda.terminal import console, print_json, progress, show_log
 
@@ -105,6 +105,7 @@ def learn(
     }  # fmt: skip
     settings = learn_settings(config, given, {"views": views, "fresh": fresh})
     check_name(name)
+    open_parts(data, test)  # a wrong path is told before weights are fetched or a registry is made
     with Registry.open(registry) as opened:
         before = opened.generation
         loaded = backbone_to_learn_on(opened, backbone, weights, mean, std, precision, device)

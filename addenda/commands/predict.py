@@ -110,11 +110,10 @@ def predict(
         for done, start in enumerate(range(0, len(paths), model.micro_batch)):
             batch = paths[start : start + model.micro_batch]
             batch = _readable(batch, bad) if skip_bad else batch
-            if router is not None:
-                answers |= {str(path): one for path, one in zip(batch, model.route(batch, router, top), strict=True)}
-            else:
-                found = model.predict(batch, top)
-                answers |= {str(path): {n: best[i] for n, best in found.items()} for i, path in enumerate(batch)}
+            try:
+                answers |= _answers(model, batch, router, top)
+            except DataError as error:
+                raise DataError(f"{error} (--skip-bad leaves out what cannot be read.)") from error
             report("predicting", min((done + 1) * model.micro_batch, len(paths)), len(paths))
     for message in bad:
         typer.echo(f"left out: {message}", err=True)
@@ -195,6 +194,14 @@ def _image_files(places: Sequence[Path]) -> list[Path]:
         else:
             paths.append(place)
     return paths
+
+
+def _answers(model: CombinedModel, paths: Sequence[Path], router: Router | None, top: int | None) -> dict[str, Any]:
+    """For each image its answer of every task, by the tasks' names; or, with a router, a choice and that task's."""
+    if router is not None:
+        return {str(path): one for path, one in zip(paths, model.route(paths, router, top), strict=True)}
+    found = model.predict(paths, top)
+    return {str(path): {name: best[i] for name, best in found.items()} for i, path in enumerate(paths)}
 
 
 def _readable(paths: Sequence[Path], bad: list[str]) -> list[Path]:

@@ -96,7 +96,10 @@ def serve(
         if metrics_port is not None:
             serve_metrics(made, host, metrics_port)
         address, found_port = listening.getsockname()[:2]
-        typer.echo(f"Serving {opened.location} on http://{address}:{found_port}", err=True)
+        also = [] if alias is None else [f"only what {alias!r} points at"]
+        also += [] if metrics_port is None else [f"metrics on port {metrics_port}"]
+        more = f" ({'; '.join(also)})" if also else ""
+        typer.echo(f"Serving {opened.location} on http://{address}:{found_port}{more}", err=True)
         server = Server(made, listening, drain, stop_s=30)
         server.run_until_stopped()
         if not server.started:

@@ -3,6 +3,7 @@
 from addenda.learner.augmentation import Augmentation
 from addenda.learner.cache import ActivationCache
 from addenda.learner.config import LearnConfig
+from addenda.learner.data import open_parts
 from addenda.learner.learner import Learner
 from addenda.learner.many import Outcome, Row, learn_many, read_rows
 from addenda.learner.training import Epoch
@@ -17,6 +18,7 @@ __all__ = [
     "Outcome",
     "Row",
     "learn_many",
+    "open_parts",
     "read_mapping",
     "read_rows",
 ]

@@ -33,16 +33,29 @@ def content_faults(connection: Connection) -> Iterator[Fault]:
             ref = "{name}:{version}".format_map(names.get(number, {"name": "task", "version": number}))
             try:
                 with rows_alone(connection):
-                    said = _wrong(connection, rows[number], damaged) if number in rows else "cannot be read"
-            except (IntegrityError, DamagedError) as error:
+                    said = wrong(connection, rows[number], damaged) if number in rows else "cannot be read"
+            except DamagedError as error:
                 said = str(error)
             if said is not None:
                 damaged[number] = ref
                 yield Fault(ref, said)
 
 
+def wrong(connection: Connection, row: Mapping[str, Any], damaged: Mapping[int, str]) -> str | None:
+    """What is wrong with a task's bytes; None if nothing is.
+
+    Args:
+        connection: reads them.
+        row: the task's.
+        damaged: ids of tasks that are known to be damaged -> what they are called.
+    """
+    try:
+        return _wrong(connection, row, damaged)
+    except IntegrityError as error:
+        return str(error)
+
+
 def _wrong(connection: Connection, row: Mapping[str, Any], damaged: Mapping[int, str]) -> str | None:
-    """What is wrong with a task's bytes."""
     parent, statistics, golden = schema.task_parent.c, schema.statistics.c, schema.golden.c
     stored = connection.scalar(select(schema.artifact.c.data).where(schema.artifact.c.sha256 == row["artifact"]))
     if stored is None:

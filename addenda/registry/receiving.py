@@ -10,7 +10,8 @@ from sqlalchemy import Connection, Row, insert, select
 
 from addenda.exceptions import IntegrityError, RegistryError
 from addenda.registry import ledger, schema
-from addenda.registry.artifact import decode, digest
+from addenda.registry.artifact import decode
+from addenda.registry.contents import wrong
 from addenda.registry.gathering import Read
 from addenda.registry.loading import load_tasks
 from addenda.registry.manifest import Alias, Backbone, Contents, Entry, Golden, Parent
@@ -224,9 +225,7 @@ class _Receiver:
 
     def _damage(self, row: Row[Any]) -> list[str]:
         """Says of a task that is there already whether its stored bytes are still its own."""
-        of = schema.artifact.c
-        data = self._connection.scalar(select(of.data).where(of.sha256 == row.artifact))
-        if data is not None and digest(data) == row.artifact:
+        if wrong(self._connection, row._mapping, {}) is None:
             return []
         return ["its stored bytes here are DAMAGED, and a merge does not mend them: addenda verify --deep"]
 

@@ -130,7 +130,7 @@ def bind(host: str, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address, family=family, backlog=2048)
     except OSError as error:
-        raise AddendaError(f"{host}:{port} cannot be listened on: {error.strerror}.") from error
+        raise AddendaError(f"{host}:{port} cannot be listened on: {error.strerror}. --port takes another.") from error
 
 
 def serve_metrics(app: FastAPI, host: str, port: int) -> None:

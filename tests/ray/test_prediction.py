@@ -225,6 +225,7 @@ def test_a_run_cut_short_goes_on_with_what_is_missing_and_the_tasks_that_it_had(
         time.sleep(0.1)
     there = {path.name: path.stat() for path in folder.glob("part-*.parquet")}
     assert 0 < len(there) < NUM_PARTS
+    (folder / "part-00000.parquet.0.unfinished").write_bytes(b"what a worker that was killed may leave")
     register(tasks, glyphs, "newcomer", seed=3)
     try:
         options = f"--ray {cluster[1]} --out {folder} --part-size {PART_SIZE} --workers 2 --registry {tasks.location}"
