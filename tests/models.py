@@ -131,3 +131,16 @@ def random_registry(on: FrozenBackbone, count: int, seed: int) -> list[Task]:
             task = dataclasses.replace(task, pooled_weight=None)
         tasks.append(head_only(task) if choose.random() < 0.05 else task)
     return tasks
+
+
+def assert_company_moves_no_bit(on: FrozenBackbone, task: Task, company: Sequence[Task]) -> None:
+    """What every test here says; the sabotage tests see it fail."""
+    pictures = images(3)
+    expected = alone(on, task, pictures)
+    assert bits(CombinedModel(on, [task, *company])(pictures)[task.name]) == expected
+    assert bits(CombinedModel(on, [*company, task])(pictures)[task.name]) == expected
+
+
+def fresh_backbone() -> FrozenBackbone:
+    """One that no self-test has seen."""
+    return FrozenBackbone(lively_vit(), "fresh", "hub")

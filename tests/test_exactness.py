@@ -7,7 +7,6 @@ import gc
 import subprocess
 import sys
 import weakref
-from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -18,21 +17,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from addenda.backbones import Adapter, BlockAdapters, FrozenBackbone, FrozenStream, KeyValue, load_backbone
-from addenda.backbones.family import Family
+from addenda.backbones import FrozenBackbone, KeyValue, load_backbone
 from addenda.combined import CombinedModel, TileStore, layout, streams
 from addenda.combined.layout import TILE, TILE_SIZES
-from addenda.combined.selftest import Shapes
 from addenda.exceptions import ExactnessError
 from addenda.registry import Task
 from tests.conftest import SHARED, random_task
-from tests.dense_mask import DenseMask
 from tests.models import (
     PRECISIONS,
     alone,
+    assert_company_moves_no_bit,
     backbone,
     bits,
     family,
+    fresh_backbone,
     head_only,
     images,
     lively_vit,
@@ -121,14 +119,6 @@ def test_a_task_keeps_its_bits_in_any_registry_on_a_real_backbone(
 
 
 # --- one way at a time ------------------------------------------------------------------------------------------------
-
-
-def assert_company_moves_no_bit(on: FrozenBackbone, task: Task, company: Sequence[Task]) -> None:
-    """What every test here says; the sabotage tests see it fail."""
-    pictures = images(3)
-    expected = alone(on, task, pictures)
-    assert bits(CombinedModel(on, [task, *company])(pictures)[task.name]) == expected
-    assert bits(CombinedModel(on, [*company, task])(pictures)[task.name]) == expected
 
 
 @PRECISIONS
@@ -366,158 +356,6 @@ def test_every_task_has_a_slot_and_little_is_filled_up(sizes: tuple[int, ...] | 
         assert sum(cut) - count <= (0 if sizes is None else 15 if sizes == (TILE,) else 7), count
 
 
-# --- the self-test ----------------------------------------------------------------------------------------------------
-
-
-def fresh_backbone() -> FrozenBackbone:
-    """One that no self-test has seen."""
-    return FrozenBackbone(lively_vit(), "fresh", "hub")
-
-
-def nudge(tensor: Tensor, where: object) -> Tensor:
-    """Moves the last bits of a part of a tensor."""
-    moved = tensor.clone()
-    moved[where] *= 1 + 2**-20
-    return moved
-
-
-def finish_otherwise(monkeypatch: pytest.MonkeyPatch, when: Callable[[Tensor], bool], where: object) -> None:
-    """Task tokens' linear layers give a part of the rows other bits."""
-    honest = Family.finish
-
-    def biased(self: Family, block: object, tokens: Tensor, *rest: object) -> Tensor:
-        result = honest(self, block, tokens, *rest)
-        return nudge(result, where) if when(tokens) else result
-
-    monkeypatch.setattr(Family, "finish", biased)
-
-
-def test_bits_that_depend_on_the_slot_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    on = fresh_backbone()
-    finish_otherwise(monkeypatch, lambda tokens: len(tokens) == TILE, 5)
-    with pytest.raises(
-        ExactnessError,
-        match=r"Exact mode is refused .* tiles of 16 slots by 8 images, 1 private tokens and 8 memory keys\. Another",
-    ):
-        CombinedModel(on, [random_task(on, "task")])
-
-
-def test_bits_that_depend_on_the_neighbour_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    on = fresh_backbone()
-    honest = streams.attend
-
-    def leaky(scale: float, queries: Tensor, frozen: KeyValue, *private: object) -> Tensor:
-        return honest(scale, queries + 1e-6 * queries.roll(1, 0), frozen, *private)
-
-    monkeypatch.setattr(streams, "attend", leaky)
-    with pytest.raises(ExactnessError, match="its neighbours"):
-        CombinedModel(on, [random_task(on, "task")])
-
-
-def test_an_adapter_that_reaches_the_neighbour_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    on = fresh_backbone()
-    honest = Adapter.__call__
-    monkeypatch.setattr(Adapter, "__call__", lambda self, x: honest(self, x) + 1e-6 * honest(self, x).roll(1, 0))
-    CombinedModel(on, [random_task(on, "plain")])
-    with pytest.raises(ExactnessError, match=r"its neighbours .* 1 private tokens and 8 memory keys, rank 4\. Another"):
-        CombinedModel(on, [random_task(on, "adapted", rank=3)])
-
-
-@pytest.mark.parametrize("place", [0, 7])
-def test_frozen_bits_that_depend_on_the_place_are_refused(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    on = fresh_backbone()
-    honest = FrozenStream._embed
-    monkeypatch.setattr(FrozenStream, "_embed", lambda self: nudge(honest(self), place))
-    with pytest.raises(ExactnessError, match="keys and values depend on its place in 8 images"):
-        CombinedModel(on, [random_task(on, "task")])
-
-
-def test_a_head_whose_bits_depend_on_the_place_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    on = fresh_backbone()
-    honest = F.linear
-
-    def biased(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return nudge(honest(inputs, weight, bias), 1)
-
-    CombinedModel(on, [random_task(on, "narrow", classes=3)])
-    monkeypatch.setattr("addenda.combined.heads.F.linear", biased)
-    with pytest.raises(ExactnessError, match="a head of 32 rows on 8 images"):
-        CombinedModel(on, [random_task(on, "wide", classes=20)])
-
-
-def test_a_size_that_gives_other_bits_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    on = fresh_backbone()
-    finish_otherwise(monkeypatch, lambda tokens: len(tokens) == 64, 0)
-    tasks = [random_task(on, f"task-{i}", seed=i) for i in range(70)]
-    model = CombinedModel(on, tasks)
-    assert model.shapes.slots == (4, 8, 12, 16, 32)
-    assert {len(tile.class_tokens) for tile in model._layout(tuple(model.tasks)).tiles} == {32, 8}
-    found = model(images(2))
-    assert all(bits(found[task.name]) == alone(on, task, images(2)) for task in tasks[::9])
-
-
-def test_one_image_goes_alone_only_where_that_was_proven(monkeypatch: pytest.MonkeyPatch) -> None:
-    on = fresh_backbone()
-    task = random_task(on, "task")
-    proven = CombinedModel(on, [task]).shapes.images
-    if proven != (1, 4, 8):
-        pytest.skip(f"this machine gives one image other bits than eight: {proven}")
-    other = fresh_backbone()
-    honest = FrozenStream._embed
-    monkeypatch.setattr(
-        FrozenStream, "_embed", lambda self: nudge(honest(self), 0) if len(self._images) == 1 else honest(self)
-    )
-    model = CombinedModel(other, [dataclasses.replace(task, backbone=other.fingerprint)])
-    assert model.shapes.images == (4, 8)
-    assert bits(model(images(1))["task"]) == bits(model(images(4))["task"])[:1]
-
-
-def test_in_bfloat16_only_canonical_shapes_serve() -> None:
-    """Another order of additions is nearly always rounded away there: no test of a few images tells equal from not."""
-    on = backbone("plain", torch.bfloat16)
-    model = CombinedModel(on, [random_task(on, "task")])
-    assert model.shapes == Shapes((model.micro_batch,), (TILE,))
-    assert [len(tile.class_tokens) for tile in model.layout.tiles] == [TILE]
-
-
-def test_without_the_promise_nothing_is_tested_or_filled_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    on = fresh_backbone()
-    tasks = random_registry(on, 20, seed=8)
-    exact = CombinedModel(on, tasks)
-    finish_otherwise(monkeypatch, lambda tokens: True, 0)
-    other = fresh_backbone()
-    with pytest.raises(ExactnessError):
-        CombinedModel(other, tasks)
-    loose = CombinedModel(other, tasks, exact=False)
-    found, expected = loose(images(5)), exact(images(5))
-    assert (found.exact, expected.exact) == (False, True)
-    assert all((found[name] - logits).abs().max() <= 1e-4 * logits.abs().max() for name, logits in expected.items())
-    sizes = [len(tile.class_tokens) for tile in loose._layout(tuple(loose.tasks)).tiles]
-    assert sum(sizes) == sum(task.class_token is not None for task in tasks)
-
-
-def test_a_shape_is_tested_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    on = fresh_backbone()
-    CombinedModel(on, [random_task(on, "task", memory=5)])
-    passes: list[int] = []
-    honest = FrozenStream._embed
-    monkeypatch.setattr(FrozenStream, "_embed", lambda self: passes.append(len(self._images)) or honest(self))
-    CombinedModel(on, [random_task(on, "other", memory=7, classes=9)])
-    assert passes == []
-    with threads(torch.get_num_threads() + 1):
-        CombinedModel(on, [random_task(on, "other", memory=7)])
-    assert passes == [8, 8, 1, 1, 4, 4]
-
-
-def test_a_head_is_tested_on_both_its_paths(monkeypatch: pytest.MonkeyPatch) -> None:
-    on = fresh_backbone()
-    honest = torch.addmm
-    monkeypatch.setattr(torch, "addmm", lambda *inputs: nudge(honest(*inputs), 1))
-    CombinedModel(on, [random_task(on, "token-only", pooled=False)])
-    with pytest.raises(ExactnessError, match="a head of 16 rows on 8 images"):
-        CombinedModel(on, [random_task(on, "both")])
-
-
 def test_settings_that_changed_under_a_live_model_are_noticed() -> None:
     on = wide_backbone(torch.float32)
     tasks = [random_task(on, f"task-{i}", memory=5, seed=i) for i in range(3)]
@@ -557,158 +395,3 @@ def test_subsets_do_not_push_out_the_whole() -> None:
         model(images(1), [name])
     assert model.layout is whole
     assert len(model._store._tiles) <= len(whole.tiles) + 8
-
-
-# --- sabotage: these tests would notice -------------------------------------------------------------------------------
-
-
-def sabotage(monkeypatch: pytest.MonkeyPatch, harm: Callable[[layout.Tile], None]) -> None:
-    """Every tile made from here on is harmed; the self-test, whose tiles are all alike, is put to sleep."""
-    build = TileStore._build
-
-    def harmed(self: TileStore, size: int, tasks: Sequence[Task], offered: dict[str, int]) -> layout.Tile:
-        tile = build(self, size, tasks, offered)
-        harm(tile)
-        return tile
-
-    monkeypatch.setattr(TileStore, "_build", harmed)
-    monkeypatch.setattr("addenda.combined.selftest._equal", lambda one, other: True)
-
-
-def first_slot_sees_the_last_offered_token(tile: layout.Tile) -> None:
-    tile.ancestors[0, 0] = 2
-
-
-def first_slot_sees_the_next_memory(tile: layout.Tile) -> None:
-    for layer in tile.memory:
-        layer.keys[0, :, -1], layer.values[0, :, -1] = layer.keys[1, :, 0], layer.values[1, :, 0]
-
-
-def first_slot_has_the_next_ones_adapters(tile: layout.Tile) -> None:
-    for layer in tile.adapters:
-        layer.fc1.up[0] = layer.fc1.up[1]
-
-
-def first_slot_has_some_of_the_next_ones_queries(tile: layout.Tile) -> None:
-    tile.adapters[-1].q.down[0, -1], tile.adapters[-1].q.up[0, :, -1] = (
-        tile.adapters[-1].q.down[1, -1],
-        tile.adapters[-1].q.up[1, :, -1],
-    )
-
-
-def filling_counts(tile: layout.Tile) -> None:
-    tile.bias.zero_()
-
-
-def own_token_is_hidden(tile: layout.Tile) -> None:
-    tile.bias[:, 0] = float("-inf")
-
-
-def two_families() -> tuple[Task, list[Task]]:
-    """A child of two, and another of the same class."""
-    on = backbone()
-    kin = [random_task(on, f"kin-{i}", memory=2, seed=i) for i in range(4)]
-    task = random_task(on, "task", memory=4, parents=tuple(kin[:2]), seed=7, rank=3)
-    return task, [random_task(on, "other", memory=4, parents=tuple(kin[2:]), seed=8, rank=4)]
-
-
-@pytest.mark.parametrize(
-    "harm",
-    [
-        first_slot_sees_the_last_offered_token,
-        first_slot_sees_the_next_memory,
-        first_slot_has_the_next_ones_adapters,
-        first_slot_has_some_of_the_next_ones_queries,
-    ],
-)
-def test_a_leak_between_tasks_would_move_bits(
-    harm: Callable[[layout.Tile], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    on = backbone()
-    task, company = two_families()
-    assert_company_moves_no_bit(on, task, company)
-
-    def harm_children(tile: layout.Tile) -> None:
-        if tile.ancestors.shape[1]:
-            harm(tile)
-
-    sabotage(monkeypatch, harm_children)
-    with pytest.raises(AssertionError):
-        assert_company_moves_no_bit(on, task, company)
-
-
-@pytest.mark.parametrize("harm", [filling_counts, own_token_is_hidden])
-def test_a_wrong_mask_would_differ_from_the_dense_one(
-    harm: Callable[[layout.Tile], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A filling key that counts moves no bits in company, since it is the task's own: only this test sees it."""
-    on = backbone("plain", torch.float64)
-    task, other = random_task(on, "task", memory=5), random_task(on, "other", memory=5, seed=1)
-    expected = DenseMask(lively_vit())(images(2), [task])["task"]
-    assert (CombinedModel(on, [task, other])(images(2))["task"] - expected).abs().max() <= 1e-10
-    sabotage(monkeypatch, harm)
-    assert (CombinedModel(on, [task, other])(images(2))["task"] - expected).abs().max() > 1e-3
-
-
-def filled_up_rank_counts(tile: layout.Tile) -> None:
-    for layer in tile.adapters or ():
-        for down, up in layer:
-            down[:, -1], up[:, :, -1] = 0.3, 0.3
-
-
-def every_layer_has_the_firsts_adapters(tile: layout.Tile) -> None:
-    for layer in tile.adapters or ():
-        for (down, up), (first_down, first_up) in zip(layer, tile.adapters[0], strict=True):
-            down.copy_(first_down), up.copy_(first_up)
-
-
-def fc2_is_not_updated(tile: layout.Tile) -> None:
-    for layer in tile.adapters or ():
-        layer.fc2.up.zero_()
-
-
-@pytest.mark.parametrize("whose", ["task", "parent"])
-@pytest.mark.parametrize("harm", [filled_up_rank_counts, every_layer_has_the_firsts_adapters, fc2_is_not_updated])
-def test_wrong_adapters_would_differ_from_the_dense_mask(
-    harm: Callable[[layout.Tile], None], whose: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    on = backbone("plain", torch.float64)
-    parent = random_task(on, "parent", memory=5, rank=3)
-    asked = parent if whose == "task" else random_task(on, "child", memory=5, parents=(parent,), seed=1)
-    expected = DenseMask(lively_vit())(images(2), [asked])[asked.name]
-    assert (CombinedModel(on, [asked])(images(2))[asked.name] - expected).abs().max() <= 1e-10
-    sabotage(monkeypatch, harm)
-    assert (CombinedModel(on, [asked])(images(2))[asked.name] - expected).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("part", ["keys", "values"])
-@pytest.mark.parametrize("whose", ["task", "parent"])
-def test_adapted_keys_or_values_would_differ_from_the_dense_mask(
-    part: str, whose: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What a task offers, to itself and to those that extend it, is what the backbone's own weights make of it."""
-    on = backbone("plain", torch.float64)
-    parent = random_task(on, "parent", memory=5, rank=3)
-    asked = parent if whose == "task" else random_task(on, "child", memory=5, parents=(parent,), seed=1)
-    expected = DenseMask(lively_vit())(images(2), [asked])[asked.name]
-    honest = Family.project
-
-    def adapted(self: Family, block: object, tokens: Tensor, adapters: BlockAdapters | None = None) -> object:
-        found = dict(zip(("queries", "keys", "values"), honest(self, block, tokens, adapters), strict=True))
-        if adapters is not None:
-            update = adapters.q(block.norm1(tokens))
-            found[part] = found[part] + update.unflatten(-1, (block.attn.num_heads, -1)).transpose(1, 2)
-        return tuple(found.values())
-
-    monkeypatch.setattr(Family, "project", adapted)
-    assert (CombinedModel(on, [asked])(images(2))[asked.name] - expected).abs().max() > 1e-3
-
-
-def test_memory_shared_by_two_tasks_would_move_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    on = backbone()
-    task, other = random_task(on, "task", memory=5), random_task(on, "other", memory=5, seed=1)
-    honest = TileStore.memory
-    last: dict[str, Task] = {}
-    expected = alone(on, task, images(2))
-    monkeypatch.setattr(TileStore, "memory", lambda self, asked: honest(self, last.setdefault("task", asked)))
-    assert bits(CombinedModel(on, [other, task])(images(2))["task"]) != expected

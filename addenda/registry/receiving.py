@@ -225,7 +225,7 @@ class _Receiver:
 
     def _damage(self, row: Row[Any]) -> list[str]:
         """Says of a task that is there already whether its stored bytes are still its own."""
-        if wrong(self._connection, row._mapping, {}) is None:
+        if wrong(self._connection, row._asdict(), {}) is None:
             return []
         return ["its stored bytes here are DAMAGED, and a merge does not mend them: addenda verify --deep"]
 
