@@ -429,9 +429,7 @@ DATA = "the folder to learn from"
         (("export-model", "--out", "a.pt2"), "There is no registry at"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(
-    run: Run, folder: Path, arguments: tuple[str, ...], said: str
-) -> None:
+def test_bad_input_is_one_line_and_exit_code_2(run: Run, folder: Path, arguments: tuple[str, ...], said: str) -> None:
     result = run(*(folder if argument == DATA else argument for argument in arguments))
     assert result.code == 2
     assert said in result.err

@@ -100,10 +100,12 @@ def test_a_history_names_what_changed_and_an_unexplained_change_fails(run: Run, 
 
 def test_two_versions_stand_side_by_side(run: Run, location: str) -> None:
     with Registry.open(location) as book:
-        keep(book, a_task("digits", 7, metrics={"test": {"accuracy": 0.8}}), new_version=True)
+        metrics = {"test": {"accuracy": 0.8}, "candidates": [{"num_memory_tokens": 1}, {"num_memory_tokens": 5}]}
+        keep(book, a_task("digits", 7, metrics=metrics), new_version=True)
     shown = run("tasks", "compare", "digits:1", "digits:2").out
     assert "0.9" in shown
     assert "0.8" in shown
+    assert "2 (all: --json)" in shown
     found = json.loads(run("tasks", "compare", "digits:1", "digits:2", "--json").out)
     assert {"section": "metrics", "key": "test.accuracy", "one": 0.9, "other": 0.8} in found
 

@@ -109,6 +109,8 @@ def _tree(root: Kin, says: str) -> Tree:
 
 
 def _brief(value: Any) -> str:
-    """A value in a cell: figures to four digits, long texts cut."""
+    """A value in a cell: figures to four digits, long texts cut, of a list of records how many."""
+    if isinstance(value, list) and any(isinstance(one, dict) for one in value):
+        return f"{len(value)} (all: --json)"
     text = "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
     return text if len(text) <= 60 else f"{text[:59]}…"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import re
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from io import BytesIO
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ import httpx2
 import psutil
 import pytest
 import torch
+from PIL import Image
 
 from addenda import CombinedModel, FrozenBackbone, Registry
 from tests.commands import Run
@@ -174,17 +178,29 @@ def test_what_a_killed_replica_was_answering_fails_and_nothing_else(served: Repl
     assert len(served.each("/api/v1/status")) == 2
 
 
+def long_request() -> bytes:
+    """A second or more of work: many images in one request, each large to decode."""
+    file = BytesIO()
+    Image.linear_gradient("L").resize((2000, 2000)).save(file, "PNG")
+    data = [base64.b64encode(file.getvalue()).decode()] * 24
+    return json.dumps({"inputs": [{"name": "image", "shape": [24], "datatype": "BYTES", "data": data}]}).encode()
+
+
 def test_a_restart_of_all_replicas_loses_no_request(served: Replicas, images: list[bytes]) -> None:
     answers, before = right(served, images), served.pids()
-    with Load(served.url + PREDICT, images) as load:
+    long = long_request()
+    expected = httpx2.post(served.url + INFER, content=long, timeout=60).json()["outputs"]
+    with Load(served.url + PREDICT, images) as load, Load(served.url + INFER, [long], clients=2) as lasting:
         load.wait(20)
         served.process.send_signal(signal.SIGHUP)
         until(lambda: not before & served.pids() and len(served.pids()) == 2, "all are new", 120)
         until(lambda: served.log.read_text().rstrip().endswith("with 2 replicas"), "both serve", 60)
         load.wait(50)
     assert not load.failed
-    assert {told.status for told in load.told} == {200}
+    assert not lasting.failed
+    assert {told.status for told in (*load.told, *lasting.told)} == {200}
     assert all(told.document == answers[told.image] for told in load.told)
+    assert all(told.document["outputs"] == expected for told in lasting.told)
     assert served.said("Restarting the replicas")
 
 
