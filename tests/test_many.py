@@ -85,7 +85,7 @@ def test_every_mistake_is_named_at_once(registry: Registry, colours: Path) -> No
         "\n  task 4 ('child'): it extends no task above it, nor one in the registry: Task 'later' is not registered",
         "\n  task 4 ('child'): it extends no task above it, nor one in the registry: Task 'gone' is not registered",
         "\n  task 5 ('later'): memory: is not one of name, data, test, config, extends",
-        "\n  task 6: name: Input should be a valid string",
+        "\n  task 6: name: must be text: YAML reads numbers, dates, yes and no",
         "\n  task 6: data: is missing",
         "\n  task 6: dat: is not one of",
         "\n  task 7: Input should be a valid dictionary",

@@ -232,7 +232,11 @@ def _noting(problems: list[str], where: str = "") -> Iterator[None]:
 
 def _problems(model: type[BaseModel], values: Any) -> list[str]:
     """What is wrong with the form of what a file says."""
-    own = {"extra_forbidden": f"is not one of {', '.join(model.model_fields)}", "missing": "is missing"}
+    own = {
+        "extra_forbidden": f"is not one of {', '.join(model.model_fields)}",
+        "missing": "is missing",
+        "string_type": "must be text: YAML reads numbers, dates, yes and no as such unless they stand in quotes",
+    }
     try:
         model.model_validate(values)
     except ValidationError as error:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import Connection, Row, Select, func, insert, select
+from sqlalchemy import Connection, Row, Select, Table, func, insert, select
 
 from addenda.registry import schema
 from addenda.registry.artifact import canonical_json, digest
@@ -78,6 +78,20 @@ def append(connection: Connection, kind: str, subject: str, who: Mapping[str, st
     connection.execute(insert(schema.event).values(**columns, digest=sealed))
     tell(connection, number)
     return number
+
+
+def add(
+    connection: Connection,
+    table: Table,
+    row: Mapping[str, Any],
+    kind: str,
+    subject: str,
+    who: Mapping[str, str],
+    **details: Any,
+) -> None:
+    """Inserts a row, without its event_id, and the event that seals it."""
+    connection.execute(insert(table).values(**row, event_id=generation(connection) + 1))
+    append(connection, kind, subject, who, **details)
 
 
 def seal(before: str, event: Mapping[str, Any], rows: list[dict[str, Any]]) -> str:

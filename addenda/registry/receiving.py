@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Row, insert, select
+from sqlalchemy import Connection, Row, Table, insert, select
 
 from addenda.exceptions import IntegrityError, RegistryError
 from addenda.registry import ledger, schema
@@ -119,8 +119,7 @@ class _Receiver:
             self._sizes[row.fingerprint] = row.embed_dim, row.depth
         for backbone in backbones:
             if backbone.fingerprint not in self._sizes:
-                self._insert("backbone", **backbone.model_dump())
-                self._append("backbone", backbone.fingerprint)
+                self._add_row(schema.backbone, backbone.model_dump(), "backbone", backbone.fingerprint)
                 self._sizes[backbone.fingerprint] = backbone.embed_dim, backbone.depth
 
     def take(self, entry: Entry, ref: str, new: bool) -> Received:
@@ -237,8 +236,8 @@ class _Receiver:
         for golden in entry.goldens:
             numerics = golden.numerics_fingerprint
             if numerics not in known:
-                self._insert("golden", task_id=row.id, **self._golden(entry, golden))
-                self._append("golden", ref, numerics=numerics)
+                probe = {"task_id": row.id, **self._golden(entry, golden)}
+                self._add_row(schema.golden, probe, "golden", ref, numerics=numerics)
                 said.append(f"golden probe added (numerics {numerics[:12]}…)")
             elif known[numerics] != golden.digest:
                 said.append(f"its golden probes DIFFER under the same numerics ({numerics[:12]}…): addenda verify")
@@ -256,15 +255,14 @@ class _Receiver:
     def _retire(self, reason: str, row: Row[Any], ref: str, new: bool) -> list[str]:
         """Retires a task that is new here; another stays as it is, for somebody may use it."""
         if new:
-            self._insert("retirement", task_id=row.id, reason=reason, **self._who)
-            self._append("retired", ref, reason=reason)
+            retirement = {"task_id": row.id, "reason": reason, **self._who}
+            self._add_row(schema.retirement, retirement, "retired", ref, reason=reason)
             return [f"retired: {reason}"]
         here = select(schema.retirement.c.task_id).where(schema.retirement.c.task_id == row.id)
         return [] if self._connection.scalar(here) else [f"retired there ({reason}), active here"]
 
-    def _insert(self, table: str, **values: Any) -> None:
-        number = ledger.generation(self._connection) + 1
-        self._connection.execute(insert(schema.metadata.tables[table]).values(**values, event_id=number))
+    def _add_row(self, table: Table, row: Mapping[str, Any], kind: str, subject: str, **details: Any) -> None:
+        ledger.add(self._connection, table, row, kind, subject, self._who, **details, source=self._source)
 
     def _append(self, kind: str, subject: str, **details: Any) -> int:
         return ledger.append(self._connection, kind, subject, self._who, **details, source=self._source)

@@ -78,9 +78,9 @@ class Registry(Reader):
         with database_errors(f"Backbone {record['name']!r} cannot be recorded"), writing(self._engine) as connection:
             known = select(schema.backbone.c.fingerprint).where(schema.backbone.c.fingerprint == record["fingerprint"])
             if connection.scalar(known) is None:
-                stamp, number = ledger.stamp(self._user), ledger.generation(connection) + 1
-                connection.execute(insert(schema.backbone).values(**record, **stamp, event_id=number))
-                ledger.append(connection, "backbone", record["fingerprint"], stamp)
+                stamp = ledger.stamp(self._user)
+                row = {**record, **stamp}
+                ledger.add(connection, schema.backbone, row, "backbone", record["fingerprint"], stamp)
 
     def register(
         self,
@@ -162,16 +162,15 @@ class Registry(Reader):
         """
         with database_errors(f"Task {ref!r}: no probe was recorded"), writing(self._engine) as connection:
             row = find(connection, ref)
-            probe = golden_row(f"{row.name}:{row.version}", len(row.labels), golden)
+            probe = golden_row(_ref(row), len(row.labels), golden)
             known = select(schema.golden.c.digest).where(
                 schema.golden.c.task_id == row.id,
                 schema.golden.c.numerics_fingerprint == golden.numerics_fingerprint,
             )
             if connection.scalar(known) is None:
-                stamp, number = ledger.stamp(self._user), ledger.generation(connection) + 1
-                connection.execute(insert(schema.golden).values(task_id=row.id, **probe, **stamp, event_id=number))
-                numerics = golden.numerics_fingerprint
-                ledger.append(connection, "golden", f"{row.name}:{row.version}", stamp, numerics=numerics)
+                stamp, numerics = ledger.stamp(self._user), golden.numerics_fingerprint
+                probe |= {"task_id": row.id, **stamp}
+                ledger.add(connection, schema.golden, probe, "golden", _ref(row), stamp, numerics=numerics)
 
     def import_bundle(
         self, path: str | Path, renames: Mapping[str, str] | None = None, dry_run: bool = False
@@ -269,9 +268,9 @@ class Registry(Reader):
     def _retire(self, connection: Connection, ref: str, task_id: int, reason: str) -> None:
         if connection.scalar(select(schema.retirement.c.task_id).where(schema.retirement.c.task_id == task_id)):
             raise RegistryError(f"Task {ref!r} is retired already.")
-        stamp, number = ledger.stamp(self._user), ledger.generation(connection) + 1
-        connection.execute(insert(schema.retirement).values(task_id=task_id, reason=reason, **stamp, event_id=number))
-        ledger.append(connection, "retired", ref, stamp, reason=reason)
+        stamp = ledger.stamp(self._user)
+        row = {"task_id": task_id, "reason": reason, **stamp}
+        ledger.add(connection, schema.retirement, row, "retired", ref, stamp, reason=reason)
 
     def set_alias(self, alias: str, ref: str, expected: int | None = None) -> None:
         """Points `name@alias` at a version; where it pointed before stays in the events.
@@ -332,7 +331,7 @@ class Registry(Reader):
             row = find(connection, ref)
             if not _is_tagged(connection, row.id, tag):
                 connection.execute(insert(schema.tag).values(task_id=row.id, tag=tag))
-                ledger.append(connection, "tagged", f"{row.name}:{row.version}", ledger.stamp(self._user), tag=tag)
+                ledger.append(connection, "tagged", _ref(row), ledger.stamp(self._user), tag=tag)
 
     def untag(self, ref: str, tag: str) -> None:
         """Takes a tag off a version.
@@ -344,9 +343,9 @@ class Registry(Reader):
         with database_errors(f"Task {ref!r} was not untagged"), writing(self._engine) as connection:
             row = find(connection, ref)
             if not _is_tagged(connection, row.id, tag):
-                raise RegistryError(f"Task '{row.name}:{row.version}' does not carry the tag {tag!r}.")
+                raise RegistryError(f"Task {_ref(row)!r} does not carry the tag {tag!r}.")
             connection.execute(delete(schema.tag).where(schema.tag.c.task_id == row.id, schema.tag.c.tag == tag))
-            ledger.append(connection, "untagged", f"{row.name}:{row.version}", ledger.stamp(self._user), tag=tag)
+            ledger.append(connection, "untagged", _ref(row), ledger.stamp(self._user), tag=tag)
 
     def note(self, ref: str, text: str) -> None:
         """Adds a note to a version's history; a note is an event, so it stays.
@@ -359,7 +358,7 @@ class Registry(Reader):
             raise RegistryError("A note says something; this one is empty.")
         with database_errors(f"Task {ref!r}: no note was added"), writing(self._engine) as connection:
             row = find(connection, ref)
-            ledger.append(connection, "noted", f"{row.name}:{row.version}", ledger.stamp(self._user), text=text)
+            ledger.append(connection, "noted", _ref(row), ledger.stamp(self._user), text=text)
 
     def add_evaluation(
         self, ref: str, data_fingerprint: str, numerics_fingerprint: str, metrics: Mapping[str, Any], logits_digest: str
@@ -383,8 +382,8 @@ class Registry(Reader):
             }
             evaluation_id = next_id(connection, schema.evaluation)
             connection.execute(insert(schema.evaluation).values(id=evaluation_id, task_id=row.id, **values))
-            ledger.append(connection, "evaluated", f"{row.name}:{row.version}", stamp, data=data_fingerprint)
-            return EvaluationRecord(task=f"{row.name}:{row.version}", **values)
+            ledger.append(connection, "evaluated", _ref(row), stamp, data=data_fingerprint)
+            return EvaluationRecord(task=_ref(row), **values)
 
 
 def _ref(row: Row[Any]) -> str:
