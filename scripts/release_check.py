@@ -109,6 +109,12 @@ def run(*command: object, fails: bool = False) -> str:
     return done.stdout
 
 
+def build(folder: Path) -> tuple[Path, Path]:
+    """Builds wheel and sdist into a folder."""
+    run(sys.executable, "-m", "build", "--outdir", folder, ROOT)
+    return folder / f"{NAME}-py3-none-any.whl", folder / f"{NAME}.tar.gz"
+
+
 def contents(archive: Path) -> dict[str, int]:
     """The size of each file in a wheel or an sdist."""
     if archive.suffix == ".whl":
@@ -173,12 +179,14 @@ def main() -> int:
     steps, wrong = Steps(), []
     with tempfile.TemporaryDirectory(prefix="addenda-release-") as name, chdir(name):
         folder = Path(name)
-        run(sys.executable, "-m", "build", "--outdir", folder, ROOT)
-        wheel, sdist = folder / f"{NAME}-py3-none-any.whl", folder / f"{NAME}.tar.gz"
+        wheel, sdist = build(folder)
         for archive, wanted in zip((wheel, sdist), wanted_files(), strict=True):
             found = contents(archive)
             wrong += [f"{archive.name}: {fault}" for fault in faults(found, wanted)]
             steps.done(f"{archive.name}: {len(found)} files, {archive.stat().st_size / 1e6:.1f} MB")
+        if wrong:
+            print("\n".join(wrong))
+            return 1
 
         core = Environment(folder / "core")
         core.install(str(wheel))

@@ -49,7 +49,13 @@ def archived(folder: Path, name: str, files: dict[str, int]) -> Path:
     return path
 
 
-def test_a_release_holds_all_of_the_package_and_nothing_else(script: ModuleType) -> None:
+@pytest.mark.slow
+def test_what_is_built_is_all_of_the_package_and_nothing_else(script: ModuleType, tmp_path: Path) -> None:
+    for archive, wanted in zip(script.build(tmp_path), script.wanted_files(), strict=True):
+        assert script.faults(script.contents(archive), wanted) == []
+
+
+def test_what_belongs_into_a_release_is_said_of_its_archives(script: ModuleType) -> None:
     wheel, sdist = script.wanted_files()
     for part in (
         "addenda/serving/templates/home.html",
