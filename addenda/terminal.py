@@ -29,6 +29,9 @@ SCORES = {
 }
 """What is shown of the metrics of each objective, and what it is called."""
 
+PER_CLASS = {"single-label": ("accuracy", "class"), "multi-label": ("average precision", "label")}
+"""What `per_class` of the metrics of each objective holds, and for each of what."""
+
 
 def print_json(value: Any) -> None:
     """Prints a value as JSON on standard output, nothing else with it."""

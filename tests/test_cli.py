@@ -226,6 +226,7 @@ def test_an_evaluation_is_shown_with_its_task(run: Run, learned: Result, folder:
     result = run("evaluate", "ones", folder)
     assert result.code == 0
     assert "24 images: accuracy" in result.out
+    assert "Accuracy by class" in result.out
     assert "Evaluations" in run("tasks", "show", "ones").out
     assert json.loads(run("evaluate", "ones", folder, "--json").out)["metrics"]["num_images"] == 24
 

@@ -13,6 +13,7 @@ from sklearn import metrics
 
 from addenda.learner.metrics import score
 from addenda.registry import OBJECTIVES, headline
+from addenda.terminal import PER_CLASS, SCORES
 
 LABELS = ("a", "b", "c", "d")
 
@@ -83,13 +84,14 @@ def test_average_precision_is_of_the_order_alone_however_large_the_logits(shift:
     assert moved["per_class"] == score(logits, targets, LABELS, "multi-label")["per_class"]
 
 
-def test_the_headline_of_each_objective_is_among_its_scores_and_all_are_json() -> None:
+def test_what_is_shown_of_each_objective_is_among_its_scores_and_all_are_json() -> None:
     logits, targets = answers()
     made = {"single-label": targets.int().argmax(1).long(), "multi-label": targets}
-    assert set(made) == set(OBJECTIVES)
+    assert set(made) == set(OBJECTIVES) == set(SCORES) == set(PER_CLASS)
     for objective, truth in made.items():
         scores = score(logits, truth, LABELS, objective)
         assert 0 <= scores[headline(objective)] <= 1
+        assert {headline(objective)} <= set(SCORES[objective]) <= set(scores)
         assert json.loads(json.dumps(scores, allow_nan=False)) == scores
     assert headline("multi-label") == "mean_average_precision"
     assert headline("single-label") == "accuracy"

@@ -92,6 +92,21 @@ def test_every_page_is_whole_and_loads_nothing_from_elsewhere(tiny: FrozenBackbo
             assert not re.search(r"<[^>]+ (style|on\w+)=|<style|<script(?! src=\"/static/)", answer.text), path
 
 
+@pytest.mark.parametrize(
+    ("objective", "score", "per_class"),
+    [("single-label", "75.0 %", "Accuracy"), ("multi-label", "75.0 % mAP", "Average precision")],
+)
+def test_a_tasks_page_names_its_figures(
+    objective: str, score: str, per_class: str, tiny: FrozenBackbone, registry: Registry
+) -> None:
+    metrics = {"test": scores([8, 2, 0], [1, 9, 0], [0, 5, 5]) | {"mean_average_precision": 0.75}}
+    keep(registry, tiny, random_task(tiny, "digits"), objective=objective, metrics=metrics)
+    with client_of(tiny, registry) as client:
+        text = client.get("/tasks/digits").text
+    assert f">{score}<" in text
+    assert f'Images</th><th scope="col" class="number">{per_class}</th>' in text
+
+
 def test_the_policy_lets_a_page_load_only_its_own() -> None:
     rules = dict(rule.split(" ", 1) for rule in page.CSP.split("; "))
     assert rules == {

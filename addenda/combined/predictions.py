@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from addenda.registry import Task, probabilities
+from addenda.registry import OBJECTIVES, Task, probabilities
 
 Prediction = list[tuple[str, float]]
 """What a task says about an image: (label, probability) pairs, best first."""
@@ -44,7 +44,7 @@ def predictions_of(
         alike.setdefault((task.objective, task.temperature, len(task.labels)), []).append(task)
     found: dict[str, list[Prediction]] = {}
     for (objective, temperature, _), group in alike.items():
-        single = objective == "single-label"
+        single = OBJECTIVES[objective].exclusive
         count = TOP if top is None and single else top
         together = torch.stack([logits[task.name].cpu() for task in group])
         best = probabilities(together, objective, temperature).sort(dim=-1, descending=True, stable=True)

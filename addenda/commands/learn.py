@@ -224,7 +224,7 @@ def evaluate(
     """Scores a task on labelled images and records the result."""
     from addenda import Learner, Registry
     from addenda.combined import recorded_backbone
-    from addenda.terminal import SCORES, console, percent, print_json, progress, table
+    from addenda.terminal import PER_CLASS, SCORES, console, percent, print_json, progress, table
 
     with Registry.open(registry, create=False) as opened:
         record = opened.record(name)
@@ -241,9 +241,9 @@ def evaluate(
     console.print(
         f"{result.task} on {metrics['num_images']} images: {scores}. Recorded at generation {result.generation}."
     )
-    title = "Accuracy by class" if objective == "single-label" else "Average precision by label"
+    figure, each = PER_CLASS[objective]
     rows = [(label, percent(value)) for label, value in metrics["per_class"].items()]
-    console.print(table(title, ("class" if objective == "single-label" else "label", "%"), rows, right=("%",)))
+    console.print(table(f"{figure.capitalize()} by {each}", (each, "%"), rows, right=("%",)))
 
 
 def _print_price(backbone: FrozenBackbone, configs: Sequence[LearnConfig], quiet: bool) -> None:

@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-OBJECTIVES = ("single-label", "multi-label")
-"""One label for each image, by a softmax; any number of labels, each by a sigmoid of its own."""
 
-_HEADLINES = {"single-label": "accuracy", "multi-label": "mean_average_precision"}
+class Objective(NamedTuple):
+    """What an objective means, wherever logits are read.
+
+    Attributes:
+        headline: the one metric that stands for a task of this objective: a key of what `learner.metrics.score` gives.
+        exclusive: whether each image has one label, by a softmax; else any number of labels, each by a sigmoid of its
+            own.
+    """
+
+    headline: str
+    exclusive: bool
+
+
+OBJECTIVES = {
+    "single-label": Objective("accuracy", exclusive=True),
+    "multi-label": Objective("mean_average_precision", exclusive=False),
+}
 
 
 def headline(objective: str) -> str:
-    """The one metric that stands for a task of this objective: a key of what `learner.metrics.score` gives."""
-    return _HEADLINES[objective]
+    """The one metric that stands for a task of this objective."""
+    return OBJECTIVES[objective].headline
 
 
 def score_of(objective: str, metrics: Mapping[str, Any]) -> float | None:
@@ -38,10 +52,10 @@ def probabilities(logits: Float[Tensor, "*B C"], objective: str, temperature: fl
         temperature: what logits are divided by first; above 1 it makes a task less sure of itself.
 
     Returns:
-        Of single-label logits a softmax, which sums to 1; of multi-label ones a sigmoid of each.
+        Of an exclusive objective's logits a softmax, which sums to 1; of another's a sigmoid of each.
     """
     scaled = logits / temperature
-    if objective == "single-label":
+    if OBJECTIVES[objective].exclusive:
         return scaled.softmax(-1)
     # torch's sigmoid has other bits at a tensor's end than elsewhere: they would depend on an image's place in a batch.
     return torch.stack([scaled, torch.zeros_like(scaled)], -1).softmax(-1)[..., 0].contiguous()

@@ -17,7 +17,7 @@ from torch import Tensor
 from addenda import __version__
 from addenda.combined import predictions
 from addenda.exceptions import DataError
-from addenda.registry import Task
+from addenda.registry import OBJECTIVES, Task
 from addenda.serving import tensors
 from addenda.serving.access import needs, service_of
 from addenda.serving.bodies import read_body, while_connected
@@ -106,7 +106,7 @@ class _Model:
         """All that it can tell; a multi-label task has no one label."""
         for task in self.tasks:
             start = f"{task.name}." if self.name == COMBINED else ""
-            for kind in ("logits", "probs", "label")[: 3 if task.objective == "single-label" else 2]:
+            for kind in ("logits", "probs", "label")[: 3 if OBJECTIVES[task.objective].exclusive else 2]:
                 yield _Output(f"{start}{kind}", task, kind)
 
 

@@ -21,7 +21,7 @@ from addenda.serving import page_charts
 from addenda.serving.access import COOKIE, check_origin, key_of, needs, open_to_all, service_of
 from addenda.serving.bodies import read_body
 from addenda.serving.problems import ProblemError, problem_of
-from addenda.terminal import SCORES, percent, size
+from addenda.terminal import PER_CLASS, SCORES, percent, size
 
 CSP = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
@@ -194,6 +194,7 @@ def _task_page(request: Request, name: str, version: int | None) -> Response:
         part=part,
         scores=scores,
         classes=page_charts.per_class(scores, record.labels),
+        per_class=PER_CLASS[record.objective][0],
         confusion=page_charts.confusion(scores, record.labels),
         curves=page_charts.curves(record.metrics),
         graph=page_charts.graph(registry.lineage(record.ref)),
@@ -222,8 +223,8 @@ def _score(record: TaskRecord) -> str:
     """The headline score; its name where it is no accuracy."""
     if record.score is None:
         return "–"
-    name = "" if record.objective == "single-label" else f" {SCORES[record.objective][headline(record.objective)]}"
-    return f"{percent(record.score)} %{name}"
+    name = SCORES[record.objective][headline(record.objective)]
+    return f"{percent(record.score)} %{'' if name == 'accuracy' else f' {name}'}"
 
 
 def _age(at: str) -> str:
