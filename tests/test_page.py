@@ -143,6 +143,9 @@ def test_a_version_s_page_tells_all_that_is_known(tiny: FrozenBackbone, full: Re
     with client_of(tiny, full) as client:
         old, new = client.get("/tasks/digits/versions/1").text, client.get("/tasks/digits").text
         assert client.get("/tasks/digits/versions/3").status_code == 404
+        wrong = client.get("/tasks/digits/versions/first")
+        assert (wrong.status_code, wrong.headers["content-type"]) == (422, "text/html; charset=utf-8")
+        assert "path.version: Input should be a valid integer" in wrong.text
     assert "Served now: <a" in old
     assert "Served now: <a" not in new
     assert "version 2" in new.split("</h1>")[0]

@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import parse_qs
 
 from fastapi import APIRouter, Depends, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, RedirectResponse
 from fastapi.routing import APIRoute
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -48,7 +49,7 @@ class Page(APIRoute):
         async def answer(request: Request) -> Response:
             try:
                 response = await handler(request)
-            except (ProblemError, AddendaError) as error:
+            except (ProblemError, AddendaError, RequestValidationError) as error:
                 problem = error if isinstance(error, ProblemError) else problem_of(error)
                 if problem.status == 401:
                     response = RedirectResponse("/login", 303)
@@ -67,7 +68,8 @@ _PAGE: dict[str, Any] = {
     "response_class": HTMLResponse,
     "responses": {303: {"description": "To the login, where a key is needed."}},
 }
-_TASK_PAGE = {**_PAGE, "responses": {**_PAGE["responses"], 404: {"description": "There is no such task."}}}
+_WRONG = {404: {"description": "There is no such task."}, 422: {"description": "Its version is no whole number."}}
+_TASK_PAGE = {**_PAGE, "responses": _PAGE["responses"] | _WRONG}
 
 
 @router.get("/", dependencies=_PREDICT, summary="Page: what is served", **_PAGE)

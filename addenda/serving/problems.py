@@ -71,8 +71,12 @@ def documents(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"description": responses[status], "content": content} for status in statuses}
 
 
-def problem_of(error: AddendaError) -> ProblemError:
-    """The problem that an error of this library is."""
+def problem_of(error: AddendaError | RequestValidationError) -> ProblemError:
+    """The problem that an error of this library is, or of FastAPI's about what was asked."""
+    if isinstance(error, RequestValidationError):
+        faults = [{"at": [str(at) for at in one["loc"]], "said": one["msg"]} for one in error.errors()]
+        said = "; ".join(f"{'.'.join(fault['at'])}: {fault['said']}" for fault in faults)
+        return ProblemError(422, said, more={"errors": faults})
     status = next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), 500)
     headers = {}
     if isinstance(error, OverloadedError):
@@ -116,9 +120,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        faults = [{"at": [str(at) for at in one["loc"]], "said": one["msg"]} for one in error.errors()]
-        said = "; ".join(f"{'.'.join(fault['at'])}: {fault['said']}" for fault in faults)
-        return response(request, ProblemError(422, said, more={"errors": faults}))
+        return response(request, problem_of(error))
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> JSONResponse:
