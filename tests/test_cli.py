@@ -8,6 +8,7 @@ import json
 import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -280,13 +281,13 @@ def test_predict_chooses_the_task_for_each_image(run: Run, two_tasks: Path) -> N
 
 
 def test_predict_names_tasks_that_it_cannot_choose(run: Run, two_tasks: Path, tmp_path: Path) -> None:
-    with sqlite3.connect(tmp_path / "tasks.db") as connection:
+    with closing(sqlite3.connect(tmp_path / "tasks.db")) as connection, connection:
         connection.execute("DROP TRIGGER statistics_no_delete")
         connection.execute("DELETE FROM statistics WHERE task_id = (SELECT id FROM task WHERE name = 'ones')")
     result = run("predict", two_tasks, "--task", "auto", "--json")
     assert "nothing was kept of their images: ones." in result.err
     assert {answer["task"] for answer in json.loads(result.out)["images"].values()} == {"eights"}
-    with sqlite3.connect(tmp_path / "tasks.db") as connection:
+    with closing(sqlite3.connect(tmp_path / "tasks.db")) as connection, connection:
         connection.execute("DELETE FROM statistics")
     refused = run("predict", two_tasks, "--task", "auto")
     assert refused.code == 2

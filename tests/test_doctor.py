@@ -7,6 +7,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def test_the_tasks_of_a_registry_are_tried(run: Run, registered: Path) -> None:
 
 
 def test_a_task_whose_bytes_have_changed_is_what_is_broken(run: Run, registered: Path) -> None:
-    with sqlite3.connect(registered) as connection:
+    with closing(sqlite3.connect(registered)) as connection, connection:
         (made,) = connection.execute("SELECT sql FROM sqlite_master WHERE name = 'artifact_no_update'").fetchone()
         connection.execute("DROP TRIGGER artifact_no_update")
         connection.execute("UPDATE artifact SET data = zeroblob(length(data))")
@@ -81,7 +82,7 @@ def test_a_task_whose_bytes_have_changed_is_what_is_broken(run: Run, registered:
 
 
 def test_a_damaged_registry_is_broken_and_the_exit_code_says_so(run: Run, registered: Path) -> None:
-    with sqlite3.connect(registered) as connection:
+    with closing(sqlite3.connect(registered)) as connection, connection:
         connection.execute("DROP TRIGGER task_no_update")
     result = run("doctor")
     assert result.code == 1
