@@ -73,12 +73,12 @@ def connected(address: str) -> Iterator[None]:
         started = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
     else:
         _check_answers(address)
-    ray.init(address, namespace=NAMESPACE, log_to_driver=False, **started)
-    try:
-        with redirect_stdout(sys.stderr):  # where Ray tells of lost workers: standard output is the command's
+    with redirect_stdout(sys.stderr):  # where Ray tells of lost workers, to its end: standard output is the command's
+        ray.init(address, namespace=NAMESPACE, log_to_driver=False, **started)
+        try:
             yield
-    finally:
-        ray.shutdown()
+        finally:
+            ray.shutdown()
 
 
 def _check_answers(address: str) -> None:
