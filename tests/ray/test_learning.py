@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from addenda import FrozenBackbone, LearnConfig, Registry
-from addenda.distributed.cluster import Workplace, connected
+from addenda.distributed.cluster import LOOPBACK_ONLY, Workplace, connected
 from addenda.distributed.learning import Job, learn_on_cluster, predecessors
 from addenda.learner import Row
 from addenda.registry import TaskFilter
@@ -241,6 +241,17 @@ def test_what_cannot_be_done_is_said(
     where = f"'{tmp_path / 'gone'}'"
     assert unseen.reason == f"Node 127.0.0.1 does not see {where}: every node must see the data, at the same path."
     assert (seen.state, seen.ref) == ("learned", "seen:1")
+
+
+def test_what_ray_says_from_beginning_to_end_is_not_on_standard_output(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(LOOPBACK_ONLY, "0")
+    monkeypatch.setattr("ray.init", lambda *_, **__: print("begins"))
+    monkeypatch.setattr("ray.shutdown", lambda: print("ends"))
+    with connected("local"):
+        print("runs")
+    assert capsys.readouterr() == ("", "begins\nruns\nends\n")
 
 
 @given(st.data())
