@@ -212,7 +212,10 @@ def main() -> int:
             brought[extra] = environment.licences()
             steps.done(f"{extra} installed on top of it and imported: {len(brought[extra])} packages more")
     (ROOT / "docs" / "licences.md").write_text(licence_page(brought))
-    print("\n".join(wrong) or f"All is right on Python {platform.python_version()}; tests were not run on {', '.join(UNTRIED)}.")
+    print(
+        "\n".join(wrong)
+        or f"All is right on Python {platform.python_version()}; tests were not run on {', '.join(UNTRIED)}."
+    )
     return bool(wrong)
 
 
