@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import subprocess
 import threading
@@ -19,6 +20,8 @@ from PIL import Image
 
 from addenda import FrozenBackbone, Registry, Task
 from addenda.combined import golden
+from addenda.exceptions import AddendaError
+from addenda.serving.server import bind
 from tests.conftest import random_task
 from tests.databases import own_postgres, raw, url_of
 from tests.images import colour_folder
@@ -301,3 +304,19 @@ def test_tasks_registered_under_load_are_served_and_no_answer_mixes_generations(
         assert told.status == 200
         served = names[told.document["generation"]]
         assert told.document["tasks"] == {name: right[told.image]["tasks"][name] for name in served}
+
+
+def test_the_line_at_the_start_says_what_is_served_and_where_metrics_are(place: str, tmp_path: Path) -> None:
+    with ServedProcess(place, tmp_path, "--alias", "production", "--metrics-port", 0) as server:
+        told = re.search(r"\(only what 'production' points at; metrics on port (\d+)\)", server.log.read_text())
+        assert told is not None
+        found = httpx2.get(f"http://127.0.0.1:{told[1]}/metrics", timeout=10)
+    assert "addenda_" in found.text
+
+
+def test_another_port_is_named_only_where_this_one_is_taken() -> None:
+    with bind("127.0.0.1", 0) as taken, pytest.raises(AddendaError, match=r"already in use .*--port takes another"):
+        bind("127.0.0.1", taken.getsockname()[1])
+    with pytest.raises(AddendaError, match="cannot be listened on") as error:
+        bind("192.0.2.1", 0)
+    assert "--port" not in str(error.value)

@@ -5,7 +5,7 @@ from addenda.backbones.cached import cached_weights
 from addenda.backbones.catalogue import catalogue
 from addenda.backbones.family import KeyValue
 from addenda.backbones.frozen import FrozenBackbone, FrozenStream
-from addenda.backbones.images import SUFFIXES, read_image
+from addenda.backbones.images import SUFFIXES, read_image, readable
 from addenda.backbones.loading import load_backbone, untrained_backbone
 from addenda.backbones.products import MIN_ROWS, product
 
@@ -22,5 +22,6 @@ __all__ = [
     "load_backbone",
     "product",
     "read_image",
+    "readable",
     "untrained_backbone",
 ]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
+from typing import TypeVar
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from addenda.exceptions import DataError, TooLargeError
+
+Name = TypeVar("Name", str, Path)
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
 ASPECT = 100
@@ -50,6 +54,19 @@ def read_image(
         raise DataError(f"{called} cannot be read: it is {kinds}.") from error
     except Exception as error:  # Pillow lets through what a damaged file makes its readers stumble over, of any kind
         raise DataError(f"{called} cannot be read: {error}") from error
+
+
+def readable(paths: Sequence[Name]) -> tuple[list[Name], dict[Name, str]]:
+    """The image files that can be read, in order, and of each of the others what is wrong with it."""
+    good: list[Name] = []
+    bad: dict[Name, str] = {}
+    for path in paths:
+        try:
+            read_image(path)
+            good.append(path)
+        except DataError as error:
+            bad[path] = str(error)
+    return good, bad
 
 
 def _check_size(called: str, image: Image.Image, max_pixels: int) -> None:

@@ -91,6 +91,7 @@ def predict(
     if used := [option for option, value in of_ray.items() if value is not None]:
         raise AddendaError(f"{', '.join(used)}: only with --ray, which says on which cluster.")
     from addenda import Registry
+    from addenda.backbones import readable
     from addenda.combined import recorded_backbone
     from addenda.terminal import console, print_json, progress, table
 
@@ -109,11 +110,14 @@ def predict(
     with progress(quiet=as_json or as_csv or len(paths) < 16) as report:
         for done, start in enumerate(range(0, len(paths), model.micro_batch)):
             batch = paths[start : start + model.micro_batch]
-            batch = _readable(batch, bad) if skip_bad else batch
             try:
                 answers |= _answers(model, batch, router, top)
             except DataError as error:
-                raise DataError(f"{error} (--skip-bad leaves out what cannot be read.)") from error
+                if not skip_bad:
+                    raise DataError(f"{error} (--skip-bad leaves out what cannot be read.)") from error
+                batch, left_out = readable(batch)
+                bad += left_out.values()
+                answers |= _answers(model, batch, router, top)
             report("predicting", min((done + 1) * model.micro_batch, len(paths)), len(paths))
     for message in bad:
         typer.echo(f"left out: {message}", err=True)
@@ -202,20 +206,6 @@ def _answers(model: CombinedModel, paths: Sequence[Path], router: Router | None,
         return {str(path): one for path, one in zip(paths, model.route(paths, router, top), strict=True)}
     found = model.predict(paths, top)
     return {str(path): {name: best[i] for name, best in found.items()} for i, path in enumerate(paths)}
-
-
-def _readable(paths: Sequence[Path], bad: list[str]) -> list[Path]:
-    """The images that can be read; what is wrong with the others is noted."""
-    from addenda.backbones import read_image
-
-    good = []
-    for path in paths:
-        try:
-            read_image(path)
-            good.append(path)
-        except DataError as error:
-            bad.append(str(error))
-    return good
 
 
 def _router(registry: Registry, model: CombinedModel) -> Router:

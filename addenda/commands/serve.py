@@ -93,11 +93,10 @@ def serve(
             known,
             loopback=host in LOOPBACK,
         )
-        if metrics_port is not None:
-            serve_metrics(made, host, metrics_port)
-        address, found_port = listening.getsockname()[:2]
         also = [] if alias is None else [f"only what {alias!r} points at"]
-        also += [] if metrics_port is None else [f"metrics on port {metrics_port}"]
+        if metrics_port is not None:
+            also.append(f"metrics on port {serve_metrics(made, host, metrics_port)}")
+        address, found_port = listening.getsockname()[:2]
         more = f" ({'; '.join(also)})" if also else ""
         typer.echo(f"Serving {opened.location} on http://{address}:{found_port}{more}", err=True)
         server = Server(made, listening, drain, stop_s=30)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from addenda.backbones import read_image
+from addenda.backbones import readable
 from addenda.combined import CombinedModel, numerics, numerics_fingerprint
 from addenda.distributed.cluster import Workplace
 from addenda.distributed.manifest import PART, Manifest, differences, named, replacing
@@ -159,16 +159,7 @@ class PartWriter:
         except DataError:
             if not self._job.skip_bad:
                 raise
-            images = [image for image in images if _readable(image, left_out)]
+            images, bad = readable(images)
+            left_out.update(bad)
             found = self._model.predict(images, self._job.manifest.top)
         return {name: dict(zip(images, best, strict=True)) for name, best in found.items()}
-
-
-def _readable(image: str, left_out: dict[str, str]) -> bool:
-    """Whether an image can be read; what is wrong with it is noted."""
-    try:
-        read_image(image)
-    except DataError as error:
-        left_out[image] = str(error)
-        return False
-    return True

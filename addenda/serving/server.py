@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import errno
 import logging
 import signal
 import socket
@@ -130,19 +131,21 @@ def bind(host: str, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address, family=family, backlog=2048)
     except OSError as error:
-        raise AddendaError(f"{host}:{port} cannot be listened on: {error.strerror}. --port takes another.") from error
+        hint = " --port takes another." if error.errno == errno.EADDRINUSE else ""
+        raise AddendaError(f"{host}:{port} cannot be listened on: {error.strerror}.{hint}") from error
 
 
-def serve_metrics(app: FastAPI, host: str, port: int) -> None:
-    """Answers Prometheus on a port of its own, where no key is asked for.
+def serve_metrics(app: FastAPI, host: str, port: int) -> int:
+    """Answers Prometheus on a port of its own, 0 for a free one, where no key is asked for; returns the port.
 
     Raises:
         AddendaError: the place is taken.
     """
     try:
-        start_http_server(port, host, app.state.metrics.registry)
+        server, _ = start_http_server(port, host, app.state.metrics.registry)
     except OSError as error:
         raise AddendaError(f"{host}:{port} cannot be listened on for --metrics-port: {error.strerror}.") from error
+    return server.server_port
 
 
 def log_as_json(level: str) -> None:
