@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Annotated
 
@@ -56,8 +57,15 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
         raise typer.Exit
 
 
+def _worth_showing(record: logging.LogRecord) -> bool:
+    """False for the traceback that a library logs because Ctrl-C came while it closed a connection."""
+    return not (record.exc_info and isinstance(record.exc_info[1], KeyboardInterrupt))
+
+
 def main() -> None:
     """Runs the command line; bad input is one line and exit code 2, never a traceback."""
+    if logging.lastResort:
+        logging.lastResort.addFilter(_worth_showing)
     try:
         app()
     except AddendaError as error:

@@ -526,6 +526,21 @@ def test_help_answers_without_starting_a_framework() -> None:
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
 
 
+@pytest.mark.slow
+def test_ctrl_c_while_a_connection_closes_is_told_in_one_line(learned: Result) -> None:
+    script = (
+        "import sys; sys.argv = ['addenda', 'tasks', 'list']\n"
+        "from sqlalchemy.engine.default import DefaultDialect\n"
+        "from addenda.cli import main\n"
+        "def interrupted(*_):\n    raise KeyboardInterrupt\n"
+        "DefaultDialect.do_close = interrupted\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == cli.INTERRUPTED
+    assert done.stderr == "Interrupted. Nothing half done was registered: give the same command again to go on.\n"
+
+
 def test_every_command_says_what_it_does(run: Run) -> None:
     groups: list[tuple[str, ...]] = [()]
     seen = 0
