@@ -3,13 +3,18 @@ BIN := .venv/bin
 # Two processes: a test computes on one thread.
 PYTEST := $(BIN)/pytest --numprocesses 2 --dist worksteal
 
+QUICK := not slow and not realdata and not gpu and not ray
+# Between them these call every function whose signature has shapes.
+SHAPED := $(patsubst %,tests/test_%.py,activations adapters backbones calibration combined continual_baselines \
+	dense_mask learner linear looking metrics objectives regimes regression routing run splitting stream training)
+
 .PHONY: demo test test-slow test-ray check docs gpu-check release-check clean
 
 demo: .venv/core            ## five tasks, one after another, and the proof that none moved
 	$(BIN)/addenda demo
 
 test: .venv/dev             ## the quick tests; ADDENDA_TEST_POSTGRES=URL has them use that server, else they start one
-	$(PYTEST) -m "not slow and not realdata and not gpu and not ray"
+	$(PYTEST) -m "$(QUICK)"
 
 test-slow: .venv/dev        ## the slow tests, and those on the real images where ../shared/data exists
 	$(PYTEST) -m "(slow or realdata) and not ray"
@@ -17,12 +22,13 @@ test-slow: .venv/dev        ## the slow tests, and those on the real images wher
 test-ray: .venv/dev         ## learning, predicting and serving on Ray clusters of several nodes on this machine
 	$(BIN)/pytest -m ray
 
-check: .venv/dev            ## style, types, architecture, and every example in the docs
+check: .venv/dev            ## style, types, architecture, every example in the docs, and shapes as the tests meet them
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/pytest -q --doctest-modules addenda --ignore=addenda/registry/migrations
+	ADDENDA_CHECK_SHAPES=1 $(PYTEST) -q -m "$(QUICK)" $(SHAPED)
 
 docs: .venv/dev             ## every page and the reference as site/, to read without a network; a broken link fails
 	$(BIN)/mkdocs build --strict

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,11 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
-from tests.commands import Result, Run
+from tests.commands import Run, addenda
 from tests.tiny import tiny_vit
 
-# Every shape in a signature is checked at run time while the tests run.
-CHECKED = [
+# With ADDENDA_CHECK_SHAPES=1 every shape in a signature is checked in each call, which takes about as long again.
+SHAPED = [
     "addenda.backbones",
     "addenda.benchmarks.continual",
     "addenda.combined",
@@ -30,10 +29,11 @@ CHECKED = [
     "addenda.registry.objectives",
     "addenda.registry.task",
 ]
-with install_import_hook(CHECKED, "beartype.beartype"):
+with install_import_hook(SHAPED if os.environ.get("ADDENDA_CHECK_SHAPES") else [], "beartype.beartype"):
     from addenda.backbones import FrozenBackbone, load_backbone
     from addenda.learner import Learner  # noqa: F401
     from addenda.registry import LowRank, Registry, Task
+    from tests import travel
     from tests.databases import Database, Postgres, Sqlite, postgres_server, rows
     from tests.processes import start_another_interpreter
     from tests.registries import BACKBONE, fill
@@ -136,6 +136,32 @@ def elsewhere(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 
 @pytest.fixture(scope="module")
+def their_full_registry(elsewhere: Database) -> str:
+    """Where a registry with a row in every table is, which nobody has open."""
+    return travel.fill(elsewhere.new())
+
+
+@pytest.fixture
+def there(their_full_registry: str, elsewhere: Database) -> Iterator[Registry]:
+    """A registry of its own with a row in every table, whose tasks travel to `here`."""
+    with Registry.open(elsewhere.copy(their_full_registry), user="ada") as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def an_empty_registry(database: Database) -> str:
+    with Registry.open(location := database.new()):
+        return location
+
+
+@pytest.fixture
+def here(an_empty_registry: str, database: Database) -> Iterator[Registry]:
+    """An empty registry of somebody else."""
+    with Registry.open(database.copy(an_empty_registry), user="bob") as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
 def shelf(database: Database) -> dict[str, str]:
     """A registry that only knows the backbone, and one with a row in every table; for copies to be made of."""
     made = {"book": database.new()}
@@ -176,21 +202,11 @@ def another_interpreter() -> None:
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     """Runs `addenda` on a registry of the test's own."""
     monkeypatch.setenv("COLUMNS", "240")
     monkeypatch.setenv("ADDENDA_REGISTRY", str(tmp_path / "tasks.db"))
-
-    def command(*arguments: object) -> Result:
-        from addenda import cli
-
-        monkeypatch.setattr(sys, "argv", ["addenda", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        return Result(int(stopped.value.code or 0), *capsys.readouterr())
-
-    return command
+    return addenda
 
 
 @pytest.fixture(scope="module")

@@ -253,6 +253,7 @@ def test_a_change_of_a_weight_that_no_task_reads_is_found_by_verification(client
         weight.data.copy_(before)
 
 
+@pytest.mark.slow
 def test_listeners_are_told_of_each_generation_and_hang_up_nothing(
     tmp_path: Path, registry: Registry, glyphs: FrozenBackbone
 ) -> None:

@@ -171,6 +171,7 @@ def killed(*arguments: object) -> None:
     assert done.returncode == -signal.SIGKILL
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("table", ["artifact", "statistics"])
 def test_a_copy_that_is_killed_leaves_nothing_and_can_be_made_again(book, location, database, tmp_path, table):
     killed("backup", location, tmp_path / "safe.db", table)

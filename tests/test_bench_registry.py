@@ -24,6 +24,7 @@ def server(postgres: str) -> Iterator[str]:
     made.close()
 
 
+@pytest.mark.slow
 def test_bench_registry_measures_and_writes_it_down(tiny: FrozenBackbone, server: str, tmp_path: Path) -> None:
     figures = run_registry(tiny, [server], tmp_path, quick=True, num_tasks=40, num_listed=800)
     of = {name: [figure for figure in figures if name in figure.group] for name in ("SQLite", "PostgreSQL")}

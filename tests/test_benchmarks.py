@@ -21,6 +21,7 @@ from tests.tiny import EVA
 pytestmark = pytest.mark.filterwarnings("ignore")  # Avalanche and what it imports warn while they load
 
 
+@pytest.mark.slow
 def test_the_demo_proves_that_nothing_moved(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -34,6 +35,7 @@ def test_the_demo_proves_that_nothing_moved(
     assert all(f"addenda {command} " in out for command in ("tasks list", "predict", "verify"))
 
 
+@pytest.mark.slow
 def test_the_demo_fails_when_a_mask_is_broken(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

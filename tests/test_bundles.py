@@ -20,36 +20,11 @@ from addenda.combined import CombinedModel, golden
 from addenda.exceptions import IntegrityError, RegistryError, UnknownTaskError
 from addenda.registry import Registry, canonical_json, digest
 from tests.conftest import random_task
-from tests.databases import Database, rows, tamper
+from tests.databases import rows, tamper
 from tests.models import bits, images
 from tests.processes import KILLED, exit_code, killed_at_each_statement
 from tests.registries import BACKBONE, HERE, a_large_task, a_task, probe, verify_ledger
 from tests.travel import FULL, add, assert_same, export_and_die, fill, imports
-
-
-@pytest.fixture(scope="module")
-def made(elsewhere: Database) -> str:
-    """A registry with a row in every table, which nobody has open."""
-    return fill(elsewhere.new())
-
-
-@pytest.fixture
-def there(made: str, elsewhere: Database) -> Iterator[Registry]:
-    with Registry.open(elsewhere.copy(made), user="ada") as registry:
-        yield registry
-
-
-@pytest.fixture(scope="module")
-def empty(database: Database) -> str:
-    with Registry.open(location := database.new()):
-        return location
-
-
-@pytest.fixture
-def here(empty: str, database: Database) -> Iterator[Registry]:
-    """An empty registry of somebody else."""
-    with Registry.open(database.copy(empty), user="bob") as registry:
-        yield registry
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -17,27 +18,37 @@ from PIL import Image
 
 from addenda import Registry, cli
 from addenda.benchmarks.digits import digits
-from tests.commands import Result, Run
+from tests.commands import Result, Run, addenda
 from tests.images import colour_folder
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Digits 0 and 1 as a folder with train/ and test/."""
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    """Where the digits 0 and 1 are as a folder with train/ and test/, and the registry of a task learned from them."""
+    place = tmp_path_factory.mktemp("first")
     for part, test in (("train", False), ("test", True)):
         data = digits((0, 1), test)
         for number in range(24):
-            place = tmp_path / "digits" / part / data.classes[data.targets[number]]
-            place.mkdir(parents=True, exist_ok=True)
-            data.images[number].save(place / f"{number}.png")
-    return tmp_path / "digits"
+            folder = place / "digits" / part / data.classes[data.targets[number]]
+            folder.mkdir(parents=True, exist_ok=True)
+            data.images[number].save(folder / f"{number}.png")
+    quick = ("--backbone", "glyphs", "--epochs", "2", "--lr", "0.3")
+    result = addenda("learn", "ones", place / "digits", *quick, "--registry", place / "tasks.db")
+    assert result.code == 0, result.err
+    return place, result
 
 
 @pytest.fixture
-def learned(run: Run, folder: Path) -> Result:
-    result = run("learn", "ones", folder, "--backbone", "glyphs", "--epochs", "2", "--lr", "0.3")
-    assert result.code == 0, result.err
-    return result
+def folder(first: tuple[Path, Result], tmp_path: Path) -> Path:
+    """The digits 0 and 1, to be changed."""
+    return shutil.copytree(first[0] / "digits", tmp_path / "digits")
+
+
+@pytest.fixture
+def learned(first: tuple[Path, Result], tmp_path: Path) -> Result:
+    """What was said when the task was learned, which is in the test's own registry."""
+    shutil.copy(first[0] / "tasks.db", tmp_path)
+    return first[1]
 
 
 def test_learn_prints_the_task_beside_its_rival(learned: Result) -> None:
@@ -527,7 +538,7 @@ def test_help_answers_without_starting_a_framework() -> None:
 
 
 @pytest.mark.slow
-def test_ctrl_c_while_a_connection_closes_is_told_in_one_line(learned: Result) -> None:
+def test_ctrl_c_while_a_connection_closes_is_told_in_one_line(run: Run, learned: Result) -> None:
     script = (
         "import sys; sys.argv = ['addenda', 'tasks', 'list']\n"
         "from sqlalchemy.engine.default import DefaultDialect\n"

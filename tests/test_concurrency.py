@@ -17,7 +17,7 @@ from tests.databases import Database, address
 from tests.processes import FORKS, all_at_once, exit_code
 from tests.registries import BACKBONE, HERE, a_large_task, a_task, keep, verify_ledger
 
-pytestmark = pytest.mark.usefixtures("another_interpreter")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("another_interpreter")]
 
 TAKEN = 3
 
@@ -127,7 +127,6 @@ def test_four_processes_register_at_once_whatever_isolation_the_server_prefers(s
     register_together(strict(database.copy(shelf["book"]), database), 4, 6)
 
 
-@pytest.mark.slow
 def test_sixteen_processes_register_fifty_tasks_each(shelf, database):
     register_together(database.copy(shelf["book"]), 16, 50)
 

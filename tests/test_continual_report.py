@@ -170,6 +170,7 @@ def test_the_notes_say_what_the_table_cannot(folder: Path) -> None:
     assert "| addenda | auroc | 0.875 |" in text
 
 
+@pytest.mark.slow
 def test_before_it_is_learned_an_experience_has_figures_only_where_it_can_be_answered(
     results: Results, folder: Path, tmp_path: Path
 ) -> None:

@@ -42,6 +42,7 @@ def run(config: StreamConfig, backbone: FrozenBackbone, out: Path) -> Results:
     return run_continual(config, backbone, out, None, lambda what, done, total: None)
 
 
+@pytest.mark.slow
 def test_a_run_measures_every_method_on_the_same_images(tiny: FrozenBackbone, tmp_path: Path) -> None:
     results = run(quick(methods=["addenda", "naive", "nearest-mean", "joint"], seeds=2), tiny, tmp_path)
     assert [(cell.method, cell.seed) for cell in results.cells] == [
@@ -83,6 +84,7 @@ def test_where_classes_come_again_accuracy_before_learning_is_measured(tiny: Fro
     assert cell.untold_metrics.forward_transfer == cell.untold[0][1]
 
 
+@pytest.mark.slow
 def test_a_report_states_its_own_command_and_machine(run: Command, tmp_path: Path) -> None:
     given = ("bench", "continual", "digits", "--limit", "20", "--methods", "slda", "--seeds", "1", "--jobs", "1")
     ran = run(*given, "--device", "cpu", "--out", tmp_path / "a b")
@@ -133,6 +135,7 @@ def test_what_goes_wrong_in_a_process_is_told(glyphs: FrozenBackbone, tmp_path: 
         run(quick(methods=["nearest-mean"], jobs=2), glyphs, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_done_is_not_computed_again(tiny: FrozenBackbone, tmp_path: Path) -> None:
     config = quick(methods=["addenda", "nearest-mean"])
     first = run(config, tiny, tmp_path)
@@ -144,6 +147,7 @@ def test_a_run_that_is_done_is_not_computed_again(tiny: FrozenBackbone, tmp_path
     assert other.experiences[0].num_train == 24
 
 
+@pytest.mark.slow
 def test_a_cell_that_was_cut_short_is_computed_again(tiny: FrozenBackbone, tmp_path: Path) -> None:
     config = quick(methods=["nearest-mean"])
     first = run(config, tiny, tmp_path)
@@ -154,6 +158,7 @@ def test_a_cell_that_was_cut_short_is_computed_again(tiny: FrozenBackbone, tmp_p
     assert len(file.read_text().splitlines()) == 2
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_tasks_that_are_registered(
     tiny: FrozenBackbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,6 +187,7 @@ def test_a_run_goes_on_with_the_tasks_that_are_registered(
     assert found.train_seconds[0] > 0.01  # of the run that learned it, not of the one that found it
 
 
+@pytest.mark.slow
 def test_a_broken_mask_ends_in_a_verdict_and_exit_code_1(
     tiny: FrozenBackbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -160,6 +160,7 @@ def register_many(location: str, first: int, told: Any) -> None:
             told.send(number)
 
 
+@pytest.mark.slow
 def test_a_process_killed_at_any_time_leaves_whole_tasks_and_what_it_had_promised(shelf, database):
     location, moments, promised, kills = database.copy(shelf["book"]), random.Random(0), set(), 5
     for round_ in range(kills):

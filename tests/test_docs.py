@@ -76,6 +76,7 @@ def all_options(command: Any) -> set[str]:
     return options(command).union({"--help"}, *(all_options(child) for child in below))
 
 
+@pytest.mark.slow
 def test_the_readmes_example_prints_what_it_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -101,6 +102,7 @@ def test_the_engineers_file_of_many_tasks_is_one(tmp_path: Path, registry: Regis
     assert [(row.name, row.config.epochs) for row in rows] == [("textures", 20), ("rubbish", 20), ("sketches", 20)]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # Avalanche and what it imports warn while they load
 def test_the_avalanche_page_runs_in_a_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     match = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "avalanche.md").read_text(), re.DOTALL)

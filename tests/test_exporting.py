@@ -28,7 +28,10 @@ from tests.tiny import tiny_eva, tiny_vit
 ROOT = Path(__file__).resolve().parents[1]
 for package in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(package, reason=f"{package} is not installed")
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # torch's of itself
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),  # torch's of itself
+]
 
 
 def filled(registry: Registry, backbone: FrozenBackbone, tasks: list[Task]) -> list[Task]:
@@ -90,7 +93,6 @@ def test_a_file_answers_any_number_of_images_as_the_combined_pass_does(
     assert sorted(path.name for path in folder.iterdir()) == ["all.onnx", "all.pt2"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize(
     "model",

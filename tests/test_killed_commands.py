@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -19,24 +24,9 @@ BACKBONE = ("--backbone", "glyphs", "--device", "cpu")
 
 def test_learn_killed_at_any_moment_goes_on_to_the_same_artifact(tmp_path: Path, glyphs: FrozenBackbone) -> None:
     folder = colour_folder(tmp_path / "data", per_class=24)
-    learn = (
-        "learn",
-        "colours",
-        folder,
-        *BACKBONE,
-        "--epochs",
-        6,
-        "--batch-size",
-        4,
-        "--optimizer",
-        "sgd",
-        "--lr",
-        0.1,
-        "--views",
-        1,
-    )
     (tmp_path / "settings.yaml").write_text("fall_back: false\npatience: 6\n")
-    learn = (*learn, "--config", tmp_path / "settings.yaml")
+    learn = ("learn", "colours", folder, *BACKBONE, "--epochs", 6, "--batch-size", 4, "--optimizer", "sgd", "--lr", 0.1,
+             "--views", 1, "--config", tmp_path / "settings.yaml")  # fmt: skip
     whole = Commands(tmp_path / "whole").run(*learn)
     killed = Commands(tmp_path / "killed")
     moments = [
@@ -90,3 +80,42 @@ def test_learn_many_killed_at_any_moment_goes_on_to_the_same_artifacts(tmp_path:
     assert [row["state"] for row in again] == ["learned before", "learned before", "learned"]
     assert [row["sha256"] for row in again] == [row["sha256"] for row in whole]
     assert [row["metrics"] for row in again] == [row["metrics"] for row in whole]
+
+
+def test_ctrl_c_at_any_moment_leaves_no_half_task_and_the_next_run_starts_clean(
+    tmp_path: Path, glyphs: FrozenBackbone
+) -> None:
+    folder = colour_folder(tmp_path / "data", per_class=20)
+    database = tmp_path / "tasks.db"
+    command = [sys.executable, "-m", "addenda.cli", "learn", "colours", str(folder), "--backbone", "glyphs"]
+    command += ["--registry", str(database), "--epochs", "3"]
+    interrupted = 0
+    for moment in range(8):
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests run in the background ignore it
+        )  # fmt: skip
+        time.sleep(1.0 + 1.5 * moment)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=120)
+        if process.returncode == 0:
+            break
+        if process.returncode == -signal.SIGABRT:  # C++ code that torch's import runs lets no exception of Python pass
+            assert "pybind11::error_already_set" in errors
+            assert "KeyboardInterrupt" in errors
+            assert not database.exists()
+        else:
+            assert process.returncode in (130, -signal.SIGINT)
+        if process.returncode == 130:
+            assert "Interrupted" in errors
+            assert "Traceback" not in errors
+        interrupted += 1
+        if database.exists():
+            with Registry.open(database) as registry:
+                if registry.tasks(TaskFilter(retired=True)):  # the moment came after the one transaction that registers
+                    task = registry.get("colours")
+                    assert all(verdict.ok for verdict in verify(glyphs, [(task, registry.goldens(task.ref))]))
+                    break
+    assert interrupted > 0
+    finished = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
+    assert json.loads(finished.stdout)["task"] == "colours:1"

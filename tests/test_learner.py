@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +27,6 @@ from addenda.learner.regression import choose_strength, fit_regression
 from addenda.learner.run import parent_memory
 from addenda.learner.stream import stream_features
 from addenda.learner.training import Trainer
-from addenda.registry import TaskFilter
 from tests.conftest import random_task, tiny_vit
 from tests.images import colour_folder
 from tests.tiny import tiny_eva
@@ -430,46 +427,6 @@ def test_a_mistake_in_a_setting_of_one_value_or_several_is_said_once_in_the_form
         "learning_rate.1: Input should be a valid number, unable to parse string as a number",
         "seed: Input should be greater than or equal to 0",
     ]
-
-
-@pytest.mark.slow
-def test_ctrl_c_at_any_moment_leaves_no_half_task_and_the_next_run_starts_clean(
-    tmp_path: Path, glyphs: FrozenBackbone
-) -> None:
-    folder = colour_folder(tmp_path / "data", per_class=20)
-    database = tmp_path / "tasks.db"
-    command = [sys.executable, "-m", "addenda.cli", "learn", "colours", str(folder), "--backbone", "glyphs"]
-    command += ["--registry", str(database), "--epochs", "3"]
-    interrupted = 0
-    for moment in range(8):
-        process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests run in the background ignore it
-        )  # fmt: skip
-        time.sleep(1.0 + 1.5 * moment)
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=120)
-        if process.returncode == 0:
-            break
-        if process.returncode == -signal.SIGABRT:  # C++ code that torch's import runs lets no exception of Python pass
-            assert "pybind11::error_already_set" in errors
-            assert "KeyboardInterrupt" in errors
-            assert not database.exists()
-        else:
-            assert process.returncode in (130, -signal.SIGINT)
-        if process.returncode == 130:
-            assert "Interrupted" in errors
-            assert "Traceback" not in errors
-        interrupted += 1
-        if database.exists():
-            with Registry.open(database) as registry:
-                if registry.tasks(TaskFilter(retired=True)):  # the moment came after the one transaction that registers
-                    task = registry.get("colours")
-                    assert all(verdict.ok for verdict in verify(glyphs, [(task, registry.goldens(task.ref))]))
-                    break
-    assert interrupted > 0
-    finished = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
-    assert json.loads(finished.stdout)["task"] == "colours:1"
 
 
 RESUME = (

@@ -12,42 +12,17 @@ from addenda.combined import CombinedModel, golden, verify
 from addenda.exceptions import IntegrityError, RegistryError
 from addenda.registry import Received, Registry, TaskFilter
 from tests.conftest import random_task
-from tests.databases import Database, raw, rows, tamper, without_triggers
+from tests.databases import raw, rows, tamper, without_triggers
 from tests.models import bits, images
 from tests.processes import killed_at_each_statement
 from tests.registries import BACKBONE, a_task, verify_ledger
 from tests.travel import FULL, add, assert_same, fill, merges
 
 
-@pytest.fixture(scope="module")
-def made(elsewhere: Database) -> str:
-    return fill(elsewhere.new())
-
-
-@pytest.fixture
-def there(made: str, elsewhere: Database) -> Iterator[Registry]:
-    """A registry of its own with a row in every table."""
-    with Registry.open(elsewhere.copy(made), user="ada") as registry:
-        yield registry
-
-
 @pytest.fixture
 def home(tmp_path: Path) -> Iterator[Registry]:
-    """The same on SQLite."""
+    """A full registry on SQLite."""
     with Registry.open(fill(str(tmp_path / "home.db")), user="ada") as registry:
-        yield registry
-
-
-@pytest.fixture(scope="module")
-def empty(database: Database) -> str:
-    with Registry.open(location := database.new()):
-        return location
-
-
-@pytest.fixture
-def here(empty: str, database: Database) -> Iterator[Registry]:
-    """An empty registry of somebody else."""
-    with Registry.open(database.copy(empty), user="bob") as registry:
         yield registry
 
 

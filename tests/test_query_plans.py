@@ -14,6 +14,8 @@ from addenda.registry.queries import listing
 from tests.databases import Database, raw
 from tests.filled import BACKBONES, fill_registry
 
+pytestmark = pytest.mark.slow
+
 DIALECTS = {"sqlite": sqlite.dialect(), "postgresql": postgresql.dialect()}
 
 FILTERS = {

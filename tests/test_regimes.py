@@ -207,6 +207,7 @@ def test_a_joined_rival_alone_is_itself_and_in_company_is_moved() -> None:
     assert min(joined.values()) < 1
 
 
+@pytest.mark.slow
 def test_without_peft_lora_says_what_to_install() -> None:
     code = """
 import sys; sys.modules["peft"] = None

@@ -130,6 +130,7 @@ def test_the_metric_sees_naive_fine_tuning_move() -> None:
     assert bits.max_difference > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("labelled_alike", [False, True])
 def test_without_task_labels_a_router_chooses(tiny: FrozenBackbone, registry: Registry, labelled_alike: bool) -> None:
     """Whether Avalanche gives no task label, or the same one to every experience."""
@@ -216,6 +217,7 @@ def test_a_head_of_negative_logits_still_wins_within_its_task(tiny: FrozenBackbo
     assert (answers(torch.randn(3, 3, 32, 32), torch.ones(3, dtype=torch.long)) == NEVER).all()
 
 
+@pytest.mark.slow
 def test_a_stream_met_again_is_taken_up_where_it_stopped(tiny: FrozenBackbone, registry: Registry) -> None:
     _, _, before = train(tiny, registry, stream())
     generation = registry.generation

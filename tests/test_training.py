@@ -61,6 +61,7 @@ def test_candidates_share_a_pass_where_the_bits_allow_it(learned: tuple[Activati
     assert any(trainer._together.values())
 
 
+@pytest.mark.slow
 def test_where_the_bits_do_not_allow_it_candidates_train_one_by_one(
     learned: tuple[Activations, Regression], monkeypatch: pytest.MonkeyPatch
 ) -> None:

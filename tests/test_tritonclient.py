@@ -28,6 +28,8 @@ from tests.inference import alone, client_at, images_of, infer, pictures, pixels
 from tests.processes import exit_code
 from tests.servers import ServedProcess
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def tasks(glyphs: FrozenBackbone, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Task]]:
@@ -167,7 +169,6 @@ def _register_more(location: str) -> None:
             time.sleep(0.5)
 
 
-@pytest.mark.slow
 def test_answers_under_load_are_each_of_one_generation_and_have_the_bits_they_have_alone(
     glyphs: FrozenBackbone, tasks: tuple[Path, dict[str, Task]], tmp_path: Path, another_interpreter: None
 ) -> None:
