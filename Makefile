@@ -5,8 +5,9 @@ PYTEST := $(BIN)/pytest --numprocesses 2 --dist worksteal
 
 QUICK := not slow and not realdata and not gpu and not ray
 # Between them these call every function whose signature has shapes.
-SHAPED := $(patsubst %,tests/test_%.py,activations adapters backbones calibration combined continual_baselines \
-	dense_mask learner linear looking metrics objectives regimes regression routing run splitting stream training)
+SHAPED := $(patsubst %,tests/test_%.py,activations adapters artifact backbones calibration combined \
+	continual_baselines continual_streams dense_mask learner linear looking metrics objectives regimes regression routing \
+	run splitting stream training)
 
 .PHONY: demo test test-slow test-ray check docs gpu-check release-check clean
 

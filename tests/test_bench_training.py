@@ -66,6 +66,7 @@ def test_the_dense_masks_operations_are_those_that_torch_counts() -> None:
     assert found == pytest.approx(linear / 2 / 4, rel=0.2)  # the memory's rows are left out: 5 of 23 in one of 4 layers
 
 
+@pytest.mark.slow
 def test_bench_training_measures_and_writes_it_down(
     tiny: FrozenBackbone, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

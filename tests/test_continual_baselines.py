@@ -121,6 +121,7 @@ def test_the_same_seed_gives_the_same_scores(name: str, tiny: FrozenBackbone) ->
         assert not torch.equal(first, untold(learned(name, tiny, "two", epochs=1, seed=4)))
 
 
+@pytest.mark.slow
 def test_naive_fine_tuning_forgets_and_what_holds_it_back_changes_it(tiny: FrozenBackbone) -> None:
     first = STREAM.experiences[0]
     assert right(learned("naive", tiny, count=1).scores(first).untold, first) >= 0.9

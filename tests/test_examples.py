@@ -75,6 +75,7 @@ def test_addenda_drops_into_an_avalanche_script(example: Example) -> None:
     assert names["strategies"]["addenda"].learner.registry.location == str(Path("avalanche.db").resolve())
 
 
+@pytest.mark.slow
 def test_two_teams_registries_become_one(example: Example) -> None:
     _, said = example("merge_registries.py")
     assert said[0].startswith("Not merged: ")

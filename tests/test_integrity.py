@@ -223,6 +223,7 @@ def test_json_that_reads_the_same_is_no_fault(copied):
             assert found.ok, (table.name, column.name, found.faults)
 
 
+@pytest.mark.slow
 def test_a_lost_row_is_found_and_named(filled, database):
     lost = 0
     with unguarded(filled) as connection:

@@ -74,6 +74,7 @@ def test_tasks_are_ranked_by_what_their_features_add_to_the_regression(tiny: Fro
     assert promising(found, [], fitted, train, validation) == []
 
 
+@pytest.mark.slow
 def test_extends_auto_takes_the_task_that_helps_and_says_what_was_tried(
     tiny: FrozenBackbone, registry: Registry
 ) -> None:
