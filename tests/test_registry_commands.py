@@ -122,6 +122,13 @@ def test_a_bundle_goes_from_one_registry_to_another(
 ) -> None:
     bundle, target = tmp_path / "two.addenda", elsewhere.new()
     assert f"{bundle}: strokes:1, digits:1; " in run("tasks", "export", "digits", "-o", bundle).out
+    for command in (("tasks", "import", bundle), ("db", "merge", location)):
+        dry = run(*command, "--dry-run", "--registry", target)
+        assert dry.code == 2
+        assert "no registry" in dry.err
+        assert run("tasks", "list", "--registry", target).code == 2, "a dry run made one"
+    with Registry.open(target):
+        pass
     dry = run("tasks", "import", bundle, "--dry-run", "--registry", target)
     assert "2 tasks would be added, nothing was changed" in dry.out
     assert "0 tasks in" in run("tasks", "list", "--registry", target).out

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 RenameOption = Annotated[
     list[str] | None, typer.Option(help="OLD=NEW: call a task otherwise here; may be given again.")
 ]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Only say what would be done; the registry must be there.")
+]
 
 
 def export(
@@ -44,7 +46,7 @@ def import_(
     """Takes in a bundle's tasks, all of them or none; makes the registry where there is none."""
     from addenda import Registry
 
-    with Registry.open(registry) as opened:
+    with Registry.open(registry, create=not dry_run) as opened:
         _show(opened.import_bundle(bundle, _renames(rename), dry_run), dry_run, as_json)
 
 
@@ -58,7 +60,7 @@ def merge(
     """Takes in every task of another registry, with retirements and free aliases, all of them or none."""
     from addenda import Registry
 
-    with Registry.open(other, create=False) as source, Registry.open(registry) as opened:
+    with Registry.open(other, create=False) as source, Registry.open(registry, create=not dry_run) as opened:
         _show(opened.merge(source, _renames(rename), dry_run), dry_run, as_json)
 
 
