@@ -4,7 +4,7 @@ BIN := .venv/bin
 PYTEST := $(BIN)/pytest --numprocesses 2 --dist worksteal
 
 QUICK := not slow and not realdata and not gpu and not ray
-# Between them these call every function whose signature has shapes.
+# Chosen so that between them they call every function whose signature has shapes.
 SHAPED := $(patsubst %,tests/test_%.py,activations adapters artifact backbones calibration combined \
 	continual_baselines continual_streams dense_mask learner linear looking metrics objectives regimes regression routing \
 	run splitting stream training)

@@ -1,4 +1,4 @@
-"""What a command gave: exit code, output, errors."""
+"""Commands run in the tests' own process: their exit code, output and errors."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
-from tests.commands import Run, addenda
+from tests.commands import Result, Run, addenda
 from tests.tiny import tiny_vit
 
 # With ADDENDA_CHECK_SHAPES=1 every shape in a signature is checked in each call, which takes about as long again.
@@ -31,6 +32,7 @@ SHAPED = [
 ]
 with install_import_hook(SHAPED if os.environ.get("ADDENDA_CHECK_SHAPES") else [], "beartype.beartype"):
     from addenda.backbones import FrozenBackbone, load_backbone
+    from addenda.benchmarks.digits import digits
     from addenda.learner import Learner  # noqa: F401
     from addenda.registry import LowRank, Registry, Task
     from tests import travel
@@ -149,6 +151,15 @@ def there(their_full_registry: str, elsewhere: Database) -> Iterator[Registry]:
 
 
 @pytest.fixture(scope="module")
+def sent(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of all the tasks of a full registry on SQLite."""
+    folder = tmp_path_factory.mktemp("sent")
+    with Registry.open(travel.fill(str(folder / "tasks.db"))) as registry:
+        registry.export(sorted(travel.FULL), folder / "all.addenda")
+    return folder / "all.addenda"
+
+
+@pytest.fixture(scope="module")
 def an_empty_registry(database: Database) -> str:
     with Registry.open(location := database.new()):
         return location
@@ -207,6 +218,50 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     monkeypatch.setenv("COLUMNS", "240")
     monkeypatch.setenv("ADDENDA_REGISTRY", str(tmp_path / "tasks.db"))
     return addenda
+
+
+@pytest.fixture(scope="session")
+def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    """Where the digits 0 and 1 are as a folder with train/ and test/, and the registry of a task learned from them."""
+    place = tmp_path_factory.mktemp("first")
+    for part, test in (("train", False), ("test", True)):
+        data = digits((0, 1), test)
+        for number in range(24):
+            folder = place / "digits" / part / data.classes[data.targets[number]]
+            folder.mkdir(parents=True, exist_ok=True)
+            data.images[number].save(folder / f"{number}.png")
+    quick = ("--backbone", "glyphs", "--epochs", "2", "--lr", "0.3")
+    result = addenda("learn", "ones", place / "digits", *quick, "--registry", place / "tasks.db")
+    assert result.code == 0, result.err
+    return place, result
+
+
+@pytest.fixture
+def digits_folder(first: tuple[Path, Result], tmp_path: Path) -> Path:
+    """The digits 0 and 1, to be changed."""
+    return shutil.copytree(first[0] / "digits", tmp_path / "digits")
+
+
+@pytest.fixture
+def learned(first: tuple[Path, Result], tmp_path: Path) -> Result:
+    """What was said when the task was learned, which is in the test's own registry."""
+    shutil.copy(first[0] / "tasks.db", tmp_path)
+    return first[1]
+
+
+@pytest.fixture
+def tagged(tmp_path: Path) -> Path:
+    """Digits as a listing with several labels: 0 has none, 1 is odd, 2 is even, 3 is odd and high."""
+    lines = ["path,labels,split"]
+    (tmp_path / "tagged").mkdir()
+    for part, test in (("train", False), ("test", True)):
+        data = digits((0, 1, 2, 3), test)
+        for number in range(48 if part == "train" else 12):
+            labels = ("", "odd", "even", "high|odd")[data.targets[number]]
+            data.images[number].save(tmp_path / "tagged" / f"{part}-{number}.png")
+            lines.append(f"tagged/{part}-{number}.png,{labels},{part}")
+    (tmp_path / "tags.csv").write_text("\n".join(lines))
+    return tmp_path / "tags.csv"
 
 
 @pytest.fixture(scope="module")

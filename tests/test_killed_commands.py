@@ -1,4 +1,4 @@
-"""Commands that are killed: nothing half done is registered, and the same command ends in the same artifacts."""
+"""Killed and interrupted: nothing half done is registered, and the same again ends in the same artifacts."""
 
 from __future__ import annotations
 
@@ -119,3 +119,49 @@ def test_ctrl_c_at_any_moment_leaves_no_half_task_and_the_next_run_starts_clean(
     assert interrupted > 0
     finished = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
     assert json.loads(finished.stdout)["task"] == "colours:1"
+
+
+RESUME = (
+    "import os, signal, sys, torch; sys.path.insert(0, sys.argv[1]); torch.set_num_threads(1)\n"
+    "from tests.tiny import tiny_vit\n"
+    "from addenda import FrozenBackbone, LearnConfig, Learner, Registry\n"
+    "from addenda.learner import ActivationCache, Augmentation\n"
+    "backbone = FrozenBackbone(tiny_vit(), 'tiny', 'hub')\n"
+    "seen = 0\n"
+    "def on_epoch(epoch):\n"
+    "    global seen\n"
+    "    seen += 1\n"
+    "    print(epoch.phase, epoch.epoch, flush=True)\n"
+    "    if seen == int(sys.argv[5]):\n"
+    "        os.kill(os.getpid(), signal.SIGKILL)\n"
+    "config = LearnConfig(epochs=4, learning_rate=(0.03, 0.3), optimizer=sys.argv[6], batch_size=10, patience=2,\n"
+    "                     adapter_rank=2, augmentation=Augmentation(views=1), fall_back=False)\n"
+    "with Registry.open(sys.argv[3]) as registry:\n"
+    "    learner = Learner(backbone, registry, ActivationCache(sys.argv[4]))\n"
+    "    print(learner.learn('colours', sys.argv[2], config=config, on_epoch=on_epoch).sha256)\n"
+)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_run_killed_again_and_again_ends_in_the_same_artifact(tmp_path: Path, optimizer: str) -> None:
+    folder = colour_folder(tmp_path / "data")
+    root = str(Path(__file__).resolve().parents[1])
+
+    def run(name: str, kill_after: int) -> list[str]:
+        command = [sys.executable, "-c", RESUME, root, str(folder), str(tmp_path / f"{name}.db")]
+        command += [str(tmp_path / f"{name}-cache"), str(kill_after), optimizer]
+        finished = subprocess.run(command, capture_output=True, text=True)
+        assert finished.returncode in (0, -signal.SIGKILL), finished.stderr
+        return finished.stdout.split("\n")[:-1]
+
+    whole = run("whole", 0)
+    killed, runs = [], 0
+    while True:
+        lines = run("killed", 2)
+        runs += 1
+        killed += lines
+        if not lines[-1].startswith(("sweep", "refit")):
+            break
+    assert killed == whole
+    assert runs > 2
+    assert not list((tmp_path / "killed-cache" / "runs").iterdir())

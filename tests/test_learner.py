@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from sklearn.linear_model import LogisticRegression
 
 from addenda import CombinedModel, FrozenBackbone, LearnConfig, Learner, Registry
 from addenda.combined import Router, verify
@@ -21,9 +19,8 @@ from addenda.learner.activations import Activations
 from addenda.learner.augmentation import DEFAULT_VIEWS, Augmentation
 from addenda.learner.cache import ActivationCache
 from addenda.learner.candidates import first_tensors, silenced
-from addenda.learner.config import DEFAULTS
 from addenda.learner.data import Data, open_images
-from addenda.learner.regression import choose_strength, fit_regression
+from addenda.learner.regression import fit_regression
 from addenda.learner.run import parent_memory
 from addenda.learner.stream import stream_features
 from addenda.learner.training import Trainer
@@ -291,28 +288,6 @@ def test_a_head_only_task_is_the_regression_and_cannot_be_extended(learner: Lear
         learner.learn("child", colours, config=LearnConfig(extends=("head",)))
 
 
-def test_the_regression_is_converged_and_agrees_with_another_solver() -> None:
-    random = torch.Generator().manual_seed(0)
-    features, targets = torch.randn(90, 6, generator=random), torch.arange(90) % 3
-    features[:, 0] += targets
-    for classes in (3, 2):
-        kept = targets < classes
-        x, y = features[kept], targets[kept]
-        fitted = fit_regression(x, y, 0.3)
-        assert fitted.weight.shape == (classes, 6)
-        ours = (x @ fitted.weight.T + fitted.bias).softmax(1)
-        other = LogisticRegression(C=0.3, solver="newton-cg", tol=1e-8).fit(x.double().numpy(), y.numpy())
-        assert torch.allclose(ours, torch.from_numpy(other.predict_proba(x.double().numpy())).float(), atol=1e-4)
-
-
-def test_the_penalty_is_strong_for_noise_and_weak_for_signal() -> None:
-    random = torch.Generator().manual_seed(0)
-    targets = torch.arange(120) % 2
-    noise_only = torch.randn(120, 40, generator=random)
-    signal = torch.nn.functional.one_hot(targets).float() + 0.01 * torch.randn(120, 2, generator=random)
-    assert choose_strength(noise_only, targets, 0) < choose_strength(signal, targets, 0)
-
-
 def test_on_epoch_sees_every_epoch_of_sweep_and_refit(learner: Learner, colours: Path) -> None:
     seen: list[Epoch] = []
     task = learner.learn("colours", colours, config=replace(QUICK, fall_back=False), on_epoch=seen.append)
@@ -366,19 +341,6 @@ def test_images_are_varied_unless_they_are_ready_tensors_or_only_the_head_is_lea
     assert views == {"files": DEFAULT_VIEWS, "tensors": 0, "head": 0, "asked": 1}
 
 
-def test_each_optimiser_has_learning_rates_of_its_own() -> None:
-    for optimizer, rates in DEFAULTS.items():
-        config = LearnConfig.parse({"optimizer": optimizer})
-        assert (config.learning_rate, config.head_learning_rate, config.weight_decay) == (
-            rates.token, rates.head, rates.decay,
-        )  # fmt: skip
-    assert LearnConfig(optimizer="sgd", learning_rate=0.2).learning_rate == 0.2
-    with pytest.raises(TrainingError) as caught:
-        LearnConfig.parse({"optimizer": "adam"})
-    assert str(caught.value).count("optimizer") == 1
-    assert "learning_rate" not in str(caught.value)  # its default follows from the optimiser: no second mistake
-
-
 def test_every_evaluation_is_recorded_the_first_when_a_task_is_learned(learner: Learner, colours: Path) -> None:
     task = learner.learn("colours", colours, config=QUICK)
     record = learner.evaluate("colours", colours)
@@ -399,81 +361,6 @@ def test_a_task_is_refused_on_another_backbone(learner: Learner, colours: Path) 
     other = FrozenBackbone(tiny_vit(seed=1), "other", "hub")
     with pytest.raises(BackboneError, match="'colours:1' was learned on the backbone"):
         CombinedModel(other, [task])
-
-
-def test_the_configuration_reports_every_mistake_at_once() -> None:
-    with pytest.raises(TrainingError) as caught:
-        LearnConfig.parse({"epochs": 0, "memory": 5, "learning_rate": [-1]})
-    for name in ("epochs", "memory", "learning_rate"):
-        assert name in str(caught.value)
-
-
-def test_a_mistake_in_a_setting_of_one_value_or_several_is_said_once_in_the_form_given() -> None:
-    wrong = {
-        "seed": -1,
-        "learning_rate": [0.1, "x"],
-        "extends": 5,
-        "epoch": 1,
-        "augmentation": {"views": -1, "view": 2},
-    }
-    with pytest.raises(TrainingError) as caught:
-        LearnConfig.parse(wrong)
-    said = str(caught.value).removeprefix("The configuration is not valid: ").removesuffix(".").split("; ")
-    assert sorted(said) == [
-        "augmentation.view: there is no such setting",
-        "augmentation.views: Input should be greater than or equal to 0",
-        "epoch: there is no such setting",
-        "extends: Input should be a list of tasks, or 'auto'",
-        "learning_rate.1: Input should be a valid number, unable to parse string as a number",
-        "seed: Input should be greater than or equal to 0",
-    ]
-
-
-RESUME = (
-    "import os, signal, sys, torch; sys.path.insert(0, sys.argv[1]); torch.set_num_threads(1)\n"
-    "from tests.tiny import tiny_vit\n"
-    "from addenda import FrozenBackbone, LearnConfig, Learner, Registry\n"
-    "from addenda.learner import ActivationCache, Augmentation\n"
-    "backbone = FrozenBackbone(tiny_vit(), 'tiny', 'hub')\n"
-    "seen = 0\n"
-    "def on_epoch(epoch):\n"
-    "    global seen\n"
-    "    seen += 1\n"
-    "    print(epoch.phase, epoch.epoch, flush=True)\n"
-    "    if seen == int(sys.argv[5]):\n"
-    "        os.kill(os.getpid(), signal.SIGKILL)\n"
-    "config = LearnConfig(epochs=4, learning_rate=(0.03, 0.3), optimizer=sys.argv[6], batch_size=10, patience=2,\n"
-    "                     adapter_rank=2, augmentation=Augmentation(views=1), fall_back=False)\n"
-    "with Registry.open(sys.argv[3]) as registry:\n"
-    "    learner = Learner(backbone, registry, ActivationCache(sys.argv[4]))\n"
-    "    print(learner.learn('colours', sys.argv[2], config=config, on_epoch=on_epoch).sha256)\n"
-)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_a_run_killed_again_and_again_ends_in_the_same_artifact(tmp_path: Path, optimizer: str) -> None:
-    folder = colour_folder(tmp_path / "data")
-    root = str(Path(__file__).resolve().parents[1])
-
-    def run(name: str, kill_after: int) -> list[str]:
-        command = [sys.executable, "-c", RESUME, root, str(folder), str(tmp_path / f"{name}.db")]
-        command += [str(tmp_path / f"{name}-cache"), str(kill_after), optimizer]
-        finished = subprocess.run(command, capture_output=True, text=True)
-        assert finished.returncode in (0, -signal.SIGKILL), finished.stderr
-        return finished.stdout.split("\n")[:-1]
-
-    whole = run("whole", 0)
-    killed, runs = [], 0
-    while True:
-        lines = run("killed", 2)
-        runs += 1
-        killed += lines
-        if not lines[-1].startswith(("sweep", "refit")):
-            break
-    assert killed == whole
-    assert runs > 2
-    assert not list((tmp_path / "killed-cache" / "runs").iterdir())
 
 
 def test_an_unreadable_checkpoint_is_said_and_the_run_starts_anew(

@@ -1,4 +1,4 @@
-"""The rival of a multi-label task: one regression for each label. That of a single-label one: tests/test_learner.py."""
+"""The rival: one regression of a single-label task, one for each label of a multi-label one."""
 
 from __future__ import annotations
 
@@ -12,6 +12,28 @@ from sklearn.metrics import log_loss
 from sklearn.model_selection import KFold
 
 from addenda.learner.regression import STRENGTHS, choose_strength, fit_regression
+
+
+def test_the_regression_is_converged_and_agrees_with_another_solver() -> None:
+    random = torch.Generator().manual_seed(0)
+    features, targets = torch.randn(90, 6, generator=random), torch.arange(90) % 3
+    features[:, 0] += targets
+    for classes in (3, 2):
+        kept = targets < classes
+        x, y = features[kept], targets[kept]
+        fitted = fit_regression(x, y, 0.3)
+        assert fitted.weight.shape == (classes, 6)
+        ours = (x @ fitted.weight.T + fitted.bias).softmax(1)
+        other = LogisticRegression(C=0.3, solver="newton-cg", tol=1e-8).fit(x.double().numpy(), y.numpy())
+        assert torch.allclose(ours, torch.from_numpy(other.predict_proba(x.double().numpy())).float(), atol=1e-4)
+
+
+def test_the_penalty_is_strong_for_noise_and_weak_for_signal() -> None:
+    random = torch.Generator().manual_seed(0)
+    targets = torch.arange(120) % 2
+    noise_only = torch.randn(120, 40, generator=random)
+    signal = torch.nn.functional.one_hot(targets).float() + 0.01 * torch.randn(120, 2, generator=random)
+    assert choose_strength(noise_only, targets, 0) < choose_strength(signal, targets, 0)
 
 
 def tagged(count: int = 120, width: int = 6, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

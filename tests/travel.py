@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from addenda.registry import Registry, Task
+from addenda.registry import Received, Registry, Task
 from tests.registries import BACKBONE, a_statistic, a_task, adapters, probe, same_content
 
 FULL = {"adapted:1", "bare:1", "digits:1", "digits:2", "old:1", "strokes:1", "tip:1"}
@@ -38,6 +38,10 @@ def fill(location: str) -> str:
         for accuracy in (0.5, 1 / 3):
             registry.add_evaluation("digits:1", "d" * 64, "n" * 64, {"accuracy": accuracy}, "l" * 64)
     return location
+
+
+def states(received: Iterable[Received]) -> dict[str, str]:
+    return {each.ref: each.state for each in received}
 
 
 def assert_same(here: Registry, there: Registry, refs: Iterable[str]) -> None:
