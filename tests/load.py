@@ -63,7 +63,7 @@ class Load:
                 try:
                     response = client.post(self.url, content=self.images[image])
                 except httpx2.TransportError as error:
-                    self.failed.append((asked, error))
+                    self.failed.append((time.monotonic(), error))
                     return
                 at = time.monotonic()
                 document = response.json() if "json" in response.headers.get("content-type", "") else {}

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -26,6 +26,7 @@ from tests.conftest import random_task
 from tests.databases import own_postgres, raw, url_of
 from tests.images import colour_folder
 from tests.load import Load
+from tests.moments import until
 from tests.servers import ServedProcess
 
 pytestmark = pytest.mark.slow
@@ -77,13 +78,6 @@ def add(registry: Registry, backbone: FrozenBackbone, name: str, seed: int = 9) 
     return registry.register(task, golden(backbone, task))
 
 
-def until(true: Callable[[], bool], what: str, timeout_s: float = 30) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not true():
-        assert time.monotonic() < deadline, f"Not within {timeout_s:g} s: {what}"
-        time.sleep(0.02)
-
-
 def answers(server: Answering, images: list[bytes]) -> list[dict[str, object]]:
     """What the server says of each image, when nobody else asks."""
     responses = [server.ask(image) for image in images]
@@ -101,14 +95,13 @@ def test_a_server_that_is_told_to_stop_answers_all_that_was_begun(
         begun.sendall(head.encode() + images[0][:10])
         with Load(server.url + PREDICT, images) as load:
             load.wait(20)
-            server.process.terminate()
             stopped = time.monotonic()
+            server.process.terminate()
             until(lambda: httpx2.get(f"{server.url}/readyz").status_code == 503, "unready")
             unready = time.monotonic()
             load.wait(20)
             assert server.process.poll() is None
             until(lambda: len(load.failed) == load.clients, "no new request is taken")
-        assert time.monotonic() - stopped >= 3
         with pytest.raises(OSError, match="refused"):
             server.connect()
         begun.sendall(images[0][10:])
@@ -116,7 +109,7 @@ def test_a_server_that_is_told_to_stop_answers_all_that_was_begun(
         assert answer.startswith(b"HTTP/1.1 200 "), "what was begun before is answered after"
         assert json.loads(answer.partition(b"\r\n\r\n")[2]) == right[0]
         assert server.process.wait(30) == 0
-    assert all(asked >= stopped + 2.9 for asked, _ in load.failed), "refused before the drain was over"
+    assert all(at >= stopped + 3 for at, _ in load.failed), "refused before the drain was over"
     assert sum(told.asked > unready for told in load.told) > 10
     assert all(told.status == 200 and told.document == right[told.image] for told in load.told)
     answered = server.log.read_text().count(f'"path": "{PREDICT}", "status": 200')
@@ -134,7 +127,7 @@ def test_a_killed_server_leaves_the_registry_whole_and_answers_as_before(
             load.wait(20)
             server.process.kill()
             server.process.wait()
-        assert len(load.failed) == load.clients
+            until(lambda: len(load.failed) == load.clients, "no client is answered any more")
         assert all(told.document == right[told.image] for told in load.told)
         assert registry.check_integrity().ok
     with Answering(place, tmp_path) as server:
@@ -226,10 +219,10 @@ def test_clients_that_drip_are_hung_up_on_and_others_are_answered(
         right = answers(server, images)
         for begin, most in ((b"", 2), (head, 3)):
             ended: list[float] = []
+            started = time.monotonic()
             slow = [server.connect() for _ in range(200)]
             for connection in slow:
                 connection.sendall(begin)
-            started = time.monotonic()
             data = b"GET /" + b"a" * 1000
             threads = [threading.Thread(target=drip, args=(connection, data, ended)) for connection in slow]
             with Load(server.url + PREDICT, images) as load:
@@ -239,7 +232,7 @@ def test_clients_that_drip_are_hung_up_on_and_others_are_answered(
                 for thread in threads:
                     thread.join()
             assert len(ended) == 200
-            assert min(ended) - started > most / 2
+            assert min(ended) - started >= most
             assert max(ended) - started < 20, "dripping on would have taken 100 s"
             assert not load.failed
             assert all(told.status == 200 and told.document == right[told.image] for told in load.told)

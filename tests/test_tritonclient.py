@@ -25,6 +25,7 @@ from addenda.serving.tensors import HEADER_LENGTH
 from tests.commands import Run
 from tests.conftest import random_task
 from tests.inference import alone, client_at, images_of, infer, pictures, pixels_of, served_tasks
+from tests.moments import until
 from tests.processes import exit_code
 from tests.servers import ServedProcess
 
@@ -147,14 +148,13 @@ def test_a_client_that_leaves_is_no_failure_of_the_server(served: ServedProcess)
     for name, missing in (("early", 1), ("late", 0)):
         with socket.create_connection((host, int(port))) as connection:
             connection.sendall(head.format(name, len(body) + missing).encode() + body)
-    deadline = time.monotonic() + 20
-    lines: list[Any] = []
-    while len(lines) < 2 and time.monotonic() < deadline:
-        time.sleep(0.05)
-        lines = [
-            json.loads(line) for line in served.log.read_text().splitlines() if '"early"' in line or '"late"' in line
-        ]
-    assert sorted((line["request_id"], line["status"]) for line in lines) == [("early", 499), ("late", 499)]
+
+    def lines() -> list[Any]:
+        written = served.log.read_text().splitlines()
+        return [json.loads(line) for line in written if '"early"' in line or '"late"' in line]
+
+    until(lambda: len(lines()) == 2, "both are logged")
+    assert sorted((line["request_id"], line["status"]) for line in lines()) == [("early", 499), ("late", 499)]
     assert "Traceback" not in served.log.read_text()
     assert "traceback" not in served.log.read_text()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from threading import Timer
 
 import pytest
 from sqlalchemy import text
@@ -11,9 +10,12 @@ from sqlalchemy import text
 from addenda.exceptions import RegistryError
 from addenda.registry import Registry
 from tests.databases import ON_POSTGRESQL, address, raw
+from tests.moments import meanwhile
 from tests.processes import FORKS
 
 LONG_S = 30
+WAITS = "datname = current_database() AND application_name = 'addenda' AND query LIKE 'LISTEN %'"
+"""PostgreSQL's condition of a connection of ours that waits."""
 
 pytestmark = pytest.mark.usefixtures("another_interpreter")
 
@@ -50,15 +52,16 @@ def test_the_generation_is_as_it_was_when_the_time_is_over(full_book):
 
 @ON_POSTGRESQL
 def test_a_postgresql_server_that_hangs_up_on_a_waiting_registry_is_answered_in_words(full_book):
+    def waits() -> bool:
+        with raw(location) as connection:
+            return connection.scalar(text(f"SELECT count(*) FROM pg_stat_activity WHERE {WAITS}")) == 1
+
     def hang_up() -> None:
         with raw(location) as connection:
-            own = "datname = current_database() AND application_name = 'addenda'"
-            connection.execute(text(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {own}"))
+            connection.execute(text(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {WAITS}"))
 
     location = address(full_book)
-    timer = Timer(0.3, hang_up)
-    timer.start()
-    with pytest.raises(RegistryError, match="The registry cannot be waited for: the connection is lost"):
+    told = "The registry cannot be waited for: the connection is lost"
+    with meanwhile(waits, hang_up), pytest.raises(RegistryError, match=told):
         full_book.wait(9, LONG_S)
-    timer.join()
     assert full_book.generation == 9

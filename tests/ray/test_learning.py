@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from tests.commands import Run
 from tests.databases import Postgres
 from tests.images import colour_folder
 from tests.kill import Commands
+from tests.moments import meanwhile
 from tests.ray.conftest import NODE
 
 pytestmark = pytest.mark.ray
@@ -99,26 +98,6 @@ def at_work(node: Any) -> dict[str, int]:
         if parent == raylet.process.pid and title.startswith("ray::learn "):
             found[title.removeprefix("ray::learn ")] = int(process.name)
     return found
-
-
-@contextmanager
-def meanwhile(moment: Callable[[], bool], do: Callable[[], None]) -> Iterator[None]:
-    """Does something on another thread as soon as something is so, if that comes before what is within ends."""
-    over = threading.Event()
-
-    def wait() -> None:
-        while not over.wait(0.005):
-            if moment():
-                do()
-                return
-
-    thread = threading.Thread(target=wait)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
 
 
 def test_artifacts_are_those_of_one_after_another(

@@ -7,7 +7,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -28,6 +27,7 @@ from tests.commands import Run
 from tests.conftest import random_task
 from tests.images import colour_folder
 from tests.models import threads
+from tests.moments import until
 from tests.ray.conftest import NODE
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.*")]
@@ -219,10 +219,7 @@ def test_a_run_cut_short_goes_on_with_what_is_missing_and_the_tasks_that_it_had(
     with said.open("w") as file:  # not a pipe, which a process of the driver's may hold open
         driver = subprocess.run(command, stderr=file)
     assert driver.returncode == -signal.SIGKILL, said.read_text()
-    deadline = time.monotonic() + 120
-    while any(workers(node) for node in cluster[0].list_all_nodes()):
-        assert time.monotonic() < deadline, "a worker outlives its driver"
-        time.sleep(0.1)
+    until(lambda: not any(map(workers, cluster[0].list_all_nodes())), "its workers end with the driver", 120)
     there = {path.name: path.stat() for path in folder.glob("part-*.parquet")}
     assert 0 < len(there) < NUM_PARTS
     (folder / "part-00000.parquet.0.unfinished").write_bytes(b"what a worker that was killed may leave")

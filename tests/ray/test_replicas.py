@@ -26,8 +26,9 @@ from tests.commands import Run
 from tests.databases import Postgres
 from tests.images import colour_folder
 from tests.load import Load
+from tests.moments import until
 from tests.servers import ServedProcess
-from tests.test_serving_operations import PREDICT, add, fill, until
+from tests.test_serving_operations import PREDICT, add, fill
 
 pytestmark = pytest.mark.ray
 
@@ -259,7 +260,7 @@ def test_one_replica_on_this_machine_alone_answers_grows_under_load_and_stops(
     place = str(tmp_path / "tasks.db")
     fill(place, glyphs)
     scale = ("--min-replicas", 1, "--max-replicas", 2)
-    with OnRay(place, tmp_path, "--ray", "local", *scale, "--drain", 1) as server:
+    with OnRay(place, tmp_path, "--ray", "local", *scale, "--drain", 5) as server:
         processes = [psutil.Process(server.process.pid), *psutil.Process(server.process.pid).children(recursive=True)]
         elsewhere = [(name, ip) for name, ip in listening(processes) if ip.removeprefix("::ffff:") != "127.0.0.1"]
         assert [name.partition(":addenda:")[0] for name, _ in elsewhere] == ["ray::ServeReplica"], elsewhere
