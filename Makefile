@@ -4,10 +4,11 @@ BIN := .venv/bin
 PYTEST := $(BIN)/pytest --numprocesses 2 --dist worksteal
 
 QUICK := not slow and not realdata and not gpu and not ray
-# Chosen so that between them they call every function whose signature has shapes.
+# Between them they call every function whose signature has shapes, or the run fails.
 SHAPED := $(patsubst %,tests/test_%.py,activations adapters artifact backbones calibration combined \
-	continual_baselines continual_streams dense_mask learner linear looking metrics objectives regimes regression routing \
-	run splitting stream training)
+	continual_baselines continual_streams dense_mask learner linear looking metrics objectives page regimes regression \
+	routing run splitting strategy stream training) \
+	tests/test_exactness.py::test_the_backbones_own_logits_are_stock_timms
 
 .PHONY: demo test test-slow test-ray check docs gpu-check release-check clean
 
@@ -29,7 +30,7 @@ check: .venv/dev            ## style, types, architecture, every example in the 
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/pytest -q --doctest-modules addenda --ignore=addenda/registry/migrations
-	ADDENDA_CHECK_SHAPES=1 $(PYTEST) -q -m "$(QUICK)" $(SHAPED)
+	PYTHONPATH=. PYTEST_PLUGINS=tests.shapes $(PYTEST) -q -m "$(QUICK)" $(SHAPED)
 
 docs: .venv/dev             ## every page and the reference as site/, to read without a network; a broken link fails
 	$(BIN)/mkdocs build --strict

@@ -16,29 +16,16 @@ os.environ.pop("COLUMNS", None)  # a test sets its own; one of pytest-xdist's wo
 
 import pytest
 import torch
-from jaxtyping import install_import_hook
 
+from addenda.backbones import FrozenBackbone, load_backbone
+from addenda.benchmarks.digits import digits
+from addenda.registry import LowRank, Registry, Task
+from tests import travel
 from tests.commands import Result, Run, addenda
+from tests.databases import Database, Postgres, Sqlite, postgres_server, rows
+from tests.processes import start_another_interpreter
+from tests.registries import BACKBONE, fill
 from tests.tiny import tiny_vit
-
-# With ADDENDA_CHECK_SHAPES=1 every shape in a signature is checked in each call, which takes about as long again.
-SHAPED = [
-    "addenda.backbones",
-    "addenda.benchmarks.continual",
-    "addenda.combined",
-    "addenda.learner",
-    "addenda.registry.objectives",
-    "addenda.registry.task",
-]
-with install_import_hook(SHAPED if os.environ.get("ADDENDA_CHECK_SHAPES") else [], "beartype.beartype"):
-    from addenda.backbones import FrozenBackbone, load_backbone
-    from addenda.benchmarks.digits import digits
-    from addenda.learner import Learner  # noqa: F401
-    from addenda.registry import LowRank, Registry, Task
-    from tests import travel
-    from tests.databases import Database, Postgres, Sqlite, postgres_server, rows
-    from tests.processes import start_another_interpreter
-    from tests.registries import BACKBONE, fill
 
 torch.set_num_threads(1)
 
