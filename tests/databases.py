@@ -13,7 +13,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from sqlalchemy import Connection, Engine, MetaData, NullPool, create_engine, text
+from sqlalchemy import Connection, Engine, NullPool, create_engine, text
 from sqlalchemy.engine import make_url
 
 from addenda.registry import Registry, schema
@@ -108,24 +108,31 @@ def rows(location: str | Registry) -> dict[str, list[tuple[Any, ...]]]:
         }
 
 
-def everything(location: str | Registry) -> dict[str, Any]:
-    """All that a database holds, whatever its schema: tables, columns, indexes, triggers, rows."""
-    triggers = {
-        "sqlite": "SELECT name, sql FROM sqlite_schema WHERE type = 'trigger' ORDER BY name",
-        "postgresql": "SELECT tgname, pg_get_triggerdef(oid) FROM pg_trigger WHERE NOT tgisinternal ORDER BY tgname",
-    }
-    tables = MetaData()
+_DEFINITIONS = {
+    "sqlite": {
+        "tables": "SELECT tbl_name, name, sql FROM sqlite_schema WHERE type != 'trigger' ORDER BY tbl_name, name",
+        "triggers": "SELECT name, sql FROM sqlite_schema WHERE type = 'trigger' ORDER BY name",
+    },
+    "postgresql": {
+        "tables": "SELECT table_name, column_name, data_type, column_default, is_nullable "
+        "FROM information_schema.columns WHERE table_schema = current_schema() ORDER BY table_name, ordinal_position",
+        "constraints": "SELECT conname, pg_get_constraintdef(oid) FROM pg_constraint "
+        "WHERE connamespace = current_schema()::regnamespace ORDER BY conrelid::regclass::text, conname",
+        "indexes": "SELECT indexname, indexdef FROM pg_indexes WHERE schemaname = current_schema() ORDER BY indexname",
+        "triggers": "SELECT tgname, pg_get_triggerdef(oid) FROM pg_trigger WHERE NOT tgisinternal ORDER BY tgname",
+    },
+}
+
+
+def everything(location: str | Registry) -> dict[str, list[Any]]:
+    """All that a database holds, whatever its schema: how tables, indexes and triggers are defined, and all rows."""
     with raw(location) as connection:
-        tables.reflect(connection)
-        found: dict[str, Any] = {
-            name: (
-                table.columns.keys(),
-                sorted(str(index.name) for index in table.indexes),
-                sorted(repr(tuple(row)) for row in connection.execute(table.select())),
-            )
-            for name, table in tables.tables.items()
+        found: dict[str, list[Any]] = {
+            what: [tuple(row) for row in connection.execute(text(sql))]
+            for what, sql in _DEFINITIONS[connection.dialect.name].items()
         }
-        found["triggers"] = [tuple(row) for row in connection.execute(text(triggers[connection.dialect.name]))]
+        for name in sorted({row[0] for row in found["tables"]}):
+            found[f"rows of {name}"] = sorted(map(repr, connection.execute(text(f"SELECT * FROM {name}"))))
     return found
 
 

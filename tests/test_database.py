@@ -39,7 +39,7 @@ def test_a_registry_is_not_made_where_none_was_asked_for(database):
     if database.kind == "sqlite":
         assert not Path(location).exists()
     else:
-        assert everything(location) == {"triggers": []}
+        assert not any(everything(location).values())
 
 
 def test_a_locked_registry_is_refused_in_words(full_book, monkeypatch):
