@@ -30,7 +30,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NAME = f"addenda-{PROJECT['version']}"
 DATA, LARGEST_BYTES = "addenda/backbones/glyphs.safetensors", 200_000
 """The only data that the package carries; any other file is smaller."""
-TRIED, UNTRIED = ("3.11", "3.13"), ("3.12", "3.14")
+TRIED, UNTRIED = ("3.11", "3.12", "3.13"), ("3.14",)
 """Pythons that the classifiers name: the tests were run on some, and not on the others."""
 OURS = {"addenda", "pip", "setuptools"}
 
