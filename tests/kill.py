@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from addenda.learner.cache import NAME
+
 
 class Commands:
     """Runs `addenda` on a registry and a cache of its own.
@@ -24,7 +26,7 @@ class Commands:
     def __init__(self, folder: Path, registry: bool = True) -> None:
         folder.mkdir()
         self._takes_registry = registry
-        self.registry, self.cache = folder / "tasks.db", folder / "cache"
+        self.registry, self.cache = folder / "tasks.db", folder / "cache" / NAME
 
     def _start(self, *arguments: object) -> subprocess.Popen[str]:
         command = [
@@ -35,7 +37,7 @@ class Commands:
             *(("--registry", str(self.registry)) if self._takes_registry else ()),
             "--json",
         ]
-        environment = {**os.environ, "ADDENDA_CACHE": str(self.cache)}
+        environment = {**os.environ, "ADDENDA_CACHE": str(self.cache.parent)}
         return subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
             cwd=Path(__file__).resolve().parents[1],

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
+import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +23,14 @@ from addenda import FrozenBackbone, LearnConfig, Learner, Registry
 from addenda.exceptions import DataError, TrainingError
 from addenda.learner import ActivationCache, Augmentation
 from addenda.learner.activations import Activations
+from addenda.learner.cache import NAME
 from addenda.learner.data import open_images
 from tests.conftest import random_task, tiny_vit
 from tests.images import colour_folder
 
 ROW_GB = (2 * 2 * 3 * 17 * 48 + 4 * 48) / 1e9
 """Of one image on `tiny`: keys and values of 3 layers of 17 tokens of 48 dimensions, and its pooled feature."""
+FILES = ["key_values.npy", "pooled.npy", "digests.npy", "keys.npy", "meta.json"]
 
 VARIED = Augmentation(views=2, color_jitter=0.3)
 
@@ -114,14 +121,14 @@ def test_a_cache_of_another_backbone_or_numerics_is_not_used(
     assert len(cache.sets()) == 3
 
 
-@pytest.mark.parametrize("file", ["key_values.npy", "pooled.npy", "done.npy", "keys.npy", "meta.json"])
+@pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("damage", ["cut", "gone", "other"])
 def test_a_damaged_set_is_made_again_and_said_to_be(
     tiny: FrozenBackbone, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, file: str, damage: str
 ) -> None:
     cache = ActivationCache(tmp_path / "cache")
     first = fetched(activations(tiny, folder, cache))
-    path = tmp_path / "cache" / cache.sets()[0].name / file
+    path = cache.folder / cache.sets()[0].name / file
     if damage == "cut":
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     elif damage == "gone":
@@ -130,11 +137,11 @@ def test_a_damaged_set_is_made_again_and_said_to_be(
         other = colour_folder(tmp_path / "others", per_class=2, seed=5)
         elsewhere = ActivationCache(tmp_path / "elsewhere")
         activations(FrozenBackbone(tiny_vit(seed=1, depth=2), "other", "hub"), other, elsewhere)
-        path.write_bytes((tmp_path / "elsewhere" / elsewhere.sets()[0].name / file).read_bytes())
+        path.write_bytes((elsewhere.folder / elsewhere.sets()[0].name / file).read_bytes())
     with caplog.at_level(logging.WARNING):
         again = fetched(activations(tiny, folder, cache))
     assert torch.equal(first, again)
-    assert "are of no use" in caplog.text or (file, damage) == ("meta.json", "other")
+    assert "Discarding the damaged cache entry" in caplog.text or (file, damage) == ("meta.json", "other")
     assert all(kept.num_done == kept.num_images for kept in cache.sets() if kept.num_images == 12)
 
 
@@ -178,12 +185,11 @@ def test_a_run_killed_while_the_cache_is_filled_goes_on_where_it_was(
 
 
 def test_an_image_that_changes_under_a_run_is_noticed(tiny: FrozenBackbone, folder: Path, tmp_path: Path) -> None:
-    images = open_images(folder)
-    digests = [images.digest(index) for index in range(len(images))]
+    images = open_images(folder).hashed()
     changed = folder / "green" / "1.png"
     Image.new("RGB", (40, 40), (1, 2, 3)).save(changed)
-    with pytest.raises(DataError, match=r"green/1\.png changed while it was being learned from"):
-        Activations(tiny, images, Augmentation(), ActivationCache(tmp_path / "cache"), digests=digests)
+    with pytest.raises(DataError, match=r"green/1\.png changed while it was being read"):
+        Activations(tiny, images, Augmentation(), ActivationCache(tmp_path / "cache"))
 
 
 def test_views_differ_repeat_and_depend_on_content_alone(tiny: FrozenBackbone, folder: Path, tmp_path: Path) -> None:
@@ -220,7 +226,7 @@ def test_no_free_disk_is_said_with_what_to_do(
 
 def test_the_longest_unused_set_makes_room(tiny: FrozenBackbone, tmp_path: Path) -> None:
     folders = [colour_folder(tmp_path / f"data-{i}", per_class=4, seed=10 * i) for i in range(3)]
-    cache = ActivationCache(tmp_path / "cache", budget_gb=26 * ROW_GB + 1e-5)
+    cache = ActivationCache(tmp_path / "cache", budget_gb=26 * ROW_GB + 2e-5)
     names = []
     for folder in folders:
         activations(tiny, folder, cache)
@@ -235,8 +241,8 @@ def test_clearing_names_what_goes(tiny: FrozenBackbone, folder: Path, tmp_path: 
     (kept,) = cache.sets()
     assert (kept.backbone, kept.num_images, kept.num_done) == ("tiny", 12, 12)
     assert kept.num_bytes >= 12 * ROW_GB * 1e9
-    assert cache.clear([]) == 0
-    assert cache.clear() == kept.num_bytes
+    assert cache.clear([]) == (0, [])
+    assert cache.clear() == (kept.num_bytes, [])
     assert cache.sets() == []
 
 
@@ -250,3 +256,208 @@ def test_kept_activations_are_the_streams_own_in_half_precision(
         for which, part in enumerate(offered):
             kept = torch.cat([batch.fetch(layer, which, some).clone() for some in batch.parts])
             np.testing.assert_allclose(kept, part, rtol=2e-3, atol=2e-3)
+
+
+# --- whose files ------------------------------------------------------------------------------------------------------
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """Every file below a folder with its content; folders have none."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+        if NAME not in path.parts
+    }
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> Path:
+    """A folder full of somebody's things, some of which look like entries of a cache."""
+    place = tmp_path / "everything"
+    for name in ("photos/2019", "thesis", "runs/1", "0123456789abcdef", ".lock-me"):
+        (place / name).mkdir(parents=True)
+    (place / "photos" / "2019" / "a.jpg").write_bytes(b"a picture")
+    (place / "thesis" / "meta.json").write_text('{"format": 1}')
+    (place / "runs" / "1" / "sweep.safetensors").write_bytes(b"somebody's own run")
+    (place / "0123456789abcdef" / "keys.npy").write_bytes(b"keys of a house")
+    (place / "notes.unfinished").write_text("a novel")
+    (place / ".lock").write_text("mine")
+    return place
+
+
+def test_a_folder_full_of_other_things_survives_every_use(
+    tiny: FrozenBackbone, folder: Path, shared: Path, tmp_path: Path
+) -> None:
+    before = tree(shared)
+    cache = ActivationCache(shared, budget_gb=15 * ROW_GB)
+    with Registry.open(tmp_path / "tasks.db") as registry:
+        Learner(tiny, registry, cache).learn(
+            "colours", folder, config=LearnConfig(epochs=1, augmentation=Augmentation())
+        )
+    activations(tiny, colour_folder(tmp_path / "more", per_class=4, seed=9), cache)
+    (entry,) = cache.sets()
+    (cache.folder / entry.name / "keys.npy").write_bytes(b"")
+    activations(tiny, colour_folder(tmp_path / "last", per_class=4, seed=19), cache)
+    cache.clear()
+    assert cache.sets() == []
+    assert tree(shared) == before
+
+
+def test_what_is_not_an_entry_is_left_and_named_once(
+    tiny: FrozenBackbone, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = ActivationCache(tmp_path / "cache", budget_gb=15 * ROW_GB)
+    activations(tiny, folder, cache)
+    (entry,) = cache.sets()
+    strangers = [cache.folder / name for name in ("thesis", "fedcba9876543210")]
+    for stranger in strangers:
+        stranger.mkdir()
+        (stranger / "keys.npy").write_bytes(b"somebody's")
+    (cache.folder / entry.name / "diary.txt").write_text("within an entry")
+    with caplog.at_level(logging.WARNING):
+        for seed in (9, 19):
+            activations(tiny, colour_folder(tmp_path / str(seed), per_class=4, seed=seed), cache)
+        cache.clear()
+    assert all((stranger / "keys.npy").read_bytes() == b"somebody's" for stranger in strangers)
+    assert (cache.folder / entry.name / "diary.txt").read_text() == "within an entry"
+    assert [path.name for path in (cache.folder / entry.name).iterdir()] == ["diary.txt"]
+    assert cache.sets() == []
+    for stranger in (*strangers, cache.folder / entry.name / "diary.txt"):
+        assert caplog.text.count(f"{stranger} is not Addenda's own and is left alone") == 1
+
+
+def test_no_link_is_followed(tiny: FrozenBackbone, folder: Path, tmp_path: Path) -> None:
+    thesis = tmp_path / "thesis"
+    thesis.mkdir()
+    (thesis / "keys.npy").write_bytes(b"mine")
+    cache = ActivationCache(tmp_path / "cache")
+    activations(tiny, folder, cache)
+    (entry,) = cache.sets()
+    (cache.folder / "00112233445566aa").symlink_to(thesis)
+    pooled = cache.folder / entry.name / "pooled.npy"
+    pooled.rename(thesis / "pooled.npy")
+    pooled.symlink_to(thesis / "pooled.npy")
+    before = tree(thesis)
+    cache.clear()
+    assert tree(thesis) == before
+    whole = tmp_path / "linked"
+    whole.mkdir()
+    (whole / NAME).symlink_to(thesis)
+    with pytest.raises(TrainingError, match="is a link or a file, not a folder"):
+        activations(tiny, folder, ActivationCache(whole))
+    assert tree(thesis) == before
+
+
+def test_a_folder_of_its_name_that_is_not_its_own_is_refused(
+    tiny: FrozenBackbone, folder: Path, tmp_path: Path
+) -> None:
+    taken = tmp_path / "cache" / NAME
+    taken.mkdir(parents=True)
+    (taken / "novel.txt").write_text("chapter one")
+    with pytest.raises(TrainingError, match="has files in it that are not Addenda's"):
+        activations(tiny, folder, ActivationCache(tmp_path / "cache"))
+    assert [path.name for path in taken.iterdir()] == ["novel.txt"]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="permissions of another kind")
+def test_a_folder_that_others_may_write_to_is_refused(
+    tiny: FrozenBackbone, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = ActivationCache(tmp_path / "cache")
+    activations(tiny, folder, cache)
+    (entry,) = cache.sets()
+    for place in (cache.folder, cache.folder / entry.name):
+        assert stat.S_IMODE(place.stat().st_mode) == 0o700
+        place.chmod(0o777)
+        with pytest.raises(TrainingError, match="others may write to"):
+            activations(tiny, folder, cache)
+        place.chmod(0o700)
+    monkeypatch.setattr("os.geteuid", lambda: os.getuid() + 1)
+    with pytest.raises(TrainingError, match="belongs to another user"):
+        activations(tiny, folder, cache)
+
+
+def swap(rows: np.ndarray) -> None:
+    rows[[0, 1]] = rows[[1, 0]]
+
+
+def flip(rows: np.ndarray) -> None:
+    rows.view(np.uint8).reshape(-1)[7] ^= 1
+
+
+@pytest.mark.parametrize("file", ["key_values.npy", "pooled.npy", "digests.npy"])
+@pytest.mark.parametrize("harm", [swap, flip])
+def test_rows_that_were_exchanged_or_damaged_are_computed_again(
+    tiny: FrozenBackbone, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture,
+    file: str, harm: Callable[[np.ndarray], None],
+) -> None:  # fmt: skip
+    cache = ActivationCache(tmp_path / "cache")
+    first = fetched(activations(tiny, folder, cache))
+    rows = np.load(cache.folder / cache.sets()[0].name / file, mmap_mode="r+")
+    harm(rows)
+    rows.flush()
+    with caplog.at_level(logging.WARNING):
+        again = fetched(activations(tiny, folder, cache))
+    assert torch.equal(first, again)
+    assert "cached rows are damaged or were exchanged; recomputing." in caplog.text
+
+
+def test_rows_that_were_exchanged_with_their_digests_are_computed_again(
+    tiny: FrozenBackbone, folder: Path, tmp_path: Path
+) -> None:
+    cache = ActivationCache(tmp_path / "cache")
+    first = fetched(activations(tiny, folder, cache))
+    for file in ("key_values.npy", "pooled.npy", "digests.npy"):
+        rows = np.load(cache.folder / cache.sets()[0].name / file, mmap_mode="r+")
+        swap(rows)
+        rows.flush()
+    assert torch.equal(first, fetched(activations(tiny, folder, cache)))
+
+
+def test_two_runs_on_one_entry_keep_each_others_marks(tiny: FrozenBackbone, tmp_path: Path) -> None:
+    cache = ActivationCache(tmp_path / "cache")
+    keys = [f"{number:064x}" for number in range(6)]
+    one, other = cache.open(tiny, keys), cache.open(tiny, keys)
+    row = torch.ones(one.key_values.shape[1:], dtype=torch.float16)
+    for number in range(6):
+        (one if number % 2 else other).put(number, number * row, torch.zeros(48))
+    one.flush()
+    other.flush()
+    assert cache.sets()[0].num_done == 6
+    again = cache.open(tiny, keys)
+    assert again.held(range(6)) == set(range(6))
+    assert all((again.key_values[number] == number).all() for number in range(6))
+
+
+def test_an_entry_that_a_run_has_open_is_neither_evicted_nor_cleared(tiny: FrozenBackbone, tmp_path: Path) -> None:
+    cache = ActivationCache(tmp_path / "cache", budget_gb=8 * ROW_GB)
+    keys = [f"{number:064x}" for number in range(12)]
+    first = cache.open(tiny, keys[:6])
+    (name,) = [kept.name for kept in cache.sets()]
+    second = cache.open(tiny, keys[6:])
+    assert name in [kept.name for kept in cache.sets()]
+    freed, in_use = cache.clear()
+    assert (freed, len(in_use)) == (0, 2)
+    del first, second
+    freed, in_use = cache.clear()
+    assert freed > 0
+    assert in_use == cache.sets() == []
+
+
+def test_the_cache_works_where_files_cannot_be_reserved(
+    tiny: FrozenBackbone, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """macOS has no posix_fallocate, and some file systems do not know it."""
+    expected = fetched(activations(tiny, folder, ActivationCache(tmp_path / "cache")))
+
+    def unknown(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr("os.posix_fallocate", unknown)
+    assert torch.equal(expected, fetched(activations(tiny, folder, ActivationCache(tmp_path / "other"))))
+    monkeypatch.delattr("os.posix_fallocate")
+    assert torch.equal(expected, fetched(activations(tiny, folder, ActivationCache(tmp_path / "mac"))))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=10))
+    with pytest.raises(TrainingError, match=r"cannot hold them \(No space left on device\)"):
+        activations(tiny, folder, ActivationCache(tmp_path / "full", budget_gb=1.0))

@@ -130,7 +130,7 @@ def test_what_is_no_backup_is_refused(database, tmp_path):
     with pytest.raises(RegistryError, match="There is no registry at"):
         restore(tmp_path / "none.db", database.new())
     (tmp_path / "empty.db").touch()
-    with pytest.raises(RegistryError, match="has an older schema, or is no registry"):
+    with pytest.raises(RegistryError, match="There is no registry at"):
         restore(tmp_path / "empty.db", database.new())
 
 

@@ -363,7 +363,7 @@ def test_settings_that_changed_under_a_live_model_are_noticed() -> None:
         live = CombinedModel(on, tasks)
         live(images(1))
     with threads(1):
-        with pytest.raises(ExactnessError, match=r"This model was made under .*'threads': 2.*make the model anew"):
+        with pytest.raises(ExactnessError, match=r"this model was made: threads was 2, now 1\. Set it"):
             live(images(1))
         anew, fresh = live.with_tasks(tasks)(images(2)), CombinedModel(on, tasks)(images(2))
     assert all(bits(anew[name]) == bits(fresh[name]) for name in fresh)

@@ -13,6 +13,7 @@ import pytest
 
 from addenda import FrozenBackbone, Registry
 from addenda.combined import verify
+from addenda.learner.cache import NAME
 from addenda.registry import TaskFilter
 from tests.images import colour_folder
 from tests.kill import Commands
@@ -164,4 +165,4 @@ def test_a_run_killed_again_and_again_ends_in_the_same_artifact(tmp_path: Path, 
             break
     assert killed == whole
     assert runs > 2
-    assert not list((tmp_path / "killed-cache" / "runs").iterdir())
+    assert not list((tmp_path / "killed-cache" / NAME / "runs").iterdir())

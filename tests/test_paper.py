@@ -15,6 +15,7 @@ from addenda.benchmarks import paper
 from addenda.benchmarks.paper import COLLAPSE, OURS, PAIRS, Comparison, balanced_rows, run_paper
 from addenda.benchmarks.paper_report import PAPER, write_report
 from addenda.exceptions import DataError, TrainingError
+from addenda.files import output_folder
 from addenda.learner.data import open_images
 from addenda.learner.regimes import RivalConfig, regime_config
 from tests.conftest import tiny_vit
@@ -71,6 +72,7 @@ def test_each_cell_is_computed_once(comparison: Comparison, out: Path) -> None:
 
 def test_an_interrupted_run_goes_on_with_what_is_missing(comparison: Comparison, out: Path, tmp_path: Path) -> None:
     whole = (out / "cells.jsonl").read_text().splitlines(keepends=True)
+    output_folder(tmp_path)
     (tmp_path / "cells.jsonl").write_text("".join(whole[:-1]) + whole[-1][:40])  # killed while it wrote the last one
     (tmp_path / "unmasked").symlink_to(out / "unmasked")
     found = run_paper(comparison, tuple(CLASSES), 1, REGIMES, tmp_path)
@@ -83,6 +85,7 @@ def test_an_interrupted_run_goes_on_with_what_is_missing(comparison: Comparison,
 
 
 def test_other_settings_are_other_cells(comparison: Comparison, out: Path, tmp_path: Path) -> None:
+    output_folder(tmp_path)
     (tmp_path / "cells.jsonl").write_bytes((out / "cells.jsonl").read_bytes())
     smaller = quick(comparison.backbone, comparison.data, limit=15)
     found = run_paper(smaller, ["warm"], 1, ["head"], tmp_path)

@@ -93,6 +93,8 @@ def test_a_head_whose_bits_depend_on_the_place_is_refused(monkeypatch: pytest.Mo
     def biased(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return nudge(honest(inputs, weight, bias), 1)
 
+    for module in ("model", "selftest"):  # which would see it too
+        monkeypatch.setattr(f"addenda.combined.{module}.touch", bytes)
     CombinedModel(on, [random_task(on, "narrow", classes=3)])
     monkeypatch.setattr("addenda.combined.heads.F.linear", biased)
     with pytest.raises(ExactnessError, match="a head of 32 rows on 8 images"):

@@ -1,16 +1,18 @@
 """A timm ViT or Eva, frozen: loading, fingerprint, preprocessing, layer-by-layer keys and values."""
 
 from addenda.backbones.adapters import Adapter, BlockAdapters
+from addenda.backbones.arithmetic import plain
 from addenda.backbones.cached import cached_weights
 from addenda.backbones.catalogue import catalogue
 from addenda.backbones.family import KeyValue
 from addenda.backbones.frozen import FrozenBackbone, FrozenStream
-from addenda.backbones.images import SUFFIXES, read_image, readable
+from addenda.backbones.images import PREPARATION, SUFFIXES, prepared, read_image, readable
 from addenda.backbones.loading import load_backbone, untrained_backbone
 from addenda.backbones.products import MIN_ROWS, product
 
 __all__ = [
     "MIN_ROWS",
+    "PREPARATION",
     "SUFFIXES",
     "Adapter",
     "BlockAdapters",
@@ -20,6 +22,8 @@ __all__ = [
     "cached_weights",
     "catalogue",
     "load_backbone",
+    "plain",
+    "prepared",
     "product",
     "read_image",
     "readable",

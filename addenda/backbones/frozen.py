@@ -11,10 +11,14 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from PIL import Image
-from timm.data import create_transform, resolve_model_data_config
+from timm.data import MaybeToTensor, create_transform, resolve_model_data_config
 from torch import Tensor, nn
+from torchvision.transforms import Normalize
+from torchvision.transforms.functional import normalize, pil_to_tensor
 
+from addenda.backbones.arithmetic import building, plain
 from addenda.backbones.family import Family, KeyValue, Reading
+from addenda.backbones.images import prepared
 from addenda.backbones.scope import adapter_obstacle, family_of, obstacle
 from addenda.backbones.vit import VisionTransformerFamily
 from addenda.exceptions import BackboneError, IntegrityError
@@ -69,23 +73,36 @@ class FrozenBackbone:
         self.name, self.source = name, source
         self.precision, self.device = precision, torch.device(device)
         self.fingerprint = _fingerprint(model, family, self.preprocessing)
-        # timm's module attributes have no static types; the scope check has made sure of what they are.
-        self.model: Any = model.to(self.device, precision).eval().requires_grad_(False)
-        self.family: Family = family(self.model)
+        with building():
+            # timm's module attributes have no static types; the scope check has made sure of what they are.
+            self.model: Any = model.to(self.device, precision).eval().requires_grad_(False)
+            self.family: Family = family(self.model)
         self.blocks: list[Any] = self.family.blocks
         self.embed_dim: int = model.embed_dim
         self.depth: int = len(model.blocks)
         self.num_heads: int = model.blocks[0].attn.num_heads
         self.num_tokens: int = model.num_prefix_tokens + model.patch_embed.num_patches
         self.num_parameters: int = sum(p.numel() for p in model.parameters())
-        settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in self.preprocessing.items()}
-        self._prepare: Callable[[Image.Image], Float[Tensor, "3 H W"]] = create_transform(**settings, is_training=False)
+        self._resize_and_crop = _resize_and_crop(self.preprocessing)
         self._contents = _hash_state(self.model)
+        self._modules = dict(self.model.named_modules())
+        self._state = [_state_of(module) for module in self._modules.values()]
         self.memo: dict[Any, Any] = {}
 
     def transform(self, image: Image.Image) -> Float[Tensor, "3 H W"]:
-        """An image of any mode and size as the model takes it: resized, cropped and normalised by timm."""
-        return self._prepare(image.convert("RGB"))
+        """An image of any mode and size as the model takes it: as `prepared`, then resized and cropped by timm.
+
+        Raises:
+            DataError: pixel values of no known scale.
+        """
+        return self.normalised(self._resize_and_crop(prepared(image)))
+
+    def normalised(self, image: Image.Image) -> Float[Tensor, "3 H W"]:
+        """An RGB image of the model's own size as a tensor, in float32 whatever torch's default dtype is."""
+        with plain(torch.device("cpu")):
+            pixels = pil_to_tensor(image).float() / 255
+            found: Tensor = normalize(pixels, self.preprocessing["mean"], self.preprocessing["std"])
+        return found
 
     def check_images(self, images: Tensor) -> None:
         """Raises BackboneError unless images are Float[B, 3, H, W] of the model's own size."""
@@ -100,10 +117,33 @@ class FrozenBackbone:
 
     def check_unchanged(self) -> None:
         """Raises IntegrityError if a weight in memory is no longer what was loaded."""
+        self.check_as_loaded()
         if _hash_state(self.model) != self._contents:
             raise IntegrityError(
                 f"The weights of backbone {self.name!r} in memory have changed since they were loaded."
             )
+
+    def check_as_loaded(self) -> None:
+        """Raises IntegrityError where a module was replaced, hooked, compiled or written to; it reads no weight.
+
+        A write through `.data` is seen by `check_unchanged` alone.
+        """
+        now = [_state_of(module) for module in self._modules.values()]
+        if now != self._state:
+            changed = next(
+                name for name, before, after in zip(self._modules, self._state, now, strict=True) if before != after
+            )
+            raise IntegrityError(
+                f"Module {changed or 'model'!r} of backbone {self.name!r} is no longer as it was loaded: it, or a "
+                "layer or weight in it, was replaced, written to, hooked, compiled or set to training. Undo that, or "
+                "load the backbone again."
+            )
+
+    @property
+    def fused_attention(self) -> bool | str:
+        """Whether attention runs as torch's one fused operation; where blocks differ, 1 or 0 for each."""
+        fused = [bool(block.attn.fused_attn) for block in self.blocks]
+        return fused[0] if len(set(fused)) == 1 else "".join(str(int(one)) for one in fused)
 
     def check_vision_transformer(self, what: str) -> None:
         """Raises BackboneError, naming what was written for it alone, unless it is timm's VisionTransformer."""
@@ -133,11 +173,11 @@ class FrozenBackbone:
         self.check_images(images)
         return FrozenStream(self, images, reading)
 
-    @torch.no_grad()
     def backbone_logits(self, images: Tensor) -> Float[Tensor, "B C"]:
         """Stock timm's own forward pass over images Float[B, 3, H, W], head included."""
         self.check_images(images)
-        logits: Tensor = self.model(images.to(self.device, self.precision))
+        with plain(self.device):
+            logits: Tensor = self.model(images.to(self.device, self.precision))
         return logits
 
     def first_tokens(self, class_tokens: Float[Tensor, "S D"]) -> Float[Tensor, "S D"]:
@@ -252,6 +292,42 @@ class FrozenStream:
         with torch.no_grad():
             feature: Tensor = self._backbone.model.forward_head(self.tokens, pre_logits=True)
         return feature
+
+
+def _resize_and_crop(preprocessing: dict[str, Any]) -> Callable[[Image.Image], Image.Image]:
+    """Timm's transform up to the image: its last two steps would make tensors of torch's default dtype."""
+    settings: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in preprocessing.items()
+    }
+    transform: Any = create_transform(**settings, is_training=False)
+    *steps, to_tensor, normalise = transform.transforms
+    assert isinstance(to_tensor, MaybeToTensor), to_tensor
+    assert isinstance(normalise, Normalize), normalise
+
+    def resize_and_crop(image: Image.Image) -> Image.Image:
+        for step in steps:
+            image = step(image)
+        return image
+
+    return resize_and_crop
+
+
+def _state_of(module: nn.Module) -> tuple[Any, ...]:
+    """What of a module decides its bits and can be compared at every call: what it is and holds, and who listens."""
+    held = module.__dict__
+    tensors = (*held["_parameters"].values(), *held["_buffers"].values())
+    return (
+        type(module),
+        held["training"],
+        held.get("forward"),
+        held.get("_compiled_call_impl"),
+        len(held["_forward_hooks"]),
+        len(held["_forward_pre_hooks"]),
+        held.get("scale"),
+        held.get("eps"),
+        tuple(map(id, held["_modules"].values())),
+        tuple((id(one), 0 if one is None or one.is_inference() else one._version) for one in tensors),
+    )
 
 
 def _fingerprint(model: Any, family: type[Family], preprocessing: dict[str, Any]) -> str:

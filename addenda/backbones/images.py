@@ -7,13 +7,28 @@ from io import BytesIO
 from pathlib import Path
 from typing import TypeVar
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from addenda.exceptions import DataError, TooLargeError
 
 Name = TypeVar("Name", str, Path)
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
+PREPARATION = 1
+"""Which way of preparing images this is: another number wherever the pixels of some image would differ."""
+ORIENTATION = ExifTags.Base.Orientation
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What brings an image of each EXIF orientation upright. Pillow's own `exif_transpose` also rewrites the metadata, and
+fails where these are damaged."""
 ASPECT = 100
 """A transform that brings the shorter side to a size makes of a longer line more pixels than fit into memory."""
 
@@ -24,9 +39,7 @@ def read_image(
     formats: tuple[str, ...] | None = None,
     max_pixels: int | None = None,
 ) -> Image.Image:
-    """Reads a file as an RGB image, turned as its EXIF orientation says.
-
-    Transparent pixels are laid on white; 16-bit grey is scaled to 8 bits.
+    """Reads a file as an image that is `prepared`.
 
     Args:
         source: a path, or the bytes of a file.
@@ -36,16 +49,15 @@ def read_image(
 
     Raises:
         TooLargeError: more pixels than are taken; none was decoded.
-        DataError: the file is missing, truncated, too large to be safe, or no image.
+        DataError: the file is missing, truncated, too large to be safe, no image, or of no known scale.
     """
     called = f"Image {str(source)!r}" if name is None else name
     try:
         with Image.open(source, formats=formats) as image:
             if max_pixels is not None:
                 _check_size(called, image, max_pixels)
-            image.load()
-            return _rgb(ImageOps.exif_transpose(image))
-    except TooLargeError:
+            return prepared(image, called)
+    except DataError:
         raise
     except FileNotFoundError as error:
         raise DataError(f"{called} does not exist.") from error
@@ -77,10 +89,63 @@ def _check_size(called: str, image: Image.Image, max_pixels: int) -> None:
         raise TooLargeError(f"{found}; a side may be {ASPECT} times as long as the other at most.")
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        image = image.point(lambda value: value / 257).convert("L")
-    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+def prepared(image: Image.Image, called: str = "An image") -> Image.Image:
+    """An image as every model sees it, whether it was read from a file or given as a PIL image: RGB and upright.
+
+    It is turned as its EXIF orientation says, transparent pixels are laid on white, and values that are not 8-bit are
+    scaled: floats from 0 to 1, and the fewest of 8, 12 or 16 bits that hold the largest value.
+
+    Args:
+        image: of any mode.
+        called: its name in messages.
+
+    Raises:
+        DataError: pixel values of no known scale, or a mode that has no RGB.
+    """
+    truncated = ";16" in str(getattr(image, "tile", "")) and len(image.getbands()) > 1
+    image.load()
+    if truncated and int(np.asarray(image.convert("RGB")).max()) < 16:
+        raise DataError(
+            f"{called} has 16-bit colours of 12 bits or fewer, of which Pillow keeps the upper 8: it would be nearly "
+            "black. Save it with 8 bits for each channel."
+        )
+    turn = TURNS.get(_orientation(image) or 1)
+    if turn is not None:
+        image = image.transpose(turn)
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = _eight_bit(image, called)
+    elif image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
         with_alpha = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", with_alpha.size, "white"), with_alpha)
-    return image.convert("RGB")
+    try:
+        found = image.convert("RGB")
+    except ValueError as error:
+        raise DataError(f"{called} has the mode {image.mode}, which cannot be shown as RGB.") from error
+    found.info = {}  # its orientation is done with
+    return found
+
+
+def _orientation(image: Image.Image) -> int | None:
+    """The EXIF orientation; None where there is none or the metadata is damaged."""
+    try:
+        found: int | None = image.getexif().get(ORIENTATION)
+    except Exception:  # whatever stands beside the pixels is not the picture
+        return None
+    return found
+
+
+def _eight_bit(image: Image.Image, called: str) -> Image.Image:
+    """A grey image of floats or of more than 8 bits as 8-bit grey."""
+    values = np.asarray(image).astype(np.float64)
+    low, high = float(values.min()), float(values.max())
+    whole = image.mode != "F"
+    scale = next((top for top in (*(() if whole else (1,)), 255, 4095, 65535) if high <= top), None)
+    if scale is None or not low >= 0:  # nor where one of them is not a number
+        raise DataError(
+            f"{called} has pixel values from {low:g} to {high:g}, of no known scale: 8, 12 or 16 bits, or floats from "
+            "0 to 1, can be read. Save it as 8-bit or 16-bit grey."
+        )
+    scaled = np.floor(values * 255 / scale) if whole else np.rint(values * 255 / scale)
+    if isinstance(transparent := image.info.get("transparency"), int):
+        scaled[values == transparent] = 255
+    return Image.fromarray(scaled.astype(np.uint8))

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from timm.models import load_state_dict
 
 from addenda.backbones import glyphs
+from addenda.backbones.arithmetic import building
 from addenda.backbones.frozen import FrozenBackbone
 from addenda.backbones.scope import WORKING, family_of, obstacle
 from addenda.exceptions import BackboneError
@@ -65,15 +66,16 @@ def load_backbone(
     if std is not None and min(std) <= 0:
         raise BackboneError(f"std must be positive; got {tuple(std)}.")
     chosen = _device(device)
-    if name == "glyphs":
-        if weights is not None:
-            raise BackboneError("Backbone 'glyphs' carries its own weights; leave the weights out.")
-        model, source = _embedded(), "embedded"
-        mean, std = mean or glyphs.MEAN, std or glyphs.STD
-    elif weights is None:
-        model, source = _from_hub(name), "hub"
-    else:
-        model, source = _from_file(name, Path(weights)), str(Path(weights).resolve())
+    with building():
+        if name == "glyphs":
+            if weights is not None:
+                raise BackboneError("Backbone 'glyphs' carries its own weights; leave the weights out.")
+            model, source = _embedded(), "embedded"
+            mean, std = mean or glyphs.MEAN, std or glyphs.STD
+        elif weights is None:
+            model, source = _from_hub(name), "hub"
+        else:
+            model, source = _from_file(name, Path(weights)), str(Path(weights).resolve())
     return FrozenBackbone(model, name=name, source=source, mean=mean, std=std, precision=dtype, device=chosen)
 
 
@@ -83,7 +85,7 @@ def untrained_backbone(name: str, precision: str = "float32", device: str | torc
     Raises:
         BackboneError: the name or precision is unknown or out of scope, or the device cannot be used.
     """
-    with torch.random.fork_rng(devices=[]):
+    with building(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = _in_scope(name)
     return FrozenBackbone(model, name, "untrained", precision=_dtype(precision), device=_device(device))
@@ -103,7 +105,7 @@ def _device(device: str | torch.device) -> torch.device:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     try:
         chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-        torch.empty(0, device=chosen)
+        torch.empty(0, device=chosen, dtype=torch.float32)
     except (RuntimeError, AssertionError) as error:
         raise BackboneError(f"Device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
     if chosen.type == "cuda":

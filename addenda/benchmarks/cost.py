@@ -16,6 +16,7 @@ from addenda.backbones import FrozenBackbone, untrained_backbone
 from addenda.benchmarks.interleaving import Run, interleave
 from addenda.combined import CombinedModel, loaded_bytes, numerics, pass_operations, task_cost
 from addenda.exceptions import AddendaError
+from addenda.files import output_folder
 from addenda.learner.dense_mask import DenseMask
 from addenda.registry import Task
 from addenda.terminal import console, size, table
@@ -85,6 +86,8 @@ def run_cost(
     Raises:
         BackboneError: a backbone that cannot carry tasks, or a device that cannot be used.
     """
+    if out is not None:
+        output_folder(out)
     counts, dense, rounds = (
         ((1, 10, 100), (100,), min(3, rounds)) if quick else ((1, 10, 100, 256, 1000), (100, 256), rounds)
     )
@@ -97,7 +100,6 @@ def run_cost(
         rows += found
         _show(name, found, described)
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
         report = {"numerics": described, "rounds": rounds, "rows": [asdict(row) for row in rows]}
         (out / "cost.json").write_text(json.dumps(report, indent=2) + "\n")
         (out / "cost.md").write_text(_markdown(rows))
@@ -111,7 +113,9 @@ def _measure_backbone(
 ) -> list[Row]:
     tasks = [random_task(backbone, number) for number in range(max(*counts, *dense))]
     _, height, width = backbone.preprocessing["input_size"]
-    images = torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(0)).to(backbone.device)
+    images = torch.randn(
+        batch, 3, height, width, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu"
+    ).to(backbone.device)
     combined = {count: CombinedModel(backbone, tasks[:count]) for count in counts}
     single = [CombinedModel(backbone, [task]) for task in tasks[:SEPARATE]]
     ways: dict[tuple[str, int, int, str], Run] = {
@@ -189,11 +193,11 @@ def random_task(backbone: FrozenBackbone, number: int) -> Task:
         name=f"task-{number}",
         backbone=backbone.fingerprint,
         labels=tuple(map(str, range(CLASSES))),
-        class_token=torch.randn(width, generator=random),
-        memory=0.02 * torch.randn(backbone.depth, MEMORY, width, generator=random),
-        head_weight=torch.randn(CLASSES, width, generator=random),
-        head_bias=torch.zeros(CLASSES),
-        pooled_weight=torch.randn(CLASSES, width, generator=random),
+        class_token=torch.randn(width, generator=random, dtype=torch.float32, device="cpu"),
+        memory=0.02 * torch.randn(backbone.depth, MEMORY, width, generator=random, dtype=torch.float32, device="cpu"),
+        head_weight=torch.randn(CLASSES, width, generator=random, dtype=torch.float32, device="cpu"),
+        head_bias=torch.zeros(CLASSES, dtype=torch.float32, device="cpu"),
+        pooled_weight=torch.randn(CLASSES, width, generator=random, dtype=torch.float32, device="cpu"),
     )
 
 

@@ -83,7 +83,14 @@ def run_demo() -> bool:
 def _accuracies(logits: dict[str, Tensor], tests: dict[str, Digits], names: list[str]) -> list[str]:
     """Accuracy of each task learned so far on its own test digits, in %; blank for those to come."""
     return [
-        percent((logits[n].argmax(1) == torch.tensor(tests[n].targets)).float().mean().item()) if n in logits else ""
+        percent(
+            (logits[n].argmax(1) == torch.tensor(tests[n].targets, dtype=torch.int64, device="cpu"))
+            .float()
+            .mean()
+            .item()
+        )
+        if n in logits
+        else ""
         for n in names
     ]
 

@@ -74,7 +74,7 @@ def _logits(strategy: Any, images: Float[Tensor, "B 3 H W"], label: int, number:
     if isinstance(model, TaskAnswers):
         return model.logits(images, number)
     model.eval()
-    labels = torch.full((len(images),), label, device=strategy.device)
+    labels = torch.full((len(images),), label, device=strategy.device, dtype=torch.int64)
     logits: Tensor = avalanche_forward(model, images.to(strategy.device), labels)
     model.train(training)
     return logits.float().cpu().contiguous()

@@ -68,7 +68,6 @@ def write(name: str, title: str, figures: Sequence[Figure], details: Mapping[str
     if out is None:
         return
     report = {"figures": [asdict(figure) | {"met": figure.met} for figure in figures], **details}
-    out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
     (out / f"{name}.md").write_text("\n".join(lines) + "\n")
     console.print(f"Written to {out}: {name}.json, {name}.md.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -21,6 +20,7 @@ from addenda.benchmarks.jsonl import append_line, read_lines
 from addenda.benchmarks.paper_report import COLLAPSE, PAIRS, write_report
 from addenda.combined import CombinedModel
 from addenda.exceptions import DataError, TrainingError
+from addenda.files import output_folder, written
 from addenda.learner import LearnConfig, Learner
 from addenda.learner.data import LabelledImages, check_same_labels, open_images
 from addenda.learner.metrics import accuracy
@@ -124,7 +124,7 @@ def run_paper(
     of_one_set = [regime for regime in regimes if regime not in (PAIRS, COLLAPSE)]
     rivals = [regime for regime in of_one_set if is_rival(regime)]
     ours = [regime for regime in of_one_set if regime not in rivals]
-    out.mkdir(parents=True, exist_ok=True)
+    output_folder(out)
     with Registry.open(out / "tasks.db") as registry:
         run = _Run(comparison, Learner(comparison.backbone, registry), out)
         for seed in range(seeds):
@@ -250,15 +250,14 @@ class _Run:
         images = open_images(self.comparison.data / name / "train")
         rows = balanced_rows(images.targets, self.comparison.limit or len(images), seed)
         file.parent.mkdir(exist_ok=True)
-        unfinished = file.with_suffix(f".{os.getpid()}")  # another process may be reading the listing
-        with unfinished.open("w", newline="") as stream:
+        # another process may be reading the listing
+        with written(file) as unfinished, unfinished.open("w", newline="") as stream:
             writer = csv.writer(stream)
             writer.writerow(("path", "label"))
             for row in rows:
                 item = images.items[row]
                 assert isinstance(item, Path)  # of a folder
                 writer.writerow((item.resolve(), images.labels[images.targets[row]]))
-        unfinished.replace(file)
         return file
 
     def _learned(self, name: str, seed: int) -> Path:
@@ -291,7 +290,7 @@ class _Run:
 def balanced_rows(targets: Tensor, limit: int, seed: int) -> list[int]:
     """Rows of so many images, drawn at random, of each class alike as far as they go."""
     random = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(targets), generator=random).tolist()
+    order = torch.randperm(len(targets), generator=random, dtype=torch.int64, device="cpu").tolist()
     seen: dict[int, int] = {}
     turns = []
     for row in order:

@@ -23,6 +23,7 @@ from addenda.benchmarks.measured import Figure, write
 from addenda.combined import feature_statistics, numerics, numerics_fingerprint, tensor_digest
 from addenda.combined.probes import NUM_PROBES
 from addenda.exceptions import RegistryError
+from addenda.files import output_folder
 from addenda.learner import LearnConfig
 from addenda.learner.metrics import score
 from addenda.registry import FeatureStatistics, Golden, Registry, Task, TaskFilter
@@ -63,7 +64,7 @@ def run_registry(
     if quick:
         num_tasks, num_listed = min(num_tasks, 100), min(num_listed, 5000)
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
+        output_folder(out)
     described, figures = numerics(backbone), []
     with tempfile.TemporaryDirectory(dir=out) as folder, ExitStack() as stack, progress() as report:
         places = [f"{folder}/registry.db", *locations]
@@ -106,7 +107,9 @@ def _measure(
         registry.add_backbone({**record, "fingerprint": fingerprint})
     noise, figures = torch.Generator().manual_seed(0), []
     sums = feature_statistics(
-        torch.randn(IMAGES, backbone.embed_dim, generator=noise), torch.arange(IMAGES) % len(LABELS), len(LABELS)
+        torch.randn(IMAGES, backbone.embed_dim, generator=noise, dtype=torch.float32, device="cpu"),
+        torch.arange(IMAGES, dtype=torch.int64, device="cpu") % len(LABELS),
+        len(LABELS),
     )
     for kept in (None, sums):
         before, seconds = disk_bytes(registry), []
@@ -153,7 +156,7 @@ def _register(
     """Seconds that one registration takes, of content that nothing was computed of before."""
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=noise)
+        return torch.randn(*shape, generator=noise, dtype=torch.float32, device="cpu")
 
     count, width = len(LABELS), backbone.embed_dim
     logits = normal(NUM_PROBES, count)
@@ -192,7 +195,10 @@ def _disk_alone(folder: Path, num_bytes: int) -> list[float]:
 def _told() -> dict[str, Any]:
     """What a learned task's row tells of it, as wide as that of a real one."""
     noise = torch.Generator().manual_seed(0)
-    logits, targets = torch.randn(IMAGES, len(LABELS), generator=noise), torch.arange(IMAGES) % len(LABELS)
+    logits, targets = (
+        torch.randn(IMAGES, len(LABELS), generator=noise, dtype=torch.float32, device="cpu"),
+        torch.arange(IMAGES, dtype=torch.int64, device="cpu") % len(LABELS),
+    )
     measured = score(logits, targets, LABELS, "single-label")
     return {
         "config": LearnConfig().to_json(),
@@ -203,7 +209,12 @@ def _told() -> dict[str, Any]:
 
 def _small_task() -> Task:
     """Of few numbers, since a list reads none of them."""
-    tensors = (torch.ones(len(LABELS), 8), torch.zeros(len(LABELS)), torch.ones(8), torch.ones(1, 1, 8))
+    tensors = (
+        torch.ones(len(LABELS), 8, dtype=torch.float32, device="cpu"),
+        torch.zeros(len(LABELS), dtype=torch.float32, device="cpu"),
+        torch.ones(8, dtype=torch.float32, device="cpu"),
+        torch.ones(1, 1, 8, dtype=torch.float32, device="cpu"),
+    )
     return Task("line", "", LABELS, *tensors, **_told())
 
 

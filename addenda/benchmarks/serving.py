@@ -29,6 +29,7 @@ from addenda.benchmarks.serving_load import Measured
 from addenda.combined import CombinedModel, micro_batch, numerics, numerics_fingerprint, tensor_digest
 from addenda.combined.probes import probe_images
 from addenda.exceptions import AddendaError
+from addenda.files import output_folder
 from addenda.registry import Golden, Registry, Task
 from addenda.terminal import progress
 
@@ -71,6 +72,8 @@ def run_serving(
     Raises:
         AddendaError: a server does not start.
     """
+    if out is not None:
+        output_folder(out)
     counts = counts or ((CHANGED,) if ray is not None else (1, 10) if quick else (1, 10, 100, 1000))
     if quick:
         seconds, rounds, cycles = min(seconds, 2), 2, min(cycles, 20)
@@ -119,7 +122,9 @@ class _Bench:
         self.images = [_image(number, width, height) for number in range(16)]
         self._clients = 3 * micro_batch(backbone.device)
         """Connections of a closed loop, a server: two full passes wait behind the one at work."""
-        self.batch = probe_images(backbone)[torch.arange(micro_batch(backbone.device)) % len(probe_images(backbone))]
+        self.batch = probe_images(backbone)[
+            torch.arange(micro_batch(backbone.device), dtype=torch.int64, device="cpu") % len(probe_images(backbone))
+        ]
 
     def throughput(self, count: int) -> list[Figure]:
         """A server of so many tasks: closed loop beside the bare model, then open loop."""

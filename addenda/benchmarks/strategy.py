@@ -76,8 +76,8 @@ class TaskAnswers(nn.Module):
         assert answers.pooled is not None
         count = len(answers.pooled)
         width = max([num_classes, *(max(one.classes) + 1 for one in self.learned.values())])
-        scores = torch.full((count, width), NEVER)
-        labels = torch.zeros(count) if task_labels is None else task_labels.cpu()
+        scores = torch.full((count, width), NEVER, dtype=torch.float32, device="cpu")
+        labels = torch.zeros(count, dtype=torch.float32, device="cpu") if task_labels is None else task_labels.cpu()
         for label in labels.unique():
             rows = labels == label
             names = [n for n, one in self.learned.items() if task_labels is None or one.task_label == label]
@@ -87,7 +87,7 @@ class TaskAnswers(nn.Module):
             if len(names) > 1:
                 within = self._router(tuple(names)).routed(within, answers.pooled[rows])
             for name, found in within.items():
-                columns = torch.tensor(self.learned[name].classes)
+                columns = torch.tensor(self.learned[name].classes, dtype=torch.int64, device="cpu")
                 held = scores[rows]
                 held[:, columns] = held[:, columns].logaddexp(found.float()).clamp(min=NEVER / 2)
                 scores[rows] = held
@@ -146,7 +146,7 @@ class MaskedMemory(SupervisedTemplate):  # type: ignore[misc]
         eval_every: int = -1,
         cache: ActivationCache | None = None,
     ) -> None:
-        placeholder = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=0.0)
+        placeholder = torch.optim.SGD([nn.Parameter(torch.zeros((), dtype=torch.float32, device="cpu"))], lr=0.0)
         super().__init__(
             model=TaskAnswers(backbone),
             optimizer=placeholder,  # the learner has its own; Avalanche asks for one

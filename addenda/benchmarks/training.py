@@ -22,6 +22,7 @@ from addenda.benchmarks.peak_memory import peak_bytes
 from addenda.benchmarks.training_report import write
 from addenda.combined import CombinedModel, micro_batch, numerics, task_cost
 from addenda.exceptions import DataError
+from addenda.files import output_folder
 from addenda.learner import ActivationCache, LearnConfig
 from addenda.learner.activations import Activations
 from addenda.learner.candidates import HEAD_WEIGHTS, Candidate, as_fields, first_tensors
@@ -73,8 +74,8 @@ class Setting:
 
     def train(self, trainer: Trainer, config: LearnConfig, epochs: int, count: int | None = None) -> list[Candidate]:
         """Trains the candidates of a config for some epochs of its schedule, on all images or the first few."""
-        rows = torch.arange(count or len(self.activations))
-        nothing = torch.empty(0, dtype=torch.long)
+        rows = torch.arange(count or len(self.activations), dtype=torch.int64, device="cpu")
+        nothing = torch.empty(0, dtype=torch.long, device="cpu")
         return trainer.run(self.regression, config.candidates, rows, nothing, epochs, None, "refit")[0]
 
     def pixels(self, rows: Sequence[int]) -> Tensor:
@@ -111,7 +112,7 @@ class DenseTraining:
 
     def batches(self, epoch: int) -> Iterator[Tensor]:
         """Rows of the images of each step."""
-        order, _ = self._order(torch.arange(len(self._setting.activations)), epoch)
+        order, _ = self._order(torch.arange(len(self._setting.activations), dtype=torch.int64, device="cpu"), epoch)
         yield from order.split(self._setting.config.batch_size)
 
     def step(self, images: Tensor, rows: Tensor) -> None:
@@ -149,6 +150,8 @@ def run_training(
     Raises:
         DataError: the folder lacks a part, or its parts have not the same classes.
     """
+    if out is not None:
+        output_folder(out)
     if not has_test_part(data):
         raise DataError(f"{str(data)!r} has not both train/ and test/ in it.")
     test = open_images(data, "test")
@@ -321,7 +324,7 @@ def _accuracies(setting: Setting, test: LabelledImages, found: dict[str, dict[st
     """Share of the test images that each set of tensors answers rightly, by the combined model."""
     model = CombinedModel(setting.backbone, [as_task(setting, name, tensors) for name, tensors in found.items()])
     right = dict.fromkeys(found, 0)
-    for rows in torch.arange(len(test)).split(model.micro_batch):
+    for rows in torch.arange(len(test), dtype=torch.int64, device="cpu").split(model.micro_batch):
         answers = model(torch.stack([test.read(row, setting.backbone) for row in rows.tolist()]))
         for name, logits in answers.items():
             right[name] += int((logits.argmax(1).cpu() == test.targets[rows]).sum())
@@ -337,6 +340,5 @@ def as_task(setting: Setting, name: str, tensors: dict[str, Tensor]) -> Task:
 
 def _some(images: LabelledImages, count: int) -> LabelledImages:
     """A few of the images, drawn at random but always the same."""
-    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]
-    items = [images.items[row] for row in chosen.tolist()]
-    return replace(images, targets=images.targets[chosen], items=items)
+    drawn = torch.randperm(len(images), generator=torch.Generator().manual_seed(0), dtype=torch.int64, device="cpu")
+    return images.select(drawn[:count].tolist())

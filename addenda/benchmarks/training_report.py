@@ -22,7 +22,6 @@ def write(figures: Sequence[Figure], details: Mapping[str, Any], out: Path | Non
     console.print(said, highlight=False)
     if out is None:
         return
-    out.mkdir(parents=True, exist_ok=True)
     report = {"figures": [asdict(figure) | {"met": figure.met} for figure in figures], **details}
     (out / "training.json").write_text(json.dumps(report, indent=2) + "\n")
     lines = [f"| {' | '.join(row)} |" for row in (COLUMNS, ("---", *["---:"] * 4), *cells)]

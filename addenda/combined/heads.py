@@ -9,7 +9,7 @@ from torch import Tensor
 
 from addenda.backbones import FrozenBackbone
 from addenda.combined.layout import micro_batch
-from addenda.registry import Task
+from addenda.registry import Task, check_unwritten
 
 HEAD_ROWS = 16
 
@@ -23,9 +23,13 @@ class Head:
     Args:
         backbone: says where and how precisely.
         task: whose head it is.
+
+    Raises:
+        IntegrityError: the task's tensors have been written to.
     """
 
     def __init__(self, backbone: FrozenBackbone, task: Task) -> None:
+        check_unwritten(task)
         self._dtype = torch.promote_types(backbone.precision, torch.float32)
         self._micro_batch = micro_batch(backbone.device)
         self.num_labels = len(task.labels)

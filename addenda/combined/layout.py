@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from addenda.backbones import Adapter, BlockAdapters, FrozenBackbone, KeyValue
+from addenda.backbones import Adapter, BlockAdapters, FrozenBackbone, KeyValue, plain
 from addenda.combined.attention import memory_key_values
-from addenda.registry import Task
+from addenda.registry import Task, check_unwritten
 
 TILE = 16
 """Slots of the canonical tile. A product's bits may depend on its number of rows, so a tile is never cut to fit."""
@@ -123,7 +123,7 @@ class TileStore:
                 return tuple(KeyValue(keys[slot, :, :own], values[slot, :, :own]) for keys, values in tile.memory)
         assert task.memory is not None
         memory = task.memory.to(self.backbone.device, self.backbone.precision)
-        with torch.no_grad():
+        with plain(self.backbone.device):
             layers = [
                 memory_key_values(self.backbone, block, rows.unsqueeze(0))
                 for block, rows in zip(self.backbone.blocks, memory, strict=True)
@@ -142,15 +142,16 @@ class TileStore:
         key = (size, tuple(task.sha256 for task in tasks), rows)
         tile = self._tiles.get(key)
         if tile is None:
-            self._tiles[key] = tile = self._build(size, tasks, offered)
+            with plain(self.backbone.device):
+                self._tiles[key] = tile = self._build(size, tasks, offered)
         return tile
 
     def _build(self, size: int, tasks: Sequence[Task], offered: dict[str, int]) -> Tile:
         backbone, (num_tokens, num_memory, rank) = self.backbone, size_class(tasks[0])
         shape = (size, backbone.num_heads, num_memory, backbone.embed_dim // backbone.num_heads)
-        class_tokens = torch.zeros(size, backbone.embed_dim)
-        ancestors = torch.zeros(size, num_tokens - 1, dtype=torch.long)
-        bias = torch.full((size, num_tokens + num_memory), float("-inf"))
+        class_tokens = torch.zeros(size, backbone.embed_dim, dtype=torch.float32, device="cpu")
+        ancestors = torch.zeros(size, num_tokens - 1, dtype=torch.long, device="cpu")
+        bias = torch.full((size, num_tokens + num_memory), float("-inf"), dtype=torch.float32, device="cpu")
         bias[:, 0] = 0
         layers = tuple(
             KeyValue(*(torch.zeros(shape, device=backbone.device, dtype=backbone.precision) for _ in range(2)))
@@ -158,8 +159,12 @@ class TileStore:
         )
         for slot, task in enumerate(tasks):
             assert task.class_token is not None
+            for member in (task, *task.closure):
+                check_unwritten(member)
             class_tokens[slot] = task.class_token
-            ancestors[slot, : len(task.closure)] = torch.tensor([offered[kin.sha256] for kin in task.closure])
+            ancestors[slot, : len(task.closure)] = torch.tensor(
+                [offered[kin.sha256] for kin in task.closure], dtype=torch.int64, device="cpu"
+            )
             bias[slot, : 1 + len(task.closure)] = 0
             start = 0
             for member in (task, *task.closure):
@@ -184,7 +189,8 @@ class TileStore:
         depth, device, dtype = self.backbone.depth, self.backbone.device, self.backbone.precision
         stacked: dict[str, tuple[Tensor, Tensor]] = {}
         for site, (fan_in, fan_out) in self.backbone.adapter_shapes().items():
-            down, up = torch.zeros(depth, size, rank, fan_in), torch.zeros(depth, size, fan_out, rank)
+            down = torch.zeros(depth, size, rank, fan_in, dtype=torch.float32, device="cpu")
+            up = torch.zeros(depth, size, fan_out, rank, dtype=torch.float32, device="cpu")
             for slot, task in enumerate(tasks):
                 assert task.adapters is not None
                 down[:, slot, : task.adapter_rank] = task.adapters[site].down

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from addenda.backbones import FrozenBackbone
+from addenda.backbones import FrozenBackbone, plain
 from addenda.combined.layout import Layout, TileStore
 from addenda.combined.streams import task_features
 from addenda.exceptions import RegistryError
@@ -39,7 +38,7 @@ def attention_map(
         if (layer, tile) == (backbone.depth - 1, at[0]):
             kept.append(weights[:, :, at[1]].float().mean(1))
 
-    with torch.autocast(backbone.device.type, enabled=False):
+    with plain(backbone.device):
         task_features(backbone, backbone.stream(images, "nothing"), layout, look=look)
     rows, columns = backbone.model.patch_embed.grid_size
     patches = slice(backbone.num_tokens - rows * columns, backbone.num_tokens)

@@ -8,14 +8,13 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from addenda.backbones import FrozenBackbone, read_image
+from addenda.backbones import FrozenBackbone, plain, read_image
 from addenda.combined.heads import Head
 from addenda.combined.layout import TILE, Layout, TileStore, micro_batch
-from addenda.combined.numerics import arithmetic
+from addenda.combined.numerics import arithmetic, touch
 from addenda.combined.predictions import predictions_of
 from addenda.combined.routing import Choice, Router
 from addenda.combined.selftest import Shapes, prove
@@ -68,9 +67,10 @@ class CombinedModel:
         self.exact = exact
         self.micro_batch = micro_batch(backbone.device)
         self._store = TileStore(backbone)
-        self._arithmetic = arithmetic()
+        self._arithmetic, self._touch = arithmetic(backbone), touch()
         self._heads: dict[str, Head] = {}
-        self._load(tasks)
+        with plain(backbone.device):
+            self._load(tasks)
 
     def with_tasks(self, tasks: Sequence[Task]) -> CombinedModel:
         """A model of other tasks that shares with this one what both need; only what is new is computed and moved.
@@ -82,7 +82,8 @@ class CombinedModel:
             BackboneError, ExactnessError, RegistryError: as for a model made anew.
         """
         made = copy(self)
-        made._load(tasks)
+        with plain(self.backbone.device):
+            made._load(tasks)
         return made
 
     @property
@@ -99,8 +100,9 @@ class CombinedModel:
                 raise RegistryError(
                     f"Two different tasks are named {task.name!r}; a combined model answers one of them."
                 )
-        if arithmetic() != self._arithmetic:  # what was computed under other settings has other bits
-            self._arithmetic, self._store = arithmetic(), TileStore(self.backbone)
+        if (arithmetic(self.backbone), touch()) != (self._arithmetic, self._touch):  # other settings, other bits
+            self._arithmetic, self._touch = arithmetic(self.backbone), touch()
+            self._store, self._heads = TileStore(self.backbone), {}
         known = self._heads
         self._heads = {task.sha256: known.get(task.sha256) or Head(self.backbone, task) for task in self.tasks.values()}
         self.shapes = Shapes((self.micro_batch,), (TILE,))
@@ -118,7 +120,6 @@ class CombinedModel:
             raise UnknownTaskError(f"Task {unknown[0]!r} is not in this model. Known: {known}.")
         return tuple(self.tasks) if tasks is None else tuple(dict.fromkeys(tasks))
 
-    @torch.no_grad()
     def __call__(self, images: Tensor, tasks: Sequence[str] | None = None, pooled: bool = False) -> Answers:
         """Logits of every task, or of some, in float32 on the backbone's device.
 
@@ -132,15 +133,33 @@ class CombinedModel:
 
         Raises:
             BackboneError: images of another shape.
-            ExactnessError: threads or precision have been changed since the model was made.
+            ExactnessError: a setting that moves bits has been changed since the model was made; it is named.
+            IntegrityError: a module or weight of the backbone is no longer what was loaded.
             UnknownTaskError: a name that this model does not hold.
         """
+        with plain(self.backbone.device):
+            return self._infer(images, tasks, pooled)
+
+    def _check_settings(self) -> None:
+        self.backbone.check_as_loaded()
+        now = arithmetic(self.backbone)
+        if now != self._arithmetic:
+            before = self._arithmetic
+            pairs = {name: (before.get(name, "the default"), now.get(name, "the default")) for name in before | now}
+            changed = ", ".join(f"{name} was {was}, now {is_}" for name, (was, is_) in pairs.items() if was != is_)
+        elif touch() != self._touch:
+            changed = "one that has no name here: some of torch's own operations give other bits than then"
+        else:
+            return
+        raise ExactnessError(
+            f"A setting that moves bits has changed since this model was made: {changed}. Set it back, or make the "
+            "model anew (model.with_tasks)."
+        )
+
+    def _infer(self, images: Tensor, tasks: Sequence[str] | None, pooled: bool) -> Answers:
         self.backbone.check_images(images)
-        if self.exact and arithmetic() != self._arithmetic:
-            raise ExactnessError(
-                f"This model was made under {self._arithmetic}, now it is {arithmetic()}: other settings, other bits. "
-                "Set them back, or make the model anew (model.with_tasks)."
-            )
+        if self.exact:
+            self._check_settings()
         names = self._select(tasks)
         if not names and not pooled:
             return Answers({}, self.exact)
@@ -159,8 +178,9 @@ class CombinedModel:
     def backbone_logits(self, images: Tensor) -> Float[Tensor, "B C"]:
         """Stock timm's own logits of images Float[B, 3, H, W], computed in the canonical micro-batch."""
         self.backbone.check_images(images)
-        batches = self._batches(images, (self.micro_batch,))
-        return torch.cat([self.backbone.backbone_logits(batch)[:count] for batch, count in batches])
+        with plain(self.backbone.device):
+            batches = self._batches(images, (self.micro_batch,))
+            return torch.cat([self.backbone.backbone_logits(batch)[:count] for batch, count in batches])
 
     def predict(
         self, paths: Sequence[str | Path], top: int | None = None, tasks: Sequence[str] | None = None
@@ -219,30 +239,31 @@ class CombinedModel:
 
     def _batches(self, images: Tensor, sizes: Sequence[int] | None) -> Iterator[tuple[Tensor, int]]:
         """Cuts images into micro-batches, the last filled up with zeros to one of some sizes; each with its count."""
-        for part in images.split(self.micro_batch):
+        for part in images.detach().as_subclass(Tensor).split(self.micro_batch):
             size = len(part) if sizes is None else next(size for size in sizes if size >= len(part))
-            fill = (0, 0, 0, 0, 0, 0, 0, size - len(part))
-            yield F.pad(part.to(self.backbone.device, self.backbone.precision), fill), len(part)
+            # One memory layout, whatever the caller's is: strides decide which kernel computes.
+            batch = torch.zeros(size, *part.shape[1:], dtype=self.backbone.precision, device=self.backbone.device)
+            batch[: len(part)] = part
+            yield batch, len(part)
 
     def _answer(
         self, images: Tensor, names: Sequence[str], layout: Layout, pooled_wanted: bool
     ) -> tuple[dict[str, Tensor], Tensor | None]:
         """One batch: the frozen stream and the task streams, layer by layer, then the heads one by one."""
         reads_pooled = pooled_wanted or any(self.tasks[name].reads_pooled for name in names)
-        with torch.autocast(self.backbone.device.type, enabled=False):
-            stream = self.backbone.stream(images, "pooled" if reads_pooled else "nothing")
-            tiles = task_features(self.backbone, stream, layout)
-            pooled = stream.pooled if reads_pooled else None
-            logits = {}
-            for name in names:
-                task = self.tasks[name]
-                if task.class_token is None:
-                    assert pooled is not None
-                    feature = pooled
-                else:
-                    tile, slot = layout.slot[task.sha256]
-                    feature = tiles[tile][slot]
-                logits[name] = self._heads[task.sha256](feature, pooled)
+        stream = self.backbone.stream(images, "pooled" if reads_pooled else "nothing")
+        tiles = task_features(self.backbone, stream, layout)
+        pooled = stream.pooled if reads_pooled else None
+        logits = {}
+        for name in names:
+            task = self.tasks[name]
+            if task.class_token is None:
+                assert pooled is not None
+                feature = pooled
+            else:
+                tile, slot = layout.slot[task.sha256]
+                feature = tiles[tile][slot]
+            logits[name] = self._heads[task.sha256](feature, pooled)
         return logits, pooled
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from addenda.backbones import FrozenBackbone
+from addenda.backbones import FrozenBackbone, plain
 from addenda.combined.heads import Head
 from addenda.combined.layout import TILE, Layout, SizeClass, TileStore, micro_batch
 from addenda.combined.probes import probe_images, probe_task
@@ -20,17 +21,91 @@ from addenda.combined.streams import task_features
 from addenda.registry import canonical_json, digest
 
 
-def arithmetic() -> dict[str, Any]:
-    """Settings of this process that move bits and that a caller may change at any time."""
+def arithmetic(backbone: FrozenBackbone) -> dict[str, Any]:
+    """Settings of this process and of the backbone's blocks that move bits and that a caller may change at any time.
+
+    Beside the first four a setting is named only where it is not torch's own default, so that a fingerprint made before
+    the setting was known is still that of the default.
+    """
     try:
         matmul = torch.get_float32_matmul_precision()
     except RuntimeError:  # set by torch's older and its newer way, differently
         matmul = "mixed"
+    switches = _switches() | (_cuda_switches() if backbone.device.type == "cuda" else {})
     return {
         "threads": torch.get_num_threads(),
         "mkldnn": torch.backends.mkldnn.enabled,
         "float32_matmul_precision": matmul,
+        "fused_attention": backbone.fused_attention,
+        **{name: found for name, (found, default) in switches.items() if found != default},
     }
+
+
+def _switches() -> dict[str, tuple[Any, Any]]:
+    """Settings that move bits on a CPU: as they are, and torch's default."""
+    mkldnn, sdp = torch.backends.mkldnn, torch.backends.cuda
+    precisions = {  # torch has had them since 2.9
+        "fp32_precision": torch.backends,
+        "mkldnn_fp32_precision": mkldnn,
+        "conv_fp32_precision": getattr(mkldnn, "conv", None),
+        "matmul_fp32_precision": getattr(mkldnn, "matmul", None),
+    }
+    return {
+        "default_dtype": (str(torch.get_default_dtype()), "torch.float32"),
+        "flush_denormal": (_flushes_denormals(), False),
+        "flash_sdp": (sdp.flash_sdp_enabled(), True),
+        "mem_efficient_sdp": (sdp.mem_efficient_sdp_enabled(), True),
+        "math_sdp": (sdp.math_sdp_enabled(), True),
+        "cudnn_sdp": (sdp.cudnn_sdp_enabled(), True),
+        **{name: (_full(getattr(part, "fp32_precision", "none")), "none") for name, part in precisions.items()},
+    }
+
+
+def lowered(described: Mapping[str, Any]) -> list[str]:
+    """The settings among some of `arithmetic` that let float32 be computed in less than float32."""
+    return [
+        f"{name} {value}"
+        for name, value in described.items()
+        if name.endswith("precision") and name != "precision" and value not in ("highest", "none")
+    ]
+
+
+def _full(precision: str) -> str:
+    """Full float32, which torch names in two ways, in one."""
+    return "none" if precision == "ieee" else precision
+
+
+def _cuda_switches() -> dict[str, tuple[Any, Any]]:
+    """The same on a GPU, beside what loading a backbone there sets."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    return {
+        "cudnn_tf32": (cudnn.allow_tf32, False),
+        "cudnn_benchmark": (cudnn.benchmark, False),
+        "cudnn_deterministic": (cudnn.deterministic, True),
+        "bf16_reduction": (matmul.allow_bf16_reduced_precision_reduction, True),
+        "fp16_reduction": (matmul.allow_fp16_reduced_precision_reduction, True),
+    }
+
+
+def _flushes_denormals() -> bool:
+    """Whether this thread takes numbers too small for their exponent as 0."""
+    return not bool(_SMALL.mul(0.5).count_nonzero())
+
+
+_SMALL = torch.full((1,), 1e-39, dtype=torch.float32, device="cpu")
+_SQUARE = torch.linspace(-1, 1, 256, dtype=torch.float32, device="cpu").reshape(1, 1, 16, 16)
+
+
+def touch() -> bytes:
+    """The bytes of a few microseconds' work by the operations of a forward pass.
+
+    No list of settings is complete: what replaces an operation or moves its bits otherwise shows here, unless it
+    matters to large shapes alone.
+    """
+    with plain(torch.device("cpu")):
+        read = F.scaled_dot_product_attention(_SQUARE, _SQUARE, _SQUARE)
+        found = F.gelu(F.layer_norm(F.linear(read[0, 0], _SQUARE[0, 0]), (16,))).softmax(-1) @ _SQUARE[0, 0]
+    return found.numpy().tobytes()
 
 
 def settings(backbone: FrozenBackbone) -> dict[str, Any]:
@@ -41,8 +116,7 @@ def settings(backbone: FrozenBackbone) -> dict[str, Any]:
         "torch": torch.__version__,
         "timm": version("timm"),
         "device": f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}" if cuda else _cpu(),
-        **arithmetic(),
-        "fused_attention": bool(backbone.blocks[0].attn.fused_attn),
+        **arithmetic(backbone),
         "precision": str(backbone.precision).removeprefix("torch."),
         "tile": TILE,
         "micro_batch": micro_batch(device),
@@ -57,20 +131,20 @@ def numerics(backbone: FrozenBackbone) -> dict[str, Any]:
     its settings.
     """
     described = settings(backbone)
-    key = ("probe", canonical_json(described))
+    key = ("probe", canonical_json(described), touch())
     if key not in backbone.memo:
         backbone.memo[key] = _probe(backbone)
     return described | {"probe": backbone.memo[key]}
 
 
-@torch.no_grad()
 def _probe(backbone: FrozenBackbone) -> str:
+    backbone.check_as_loaded()
     images = probe_images(backbone).to(backbone.device)
-    images = images[torch.arange(micro_batch(backbone.device)) % len(images)]
+    images = images[torch.arange(micro_batch(backbone.device), dtype=torch.int64, device="cpu") % len(images)]
     ranks = (0, 8) if backbone.adapter_obstacle() is None else (0,)
     tasks = [probe_task(backbone, SizeClass(tokens=2, memory=8, rank=rank)) for rank in ranks]
     layout = Layout(TileStore(backbone), tasks)
-    with torch.autocast(backbone.device.type, enabled=False):
+    with plain(backbone.device):
         stream = backbone.stream(images, "pooled")
         tiles = task_features(backbone, stream, layout)
         found = [stream.pooled]

@@ -68,7 +68,9 @@ def feature_statistics(
     counts = targets.bincount(minlength=num_classes)
     rows: list[int] = []
     left = counts.tolist()
-    for row in torch.randperm(len(targets), generator=torch.Generator().manual_seed(0)).tolist():
+    for row in torch.randperm(
+        len(targets), generator=torch.Generator().manual_seed(0), dtype=torch.int64, device="cpu"
+    ).tolist():
         if len(rows) < min(SAMPLE, len(targets) // 5) and left[targets[row]] > 1:  # without them each class has one
             rows.append(row)
             left[targets[row]] -= 1
@@ -116,7 +118,10 @@ class Router:
         counts = [len(one.counts) for one in kept]
         starts = dict(zip(ordered, np.cumsum([0, *counts[:-1]]).tolist(), strict=True))
         self._columns = {
-            name: torch.arange(starts[name], starts[name] + len(statistics[name].counts)) for name in self.tasks
+            name: torch.arange(
+                starts[name], starts[name] + len(statistics[name].counts), dtype=torch.int64, device="cpu"
+            )
+            for name in self.tasks
         }
         moments = _Moments.sum(kept)
         sample = torch.cat([one.sample for one in kept])
@@ -207,10 +212,10 @@ class _Moments(NamedTuple):
     def sum(cls, kept: list[FeatureStatistics]) -> _Moments:
         """All tasks' classes side by side, all their images' products added up."""
         size = kept[0].sums.shape[1]
-        upper = torch.zeros(size * (size + 1) // 2, dtype=torch.float64)
+        upper = torch.zeros(size * (size + 1) // 2, dtype=torch.float64, device="cpu")
         for one in kept:
             upper += one.gram.double()
-        gram = torch.zeros(size, size, dtype=torch.float64)
+        gram = torch.zeros(size, size, dtype=torch.float64, device="cpu")
         gram[_triangle(size)] = upper
         gram = gram + gram.triu(1).T
         sums = torch.cat([one.sums for one in kept]).double()
@@ -274,7 +279,7 @@ def _temperature(scores: Float64[Tensor, "K C"], truth: Int64[Tensor, " K"]) -> 
 
 def _inverse(covariance: Tensor) -> Tensor:
     scale = covariance.diagonal().mean()
-    shrunk = covariance + SHRINKAGE * scale * torch.eye(len(covariance), dtype=torch.float64)
+    shrunk = covariance + SHRINKAGE * scale * torch.eye(len(covariance), dtype=torch.float64, device="cpu")
     inverse: Tensor = torch.linalg.inv(shrunk)
     return inverse
 
@@ -289,11 +294,11 @@ def _expand(pooled: Float[Tensor, "N D"]) -> Float64[Tensor, "N F"]:
 def _projection(width: int) -> Float64[Tensor, "D R"]:
     """The same for ever: numpy has frozen what its legacy generator gives."""
     drawn = np.random.RandomState(0).standard_normal((width, min(3 * width, max(RANDOM, WIDTH - width))))
-    return torch.tensor(drawn / width**0.5)
+    return torch.tensor(drawn / width**0.5, dtype=torch.float64, device="cpu")
 
 
 def _triangle(size: int) -> tuple[Tensor, Tensor]:
-    rows, columns = torch.triu_indices(size, size)
+    rows, columns = torch.triu_indices(size, size, dtype=torch.int64, device="cpu")
     return rows, columns
 
 

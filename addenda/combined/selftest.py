@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from addenda.backbones import FrozenBackbone, KeyValue
+from addenda.backbones import FrozenBackbone, KeyValue, plain
 from addenda.combined.heads import Head
 from addenda.combined.layout import BATCH_SIZES, TILE, TILE_SIZES, Layout, SizeClass, TileStore, micro_batch, size_class
-from addenda.combined.numerics import settings
+from addenda.combined.numerics import lowered, settings, touch
 from addenda.combined.probes import probe_task
 from addenda.combined.streams import task_features
 from addenda.exceptions import ExactnessError
@@ -45,10 +45,11 @@ def prove(backbone: FrozenBackbone, tasks: Iterable[Task]) -> Shapes:
     Raises:
         ExactnessError: a task's bits depend on its slot, its neighbours or the image's place; it names the shape.
     """
-    key = ("self-test", canonical_json(settings(backbone)))
+    key = ("self-test", canonical_json(settings(backbone)), touch())
     if key not in backbone.memo:
         backbone.memo[key] = SelfTest(backbone)
     test: SelfTest = backbone.memo[key]
+    backbone.check_as_loaded()
     tasks = list(tasks)
     everyone = [member for task in tasks for member in (task, *task.closure)]
     for task in tasks:
@@ -71,22 +72,26 @@ class SelfTest:
     """
 
     def __init__(self, backbone: FrozenBackbone) -> None:
-        self._refused_on = f"{settings(backbone)['device']}, {settings(backbone)['precision']}"
-        if backbone.device.type == "cuda":
-            if settings(backbone)["float32_matmul_precision"] != "highest":
-                raise self._refusal("TF32 is allowed in matrix products; torch.set_float32_matmul_precision('highest')")
-            if backbone.precision != torch.float32:
-                # One image of a task in 96 had other bits beside other tasks, rarer than this test can find.
-                raise self._refusal(
-                    "in this precision a GPU was seen to give a task other bits in company; use float32"
-                )
+        described = settings(backbone)
+        self._refused_on = f"{described['device']}, {described['precision']}"
+        if backbone.precision == torch.float32 and (low := lowered(described)):
+            # A golden probe made so would be off by more than any tolerance wherever float32 is float32.
+            raise self._refusal(
+                f"float32 may be computed in less than float32 ({', '.join(low)}); "
+                "torch.set_float32_matmul_precision('highest') ends that for matrix products"
+            )
+        if backbone.device.type == "cuda" and backbone.precision != torch.float32:
+            # One image of a task in 96 had other bits beside other tasks, rarer than this test can find.
+            raise self._refusal("in this precision a GPU was seen to give a task other bits in company; use float32")
         self._backbone = backbone.first_blocks(2)
         self._micro_batch = micro_batch(backbone.device)
         self._widths: dict[SizeClass, Shapes] = {}
         self._heads: set[tuple[int, bool]] = set()
         shape = (self._micro_batch, *backbone.preprocessing["input_size"])
-        batch = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(backbone.device)
-        order = torch.arange(self._micro_batch)
+        batch = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu").to(
+            backbone.device
+        )
+        order = torch.arange(self._micro_batch, dtype=torch.int64, device="cpu")
         # For each batch size: the images' places in the canonical batch, and their frozen stream.
         self._streams = {self._micro_batch: [self._frozen(batch, order), self._frozen(batch, order.roll(1))]}
         reference, rolled = self._streams[self._micro_batch]
@@ -112,7 +117,9 @@ class SelfTest:
         if kind in self._heads:
             return
         random = torch.Generator().manual_seed(rows)
-        features = torch.randn(self._micro_batch, self._backbone.embed_dim, generator=random).to(self._backbone.device)
+        features = torch.randn(
+            self._micro_batch, self._backbone.embed_dim, generator=random, dtype=torch.float32, device="cpu"
+        ).to(self._backbone.device)
         logits, turned = head(features, features), features.roll(1, 0)
         if not _equal(head(turned, turned).roll(-1, 0), logits):
             raise self._refusal(f"logits depend on an image's place: a head of {rows} rows on {len(features)} images")
@@ -157,12 +164,12 @@ class SelfTest:
         return held
 
     def _features(self, layout: Layout, asked: Sequence[Task], frozen: Frozen) -> list[Tensor]:
-        with torch.autocast(self._backbone.device.type, enabled=False):
+        with plain(self._backbone.device):
             tiles = task_features(self._backbone, frozen[1][:-1], layout)
         return [tiles[tile][slot] for tile, slot in (layout.slot[task.sha256] for task in asked)]
 
     def _frozen(self, batch: Tensor, places: Tensor) -> Frozen:
-        with torch.autocast(self._backbone.device.type, enabled=False):
+        with plain(self._backbone.device):
             stream = self._backbone.stream(batch[places], "pooled")
             return places, [*stream, KeyValue(stream.pooled, stream.pooled)]
 

@@ -45,4 +45,8 @@ def cache_clear(
     unknown = set(names or ()) - {kept.name for kept in cache.sets()}
     if unknown:
         raise DataError(f"No set of activations is named {min(unknown)!r}. See: addenda cache list")
-    typer.echo(f"{size(cache.clear(names or None))} set free in {cache.folder}.")
+    freed, in_use = cache.clear(names or None)
+    typer.echo(f"Freed {size(freed)} in {cache.folder}.")
+    if in_use:
+        typer.echo(f"In use by a run that is going on, and kept: {', '.join(in_use)}.", err=True)
+        raise typer.Exit(1)

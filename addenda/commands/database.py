@@ -64,8 +64,10 @@ def db_check(registry: RegistryOption = DEFAULT_REGISTRY) -> None:
     from addenda import Registry
 
     with Registry.open(registry, create=False) as opened:
-        faults = opened.schema_faults()
+        faults, remains = opened.schema_faults(), opened.remains()
         typer.echo(f"{opened.location}: schema {opened.schema_version}, {_count(faults)}.")
+    for folder in remains:
+        typer.echo(f"A backup that was killed left {folder}; the next backup beside it removes that.", err=True)
     for fault in faults:
         typer.echo(fault, err=True)
     if faults:

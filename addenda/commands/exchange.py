@@ -60,7 +60,7 @@ def merge(
     """Takes in every task of another registry, with retirements and free aliases, all of them or none."""
     from addenda import Registry
 
-    with Registry.open(other, create=False) as source, Registry.open(registry, create=not dry_run) as opened:
+    with Registry.open(other, read_only=True) as source, Registry.open(registry, create=not dry_run) as opened:
         _show(opened.merge(source, _renames(rename), dry_run), dry_run, as_json)
 
 

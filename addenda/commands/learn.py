@@ -116,7 +116,8 @@ def learn(
         already = opened.generation == before
         record = opened.record(task.ref)
     if as_json:
-        print_json({"task": task.ref, "sha256": task.sha256, "already": already, "metrics": dict(task.metrics)})
+        print_json({"task": task.ref, "sha256": task.sha256, "already": already, "metrics": dict(task.metrics),
+                    "repeated": task.data.get("repeated")})  # fmt: skip
         return
     if already:
         console.print(f"{task.ref} was learned before from these images with these settings; nothing was done.")
@@ -182,7 +183,10 @@ def learn_many(
         records = [None if outcome.ref is None else opened.record(outcome.ref) for outcome in outcomes]
     missing = [outcome for outcome in outcomes if outcome.ref is None]
     if as_json:
-        made = [{"sha256": r.sha256, "metrics": r.metrics} if r is not None else {} for r in records]
+        made = [
+            {"sha256": r.sha256, "metrics": r.metrics, "repeated": r.data.get("repeated")} if r is not None else {}
+            for r in records
+        ]
         print_json([vars(outcome) | more for outcome, more in zip(outcomes, made, strict=True)])
     else:
         figures = [headlines(r) if r is not None else ("–",) * len(HEADLINES) for r in records]

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from addenda.exceptions import DataError
+from addenda.files import written
 
 FILE = "manifest.json"
-PART = "part-{:05d}.parquet"
-UNFINISHED = ".unfinished"
+PART, PART_FORM = "part-{:05d}.parquet", r"part-\d{5,}\.parquet"
 NAMED = 5
 """How many differences a message names."""
 
@@ -94,21 +91,8 @@ def read_manifest(folder: Path) -> Manifest | None:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Makes the folder, and the manifest in it."""
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / FILE) as unfinished:
+    with written(folder / FILE) as unfinished:
         unfinished.write_text(json.dumps(asdict(manifest), indent=2, ensure_ascii=False))
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A place beside a file to write it in; it takes the file's name when it is on the disk, or goes."""
-    unfinished = path.with_name(f"{path.name}.{uuid4().hex}{UNFINISHED}")
-    try:
-        yield unfinished
-        with unfinished.open("rb") as file:
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def check_same(folder: Path, before: Manifest, now: Manifest) -> None:

@@ -13,8 +13,9 @@ import torch
 from addenda.backbones import readable
 from addenda.combined import CombinedModel, numerics, numerics_fingerprint
 from addenda.distributed.cluster import Workplace
-from addenda.distributed.manifest import PART, Manifest, differences, named, replacing
+from addenda.distributed.manifest import PART, Manifest, differences, named
 from addenda.exceptions import DataError, ExactnessError, IntegrityError
+from addenda.files import written
 from addenda.registry import canonical_json
 
 METADATA = "addenda"
@@ -136,7 +137,7 @@ class PartWriter:
             "numerics_fingerprint": manifest.numerics_fingerprint,
         }
         table = pyarrow.Table.from_batches(batches, schema).replace_schema_metadata({METADATA: canonical_json(told)})
-        with replacing(self._job.folder / PART.format(part)) as unfinished:
+        with written(self._job.folder / PART.format(part)) as unfinished:
             parquet.write_table(table, unfinished, compression="zstd")
 
     def _rows(self, images: Sequence[str], left_out: dict[str, str]) -> Iterator[dict[str, Any]]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from addenda.distributed.cluster import Workplace, check_shared, fetched, room
 from addenda.distributed.manifest import (
     PART,
-    UNFINISHED,
+    PART_FORM,
     Manifest,
     check_same,
     paths_digest,
@@ -24,6 +24,7 @@ from addenda.distributed.manifest import (
 )
 from addenda.distributed.parts import METADATA, Job, PartWriter, choose
 from addenda.exceptions import AddendaError, DataError
+from addenda.files import is_unfinished
 from addenda.registry import Registry
 
 if TYPE_CHECKING:
@@ -291,6 +292,7 @@ def _contents(folder: Path, manifest: Manifest) -> dict[str, int]:
         left_out += json.loads(footer.metadata[METADATA.encode()])["left_out"]
         rows += footer.num_rows
         size_bytes += path.stat().st_size
-    for path in folder.glob(f"*{UNFINISHED}"):
-        path.unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if is_unfinished(path, PART_FORM):
+            path.unlink(missing_ok=True)
     return {"left_out": left_out, "rows": rows - left_out, "size_bytes": size_bytes}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +11,14 @@ from typing import Any
 import torch
 
 import addenda
-from addenda.backbones import FrozenBackbone
+from addenda.backbones import FrozenBackbone, plain
 from addenda.combined import CombinedModel
 from addenda.combined.golden import TOLERANCE
 from addenda.combined.probes import probe_images
 from addenda.exceptions import AddendaError, BackboneError, DataError, ExactnessError
 from addenda.exporting.formats import FORMATS, INPUT, Run
 from addenda.exporting.traced import trace
+from addenda.files import written
 from addenda.registry import Golden, Registry, Task
 
 
@@ -77,18 +77,17 @@ def export_model(
     chosen.check(list(model.tasks), _precision(backbone))
     goldens = {task.name: registry.goldens(task.ref)[0] for task in tasks}
     metadata = json.dumps(_metadata(registry, backbone, tasks, tolerance), indent=2, ensure_ascii=False)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
     try:
-        chosen.write(trace(model), list(model.tasks), metadata, unfinished)
-        deviation = _deviation(chosen.load(unfinished), backbone, goldens)
-        if not deviation <= tolerance:  # nor where it is no number
-            raise ExactnessError(
-                f"{str(path)!r} was not written: its answers to the golden probes deviate by {deviation:.2g} of the "
-                f"largest logit, allowed {tolerance:g}. `addenda verify` says whether the tasks are as registered."
-            )
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+        with plain(backbone.device), written(path, registry.file_mode, replace=False) as unfinished:
+            chosen.write(trace(model), list(model.tasks), metadata, unfinished)
+            deviation = _deviation(chosen.load(unfinished), backbone, goldens)
+            if not deviation <= tolerance:  # nor where it is no number
+                raise ExactnessError(
+                    f"{str(path)!r} was not written: its answers to the golden probes deviate by {deviation:.2g} of "
+                    f"the largest logit, allowed {tolerance:g}. `addenda verify` compares the tasks themselves."
+                )
+    except FileExistsError as error:
+        raise AddendaError(f"{str(path)!r} exists already: name another file, or remove it.") from error
     refs = tuple(task.ref for task in tasks)
     return Exported(str(path), format, refs, path.stat().st_size, deviation, tolerance)
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float16, Int
 from torch import Tensor
 
-from addenda.backbones import FrozenBackbone, KeyValue
+from addenda.backbones import FrozenBackbone, KeyValue, plain
 from addenda.combined import Layout, Observer, TileStore, micro_batch, prove, task_features
 from addenda.learner.augmentation import Augmentation, augment, view_seed
 from addenda.learner.cache import ActivationCache, Store
@@ -92,7 +92,6 @@ class Activations:
         augmentation: which views there are beside the plain one.
         cache: where they are kept.
         parents: every task whose tokens will be seen.
-        digests: sha256 of each image's content, where they are known.
         skip_bad: leave out images that cannot be read, rather than refuse.
         report: told of the progress.
 
@@ -115,22 +114,21 @@ class Activations:
         augmentation: Augmentation,
         cache: ActivationCache,
         parents: Sequence[Task] = (),
-        digests: Sequence[str] | None = None,
         skip_bad: bool = False,
         report: Report | None = None,
     ) -> None:
         prove(backbone, [])
         self.backbone = backbone
-        self._images, self._augmentation = images, augmentation
-        self._digests = digests or [images.digest(index) for index in range(len(images))]
+        self._digests = images.digests or tuple(images.digest(index) for index in range(len(images)))
+        self._images, self._augmentation = replace(images, digests=self._digests), augmentation
         self._micro_batch = micro_batch(backbone.device)
         rows = range(len(images) * (1 + augmentation.num_views))
         self._place, self._store = self._open(cache, rows)
-        self._pooled = torch.zeros(len(rows), backbone.embed_dim)
+        self._pooled = torch.zeros(len(rows), backbone.embed_dim, dtype=torch.float32, device="cpu")
         bad = self._fill(rows, skip_bad, report)
         self.skipped = tuple(dict.fromkeys(text for _, text in bad))
         lost = {row % len(images) for row, _ in bad}
-        self._readable = torch.tensor([i for i in range(len(images)) if i not in lost], dtype=torch.long)
+        self._readable = torch.tensor([i for i in range(len(images)) if i not in lost], dtype=torch.long, device="cpu")
         self.targets = images.targets[self._readable]
         self.objective, self.num_classes = images.objective, len(images.labels)
         self._resident = self._to_device()
@@ -161,13 +159,13 @@ class Activations:
         for missing in (~kept).nonzero()[:, 0].split(self._micro_batch):
             kin[missing] = self._kin_of(key_values[missing])
         whole = key_values.to(self.backbone.device)
-        return Batch(self.backbone, whole, torch.arange(len(rows)), kin, pooled)
+        return Batch(self.backbone, whole, torch.arange(len(rows), dtype=torch.int64, device="cpu"), kin, pooled)
 
     def _gather(self, rows: Tensor, place: Tensor) -> tuple[Float16[Tensor, "n L 2 H P d"], Float[Tensor, "n D"]]:
         """Keys and values of some rows on the CPU, and their pooled features: what is kept, and the rest computed."""
         kept = place >= 0
-        key_values = torch.empty(len(rows), *self._shape, dtype=torch.float16)
-        pooled = torch.empty(len(rows), self.backbone.embed_dim)
+        key_values = torch.empty(len(rows), *self._shape, dtype=torch.float16, device="cpu")
+        pooled = torch.empty(len(rows), self.backbone.embed_dim, dtype=torch.float32, device="cpu")
         if kept.any():
             assert self._store is not None
             key_values[kept], pooled[kept] = self._store.key_values[place[kept]], self._store.pooled[place[kept]]
@@ -218,7 +216,9 @@ class Activations:
 
     def _no_kin(self, count: int) -> Float16[Tensor, "B L 2 H a d"]:
         depth, two, num_heads, _, head_dim = self._shape
-        return torch.empty(count, depth, two, num_heads, len(self._parents), head_dim, dtype=torch.float16)
+        return torch.empty(
+            count, depth, two, num_heads, len(self._parents), head_dim, dtype=torch.float16, device="cpu"
+        )
 
     def _open(self, cache: ActivationCache, rows: range) -> tuple[Tensor, Store | None]:
         """The place of each row in the cache's store, -1 where there is none."""
@@ -235,7 +235,9 @@ class Activations:
             else f"{held:.2f} GB are kept in {cache.folder}, the rest is computed anew in each epoch",
         )  # fmt: skip
         store = cache.open(self.backbone, unique[:capacity]) if capacity else None
-        return torch.tensor([store.place.get(key, -1) if store else -1 for key in keys]), store
+        return torch.tensor(
+            [store.place.get(key, -1) if store else -1 for key in keys], dtype=torch.int64, device="cpu"
+        ), store
 
     def _key(self, row: int, recipe: str) -> str:
         """Content and view of a row: what a kept row is found by."""
@@ -246,7 +248,8 @@ class Activations:
     def _fill(self, rows: range, skip_bad: bool, report: Report | None) -> list[tuple[int, str]]:
         """Computes what is not kept yet, and every row's pooled feature."""
         store, places = self._store, self._place.tolist()
-        todo = [row for row in rows if places[row] < 0 or (store is not None and not store.done[places[row]])]
+        held = set() if store is None else store.held(place for place in places if place >= 0)
+        todo = [row for row in rows if places[row] not in held]
         flushed = time.monotonic()
 
         def take(taken: list[int], key_values: Tensor, pooled: Tensor) -> None:
@@ -254,8 +257,7 @@ class Activations:
             for row, layers, feature in zip(taken, key_values, pooled, strict=True):
                 self._pooled[row] = feature
                 if store is not None and places[row] >= 0:
-                    store.key_values[places[row]], store.pooled[places[row]] = layers, feature
-                    store.done[places[row]] = 1
+                    store.put(places[row], layers, feature)
             if store is not None and time.monotonic() - flushed > FLUSH_S:
                 store.flush()
                 flushed = time.monotonic()
@@ -282,8 +284,8 @@ class Activations:
         def pass_on(batch: list[tuple[int, Tensor]]) -> None:
             images = torch.stack([image for _, image in batch])
             filled = F.pad(images, (0, 0, 0, 0, 0, 0, 0, self._micro_batch - len(batch)))
-            half = torch.empty(len(batch), *self._shape, dtype=torch.float16)
-            with torch.autocast(self.backbone.device.type, enabled=False):
+            half = torch.empty(len(batch), *self._shape, dtype=torch.float16, device="cpu")
+            with plain(self.backbone.device):
                 stream = self.backbone.stream(filled, "pooled")
                 for layer, offered in enumerate(stream):
                     for which, part in enumerate(offered):
@@ -301,7 +303,7 @@ class Activations:
             how, preprocessing = self._augmentation, self.backbone.preprocessing
             seed = view_seed(self._digests[image], number)
             transform = partial(augment, how=how, seed=seed, preprocessing=preprocessing)
-        return self._images.read(image, self.backbone, self._digests[image], transform)
+        return self._images.read(image, self.backbone, transform)
 
     def _to_device(self) -> Tensor | None:
         """The kept keys and values where training reads them; None where each batch has to be brought there."""
@@ -343,6 +345,6 @@ class Activations:
         """Task streams over the kept activations of one micro-batch or less, filled up to it."""
         filled = F.pad(half, (0, 0) * 5 + (0, self._micro_batch - len(half)))
         layers = filled.to(self.backbone.device, self.backbone.precision)
-        with torch.autocast(self.backbone.device.type, enabled=False):
+        with plain(self.backbone.device):
             stream = (KeyValue(layers[:, layer, 0], layers[:, layer, 1]) for layer in range(self.backbone.depth))
             return task_features(self.backbone, stream, layout, observe)

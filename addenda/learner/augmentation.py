@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Annotated, Any
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from PIL import Image
 from pydantic import ConfigDict, Field
@@ -16,6 +17,8 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
+
+from addenda.backbones import plain
 
 DEFAULT_VIEWS = 3
 
@@ -86,8 +89,9 @@ def augment(
         view = transforms.adjust_brightness(view, brightness)
         view = transforms.adjust_contrast(view, contrast)
         view = transforms.adjust_saturation(view, saturation)
-    pixels: Tensor = transforms.pil_to_tensor(view).float() / 255
-    normalised: Tensor = transforms.normalize(pixels, preprocessing["mean"], preprocessing["std"])
+    with plain(torch.device("cpu")):
+        pixels: Tensor = transforms.pil_to_tensor(view).float() / 255
+        normalised: Tensor = transforms.normalize(pixels, preprocessing["mean"], preprocessing["std"])
     return normalised
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
 import os
+import re
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,20 +23,32 @@ from filelock import FileLock
 from jaxtyping import Float16, Float32, UInt8
 from torch import Tensor
 
-from addenda.backbones import FrozenBackbone
+from addenda.backbones import PREPARATION, FrozenBackbone
 from addenda.combined import numerics, numerics_fingerprint
 from addenda.exceptions import TrainingError
+from addenda.files import Hold, check_private, claim, discard, is_claimed, is_unfinished, leave_alone
+from addenda.learner import checkpoint
 
-FORMAT = 1
+FORMAT = 2
+NAME = "addenda-activations-v1"
+"""The cache's own folder, within the one that a user names: nothing outside it is looked at."""
 RUNS = "runs"
-"""Where interrupted runs stand, in the cache's folder."""
+"""Checkpoints of interrupted runs, in the cache's own folder."""
+MARKER = "CACHEDIR.TAG"
+MARKER_TEXT = (
+    "Signature: 8a477f597d28d172789f06886806bc55\n"
+    "# Activations that Addenda can compute again. See: addenda cache --help. Source: https://bford.info/cachedir/\n"
+)
+ENTRY_MARKER, ENTRY_TEXT = "addenda-entry", "Activations of some images, made by Addenda.\n"
+ENTRY = r"[0-9a-f]{16}"
+FILES = rf"{ENTRY_MARKER}|(keys|key_values|pooled|digests)\.npy|meta\.json"
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Kept:
-    """One set of kept activations, as `addenda cache list` shows it.
+    """One cache entry, as `addenda cache list` shows it.
 
     Attributes:
         name: its folder.
@@ -54,91 +69,140 @@ class Kept:
 
 @dataclass(frozen=True)
 class Store:
-    """Memory-mapped rows of one set.
+    """Memory-mapped rows of one entry, which is not evicted while a store of it is open.
+
+    Each row has a digest of its key and values. It is written after the row and is what says that the row is there; so
+    two runs may fill one entry at once, and what a kill or a fault of the disk leaves is computed again.
 
     Attributes:
         key_values: keys and values of each layer in half precision.
         pooled: the backbone's own pooled feature.
-        done: 1 where the row is computed.
         place: the row of each key.
     """
 
     key_values: Float16[Tensor, "K L 2 H P d"]
     pooled: Float32[Tensor, "K D"]
-    done: UInt8[Tensor, " K"]
     place: dict[str, int]
+    _digests: UInt8[np.ndarray, "K 32"]
+    _keys: UInt8[np.ndarray, "K 32"]
     _maps: tuple[Any, ...]
+    _in_use: Hold
+    _checked: set[int] = field(default_factory=set)
+
+    def put(self, row: int, key_values: Float16[Tensor, "L 2 H P d"], pooled: Float32[Tensor, " D"]) -> None:
+        """Writes a row, and then its digest."""
+        self.key_values[row], self.pooled[row] = key_values, pooled
+        self._digests[row] = np.frombuffer(self._digest(row), np.uint8)
+        self._checked.add(row)
+
+    def held(self, rows: Iterable[int]) -> set[int]:
+        """Those of some rows that were written and are as they were: each is hashed when it is first asked about."""
+        written = {row for row in rows if row in self._checked or self._digests[row].any()}
+        damaged = {row for row in written - self._checked if self._digests[row].tobytes() != self._digest(row)}
+        if damaged:
+            log.warning("%d cached rows are damaged or were exchanged; recomputing.", len(damaged))
+        self._checked.update(written - damaged)
+        return written - damaged
+
+    def take_over(self, other: Store) -> None:
+        """Copies the rows that another entry has of the same images and views, with their digests."""
+        for key, row in self.place.items():
+            theirs = other.place.get(key)
+            if theirs is not None and other._digests[theirs].any() and not self._digests[row].any():
+                self.key_values[row], self.pooled[row] = other.key_values[theirs], other.pooled[theirs]
+                self._digests[row] = other._digests[theirs]
+
+    def release(self) -> None:
+        """Lets the entry be evicted; what it held can still be read here."""
+        self._in_use.close()
 
     def flush(self) -> None:
-        """Writes rows to disk, and only then the marks that say that they are there."""
-        key_values, pooled, done = self._maps
-        key_values.flush()
-        pooled.flush()
-        done[:] = self.done.numpy()
-        done.flush()
+        """Writes rows and digests to the disk."""
+        for mapped in self._maps:
+            mapped.flush()
+
+    def _digest(self, row: int) -> bytes:
+        found = hashlib.sha256(self._keys[row])
+        for mapped in self._maps[:2]:
+            found.update(mapped[row])
+        return found.digest()
 
 
 class ActivationCache:
     """Keeps activations across runs: keyed by image content and view, backbone fingerprint and numerics.
 
-    A set is a folder of memory-mapped arrays: the operating system keeps of it in memory what fits, and never swaps it
-    out. Rows marked as done survive a kill at any moment. Sets not used for longest make room for new ones.
+    An entry is a folder of memory-mapped arrays: the operating system keeps of it in memory what fits, and never swaps
+    it out. Least recently used entries are evicted first, never one that a run has open. Everything lies in a folder of
+    its own name; what else is there is left alone.
 
     Args:
-        folder: where; by default `$ADDENDA_CACHE`, else the user's cache folder.
-        budget_gb: the most that all sets may take, in 10^9 bytes; 0 keeps nothing. By default half of what the disk
+        folder: where that folder is; by default `$ADDENDA_CACHE`, else the user's cache folder.
+        budget_gb: the most that all entries may take, in 10^9 bytes; 0 keeps nothing. By default half of what the disk
             has left, what is kept already counted as free.
+
+    Attributes:
+        folder: the cache's own folder.
 
     Raises:
         TrainingError: a budget below 0, or none that is a number.
     """
 
     def __init__(self, folder: str | Path | None = None, budget_gb: float | None = None) -> None:
-        chosen = folder or os.environ.get("ADDENDA_CACHE") or platformdirs.user_cache_path("addenda") / "activations"
-        self.folder = Path(chosen)
+        chosen = folder or os.environ.get("ADDENDA_CACHE") or platformdirs.user_cache_path("addenda")
+        self.folder = Path(chosen).expanduser() / NAME
         if budget_gb is not None and not budget_gb >= 0:
             raise TrainingError(f"A cache cannot take {budget_gb:g} GB: give a number from 0 on.")
         self._budget_gb = budget_gb
 
     @property
+    def runs(self) -> Path:
+        """Where checkpoints of interrupted runs lie."""
+        return self.folder / RUNS
+
+    def claim(self) -> None:
+        """Makes the folder, or makes sure that it is Addenda's own and nobody else can write to it.
+
+        Raises:
+            TrainingError: it is not, or cannot be made.
+        """
+        try:
+            claim(self.folder, MARKER, MARKER_TEXT)
+        except OSError as error:
+            raise TrainingError(
+                f"The activation cache cannot be in {str(self.folder.parent)!r}: {error}. Set ADDENDA_CACHE to a "
+                "folder of your own."
+            ) from error
+
+    @property
     def budget_bytes(self) -> float:
-        """The most that all sets may take."""
+        """The most that all entries may take."""
         if self._budget_gb is not None:
             return self._budget_gb * 1e9
         existing = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
         return (shutil.disk_usage(existing).free + sum(kept.num_bytes for kept in self.sets())) / 2
 
     def sets(self) -> list[Kept]:
-        """All sets, the last used first."""
+        """All entries, the last used first."""
         found = []
         for folder in self._folders():
-            meta = _read_meta(folder) or {"name": "(damaged)", "num_rows": 0}
-            try:
-                num_done = int(np.load(folder / "done.npy").sum())
-            except (OSError, ValueError):
-                num_done = 0
-            found.append(
-                Kept(
-                    name=folder.name,
-                    backbone=meta["name"],
-                    num_images=meta["num_rows"],
-                    num_done=num_done,
-                    num_bytes=sum(path.stat().st_size for path in folder.iterdir()),
-                    used_at=datetime.fromtimestamp(folder.stat().st_mtime, UTC),
-                )
-            )
+            with suppress(FileNotFoundError):  # evicted meanwhile
+                found.append(_described(folder))
         return sorted(found, key=lambda kept: kept.used_at, reverse=True)
 
-    def clear(self, names: Sequence[str] | None = None) -> int:
-        """Deletes some sets, or all and every interrupted run with them; returns the bytes set free."""
-        freed = 0
-        if names is None:
-            shutil.rmtree(self.folder / RUNS, ignore_errors=True)
-        for kept in self.sets():
-            if names is None or kept.name in names:
-                shutil.rmtree(self.folder / kept.name)
-                freed += kept.num_bytes
-        return freed
+    def clear(self, names: Sequence[str] | None = None) -> tuple[int, list[str]]:
+        """Deletes some entries, or all and every interrupted run with them.
+
+        Returns:
+            The bytes set free, and the names of entries that a run has open, which stay.
+        """
+        if not is_claimed(self.folder, MARKER, MARKER_TEXT):
+            return 0, []
+        with self._locked():
+            if names is None:
+                discard(self.runs, checkpoint.FILES)
+            chosen = [kept for kept in self.sets() if names is None or kept.name in names]
+            gone = [kept for kept in chosen if _evict(self.folder / kept.name)]
+        return sum(kept.num_bytes for kept in gone), [kept.name for kept in chosen if kept not in gone]
 
     def capacity(self, row_bytes: int, num_rows: int) -> int:
         """How many rows the budget holds.
@@ -163,12 +227,13 @@ class ActivationCache:
             keys: sha256 of each row's content and view.
 
         Raises:
-            TrainingError: the disk has no room.
+            TrainingError: the disk has no room, or the folder is not the user's own.
         """
         head_dim = backbone.embed_dim // backbone.num_heads
         shape = (len(keys), backbone.depth, 2, backbone.num_heads, backbone.num_tokens, head_dim)
         meta = {
             "format": FORMAT,
+            "preparation": PREPARATION,
             "name": backbone.name,
             "backbone": backbone.fingerprint,
             "numerics": numerics_fingerprint(numerics(backbone)),
@@ -176,63 +241,79 @@ class ActivationCache:
             "shape": list(shape[1:]),
             "width": backbone.embed_dim,
         }
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.folder / ".lock"):
+        self.claim()
+        with self._locked():
             stores = [(folder, store) for folder in self._folders() if (store := self._load(folder, meta)) is not None]
             for folder, store in stores:
                 if set(keys) <= store.place.keys():
-                    os.utime(folder)
+                    with suppress(FileNotFoundError):
+                        os.utime(folder)
                     return store
+            for _, store in stores:
+                store.release()
             self._make_room(int(np.prod(shape)) * 2 + len(keys) * backbone.embed_dim * 4)
             made = self._create(meta, shape, keys)
             for _, store in stores:
-                _copy(store, made)
+                made.take_over(store)
             made.flush()
             return made
 
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Entries come and go in one process at a time."""
+        with FileLock(self.folder / ".lock"):
+            yield
+
     def _folders(self) -> list[Path]:
-        return (
-            [path for path in self.folder.iterdir() if path.is_dir() and path.name != RUNS]
-            if self.folder.is_dir()
-            else []
-        )
+        """The entries; what is not one is named once and left alone."""
+        found = []
+        for path in sorted(self.folder.iterdir()) if is_claimed(self.folder, MARKER, MARKER_TEXT) else ():
+            if re.fullmatch(ENTRY, path.name) and is_claimed(path, ENTRY_MARKER, ENTRY_TEXT):
+                found.append(path)
+            elif path.name not in (MARKER, ".lock", RUNS) and not is_unfinished(path, MARKER):
+                leave_alone(path)
+        return found
 
     def _load(self, folder: Path, meta: dict[str, Any]) -> Store | None:
-        """A set of this backbone and these numerics; one that is damaged is deleted, and said to be."""
+        """An entry of this backbone and these numerics; one that is damaged is discarded, and said to be."""
         found = _read_meta(folder)
-        if found is not None and any(found[k] != meta[k] for k in ("backbone", "numerics", "shape", "width")):
+        if found is not None and any(found[k] != meta[k] for k in _IDENTITY):
             return None
         try:
             if found is None:
                 raise ValueError("its description cannot be read")
+            check_private(folder)
             keys = np.load(folder / "keys.npy")
             if folder.name != _name(found, keys):
                 raise ValueError("it is not what its name says")
             rows = found["num_rows"]
             return _map(folder, "r+", (rows, *found["shape"]), found["width"], keys)
-        except (OSError, ValueError, KeyError) as error:
-            log.warning("Kept activations %s are of no use (%s) and are made again.", folder, error)
-            shutil.rmtree(folder)
+        except PermissionError as error:
+            raise TrainingError(f"A cache entry cannot be trusted: {error}.") from error
+        except (OSError, ValueError, KeyError, EOFError) as error:
+            log.warning("Discarding the damaged cache entry %s (%s); recomputing.", folder, str(error))
+            _evict(folder)
             return None
 
     def _create(self, meta: dict[str, Any], shape: tuple[int, ...], keys: Sequence[str]) -> Store:
         packed = np.frombuffer(bytes.fromhex("".join(keys)), np.uint8).reshape(-1, 32)
         folder = self.folder / _name(meta, packed)
         try:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
+            if is_claimed(folder, ENTRY_MARKER, ENTRY_TEXT):  # another run may still read the files that go
+                discard(folder, FILES)
+            claim(folder, ENTRY_MARKER, ENTRY_TEXT)
             np.save(folder / "keys.npy", packed)
             store = _map(folder, "w+", shape, meta["width"], packed)
             for mapped in store._maps:
-                with open(str(mapped.filename), "r+b") as file:
-                    os.posix_fallocate(file.fileno(), 0, os.path.getsize(file.name))
+                _reserve(Path(mapped.filename))
             (folder / "meta.json").write_text(json.dumps(meta))
         except OSError as error:
-            shutil.rmtree(folder, ignore_errors=True)
+            if is_claimed(folder, ENTRY_MARKER, ENTRY_TEXT):
+                discard(folder, FILES)
             raise TrainingError(
                 f"The activations of {len(keys)} images take {np.prod(shape) * 2 / 1e9:.2f} GB, and {self.folder} "
-                f"cannot hold them ({error.strerror}). Free some space, keep less of them (--cache-gb), or set "
-                "ADDENDA_CACHE to a folder on a larger disk."
+                f"cannot hold them ({error.strerror or error}). Free some space, keep less of them (--cache-gb), or "
+                "set ADDENDA_CACHE to a folder on a larger disk."
             ) from error
         return store
 
@@ -240,29 +321,52 @@ class ActivationCache:
         kept = self.sets()
         while kept and sum(k.num_bytes for k in kept) + num_bytes > self.budget_bytes:
             oldest = kept.pop()
-            log.info("Kept activations %s make room (%.2f GB).", oldest.name, oldest.num_bytes / 1e9)
-            self.clear([oldest.name])
+            if _evict(self.folder / oldest.name):
+                log.info(
+                    "Evicted the cache entry %s, the least recently used (%.2f GB).",
+                    oldest.name,
+                    oldest.num_bytes / 1e9,
+                )
+
+
+_IDENTITY = ("format", "preparation", "backbone", "numerics", "shape", "width")
 
 
 def _name(meta: dict[str, Any], keys: UInt8[np.ndarray, "K 32"]) -> str:
-    identity = json.dumps([meta[k] for k in ("format", "backbone", "numerics", "shape", "width")])
+    identity = json.dumps([meta[k] for k in _IDENTITY])
     return hashlib.sha256(identity.encode() + keys.tobytes()).hexdigest()[:16]
 
 
 def _read_meta(folder: Path) -> dict[str, Any] | None:
     try:
         meta: dict[str, Any] = json.loads((folder / "meta.json").read_text())
-        return meta if meta["format"] == FORMAT else None
-    except (OSError, ValueError, KeyError, TypeError):
+        return meta if all(key in meta for key in _IDENTITY) else None
+    except (OSError, ValueError, TypeError):
         return None
 
 
+def _described(folder: Path) -> Kept:
+    meta = _read_meta(folder) or {"name": "(damaged)", "num_rows": 0}
+    try:
+        num_done = int(np.load(folder / "digests.npy").any(axis=1).sum())
+    except (OSError, ValueError, EOFError):
+        num_done = 0
+    return Kept(
+        name=folder.name,
+        backbone=meta["name"],
+        num_images=meta["num_rows"],
+        num_done=num_done,
+        num_bytes=sum(path.stat().st_size for path in folder.iterdir()),
+        used_at=datetime.fromtimestamp(folder.stat().st_mtime, UTC),
+    )
+
+
 def _map(folder: Path, mode: Any, shape: tuple[int, ...], width: int, keys: UInt8[np.ndarray, "K 32"]) -> Store:
-    """Maps a set's arrays into memory; ValueError where a file is not the size that its header says."""
+    """Maps an entry's arrays into memory; ValueError where a file is not the size that its header says."""
     wanted: dict[str, tuple[Any, tuple[int, ...]]] = {
         "key_values": (np.float16, shape),
         "pooled": (np.float32, (shape[0], width)),
-        "done": (np.uint8, (shape[0],)),
+        "digests": (np.uint8, (shape[0], 32)),
     }
     maps = []
     for name, (dtype, expected) in wanted.items():
@@ -275,15 +379,30 @@ def _map(folder: Path, mode: Any, shape: tuple[int, ...], width: int, keys: UInt
             raise ValueError(f"{path.name} holds {found.dtype} {found.shape}")
         maps.append(np.lib.format.open_memmap(path, mode))
     place = {row.tobytes().hex(): i for i, row in enumerate(keys)}
-    key_values, pooled, done = map(torch.from_numpy, maps)
-    return Store(key_values, pooled, done.clone(), place, tuple(maps))
+    key_values, pooled, digests = maps
+    in_use = Hold(folder / ENTRY_MARKER, shared=True)
+    return Store(torch.from_numpy(key_values), torch.from_numpy(pooled), place, digests, keys, tuple(maps), in_use)
 
 
-def _copy(source: Store, target: Store) -> None:
-    """Takes over the rows that another set has done."""
-    for key, row in target.place.items():
-        other = source.place.get(key)
-        if other is not None and source.done[other] and not target.done[row]:
-            target.key_values[row] = source.key_values[other]
-            target.pooled[row] = source.pooled[other]
-            target.done[row] = 1
+def _evict(folder: Path) -> bool:
+    """Deletes an entry unless a run has it open."""
+    try:
+        with Hold(folder / ENTRY_MARKER, shared=False):
+            return discard(folder, FILES)
+    except FileNotFoundError:
+        return True
+    except BlockingIOError:
+        return False
+
+
+def _reserve(path: Path) -> None:
+    """Takes a file's whole size on the disk, where a full one would kill the run later; OSError where it is full."""
+    size = path.stat().st_size
+    try:
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+    except (AttributeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+        if shutil.disk_usage(path).free < size:  # macOS, and file systems that cannot reserve
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error

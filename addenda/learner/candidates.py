@@ -40,13 +40,20 @@ def first_tensors(backbone: FrozenBackbone, regression: Regression, settings: Se
     adapters: Tensors = {}
     if settings.adapter_rank:
         for site, (fan_in, fan_out) in backbone.adapter_shapes().items():
-            down = torch.randn(backbone.depth, settings.adapter_rank, fan_in, generator=random) * fan_in**-0.5
+            down = (
+                torch.randn(
+                    backbone.depth, settings.adapter_rank, fan_in, generator=random, dtype=torch.float32, device="cpu"
+                )
+                * fan_in**-0.5
+            )
             adapters[adapter_name(site, "down")] = down
-            adapters[adapter_name(site, "up")] = torch.zeros(backbone.depth, fan_out, settings.adapter_rank)
+            adapters[adapter_name(site, "up")] = torch.zeros(
+                backbone.depth, fan_out, settings.adapter_rank, dtype=torch.float32, device="cpu"
+            )
     shape = (backbone.depth, settings.num_memory_tokens, backbone.embed_dim)
     return {
         "class_token": backbone.class_token.float().cpu().clone(),
-        "memory": torch.randn(shape, generator=random) * memory_std,
+        "memory": torch.randn(shape, generator=random, dtype=torch.float32, device="cpu") * memory_std,
         "head_weight": regression.weight / 2,
         "pooled_weight": regression.weight / 2,
         "head_bias": regression.bias.clone(),

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,11 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from addenda.files import discard, written
+
+FILES = r"(sweep|refit)\.safetensors|[0-9a-f]{16}"
+"""What a run's folder holds: checkpoints of its phases, and folders of further sweeps."""
 
 log = logging.getLogger(__name__)
 
@@ -33,14 +36,10 @@ class Checkpoint:
 
     def save(self, phase: str, tensors: Mapping[str, Tensor], standing: Mapping[str, Any]) -> None:
         """Replaces what was saved of a phase, whole or not at all."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._folder / f"{phase}.safetensors"
-        unfinished = path.with_suffix(f".{os.getpid()}.unfinished")  # of a lost node's worker that lives on, too
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished,
-                  metadata={"standing": json.dumps(standing)})  # fmt: skip
-        with unfinished.open("rb") as file:
-            os.fsync(file.fileno())
-        unfinished.replace(path)
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        with written(self._folder / f"{phase}.safetensors") as unfinished:
+            save_file(contiguous, unfinished, metadata={"standing": json.dumps(standing)})
 
     def load(self, phase: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """What was saved of a phase; None where there is nothing, or nothing that can be read."""
@@ -57,4 +56,4 @@ class Checkpoint:
 
     def clear(self) -> None:
         """Forgets the run."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+        discard(self._folder, FILES)

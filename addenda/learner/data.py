@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import sys
+from copy import copy
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import ConcatDataset, Subset
 
-from addenda.backbones import SUFFIXES
+from addenda.backbones import SUFFIXES, read_image
 from addenda.exceptions import DataError
 from addenda.learner import hub_datasets, listings
 from addenda.learner.hub_datasets import HubDataset
-from addenda.learner.labelled import ImageDataset, LabelledImages, check_learnable, check_same_labels
+from addenda.learner.labelled import ImageDataset, LabelledImages, check_learnable, check_same_labels, class_name
 
 __all__ = [
     "Data",
@@ -102,7 +105,12 @@ def _from_folder(folder: Path) -> LabelledImages:
             f"{str(folder)!r} holds data sets, not classes: {tasks[0]!r} in it has train/ of its own. Give "
             f"{str(folder / tasks[0])!r}, or name them all in a file for `addenda learn-many`."
         )
-    files = {c.name: sorted(p for p in c.rglob("*") if p.suffix.lower() in SUFFIXES) for c in classes}
+    files: dict[str, list[Path]] = {}
+    for place in classes:  # two folders may have one name in Unicode's two forms
+        files.setdefault(class_name(place.name), []).extend(
+            sorted(path for path in place.rglob("*") if path.suffix.lower() in SUFFIXES)
+        )
+    files = dict(sorted(files.items()))
     if not any(files.values()):
         loose = any(p.suffix.lower() in SUFFIXES for p in folder.iterdir())
         hint = "its images lie side by side" if loose else "no image was found in it"
@@ -115,7 +123,9 @@ def _from_folder(folder: Path) -> LabelledImages:
         raise DataError(f"Class folder {empty[0]!r} in {str(folder)!r} has no images. Fill it or remove it.")
     paths = [path for paths in files.values() for path in paths]
     targets = [i for i, paths in enumerate(files.values()) for _ in paths]
-    return LabelledImages(f"{str(folder)!r}", tuple(files), torch.tensor(targets), paths)
+    return LabelledImages(
+        f"{str(folder)!r}", tuple(files), torch.tensor(targets, dtype=torch.int64, device="cpu"), paths
+    )
 
 
 def _from_dataset(data: ImageDataset) -> LabelledImages:
@@ -127,12 +137,31 @@ def _from_dataset(data: ImageDataset) -> LabelledImages:
     targets = _multi_hot(raw, where) if _length(raw[0]) > 1 else _class_numbers(raw, where)
     count = targets.shape[1] if targets.ndim == 2 else int(targets.max()) + 1
     names = getattr(data, "classes", None)
-    labels = tuple(map(str, names)) if names else tuple(map(str, range(count)))
+    labels = tuple(class_name(str(name)) for name in names) if names else tuple(map(str, range(count)))
     if targets.ndim == 2 and len(labels) != count:
         raise DataError(f"{where} has targets of {count} labels and {len(labels)} classes.")
     if targets.ndim == 1 and (int(targets.min()) < 0 or int(targets.max()) >= len(labels)):
         raise DataError(f"{where} has targets from {targets.min()} to {targets.max()} and {len(labels)} classes.")
-    return LabelledImages(where, labels, targets, data)
+    return LabelledImages(where, labels, targets, _by_our_reader(data))
+
+
+def _by_our_reader(data: Any) -> Any:
+    """The same dataset; where torchvision would read its files, `read_image` does, which `predict` reads by too.
+
+    torchvision's loader drops transparency and clips 16-bit grey. A dataset's own loader, if it has one, stays.
+    """
+    of_folders = sys.modules.get("torchvision.datasets.folder")  # imported wherever there is such a dataset
+    if of_folders is not None and isinstance(data, of_folders.DatasetFolder):
+        if data.loader is of_folders.default_loader:
+            data = copy(data)
+            data.loader = read_image
+    elif isinstance(data, Subset):
+        data = copy(data)
+        data.dataset = _by_our_reader(data.dataset)
+    elif isinstance(data, ConcatDataset):
+        data = copy(data)
+        data.datasets = [_by_our_reader(part) for part in data.datasets]
+    return data
 
 
 def _length(target: Any) -> int:
@@ -144,7 +173,11 @@ def _length(target: Any) -> int:
 
 def _class_numbers(raw: list[Any], where: str) -> Tensor:
     try:
-        return torch.tensor([int(np.asarray(t).item() if isinstance(t, list | tuple | np.ndarray) else t) for t in raw])
+        return torch.tensor(
+            [int(np.asarray(t).item() if isinstance(t, list | tuple | np.ndarray) else t) for t in raw],
+            dtype=torch.int64,
+            device="cpu",
+        )
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"{where} has a target that is not a whole number: {error}.") from error
 
@@ -152,7 +185,7 @@ def _class_numbers(raw: list[Any], where: str) -> Tensor:
 def _multi_hot(raw: list[Any], where: str) -> Tensor:
     """Targets of several numbers each, as Bool[N, C]."""
     try:
-        targets = torch.stack([torch.as_tensor(target) for target in raw])
+        targets = torch.stack([torch.as_tensor(target, device="cpu") for target in raw])
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"{where} has targets that are not vectors of one length: {error}.") from error
     if targets.ndim != 2 or not ((targets == 0) | (targets == 1)).all():

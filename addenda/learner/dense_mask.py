@@ -76,11 +76,16 @@ class DenseMask(nn.Module):
     def _make_mask(self) -> Bool[Tensor, "Q K"]:
         """Which query sees which key: rows are frozen and task tokens, columns those and all memory."""
         frozen, tasks = self._backbone.num_tokens, len(self._names)
-        sizes = torch.tensor([memory.shape[1] for memory in self.memory])
-        owner = torch.cat([torch.arange(tasks), torch.arange(tasks).repeat_interleave(sizes)])
-        mask = torch.zeros(frozen + tasks, frozen + len(owner), dtype=torch.bool)
+        sizes = torch.tensor([memory.shape[1] for memory in self.memory], dtype=torch.int64, device="cpu")
+        owner = torch.cat(
+            [
+                torch.arange(tasks, dtype=torch.int64, device="cpu"),
+                torch.arange(tasks, dtype=torch.int64, device="cpu").repeat_interleave(sizes),
+            ]
+        )
+        mask = torch.zeros(frozen + tasks, frozen + len(owner), dtype=torch.bool, device="cpu")
         mask[:, :frozen] = True
-        mask[frozen:, frozen:] = torch.arange(tasks)[:, None] == owner
+        mask[frozen:, frozen:] = torch.arange(tasks, dtype=torch.int64, device="cpu")[:, None] == owner
         return mask
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> dict[str, Float[Tensor, "B C"]]:

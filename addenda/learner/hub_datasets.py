@@ -10,7 +10,7 @@ from typing import Any, Protocol, overload, runtime_checkable
 import torch
 
 from addenda.exceptions import DataError
-from addenda.learner.labelled import EncodedImage, LabelledImages
+from addenda.learner.labelled import EncodedImage, LabelledImages, class_name
 
 PARTS = {"train", "test"}
 
@@ -64,14 +64,16 @@ def open_dataset(data: HubDataset, part: str) -> LabelledImages:
     targets = [name for name, kind in chosen.features.items() if _is(_element(kind), "ClassLabel")]
     label = _only("label", targets, chosen, where)
     feature = chosen.features[label]
-    values, names = list(chosen[label]), tuple(_element(feature).names)
+    values, names = list(chosen[label]), tuple(map(class_name, _element(feature).names))
     known = range(len(names))
     if _is(feature, "ClassLabel"):
         unknown = [i for i, value in enumerate(values) if value not in known]
-        made = torch.tensor([-1 if i in unknown else value for i, value in enumerate(values)])
+        made = torch.tensor(
+            [-1 if i in unknown else value for i, value in enumerate(values)], dtype=torch.int64, device="cpu"
+        )
     else:
         unknown = [i for i, value in enumerate(values) if any(number not in known for number in value or ())]
-        made = torch.zeros(len(values), len(names), dtype=torch.bool)
+        made = torch.zeros(len(values), len(names), dtype=torch.bool, device="cpu")
         for i, value in enumerate(values):
             made[i, [number for number in value or () if number in known]] = True
     if unknown:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,8 +15,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import Subset
 
-from addenda.backbones import FrozenBackbone, read_image
+from addenda.backbones import FrozenBackbone, prepared, read_image
 from addenda.exceptions import DataError
 
 Targets = Int[Tensor, " N"] | Bool[Tensor, "N C"]
@@ -58,12 +60,16 @@ class LabelledImages:
         labels: names of the C classes.
         targets: the class of each image, or its labels.
         items: the image files, or the dataset that holds the images.
+        places: where each image stood before some were selected, for messages; None where all are there.
+        digests: sha256 of each image's content, once `hashed`.
     """
 
     where: str
     labels: tuple[str, ...]
     targets: Targets
     items: Sequence[Path | EncodedImage] | ImageDataset
+    places: tuple[int, ...] | None = None
+    digests: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -85,51 +91,70 @@ class LabelledImages:
         counts: list[int] = label_counts(self.targets, len(self.labels)).tolist()
         return counts
 
+    def hashed(self) -> LabelledImages:
+        """The same images with the sha256 of each, in an order that labels and contents decide, and nothing else.
+
+        So neither a file's name nor its place in a listing reaches a split, a shuffle, a sum or a digest.
+
+        Raises:
+            DataError: a file cannot be opened.
+        """
+        digests = [self.digest(index) for index in range(len(self))]
+        answers = [self._answer(target) for target in self.targets.tolist()]
+        order = sorted(range(len(self)), key=lambda index: (answers[index], digests[index]))
+        return replace(self.select(order), digests=tuple(digests[index] for index in order))
+
+    def select(self, rows: Sequence[int]) -> LabelledImages:
+        """Some of the images in the order of their rows, without a copy of their pixels."""
+        items: Any = self.items
+        return replace(
+            self,
+            targets=self.targets[torch.tensor(rows, dtype=torch.int64, device="cpu")],
+            items=[items[row] for row in rows] if isinstance(items, list) else Subset(items, rows),
+            places=tuple(rows if self.places is None else (self.places[row] for row in rows)),
+            digests=None if self.digests is None else tuple(self.digests[row] for row in rows),
+        )
+
     def digest(self, index: int) -> str:
         """sha256 over an image's content, whatever its name.
 
         Raises:
             DataError: a file cannot be opened.
         """
-        return _digest(self.items[index])
+        return _digest(self.items[index]) if self.digests is None else self.digests[index]
 
     def read(
-        self,
-        index: int,
-        backbone: FrozenBackbone,
-        digest: str | None = None,
-        transform: Callable[[Image.Image], Tensor] | None = None,
+        self, index: int, backbone: FrozenBackbone, transform: Callable[[Image.Image], Tensor] | None = None
     ) -> Float[Tensor, "3 H W"]:
         """One image as the backbone takes it.
 
         Args:
             index: which.
             backbone: says how it is transformed, and which shape a tensor must have.
-            digest: what its content must hash to.
             transform: instead of the backbone's own.
 
         Raises:
-            DataError: the image cannot be read, has the wrong shape, or is no longer the same.
+            DataError: the image cannot be read, has the wrong shape, or is no longer what was `hashed`.
         """
         item = self.items[index]
-        if digest is not None and _digest(item) != digest:
+        place = index if self.places is None else self.places[index]
+        called = str(item) if isinstance(item, Path) else f"Item {place} of {self.where}"
+        if self.digests is not None and _digest(item) != self.digests[index]:
             raise DataError(
-                f"{item if isinstance(item, Path) else f'Item {index} of {self.where}'} changed while it was being "
-                "learned from. Files must stay as they are until a run ends, and a Dataset must give the same image "
-                "each time: random views are `augmentation`'s to make."
+                f"{called} changed while it was being read. Files must stay as they are until a run ends, and a "
+                "Dataset must give the same image each time: random views are `augmentation`'s to make."
             )
         image = _picture(item)
         if isinstance(image, Image.Image):
-            return backbone.transform(image) if transform is None else transform(image.convert("RGB"))
+            return backbone.transform(image) if transform is None else transform(prepared(image, called))
         expected = backbone.preprocessing["input_size"]
         if not isinstance(image, Tensor) or list(image.shape) != expected or not image.is_floating_point():
             found = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
             raise DataError(
-                f"Item {index} of {self.where} is {found}; it must be a PIL image or a normalised floating-point "
-                f"tensor {expected}."
+                f"{called} is {found}; it must be a PIL image or a normalised floating-point tensor {expected}."
             )
         if transform is not None:
-            raise DataError(f"Item {index} of {self.where} is a tensor; random views are made of PIL images only.")
+            raise DataError(f"{called} is a tensor; random views are made of PIL images only.")
         return image
 
     def picture(self, index: int) -> Any:
@@ -144,19 +169,13 @@ class LabelledImages:
         """Every image: for sets that fit into memory."""
         return torch.stack([self.read(index, backbone) for index in range(len(self))])
 
-    def fingerprint(self, digests: Sequence[str] | None = None) -> str:
+    def fingerprint(self) -> str:
         """sha256 over the contents and labels of all images, whatever their order and names.
-
-        Args:
-            digests: of every image, where they are known.
 
         Raises:
             DataError: a file cannot be opened.
         """
-        digests = digests or [self.digest(index) for index in range(len(self))]
-        lines = [
-            f"{digest} {self._answer(target)}" for digest, target in zip(digests, self.targets.tolist(), strict=True)
-        ]
+        lines = [f"{self.digest(index)} {self._answer(target)}" for index, target in enumerate(self.targets.tolist())]
         return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
     def _answer(self, target: int | list[bool]) -> str:
@@ -185,12 +204,38 @@ def _digest(item: Any) -> str:
     elif isinstance(item, EncodedImage):
         content = item.content
     elif isinstance(item[0], Tensor):
-        content = item[0].detach().cpu().contiguous().numpy().tobytes()
+        pixels = item[0].detach().cpu().contiguous()
+        content = pixels.reshape(-1).view(torch.uint8).numpy().tobytes()
+        if pixels.dtype != torch.float32:  # equal bytes of another dtype are other values
+            content = str(pixels.dtype).encode() + content
     elif isinstance(item[0], Image.Image):
-        content = f"{item[0].mode}{item[0].size}".encode() + item[0].tobytes()
+        seen = prepared(item[0])
+        content = f"{seen.mode}{seen.size}".encode() + seen.tobytes()
     else:
         content = repr(type(item[0])).encode()
     return hashlib.sha256(content).hexdigest()
+
+
+def class_name(text: str) -> str:
+    """A class's name in Unicode's composed form: macOS writes an accented letter as two characters, Linux as one."""
+    return unicodedata.normalize("NFC", text)
+
+
+def repeats(train: LabelledImages, test: LabelledImages | None) -> dict[str, int]:
+    """Counts hashed images that are byte for byte the same and should not be.
+
+    Returns:
+        `classes`: images to learn from that are there with other labels too; `test`: images to score on that are
+        among those to learn from.
+    """
+    assert train.digests is not None
+    answers: dict[str, set[str]] = {}
+    for digest, target in zip(train.digests, train.targets.tolist(), strict=True):
+        answers.setdefault(digest, set()).add(train._answer(target))
+    return {
+        "classes": sum(len(answers[digest]) > 1 for digest in train.digests),
+        "test": 0 if test is None else sum(test.digest(index) in answers for index in range(len(test))),
+    }
 
 
 def label_counts(targets: Targets, num_classes: int) -> Int[Tensor, " C"]:
@@ -238,15 +283,16 @@ def check_same_labels(labels: Sequence[str], images: LabelledImages, objective: 
     """
     if images.objective != objective:
         raise DataError(f"{images.where} is {images.objective}; the task is {objective}.")
-    missing, extra = sorted(set(labels) - set(images.labels)), sorted(set(images.labels) - set(labels))
+    wanted = [class_name(label) for label in labels]
+    missing, extra = sorted(set(wanted) - set(images.labels)), sorted(set(images.labels) - set(wanted))
     if extra or (missing and objective == "single-label"):
         parts = [f"it lacks {', '.join(map(repr, missing))}"] if missing else []
         parts += [f"it has {', '.join(map(repr, extra))} besides"] if extra else []
         raise DataError(f"{images.where} does not have the task's classes: {' and '.join(parts)}.")
-    order = torch.tensor([list(labels).index(label) for label in images.labels], dtype=torch.long)
+    order = torch.tensor([wanted.index(label) for label in images.labels], dtype=torch.long, device="cpu")
     if objective == "single-label":
         targets = order[images.targets]
     else:
-        targets = torch.zeros(len(images), len(labels), dtype=torch.bool)
+        targets = torch.zeros(len(images), len(labels), dtype=torch.bool, device="cpu")
         targets[:, order] = images.targets
-    return LabelledImages(images.where, tuple(labels), targets, images.items)
+    return replace(images, labels=tuple(labels), targets=targets)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from addenda.backbones import FrozenBackbone
+from addenda.backbones import FrozenBackbone, plain
 from addenda.combined import (
     CombinedModel,
     feature_statistics,
@@ -21,10 +21,11 @@ from addenda.combined import (
 )
 from addenda.exceptions import NameTakenError, RegistryError, TrainingError
 from addenda.learner.activations import Activations
-from addenda.learner.cache import RUNS, ActivationCache
+from addenda.learner.cache import ActivationCache
 from addenda.learner.checkpoint import Checkpoint
 from addenda.learner.config import LearnConfig
 from addenda.learner.data import Data, LabelledImages, check_learnable, check_same_labels, open_images, open_parts
+from addenda.learner.labelled import repeats
 from addenda.learner.metrics import score
 from addenda.learner.reading import Report, read_in_batches
 from addenda.learner.run import Run, family
@@ -40,6 +41,9 @@ from addenda.registry import (
     check_name,
     digest,
 )
+
+BY_CONTENT = "2:"
+"""Before the digest of logits in the order of the images' contents; version 0.1 hashed them in that of the files."""
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +88,7 @@ class Learner:
         """Learns a task and registers it, or registers nothing.
 
         A validation part is held out of `train` to choose the learning rate and the number of epochs. The test set is
-        scored once, by the combined model, after everything is chosen.
+        scored once, by the combined model, after everything is chosen. Order and names of the images decide nothing.
 
         Args:
             name: the task's name.
@@ -105,7 +109,20 @@ class Learner:
             NameTakenError: the name is taken by other content.
             TrainingError: no candidate stayed finite.
         """
-        config = config or LearnConfig()
+        with plain(self.backbone.device, grad=True):
+            return self._learn(name, train, test, config or LearnConfig(), new_version, skip_bad, on_epoch, report)
+
+    def _learn(
+        self,
+        name: str,
+        train: Data,
+        test: Data | None,
+        config: LearnConfig,
+        new_version: bool,
+        skip_bad: bool,
+        on_epoch: OnEpoch | None,
+        report: Report | None,
+    ) -> Task:
         check_name(name)
         versions = self.registry.tasks(TaskFilter(name=name, retired=True))
         auto = config.extends == "auto"
@@ -116,8 +133,8 @@ class Learner:
         images, test_images = open_parts(train, test)
         varied = config.augmentation.resolved(images.can_vary and not config.head_only)
         config = replace(config, augmentation=varied)
-        digests = [images.digest(index) for index in range(len(images))]
-        fingerprint = images.fingerprint(digests)
+        images = images.hashed()
+        fingerprint = images.fingerprint()
         here = numerics_fingerprint(numerics(self.backbone))
         run = {
             "data": fingerprint,
@@ -131,16 +148,17 @@ class Learner:
         if versions and not new_version:
             raise NameTakenError(name, versions[-1].version)
 
+        self.cache.claim()
         pool = [task for task in self.registry.load(self.backbone) if task.class_token is not None] if auto else None
         activations = Activations(
-            self.backbone, images, config.augmentation, self.cache, family(parents), digests, skip_bad, report
+            self.backbone, images, config.augmentation, self.cache, family(parents), skip_bad, report
         )
         kept = replace(images, targets=activations.targets)
         check_learnable(kept)  # those left out may have been a class's last
         identity = canonical_json(
             run | {"name": name, "backbone": self.backbone.fingerprint, "skipped": activations.skipped}
         )
-        checkpoint = Checkpoint(self.cache.folder / RUNS / digest(identity.encode())[:16])
+        checkpoint = Checkpoint(self.cache.runs / digest(identity.encode())[:16])
         started = Run(name, images.labels, activations, config, checkpoint, on_epoch, report)
         try:
             task, rival = started.task(parents, pool), started.rival
@@ -150,6 +168,7 @@ class Learner:
         metrics = dict(task.metrics)
         scorings = []
         if test_images is not None:
+            test_images = test_images.hashed()
             scored = self._score([task, rival], test_images, skip_bad, report)
             metrics["test"], metrics["regression"] = (
                 scored[name].metrics,
@@ -157,7 +176,15 @@ class Learner:
             )
             one = scored[name]
             scorings.append(Scoring(test_images.fingerprint(), here, one.metrics, one.logits_digest))
-        data = {"run": run, "num_images": len(kept), "counts": kept.counts, "skipped": list(activations.skipped)}
+        repeated = repeats(images, test_images)
+        _warn_of(repeated, test_images)
+        data = {
+            "run": run,
+            "num_images": len(kept),
+            "counts": kept.counts,
+            "skipped": list(activations.skipped),
+            "repeated": repeated,
+        }
         finished = replace(task, metrics=metrics, data=data)
         self.registry.add_backbone(self.backbone.record())
         statistics = self._statistics(activations) if kept.objective == "single-label" else None
@@ -180,9 +207,10 @@ class Learner:
             UnknownTaskError: there is no such task.
         """
         task = self.registry.get(ref)
-        images = check_same_labels(task.labels, open_images(data, "test"), task.objective)
-        scored = self._score([task], images, skip_bad, report)[task.name]
-        fingerprint = numerics_fingerprint(numerics(self.backbone))
+        with plain(self.backbone.device):
+            images = check_same_labels(task.labels, open_images(data, "test"), task.objective).hashed()
+            scored = self._score([task], images, skip_bad, report)[task.name]
+            fingerprint = numerics_fingerprint(numerics(self.backbone))
         return self.registry.add_evaluation(
             task.ref, images.fingerprint(), fingerprint, scored.metrics, scored.logits_digest
         )
@@ -214,15 +242,26 @@ class Learner:
         size, what = model.micro_batch, "scoring test images"
         count = len(images)
         read_in_batches(range(count), read, size, take, images.where, count, skip_bad, what, report)
-        targets = images.targets[torch.tensor(kept, dtype=torch.long)]
+        targets = images.targets[torch.tensor(kept, dtype=torch.long, device="cpu")]
         joined = {name: torch.cat(parts) for name, parts in logits.items()}
         return {
             task.name: _Scored(
                 score(joined[task.name] / task.temperature, targets, images.labels, images.objective),
-                tensor_digest(joined[task.name]),
+                f"{BY_CONTENT}{tensor_digest(joined[task.name])}",
             )
             for task in tasks
         }
+
+
+def _warn_of(repeated: Mapping[str, int], test: LabelledImages | None) -> None:
+    """One warning where images stand twice that should not; with counts."""
+    said = []
+    if repeated["classes"]:
+        said.append(f"{repeated['classes']} training images occur with other labels too")
+    if repeated["test"] and test is not None:
+        said.append(f"{repeated['test']} of {len(test)} test images are training images too: their score flatters")
+    if said:
+        log.warning("Byte for byte the same: %s.", "; ".join(said))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from addenda.exceptions import DataError
-from addenda.learner.labelled import LabelledImages
+from addenda.learner.labelled import LabelledImages, class_name
 
 SUFFIXES = (".csv", ".parquet")
 COLUMNS = ("path", "label", "labels", "split")
@@ -54,11 +54,11 @@ def open_listing(file: Path, part: str) -> LabelledImages:
         raise DataError(f"The listing {str(file)!r} has a column 'split' and no row whose split is {part!r}.")
     number = {label: i for i, label in enumerate(labels)}
     if multi:
-        targets = torch.zeros(len(chosen), len(labels), dtype=torch.bool)
+        targets = torch.zeros(len(chosen), len(labels), dtype=torch.bool, device="cpu")
         for i, row in enumerate(chosen):
             targets[i, [number[label] for label in row.labels]] = True
     else:
-        targets = torch.tensor([number[row.labels[0]] for row in chosen])
+        targets = torch.tensor([number[row.labels[0]] for row in chosen], dtype=torch.int64, device="cpu")
     return LabelledImages(f"{str(file)!r}", labels, targets, [row.path for row in chosen])
 
 
@@ -202,4 +202,4 @@ def _text(value: Any) -> str:
         return ""
     if not isinstance(value, str | int):
         raise DataError(f"its label {value!r} is neither a text nor a whole number")
-    return str(value).strip()
+    return class_name(str(value).strip())

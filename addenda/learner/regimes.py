@@ -203,8 +203,10 @@ def train_rival(
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rise)
         random = torch.Generator().manual_seed(config.seed)
         for epoch in range(1, config.epochs + 1):
-            order = train[torch.randperm(len(train), generator=random)]
-            views = torch.randint(1 + config.augmentation.num_views, (len(order),), generator=random)
+            order = train[torch.randperm(len(train), generator=random, dtype=torch.int64, device="cpu")]
+            views = torch.randint(
+                1 + config.augmentation.num_views, (len(order),), generator=random, dtype=torch.int64, device="cpu"
+            )
             batches = zip(order.split(config.batch_size), views.split(config.batch_size), strict=True)
             for step, (rows, chosen) in enumerate(batches, 1):
                 with torch.autocast(backbone.device.type, torch.bfloat16, enabled=config.autocast):
@@ -257,7 +259,11 @@ def rival_logits(
         pixels: the images, as the backbone takes them.
         autocast: as it was trained.
     """
-    nothing = Regression(torch.zeros(len(labels), backbone.embed_dim), torch.zeros(len(labels)), 1.0)
+    nothing = Regression(
+        torch.zeros(len(labels), backbone.embed_dim, dtype=torch.float32, device="cpu"),
+        torch.zeros(len(labels), dtype=torch.float32, device="cpu"),
+        1.0,
+    )
     module, answer = _build(regime, backbone, nothing, labels, 0)
     module.load_state_dict(rival.tensors, strict=False)
     return _logits(answer, pixels, backbone, autocast)

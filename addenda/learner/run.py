@@ -194,7 +194,10 @@ class Run:
 
     def _refit(self, sweep: Sweep, chosen: Candidate) -> Tensors:
         """The winner, trained again on training and validation images together, as long as it was best for."""
-        everything, nothing = torch.arange(len(self._activations)), torch.empty(0, dtype=torch.long)
+        everything, nothing = (
+            torch.arange(len(self._activations), dtype=torch.int64, device="cpu"),
+            torch.empty(0, dtype=torch.long, device="cpu"),
+        )
         (refitted,), _ = sweep.trainer.run(
             self._last, [chosen.settings], everything, nothing, chosen.best.epoch, self._on_epoch, "refit"
         )

@@ -46,7 +46,9 @@ def _single_label(
     for label in set(targets.tolist()) - set(targets[train].tolist()):  # a small class may fall to one side
         train.append(next(row for row in validation if targets[row] == label))
         validation.remove(train[-1])
-    return torch.tensor(train), torch.tensor(validation)
+    return torch.tensor(train, dtype=torch.int64, device="cpu"), torch.tensor(
+        validation, dtype=torch.int64, device="cpu"
+    )
 
 
 def _share_out(sides: Bool[Tensor, "N K"], fraction: float, seed: int) -> Bool[Tensor, " N"]:

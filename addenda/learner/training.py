@@ -123,7 +123,7 @@ class Trainer:
             live = [candidate for candidate in candidates if candidate.stopped is None]
             if not live:
                 break
-            totals = {id(candidate): torch.zeros((), device=device) for candidate in live}
+            totals = {id(candidate): torch.zeros((), device=device, dtype=torch.float32) for candidate in live}
             order, views = self._order(train, epoch)
             for step, (rows, chosen) in enumerate(
                 zip(order.split(config.batch_size), views.split(config.batch_size), strict=True)
@@ -185,11 +185,11 @@ class Trainer:
     def _order(self, train: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         """The images of an epoch, shuffled, and which view of each."""
         random = torch.Generator().manual_seed(self._config.first_seed * 1_000_003 + epoch)
-        order = train[torch.randperm(len(train), generator=random)]
+        order = train[torch.randperm(len(train), generator=random, dtype=torch.int64, device="cpu")]
         how = self._config.augmentation
         if how.fresh:
             return order, torch.full_like(order, how.num_views + epoch)
-        return order, torch.randint(1 + how.num_views, (len(order),), generator=random)
+        return order, torch.randint(1 + how.num_views, (len(order),), generator=random, dtype=torch.int64, device="cpu")
 
     def _gradients(
         self, group: Sequence[Candidate], batch: Batch, targets: Tensor, penalty: float

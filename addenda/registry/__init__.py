@@ -1,6 +1,6 @@
 """The database of tasks: records, artifacts, lineage, history."""
 
-from addenda.registry.artifact import canonical_json, digest
+from addenda.registry.artifact import canonical_json, check_unwritten, digest
 from addenda.registry.backup import restore
 from addenda.registry.comparison import Difference
 from addenda.registry.faults import Fault
@@ -38,6 +38,7 @@ __all__ = [
     "TaskRecord",
     "canonical_json",
     "check_name",
+    "check_unwritten",
     "digest",
     "headline",
     "probabilities",

@@ -35,7 +35,19 @@ def canonical_json(value: Any) -> str:
 
 
 def encode(task: Task) -> bytes:
-    """Turns a task into its artifact. The manifest is one metadata value: several are saved in random order."""
+    """Turns a task into its artifact; one that was stored has its own header, whatever safetensors would write now.
+
+    The manifest is one metadata value: several are saved in random order.
+    """
+    tensors = {
+        name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in _tensors_of(task).items()
+    }
+    header: bytes | None = vars(task).get("header")
+    if header is not None:
+        places = json.loads(header[8:])
+        del places["__metadata__"]
+        order = sorted(places, key=lambda name: places[name]["data_offsets"])
+        return header + b"".join(tensors[name].numpy().tobytes() for name in order)
     manifest = {
         "format": FORMAT,
         "backbone": task.backbone,
@@ -46,10 +58,6 @@ def encode(task: Task) -> bytes:
     if task.temperature != 1.0:  # a task without one keeps the bytes that it had before there were temperatures
         manifest["temperature"] = float(task.temperature)
     check_reading(manifest)
-    held = {name: tensor for name in _TENSORS if (tensor := getattr(task, name)) is not None}
-    for site, update in (task.adapters or {}).items():
-        held |= {f"adapters.{site}.{part}": tensor for part, tensor in update._asdict().items()}
-    tensors = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in held.items()}
     check_tensors(manifest, tensors)
     artifact: bytes = save(tensors, metadata={"addenda": canonical_json(manifest)})
     return artifact
@@ -69,7 +77,7 @@ def decode(data: bytes, sha256: str, parent: Callable[[str], Task], record: Mapp
     """
     manifest, tensors = read(data, sha256)
     with _valid():
-        return Task(
+        task = Task(
             backbone=manifest["backbone"],
             labels=tuple(manifest["labels"]),
             objective=manifest["objective"],
@@ -78,6 +86,18 @@ def decode(data: bytes, sha256: str, parent: Callable[[str], Task], record: Mapp
             **{name: tensor for name, tensor in tensors.items() if name in _TENSORS},
             adapters=MappingProxyType(_adapters(tensors)) if _ADAPTERS[0] in tensors else None,
             **record,
+        )
+    vars(task).update(sha256=sha256, header=data[: _header_bytes(data)])
+    return task
+
+
+def check_unwritten(task: Task) -> None:
+    """Raises IntegrityError where a task's tensors in memory no longer hash to its sha256: somebody wrote to them."""
+    found = digest(encode(task))
+    if found != task.sha256:
+        raise IntegrityError(
+            f"The tensors of task {task.ref!r} in memory have been written to: they hash to {found[:12]}…, and its "
+            f"sha256 is {task.sha256[:12]}…. Load it again, or make another task of them (dataclasses.replace)."
         )
 
 
@@ -91,13 +111,26 @@ def read(data: bytes, sha256: str) -> tuple[dict[str, Any], dict[str, Any]]:
         )
     with _valid():
         tensors = load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        header = json.loads(data[8 : _header_bytes(data)])
         manifest = json.loads(header["__metadata__"]["addenda"])
         if manifest["format"] != FORMAT:
             raise IntegrityError(f"its artifact has format {manifest['format']}; this version reads {FORMAT}")
         check_reading(manifest)
         check_tensors(manifest, tensors)
         return manifest, tensors
+
+
+def _header_bytes(data: bytes) -> int:
+    """Where an artifact's tensors begin."""
+    return 8 + int.from_bytes(data[:8], "little")
+
+
+def _tensors_of(task: Task) -> dict[str, Tensor]:
+    """A task's tensors by their names in the artifact."""
+    held = {name: tensor for name in _TENSORS if (tensor := getattr(task, name)) is not None}
+    for site, update in (task.adapters or {}).items():
+        held |= {f"adapters.{site}.{part}": tensor for part, tensor in update._asdict().items()}
+    return held
 
 
 @contextmanager

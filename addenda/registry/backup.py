@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-import tempfile
+import hashlib
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from sqlalchemy import Connection, Engine, LargeBinary, Table, insert, select
 
 from addenda.exceptions import IntegrityError, RegistryError
+from addenda.files import Hold, claim, discard, is_claimed, permissions, put
 from addenda.registry import schema
 from addenda.registry.database import connect, database_errors, described, reading, writing
 from addenda.registry.integrity import Integrity, check_rows
-from addenda.registry.upgrade import outdated, upgrade
+from addenda.registry.upgrade import check_readable, upgrade
 from addenda.registry.waiting import tell
 
 _BATCH, _FEW = 500, 16
+_MARKER, _COPY = "addenda-backup", "copy.db"
+_FILES = rf"{_MARKER}|{re.escape(_COPY)}(-wal|-shm|-journal)?"
 
 
 def backup(engine: Engine, path: str | Path) -> Integrity:
     """Copies a registry, as it is at one moment, into a new SQLite file; who writes meanwhile does not wait.
 
-    The file appears under its name when it is whole and its history was checked. A process that is killed leaves a
-    folder whose name begins with `.backup-`, which may be removed.
+    The file appears under its name when it is whole and its history was checked, and is no more open to others than the
+    registry. A process that is killed leaves a folder `.backup-…`, which the next backup of this registry into the same
+    folder removes.
 
     Args:
         engine: the registry.
@@ -34,21 +43,25 @@ def backup(engine: Engine, path: str | Path) -> Integrity:
         RegistryError: there is such a file already, or the copy could not be written.
         IntegrityError: the registry is damaged; nothing was written.
     """
-    target = Path(path).expanduser().resolve()
+    target = Path(path).expanduser().absolute()
     _refuse_to_overwrite(target)
     if not target.parent.is_dir():
         raise RegistryError(f"The folder {str(target.parent)!r} of the backup does not exist.")
     try:
-        with tempfile.TemporaryDirectory(prefix=".backup-", dir=target.parent) as folder:
-            part = Path(folder) / target.name
+        for folder in remains(engine, target.parent):
+            discard(folder, _FILES)
+        with _staging(engine, target.parent) as part:
             copy = connect(part, create=True)
             try:
                 upgrade(copy, create=True)
                 found = _copy(engine, copy)
             finally:
                 copy.dispose()
-            _refuse_to_overwrite(target)
-            part.rename(target)
+            part.chmod(mode(engine))
+            put(part, target, replace=False)
+    except FileExistsError:
+        _refuse_to_overwrite(target)
+        raise
     except OSError as error:
         raise RegistryError(f"The backup {str(target)!r} could not be written: {error}.") from error
     return found
@@ -68,14 +81,12 @@ def restore(path: str | Path, location: str | Path) -> Integrity:
         RegistryError: there is no such backup, its schema is older than this version's, or the target holds anything.
         IntegrityError: the backup is damaged; nothing was restored.
     """
-    source = connect(path, create=False)
+    source = connect(path, create=False, read_only=True)
     try:
-        if outdated(source):
-            raise RegistryError(
-                f"The backup {str(path)!r} has an older schema, or is no registry. Copy the file, open the copy with "
-                "`addenda db upgrade`, and restore that."
-            )
+        check_readable(source)
         target = connect(location, create=True)
+        if target.dialect.name == "sqlite" and not os.path.lexists(described(target)):
+            os.close(os.open(described(target), os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode(source)))
         try:
             upgrade(target, create=True)
             return _copy(source, target)
@@ -85,8 +96,50 @@ def restore(path: str | Path, location: str | Path) -> Integrity:
         source.dispose()
 
 
+def mode(engine: Engine) -> int:
+    """Permissions of a copy of a registry: those of its file; of a database behind a login, the user's alone."""
+    return permissions(Path(described(engine))) if engine.dialect.name == "sqlite" else 0o600
+
+
+def remains(engine: Engine, folder: Path | None = None) -> list[Path]:
+    """Folders that killed backups of a registry left in a folder; by default in that of the registry's own file."""
+    if folder is None:
+        if engine.dialect.name != "sqlite":
+            return []
+        folder = Path(described(engine)).parent
+    found = []
+    for path in folder.glob(f".backup-{_identity(engine)}-*"):
+        if is_claimed(path, _MARKER, _text(engine)):
+            try:
+                Hold(path / _MARKER, shared=False).close()
+                found.append(path)
+            except OSError:  # a backup that is running, or one that has just ended
+                continue
+    return found
+
+
+@contextmanager
+def _staging(engine: Engine, folder: Path) -> Iterator[Path]:
+    """A place for a copy while it is made, in a marked folder of its own."""
+    made = folder / f".backup-{_identity(engine)}-{secrets.token_hex(4)}"
+    claim(made, _MARKER, _text(engine))
+    try:
+        with Hold(made / _MARKER, shared=True):
+            yield made / _COPY
+    finally:
+        discard(made, _FILES)
+
+
+def _identity(engine: Engine) -> str:
+    return hashlib.sha256(described(engine).encode()).hexdigest()[:8]
+
+
+def _text(engine: Engine) -> str:
+    return f"A backup of {described(engine)} that is being made.\n"
+
+
 def _refuse_to_overwrite(target: Path) -> None:
-    if target.exists():
+    if os.path.lexists(target):
         raise RegistryError(f"{str(target)!r} exists already: a backup overwrites nothing. Choose another name.")
 
 

@@ -6,7 +6,6 @@ names. Its one metadata value is the manifest's sha256. No path stands in it, an
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from addenda.exceptions import IntegrityError, RegistryError
+from addenda.files import written
 from addenda.registry.artifact import canonical_json, digest
 from addenda.registry.gathering import Read
 from addenda.registry.manifest import Contents, fault
@@ -36,20 +36,22 @@ class _Manifest(Contents):
     format: Literal[1]
 
 
-def write(path: Path, contents: Contents, read: Read) -> None:
+def write(path: Path, contents: Contents, read: Read, mode: int) -> None:
     """Writes a bundle, whole or not at all; it is held in memory meanwhile.
 
     Args:
         path: the file, which must not exist.
         contents: what is to travel.
         read: gives its bytes.
+        mode: permissions of the file.
 
     Raises:
         IntegrityError: bytes do not hash to what names them.
         RegistryError: the file exists, cannot be written, or would be too large to be read.
     """
+    taken = RegistryError(f"{str(path)!r} exists already: name another file, or remove it.")
     if path.exists():
-        raise RegistryError(f"{str(path)!r} exists already: name another file, or remove it.")
+        raise taken
     manifest = _encoded(contents)
     if len(manifest) > _MAX_MANIFEST:
         raise RegistryError(f"{len(contents.tasks):,} tasks are too many for one bundle: export fewer, or merge.")
@@ -60,15 +62,12 @@ def write(path: Path, contents: Contents, read: Read) -> None:
         except IntegrityError as error:
             raise IntegrityError(f"Task {entry.ref!r} cannot be exported: {error}.") from error
     tensors = {name: np.frombuffer(data, np.uint8) for name, data in blobs.items()}
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
     try:
-        with unfinished.open("wb") as file:
-            file.write(save(tensors, metadata={_KEY: digest(manifest)}))
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
+        with written(path, mode, replace=False) as unfinished:
+            unfinished.write_bytes(save(tensors, metadata={_KEY: digest(manifest)}))
+    except FileExistsError as error:
+        raise taken from error
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         raise RegistryError(f"Bundle {str(path)!r} was not written: {error.strerror}.") from error
 
 

@@ -6,9 +6,10 @@ import re
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.engine import URL, make_url
@@ -22,19 +23,20 @@ WAIT_S = 30
 """How long a transaction waits for another's lock."""
 
 
-def connect(location: str | Path, create: bool) -> Engine:
+def connect(location: str | Path, create: bool, read_only: bool = False) -> Engine:
     """Makes an engine for a path or a URL; of a schema it knows nothing.
 
     Args:
         location: a path, or a URL: sqlite:///PATH, postgresql://USER@HOST/DATABASE.
         create: whether an SQLite file may be made.
+        read_only: whether the database itself refuses every change; of SQLite no file is made or touched.
 
     Raises:
         RegistryError: the location is none, or there is no such file.
     """
     url = _url(location)
     if url.get_backend_name() == "postgresql":
-        return _postgresql(url)
+        return _postgresql(url, read_only)
     path = Path(url.database or "").resolve()
     if not path.exists() and not create:
         raise RegistryError(
@@ -44,7 +46,8 @@ def connect(location: str | Path, create: bool) -> Engine:
         raise RegistryError(f"{str(path)!r} is a folder, and a registry is a file: {str(path / 'addenda.db')!r}, say.")
     if not path.parent.is_dir():
         raise RegistryError(f"The folder {str(path.parent)!r} of the registry does not exist.")
-    engine = create_engine(URL.create("sqlite", database=str(path)), json_serializer=canonical_json)
+    options: dict[str, Any] = {"creator": lambda: _open_sqlite_read_only(path)} if read_only else {}
+    engine = create_engine(URL.create("sqlite", database=str(path)), json_serializer=canonical_json, **options)
     event.listen(engine, "connect", _configure_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine
@@ -117,17 +120,29 @@ def _url(location: str | Path) -> URL:
 def _configure_sqlite(dbapi: Any, record: object) -> None:
     dbapi.isolation_level = None  # pysqlite's own transactions would commit before DDL; `_begin_sqlite` starts ours
     pragmas = [f"busy_timeout={1000 * WAIT_S}", "synchronous=FULL", "foreign_keys=ON", "recursive_triggers=ON"]
+    pragmas.append("trusted_schema=OFF")  # what another program wrote into the schema calls no function of ours
     for pragma in (*pragmas, "page_size=16384"):  # of a new file; an artifact in 4 kB pages costs four times the calls
         dbapi.execute(f"PRAGMA {pragma}")
+
+
+def use_wal(engine: Engine) -> None:
+    """Lets readers of an SQLite file go on beside a writer; the file remembers it, so it must be a registry."""
     deadline = time.monotonic() + WAIT_S
-    while True:  # SQLite does not wait for this lock, whatever the busy_timeout
-        try:
-            dbapi.execute("PRAGMA journal_mode=WAL")
-            return
-        except sqlite3.OperationalError as error:
-            if "locked" not in str(error) or time.monotonic() > deadline:
-                raise
-            time.sleep(0.05)
+    with closing(engine.raw_connection()) as raw:
+        while True:  # SQLite does not wait for this lock, whatever the busy_timeout
+            try:
+                raw.cursor().execute("PRAGMA journal_mode=WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
+
+
+def _open_sqlite_read_only(path: Path) -> sqlite3.Connection:
+    """Opens a file of somebody else's; only where a writer has left its log beside it are the two read together."""
+    way = "mode=ro" if path.with_name(f"{path.name}-wal").exists() else "mode=ro&immutable=1"
+    return sqlite3.connect(f"file:{quote(str(path))}?{way}", uri=True, check_same_thread=False)
 
 
 def _writes(connection: Connection) -> bool:
@@ -138,13 +153,17 @@ def _begin_sqlite(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE" if _writes(connection) else "BEGIN")
 
 
-def _postgresql(url: URL) -> Engine:
+def _postgresql(url: URL, read_only: bool) -> Engine:
     try:
         engine = create_engine(
             url.set(drivername="postgresql+psycopg"),
             json_serializer=canonical_json,
             pool_pre_ping=True,  # a server may have been restarted since the last transaction
-            connect_args={"connect_timeout": 10, "application_name": "addenda"},
+            connect_args={
+                "connect_timeout": 10,
+                "application_name": "addenda",
+                **({"options": "-c default_transaction_read_only=on"} if read_only else {}),
+            },
         )
     except ImportError as error:
         raise RegistryError("A registry on PostgreSQL needs psycopg: pip install 'addenda[postgres]'.") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -83,9 +84,21 @@ def _scored(before: list[EvaluationRecord], now: EvaluationRecord, numerics: Map
         return Scored(now, earlier.event_id, "equal", reason)
     if not same:
         return Scored(now, earlier.event_id, "other numerics", _change(earlier, now, numerics))
+    if _method(earlier) != _method(now) and all(_close(one, other) for _, one, other in figures):
+        return Scored(now, earlier.event_id, "equal", "in its figures; version 0.1 hashed logits in another order")
     what = "the same logits" if earlier.logits_digest == now.logits_digest else "other logits"
     changed = ", ".join(f"{key} {one} -> {other}" for key, one, other in figures) or "the same metrics"
     return Scored(now, earlier.event_id, "unexplained", f"{what} under the same numerics: {changed}")
+
+
+def _method(scoring: EvaluationRecord) -> str:
+    """How its logits were hashed: what stands before the colon of the digest, where version 0.1 has none."""
+    return scoring.logits_digest.rpartition(":")[0]
+
+
+def _close(one: Any, other: Any) -> bool:
+    """Whether two figures may be one sum, added up in another order."""
+    return isinstance(one, float) and isinstance(other, float) and math.isclose(one, other, rel_tol=1e-5, abs_tol=1e-6)
 
 
 def _change(one: EvaluationRecord, other: EvaluationRecord, numerics: Mapping[str, Mapping[str, Any]]) -> str:

@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 from sqlalchemy import Engine, select
 
 from addenda.registry import bundle, ledger, schema
-from addenda.registry.backup import backup
+from addenda.registry.backup import backup, mode, remains
 from addenda.registry.comparison import Difference, compare
 from addenda.registry.database import database_errors, described, reading
 from addenda.registry.gathering import gather
@@ -212,6 +212,15 @@ class Reader:
         return backup(self._engine, path)
 
     @property
+    def file_mode(self) -> int:
+        """Permissions of files that hold what the registry holds: never more than it has itself."""
+        return mode(self._engine)
+
+    def remains(self) -> list[Path]:
+        """Folders that killed backups left beside the registry's file."""
+        return remains(self._engine)
+
+    @property
     def schema_version(self) -> str:
         """The version of the database's schema."""
         with reading(self._engine) as connection:
@@ -252,5 +261,5 @@ class Reader:
         """
         with reading(self._engine) as connection:
             contents, read = gather(connection, refs)
-            bundle.write(Path(path), contents, read)
+            bundle.write(Path(path), contents, read, self.file_mode)
         return [entry.ref for entry in contents.tasks]

@@ -68,7 +68,15 @@ class TaskRecord:
 
 @dataclass(frozen=True)
 class Scoring:
-    """One scoring of a task: on what, under which numerics, and what came out."""
+    """One scoring of a task: on what, under which numerics, and what came out.
+
+    Attributes:
+        data_fingerprint: of the images and their labels.
+        numerics_fingerprint: under which it was made.
+        metrics: the figures.
+        logits_digest: sha256 over the logits in the order of the images' contents, with `2:` before it; without, of
+            version 0.1 and in the order of the files.
+    """
 
     data_fingerprint: str
     numerics_fingerprint: str

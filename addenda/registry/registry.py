@@ -11,6 +11,7 @@ from sqlalchemy import Connection, Engine, Row, delete, insert, select, update
 import addenda
 from addenda.exceptions import ConflictError, NameTakenError, RegistryError
 from addenda.registry import bundle, ledger, schema
+from addenda.registry.artifact import check_unwritten
 from addenda.registry.database import connect, database_errors, reading, writing
 from addenda.registry.gathering import Read, aliases, gather
 from addenda.registry.loading import load_task
@@ -22,7 +23,7 @@ from addenda.registry.records import EvaluationRecord, Scoring
 from addenda.registry.registration import derived, golden_row, insert_task, next_id, packages
 from addenda.registry.statistics import FeatureStatistics
 from addenda.registry.task import Golden, Task, check_name, check_tag
-from addenda.registry.upgrade import upgrade
+from addenda.registry.upgrade import check_readable, upgrade
 
 
 class Registry(Reader):
@@ -40,20 +41,26 @@ class Registry(Reader):
         self._user = user
 
     @classmethod
-    def open(cls, location: str | Path, create: bool = True, user: str | None = None) -> Registry:
+    def open(
+        cls, location: str | Path, create: bool = True, user: str | None = None, read_only: bool = False
+    ) -> Registry:
         """Opens a registry, making or upgrading its schema where needed.
 
         Args:
             location: a path, or a URL: sqlite:///PATH, postgresql://USER@HOST/DATABASE.
             create: whether to make a new registry where there is none.
             user: in whose name changes are recorded; None takes the operating system's user.
+            read_only: for somebody else's: nothing is made, upgraded or changed, and what is there is not trusted.
 
         Raises:
             RegistryError: it does not exist, is no registry, cannot be opened, or is of a newer version.
         """
-        engine = connect(location, create)
+        engine = connect(location, create and not read_only, read_only)
         try:
-            upgrade(engine, create)
+            if read_only:
+                check_readable(engine)
+            else:
+                upgrade(engine, create)
         except RegistryError:
             engine.dispose()
             raise
@@ -106,6 +113,7 @@ class Registry(Reader):
 
         Raises:
             NameTakenError: the name is taken by other content.
+            IntegrityError: its tensors have been written to since it was made.
             RegistryError: a parent or the backbone is not registered, its statistics weigh too much, or the database
                 refused.
         """
@@ -115,6 +123,7 @@ class Registry(Reader):
             if statistics.excess is not None:
                 raise RegistryError(f"Task {task.name!r} was not registered: {statistics.excess}.")
         probe = golden_row(task.name, len(task.labels), golden)
+        check_unwritten(task)
         data = task.artifact
         with database_errors(f"Task {task.name!r} was not registered"), writing(self._engine) as connection:
             versions = connection.execute(select(schema.task).where(schema.task.c.name == task.name)).all()

@@ -12,7 +12,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, inspect, text
 
 from addenda.exceptions import RegistryError
-from addenda.registry.database import database_errors, described, reading, writing
+from addenda.registry.database import database_errors, described, reading, use_wal, writing
 from addenda.registry.schema import metadata
 from addenda.registry.triggers import wrong_triggers
 
@@ -45,11 +45,40 @@ def upgrade(engine: Engine, create: bool) -> None:
             raise RegistryError(
                 f"The registry's schema is {found!r}, from a newer version of Addenda. Upgrade Addenda to open it."
             )
+        if engine.dialect.name == "sqlite":
+            use_wal(engine)
         if found == scripts.get_current_head():
             return
         with writing(engine) as connection:
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
+
+
+def check_readable(engine: Engine) -> None:
+    """Makes sure that another's database is a registry of this version's schema and nothing beside; it only reads.
+
+    Raises:
+        RegistryError: it is none, has an older or newer schema, or holds views or triggers that no registry has.
+    """
+    where = described(engine)
+    with reading(engine) as connection:
+        found, head = revision(connection), ScriptDirectory.from_config(_config()).get_current_head()
+        views, tables = set(inspect(connection).get_view_names()), set(metadata.tables)
+        if connection.dialect.name == "sqlite":
+            virtual = "SELECT name FROM sqlite_schema WHERE sql LIKE 'CREATE VIRTUAL%'"
+            foreign = views | set(connection.scalars(text(virtual)))
+        else:  # others' views may stand in a schema that is shared
+            foreign = views & tables
+        foreign |= {name for name in wrong_triggers(connection) if name.rpartition("_no_")[0] not in tables}
+    if found is None:
+        raise RegistryError(f"There is no registry at {where!r}: check the place.")
+    if found != head:
+        raise RegistryError(
+            f"{where!r} has the schema {found!r} and this version reads {head!r}; it is only read, so it was not "
+            "upgraded. Copy it, and open the copy with `addenda db upgrade`."
+        )
+    if foreign:
+        raise RegistryError(f"{where!r} holds {min(foreign)!r}, which no registry has: it is not read.")
 
 
 def revision(connection: Connection) -> str | None:

@@ -260,7 +260,7 @@ def _images(asked: tensors.Request) -> list[bytes] | Tensor:
         return list(values)
     if not np.isfinite(values).all():
         raise DataError("Input 'pixel_values' has values that are not finite.")
-    return torch.tensor(values)
+    return torch.tensor(values, dtype=torch.float32, device="cpu")
 
 
 def _chosen(snapshot: Snapshot, model: _Model, asked: tensors.Request) -> list[_Output]:

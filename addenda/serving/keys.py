@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import secrets
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -18,6 +16,7 @@ from filelock import FileLock
 from pydantic import TypeAdapter, ValidationError
 
 from addenda.exceptions import KeyFileError
+from addenda.files import written
 
 SCOPES = ("predict", "register", "admin")
 """What a key allows; each scope includes those before it."""
@@ -135,12 +134,8 @@ class KeyFile:
             with FileLock(f"{self.path}.lock"):
                 keys = self.keys()
                 yield keys
-                handle, beside = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}")
-                with open(handle, "w") as file:
-                    file.write(json.dumps([asdict(key) for key in keys], indent=2) + "\n")
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(beside, self.path)
+                with written(self.path, mode=0o600) as unfinished:
+                    unfinished.write_text(json.dumps([asdict(key) for key in keys], indent=2) + "\n")
         except OSError as error:
             raise KeyFileError(f"The keys {str(self.path)!r} cannot be written: {error.strerror}.") from error
 

@@ -18,6 +18,7 @@ from addenda import FrozenBackbone, LearnConfig, Registry
 from addenda.distributed.cluster import LOOPBACK_ONLY, Workplace, connected
 from addenda.distributed.learning import Job, learn_on_cluster, predecessors
 from addenda.learner import Row
+from addenda.learner.cache import NAME
 from addenda.registry import TaskFilter
 from tests.commands import Run
 from tests.databases import Postgres
@@ -134,7 +135,7 @@ def test_what_is_lost_is_learned_again_to_the_same_artifact_and_registered_once(
         there = at_work(other)
         rows.clear()
         rows.update(at_work(nodes.head_node) | there)
-        return bool(there) and len(rows) > 1 and len(list(cache_folder.glob("runs/*"))) == len(rows)
+        return bool(there) and len(rows) > 1 and len(list(cache_folder.glob(f"{NAME}/runs/*"))) == len(rows)
 
     def lose() -> None:
         victims.extend(at_work(other).values())
@@ -155,7 +156,7 @@ def test_what_is_lost_is_learned_again_to_the_same_artifact_and_registered_once(
     assert victims, "nothing was lost while rows were learned side by side on both nodes"
     assert artifacts(json.loads(done.out)) == artifacts(whole[:-1])
     assert sorted(registered(location)) == ["ape:1", "bear:1", "child:1", "zebra:1"]
-    assert list(cache_folder.glob("runs/*")) == []
+    assert list(cache_folder.glob(f"{NAME}/runs/*")) == []
 
 
 def test_one_that_fails_is_named_and_the_next_run_learns_what_is_missing(

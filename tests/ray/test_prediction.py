@@ -18,7 +18,7 @@ import pytest
 from addenda.backbones import FrozenBackbone
 from addenda.combined import CombinedModel, golden
 from addenda.distributed.cluster import Workplace, connected
-from addenda.distributed.manifest import Manifest, read_manifest, replacing
+from addenda.distributed.manifest import Manifest, read_manifest
 from addenda.distributed.parts import Job, PartWriter, choose
 from addenda.distributed.prediction import Crew, Question, Summary, predict_many
 from addenda.exceptions import AddendaError, DataError, ExactnessError, IntegrityError
@@ -293,17 +293,6 @@ def test_a_worker_of_other_numerics_or_content_is_refused(job: Job) -> None:
     other = dataclasses.replace(job.manifest, tasks={**job.manifest.tasks, "shades:1": "0" * 64})
     with pytest.raises(IntegrityError, match="'shades:1' is in the registry with other content"):
         PartWriter(dataclasses.replace(job, manifest=other))
-
-
-def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "part"
-    with replacing(path) as unfinished:
-        unfinished.write_text("one")
-        assert not path.exists()
-    with suppress(KeyboardInterrupt), replacing(path) as unfinished:
-        unfinished.write_text("half of another")
-        raise KeyboardInterrupt
-    assert contents(tmp_path) == {"part": b"one"}
 
 
 def test_bad_input_is_one_line(run: Run) -> None:

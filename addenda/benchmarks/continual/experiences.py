@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from addenda.benchmarks.continual.config import slug
-from addenda.benchmarks.continual.sets import ImageSet, select
+from addenda.benchmarks.continual.sets import ImageSet
 from addenda.benchmarks.continual.stream import Experience, Stream
 from addenda.exceptions import DataError
 from addenda.learner.data import LabelledImages
@@ -45,7 +45,7 @@ def by_class(
     for number, size in enumerate(sizes):
         start = sum(sizes[:number])
         train, test = (
-            select(p, ((p.targets >= start) & (p.targets < start + size)).nonzero().flatten()) for p in parts
+            p.select(((p.targets >= start) & (p.targets < start + size)).nonzero().flatten().tolist()) for p in parts
         )
         experiences.append(_experience(f"{name}-{number + 1:0{width}}", train, test))
     return Stream(name, labels, tuple(experiences))
@@ -116,13 +116,14 @@ def _drawn(images: LabelledImages, limit: int | None, seed: int, least: int, sai
     for target in images.targets[shuffled].tolist():
         turns.append(seen.get(target, 0))
         seen[target] = turns[-1] + 1
-    in_turn = torch.tensor(turns).argsort(stable=True)  # each class's first image, then each class's second, and so on
-    return select(images, shuffled[in_turn[:limit]].sort().values)
+    # each class's first image, then each class's second, and so on
+    in_turn = torch.tensor(turns, dtype=torch.int64, device="cpu").argsort(stable=True)
+    return images.select(sorted(shuffled[in_turn[:limit]].tolist()))
 
 
 def _labelled(images: LabelledImages, labels: tuple[str, ...], called: Sequence[str]) -> LabelledImages:
     """The images with targets among the stream's labels, where their own classes are called so."""
-    numbers = torch.tensor([labels.index(label) for label in called])
+    numbers = torch.tensor([labels.index(label) for label in called], dtype=torch.int64, device="cpu")
     return replace(images, labels=labels, targets=numbers[images.targets])
 
 

@@ -73,7 +73,7 @@ class FineTuning(OneHead):
         """An image to learn from; its view is drawn from torch's generator, which `_train` has seeded."""
         if isinstance(image, Tensor):
             return image
-        seed = int(torch.randint(2**31, ()))
+        seed = int(torch.randint(2**31, (), dtype=torch.int64, device="cpu"))
         if self._settings.augment:
             return augment(image.convert("RGB"), Augmentation(), seed, self._backbone.preprocessing)
         return self._backbone.transform(image)
@@ -135,7 +135,7 @@ class Joint(FineTuning):
 
     def _logits(self, images: LabelledImages) -> Float[Tensor, "N C"]:
         if self._num_learned < len(self._stream.experiences):
-            return torch.full((len(images), len(self._stream.labels)), NEVER)
+            return torch.full((len(images), len(self._stream.labels)), NEVER, dtype=torch.float32, device="cpu")
         return super()._logits(images)
 
     def _stored_bytes(self) -> float:

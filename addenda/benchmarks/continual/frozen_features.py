@@ -31,7 +31,12 @@ class FeatureMethod(OneHead):
 
     def _learn(self, number: int) -> None:
         images = self._stream.experiences[number].train
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(1_000_003 * self._seed + number))
+        order = torch.randperm(
+            len(images),
+            generator=torch.Generator().manual_seed(1_000_003 * self._seed + number),
+            dtype=torch.int64,
+            device="cpu",
+        )
         self._fit(self._pooled(images)[order], images.targets[order])
 
     def _logits(self, images: LabelledImages) -> Float[Tensor, "N C"]:
@@ -53,7 +58,9 @@ class NearestMean(FeatureMethod):
 
     def __init__(self, stream: Stream, backbone: FrozenBackbone, settings: BaselineSettings, seed: int) -> None:
         super().__init__(stream, backbone, settings, seed)
-        self._sums = torch.zeros(len(stream.labels), backbone.embed_dim)  # a sum has the direction of a mean
+        self._sums = torch.zeros(
+            len(stream.labels), backbone.embed_dim, dtype=torch.float32, device="cpu"
+        )  # a sum has the direction of a mean
 
     def _fit(self, features: Float[Tensor, "N D"], targets: Int[Tensor, " N"]) -> None:
         self._sums.index_add_(0, targets, features)
@@ -109,10 +116,10 @@ class RanPAC(FeatureMethod):
         super().__init__(stream, backbone, settings, seed)
         width = settings.ranpac_width
         random = torch.Generator().manual_seed(seed)
-        self._projection = torch.randn(backbone.embed_dim, width, generator=random)
-        self._gram = torch.zeros(width, width, dtype=torch.float64)
-        self._sums = torch.zeros(width, len(stream.labels), dtype=torch.float64)
-        self._weight = torch.zeros(width, len(stream.labels), dtype=torch.float64)
+        self._projection = torch.randn(backbone.embed_dim, width, generator=random, dtype=torch.float32, device="cpu")
+        self._gram = torch.zeros(width, width, dtype=torch.float64, device="cpu")
+        self._sums = torch.zeros(width, len(stream.labels), dtype=torch.float64, device="cpu")
+        self._weight = torch.zeros(width, len(stream.labels), dtype=torch.float64, device="cpu")
 
     def _fit(self, features: Float[Tensor, "N D"], targets: Int[Tensor, " N"]) -> None:
         hidden = self._hidden(features)
@@ -120,7 +127,9 @@ class RanPAC(FeatureMethod):
         ridge = choose_ridge(hidden, answers)
         self._gram += hidden.T @ hidden
         self._sums += hidden.T @ answers
-        self._weight = torch.linalg.solve(self._gram + ridge * torch.eye(len(self._gram)), self._sums)
+        self._weight = torch.linalg.solve(
+            self._gram + ridge * torch.eye(len(self._gram), dtype=torch.float32, device="cpu"), self._sums
+        )
 
     def _answer(self, features: Float[Tensor, "N D"]) -> Float[Tensor, "N C"]:
         return self._hidden(features) @ self._weight

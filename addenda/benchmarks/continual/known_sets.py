@@ -17,7 +17,7 @@ import torch
 from torchvision.datasets import CIFAR10, CIFAR100, MNIST, SVHN, FashionMNIST
 from torchvision.datasets.utils import download_and_extract_archive
 
-from addenda.benchmarks.continual.sets import ImageSet, read_list, select
+from addenda.benchmarks.continual.sets import ImageSet, read_list
 from addenda.exceptions import DataError
 from addenda.learner.data import LabelledImages
 
@@ -71,7 +71,10 @@ def open_torchvision(name: str, root: Path, download: bool) -> ImageSet:
     labels = tuple(map(str, getattr(parts[0], "classes", range(10))))
     train, test = (
         LabelledImages(
-            f"{name} in {str(root)!r}", labels, torch.as_tensor(p.labels if name == "svhn" else p.targets), p
+            f"{name} in {str(root)!r}",
+            labels,
+            torch.as_tensor(p.labels if name == "svhn" else p.targets, dtype=torch.int64, device="cpu"),
+            p,
         )
         for p in parts
     )
@@ -96,7 +99,7 @@ def open_cub200(root: Path, download: bool) -> ImageSet:
         LabelledImages(
             f"CUB-200 in {str(root)!r}",
             labels,
-            torch.tensor([number for _, number, _ in part.imgs]),
+            torch.tensor([number for _, number, _ in part.imgs], dtype=torch.int64, device="cpu"),
             [root / CUB200.images_folder / path for path, _, _ in part.imgs],
         )
         for part in parts
@@ -127,10 +130,9 @@ def open_core50(root: Path, scenario: str, run: int, download: bool) -> list[Ima
     sets = []
     for number in range(CORE50_EXPERIENCES[scenario]):
         train = read_list(lists / f"train_batch_{number:02}_filelist.txt", images)
-        taught = torch.tensor([label in train.labels for label in test.labels])
-        sets.append(
-            ImageSet(f"core50-{scenario}-{number + 1}", train, select(test, taught[test.targets].nonzero().flatten()))
-        )
+        taught = torch.tensor([label in train.labels for label in test.labels], dtype=torch.bool, device="cpu")
+        known = test.select(taught[test.targets].nonzero().flatten().tolist())
+        sets.append(ImageSet(f"core50-{scenario}-{number + 1}", train, known))
     return sets
 
 

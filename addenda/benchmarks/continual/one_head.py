@@ -42,9 +42,11 @@ class OneHead(ABC):
     def scores(self, experience: Experience) -> Scores:
         """Scores the test images of an experience, whether it was learned yet or not."""
         if self._num_learned == 0:
-            nothing = torch.full((len(experience.test), len(self._stream.labels)), NEVER)
+            nothing = torch.full(
+                (len(experience.test), len(self._stream.labels)), NEVER, dtype=torch.float32, device="cpu"
+            )
             return Scores(nothing, nothing)
-        met = torch.zeros(len(self._stream.labels), dtype=torch.bool)
+        met = torch.zeros(len(self._stream.labels), dtype=torch.bool, device="cpu")
         for one in self._stream.experiences[: self._num_learned]:
             met[list(one.classes)] = True
         own = torch.zeros_like(met)
@@ -88,5 +90,5 @@ class PooledFeatures:
 
 def pixel_batches(images: LabelledImages, backbone: FrozenBackbone) -> Iterator[Float[Tensor, "B 3 H W"]]:
     """Images as the backbone takes them, a batch of evaluation at a time, on its device."""
-    for rows in torch.arange(len(images)).split(EVALUATION_BATCH):
+    for rows in torch.arange(len(images), dtype=torch.int64, device="cpu").split(EVALUATION_BATCH):
         yield torch.stack([images.read(row, backbone) for row in rows.tolist()]).to(backbone.device)

@@ -9,7 +9,7 @@ from torch import Tensor
 from addenda.backbones import FrozenBackbone
 from addenda.benchmarks.continual.method import NEVER, Price, Scores, quiet_evaluator
 from addenda.benchmarks.continual.stream import Experience, Stream
-from addenda.benchmarks.strategy import MaskedMemory
+from addenda.benchmarks.strategy import Learned, MaskedMemory
 from addenda.combined import Answers, Router, pass_operations, task_cost
 from addenda.learner import LearnConfig
 from addenda.registry import FeatureStatistics, Registry
@@ -42,7 +42,7 @@ class Masked:
         """Told: the bare logits of the experience's own task. Untold: the router's choice times the heads' answers."""
         answers = self._answer(experience)
         width = len(self._stream.labels)
-        told = torch.full((len(experience.test), width), NEVER)
+        told = torch.full((len(experience.test), width), NEVER, dtype=torch.float32, device="cpu")
         number = self._stream.experiences.index(experience)
         for name, learned in self._strategy.model.learned.items():
             if learned.number == number:
@@ -73,9 +73,7 @@ class Masked:
         for experience in self._stream.experiences:
             answers = self._answer(experience)
             logits = {name: answers[name].cpu() / one.task.temperature for name, one in learned.items()}
-            heads = torch.stack([
-                torch.tensor(one.classes)[logits[name].argmax(1)] for name, one in learned.items()
-            ], dim=1)  # fmt: skip
+            heads = torch.stack([_classes(one)[logits[name].argmax(1)] for name, one in learned.items()], dim=1)
             found = {
                 "max softmax": {name: one.log_softmax(1).amax(1) for name, one in logits.items()},
                 "energy": {name: one.logsumexp(1) for name, one in logits.items()},
@@ -95,7 +93,9 @@ class Masked:
         for known in range(1, len(features)):
             router = Router(self._kept(known))
             familiar = [router.familiarity(one) for one in features]
-            truth = torch.cat([torch.full((len(one),), i < known) for i, one in enumerate(familiar)])
+            truth = torch.cat(
+                [torch.full((len(one),), i < known, dtype=torch.bool, device="cpu") for i, one in enumerate(familiar)]
+            )
             found.append(roc_auc_score(truth.numpy(), torch.cat(familiar).numpy()))
         return sum(found) / len(found) if found else None
 
@@ -115,6 +115,10 @@ class Masked:
             logits = {name: torch.cat([part[name] for part in parts]) for name in model.tasks}
             self._answers[experience.name] = Answers(logits, model.exact, torch.cat([_pooled(part) for part in parts]))
         return self._answers[experience.name]
+
+
+def _classes(learned: Learned) -> Tensor:
+    return torch.tensor(learned.classes, dtype=torch.int64, device="cpu")
 
 
 def _pooled(answers: Answers) -> Tensor:

@@ -52,7 +52,9 @@ class PerTask(ABC):
             for place in missing:
                 logits = self._logits(self._tasks[place], self._stream.experiences[place], inputs)
                 self._answers[place, experience.name] = F.log_softmax(logits, dim=1)
-        told, untold = torch.full((2, len(experience.test), len(self._stream.labels)), NEVER)
+        told, untold = torch.full(
+            (2, len(experience.test), len(self._stream.labels)), NEVER, dtype=torch.float32, device="cpu"
+        )
         for place, one in enumerate(self._stream.experiences[: len(self._tasks)]):
             found, columns = self._answers[place, experience.name], list(one.classes)
             untold[:, columns] = untold[:, columns].maximum(found)

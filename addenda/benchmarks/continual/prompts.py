@@ -37,8 +37,10 @@ class PromptMethod(OneHead):
         backbone.check_vision_transformer(f"The method {type(self).__name__}")
         self._pooled = PooledFeatures(backbone)
         self._random = torch.Generator().manual_seed(seed)
-        self._head_weight = Parameter(torch.zeros(len(stream.labels), backbone.embed_dim, device=backbone.device))
-        self._head_bias = Parameter(torch.zeros(len(stream.labels), device=backbone.device))
+        self._head_weight = Parameter(
+            torch.zeros(len(stream.labels), backbone.embed_dim, device=backbone.device, dtype=torch.float32)
+        )
+        self._head_bias = Parameter(torch.zeros(len(stream.labels), device=backbone.device, dtype=torch.float32))
 
     def _learn(self, number: int) -> None:
         how, device, experience = self._settings, self._backbone.device, self._stream.experiences[number]
@@ -48,7 +50,10 @@ class PromptMethod(OneHead):
         optimizer = torch.optim.Adam(learned)
         pixels, queries = experience.train.read_all(self._backbone), self._pooled(experience.train)
         steps = how.epochs * math.ceil(len(pixels) / how.batch_size)
-        orders = [torch.randperm(len(pixels), generator=self._random) for _ in range(how.epochs)]
+        orders = [
+            torch.randperm(len(pixels), generator=self._random, dtype=torch.int64, device="cpu")
+            for _ in range(how.epochs)
+        ]
         batches = [rows for order in orders for rows in order.split(how.batch_size)]
         for step, rows in enumerate(batches):
             features, penalty = self._features(pixels[rows].to(device), queries[rows].to(device))
@@ -117,7 +122,11 @@ class L2P(PromptMethod):
             )
 
         def uniform(*shape: int) -> Parameter:
-            return Parameter((2 * torch.rand(shape, generator=self._random) - 1).to(backbone.device))
+            return Parameter(
+                (2 * torch.rand(shape, generator=self._random, dtype=torch.float32, device="cpu") - 1).to(
+                    backbone.device
+                )
+            )
 
         self._pool = uniform(settings.l2p_pool, settings.l2p_length, backbone.embed_dim)
         self._keys = uniform(settings.l2p_pool, backbone.embed_dim)
@@ -179,7 +188,11 @@ class CodaPrompt(PromptMethod):
         grown = []
         for kind, size in enumerate((width, width, width * self._settings.coda_length)):
             known = torch.cat(
-                [torch.zeros(self._layers, 0, size), *(group[kind].cpu() for group in self._groups)], dim=1
+                [
+                    torch.zeros(self._layers, 0, size, dtype=torch.float32, device="cpu"),
+                    *(group[kind].cpu() for group in self._groups),
+                ],
+                dim=1,
             )
             fresh = torch.stack([self._orthonormal(of_layer) for of_layer in known])
             grown.append(Parameter(fresh.to(self._backbone.device)))
@@ -188,7 +201,7 @@ class CodaPrompt(PromptMethod):
 
     def _orthonormal(self, known: Float[Tensor, "K D"]) -> Float[Tensor, "S D"]:
         """A share of new components, orthogonal to each other and to those that are known."""
-        fresh = torch.randn(self._share, known.shape[1], generator=self._random)
+        fresh = torch.randn(self._share, known.shape[1], generator=self._random, dtype=torch.float32, device="cpu")
         basis = torch.linalg.qr(known.T)[0]
         new: Tensor = torch.linalg.qr((fresh - fresh @ basis @ basis.T).T)[0]
         return new.T
@@ -234,5 +247,5 @@ class CodaPrompt(PromptMethod):
 
 def _skew(rows: Float[Tensor, "M D"]) -> Float[Tensor, ""]:
     """How far rows are from orthonormal."""
-    skew: Tensor = (rows @ rows.T - torch.eye(len(rows), device=rows.device)).square().mean()
+    skew: Tensor = (rows @ rows.T - torch.eye(len(rows), device=rows.device, dtype=torch.float32)).square().mean()
     return skew

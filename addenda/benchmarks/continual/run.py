@@ -29,6 +29,7 @@ from addenda.benchmarks.continual.stream import Experience, Stream
 from addenda.benchmarks.jsonl import append_line, read_lines
 from addenda.combined import numerics
 from addenda.exceptions import DataError, TrainingError
+from addenda.files import output_folder
 from addenda.learner import LearnConfig
 from addenda.registry import Registry, canonical_json
 
@@ -79,7 +80,7 @@ def run_continual(
         DataError: the images are not there, or a method is not known.
     """
     names = _methods(config)
-    out.mkdir(parents=True, exist_ok=True)
+    output_folder(out)
     if config.jobs > 1:
         compute_side_by_side(config, str(backbone.device), out, data_root, names, report)
     cells = []

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
-from torch.utils.data import Subset
 
 from addenda.exceptions import DataError
 from addenda.learner.data import LabelledImages, open_parts
@@ -32,14 +27,6 @@ class ImageSet:
     name: str
     train: LabelledImages
     test: LabelledImages
-
-
-def select(images: LabelledImages, rows: Int[Tensor, " K"]) -> LabelledImages:
-    """Some of the images, without a copy of their pixels."""
-    numbers = rows.tolist()
-    items: Any = images.items
-    chosen: Any = [items[i] for i in numbers] if isinstance(items, Sequence) else Subset(items, numbers)
-    return replace(images, targets=images.targets[rows], items=chosen)
 
 
 def open_folder(name: str, folder: Path, seed: int, address: str | None = None) -> ImageSet:
@@ -75,7 +62,7 @@ def open_folder(name: str, folder: Path, seed: int, address: str | None = None) 
     if test is not None:
         return ImageSet(name, train, test)
     kept, held_out = split(train.targets, len(train.labels), TEST_FRACTION, seed)
-    return ImageSet(name, select(train, kept.sort().values), select(train, held_out.sort().values))
+    return ImageSet(name, train.select(sorted(kept.tolist())), train.select(sorted(held_out.tolist())))
 
 
 def read_list(file: Path, root: Path) -> LabelledImages:
@@ -100,5 +87,5 @@ def read_list(file: Path, root: Path) -> LabelledImages:
         raise DataError(f"The list {str(file)!r} names {str(paths[0])!r}, and there is no such file.")
     labels = sorted({path.parent.name for path in paths})
     number = {label: i for i, label in enumerate(labels)}
-    targets = torch.tensor([number[path.parent.name] for path in paths])
+    targets = torch.tensor([number[path.parent.name] for path in paths], dtype=torch.int64, device="cpu")
     return LabelledImages(f"{str(file)!r}", tuple(labels), targets, paths)

@@ -32,7 +32,7 @@ class Experience:
     def own(self, images: LabelledImages) -> LabelledImages:
         """Images of this experience among its own classes alone: `targets` are places in `classes`."""
         place = {number: i for i, number in enumerate(self.classes)}
-        targets = torch.tensor([place[number] for number in images.targets.tolist()], dtype=torch.long)
+        targets = torch.tensor([place[number] for number in images.targets.tolist()], dtype=torch.long, device="cpu")
         return replace(images, labels=tuple(images.labels[number] for number in self.classes), targets=targets)
 
 

@@ -1,0 +1,232 @@
+"""Whose files: writing a file whole or not at all, and deleting only what Addenda made itself."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows: there an open file cannot be deleted anyway
+    fcntl = None  # type: ignore[assignment]
+
+from addenda.exceptions import DataError
+
+UNFINISHED = ".unfinished"
+OUTPUT, OUTPUT_TEXT = ".addenda-output", "Results of an Addenda benchmark: another run replaces its files.\n"
+
+log = logging.getLogger(__name__)
+_left_alone: set[Path] = set()
+
+
+@contextmanager
+def written(path: Path, mode: int = 0o666, replace: bool = True) -> Iterator[Path]:
+    """Gives a place beside a file to write it in; it gets the file's name once it is on the disk, or is deleted.
+
+    Args:
+        path: the file. A process that is killed leaves what `is_unfinished` knows by its name.
+        mode: permissions, of which the umask is taken away; the file has them from the start.
+        replace: whether a file of this name may be there.
+
+    Raises:
+        FileExistsError: there is one, and it may not be replaced; it stays as it is.
+        OSError: it cannot be written.
+    """
+    unfinished = path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}{UNFINISHED}")
+    os.close(os.open(unfinished, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
+    try:
+        yield unfinished
+        put(unfinished, path, replace)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def put(unfinished: Path, path: Path, replace: bool) -> None:
+    """Gives a file its name once it is on the disk.
+
+    Args:
+        unfinished: the file, on the same file system.
+        path: what it is to be called.
+        replace: whether a file of this name may be there.
+
+    Raises:
+        FileExistsError: there is one, and it may not be replaced, not even one that came meanwhile.
+        OSError: it cannot be done.
+    """
+    with unfinished.open("rb") as file:
+        os.fsync(file.fileno())
+    if replace:
+        unfinished.replace(path)
+    else:
+        try:
+            os.link(unfinished, path)
+        except FileExistsError:
+            raise
+        except OSError as error:  # a file system without hard links
+            if os.path.lexists(path):
+                raise FileExistsError(f"{str(path)!r} exists already") from error
+            unfinished.replace(path)
+    with suppress(OSError):  # not every file system has it; the file is whole all the same
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def is_unfinished(path: Path, of: str) -> bool:
+    """Whether a file is one that `written` was making, of a target whose whole name matches a pattern."""
+    return re.fullmatch(rf"\.(?:{of})\.[0-9a-f]{{16}}{re.escape(UNFINISHED)}", path.name) is not None
+
+
+def permissions(path: Path) -> int:
+    """Who may read and write a file, as `written` takes it."""
+    return stat.S_IMODE(path.stat().st_mode) & 0o666
+
+
+def claim(folder: Path, marker: str, text: str) -> None:
+    """Makes a folder that is Addenda's own, for this user alone, or finds it; a marker file in it says whose it is.
+
+    Args:
+        folder: the folder; its parents are made too.
+        marker: the name of the marker file.
+        text: what the marker file says.
+
+    Raises:
+        PermissionError: it is a link, another user owns it, or others may write to it.
+        FileExistsError: it holds files and has no such marker.
+        OSError: it cannot be made.
+    """
+    with suppress(FileExistsError):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700)
+    check_private(folder)
+    if is_claimed(folder, marker, text):
+        return
+    if any(path.name != marker and not is_unfinished(path, re.escape(marker)) for path in folder.iterdir()):
+        raise FileExistsError(f"{str(folder)!r} has files in it that are not Addenda's")
+    with written(folder / marker) as unfinished:
+        unfinished.write_text(text)
+
+
+def is_claimed(folder: Path, marker: str, text: str) -> bool:
+    """Whether a folder has the marker of Addenda's own; a link to one has not."""
+    try:
+        return not folder.is_symlink() and (folder / marker).read_text() == text
+    except (OSError, ValueError):
+        return False
+
+
+def check_private(folder: Path) -> None:
+    """Raises PermissionError where a folder is a link, or somebody else could have put files into it."""
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode):
+        raise PermissionError(f"{str(folder)!r} is a link or a file, not a folder")
+    if not hasattr(os, "geteuid"):  # Windows has other permissions
+        return
+    if found.st_uid != os.geteuid():
+        raise PermissionError(f"{str(folder)!r} belongs to another user (uid {found.st_uid})")
+    if found.st_mode & 0o022:
+        raise PermissionError(f"others may write to {str(folder)!r} (chmod go-w would end that)")
+
+
+def output_folder(folder: Path) -> None:
+    """Makes a folder for what a benchmark finds, or finds one that it made: nobody else's `report.md` is overwritten.
+
+    Raises:
+        DataError: it holds files and was not made for this, or cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if is_claimed(folder, OUTPUT, OUTPUT_TEXT):
+            return
+        if any(path.name != OUTPUT and not is_unfinished(path, re.escape(OUTPUT)) for path in folder.iterdir()):
+            raise DataError(
+                f"{str(folder)!r} has files in it that no benchmark wrote: name a new or empty folder (--out)."
+            )
+        with written(folder / OUTPUT) as unfinished:
+            unfinished.write_text(OUTPUT_TEXT)
+    except OSError as error:
+        raise DataError(
+            f"Nothing can be written to {str(folder)!r} ({error.strerror}): name another folder (--out)."
+        ) from error
+
+
+class Hold:
+    """A lock on a file, by which processes see that its folder is in use; it goes with the object or the process.
+
+    Args:
+        path: the file. Where the file system knows no locks, everybody gets one.
+        shared: whether others may hold it too.
+
+    Raises:
+        BlockingIOError: somebody else holds it.
+        OSError: the file cannot be opened.
+    """
+
+    def __init__(self, path: Path, shared: bool) -> None:
+        self._file = -1
+        self._file = os.open(path, os.O_RDONLY)
+        if fcntl is not None:
+            try:
+                fcntl.flock(self._file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                    self.close()
+                    raise BlockingIOError(error.errno, os.strerror(error.errno), str(path)) from error
+
+    def close(self) -> None:
+        """Gives it up."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def __enter__(self) -> Hold:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    __del__ = close
+
+
+def discard(folder: Path, ours: str) -> bool:
+    """Deletes what Addenda made in a folder, and the folder where nothing else is left in it.
+
+    Args:
+        folder: the folder; a link to one is left alone.
+        ours: a pattern that the whole names of Addenda's own files and folders match; of links, nothing is deleted.
+
+    Returns:
+        Whether the folder is gone. What was left is named in the log, once.
+    """
+    if folder.is_symlink() or not folder.is_dir():
+        return not os.path.lexists(folder)
+    left = []
+    for path in sorted(folder.iterdir()):
+        own = re.fullmatch(ours, path.name) is not None or is_unfinished(path, ours)
+        if path.is_symlink() or not own or (path.is_dir() and not discard(path, ours)):
+            left.append(path)
+        elif not path.is_dir():
+            path.unlink(missing_ok=True)
+    if not left:
+        with suppress(OSError):
+            folder.rmdir()
+            return True
+    for path in left:
+        leave_alone(path)
+    return False
+
+
+def leave_alone(path: Path) -> None:
+    """Says, once, that a file or folder is not Addenda's own and stays."""
+    if path not in _left_alone:
+        _left_alone.add(path)
+        log.warning("%s is not Addenda's own and is left alone.", path)
