@@ -19,7 +19,7 @@ test: .venv/dev             ## the quick tests; ADDENDA_TEST_POSTGRES=URL has th
 	$(PYTEST) -m "$(QUICK)"
 
 test-slow: .venv/dev        ## the slow tests, and those on the real images where ../shared/data exists
-	$(PYTEST) -m "(slow or realdata) and not ray"
+	$(PYTEST) -m "(slow or realdata) and not ray" --durations=30
 
 test-ray: .venv/dev         ## learning, predicting and serving on Ray clusters of several nodes on this machine
 	$(BIN)/pytest -m ray

@@ -27,19 +27,23 @@ _left_alone: set[Path] = set()
 
 
 @contextmanager
-def written(path: Path, mode: int = 0o666, replace: bool = True) -> Iterator[Path]:
+def written(path: Path, mode: int | None = None, replace: bool = True) -> Iterator[Path]:
     """Gives a place beside a file to write it in; it gets the file's name once it is on the disk, or is deleted.
 
     Args:
         path: the file. A process that is killed leaves what `is_unfinished` knows by its name.
-        mode: permissions, of which the umask is taken away; the file has them from the start.
+        mode: permissions, of which the umask is taken away; the file has them from the start. None takes those of the
+            file that is there, else what the umask leaves.
         replace: whether a file of this name may be there.
 
     Raises:
         FileExistsError: there is one, and it may not be replaced; it stays as it is.
         OSError: it cannot be written.
     """
-    unfinished = path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}{UNFINISHED}")
+    name = path.name.encode()[:200].decode(errors="ignore")  # a name has 255 bytes at most
+    unfinished = path.with_name(f".{name}.{secrets.token_hex(8)}{UNFINISHED}")
+    if mode is None:
+        mode = permissions(path) if path.exists() else 0o666
     os.close(os.open(unfinished, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode))
     try:
         yield unfinished
@@ -149,7 +153,8 @@ def output_folder(folder: Path) -> None:
             return
         if any(path.name != OUTPUT and not is_unfinished(path, re.escape(OUTPUT)) for path in folder.iterdir()):
             raise DataError(
-                f"{str(folder)!r} has files in it that no benchmark wrote: name a new or empty folder (--out)."
+                f"{str(folder)!r} has files in it and not the marker of a benchmark's folder ({OUTPUT}): name a new or "
+                "empty folder (--out)."
             )
         with written(folder / OUTPUT) as unfinished:
             unfinished.write_text(OUTPUT_TEXT)
@@ -173,7 +178,7 @@ class Hold:
 
     def __init__(self, path: Path, shared: bool) -> None:
         self._file = -1
-        self._file = os.open(path, os.O_RDONLY)
+        self._file = os.open(path, os.O_RDONLY if shared else os.O_RDWR)  # as locks over NFS ask for
         if fcntl is not None:
             try:
                 fcntl.flock(self._file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
@@ -197,32 +202,39 @@ class Hold:
     __del__ = close
 
 
-def discard(folder: Path, ours: str) -> bool:
+def discard(folder: Path, ours: str, marker: str | None = None) -> bool:
     """Deletes what Addenda made in a folder, and the folder where nothing else is left in it.
 
     Args:
         folder: the folder; a link to one is left alone.
         ours: a pattern that the whole names of Addenda's own files and folders match; of links, nothing is deleted.
+        marker: the name of the file that says whose the folder is: it stays as long as anything else does.
 
     Returns:
-        Whether the folder is gone. What was left is named in the log, once.
+        Whether the folder is gone. What is not Addenda's own is named in the log, once.
     """
     if folder.is_symlink() or not folder.is_dir():
         return not os.path.lexists(folder)
-    left = []
-    for path in sorted(folder.iterdir()):
-        own = re.fullmatch(ours, path.name) is not None or is_unfinished(path, ours)
-        if path.is_symlink() or not own or (path.is_dir() and not discard(path, ours)):
-            left.append(path)
-        elif not path.is_dir():
-            path.unlink(missing_ok=True)
-    if not left:
-        with suppress(OSError):
-            folder.rmdir()
-            return True
-    for path in left:
-        leave_alone(path)
-    return False
+    empty = True
+    with suppress(FileNotFoundError):  # another process may be at it too
+        for path in sorted(folder.iterdir()):
+            if path.name == marker:
+                continue
+            own = re.fullmatch(ours, path.name) is not None or is_unfinished(path, ours)
+            if path.is_symlink() or not own:
+                leave_alone(path)
+                empty = False
+            elif path.is_dir():
+                empty = discard(path, ours) and empty
+            else:
+                with suppress(OSError):
+                    path.unlink()
+        if empty:
+            with suppress(OSError):
+                if marker is not None:
+                    (folder / marker).unlink(missing_ok=True)
+                folder.rmdir()
+    return not folder.exists()
 
 
 def leave_alone(path: Path) -> None:

@@ -24,6 +24,7 @@ from addenda.exceptions import DataError, TrainingError
 from addenda.learner import ActivationCache, Augmentation
 from addenda.learner.activations import Activations
 from addenda.learner.cache import NAME
+from addenda.learner.checkpoint import Checkpoint
 from addenda.learner.data import open_images
 from tests.conftest import random_task, tiny_vit
 from tests.images import colour_folder
@@ -319,9 +320,13 @@ def test_what_is_not_an_entry_is_left_and_named_once(
             activations(tiny, colour_folder(tmp_path / str(seed), per_class=4, seed=seed), cache)
         cache.clear()
     assert all((stranger / "keys.npy").read_bytes() == b"somebody's" for stranger in strangers)
-    assert (cache.folder / entry.name / "diary.txt").read_text() == "within an entry"
-    assert [path.name for path in (cache.folder / entry.name).iterdir()] == ["diary.txt"]
-    assert cache.sets() == []
+    kept = cache.folder / entry.name
+    assert {path.name for path in kept.iterdir()} == {"diary.txt", "addenda-entry"}
+    assert (kept / "diary.txt").read_text() == "within an entry"
+    first = fetched(activations(tiny, folder, ActivationCache(tmp_path / "other")))
+    assert torch.equal(first, fetched(activations(tiny, folder, cache)))  # the entry can be made again beside it
+    assert (kept / "keys.npy").exists()
+    assert (kept / "diary.txt").read_text() == "within an entry"
     for stranger in (*strangers, cache.folder / entry.name / "diary.txt"):
         assert caplog.text.count(f"{stranger} is not Addenda's own and is left alone") == 1
 
@@ -418,9 +423,9 @@ def test_two_runs_on_one_entry_keep_each_others_marks(tiny: FrozenBackbone, tmp_
     cache = ActivationCache(tmp_path / "cache")
     keys = [f"{number:064x}" for number in range(6)]
     one, other = cache.open(tiny, keys), cache.open(tiny, keys)
-    row = torch.ones(one.key_values.shape[1:], dtype=torch.float16)
+    row = torch.ones(1, *one.key_values.shape[1:], dtype=torch.float16)
     for number in range(6):
-        (one if number % 2 else other).put(number, number * row, torch.zeros(48))
+        (one if number % 2 else other).put([number], number * row, torch.zeros(1, 48))
     one.flush()
     other.flush()
     assert cache.sets()[0].num_done == 6
@@ -442,6 +447,41 @@ def test_an_entry_that_a_run_has_open_is_neither_evicted_nor_cleared(tiny: Froze
     freed, in_use = cache.clear()
     assert freed > 0
     assert in_use == cache.sets() == []
+
+
+def test_an_entry_in_use_counts_for_the_budget(tiny: FrozenBackbone, tmp_path: Path) -> None:
+    cache = ActivationCache(tmp_path / "cache", budget_gb=20 * ROW_GB)
+    keys = [f"{number:064x}" for number in range(40)]
+    held = cache.open(tiny, keys[:12])
+    cache.open(tiny, keys[12:18])
+    cache.open(tiny, keys[18:26])  # too much beside the one that is held, without the one that is not
+    assert sorted(kept.num_images for kept in cache.sets()) == [8, 12]
+    assert held.place
+
+
+def test_a_run_that_is_going_on_keeps_its_checkpoints(tmp_path: Path) -> None:
+    cache = ActivationCache(tmp_path / "cache")
+    runs = [Checkpoint(cache.runs / f"{number:016x}", cache.claim) for number in range(2)]
+    for run in runs:
+        run.within("0123456789abcdef").save("sweep", {"a": torch.ones(2)}, {"epoch": 1})
+    runs[1]._hold.close()  # as if its process had been killed
+    cache.clear()
+    assert [path.name for path in cache.runs.iterdir()] == [f"{0:016x}"]
+    assert runs[0].within("0123456789abcdef").load("sweep") is not None
+    runs[1].save("refit", {"a": torch.ones(2)}, {"epoch": 2})  # whose folder is gone
+    assert runs[1].load("refit") is not None
+    for run in runs:
+        run.clear()
+    assert list(cache.runs.iterdir()) == []
+
+
+def test_nothing_is_kept_where_nothing_is_asked_to_be(
+    tiny: FrozenBackbone, folder: Path, tmp_path: Path, registry: Registry
+) -> None:
+    (tmp_path / "file").write_text("no folder can be made here")
+    cache = ActivationCache(tmp_path / "file", budget_gb=0)
+    task = Learner(tiny, registry, cache).learn("colours", folder, config=LearnConfig(head_only=True))
+    assert task.ref == "colours:1"
 
 
 def test_the_cache_works_where_files_cannot_be_reserved(

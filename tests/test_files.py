@@ -78,10 +78,20 @@ def test_a_file_is_never_more_open_than_it_will_be(tmp_path: Path, asked: int) -
 
 
 def test_a_long_name_is_written_too(tmp_path: Path) -> None:
-    path = tmp_path / ("x" * 250)
+    for name in ("x" * 250, "\u5b57" * 80):
+        path = tmp_path / name
+        with written(path) as unfinished:
+            unfinished.write_text("long")
+        assert contents(tmp_path) == {name: "long"}
+        path.unlink()
+
+
+def test_a_file_that_is_replaced_keeps_its_permissions(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.touch(mode=0o600)
     with written(path) as unfinished:
-        unfinished.write_text("long")
-    assert contents(tmp_path) == {path.name: "long"}
+        unfinished.write_text("new")
+    assert mode(path) == 0o600
 
 
 def test_only_what_matches_is_discarded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -106,6 +116,19 @@ def test_only_what_matches_is_discarded(tmp_path: Path, caplog: pytest.LogCaptur
     assert discard(ours, r"sweep|[0-9]{4}")
     assert discard(ours, r"sweep|[0-9]{4}")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["outside"]
+
+
+def test_a_marker_stays_as_long_as_anything_else_does(tmp_path: Path) -> None:
+    folder = tmp_path / "entry"
+    claim(folder, "MARKER", "ours")
+    for name in ("keys", ".DS_Store"):
+        (folder / name).touch()
+    assert not discard(folder, "keys", "MARKER")
+    assert sorted(path.name for path in folder.iterdir()) == [".DS_Store", "MARKER"]
+    claim(folder, "MARKER", "ours")
+    (folder / ".DS_Store").unlink()
+    assert discard(folder, "keys", "MARKER")
+    assert not folder.exists()
 
 
 def test_a_folder_is_claimed_once_and_known_again(tmp_path: Path) -> None:
@@ -137,7 +160,7 @@ def test_a_folder_that_is_held_is_seen_to_be(tmp_path: Path) -> None:
 
 def test_a_report_replaces_no_file_of_somebody_else(tmp_path: Path) -> None:
     (tmp_path / "report.md").write_text("the year in numbers")
-    with pytest.raises(DataError, match="that no benchmark wrote: name a new or empty folder"):
+    with pytest.raises(DataError, match="not the marker of a benchmark's folder"):
         output_folder(tmp_path)
     assert contents(tmp_path) == {"report.md": "the year in numbers"}
     output_folder(tmp_path / "new")
@@ -149,6 +172,7 @@ def test_a_report_replaces_no_file_of_somebody_else(tmp_path: Path) -> None:
 
 LOOKED_AT = {
     "files.py": "the one place",
+    "registry/backup.py": "the marker of its own folder",
     "registry/bundle.py": "a place that `written` gives",
     "serving/keys.py": "a place that `written` gives",
     "exporting/formats.py": "a place that `written` gives",
@@ -156,6 +180,7 @@ LOOKED_AT = {
     "benchmarks/paper.py": "a place that `written` gives",
     "distributed/prediction.py": "deletes what `written` left unfinished",
     "learner/cache.py": "in an entry of its own",
+    "learner/checkpoint.py": "a place that `written` gives",
     "benchmarks/paper_report.py": "in an output_folder",
     "benchmarks/measured.py": "in an output_folder",
     "benchmarks/cost.py": "in an output_folder",

@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 import stat
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,15 @@ def test_a_merge_reads_what_a_writer_has_not_yet_checkpointed(theirs: Path, tmp_
         keep(writer, a_task("fresh", 8))
         with Registry.open(theirs, read_only=True) as other:
             assert "fresh:1" in {received.ref for received in here.merge(other)}
+
+
+def test_a_registry_is_read_while_writers_come_and_go(theirs: Path) -> None:
+    with Registry.open(theirs, read_only=True) as reader:
+        for number in range(8, 14):
+            with Registry.open(theirs) as writer:
+                keep(writer, a_task(f"fresh-{number}", number))
+            assert reader.get(f"fresh-{number}").version == 1
+    assert [path.name for path in theirs.parent.iterdir()] == ["tasks.db"]
 
 
 @pytest.mark.parametrize("options", [(), ("--dry-run",)])
@@ -259,11 +269,25 @@ def test_remains_are_named_by_check_and_removed_by_the_next_backup(
     (left / "note.txt").write_text("put there by a person")
     with Registry.open(theirs) as registry:
         registry.backup(folder / "safe.db")
-        assert [path.name for path in left.iterdir()] == ["note.txt"]
+        assert {path.name for path in left.iterdir()} == {"note.txt", "addenda-backup"}
         (left / "note.txt").unlink()
+        registry.backup(folder / "safer.db")
+        assert not left.exists()
         assert remains(registry._engine, tmp_path) == []
     assert {path.name for path in folder.glob(".backup-*")} >= {".backup-mine", ".backup-0123abcd-beef"}
     assert (folder / ".backup-mine" / "copy.db").read_text() == "of somebody else"
+
+
+def test_backups_that_run_at_once_do_not_disturb_each_other(theirs: Path) -> None:
+    def back_up(number: int) -> None:
+        with Registry.open(theirs) as registry:
+            for turn in range(4):
+                registry.backup(theirs.parent / f"{number}-{turn}.db")
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(back_up, range(4))) == [None] * 4
+    assert len(list(theirs.parent.glob("*-*.db"))) == 16
+    assert list(theirs.parent.glob(".backup-*")) == []
 
 
 def test_a_backup_that_is_running_is_no_remains(theirs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import random
 import shutil
 import unicodedata
 from collections.abc import Callable, Sequence
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -230,6 +231,7 @@ def test_a_file_and_its_pil_image_are_prepared_alike(
     assert torch.equal(tiny.transform(prepared(Image.open(path))), from_file)  # twice is once
     for data in (as_items(path), as_image_folder(path, tmp_path), Subset(as_image_folder(path, tmp_path), [0])):
         assert torch.equal(open_images(data).read(0, tiny), from_file)
+    assert open_images(as_image_folder(path, tmp_path)).digest(0) == open_images(tmp_path / "of").digest(0)
     both = ConcatDataset([as_image_folder(path, tmp_path), as_items(path)])
     assert torch.equal(open_images(both).read_all(tiny), from_file.expand(2, -1, -1, -1))
 
@@ -250,10 +252,10 @@ def test_a_loader_of_ones_own_stays(tiny: FrozenBackbone, tmp_path: Path) -> Non
     place = as_image_folder(path, tmp_path).root
     own = ImageFolder(place, loader=lambda file: Image.open(file).convert("L"))
     assert torch.equal(open_images(own).read(0, tiny), tiny.transform(Image.open(path).convert("L")))
-    given = ImageFolder(place)
-    loader = given.loader
-    open_images(given)
-    assert given.loader is loader
+    turned_round = ImageFolder(place, transform=lambda image: image.rotate(180))
+    loader = turned_round.loader
+    assert torch.equal(open_images(turned_round).read(0, tiny), tiny.transform(read_image(path).rotate(180)))
+    assert turned_round.loader is loader
 
 
 def test_an_image_is_turned_once_and_damaged_metadata_do_not_matter(tmp_path: Path) -> None:
@@ -287,7 +289,17 @@ def test_values_that_are_not_8_bit_are_scaled_by_what_they_say(tmp_path: Path, v
 
 
 @pytest.mark.parametrize(
-    "values", [[-1.0, 0.5], [0.0, 1e6], [0.0, float("nan")], [0.0, float("inf")], [-5, 3], [0, 70_000]]
+    "values",
+    [
+        [-1.0, 0.5],
+        [0.0, 1.133],
+        [-0.05, 1.0],
+        [0.0, 1e6],
+        [0.0, float("nan")],
+        [0.0, float("inf")],
+        [-5, 3],
+        [0, 70_000],
+    ],
 )
 def test_values_of_no_known_scale_are_refused_by_name(tmp_path: Path, values: list[float]) -> None:
     kind = np.int32 if all(isinstance(value, int) for value in values) else np.float32
@@ -300,8 +312,10 @@ def test_colours_of_16_bits_that_pillow_would_make_black_are_refused(tmp_path: P
     for name, top in (("dark", 4095), ("light", 65535)):
         write_16_bit_rgb(tmp_path / f"{name}.png", np.linspace(0, top, 48).astype(np.uint16).reshape(4, 4, 3))
     assert np.asarray(read_image(tmp_path / "light.png")).max() == 255
-    with pytest.raises(DataError, match=r"dark\.png' has 16-bit colours of 12 bits or fewer"):
-        read_image(tmp_path / "dark.png")
+    image = Image.open(tmp_path / "dark.png")
+    for again in (lambda: read_image(tmp_path / "dark.png"), lambda: prepared(image), lambda: prepared(image)):
+        with pytest.raises(DataError, match=r"has 16-bit colours of 12 bits or fewer"):
+            again()
 
 
 def write_16_bit_rgb(path: Path, values: np.ndarray) -> None:
@@ -317,6 +331,41 @@ def write_16_bit_rgb(path: Path, values: np.ndarray) -> None:
     header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
     parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + parts)
+
+
+def test_a_picture_of_a_dataset_that_cannot_be_read_is_named_or_left_out(
+    tiny: FrozenBackbone, registry: Registry, tmp_path: Path
+) -> None:
+    paths = [path for path, _ in files(colour_folder(tmp_path / "colours"))]
+    cut = tmp_path / "cut.jpg"
+    Image.open(paths[0]).save(cut)
+    cut.write_bytes(cut.read_bytes()[:-200])
+    items = [(Image.open(path), number // 8) for number, path in enumerate(paths)]
+    bad = [Image.open(BytesIO(cut.read_bytes())), Image.fromarray(np.array([[0, 70_000]], np.int32))]
+    data = Pictures([*items, *((image, 0) for image in bad)], ["blue", "green", "red"])
+    learner = Learner(tiny, registry)
+    with pytest.raises(DataError, match=r"2 of 26 images .* cannot be read") as refused:
+        learner.learn("colours", data, config=LearnConfig(head_only=True))
+    assert "Item 24 of the Pictures given cannot be read" in str(refused.value)
+    assert "Item 25 of the Pictures given has pixel values from 0 to 70000" in str(refused.value)
+    task = learner.learn("colours", data, config=LearnConfig(head_only=True), skip_bad=True)
+    assert (task.data["num_images"], len(task.data["skipped"])) == (24, 2)
+    assert task.data["repeated"] == {"classes": 0, "test": 0}
+
+
+def test_another_order_of_classes_is_not_the_task_of_before(
+    tiny: FrozenBackbone, registry: Registry, tmp_path: Path
+) -> None:
+    rows = [
+        (Image.open(path), ("red", "green", "blue").index(label))
+        for path, label in files(colour_folder(tmp_path / "c"))
+    ]
+    learner, config = Learner(tiny, registry), LearnConfig(head_only=True)
+    first = learner.learn("colours", Pictures(rows, ["red", "green", "blue"]), config=config)
+    assert learner.learn("colours", Pictures(rows, ["red", "green", "blue"]), config=config).ref == first.ref
+    other = Pictures([(image, 2 - target) for image, target in rows], ["blue", "green", "red"])
+    second = learner.learn("colours", other, config=config, new_version=True)
+    assert (second.ref, second.labels) == ("colours:2", ("blue", "green", "red"))
 
 
 # --- other pictures are others ----------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """A timm ViT or Eva, frozen: loading, fingerprint, preprocessing, layer-by-layer keys and values."""
 
 from addenda.backbones.adapters import Adapter, BlockAdapters
-from addenda.backbones.arithmetic import plain
+from addenda.backbones.arithmetic import plain, uncompiled
 from addenda.backbones.cached import cached_weights
 from addenda.backbones.catalogue import catalogue
 from addenda.backbones.family import KeyValue
@@ -27,5 +27,6 @@ __all__ = [
     "product",
     "read_image",
     "readable",
+    "uncompiled",
     "untrained_backbone",
 ]

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import TypeVar, cast
 
 import torch
+
+Function = TypeVar("Function", bound=Callable[..., object])
+
+
+def uncompiled(function: Function) -> Function:
+    """Keeps a function out of whatever its caller compiles: compiled, a forward pass has other bits."""
+    return cast(Function, torch.compiler.disable(function))
 
 
 @contextmanager

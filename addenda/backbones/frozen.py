@@ -21,6 +21,7 @@ from addenda.backbones.family import Family, KeyValue, Reading
 from addenda.backbones.images import prepared
 from addenda.backbones.scope import adapter_obstacle, family_of, obstacle
 from addenda.backbones.vit import VisionTransformerFamily
+from addenda.backbones.wiring import Wiring
 from addenda.exceptions import BackboneError, IntegrityError
 
 
@@ -85,8 +86,7 @@ class FrozenBackbone:
         self.num_parameters: int = sum(p.numel() for p in model.parameters())
         self._resize_and_crop = _resize_and_crop(self.preprocessing)
         self._contents = _hash_state(self.model)
-        self._modules = dict(self.model.named_modules())
-        self._state = [_state_of(module) for module in self._modules.values()]
+        self._wiring = Wiring(self.model)
         self.memo: dict[Any, Any] = {}
 
     def transform(self, image: Image.Image) -> Float[Tensor, "3 H W"]:
@@ -116,28 +116,25 @@ class FrozenBackbone:
             raise BackboneError(f"Images must be floating point and normalised; got {images.dtype}.")
 
     def check_unchanged(self) -> None:
-        """Raises IntegrityError if a weight in memory is no longer what was loaded."""
-        self.check_as_loaded()
+        """Raises IntegrityError if a module or a weight in memory is no longer what was loaded; hashes all weights."""
+        if self._wiring.changed:
+            raise IntegrityError(
+                f"Module {self._wiring.where()!r} of backbone {self.name!r} is no longer as it was loaded: it was "
+                "replaced, set otherwise, hooked, compiled, moved or cast. Undo that, or load the backbone again."
+            )
         if _hash_state(self.model) != self._contents:
             raise IntegrityError(
                 f"The weights of backbone {self.name!r} in memory have changed since they were loaded."
             )
 
     def check_as_loaded(self) -> None:
-        """Raises IntegrityError where a module was replaced, hooked, compiled or written to; it reads no weight.
+        """The same in some microseconds: weights are hashed only where something has written to one.
 
         A write through `.data` is seen by `check_unchanged` alone.
         """
-        now = [_state_of(module) for module in self._modules.values()]
-        if now != self._state:
-            changed = next(
-                name for name, before, after in zip(self._modules, self._state, now, strict=True) if before != after
-            )
-            raise IntegrityError(
-                f"Module {changed or 'model'!r} of backbone {self.name!r} is no longer as it was loaded: it, or a "
-                "layer or weight in it, was replaced, written to, hooked, compiled or set to training. Undo that, or "
-                "load the backbone again."
-            )
+        if self._wiring.changed or self._wiring.written:
+            self.check_unchanged()
+            self._wiring.note()
 
     @property
     def fused_attention(self) -> bool | str:
@@ -310,24 +307,6 @@ def _resize_and_crop(preprocessing: dict[str, Any]) -> Callable[[Image.Image], I
         return image
 
     return resize_and_crop
-
-
-def _state_of(module: nn.Module) -> tuple[Any, ...]:
-    """What of a module decides its bits and can be compared at every call: what it is and holds, and who listens."""
-    held = module.__dict__
-    tensors = (*held["_parameters"].values(), *held["_buffers"].values())
-    return (
-        type(module),
-        held["training"],
-        held.get("forward"),
-        held.get("_compiled_call_impl"),
-        len(held["_forward_hooks"]),
-        len(held["_forward_pre_hooks"]),
-        held.get("scale"),
-        held.get("eps"),
-        tuple(map(id, held["_modules"].values())),
-        tuple((id(one), 0 if one is None or one.is_inference() else one._version) for one in tensors),
-    )
 
 
 def _fingerprint(model: Any, family: type[Family], preprocessing: dict[str, Any]) -> str:

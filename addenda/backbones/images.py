@@ -17,6 +17,8 @@ Name = TypeVar("Name", str, Path)
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
 PREPARATION = 1
 """Which way of preparing images this is: another number wherever the pixels of some image would differ."""
+CUT = "addenda: 16-bit colours cut to 8"
+"""Noted among an image's own properties."""
 ORIENTATION = ExifTags.Base.Orientation
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -100,11 +102,21 @@ def prepared(image: Image.Image, called: str = "An image") -> Image.Image:
         called: its name in messages.
 
     Raises:
-        DataError: pixel values of no known scale, or a mode that has no RGB.
+        DataError: pixel values of no known scale, a mode that has no RGB, or a file that is damaged.
     """
-    truncated = ";16" in str(getattr(image, "tile", "")) and len(image.getbands()) > 1
+    try:
+        return _rgb(image, called)
+    except DataError:
+        raise
+    except Exception as error:  # Pillow lets through what a damaged file makes its readers stumble over, of any kind
+        raise DataError(f"{called} cannot be read: {error}") from error
+
+
+def _rgb(image: Image.Image, called: str) -> Image.Image:
+    if ";16" in str(getattr(image, "tile", "")) and len(image.getbands()) > 1:
+        image.info[CUT] = True  # once it is loaded nothing else tells
     image.load()
-    if truncated and int(np.asarray(image.convert("RGB")).max()) < 16:
+    if CUT in image.info and int(np.asarray(image.convert("RGB")).max()) < 16:
         raise DataError(
             f"{called} has 16-bit colours of 12 bits or fewer, of which Pillow keeps the upper 8: it would be nearly "
             "black. Save it with 8 bits for each channel."
@@ -117,10 +129,7 @@ def prepared(image: Image.Image, called: str = "An image") -> Image.Image:
     elif image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
         with_alpha = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", with_alpha.size, "white"), with_alpha)
-    try:
-        found = image.convert("RGB")
-    except ValueError as error:
-        raise DataError(f"{called} has the mode {image.mode}, which cannot be shown as RGB.") from error
+    found = image.convert("RGB")
     found.info = {}  # its orientation is done with
     return found
 
@@ -140,7 +149,8 @@ def _eight_bit(image: Image.Image, called: str) -> Image.Image:
     low, high = float(values.min()), float(values.max())
     whole = image.mode != "F"
     scale = next((top for top in (*(() if whole else (1,)), 255, 4095, 65535) if high <= top), None)
-    if scale is None or not low >= 0:  # nor where one of them is not a number
+    beyond_one = not whole and 1 < high < 2  # more likely 0 to 1 after a resize than 0 to 255 and black
+    if scale is None or beyond_one or not low >= 0:  # nor where one of them is not a number
         raise DataError(
             f"{called} has pixel values from {low:g} to {high:g}, of no known scale: 8, 12 or 16 bits, or floats from "
             "0 to 1, can be read. Save it as 8-bit or 16-bit grey."

@@ -77,7 +77,8 @@ class VisionTransformerFamily(Family):
         The class token goes in the company of the next three, since a product with one row has other bits.
         """
         attn, width = block.attn, self.model.embed_dim
-        weight, bias = attn.qkv.weight, attn.qkv.bias
+        # Detached: torch multiplies rows that lie apart in another way by a weight that requires gradients.
+        weight, bias = attn.qkv.weight.detach(), None if attn.qkv.bias is None else attn.qkv.bias.detach()
         normed = block.norm1(tokens)
         offered = F.linear(normed, weight[width:], None if bias is None else bias[width:])
         keys, values = offered.unflatten(-1, (2, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)

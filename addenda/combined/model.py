@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from addenda.backbones import FrozenBackbone, plain, read_image
+from addenda.backbones import FrozenBackbone, plain, read_image, uncompiled
 from addenda.combined.heads import Head
 from addenda.combined.layout import TILE, Layout, TileStore, micro_batch
 from addenda.combined.numerics import arithmetic, touch
@@ -67,9 +67,9 @@ class CombinedModel:
         self.exact = exact
         self.micro_batch = micro_batch(backbone.device)
         self._store = TileStore(backbone)
-        self._arithmetic, self._touch = arithmetic(backbone), touch()
         self._heads: dict[str, Head] = {}
         with plain(backbone.device):
+            self._arithmetic, self._touch = arithmetic(backbone), touch()
             self._load(tasks)
 
     def with_tasks(self, tasks: Sequence[Task]) -> CombinedModel:
@@ -91,6 +91,7 @@ class CombinedModel:
         """Its tasks' heads, in their order."""
         return [self._heads[task.sha256] for task in self.tasks.values()]
 
+    @uncompiled
     def _load(self, tasks: Sequence[Task]) -> None:
         self.tasks: dict[str, Task] = {}
         for task in tasks:
@@ -120,6 +121,7 @@ class CombinedModel:
             raise UnknownTaskError(f"Task {unknown[0]!r} is not in this model. Known: {known}.")
         return tuple(self.tasks) if tasks is None else tuple(dict.fromkeys(tasks))
 
+    @uncompiled
     def __call__(self, images: Tensor, tasks: Sequence[str] | None = None, pooled: bool = False) -> Answers:
         """Logits of every task, or of some, in float32 on the backbone's device.
 
@@ -175,6 +177,7 @@ class CombinedModel:
         answers = {name: torch.cat(parts) for name, parts in pieces.items()}
         return Answers(answers, self.exact, torch.cat(features) if pooled else None)
 
+    @uncompiled
     def backbone_logits(self, images: Tensor) -> Float[Tensor, "B C"]:
         """Stock timm's own logits of images Float[B, 3, H, W], computed in the canonical micro-batch."""
         self.backbone.check_images(images)

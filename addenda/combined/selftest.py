@@ -45,16 +45,17 @@ def prove(backbone: FrozenBackbone, tasks: Iterable[Task]) -> Shapes:
     Raises:
         ExactnessError: a task's bits depend on its slot, its neighbours or the image's place; it names the shape.
     """
-    key = ("self-test", canonical_json(settings(backbone)), touch())
-    if key not in backbone.memo:
-        backbone.memo[key] = SelfTest(backbone)
-    test: SelfTest = backbone.memo[key]
-    backbone.check_as_loaded()
     tasks = list(tasks)
     everyone = [member for task in tasks for member in (task, *task.closure)]
-    for task in tasks:
-        test.head(task)
-    shapes = [test.width(width) for width in {size_class(t) for t in everyone if t.class_token is not None}]
+    backbone.check_as_loaded()
+    with plain(backbone.device):
+        key = ("self-test", canonical_json(settings(backbone)), touch())
+        if key not in backbone.memo:
+            backbone.memo[key] = SelfTest(backbone)
+        test: SelfTest = backbone.memo[key]
+        for task in tasks:
+            test.head(task)
+        shapes = [test.width(width) for width in {size_class(t) for t in everyone if t.class_token is not None}]
     return Shapes(
         images=tuple(n for n in test.images if all(n in shape.images for shape in shapes)),
         slots=tuple(n for n in TILE_SIZES if all(n in shape.slots for shape in shapes)),
@@ -164,14 +165,12 @@ class SelfTest:
         return held
 
     def _features(self, layout: Layout, asked: Sequence[Task], frozen: Frozen) -> list[Tensor]:
-        with plain(self._backbone.device):
-            tiles = task_features(self._backbone, frozen[1][:-1], layout)
+        tiles = task_features(self._backbone, frozen[1][:-1], layout)
         return [tiles[tile][slot] for tile, slot in (layout.slot[task.sha256] for task in asked)]
 
     def _frozen(self, batch: Tensor, places: Tensor) -> Frozen:
-        with plain(self._backbone.device):
-            stream = self._backbone.stream(batch[places], "pooled")
-            return places, [*stream, KeyValue(stream.pooled, stream.pooled)]
+        stream = self._backbone.stream(batch[places], "pooled")
+        return places, [*stream, KeyValue(stream.pooled, stream.pooled)]
 
     def _same(self, found: Frozen, reference: Frozen) -> bool:
         places, layers = found

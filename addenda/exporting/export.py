@@ -88,6 +88,8 @@ def export_model(
                 )
     except FileExistsError as error:
         raise AddendaError(f"{str(path)!r} exists already: name another file, or remove it.") from error
+    except OSError as error:
+        raise AddendaError(f"{str(path)!r} was not written: {error.strerror or error}.") from error
     refs = tuple(task.ref for task in tasks)
     return Exported(str(path), format, refs, path.stat().st_size, deviation, tolerance)
 

@@ -254,10 +254,10 @@ class Activations:
 
         def take(taken: list[int], key_values: Tensor, pooled: Tensor) -> None:
             nonlocal flushed
-            for row, layers, feature in zip(taken, key_values, pooled, strict=True):
-                self._pooled[row] = feature
-                if store is not None and places[row] >= 0:
-                    store.put(places[row], layers, feature)
+            self._pooled[taken] = pooled
+            kept = [i for i, row in enumerate(taken) if places[row] >= 0]
+            if store is not None and kept:
+                store.put([places[taken[i]] for i in kept], key_values[kept], pooled[kept])
             if store is not None and time.monotonic() - flushed > FLUSH_S:
                 store.flush()
                 flushed = time.monotonic()

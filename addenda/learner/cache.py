@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -27,7 +28,7 @@ from addenda.backbones import PREPARATION, FrozenBackbone
 from addenda.combined import numerics, numerics_fingerprint
 from addenda.exceptions import TrainingError
 from addenda.files import Hold, check_private, claim, discard, is_claimed, is_unfinished, leave_alone
-from addenda.learner import checkpoint
+from addenda.learner.checkpoint import discard_run
 
 FORMAT = 2
 NAME = "addenda-activations-v1"
@@ -41,7 +42,9 @@ MARKER_TEXT = (
 )
 ENTRY_MARKER, ENTRY_TEXT = "addenda-entry", "Activations of some images, made by Addenda.\n"
 ENTRY = r"[0-9a-f]{16}"
-FILES = rf"{ENTRY_MARKER}|(keys|key_values|pooled|digests)\.npy|meta\.json"
+FILES = r"(keys|key_values|pooled|digests)\.npy|meta\.json"
+THREADS = 4
+"""That hash rows at once: Python's lock is free meanwhile."""
 
 log = logging.getLogger(__name__)
 
@@ -89,16 +92,25 @@ class Store:
     _in_use: Hold
     _checked: set[int] = field(default_factory=set)
 
-    def put(self, row: int, key_values: Float16[Tensor, "L 2 H P d"], pooled: Float32[Tensor, " D"]) -> None:
-        """Writes a row, and then its digest."""
-        self.key_values[row], self.pooled[row] = key_values, pooled
-        self._digests[row] = np.frombuffer(self._digest(row), np.uint8)
-        self._checked.add(row)
+    def put(
+        self, rows: Sequence[int], key_values: Float16[Tensor, "n L 2 H P d"], pooled: Float32[Tensor, "n D"]
+    ) -> None:
+        """Writes some rows, and then their digests."""
+        for row, layers, feature in zip(rows, key_values, pooled, strict=True):
+            self.key_values[row], self.pooled[row] = layers, feature
+        for row, digest in zip(rows, self._hashed(rows), strict=True):
+            self._digests[row] = np.frombuffer(digest, np.uint8)
+        self._checked.update(rows)
 
     def held(self, rows: Iterable[int]) -> set[int]:
         """Those of some rows that were written and are as they were: each is hashed when it is first asked about."""
         written = {row for row in rows if row in self._checked or self._digests[row].any()}
-        damaged = {row for row in written - self._checked if self._digests[row].tobytes() != self._digest(row)}
+        unseen = sorted(written - self._checked)
+        damaged = {
+            row
+            for row, digest in zip(unseen, self._hashed(unseen), strict=True)
+            if self._digests[row].tobytes() != digest
+        }
         if damaged:
             log.warning("%d cached rows are damaged or were exchanged; recomputing.", len(damaged))
         self._checked.update(written - damaged)
@@ -120,6 +132,10 @@ class Store:
         """Writes rows and digests to the disk."""
         for mapped in self._maps:
             mapped.flush()
+
+    def _hashed(self, rows: Sequence[int]) -> list[bytes]:
+        with ThreadPoolExecutor(THREADS) as pool:
+            return list(pool.map(self._digest, rows))
 
     def _digest(self, row: int) -> bytes:
         found = hashlib.sha256(self._keys[row])
@@ -198,11 +214,14 @@ class ActivationCache:
         if not is_claimed(self.folder, MARKER, MARKER_TEXT):
             return 0, []
         with self._locked():
-            if names is None:
-                discard(self.runs, checkpoint.FILES)
-            chosen = [kept for kept in self.sets() if names is None or kept.name in names]
-            gone = [kept for kept in chosen if _evict(self.folder / kept.name)]
-        return sum(kept.num_bytes for kept in gone), [kept.name for kept in chosen if kept not in gone]
+            if names is None and self.runs.is_dir():
+                for run in self.runs.iterdir():
+                    discard_run(run)
+            before = self.sets()
+            chosen = [kept.name for kept in before if names is None or kept.name in names]
+            in_use = [name for name in chosen if not _evict(self.folder / name)]
+            freed = sum(kept.num_bytes for kept in before) - sum(kept.num_bytes for kept in self.sets())
+        return freed, in_use
 
     def capacity(self, row_bytes: int, num_rows: int) -> int:
         """How many rows the budget holds.
@@ -300,7 +319,7 @@ class ActivationCache:
         folder = self.folder / _name(meta, packed)
         try:
             if is_claimed(folder, ENTRY_MARKER, ENTRY_TEXT):  # another run may still read the files that go
-                discard(folder, FILES)
+                discard(folder, FILES, ENTRY_MARKER)
             claim(folder, ENTRY_MARKER, ENTRY_TEXT)
             np.save(folder / "keys.npy", packed)
             store = _map(folder, "w+", shape, meta["width"], packed)
@@ -309,7 +328,7 @@ class ActivationCache:
             (folder / "meta.json").write_text(json.dumps(meta))
         except OSError as error:
             if is_claimed(folder, ENTRY_MARKER, ENTRY_TEXT):
-                discard(folder, FILES)
+                discard(folder, FILES, ENTRY_MARKER)
             raise TrainingError(
                 f"The activations of {len(keys)} images take {np.prod(shape) * 2 / 1e9:.2f} GB, and {self.folder} "
                 f"cannot hold them ({error.strerror or error}). Free some space, keep less of them (--cache-gb), or "
@@ -318,10 +337,12 @@ class ActivationCache:
         return store
 
     def _make_room(self, num_bytes: int) -> None:
-        kept = self.sets()
-        while kept and sum(k.num_bytes for k in kept) + num_bytes > self.budget_bytes:
-            oldest = kept.pop()
+        total = sum(kept.num_bytes for kept in self.sets()) + num_bytes
+        for oldest in reversed(self.sets()):
+            if total <= self.budget_bytes:
+                break
             if _evict(self.folder / oldest.name):
+                total -= oldest.num_bytes
                 log.info(
                     "Evicted the cache entry %s, the least recently used (%.2f GB).",
                     oldest.name,
@@ -356,7 +377,7 @@ def _described(folder: Path) -> Kept:
         backbone=meta["name"],
         num_images=meta["num_rows"],
         num_done=num_done,
-        num_bytes=sum(path.stat().st_size for path in folder.iterdir()),
+        num_bytes=sum(path.lstat().st_size for path in folder.iterdir()),
         used_at=datetime.fromtimestamp(folder.stat().st_mtime, UTC),
     )
 
@@ -385,10 +406,11 @@ def _map(folder: Path, mode: Any, shape: tuple[int, ...], width: int, keys: UInt
 
 
 def _evict(folder: Path) -> bool:
-    """Deletes an entry unless a run has it open."""
+    """Deletes an entry unless a run has it open, which is then said to stay."""
     try:
         with Hold(folder / ENTRY_MARKER, shared=False):
-            return discard(folder, FILES)
+            discard(folder, FILES, ENTRY_MARKER)
+        return True
     except FileNotFoundError:
         return True
     except BlockingIOError:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
-from addenda.files import discard, written
+from addenda.files import Hold, discard, written
 
-FILES = r"(sweep|refit)\.safetensors|[0-9a-f]{16}"
+MARKER = "run"
+"""In a run's folder: held by the runs that are at it."""
+FILES = rf"(sweep|refit)\.safetensors|[0-9a-f]{{16}}|{MARKER}"
 """What a run's folder holds: checkpoints of its phases, and folders of further sweeps."""
 
 log = logging.getLogger(__name__)
@@ -25,21 +28,34 @@ class Checkpoint:
 
     Args:
         folder: the run's own.
+        prepare: called before anything is written: makes the folder that it is in.
+        run: the checkpoint of the whole run, where this is of a part.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, prepare: Callable[[], None] = lambda: None, run: Checkpoint | None = None) -> None:
+        self._folder, self._prepare, self._run = folder, prepare, run or self
+        self._hold: Hold | None = None
 
     def within(self, name: str) -> Checkpoint:
         """The standing of a part of the run, which goes when the run's does."""
-        return Checkpoint(self._folder / name)
+        return Checkpoint(self._folder / name, self._prepare, self._run)
 
     def save(self, phase: str, tensors: Mapping[str, Tensor], standing: Mapping[str, Any]) -> None:
         """Replaces what was saved of a phase, whole or not at all."""
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        data = save(contiguous, metadata={"standing": json.dumps(standing)})
+        self._prepare()
+        self._run._take()
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with written(self._folder / f"{phase}.safetensors") as unfinished:
-            save_file(contiguous, unfinished, metadata={"standing": json.dumps(standing)})
+            unfinished.write_bytes(data)
+
+    def _take(self) -> None:
+        """Makes the run's folder and holds it, so that `cache clear` leaves it."""
+        if self._hold is None or not (self._folder / MARKER).exists():
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            (self._folder / MARKER).touch()
+            self._hold = Hold(self._folder / MARKER, shared=True)
 
     def load(self, phase: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """What was saved of a phase; None where there is nothing, or nothing that can be read."""
@@ -51,9 +67,22 @@ class Checkpoint:
                 standing: dict[str, Any] = json.loads(file.metadata()["standing"])
                 return {name: file.get_tensor(name) for name in file.keys()}, standing  # noqa: SIM118
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            log.warning("The standing of an earlier run in %s cannot be read (%s); it starts anew.", path, error)
+            log.warning("The standing of an earlier run in %s cannot be read (%s); it starts anew.", path, str(error))
             return None
 
     def clear(self) -> None:
-        """Forgets the run."""
-        discard(self._folder, FILES)
+        """Forgets the run, unless another is at it too."""
+        if self._hold is not None:
+            self._hold.close()
+            self._hold = None
+        discard_run(self._folder)
+
+
+def discard_run(folder: Path) -> None:
+    """Deletes a run's checkpoints, unless a run is at it."""
+    with suppress(BlockingIOError):
+        try:
+            with Hold(folder / MARKER, shared=False):
+                discard(folder, FILES, MARKER)
+        except FileNotFoundError:  # nothing was saved, or it was made by nobody that we know
+            discard(folder, FILES)

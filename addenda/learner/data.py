@@ -132,7 +132,8 @@ def _from_dataset(data: ImageDataset) -> LabelledImages:
     where = f"the {type(data).__name__} given"
     if len(data) == 0:
         raise DataError(f"{where} is empty.")
-    given = getattr(data, "targets", None)
+    samples = _samples(data)
+    given = getattr(data, "targets", None) if samples is None else [target for _, target in samples]
     raw = list(given) if given is not None else [data[i][1] for i in range(len(data))]
     targets = _multi_hot(raw, where) if _length(raw[0]) > 1 else _class_numbers(raw, where)
     count = targets.shape[1] if targets.ndim == 2 else int(targets.max()) + 1
@@ -142,15 +143,36 @@ def _from_dataset(data: ImageDataset) -> LabelledImages:
         raise DataError(f"{where} has targets of {count} labels and {len(labels)} classes.")
     if targets.ndim == 1 and (int(targets.min()) < 0 or int(targets.max()) >= len(labels)):
         raise DataError(f"{where} has targets from {targets.min()} to {targets.max()} and {len(labels)} classes.")
-    return LabelledImages(where, labels, targets, _by_our_reader(data))
+    items = _by_our_reader(data) if samples is None else [path for path, _ in samples]
+    return LabelledImages(where, labels, targets, items)
+
+
+def _samples(data: Any) -> list[tuple[Path, int]] | None:
+    """The files and classes of a dataset that only reads files, also through Subset and ConcatDataset; else None.
+
+    They are then read as those of a folder are. A dataset with a loader or transform of its own is asked for its items.
+    """
+    of_folders = sys.modules.get("torchvision.datasets.folder")  # imported wherever there is such a dataset
+    if of_folders is not None and type(data) in (of_folders.ImageFolder, of_folders.DatasetFolder):
+        own = data.transform is not None or data.target_transform is not None
+        if own or data.loader is not of_folders.default_loader:
+            return None
+        return [(Path(path), target) for path, target in data.samples]
+    if type(data) is Subset:
+        whole = _samples(data.dataset)
+        return None if whole is None else [whole[index] for index in data.indices]
+    if type(data) is ConcatDataset:
+        parts = [_samples(part) for part in data.datasets]
+        return None if None in parts else [sample for part in parts if part is not None for sample in part]
+    return None
 
 
 def _by_our_reader(data: Any) -> Any:
-    """The same dataset; where torchvision would read its files, `read_image` does, which `predict` reads by too.
+    """The same dataset; where torchvision's loader would read its files, `read_image` does, as `predict` does too.
 
-    torchvision's loader drops transparency and clips 16-bit grey. A dataset's own loader, if it has one, stays.
+    torchvision's drops transparency and clips 16-bit grey.
     """
-    of_folders = sys.modules.get("torchvision.datasets.folder")  # imported wherever there is such a dataset
+    of_folders = sys.modules.get("torchvision.datasets.folder")
     if of_folders is not None and isinstance(data, of_folders.DatasetFolder):
         if data.loader is of_folders.default_loader:
             data = copy(data)

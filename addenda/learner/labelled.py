@@ -20,6 +20,9 @@ from torch.utils.data import Subset
 from addenda.backbones import FrozenBackbone, prepared, read_image
 from addenda.exceptions import DataError
 
+UNREADABLE = "0" * 64
+"""In the place of the digest of an image that cannot be read."""
+
 Targets = Int[Tensor, " N"] | Bool[Tensor, "N C"]
 """The class of each image; or, of a multi-label task, whether each image has each label."""
 
@@ -96,10 +99,9 @@ class LabelledImages:
 
         So neither a file's name nor its place in a listing reaches a split, a shuffle, a sum or a digest.
 
-        Raises:
-            DataError: a file cannot be opened.
+        What cannot be read has the digest UNREADABLE: whether it is refused or left out is for the reading to say.
         """
-        digests = [self.digest(index) for index in range(len(self))]
+        digests = [self._taken(index) for index in range(len(self))]
         answers = [self._answer(target) for target in self.targets.tolist()]
         order = sorted(range(len(self)), key=lambda index: (answers[index], digests[index]))
         return replace(self.select(order), digests=tuple(digests[index] for index in order))
@@ -115,13 +117,25 @@ class LabelledImages:
             digests=None if self.digests is None else tuple(self.digests[row] for row in rows),
         )
 
+    def _taken(self, index: int) -> str:
+        try:
+            return self.digest(index)
+        except DataError:
+            return UNREADABLE
+
     def digest(self, index: int) -> str:
         """sha256 over an image's content, whatever its name.
 
         Raises:
-            DataError: a file cannot be opened.
+            DataError: it cannot be read.
         """
-        return _digest(self.items[index]) if self.digests is None else self.digests[index]
+        return _digest(self.items[index], self._called(index)) if self.digests is None else self.digests[index]
+
+    def _called(self, index: int) -> str:
+        """What an image is called in messages."""
+        item = self.items[index]
+        place = index if self.places is None else self.places[index]
+        return str(item) if isinstance(item, Path) else f"Item {place} of {self.where}"
 
     def read(
         self, index: int, backbone: FrozenBackbone, transform: Callable[[Image.Image], Tensor] | None = None
@@ -136,17 +150,15 @@ class LabelledImages:
         Raises:
             DataError: the image cannot be read, has the wrong shape, or is no longer what was `hashed`.
         """
-        item = self.items[index]
-        place = index if self.places is None else self.places[index]
-        called = str(item) if isinstance(item, Path) else f"Item {place} of {self.where}"
-        if self.digests is not None and _digest(item) != self.digests[index]:
+        item, called = self.items[index], self._called(index)
+        if self.digests is not None and _digest(item, called) != self.digests[index]:
             raise DataError(
                 f"{called} changed while it was being read. Files must stay as they are until a run ends, and a "
                 "Dataset must give the same image each time: random views are `augmentation`'s to make."
             )
         image = _picture(item)
         if isinstance(image, Image.Image):
-            return backbone.transform(image) if transform is None else transform(prepared(image, called))
+            return (backbone.transform if transform is None else transform)(prepared(image, called))
         expected = backbone.preprocessing["input_size"]
         if not isinstance(image, Tensor) or list(image.shape) != expected or not image.is_floating_point():
             found = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
@@ -173,7 +185,7 @@ class LabelledImages:
         """sha256 over the contents and labels of all images, whatever their order and names.
 
         Raises:
-            DataError: a file cannot be opened.
+            DataError: an image cannot be read.
         """
         lines = [f"{self.digest(index)} {self._answer(target)}" for index, target in enumerate(self.targets.tolist())]
         return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
@@ -194,8 +206,8 @@ def _picture(item: Any) -> Any:
     return item[0]
 
 
-def _digest(item: Any) -> str:
-    """sha256 over a file's bytes, or over the image of a dataset's item."""
+def _digest(item: Any, called: str) -> str:
+    """sha256 over a file's bytes, or over the image of a dataset's item; DataError where it cannot be read."""
     if isinstance(item, Path):
         try:
             content = item.read_bytes()
@@ -209,7 +221,7 @@ def _digest(item: Any) -> str:
         if pixels.dtype != torch.float32:  # equal bytes of another dtype are other values
             content = str(pixels.dtype).encode() + content
     elif isinstance(item[0], Image.Image):
-        seen = prepared(item[0])
+        seen = prepared(item[0], called)
         content = f"{seen.mode}{seen.size}".encode() + seen.tobytes()
     else:
         content = repr(type(item[0])).encode()
@@ -231,9 +243,10 @@ def repeats(train: LabelledImages, test: LabelledImages | None) -> dict[str, int
     assert train.digests is not None
     answers: dict[str, set[str]] = {}
     for digest, target in zip(train.digests, train.targets.tolist(), strict=True):
-        answers.setdefault(digest, set()).add(train._answer(target))
+        if digest != UNREADABLE:
+            answers.setdefault(digest, set()).add(train._answer(target))
     return {
-        "classes": sum(len(answers[digest]) > 1 for digest in train.digests),
+        "classes": sum(len(answers.get(digest, ())) > 1 for digest in train.digests),
         "test": 0 if test is None else sum(test.digest(index) in answers for index in range(len(test))),
     }
 

@@ -143,12 +143,12 @@ class Learner:
             "numerics": here,
         }
         for record in versions:
-            if record.data.get("run") == run and record.backbone == self.backbone.fingerprint:
+            known = record.data.get("run") == run and tuple(record.labels) == images.labels
+            if known and record.backbone == self.backbone.fingerprint:
                 return self.registry.get(record.ref)
         if versions and not new_version:
             raise NameTakenError(name, versions[-1].version)
 
-        self.cache.claim()
         pool = [task for task in self.registry.load(self.backbone) if task.class_token is not None] if auto else None
         activations = Activations(
             self.backbone, images, config.augmentation, self.cache, family(parents), skip_bad, report
@@ -158,7 +158,7 @@ class Learner:
         identity = canonical_json(
             run | {"name": name, "backbone": self.backbone.fingerprint, "skipped": activations.skipped}
         )
-        checkpoint = Checkpoint(self.cache.runs / digest(identity.encode())[:16])
+        checkpoint = Checkpoint(self.cache.runs / digest(identity.encode())[:16], self.cache.claim)
         started = Run(name, images.labels, activations, config, checkpoint, on_epoch, report)
         try:
             task, rival = started.task(parents, pool), started.rival

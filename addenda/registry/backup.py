@@ -13,7 +13,7 @@ from pathlib import Path
 from sqlalchemy import Connection, Engine, LargeBinary, Table, insert, select
 
 from addenda.exceptions import IntegrityError, RegistryError
-from addenda.files import Hold, claim, discard, is_claimed, permissions, put
+from addenda.files import Hold, discard, is_claimed, permissions, put, written
 from addenda.registry import schema
 from addenda.registry.database import connect, database_errors, described, reading, writing
 from addenda.registry.integrity import Integrity, check_rows
@@ -22,7 +22,7 @@ from addenda.registry.waiting import tell
 
 _BATCH, _FEW = 500, 16
 _MARKER, _COPY = "addenda-backup", "copy.db"
-_FILES = rf"{_MARKER}|{re.escape(_COPY)}(-wal|-shm|-journal)?"
+_FILES = rf"{re.escape(_COPY)}(-wal|-shm|-journal)?"
 
 
 def backup(engine: Engine, path: str | Path) -> Integrity:
@@ -49,7 +49,7 @@ def backup(engine: Engine, path: str | Path) -> Integrity:
         raise RegistryError(f"The folder {str(target.parent)!r} of the backup does not exist.")
     try:
         for folder in remains(engine, target.parent):
-            discard(folder, _FILES)
+            discard(folder, _FILES, _MARKER)
         with _staging(engine, target.parent) as part:
             copy = connect(part, create=True)
             try:
@@ -122,12 +122,15 @@ def remains(engine: Engine, folder: Path | None = None) -> list[Path]:
 def _staging(engine: Engine, folder: Path) -> Iterator[Path]:
     """A place for a copy while it is made, in a marked folder of its own."""
     made = folder / f".backup-{_identity(engine)}-{secrets.token_hex(4)}"
-    claim(made, _MARKER, _text(engine))
-    try:
-        with Hold(made / _MARKER, shared=True):
+    made.mkdir(mode=0o700)
+    with written(made / _MARKER) as unfinished:  # held before it has its name, so that nobody takes it for remains
+        unfinished.write_text(_text(engine))
+        hold = Hold(unfinished, shared=True)
+    with hold:
+        try:
             yield made / _COPY
-    finally:
-        discard(made, _FILES)
+        finally:
+            discard(made, _FILES, _MARKER)
 
 
 def _identity(engine: Engine) -> str:

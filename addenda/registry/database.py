@@ -29,7 +29,8 @@ def connect(location: str | Path, create: bool, read_only: bool = False) -> Engi
     Args:
         location: a path, or a URL: sqlite:///PATH, postgresql://USER@HOST/DATABASE.
         create: whether an SQLite file may be made.
-        read_only: whether the database itself refuses every change; of SQLite no file is made or touched.
+        read_only: whether the database itself refuses every change. SQLite's log comes and goes beside the file as for
+            any reader; where the folder cannot be written to, the file is read as it is.
 
     Raises:
         RegistryError: the location is none, or there is no such file.
@@ -49,6 +50,8 @@ def connect(location: str | Path, create: bool, read_only: bool = False) -> Engi
     options: dict[str, Any] = {"creator": lambda: _open_sqlite_read_only(path)} if read_only else {}
     engine = create_engine(URL.create("sqlite", database=str(path)), json_serializer=canonical_json, **options)
     event.listen(engine, "connect", _configure_sqlite)
+    if read_only:
+        event.listen(engine, "connect", lambda dbapi, _: dbapi.execute("PRAGMA query_only=ON"))
     event.listen(engine, "begin", _begin_sqlite)
     return engine
 
@@ -140,9 +143,20 @@ def use_wal(engine: Engine) -> None:
 
 
 def _open_sqlite_read_only(path: Path) -> sqlite3.Connection:
-    """Opens a file of somebody else's; only where a writer has left its log beside it are the two read together."""
-    way = "mode=ro" if path.with_name(f"{path.name}-wal").exists() else "mode=ro&immutable=1"
-    return sqlite3.connect(f"file:{quote(str(path))}?{way}", uri=True, check_same_thread=False)
+    """Opens a file of somebody else's, beside its writers; on a read-only medium, which has none, as it is.
+
+    SQLite's own read-only mode would leave files of its log behind where there were none.
+    """
+    where = f"file:{quote(str(path))}"
+    opened = sqlite3.connect(f"{where}?mode=rw", uri=True, check_same_thread=False)
+    try:
+        opened.execute("SELECT name FROM sqlite_schema LIMIT 1")
+    except sqlite3.OperationalError as error:
+        opened.close()
+        if "unable to open" not in str(error) and "readonly" not in str(error):
+            raise
+        opened = sqlite3.connect(f"{where}?mode=ro&immutable=1", uri=True, check_same_thread=False)
+    return opened
 
 
 def _writes(connection: Connection) -> bool:

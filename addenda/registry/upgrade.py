@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from threading import Lock
 
 from alembic import command
 from alembic.autogenerate import compare_metadata
@@ -17,6 +18,8 @@ from addenda.registry.schema import metadata
 from addenda.registry.triggers import wrong_triggers
 
 VERSION_TABLE = "addenda_version"
+_MIGRATING = Lock()
+"""Alembic's operations belong to the process: two threads would migrate each other's database."""
 
 
 def upgrade(engine: Engine, create: bool) -> None:
@@ -49,7 +52,7 @@ def upgrade(engine: Engine, create: bool) -> None:
             use_wal(engine)
         if found == scripts.get_current_head():
             return
-        with writing(engine) as connection:
+        with _MIGRATING, writing(engine) as connection:
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
 
