@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy, deepcopy
 from typing import Any
@@ -18,6 +16,7 @@ from torchvision.transforms.functional import normalize, pil_to_tensor
 
 from addenda.backbones.arithmetic import building, plain
 from addenda.backbones.family import Family, KeyValue, Reading
+from addenda.backbones.fingerprint import fingerprint, hash_state
 from addenda.backbones.images import prepared
 from addenda.backbones.scope import adapter_obstacle, family_of, obstacle
 from addenda.backbones.vit import VisionTransformerFamily
@@ -73,7 +72,7 @@ class FrozenBackbone:
         }
         self.name, self.source = name, source
         self.precision, self.device = precision, torch.device(device)
-        self.fingerprint = _fingerprint(model, family, self.preprocessing)
+        self.fingerprint = fingerprint(model, family, self.preprocessing)
         with building():
             # timm's module attributes have no static types; the scope check has made sure of what they are.
             self.model: Any = model.to(self.device, precision).eval().requires_grad_(False)
@@ -85,7 +84,7 @@ class FrozenBackbone:
         self.num_tokens: int = model.num_prefix_tokens + model.patch_embed.num_patches
         self.num_parameters: int = sum(p.numel() for p in model.parameters())
         self._resize_and_crop = _resize_and_crop(self.preprocessing)
-        self._contents = _hash_state(self.model)
+        self._contents = hash_state(self.model)
         self._wiring = Wiring(self.model)
         self.memo: dict[Any, Any] = {}
 
@@ -122,7 +121,7 @@ class FrozenBackbone:
                 f"Module {self._wiring.where()!r} of backbone {self.name!r} is no longer as it was loaded: it was "
                 "replaced, set otherwise, hooked, compiled, moved or cast. Undo that, or load the backbone again."
             )
-        if _hash_state(self.model) != self._contents:
+        if hash_state(self.model) != self._contents:
             raise IntegrityError(
                 f"The weights of backbone {self.name!r} in memory have changed since they were loaded."
             )
@@ -307,30 +306,3 @@ def _resize_and_crop(preprocessing: dict[str, Any]) -> Callable[[Image.Image], I
         return image
 
     return resize_and_crop
-
-
-def _fingerprint(model: Any, family: type[Family], preprocessing: dict[str, Any]) -> str:
-    """Hashes what the bits of a feature depend on, by content: never a file's name or a library's version."""
-    block = model.blocks[0]
-    structure = {
-        "class": type(model).__name__,
-        "depth": len(model.blocks),
-        "num_heads": block.attn.num_heads,
-        "patch_size": list(model.patch_embed.patch_size),
-        "global_pool": model.global_pool,
-        "no_embed_class": model.no_embed_class,
-        "norm": [type(block.norm1).__name__, getattr(block.norm1, "eps", None)],
-        "mlp": [type(block.mlp).__name__, type(getattr(block.mlp, "act", None)).__name__],
-        "preprocessing": preprocessing,
-        **family.structure(model),
-    }
-    return _hash_state(model, json.dumps(structure, sort_keys=True).encode())
-
-
-def _hash_state(model: Any, start: bytes = b"") -> str:
-    """sha256 over every tensor of a model, by name."""
-    digest = hashlib.sha256(start)
-    for key, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{key}:{tensor.dtype}:{list(tensor.shape)}".encode())
-        digest.update(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
-    return digest.hexdigest()

@@ -19,9 +19,10 @@ from torch import Tensor
 from addenda.backbones import FrozenBackbone, KeyValue, plain
 from addenda.combined import Layout, Observer, TileStore, micro_batch, prove, task_features
 from addenda.learner.augmentation import Augmentation, augment, view_seed
-from addenda.learner.cache import ActivationCache, Store
+from addenda.learner.cache import ActivationCache
 from addenda.learner.labelled import LabelledImages
 from addenda.learner.reading import Report, read_in_batches
+from addenda.learner.store import Store
 from addenda.registry import Task
 
 PART_BYTES = 4e6

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +79,12 @@ class Checkpoint:
 
 def discard_run(folder: Path) -> None:
     """Deletes a run's checkpoints, unless a run is at it."""
-    with suppress(BlockingIOError):
-        try:
-            with Hold(folder / MARKER, shared=False):
-                discard(folder, FILES, MARKER)
-        except FileNotFoundError:  # nothing was saved, or it was made by nobody that we know
-            discard(folder, FILES)
+    try:
+        hold = Hold(folder / MARKER, shared=False)
+    except BlockingIOError:
+        return
+    except OSError:  # nothing was ever saved there
+        hold = None
+    discard(folder, FILES, MARKER)
+    if hold is not None:
+        hold.close()

@@ -16,7 +16,8 @@ from addenda.backbones import SUFFIXES, read_image
 from addenda.exceptions import DataError
 from addenda.learner import hub_datasets, listings
 from addenda.learner.hub_datasets import HubDataset
-from addenda.learner.labelled import ImageDataset, LabelledImages, check_learnable, check_same_labels, class_name
+from addenda.learner.labelled import ImageDataset, LabelledImages, class_name
+from addenda.learner.learnable import check_learnable, check_same_labels
 
 __all__ = [
     "Data",

@@ -102,7 +102,7 @@ class LabelledImages:
         What cannot be read has the digest UNREADABLE: whether it is refused or left out is for the reading to say.
         """
         digests = [self._taken(index) for index in range(len(self))]
-        answers = [self._answer(target) for target in self.targets.tolist()]
+        answers = [self.answer(target) for target in self.targets.tolist()]
         order = sorted(range(len(self)), key=lambda index: (answers[index], digests[index]))
         return replace(self.select(order), digests=tuple(digests[index] for index in order))
 
@@ -129,11 +129,13 @@ class LabelledImages:
         Raises:
             DataError: it cannot be read.
         """
-        return _digest(self.items[index], self._called(index)) if self.digests is None else self.digests[index]
-
-    def _called(self, index: int) -> str:
-        """What an image is called in messages."""
+        if self.digests is not None:
+            return self.digests[index]
         item = self.items[index]
+        return _digest(item, self._called(index, item))
+
+    def _called(self, index: int, item: Any) -> str:
+        """What an image is called in messages."""
         place = index if self.places is None else self.places[index]
         return str(item) if isinstance(item, Path) else f"Item {place} of {self.where}"
 
@@ -150,7 +152,8 @@ class LabelledImages:
         Raises:
             DataError: the image cannot be read, has the wrong shape, or is no longer what was `hashed`.
         """
-        item, called = self.items[index], self._called(index)
+        item = self.items[index]
+        called = self._called(index, item)
         if self.digests is not None and _digest(item, called) != self.digests[index]:
             raise DataError(
                 f"{called} changed while it was being read. Files must stay as they are until a run ends, and a "
@@ -187,10 +190,10 @@ class LabelledImages:
         Raises:
             DataError: an image cannot be read.
         """
-        lines = [f"{self.digest(index)} {self._answer(target)}" for index, target in enumerate(self.targets.tolist())]
+        lines = [f"{self.digest(index)} {self.answer(target)}" for index, target in enumerate(self.targets.tolist())]
         return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
-    def _answer(self, target: int | list[bool]) -> str:
+    def answer(self, target: int | list[bool]) -> str:
         """What one image is labelled as, whatever the order of the classes: a label, or all of them in their order."""
         if isinstance(target, int):
             return self.labels[target]
@@ -233,79 +236,6 @@ def class_name(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-def repeats(train: LabelledImages, test: LabelledImages | None) -> dict[str, int]:
-    """Counts hashed images that are byte for byte the same and should not be.
-
-    Returns:
-        `classes`: images to learn from that are there with other labels too; `test`: images to score on that are
-        among those to learn from.
-    """
-    assert train.digests is not None
-    answers: dict[str, set[str]] = {}
-    for digest, target in zip(train.digests, train.targets.tolist(), strict=True):
-        if digest != UNREADABLE:
-            answers.setdefault(digest, set()).add(train._answer(target))
-    return {
-        "classes": sum(len(answers.get(digest, ())) > 1 for digest in train.digests),
-        "test": 0 if test is None else sum(test.digest(index) in answers for index in range(len(test))),
-    }
-
-
 def label_counts(targets: Targets, num_classes: int) -> Int[Tensor, " C"]:
     """How many images have each label."""
     return targets.bincount(minlength=num_classes) if targets.ndim == 1 else targets.sum(0)
-
-
-def check_learnable(images: LabelledImages) -> None:
-    """Raises DataError where there are too few classes or images to learn and validate from."""
-    repeated = sorted({label for label in images.labels if images.labels.count(label) > 1})
-    if repeated:
-        raise DataError(f"{images.where} has several classes named {repeated[0]!r}; each needs a name of its own.")
-    single = images.objective == "single-label"
-    if single and len(images.labels) < 2:
-        raise DataError(
-            f"{images.where} has one class ({images.labels[0]!r}); a classification task needs two or more."
-        )
-    short = [(label, count) for label, count in zip(images.labels, images.counts, strict=True) if count < 2]
-    if short:
-        label, count = short[0]
-        more = f", and {len(short) - 1} more classes like it" if len(short) > 1 else ""
-        raise DataError(
-            f"Class {label!r} in {images.where} has {count} image{'' if count == 1 else 's'}{more}: each class needs "
-            "two at least, one to learn from and one to validate on."
-        )
-    common = [label for label, count in zip(images.labels, images.counts, strict=True) if count > len(images) - 2]
-    if not single and common:
-        more = f", and so are {len(common) - 1} more labels" if len(common) > 1 else ""
-        raise DataError(
-            f"Label {common[0]!r} in {images.where} is on every image, or on all but one{more}: two at least must be "
-            "without it, one to learn from and one to validate on."
-        )
-
-
-def check_same_labels(labels: Sequence[str], images: LabelledImages, objective: str) -> LabelledImages:
-    """Returns the images with targets in the order of a task's labels.
-
-    Args:
-        labels: the task's.
-        images: to learn from or to score. Of a multi-label task they may lack labels: no image has those.
-        objective: the task's.
-
-    Raises:
-        DataError: the classes or the objective are not the same.
-    """
-    if images.objective != objective:
-        raise DataError(f"{images.where} is {images.objective}; the task is {objective}.")
-    wanted = [class_name(label) for label in labels]
-    missing, extra = sorted(set(wanted) - set(images.labels)), sorted(set(images.labels) - set(wanted))
-    if extra or (missing and objective == "single-label"):
-        parts = [f"it lacks {', '.join(map(repr, missing))}"] if missing else []
-        parts += [f"it has {', '.join(map(repr, extra))} besides"] if extra else []
-        raise DataError(f"{images.where} does not have the task's classes: {' and '.join(parts)}.")
-    order = torch.tensor([wanted.index(label) for label in images.labels], dtype=torch.long, device="cpu")
-    if objective == "single-label":
-        targets = order[images.targets]
-    else:
-        targets = torch.zeros(len(images), len(labels), dtype=torch.bool, device="cpu")
-        targets[:, order] = images.targets
-    return replace(images, labels=tuple(labels), targets=targets)
