@@ -1,4 +1,4 @@
-"""The `cache` commands: the kept activations, listed and deleted."""
+"""The `cache` commands: the activation cache, listed and cleared."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import typer
 from addenda.commands.options import JsonOption
 from addenda.exceptions import DataError
 
-app = typer.Typer(no_args_is_help=True, help="Activations kept for later runs on the same images.")
+app = typer.Typer(no_args_is_help=True, help="The activation cache, used again by later runs on the same images.")
 
 
 @app.command("list")
 def cache_list(as_json: JsonOption = False) -> None:
-    """Lists the activations that are kept for later runs on the same images."""
+    """Lists the entries of the activation cache, which later runs on the same images use again."""
     from addenda.learner import ActivationCache
     from addenda.terminal import console, print_json, size, table
 
@@ -27,24 +27,26 @@ def cache_list(as_json: JsonOption = False) -> None:
         (k.name, k.backbone, k.num_images, k.num_done, size(k.num_bytes), f"{k.used_at:%Y-%m-%d %H:%M}") for k in kept
     ]
     total = size(sum(one.num_bytes for one in kept))
-    title = f"{len(kept)} set{'' if len(kept) == 1 else 's'} of activations in {cache.folder}, {total}"
+    title = f"{len(kept)} cache entr{'y' if len(kept) == 1 else 'ies'} in {cache.folder}, {total}"
     console.print(
-        table(title, ("set", "backbone", "images", "done", "size", "used"), rows, right=("images", "done", "size"))
+        table(title, ("entry", "backbone", "images", "done", "size", "used"), rows, right=("images", "done", "size"))
     )
 
 
 @app.command("clear")
 def cache_clear(
-    names: Annotated[list[str] | None, typer.Argument(help="Sets, as `cache list` names them. Default: all.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Entries, as `cache list` names them. Default: all.")
+    ] = None,
 ) -> None:
-    """Deletes kept activations; they are computed anew when they are needed."""
+    """Deletes cache entries and checkpoints of interrupted runs; exits with 1 where a run has some open, which stay."""
     from addenda.learner import ActivationCache
     from addenda.terminal import size
 
     cache = ActivationCache()
     unknown = set(names or ()) - {kept.name for kept in cache.sets()}
     if unknown:
-        raise DataError(f"No set of activations is named {min(unknown)!r}. See: addenda cache list")
+        raise DataError(f"No cache entry is named {min(unknown)!r}. See: addenda cache list")
     freed, in_use = cache.clear(names or None)
     typer.echo(f"Freed {size(freed)} in {cache.folder}.")
     if in_use:
