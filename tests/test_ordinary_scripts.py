@@ -106,6 +106,17 @@ def test_an_image_has_the_same_bits_however_its_tensor_lies_in_memory(variant: s
     assert bits(model.backbone_logits(turned)) == bits(model.backbone_logits(pixels))
 
 
+@pytest.mark.parametrize("kind", INPUTS)
+def test_images_are_copied_into_one_memory_layout(kind: str) -> None:
+    """Strides gave no other bits on the machines at hand; another convolution may take another way by them."""
+    model = CombinedModel(backbone(), [])
+    for count in (3, model.micro_batch):
+        ((batch, _),) = model._batches(INPUTS[kind](images(count)), (model.micro_batch,))
+        assert type(batch) is Tensor
+        assert batch.stride() == torch.empty(batch.shape).stride()
+        assert batch.data_ptr() % 64 == 0
+
+
 def test_one_image_expanded_to_a_batch_has_its_bits_at_every_place() -> None:
     on = backbone()
     model, one = CombinedModel(on, tasks_of(on)), images(1)
