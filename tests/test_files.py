@@ -180,6 +180,7 @@ LOOKED_AT = {
     "benchmarks/paper.py": "a place that `written` gives",
     "distributed/prediction.py": "deletes what `written` left unfinished",
     "learner/cache.py": "in an entry of its own",
+    "learner/store.py": "in an entry of its own",
     "learner/checkpoint.py": "a place that `written` gives",
     "benchmarks/paper_report.py": "in an output_folder",
     "benchmarks/measured.py": "in an output_folder",
