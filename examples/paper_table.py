@@ -23,7 +23,7 @@ if len(sys.argv) > 1:
     data, regimes, seeds = Path(sys.argv[1]), REGIMES, 3
     comparison = Comparison(load_backbone("vit_base_patch32_224.augreg_in21k"), data)
 else:
-    data, seeds = OUT / "images", 1
+    data, seeds = Path("paper-images"), 1
     for name, keep in {"low": (0, 1, 2), "high": (7, 8, 9)}.items():
         for part in ("train", "test"):
             digits(keep, part == "test", limit=90).save(data / name / part)

@@ -46,7 +46,7 @@ def test_bench_registry_measures_and_writes_it_down(tiny: FrozenBackbone, server
     assert all(f"**{name}" in table for name in ("SQLite", "PostgreSQL"))
     assert "| page: first |" in table
     assert server not in table
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["registry.json", "registry.md"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".addenda-output", "registry.json", "registry.md"]
     with Registry.open(server) as registry:
         assert len(registry.load(tiny)) == 40
         assert registry.statistics("known-0") is not None
