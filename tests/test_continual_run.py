@@ -20,6 +20,7 @@ from addenda.benchmarks.continual.run import CELLS, REGISTRIES, Run, _Matrices, 
 from addenda.benchmarks.continual.sources import build_stream
 from addenda.combined import numerics
 from addenda.exceptions import AddendaError
+from addenda.files import output_folder
 from tests.commands import Run as Command
 from tests.images import colour_folder
 from tests.kill import Commands
@@ -130,6 +131,7 @@ def test_processes_side_by_side_find_what_one_finds(
 
 @pytest.mark.slow
 def test_what_goes_wrong_in_a_process_is_told(glyphs: FrozenBackbone, tmp_path: Path) -> None:
+    output_folder(tmp_path)
     (tmp_path / CELLS).mkdir()
     with pytest.raises(IsADirectoryError):
         run(quick(methods=["nearest-mean"], jobs=2), glyphs, tmp_path)
