@@ -89,12 +89,6 @@ def revision(connection: Connection) -> str | None:
     return MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE}).get_current_revision()
 
 
-def outdated(engine: Engine) -> bool:
-    """Whether the schema is not this version's."""
-    with reading(engine) as connection:
-        return revision(connection) != ScriptDirectory.from_config(_config()).get_current_head()
-
-
 def schema_faults(engine: Engine) -> list[str]:
     """What of the schema is not as this version made it: tables, columns, indexes, triggers, on SQLite the file."""
     with reading(engine) as connection:
