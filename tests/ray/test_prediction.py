@@ -222,7 +222,8 @@ def test_a_run_cut_short_goes_on_with_what_is_missing_and_the_tasks_that_it_had(
     until(lambda: not any(map(workers, cluster[0].list_all_nodes())), "its workers end with the driver", 120)
     there = {path.name: path.stat() for path in folder.glob("part-*.parquet")}
     assert 0 < len(there) < NUM_PARTS
-    (folder / "part-00000.parquet.0.unfinished").write_bytes(b"what a worker that was killed may leave")
+    (folder / f".part-00000.parquet.{'0' * 16}.unfinished").write_bytes(b"what a worker that was killed may leave")
+    (folder / "novel.unfinished").write_bytes(b"what a person may keep there")
     register(tasks, glyphs, "newcomer", seed=3)
     try:
         options = f"--ray {cluster[1]} --out {folder} --part-size {PART_SIZE} --workers 2 --registry {tasks.location}"
@@ -232,7 +233,7 @@ def test_a_run_cut_short_goes_on_with_what_is_missing_and_the_tasks_that_it_had(
         tasks.retire("newcomer")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["computed_parts"] == NUM_PARTS - len(there)
-    assert contents(folder) == contents(whole[0])
+    assert contents(folder) == contents(whole[0]) | {"novel.unfinished": b"what a person may keep there"}
     for name, stat in there.items():
         assert (folder / name).stat().st_ino == stat.st_ino
         assert (folder / name).stat().st_mtime_ns == stat.st_mtime_ns
