@@ -112,12 +112,19 @@ def claim(folder: Path, marker: str, text: str) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(mode=0o700)
     check_private(folder)
-    if is_claimed(folder, marker, text):
-        return
-    if any(path.name != marker and not is_unfinished(path, re.escape(marker)) for path in folder.iterdir()):
+    if not _marked(folder, marker, text):
         raise FileExistsError(f"{str(folder)!r} has files in it that are not Addenda's")
+
+
+def _marked(folder: Path, marker: str, text: str) -> bool:
+    """Whether a folder has a marker, which it gets now if nothing else is in it."""
+    if is_claimed(folder, marker, text):
+        return True
+    if any(path.name != marker and not is_unfinished(path, re.escape(marker)) for path in folder.iterdir()):
+        return False
     with written(folder / marker) as unfinished:
         unfinished.write_text(text)
+    return True
 
 
 def is_claimed(folder: Path, marker: str, text: str) -> bool:
@@ -149,15 +156,11 @@ def output_folder(folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if is_claimed(folder, OUTPUT, OUTPUT_TEXT):
-            return
-        if any(path.name != OUTPUT and not is_unfinished(path, re.escape(OUTPUT)) for path in folder.iterdir()):
+        if not _marked(folder, OUTPUT, OUTPUT_TEXT):
             raise DataError(
                 f"{str(folder)!r} has files in it and not the marker of a benchmark's folder ({OUTPUT}): name a new or "
                 "empty folder (--out)."
             )
-        with written(folder / OUTPUT) as unfinished:
-            unfinished.write_text(OUTPUT_TEXT)
     except OSError as error:
         raise DataError(
             f"Nothing can be written to {str(folder)!r} ({error.strerror}): name another folder (--out)."

@@ -256,8 +256,9 @@ class ActivationCache:
         return store
 
     def _make_room(self, num_bytes: int) -> None:
-        total = sum(kept.num_bytes for kept in self.sets()) + num_bytes
-        for oldest in reversed(self.sets()):
+        found = self.sets()
+        total = sum(kept.num_bytes for kept in found) + num_bytes
+        for oldest in reversed(found):
             if total <= self.budget_bytes:
                 break
             if _evict(self.folder / oldest.name):
