@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -17,8 +18,10 @@ from addenda.commands.learn import evaluate, learn, learn_many
 from addenda.commands.predict import predict
 from addenda.commands.verify import verify
 from addenda.exceptions import AddendaError
+from addenda.text import shown, shown_lines
 
 INTERRUPTED = 130  # typer's exit code after Ctrl-C
+TRACEBACK = "--traceback"
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -50,7 +53,12 @@ app.add_typer(serve.app, name="keys")
 
 
 @app.callback(invoke_without_command=True)
-def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    traceback: Annotated[
+        bool, typer.Option(TRACEBACK, help="Show where an unexpected error came from. May stand anywhere.")
+    ] = False,
+) -> None:
     """Adds vision tasks to a frozen Vision Transformer; every earlier task keeps its outputs, bit for bit."""
     if version:
         typer.echo(__version__)
@@ -66,14 +74,27 @@ def main() -> None:
     """Runs the command line; bad input is one line and exit code 2, never a traceback."""
     if logging.lastResort:
         logging.lastResort.addFilter(_worth_showing)
+    if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal has no letters for
+    arguments = [word for word in sys.argv[1:] if word != TRACEBACK]  # wherever it stands
     try:
-        app()
+        app(arguments)
     except AddendaError as error:
-        typer.echo(f"Error: {error}", err=True)
+        typer.echo(f"Error: {shown_lines(str(error))}", err=True)
         sys.exit(2)
     except OSError as error:  # a place that may not be read or written, or whose name cannot be one
-        typer.echo(f"Error: {str(error)[:500]}.", err=True)
+        typer.echo(f"Error: {shown(str(error)[:500])}.", err=True)
         sys.exit(2)
+    except Exception as error:
+        if len(arguments) < len(sys.argv) - 1:
+            raise
+        said = shown(str(error))[:500] or "no message"
+        typer.echo(
+            f"Error: {type(error).__name__}: {said}. This is unexpected: a fault of Addenda's, or of a package that it "
+            f"uses. The same command with {TRACEBACK} shows where it came from.",
+            err=True,
+        )
+        sys.exit(1)
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
             typer.echo("Interrupted. Nothing half done was registered: give the same command again to go on.", err=True)

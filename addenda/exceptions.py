@@ -41,6 +41,17 @@ class NameTakenError(RegistryError):
         )
 
 
+class RetiredError(RegistryError):
+    """What is asked for is there already, in a version that was retired."""
+
+    def __init__(self, ref: str, reason: str) -> None:
+        why = f" ({reason})" if reason else ""
+        super().__init__(
+            f"{ref!r} is the same task, and it was retired{why}. To have it active again, add it as a further version: "
+            "--new-version (in Python: new_version=True)."
+        )
+
+
 class ConflictError(RegistryError):
     """A change that was asked for on the condition that something is as it no longer is."""
 

@@ -15,6 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from addenda.text import shown
+
 console = Console()
 WORD = 16
 
@@ -35,7 +37,12 @@ PER_CLASS = {"single-label": ("accuracy", "class"), "multi-label": ("average pre
 
 def print_json(value: Any) -> None:
     """Prints a value as JSON on standard output, nothing else with it."""
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:  # a file name that is not UTF-8, or a terminal that has fewer letters
+        text = json.dumps(value, indent=2)
+    sys.stdout.write(text + "\n")
 
 
 def table(
@@ -47,11 +54,11 @@ def table(
 ) -> Group:
     """A table; the columns named in `right` are aligned to the right, those in `whole` never broken.
 
-    Texts are shown as they are, never as markup. Where the terminal is narrow, long texts take more lines, and words of
-    up to WORD characters stay whole if it is not too narrow for that.
+    Texts are never taken for markup, and control characters in them are shown as escapes. Where the terminal is narrow,
+    long texts take more lines, and words of up to WORD characters stay whole if it is not too narrow for that.
     """
     made = Table(header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    cells = [[cell if isinstance(cell, Text) else Text(str(cell)) for cell in row] for row in rows]
+    cells = [[cell if isinstance(cell, Text) else Text(shown(str(cell))) for cell in row] for row in rows]
     widths = [_longest_word([column, *(row[number].plain for row in cells)]) for number, column in enumerate(columns)]
     fits = sum(widths) + 2 * len(widths) <= console.width
     for column, width in zip(columns, widths, strict=True):
@@ -60,7 +67,7 @@ def table(
         made.add_column(column, justify=side, overflow="fold", no_wrap=column in whole, min_width=least)
     for row in cells:
         made.add_row(*row)
-    return Group(Text(title, "bold"), made)  # a title of the table's own would be as narrow as the table
+    return Group(Text(shown(title), "bold"), made)  # a title of the table's own would be as narrow as the table
 
 
 def _longest_word(texts: Iterable[str]) -> int:

@@ -59,10 +59,6 @@ def test_a_folder_of_data_sets_is_not_taken_for_one(learner: Learner, tmp_path: 
     assert "learn-many" in message
 
 
-def test_one_class_is_too_few(learner: Learner, tmp_path: Path) -> None:
-    assert "has one class ('red')" in refused(learner, colour_folder(tmp_path, classes=("red",)))
-
-
 def test_a_class_with_one_image_is_named(learner: Learner, tmp_path: Path) -> None:
     folder = colour_folder(tmp_path / "data")
     for number in range(1, 8):

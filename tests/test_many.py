@@ -178,13 +178,10 @@ def test_an_error_that_no_input_explains_is_logged_whole_and_the_others_are_lear
     learner: Learner, colours: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Broken(torch.utils.data.TensorDataset):
-        def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
-            if index == 7:
-                raise RuntimeError("the disk went")
-            return super().__getitem__(index)
+        def __len__(self) -> int:
+            raise RuntimeError("the disk went")
 
     broken = Broken(torch.zeros(12, 3, 32, 32), torch.arange(12) % 2)
-    broken.targets = (torch.arange(12) % 2).tolist()
     outcomes = list(learn_many(learner, [Row("broken", broken, None, QUICK), Row("good", colours, None, QUICK)]))
     assert [(o.state, o.reason) for o in outcomes] == [("failed", "RuntimeError: the disk went"), ("learned", "")]
     assert "Traceback" in caplog.text

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from addenda.backbones import SUFFIXES, read_image
+from addenda.backbones import read_image
 from addenda.exceptions import DataError
 
 
@@ -70,8 +70,8 @@ def test_exif_orientation_turns_the_image(tmp_path):
 
 
 def test_every_suffix_can_be_read(tmp_path):
-    assert len(SUFFIXES) >= 9
-    for suffix in SUFFIXES:
+    suffixes = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".jfif", ".avif", ".tga")
+    for suffix in suffixes:
         Image.new("RGB", (8, 6), (0, 0, 255)).save(tmp_path / f"a{suffix}")
         red, green, blue = pixels(tmp_path / f"a{suffix}")[0]
         assert max(red, green, 255 - blue) <= 2, suffix

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from addenda import FrozenBackbone, LearnConfig, Registry
 from addenda.backbones import KeyValue
 from addenda.combined import CombinedModel, Router, feature_statistics, streams
-from addenda.exceptions import RegistryError
+from addenda.exceptions import IntegrityError, RegistryError
 from addenda.registry import Task
 from tests.conftest import random_task
 
@@ -276,3 +277,188 @@ def test_a_task_keeps_statistics_of_the_images_it_was_learned_from(tiny: FrozenB
     assert [one.counts.tolist() for one in kept] == [[8, 8]] * 3
     assert all(record.statistics_bytes == len(one.data) for record, one in zip(registry.tasks(), kept, strict=True))
     assert isinstance(registry.get("experience-000"), Task)
+
+
+class Digits:
+    """Every fourth image of some digits, with targets as Avalanche asks for them."""
+
+    def __init__(self, chosen: tuple[int, ...], test: bool) -> None:
+        from addenda.benchmarks.digits import digits
+
+        held = digits(chosen, test=test)
+        self.items = [(held[i][0], int(held[i][1])) for i in range(0, len(held), 4)]
+        self.targets = [target for _, target in self.items]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return self.items[index]
+
+
+def digits_stream(backbone: FrozenBackbone, digits: tuple[int, ...] = (0, 1, 2, 3), **options: Any) -> Any:
+    """Two experiences of PIL images, tested on through the backbone's transform."""
+    from avalanche.benchmarks import nc_benchmark
+
+    return nc_benchmark(
+        Digits(digits, False), Digits(digits, True), n_experiences=2, shuffle=False, train_transform=None,
+        eval_transform=backbone.transform, **{"task_labels": True} | options,
+    )  # fmt: skip
+
+
+def masked_memory(backbone: FrozenBackbone, registry: Registry, **options: Any) -> Any:
+    from avalanche.evaluation.metrics import accuracy_metrics
+    from avalanche.training.plugins import EvaluationPlugin
+
+    from addenda.benchmarks import MaskedMemory
+
+    evaluator = EvaluationPlugin(accuracy_metrics(experience=True), loggers=[])
+    return MaskedMemory(
+        backbone=backbone, registry=registry, config=LearnConfig(head_only=True), evaluator=evaluator, **options
+    )
+
+
+@pytest.mark.parametrize("how", ["plain", "validation", "online"])
+def test_task_labels_are_found_where_avalanche_hides_them(glyphs: FrozenBackbone, registry: Registry, how: str) -> None:
+    from avalanche.benchmarks import benchmark_with_validation_stream
+    from avalanche.benchmarks.scenarios.online import split_online_stream
+
+    made = digits_stream(glyphs)
+    experiences = {
+        "plain": lambda: made.train_stream,
+        "validation": lambda: benchmark_with_validation_stream(made, validation_size=0.25).train_stream,
+        "online": lambda: split_online_stream(made.train_stream, experience_size=1000, shuffle=False),
+    }[how]()
+    strategy = masked_memory(glyphs, registry)
+    for experience in experiences:
+        strategy.train(experience)
+    assert [one.task_label for one in strategy.model.learned.values()] == [0, 1]
+    assert min(accuracies(strategy.eval(made.test_stream)).values()) > 0.9
+
+
+def test_what_nothing_was_learned_for_is_refused_or_counts_as_wrong(
+    glyphs: FrozenBackbone, registry: Registry, caplog: pytest.LogCaptureFixture
+) -> None:
+    from addenda.exceptions import DataError
+
+    made, strategy = digits_stream(glyphs), masked_memory(glyphs, registry)
+    strategy.train(made.train_stream[0])
+    with pytest.raises(DataError, match=r"No task was learned for task label 1: .* Learned were 0"):
+        strategy.eval(made.test_stream[1])
+    found = accuracies(strategy.eval(made.test_stream))  # as every script does after each experience
+    assert found[0] > 0.9
+    assert found[1] == 0.0
+    assert "No task was learned for task label 1 yet" in caplog.text
+
+
+def test_classes_of_an_unknown_task_label_are_never_right_by_chance(glyphs: FrozenBackbone, registry: Registry) -> None:
+    """Where each experience's classes begin at 0, class 0 would be right for half of its images."""
+    made = digits_stream(glyphs, class_ids_from_zero_in_each_exp=True)
+    strategy = masked_memory(glyphs, registry)
+    strategy.train(made.train_stream[0])
+    assert accuracies(strategy.eval(made.test_stream))[1] == 0.0
+
+
+def test_one_class_at_a_time_is_a_stream(glyphs: FrozenBackbone, registry: Registry) -> None:
+    made = digits_stream(glyphs, (0, 1, 2), task_labels=False, per_exp_classes={0: 2, 1: 1})
+    strategy = masked_memory(glyphs, registry)
+    for experience in made.train_stream:
+        strategy.train(experience)
+    found = accuracies(strategy.eval(made.test_stream))
+    assert min(found.values()) > 0.7
+
+
+def test_the_metric_takes_images_that_only_the_test_sets_transform(
+    glyphs: FrozenBackbone, registry: Registry, tmp_path: Path
+) -> None:
+    from avalanche.benchmarks import benchmark_from_datasets
+    from avalanche.benchmarks.utils import as_classification_dataset
+    from avalanche.training.plugins import EvaluationPlugin
+    from torchvision.datasets import ImageFolder
+
+    from addenda.benchmarks import LogitBits, MaskedMemory
+    from tests.images import colour_folder
+
+    folder = str(colour_folder(tmp_path / "images"))
+    train = as_classification_dataset(ImageFolder(folder))
+    test = as_classification_dataset(ImageFolder(folder, transform=glyphs.transform))
+    made, bits = benchmark_from_datasets(train=[train], test=[test]), LogitBits()
+    strategy = MaskedMemory(
+        backbone=glyphs, registry=registry, config=LearnConfig(head_only=True),
+        evaluator=EvaluationPlugin(bits, loggers=[]),
+    )  # fmt: skip
+    strategy.train(made.train_stream[0])
+    strategy.eval(made.test_stream)
+    assert bits.identical
+
+
+@pytest.mark.parametrize(
+    "named", ["ReplayPlugin", "EWCPlugin", "LwFPlugin", "GDumbPlugin", "AGEMPlugin", "EarlyStoppingPlugin",
+              "SynapticIntelligencePlugin", "LRSchedulerPlugin"],
+)  # fmt: skip
+def test_plugins_that_change_training_are_refused_before_it(
+    glyphs: FrozenBackbone, registry: Registry, named: str
+) -> None:
+    from avalanche.training import plugins
+
+    from addenda.exceptions import DataError
+
+    plugin = object.__new__(getattr(plugins, named))
+    with pytest.raises(DataError, match=f"^{named} changes how a strategy trains.* Leave it out"):
+        masked_memory(glyphs, registry, plugins=[plugin])
+
+
+def test_a_plugin_of_ones_own_may_look_on_and_not_more(glyphs: FrozenBackbone, registry: Registry) -> None:
+    from avalanche.core import SupervisedPlugin
+    from avalanche.training.plugins import EvaluationPlugin
+    from avalanche.training.plugins.clock import Clock
+
+    from addenda.exceptions import DataError
+
+    seen: list[str] = []
+
+    class Looking(SupervisedPlugin):  # type: ignore[misc]
+        def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+            seen.append(strategy.experience.current_experience)
+
+    class Waiting(SupervisedPlugin):  # type: ignore[misc]
+        def after_backward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+            seen.append("never")
+
+    class Replacing(SupervisedPlugin):  # type: ignore[misc]
+        def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+            strategy.dataloader = []
+
+    made = digits_stream(glyphs)
+    strategy = masked_memory(glyphs, registry, plugins=[Looking(), EvaluationPlugin(loggers=[]), Clock()])
+    strategy.train(made.train_stream[0])
+    assert seen == [0]
+    with pytest.raises(DataError, match=r"Waiting waits for `after_backward`, which never comes"):
+        masked_memory(glyphs, registry, plugins=[Waiting()])
+    with pytest.raises(DataError, match="A plugin has replaced what is to be learned from"):
+        masked_memory(glyphs, registry, plugins=[Replacing()], prefix="other").train(made.train_stream[0])
+    assert [record.name for record in registry.tasks()] == ["experience-000"]
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_strategys_model_can_be_copied_and_answers_the_same_bits(
+    glyphs: FrozenBackbone, registry: Registry, how: str, tmp_path: Path
+) -> None:
+    made, strategy = digits_stream(glyphs), masked_memory(glyphs, registry)
+    strategy.train(made.train_stream[0])
+    images = torch.randn(5, 3, 32, 32)
+    before = strategy.model(images)
+    if how == "deepcopy":
+        copied = deepcopy(strategy.model)
+    else:
+        torch.save(strategy.model, tmp_path / "model.pt")
+        copied = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert copied(images).numpy().tobytes() == before.numpy().tobytes()
+    backbone = copied.combined.backbone
+    assert backbone is not glyphs
+    backbone.check_unchanged()
+    with torch.no_grad():
+        backbone.model.norm.weight[0] += 1
+    with pytest.raises(IntegrityError, match="have changed since they were loaded"):
+        copied(images)
+    assert strategy.model(images).numpy().tobytes() == before.numpy().tobytes()

@@ -6,21 +6,26 @@ from addenda.backbones.cached import cached_weights
 from addenda.backbones.catalogue import catalogue
 from addenda.backbones.family import KeyValue
 from addenda.backbones.frozen import FrozenBackbone, FrozenStream
-from addenda.backbones.images import PREPARATION, SUFFIXES, prepared, read_image, readable
+from addenda.backbones.image_files import LeftOut, counted, image_files, in_words, joined
+from addenda.backbones.images import PREPARATION, prepared, read_image, readable
 from addenda.backbones.loading import load_backbone, untrained_backbone
 from addenda.backbones.products import MIN_ROWS, product
 
 __all__ = [
     "MIN_ROWS",
     "PREPARATION",
-    "SUFFIXES",
     "Adapter",
     "BlockAdapters",
     "FrozenBackbone",
     "FrozenStream",
     "KeyValue",
+    "LeftOut",
     "cached_weights",
     "catalogue",
+    "counted",
+    "image_files",
+    "in_words",
+    "joined",
     "load_backbone",
     "plain",
     "prepared",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from copy import copy, deepcopy
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -70,6 +70,9 @@ class FrozenBackbone:
             "crop_pct": float(config["crop_pct"]),
             "crop_mode": config["crop_mode"],
         }
+        for what, weight in model.named_parameters():
+            if not weight.detach().isfinite().all():
+                raise BackboneError(f"Weight {what!r} of backbone {name!r} ({source}) holds NaN or infinity.")
         self.name, self.source = name, source
         self.precision, self.device = precision, torch.device(device)
         self.fingerprint = fingerprint(model, family, self.preprocessing)
@@ -149,7 +152,8 @@ class FrozenBackbone:
 
     def first_blocks(self, depth: int) -> FrozenBackbone:
         """This backbone cut off after some blocks, sharing its weights: for computations where the depth is nothing."""
-        cut = copy(self)
+        cut = object.__new__(type(self))
+        vars(cut).update(vars(self))
         cut.blocks, cut.memo = self.blocks[:depth], {}
         cut.depth = len(cut.blocks)
         return cut
@@ -223,14 +227,35 @@ class FrozenBackbone:
 
     def trainable_copy(self, num_classes: int) -> nn.Module:
         """A copy of the timm model whose weights can be trained, in float32, with a head of its own that is zeros."""
-        model: Any = deepcopy(self.model, {id(self.family): self.family})  # a family's hooks are bound to it
-        for module in model.modules():
-            module._forward_hooks.clear()
+        model = self._unhooked()
         model.reset_classifier(num_classes)
         nn.init.zeros_(model.head.weight)
         nn.init.zeros_(model.head.bias)
         trainable: nn.Module = model.float().to(self.device).requires_grad_(True)
         return trainable
+
+    def _unhooked(self) -> Any:
+        """A copy of the timm model alone."""
+        model: Any = deepcopy(self.model, {id(self.family): self.family})  # a family's hooks are bound to it
+        for module in model.modules():
+            module._forward_hooks.clear()
+        return model
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a deep copy or a pickle is made of: all but what is bound to this very model."""
+        bound = ("model", "family", "blocks", "memo", "_wiring", "_resize_and_crop")
+        return {"model": self._unhooked()} | {name: held for name, held in vars(self).items() if name not in bound}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Binds a copy to its own model."""
+        vars(self).update(state)
+        with building():
+            family = family_of(self.model)
+            assert family is not None
+            self.family = family(self.model)
+        self.blocks = self.family.blocks[: self.depth]
+        self._resize_and_crop = _resize_and_crop(self.preprocessing)
+        self._wiring, self.memo = Wiring(self.model), {}
 
     def record(self) -> dict[str, Any]:
         """What a registry keeps of this backbone, enough to load it again."""

@@ -14,11 +14,13 @@ from addenda.exceptions import DataError, TooLargeError
 
 Name = TypeVar("Name", str, Path)
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
 PREPARATION = 1
 """Which way of preparing images this is: another number wherever the pixels of some image would differ."""
 CUT = "addenda: 16-bit colours cut to 8"
 """Noted among an image's own properties."""
+PNG = b"\x89PNG\r\n\x1a\n"
+TEXTS = frozenset({b"tEXt", b"zTXt", b"iTXt", b"iCCP"})
+"""Chunks of a PNG file that Pillow bounds."""
 ORIENTATION = ExifTags.Base.Orientation
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -55,10 +57,13 @@ def read_image(
     """
     called = f"Image {str(source)!r}" if name is None else name
     try:
-        with Image.open(source, formats=formats) as image:
-            if max_pixels is not None:
-                _check_size(called, image, max_pixels)
-            return prepared(image, called)
+        try:
+            return _read(source, called, formats, max_pixels)
+        except ValueError:  # Pillow's own bounds for texts and colour profiles, which are not the picture
+            bare = _without_texts(source.getvalue() if isinstance(source, BytesIO) else Path(source).read_bytes())
+            if bare is None:
+                raise
+            return _read(BytesIO(bare), called, formats, max_pixels)
     except DataError:
         raise
     except FileNotFoundError as error:
@@ -68,6 +73,28 @@ def read_image(
         raise DataError(f"{called} cannot be read: it is {kinds}.") from error
     except Exception as error:  # Pillow lets through what a damaged file makes its readers stumble over, of any kind
         raise DataError(f"{called} cannot be read: {error}") from error
+
+
+def _read(
+    source: str | Path | BytesIO, called: str, formats: tuple[str, ...] | None, max_pixels: int | None
+) -> Image.Image:
+    with Image.open(source, formats=formats) as image:
+        if max_pixels is not None:
+            _check_size(called, image, max_pixels)
+        return prepared(image, called)
+
+
+def _without_texts(content: bytes) -> bytes | None:
+    """A PNG file without what stands beside its pixels and its orientation; None where it is no PNG."""
+    if not content.startswith(PNG):
+        return None
+    kept, place = [PNG], len(PNG)
+    while place + 8 <= len(content):
+        end = place + 12 + int.from_bytes(content[place : place + 4], "big")
+        if content[place + 4 : place + 8] not in TEXTS:
+            kept.append(content[place:end])
+        place = end
+    return b"".join(kept)
 
 
 def readable(paths: Sequence[Name]) -> tuple[list[Name], dict[Name, str]]:

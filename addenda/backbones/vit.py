@@ -25,7 +25,7 @@ class VisionTransformerFamily(Family):
     def __init__(self, model: Any) -> None:
         super().__init__(model)
         # A hook on the qkv projection sees what timm computes without changing a bit of it or computing it twice.
-        self._captured = threading.local()
+        self._captured = threading.local()  # the output of a projection, from the hook to `_offered`
         for block in self.blocks:
             block.attn.qkv.register_forward_hook(self._capture)
 
@@ -51,6 +51,7 @@ class VisionTransformerFamily(Family):
 
     def run(self, block: Any, tokens: Float[Tensor, "B P D"]) -> tuple[Tensor, KeyValue]:
         """As it stands: timm's forward pass."""
+        self._captured.wanted = True
         tokens = block(tokens)
         return tokens, self._offered(block)
 
@@ -59,16 +60,18 @@ class VisionTransformerFamily(Family):
         if reading != "tokens" and self.model.global_pool == "token":
             return self._lean(block, tokens, reading)
         if reading == "nothing":
+            self._captured.wanted = True
             block.attn.qkv(block.norm1(tokens))
             return tokens, self._offered(block)
         return self.run(block, tokens)
 
     def _capture(self, module: nn.Module, inputs: object, output: Tensor) -> None:
-        self._captured.qkv = output
+        if getattr(self._captured, "wanted", False):  # else it is timm's own pass, and nobody would let it go
+            self._captured.qkv, self._captured.wanted = output, False
 
     def _offered(self, block: Any) -> KeyValue:
         """Keys and values that the block's own qkv projection has just computed."""
-        _, keys, values = self.split_qkv(block, self._captured.qkv)
+        _, keys, values = self.split_qkv(block, vars(self._captured).pop("qkv"))
         return KeyValue(keys, values)
 
     def _lean(self, block: Any, tokens: Tensor, reading: Reading) -> tuple[Tensor, KeyValue]:

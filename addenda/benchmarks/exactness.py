@@ -9,9 +9,11 @@ from avalanche.evaluation import PluginMetric
 from avalanche.evaluation.metric_results import MetricValue
 from avalanche.models import avalanche_forward
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
 
-from addenda.benchmarks.strategy import TaskAnswers
+from addenda.benchmarks.strategy import MaskedMemory, TaskAnswers, task_label
+from addenda.exceptions import DataError
 
 
 class LogitBits(PluginMetric[float]):  # type: ignore[misc]
@@ -57,14 +59,30 @@ class LogitBits(PluginMetric[float]):  # type: ignore[misc]
             emitted.append(MetricValue(self, f"LogitsIdentical/{place}", float(same), at))
             emitted.append(MetricValue(self, f"MaxLogitDifference/{place}", difference, at))
         dataset = experience.dataset.eval()
-        images = torch.stack([dataset[i][0] for i in range(min(self._num_images, len(dataset)))])
-        label = int(next(iter(getattr(experience, "task_labels", [0]))))
+        images = torch.stack([_tensor(strategy, dataset[i][0]) for i in range(min(self._num_images, len(dataset)))])
+        label = task_label(experience)
         before = _logits(strategy, images, label, experience.current_experience)
         self._before[experience.current_experience] = (images, label, before)
         return emitted
 
     def __str__(self) -> str:
         return "LogitBits"
+
+
+def _tensor(strategy: Any, image: Any) -> Tensor:
+    """An image as the strategy's model takes it: of PIL images `MaskedMemory` knows how.
+
+    Raises:
+        DataError: another strategy's, whose datasets give no tensor in evaluation.
+    """
+    if isinstance(strategy, MaskedMemory) and isinstance(image, Image.Image):
+        return strategy.learner.backbone.transform(image)
+    if not isinstance(image, Tensor):
+        raise DataError(
+            f"LogitBits compares tensors, and the training datasets give {type(image).__name__} in evaluation. Give "
+            "them an evaluation transform (`eval_transform`)."
+        )
+    return image
 
 
 @torch.no_grad()

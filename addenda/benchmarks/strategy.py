@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from avalanche.core import SupervisedPlugin
+from avalanche.training.plugins import strategy_plugin
+from avalanche.training.plugins.clock import Clock
 from avalanche.training.plugins.evaluation import EvaluationPlugin, default_evaluator
 from avalanche.training.templates import SupervisedTemplate
 from jaxtyping import Float, Int
@@ -16,9 +21,21 @@ from torch.utils.data import Dataset
 from addenda.backbones import FrozenBackbone
 from addenda.benchmarks.continual.method import NEVER
 from addenda.combined import Answers, CombinedModel, Router
-from addenda.exceptions import RegistryError
+from addenda.exceptions import DataError, RegistryError
 from addenda.learner import ActivationCache, LearnConfig, Learner
 from addenda.registry import FeatureStatistics, Registry, Task
+
+LOOP = tuple(
+    f"{when}_{what}"
+    for what in ("training_epoch", "training_iteration", "forward", "backward", "update")
+    for when in ("before", "after")
+)
+"""Hooks of Avalanche's own training loop, which is not run here."""
+
+BASES = tuple(vars(strategy_plugin).values())
+"""What plugins are made from."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -126,11 +143,14 @@ class MaskedMemory(SupervisedTemplate):  # type: ignore[misc]
         config: settings of each learning run.
         prefix: experience 3 becomes the task `prefix-003`.
         eval_mb_size: images in an evaluation batch.
-        plugins: Avalanche plugins.
+        plugins: Avalanche plugins that look on. There are no epochs, iterations or backward passes of Avalanche's here.
         evaluator: Avalanche's evaluation plugin.
         eval_every: 0 evaluates the streams that `train` is given before and after each experience, as Avalanche's
             forward transfer asks for.
         cache: where activations are kept.
+
+    Raises:
+        DataError: a plugin that would change how a strategy trains.
     """
 
     def __init__(
@@ -146,6 +166,8 @@ class MaskedMemory(SupervisedTemplate):  # type: ignore[misc]
         eval_every: int = -1,
         cache: ActivationCache | None = None,
     ) -> None:
+        for plugin in plugins or []:
+            _check_plugin(plugin)
         placeholder = torch.optim.SGD([nn.Parameter(torch.zeros((), dtype=torch.float32, device="cpu"))], lr=0.0)
         super().__init__(
             model=TaskAnswers(backbone),
@@ -158,25 +180,114 @@ class MaskedMemory(SupervisedTemplate):  # type: ignore[misc]
         )
         self.learner = Learner(backbone, registry, cache)
         self._config = config or LearnConfig()
-        self._prefix = prefix
+        self._prefix, self._within_train = prefix, False
 
     def check_model_and_optimizer(self, reset_optimizer: bool = False, **kwargs: Any) -> None:
         """Nothing to adapt: the learner makes what a new task needs."""
 
+    def make_train_dataloader(self, *args: Any, **kwargs: Any) -> None:
+        """Made for plugins to look at; the learner reads the experience's own dataset."""
+        super().make_train_dataloader(*args, **kwargs)
+        self._made = self.dataloader
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Learns a task from each experience given."""
+        self._within_train = True
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._within_train = False
+
+    def eval(self, experiences: Any, **kwargs: Any) -> Any:
+        """Scores experiences; those whose task comes later in the stream have no right answer yet, and a warning.
+
+        Raises:
+            DataError: nothing was learned for the task label of any of them.
+        """
+        listed = list(experiences) if isinstance(experiences, Iterable) else [experiences]
+        labels = set().union(*map(_task_labels, listed))
+        known = {one.task_label for one in self.model.learned.values()}
+        unknown = sorted(labels - known)
+        if unknown and known and not self._within_train:
+            named = ", ".join(map(str, unknown))
+            if not known & labels:
+                raise DataError(
+                    f"No task was learned for task label {named}: there is nothing to score. Learned were "
+                    f"{', '.join(map(str, sorted(known)))}."
+                )
+            log.warning("No task was learned for task label %s yet: its images count as wrong.", named)
+        return super().eval(listed, **kwargs)
+
     def _train_exp(self, experience: Any, eval_streams: Any = None, **kwargs: Any) -> None:
+        if self.dataloader is not self._made:
+            raise DataError(
+                "A plugin has replaced what is to be learned from. MaskedMemory learns each experience's own images: "
+                "leave the plugin out."
+            )
         images = ExperienceImages(experience.dataset)
         name = f"{self._prefix}-{experience.current_experience:03d}"
         task = self.learner.learn(name, images, config=self._config)
-        label = next(iter(getattr(experience, "task_labels", [0])))
+        label = task_label(experience)
         classes = tuple(int(number) for number in task.labels)
         statistics = self.learner.registry.statistics(task.ref)
-        self.model.add(Learned(task, experience.current_experience, int(label), classes, statistics))
+        self.model.add(Learned(task, experience.current_experience, label, classes, statistics))
 
     def forward(self) -> Tensor:
-        """Scores of the current mini-batch."""
-        task_aware = hasattr(self.experience, "task_labels")
-        scores: Tensor = self.model(self.mb_x, self.mb_task_id if task_aware else None, int(self.mb_y.max()) + 1)
-        return scores
+        """Scores of the current mini-batch; where nothing was learned for a task label, of a class that none has."""
+        labels = self.mb_task_id if len(self.mbatch) > 2 else None  # where Avalanche has none, a router chooses
+        scores: Tensor = self.model(self.mb_x, labels, int(self.mb_y.max()) + 1)
+        if labels is None:
+            return scores
+        known = torch.tensor(
+            [one.task_label for one in self.model.learned.values()], dtype=torch.int64, device=scores.device
+        )
+        unknown = ~torch.isin(labels.to(scores.device), known)
+        if not unknown.any():
+            return scores
+        return torch.cat([scores, torch.where(unknown, 0.0, NEVER)[:, None].to(scores)], dim=1)
+
+
+def task_label(experience: Any) -> int:
+    """An experience's task label, whether Avalanche has it on the experience or, as newer streams do, on its items.
+
+    Raises:
+        DataError: its images are of several tasks.
+    """
+    labels = sorted(_task_labels(experience))
+    if len(labels) > 1:
+        raise DataError(
+            f"Experience {experience.current_experience} has images of the task labels {labels}; a task is learned for "
+            "one of them. Split it."
+        )
+    return labels[0]
+
+
+def _task_labels(experience: Any) -> set[int]:
+    """The task labels of an experience's images; 0 where there are none."""
+    found = getattr(experience, "task_labels", None)
+    if found is None:
+        found = getattr(experience.dataset, "targets_task_labels", None)
+    return {int(label) for label in found or ()} or {0}
+
+
+def _check_plugin(plugin: Any) -> None:
+    """Raises DataError for a plugin that would change how a strategy trains, or waits for what never comes."""
+    if isinstance(plugin, EvaluationPlugin | Clock):
+        return
+    named = type(plugin).__name__
+    if any(one.__module__.startswith("avalanche.training.plugins.") and one not in BASES for one in type(plugin).mro()):
+        raise DataError(
+            f"{named} changes how a strategy trains, and MaskedMemory trains in one way of its own: earlier tasks "
+            "cannot be forgotten. Leave it out."
+        )
+    own = next(
+        (hook for hook in LOOP if getattr(type(plugin), hook, None) is not getattr(SupervisedPlugin, hook)), None
+    )
+    if own is not None:
+        raise DataError(
+            f"{named} waits for `{own}`, which never comes: MaskedMemory's learner has no epochs, iterations or "
+            "backward passes of Avalanche's. Leave it out."
+        )
 
 
 class ExperienceImages(Dataset[tuple[Any, int]]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from threading import Lock
 from typing import NamedTuple
 from weakref import WeakValueDictionary
 
@@ -34,6 +35,9 @@ MIN_MEMORY = 4
 MIN_RANK = 4
 """Smallest class of adapters but none: torch takes another path for smaller products, so at rank 2 a narrow one of four
 images has other bits than one of eight."""
+
+_LOCK = Lock()
+"""Held while a store's table is read or added to: a server answers while another thread loads tasks."""
 
 
 class SizeClass(NamedTuple):
@@ -117,7 +121,9 @@ class TileStore:
         They depend on no image: they are computed when the task is first loaded, alone, since their bits depend on
         the rows beside them.
         """
-        for tile in list(self._tiles.values()):
+        with _LOCK:
+            tiles = list(self._tiles.values())
+        for tile in tiles:
             if task.sha256 in tile.slots:
                 slot, own = tile.slots[task.sha256]
                 return tuple(KeyValue(keys[slot, :, :own], values[slot, :, :own]) for keys, values in tile.memory)
@@ -140,10 +146,13 @@ class TileStore:
         """
         rows = tuple(offered[kin.sha256] for task in tasks for kin in task.closure)
         key = (size, tuple(task.sha256 for task in tasks), rows)
-        tile = self._tiles.get(key)
+        with _LOCK:
+            tile = self._tiles.get(key)
         if tile is None:
             with plain(self.backbone.device):
-                self._tiles[key] = tile = self._build(size, tasks, offered)
+                tile = self._build(size, tasks, offered)
+            with _LOCK:
+                self._tiles[key] = tile
         return tile
 
     def _build(self, size: int, tasks: Sequence[Task], offered: dict[str, int]) -> Tile:

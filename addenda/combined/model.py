@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from copy import copy
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -81,10 +81,15 @@ class CombinedModel:
         Raises:
             BackboneError, ExactnessError, RegistryError: as for a model made anew.
         """
-        made = copy(self)
+        made = object.__new__(type(self))
+        vars(made).update(vars(self))
         with plain(self.backbone.device):
             made._load(tasks)
         return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A deep copy, or one from a pickle, is made anew of what it answers for."""
+        return CombinedModel, (self.backbone, list(self.tasks.values()), self.exact)
 
     @property
     def heads(self) -> list[Head]:

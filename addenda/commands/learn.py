@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,9 +26,11 @@ from addenda.commands.options import (
 from addenda.commands.settings import learn_settings, ranks, single
 from addenda.commands.tasks import HEADLINES, headlines, show_task
 from addenda.exceptions import AddendaError
+from addenda.text import shown_lines
 
 if TYPE_CHECKING:
     from addenda import FrozenBackbone, LearnConfig
+    from addenda.registry import TaskRecord
 
 
 def learn(
@@ -92,7 +94,7 @@ def learn(
     """Learns a task from images and registers it."""
     from addenda import Learner, Registry
     from addenda.learner import ActivationCache, open_parts
-    from addenda.registry import check_name
+    from addenda.registry import check_new_name
     from addenda.terminal import console, print_json, progress, show_log
 
     given = {
@@ -104,7 +106,7 @@ def learn(
         "class_weights": class_weights, "refit": refit,
     }  # fmt: skip
     settings = learn_settings(config, given, {"views": views, "fresh": fresh})
-    check_name(name)
+    check_new_name(name)
     open_parts(data, test)  # a wrong path is told before weights are fetched or a registry is made
     with Registry.open(registry) as opened:
         before = opened.generation
@@ -113,17 +115,23 @@ def learn(
         learner = Learner(loaded, opened, ActivationCache(budget_gb=cache_gb))
         with show_log(quiet=as_json), progress(quiet=as_json) as report:
             task = learner.learn(name, data, test, settings, new_version=new_version, skip_bad=skip_bad, report=report)
-        already = opened.generation == before
-        record = opened.record(task.ref)
+        record, after = opened.record(task.ref), opened.generation
+    already, of_test = record.generation <= before, task.data.get("test", {})
     if as_json:
         print_json({"task": task.ref, "sha256": task.sha256, "already": already, "metrics": dict(task.metrics),
-                    "repeated": task.data.get("repeated")})  # fmt: skip
+                    **_found_of(record)})  # fmt: skip
         return
     if already:
-        console.print(f"{task.ref} was learned before from these images with these settings; nothing was done.")
-    for path in task.data["skipped"]:
-        console.print(f"left out: {path}", markup=False)
+        done = "nothing was done" if after == before else "it was scored on this test set now"
+        console.print(f"{task.ref} was learned before from these images with these settings; {done}.")
+    for message in (*task.data["skipped"], *of_test.get("skipped", ())):
+        console.print(f"left out: {message}", markup=False, highlight=False, soft_wrap=True)
     show_task(record, task)
+
+
+def _found_of(record: TaskRecord) -> dict[str, Any]:
+    """What was found out about the images that a task was learned from, for programs."""
+    return {key: record.data.get(key) for key in ("repeated", "skipped", "left_out", "test")}
 
 
 def learn_many(
@@ -183,13 +191,13 @@ def learn_many(
         records = [None if outcome.ref is None else opened.record(outcome.ref) for outcome in outcomes]
     missing = [outcome for outcome in outcomes if outcome.ref is None]
     if as_json:
-        made = [
-            {"sha256": r.sha256, "metrics": r.metrics, "repeated": r.data.get("repeated")} if r is not None else {}
-            for r in records
-        ]
+        made = [{"sha256": r.sha256, **_found_of(r)} if r is not None else {} for r in records]
         print_json([vars(outcome) | more for outcome, more in zip(outcomes, made, strict=True)])
     else:
-        figures = [headlines(r) if r is not None else ("–",) * len(HEADLINES) for r in records]
+        figures = [
+            headlines(r, outcome.metrics) if r is not None else ("–",) * len(HEADLINES)
+            for outcome, r in zip(outcomes, records, strict=True)
+        ]
         mixed = {score for score, *_ in figures} - {"accuracy", "–"}
         shown = HEADLINES if mixed else HEADLINES[1:]  # which score it is goes without saying where all are accuracies
         lines = [
@@ -206,7 +214,8 @@ def learn_many(
         title = f"{len(rows) - len(missing)} of {len(rows)} tasks of {file} are in {opened.location}"
         console.print(table(title, columns, lines, right=("images", "classes", *HEADLINES[1:], "seconds")))
         for outcome in missing:
-            console.print(f"{outcome.name} {outcome.state}: {outcome.reason}", markup=False, highlight=False)
+            said = shown_lines(f"{outcome.name} {outcome.state}: {outcome.reason}")
+            console.print(said, markup=False, highlight=False)
     if missing:
         raise typer.Exit(1)
 
@@ -228,13 +237,13 @@ def evaluate(
     """Scores a task on labelled images and records the result."""
     from addenda import Learner, Registry
     from addenda.combined import recorded_backbone
-    from addenda.terminal import PER_CLASS, SCORES, console, percent, print_json, progress, table
+    from addenda.terminal import PER_CLASS, SCORES, console, percent, print_json, progress, show_log, table
 
     with Registry.open(registry, create=False) as opened:
         record = opened.record(name)
         objective = record.objective
         loaded = recorded_backbone(opened, weights, device, fingerprint=record.backbone)
-        with progress(quiet=as_json) as report:
+        with show_log(quiet=as_json), progress(quiet=as_json) as report:
             result = Learner(loaded, opened).evaluate(name, data, skip_bad, report)
     if as_json:
         print_json({"task": result.task, "generation": result.generation, "metrics": result.metrics,
@@ -242,8 +251,10 @@ def evaluate(
         return
     metrics = result.metrics
     scores = ", ".join(f"{called} {percent(metrics[key])} %" for key, called in SCORES[objective].items())
+    skipped = f" ({metrics['skipped']} left out)" if metrics.get("skipped") else ""
     console.print(
-        f"{result.task} on {metrics['num_images']} images: {scores}. Recorded at generation {result.generation}."
+        f"{result.task} on {metrics['num_images']} images{skipped}: {scores}. Recorded at generation "
+        f"{result.generation}."
     )
     figure, each = PER_CLASS[objective]
     rows = [(label, percent(value)) for label, value in metrics["per_class"].items()]

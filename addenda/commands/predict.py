@@ -20,9 +20,11 @@ from addenda.commands.options import (
     WeightsOption,
 )
 from addenda.exceptions import AddendaError, DataError
+from addenda.text import csv_row, shown
 
 if TYPE_CHECKING:
     from addenda import CombinedModel, Registry
+    from addenda.backbones import LeftOut
     from addenda.combined import Choice, Router
     from addenda.distributed.prediction import Crew, Question
 
@@ -85,17 +87,17 @@ def predict(
 
         question = Question(tuple(task or ()), top, not inexact, part_size or PART_SIZE, skip_bad)
         crew = Crew(workers, cpus or 1, gpus or 0.0)
-        _predict_on_ray(_image_files(images), ray, out, question, crew, registry, weights, device, as_json)
+        _predict_on_ray(_image_files(images)[0], ray, out, question, crew, registry, weights, device, as_json)
         return
     of_ray = {"--out": out, "--part-size": part_size, "--workers": workers, "--cpus": cpus, "--gpus": gpus}
     if used := [option for option, value in of_ray.items() if value is not None]:
         raise AddendaError(f"{', '.join(used)}: only with --ray, which says on which cluster.")
     from addenda import Registry
-    from addenda.backbones import readable
+    from addenda.backbones import counted, readable
     from addenda.combined import recorded_backbone
     from addenda.terminal import console, print_json, progress, table
 
-    paths, auto = _image_files(images), task == ["auto"]
+    (paths, left_out), auto = _image_files(images), task == ["auto"]
     with Registry.open(registry, create=False) as opened:
         chosen = [opened.get(ref) for ref in task or () if not auto]
         loaded = recorded_backbone(opened, weights, device, chosen[0].backbone if chosen else None)
@@ -115,19 +117,20 @@ def predict(
             except DataError as error:
                 if not skip_bad:
                     raise DataError(f"{error} (--skip-bad leaves out what cannot be read.)") from error
-                batch, left_out = readable(batch)
-                bad += left_out.values()
+                batch, unreadable = readable(batch)
+                bad += unreadable.values()
                 answers |= _answers(model, batch, router, top)
             report("predicting", min((done + 1) * model.micro_batch, len(paths)), len(paths))
     for message in bad:
-        typer.echo(f"left out: {message}", err=True)
+        typer.echo(f"left out: {shown(message)}", err=True)
+    besides = {"skipped": bad, "left_out": counted(left_out)}
     if router is not None:
-        _show_routed(answers, model, as_json, as_csv)
+        _show_routed(answers, model, besides, as_json, as_csv)
         return
     if as_json:
         images_json = {path: {name: [{"label": label, "probability": p} for label, p in best]
                               for name, best in answer.items()} for path, answer in answers.items()}  # fmt: skip
-        print_json({"exact": model.exact, "images": images_json})
+        print_json({"exact": model.exact, "images": images_json, **besides})
         return
     rows = [
         (path, name, label, p) for path, answer in answers.items() for name, best in answer.items() for label, p in best
@@ -135,14 +138,14 @@ def predict(
     if as_csv:
         writer = csv.writer(sys.stdout)
         writer.writerow(("image", "task", "label", "probability"))
-        writer.writerows(rows)
+        writer.writerows(map(csv_row, rows))
         return
-    shown = [
+    lines = [
         (path, *(", ".join(f"{label} {100 * p:.0f} %" for label, p in best) or "none" for best in answer.values()))
         for path, answer in answers.items()
     ]
-    title = f"{len(shown)} images, {len(model.tasks)} tasks" + ("" if model.exact else ", not exact")
-    console.print(table(title, ("image", *model.tasks), shown))
+    title = f"{len(lines)} images, {len(model.tasks)} tasks" + ("" if model.exact else ", not exact")
+    console.print(table(title, ("image", *model.tasks), lines))
 
 
 def _predict_on_ray(
@@ -185,19 +188,25 @@ def _predict_on_ray(
         )
 
 
-def _image_files(places: Sequence[Path]) -> list[Path]:
-    from addenda.backbones import SUFFIXES
+def _image_files(places: Sequence[Path]) -> tuple[list[Path], LeftOut]:
+    """The images at some places, in their order; and what else is in those that are folders, said on standard error."""
+    from addenda.backbones import image_files, in_words, joined
 
     paths: list[Path] = []
+    left_out: list[LeftOut] = []
     for place in places:
         if place.is_dir():
-            found = sorted(p for p in place.rglob("*") if p.suffix.lower() in SUFFIXES)
+            found, besides = image_files(place)
+            said = in_words(besides, place)
             if not found:
-                raise DataError(f"The folder {str(place)!r} holds no images.")
+                raise DataError(f"The folder {str(place)!r} holds no images{f', but {said}' if said else ''}.")
+            if said:
+                typer.echo(shown(f"left out of {str(place)!r}: {said}."), err=True)
             paths += found
+            left_out.append(besides)
         else:
             paths.append(place)
-    return paths
+    return paths, joined(left_out)
 
 
 def _answers(model: CombinedModel, paths: Sequence[Path], router: Router | None, top: int | None) -> dict[str, Any]:
@@ -227,7 +236,11 @@ def _router(registry: Registry, model: CombinedModel) -> Router:
 
 
 def _show_routed(
-    answers: dict[str, tuple[Choice, list[tuple[str, float]]]], model: CombinedModel, as_json: bool, as_csv: bool
+    answers: dict[str, tuple[Choice, list[tuple[str, float]]]],
+    model: CombinedModel,
+    besides: dict[str, Any],
+    as_json: bool,
+    as_csv: bool,
 ) -> None:
     """Prints which task was chosen for each image, and its answer."""
     from addenda.terminal import console, print_json, table
@@ -237,12 +250,12 @@ def _show_routed(
             path: choice._asdict() | {"labels": [{"label": label, "probability": p} for label, p in best]}
             for path, (choice, best) in answers.items()
         }
-        print_json({"exact": model.exact, "images": images})
+        print_json({"exact": model.exact, "images": images, **besides})
         return
     if as_csv:
         writer = csv.writer(sys.stdout)
         writer.writerow(("image", "task", "task_probability", "familiar", "label", "probability"))
-        writer.writerows((path, *choice, *pair) for path, (choice, best) in answers.items() for pair in best)
+        writer.writerows(csv_row((path, *choice, *pair)) for path, (choice, best) in answers.items() for pair in best)
         return
     rows = [
         (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -141,7 +142,7 @@ def show_task(record: TaskRecord, task: Task) -> None:
     ]
     if task.adapter_rank:
         rows.insert(3, ("adapters", f"of rank {task.adapter_rank}"))
-    metrics = record.metrics
+    metrics = task.metrics
     if "candidates" in metrics:
         chosen, text = metrics["chosen"], "the regression was better on validation: the token adds nothing"
         if chosen is not None:
@@ -163,11 +164,12 @@ def show_task(record: TaskRecord, task: Task) -> None:
         console.print(table(title, columns, scores, right=columns[1:]))
 
 
-def headlines(record: TaskRecord) -> tuple[str, ...]:
+def headlines(record: TaskRecord, metrics: Mapping[str, Any] | None = None) -> tuple[str, ...]:
     """The figures that stand for a task, as HEADLINES names them.
 
     Args:
         record: What the registry says of it.
+        metrics: What was measured; None for what the record says.
 
     Returns:
         A text for each column.
@@ -175,7 +177,7 @@ def headlines(record: TaskRecord) -> tuple[str, ...]:
     from addenda.registry import headline
     from addenda.terminal import SCORES, percent
 
-    kind, metrics = headline(record.objective), record.metrics
+    kind, metrics = headline(record.objective), record.metrics if metrics is None else metrics
     parts = (metrics.get("validation", {}), metrics.get("test", {}), metrics.get("regression", {}).get("test", {}))
     return SCORES[record.objective][kind], *(percent(part.get(kind)) for part in parts)
 

@@ -19,7 +19,7 @@ from addenda.distributed.board import REFRESH_S, Board
 from addenda.distributed.cluster import Workplace, check_shared, room
 from addenda.exceptions import AddendaError, DataError
 from addenda.learner import ActivationCache, Learner, Outcome, Row
-from addenda.learner.many import Results, attempt, named
+from addenda.learner.many import Became, Results, attempt, named
 from addenda.learner.reading import Report
 from addenda.registry import Registry, Task
 
@@ -82,15 +82,15 @@ def learn_on_cluster(job: Job, rows: Sequence[Row], registry: Registry, report: 
     order = TopologicalSorter(predecessors(rows))
     order.prepare()
 
-    def finish(index: int, seconds: float, ref: str | None, reason: str) -> None:
-        outcomes[index] = results.add(rows[index], seconds, ref, reason)
+    def finish(index: int, seconds: float, became: Became) -> None:
+        outcomes[index] = results.add(rows[index], seconds, became)
         order.done(index)
 
     while order.is_active():
         for index in sorted(order.get_ready()):
             row, obstacle = rows[index], results.obstacle(rows[index])
             if obstacle:
-                finish(index, 0.0, None, obstacle)
+                finish(index, 0.0, Became(reason=obstacle))
             else:
                 running[learn.options(name=f"learn {row.name}").remote(job, row, board)] = index
         for answer in ray.wait(list(running), timeout=REFRESH_S)[0] if running else ():
@@ -145,24 +145,24 @@ def _standing(names: Sequence[str], at: Mapping[str, str]) -> str:
     return ", ".join(["learning tasks", *begun[:SHOWN], *([f"and {more} more"] if more > 0 else [])])
 
 
-def _received(answer: Any, row: Row) -> tuple[float, str | None, str]:
-    """How long a row took its worker, and the reference of the registered task, or why there is none."""
+def _received(answer: Any, row: Row) -> tuple[float, Became]:
+    """How long a row took its worker, and what became of it."""
     import ray
     from ray.exceptions import RayError, RayTaskError
 
     try:
-        seconds, ref, reason, said = ray.get(answer)
+        seconds, became, said = ray.get(answer)
     except RayTaskError as error:  # before the row was begun: the worker lacks the package, say
         log.debug("Task %r:", row.name, exc_info=True)
-        return 0.0, None, f"its worker could not begin: {str(error.cause).strip().splitlines()[-1]}"
+        return 0.0, Became(reason=f"its worker could not begin: {str(error.cause).strip().splitlines()[-1]}")
     except RayError as error:
-        return 0.0, None, f"{RETRIES + 1} workers were lost over it ({type(error).__name__})"
+        return 0.0, Became(reason=f"{RETRIES + 1} workers were lost over it ({type(error).__name__})")
     for level, message in said:
         log.log(level, "%s: %s", row.name, message)
-    return seconds, ref, reason
+    return seconds, became
 
 
-def _learn(job: Job, row: Row, board: Board) -> tuple[float, str | None, str, list[tuple[int, str]]]:
+def _learn(job: Job, row: Row, board: Board) -> tuple[float, Became, list[tuple[int, str]]]:
     """Learns a row, on a worker: what `_received` gives, and what was warned of meanwhile."""
     started = time.perf_counter()
     report = board.reporter(row.name)
@@ -176,8 +176,8 @@ def _learn(job: Job, row: Row, board: Board) -> tuple[float, str | None, str, li
         return learner.learn(row.name, row.data, row.test, row.config, job.new_version, job.skip_bad, report=report)
 
     with _warnings() as said:
-        ref, reason = attempt(row.name, learn)
-    return time.perf_counter() - started, ref, reason, said
+        became = attempt(row.name, learn)
+    return time.perf_counter() - started, became, said
 
 
 @lru_cache(maxsize=1)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from addenda.backbones import FrozenBackbone, KeyValue, plain
 from addenda.combined import Layout, Observer, TileStore, micro_batch, prove, task_features
+from addenda.exceptions import DataError
 from addenda.learner.augmentation import Augmentation, augment, view_seed
 from addenda.learner.cache import ActivationCache
 from addenda.learner.labelled import LabelledImages
@@ -292,6 +293,12 @@ class Activations:
                     for which, part in enumerate(offered):
                         half[:, layer, which] = part[: len(batch)]
                 pooled = stream.pooled[: len(batch)].float().cpu()
+            for (row, _), feature in zip(batch, pooled, strict=True):
+                if not feature.isfinite().all():
+                    raise DataError(
+                        f"{self._images.called(row % len(self._images))} gives the backbone a feature that holds NaN "
+                        "or infinity. Tensors must be normalised as `backbone.transform` does it."
+                    )
             take([row for row, _ in batch], half, pooled)
 
         size, where, count = self._micro_batch, self._images.where, len(self._images)

@@ -7,7 +7,7 @@ import io
 import json
 import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,11 +17,16 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Subset
 
-from addenda.backbones import FrozenBackbone, prepared, read_image
+from addenda.backbones import FrozenBackbone, LeftOut, in_words, joined, prepared, read_image
 from addenda.exceptions import DataError
 
 UNREADABLE = "0" * 64
 """In the place of the digest of an image that cannot be read."""
+
+
+class TargetError(DataError):
+    """An item whose target is not what its dataset says of it: all labels are in doubt, so none is left out."""
+
 
 Targets = Int[Tensor, " N"] | Bool[Tensor, "N C"]
 """The class of each image; or, of a multi-label task, whether each image has each label."""
@@ -65,6 +70,10 @@ class LabelledImages:
         items: the image files, or the dataset that holds the images.
         places: where each image stood before some were selected, for messages; None where all are there.
         digests: sha256 of each image's content, once `hashed`.
+        folder: where the class folders are, of images that lie in such.
+        left_out: what else is in that folder and was left out.
+        deeper: folders inside class folders that hold images.
+        lost: what is wrong with items that are not among these, since not even their targets could be had.
     """
 
     where: str
@@ -73,6 +82,10 @@ class LabelledImages:
     items: Sequence[Path | EncodedImage] | ImageDataset
     places: tuple[int, ...] | None = None
     digests: tuple[str, ...] | None = None
+    folder: Path | None = None
+    left_out: LeftOut = field(default_factory=dict)
+    deeper: tuple[str, ...] = ()
+    lost: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -85,14 +98,34 @@ class LabelledImages:
     @property
     def can_vary(self) -> bool:
         """Whether random views can be made: of image files and PIL images, not of ready tensors."""
-        item = self.items[0]
-        return isinstance(item, Path | EncodedImage) or isinstance(item[0], Image.Image)
+        for index in range(len(self)):
+            try:
+                item = self.items[index]
+            except DataError:  # whether it may be left out is for the reading to say
+                continue
+            return isinstance(item, Path | EncodedImage) or isinstance(item[0], Image.Image)
+        return False
 
     @property
     def counts(self) -> list[int]:
         """How many images have each label."""
         counts: list[int] = label_counts(self.targets, len(self.labels)).tolist()
         return counts
+
+    @property
+    def remarks(self) -> str:
+        """What there is to say of the folder that they come from, in one line; empty where nothing is."""
+        if self.folder is None:
+            return ""
+        said = [f"left out: {found}"] if (found := in_words(self.left_out, self.folder)) else []
+        if self.deeper:
+            listed = ", ".join(self.deeper[:3]) + (", …" if len(self.deeper) > 3 else "")
+            said.append(f"images in folders inside class folders count as their class's ({listed})")
+        return f"{self.where}: {'; '.join(said)}." if said else ""
+
+    def leaving(self, left_out: LeftOut) -> LabelledImages:
+        """The same images; so much was left out too."""
+        return replace(self, left_out=joined([self.left_out, left_out]))
 
     def hashed(self) -> LabelledImages:
         """The same images with the sha256 of each, in an order that labels and contents decide, and nothing else.
@@ -120,6 +153,8 @@ class LabelledImages:
     def _taken(self, index: int) -> str:
         try:
             return self.digest(index)
+        except TargetError:
+            raise
         except DataError:
             return UNREADABLE
 
@@ -134,8 +169,11 @@ class LabelledImages:
         item = self.items[index]
         return _digest(item, self._called(index, item))
 
-    def _called(self, index: int, item: Any) -> str:
+    def called(self, index: int) -> str:
         """What an image is called in messages."""
+        return self._called(index, self.items[index])
+
+    def _called(self, index: int, item: Any) -> str:
         place = index if self.places is None else self.places[index]
         return str(item) if isinstance(item, Path) else f"Item {place} of {self.where}"
 
@@ -170,6 +208,8 @@ class LabelledImages:
             )
         if transform is not None:
             raise DataError(f"{called} is a tensor; random views are made of PIL images only.")
+        if not image.isfinite().all():
+            raise DataError(f"{called} holds NaN or infinity.")
         return image
 
     def picture(self, index: int) -> Any:
@@ -231,8 +271,20 @@ def _digest(item: Any, called: str) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def class_name(text: str) -> str:
-    """A class's name in Unicode's composed form: macOS writes an accented letter as two characters, Linux as one."""
+def class_name(text: str, called: str = "A class") -> str:
+    """A class's name in Unicode's composed form: macOS writes an accented letter as two characters, Linux as one.
+
+    Args:
+        text: the name as it was found.
+        called: what has it, for the message.
+
+    Raises:
+        DataError: it is not UTF-8, as in archives made by Windows.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{called} has a name that is not UTF-8, {text!r}: rename it.") from error
     return unicodedata.normalize("NFC", text)
 
 

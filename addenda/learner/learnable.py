@@ -35,10 +35,6 @@ def check_learnable(images: LabelledImages) -> None:
     if repeated:
         raise DataError(f"{images.where} has several classes named {repeated[0]!r}; each needs a name of its own.")
     single = images.objective == "single-label"
-    if single and len(images.labels) < 2:
-        raise DataError(
-            f"{images.where} has one class ({images.labels[0]!r}); a classification task needs two or more."
-        )
     short = [(label, count) for label, count in zip(images.labels, images.counts, strict=True) if count < 2]
     if short:
         label, count = short[0]

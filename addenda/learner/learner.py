@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from addenda.backbones import FrozenBackbone, plain
+from addenda.backbones import FrozenBackbone, counted, plain
 from addenda.combined import (
     CombinedModel,
     feature_statistics,
@@ -19,7 +20,7 @@ from addenda.combined import (
     numerics_fingerprint,
     tensor_digest,
 )
-from addenda.exceptions import NameTakenError, RegistryError, TrainingError
+from addenda.exceptions import NameTakenError, RegistryError, RetiredError, TrainingError
 from addenda.learner.activations import Activations
 from addenda.learner.cache import ActivationCache
 from addenda.learner.checkpoint import Checkpoint
@@ -27,7 +28,7 @@ from addenda.learner.config import LearnConfig
 from addenda.learner.data import Data, LabelledImages, check_learnable, check_same_labels, open_images, open_parts
 from addenda.learner.learnable import repeats
 from addenda.learner.metrics import score
-from addenda.learner.reading import Report, read_in_batches
+from addenda.learner.reading import Report, read_in_batches, unreadable
 from addenda.learner.run import Run, family
 from addenda.learner.training import OnEpoch
 from addenda.registry import (
@@ -38,9 +39,10 @@ from addenda.registry import (
     Task,
     TaskFilter,
     canonical_json,
-    check_name,
+    check_new_name,
     digest,
 )
+from addenda.text import shown
 
 BY_CONTENT = "2:"
 """Before the digest of logits in the order of the images' contents; version 0.1 hashed them in that of the files."""
@@ -91,22 +93,24 @@ class Learner:
         scored once, by the combined model, after everything is chosen. Order and names of the images decide nothing.
 
         Args:
-            name: the task's name.
+            name: the task's name; not one of "auto", "combined" and "none", which mean something else.
             train: a folder of class folders, a CSV or Parquet listing, a torch Dataset or a Hugging Face one; a folder,
                 listing or DatasetDict may hold train and test.
             test: likewise; None takes the test part of `train` where there is one.
             config: the settings.
             new_version: whether a name already taken gets a further version.
-            skip_bad: leave out images that cannot be read.
+            skip_bad: leave out images that cannot be had or read, of either part.
             on_epoch: called after each epoch.
             report: told of the progress: what is done, how much, of how much.
 
         Returns:
-            The registered task. The same name, data, settings and numerics as a registered version give that version.
+            The registered task. The same name, data, settings and numerics as a registered version give that version;
+            a test set that it was not scored on is scored, and `metrics["test"]` is of the set that was given.
 
         Raises:
             DataError: the images cannot be learned from.
             NameTakenError: the name is taken by other content.
+            RetiredError: it was learned before and retired; `new_version` has it active again.
             TrainingError: no candidate stayed finite.
         """
         with plain(self.backbone.device, grad=True):
@@ -123,7 +127,7 @@ class Learner:
         on_epoch: OnEpoch | None,
         report: Report | None,
     ) -> Task:
-        check_name(name)
+        check_new_name(name)
         versions = self.registry.tasks(TaskFilter(name=name, retired=True))
         auto = config.extends == "auto"
         parents = () if auto else tuple(self.registry.get(ref) for ref in config.extends)
@@ -131,6 +135,9 @@ class Learner:
             if parent.class_token is None:
                 raise RegistryError(f"Task {parent.ref!r} is head-only: it has no token that {name!r} could see.")
         images, test_images = open_parts(train, test)
+        for part in (images, test_images):
+            if part is not None:
+                _remark_on(part, skip_bad)
         varied = config.augmentation.resolved(images.can_vary and not config.head_only)
         config = replace(config, augmentation=varied)
         images = images.hashed()
@@ -142,13 +149,23 @@ class Learner:
             "extends": "auto" if auto else [parent.sha256 for parent in parents],
             "numerics": here,
         }
-        for record in versions:
-            known = record.data.get("run") == run and tuple(record.labels) == images.labels
-            if known and record.backbone == self.backbone.fingerprint:
-                return self.registry.get(record.ref)
+        same = [
+            record
+            for record in versions
+            if record.data.get("run") == run and record.labels == images.labels
+            if record.backbone == self.backbone.fingerprint
+        ]
+        for record in same:
+            if record.retired is None:
+                return self._again(record.ref, test_images, skip_bad, report)
+        if same and not new_version:
+            raise RetiredError(same[0].ref, same[0].retired or "")
         if versions and not new_version:
             raise NameTakenError(name, versions[-1].version)
 
+        test_skipped: list[str] = []
+        if test_images is not None:  # all that can be found out before hours of training
+            test_images, test_skipped = self._readable(test_images.hashed(), skip_bad, report)
         pool = [task for task in self.registry.load(self.backbone) if task.class_token is not None] if auto else None
         activations = Activations(
             self.backbone, images, config.augmentation, self.cache, family(parents), skip_bad, report
@@ -168,8 +185,7 @@ class Learner:
         metrics = dict(task.metrics)
         scorings = []
         if test_images is not None:
-            test_images = test_images.hashed()
-            scored = self._score([task, rival], test_images, skip_bad, report)
+            scored, _, _ = self._score([task, rival], test_images, False, report)
             metrics["test"], metrics["regression"] = (
                 scored[name].metrics,
                 metrics["regression"] | {"test": scored[rival.name].metrics},
@@ -182,9 +198,12 @@ class Learner:
             "run": run,
             "num_images": len(kept),
             "counts": kept.counts,
-            "skipped": list(activations.skipped),
+            "skipped": [shown(text) for text in (*images.lost, *activations.skipped)],
+            "left_out": counted(images.left_out),
             "repeated": repeated,
         }
+        if test_images is not None:
+            data["test"] = {"skipped": test_skipped, "left_out": counted(test_images.left_out)}
         finished = replace(task, metrics=metrics, data=data)
         self.registry.add_backbone(self.backbone.record())
         statistics = self._statistics(activations) if kept.objective == "single-label" else None
@@ -199,7 +218,7 @@ class Learner:
         Args:
             ref: the task.
             data: as for `learn`; of data that holds train and test, the test part.
-            skip_bad: leave out images that cannot be read.
+            skip_bad: leave out images that cannot be had or read; `metrics["skipped"]` says how many.
             report: told of the progress.
 
         Raises:
@@ -208,12 +227,44 @@ class Learner:
         """
         task = self.registry.get(ref)
         with plain(self.backbone.device):
-            images = check_same_labels(task.labels, open_images(data, "test"), task.objective).hashed()
-            scored = self._score([task], images, skip_bad, report)[task.name]
-            fingerprint = numerics_fingerprint(numerics(self.backbone))
-        return self.registry.add_evaluation(
-            task.ref, images.fingerprint(), fingerprint, scored.metrics, scored.logits_digest
-        )
+            images = check_same_labels(task.labels, open_images(data, "test"), task.objective)
+            _remark_on(images, skip_bad)
+            return self._evaluate(task, images.hashed(), skip_bad, report)
+
+    def _evaluate(self, task: Task, images: LabelledImages, skip_bad: bool, report: Report | None) -> EvaluationRecord:
+        """Scores a registered task on hashed images, and records that."""
+        found, images, bad = self._score([task], images, skip_bad, report)
+        scored, here = found[task.name], numerics_fingerprint(numerics(self.backbone))
+        more = {"skipped": len(images.lost) + len(bad), "left_out": counted(images.left_out)}
+        metrics = scored.metrics | {key: value for key, value in more.items() if value}
+        return self.registry.add_evaluation(task.ref, images.fingerprint(), here, metrics, scored.logits_digest)
+
+    def _again(self, ref: str, test: LabelledImages | None, skip_bad: bool, report: Report | None) -> Task:
+        """A version that was learned before; on a test set that it was not scored on it is scored now."""
+        task = self.registry.get(ref)
+        if test is None:
+            return task
+        images = test.hashed()
+        known = {record.data_fingerprint: record for record in self.registry.evaluations(ref)}
+        found = known.get(images.fingerprint()) or self._evaluate(task, images, skip_bad, report)
+        asked, regression = copy(task), dict(task.metrics.get("regression", {}))
+        if found.metrics != task.metrics.get("test"):
+            regression.pop("test", None)  # that of the test set of then
+            vars(asked)["metrics"] = {**task.metrics, "test": found.metrics, "regression": regression}
+        return asked
+
+    def _readable(
+        self, images: LabelledImages, skip_bad: bool, report: Report | None
+    ) -> tuple[LabelledImages, list[str]]:
+        """Hashed images without those that cannot be read, and what was wrong with these."""
+        kept: list[int] = []
+        bad = read_in_batches(
+            range(len(images)), lambda index: images.read(index, self.backbone), 1,
+            lambda batch: kept.extend(row for row, _ in batch), images.where, len(images), skip_bad,
+            "checking test images", report,
+        )  # fmt: skip
+        skipped = [shown(text) for text in (*images.lost, *(text for _, text in bad))]
+        return images.select(kept) if bad else images, skipped
 
     def _statistics(self, activations: Activations) -> FeatureStatistics | None:
         """What a router will know of the images; None, and said, where it would weigh too much."""
@@ -225,8 +276,11 @@ class Learner:
 
     def _score(
         self, tasks: Sequence[Task], images: LabelledImages, skip_bad: bool, report: Report | None
-    ) -> dict[str, _Scored]:
-        """Runs the combined model of some tasks over every image, once."""
+    ) -> tuple[dict[str, _Scored], LabelledImages, list[str]]:
+        """Runs the combined model of some tasks over every image, once.
+
+        Also gives the images that it saw, and what was wrong with the others.
+        """
         model = CombinedModel(self.backbone, tasks)
         logits: dict[str, list[Tensor]] = {task.name: [] for task in tasks}
         kept: list[int] = []
@@ -241,16 +295,32 @@ class Learner:
 
         size, what = model.micro_batch, "scoring test images"
         count = len(images)
-        read_in_batches(range(count), read, size, take, images.where, count, skip_bad, what, report)
-        targets = images.targets[torch.tensor(kept, dtype=torch.long, device="cpu")]
+        bad = read_in_batches(range(count), read, size, take, images.where, count, skip_bad, what, report)
+        seen = images.select(kept) if bad else images
         joined = {name: torch.cat(parts) for name, parts in logits.items()}
-        return {
+        found = {
             task.name: _Scored(
-                score(joined[task.name] / task.temperature, targets, images.labels, images.objective),
+                score(joined[task.name] / task.temperature, seen.targets, images.labels, images.objective),
                 f"{BY_CONTENT}{tensor_digest(joined[task.name])}",
             )
             for task in tasks
         }
+        return found, seen, [text for _, text in bad]
+
+
+def _remark_on(images: LabelledImages, skip_bad: bool) -> None:
+    """Says what a person should know of images before anything is done with them.
+
+    Raises:
+        DataError: some cannot be had, and are not to be left out.
+    """
+    if images.lost and not skip_bad:
+        raise unreadable(images.lost, len(images) + len(images.lost), images.where)
+    if images.remarks:
+        only_hidden = images.left_out.keys() <= {"hidden"} and not images.deeper
+        log.log(logging.INFO if only_hidden else logging.WARNING, "%s", images.remarks)
+    if len(images.labels) == 1 and images.objective == "single-label":
+        log.warning("%s has one class: the answer will be %r whatever an image shows.", images.where, images.labels[0])
 
 
 def _warn_of(repeated: Mapping[str, int], test: LabelledImages | None) -> None:

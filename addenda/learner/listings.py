@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from addenda.exceptions import DataError
+from addenda.learner.folders import part_named
 from addenda.learner.labelled import LabelledImages, class_name
 
 SUFFIXES = (".csv", ".parquet")
 COLUMNS = ("path", "label", "labels", "split")
-VALIDATION = {"validation", "valid", "val", "dev"}
 NAMED = 10
 """How many problems a message names."""
 
@@ -66,7 +66,7 @@ def has_test_part(file: Path) -> bool:
     """Whether the listing has a row whose split is test."""
     columns, lines = _read(file)
     return "split" in columns and any(
-        _text(dict(zip(columns, line[1], strict=False)).get("split")) == "test" for line in lines
+        part_named(_text(dict(zip(columns, line[1], strict=False)).get("split"))) == "test" for line in lines
     )
 
 
@@ -178,13 +178,14 @@ def _row(folder: Path, columns: Sequence[str], values: Sequence[Any], multi: boo
     if "" in labels:
         raise DataError("it has an empty label")
     split = _text(fields["split"]) if "split" in fields else None
-    if split in VALIDATION:
+    part = None if split is None else part_named(split)
+    if part == "validation":
         raise DataError(
             f"its split is {split!r}: Addenda draws its own validation part from train. Call it train, or leave it out"
         )
-    if split not in (None, "train", "test"):
+    if split is not None and part is None:
         raise DataError(f"its split is {split!r}; it must be train or test")
-    return _Row(path, labels, split)
+    return _Row(path, labels, part)
 
 
 def _labels(value: Any) -> tuple[str, ...]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -19,7 +19,7 @@ from addenda.learner.data import Data, open_parts
 from addenda.learner.learner import Learner
 from addenda.learner.reading import Report
 from addenda.learner.yaml_file import read_mapping
-from addenda.registry import Registry, Task, TaskFilter, check_name
+from addenda.registry import Registry, Task, TaskFilter, check_new_name
 
 State = Literal["learned", "learned before", "failed", "skipped"]
 
@@ -54,6 +54,7 @@ class Outcome:
         seconds: how long it took.
         ref: the registered task; None where there is none.
         reason: why there is none.
+        metrics: what was measured, on the test set of the row.
     """
 
     name: str
@@ -61,6 +62,15 @@ class Outcome:
     seconds: float
     ref: str | None = None
     reason: str = ""
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Became(NamedTuple):
+    """What became of an attempt: a registered task and what was measured of it, or why there is none."""
+
+    ref: str | None = None
+    reason: str = ""
+    metrics: Mapping[str, Any] = {}
 
 
 class _File(BaseModel):
@@ -139,8 +149,8 @@ def learn_many(
 
         learn = partial(learner.learn, row.name, row.data, row.test, row.config, new_version, skip_bad, report=step)
         obstacle = results.obstacle(row)
-        ref, reason = (None, obstacle) if obstacle else attempt(row.name, learn)
-        yield results.add(row, time.perf_counter() - started, ref, reason)
+        became = Became(reason=obstacle) if obstacle else attempt(row.name, learn)
+        yield results.add(row, time.perf_counter() - started, became)
 
 
 class Results:
@@ -165,28 +175,29 @@ class Results:
         parent = next((ref for ref in named(row.config) if ref in self._lost), None)
         return "" if parent is None else f"it extends {parent!r}, which {self._lost[parent]}"
 
-    def add(self, row: Row, seconds: float, ref: str | None, reason: str) -> Outcome:
-        """Keeps and logs what became of a row: its registered task, or why there is none."""
+    def add(self, row: Row, seconds: float, became: Became) -> Outcome:
+        """Keeps and logs what became of a row."""
         state: State
-        if ref is not None:
-            state = "learned before" if ref in self._before else "learned"
+        if became.ref is not None:
+            state = "learned before" if became.ref in self._before else "learned"
         else:
             state = "skipped" if self.obstacle(row) else "failed"
             self._lost[row.name] = "failed" if state == "failed" else "was skipped"
-        level, said = logging.WARNING if reason else logging.INFO, ": ".join(filter(None, (state, reason)))
-        log.log(level, "%s: %s", self.place(row), said)
-        return Outcome(row.name, state, seconds, ref, reason)
+        level = logging.WARNING if became.reason else logging.INFO
+        log.log(level, "%s: %s", self.place(row), ": ".join(filter(None, (state, became.reason))))
+        return Outcome(row.name, state, seconds, became.ref, became.reason, became.metrics)
 
 
-def attempt(name: str, learn: Callable[[], Task]) -> tuple[str | None, str]:
-    """The reference of a registered task, or why there is none."""
+def attempt(name: str, learn: Callable[[], Task]) -> Became:
+    """Learns a task, or says why there is none."""
     try:
-        return learn().ref, ""
+        task = learn()
     except AddendaError as error:
-        return None, str(error)
+        return Became(reason=str(error))
     except Exception as error:  # out of memory, a disk that went: the other tasks are still to be learned
         log.exception("Task %r met an error that is not one of its images or settings:", name)
-        return None, f"{type(error).__name__}: {error}"
+        return Became(reason=f"{type(error).__name__}: {error}")
+    return Became(task.ref, metrics=dict(task.metrics))
 
 
 def named(config: LearnConfig) -> Sequence[str]:
@@ -207,7 +218,7 @@ def _row(
     config, data = LearnConfig(), folder / given.data
     test = None if given.test is None else folder / given.test
     with _noting(problems):
-        check_name(given.name)
+        check_new_name(given.name)
     if given.name in earlier:
         problems.append(f"the name is that of task {earlier.index(given.name) + 1} already")
     with _noting(problems):

@@ -48,9 +48,11 @@ def read_in_batches(
     """
     batch: list[tuple[int, Tensor]] = []
     bad: list[tuple[int, str]] = []
+    first: DataError | None = None
     for done, (row, result) in enumerate(_read_ahead(rows, read), 1):
         if isinstance(result, DataError):
             bad.append((row, str(result)))
+            first = first or result
         elif not bad or skip_bad:  # once a run is lost, the rest is only read, to name every bad image
             batch.append((row, result))
         if len(batch) == size:
@@ -60,14 +62,25 @@ def read_in_batches(
             report(what, done, len(rows))
     texts = list(dict.fromkeys(text for _, text in bad))
     if bad and (not skip_bad or len(texts) == num_images):
-        named = "\n  ".join(texts[:10]) + (f"\n  … and {len(texts) - 10} more" if len(texts) > 10 else "")
-        raise DataError(
-            f"{len(texts)} of {num_images} images in {where} cannot be read:\n  {named}\n"
-            "Mend them, or leave them out with --skip-bad (in Python: skip_bad=True)."
-        )
+        raise unreadable(texts, num_images, where) from first
     if batch:
         take(batch)
     return bad
+
+
+def unreadable(texts: Sequence[str], num_images: int, where: str) -> DataError:
+    """The error that names images that cannot be read, ten of them at most.
+
+    Args:
+        texts: what is wrong with each.
+        num_images: how many images there are in all.
+        where: in what.
+    """
+    named = "\n  ".join(texts[:10]) + (f"\n  … and {len(texts) - 10} more" if len(texts) > 10 else "")
+    return DataError(
+        f"{len(texts)} of {num_images} images in {where} cannot be read:\n  {named}\n"
+        "Mend them, or leave them out with --skip-bad (in Python: skip_bad=True)."
+    )
 
 
 def _read_ahead(rows: Sequence[int], read: Callable[[int], Tensor]) -> Iterator[tuple[int, Tensor | DataError]]:

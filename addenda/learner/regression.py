@@ -45,6 +45,8 @@ def choose_strength(features: Float[Tensor, "N D"], targets: Targets, seed: int)
     Of multi-label targets one C for all labels, by the mean log loss of all their answers, in 5 folds. A label that all
     images to learn from in a fold have, or none, is answered there as `fit_regression` answers it.
     """
+    if _is_one_class(targets):
+        return 1.0
     x = features.double().numpy()
     losses = _multi_label_losses(x, targets, seed) if targets.ndim == 2 else _single_label_losses(x, targets, seed)
     tried: list[float] = []
@@ -59,10 +61,12 @@ def fit_regression(features: Float[Tensor, "N D"], targets: Targets, strength: f
     """Fits to convergence; of multi-label targets one regression for each label against the rest.
 
     A label that every image has, or none, has nothing to be told by: its weight is 0, and its bias answers with
-    (images that have it + 1) / (images + 2), Laplace's rule.
+    (images that have it + 1) / (images + 2), Laplace's rule. So is a class that is the only one: its weight is 0.
     """
     x = features.double().numpy()
-    if targets.ndim == 2:
+    if _is_one_class(targets):
+        weight, bias = np.zeros((1, x.shape[1])), np.zeros(1)
+    elif targets.ndim == 2:
         rows = [_Binary(strength).fit(x, column) for column in targets.T.numpy()]
         weight, bias = np.stack([row.weight for row in rows]), np.array([row.bias for row in rows])
     else:
@@ -71,6 +75,10 @@ def fit_regression(features: Float[Tensor, "N D"], targets: Targets, strength: f
         if len(weight) == 1:  # two classes are fitted as one: half of the margin to each gives the same probabilities
             weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
     return Regression(torch.from_numpy(weight).float(), torch.from_numpy(bias).float(), strength)
+
+
+def _is_one_class(targets: Targets) -> bool:
+    return targets.ndim == 1 and not targets.any()
 
 
 def _single_label_losses(x: Array, targets: Int[Tensor, " N"], seed: int) -> Iterator[float]:

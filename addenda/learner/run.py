@@ -120,7 +120,7 @@ class Run:
             "regression": {"strength": self._strength, "validation": self._rival_scores},
             "validation": self._rival_scores,
         }
-        if self._config.head_only:
+        if self._config.head_only or (self._objective == "single-label" and len(self._labels) == 1):
             return replace(self.rival, name=self._name, metrics=metrics)
         best = self._sweep(self._activations, parents)
         if pool is not None:

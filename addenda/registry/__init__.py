@@ -14,7 +14,7 @@ from addenda.registry.receiving import Received
 from addenda.registry.records import EvaluationRecord, Scoring, TaskRecord
 from addenda.registry.registry import Registry
 from addenda.registry.statistics import FeatureStatistics
-from addenda.registry.task import ADAPTED, Golden, LowRank, Task, check_name
+from addenda.registry.task import ADAPTED, Golden, LowRank, Task, check_name, check_new_name
 
 __all__ = [
     "ADAPTED",
@@ -38,6 +38,7 @@ __all__ = [
     "TaskRecord",
     "canonical_json",
     "check_name",
+    "check_new_name",
     "check_unwritten",
     "digest",
     "headline",

@@ -18,7 +18,7 @@ from addenda.registry.manifest import Alias, Backbone, Contents, Entry, Golden, 
 from addenda.registry.queries import find, is_retired
 from addenda.registry.registration import derived, insert_task
 from addenda.registry.statistics import FeatureStatistics
-from addenda.registry.task import Task, check_name
+from addenda.registry.task import RESERVED, Task, check_new_name
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def _plan(
     if strangers := sorted(renames.keys() - names):
         raise RegistryError(f"There is no {strangers[0]!r} to rename: the tasks are {', '.join(sorted(names))}.")
     for name in renames.values():
-        check_name(name)
+        check_new_name(name)
     task, held, versions, conflicts = schema.task.c, {}, {}, []
     for name in sorted({renames.get(name, name) for name in names}):
         query = select(task.version, task.artifact).where(task.name == name)
@@ -95,6 +95,8 @@ def _plan(
         found = held.get((name, version))
         if found is not None and found != sha256:
             conflicts.append(f"'{name}:{version}' ({found[:12]}… is not {sha256[:12]}…)")
+        if found is None and name in RESERVED:
+            raise RegistryError(f"No task can be called {name!r}: {RESERVED[name]}. Rename it: --rename {name}=NEW.")
         held[name, version] = found or sha256
         plan.append((entry, f"{name}:{version}", found is None))
     if conflicts:

@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine, Row, delete, insert, select, update
 
 import addenda
-from addenda.exceptions import ConflictError, NameTakenError, RegistryError
+from addenda.exceptions import ConflictError, NameTakenError, RegistryError, RetiredError
 from addenda.registry import bundle, ledger, schema
 from addenda.registry.artifact import check_unwritten
 from addenda.registry.database import connect, database_errors, reading, writing
@@ -22,7 +22,7 @@ from addenda.registry.receiving import Received, receive
 from addenda.registry.records import EvaluationRecord, Scoring
 from addenda.registry.registration import derived, golden_row, insert_task, next_id, packages
 from addenda.registry.statistics import FeatureStatistics
-from addenda.registry.task import Golden, Task, check_name, check_tag
+from addenda.registry.task import Golden, Task, check_name, check_new_name, check_tag
 from addenda.registry.upgrade import check_readable, upgrade
 
 
@@ -108,16 +108,17 @@ class Registry(Reader):
             evaluations: scorings made while it was learned.
 
         Returns:
-            The task with its version. Content already registered under this name is not registered again: the
+            The task with its version. Content already registered under this name is not registered again: the active
             version that holds it is returned.
 
         Raises:
             NameTakenError: the name is taken by other content.
+            RetiredError: it is taken by the same content, which was retired; as a new version it is active again.
             IntegrityError: its tensors have been written to since it was made.
             RegistryError: a parent or the backbone is not registered, its statistics weigh too much, or the database
                 refused.
         """
-        check_name(task.name)
+        check_new_name(task.name)
         if statistics is not None:
             statistics.check(len(task.labels))
             if statistics.excess is not None:
@@ -127,9 +128,15 @@ class Registry(Reader):
         data = task.artifact
         with database_errors(f"Task {task.name!r} was not registered"), writing(self._engine) as connection:
             versions = connection.execute(select(schema.task).where(schema.task.c.name == task.name)).all()
-            for row in versions:
-                if row.artifact == task.sha256:
+            same = [row for row in versions if row.artifact == task.sha256]
+            tombstone = schema.retirement.c
+            query = select(tombstone.task_id, tombstone.reason).where(tombstone.task_id.in_([row.id for row in same]))
+            retired = dict(connection.execute(query).all())
+            for row in same:
+                if row.id not in retired:
                     return load_task(connection, row)
+            if same and not new_version:
+                raise RetiredError(_ref(same[-1]), retired[same[-1].id])
             if versions and not new_version:
                 raise NameTakenError(task.name, max(row.version for row in versions))
             known = select(schema.backbone.c.name).where(schema.backbone.c.fingerprint == task.backbone)

@@ -18,6 +18,13 @@ from addenda.registry.objectives import probabilities
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=:/-]{0,99}")
 
+RESERVED = {
+    "auto": "`--task auto` and `--extends auto` let Addenda choose among all tasks",
+    "combined": "the server answers for all tasks together under it",
+    "none": "it is what a router answers where no task fits",
+}
+"""Words that stand where a task's name could stand, and what they mean there."""
+
 ADAPTED = ("q", "proj", "fc1", "fc2")
 """The linear layers of a block that a task's adapters update, by timm's names; `q` is a third of its `qkv`."""
 
@@ -42,6 +49,16 @@ def check_name(name: str) -> str:
             "63 characters at most."
         )
     return name
+
+
+def check_new_name(name: str) -> str:
+    """Returns a name that a task may be given; raises RegistryError for one that means something else in its place.
+
+    Tasks that have one from before are reached as `name:version`.
+    """
+    if name in RESERVED:
+        raise RegistryError(f"No task can be called {name!r}: {RESERVED[name]}. Choose another name.")
+    return check_name(name)
 
 
 def check_tag(tag: str) -> str:
@@ -95,6 +112,13 @@ class Task:
     config: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     metrics: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     data: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a deep copy or a pickle is made of."""
+        return {k: dict(held) if isinstance(held, MappingProxyType) else held for k, held in vars(self).items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
 
     @property
     def ref(self) -> str:

@@ -1,0 +1,158 @@
+"""Folders of class folders, with or without parts: what is a class, what is a part, and what is neither."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from addenda.backbones.image_files import LeftOut, image_files, in_words, is_hidden, joined
+from addenda.exceptions import DataError
+from addenda.learner.labelled import LabelledImages, class_name
+
+Part = Literal["train", "test"]
+
+_PARTS = {
+    "train": ("train", "training", "trn"),
+    "test": ("test", "testing", "tst"),
+    "validation": ("val", "valid", "validation", "dev", "eval", "evaluation"),
+}
+_ENDING = re.compile(r"(set|data|dataset|split|images|imgs)?((19|20)[0-9][0-9])?")
+"""What may stand behind a part's name: trainset, test_images, val2017."""
+
+
+def part_named(name: str) -> str | None:
+    """The part that people call so: "train", "test" or "validation"; None for any other name."""
+    letters = re.sub(r"[\W_]", "", name.casefold())
+    for part, words in _PARTS.items():
+        if any(letters.startswith(word) and _ENDING.fullmatch(letters[len(word) :]) for word in words):
+            return part
+    return None
+
+
+def parts_of(folder: Path) -> dict[str, Path]:
+    """The folders of a data set's parts by their names in _PARTS; none where its folders are classes.
+
+    Folders named as parts are parts if they hold class folders, and classes if they hold images.
+
+    Raises:
+        DataError: it cannot be told what is a part and what a class, or a part is there twice.
+    """
+    children = _folders(folder)
+    named = [(part, child) for child in children if (part := part_named(child.name)) is not None]
+    parts: dict[str, Path] = {}
+    for part, child in named:
+        if not _folders(child):
+            continue
+        if part in parts:
+            raise DataError(
+                f"{str(folder)!r} has both {parts[part].name}/ and {child.name}/ in it. Leave one, or give a part by "
+                f"its own path: {str(child)!r}."
+            )
+        parts[part] = child
+    if not parts:
+        if len({part for part, _ in named}) > 1 and len(named) == len(children):
+            listed = " and ".join(f"{child.name}/" for _, child in named)
+            raise DataError(
+                f"{str(folder)!r} has {listed} in it, which are named as parts and hold no class folders. Put each "
+                f"class's images into a folder of its own: {named[0][1].name}/cat/1.jpg."
+            )
+        return {}
+    images_beside = [
+        child for child in children if child not in parts.values() and not _folders(child) and image_files(child)[0]
+    ]
+    if images_beside and len(parts) == 1:
+        (only,) = parts.values()
+        raise DataError(
+            f"{str(folder)!r} has {only.name}/ in it, which holds class folders, and {images_beside[0].name}/ beside "
+            f"it, which holds images: is that a class or a part? Give {str(only)!r} itself, or put all classes into it."
+        )
+    return parts
+
+
+def has_test_part(folder: Path) -> bool:
+    """Whether a folder has a test part beside the part to learn from."""
+    return {"train", "test"} <= parts_of(folder).keys() if folder.is_dir() else False
+
+
+def open_folder(folder: Path, part: Part) -> LabelledImages:
+    """Opens a folder of class folders, or such a part of one, without reading its images.
+
+    Images in folders inside a class folder are that class's.
+
+    Raises:
+        DataError: it is missing or empty, lacks that part, or holds something else than classes.
+    """
+    if not folder.is_dir():
+        raise DataError(f"There is no folder {str(folder)!r}.")
+    parts = parts_of(folder)
+    if not parts:
+        return _open_classes(folder)
+    if part not in parts:
+        listed = " and ".join(f"{path.name}/" for path in parts.values())
+        raise DataError(
+            f"{str(folder)!r} has {listed} in it and no {part}/. Give the part to use by its own path: "
+            f"{str(next(iter(parts.values())))!r}."
+        )
+    beside = [child for child in _folders(folder) if child not in parts.values()]
+    validation = [parts[name] for name in ("validation",) if name in parts]
+    return _open_classes(parts[part]).leaving({"validation": validation, "beside_parts": beside})
+
+
+def _open_classes(folder: Path) -> LabelledImages:
+    classes = _folders(folder)
+    if tasks := [p.name for p in classes if parts_of(p)]:
+        raise DataError(
+            f"{str(folder)!r} holds data sets, not classes: {tasks[0]!r} in it has train/ of its own, or another part. "
+            f"Give {str(folder / tasks[0])!r}, or name them all in a file for `addenda learn-many`."
+        )
+    files: dict[str, list[Path]] = {}
+    loose, beside = image_files(folder, deep=False)
+    hidden = [child for child in sorted(folder.iterdir()) if child.is_dir() and is_hidden(child.name)]
+    left_out: list[LeftOut] = [{"hidden": hidden}, {"beside_classes": loose}, beside]
+    for place in classes:  # two folders may have one name in Unicode's two forms
+        found, besides = image_files(place)
+        files.setdefault(class_name(place.name, f"Class folder {str(place)!r}"), []).extend(found)
+        left_out.append(besides)
+    files = dict(sorted(files.items()))
+    if not any(files.values()):
+        hint = "its images lie side by side" if loose else "no image was found in it"
+        raise DataError(
+            f"{str(folder)!r} has no class folders with images ({hint}). Put each class's images into a folder named "
+            f"after the class: {folder.name}/cat/1.jpg, {folder.name}/dog/1.jpg."
+        )
+    empty = [name for name, paths in files.items() if not paths]
+    if empty:
+        said = in_words(joined(left_out), folder)
+        raise DataError(
+            f"Class folder {empty[0]!r} in {str(folder)!r} has no images. Fill it or remove it."
+            + (f" (Left out: {said}.)" if said else "")
+        )
+    paths = [path for paths in files.values() for path in paths]
+    deeper = sorted({path.parent for path in paths} - set(classes))
+    if len(classes) == 1 and not any(path.parent == classes[0] for path in paths) and len(deeper) > 1:
+        raise DataError(
+            f"{str(folder)!r} has one folder, {classes[0].name}/, and its images lie in folders inside that: "
+            f"{deeper[0].name}/, {deeper[1].name}/. If these are the classes, give {str(classes[0])!r}."
+        )
+    targets = [i for i, paths in enumerate(files.values()) for _ in paths]
+    opened = LabelledImages(
+        f"{str(folder)!r}",
+        tuple(files),
+        torch.tensor(targets, dtype=torch.int64, device="cpu"),
+        paths,
+        folder=folder,
+        deeper=tuple(os.path.relpath(place, folder) for place in deeper),
+    )
+    return opened.leaving(joined(left_out))
+
+
+def _folders(place: Path) -> list[Path]:
+    """The folders in a folder that are a person's own, in the order of their names."""
+    try:
+        return sorted(child for child in place.iterdir() if child.is_dir() and not is_hidden(child.name))
+    except OSError as error:
+        raise DataError(f"The folder {str(place)!r} cannot be read: {error.strerror}.") from error
