@@ -41,6 +41,10 @@ class NameTakenError(RegistryError):
         )
 
 
+class OwnershipError(RegistryError):
+    """A change to what somebody else made, by who may change only their own."""
+
+
 class RetiredError(RegistryError):
     """What is asked for is there already, in a version that was retired."""
 

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from addenda.text import shown
+from addenda.text import shown, shown_lines
 
 console = Console()
 WORD = 16
@@ -89,11 +89,16 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes:.1f} TB"
 
 
+class _Shown(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return shown_lines(super().format(record))
+
+
 @contextmanager
 def show_log(quiet: bool = False) -> Iterator[None]:
     """Shows what the package logs on standard error, a line each; only warnings where it should be quiet."""
     logger, handler = logging.getLogger("addenda"), logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(_Shown("%(message)s"))
     before = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.WARNING if quiet else logging.INFO)

@@ -54,7 +54,9 @@ class ServedProcess:
         command = [sys.executable, "-m", self.module, "serve", "--registry", registry, "--port", 0, *options]
         environment = {**os.environ, "ADDENDA_KEYS": str(folder / "keys.json"), "OMP_NUM_THREADS": "1", **environment}
         with self.log.open("w") as log:
-            self.process = subprocess.Popen([str(part) for part in command], stderr=log, env=environment, cwd=folder)
+            self.process = subprocess.Popen(
+                [str(part) for part in command], stdout=log, stderr=log, env=environment, cwd=folder
+            )
         self.url = ""
         deadline = time.monotonic() + self.start_s
         while not self._answers():

@@ -12,9 +12,11 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
+from safetensors.torch import save
 
 from addenda.exceptions import IntegrityError, RegistryError
-from addenda.registry import Registry, canonical_json, digest
+from addenda.registry import Registry, Task, canonical_json, digest
+from addenda.registry.registration import derived
 from tests.databases import rows
 from tests.registries import BACKBONE, a_task, probe
 from tests.travel import FULL, states
@@ -109,6 +111,43 @@ def statistics_of(manifest: dict[str, Any], blobs: dict[str, bytes], data: bytes
     blobs[digest(data)] = data
 
 
+def retask(manifest: dict[str, Any], blobs: dict[str, bytes], ref: str, task: Task) -> None:
+    """Gives a task another artifact, with a row and a golden probe that fit it."""
+    swap(manifest, blobs, ref, task.artifact)
+    entry = of(manifest, ref)
+    entry["task"] |= derived(task)
+    entry["statistics"] = None
+    data = np.zeros(len(task.labels), np.float32).tobytes()
+    for golden in entry["goldens"]:
+        golden["digest"] = digest(data)
+    blobs[digest(data)] = data
+    kept = {"manifest"} | {name for e in manifest["tasks"] for name in blobs_of(e)}
+    for name in set(blobs) - kept:
+        del blobs[name]
+
+
+def blobs_of(entry: dict[str, Any]) -> set[str]:
+    named = {entry["task"]["artifact"], *(golden["digest"] for golden in entry["goldens"])}
+    return named | ({entry["statistics"]} if entry["statistics"] else set())
+
+
+def of_many_labels(count: int) -> Task:
+    head = {key: torch.zeros(count, 8) for key in ("head_weight", "pooled_weight")}
+    labels = tuple(str(number).rjust(1000, "x") for number in range(count))
+    return a_task("old", 7, labels=labels, head_bias=torch.zeros(count), **head)
+
+
+def deep(manifest: dict[str, Any], depth: int) -> bytes:
+    of(manifest, "old:1")["task"]["config"] = {"deep": "HERE"}
+    return canonical_json(manifest).replace('"HERE"', "[" * depth + "]" * depth).encode()
+
+
+def nested(depth: int) -> bytes:
+    """An artifact whose manifest is brackets in brackets."""
+    tensors = {"head_weight": torch.zeros(3, 8), "head_bias": torch.zeros(3)}
+    return bytes(save(tensors, metadata={"addenda": "[" * depth + "]" * depth}))
+
+
 FORGERIES: dict[str, tuple[Callable[[dict[str, Any], dict[str, bytes]], Any], str]] = {
     "another format": (lambda m, b: m.update(format=2), "it has format 2; this version reads 1. Upgrade Addenda"),
     "no JSON": (lambda m, b: b"[" * 100_000, "its manifest: Invalid JSON"),
@@ -148,6 +187,28 @@ FORGERIES: dict[str, tuple[Callable[[dict[str, Any], dict[str, bytes]], Any], st
     "an artifact that is none": (lambda m, b: swap(m, b, "tip:1", b"\x80\x04."), "'tip:1' .*: its artifact is not val"),
     "a golden probe too short": (lambda m, b: probe_of(m, b, b"1234"), "its golden probe is not of 3 labels"),
     "an empty golden probe": (lambda m, b: probe_of(m, b, b""), "its golden probe is not of 3 labels"),
+    "probes that are infinite": (
+        lambda m, b: probe_of(m, b, np.full(3, np.inf, np.float32).tobytes()), "'old:1' .*probe .* NaN or infin"),
+    "probes that are no numbers": (
+        lambda m, b: probe_of(m, b, np.full(3, np.nan, np.float32).tobytes()), "golden probe has .* NaN or infinite"),
+    "a temperature that makes infinities": (
+        lambda m, b: retask(m, b, "old:1", a_task("old", 7, temperature=1e-300)), "it may be from 1e-06 to 1e"),
+    "a label of 20 MB": (
+        lambda m, b: retask(m, b, "old:1", a_task("old", 7, labels=("a" * 20_000_000, "b", "c"))),
+        "has 20,000,000 characters; 1,000 is the most"),
+    "labels of 5 MB": (
+        lambda m, b: retask(m, b, "old:1", of_many_labels(5000)), "5,000 labels have 5,000,000 bytes together"),
+    "a label with NUL": (
+        lambda m, b: retask(m, b, "old:1", a_task("old", 7, labels=("a\0", "b", "c"))), "holds a NUL character"),
+    "3,000 memory tokens": (
+        lambda m, b: retask(m, b, "old:1", a_task("old", 7, memory=torch.zeros(2, 3000, 8))),
+        "has 3,000 memory tokens in a layer; 1,024 is the most"),
+    "a reason with NUL": (lambda m, b: of(m, "old:1")["retirement"].update(reason="a\0b"), "holds a NUL character"),
+    "a word for a name": (lambda m, b: of(m, "old:1")["task"].update(name="auto"), "No task can be called 'auto'"),
+    "brackets": (lambda m, b: deep(m, 100_000), "recursion limit|nested too deeply"),
+    "fewer brackets": (lambda m, b: deep(m, 5_000), "recursion limit|nested too deeply"),
+    "brackets within an artifact": (
+        lambda m, b: swap(m, b, "old:1", nested(100_000)), "'old:1' .*its manifest is nested too deeply"),
     "statistics that are none": (lambda m, b: statistics_of(m, b, b"\x80\x04."), "its statistics are not valid"),
 }  # fmt: skip
 BARE = a_task("bare", 5, class_token=None, memory=None, pooled_weight=None)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from sqlalchemy import text
+from alembic import command
+from sqlalchemy import Column, String, text
 
 from addenda.exceptions import RegistryError
-from addenda.registry import Registry, digest
-from addenda.registry.upgrade import VERSION_TABLE, schema_faults
+from addenda.registry import Registry, digest, schema
+from addenda.registry.database import connect, writing
+from addenda.registry.upgrade import VERSION_TABLE, _config, schema_faults
 from tests.databases import Database, address, everything, raw
 from tests.old_registries import Rows, as_it_was_told, make_old, mappings
 from tests.processes import all_at_once, killed_at_each_statement
@@ -60,6 +62,23 @@ def test_an_upgrade_seals_the_old_events_and_what_they_wrote(old, present):
     for table in ("task", "retirement", "golden", "evaluation"):
         assert [row["event_id"] for row in after[table]] == [row["event_id"] for row in present[table]]
     assert [(row["score"], row["packages"]) for row in after["task"]] == [(None, {}), (0.9, {}), (None, {})]
+
+
+def test_a_column_of_a_later_version_is_nothing_to_an_upgrade(old):
+    """As it will be when the next column is added: the live schema has it, and the migrations so far do not."""
+    location, before = old
+    assert all_at_once(upgrade_with_later_columns, [(location,)]) == [0]
+    assert verify_ledger(location) == len(before["event"]) + 1
+
+
+def upgrade_with_later_columns(location: str, *start: Any) -> None:
+    for table in ("task", "golden", "backbone", "event", "statistics"):
+        schema.metadata.tables[table].append_column(Column("later", String, nullable=False, server_default=""))
+    engine, config = connect(location, create=False), _config()
+    with writing(engine) as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+    engine.dispose()
 
 
 def test_an_upgraded_registry_is_like_a_new_one(old):

@@ -277,7 +277,7 @@ class _Bench:
             log = stack.enter_context(open(f"{folder}/log", "w+"))
             process = subprocess.Popen(
                 (*command, "--log-level", "error", "--device", str(self.backbone.device), *weights, *options),
-                stderr=log, env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+                stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
             )  # fmt: skip
             try:
                 yield _Server(process, registry, Path(log.name), len(tasks), ready)

@@ -6,7 +6,7 @@ from addenda.combined.layout import Layout, TileStore, micro_batch
 from addenda.combined.looking import attention_map
 from addenda.combined.model import Answers, CombinedModel
 from addenda.combined.numerics import numerics, numerics_fingerprint, tensor_digest
-from addenda.combined.predictions import predictions, predictions_of
+from addenda.combined.predictions import not_finite, predictions, predictions_of
 from addenda.combined.recorded import recorded_backbone
 from addenda.combined.routing import Choice, Router, feature_statistics
 from addenda.combined.selftest import prove
@@ -27,6 +27,7 @@ __all__ = [
     "golden",
     "loaded_bytes",
     "micro_batch",
+    "not_finite",
     "numerics",
     "numerics_fingerprint",
     "pass_operations",

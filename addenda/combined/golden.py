@@ -11,7 +11,7 @@ from addenda.backbones import FrozenBackbone
 from addenda.combined.model import CombinedModel
 from addenda.combined.numerics import numerics, numerics_fingerprint, tensor_digest
 from addenda.combined.probes import NUM_PROBES, probe_images
-from addenda.registry import Golden, Task
+from addenda.registry import Golden, Task, is_finite
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-1}
 """What max |difference| / max |logit| may be under another numerics fingerprint (docs/exactness.md)."""
@@ -102,7 +102,10 @@ def _verdict(task: Task, probe: Golden | None, logits: Tensor, now: str, backbon
         same, identical = now == probe.numerics_fingerprint, tensor_digest(logits) == probe.digest
         difference = (logits - probe.logits).abs().max().item()
         bound = TOLERANCE[str(backbone.precision).removeprefix("torch.")] * probe.logits.abs().max().item()
-    if probe is None:
+    finite = is_finite(logits, task.objective, task.temperature)
+    if not finite:
+        detail = "gives logits or probabilities that are NaN or infinite"
+    elif probe is None:
         detail = "no golden probe is recorded"
     elif difference is None:
         detail = "its golden probe does not fit it, or has been changed"
@@ -114,7 +117,7 @@ def _verdict(task: Task, probe: Golden | None, logits: Tensor, now: str, backbon
         detail = f"new epoch (numerics {now[:12]}…): differs by up to {difference:.3g}, allowed {bound:.3g}"
     return Verdict(
         task=task.ref,
-        ok=difference is not None and (identical or (not same and difference <= bound)),
+        ok=finite and difference is not None and (identical or (not same and difference <= bound)),
         compared=f"{NUM_PROBES} probe images x {len(task.labels)} logits",
         numerics_fingerprint=now,
         recorded_under="" if probe is None else probe.numerics_fingerprint,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +123,9 @@ class CombinedModel:
     def _select(self, tasks: Sequence[str] | None) -> tuple[str, ...]:
         unknown = [name for name in tasks or () if name not in self.tasks]
         if unknown:
-            known = ", ".join(repr(name) for name in self.tasks) or "none"
-            raise UnknownTaskError(f"Task {unknown[0]!r} is not in this model. Known: {known}.")
+            known = ", ".join(map(repr, islice(self.tasks, 10))) or "none"
+            more = f" and {len(self.tasks) - 10} more" if len(self.tasks) > 10 else ""
+            raise UnknownTaskError(f"Task {unknown[0]!r} is not in this model. Known: {known}{more}.")
         return tuple(self.tasks) if tasks is None else tuple(dict.fromkeys(tasks))
 
     @uncompiled

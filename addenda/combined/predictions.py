@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from addenda.exceptions import IntegrityError
 from addenda.registry import OBJECTIVES, Task, probabilities
 
 Prediction = list[tuple[str, float]]
@@ -17,6 +18,14 @@ TOP = 3
 """Labels that a single-label task gives for each image, unless told."""
 LIKELY = 0.5
 """The probability from which a multi-label task gives a label."""
+
+
+def not_finite(task: Task) -> IntegrityError:
+    """The error of a task whose answers are no numbers."""
+    return IntegrityError(
+        f"Task {task.ref!r} gives logits or probabilities that are NaN or infinite for these images. Ask for other "
+        f"tasks by name, or have it retired: addenda tasks retire {task.ref}"
+    )
 
 
 def predictions(task: Task, logits: Float[Tensor, "B C"], top: int | None = None) -> list[Prediction]:
@@ -48,6 +57,9 @@ def predictions_of(
         count = TOP if top is None and single else top
         together = torch.stack([logits[task.name].cpu() for task in group])
         best = probabilities(together, objective, temperature).sort(dim=-1, descending=True, stable=True)
+        if not best.values.isfinite().all():
+            wrong = next(task for task, one in zip(group, best.values, strict=True) if not one.isfinite().all())
+            raise not_finite(wrong)
         values, indices = best.values[..., :count].tolist(), best.indices[..., :count].tolist()
         for task, values_of, indices_of in zip(group, values, indices, strict=True):
             found[task.name] = [

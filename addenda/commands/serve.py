@@ -98,7 +98,9 @@ def serve(
             also.append(f"metrics on port {serve_metrics(made, host, metrics_port)}")
         address, found_port = listening.getsockname()[:2]
         more = f" ({'; '.join(also)})" if also else ""
-        typer.echo(f"Serving {opened.location} on http://{address}:{found_port}{more}", err=True)
+        # On standard output: the other one is the log, a JSON document on each line.
+        typer.echo(f"Serving {opened.location} on http://{address}:{found_port}{more}")
+        sys.stdout.flush()
         server = Server(made, listening, drain, stop_s=30)
         server.run_until_stopped()
         if not server.started:

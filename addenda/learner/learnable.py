@@ -9,6 +9,7 @@ import torch
 
 from addenda.exceptions import DataError
 from addenda.learner.labelled import UNREADABLE, LabelledImages, class_name
+from addenda.registry.bounds import check_labels
 
 
 def repeats(train: LabelledImages, test: LabelledImages | None) -> dict[str, int]:
@@ -31,6 +32,7 @@ def repeats(train: LabelledImages, test: LabelledImages | None) -> dict[str, int
 
 def check_learnable(images: LabelledImages) -> None:
     """Raises DataError where there are too few classes or images to learn and validate from."""
+    check_labels(images.labels)
     repeated = sorted({label for label in images.labels if images.labels.count(label) > 1})
     if repeated:
         raise DataError(f"{images.where} has several classes named {repeated[0]!r}; each needs a name of its own.")

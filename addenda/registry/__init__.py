@@ -2,6 +2,7 @@
 
 from addenda.registry.artifact import canonical_json, check_unwritten, digest
 from addenda.registry.backup import restore
+from addenda.registry.bounds import is_finite
 from addenda.registry.comparison import Difference
 from addenda.registry.faults import Fault
 from addenda.registry.history import Scored
@@ -42,6 +43,7 @@ __all__ = [
     "check_unwritten",
     "digest",
     "headline",
+    "is_finite",
     "probabilities",
     "restore",
 ]

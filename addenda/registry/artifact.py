@@ -137,6 +137,8 @@ def _tensors_of(task: Task) -> dict[str, Tensor]:
 def _valid() -> Iterator[None]:
     try:
         yield
+    except RecursionError as error:
+        raise IntegrityError("its artifact is not valid: its manifest is nested too deeply") from error
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise IntegrityError(f"its artifact is not valid: {error}") from error
 

@@ -102,6 +102,8 @@ def opened(path: Path) -> Iterator[tuple[Contents, Read, str]]:
                 read(name)
         except ValidationError as error:
             raise IntegrityError(f"{what}: {fault(error)}.") from error
+        except RecursionError as error:
+            raise IntegrityError(f"{what}: its manifest is nested too deeply.") from error
         except (RegistryError, SafetensorError) as error:  # a name that is none is a RegistryError
             raise IntegrityError(f"{what}: {str(error).rstrip('.')}.") from error
         yield contents, read, f"bundle:{sha256}"

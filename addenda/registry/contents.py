@@ -12,6 +12,7 @@ from addenda.exceptions import IntegrityError
 from addenda.registry import artifact, schema
 from addenda.registry.faults import PAGE, DamagedError, Fault, any_text, pages, readable, rows_alone
 from addenda.registry.statistics import FeatureStatistics
+from addenda.registry.task import NAME
 
 
 def content_faults(connection: Connection) -> Iterator[Fault]:
@@ -34,6 +35,8 @@ def content_faults(connection: Connection) -> Iterator[Fault]:
             try:
                 with rows_alone(connection):
                     said = wrong(connection, rows[number], damaged) if number in rows else "cannot be read"
+                    if said is None and not NAME.fullmatch(rows[number]["name"]):
+                        said = "has a name that no task can have"
             except DamagedError as error:
                 said = str(error)
             if said is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sqlite3
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -19,6 +20,12 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from addenda.exceptions import RegistryError, RegistryUnavailableError
 from addenda.registry.artifact import canonical_json
 
+OUTAGES = frozenset({
+    sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PROTOCOL,
+})  # fmt: skip
+OUTAGE_CLASSES = frozenset({"08", "40", "53", "55", "57", "58"})
+"""Of PostgreSQL's codes: connections, deadlocks, resources, locks, operators, the system."""
 WAIT_S = 30
 """How long a transaction waits for another's lock."""
 
@@ -60,18 +67,36 @@ def connect(location: str | Path, create: bool, read_only: bool = False) -> Engi
 def database_errors(context: str) -> Iterator[None]:
     """Turns the database's errors into a RegistryError that begins with what was being done.
 
-    Values that are no JSON or no UTF-8 are among them; PostgreSQL's driver raises those as they are. A database that
-    does not answer is a RegistryUnavailableError.
+    Values that are no JSON or no UTF-8 are among them; the drivers raise those as they are. A database that does not
+    answer is a RegistryUnavailableError. Errors of our own code pass as they are.
     """
     try:
         yield
     except (SQLAlchemyError, sqlite3.Error, ValueError, TypeError, OverflowError) as error:
+        if not isinstance(error, (SQLAlchemyError, sqlite3.Error)) and not _is_of_a_value(error):
+            raise
         said = " ".join(str(getattr(error, "orig", None) or error).split()).rstrip(".")
         if "unable to open database file" in said:
             said += " (SQLite writes beside it: can its folder be written to, and is its disk not full?)"
-        gone = isinstance(error, (OperationalError, InterfaceError, PoolTimeoutError, sqlite3.OperationalError))
-        kind = RegistryUnavailableError if gone else RegistryError
+        kind = RegistryUnavailableError if _is_outage(error) else RegistryError
         raise kind(f"{context}: {said}. Nothing was changed.") from error
+
+
+def _is_of_a_value(error: BaseException) -> bool:
+    """Whether an error came up where values are written or read, rather than in our own code."""
+    last = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
+    return str(last.f_globals.get("__name__")).partition(".")[0] in ("json", "psycopg", "sqlalchemy", "sqlite3")
+
+
+def _is_outage(error: BaseException) -> bool:
+    """Whether what failed may work later, by the database's own code: a wrong statement will not."""
+    if isinstance(error, PoolTimeoutError):
+        return True
+    raised = getattr(error, "orig", None) or error
+    if isinstance(raised, sqlite3.Error):
+        return getattr(raised, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF in OUTAGES
+    state = getattr(raised, "sqlstate", None)
+    return isinstance(error, (OperationalError, InterfaceError)) and (state is None or state[:2] in OUTAGE_CLASSES)
 
 
 @contextmanager
@@ -87,7 +112,9 @@ def reading(engine: Engine) -> Iterator[Connection]:
     with database_errors("The registry cannot be read"), engine.connect() as connection:
         try:
             yield connection
-        except ValueError as error:  # a JSON column that no longer parses
+        except (ValueError, RecursionError) as error:  # a JSON column that no longer parses
+            if not _is_of_a_value(error):
+                raise
             raise RegistryError(f"The registry cannot be read: a record is damaged ({error}).") from error
 
 
@@ -105,6 +132,11 @@ def _shown(url: URL) -> str:
 
 def _url(location: str | Path) -> URL:
     text = str(location)
+    if ":memory:" in text or text.startswith("file:"):
+        raise RegistryError(
+            f"{text!r} is no place for a registry, which must outlive its process and be opened by others: give a "
+            "path. One that nobody needs later can lie in a temporary folder."
+        )
     if "://" not in text:
         return URL.create("sqlite", database=str(Path(text).expanduser()))
     try:
@@ -117,6 +149,8 @@ def _url(location: str | Path) -> URL:
             f"A registry is an SQLite file or a PostgreSQL database: give a path, sqlite:///PATH or "
             f"postgresql://USER@HOST/DATABASE, not {_shown(url)!r}."
         )
+    if url.get_backend_name() == "sqlite" and url.query:
+        raise RegistryError(f"{_shown(url)!r} has settings behind its path, and none is taken: give the path alone.")
     return url
 
 

@@ -54,7 +54,8 @@ def load_tasks(connection: Connection, rows: Sequence[Row[Any]]) -> list[Task]:
             row = wanted[task_id]
             known = {wanted[parent].artifact: found.get(parent) for parent in parents[task_id]}
             try:
-                found[task_id] = _decode(row, stored.get(row.artifact), known)
+                task = found[task_id] = _decode(row, stored.get(row.artifact), known)
+                _ = task.closure  # while those of its parents are known: a long line of them would be a deep recursion
             except IntegrityError as error:  # an ancestor's is told by the task that was asked for
                 found[task_id] = error
     return [_trusted(found[row.id]) for row in rows]

@@ -10,9 +10,11 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
+from addenda.registry.bounds import check_text
 from addenda.registry.task import check_name, check_tag
 
 Name = Annotated[str, AfterValidator(check_name)]
+Text = Annotated[str, AfterValidator(lambda text: check_text(text, "A text"))]
 Version = Annotated[int, Field(ge=1, le=999_999_999)]
 Count = Annotated[int, Field(ge=0, lt=2**31)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -26,7 +28,7 @@ class _Part(BaseModel):
 class _Stamped(_Part):
     """What somebody made at some time, at home: both stay as they are."""
 
-    created_by: str
+    created_by: Text
     created_at: Annotated[str, StringConstraints(pattern=_Time)]
 
 
@@ -52,7 +54,7 @@ class TaskRow(_Stamped):
     version: Version
     backbone: str
     artifact: Sha256
-    labels: list[str]
+    labels: list[Text]
     num_memory_tokens: Count
     num_parameters: Count
     objective: str
@@ -85,7 +87,7 @@ class Evaluation(_Stamped):
 class Retirement(_Stamped):
     """Why a task was retired."""
 
-    reason: str
+    reason: Text
 
 
 class Parent(_Part):

@@ -16,6 +16,8 @@ from addenda.exceptions import DataError, UnknownTaskError
 from addenda.registry import schema
 from addenda.registry.records import TaskRecord
 
+SEEN = 200
+"""Names that are looked at, at most, for those like one that is not there."""
 NUMBER = re.compile(r"[1-9][0-9]{0,8}")
 
 
@@ -151,10 +153,13 @@ def find(connection: Connection, ref: str) -> Row[Any]:
             query = query.where(~is_retired())
     row = connection.execute(query).first()
     if row is None:
-        known = list(connection.scalars(select(schema.task.c.name).distinct().order_by(schema.task.c.name)))
-        near = difflib.get_close_matches(name, known, n=5, cutoff=0.4) or known[:5]
+        names = select(schema.task.c.name).distinct().order_by(schema.task.c.name).limit(SEEN)
+        alike = schema.task.c.name.startswith(name[:2], autoescape=True)
+        known = list(dict.fromkeys((*connection.scalars(names.where(alike)), *connection.scalars(names))))
+        near = difflib.get_close_matches(name[:100], known, n=5, cutoff=0.4) or known[:5]
         listed = ", ".join(repr(k) for k in near) + (", …" if len(near) < len(known) else "")
-        why = "has no active version" if name in known and ref == name else "is not registered"
+        there = connection.scalar(select(schema.task.c.id).where(schema.task.c.name == name).limit(1))
+        why = "has no active version" if there is not None and ref == name else "is not registered"
         raise UnknownTaskError(f"Task {ref!r} {why}. Known: {listed or 'none'}. See: addenda tasks list")
     return row
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from sqlalchemy import Connection, Row, Table, insert, select
 
-from addenda.exceptions import IntegrityError, RegistryError
+from addenda.exceptions import IntegrityError, OwnershipError, RegistryError
 from addenda.registry import ledger, schema
 from addenda.registry.artifact import decode
+from addenda.registry.bounds import check_bounds, is_finite
 from addenda.registry.contents import wrong
 from addenda.registry.gathering import Read
 from addenda.registry.loading import load_tasks
@@ -48,6 +50,7 @@ def receive(
     aliases: Sequence[Alias],
     source: str,
     who: Mapping[str, str],
+    owner: str | None = None,
 ) -> list[Received]:
     """Adds what is not here yet, inside a write transaction.
 
@@ -62,16 +65,32 @@ def receive(
         aliases: to be pointed as they point there, where they are free.
         source: where it comes from, for the events.
         who: who does it, and when.
+        owner: who may touch only names that are free or their own; None may touch all.
 
     Raises:
+        OwnershipError: a new version of a name that is not the owner's.
         RegistryError: a version number holds other content here; all of these are named.
         IntegrityError: something is not what it says it is.
     """
     arrivals = _plan(connection, contents.tasks, renames)
-    receiver = _Receiver(connection, read, source, who)
+    names = {ref.partition(":")[0] for _, ref, _ in arrivals}
+    foreign = {name for name in names if owner is not None and not _is_owned(connection, name, owner)}
+    if taken := sorted({ref for _, ref, new in arrivals if new and ref.partition(":")[0] in foreign}):
+        raise OwnershipError(
+            f"{taken[0]!r} would be a version of a name that {owner} did not make. Whoever made it can add to it, or "
+            "an admin; under another name it can be taken in."
+        )
+    receiver = _Receiver(connection, read, source, who, foreign)
     receiver.add_backbones(contents.backbones)
     received = [receiver.take(entry, ref, new) for entry, ref, new in arrivals]
     return received + [receiver.point(alias, renames.get(alias.name, alias.name)) for alias in aliases]
+
+
+def _is_owned(connection: Connection, name: str, owner: str) -> bool:
+    """Whether all versions of a name were registered or imported in one name."""
+    event = schema.event.c
+    made = event.kind.in_(("registered", "imported")) & event.subject.startswith(f"{name}:", autoescape=True)
+    return set(connection.scalars(select(event.created_by).where(made).distinct())) <= {owner}
 
 
 def _plan(
@@ -110,8 +129,11 @@ def _plan(
 class _Receiver:
     """Writes to one transaction what comes from one source."""
 
-    def __init__(self, connection: Connection, read: Read, source: str, who: Mapping[str, str]) -> None:
+    def __init__(
+        self, connection: Connection, read: Read, source: str, who: Mapping[str, str], foreign: Set[str]
+    ) -> None:
         self._connection, self._read, self._source, self._who = connection, read, source, who
+        self._foreign = foreign  # names to which nothing is added
         self._rows: dict[tuple[str, int], Row[Any]] = {}  # by what they are called there
         self._sizes: dict[str, tuple[int, int]] = {}  # width and depth of each backbone
 
@@ -129,11 +151,13 @@ class _Receiver:
         try:
             generation = self._add(entry, ref.partition(":")[0]) if new else None
             row = find(self._connection, ref)
-            said = [] if new else [*self._damage(row), *self._add_goldens(entry, row, ref)]
+            said = [] if new else self._damage(row)
+            is_foreign = ref.partition(":")[0] in self._foreign
+            said += [] if new or is_foreign else self._add_goldens(entry, row, ref)
         except IntegrityError as error:
             raise IntegrityError(f"Task {entry.ref!r} was not taken in: {str(error).rstrip('.')}.") from error
         self._rows[entry.task.name, entry.task.version] = row
-        said += self._add_tags(entry.tags, row, ref, new)
+        said += [] if is_foreign else self._add_tags(entry.tags, row, ref, new)
         if entry.retirement is not None:
             said += self._retire(entry.retirement.reason, row, ref, new)
         return Received(ref, entry.ref, "added" if new else "there already", "; ".join(said), generation)
@@ -161,14 +185,14 @@ class _Receiver:
         """Adds a task whose every part was checked."""
         parents = [self._parent(parent) for parent in entry.parents]
         artifact = self._read(entry.task.artifact)
-        self._check(entry, artifact, parents)
+        task = self._check(entry, artifact, parents)
         return insert_task(
             self._connection,
             "imported",
             {**entry.task.model_dump(), "name": name},
             artifact,
             [row.id for row in parents],
-            [self._golden(entry, golden) for golden in entry.goldens],
+            [self._golden(task, golden) for golden in entry.goldens],
             self._statistics(entry),
             [evaluation.model_dump() for evaluation in entry.evaluations],
             self._who,
@@ -182,8 +206,8 @@ class _Receiver:
             raise IntegrityError(f"it extends '{parent.name}:{parent.version}', which does not come before it")
         return row
 
-    def _check(self, entry: Entry, artifact: bytes, parents: Sequence[Row[Any]]) -> None:
-        """Raises IntegrityError unless an artifact fits its row, its parents and its backbone."""
+    def _check(self, entry: Entry, artifact: bytes, parents: Sequence[Row[Any]]) -> Task:
+        """The task of an artifact; raises IntegrityError unless it fits its row, its parents and its backbone."""
         kin = {task.sha256: task for task in load_tasks(self._connection, parents)}
         named: list[str] = []
 
@@ -207,6 +231,11 @@ class _Receiver:
         width, depth = self._sizes.get(row.backbone, (0, 0))
         if task.head_weight.shape[1] != width or (task.memory is not None and len(task.memory) != depth):
             raise IntegrityError("its tensors do not fit its backbone, or this is not there")
+        try:
+            check_bounds(task)
+        except RegistryError as error:
+            raise IntegrityError(str(error)) from error
+        return task
 
     def _statistics(self, entry: Entry) -> dict[str, Any] | None:
         """What a router knows of a task's images, as a row."""
@@ -217,11 +246,14 @@ class _Receiver:
             raise IntegrityError(f"its {excess}")
         return {"sha256": entry.statistics, "data": data}
 
-    def _golden(self, entry: Entry, golden: Golden) -> dict[str, Any]:
+    def _golden(self, task: Task, golden: Golden) -> dict[str, Any]:
         """A golden probe as a row."""
-        logits = self._read(golden.digest)
-        if not logits or len(logits) % (4 * len(entry.task.labels)):
-            raise IntegrityError(f"its golden probe is not of {len(entry.task.labels)} labels")
+        logits, count = self._read(golden.digest), len(task.labels)
+        if not logits or len(logits) % (4 * count):
+            raise IntegrityError(f"its golden probe is not of {count} labels")
+        values = torch.frombuffer(bytearray(logits), dtype=torch.float32).view(-1, count)
+        if not is_finite(values, task.objective, task.temperature):
+            raise IntegrityError("its golden probe has logits or probabilities that are NaN or infinite")
         return {**golden.model_dump(), "logits": logits}
 
     def _damage(self, row: Row[Any]) -> list[str]:
@@ -238,7 +270,8 @@ class _Receiver:
         for golden in entry.goldens:
             numerics = golden.numerics_fingerprint
             if numerics not in known:
-                probe = {"task_id": row.id, **self._golden(entry, golden)}
+                task = load_tasks(self._connection, [row])[0]
+                probe = {"task_id": row.id, **self._golden(task, golden)}
                 self._add_row(schema.golden, probe, "golden", ref, numerics=numerics)
                 said.append(f"golden probe added (numerics {numerics[:12]}…)")
             elif known[numerics] != golden.digest:

@@ -13,6 +13,7 @@ from sqlalchemy import Connection, Table, func, insert, select
 from addenda.exceptions import IntegrityError, RegistryError
 from addenda.registry import ledger, schema
 from addenda.registry.artifact import digest
+from addenda.registry.bounds import is_finite
 from addenda.registry.objectives import score_of
 from addenda.registry.task import Golden, Task
 
@@ -102,16 +103,19 @@ def next_id(connection: Connection, table: Table) -> int:
     return (connection.scalar(select(func.max(table.c.id))) or 0) + 1
 
 
-def golden_row(name: str, num_labels: int, golden: Golden) -> dict[str, Any]:
-    """A golden probe as a row.
+def golden_row(task: Task, golden: Golden) -> dict[str, Any]:
+    """A task's golden probe as a row.
 
     Raises:
-        RegistryError: it has other columns than the task has labels, or does not hash to its digest.
+        RegistryError: it has other columns than the task has labels, does not hash to its digest, or is not finite.
     """
+    name, num_labels = task.ref, len(task.labels)
     if golden.logits.shape[-1] != num_labels:
         raise RegistryError(
             f"Task {name!r} has {num_labels} labels; its golden probe has {golden.logits.shape[-1]} columns."
         )
+    if not is_finite(golden.logits.cpu(), task.objective, task.temperature):
+        raise RegistryError(f"Task {name!r}: its golden probe has logits or probabilities that are NaN or infinite.")
     data = golden.logits.cpu().contiguous().numpy().tobytes()
     if digest(data) != golden.digest:
         raise RegistryError(f"Task {name!r}: its golden probe does not hash to its digest.")

@@ -12,6 +12,7 @@ import addenda
 from addenda.exceptions import ConflictError, NameTakenError, RegistryError, RetiredError
 from addenda.registry import bundle, ledger, schema
 from addenda.registry.artifact import check_unwritten
+from addenda.registry.bounds import check_bounds, check_text
 from addenda.registry.database import connect, database_errors, reading, writing
 from addenda.registry.gathering import Read, aliases, gather
 from addenda.registry.loading import load_task
@@ -123,7 +124,8 @@ class Registry(Reader):
             statistics.check(len(task.labels))
             if statistics.excess is not None:
                 raise RegistryError(f"Task {task.name!r} was not registered: {statistics.excess}.")
-        probe = golden_row(task.name, len(task.labels), golden)
+        check_bounds(task)
+        probe = golden_row(task, golden)
         check_unwritten(task)
         data = task.artifact
         with database_errors(f"Task {task.name!r} was not registered"), writing(self._engine) as connection:
@@ -178,7 +180,7 @@ class Registry(Reader):
         """
         with database_errors(f"Task {ref!r}: no probe was recorded"), writing(self._engine) as connection:
             row = find(connection, ref)
-            probe = golden_row(_ref(row), len(row.labels), golden)
+            probe = golden_row(load_task(connection, row), golden)
             known = select(schema.golden.c.digest).where(
                 schema.golden.c.task_id == row.id,
                 schema.golden.c.numerics_fingerprint == golden.numerics_fingerprint,
@@ -189,7 +191,11 @@ class Registry(Reader):
                 ledger.add(connection, schema.golden, probe, "golden", _ref(row), stamp, numerics=numerics)
 
     def import_bundle(
-        self, path: str | Path, renames: Mapping[str, str] | None = None, dry_run: bool = False
+        self,
+        path: str | Path,
+        renames: Mapping[str, str] | None = None,
+        dry_run: bool = False,
+        owner: str | None = None,
     ) -> list[Received]:
         """Takes in what `export` wrote, in one transaction: wholly or not at all.
 
@@ -200,13 +206,16 @@ class Registry(Reader):
             path: the file.
             renames: a name there -> its name here.
             dry_run: only says what would be done.
+            owner: who may touch none but their own names: those whose versions were all registered or imported in
+                this name, and names that are free. None may touch all.
 
         Raises:
             IntegrityError: the file is not a whole bundle.
+            OwnershipError: it brings a version of a name that is not the owner's.
             RegistryError: a version number holds other content here; all of these are named.
         """
         with bundle.opened(Path(path)) as (contents, read, source):
-            return self._receive(f"Bundle {str(path)!r}", contents, read, renames, [], source, dry_run)
+            return self._receive(f"Bundle {str(path)!r}", contents, read, renames, [], source, dry_run, owner)
 
     def merge(self, other: Registry, renames: Mapping[str, str] | None = None, dry_run: bool = False) -> list[Received]:
         """Takes in every task of another registry, with retirements and aliases, in one transaction.
@@ -237,9 +246,11 @@ class Registry(Reader):
         aliases: Sequence[Alias],
         source: str,
         dry_run: bool,
+        owner: str | None = None,
     ) -> list[Received]:
         with database_errors(f"{what} was not taken in"), writing(self._engine) as connection:
-            received = receive(connection, contents, read, renames or {}, aliases, source, ledger.stamp(self._user))
+            stamp = ledger.stamp(self._user)
+            received = receive(connection, contents, read, renames or {}, aliases, source, stamp, owner)
             if dry_run:
                 connection.get_transaction().rollback()  # type: ignore[union-attr]
         return received
@@ -257,6 +268,7 @@ class Registry(Reader):
             RegistryError: it is retired already, an alias points at it, an active task that is not named extends it, or
                 one that is named does not.
         """
+        check_text(reason, "The reason")
         with database_errors(f"Task {ref!r} was not retired"), writing(self._engine) as connection:
             root = find(connection, ref)
             named = {row.id: row for row in (root, *(find(connection, other) for other in along))}
@@ -370,7 +382,7 @@ class Registry(Reader):
             RegistryError: the note says nothing.
             UnknownTaskError: there is no such task.
         """
-        if not text.strip():
+        if not check_text(text, "The note").strip():
             raise RegistryError("A note says something; this one is empty.")
         with database_errors(f"Task {ref!r}: no note was added"), writing(self._engine) as connection:
             row = find(connection, ref)

@@ -35,7 +35,7 @@ async def check(request: Request, scopes: SecurityScopes, bearer: Bearer, cookie
         raise ProblemError(
             401, "A valid API key is needed: Authorization: Bearer KEY.", headers={"WWW-Authenticate": "Bearer"}
         )
-    request.state.key = found.name
+    request.state.key, request.state.scope = found.name, found.scope
     for scope in scopes.scopes:
         if not found.allows(scope):
             raise ProblemError(403, f"The key {found.name!r} allows {found.scope!r}; this needs {scope!r}.")

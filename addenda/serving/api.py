@@ -121,6 +121,7 @@ async def predict(
 ) -> Prediction:
     """Answers a JPEG, PNG or WebP file, sent as it is or as the field `image` of a form."""
     service = service_of(request)
+    service.check_room()
     image = await _image(request, await read_body(request, service.limits.body_bytes))
     timeout_s = None if addenda_timeout_ms is None else addenda_timeout_ms / 1000
     if task == AUTO:
@@ -238,4 +239,6 @@ async def events(request: Request) -> AsyncIterator[ServerSentEvent]:
             quarantined = dict(snapshot.quarantined)
             data = {"generation": snapshot.generation, "tasks": snapshot.refs, "quarantined": quarantined}
             yield ServerSentEvent(event="generation", id=str(snapshot.generation), data=data)
+        if request.state.is_head:
+            return
         await asyncio.sleep(LOOK_S)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import re
 import tempfile
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from pydantic import BaseModel
 from addenda.exceptions import RegistryError, UnknownTaskError
 from addenda.registry import Received, Registry, TaskFilter, TaskRecord
 from addenda.serving.access import needs, service_of
-from addenda.serving.bodies import read_body
+from addenda.serving.bodies import save_body
 from addenda.serving.problems import ProblemError, documents
 from addenda.serving.service import Service
 from addenda.serving.snapshot import Snapshot
@@ -194,22 +193,33 @@ async def register(
 ) -> Registered:
     """Takes in what `addenda tasks export` wrote, wholly or not at all, and answers when it is served.
 
+    A key that is not an admin's may bring new names, and new versions of names that it made; others' stay as they are.
+
     The same Idempotency-Key gives the answer that it gave, as long as the server runs; a bundle that is sent again
     without one is found to be there already.
     """
     if idempotency_key is not None and not _KEY.fullmatch(idempotency_key):
         raise ProblemError(400, "Idempotency-Key has 1 to 200 visible ASCII characters.")
+    with tempfile.TemporaryDirectory(prefix="addenda-") as folder:
+        path = Path(folder) / "upload.addenda"
+        sha256 = await save_body(request, service_of(request).limits.bundle_bytes, path)
+        return await _register(request, response, path, sha256, dry_run, idempotency_key)
+
+
+async def _register(
+    request: Request, response: Response, path: Path, sha256: str, dry_run: bool, idempotency_key: str | None
+) -> Registered:
     service = service_of(request)
-    body = await read_body(request, service.limits.bundle_bytes)
-    replies: dict[str, tuple[bytes, int, Registered]] = request.app.state.replies
-    digest = hashlib.sha256(body).digest() + bytes([dry_run])
+    replies: dict[str, tuple[str, int, Registered]] = request.app.state.replies
+    digest = f"{sha256} {dry_run}"
     async with request.app.state.registering:
         if idempotency_key in replies:
             before, response.status_code, reply = replies[idempotency_key]
             if before != digest:
                 raise ProblemError(422, f"Idempotency-Key {idempotency_key!r} came with another request before.")
             return reply
-        received = await asyncio.to_thread(_import, _registry(request), body, dry_run)
+        owner = _whose(request) if getattr(request.state, "scope", "admin") == "register" else None
+        received = await asyncio.to_thread(_import, _registry(request), path, dry_run, owner)
         if dry_run:
             response.status_code, reply = 200, _registered(service, received, dry_run)
         else:
@@ -226,19 +236,21 @@ async def register(
 
 def _registry(request: Request) -> Registry:
     """The registry, which will record changes in the name of the key that asks for them."""
+    registry, whose = service_of(request).registry, _whose(request)
+    return registry if whose is None else registry.on_behalf_of(whose)
+
+
+def _whose(request: Request) -> str | None:
+    """What a key is called in the registry's events; None where no key was asked for."""
     key: str | None = getattr(request.state, "key", None)
-    registry = service_of(request).registry
-    return registry if key is None else registry.on_behalf_of(f"key {key}")
+    return None if key is None else f"key {key}"
 
 
-def _import(registry: Registry, body: bytes, dry_run: bool) -> list[Received]:
-    with tempfile.TemporaryDirectory(prefix="addenda-") as folder:
-        path = Path(folder) / "upload.addenda"
-        path.write_bytes(body)
-        try:
-            return registry.import_bundle(path, dry_run=dry_run)
-        except RegistryError as error:  # whose file here is nobody's business
-            raise type(error)(str(error).replace(f" {str(path)!r}", "")) from error
+def _import(registry: Registry, path: Path, dry_run: bool, owner: str | None) -> list[Received]:
+    try:
+        return registry.import_bundle(path, dry_run=dry_run, owner=owner)
+    except RegistryError as error:  # whose file here is nobody's business
+        raise type(error)(str(error).replace(f" {str(path)!r}", "")) from error
 
 
 def _settle(service: Service) -> bool:

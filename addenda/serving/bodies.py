@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import zlib
 from collections.abc import AsyncIterator, Coroutine
+from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -30,27 +32,69 @@ async def read_body(request: Request, limit: int) -> bytes:
     Raises:
         TooLargeError: it has more.
         ProblemError: it is compressed in an unknown way or not rightly (415, 400), does not come in time (408), or
-            its client has gone (499, which nobody reads but the log).
+            its client has gone (499, which nobody reads but the log); or all requests together hold too much (503).
     """
+    body = bytearray()
+    async for chunk in _pieces(request, limit):
+        _take(request, len(chunk))
+        body += chunk
+    return bytes(body)
+
+
+async def save_body(request: Request, limit: int, path: Path) -> str:
+    """Writes a request's body to a file, so that a large one takes no memory; gives its sha256.
+
+    Raises:
+        TooLargeError, ProblemError: as for `read_body`.
+    """
+    found = hashlib.sha256()
+    with path.open("wb") as file:
+        async for chunk in _pieces(request, limit):
+            found.update(chunk)
+            file.write(chunk)
+    return found.hexdigest()
+
+
+def _take(request: Request, num_bytes: int) -> None:
+    """Counts bytes that a request holds in memory until it is answered.
+
+    Raises:
+        ProblemError: all requests together would hold too much (503).
+    """
+    state, limits = request.app.state, request.app.state.service.limits
+    if state.body_bytes + num_bytes > limits.bodies_bytes:
+        raise ProblemError(
+            503, f"Requests of {limits.bodies_bytes // 2**20} MiB together are being read.", {"Retry-After": "1"}
+        )
+    state.body_bytes += num_bytes
+    request.state.body_bytes = getattr(request.state, "body_bytes", 0) + num_bytes
+
+
+async def _pieces(request: Request, limit: int) -> AsyncIterator[bytes]:
+    """A request's body as it comes, inflated where it is compressed; raises as `read_body` does."""
     encoding = request.headers.get("content-encoding", "identity").lower()
     if encoding not in ("identity", *_WINDOWS):
         raise ProblemError(415, f"Content-Encoding {encoding!r} is not understood: send {', '.join(_WINDOWS)} or none.")
     if int(request.headers.get("content-length", 0)) > limit:
         raise TooLargeError(f"The request's body has more than the {limit} bytes that are taken.")
-    body = bytearray()
+    size, deadline = 0, asyncio.get_running_loop().time() + BODY_S
+    chunks = _inflated(request, encoding, limit + 1)
     try:
-        async with asyncio.timeout(BODY_S):
-            async for chunk in _inflated(request, encoding, limit + 1):
-                body += chunk
-                if len(body) > limit:
-                    raise TooLargeError(f"The request's body has more than the {limit} bytes that are taken.")
+        while True:
+            async with asyncio.timeout_at(deadline):
+                chunk = await anext(chunks, None)
+            if chunk is None:
+                return
+            size += len(chunk)
+            if size > limit:
+                raise TooLargeError(f"The request's body has more than the {limit} bytes that are taken.")
+            yield chunk
     except TimeoutError as error:
         raise ProblemError(408, f"The request's body did not come within {BODY_S} s.") from error
     except ClientDisconnect as error:
         raise ProblemError(499, GONE) from error
     except zlib.error as error:
         raise ProblemError(400, f"The request's body is not one stream of {encoding}.") from error
-    return bytes(body)
 
 
 async def _inflated(request: Request, encoding: str, most: int) -> AsyncIterator[bytes]:

@@ -195,7 +195,7 @@ def _model(snapshot: Snapshot, name: str, version: str | None = None) -> _Model:
     elif name in tasks:
         found = _Model(name, str(tasks[name].version), [tasks[name]])
     else:
-        raise ProblemError(404, f"Model {name!r} {snapshot.absence(name, (COMBINED, *snapshot.model.tasks))}")
+        raise ProblemError(404, f"Model {name!r} {snapshot.absence(name, (COMBINED,))}")
     if version not in (None, found.version):
         raise ProblemError(
             404, f"Version {version!r} of model {name!r} is not served now; version {found.version!r} is."
@@ -224,6 +224,7 @@ def _metadata(service: Service, name: str, version: str | None = None) -> dict[s
 
 async def _infer(request: Request, name: str, version: str | None = None) -> Response:
     service = service_of(request)
+    service.check_room()
     body = await read_body(request, service.limits.body_bytes)
     answering = _answer(service, name, version, body, request.headers.get(tensors.HEADER_LENGTH))
     content, header_length = await while_connected(request, answering)
@@ -274,9 +275,7 @@ def _chosen(snapshot: Snapshot, model: _Model, asked: tensors.Request) -> list[_
         wanted = list(dict.fromkeys(name.strip() for name in names.split(",")))
         for name in wanted:
             if name not in snapshot.model.tasks:
-                raise ProblemError(
-                    404, f"Task {short(name)} {snapshot.absence(name, (COMBINED, *snapshot.model.tasks))}"
-                )
+                raise ProblemError(404, f"Task {short(name)} {snapshot.absence(name, (COMBINED,))}")
         model = replace(model, tasks=[snapshot.model.tasks[name] for name in wanted])
     available = {output.name: output for output in model.outputs()}
     for name in asked.outputs:

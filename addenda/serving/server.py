@@ -9,6 +9,7 @@ import logging
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,15 +25,23 @@ from addenda.serving.telemetry import JsonLines
 
 HEAD_S = 10
 """Seconds in which a connection must send a request's head, from its first byte on."""
+READ_S, READ_BYTES = 20, 2**16
+"""Seconds between looks at what waits to be sent, and bytes that a client must have read meanwhile, or all."""
 CONNECTIONS = 256
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Of glibc's mallopt(3)."""
 
+log = logging.getLogger(__name__)
+
 
 class _Protocol(H11Protocol):
-    """HTTP/1.1 that hangs up on who sends a request's head, or the rest of a refused body, too slowly."""
+    """HTTP/1.1 that hangs up on who sends a request's head, or the rest of a refused body, too slowly.
+
+    And on who does not read an answer: what waits to be sent must get less from one look to the next.
+    """
 
     _late: asyncio.TimerHandle | None = None
+    _unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -43,14 +52,35 @@ class _Protocol(H11Protocol):
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._late is not None:
-            self._late.cancel()
+        for timer in (self._late, self._unread):
+            if timer is not None:
+                timer.cancel()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_reader()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        self._watch_reader()
         if self.conn.their_state is h11.SEND_BODY:
             self._watch()
+
+    def _watch_reader(self, before: int | None = None) -> None:
+        """Looks again and again at what waits to be sent, as long as something does.
+
+        Args:
+            before: bytes that waited at the last look; None at the first.
+        """
+        waiting = self.transport.get_write_buffer_size()
+        if before is None and self._unread is not None:
+            return
+        self._unread = None
+        if before is not None and waiting and waiting > before - READ_BYTES:
+            self.transport.abort()
+        elif waiting:
+            self._unread = self.loop.call_later(READ_S, self._watch_reader, waiting)
 
     def _watch(self) -> None:
         """Has a time run while a head is incomplete, or a body that was answered before it had come."""
@@ -153,5 +183,10 @@ def log_as_json(level: str) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
     logging.basicConfig(handlers=[handler], level="WARNING", force=True)
+    logging.captureWarnings(True)
+    threading.excepthook = lambda failed: log.error(
+        "A thread ended", exc_info=(failed.exc_type, failed.exc_value or failed.exc_type(), failed.exc_traceback)
+    )
+    sys.unraisablehook = lambda failed: log.error("Something was not cleaned up: %r", failed.exc_value or failed.object)
     for name in ("addenda", "uvicorn"):
         logging.getLogger(name).setLevel(level.upper())

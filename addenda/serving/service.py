@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from io import BytesIO
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from addenda.backbones import FrozenBackbone, read_image
-from addenda.combined import Answers, Choice, Router, Verdict, attention_map, verdicts
-from addenda.exceptions import DataError, DeadlineError, RegistryError, UnknownTaskError
-from addenda.registry import Registry
+from addenda.combined import Answers, Choice, Router, Verdict, attention_map, not_finite, verdicts
+from addenda.exceptions import DataError, DeadlineError, RegistryError, TooLargeError, UnknownTaskError
+from addenda.registry import Registry, is_finite
 from addenda.serving.batching import Batcher, Report
 from addenda.serving.follower import Follower
 from addenda.serving.snapshot import Snapshot
 
 FORMATS = ("JPEG", "PNG", "WEBP")
+SMALL = 1e30
+"""Logits below are finite, and so are they when they are divided by any temperature that a task may have."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Limits:
 
     Attributes:
         body_bytes: of a request, after it is inflated.
+        bodies_bytes: of all requests that are in memory at one time.
         bundle_bytes: of a bundle that is registered.
         pixels: of an image.
         images: of a request.
@@ -38,6 +42,7 @@ class Limits:
     """
 
     body_bytes: int = 32 * 2**20
+    bodies_bytes: int = 256 * 2**20
     bundle_bytes: int = 256 * 2**20
     pixels: int = 50_000_000
     images: int = 128
@@ -215,13 +220,22 @@ class Service:
     ) -> Answers:
         if not 0 < len(images) <= self.limits.images:
             raise DataError(f"A request is of 1 to {self.limits.images} images, not {len(images)}.")
+        if len(images) > self.limits.waiting:
+            raise TooLargeError(
+                f"The request has {len(images)} images, and {self.limits.waiting} may wait at one time: send fewer."
+            )
         async with self._place(len(images), timeout_s) as deadline:
             if isinstance(images, Tensor):
                 self.backbone.check_images(images)
             pixels = images if isinstance(images, Tensor) else await self._decoded(images)
             answers = await self.batcher.answer(snapshot, pixels, names, deadline, pooled)
-        if isinstance(images, Tensor) and not all(logits.isfinite().all() for logits in answers.values()):
-            raise DataError("These pixel values give logits that are not finite.")
+        if answers and not _all_small(answers.values()):
+            if isinstance(images, Tensor):
+                raise DataError("These pixel values give logits that are not finite.")
+            for name, logits in answers.items():
+                task = snapshot.model.tasks[name]
+                if not is_finite(logits, task.objective, task.temperature):
+                    raise not_finite(task)
         return answers
 
     @asynccontextmanager
@@ -251,9 +265,19 @@ class Service:
                 self._router = snapshot, await asyncio.to_thread(self._make_router, snapshot)
             return self._router[1]
 
+    def check_room(self) -> None:
+        """Raises OverloadedError where not one image more may wait: before a body is read for nothing."""
+        with self.batcher.room(1):
+            pass
+
     def _make_router(self, snapshot: Snapshot) -> Router:
         kept = {name: self.registry.statistics(record.ref) for name, record in snapshot.records.items()}
         known = {name: statistics for name, statistics in kept.items() if statistics is not None}
         if not known:
             raise RegistryError("There is no task to choose from: nothing was kept of any task's images.")
         return Router(known)
+
+
+def _all_small(logits: Iterable[Tensor]) -> bool:
+    """Whether all logits are below SMALL, which NaN is not; one look at all tasks' together."""
+    return bool((torch.cat([one.flatten() for one in logits]).abs() < SMALL).all())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain, islice
 
 from addenda.backbones import FrozenBackbone
 from addenda.combined import CombinedModel, verdicts
@@ -34,14 +36,17 @@ class Snapshot:
         """The versions that it answers, by name."""
         return {name: record.ref for name, record in self.records.items()}
 
-    def absence(self, name: str, served: Iterable[str] | None = None) -> str:
-        """Why a name is not answered, in words to follow it; `served` are the names to offer, by default its tasks."""
-        for ref, why in self.quarantined.items():
-            if ref.startswith(f"{name}:"):
-                return f"is quarantined. {why}"
-        offered = [repr(each) for each in (self.model.tasks if served is None else served)]
-        more = f" and {len(offered) - 10} more" if len(offered) > 10 else ""
-        return f"is not served. Served: {', '.join(offered[:10]) or 'none'}{more}."
+    def absence(self, name: str, also: Sequence[str] = ()) -> str:
+        """Why a name is not answered, in words to follow it; names to offer beside its tasks may be given."""
+        if name in self._reasons:
+            return f"is quarantined. {self._reasons[name]}"
+        offered = [repr(each) for each in islice(chain(also, self.model.tasks), 10)]
+        rest = len(also) + len(self.model.tasks) - len(offered)
+        return f"is not served. Served: {', '.join(offered) or 'none'}{f' and {rest} more' if rest else ''}."
+
+    @cached_property
+    def _reasons(self) -> dict[str, str]:
+        return {ref.rpartition(":")[0]: why for ref, why in self.quarantined.items()}
 
 
 def first(backbone: FrozenBackbone) -> Snapshot:

@@ -18,6 +18,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from addenda.serving.service import Service
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"})
+"""What the metrics call by its name: a client may make up any number of others."""
 SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 IMAGES = (1, 2, 4, 8, 16, 32, 64)
 
@@ -86,7 +88,10 @@ class Telemetry:
         given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
         request_id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
         state = scope.setdefault("state", {})
-        state["id"] = request_id
+        method, is_head = scope["method"], scope["method"] == "HEAD"
+        state |= {"id": request_id, "is_head": is_head}
+        if is_head:  # answered as GET is; the server keeps the body to itself
+            scope = {**scope, "method": "GET"}
         started, status = time.monotonic(), 499
 
         async def answer(message: Message) -> None:
@@ -100,10 +105,11 @@ class Telemetry:
             await self.app(scope, receive, answer)
         finally:
             seconds = time.monotonic() - started
+            scope["app"].state.body_bytes -= state.get("body_bytes", 0)
             route = getattr(scope.get("route"), "path", "none")
-            self.metrics.requests.labels(scope["method"], route, status).inc()
+            self.metrics.requests.labels(method if method in METHODS else "other", route, status).inc()
             self.metrics.seconds.labels(route).observe(seconds)
-            facts = {"method": scope["method"], "path": scope["path"], "status": status, "request_id": request_id}
+            facts = {"method": method, "path": scope["path"], "status": status, "request_id": request_id}
             log.info("request", extra={"facts": {**facts, "key": state.get("key"), "ms": round(1000 * seconds, 1)}})
 
 

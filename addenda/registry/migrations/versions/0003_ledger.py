@@ -1,11 +1,16 @@
 """Every row belongs to an event, and every event seals its rows; tags, packages, and a score to sort by."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import sqlalchemy as sa
 from alembic import op
 
-from addenda.registry import ledger
+from addenda.registry.artifact import canonical_json, digest
+from addenda.registry.ledger import stamp
 from addenda.registry.objectives import score_of
 from addenda.registry.triggers import create_triggers, drop_triggers
+from addenda.registry.waiting import tell
 
 revision = "0003"
 down_revision = "0002"
@@ -83,13 +88,68 @@ def _score(connection: sa.Connection) -> None:
 
 
 def _seal(connection: sa.Connection) -> None:
-    """Seals the events that there are; backbones had none, so they belong to the upgrade's own."""
-    event = sa.table("event", sa.column("id"), sa.column("digest"))
-    last = ledger.generation(connection)
-    before = ""
-    for told, rows in ledger.events_with_rows(connection, last):
-        before = ledger.seal(before, dict(told._mapping), rows)
-        connection.execute(event.update().where(event.c.id == told.id).values(digest=before))
-    if connection.scalar(sa.text("SELECT count(*) FROM backbone")):
-        connection.execute(sa.text("UPDATE backbone SET event_id = :id"), {"id": last + 1})
-        ledger.append(connection, "upgraded", "schema", ledger.stamp(), version=revision)
+    """Seals the events that there are; backbones had none, so they belong to the upgrade's own.
+
+    As the ledger was when this was written, on the tables as they are here: what the present ones have is no matter.
+    """
+    tables = sa.MetaData()
+    tables.reflect(connection)
+    written = _written(connection, tables)
+    event, backbone = tables.tables["event"], tables.tables["backbone"]
+    before, last = "", 0
+    for told in connection.execute(sa.select(event).order_by(event.c.id)).mappings().all():
+        before, last = _digest(before, dict(told), written.get(told["id"], [])), told["id"]
+        connection.execute(event.update().where(event.c.id == last).values(digest=before))
+    if connection.scalar(sa.select(sa.func.count()).select_from(backbone)):
+        connection.execute(backbone.update().values(event_id=last + 1))
+        upgraded = {"id": last + 1, "kind": "upgraded", "subject": "schema", "details": {"version": revision}}
+        upgraded |= stamp()
+        rows = _written(connection, tables)[last + 1]
+        connection.execute(event.insert().values(**upgraded, digest=_digest(before, upgraded, rows)))
+        tell(connection, last + 1)
+
+
+def _digest(before: str, event: Mapping[str, Any], rows: list[dict[str, Any]]) -> str:
+    columns = {key: event[key] for key in ("id", "kind", "subject", "details", "created_by", "created_at")}
+    return digest(canonical_json([before, columns, rows]).encode())
+
+
+def _written(connection: sa.Connection, tables: sa.MetaData) -> dict[int, list[dict[str, Any]]]:
+    """Event id -> the rows that it wrote."""
+    of, task_parent = tables.tables["task"], tables.tables["task_parent"]
+    parent = of.alias()
+
+    def of_task(name: str) -> sa.Select[Any]:
+        table = tables.tables[name]
+        columns = [column for column in table.c if column.name not in ("logits", "data")]
+        return sa.select(of.c.name, of.c.version, *columns).join_from(table, of, table.c.task_id == of.c.id)
+
+    queries = {
+        "backbone": sa.select(tables.tables["backbone"]),
+        "task": sa.select(of),
+        "task_parent": sa.select(
+            of.c.event_id, of.c.name, of.c.version, task_parent.c.position, parent.c.name.label("parent"),
+            parent.c.version.label("parent_version"), parent.c.artifact.label("parent_artifact"),
+        )
+        .join_from(task_parent, of, task_parent.c.task_id == of.c.id)
+        .join(parent, task_parent.c.parent_id == parent.c.id),
+        "statistics": of_task("statistics").add_columns(of.c.event_id),
+        "golden": of_task("golden"),
+        "evaluation": of_task("evaluation"),
+        "retirement": of_task("retirement"),
+    }  # fmt: skip
+    left_out = {"id", "task_id", "parent_id", "event_id"}
+    defaults: dict[str, Any] = {"packages": {}, "score": None}
+    written: dict[int, list[dict[str, Any]]] = {}
+    for name, query in queries.items():
+        found = []
+        for row in connection.execute(query).mappings():
+            kept = {
+                key: value
+                for key, value in row.items()
+                if key not in left_out and not (key in defaults and value == defaults[key])
+            }
+            found.append((row["event_id"], {"table": name, **kept}))
+        for number, kept in sorted(found, key=lambda pair: canonical_json(pair[1])):
+            written.setdefault(number, []).append(kept)
+    return written
