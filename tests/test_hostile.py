@@ -393,6 +393,7 @@ def test_who_does_not_read_is_hung_up_on_and_who_reads_slowly_is_not(
         while received < whole:  # a fifth of a second for each 64 kB: slower than the line, and reading
             received += len(slow.recv(2**16))
             time.sleep(0.02)
+        time.sleep(6)  # each is looked at every second
         assert all(read_to_its_end(one) < 8 * whole for one in stuck)
         for one in (*stuck, slow):
             one.close()
