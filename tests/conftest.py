@@ -253,6 +253,9 @@ def tagged(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    required = os.environ.get("ADDENDA_TEST_BROWSER") == "required"
+    if required and not CHROMIUM.exists():
+        pytest.fail(f"ADDENDA_TEST_BROWSER is 'required', and there is no {CHROMIUM}")
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     if not CHROMIUM.exists():
         pytest.skip(f"there is no {CHROMIUM}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from addenda import Registry, cli
 from tests.commands import Result, Run
@@ -277,3 +279,35 @@ def test_every_command_says_what_it_does(run: Run) -> None:
 
     walk(typer.main.get_command(cli.app), ())
     assert seen >= 15
+
+
+@pytest.mark.parametrize("place", ["first", "last", "none"])
+def test_an_unexpected_error_is_one_line_and_its_traceback_is_had_for_the_asking(
+    run: Run, learned: Result, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("two\x1b[1A words")
+
+    monkeypatch.setattr(Registry, "tasks", fail)
+    words = {"first": ("--traceback", "tasks", "list"), "last": ("tasks", "list", "--traceback")}
+    if place != "none":
+        with pytest.raises(RuntimeError, match="two"):
+            run(*words[place])
+        return
+    told = run("tasks", "list")
+    assert (told.code, told.out) == (1, "")
+    assert told.err.startswith(r"Error: RuntimeError: two\x1b[1A words. This is unexpected: ")
+    assert "The same command with --traceback shows where it came from." in told.err
+    assert told.err.count("\n") == 1
+
+
+def test_a_terminal_of_few_letters_is_shown_escapes_and_json_stays_json(learned: Result, tmp_path: Path) -> None:
+    image = tmp_path / "кот.png"
+    Image.new("RGB", (8, 8)).save(image)
+    for how in ("--csv", "--json"):
+        done = subprocess.run(
+            [sys.executable, "-m", "addenda.cli", "predict", image, how, "--registry", tmp_path / "tasks.db"],
+            env=os.environ | {"PYTHONIOENCODING": "latin-1:strict"}, capture_output=True, check=True,
+        )  # fmt: skip
+        assert rb"\u043a\u043e\u0442.png" in done.stdout
+    assert list(json.loads(done.stdout)["images"]) == [str(image)]

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import re
 import shlex
+import tomllib
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import typer.main
 import yaml
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 from addenda import FrozenBackbone, Registry, cli
 from tests.servers import client_of
@@ -151,3 +155,69 @@ def test_prometheus_loads_the_alerts_and_each_says_how_bad_it_is() -> None:
     assert all(rule["labels"]["severity"] in ("critical", "warning") for rule in alerts())
     jobs = {job for rule in alerts() for job in re.findall(r'job="(\w+)"', rule["expr"])}
     assert jobs == {job["job_name"] for job in prometheus()["scrape_configs"]}
+
+
+def pinned() -> dict[str, Version]:
+    """What an image holds beside torch, by the file of hashes."""
+    text = (DEPLOY / "constraints.txt").read_text()
+    entries = re.findall(
+        r"^([a-z0-9-]+)==(\S+) \\\n((?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)", text, re.MULTILINE
+    )
+    assert len(entries) == len(re.findall(r"^[a-z]", text, re.MULTILINE)), "each has a version and a hash"
+    return {name: Version(version) for name, version, _ in entries}
+
+
+def test_two_builds_of_an_image_hold_the_same_versions() -> None:
+    dockerfile = (DEPLOY / "Dockerfile").read_text()
+    [torch] = re.findall(r"torch==(\S+) torchvision==(\S+)", dockerfile)
+    held = pinned() | dict(zip(("torch", "torchvision"), map(Version, torch), strict=True))
+    project = tomllib.loads((DEPLOY.parent / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    for text in (*project["dependencies"], *extras["serve"], *extras["postgres"]):
+        wanted = Requirement(text)
+        assert held[wanted.name] in wanted.specifier, text
+    assert re.search(r"^ARG BASE=python:3\.12-slim@sha256:[0-9a-f]{64}$", dockerfile, re.MULTILINE)
+    assert re.findall(r"^FROM (\S+)", dockerfile, re.MULTILINE) == ["${BASE}"] * 2
+    installs = re.findall(r"pip install (.*?)(?:&&|$)", dockerfile, re.MULTILINE)
+    assert [bool(re.search("--require-hashes|torch==|--no-deps", one)) for one in installs] == [True] * 3
+
+
+def test_an_image_is_made_of_the_package_and_of_nothing_of_a_persons() -> None:
+    lines = (DEPLOY.parent / ".dockerignore").read_text().splitlines()
+    assert lines[1] == "*"
+    allowed = {line.removeprefix("!") for line in lines if line.startswith("!")}
+    copied = {
+        word
+        for line in re.findall(r"^COPY (?!--from)(.*)$", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE)
+        for word in line.split()[:-1]
+    }
+    assert copied == allowed
+    assert all((DEPLOY.parent / each).exists() for each in copied)
+    assert {"**/*.db*", "**/addenda-keys*"} <= set(lines)
+
+
+def test_the_database_is_believed_by_its_certificate_and_replicas_are_spread() -> None:
+    registry = manifests()["Secret"]["stringData"]["registry"]
+    query = parse_qs(urlsplit(registry).query)
+    assert query == {"sslmode": ["verify-full"], "sslrootcert": ["system"]}
+    spec = manifests()["Deployment"]["spec"]["template"]["spec"]
+    [spread] = spec["topologySpreadConstraints"]
+    assert spread["topologyKey"] == "kubernetes.io/hostname"
+    assert spread["labelSelector"] == manifests()["Deployment"]["spec"]["selector"]
+
+
+def test_the_unit_may_do_what_a_server_does_and_no_more() -> None:
+    lines = (DEPLOY / "addenda.service").read_text().splitlines()
+    settings = dict(line.split("=", 1) for line in lines if re.match(r"[A-Z]\w+=", line))
+    assert settings["UMask"] == "0077"
+    assert settings["CapabilityBoundingSet"] == settings["AmbientCapabilities"] == ""
+    assert {"MemoryMax", "TasksMax", "SystemCallFilter", "RestrictNamespaces"} <= settings.keys()
+    kernel = [f"ProtectKernel{what}" for what in ("Logs", "Modules", "Tunables")]
+    assert [settings[name] for name in kernel] == ["yes"] * 3
+    assert "MemoryDenyWriteExecute" not in settings, "torch writes code when it runs"
+
+
+def test_ci_fails_where_pages_cannot_be_tested() -> None:
+    run = (DEPLOY.parent / ".ci" / "run").read_text()
+    assert "export ADDENDA_TEST_BROWSER=required" in run
+    assert re.search(r"command -v chromium .*\|\| \{ .*exit 1; \}", run)

@@ -11,7 +11,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from http.client import HTTPConnection
+from http.client import BadStatusLine, HTTPConnection
 from io import BytesIO
 from pathlib import Path
 from random import Random
@@ -28,7 +28,7 @@ from addenda.serving.tensors import HEADER_LENGTH
 from tests.inference import SIDE, client_at, images_of, infer, pictures, pixels, served_tasks
 from tests.servers import ServedProcess
 
-MALFORMED = 10_000
+MALFORMED, HOSTILE = 10_000, 5_000
 MOST_MORE_BYTES = 2**30
 """What a server may take beyond what it has after its first answer: an image of 49 million pixels, decoded, and copies
 of it; and a body of 32 MiB as Python objects."""
@@ -179,10 +179,112 @@ def malformed(random: Random, count: int) -> Iterator[Asked]:
                 yield mutated(random, body), headers
 
 
+Sent = tuple[str, str, bytes, dict[str, str]]
+
+
+def hostile(random: Random, count: int) -> Iterator[Sent]:
+    """Requests of every route and method, real and made up, with names, headers and bodies that nobody would send."""
+    names = [
+        "digits",
+        "strokes",
+        "auto",
+        "combined",
+        "x" * 4000,
+        "..%2f..%2fetc",
+        "%00",
+        "a%0d%0ab",
+        "%ff",
+        "'; DROP",
+        "{}",
+    ]
+    paths = [
+        "/", "/livez", "/readyz", "/metrics", "/openapi.json", "/api/v1/status", "/api/v1/tasks",
+        "/api/v1/verifications", "/api/v1/predict", "/api/v1/tasks/{}", "/api/v1/tasks/{}/versions", "/api/v1/tasks/{}/versions/{}",
+        "/api/v1/tasks/{}/lineage", "/api/v1/tasks/{}/versions/{}/artifact", "/api/v1/tasks/{}/aliases/{}", "/v2",
+        "/v2/models/{}", "/v2/models/{}/ready", "/v2/models/{}/infer", "/v2/models/{}/versions/{}/infer",
+        "/v2/repository/index", "/v2/health/ready", "/{}", "/static/{}", "/tasks/{}",
+    ]  # fmt: skip
+    methods = ["GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"]
+    queries = [
+        "",
+        "",
+        "?tasks={}",
+        "?task={}&top=99999",
+        "?limit=-1",
+        "?before={}",
+        "?since=now",
+        "?name=*{}*&limit=1000",
+    ]
+    bodies = [
+        b"", b"{}", b"[" * 100_000, b'{"a":' * 50_000, b"\x80\x04\x95", random.randbytes(5000), b'{"version": 1e999}',
+        json.dumps({"version": 2**63}).encode(), b"\xff\xfe", pictures(1)[0],
+    ]  # fmt: skip
+    headers = [
+        {}, {}, {"Content-Type": "multipart/form-data; boundary=x"}, {"Content-Encoding": "gzip"},
+        {"If-Match": '"x"' * 500}, {"Idempotency-Key": "k" * 500}, {"X-Request-Id": "i" * 4000}, {"Accept": "*/*" * 1000}, {"Range": "bytes=0-"},
+        {"Expect": "100-continue"}, {HEADER_LENGTH: "-1"}, {"Cookie": "addenda_key=" + "c" * 3000},
+        {"Authorization": "Bearer " + "b" * 3000}, {"Addenda-Timeout-Ms": "1"}, {"Content-Type": "application/json"},
+    ]  # fmt: skip
+    for number in range(count):
+        method = f"MADE{number}" if number % 5 == 0 else random.choice(methods)
+        path, query = random.choice(paths), random.choice(queries)
+        name, other = (random.choice([*names, str(number), "1"]) for _ in range(2))
+        target = f"{path.format(name, other)}{query.format(name)}".replace(" ", "%20")
+        yield method, target, random.choice(bodies), random.choice(headers)
+
+
 def resident_bytes(pid: int) -> int:
     """The most that a process has had in memory so far."""
     (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM")]
     return 1024 * int(line.split()[1])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_five_thousand_hostile_requests_are_answered_and_nothing_grows(glyphs: FrozenBackbone, tmp_path: Path) -> None:
+    served_tasks(glyphs, tmp_path / "tasks.db")
+    statuses: Counter[int] = Counter()
+    with ServedProcess(tmp_path / "tasks.db", tmp_path) as served, client_at(served) as client:
+        infer(client, pictures(3))
+        waiting, taking, sizes = hostile(Random(11), HOSTILE), threading.Lock(), []
+
+        def series() -> int:
+            return client.get("/metrics").text.count("\naddenda_requests_total{")
+
+        def send() -> Counter[int]:
+            found: Counter[int] = Counter()
+            while True:
+                with taking:
+                    asked = next(waiting, None)
+                    if asked is not None and len(sizes) < 2 and found.total() == HOSTILE // 16:
+                        sizes.append((resident_bytes(served.process.pid), series()))
+                if asked is None:
+                    return found
+                connection = HTTPConnection(served.url.removeprefix("http://"), timeout=60)
+                method, target, body, headers = asked
+                try:
+                    connection.request(method, target, body, headers)
+                    answer = connection.getresponse()
+                    told = answer.read() if "events" not in target else b""
+                    found[answer.status] += 1
+                    assert answer.status < 500 or answer.status in (503, 504), (asked, told)
+                except (ConnectionError, BadStatusLine):
+                    found[0] += 1  # hung up on: the head was no HTTP
+                finally:
+                    connection.close()
+
+        with ThreadPoolExecutor(8) as senders:
+            for sent in [senders.submit(send) for _ in range(8)]:
+                statuses += sent.result()
+        (half_bytes, half_series), (end_bytes, end_series) = sizes[0], (resident_bytes(served.process.pid), series())
+        assert served.process.poll() is None
+        assert client.get("/readyz").status_code == 200
+    assert statuses.total() == HOSTILE
+    assert statuses[0] < HOSTILE / 10
+    assert {200, 400, 404, 405, 422} <= statuses.keys()
+    assert end_bytes - half_bytes < 2**26, "the second half took more than the first"
+    assert end_series <= half_series + 40, "so many more routes and statuses, and not one for each request"
+    assert "traceback" not in served.log.read_text()
 
 
 @pytest.mark.slow
