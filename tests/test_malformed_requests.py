@@ -199,8 +199,8 @@ def hostile(random: Random, count: int) -> Iterator[Sent]:
     ]
     paths = [
         "/", "/livez", "/readyz", "/metrics", "/openapi.json", "/api/v1/status", "/api/v1/tasks",
-        "/api/v1/verifications", "/api/v1/predict", "/api/v1/tasks/{}", "/api/v1/tasks/{}/versions", "/api/v1/tasks/{}/versions/{}",
-        "/api/v1/tasks/{}/lineage", "/api/v1/tasks/{}/versions/{}/artifact", "/api/v1/tasks/{}/aliases/{}", "/v2",
+        "/api/v1/verifications", "/api/v1/predict", "/api/v1/tasks/{}", "/api/v1/tasks/{}/versions",
+        "/api/v1/tasks/{}/versions/{}", "/api/v1/tasks/{}/lineage", "/api/v1/tasks/{}/versions/{}/artifact", "/api/v1/tasks/{}/aliases/{}", "/v2",
         "/v2/models/{}", "/v2/models/{}/ready", "/v2/models/{}/infer", "/v2/models/{}/versions/{}/infer",
         "/v2/repository/index", "/v2/health/ready", "/{}", "/static/{}", "/tasks/{}",
     ]  # fmt: skip
@@ -221,7 +221,8 @@ def hostile(random: Random, count: int) -> Iterator[Sent]:
     ]  # fmt: skip
     headers = [
         {}, {}, {"Content-Type": "multipart/form-data; boundary=x"}, {"Content-Encoding": "gzip"},
-        {"If-Match": '"x"' * 500}, {"Idempotency-Key": "k" * 500}, {"X-Request-Id": "i" * 4000}, {"Accept": "*/*" * 1000}, {"Range": "bytes=0-"},
+        {"If-Match": '"x"' * 500}, {"Idempotency-Key": "k" * 500}, {"X-Request-Id": "i" * 4000},
+        {"Accept": "*/*" * 1000}, {"Range": "bytes=0-"},
         {"Expect": "100-continue"}, {HEADER_LENGTH: "-1"}, {"Cookie": "addenda_key=" + "c" * 3000},
         {"Authorization": "Bearer " + "b" * 3000}, {"Addenda-Timeout-Ms": "1"}, {"Content-Type": "application/json"},
     ]  # fmt: skip
