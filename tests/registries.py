@@ -43,10 +43,10 @@ def a_task(name: str = "digits", seed: int = 0, **changes: Any) -> Task:
 
 
 def a_large_task(name: str = "large", **changes: Any) -> Task:
-    """A task of 2.8 MB, more than SQLite keeps in memory before it writes."""
-    count = 36_000
-    head = {key: torch.full((count, 8), 0.5) for key in ("head_weight", "pooled_weight")}
-    return a_task(name, labels=tuple(map(str, range(count))), head_bias=torch.zeros(count), **head, **changes)
+    """A task of 2.6 MB, more than SQLite keeps in memory before it writes."""
+    width = 72_000
+    heads = {key: torch.full((3, width), 0.5) for key in ("head_weight", "pooled_weight")}
+    return a_task(name, class_token=torch.zeros(width), memory=torch.full((2, 1, width), 0.5), **heads, **changes)
 
 
 def adapters(width: int = 8, depth: int = 2, rank: int = 3, hidden: int = 12, seed: int = 5) -> dict[str, LowRank]:

@@ -124,6 +124,8 @@ def _check_columns(file: Path, columns: Sequence[str]) -> None:
     ]
     more = f" and {len(columns) - SHOWN_COLUMNS} more" if len(columns) > SHOWN_COLUMNS else ""
     found = f"Found: {', '.join(shown)}{more}."
+    if len(columns) == 1 and {";", "\t"} & set(columns[0]):
+        found += " Its fields must be separated by commas: save it as CSV with commas."
     if "path" not in columns or not {"label", "labels"} & set(columns):
         raise DataError(
             f"The listing {str(file)!r} needs a column 'path', and 'label' (one for each image) or 'labels' (any "

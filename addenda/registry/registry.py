@@ -124,10 +124,9 @@ class Registry(Reader):
             statistics.check(len(task.labels))
             if statistics.excess is not None:
                 raise RegistryError(f"Task {task.name!r} was not registered: {statistics.excess}.")
-        check_bounds(task)
-        probe = golden_row(task, golden)
         check_unwritten(task)
-        data = task.artifact
+        check_bounds(task)
+        probe, data = golden_row(task, golden), task.artifact
         with database_errors(f"Task {task.name!r} was not registered"), writing(self._engine) as connection:
             versions = connection.execute(select(schema.task).where(schema.task.c.name == task.name)).all()
             same = [row for row in versions if row.artifact == task.sha256]
