@@ -74,7 +74,9 @@ def main() -> None:
     """Runs the command line; bad input is one line and exit code 2, never a traceback."""
     if logging.lastResort:
         logging.lastResort.addFilter(_worth_showing)
-    if isinstance(sys.stdout, TextIOWrapper) and (sys.stdout.errors == "strict" or sys.stdout.encoding != "utf-8"):
+    if isinstance(sys.stdout, TextIOWrapper) and (
+        sys.stdout.errors == "strict" or sys.stdout.encoding.lower() != "utf-8"
+    ):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name or a dash that the terminal has no letters for
     arguments = [word for word in sys.argv[1:] if word != TRACEBACK]  # wherever it stands
     try:

@@ -18,7 +18,7 @@ from addenda.exceptions import RegistryError
 from addenda.registry import Registry
 from addenda.registry import database as databases
 from tests.databases import ON_POSTGRESQL, address, everything, raw, rows
-from tests.registries import HERE, SCORING, a_task, keep, probe
+from tests.registries import BACKBONE, HERE, SCORING, a_task, keep, probe
 
 
 def test_a_registry_stays_when_it_is_closed_and_opened_again(full_book, database):
@@ -169,3 +169,15 @@ def test_a_postgresql_role_without_rights_is_refused_in_words(full_book, databas
         assert "secret" not in str(refusal.value)
     with a_role(database.new()) as location, pytest.raises(RegistryError, match="permission denied for schema public"):
         Registry.open(location)
+
+
+@pytest.mark.parametrize("how", ["removed", "replaced"])
+def test_nothing_is_written_to_a_file_that_was_removed_or_replaced(registry, tmp_path, how):
+    registry.add_backbone(BACKBONE)
+    registry.tasks()
+    (tmp_path / "tasks.db").rename(tmp_path / "moved.db")
+    if how == "replaced":
+        with Registry.open(tmp_path / "tasks.db") as other:
+            other.add_backbone(BACKBONE)
+    with pytest.raises(RegistryError, match=r"'.*tasks\.db' was removed or replaced since it was opened: nothing was"):
+        keep(registry, a_task())

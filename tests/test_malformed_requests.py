@@ -197,13 +197,11 @@ def hostile(random: Random, count: int) -> Iterator[Sent]:
         "'; DROP",
         "{}",
     ]
-    paths = [
-        "/", "/livez", "/readyz", "/metrics", "/openapi.json", "/api/v1/status", "/api/v1/tasks",
-        "/api/v1/verifications", "/api/v1/predict", "/api/v1/tasks/{}", "/api/v1/tasks/{}/versions",
-        "/api/v1/tasks/{}/versions/{}", "/api/v1/tasks/{}/lineage", "/api/v1/tasks/{}/versions/{}/artifact", "/api/v1/tasks/{}/aliases/{}", "/v2",
-        "/v2/models/{}", "/v2/models/{}/ready", "/v2/models/{}/infer", "/v2/models/{}/versions/{}/infer",
-        "/v2/repository/index", "/v2/health/ready", "/{}", "/static/{}", "/tasks/{}",
-    ]  # fmt: skip
+    paths = ["/", "/livez", "/readyz", "/metrics", "/openapi.json", "/{}", "/static/{}", "/tasks/{}"]
+    paths += [f"/api/v1/{one}" for one in ("status", "tasks", "verifications", "predict")]
+    paths += [f"/api/v1/tasks/{{}}{one}" for one in ("", "/versions", "/lineage", "/aliases/{}", "/versions/{}")]
+    paths += ["/api/v1/tasks/{}/versions/{}/artifact", "/v2", "/v2/repository/index", "/v2/health/ready"]
+    paths += [f"/v2/models/{{}}{one}" for one in ("", "/ready", "/infer", "/versions/{}/infer")]
     methods = ["GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"]
     queries = [
         "",

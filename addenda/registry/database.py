@@ -57,6 +57,7 @@ def connect(location: str | Path, create: bool, read_only: bool = False) -> Engi
     options: dict[str, Any] = {"creator": lambda: _open_sqlite_read_only(path)} if read_only else {}
     engine = create_engine(URL.create("sqlite", database=str(path)), json_serializer=canonical_json, **options)
     event.listen(engine, "connect", _configure_sqlite)
+    event.listen(engine, "connect", lambda dbapi, record: record.info.update(file=_identity(path)))
     if read_only:
         event.listen(engine, "connect", lambda dbapi, _: dbapi.execute("PRAGMA query_only=ON"))
     event.listen(engine, "begin", _begin_sqlite)
@@ -76,8 +77,8 @@ def database_errors(context: str) -> Iterator[None]:
         if not isinstance(error, (SQLAlchemyError, sqlite3.Error)) and not _is_of_a_value(error):
             raise
         said = " ".join(str(getattr(error, "orig", None) or error).split()).rstrip(".")
-        if "unable to open database file" in said:
-            said += " (SQLite writes beside it: can its folder be written to, and is its disk not full?)"
+        if "unable to open database file" in said or "readonly database" in said:
+            said += " (SQLite writes beside it: may this user write to it and to its folder, and is its disk not full?)"
         kind = RegistryUnavailableError if _is_outage(error) else RegistryError
         raise kind(f"{context}: {said}. Nothing was changed.") from error
 
@@ -197,7 +198,23 @@ def _writes(connection: Connection) -> bool:
     return bool(connection.get_execution_options().get("writes", False))
 
 
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Which file a path leads to; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 def _begin_sqlite(connection: Connection) -> None:
+    if _writes(connection):
+        path = Path(str(connection.engine.url.database))
+        if _identity(path) != connection.connection.info["file"]:  # SQLite would write to what has no name any more
+            raise RegistryError(
+                f"The registry's file {str(path)!r} was removed or replaced since it was opened: nothing was changed. "
+                "Open it again."
+            )
     connection.exec_driver_sql("BEGIN IMMEDIATE" if _writes(connection) else "BEGIN")
 
 
