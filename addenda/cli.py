@@ -85,6 +85,8 @@ def main() -> None:
         typer.echo(f"Error: {shown_lines(str(error))}", err=True)
         sys.exit(2)
     except OSError as error:  # a place that may not be read or written, or whose name cannot be one
+        if len(arguments) < len(sys.argv) - 1:
+            raise
         typer.echo(f"Error: {shown(str(error)[:500])}.", err=True)
         sys.exit(2)
     except Exception as error:

@@ -27,6 +27,10 @@ class RegistryUnavailableError(RegistryError):
     """A database that does not answer now; what was asked may work later."""
 
 
+class RegistryFaultError(RegistryError):
+    """A database that refuses what is asked of every registry: its schema is damaged, or there is a fault of ours."""
+
+
 class UnknownTaskError(RegistryError):
     """A name, version or alias that the registry does not hold."""
 

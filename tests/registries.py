@@ -69,9 +69,9 @@ def a_statistic(num_classes: int = 3, **changes: Any) -> FeatureStatistics:
     noise = torch.Generator().manual_seed(3)
     content = {
         "counts": torch.arange(num_classes) + 4,
-        "sums": torch.randn(num_classes, 5, generator=noise),
-        "gram": torch.randn(15, generator=noise),
-        "sample": torch.randn(6, 4, generator=noise),
+        "sums": torch.randn(num_classes, 9, generator=noise),
+        "gram": torch.randn(45, generator=noise),
+        "sample": torch.randn(6, 8, generator=noise),
         "sample_targets": torch.arange(6) % num_classes,
     }
     return FeatureStatistics(**{**content, **changes})

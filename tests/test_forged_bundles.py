@@ -18,7 +18,7 @@ from addenda.exceptions import IntegrityError, RegistryError
 from addenda.registry import Registry, Task, canonical_json, digest
 from addenda.registry.registration import derived
 from tests.databases import rows
-from tests.registries import BACKBONE, a_task, probe
+from tests.registries import BACKBONE, a_statistic, a_task, probe
 from tests.travel import FULL, states
 
 
@@ -142,6 +142,19 @@ def deep(manifest: dict[str, Any], depth: int) -> bytes:
     return canonical_json(manifest).replace('"HERE"', "[" * depth + "]" * depth).encode()
 
 
+def artifact_of(**changes: Any) -> bytes:
+    """An artifact with another manifest."""
+    tensors = {"head_weight": torch.zeros(3, 8), "head_bias": torch.zeros(3)}
+    manifest = {
+        "format": 1,
+        "backbone": "b" * 64,
+        "labels": ["a", "b", "c"],
+        "objective": "single-label",
+        "extends": [],
+    }
+    return bytes(save(tensors, metadata={"addenda": canonical_json(manifest | changes)}))
+
+
 def nested(depth: int) -> bytes:
     """An artifact whose manifest is brackets in brackets."""
     tensors = {"head_weight": torch.zeros(3, 8), "head_bias": torch.zeros(3)}
@@ -209,6 +222,40 @@ FORGERIES: dict[str, tuple[Callable[[dict[str, Any], dict[str, bytes]], Any], st
     "fewer brackets": (lambda m, b: deep(m, 5_000), "recursion limit|nested too deeply"),
     "brackets within an artifact": (
         lambda m, b: swap(m, b, "old:1", nested(100_000)), "'old:1' .*its manifest is nested too deeply"),
+    "a day that is none": (
+        lambda m, b: of(m, "old:1")["task"].update(created_at="2026-02-30T00:00:00+00:00"), "created_at: Value error"),
+    "a score of text": (
+        lambda m, b: of(m, "old:1")["task"].update(metrics={"test": {"f1_micro": "0.9"}}), "not valid: test.f1_micro"),
+    "a score beyond one": (
+        lambda m, b: of(m, "old:1")["task"].update(metrics={"test": {"exact_match": 1e300}}), "valid: test.exact_m"),
+    "a score beyond all floats": (
+        lambda m, b: of(m, "old:1")["task"].update(metrics={"test": {"accuracy": 10**400}}), "valid"),
+    "curves that are none": (
+        lambda m, b: of(m, "old:1")["task"].update(metrics={"curves": [{"x": 1}]}), "not valid: curves.0.train_loss"),
+    "a confusion of other classes": (
+        lambda m, b: of(m, "old:1")["task"].update(metrics={"test": {"confusion": [[1]]}}), "is not of 3 classes"),
+    "evaluations that are none": (
+        lambda m, b: of(m, "digits:1")["evaluations"][0].update(metrics={"accuracy": -5.0}), "not valid: accuracy"),
+    "a configuration of 2 MB": (
+        lambda m, b: of(m, "old:1")["task"].update(config={"x": [[]] * 700_000}), "its config has 2,.* is the most"),
+    "a person of 20 MB": (
+        lambda m, b: of(m, "old:1")["task"].update(created_by="a" * 20_000_000), "texts has 20,000,000 char"),
+    "2,000 tags": (
+        lambda m, b: of(m, "old:1")["tags"].extend(map(str, range(2000))), "it has 2,000 tags; 1,000 is the most"),
+    "a probe of 100 images": (
+        lambda m, b: probe_of(m, b, np.zeros(300, np.float32).tobytes()), "its golden probe is not of 3 labels"),
+    "NUL in a version": (lambda m, b: of(m, "old:1")["task"].update(code_version="a\0"), "holds a NUL character"),
+    "NUL in a backbone": (lambda m, b: m["backbones"][0].update(source="a\0"), "holds a NUL character"),
+    "a backbone of no task": (
+        lambda m, b: m["backbones"].append(m["backbones"][0] | {"fingerprint": "c" * 64}), "on which none of its"),
+    "statistics of another width": (
+        lambda m, b: statistics_of(m, b, a_statistic(sample=torch.zeros(6, 3)).data), "are of 3 dimensions, its backb"),
+    "statistics of other numbers": (
+        lambda m, b: statistics_of(m, b, a_statistic(sample_targets=torch.zeros(6)).data), "targets must be int64"),
+    "statistics of complex numbers": (
+        lambda m, b: statistics_of(m, b, a_statistic(counts=torch.zeros(3).to(torch.complex64)).data), "must be int64"),
+    "labels that are one text": (
+        lambda m, b: swap(m, b, "old:1", artifact_of(labels="abc")), "labels and parents are no lists of texts"),
     "statistics that are none": (lambda m, b: statistics_of(m, b, b"\x80\x04."), "its statistics are not valid"),
 }  # fmt: skip
 BARE = a_task("bare", 5, class_token=None, memory=None, pooled_weight=None)

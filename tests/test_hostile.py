@@ -29,8 +29,14 @@ from sqlalchemy import text as sql
 
 from addenda import CombinedModel, FrozenBackbone, Registry, Task
 from addenda.backbones import vit
-from addenda.combined import golden, layout, predictions_of, verify
-from addenda.exceptions import IntegrityError, OwnershipError, RegistryError, RegistryUnavailableError
+from addenda.combined import feature_statistics, golden, layout, predictions_of, verify
+from addenda.exceptions import (
+    IntegrityError,
+    OwnershipError,
+    RegistryError,
+    RegistryFaultError,
+    RegistryUnavailableError,
+)
 from addenda.registry import bounds, queries, registration
 from addenda.registry import registry as registries
 from addenda.registry.database import OUTAGES, database_errors, reading, writing
@@ -41,8 +47,9 @@ from addenda.serving.service import Limits
 from addenda.text import csv_row, shown
 from tests.commands import Run
 from tests.conftest import random_task
-from tests.databases import tamper
+from tests.databases import Database, raw, tamper
 from tests.inference import pictures, pixels
+from tests.registries import BACKBONE, a_task, keep
 from tests.servers import ServedProcess, client_of
 
 PREDICT = "/api/v1/predict"
@@ -113,6 +120,80 @@ def test_one_that_fails_for_some_images_is_named_and_the_others_answer(
         inputs = [{"name": "image", "shape": [1], "datatype": "BYTES", "data": [base64.b64encode(image).decode()]}]
         assert client.post("/v2/models/combined/infer", json={"inputs": inputs}).status_code == 422
         assert client.post("/v2/models/good/infer", json={"inputs": inputs}).status_code == 200
+
+
+def test_pixels_are_not_blamed_for_a_task_nor_large_logits_for_being_infinite(
+    tiny: FrozenBackbone, registry: Registry, registered: Callable[..., Task], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registered("good")
+    large = replace(random_task(tiny, "large"), head_bias=torch.tensor([1e31, 0.0, 0.0]))
+    registry.register(large, golden(tiny, large))
+    asked = {"inputs": pixels(0.5)}
+    with client_of(tiny, registry) as client:
+        assert client.post("/v2/models/combined/infer", json=asked).status_code == 200
+    registered_before(monkeypatch, registry, tiny, infinite(tiny))
+    monkeypatch.setattr(import_module("addenda.combined.golden"), "is_finite", lambda *_: True)
+    with client_of(tiny, registry) as client:
+        refused = client.post("/v2/models/combined/infer", json=asked)
+        assert (refused.status_code, "'bad:1'" in refused.json()["detail"]) == (422, True)
+
+
+def test_one_task_that_answers_no_numbers_does_not_end_the_choosing_of_tasks(
+    tiny: FrozenBackbone, registry: Registry, registered: Callable[..., Task], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry.add_backbone(tiny.record())
+    features = torch.randn(40, tiny.embed_dim)
+    kept = feature_statistics(features, torch.arange(40) % 3, 3)
+    good, bad = random_task(tiny, "good"), infinite(tiny)
+    registry.register(good, golden(tiny, good), kept)
+    other = replace(kept, sums=kept.sums[:, :5], gram=kept.gram[:15], sample=kept.sample[:, :3])
+    odd = random_task(tiny, "odd", seed=2)
+    registry.register(odd, golden(tiny, odd), other)  # of another kind of feature: left out of the choice
+    registered_before(monkeypatch, registry, tiny, bad)
+    monkeypatch.setattr(import_module("addenda.combined.golden"), "is_finite", lambda *_: True)
+    with client_of(tiny, registry) as client:
+        answer = client.post(f"{PREDICT}?task=auto", content=pictures(1)[0])
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["chosen"]["task"] == "good"
+
+
+def test_a_task_of_another_width_is_quarantined(
+    tiny: FrozenBackbone, registry: Registry, registered: Callable[..., Task]
+) -> None:
+    """As a bundle may bring it that says so of its backbone, to a registry that does not know this one."""
+    registered("good")
+    narrow = Task(
+        name="narrow",
+        backbone=tiny.fingerprint,
+        labels=("a", "b"),
+        head_weight=torch.zeros(2, 5),
+        head_bias=torch.zeros(2),
+    )
+    probe = golden(tiny, random_task(tiny, "x", classes=2))
+    registry.register(narrow, probe)
+    with client_of(tiny, registry) as client:
+        status = client.get("/api/v1/status").json()
+    assert list(status["tasks"]) == ["good"]
+    assert "reads features of 5 dimensions" in status["quarantined"]["narrow:1"]
+
+
+def test_a_task_that_fails_in_a_way_that_nobody_foresaw_is_quarantined_alone(
+    tiny: FrozenBackbone, registry: Registry, registered: Callable[..., Task], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("good", "bad", "better"):
+        registered(name)
+    snapshots = import_module("addenda.serving.snapshot")
+    real = snapshots.verdicts
+
+    def failing(model: CombinedModel, recorded: Any) -> Any:
+        if any(task.name == "bad" for task, _ in recorded):
+            raise RuntimeError("shapes")
+        return real(model, recorded)
+
+    monkeypatch.setattr(snapshots, "verdicts", failing)
+    with client_of(tiny, registry) as client:
+        status = client.get("/api/v1/status").json()
+    assert (sorted(status["tasks"]), status["quarantined"]) == (["better", "good"], {"bad:1": "shapes"})
 
 
 def test_a_prediction_that_is_no_number_is_no_answer(tiny: FrozenBackbone) -> None:
@@ -242,6 +323,7 @@ def test_what_is_there_already_of_somebody_elses_gets_neither_tags_nor_probes(
     tiny: FrozenBackbone, registry: Registry, theirs: Callable[..., bytes], tmp_path: Path
 ) -> None:
     path = tmp_path / "fish.addenda"
+    registry.add_backbone(tiny.record())
     path.write_bytes(theirs("fish"))
     registry.on_behalf_of("key ann").import_bundle(path, owner="key ann")
     registry.untag("fish:1", "theirs")
@@ -253,6 +335,33 @@ def test_what_is_there_already_of_somebody_elses_gets_neither_tags_nor_probes(
     path.write_bytes(theirs("fish", 2))
     with pytest.raises(OwnershipError):
         registry.import_bundle(path, owner="key bob")
+
+
+def test_a_register_key_brings_no_backbone(
+    tiny: FrozenBackbone, registry: Registry, theirs: Callable[..., bytes], tmp_path: Path
+) -> None:
+    keys = KeyFile(tmp_path / "keys.json")
+    heads = [{"Authorization": f"Bearer {keys.create(scope, scope)}"} for scope in ("register", "admin")]
+    with client_of(tiny, registry, keys) as client:
+        answers = [client.post("/api/v1/tasks", content=theirs("fish"), headers=head) for head in heads]
+    assert [answer.status_code for answer in answers] == [403, 201]
+    assert "is not known here, and key register may not add one" in answers[0].json()["detail"]
+
+
+def test_an_idempotency_key_is_its_callers_own(
+    tiny: FrozenBackbone,
+    registry: Registry,
+    registered: Callable[..., Task],
+    theirs: Callable[..., bytes],
+    tmp_path: Path,
+) -> None:
+    registered("birds")
+    keys = KeyFile(tmp_path / "keys.json")
+    with client_of(tiny, registry, keys) as client:
+        for who, name in (("ann", "fish"), ("bob", "frogs")):
+            head = {"Authorization": f"Bearer {keys.create(who, 'register')}", "Idempotency-Key": "1"}
+            for _ in range(2):
+                assert client.post("/api/v1/tasks", content=theirs(name), headers=head).status_code == 201
 
 
 # --- requests ---------------------------------------------------------------------------------------------------------
@@ -351,6 +460,47 @@ def test_a_full_queue_is_told_before_the_body_is_read(client: TestClient, monkey
             assert client.post(path, content=b"x").status_code == 503
 
 
+def test_attention_takes_a_place_before_its_body_too(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    app: Any = client.app
+    monkeypatch.setattr(bodies, "_pieces", lambda *_: pytest.fail("it was read"))
+    with app.state.service.batcher.room(app.state.service.limits.waiting):
+        assert client.post("/page/attention?task=good", content=b"x").status_code == 503
+
+
+def test_a_failure_is_counted_and_found_by_its_id(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    app: Any = client.app
+    monkeypatch.setattr(type(app.state.service), "snapshot", property(lambda self: 1 / 0))
+    failed = client.get("/api/v1/status")
+    monkeypatch.undo()
+    assert failed.status_code == 500
+    assert failed.headers["x-request-id"] == failed.json()["request_id"]
+    assert 'addenda_requests_total{method="GET",route="/api/v1/status",status="500"} 1.0' in client.get("/metrics").text
+
+
+@pytest.mark.parametrize("what", ["disk", "folder"])
+def test_a_disk_that_is_full_or_gone_is_a_reason_to_come_again(
+    client: TestClient, theirs: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    bundle, app = theirs("fish"), client.app
+    with monkeypatch.context() as spoilt:
+        if what == "folder":
+            spoilt.setattr("tempfile.tempdir", "/nowhere/at/all")
+        else:
+            spoilt.setattr(Path, "open", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        refused = client.post("/api/v1/tasks", content=bundle)
+    assert refused.status_code == 503
+    assert "a full disk or a folder that is gone" in refused.json()["detail"]
+    assert app.state.uploads == 0  # type: ignore[attr-defined]
+    assert client.post("/api/v1/tasks", content=bundle).status_code == 201
+
+
+def test_so_many_bundles_lie_on_the_disk_and_no_more(client: TestClient, theirs: Callable[..., bytes]) -> None:
+    app: Any = client.app
+    app.state.uploads = 4
+    assert client.post("/api/v1/tasks", content=theirs("fish")).status_code == 503
+    app.state.uploads = 0
+
+
 @pytest.mark.slow
 def test_who_does_not_read_is_hung_up_on_and_who_reads_slowly_is_not(
     tiny: FrozenBackbone, glyphs: FrozenBackbone, tmp_path: Path
@@ -428,10 +578,34 @@ def test_every_line_of_the_log_is_json(capfd: pytest.CaptureFixture[str], monkey
 def test_an_outage_is_told_from_a_statement_that_is_wrong(full_book: Registry) -> None:
     with pytest.raises(RegistryError) as wrong, reading(full_book._engine) as connection:
         connection.execute(sql("SELECT nothing FROM task"))
-    assert not isinstance(wrong.value, RegistryUnavailableError)
+    assert isinstance(wrong.value, RegistryFaultError)
     with pytest.raises(RegistryError) as wrong, database_errors("It"), writing(full_book._engine) as connection:
         connection.execute(sql("INSERT INTO nowhere VALUES (1)"))
-    assert not isinstance(wrong.value, RegistryUnavailableError)
+    assert isinstance(wrong.value, RegistryFaultError)
+
+
+def test_a_damaged_schema_is_the_servers_fault_and_its_log_says_so(
+    client: TestClient, registry: Registry, caplog: pytest.LogCaptureFixture
+) -> None:
+    with raw(registry.location) as connection:
+        connection.execute(sql("ALTER TABLE task RENAME COLUMN score TO points"))
+    failed = client.get("/api/v1/tasks")
+    assert failed.status_code == 500
+    assert "no such column" in caplog.text
+
+
+def test_a_database_that_only_reads_is_an_outage(database: Database) -> None:
+    with Registry.open(location := database.new()) as opened:
+        opened.add_backbone(BACKBONE)
+    if database.kind == "sqlite":
+        error = sqlite3.OperationalError("attempt to write a readonly database")
+        error.sqlite_errorcode = sqlite3.SQLITE_READONLY
+        with pytest.raises(RegistryUnavailableError), database_errors("It"):
+            raise error
+        return
+    standby = f"{location}{'&' if '?' in location else '?'}options=-c%20default_transaction_read_only%3Don"
+    with Registry.open(standby) as opened, pytest.raises(RegistryUnavailableError, match="read-only transaction"):
+        keep(opened, a_task())
 
 
 def test_outages_of_sqlite_are_known_by_their_codes(registry: Registry) -> None:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image, PngImagePlugin
@@ -22,6 +23,7 @@ from addenda.exceptions import BackboneError, DataError, NameTakenError, Registr
 from addenda.learner import Row, learn_many
 from addenda.learner.data import open_images, open_parts
 from addenda.learner.folders import part_named
+from addenda.learner.labelled import LabelledImages, UnsteadyError
 from addenda.learner.listings import open_listing
 from addenda.learner.torch_datasets import Items
 from tests.commands import Run
@@ -133,7 +135,7 @@ def test_parts_have_names_and_classes_others() -> None:
     assert {name: part_named(name) for name in ("Val", "DEV", "validation_set", "Test images")} == {
         "Val": "validation", "DEV": "validation", "validation_set": "validation", "Test images": "test",
     }  # fmt: skip
-    others = ("trainer", "testes", "contest", "device", "test1", "valley", "")
+    others = ("trainer", "testes", "contest", "device", "valley", "")
     assert {part_named(name) for name in others} == {None}
 
 
@@ -521,3 +523,186 @@ def test_hidden_files_alone_are_no_warning(folder: Path, learner: Learner, caplo
     assert task.data["left_out"] == {"hidden": 1}
     said = [record for record in caplog.records if "left out" in record.message]
     assert [record.levelno for record in said] == [logging.INFO]
+
+
+# --- what a sceptic found ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("seg_train", "seg_test"), ("asl_alphabet_train", "asl_alphabet_test"), ("images_train", "images_test"),
+        ("DATASET_TRAIN", "DATASET_TEST"), ("Train (1)", "Test (1)"), ("01_train", "02_test"), ("train1", "test1"),
+        ("trainImages", "testImages"), ("train-20240101T120000Z-001", "test-20240101T120000Z-001"),
+        ("训练集", "测试集"),
+    ],
+)  # fmt: skip
+def test_parts_are_known_by_a_word_of_their_name(tmp_path: Path, train: str, test: str) -> None:
+    images, scored = open_parts(divided(tmp_path / "scans", train, test))
+    assert (images.labels, scored is None) == (("blue", "red"), False)
+
+
+def test_parts_that_an_archive_wrapped_twice_are_unwrapped(tmp_path: Path) -> None:
+    for part in ("seg_train", "seg_test"):
+        colour_folder(tmp_path / "data" / part / part, per_class=4, classes=TWO)
+    (tmp_path / "data" / "seg_pred").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "data" / "seg_pred" / "1.png")
+    images, scored = open_parts(tmp_path / "data")
+    assert (images.labels, len(images), scored is None) == (("blue", "red"), 8, False)
+    assert "1 folders beside the parts" in images.remarks
+
+
+def test_folders_that_all_hold_the_same_are_no_classes(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"each of its folders holds the same: blue/, red/\. Are those the classes"):
+        open_images(divided(tmp_path / "data", "fold1", "fold2"))
+
+
+def test_a_class_called_train_with_folders_of_its_own_is_not_the_whole(tmp_path: Path) -> None:
+    for name, kinds in (("bus", ("city", "coach")), ("train", ("steam", "diesel"))):
+        colour_folder(tmp_path / "vehicles" / name, classes=kinds)
+    with pytest.raises(DataError, match=r"has train/ in it, which holds class folders, and bus/ beside it"):
+        open_images(tmp_path / "vehicles")
+
+
+@pytest.mark.parametrize("how", ["gone", "changed", "random"])
+def test_what_changes_while_it_is_read_is_refused_and_never_left_out(
+    learner: Learner, tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = colour_folder(tmp_path / "new", per_class=4, classes=TWO, seed=1000 + len(how))  # of which nothing is kept
+    data: Any = folder
+    if how == "random":
+        noise = torch.Generator().manual_seed(0)
+        data = ImageFolder(
+            str(folder), transform=lambda image: learner.backbone.transform(image) + torch.rand(1, generator=noise)
+        )
+    else:
+        opened = LabelledImages.hashed
+
+        def hashed(images: LabelledImages) -> LabelledImages:
+            found = opened(images)
+            path = folder / "red" / "2.png"
+            path.unlink() if how == "gone" else path.write_bytes((folder / "red" / "0.png").read_bytes())
+            return found
+
+        monkeypatch.setattr(LabelledImages, "hashed", hashed)
+    with pytest.raises(UnsteadyError, match=r"It could be read when this run began|changed while it was being read"):
+        learner.learn("any", data, config=HEAD_ONLY, skip_bad=True)
+    assert learner.registry.tasks() == []
+
+
+def test_a_run_that_left_images_out_is_no_answer_to_one_that_may_not(learner: Learner, folder: Path) -> None:
+    (folder / "red" / "junk.png").write_bytes(b"junk")
+    task = learner.learn("any", folder, config=HEAD_ONLY, skip_bad=True)
+    assert learner.learn("any", folder, config=HEAD_ONLY, skip_bad=True).ref == task.ref
+    with pytest.raises(DataError, match=r"1 of 9 images .*\n.*junk"):
+        learner.learn("any", folder, config=HEAD_ONLY)
+
+
+class Named(list):  # type: ignore[type-arg]
+    """Four items of two classes, and what a dataset may say of their names."""
+
+    def __init__(self, **said: Any) -> None:
+        super().__init__((Image.new("RGB", (40, 40), (60 * i, 0, 0)), i % 2) for i in range(4))
+        vars(self).update(said)
+
+
+@pytest.mark.parametrize(
+    ("said", "labels"),
+    [
+        ({"classes": {"b": 1, "a": 0}}, ("a", "b")),
+        ({"classes": {0: "cat", 1: "dog"}}, ("cat", "dog")),
+        ({"class_to_idx": {"b": 1, "a": 0}}, ("a", "b")),
+        ({"classes": np.array(["a", "b"])}, ("a", "b")),
+        ({"classes": torch.tensor([7, 9])}, ("7", "9")),
+        ({"classes": [b"a", b"b"]}, ("a", "b")),
+        ({"classes": [("tench", "Tinca"), ("shark",)]}, ("tench, Tinca", "shark")),
+        ({"classes": 10}, ("0", "1")),
+        ({"classes": []}, ("0", "1")),
+        ({"targets": lambda: None}, ("0", "1")),
+    ],
+)
+def test_names_of_classes_come_in_many_forms(said: dict[str, Any], labels: tuple[str, ...]) -> None:
+    assert open_images(Named(**said)).labels == labels
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (Named(classes={"a", "b"}), "are a set, which has no order"),
+        (Named(classes={"a": 1, "b": 2}), "are not numbered from 0 without a gap"),
+        (Named(classes=["a", "b"], class_to_idx={"a": 1, "b": 0}), "in one order in `classes` and in another"),
+        (Subset(Named(targets=[0, 1, 0, 1]), range(9)), "cannot be looked into"),
+        (Subset(Named(targets=[0, 1, 0, 1]), ["x"]), "cannot be looked into"),
+        (
+            [(Image.new("RGB", (8, 8)), 20_240_115 + i) for i in range(4)],
+            "targets up to 20,240,118: they are",
+        ),
+        (iter([1]), "is no dataset"),
+        (Named, "is no dataset"),
+        (None, "is no dataset"),
+    ],
+)
+def test_what_is_no_dataset_is_told_in_a_line(data: Any, said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        open_images(data)
+
+
+def test_a_link_to_itself_stops_nothing_else(folder: Path, run: Run) -> None:
+    (folder / "red" / "self.png").symlink_to("self.png")
+    (folder / "red" / "self").symlink_to("self")
+    assert run("learn", "any", folder, *LEARN).code == 2
+    assert run("learn", "any", folder, *LEARN, "--skip-bad").code == 0
+    found = run("predict", folder, "--skip-bad", "--json")
+    assert len(json.loads(found.out)["images"]) == 8
+    assert run("predict", "x" * 300, "--skip-bad").code == 0
+
+
+def test_a_listing_leaves_out_what_is_not_there_when_asked(folder: Path, run: Run) -> None:
+    lines = [f"{path},{path.parent.name}" for path in folder.rglob("*.png")]
+    (folder / "all.csv").write_text("\n".join(["path,label", *lines, "red/gone.png,red"]))
+    refused = run("learn", "any", folder / "all.csv", *LEARN)
+    assert "1 of 9 images in" in refused.err
+    assert "line 10: there is no file" in refused.err
+    made = json.loads(run("learn", "any", folder / "all.csv", *LEARN, "--skip-bad", "--json").out)
+    assert len(made["skipped"]) == 1
+
+
+def test_a_test_set_that_lacks_a_class_is_scored_without_it(learner: Learner, tmp_path: Path) -> None:
+    place = divided(tmp_path / "data", "train", "test")
+    for path in (place / "test" / "red").iterdir():
+        path.unlink()
+    (place / "test" / "red").rmdir()
+    scores = learner.learn("any", place, config=HEAD_ONLY).metrics["test"]
+    assert scores["num_images"] == 4
+    assert scores["per_class"]["red"] is None
+    assert learner.evaluate("any", place).metrics["per_class"]["red"] is None
+
+
+def test_a_bad_test_set_is_scored_once_and_its_own_is_said(tmp_path: Path, run: Run) -> None:
+    place = divided(tmp_path / "data", "train", "other")
+    (place / "other" / "red" / "junk.png").write_bytes(b"junk")
+    run("learn", "any", place / "train", *LEARN, "--test", place / "train")
+    words = ("learn", "any", place / "train", *LEARN, "--test", place / "other", "--skip-bad")
+    first, second = (json.loads(run(*words, "--json").out) for _ in range(2))
+    assert first == second
+    assert len(first["test"]["skipped"]) == 1
+    assert "left out: " in run(*words).out
+    with Registry.open(tmp_path / "tasks.db") as registry:
+        assert len(registry.evaluations("any")) == 2
+
+
+def test_the_same_bad_file_twice_in_a_test_set_is_no_traceback(learner: Learner, folder: Path, tmp_path: Path) -> None:
+    learner.learn("any", folder, config=HEAD_ONLY)
+    bad = colour_folder(tmp_path / "bad", per_class=1, classes=TWO)
+    for path in bad.rglob("*.png"):
+        path.write_bytes(b"junk")
+    data = ImageFolder(str(bad))
+    with pytest.raises(DataError, match=r"4 images in .* cannot be read"):
+        learner.evaluate("any", ConcatDataset([data, data]), skip_bad=True)
+
+
+def test_the_traceback_of_a_system_error_is_had_for_the_asking(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Registry, "open", lambda *_, **__: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    assert run("tasks", "list").err == "Error: [Errno 5] Input/output error.\n"
+    with pytest.raises(OSError, match="Input/output"):
+        run("tasks", "list", "--traceback")

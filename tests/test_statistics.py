@@ -36,7 +36,7 @@ def test_a_task_without_statistics_has_none(book):
         ({"counts": torch.ones(2, dtype=torch.long)}, r"do not fit 3 classes or each other: .*'counts': \[2\]"),
         ({"gram": torch.ones(14)}, r"do not fit .*'gram': \[14\]"),
         ({"sample_targets": torch.ones(5, dtype=torch.long)}, r"do not fit .*'sample_targets': \[5\]"),
-        ({"sums": torch.full((3, 5), torch.nan)}, "sums must be finite float32"),
+        ({"sums": torch.full((3, 9), torch.nan)}, "sums must be finite float32"),
         ({"sample_targets": torch.full((6,), 3)}, "classes that do not exist"),
         ({"counts": torch.tensor([1, 1, -1])}, "classes that do not exist"),
     ],

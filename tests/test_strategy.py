@@ -302,7 +302,7 @@ def digits_stream(backbone: FrozenBackbone, digits: tuple[int, ...] = (0, 1, 2, 
 
     return nc_benchmark(
         Digits(digits, False), Digits(digits, True), n_experiences=2, shuffle=False, train_transform=None,
-        eval_transform=backbone.transform, **{"task_labels": True} | options,
+        **{"task_labels": True, "eval_transform": backbone.transform} | options,
     )  # fmt: skip
 
 
@@ -462,3 +462,59 @@ def test_a_strategys_model_can_be_copied_and_answers_the_same_bits(
     with pytest.raises(IntegrityError, match="have changed since they were loaded"):
         copied(images)
     assert strategy.model(images).numpy().tobytes() == before.numpy().tobytes()
+
+
+def test_a_streams_labels_are_what_its_items_say(glyphs: FrozenBackbone, registry: Registry, tmp_path: Path) -> None:
+    from avalanche.benchmarks import nc_benchmark
+    from torchvision.datasets import ImageFolder
+
+    from addenda.exceptions import DataError
+    from tests.images import colour_folder
+
+    folder = str(colour_folder(tmp_path / "images", classes=("red", "blue")))
+    data = ImageFolder(folder, target_transform=lambda y: 1 - y)
+    made = nc_benchmark(
+        data, data, n_experiences=1, task_labels=True, shuffle=False, train_transform=None,
+        eval_transform=glyphs.transform,
+    )  # fmt: skip
+    with pytest.raises(DataError, match="has the target"):
+        masked_memory(glyphs, registry).train(made.train_stream[0])
+    assert registry.tasks() == []
+
+
+def test_a_fresh_strategy_scores_nothing_that_it_has_not_met(glyphs: FrozenBackbone, registry: Registry) -> None:
+    from addenda.exceptions import DataError
+
+    made = digits_stream(glyphs)
+    with pytest.raises(DataError, match="Learned were none yet: train first, which finds what is registered"):
+        masked_memory(glyphs, registry).eval(made.test_stream)
+    strategy = masked_memory(glyphs, registry)
+    strategy.train(made.train_stream[0])
+    untransformed = digits_stream(glyphs, eval_transform=None)
+    with pytest.raises(DataError, match=r"give the benchmark `eval_transform=backbone.transform`"):
+        strategy.eval(untransformed.test_stream)
+
+
+def test_what_is_refused_of_an_experience_is_refused_before_it_is_learned(
+    glyphs: FrozenBackbone, registry: Registry
+) -> None:
+    from avalanche.core import SupervisedPlugin
+    from avalanche.training.plugins import LwFPlugin
+
+    from addenda.exceptions import DataError
+
+    class Halving(SupervisedPlugin):  # type: ignore[misc]
+        def after_train_dataset_adaptation(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+            strategy.adapted_dataset = strategy.adapted_dataset.subset(range(6))
+
+    made, strategy = digits_stream(glyphs), masked_memory(glyphs, registry)
+    with pytest.MonkeyPatch.context() as mixing:
+        mixing.setattr(type(made.train_stream[0]), "task_labels", property(lambda self: [0, 1]))
+        with pytest.raises(DataError, match=r"has images of the task labels \[0, 1\]"):
+            strategy.train(made.train_stream[0])
+    strategy.plugins.append(LwFPlugin())
+    with pytest.raises(DataError, match="LwFPlugin changes how a strategy trains"):
+        strategy.train(made.train_stream[1])
+    with pytest.raises(DataError, match="A plugin has replaced what is to be learned from"):
+        masked_memory(glyphs, registry, plugins=[Halving()]).train(made.train_stream[1])
+    assert registry.tasks() == []

@@ -60,19 +60,19 @@ def image_files(folder: Path, deep: bool = True) -> tuple[list[Path], dict[str, 
     places = [folder]
     while places:
         for entry in _entries(places.pop()):
-            path, is_folder = Path(entry.path), entry.is_dir()
+            path, is_folder, is_file = Path(entry.path), os.path.isdir(entry), os.path.isfile(entry)
             named = path.suffix.lower() in suffixes
             if is_folder and not deep:
                 continue
             if is_hidden(entry.name):
                 left_out.setdefault("hidden", []).append(path)
-            elif named and (is_folder or entry.is_file() or not path.exists()):
+            elif named and (is_folder or is_file or entry.is_symlink()):  # a link to nothing is an image that is gone
                 images.append(path)
             elif is_folder and entry.is_symlink():
                 left_out.setdefault("linked_folders", []).append(path)
             elif is_folder:
                 places.append(path)
-            elif not named and entry.is_file() and _begins_as_image(path):
+            elif not named and is_file and _begins_as_image(path):
                 images.append(path)
             else:
                 left_out.setdefault("not_images", []).append(path)

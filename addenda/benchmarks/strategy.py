@@ -148,6 +148,7 @@ class MaskedMemory(SupervisedTemplate):  # type: ignore[misc]
         eval_every: 0 evaluates the streams that `train` is given before and after each experience, as Avalanche's
             forward transfer asks for.
         cache: where activations are kept.
+        skip_bad: leave out images that cannot be had or read.
 
     Raises:
         DataError: a plugin that would change how a strategy trains.
@@ -165,6 +166,7 @@ class MaskedMemory(SupervisedTemplate):  # type: ignore[misc]
         evaluator: EvaluationPlugin | Any = default_evaluator,
         eval_every: int = -1,
         cache: ActivationCache | None = None,
+        skip_bad: bool = False,
     ) -> None:
         for plugin in plugins or []:
             _check_plugin(plugin)
@@ -180,7 +182,8 @@ class MaskedMemory(SupervisedTemplate):  # type: ignore[misc]
         )
         self.learner = Learner(backbone, registry, cache)
         self._config = config or LearnConfig()
-        self._prefix, self._within_train = prefix, False
+        self._prefix, self._within_train, self._skip_bad = prefix, False, skip_bad
+        self._first_plugins = tuple(self.plugins)
 
     def check_model_and_optimizer(self, reset_optimizer: bool = False, **kwargs: Any) -> None:
         """Nothing to adapt: the learner makes what a new task needs."""
@@ -190,8 +193,16 @@ class MaskedMemory(SupervisedTemplate):  # type: ignore[misc]
         super().make_train_dataloader(*args, **kwargs)
         self._made = self.dataloader
 
+    def train_dataset_adaptation(self, **kwargs: Any) -> None:
+        """As Avalanche's, of which plugins may make something else."""
+        super().train_dataset_adaptation(**kwargs)
+        self._adapted = self.adapted_dataset
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Learns a task from each experience given."""
+        for plugin in self.plugins:
+            if plugin not in self._first_plugins:
+                _check_plugin(plugin)
         self._within_train = True
         try:
             return super().train(*args, **kwargs)
@@ -208,26 +219,30 @@ class MaskedMemory(SupervisedTemplate):  # type: ignore[misc]
         labels = set().union(*map(_task_labels, listed))
         known = {one.task_label for one in self.model.learned.values()}
         unknown = sorted(labels - known)
-        if unknown and known and not self._within_train:
+        for one in listed:
+            if isinstance(_first(one.dataset.eval()), Image.Image):
+                raise DataError(
+                    "The images to test on are PIL images: give the benchmark `eval_transform=backbone.transform`."
+                )
+        if unknown and not self._within_train:
             named = ", ".join(map(str, unknown))
             if not known & labels:
                 raise DataError(
                     f"No task was learned for task label {named}: there is nothing to score. Learned were "
-                    f"{', '.join(map(str, sorted(known)))}."
+                    f"{', '.join(map(str, sorted(known))) or 'none yet: train first, which finds what is registered'}."
                 )
             log.warning("No task was learned for task label %s yet: its images count as wrong.", named)
         return super().eval(listed, **kwargs)
 
     def _train_exp(self, experience: Any, eval_streams: Any = None, **kwargs: Any) -> None:
-        if self.dataloader is not self._made:
+        if self.dataloader is not self._made or self.adapted_dataset is not self._adapted:
             raise DataError(
                 "A plugin has replaced what is to be learned from. MaskedMemory learns each experience's own images: "
                 "leave the plugin out."
             )
-        images = ExperienceImages(experience.dataset)
+        images, label = ExperienceImages(experience.dataset), task_label(experience)
         name = f"{self._prefix}-{experience.current_experience:03d}"
-        task = self.learner.learn(name, images, config=self._config)
-        label = task_label(experience)
+        task = self.learner.learn(name, images, config=self._config, skip_bad=self._skip_bad)
         classes = tuple(int(number) for number in task.labels)
         statistics = self.learner.registry.statistics(task.ref)
         self.model.add(Learned(task, experience.current_experience, label, classes, statistics))
@@ -298,14 +313,26 @@ class ExperienceImages(Dataset[tuple[Any, int]]):
     """
 
     def __init__(self, dataset: Any) -> None:
-        self._dataset = dataset if isinstance(dataset[0][0], Image.Image) else dataset.eval()
+        self._dataset = dataset.eval() if isinstance(_first(dataset), Tensor) else dataset
         stream_targets = [int(target) for target in dataset.targets]
         numbers = sorted(set(stream_targets))
         self.classes = tuple(map(str, numbers))
-        self.targets = tuple(numbers.index(target) for target in stream_targets)
+        self._numbers = {number: row for row, number in enumerate(numbers)}
+        self.targets = tuple(map(self._numbers.__getitem__, stream_targets))
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        return self._dataset[index][0], self.targets[index]
+        image, target = self._dataset[index][:2]
+        return image, self._numbers.get(int(target), -1)  # what the item says, for the learner to compare
+
+
+def _first(dataset: Any) -> Any:
+    """The image of the first item that can be had; None where none can."""
+    for index in range(len(dataset)):
+        try:
+            return dataset[index][0]
+        except Exception:  # the learner names it, or leaves it out
+            continue
+    return None

@@ -8,7 +8,7 @@ from addenda.combined.model import Answers, CombinedModel
 from addenda.combined.numerics import numerics, numerics_fingerprint, tensor_digest
 from addenda.combined.predictions import not_finite, predictions, predictions_of
 from addenda.combined.recorded import recorded_backbone
-from addenda.combined.routing import Choice, Router, feature_statistics
+from addenda.combined.routing import Choice, Router, can_be_routed, feature_statistics
 from addenda.combined.selftest import prove
 from addenda.combined.streams import Observer, task_features
 
@@ -23,6 +23,7 @@ __all__ = [
     "TileStore",
     "Verdict",
     "attention_map",
+    "can_be_routed",
     "feature_statistics",
     "golden",
     "loaded_bytes",

@@ -294,6 +294,11 @@ def _check_fits(task: Task, backbone: FrozenBackbone) -> None:
             f"{backbone.name!r} as loaded has {backbone.fingerprint[:12]}…. Weights, input size and preprocessing must "
             "be the same."
         )
+    if task.head_weight.shape[1] != backbone.embed_dim:
+        raise RegistryError(
+            f"Task {task.ref!r} reads features of {task.head_weight.shape[1]} dimensions; backbone {backbone.name!r} "
+            f"has {backbone.embed_dim}."
+        )
     for parent in task.parents:
         if parent.class_token is None:
             raise RegistryError(

@@ -83,6 +83,12 @@ def feature_statistics(
     )
 
 
+def can_be_routed(statistics: FeatureStatistics, width: int) -> bool:
+    """Whether statistics are of features of so many dimensions, expanded as they are here."""
+    expanded = width + _projection(width).shape[1]
+    return statistics.sample.shape[1] == width and statistics.sums.shape[1] == expanded
+
+
 class Router:
     """Says which task an image is for.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,7 +30,6 @@ from addenda.text import shown_lines
 
 if TYPE_CHECKING:
     from addenda import FrozenBackbone, LearnConfig
-    from addenda.registry import TaskRecord
 
 
 def learn(
@@ -107,7 +106,7 @@ def learn(
     }  # fmt: skip
     settings = learn_settings(config, given, {"views": views, "fresh": fresh})
     check_new_name(name)
-    open_parts(data, test)  # a wrong path is told before weights are fetched or a registry is made
+    open_parts(data, test, skip_bad)  # a wrong path is told before weights are fetched or a registry is made
     with Registry.open(registry) as opened:
         before = opened.generation
         loaded = backbone_to_learn_on(opened, backbone, weights, mean, std, precision, device)
@@ -119,7 +118,7 @@ def learn(
     already, of_test = record.generation <= before, task.data.get("test", {})
     if as_json:
         print_json({"task": task.ref, "sha256": task.sha256, "already": already, "metrics": dict(task.metrics),
-                    **_found_of(record)})  # fmt: skip
+                    **_found_of(task.data)})  # fmt: skip
         return
     if already:
         done = "nothing was done" if after == before else "it was scored on this test set now"
@@ -129,9 +128,9 @@ def learn(
     show_task(record, task)
 
 
-def _found_of(record: TaskRecord) -> dict[str, Any]:
-    """What was found out about the images that a task was learned from, for programs."""
-    return {key: record.data.get(key) for key in ("repeated", "skipped", "left_out", "test")}
+def _found_of(data: Mapping[str, Any]) -> dict[str, Any]:
+    """What was found out about the images that a task was learned from and scored on, for programs."""
+    return {key: data.get(key) for key in ("repeated", "skipped", "left_out", "test")}
 
 
 def learn_many(
@@ -172,7 +171,7 @@ def learn_many(
     if ray is None and (cpus is not None or gpus is not None):
         raise AddendaError("--cpus and --gpus are what a task takes of a cluster: say which, with --ray.")
     with Registry.open(registry) as opened:
-        rows = learning.read_rows(file, opened)
+        rows = learning.read_rows(file, opened, skip_bad)
         loaded = backbone_to_learn_on(opened, backbone, weights, mean, std, precision, "cpu" if ray else device)
         _print_price(loaded, [row.config for row in rows], quiet=as_json)
         with show_log(quiet=as_json), progress(quiet=as_json) as report:
@@ -191,8 +190,12 @@ def learn_many(
         records = [None if outcome.ref is None else opened.record(outcome.ref) for outcome in outcomes]
     missing = [outcome for outcome in outcomes if outcome.ref is None]
     if as_json:
-        made = [{"sha256": r.sha256, **_found_of(r)} if r is not None else {} for r in records]
-        print_json([vars(outcome) | more for outcome, more in zip(outcomes, made, strict=True)])
+        made = [
+            {"sha256": r.sha256, **_found_of(outcome.data)} if r is not None else {}
+            for outcome, r in zip(outcomes, records, strict=True)
+        ]
+        told = [{key: held for key, held in vars(outcome).items() if key != "data"} for outcome in outcomes]
+        print_json([one | more for one, more in zip(told, made, strict=True)])
     else:
         figures = [
             headlines(r, outcome.metrics) if r is not None else ("–",) * len(HEADLINES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -195,7 +196,7 @@ def _image_files(places: Sequence[Path]) -> tuple[list[Path], LeftOut]:
     paths: list[Path] = []
     left_out: list[LeftOut] = []
     for place in places:
-        if place.is_dir():
+        if os.path.isdir(place):
             found, besides = image_files(place)
             said = in_words(besides, place)
             if not found:
@@ -219,10 +220,11 @@ def _answers(model: CombinedModel, paths: Sequence[Path], router: Router | None,
 
 def _router(registry: Registry, model: CombinedModel) -> Router:
     """A router of a model's tasks; those that it cannot know of are named on standard error."""
-    from addenda.combined import Router
+    from addenda.combined import Router, can_be_routed
 
     kept = {name: registry.statistics(task.ref) for name, task in model.tasks.items()}
-    known = {name: statistics for name, statistics in kept.items() if statistics is not None}
+    width = model.backbone.embed_dim
+    known = {name: one for name, one in kept.items() if one is not None and can_be_routed(one, width)}
     left_out = [name for name in kept if name not in known]
     if left_out:
         typer.echo(

@@ -157,7 +157,9 @@ def show_task(record: TaskRecord, task: Task) -> None:
     scores = []
     for part in (part for part in ("validation", "test") if part in metrics):
         pair = (metrics[part], rival.get(part, {}))
-        scores.append((f"{part} ({pair[0]['num_images']})", *(percent(m.get(kind)) for kind in shown for m in pair)))
+        scores.append(
+            (f"{part} ({pair[0].get('num_images', '?')})", *(percent(m.get(kind)) for kind in shown for m in pair))
+        )
     if scores:
         columns = ("part", *(column for called in shown.values() for column in (called, "regression")))
         title = "Scores in %, beside the logistic regression on the same images"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from addenda.exceptions import DataError
@@ -42,9 +43,9 @@ def open_images(data: Data, part: Part = "train") -> LabelledImages:
     if not isinstance(data, str | Path):
         return open_dataset(data)
     place = Path(data)
-    if place.suffix.lower() in listings.SUFFIXES and not place.is_dir():
+    if place.suffix.lower() in listings.SUFFIXES and not os.path.isdir(place):
         return listings.open_listing(place, part)
-    if place.is_file():
+    if os.path.isfile(place):
         raise DataError(
             f"{str(place)!r} is a file. Give a folder with one folder of images for each class, or a listing that ends "
             f"in {' or '.join(listings.SUFFIXES)}."
@@ -58,24 +59,27 @@ def has_test_part(data: Data) -> bool:
         return hub_datasets.has_test_part(data)
     if not isinstance(data, str | Path):
         return False
-    if Path(data).suffix.lower() in listings.SUFFIXES and not Path(data).is_dir():
+    if Path(data).suffix.lower() in listings.SUFFIXES and not os.path.isdir(data):
         return listings.has_test_part(Path(data))
     return folders.has_test_part(Path(data))
 
 
-def open_parts(train: Data, test: Data | None = None) -> tuple[LabelledImages, LabelledImages | None]:
+def open_parts(
+    train: Data, test: Data | None = None, skip_bad: bool = False
+) -> tuple[LabelledImages, LabelledImages | None]:
     """Opens what to learn from and what to score on, and checks both without reading an image.
 
     Args:
         train: what to learn from.
         test: what to score on; None takes the test part of `train` where there is one.
+        skip_bad: whether images that cannot be had are to be left out.
 
     Raises:
         DataError: either cannot be opened, or cannot be learned from, or they have other classes.
     """
-    images = open_images(train)
+    images = open_images(train).check_whole(skip_bad)
     check_learnable(images)
     test = train if test is None and has_test_part(train) else test
     if test is None:
         return images, None
-    return images, check_same_labels(images.labels, open_images(test, "test"), images.objective)
+    return images, check_same_labels(images.labels, open_images(test, "test").check_whole(skip_bad), images.objective)

@@ -16,21 +16,18 @@ from addenda.learner.labelled import LabelledImages, class_name
 Part = Literal["train", "test"]
 
 _PARTS = {
-    "train": ("train", "training", "trn"),
-    "test": ("test", "testing", "tst"),
-    "validation": ("val", "valid", "validation", "dev", "eval", "evaluation"),
+    "train": r"(train|training|trn)(set|data|images|imgs)?|训练集?",
+    "test": r"(test|testing|tst)(set|data|images|imgs)?|测试集?",
+    "validation": r"(val|valid|validation|dev|eval|evaluation)(set|data|images|imgs)?|验证集?",
 }
-_ENDING = re.compile(r"(set|data|dataset|split|images|imgs)?((19|20)[0-9][0-9])?")
-"""What may stand behind a part's name: trainset, test_images, val2017."""
+"""What a word of a folder's name is where the folder is a part: seg_train, test2017, Training Set, valImages."""
 
 
 def part_named(name: str) -> str | None:
     """The part that people call so: "train", "test" or "validation"; None for any other name."""
-    letters = re.sub(r"[\W_]", "", name.casefold())
-    for part, words in _PARTS.items():
-        if any(letters.startswith(word) and _ENDING.fullmatch(letters[len(word) :]) for word in words):
-            return part
-    return None
+    words = re.findall(r"[A-Z]?[^\W\d_A-Z]+|[A-Z]+(?![^\W\d_A-Z])", name)
+    found = {part for part, form in _PARTS.items() if any(re.fullmatch(form, word.casefold()) for word in words)}
+    return found.pop() if len(found) == 1 else None
 
 
 def parts_of(folder: Path) -> dict[str, Path]:
@@ -61,9 +58,7 @@ def parts_of(folder: Path) -> dict[str, Path]:
                 f"class's images into a folder of its own: {named[0][1].name}/cat/1.jpg."
             )
         return {}
-    images_beside = [
-        child for child in children if child not in parts.values() and not _folders(child) and image_files(child)[0]
-    ]
+    images_beside = [child for child in children if child not in parts.values() and image_files(child)[0]]
     if images_beside and len(parts) == 1:
         (only,) = parts.values()
         raise DataError(
@@ -98,8 +93,11 @@ def open_folder(folder: Path, part: Part) -> LabelledImages:
             f"{str(next(iter(parts.values())))!r}."
         )
     beside = [child for child in _folders(folder) if child not in parts.values()]
-    validation = [parts[name] for name in ("validation",) if name in parts]
-    return _open_classes(parts[part]).leaving({"validation": validation, "beside_parts": beside})
+    validation = [parts["validation"]] if part == "train" and "validation" in parts else []
+    place = parts[part]
+    while len(inner := _folders(place)) == 1 and part_named(inner[0].name) == part:  # as archives wrap them
+        place = inner[0]
+    return _open_classes(place).leaving({"validation": validation, "beside_parts": beside})
 
 
 def _open_classes(folder: Path) -> LabelledImages:
@@ -111,7 +109,7 @@ def _open_classes(folder: Path) -> LabelledImages:
         )
     files: dict[str, list[Path]] = {}
     loose, beside = image_files(folder, deep=False)
-    hidden = [child for child in sorted(folder.iterdir()) if child.is_dir() and is_hidden(child.name)]
+    hidden = [child for child in sorted(folder.iterdir()) if os.path.isdir(child) and is_hidden(child.name)]
     left_out: list[LeftOut] = [{"hidden": hidden}, {"beside_classes": loose}, beside]
     for place in classes:  # two folders may have one name in Unicode's two forms
         found, besides = image_files(place)
@@ -138,6 +136,13 @@ def _open_classes(folder: Path) -> LabelledImages:
             f"{str(folder)!r} has one folder, {classes[0].name}/, and its images lie in folders inside that: "
             f"{deeper[0].name}/, {deeper[1].name}/. If these are the classes, give {str(classes[0])!r}."
         )
+    alike = [{child.name for child in _folders(place)} for place in classes]
+    if len(classes) > 1 and len(alike[0]) > 1 and all(names == alike[0] for names in alike):
+        raise DataError(
+            f"{str(folder)!r} has {classes[0].name}/ and {classes[1].name}/ in it, and each of its folders holds the "
+            f"same: {', '.join(f'{name}/' for name in sorted(alike[0])[:3])}. Are those the classes? Put the images of "
+            "each class into one folder, or give one of these folders by its own path."
+        )
     targets = [i for i, paths in enumerate(files.values()) for _ in paths]
     opened = LabelledImages(
         f"{str(folder)!r}",
@@ -153,6 +158,6 @@ def _open_classes(folder: Path) -> LabelledImages:
 def _folders(place: Path) -> list[Path]:
     """The folders in a folder that are a person's own, in the order of their names."""
     try:
-        return sorted(child for child in place.iterdir() if child.is_dir() and not is_hidden(child.name))
+        return sorted(child for child in place.iterdir() if os.path.isdir(child) and not is_hidden(child.name))
     except OSError as error:
         raise DataError(f"The folder {str(place)!r} cannot be read: {error.strerror}.") from error

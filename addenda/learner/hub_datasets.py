@@ -117,9 +117,9 @@ class EncodedColumn(Sequence[Path | EncodedImage]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         stored = self._data[index][self._column] or {"bytes": b"", "path": None}
-        if stored["bytes"] is None:
+        if stored["bytes"] is None and stored["path"] is not None:
             return Path(stored["path"])
-        return EncodedImage(f"Image {index} of {self._where}", stored["bytes"])
+        return EncodedImage(f"Image {index} of {self._where}", stored["bytes"] or b"")
 
 
 def _is(kind: Any, name: str) -> bool:

@@ -23,9 +23,14 @@ from addenda.exceptions import DataError
 UNREADABLE = "0" * 64
 """In the place of the digest of an image that cannot be read."""
 
+STEADY = (
+    "Files must stay as they are until a run ends, and a Dataset must give the same image each time: random views are "
+    "`augmentation`'s to make."
+)
 
-class TargetError(DataError):
-    """An item whose target is not what its dataset says of it: all labels are in doubt, so none is left out."""
+
+class UnsteadyError(DataError):
+    """Data that is not what it was, or not what it says: all of it is in doubt, so that nothing is left out."""
 
 
 Targets = Int[Tensor, " N"] | Bool[Tensor, "N C"]
@@ -127,6 +132,12 @@ class LabelledImages:
         """The same images; so much was left out too."""
         return replace(self, left_out=joined([self.left_out, left_out]))
 
+    def check_whole(self, skip_bad: bool) -> LabelledImages:
+        """The same images; DataError where some cannot be had and are not to be left out."""
+        if self.lost and not skip_bad:
+            raise unreadable(self.lost, len(self) + len(self.lost), self.where)
+        return self
+
     def hashed(self) -> LabelledImages:
         """The same images with the sha256 of each, in an order that labels and contents decide, and nothing else.
 
@@ -134,7 +145,7 @@ class LabelledImages:
 
         What cannot be read has the digest UNREADABLE: whether it is refused or left out is for the reading to say.
         """
-        digests = [self._taken(index) for index in range(len(self))]
+        digests = [self._now(index) for index in range(len(self))]
         answers = [self.answer(target) for target in self.targets.tolist()]
         order = sorted(range(len(self)), key=lambda index: (answers[index], digests[index]))
         return replace(self.select(order), digests=tuple(digests[index] for index in order))
@@ -150,10 +161,12 @@ class LabelledImages:
             digests=None if self.digests is None else tuple(self.digests[row] for row in rows),
         )
 
-    def _taken(self, index: int) -> str:
+    def _now(self, index: int) -> str:
+        """The digest of an image as it is now; UNREADABLE where it cannot be read."""
         try:
-            return self.digest(index)
-        except TargetError:
+            item = self.items[index]
+            return _digest(item, self._called(index, item))
+        except UnsteadyError:
             raise
         except DataError:
             return UNREADABLE
@@ -190,21 +203,27 @@ class LabelledImages:
         Raises:
             DataError: the image cannot be read, has the wrong shape, or is no longer what was `hashed`.
         """
-        item = self.items[index]
-        called = self._called(index, item)
-        if self.digests is not None and _digest(item, called) != self.digests[index]:
-            raise DataError(
-                f"{called} changed while it was being read. Files must stay as they are until a run ends, and a "
-                "Dataset must give the same image each time: random views are `augmentation`'s to make."
-            )
+        expected = None if self.digests is None else self.digests[index]
+        try:
+            item = self.items[index]
+            called = self._called(index, item)
+            found = None if expected is None else _digest(item, called)
+        except UnsteadyError:
+            raise
+        except DataError as error:
+            if expected in (None, UNREADABLE):
+                raise
+            raise UnsteadyError(f"{error} It could be read when this run began. {STEADY}") from error
+        if found != expected:
+            raise UnsteadyError(f"{called} changed while it was being read. {STEADY}")
         image = _picture(item)
         if isinstance(image, Image.Image):
             return (backbone.transform if transform is None else transform)(prepared(image, called))
-        expected = backbone.preprocessing["input_size"]
-        if not isinstance(image, Tensor) or list(image.shape) != expected or not image.is_floating_point():
+        shape = backbone.preprocessing["input_size"]
+        if not isinstance(image, Tensor) or list(image.shape) != shape or not image.is_floating_point():
             found = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
             raise DataError(
-                f"{called} is {found}; it must be a PIL image or a normalised floating-point tensor {expected}."
+                f"{called} is {found}; it must be a PIL image or a normalised floating-point tensor {shape}."
             )
         if transform is not None:
             raise DataError(f"{called} is a tensor; random views are made of PIL images only.")
@@ -238,6 +257,21 @@ class LabelledImages:
         if isinstance(target, int):
             return self.labels[target]
         return json.dumps(sorted(label for label, has in zip(self.labels, target, strict=True) if has))
+
+
+def unreadable(texts: Sequence[str], num_images: int, where: str) -> DataError:
+    """The error that names images that cannot be read, ten of them at most.
+
+    Args:
+        texts: what is wrong with each.
+        num_images: how many images there are in all.
+        where: in what.
+    """
+    named = "\n  ".join(texts[:10]) + (f"\n  … and {len(texts) - 10} more" if len(texts) > 10 else "")
+    return DataError(
+        f"{len(texts)} of {num_images} images in {where} cannot be read:\n  {named}\n"
+        "Mend them, or leave them out with --skip-bad (in Python: skip_bad=True)."
+    )
 
 
 def _picture(item: Any) -> Any:

@@ -59,7 +59,7 @@ def check_same_labels(labels: Sequence[str], images: LabelledImages, objective: 
 
     Args:
         labels: the task's.
-        images: to learn from or to score. Of a multi-label task they may lack labels: no image has those.
+        images: to learn from or to score. They may lack labels: no image has those.
         objective: the task's.
 
     Raises:
@@ -69,7 +69,7 @@ def check_same_labels(labels: Sequence[str], images: LabelledImages, objective: 
         raise DataError(f"{images.where} is {images.objective}; the task is {objective}.")
     wanted = [class_name(label) for label in labels]
     missing, extra = sorted(set(wanted) - set(images.labels)), sorted(set(images.labels) - set(wanted))
-    if extra or (missing and objective == "single-label"):
+    if extra:
         parts = [f"it lacks {', '.join(map(repr, missing))}"] if missing else []
         parts += [f"it has {', '.join(map(repr, extra))} besides"] if extra else []
         raise DataError(f"{images.where} does not have the task's classes: {' and '.join(parts)}.")

@@ -26,9 +26,10 @@ from addenda.learner.cache import ActivationCache
 from addenda.learner.checkpoint import Checkpoint
 from addenda.learner.config import LearnConfig
 from addenda.learner.data import Data, LabelledImages, check_learnable, check_same_labels, open_images, open_parts
+from addenda.learner.labelled import unreadable
 from addenda.learner.learnable import repeats
 from addenda.learner.metrics import score
-from addenda.learner.reading import Report, read_in_batches, unreadable
+from addenda.learner.reading import Report, read_in_batches
 from addenda.learner.run import Run, family
 from addenda.learner.training import OnEpoch
 from addenda.registry import (
@@ -134,10 +135,10 @@ class Learner:
         for parent in parents:
             if parent.class_token is None:
                 raise RegistryError(f"Task {parent.ref!r} is head-only: it has no token that {name!r} could see.")
-        images, test_images = open_parts(train, test)
+        images, test_images = open_parts(train, test, skip_bad)
         for part in (images, test_images):
             if part is not None:
-                _remark_on(part, skip_bad)
+                _remark_on(part)
         varied = config.augmentation.resolved(images.can_vary and not config.head_only)
         config = replace(config, augmentation=varied)
         images = images.hashed()
@@ -157,9 +158,11 @@ class Learner:
         ]
         for record in same:
             if record.retired is None:
+                if record.data.get("skipped") and not skip_bad:
+                    raise unreadable(record.data["skipped"], len(images) + len(images.lost), images.where)
                 return self._again(record.ref, test_images, skip_bad, report)
         if same and not new_version:
-            raise RetiredError(same[0].ref, same[0].retired or "")
+            raise RetiredError(same[-1].ref, same[-1].retired or "")
         if versions and not new_version:
             raise NameTakenError(name, versions[-1].version)
 
@@ -227,8 +230,8 @@ class Learner:
         """
         task = self.registry.get(ref)
         with plain(self.backbone.device):
-            images = check_same_labels(task.labels, open_images(data, "test"), task.objective)
-            _remark_on(images, skip_bad)
+            images = check_same_labels(task.labels, open_images(data, "test"), task.objective).check_whole(skip_bad)
+            _remark_on(images)
             return self._evaluate(task, images.hashed(), skip_bad, report)
 
     def _evaluate(self, task: Task, images: LabelledImages, skip_bad: bool, report: Report | None) -> EvaluationRecord:
@@ -244,13 +247,17 @@ class Learner:
         task = self.registry.get(ref)
         if test is None:
             return task
-        images = test.hashed()
+        images, skipped = test.hashed(), list[str]()
         known = {record.data_fingerprint: record for record in self.registry.evaluations(ref)}
-        found = known.get(images.fingerprint()) or self._evaluate(task, images, skip_bad, report)
+        if images.lost or images.fingerprint() not in known:
+            images, skipped = self._readable(images, skip_bad, report)
+        found = known.get(images.fingerprint()) or self._evaluate(task, images, False, report)
         asked, regression = copy(task), dict(task.metrics.get("regression", {}))
         if found.metrics != task.metrics.get("test"):
             regression.pop("test", None)  # that of the test set of then
             vars(asked)["metrics"] = {**task.metrics, "test": found.metrics, "regression": regression}
+        of_test = {"skipped": skipped, "left_out": counted(images.left_out)}
+        vars(asked)["data"] = {**task.data, "test": of_test}
         return asked
 
     def _readable(
@@ -308,14 +315,8 @@ class Learner:
         return found, seen, [text for _, text in bad]
 
 
-def _remark_on(images: LabelledImages, skip_bad: bool) -> None:
-    """Says what a person should know of images before anything is done with them.
-
-    Raises:
-        DataError: some cannot be had, and are not to be left out.
-    """
-    if images.lost and not skip_bad:
-        raise unreadable(images.lost, len(images) + len(images.lost), images.where)
+def _remark_on(images: LabelledImages) -> None:
+    """Says what a person should know of images before anything is done with them."""
     if images.remarks:
         only_hidden = images.left_out.keys() <= {"hidden"} and not images.deeper
         log.log(logging.INFO if only_hidden else logging.WARNING, "%s", images.remarks)

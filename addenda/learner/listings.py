@@ -26,6 +26,7 @@ class _Row:
     path: Path
     labels: tuple[str, ...]
     split: str | None
+    place: str
 
 
 def open_listing(file: Path, part: str) -> LabelledImages:
@@ -49,9 +50,13 @@ def open_listing(file: Path, part: str) -> LabelledImages:
     labels = tuple(sorted({label for row in rows for label in row.labels}))
     if not labels:
         raise DataError(f"No image in the listing {str(file)!r} has a label.")
-    chosen = [row for row in rows if row.split in (None, part)]
-    if not chosen:
+    listed = [row for row in rows if row.split in (None, part)]
+    if not listed:
         raise DataError(f"The listing {str(file)!r} has a column 'split' and no row whose split is {part!r}.")
+    chosen = [row for row in listed if os.path.isfile(row.path)]
+    lost = tuple(f"{row.place}: there is no file {str(row.path)!r}" for row in listed if not os.path.isfile(row.path))
+    if not chosen:
+        raise DataError(f"The listing {str(file)!r} names no file that there is: {lost[0]}")
     number = {label: i for i, label in enumerate(labels)}
     if multi:
         targets = torch.zeros(len(chosen), len(labels), dtype=torch.bool, device="cpu")
@@ -59,7 +64,7 @@ def open_listing(file: Path, part: str) -> LabelledImages:
             targets[i, [number[label] for label in row.labels]] = True
     else:
         targets = torch.tensor([number[row.labels[0]] for row in chosen], dtype=torch.int64, device="cpu")
-    return LabelledImages(f"{str(file)!r}", labels, targets, [row.path for row in chosen])
+    return LabelledImages(f"{str(file)!r}", labels, targets, [row.path for row in chosen], lost=lost)
 
 
 def has_test_part(file: Path) -> bool:
@@ -147,7 +152,7 @@ def _check_rows(file: Path, columns: Sequence[str], lines: Lines, multi: bool) -
     count = 0
     for count, (place, values) in enumerate(lines, start=1):  # noqa: B007
         try:
-            row = _row(file.parent, columns, values, multi)
+            row = _row(file.parent, columns, values, multi, place)
             first, where = known.setdefault(row.path, (row, place))
             if first.labels != row.labels:
                 raise DataError(f"{str(row.path)!r} is on {where} too, with other labels")
@@ -164,7 +169,7 @@ def _check_rows(file: Path, columns: Sequence[str], lines: Lines, multi: bool) -
     return [row for row, _ in known.values()]
 
 
-def _row(folder: Path, columns: Sequence[str], values: Sequence[Any], multi: bool) -> _Row:
+def _row(folder: Path, columns: Sequence[str], values: Sequence[Any], multi: bool, place: str) -> _Row:
     """One row, or a DataError that says what is wrong with it."""
     if len(values) != len(columns):
         raise DataError(
@@ -174,8 +179,6 @@ def _row(folder: Path, columns: Sequence[str], values: Sequence[Any], multi: boo
     if not isinstance(fields["path"], str) or not fields["path"]:
         raise DataError("its path is empty" if fields["path"] in (None, "") else f"its path is {fields['path']!r}")
     path = Path(os.path.normpath(folder / fields["path"]))
-    if not path.is_file():
-        raise DataError(f"there is no file {str(path)!r}")
     labels = _labels(fields["labels"]) if multi else (_text(fields["label"]),)
     if "" in labels:
         raise DataError("it has an empty label")
@@ -187,7 +190,7 @@ def _row(folder: Path, columns: Sequence[str], values: Sequence[Any], multi: boo
         )
     if split is not None and part is None:
         raise DataError(f"its split is {split!r}; it must be train or test")
-    return _Row(path, labels, part)
+    return _Row(path, labels, part, place)
 
 
 def _labels(value: Any) -> tuple[str, ...]:

@@ -55,6 +55,7 @@ class Outcome:
         ref: the registered task; None where there is none.
         reason: why there is none.
         metrics: what was measured, on the test set of the row.
+        data: what was found out about its images.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Outcome:
     ref: str | None = None
     reason: str = ""
     metrics: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Became(NamedTuple):
@@ -71,6 +73,7 @@ class Became(NamedTuple):
     ref: str | None = None
     reason: str = ""
     metrics: Mapping[str, Any] = {}
+    data: Mapping[str, Any] = {}
 
 
 class _File(BaseModel):
@@ -88,7 +91,7 @@ class _Entry(BaseModel):
     extends: Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = []
 
 
-def read_rows(file: Path, registry: Registry) -> list[Row]:
+def read_rows(file: Path, registry: Registry, skip_bad: bool = False) -> list[Row]:
     """Reads and checks a YAML file of tasks to learn; images are not read yet.
 
     It holds `tasks`, a list whose entries have `name` and `data` and may have `test`, `extends` and `config`; and may
@@ -97,6 +100,7 @@ def read_rows(file: Path, registry: Registry) -> list[Row]:
     Args:
         file: the YAML file.
         registry: where tasks to extend may be, beside those of earlier entries.
+        skip_bad: whether images that cannot be had are to be left out.
 
     Raises:
         DataError: the file is not right; all that is wrong is named.
@@ -112,7 +116,7 @@ def read_rows(file: Path, registry: Registry) -> list[Row]:
     names = [entry.get("name") if isinstance(entry, dict) else None for entry in entries]
     rows = []
     for index, (entry, name) in enumerate(zip(entries, names, strict=True)):
-        found, row = _row(entry, shared, names[:index], file.parent.absolute(), registry)
+        found, row = _row(entry, shared, names[:index], file.parent.absolute(), registry, skip_bad)
         called = f" ({name!r})" if isinstance(name, str) else ""
         problems += [f"task {index + 1}{called}: {problem}" for problem in found]
         rows.append(row)
@@ -185,7 +189,7 @@ class Results:
             self._lost[row.name] = "failed" if state == "failed" else "was skipped"
         level = logging.WARNING if became.reason else logging.INFO
         log.log(level, "%s: %s", self.place(row), ": ".join(filter(None, (state, became.reason))))
-        return Outcome(row.name, state, seconds, became.ref, became.reason, became.metrics)
+        return Outcome(row.name, state, seconds, became.ref, became.reason, became.metrics, became.data)
 
 
 def attempt(name: str, learn: Callable[[], Task]) -> Became:
@@ -197,7 +201,7 @@ def attempt(name: str, learn: Callable[[], Task]) -> Became:
     except Exception as error:  # out of memory, a disk that went: the other tasks are still to be learned
         log.exception("Task %r met an error that is not one of its images or settings:", name)
         return Became(reason=f"{type(error).__name__}: {error}")
-    return Became(task.ref, metrics=dict(task.metrics))
+    return Became(task.ref, metrics=dict(task.metrics), data=dict(task.data))
 
 
 def named(config: LearnConfig) -> Sequence[str]:
@@ -206,7 +210,7 @@ def named(config: LearnConfig) -> Sequence[str]:
 
 
 def _row(
-    entry: Any, shared: dict[str, Any], earlier: Sequence[Any], folder: Path, registry: Registry
+    entry: Any, shared: dict[str, Any], earlier: Sequence[Any], folder: Path, registry: Registry, skip_bad: bool
 ) -> tuple[list[str], Row | None]:
     """What is wrong with an entry, and its row where nothing is."""
     problems = _problems(_Entry, entry)
@@ -224,7 +228,7 @@ def _row(
     with _noting(problems):
         config = LearnConfig.parse(settings)
     with _noting(problems):
-        open_parts(data, test)
+        open_parts(data, test, skip_bad)
     for ref in named(config):
         with _noting(problems, "it extends no task above it, nor one in the registry: "):
             if ref not in earlier:

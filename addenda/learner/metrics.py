@@ -35,7 +35,8 @@ def score(logits: Float[Tensor, "N C"], targets: Targets, labels: Sequence[str],
         `num_images`, and figures in 0..1. `registry.headline` names the one that stands for all.
 
         Single-label: `accuracy` (top-1), `balanced_accuracy` (mean over classes), `calibration_error` (expected, 15
-        bins); `per_class` accuracies by label; `confusion`, rows true and columns predicted.
+        bins); `per_class` accuracies by label, None where no image is of it; `confusion`, rows true and columns
+        predicted.
 
         Multi-label: `mean_average_precision`, over the labels that some image has; `f1_micro` of all answers at
         probability 0.5, `f1_macro`, the mean of the F1 of those labels; `exact_match`, images with every label right;
@@ -61,7 +62,10 @@ def _single_label(logits: Float[Tensor, "N C"], targets: Int[Tensor, " N"], labe
         "accuracy": multiclass_accuracy(logits, targets, count, average="micro").item(),
         "balanced_accuracy": per_class[present].mean().item(),
         "calibration_error": multiclass_calibration_error(probabilities(logits, "single-label"), targets, count).item(),
-        "per_class": {label: value.item() for label, value in zip(labels, per_class, strict=True)},
+        "per_class": {
+            label: value.item() if there else None
+            for label, value, there in zip(labels, per_class, present.tolist(), strict=True)
+        },
         "confusion": multiclass_confusion_matrix(logits, targets, count).tolist(),
         "num_images": len(targets),
     }

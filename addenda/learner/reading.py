@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from torch import Tensor
 
 from addenda.exceptions import DataError
+from addenda.learner.labelled import UnsteadyError, unreadable
 
 Report = Callable[[str, int, int], None]
 """Called with what is being done, how much is done, and how much there is."""
@@ -61,26 +62,11 @@ def read_in_batches(
         if report is not None:
             report(what, done, len(rows))
     texts = list(dict.fromkeys(text for _, text in bad))
-    if bad and (not skip_bad or len(texts) == num_images):
+    if bad and (not skip_bad or len({row % num_images for row, _ in bad}) == num_images):
         raise unreadable(texts, num_images, where) from first
     if batch:
         take(batch)
     return bad
-
-
-def unreadable(texts: Sequence[str], num_images: int, where: str) -> DataError:
-    """The error that names images that cannot be read, ten of them at most.
-
-    Args:
-        texts: what is wrong with each.
-        num_images: how many images there are in all.
-        where: in what.
-    """
-    named = "\n  ".join(texts[:10]) + (f"\n  … and {len(texts) - 10} more" if len(texts) > 10 else "")
-    return DataError(
-        f"{len(texts)} of {num_images} images in {where} cannot be read:\n  {named}\n"
-        "Mend them, or leave them out with --skip-bad (in Python: skip_bad=True)."
-    )
 
 
 def _read_ahead(rows: Sequence[int], read: Callable[[int], Tensor]) -> Iterator[tuple[int, Tensor | DataError]]:
@@ -89,6 +75,8 @@ def _read_ahead(rows: Sequence[int], read: Callable[[int], Tensor]) -> Iterator[
     def attempt(row: int) -> Tensor | DataError:
         try:
             return read(row)
+        except UnsteadyError:
+            raise
         except DataError as error:
             return error
 

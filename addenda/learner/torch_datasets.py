@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence, Set
 from copy import copy
 from itertools import zip_longest
 from pathlib import Path
@@ -15,7 +16,8 @@ from torch.utils.data import ConcatDataset, Subset
 
 from addenda.backbones import read_image
 from addenda.exceptions import DataError
-from addenda.learner.labelled import ImageDataset, LabelledImages, TargetError, class_name
+from addenda.learner.labelled import ImageDataset, LabelledImages, UnsteadyError, class_name
+from addenda.registry.bounds import LABELS
 
 
 def open_dataset(data: ImageDataset) -> LabelledImages:
@@ -25,10 +27,16 @@ def open_dataset(data: ImageDataset) -> LabelledImages:
         DataError: it is empty, or its targets or classes are not what the learner takes.
     """
     where = f"the {type(data).__name__} given"
+    if isinstance(data, type) or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+        raise DataError(f"{where} is no dataset: it takes a length and items, each an image and its target.")
     if len(data) == 0:
         raise DataError(f"{where} is empty.")
-    samples, lost = _samples(data), {}
-    raw = _targets(data) if samples is None else [target for _, target in samples]
+    lost: dict[int, str] = {}
+    try:
+        samples, said = _samples(data), _targets(data)
+    except (IndexError, TypeError, AttributeError) as error:
+        raise DataError(f"{where} cannot be looked into: {error}. Indices of a Subset are whole numbers.") from error
+    raw = said if samples is None else [target for _, target in samples]
     items: Any = Items(_by_our_reader(data), where) if samples is None else [path for path, _ in samples]
     if raw is None:
         raw, lost = items.ask()
@@ -39,6 +47,8 @@ def open_dataset(data: ImageDataset) -> LabelledImages:
     targets = _multi_hot(raw, where) if _length(raw[0]) > 1 else _class_numbers(raw, where)
     count = targets.shape[1] if targets.ndim == 2 else int(targets.max()) + 1
     names = _names(data)
+    if names is None and count > LABELS:
+        raise DataError(f"{where} has targets up to {count - 1:,}: they are numbers of classes, from 0 without gaps.")
     labels = tuple(class_name(str(name), where) for name in names) if names else tuple(map(str, range(count)))
     if targets.ndim == 2 and len(labels) != count:
         raise DataError(f"{where} has targets of {count} labels and {len(labels)} classes.")
@@ -81,7 +91,7 @@ class Items:
             expected = self._expected[index]
             found = _class_numbers([target], called) if expected.ndim == 0 else _multi_hot([target], called)
             if not torch.equal(found[0], expected):
-                raise TargetError(
+                raise UnsteadyError(
                     f"{called} has the target {target}, where the dataset's `targets` say {expected.tolist()}. Give a "
                     "dataset whose `targets` and `classes` are those of its items, or one that has neither."
                 )
@@ -148,7 +158,7 @@ def _targets(data: Any) -> list[Any] | None:
         DataError: a part says it of more items than it has, or of fewer.
     """
     given = getattr(data, "targets", None)
-    if given is not None:
+    if given is not None and not callable(given):
         if len(given) != len(data):
             raise DataError(f"the {type(data).__name__} given has {len(data)} items and {len(given)} targets.")
         return list(given)
@@ -165,14 +175,35 @@ def _names(data: Any) -> list[str] | None:
     """The names of a dataset's classes, also through Subset and ConcatDataset; None where it has none.
 
     Raises:
-        DataError: parts that are joined give one number to several classes.
+        DataError: it names them in no order, or in two; or parts that are joined give one number to several classes.
     """
-    if given := getattr(data, "classes", None):
-        return list(map(str, given))
+    given: Any = getattr(data, "classes", None)
+    numbers: Any = getattr(data, "class_to_idx", None)
+    if isinstance(given, Mapping):
+        given, numbers = None, given
+        if all(isinstance(key, int) for key in numbers):
+            numbers = {name: number for number, name in numbers.items()}
+    if isinstance(given, Set):
+        raise DataError(f"The classes of the {type(data).__name__} given are a set, which has no order: give a list.")
+    if given is None and isinstance(numbers, Mapping):
+        given = sorted(numbers, key=numbers.__getitem__)
+        if [numbers[name] for name in given] != list(range(len(given))):
+            raise DataError(f"The classes of the {type(data).__name__} given are not numbered from 0 without a gap.")
+    if isinstance(given, Sequence | np.ndarray | Tensor) or type(given).__name__ == "Index":
+        ordered: list[Any] = list(given)
+        names = [_name(one) for one in ordered]
+        if isinstance(numbers, Mapping) and any(
+            numbers.get(name, number) != number for number, name in enumerate(ordered) if isinstance(name, str)
+        ):
+            raise DataError(
+                f"The {type(data).__name__} given names its classes in one order in `classes` and in another in "
+                "`class_to_idx`."
+            )
+        return names or None
     if isinstance(data, Subset):
         return _names(data.dataset)
     if isinstance(data, ConcatDataset):
-        parts = [names for part in data.datasets if (names := _names(part)) is not None]
+        parts = [found for part in data.datasets if (found := _names(part)) is not None]
         for other in parts[1:]:
             if other != parts[0]:
                 number, pair = next(
@@ -186,6 +217,15 @@ def _names(data: Any) -> list[str] | None:
                 )
         return parts[0] if parts else None
     return None
+
+
+def _name(given: Any) -> str:
+    """A class's name as text; ImageNet's are several words for one class."""
+    if isinstance(given, bytes):
+        return given.decode("utf-8", "surrogateescape")
+    if isinstance(given, tuple | list):
+        return ", ".join(map(str, given))
+    return str(given.item() if isinstance(given, Tensor | np.generic) else given)
 
 
 def _length(target: Any) -> int:

@@ -113,6 +113,9 @@ def read(data: bytes, sha256: str) -> tuple[dict[str, Any], dict[str, Any]]:
         tensors = load(data)
         header = json.loads(data[8 : _header_bytes(data)])
         manifest = json.loads(header["__metadata__"]["addenda"])
+        listed = (manifest["labels"], manifest["extends"])
+        if not all(isinstance(one, list) and all(isinstance(text, str) for text in one) for one in listed):
+            raise IntegrityError("its artifact's labels and parents are no lists of texts")
         if manifest["format"] != FORMAT:
             raise IntegrityError(f"its artifact has format {manifest['format']}; this version reads {FORMAT}")
         check_reading(manifest)

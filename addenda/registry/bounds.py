@@ -11,8 +11,8 @@ from addenda.exceptions import RegistryError
 from addenda.registry.objectives import probabilities
 from addenda.registry.task import Task
 
-LABEL_CHARACTERS, LABELS_BYTES = 1_000, 4_000_000
-"""Of one label, and of all together: they stand in answers."""
+LABELS, LABEL_CHARACTERS, LABELS_BYTES = 50_000, 1_000, 4_000_000
+"""How many, of one, and of all together: they stand in answers."""
 MEMORY_TOKENS, RANK, ANCESTORS = 1024, 256, 256
 """Of one task; and how many others it may see: the arithmetic of an answer grows with each."""
 TEMPERATURES = (1e-6, 1e6)
@@ -39,8 +39,12 @@ def check_bounds(task: Task) -> None:
 
 def check_labels(labels: Sequence[str]) -> None:
     """Raises RegistryError where labels are too long, or hold what no database or file of text can."""
+    if len(labels) > LABELS:
+        raise RegistryError(f"There are {len(labels):,} labels; {LABELS:,} is the most.")
     for label in labels:
         check_text(label, f"The label {label[:40]!r}")
+        if not label:
+            raise RegistryError("A label is empty: every class needs a name.")
         if len(label) > LABEL_CHARACTERS:
             raise RegistryError(
                 f"The label {label[:40]!r}… has {len(label):,} characters; {LABEL_CHARACTERS:,} is the most."

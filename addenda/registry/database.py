@@ -14,18 +14,18 @@ from urllib.parse import quote
 
 from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, InterfaceError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, InterfaceError, OperationalError, ProgrammingError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from addenda.exceptions import RegistryError, RegistryUnavailableError
+from addenda.exceptions import RegistryError, RegistryFaultError, RegistryUnavailableError
 from addenda.registry.artifact import canonical_json
 
 OUTAGES = frozenset({
     sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL,
-    sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PROTOCOL,
+    sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PROTOCOL, sqlite3.SQLITE_READONLY,
 })  # fmt: skip
-OUTAGE_CLASSES = frozenset({"08", "40", "53", "55", "57", "58"})
-"""Of PostgreSQL's codes: connections, deadlocks, resources, locks, operators, the system."""
+OUTAGE_CLASSES = frozenset({"08", "25", "40", "53", "55", "57", "58"})
+"""Of PostgreSQL's codes: connections, a standby that only reads, deadlocks, resources, locks, operators, the system."""
 WAIT_S = 30
 """How long a transaction waits for another's lock."""
 
@@ -80,6 +80,8 @@ def database_errors(context: str) -> Iterator[None]:
         if "unable to open database file" in said or "readonly database" in said:
             said += " (SQLite writes beside it: may this user write to it and to its folder, and is its disk not full?)"
         kind = RegistryUnavailableError if _is_outage(error) else RegistryError
+        if kind is RegistryError and isinstance(error, (ProgrammingError, OperationalError, sqlite3.OperationalError)):
+            kind = RegistryFaultError
         raise kind(f"{context}: {said}. Nothing was changed.") from error
 
 
@@ -97,7 +99,9 @@ def _is_outage(error: BaseException) -> bool:
     if isinstance(raised, sqlite3.Error):
         return getattr(raised, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF in OUTAGES
     state = getattr(raised, "sqlstate", None)
-    return isinstance(error, (OperationalError, InterfaceError)) and (state is None or state[:2] in OUTAGE_CLASSES)
+    if state is not None:
+        return state[:2] in OUTAGE_CLASSES
+    return isinstance(error, (OperationalError, InterfaceError))
 
 
 @contextmanager

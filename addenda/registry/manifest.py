@@ -6,6 +6,7 @@ Bytes do not stand in it but their sha256: artifacts, logits of golden probes, s
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import datetime
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
@@ -15,10 +16,15 @@ from addenda.registry.task import check_name, check_tag
 
 Name = Annotated[str, AfterValidator(check_name)]
 Text = Annotated[str, AfterValidator(lambda text: check_text(text, "A text"))]
-Version = Annotated[int, Field(ge=1, le=999_999_999)]
+Version = Annotated[int, Field(ge=1, le=99_999_999)]
 Count = Annotated[int, Field(ge=0, lt=2**31)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 _Time = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}([.][0-9]{1,6})?[+]00:00$"
+
+
+def _time(text: str) -> str:
+    datetime.fromisoformat(text)  # a ValueError where the calendar has no such day
+    return text
 
 
 class _Part(BaseModel):
@@ -29,16 +35,16 @@ class _Stamped(_Part):
     """What somebody made at some time, at home: both stay as they are."""
 
     created_by: Text
-    created_at: Annotated[str, StringConstraints(pattern=_Time)]
+    created_at: Annotated[str, StringConstraints(pattern=_Time), AfterValidator(_time)]
 
 
 class Backbone(_Stamped):
     """A row of the table of this name, and so are the next four; without the numbers that one database gave."""
 
-    fingerprint: str
-    name: str
-    source: str
-    precision: str
+    fingerprint: Text
+    name: Text
+    source: Text
+    precision: Text
     preprocessing: dict[str, Any]
     embed_dim: Count
     depth: Count
@@ -52,24 +58,24 @@ class TaskRow(_Stamped):
 
     name: Name
     version: Version
-    backbone: str
+    backbone: Text
     artifact: Sha256
     labels: list[Text]
     num_memory_tokens: Count
     num_parameters: Count
-    objective: str
+    objective: Text
     config: dict[str, Any]
     metrics: dict[str, Any]
     score: float | None
     data: dict[str, Any]
-    code_version: str
-    packages: dict[str, str]
+    code_version: Text
+    packages: dict[Text, Text]
 
 
 class Golden(_Stamped):
     """A golden probe; `digest` is its logits' sha256."""
 
-    numerics_fingerprint: str
+    numerics_fingerprint: Text
     numerics: dict[str, Any]
     digest: Sha256
 
@@ -77,11 +83,11 @@ class Golden(_Stamped):
 class Evaluation(_Stamped):
     """A scoring, at a generation of the registry where it was made."""
 
-    data_fingerprint: str
+    data_fingerprint: Text
     generation: Count
-    numerics_fingerprint: str
+    numerics_fingerprint: Text
     metrics: dict[str, Any]
-    logits_digest: str
+    logits_digest: Text
 
 
 class Retirement(_Stamped):

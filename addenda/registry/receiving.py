@@ -11,12 +11,13 @@ from sqlalchemy import Connection, Row, Table, insert, select
 
 from addenda.exceptions import IntegrityError, OwnershipError, RegistryError
 from addenda.registry import ledger, schema
+from addenda.registry.arrivals import PROBES, check_arrival
 from addenda.registry.artifact import decode
 from addenda.registry.bounds import check_bounds, is_finite
 from addenda.registry.contents import wrong
 from addenda.registry.gathering import Read
 from addenda.registry.loading import load_tasks
-from addenda.registry.manifest import Alias, Backbone, Contents, Entry, Golden, Parent
+from addenda.registry.manifest import Alias, Contents, Entry, Golden, Parent
 from addenda.registry.queries import find, is_retired
 from addenda.registry.registration import derived, insert_task
 from addenda.registry.statistics import FeatureStatistics
@@ -81,7 +82,7 @@ def receive(
             "an admin; under another name it can be taken in."
         )
     receiver = _Receiver(connection, read, source, who, foreign)
-    receiver.add_backbones(contents.backbones)
+    receiver.add_backbones(contents, owner)
     received = [receiver.take(entry, ref, new) for entry, ref, new in arrivals]
     return received + [receiver.point(alias, renames.get(alias.name, alias.name)) for alias in aliases]
 
@@ -137,12 +138,20 @@ class _Receiver:
         self._rows: dict[tuple[str, int], Row[Any]] = {}  # by what they are called there
         self._sizes: dict[str, tuple[int, int]] = {}  # width and depth of each backbone
 
-    def add_backbones(self, backbones: Sequence[Backbone]) -> None:
-        of = schema.backbone.c
+    def add_backbones(self, contents: Contents, owner: str | None) -> None:
+        """Records those that are not known; their sizes are what they say, so it takes one who may be believed."""
+        of, used = schema.backbone.c, {entry.task.backbone for entry in contents.tasks}
         for row in self._connection.execute(select(of.fingerprint, of.embed_dim, of.depth)):
             self._sizes[row.fingerprint] = row.embed_dim, row.depth
-        for backbone in backbones:
+        for backbone in contents.backbones:
+            if backbone.fingerprint not in used:
+                raise IntegrityError(f"It brings backbone {backbone.name!r}, on which none of its tasks was learned.")
             if backbone.fingerprint not in self._sizes:
+                if owner is not None:
+                    raise OwnershipError(
+                        f"Backbone {backbone.name!r} ({backbone.fingerprint[:12]}…) is not known here, and {owner} "
+                        "may not add one. An admin can."
+                    )
                 self._add_row(schema.backbone, backbone.model_dump(), "backbone", backbone.fingerprint)
                 self._sizes[backbone.fingerprint] = backbone.embed_dim, backbone.depth
 
@@ -184,6 +193,7 @@ class _Receiver:
     def _add(self, entry: Entry, name: str) -> int:
         """Adds a task whose every part was checked."""
         parents = [self._parent(parent) for parent in entry.parents]
+        check_arrival(entry)
         artifact = self._read(entry.task.artifact)
         task = self._check(entry, artifact, parents)
         return insert_task(
@@ -224,7 +234,7 @@ class _Receiver:
             raise IntegrityError("its row names other parents than its artifact, or one without a token")
         try:
             facts = derived(task)
-        except (AttributeError, TypeError, ValueError) as error:
+        except (AttributeError, TypeError, ValueError, OverflowError) as error:
             raise IntegrityError(f"its metrics are not valid: {error}") from error
         if wrong := [column for column, value in facts.items() if getattr(row, column) != value]:
             raise IntegrityError(f"its row says otherwise than its artifact or its metrics: {', '.join(wrong)}")
@@ -242,14 +252,18 @@ class _Receiver:
         if entry.statistics is None:
             return None
         data = self._read(entry.statistics)
-        if excess := FeatureStatistics.decode(data, entry.statistics, len(entry.task.labels)).excess:
-            raise IntegrityError(f"its {excess}")
+        found = FeatureStatistics.decode(data, entry.statistics, len(entry.task.labels))
+        width, _ = self._sizes[entry.task.backbone]
+        if found.sample.shape[1] != width:
+            raise IntegrityError(f"its statistics are of {found.sample.shape[1]} dimensions, its backbone of {width}")
+        if found.excess:
+            raise IntegrityError(f"its {found.excess}")
         return {"sha256": entry.statistics, "data": data}
 
     def _golden(self, task: Task, golden: Golden) -> dict[str, Any]:
         """A golden probe as a row."""
         logits, count = self._read(golden.digest), len(task.labels)
-        if not logits or len(logits) % (4 * count):
+        if not logits or len(logits) % (4 * count) or len(logits) > 4 * count * PROBES:
             raise IntegrityError(f"its golden probe is not of {count} labels")
         values = torch.frombuffer(bytearray(logits), dtype=torch.float32).view(-1, count)
         if not is_finite(values, task.objective, task.temperature):

@@ -84,6 +84,9 @@ class FeatureStatistics:
         if not fits:
             shapes = {field.name: list(getattr(self, field.name).shape) for field in fields(self)}
             raise IntegrityError(f"its statistics do not fit {num_classes} classes or each other: {shapes}")
+        for name in ("counts", "sample_targets"):
+            if (tensor := getattr(self, name)).dtype != torch.int64:
+                raise IntegrityError(f"its statistics' {name} must be int64; it is {tensor.dtype}")
         for name in ("sums", "gram", "sample"):
             tensor = getattr(self, name)
             if tensor.dtype != torch.float32 or not tensor.isfinite().all():

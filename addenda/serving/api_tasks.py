@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +24,8 @@ from addenda.serving.snapshot import Snapshot
 
 SETTLE_S = 30.0
 """How long an answer about a change waits until the change is served."""
+UPLOADS = 4
+"""Bundles on the disk at one time."""
 MOST_REPLIES = 1000
 """Answers that are kept for requests that come again."""
 _KEY = re.compile(r"[\x21-\x7e]{1,200}")
@@ -200,21 +203,33 @@ async def register(
     """
     if idempotency_key is not None and not _KEY.fullmatch(idempotency_key):
         raise ProblemError(400, "Idempotency-Key has 1 to 200 visible ASCII characters.")
-    with tempfile.TemporaryDirectory(prefix="addenda-") as folder:
+    if request.app.state.uploads >= UPLOADS:
+        raise ProblemError(503, f"{UPLOADS} bundles are being received.", {"Retry-After": "10"})
+    with _one_more(request), tempfile.TemporaryDirectory(prefix="addenda-") as folder:
         path = Path(folder) / "upload.addenda"
         sha256 = await save_body(request, service_of(request).limits.bundle_bytes, path)
         return await _register(request, response, path, sha256, dry_run, idempotency_key)
+
+
+@contextmanager
+def _one_more(request: Request) -> Iterator[None]:
+    """Counts a bundle that lies on the disk until it is answered."""
+    request.app.state.uploads += 1
+    try:
+        yield
+    finally:
+        request.app.state.uploads -= 1
 
 
 async def _register(
     request: Request, response: Response, path: Path, sha256: str, dry_run: bool, idempotency_key: str | None
 ) -> Registered:
     service = service_of(request)
-    replies: dict[str, tuple[str, int, Registered]] = request.app.state.replies
-    digest = f"{sha256} {dry_run}"
+    replies: dict[tuple[str | None, str], tuple[str, int, Registered]] = request.app.state.replies
+    digest, reply_key = f"{sha256} {dry_run}", (_whose(request), idempotency_key or "")
     async with request.app.state.registering:
-        if idempotency_key in replies:
-            before, response.status_code, reply = replies[idempotency_key]
+        if idempotency_key is not None and reply_key in replies:
+            before, response.status_code, reply = replies[reply_key]
             if before != digest:
                 raise ProblemError(422, f"Idempotency-Key {idempotency_key!r} came with another request before.")
             return reply
@@ -228,7 +243,7 @@ async def _register(
             response.status_code = (201 if added else 200) if settled else 202
             reply = _registered(service, received, dry_run)
         if idempotency_key is not None and response.status_code != 202:
-            replies[idempotency_key] = digest, response.status_code, reply
+            replies[reply_key] = digest, response.status_code, reply
             while len(replies) > MOST_REPLIES:
                 del replies[next(iter(replies))]
     return reply

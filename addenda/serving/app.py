@@ -53,7 +53,7 @@ def make_app(start: Start, keys: KeyFile | None = None, loopback: bool = True) -
         max_body_size=Limits().bundle_bytes,
     )
     app.state.keys, app.state.loopback, app.state.metrics, app.state.draining = keys, loopback, metrics, False
-    app.state.body_bytes = 0
+    app.state.body_bytes = app.state.uploads = 0
     app.state.verifying, app.state.verifications = threading.Lock(), deque(maxlen=100)
     app.state.registering, app.state.replies = asyncio.Lock(), {}
     problems.install(app)

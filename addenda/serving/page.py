@@ -231,7 +231,10 @@ def _score(record: TaskRecord) -> str:
 
 def _age(at: str) -> str:
     """How long ago a time in ISO 8601 was: 40 s, 5 min, 3 h, 12 days."""
-    seconds = max(0.0, (datetime.now(UTC) - datetime.fromisoformat(at)).total_seconds())
+    try:
+        seconds = max(0.0, (datetime.now(UTC) - datetime.fromisoformat(at)).total_seconds())
+    except (ValueError, TypeError):  # from before such were refused
+        return at
     for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * length:
             return f"{seconds // length:.0f} {unit}"

@@ -56,6 +56,7 @@ class Attention(BaseModel):
 async def attention(request: Request, task: Annotated[str, Query(description="The task's name.")]) -> Attention:
     """Attention of the task's own token over an image's patches in the last layer, the mean over heads."""
     service = service_of(request)
+    service.check_room()
     looked = await while_connected(request, service.look(await read_body(request, service.limits.body_bytes), task))
     rows, columns = looked.weights.shape
     return Attention(

@@ -24,6 +24,7 @@ from addenda.exceptions import (
     OverloadedError,
     OwnershipError,
     RegistryError,
+    RegistryFaultError,
     RegistryUnavailableError,
     TooLargeError,
     UnknownTaskError,
@@ -40,6 +41,7 @@ STATUS: dict[type[AddendaError], int] = {
     OwnershipError: 403,
     IntegrityError: 422,
     RegistryUnavailableError: 503,
+    RegistryFaultError: 500,
     RegistryError: 409,
     OverloadedError: 503,
     DeadlineError: 504,
@@ -118,7 +120,10 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(AddendaError)
     async def _ours(request: Request, error: AddendaError) -> JSONResponse:
-        return response(request, problem_of(error))
+        problem = problem_of(error)
+        if problem.status == 500:
+            log.error("Request %s failed", request.state.id, exc_info=error)
+        return response(request, problem)
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -130,5 +135,12 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def _unforeseen(request: Request, error: Exception) -> JSONResponse:
-        log.exception("A request failed", exc_info=error)
-        return response(request, ProblemError(500, "The server failed; its log says how, under this request's id."))
+        log.error("Request %s failed", request.state.id, exc_info=error)
+        said = "The server failed; its log says how, under this request's id."
+        return response(request, ProblemError(500, said, {"X-Request-Id": request.state.id}))
+
+    @app.exception_handler(OSError)
+    async def _system(request: Request, error: OSError) -> JSONResponse:
+        log.error("Request %s failed for want of what the system gives", request.state.id, exc_info=error)
+        said = "The server's system refuses what it needs, a full disk or a folder that is gone; its log says what."
+        return response(request, ProblemError(503, said, {"Retry-After": "60"}))

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from addenda.backbones import FrozenBackbone, read_image
-from addenda.combined import Answers, Choice, Router, Verdict, attention_map, not_finite, verdicts
+from addenda.combined import Answers, Choice, Router, Verdict, attention_map, can_be_routed, not_finite, verdicts
 from addenda.exceptions import DataError, DeadlineError, RegistryError, TooLargeError, UnknownTaskError
 from addenda.registry import Registry, is_finite
 from addenda.serving.batching import Batcher, Report
@@ -150,6 +150,7 @@ class Service:
 
         Raises:
             DataError: no readable image, too many, or pixels that are not finite.
+            IntegrityError: a task's logits or probabilities are not finite.
             TooLargeError: an image of too many pixels.
             BackboneError: a tensor of another shape.
             UnknownTaskError: a task that is not served.
@@ -158,7 +159,15 @@ class Service:
         """
         snapshot = snapshot or self.snapshot
         names = self._served(snapshot, tasks)
-        return Answered(snapshot, await self._pass(snapshot, images, names, timeout_s, pooled=False))
+        answers = await self._pass(snapshot, images, names, timeout_s, pooled=False)
+        if answers and not _all_small(answers.values()):
+            tasks_asked = [snapshot.model.tasks[name] for name in names]
+            wrong = [one for one in tasks_asked if not is_finite(answers[one.name], one.objective, one.temperature)]
+            if wrong and len(wrong) == len(names) and isinstance(images, Tensor):
+                raise DataError("These pixel values give logits that are not finite.")
+            if wrong:
+                raise not_finite(wrong[0])
+        return Answered(snapshot, answers)
 
     async def route(self, images: Sequence[bytes], timeout_s: float | None = None) -> Answered:
         """Lets a router choose a task for each image; answers of all tasks that it knows are there.
@@ -228,15 +237,7 @@ class Service:
             if isinstance(images, Tensor):
                 self.backbone.check_images(images)
             pixels = images if isinstance(images, Tensor) else await self._decoded(images)
-            answers = await self.batcher.answer(snapshot, pixels, names, deadline, pooled)
-        if answers and not _all_small(answers.values()):
-            if isinstance(images, Tensor):
-                raise DataError("These pixel values give logits that are not finite.")
-            for name, logits in answers.items():
-                task = snapshot.model.tasks[name]
-                if not is_finite(logits, task.objective, task.temperature):
-                    raise not_finite(task)
-        return answers
+            return await self.batcher.answer(snapshot, pixels, names, deadline, pooled)
 
     @asynccontextmanager
     async def _place(self, num_images: int, timeout_s: float | None = None) -> AsyncIterator[float]:
@@ -272,7 +273,8 @@ class Service:
 
     def _make_router(self, snapshot: Snapshot) -> Router:
         kept = {name: self.registry.statistics(record.ref) for name, record in snapshot.records.items()}
-        known = {name: statistics for name, statistics in kept.items() if statistics is not None}
+        width = self.backbone.embed_dim
+        known = {name: one for name, one in kept.items() if one is not None and can_be_routed(one, width)}
         if not known:
             raise RegistryError("There is no task to choose from: nothing was kept of any task's images.")
         return Router(known)

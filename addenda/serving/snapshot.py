@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +12,8 @@ from addenda.backbones import FrozenBackbone
 from addenda.combined import CombinedModel, verdicts
 from addenda.exceptions import AddendaError, RegistryUnavailableError
 from addenda.registry import Golden, Registry, Task, TaskRecord
+
+log = logging.getLogger(__name__)
 
 Recorded = tuple[Task, list[Golden]]
 
@@ -93,9 +96,11 @@ def _passed(model: CombinedModel, fresh: Sequence[Recorded], quarantined: dict[s
         return []
     try:
         found = verdicts(model.with_tasks([task for task, _ in fresh]), fresh)
-    except AddendaError as error:
+    except Exception as error:  # whatever one task is made of, the others are served
         if len(fresh) == 1:
-            quarantined[fresh[0][0].ref] = str(error)
+            quarantined[fresh[0][0].ref] = str(error) or type(error).__name__
+            if not isinstance(error, AddendaError):
+                log.exception("Task %s cannot be computed", fresh[0][0].ref)
             return []
         half = len(fresh) // 2
         return _passed(model, fresh[:half], quarantined) + _passed(model, fresh[half:], quarantined)

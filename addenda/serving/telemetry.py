@@ -103,6 +103,9 @@ class Telemetry:
 
         try:
             await self.app(scope, receive, answer)
+        except Exception:
+            status = 500  # which is answered around this
+            raise
         finally:
             seconds = time.monotonic() - started
             scope["app"].state.body_bytes -= state.get("body_bytes", 0)
