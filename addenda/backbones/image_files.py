@@ -18,14 +18,14 @@ SYSTEM = frozenset({
 APART = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
 """Formats that Pillow knows and does not decode, or only by another program."""
 LEFT_OUT = {
-    "hidden": "hidden or system files and folders",
-    "not_images": "files that Pillow does not read as images",
-    "linked_folders": "links to folders",
-    "beside_classes": "images beside the class folders",
-    "beside_parts": "folders beside the parts",
-    "validation": "a validation part, for Addenda draws its own from train",
+    "hidden": ("hidden or system file or folder", "hidden or system files and folders"),
+    "not_images": ("file that Pillow does not read as an image", "files that Pillow does not read as images"),
+    "linked_folders": ("link to a folder", "links to folders"),
+    "beside_classes": ("image beside the class folders", "images beside the class folders"),
+    "beside_parts": ("folder beside the parts", "folders beside the parts"),
+    "validation": ("validation folder, since Addenda draws its own part from train", ""),
 }
-"""Why something in a folder is left out, and the words for that."""
+"""Why something in a folder is left out, and the words for one and for several."""
 NAMED = 3
 
 LeftOut = Mapping[str, Sequence[Path]]
@@ -105,7 +105,7 @@ def in_words(left_out: LeftOut, folder: Path) -> str:
     said = []
     for kind, paths in left_out.items():
         named = ", ".join(os.path.relpath(path, folder) for path in paths[:NAMED])
-        said.append(f"{len(paths)} {LEFT_OUT[kind]} ({named}{', …' if len(paths) > NAMED else ''})")
+        said.append(f"{len(paths)} {LEFT_OUT[kind][len(paths) > 1]} ({named}{', …' if len(paths) > NAMED else ''})")
     return "; ".join(said)
 
 

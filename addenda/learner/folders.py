@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -97,7 +98,7 @@ def open_folder(folder: Path, part: Part) -> LabelledImages:
     place = parts[part]
     while len(inner := _folders(place)) == 1 and part_named(inner[0].name) == part:  # as archives wrap them
         place = inner[0]
-    return _open_classes(place).leaving({"validation": validation, "beside_parts": beside})
+    return replace(_open_classes(place), folder=folder).leaving({"validation": validation, "beside_parts": beside})
 
 
 def _open_classes(folder: Path) -> LabelledImages:
