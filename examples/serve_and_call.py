@@ -33,10 +33,10 @@ def files(count: int) -> InferInput:
 with Registry.open("served.db") as registry:
     learner = Learner(load_backbone("glyphs"), registry)
     learner.learn("low", digits((0, 1), test=False, limit=60), config=LearnConfig(epochs=2))
-    server = subprocess.Popen([sys.executable, "-m", "addenda.cli", *SERVE], stderr=subprocess.PIPE, text=True)
+    server = subprocess.Popen([sys.executable, "-m", "addenda.cli", *SERVE], stdout=subprocess.PIPE, text=True)
     with server:
         try:
-            for line in server.stderr:
+            for line in server.stdout:
                 if found := re.search(r"Serving .* on http://(\S+)", line):
                     break
             else:

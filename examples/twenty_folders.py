@@ -33,9 +33,9 @@ with Registry.open("photos.db") as registry:
         print(f"{outcome.name}: {outcome.reason or outcome.state}")
 
 right = 0
-with subprocess.Popen([sys.executable, "-m", "addenda.cli", *SERVE], stderr=subprocess.PIPE, text=True) as server:
+with subprocess.Popen([sys.executable, "-m", "addenda.cli", *SERVE], stdout=subprocess.PIPE, text=True) as server:
     try:
-        for line in server.stderr:
+        for line in server.stdout:
             if found := re.search(r"Serving .* on (http://\S+)", line):
                 break
         else:

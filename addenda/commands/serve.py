@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -98,9 +99,10 @@ def serve(
             also.append(f"metrics on port {serve_metrics(made, host, metrics_port)}")
         address, found_port = listening.getsockname()[:2]
         more = f" ({'; '.join(also)})" if also else ""
-        # On standard output: the other one is the log, a JSON document on each line.
-        typer.echo(f"Serving {opened.location} on http://{address}:{found_port}{more}")
+        line = f"Serving {opened.location} on http://{address}:{found_port}"
+        typer.echo(f"{line}{more}")  # on standard output: the other one is the log, JSON in every line
         sys.stdout.flush()
+        logging.getLogger(__name__).info("%s as generation %d", line, opened.generation)
         server = Server(made, listening, drain, stop_s=30)
         server.run_until_stopped()
         if not server.started:
