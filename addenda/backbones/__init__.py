@@ -5,8 +5,8 @@ from addenda.backbones.arithmetic import plain, uncompiled
 from addenda.backbones.cached import cached_weights
 from addenda.backbones.catalogue import catalogue
 from addenda.backbones.family import KeyValue
+from addenda.backbones.finding import LeftOut, counted, image_files, in_words, joined
 from addenda.backbones.frozen import FrozenBackbone, FrozenStream
-from addenda.backbones.image_files import LeftOut, counted, image_files, in_words, joined
 from addenda.backbones.images import PREPARATION, prepared, read_image, readable
 from addenda.backbones.loading import load_backbone, untrained_backbone
 from addenda.backbones.products import MIN_ROWS, product
