@@ -8,9 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from avalanche.core import SupervisedPlugin
-from avalanche.training.plugins import strategy_plugin
-from avalanche.training.plugins.clock import Clock
 from avalanche.training.plugins.evaluation import EvaluationPlugin, default_evaluator
 from avalanche.training.templates import SupervisedTemplate
 from jaxtyping import Float, Int
@@ -20,20 +17,11 @@ from torch.utils.data import Dataset
 
 from addenda.backbones import FrozenBackbone
 from addenda.benchmarks.continual.method import NEVER
+from addenda.benchmarks.plugins import check_plugin
 from addenda.combined import Answers, CombinedModel, Router
 from addenda.exceptions import DataError, RegistryError
 from addenda.learner import ActivationCache, LearnConfig, Learner
 from addenda.registry import FeatureStatistics, Registry, Task
-
-LOOP = tuple(
-    f"{when}_{what}"
-    for what in ("training_epoch", "training_iteration", "forward", "backward", "update")
-    for when in ("before", "after")
-)
-"""Hooks of Avalanche's own training loop, which is not run here."""
-
-BASES = tuple(vars(strategy_plugin).values())
-"""What plugins are made from."""
 
 log = logging.getLogger(__name__)
 
@@ -169,7 +157,7 @@ class MaskedMemory(SupervisedTemplate):  # type: ignore[misc]
         skip_bad: bool = False,
     ) -> None:
         for plugin in plugins or []:
-            _check_plugin(plugin)
+            check_plugin(plugin)
         placeholder = torch.optim.SGD([nn.Parameter(torch.zeros((), dtype=torch.float32, device="cpu"))], lr=0.0)
         super().__init__(
             model=TaskAnswers(backbone),
@@ -202,7 +190,7 @@ class MaskedMemory(SupervisedTemplate):  # type: ignore[misc]
         """Learns a task from each experience given."""
         for plugin in self.plugins:
             if plugin not in self._first_plugins:
-                _check_plugin(plugin)
+                check_plugin(plugin)
         self._within_train = True
         try:
             return super().train(*args, **kwargs)
@@ -283,26 +271,6 @@ def _task_labels(experience: Any) -> set[int]:
     if found is None:
         found = getattr(experience.dataset, "targets_task_labels", None)
     return {int(label) for label in found or ()} or {0}
-
-
-def _check_plugin(plugin: Any) -> None:
-    """Raises DataError for a plugin that would change how a strategy trains, or waits for what never comes."""
-    if isinstance(plugin, EvaluationPlugin | Clock):
-        return
-    named = type(plugin).__name__
-    if any(one.__module__.startswith("avalanche.training.plugins.") and one not in BASES for one in type(plugin).mro()):
-        raise DataError(
-            f"{named} changes how a strategy trains, and MaskedMemory trains in one way of its own: earlier tasks "
-            "cannot be forgotten. Leave it out."
-        )
-    own = next(
-        (hook for hook in LOOP if getattr(type(plugin), hook, None) is not getattr(SupervisedPlugin, hook)), None
-    )
-    if own is not None:
-        raise DataError(
-            f"{named} waits for `{own}`, which never comes: MaskedMemory's learner has no epochs, iterations or "
-            "backward passes of Avalanche's. Leave it out."
-        )
 
 
 class ExperienceImages(Dataset[tuple[Any, int]]):
