@@ -78,6 +78,7 @@ def main() -> None:
         sys.stdout.errors == "strict" or sys.stdout.encoding.lower() != "utf-8"
     ):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name or a dash that the terminal has no letters for
+    with_traceback = TRACEBACK in sys.argv[1:]
     arguments = [word for word in sys.argv[1:] if word != TRACEBACK]  # wherever it stands
     try:
         app(arguments)
@@ -85,12 +86,12 @@ def main() -> None:
         typer.echo(f"Error: {shown_lines(str(error))}", err=True)
         sys.exit(2)
     except OSError as error:  # a place that may not be read or written, or whose name cannot be one
-        if len(arguments) < len(sys.argv) - 1:
+        if with_traceback:
             raise
         typer.echo(f"Error: {shown(str(error)[:500])}.", err=True)
         sys.exit(2)
     except Exception as error:
-        if len(arguments) < len(sys.argv) - 1:
+        if with_traceback:
             raise
         said = shown(str(error))[:500] or "no message"
         typer.echo(

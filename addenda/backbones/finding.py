@@ -45,7 +45,7 @@ def image_files(folder: Path, deep: bool = True) -> tuple[list[Path], dict[str, 
 
     Args:
         folder: where to look.
-        deep: whether the folders in it are looked into, at every depth; they are not spoken of otherwise.
+        deep: whether the folders in it are looked into, at every depth; if not, only a system's own are reported.
 
     Returns:
         The files in the order of their names; and all that was left out, a folder that was not entered as one.
@@ -62,10 +62,10 @@ def image_files(folder: Path, deep: bool = True) -> tuple[list[Path], dict[str, 
         for entry in _entries(places.pop()):
             path, is_folder, is_file = Path(entry.path), os.path.isdir(entry), os.path.isfile(entry)
             named = path.suffix.lower() in suffixes
-            if is_folder and not deep:
-                continue
             if is_hidden(entry.name):
                 left_out.setdefault("hidden", []).append(path)
+            elif is_folder and not deep:
+                continue
             elif named and (is_folder or is_file or entry.is_symlink()):  # a link to nothing is an image that is gone
                 images.append(path)
             elif is_folder and entry.is_symlink():

@@ -106,7 +106,7 @@ def learn(
     }  # fmt: skip
     settings = learn_settings(config, given, {"views": views, "fresh": fresh})
     check_new_name(name)
-    open_parts(data, test, skip_bad)  # a wrong path is told before weights are fetched or a registry is made
+    open_parts(data, test, skip_bad)  # a wrong path is reported before weights are fetched or a registry is made
     with Registry.open(registry) as opened:
         before = opened.generation
         loaded = backbone_to_learn_on(opened, backbone, weights, mean, std, precision, device)

@@ -59,13 +59,14 @@ def parts_of(folder: Path) -> dict[str, Path]:
                 f"class's images into a folder of its own: {named[0][1].name}/cat/1.jpg."
             )
         return {}
-    images_beside = [child for child in children if child not in parts.values() and image_files(child)[0]]
-    if images_beside and len(parts) == 1:
+    if len(parts) == 1:
         (only,) = parts.values()
-        raise DataError(
-            f"{str(folder)!r} has {only.name}/ in it, which holds class folders, and {images_beside[0].name}/ beside "
-            f"it, which holds images: is that a class or a part? Give {str(only)!r} itself, or put all classes into it."
-        )
+        beside = next((child for child in children if child != only and image_files(child)[0]), None)
+        if beside is not None:
+            raise DataError(
+                f"{str(folder)!r} has {only.name}/ in it, which holds class folders, and {beside.name}/ beside it, "
+                f"which holds images: is that a class or a part? Give {str(only)!r} itself, or put all classes into it."
+            )
     return parts
 
 
@@ -110,8 +111,7 @@ def _open_classes(folder: Path) -> LabelledImages:
         )
     files: dict[str, list[Path]] = {}
     loose, beside = image_files(folder, deep=False)
-    hidden = [child for child in sorted(folder.iterdir()) if os.path.isdir(child) and is_hidden(child.name)]
-    left_out: list[LeftOut] = [{"hidden": hidden}, {"beside_classes": loose}, beside]
+    left_out: list[LeftOut] = [{"beside_classes": loose}, beside]
     for place in classes:  # two folders may have one name in Unicode's two forms
         found, besides = image_files(place)
         files.setdefault(class_name(place.name, f"Class folder {str(place)!r}"), []).extend(found)

@@ -62,6 +62,9 @@ class _Metrics(_Shaped):
 def check_arrival(entry: Entry) -> None:
     """Raises IntegrityError where records are too large, too many, or have another shape than those of a task."""
     row = entry.task
+    for what, listed in (("tags", entry.tags), ("golden probes", entry.goldens), ("evaluations", entry.evaluations)):
+        if len(listed) > MANY:
+            raise IntegrityError(f"it has {len(listed):,} {what}; {MANY:,} is the most")
     texts = [row.code_version, row.created_by, *([entry.retirement.reason] if entry.retirement else [])]
     texts += [one.created_by for one in (*entry.goldens, *entry.evaluations)]
     if (longest := max(map(len, texts))) > TEXT:
@@ -73,9 +76,6 @@ def check_arrival(entry: Entry) -> None:
     for what, (value, most) in sizes.items():
         if (found := len(canonical_json(value))) > most:
             raise IntegrityError(f"its {what} has {found:,} bytes; {most:,} is the most")
-    for what, listed in (("tags", entry.tags), ("golden probes", entry.goldens), ("evaluations", entry.evaluations)):
-        if len(listed) > MANY:
-            raise IntegrityError(f"it has {len(listed):,} {what}; {MANY:,} is the most")
     try:
         _Metrics.model_validate(row.metrics)
         for one in entry.evaluations:
