@@ -4,12 +4,6 @@ BIN := .venv/bin
 PYTEST := $(BIN)/pytest --numprocesses 2 --dist worksteal
 
 QUICK := not slow and not realdata and not gpu and not ray
-# Between them they call every function whose signature has shapes, or the run fails.
-SHAPED := $(patsubst %,tests/test_%.py,activations adapters artifact backbones calibration combined \
-	continual_baselines continual_streams dense_mask learner linear looking metrics objectives page regimes regression \
-	routing run splitting strategy stream training) \
-	tests/test_exactness.py::test_the_backbones_own_logits_are_stock_timms
-
 .PHONY: demo test test-slow test-ray check docs gpu-check release-check clean
 
 demo: .venv/core            ## five tasks, one after another, and the proof that none moved
@@ -30,7 +24,7 @@ check: .venv/dev            ## style, types, architecture, every example in the 
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/pytest -q --doctest-modules addenda --ignore=addenda/registry/migrations
-	PYTHONPATH=. PYTEST_PLUGINS=tests.shapes $(PYTEST) -q -m "$(QUICK)" $(SHAPED)
+	PYTHONPATH=. PYTEST_PLUGINS=tests.support.shapes $(PYTEST) -q -m "$(QUICK)"
 
 docs: .venv/dev             ## every page and the reference as site/, to read without a network; a broken link fails
 	$(BIN)/mkdocs build --strict

@@ -59,7 +59,17 @@ def main() -> int:
         print("No CUDA device is at hand: nothing to check.", file=sys.stderr)
         return 2
     _, driver = run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    failed, tests = run(sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--durations=8", "tests/gpu", limit_s=150)
+    failed, tests = run(
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "gpu",
+        "--durations=8",
+        "tests/combined/test_on_cuda.py",
+        limit_s=150,
+    )
     sections = [
         f"# {torch.cuda.get_device_name()}, {datetime.now(UTC):%Y-%m-%d}",
         f"Driver {driver.strip()}, CUDA {torch.version.cuda}, torch {torch.__version__}, timm {version('timm')}.",

@@ -19,59 +19,25 @@ import torch
 
 from addenda.backbones import FrozenBackbone, load_backbone
 from addenda.benchmarks.digits import digits
-from addenda.registry import LowRank, Registry, Task
-from tests import travel
-from tests.commands import Result, Run, addenda
-from tests.databases import Database, Postgres, Sqlite, postgres_server, rows
-from tests.processes import start_another_interpreter
-from tests.registries import BACKBONE, fill
-from tests.tiny import tiny_vit
+from addenda.registry import Registry, Task
+from tests.support import travel
+from tests.support.commands import Result, Run, addenda
+from tests.support.databases import Database, Postgres, Sqlite, postgres_server, rows
+from tests.support.places import SHARED
+from tests.support.processes import start_another_interpreter
+from tests.support.registries import BACKBONE, fill
+from tests.support.tasks import random_task
+from tests.support.tiny import tiny_vit
 
 torch.set_num_threads(1)
 
 CHROMIUM = Path("/usr/bin/chromium")
-
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "realdata" in item.keywords and not SHARED.is_dir():
             item.add_marker(pytest.mark.skip(reason="the real weights and images are not beside this checkout"))
-
-
-def random_task(
-    backbone: FrozenBackbone,
-    name: str,
-    memory: int = 5,
-    classes: int = 3,
-    parents: tuple[Task, ...] = (),
-    seed: int = 0,
-    pooled: bool = True,
-    rank: int = 0,
-) -> Task:
-    """A task with random tensors, at the scale that trained ones have; lively adapters of a rank that is not 0.
-
-    A backbone that cannot carry adapters gets the task without.
-    """
-    random = torch.Generator().manual_seed(seed)
-    width = backbone.embed_dim
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=random)
-
-    return Task(
-        name=name,
-        backbone=backbone.fingerprint,
-        labels=tuple(f"class {i}" for i in range(classes)),
-        class_token=backbone.class_token.float().cpu() + 0.1 * normal(width),
-        memory=0.5 * normal(backbone.depth, memory, width),
-        head_weight=normal(classes, width),
-        head_bias=normal(classes),
-        pooled_weight=normal(classes, width) if pooled else None,
-        adapters=adapters(backbone, rank, seed) if rank and backbone.adapter_obstacle() is None else None,
-        parents=parents,
-    )
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -81,19 +47,6 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     os.environ["ADDENDA_CACHE"] = str(folder)
     yield folder
     del os.environ["ADDENDA_CACHE"]
-
-
-def adapters(backbone: FrozenBackbone, rank: int, seed: int = 0) -> dict[str, LowRank]:
-    """Random updates about half as large as what the layers of a lively backbone give."""
-    random = torch.Generator().manual_seed(1000 + seed)
-
-    def normal(scale: float, *shape: int) -> torch.Tensor:
-        return scale * torch.randn(backbone.depth, *shape, generator=random)
-
-    return {
-        site: LowRank(normal(fan_in**-0.5, rank, fan_in), normal(0.5 * rank**-0.5, fan_out, rank))
-        for site, (fan_in, fan_out) in backbone.adapter_shapes().items()
-    }
 
 
 @pytest.fixture(scope="session")

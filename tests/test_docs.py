@@ -24,10 +24,10 @@ from addenda import Registry, cli
 from addenda.backbones import glyphs
 from addenda.benchmarks.digits import digits
 from addenda.learner import read_rows
-from tests.commands import Run
-from tests.images import colour_folder
+from tests.support.commands import Run
+from tests.support.images import colour_folder
+from tests.support.places import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.rglob("*.md")])
 COMMANDS: Any = typer.main.get_command(cli.app)

@@ -15,8 +15,8 @@ import pytest
 from addenda import LearnConfig, Registry
 from addenda.combined import verify
 from addenda.learner import Epoch
+from tests.support.places import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
 
 Example = Callable[[str], tuple[dict[str, Any], list[str]]]

@@ -9,7 +9,7 @@ import torch
 
 from addenda import CombinedModel, LearnConfig, Learner, Registry, load_backbone
 from addenda.learner.data import open_images
-from tests.conftest import SHARED
+from tests.support.places import SHARED
 
 pytestmark = pytest.mark.realdata
 

@@ -18,9 +18,8 @@ import pytest
 from addenda import FrozenBackbone, Registry
 from addenda.benchmarks.digits import digits
 from addenda.combined import golden
-from tests.conftest import random_task
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.support.places import ROOT
+from tests.support.tasks import random_task
 
 
 @pytest.fixture(scope="module")

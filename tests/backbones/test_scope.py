@@ -1,0 +1,106 @@
+"""Which models are backbones: the others are refused with the reason, and two that work are named."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import timm
+from timm.layers import Attention
+from timm.models.eva import EvaAttention
+from timm.models.vision_transformer import ParallelScalingBlock
+
+from addenda.backbones import FrozenBackbone, catalogue, load_backbone
+from addenda.backbones.scope import WORKING, obstacle
+from addenda.exceptions import BackboneError
+from tests.support.tiny import tiny_eva, tiny_vit
+
+REFUSED = [
+    ("swin_tiny_patch4_window7_224", "it is a SwinTransformer"),
+    ("beit_base_patch16_224", "it is a Beit"),
+    ("eva02_enormous_patch14_clip_224", "its blocks are EvaBlockPostNorm, not timm's pre-norm EvaBlock"),
+    ("vit_large_patch16_sapiens2", "its attention is grouped: 2 heads of queries share one of keys"),
+    ("vit_pe_core_base_patch16_224", "it pools by 'map'"),
+    ("vit_medium_patch16_rope_reg1_gap_256", "it has no class token"),
+    ("resnet50", "it is a ResNet"),
+    ("deit_tiny_distilled_patch16_224", "it is a VisionTransformerDistilled"),
+    ("vit_relpos_small_patch16_224", "it is a VisionTransformerRelPos"),
+    ("vit_base_patch16_siglip_224", "it has no class token"),
+    ("vit_medium_patch16_gap_240", "it has no class token"),
+    ("vit_so150m_patch16_reg4_map_256", "it has no class token"),
+    ("vit_base_patch16_rpn_224", "it has no class token"),
+    ("vit_small_patch16_18x2_224", "its blocks are ParallelThingsBlock"),
+    ("vit_base_patch16_xp_224", "its blocks are ParallelScalingBlock"),
+]
+
+
+@pytest.mark.parametrize(("name", "missing"), REFUSED, ids=[name for name, _ in REFUSED])
+def test_a_model_out_of_scope_is_refused_with_the_reason_and_two_that_work(name, missing):
+    with pytest.raises(BackboneError) as refusal:
+        load_backbone(name, device="cpu")
+    message = str(refusal.value)
+    assert message.startswith(f"Backbone {name!r} cannot carry task tokens: {missing}")
+    assert message.endswith(f"Two that work: {WORKING[0]}, {WORKING[1]}.")
+
+
+@pytest.mark.parametrize(
+    ("options", "missing"),
+    [
+        ({"global_pool": "avgmax"}, "it pools by 'avgmax'"),
+        ({"global_pool": ""}, "it pools by ''"),
+        ({"global_pool": "map"}, "it pools by 'map'"),
+        ({"global_pool": "prr"}, "it pools by 'prr'"),
+        ({"global_pool": "avg", "pool_include_prefix": True}, "its pooling includes the prefix tokens"),
+        ({"global_pool": "avg", "class_token": False}, "it has no class token"),
+        ({"in_chans": 1}, "it takes 1 input channels, not 3"),
+        ({"block_fn": ParallelScalingBlock}, "its blocks are ParallelScalingBlock"),
+        ({"attn_layer": "diff", "embed_dim": 96}, "its attention is DiffAttention"),
+    ],
+)
+def test_a_property_that_task_tokens_cannot_share_is_named(options, missing):
+    with pytest.raises(BackboneError, match=r"^Backbone 'odd' cannot carry task tokens: ") as refusal:
+        FrozenBackbone(tiny_vit(**options), "odd", "hub")
+    assert missing in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "attention"),
+    [(tiny_vit, Attention), (lambda: tiny_eva("dinov3"), partial(EvaAttention, scale_norm=False))],
+    ids=["vit", "eva"],
+)
+def test_gated_attention_is_named_even_in_one_block(model, attention):
+    model = model()
+    model.blocks[2].attn = attention(48, num_heads=3, gated=True)
+    with pytest.raises(BackboneError, match="'odd' cannot carry task tokens: its attention is gated"):
+        FrozenBackbone(model, "odd", "hub")
+
+
+def test_the_names_offered_in_errors_work():
+    assert len(WORKING) == 2
+    assert [obstacle(timm.create_model(name, device="meta")) for name in WORKING] == [None, None]
+
+
+@pytest.mark.parametrize("name", ["vit_base_mci_224", "vit_tiny_r_s16_p8_224"])
+def test_a_convolutional_stem_is_refused_for_what_it_is(name):
+    with pytest.raises(BackboneError, match=r"cannot carry task tokens: .*HybridEmbed"):
+        load_backbone(name, device="cpu")
+
+
+def test_an_unknown_name_is_refused_with_names_near_it():
+    with pytest.raises(BackboneError, match="timm knows no model 'vit_tinny_patch16_224'") as refusal:
+        load_backbone("vit_tinny_patch16_224", device="cpu")
+    assert "vit_tiny_patch16_224," in str(refusal.value)
+    assert "addenda backbones list" in str(refusal.value)
+
+
+def test_a_name_near_nothing_is_refused_with_two_that_work():
+    with pytest.raises(BackboneError, match=f"no model 'zzz'. Near it: {WORKING[0]}, {WORKING[1]}"):
+        load_backbone("zzz", device="cpu")
+
+
+def test_the_catalogue_says_what_works_and_what_is_missing():
+    working = ["vit_tiny_patch16_224", "vit_tiny_patch16_384", "vit_tiny_patch16_dinov3_qkvb"]
+    assert catalogue("vit_tiny_patch16_*") == [(name, None) for name in working]
+    [(name, missing)] = catalogue("vit_base_patch16_xp_224")
+    assert name == "vit_base_patch16_xp_224"
+    assert "ParallelScalingBlock" in missing

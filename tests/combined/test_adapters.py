@@ -1,0 +1,147 @@
+"""Low-rank updates of a block's layers: the function, its gradients, its bits, and which blocks can carry them."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from timm.layers import GluMlp, SwiGLU
+from torch import Tensor
+
+from addenda.backbones import MIN_ROWS, Adapter, BlockAdapters, FrozenBackbone, product
+from addenda.exceptions import BackboneError
+from addenda.registry import ADAPTED
+from tests.support.models import PRECISIONS, backbone, lively_vit
+from tests.support.tiny import tiny_eva, tiny_vit
+
+NARROW = {"embed_dim": 48, "num_heads": 3, "depth": 2, "img_size": 56}
+
+
+def some_adapters(on: FrozenBackbone, slots: int = 3, rank: int = 4) -> BlockAdapters:
+    random = torch.Generator().manual_seed(7)
+
+    def normal(*shape: int) -> Tensor:
+        return (0.2 * torch.randn(shape, generator=random)).to(on.precision)
+
+    shapes = on.adapter_shapes().items()
+    return BlockAdapters(
+        **{
+            site: Adapter(normal(slots, rank, fan_in), normal(slots, fan_out, rank))
+            for site, (fan_in, fan_out) in shapes
+        }
+    )
+
+
+def some_tokens(on: FrozenBackbone, slots: int = 3, count: int = 8) -> tuple[Tensor, Tensor]:
+    """Tokens at a block's input, and what their queries read."""
+    both = torch.randn(2, slots, count, on.embed_dim, generator=torch.Generator().manual_seed(8)).to(on.precision)
+    return both[0], both[1]
+
+
+def merged(on: FrozenBackbone, variant: str, adapters: BlockAdapters, slot: int) -> FrozenBackbone:
+    """A backbone into whose last block the adapters of one slot have gone as full matrices."""
+    model = lively_vit(variant).to(on.precision)
+    attn, mlp = model.blocks[-1].attn, model.blocks[-1].mlp
+    queries = attn.qkv.weight[: on.embed_dim]
+    weights = {"q": queries, "proj": attn.proj.weight, "fc1": mlp.fc1.weight, "fc2": mlp.fc2.weight}
+    with torch.no_grad():
+        for site, (down, up) in adapters._asdict().items():
+            weights[site] += up[slot] @ down[slot]
+    return FrozenBackbone(model, "merged", "hub", precision=on.precision)
+
+
+def test_the_backbone_and_the_registry_name_the_same_layers() -> None:
+    assert BlockAdapters._fields == ADAPTED == tuple(backbone().adapter_shapes())
+    assert backbone().adapter_shapes() == {"q": (48, 48), "proj": (48, 48), "fc1": (48, 192), "fc2": (192, 48)}
+
+
+@pytest.mark.parametrize("variant", ["plain", "layer-scale", "qk-norm", "clip", "dinov3", "rope-mixed"])
+@pytest.mark.parametrize("slot", [0, 2])
+def test_an_adapted_block_is_the_block_with_merged_weights_but_for_keys_and_values(variant: str, slot: int) -> None:
+    on = backbone(variant, torch.float64)
+    adapters, (tokens, read) = some_adapters(on), some_tokens(on)
+    other = merged(on, variant, adapters, slot)
+    block, full = on.blocks[-1], other.blocks[-1]
+    plain, found, expected = (
+        on.family.project(block, tokens),
+        on.family.project(block, tokens, adapters),
+        other.family.project(full, tokens),
+    )
+    assert (found[0][slot] - expected[0][slot]).abs().max() <= 1e-12
+    assert (found[0][slot] - plain[0][slot]).abs().max() > 1e-2
+    assert torch.equal(found[1], plain[1])
+    assert torch.equal(found[2], plain[2])
+    finished, wanted = on.family.finish(block, tokens, read, adapters), other.family.finish(full, tokens, read)
+    assert (finished[slot] - wanted[slot]).abs().max() <= 1e-12
+    assert (finished[slot] - on.family.finish(block, tokens, read)[slot]).abs().max() > 1e-2
+
+
+@PRECISIONS
+def test_updates_of_zero_change_nothing(precision: torch.dtype) -> None:
+    on = backbone("qk-norm", precision)
+    adapters, (tokens, read), block = some_adapters(on), some_tokens(on), on.blocks[0]
+    idle = BlockAdapters(*(Adapter(down, torch.zeros_like(up)) for down, up in adapters))
+    pairs = zip(on.family.project(block, tokens, idle), on.family.project(block, tokens), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+    assert torch.equal(on.family.finish(block, tokens, read, idle), on.family.finish(block, tokens, read))
+
+
+def test_gradients_reach_adapters_and_tokens() -> None:
+    on = backbone("qk-norm", torch.float64)
+    adapters, (tokens, read), block = some_adapters(on, slots=2, rank=2), some_tokens(on, 2, 3), on.blocks[0]
+    weights = torch.randn(4, 2, 3, on.embed_dim, generator=torch.Generator().manual_seed(9)).double()
+
+    def block_of(tokens: Tensor, read: Tensor, *parts: Tensor) -> Tensor:
+        updates = BlockAdapters(*(Adapter(*parts[i : i + 2]) for i in range(0, len(parts), 2)))
+        offered = [part.transpose(1, 2).flatten(2) for part in on.family.project(block, tokens, updates)]
+        results = torch.stack([*offered, on.family.finish(block, tokens, read, updates)])
+        return (results * weights).sum((1, 2, 3))
+
+    inputs = [tokens, read, *(part for adapter in adapters for part in adapter)]
+    assert torch.autograd.gradcheck(block_of, [part.clone().requires_grad_() for part in inputs], fast_mode=True)
+
+
+@PRECISIONS
+def test_an_update_gives_an_image_the_same_bits_in_any_batch_and_slot(precision: torch.dtype) -> None:
+    on = backbone("plain", precision)
+    adapters, (tokens, _) = some_adapters(on, slots=16), some_tokens(on, slots=16)
+    whole = adapters.fc1(tokens)
+    for size in (1, 4):
+        for start in range(0, 8, size):
+            assert torch.equal(adapters.fc1(tokens[:, start : start + size]), whole[:, start : start + size])
+    turned = Adapter(*(part.roll(3, 0) for part in adapters.fc1))
+    assert torch.equal(turned(tokens.roll(3, 0)).roll(-3, 0), whole)
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 5])
+def test_a_product_of_few_rows_is_filled_up(count: int) -> None:
+    rows, matrices = torch.randn(2, 3, count, 6), torch.randn(2, 3, 6, 5)
+    found = product(rows, matrices)
+    assert found.shape == (2, 3, count, 5)
+    assert torch.equal(found, (torch.cat([rows, torch.zeros(2, 3, MIN_ROWS, 6)], 2) @ matrices)[:, :, :count])
+
+
+@pytest.mark.parametrize(
+    ("model", "found"),
+    [
+        (lambda: tiny_vit(mlp_layer=SwiGLU), "SwiGLU"),
+        (lambda: tiny_vit(mlp_layer=GluMlp), "GluMlp"),
+        (lambda: timm.create_model("vit_giant_patch14_dinov2", **NARROW), "GluMlp"),
+        (lambda: tiny_eva("eva02"), "SwiGLU"),
+        (lambda: tiny_eva("eva02-small"), "GluMlp"),
+    ],
+)
+def test_blocks_that_cannot_carry_adapters_are_named(model: object, found: str) -> None:
+    on = FrozenBackbone(model(), "gated", "hub")
+    assert on.adapter_obstacle() == f"its MLPs are {found}, not timm's plain Mlp of fc1 and fc2"
+    with pytest.raises(BackboneError, match=f"Backbone 'gated' cannot carry adapters: its MLPs are {found}, not timm"):
+        on.adapter_shapes()
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224", "beit3_base_patch16_224", "vit_base_patch16_clip_quickgelu_224"]
+)
+def test_blocks_of_the_plain_mlp_can_carry_adapters(name: str) -> None:
+    on = FrozenBackbone(timm.create_model(name, **{**NARROW, "img_size": 32}), name, "hub")
+    assert on.adapter_obstacle() is None
+    assert on.adapter_shapes()["fc2"] == (192, 48)

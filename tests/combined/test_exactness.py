@@ -1,0 +1,397 @@
+"""Bits: a task's logits are the same bytes alone and in any company, order, subset, batch, place and process."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import subprocess
+import sys
+import weakref
+from functools import cache
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from addenda.backbones import FrozenBackbone, KeyValue, load_backbone
+from addenda.combined import CombinedModel, TileStore, layout, streams
+from addenda.combined.layout import TILE, TILE_SIZES
+from addenda.exceptions import ExactnessError
+from addenda.registry import Task
+from tests.support.models import (
+    PRECISIONS,
+    alone,
+    assert_company_moves_no_bit,
+    backbone,
+    bits,
+    family,
+    fresh_backbone,
+    head_only,
+    images,
+    lively_vit,
+    random_registry,
+    threads,
+    wide_backbone,
+)
+from tests.support.places import ROOT, SHARED
+from tests.support.tasks import random_task
+
+# --- any registry, any company ----------------------------------------------------------------------------------------
+
+
+def vit_tiny(precision: torch.dtype) -> FrozenBackbone:
+    weights = SHARED / "weights" / "vit_tiny_patch16_224.augreg_in21k_ft_in1k.safetensors"
+    name = str(precision).removeprefix("torch.")
+    return load_backbone("vit_tiny_patch16_224", weights, (0.5,) * 3, (0.5,) * 3, precision=name, device="cpu")
+
+
+def check_a_random_registry(
+    on: FrozenBackbone, seed: int, num_tasks: int, num_images: int, num_checked: int, data: st.DataObject
+) -> None:
+    """Some tasks of a random registry in any order, subset, batch and place, against each alone with one image."""
+    size = on.preprocessing["input_size"][1]
+    pictures = torch.randn(num_images, 3, size, size, generator=torch.Generator().manual_seed(seed))
+    tasks = random_registry(on, num_tasks, seed)
+    everyone = CombinedModel(on, data.draw(st.permutations(tasks), label="order"))
+    names = st.sampled_from([task.name for task in tasks])
+    checked = data.draw(st.lists(names, min_size=1, max_size=num_checked, unique=True), label="checked")
+    more = data.draw(st.lists(names, max_size=10, unique=True), label="asked beside them")
+    together, asked = everyone(pictures), everyone(pictures, [*checked, *more])
+    assert together.exact
+    assert set(asked) == {*checked, *more}
+    places = {0, num_images - 1, data.draw(st.integers(0, num_images - 1), label="place")}
+    for task in (task for task in tasks if task.name in checked):
+        single = CombinedModel(on, [task])
+        for place in places:
+            (expected,) = bits(single(pictures[place : place + 1])[task.name])
+            assert bits(together[task.name])[place] == expected
+            assert bits(asked[task.name])[place] == expected
+
+
+REGISTRY = {"seed": st.integers(0, 2**20), "num_images": st.integers(1, 33), "data": st.data()}
+
+
+@PRECISIONS
+@pytest.mark.parametrize("variant", ["plain", "dinov2", "average", "wide", "dinov3", "eva02"])
+@settings(deadline=None, max_examples=2)
+@given(num_tasks=st.integers(1, 24), **REGISTRY)
+def test_a_task_keeps_its_bits_in_any_registry(
+    variant: str, precision: torch.dtype, num_tasks: int, seed: int, num_images: int, data: st.DataObject
+) -> None:
+    on = wide_backbone(precision) if variant == "wide" else backbone(variant, precision)
+    check_a_random_registry(on, seed, num_tasks, num_images, 3, data)
+
+
+@pytest.mark.slow
+@PRECISIONS
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("variant", ["plain", "clip", "wide", "dinov3", "eva02-small"])
+@settings(deadline=None, max_examples=6)
+@given(num_tasks=st.integers(1, 70), **REGISTRY)
+def test_a_task_keeps_its_bits_in_any_large_registry(
+    variant: str,
+    num_threads: int,
+    precision: torch.dtype,
+    num_tasks: int,
+    seed: int,
+    num_images: int,
+    data: st.DataObject,
+) -> None:
+    on = wide_backbone(precision) if variant == "wide" else backbone(variant, precision)
+    with threads(num_threads):
+        check_a_random_registry(on, seed, num_tasks, num_images, 6, data)
+
+
+@pytest.mark.slow
+@pytest.mark.realdata
+@PRECISIONS
+@settings(deadline=None, max_examples=3)
+@given(num_tasks=st.integers(1, 70), num_threads=st.integers(1, 2), **{**REGISTRY, "num_images": st.integers(1, 9)})
+def test_a_task_keeps_its_bits_in_any_registry_on_a_real_backbone(
+    precision: torch.dtype, num_tasks: int, num_threads: int, seed: int, num_images: int, data: st.DataObject
+) -> None:
+    on = cache(vit_tiny)(precision)
+    with threads(num_threads):
+        check_a_random_registry(on, seed, num_tasks, num_images, 3, data)
+
+
+# --- one way at a time ------------------------------------------------------------------------------------------------
+
+
+@PRECISIONS
+def test_a_task_keeps_its_bits_when_wider_tasks_join(precision: torch.dtype) -> None:
+    on = backbone("plain", precision)
+    narrow = random_task(on, "narrow", memory=1)
+    wide = [random_task(on, f"wide-{memory}", memory, seed=memory) for memory in (7, 9, 17, 40)]
+    deep = random_task(on, "deep", memory=9, parents=tuple(wide), seed=50)
+    assert len({layout.size_class(task) for task in (narrow, *wide, deep)}) > 4
+    assert_company_moves_no_bit(on, narrow, [*wide, deep])
+    assert_company_moves_no_bit(on, deep, [*wide, narrow])
+
+
+@PRECISIONS
+def test_a_task_keeps_its_bits_among_more_tasks_than_a_tile_holds(precision: torch.dtype) -> None:
+    on = backbone("plain", precision)
+    tasks = [random_task(on, f"task-{i}", memory=5, classes=1 + i % 4, seed=i) for i in range(19)]
+    assert len(tasks) > TILE
+    pictures = images(2)
+    together = CombinedModel(on, tasks)(pictures)
+    reverse = CombinedModel(on, tasks[::-1])(pictures)
+    for task in tasks:
+        assert bits(together[task.name]) == bits(reverse[task.name]) == alone(on, task, pictures)
+
+
+@PRECISIONS
+def test_a_chain_longer_than_a_tile_keeps_its_bits(precision: torch.dtype) -> None:
+    on = backbone("plain", precision)
+    chain: list[Task] = []
+    for i in range(TILE + 3):
+        chain.append(random_task(on, f"link-{i}", memory=2, parents=tuple(chain[-1:]), seed=i))
+    pictures = images(2)
+    for order in (chain, chain[::-1]):
+        together = CombinedModel(on, order)(pictures)
+        assert all(bits(together[link.name]) == alone(on, link, pictures) for link in chain)
+
+
+def test_a_task_keeps_its_bits_on_two_threads() -> None:
+    on = backbone("dinov2")
+    with threads(2):
+        assert_company_moves_no_bit(on, family(on)["sees-two"], list(family(on).values())[:6])
+
+
+@PRECISIONS
+def test_tasks_keep_their_bits_with_the_heads_of_a_real_backbone(precision: torch.dtype) -> None:
+    """With 64 dimensions a head some products of two or three columns give other bits in other rows."""
+    on = wide_backbone(precision)
+    pictures = images(4)
+    tasks = [random_task(on, f"memory-{m}", memory=m, classes=m + 1, seed=m, pooled=m % 2 == 0) for m in range(11)]
+    tasks.append(random_task(on, "child", memory=1, classes=3, parents=(tasks[1],), seed=20))
+    together = CombinedModel(on, tasks)(pictures)
+    turned = CombinedModel(on, tasks[::-1])(pictures.roll(1, 0))
+    for task in tasks:
+        expected = alone(on, task, pictures)
+        assert bits(together[task.name]) == expected, task.name
+        assert bits(turned[task.name].roll(-1, 0)) == expected, task.name
+
+
+@PRECISIONS
+@pytest.mark.parametrize("variant", ["plain", "wide"])
+def test_tasks_keep_their_bits_at_every_rank(variant: str, precision: torch.dtype) -> None:
+    """At rank 2, not filled up, products of 48 dimensions give four images other bits than eight."""
+    on = wide_backbone(precision) if variant == "wide" else backbone(variant, precision)
+    pictures = images(4)
+    tasks = [random_task(on, f"rank-{r}", memory=4, seed=r, rank=r) for r in (0, 1, 2, 3, 4, 5, 8, 16, 32)]
+    tasks.append(random_task(on, "child", memory=0, parents=(tasks[6],), seed=40, rank=2))
+    tasks.append(random_task(on, "plain-child", memory=0, parents=(tasks[6],), seed=41))
+    together = CombinedModel(on, tasks)(pictures)
+    turned = CombinedModel(on, tasks[::-1])(pictures.roll(1, 0))
+    for task in tasks:
+        expected = alone(on, task, pictures)
+        assert bits(together[task.name]) == expected, task.name
+        assert bits(turned[task.name].roll(-1, 0)) == expected, task.name
+
+
+def test_an_adapted_task_moves_no_bit_of_one_without() -> None:
+    on = backbone()
+    plain, adapted = random_task(on, "plain"), random_task(on, "adapted", seed=1, rank=4)
+    assert_company_moves_no_bit(on, plain, [adapted])
+    assert_company_moves_no_bit(on, adapted, [plain])
+    assert len(CombinedModel(on, [plain, adapted]).layout.tiles) == 2
+
+
+def test_empty_slots_and_filled_up_ranks_hold_zeros() -> None:
+    on = backbone()
+    tasks = [random_task(on, f"rank-{r}", memory=4, seed=r, rank=r) for r in (5, 8, 7)]
+    (tile,) = CombinedModel(on, tasks).layout.tiles
+    assert (len(tile.class_tokens), tile.rank, len(tile.adapters)) == (4, 8, on.depth)
+    for layer in range(on.depth):
+        for site, (down, up) in tile.block_adapters(layer)._asdict().items():
+            for slot, task in enumerate(tasks):
+                own = task.adapters[site]
+                assert torch.equal(down[slot, : task.adapter_rank], own.down[layer])
+                assert torch.equal(up[slot, :, : task.adapter_rank], own.up[layer])
+                assert down[slot, task.adapter_rank :].count_nonzero() == 0
+                assert up[slot, :, task.adapter_rank :].count_nonzero() == 0
+            assert down[3].count_nonzero() == up[3].count_nonzero() == 0
+
+
+def test_a_head_gives_an_image_the_same_bits_at_every_place_in_the_batch() -> None:
+    on = backbone()
+    picture = images(1)
+    for classes in (*range(1, 18), 100):
+        task = random_task(on, "task", memory=1, classes=classes, seed=classes)
+        model = CombinedModel(on, [task, head_only(dataclasses.replace(task, name="head"))])
+        places = []
+        for place in range(model.micro_batch):
+            batch = images(model.micro_batch, seed=8)
+            batch[place] = picture
+            places.append([bits(logits)[place] for logits in model(batch).values()])
+        assert places == [places[0]] * model.micro_batch, f"{classes} classes"
+
+
+def test_a_broken_image_harms_no_other_in_its_batch() -> None:
+    on = backbone()
+    model = CombinedModel(on, list(family(on).values()))
+    whole, broken = model(images()), images()
+    broken[1], broken[6] = float("nan"), float("inf")
+    for name, logits in model(broken).items():
+        for place in (0, 2, 3, 4, 5, 7, 8):
+            assert bits(logits)[place] == bits(whole[name])[place]
+
+
+def test_one_content_under_two_names_gives_the_same_bits() -> None:
+    on = backbone()
+    task = family(on)["child"]
+    twin = dataclasses.replace(task, name="twin")
+    found = CombinedModel(on, [task, *family(on).values(), twin])(images(2))
+    assert bits(found["twin"]) == bits(found["child"])
+
+
+@PRECISIONS
+def test_the_backbones_own_logits_are_stock_timms(precision: torch.dtype) -> None:
+    for variant in ("plain", "dinov2", "average"):
+        on = backbone(variant, precision)
+        model = CombinedModel(on, [family(on)["child"]])
+        stock = lively_vit(variant).to(precision)
+        for count in (1, model.micro_batch, 9):
+            model(images(count))
+            padded = F.pad(images(count), (0, 0, 0, 0, 0, 0, 0, -count % model.micro_batch)).to(precision)
+            with torch.no_grad():
+                expected = torch.cat([stock(part) for part in padded.split(model.micro_batch)])[:count]
+            assert torch.equal(model.backbone_logits(images(count)), expected)
+
+
+@PRECISIONS
+def test_what_learning_observes_does_not_depend_on_company(precision: torch.dtype) -> None:
+    on = backbone("plain", precision)
+    task = family(on)["sees-two"]
+    wanted = [task, *task.closure]
+    seen: list[list[bytes]] = []
+    for company in ([task], list(family(on).values())):
+        slots = layout.Layout(TileStore(on), company, offered=wanted)
+        rows = [slots.offered[member.sha256] for member in wanted]
+        layers: list[bytes] = []
+
+        def note(layer: int, frozen: KeyValue, tokens: KeyValue, layers: list[bytes] = layers, rows: list[int] = rows):
+            layers.extend(part.float().numpy().tobytes() for part in frozen)
+            layers.extend(part[:, :, rows].float().numpy().tobytes() for part in tokens)
+
+        streams.task_features(on, on.stream(images(8)), slots, note)
+        seen.append(layers)
+    assert len(seen[0]) == 4 * on.depth
+    assert seen[0] == seen[1]
+
+
+PROGRAM = """
+import torch
+from addenda.combined import CombinedModel, golden
+from tests.support.models import backbone, random_registry
+
+torch.set_num_threads(1)
+on = backbone("dinov2")
+print(*(golden(on, task).digest for task in random_registry(on, 8, seed=4)))
+"""
+
+
+@pytest.mark.slow
+def test_a_task_keeps_its_bits_in_another_process() -> None:
+    from addenda.combined import tensor_digest
+    from addenda.combined.probes import probe_images
+
+    on = backbone("dinov2")
+    tasks = random_registry(on, 8, seed=4)
+    together = CombinedModel(on, tasks)(probe_images(on))
+    folder = ROOT
+    other = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True, cwd=folder)
+    assert other.stdout.split() == [tensor_digest(together[task.name]) for task in tasks]
+
+
+# --- a live model takes in tasks --------------------------------------------------------------------------------------
+
+
+def test_a_live_model_computes_only_what_a_new_task_brings(monkeypatch: pytest.MonkeyPatch) -> None:
+    on = backbone()
+    new = random_task(on, "new", memory=5, seed=30, rank=5)
+    before = [*random_registry(on, 21, seed=3), random_task(on, "of its class", memory=6, seed=31, rank=8)]
+    live = CombinedModel(on, before)
+    answered = live(images(3))
+    computed: list[int] = []
+    compute = layout.memory_key_values
+
+    def counted(on: FrozenBackbone, block: object, memory: Tensor) -> KeyValue:
+        computed.append(memory.shape[1])
+        return compute(on, block, memory)
+
+    monkeypatch.setattr(layout, "memory_key_values", counted)
+    grown = live.with_tasks([*before, new])
+    assert computed == [new.num_memory_tokens] * on.depth
+    heads = [grown._heads[task.sha256] is live._heads[task.sha256] for task in before]
+    assert all(heads)
+    assert list(live(images(3))) == list(answered) == [task.name for task in before]
+    fresh = CombinedModel(on, [*before, new])(images(3))
+    for name, logits in grown(images(3)).items():
+        assert bits(logits) == bits(fresh[name])
+        assert name == new.name or bits(logits) == bits(answered[name])
+
+
+def test_tasks_that_leave_a_live_model_leave_its_memory() -> None:
+    on = backbone()
+    tasks = [random_task(on, f"task-{i}", memory=8, seed=i) for i in range(40)]
+    live = CombinedModel(on, tasks)
+    assert sorted(len(tile.class_tokens) for tile in live._store._tiles.values()) == [8, 32]
+    live = live.with_tasks(tasks[:3])
+    assert [len(tile.class_tokens) for tile in live._store._tiles.values()] == [4]
+    assert list(live._heads) == [task.sha256 for task in tasks[:3]]
+
+
+@pytest.mark.parametrize("sizes", [(TILE,), TILE_SIZES, None], ids=["canonical", "proven", "inexact"])
+def test_every_task_has_a_slot_and_little_is_filled_up(sizes: tuple[int, ...] | None) -> None:
+    for count in (1, 3, 4, 5, 10, 16, 17, 36, 64, 70, 100, 1000):
+        cut = layout._cut(count, sizes)
+        assert sum(cut) >= count
+        assert sum(cut[:-1]) < count
+        assert sum(cut) - count <= (0 if sizes is None else 15 if sizes == (TILE,) else 7), count
+
+
+def test_settings_that_changed_under_a_live_model_are_noticed() -> None:
+    on = wide_backbone(torch.float32)
+    tasks = [random_task(on, f"task-{i}", memory=5, seed=i) for i in range(3)]
+    with threads(2):
+        live = CombinedModel(on, tasks)
+        live(images(1))
+    with threads(1):
+        with pytest.raises(ExactnessError, match=r"this model was made: threads was 2, now 1\. Set it"):
+            live(images(1))
+        anew, fresh = live.with_tasks(tasks)(images(2)), CombinedModel(on, tasks)(images(2))
+    assert all(bits(anew[name]) == bits(fresh[name]) for name in fresh)
+
+
+def test_autocast_does_not_reach_the_pass() -> None:
+    on = backbone()
+    model = CombinedModel(on, list(family(on).values()))
+    expected = model(images(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(images(2))
+    assert all(bits(found[name]) == bits(logits) for name, logits in expected.items())
+
+
+def test_a_backbone_that_carried_a_model_is_freed() -> None:
+    on = fresh_backbone()
+    CombinedModel(on, [random_task(on, "task")])(images(1))
+    gone = weakref.ref(on)
+    del on
+    gc.collect()
+    assert gone() is None
+
+
+def test_subsets_do_not_push_out_the_whole() -> None:
+    on = backbone()
+    model = CombinedModel(on, [random_task(on, f"task-{i}", seed=i) for i in range(12)])
+    whole = model.layout
+    for name in model.tasks:
+        model(images(1), [name])
+    assert model.layout is whole
+    assert len(model._store._tiles) <= len(whole.tiles) + 8

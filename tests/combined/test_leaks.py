@@ -1,0 +1,176 @@
+"""Sabotage: a leak between tasks, or a wrong mask, would move bits that other tests compare."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from addenda.backbones import BlockAdapters
+from addenda.backbones.family import Family
+from addenda.combined import CombinedModel, TileStore, layout
+from addenda.registry import Task
+from tests.support.dense_mask import DenseMask
+from tests.support.models import (
+    alone,
+    assert_company_moves_no_bit,
+    backbone,
+    bits,
+    images,
+    lively_vit,
+)
+from tests.support.tasks import random_task
+
+
+def sabotage(monkeypatch: pytest.MonkeyPatch, harm: Callable[[layout.Tile], None]) -> None:
+    """Every tile made from here on is harmed; the self-test, whose tiles are all alike, is put to sleep."""
+    build = TileStore._build
+
+    def harmed(self: TileStore, size: int, tasks: Sequence[Task], offered: dict[str, int]) -> layout.Tile:
+        tile = build(self, size, tasks, offered)
+        harm(tile)
+        return tile
+
+    monkeypatch.setattr(TileStore, "_build", harmed)
+    monkeypatch.setattr("addenda.combined.selftest._equal", lambda one, other: True)
+
+
+def first_slot_sees_the_last_offered_token(tile: layout.Tile) -> None:
+    tile.ancestors[0, 0] = 2
+
+
+def first_slot_sees_the_next_memory(tile: layout.Tile) -> None:
+    for layer in tile.memory:
+        layer.keys[0, :, -1], layer.values[0, :, -1] = layer.keys[1, :, 0], layer.values[1, :, 0]
+
+
+def first_slot_has_the_next_ones_adapters(tile: layout.Tile) -> None:
+    for layer in tile.adapters:
+        layer.fc1.up[0] = layer.fc1.up[1]
+
+
+def first_slot_has_some_of_the_next_ones_queries(tile: layout.Tile) -> None:
+    tile.adapters[-1].q.down[0, -1], tile.adapters[-1].q.up[0, :, -1] = (
+        tile.adapters[-1].q.down[1, -1],
+        tile.adapters[-1].q.up[1, :, -1],
+    )
+
+
+def filling_counts(tile: layout.Tile) -> None:
+    tile.bias.zero_()
+
+
+def own_token_is_hidden(tile: layout.Tile) -> None:
+    tile.bias[:, 0] = float("-inf")
+
+
+def two_families() -> tuple[Task, list[Task]]:
+    """A child of two, and another of the same class."""
+    on = backbone()
+    kin = [random_task(on, f"kin-{i}", memory=2, seed=i) for i in range(4)]
+    task = random_task(on, "task", memory=4, parents=tuple(kin[:2]), seed=7, rank=3)
+    return task, [random_task(on, "other", memory=4, parents=tuple(kin[2:]), seed=8, rank=4)]
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        first_slot_sees_the_last_offered_token,
+        first_slot_sees_the_next_memory,
+        first_slot_has_the_next_ones_adapters,
+        first_slot_has_some_of_the_next_ones_queries,
+    ],
+)
+def test_a_leak_between_tasks_would_move_bits(
+    harm: Callable[[layout.Tile], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on = backbone()
+    task, company = two_families()
+    assert_company_moves_no_bit(on, task, company)
+
+    def harm_children(tile: layout.Tile) -> None:
+        if tile.ancestors.shape[1]:
+            harm(tile)
+
+    sabotage(monkeypatch, harm_children)
+    with pytest.raises(AssertionError):
+        assert_company_moves_no_bit(on, task, company)
+
+
+@pytest.mark.parametrize("harm", [filling_counts, own_token_is_hidden])
+def test_a_wrong_mask_would_differ_from_the_dense_one(
+    harm: Callable[[layout.Tile], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A filling key that counts moves no bits in company, since it is the task's own: only this test sees it."""
+    on = backbone("plain", torch.float64)
+    task, other = random_task(on, "task", memory=5), random_task(on, "other", memory=5, seed=1)
+    expected = DenseMask(lively_vit())(images(2), [task])["task"]
+    assert (CombinedModel(on, [task, other])(images(2))["task"] - expected).abs().max() <= 1e-10
+    sabotage(monkeypatch, harm)
+    assert (CombinedModel(on, [task, other])(images(2))["task"] - expected).abs().max() > 1e-3
+
+
+def filled_up_rank_counts(tile: layout.Tile) -> None:
+    for layer in tile.adapters or ():
+        for down, up in layer:
+            down[:, -1], up[:, :, -1] = 0.3, 0.3
+
+
+def every_layer_has_the_firsts_adapters(tile: layout.Tile) -> None:
+    for layer in tile.adapters or ():
+        for (down, up), (first_down, first_up) in zip(layer, tile.adapters[0], strict=True):
+            down.copy_(first_down), up.copy_(first_up)
+
+
+def fc2_is_not_updated(tile: layout.Tile) -> None:
+    for layer in tile.adapters or ():
+        layer.fc2.up.zero_()
+
+
+@pytest.mark.parametrize("whose", ["task", "parent"])
+@pytest.mark.parametrize("harm", [filled_up_rank_counts, every_layer_has_the_firsts_adapters, fc2_is_not_updated])
+def test_wrong_adapters_would_differ_from_the_dense_mask(
+    harm: Callable[[layout.Tile], None], whose: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on = backbone("plain", torch.float64)
+    parent = random_task(on, "parent", memory=5, rank=3)
+    asked = parent if whose == "task" else random_task(on, "child", memory=5, parents=(parent,), seed=1)
+    expected = DenseMask(lively_vit())(images(2), [asked])[asked.name]
+    assert (CombinedModel(on, [asked])(images(2))[asked.name] - expected).abs().max() <= 1e-10
+    sabotage(monkeypatch, harm)
+    assert (CombinedModel(on, [asked])(images(2))[asked.name] - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("part", ["keys", "values"])
+@pytest.mark.parametrize("whose", ["task", "parent"])
+def test_adapted_keys_or_values_would_differ_from_the_dense_mask(
+    part: str, whose: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a task offers, to itself and to those that extend it, is what the backbone's own weights make of it."""
+    on = backbone("plain", torch.float64)
+    parent = random_task(on, "parent", memory=5, rank=3)
+    asked = parent if whose == "task" else random_task(on, "child", memory=5, parents=(parent,), seed=1)
+    expected = DenseMask(lively_vit())(images(2), [asked])[asked.name]
+    honest = Family.project
+
+    def adapted(self: Family, block: object, tokens: Tensor, adapters: BlockAdapters | None = None) -> object:
+        found = dict(zip(("queries", "keys", "values"), honest(self, block, tokens, adapters), strict=True))
+        if adapters is not None:
+            update = adapters.q(block.norm1(tokens))
+            found[part] = found[part] + update.unflatten(-1, (block.attn.num_heads, -1)).transpose(1, 2)
+        return tuple(found.values())
+
+    monkeypatch.setattr(Family, "project", adapted)
+    assert (CombinedModel(on, [asked])(images(2))[asked.name] - expected).abs().max() > 1e-3
+
+
+def test_memory_shared_by_two_tasks_would_move_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    on = backbone()
+    task, other = random_task(on, "task", memory=5), random_task(on, "other", memory=5, seed=1)
+    honest = TileStore.memory
+    last: dict[str, Task] = {}
+    expected = alone(on, task, images(2))
+    monkeypatch.setattr(TileStore, "memory", lambda self, asked: honest(self, last.setdefault("task", asked)))
+    assert bits(CombinedModel(on, [other, task])(images(2))["task"]) != expected

@@ -1,0 +1,647 @@
+"""Exactness against what ordinary scripts do: whatever a caller has set, bits stay, or the call is refused in words.
+
+Two rules, for every setting: where the numerics fingerprint is the same, so are the bits; and a model that was made
+under other settings than it is called under gives the bits that it always had, or refuses.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import pickle
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torchvision import tv_tensors
+
+import addenda
+from addenda import CombinedModel, FrozenBackbone, LearnConfig, Learner, Registry, load_backbone
+from addenda.combined import attention_map, golden, numerics, numerics_fingerprint, verify
+from addenda.exceptions import ExactnessError, IntegrityError
+from addenda.learner import ActivationCache, Augmentation
+from addenda.registry import Task
+from tests.support.images import colour_folder
+from tests.support.models import backbone, bits, family, fresh_backbone, head_only, images, lively_vit
+from tests.support.tasks import random_task
+
+VARIANTS = pytest.mark.parametrize("variant", ["plain", "dinov3"])
+
+
+# --- kinds of inputs --------------------------------------------------------------------------------------------------
+
+
+class Subclass(Tensor):
+    """A tensor that somebody's library has dressed up."""
+
+
+def misaligned(pixels: Tensor) -> Tensor:
+    buffer = torch.zeros(pixels.numel() + 1)
+    buffer[1:] = pixels.flatten()
+    return buffer[1:].view(pixels.shape)
+
+
+def window(pixels: Tensor) -> Tensor:
+    larger = torch.full((len(pixels) + 2, 5, 40, 37), torch.nan)
+    larger[1:-1, 1:4, 3:35, 2:34] = pixels
+    return larger[1:-1, 1:4, 3:35, 2:34]
+
+
+def every_other(pixels: Tensor) -> Tensor:
+    return torch.stack([pixels, pixels + 1], 1).flatten(0, 1)[::2]
+
+
+def fortran(pixels: Tensor) -> Tensor:
+    return pixels.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
+
+
+def mapped(pixels: Tensor) -> Tensor:
+    return pixels.clone().share_memory_()
+
+
+def as_inference(pixels: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return pixels.clone()
+
+
+INPUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "channels last": lambda p: p.contiguous(memory_format=torch.channels_last),
+    "height first": lambda p: p.permute(2, 0, 1, 3).contiguous().permute(1, 2, 0, 3),
+    "width first": lambda p: p.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0),
+    "fortran": fortran,
+    "window": window,
+    "misaligned": misaligned,
+    "every other": every_other,
+    "turned twice": lambda p: p.flip(3).flip(3),
+    "float64": Tensor.double,
+    "requires grad": lambda p: p.clone().requires_grad_(),
+    "of a graph": lambda p: p.clone().requires_grad_() * 1.0,
+    "parameter": lambda p: nn.Parameter(p.clone()),
+    "subclass": lambda p: p.clone().as_subclass(Subclass),
+    "torchvision's": tv_tensors.Image,
+    "inference": as_inference,
+    "shared memory": mapped,
+    "numpy": lambda p: torch.from_numpy(p.numpy().copy()),
+}
+
+
+@VARIANTS
+@pytest.mark.parametrize("kind", INPUTS)
+def test_an_image_has_the_same_bits_however_its_tensor_lies_in_memory(variant: str, kind: str) -> None:
+    on = backbone(variant)
+    model = CombinedModel(on, tasks_of(on))
+    pixels = images(5)
+    turned = INPUTS[kind](pixels)
+    assert turned.shape == pixels.shape
+    expected, found = model(pixels), model(turned)
+    assert all(bits(found[name]) == bits(logits) for name, logits in expected.items())
+    assert all(type(logits) is Tensor and not logits.requires_grad for logits in found.values())
+    assert bits(model.backbone_logits(turned)) == bits(model.backbone_logits(pixels))
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+def test_images_are_copied_into_one_memory_layout(kind: str) -> None:
+    """Strides gave no other bits on the machines at hand; another convolution may take another way by them."""
+    model = CombinedModel(backbone(), [])
+    for count in (3, model.micro_batch):
+        ((batch, _),) = model._batches(INPUTS[kind](images(count)), (model.micro_batch,))
+        assert type(batch) is Tensor
+        assert batch.stride() == torch.empty(batch.shape).stride()
+        assert batch.data_ptr() % 64 == 0
+
+
+def test_one_image_expanded_to_a_batch_has_its_bits_at_every_place() -> None:
+    on = backbone()
+    model, one = CombinedModel(on, tasks_of(on)), images(1)
+    for name, logits in model(one.expand(11, -1, -1, -1)).items():
+        assert bits(logits) == bits(model(one)[name]) * 11
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def changed(read: Callable[[], object], write: Callable[[object], object], value: object) -> Iterator[None]:
+    before = read()
+    write(value)
+    try:
+        yield
+    finally:
+        write(before)
+
+
+def dtype(value: torch.dtype) -> Callable[[], AbstractContextManager[None]]:
+    return lambda: changed(torch.get_default_dtype, torch.set_default_dtype, value)
+
+
+def attribute(owner: object, name: str, value: object) -> Callable[[], AbstractContextManager[None]]:
+    return lambda: changed(lambda: getattr(owner, name), lambda new: setattr(owner, name, new), value)
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@contextmanager
+def denormals() -> Iterator[None]:
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@contextmanager
+def conv_precision() -> Iterator[None]:
+    conv = getattr(torch.backends.mkldnn, "conv", None)
+    if conv is None:
+        pytest.skip("this torch has no such setting")
+    with changed(lambda: conv.fp32_precision, lambda new: setattr(conv, "fp32_precision", new), "bf16"):
+        yield
+
+
+cuda = torch.backends.cuda
+SETTINGS: dict[str, Callable[[], AbstractContextManager[object]]] = {
+    "nothing": nullcontext,
+    "autocast bfloat16": lambda: torch.autocast("cpu", torch.bfloat16),
+    "autocast float16": lambda: torch.autocast("cpu", torch.float16),
+    "default bfloat16": dtype(torch.bfloat16),
+    "default float16": dtype(torch.float16),
+    "default float64": dtype(torch.float64),
+    "default device": lambda: torch.device("meta"),
+    "no grad": torch.no_grad,
+    "grad": torch.enable_grad,
+    "inference": torch.inference_mode,
+    "anomaly": lambda: torch.autograd.set_detect_anomaly(True, check_nan=False),
+    "deterministic": deterministic,
+    "denormals": denormals,
+    "math attention": lambda: sdpa_kernel(SDPBackend.MATH),
+    "no flash": lambda: changed(cuda.flash_sdp_enabled, cuda.enable_flash_sdp, False),
+    "no mem-efficient": lambda: changed(cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp, False),
+    "no mkldnn": lambda: changed(lambda: torch.backends.mkldnn.enabled, torch._C._set_mkldnn_enabled, False),
+    "medium": lambda: changed(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "medium"),
+    "convolution in bfloat16": conv_precision,
+    "threads": lambda: changed(torch.get_num_threads, torch.set_num_threads, 2),
+}
+REFUSED = {
+    "default bfloat16": "default_dtype was the default, now torch.bfloat16",
+    "default float16": "default_dtype was the default, now torch.float16",
+    "default float64": "default_dtype was the default, now torch.float64",
+    "denormals": "flush_denormal was the default, now True",
+    "math attention": "flash_sdp was the default, now False, mem_efficient_sdp was the default, now False",
+    "no flash": "flash_sdp was the default, now False",
+    "no mem-efficient": "mem_efficient_sdp was the default, now False",
+    "no mkldnn": "mkldnn was True, now False",
+    "medium": "float32_matmul_precision was highest, now medium",
+    "convolution in bfloat16": "conv_fp32_precision was the default, now bf16",
+    "threads": "threads was 1, now 2",
+}
+"""What a live model says of a setting that has changed under it; of the others it keeps its bits."""
+LOWERED = {"medium", "convolution in bfloat16"}
+"""Under these float32 is less than float32, and no exact model is made."""
+ALL = pytest.mark.parametrize("setting", SETTINGS)
+MAKING = pytest.mark.parametrize("setting", [name for name in SETTINGS if name not in LOWERED])
+
+
+def tasks_of(on: FrozenBackbone) -> list[Task]:
+    """Every kind of task, fewer than all of the family: alone, with memory, extending, adapted, head-only."""
+    known = family(on)
+    return [known[name] for name in ("five", "child", "adapted", "sees-two", "none", "nine", "head-only")]
+
+
+def plain_bits(on: FrozenBackbone) -> dict[str, list[bytes]]:
+    return {name: bits(logits) for name, logits in CombinedModel(on, tasks_of(on))(images(3)).items()}
+
+
+def same_bits(found: dict[str, Tensor], expected: dict[str, list[bytes]]) -> bool:
+    assert found
+    return all(bits(logits) == expected[name] for name, logits in found.items())
+
+
+@VARIANTS
+@ALL
+def test_a_live_model_keeps_its_bits_or_refuses(variant: str, setting: str) -> None:
+    on = backbone(variant)
+    expected, model, pixels = plain_bits(on), CombinedModel(on, tasks_of(on)), images(3)
+    with SETTINGS[setting]():
+        if setting in REFUSED:
+            with pytest.raises(ExactnessError, match=f"since this model was made: {REFUSED[setting]}"):
+                model(pixels)
+        else:
+            assert same_bits(model(pixels), expected)
+            assert same_bits(model(pixels, ["child", "adapted"]), expected)  # a subset that is asked for the first time
+    assert same_bits(model(pixels), expected)
+    assert same_bits(model(pixels, ["child", "adapted"]), expected)
+
+
+@VARIANTS
+@MAKING
+def test_a_model_made_under_a_setting_has_the_bits_of_its_numerics(variant: str, setting: str) -> None:
+    on, pixels = backbone(variant), images(3)
+    expected, before = plain_bits(on), numerics_fingerprint(numerics(on))
+    with SETTINGS[setting]():
+        made = CombinedModel(on, tasks_of(on))
+        found, now = made(pixels), numerics_fingerprint(numerics(on))
+        assert (now == before) == (setting not in REFUSED)
+        if now == before or setting.startswith("default"):
+            assert same_bits(found, expected)
+        joined = CombinedModel(on, tasks_of(on)[:2]).with_tasks(tasks_of(on))(pixels)
+        assert same_bits(joined, {name: bits(logits) for name, logits in found.items()})
+    if setting in REFUSED:
+        with pytest.raises(ExactnessError, match="since this model was made"):
+            made(pixels)
+        made = made.with_tasks(tasks_of(on))
+    assert same_bits(made(pixels), expected)
+
+
+@VARIANTS
+@MAKING
+def test_a_task_joins_under_a_setting(variant: str, setting: str) -> None:
+    on, pixels = backbone(variant), images(3)
+    expected, model = plain_bits(on), CombinedModel(on, tasks_of(on)[:3])
+    with SETTINGS[setting]():
+        grown = model.with_tasks(tasks_of(on))
+    if setting in REFUSED:
+        with pytest.raises(ExactnessError, match="since this model was made"):
+            grown(pixels)
+        grown = model.with_tasks(tasks_of(on))
+    assert same_bits(grown(pixels), expected)
+
+
+@VARIANTS
+@MAKING
+def test_golden_probes_made_under_a_setting_verify(variant: str, setting: str) -> None:
+    on = backbone(variant)
+    task = family(on)["sees-two"]
+    honest = golden(on, task)
+    with SETTINGS[setting]():
+        made = golden(on, task)
+        (inside,) = verify(on, [(task, [made])])
+    assert (made.numerics_fingerprint == honest.numerics_fingerprint) == (setting not in REFUSED)
+    if setting not in REFUSED or setting.startswith("default"):
+        assert made.digest == honest.digest
+    (outside,) = verify(on, [(task, [made])])
+    assert inside.ok
+    assert inside.identical
+    assert outside.ok
+    assert outside.same_numerics == (setting not in REFUSED)
+
+
+@VARIANTS
+@pytest.mark.parametrize("setting", sorted(LOWERED))
+def test_no_exact_model_is_made_where_float32_is_less(variant: str, setting: str) -> None:
+    on = backbone(variant)
+    model = CombinedModel(on, tasks_of(on)[:3])
+    with SETTINGS[setting]():
+        for make in (lambda: CombinedModel(on, tasks_of(on)), lambda: model.with_tasks(tasks_of(on))):
+            with pytest.raises(ExactnessError, match="float32 may be computed in less than float32"):
+                make()
+        with pytest.raises(ExactnessError, match="less than float32"):
+            golden(on, family(on)["five"])
+        assert CombinedModel(on, tasks_of(on), exact=False)(images(2))
+
+
+@MAKING
+def test_attention_maps_are_the_same_under_a_setting(setting: str) -> None:
+    on = backbone()
+    task, pixels = family(on)["child"], images(2)
+    expected = attention_map(on, task, pixels)
+    with SETTINGS[setting]():
+        found = attention_map(on, task, pixels)
+    tolerance = 1e-5 if setting in REFUSED and not setting.startswith("default") else 0.0
+    assert (found - expected).abs().max() <= tolerance
+
+
+LOADED = ["autocast bfloat16", "default bfloat16", "default float64", "default device", "inference"]
+
+
+@pytest.mark.parametrize("setting", LOADED)
+def test_a_backbone_loaded_under_a_setting_is_the_same(setting: str) -> None:
+    picture = Image.effect_noise((50, 41), 90).convert("RGB")
+    expected = load_backbone("glyphs", device="cpu")
+    with SETTINGS[setting]():
+        found = load_backbone("glyphs", device="cpu")
+        pixels = found.transform(picture)
+        assert torch.get_default_dtype() is {"default bfloat16": torch.bfloat16, "default float64": torch.float64}.get(
+            setting, torch.float32
+        )
+    assert found.fingerprint == expected.fingerprint
+    assert pixels.dtype is torch.float32
+    assert torch.equal(pixels, expected.transform(picture))
+    task = random_task(expected, "task")
+    batch = pixels[None]
+    assert bits(CombinedModel(found, [task])(batch)["task"]) == bits(CombinedModel(expected, [task])(batch)["task"])
+
+
+LEARNED = [
+    "nothing", "autocast bfloat16", "autocast float16", "default bfloat16", "default float64", "default device",
+    "no grad", "inference", "anomaly", "deterministic",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def learned_plainly(tmp_path_factory: pytest.TempPathFactory, tiny: FrozenBackbone) -> tuple[str, str, str]:
+    return learned(tiny, tmp_path_factory.mktemp("plainly"))
+
+
+def learned(on: FrozenBackbone, folder: Path) -> tuple[str, str, str]:
+    """The artifact of a task learned from images, its golden probe, and the digest of a test set's logits."""
+    colours = colour_folder(folder / "colours", per_class=6)
+    config = LearnConfig(epochs=2, batch_size=5, fall_back=False, adapter_rank=2, augmentation=Augmentation(views=1))
+    with Registry.open(folder / "tasks.db") as registry:
+        learner = Learner(on, registry, ActivationCache(folder / "cache"))
+        task = learner.learn("colours", colours, config=config)
+        (probe,) = registry.goldens(task.ref)
+        return task.sha256, probe.digest, learner.evaluate("colours", colours).logits_digest
+
+
+@pytest.mark.parametrize("setting", LEARNED)
+def test_a_task_learned_and_scored_under_a_setting_is_the_same(
+    setting: str, tiny: FrozenBackbone, learned_plainly: tuple[str, str, str], tmp_path: Path
+) -> None:
+    with SETTINGS[setting]():
+        found = learned(tiny, tmp_path)
+    assert found == learned_plainly
+
+
+# --- what is switched, replaced or written to under a live model ------------------------------------------------------
+
+
+@VARIANTS
+def test_attention_that_is_no_longer_fused_is_refused(variant: str) -> None:
+    on = backbone(variant)
+    model = CombinedModel(on, tasks_of(on))
+    attention = on.blocks[1].attn
+    with (
+        changed(lambda: attention.fused_attn, lambda new: setattr(attention, "fused_attn", new), False),
+        pytest.raises(ExactnessError, match="fused_attention was True, now 101"),
+    ):
+        model(images(2))
+    model(images(2))
+
+
+def replace_activation(on: FrozenBackbone) -> None:
+    on.model.blocks[1].mlp.act = nn.ReLU()
+
+
+def replace_block(on: FrozenBackbone) -> None:
+    on.model.blocks[1] = nn.Identity()
+
+
+def compile_block(on: FrozenBackbone) -> None:
+    on.model.blocks[1].compile()
+
+
+def train(on: FrozenBackbone) -> None:
+    on.model.train()
+
+
+def listen(on: FrozenBackbone) -> None:
+    on.model.blocks[1].mlp.register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+def write_weight(on: FrozenBackbone) -> None:
+    with torch.no_grad():
+        on.model.blocks[1].mlp.fc1.weight[0, 0] += 1
+
+
+def load_weights(on: FrozenBackbone) -> None:
+    on.model.load_state_dict({name: 1.01 * tensor for name, tensor in on.model.state_dict().items()})
+
+
+def cast_and_back(on: FrozenBackbone) -> None:
+    on.model.bfloat16().float()
+
+
+def cast_up(on: FrozenBackbone) -> None:
+    on.model.double()
+
+
+def from_a_vector(on: FrozenBackbone) -> None:
+    parameters = nn.utils.parameters_to_vector(on.model.parameters())
+    nn.utils.vector_to_parameters(parameters * 1.01, on.model.parameters())
+
+
+def other_gelu(on: FrozenBackbone) -> None:
+    on.model.blocks[1].mlp.act.approximate = "tanh"
+
+
+def other_pooling(on: FrozenBackbone) -> None:
+    on.model.global_pool = "avg"
+
+
+def weights_channels_last(on: FrozenBackbone) -> None:
+    on.model.to(memory_format=torch.channels_last)
+
+
+def own_forward(on: FrozenBackbone) -> None:
+    on.model.blocks[1].norm1.forward = nn.Identity()
+
+
+def other_epsilon(on: FrozenBackbone) -> None:
+    on.model.blocks[1].norm1.eps = 1e-2
+
+
+def other_scale(on: FrozenBackbone) -> None:
+    on.model.blocks[1].attn.scale *= 2
+
+
+HARMS = [
+    replace_activation, replace_block, compile_block, train, listen, write_weight, load_weights, own_forward,
+    other_epsilon, other_scale, cast_and_back, cast_up, from_a_vector, other_gelu, other_pooling,
+    weights_channels_last,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_backbone_that_is_no_longer_what_was_loaded_is_refused(harm: Callable[[FrozenBackbone], None]) -> None:
+    on = fresh_backbone()
+    task = random_task(on, "task")
+    model = CombinedModel(on, [task])
+    model(images(1))
+    harm(on)
+    for use in (lambda: model(images(1)), lambda: CombinedModel(on, [task]), lambda: golden(on, task)):
+        with pytest.raises(IntegrityError, match=r"is no longer as it was loaded|have changed since they were"):
+            use()
+
+
+def same_again(on: FrozenBackbone) -> None:
+    on.model.load_state_dict(on.model.state_dict())
+
+
+def share(on: FrozenBackbone) -> None:
+    on.model.share_memory()
+
+
+def evaluate_again(on: FrozenBackbone) -> None:
+    on.model.train().eval()
+
+
+def unfreeze(on: FrozenBackbone) -> None:
+    on.model.requires_grad_(True)
+
+
+def listen_for_a_while(on: FrozenBackbone) -> None:
+    on.model.blocks[0].register_forward_hook(lambda *_: None).remove()
+
+
+@pytest.mark.parametrize("use", [same_again, share, evaluate_again, unfreeze, listen_for_a_while])
+def test_what_changes_nothing_is_not_refused(use: Callable[[FrozenBackbone], None]) -> None:
+    """On the glyphs: a weight that requires gradients moved their bits, and not those of the tiny models."""
+    on = load_backbone("glyphs", device="cpu")
+    tasks = [random_task(on, "token"), head_only(random_task(on, "head", seed=1))]
+    model, pixels = CombinedModel(on, tasks), images(3)
+    expected, probe = {name: bits(logits) for name, logits in model(pixels).items()}, golden(on, tasks[0])
+    use(on)
+    assert same_bits(model(pixels), expected)
+    assert same_bits(CombinedModel(on, tasks)(pixels), expected)
+    again = golden(on, tasks[0])
+    assert (again.digest, again.numerics_fingerprint) == (probe.digest, probe.numerics_fingerprint)
+    fresh = load_backbone("glyphs", device="cpu")
+    use(fresh)
+    assert numerics_fingerprint(numerics(fresh)) == probe.numerics_fingerprint
+
+
+def nudging(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+    """A backend of torch.compile whose kernels have other last bits, as its real ones have."""
+    return lambda *given: [one * (1 + 2**-18) if one.is_floating_point() else one for one in graph(*given)]
+
+
+def test_a_call_that_is_compiled_around_keeps_its_bits() -> None:
+    on = backbone()
+    model, pixels = CombinedModel(on, tasks_of(on)), images(3)
+    expected = plain_bits(on)
+
+    def serve(given: Tensor) -> Tensor:
+        return model(given * 1.0)["child"] + 0.0
+
+    layer, ones = nn.Linear(4, 4), torch.ones(1, 4)
+    assert not torch.equal(torch.compile(layer, backend=nudging)(ones), layer(ones))
+    compiled = torch.compile(model, backend=nudging)
+    assert same_bits(compiled(pixels), expected)
+    within = torch.compile(serve, backend=nudging)(pixels)
+    assert (within - serve(pixels)).abs().max() <= 2**-16 * serve(pixels).abs().max()  # of the caller's own operations
+    tasks = tasks_of(on)
+    made = torch.compile(lambda: CombinedModel(on, tasks)(pixels)["child"], backend=nudging)()
+    assert bits(made) == expected["child"]
+
+
+def test_an_operation_that_was_replaced_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    on = backbone()
+    model = CombinedModel(on, tasks_of(on))
+    honest = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention", lambda *args, **kw: honest(*args, **kw) * (1 + 2**-20)
+    )
+    with pytest.raises(ExactnessError, match="some of torch's own operations give other bits"):
+        model(images(1))
+
+
+@pytest.mark.parametrize("name", ["class_token", "memory", "head_weight", "head_bias", "pooled_weight", "adapters"])
+def test_a_task_that_was_written_to_is_refused(name: str) -> None:
+    on = backbone()
+    task = random_task(on, "task", classes=16, rank=2)
+    sha256, pixels = task.sha256, images(2)
+    model = CombinedModel(on, [task, random_task(on, "other", seed=5)])
+    expected = bits(model(pixels)["task"])
+    tensor = task.adapters["fc1"].up if name == "adapters" else getattr(task, name)
+    tensor.data.add_(1)
+    assert task.sha256 == sha256
+    assert bits(model(pixels)["task"]) == expected
+    with pytest.raises(IntegrityError, match="The tensors of task 'task' in memory have been written to"):
+        CombinedModel(on, [task])
+    with pytest.raises(IntegrityError, match="have been written to"):
+        CombinedModel(on, [random_task(on, "child", parents=(task,))])
+
+
+def test_a_registered_task_that_was_written_to_is_refused(registered: Callable[..., Task], registry: Registry) -> None:
+    ref = registered("task", classes=4).ref
+    task = registry.get(ref)
+    task.head_bias[0] += 1  # before anybody has asked for its sha256
+    with pytest.raises(IntegrityError, match="The tensors of task 'task:1' in memory have been written to"):
+        registry.register(task, registry.goldens(ref)[0])
+    assert registry.get(ref).sha256 == registry.record(ref).sha256
+
+
+# --- threads and processes --------------------------------------------------------------------------------------------
+
+
+def test_several_models_in_several_threads_keep_their_bits() -> None:
+    on = backbone("dinov2")
+    everyone = list(family(on).values())
+    pixels = images(5)
+    expected = {name: bits(logits) for name, logits in CombinedModel(on, everyone)(pixels).items()}
+    start = threading.Barrier(6)
+
+    def work(number: int) -> None:
+        start.wait()
+        with torch.autocast("cpu", torch.bfloat16) if number % 2 else torch.inference_mode():
+            for turn in range(3):
+                chosen = everyone[number % 3 :: 2] if turn else everyone
+                model = CombinedModel(on, chosen) if turn < 2 else CombinedModel(on, chosen[:1]).with_tasks(chosen)
+                assert same_bits(model(pixels), expected)
+
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(work, range(6))) == [None] * 6
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_a_forked_process_keeps_the_bits() -> None:
+    on = backbone()
+    model, pixels = CombinedModel(on, tasks_of(on)), images(3)
+    expected = plain_bits(on)
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            found = {name: bits(logits) for name, logits in model(pixels).items()}
+            os.write(writer, pickle.dumps(found))
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        assert pickle.loads(pipe.read()) == expected
+    os.waitpid(child, 0)
+
+
+# --- every tensor that the package makes ------------------------------------------------------------------------------
+
+FACTORIES = {
+    "zeros", "ones", "empty", "full", "rand", "randn", "randint", "randperm", "arange", "linspace", "logspace", "eye",
+    "tensor", "scalar_tensor", "empty_strided", "triu_indices", "tril_indices", "normal",
+}  # fmt: skip
+
+
+def test_every_tensor_that_the_package_makes_names_its_dtype_and_device() -> None:
+    """torch's defaults belong to the caller."""
+    package = Path(addenda.__file__).parent
+    nameless, made = [], 0
+    for path in sorted(package.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            called = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+            if called and getattr(node.func.value, "id", "") == "torch" and node.func.attr in FACTORIES:
+                made += 1
+                missing = {"dtype", "device"} - {keyword.arg for keyword in node.keywords}
+                nameless += [f"{path.relative_to(package)}:{node.lineno}: {name}" for name in sorted(missing)]
+    assert made > 50
+    assert nameless == []
+
+
+def test_a_model_of_ones_own_is_a_backbone_too() -> None:
+    with torch.inference_mode():
+        model = lively_vit()
+    on = FrozenBackbone(model, "own", "hub")
+    assert CombinedModel(on, [random_task(on, "task")])(images(1))["task"].isfinite().all()

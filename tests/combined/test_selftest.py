@@ -1,0 +1,174 @@
+"""The self-test: a device whose bits depend on slot, neighbour or place is refused, and each shape is tried once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from addenda.backbones import Adapter, FrozenStream, KeyValue
+from addenda.backbones.family import Family
+from addenda.combined import CombinedModel, streams
+from addenda.combined.layout import TILE
+from addenda.combined.selftest import Shapes
+from addenda.exceptions import ExactnessError
+from tests.support.models import (
+    alone,
+    backbone,
+    bits,
+    fresh_backbone,
+    images,
+    random_registry,
+    threads,
+)
+from tests.support.tasks import random_task
+
+
+def nudge(tensor: Tensor, where: object) -> Tensor:
+    """Moves the last bits of a part of a tensor."""
+    moved = tensor.clone()
+    moved[where] *= 1 + 2**-20
+    return moved
+
+
+def finish_otherwise(monkeypatch: pytest.MonkeyPatch, when: Callable[[Tensor], bool], where: object) -> None:
+    """Task tokens' linear layers give a part of the rows other bits."""
+    honest = Family.finish
+
+    def biased(self: Family, block: object, tokens: Tensor, *rest: object) -> Tensor:
+        result = honest(self, block, tokens, *rest)
+        return nudge(result, where) if when(tokens) else result
+
+    monkeypatch.setattr(Family, "finish", biased)
+
+
+def test_bits_that_depend_on_the_slot_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    on = fresh_backbone()
+    finish_otherwise(monkeypatch, lambda tokens: len(tokens) == TILE, 5)
+    with pytest.raises(
+        ExactnessError,
+        match=r"Exact mode is refused .* tiles of 16 slots by 8 images, 1 private tokens and 8 memory keys\. Another",
+    ):
+        CombinedModel(on, [random_task(on, "task")])
+
+
+def test_bits_that_depend_on_the_neighbour_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    on = fresh_backbone()
+    honest = streams.attend
+
+    def leaky(scale: float, queries: Tensor, frozen: KeyValue, *private: object) -> Tensor:
+        return honest(scale, queries + 1e-6 * queries.roll(1, 0), frozen, *private)
+
+    monkeypatch.setattr(streams, "attend", leaky)
+    with pytest.raises(ExactnessError, match="its neighbours"):
+        CombinedModel(on, [random_task(on, "task")])
+
+
+def test_an_adapter_that_reaches_the_neighbour_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    on = fresh_backbone()
+    honest = Adapter.__call__
+    monkeypatch.setattr(Adapter, "__call__", lambda self, x: honest(self, x) + 1e-6 * honest(self, x).roll(1, 0))
+    CombinedModel(on, [random_task(on, "plain")])
+    with pytest.raises(ExactnessError, match=r"its neighbours .* 1 private tokens and 8 memory keys, rank 4\. Another"):
+        CombinedModel(on, [random_task(on, "adapted", rank=3)])
+
+
+@pytest.mark.parametrize("place", [0, 7])
+def test_frozen_bits_that_depend_on_the_place_are_refused(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    on = fresh_backbone()
+    honest = FrozenStream._embed
+    monkeypatch.setattr(FrozenStream, "_embed", lambda self: nudge(honest(self), place))
+    with pytest.raises(ExactnessError, match="keys and values depend on its place in 8 images"):
+        CombinedModel(on, [random_task(on, "task")])
+
+
+def test_a_head_whose_bits_depend_on_the_place_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    on = fresh_backbone()
+    honest = F.linear
+
+    def biased(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return nudge(honest(inputs, weight, bias), 1)
+
+    for module in ("model", "selftest"):  # which would see it too
+        monkeypatch.setattr(f"addenda.combined.{module}.touch", bytes)
+    CombinedModel(on, [random_task(on, "narrow", classes=3)])
+    monkeypatch.setattr("addenda.combined.heads.F.linear", biased)
+    with pytest.raises(ExactnessError, match="a head of 32 rows on 8 images"):
+        CombinedModel(on, [random_task(on, "wide", classes=20)])
+
+
+def test_a_size_that_gives_other_bits_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    on = fresh_backbone()
+    finish_otherwise(monkeypatch, lambda tokens: len(tokens) == 64, 0)
+    tasks = [random_task(on, f"task-{i}", seed=i) for i in range(70)]
+    model = CombinedModel(on, tasks)
+    assert model.shapes.slots == (4, 8, 12, 16, 32)
+    assert {len(tile.class_tokens) for tile in model._layout(tuple(model.tasks)).tiles} == {32, 8}
+    found = model(images(2))
+    assert all(bits(found[task.name]) == alone(on, task, images(2)) for task in tasks[::9])
+
+
+def test_one_image_goes_alone_only_where_that_was_proven(monkeypatch: pytest.MonkeyPatch) -> None:
+    on = fresh_backbone()
+    task = random_task(on, "task")
+    proven = CombinedModel(on, [task]).shapes.images
+    if proven != (1, 4, 8):
+        pytest.skip(f"this machine gives one image other bits than eight: {proven}")
+    other = fresh_backbone()
+    honest = FrozenStream._embed
+    monkeypatch.setattr(
+        FrozenStream, "_embed", lambda self: nudge(honest(self), 0) if len(self._images) == 1 else honest(self)
+    )
+    model = CombinedModel(other, [dataclasses.replace(task, backbone=other.fingerprint)])
+    assert model.shapes.images == (4, 8)
+    assert bits(model(images(1))["task"]) == bits(model(images(4))["task"])[:1]
+
+
+def test_in_bfloat16_only_canonical_shapes_serve() -> None:
+    """Another order of additions is nearly always rounded away there: no test of a few images tells equal from not."""
+    on = backbone("plain", torch.bfloat16)
+    model = CombinedModel(on, [random_task(on, "task")])
+    assert model.shapes == Shapes((model.micro_batch,), (TILE,))
+    assert [len(tile.class_tokens) for tile in model.layout.tiles] == [TILE]
+
+
+def test_without_the_promise_nothing_is_tested_or_filled_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    on = fresh_backbone()
+    tasks = random_registry(on, 20, seed=8)
+    exact = CombinedModel(on, tasks)
+    finish_otherwise(monkeypatch, lambda tokens: True, 0)
+    other = fresh_backbone()
+    with pytest.raises(ExactnessError):
+        CombinedModel(other, tasks)
+    loose = CombinedModel(other, tasks, exact=False)
+    found, expected = loose(images(5)), exact(images(5))
+    assert (found.exact, expected.exact) == (False, True)
+    assert all((found[name] - logits).abs().max() <= 1e-4 * logits.abs().max() for name, logits in expected.items())
+    sizes = [len(tile.class_tokens) for tile in loose._layout(tuple(loose.tasks)).tiles]
+    assert sum(sizes) == sum(task.class_token is not None for task in tasks)
+
+
+def test_a_shape_is_tested_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    on = fresh_backbone()
+    CombinedModel(on, [random_task(on, "task", memory=5)])
+    passes: list[int] = []
+    honest = FrozenStream._embed
+    monkeypatch.setattr(FrozenStream, "_embed", lambda self: passes.append(len(self._images)) or honest(self))
+    CombinedModel(on, [random_task(on, "other", memory=7, classes=9)])
+    assert passes == []
+    with threads(torch.get_num_threads() + 1):
+        CombinedModel(on, [random_task(on, "other", memory=7)])
+    assert passes == [8, 8, 1, 1, 4, 4]
+
+
+def test_a_head_is_tested_on_both_its_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    on = fresh_backbone()
+    honest = torch.addmm
+    monkeypatch.setattr(torch, "addmm", lambda *inputs: nudge(honest(*inputs), 1))
+    CombinedModel(on, [random_task(on, "token-only", pooled=False)])
+    with pytest.raises(ExactnessError, match="a head of 16 rows on 8 images"):
+        CombinedModel(on, [random_task(on, "both")])

@@ -1,0 +1,155 @@
+"""`addenda learn`, `learn-many` and `evaluate`: what they say, take and record."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from addenda import Registry
+from tests.support.commands import Result, Run
+
+
+def test_learn_prints_the_task_beside_its_rival(learned: Result) -> None:
+    assert "ones:1" in learned.out
+    assert "logistic regression" in learned.out
+    assert "test (24)" in learned.out
+
+
+def test_learning_the_same_again_says_so_and_does_nothing(run: Run, learned: Result, digits_folder: Path) -> None:
+    again = run("learn", "ones", digits_folder, "--epochs", "2", "--lr", "0.3")
+    assert again.code == 0
+    assert "learned before" in again.out
+    answer = json.loads(run("learn", "ones", digits_folder, "--epochs", "2", "--lr", "0.3", "--json").out)
+    assert (answer["task"], answer["already"]) == ("ones:1", True)
+
+
+def test_a_name_taken_is_one_line_and_exit_code_2(run: Run, learned: Result, digits_folder: Path) -> None:
+    result = run("learn", "ones", digits_folder, "--epochs", "1")
+    assert result.code == 2
+    assert result.err.startswith("Error: Task 'ones' is already registered (version 1)")
+    assert "--new-version" in result.err
+
+
+def test_settings_come_from_defaults_then_file_then_options(run: Run, digits_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "settings.yaml").write_text("epochs: 1\nlearning_rate: [0.2]\nnum_memory_tokens: 2\n")
+    result = run(
+        "learn",
+        "ones",
+        digits_folder,
+        "--backbone",
+        "glyphs",
+        "--config",
+        tmp_path / "settings.yaml",
+        "--memory",
+        "3",
+        "--json",
+    )
+    assert result.code == 0, result.err
+    with Registry.open(tmp_path / "tasks.db") as registry:
+        config = registry.record("ones").config
+    assert (config["epochs"], config["learning_rate"], config["num_memory_tokens"]) == (1, [0.2], 3)
+    assert config["momentum"] == 0.9
+
+
+def test_every_mistake_in_a_configuration_is_named(run: Run, digits_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "settings.yaml").write_text("epoch: 1\nmomentum: 2\n")
+    result = run("learn", "ones", digits_folder, "--backbone", "glyphs", "--config", tmp_path / "settings.yaml")
+    assert result.code == 2
+    assert "epoch" in result.err
+    assert "momentum" in result.err
+
+
+def test_a_task_of_several_labels_is_shown_by_its_own_figures(run: Run, learned: Result, tagged: Path) -> None:
+    made = run("learn", "tags", tagged, "--epochs", "1", "--lr", "0.3", "--class-weights", "balanced")
+    assert made.code == 0, made.err
+    shown = run("tasks", "show", "tags").out
+    for text in (made.out, shown):
+        assert "multi-label" in text
+        assert "mAP" in text
+        assert "exact match" in text
+        assert "temperature" in text
+        assert "test (12)" in text
+    evaluated = run("evaluate", "tags", tagged)
+    assert evaluated.code == 0, evaluated.err
+    assert "12 images: mAP" in evaluated.out
+    assert "Average precision by label" in evaluated.out
+    assert "mAP %" in run("tasks", "show", "tags").out
+    metrics = json.loads(run("evaluate", "tags", tagged, "--json").out)["metrics"]
+    assert set(metrics["per_class"]) == {"even", "high", "odd"}
+    listed = [line for line in run("tasks", "list").out.splitlines() if ":1" in line]
+    score = f"{100 * metrics['mean_average_precision']:.1f}"
+    assert [word in listed[0] for word in ("ones:1", "accuracy")] == [True, True]
+    assert [word in listed[1] for word in ("tags:1", "mAP", score)] == [True, True, True]
+    with Registry.open(tagged.parent / "tasks.db") as registry:
+        temperature = registry.get("tags").temperature
+    assert json.loads(run("tasks", "show", "tags", "--json").out)["temperature"] == temperature
+
+
+def test_every_setting_of_a_run_can_be_given_as_an_option(run: Run, digits_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text("fall_back: false\n")
+    given = ("--adapter-rank", "1", "--adapter-rank", "2", "--adapter-lr", "0.05", "--label-smoothing", "0.1",
+             "--config", tmp_path / "own.yaml")  # fmt: skip
+    result = run(
+        "learn", "ones", digits_folder, "--backbone", "glyphs", "--epochs", "1", "--lr", "0.3", *given,
+        "--class-weights", "balanced",
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    assert "Adapters of rank 2 weigh" in result.err
+    with Registry.open(tmp_path / "tasks.db") as registry:
+        config, rank = registry.record("ones").config, registry.get("ones").adapter_rank
+    assert (config["adapter_rank"], config["adapter_learning_rate"]) == ([1, 2], 0.05)
+    assert (config["label_smoothing"], config["class_weights"]) == (0.1, "balanced")
+    assert f"of rank {rank}" in result.out
+    child = run("learn", "child", digits_folder, "--extends", "ones", "--epochs", "1", "--lr", "0.3")
+    assert child.code == 0, child.err
+    assert "Adapters" not in child.err
+    assert "ones:1" in run("tasks", "list").out.splitlines()[-2]
+    assert json.loads(run("tasks", "show", "ones", "--json").out)["adapter_rank"] == rank
+
+
+def test_many_tasks_are_learned_from_one_file(run: Run, digits_folder: Path, tmp_path: Path) -> None:
+    (digits_folder.parent / "few" / "a").mkdir(parents=True)
+    (digits_folder.parent / "few" / "b").mkdir()
+    for name in ("a", "b"):
+        for number in range(3):
+            (digits_folder.parent / "few" / name / f"{number}.png").write_bytes(b"no image")
+    file = tmp_path / "tasks.yaml"
+    file.write_text(
+        "config: {epochs: 1, learning_rate: 0.3, fall_back: false}\n"
+        "tasks:\n"
+        "  - {name: ones, data: digits}\n"
+        "  - {name: few, data: few}\n"
+        "  - {name: after-few, data: digits, extends: few}\n"
+        "  - {name: child, data: digits, extends: ones}\n"
+    )
+    first = run("learn-many", file, "--backbone", "glyphs")
+    assert first.code == 1
+    assert "2 of 4 tasks of" in first.out
+    lines = [line.split() for line in reversed(first.out.splitlines())]  # the table stands before what went wrong
+    states = {words[0]: words[-1] for words in lines if len(words) == 8}
+    assert [states[name] for name in ("ones:1", "few", "after-few", "child:1")] == [
+        "learned", "failed", "skipped", "learned",
+    ]  # fmt: skip
+    assert "few failed: 6 of 6 images in" in first.out
+    assert "after-few skipped: it extends 'few', which failed" in first.out
+    again = run("learn-many", file, "--json")
+    assert again.code == 1
+    answer = json.loads(again.out)
+    assert [row["state"] for row in answer] == ["learned before", "failed", "skipped", "learned before"]
+    assert answer[0]["metrics"]["test"]["num_images"] == 24
+    assert len(answer[3]["sha256"]) == 64
+    file.write_text("tasks: [{name: ones, data: digits, config: {epochs: 1, learning_rate: 0.3, fall_back: false}}]")
+    assert run("learn-many", file).code == 0
+    file.write_text("tasks: [{name: ones, data: nowhere}, {nam: x}]")
+    refused = run("learn-many", file)
+    assert refused.code == 2
+    assert refused.err.startswith("Error: Nothing was learned.")
+
+
+def test_an_evaluation_is_shown_with_its_task(run: Run, learned: Result, digits_folder: Path) -> None:
+    result = run("evaluate", "ones", digits_folder)
+    assert result.code == 0
+    assert "24 images: accuracy" in result.out
+    assert "Accuracy by class" in result.out
+    assert "Evaluations" in run("tasks", "show", "ones").out
+    assert json.loads(run("evaluate", "ones", digits_folder, "--json").out)["metrics"]["num_images"] == 24

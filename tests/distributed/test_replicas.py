@@ -1,0 +1,295 @@
+"""Replicas on Ray Serve: one answer whoever gives it, and none lost when a replica, a node or the software changes."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from io import BytesIO
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import psutil
+import pytest
+import torch
+from PIL import Image
+
+from addenda import CombinedModel, FrozenBackbone, Registry
+from tests.serving.test_operations import PREDICT, add, fill
+from tests.support.commands import Run
+from tests.support.databases import Postgres
+from tests.support.images import colour_folder
+from tests.support.load import Load
+from tests.support.moments import until
+from tests.support.servers import ServedProcess
+
+pytestmark = pytest.mark.ray
+
+CPUS = 2
+"""Of each node, and of each replica: a node has room for one."""
+MICRO_BATCH = 8
+"""On a CPU; more than two of requests a replica, and another is started."""
+INFER = "/v2/models/combined/infer"
+
+
+class OnRay(ServedProcess):
+    start_s = 180
+
+
+class Replicas(OnRay):
+    """`addenda serve --ray` on a cluster of this process.
+
+    Attributes:
+        place: the registry.
+        logs: where the cluster keeps what its workers log.
+    """
+
+    def __init__(self, cluster: tuple[Any, str], place: str, folder: Path, *options: object) -> None:
+        self.place, self.logs = place, Path(cluster[0].head_node.get_logs_dir_path())
+        self._numbers = count()
+        super().__init__(place, folder, "--ray", cluster[1], "--cpus", CPUS, "--drain", 0, *options)
+
+    def pids(self) -> set[int]:
+        """The processes of the replicas."""
+        found = set()
+        for child in psutil.Process().children(recursive=True):
+            with suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+                if child.status() != psutil.STATUS_ZOMBIE and "ServeReplica:addenda" in " ".join(child.cmdline()):
+                    found.add(child.pid)
+        return found
+
+    def each(self, path: str, **request: Any) -> dict[int, httpx2.Response]:
+        """What every replica answers, by its process: asked until all have answered."""
+        answers: dict[int, httpx2.Response] = {}
+        pids, deadline = self.pids(), time.monotonic() + 30
+        while answers.keys() != pids:
+            assert time.monotonic() < deadline, f"{pids - answers.keys()} did not answer"
+            request_id = f"asked-{next(self._numbers)}"
+            response = httpx2.request(
+                "POST" if request else "GET",
+                self.url + path,
+                headers={"X-Request-ID": request_id},
+                timeout=60,
+                **request,
+            )
+            until(lambda asked=request_id: self._answered(asked), f"{request_id} is logged")
+            answers[self._answered(request_id)[0]] = response
+        return answers
+
+    def _answered(self, request_id: str) -> list[int]:
+        """The process that logged a request."""
+        logs = (log for log in self.logs.glob("worker-*.err") if f'"{request_id}"' in log.read_text())
+        return [int(log.stem.rsplit("-", 1)[1]) for log in logs]
+
+    def said(self, what: str) -> bool:
+        return what in self.log.read_text()
+
+
+@pytest.fixture(scope="module")
+def database(postgres: str) -> Iterator[Postgres]:
+    made = Postgres(postgres)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def served(
+    cluster: tuple[Any, str], database: Postgres, glyphs: FrozenBackbone, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Replicas]:
+    """Two replicas, each on a node of its own, on a PostgreSQL registry of two tasks."""
+    place = database.new()
+    fill(place, glyphs)
+    with Replicas(cluster, place, tmp_path_factory.mktemp("served"), "--replicas", 2) as server:
+        until(lambda: server.said("with 2 replicas"), "both serve", 60)
+        yield server
+        assert server.stop() == 0, server.log.read_text()
+        assert not server.pids()
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
+    folder = colour_folder(tmp_path_factory.mktemp("images") / "of", per_class=2)
+    return [path.read_bytes() for path in sorted(folder.rglob("*.png"))]
+
+
+def right(server: Replicas, images: list[bytes]) -> list[dict[str, Any]]:
+    """What is answered to each image, when both replicas serve and nobody else asks."""
+    until(lambda: server.log.read_text().rstrip().endswith("with 2 replicas"), "both serve", 60)
+    return [httpx2.post(server.url + PREDICT, content=image, timeout=60).json() for image in images]
+
+
+def check_told(load: Load, answers: list[dict[str, Any]], gone: float, missed: float) -> None:
+    """All is answered rightly, or was sent to a replica that had gone and was not yet missed, and failed with 500."""
+    failed = [told for told in load.told if told.status != 200]
+    assert {told.status for told in failed} <= {500}
+    assert all(told.told > gone and told.asked < missed for told in failed), [told.asked - gone for told in failed]
+    assert all(told.document == answers[told.image] for told in load.told if told.status == 200)
+    assert sum(told.asked > missed for told in load.told) > 20
+
+
+def test_all_replicas_give_the_bytes_that_the_model_alone_gives(served: Replicas, glyphs: FrozenBackbone) -> None:
+    pixels = torch.randn(3, *glyphs.preprocessing["input_size"], generator=torch.Generator().manual_seed(0))
+    sent = {"name": "pixel_values", "shape": list(pixels.shape), "datatype": "FP32", "data": pixels.flatten().tolist()}
+    answers = served.each(INFER, json={"inputs": [sent]})
+    assert len(answers) == 2
+    first, other = answers.values()
+    assert first.status_code == 200, first.text
+    assert first.content == other.content
+    threads = torch.get_num_threads()
+    torch.set_num_threads(CPUS)
+    try:
+        with Registry.open(served.place) as registry:
+            alone = CombinedModel(glyphs, registry.load(glyphs))(pixels)
+    finally:
+        torch.set_num_threads(threads)
+    outputs = {output["name"]: output["data"] for output in first.json()["outputs"]}
+    for name, logits in alone.items():
+        assert torch.equal(torch.tensor(outputs[f"{name}.logits"]).reshape(logits.shape), logits)
+
+
+def test_all_replicas_serve_a_new_task_within_five_seconds(served: Replicas, glyphs: FrozenBackbone) -> None:
+    with Registry.open(served.place) as registry:
+        add(registry, glyphs, "late")
+        registered, generation = time.monotonic(), registry.generation
+    while any(answer.json()["generation"] < generation for answer in served.each("/api/v1/status").values()):
+        assert time.monotonic() - registered < 5
+        time.sleep(0.05)
+
+
+def test_what_a_killed_replica_was_answering_fails_and_nothing_else(served: Replicas, images: list[bytes]) -> None:
+    answers, before = right(served, images), served.pids()
+    with Load(served.url + PREDICT, images) as load:
+        load.wait(50)
+        killed = time.monotonic()
+        os.kill(min(before), signal.SIGKILL)
+        until(lambda: served.log.read_text().rstrip().endswith("with 1 replica"), "it is missed", 60)
+        missed = time.monotonic()
+        until(lambda: len(served.pids() - before) == 1, "another is started", 60)
+        until(lambda: served.log.read_text().rstrip().endswith("with 2 replicas"), "it serves", 60)
+        load.wait(50)
+    assert not load.failed
+    check_told(load, answers, killed, missed)
+    assert len(served.each("/api/v1/status")) == 2
+
+
+def long_request() -> bytes:
+    """A second or more of work: many images in one request, each large to decode."""
+    file = BytesIO()
+    Image.linear_gradient("L").resize((2000, 2000)).save(file, "PNG")
+    data = [base64.b64encode(file.getvalue()).decode()] * 24
+    return json.dumps({"inputs": [{"name": "image", "shape": [24], "datatype": "BYTES", "data": data}]}).encode()
+
+
+def test_a_restart_of_all_replicas_loses_no_request(served: Replicas, images: list[bytes]) -> None:
+    answers, before = right(served, images), served.pids()
+    long = long_request()
+    expected = httpx2.post(served.url + INFER, content=long, timeout=60).json()["outputs"]
+    with Load(served.url + PREDICT, images) as load, Load(served.url + INFER, [long], clients=2) as lasting:
+        load.wait(20)
+        served.process.send_signal(signal.SIGHUP)
+        until(lambda: not before & served.pids() and len(served.pids()) == 2, "all are new", 120)
+        until(lambda: served.log.read_text().rstrip().endswith("with 2 replicas"), "both serve", 60)
+        load.wait(50)
+    assert not load.failed
+    assert not lasting.failed
+    assert {told.status for told in (*load.told, *lasting.told)} == {200}
+    assert all(told.document == answers[told.image] for told in load.told)
+    assert all(told.document["outputs"] == expected for told in lasting.told)
+    assert served.said("Restarting the replicas")
+
+
+def test_a_node_that_goes_is_done_without_and_one_of_other_numerics_is_refused(
+    served: Replicas, cluster: tuple[Any, str], images: list[bytes]
+) -> None:
+    nodes, answers = cluster[0], right(served, images)
+    times = served.log.read_text().count("with 2 replicas")
+    with Load(served.url + PREDICT, images) as load:
+        load.wait(20)
+        gone = time.monotonic()
+        (node,) = nodes.worker_nodes
+        nodes.remove_node(node, allow_graceful=False)
+        until(lambda: served.log.read_text().rstrip().endswith("with 1 replica"), "its replica is missed", 60)
+        missed = time.monotonic()
+        other = nodes.add_node(
+            num_cpus=CPUS, node_ip_address="127.0.0.1", include_dashboard=False,
+            env_vars={"ATEN_CPU_CAPABILITY": "default"},
+        )  # fmt: skip
+        until(lambda: served.said("A replica is refused"), "the other numerics are noticed", 60)
+        load.wait(20)
+        assert served.log.read_text().count("with 2 replicas") == times, "it has never served"
+        nodes.remove_node(other, allow_graceful=False)
+        nodes.add_node(num_cpus=CPUS, node_ip_address="127.0.0.1", include_dashboard=False)
+        until(lambda: served.log.read_text().rstrip().endswith("with 2 replicas"), "one that is alike is taken", 90)
+        load.wait(20)
+    assert not load.failed
+    check_told(load, answers, gone, missed)
+    assert len(served.each("/api/v1/status")) == 2
+    refusal = re.search(r"its numerics are (\w+)…, those of the first one (\w+)…", served.log.read_text())
+    assert refusal is not None
+    assert refusal[1] != refusal[2]
+    assert httpx2.get(f"{served.url}/api/v1/status").json()["numerics_fingerprint"].startswith(refusal[2])
+
+
+def test_a_second_command_on_the_cluster_is_refused(served: Replicas, cluster: tuple[Any, str], tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="Ray Serve runs on this cluster already"):
+        Replicas(cluster, served.place, tmp_path)
+
+
+def listening(processes: list[psutil.Process]) -> list[tuple[str, str]]:
+    """Who listens, and on which address."""
+    found = [
+        (" ".join(process.cmdline()), connection.laddr.ip)
+        for process in processes
+        for connection in process.net_connections()
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert len(found) > 5
+    return found
+
+
+def test_one_replica_on_this_machine_alone_answers_grows_under_load_and_stops(
+    glyphs: FrozenBackbone, images: list[bytes], tmp_path: Path
+) -> None:
+    place = str(tmp_path / "tasks.db")
+    fill(place, glyphs)
+    scale = ("--min-replicas", 1, "--max-replicas", 2)
+    with OnRay(place, tmp_path, "--ray", "local", *scale, "--drain", 5) as server:
+        processes = [psutil.Process(server.process.pid), *psutil.Process(server.process.pid).children(recursive=True)]
+        elsewhere = [(name, ip) for name, ip in listening(processes) if ip.removeprefix("::ffff:") != "127.0.0.1"]
+        assert [name.partition(":addenda:")[0] for name, _ in elsewhere] == ["ray::ServeReplica"], elsewhere
+        with Load(server.url + PREDICT, images, clients=3 * MICRO_BATCH) as load:
+            until(lambda: server.log.read_text().rstrip().endswith("with 2 replicas"), "there are more", 90)
+            load.wait(50)
+            assert {told.status for told in load.told} == {200}
+            processes += psutil.Process(server.process.pid).children(recursive=True)
+            server.process.terminate()
+            until(lambda: httpx2.get(f"{server.url}/readyz").status_code == 503, "unready")
+            load.wait(5)
+            assert server.process.wait(60) == 0
+        assert not psutil.wait_procs(processes, timeout=10)[1]
+    answered = [told for told in load.told if told.status == 200]
+    assert len(answered) > 50
+    assert {told.status for told in load.told} <= {200, 404, 503}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--replicas", 2), "--replicas is for replicas on a Ray cluster: say where with --ray"),
+        (("--ray", "local", "--replicas", 2, "--max-replicas", 3), "Give --replicas N, or else"),
+        (("--ray", "local", "--min-replicas", 3, "--max-replicas", 2), "Give --replicas N, or else"),
+        (("--ray", "local", "--metrics-port", 9000), "--metrics-port is one process's"),
+        (("--ray", "local", "--host", "0.0.0.0"), "Without keys, answering on '0.0.0.0' would let everybody in"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(options: tuple[object, ...], said: str, run: Run) -> None:
+    result = run("serve", *options)
+    assert result.code == 2
+    assert said in result.err

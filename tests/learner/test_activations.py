@@ -1,0 +1,505 @@
+"""Activations: the same bits kept or computed anew, found again by content, and never trusted when damaged."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from addenda import FrozenBackbone, LearnConfig, Learner, Registry
+from addenda.exceptions import DataError, TrainingError
+from addenda.learner import ActivationCache, Augmentation
+from addenda.learner.activations import Activations
+from addenda.learner.cache import NAME
+from addenda.learner.checkpoint import Checkpoint
+from addenda.learner.data import open_images
+from tests.support.images import colour_folder
+from tests.support.places import ROOT
+from tests.support.tasks import random_task
+from tests.support.tiny import tiny_vit
+
+ROW_GB = (2 * 2 * 3 * 17 * 48 + 4 * 48) / 1e9
+"""Of one image on `tiny`: keys and values of 3 layers of 17 tokens of 48 dimensions, and its pooled feature."""
+FILES = ["key_values.npy", "pooled.npy", "digests.npy", "keys.npy", "meta.json"]
+
+VARIED = Augmentation(views=2, color_jitter=0.3)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return colour_folder(tmp_path / "colours", per_class=4)
+
+
+def activations(
+    backbone: FrozenBackbone, folder: Path, cache: ActivationCache, how: Augmentation | None = None, **options: object
+) -> Activations:
+    return Activations(backbone, open_images(folder), how or Augmentation(), cache, **options)
+
+
+def fetched(found: Activations, views: int = 0) -> torch.Tensor:
+    """All that training would read of every image in one view."""
+    batch = found.batch(torch.arange(len(found)), views)
+    return torch.cat(
+        [batch.fetch(layer, which, part).flatten() for layer in range(3) for which in (0, 1) for part in batch.parts]
+        + [batch.pooled.flatten()]
+    )
+
+
+@pytest.mark.parametrize("rows", [0, 1, 5, 11, 20, 36])
+def test_the_budget_changes_no_bit(tiny: FrozenBackbone, folder: Path, tmp_path: Path, rows: int) -> None:
+    parent = random_task(tiny, "parent", memory=3)
+    whole = activations(tiny, folder, ActivationCache(tmp_path / "whole"), VARIED, parents=[parent])
+    part = activations(
+        tiny, folder, ActivationCache(tmp_path / "part", budget_gb=rows * ROW_GB * 1.0001), VARIED, parents=[parent]
+    )
+    assert int((part._place >= 0).sum()) == rows
+    for view in range(3):
+        assert torch.equal(fetched(whole, view), fetched(part, view))
+    assert torch.equal(whole.pooled, part.pooled)
+
+
+def test_the_budget_changes_no_task(tiny: FrozenBackbone, folder: Path, tmp_path: Path) -> None:
+    config = LearnConfig(epochs=2, batch_size=5, augmentation=Augmentation(views=1))
+    shas = set()
+    for rows in (0, 7, 24):
+        cache = ActivationCache(tmp_path / f"cache-{rows}", budget_gb=rows * ROW_GB * 1.0001)
+        with Registry.open(tmp_path / f"{rows}.db") as registry:
+            shas.add(Learner(tiny, registry, cache).learn("colours", folder, config=config).sha256)
+    assert len(shas) == 1
+
+
+def test_a_second_run_reads_no_image_and_a_grown_set_only_the_new_ones(
+    tiny: FrozenBackbone, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    original = Activations._read
+    monkeypatch.setattr(Activations, "_read", lambda self, row: read.append(row) or original(self, row))
+    cache = ActivationCache(tmp_path / "cache")
+    first = fetched(activations(tiny, folder, cache))
+    assert len(read) == 12
+    (folder / "blue" / "0.png").rename(folder / "blue" / "renamed.png")
+    again = activations(tiny, folder, ActivationCache(tmp_path / "cache"))
+    assert len(read) == 12
+    assert torch.equal(fetched(again).sort().values, first.sort().values)
+    Image.new("RGB", (40, 40), (9, 9, 9)).save(folder / "blue" / "new.png")
+    activations(tiny, folder, cache)
+    assert len(read) == 13
+    (folder / "blue" / "new.png").unlink()
+    activations(tiny, folder, cache)
+    assert len(read) == 13
+
+
+def test_two_files_of_one_content_are_computed_once(tiny: FrozenBackbone, folder: Path, tmp_path: Path) -> None:
+    (folder / "red" / "copy.png").write_bytes((folder / "red" / "0.png").read_bytes())
+    cache = ActivationCache(tmp_path / "cache")
+    found = activations(tiny, folder, cache)
+    assert (len(found), cache.sets()[0].num_images) == (13, 12)
+
+
+def test_a_cache_of_another_backbone_or_numerics_is_not_used(
+    tiny: FrozenBackbone, folder: Path, tmp_path: Path
+) -> None:
+    cache = ActivationCache(tmp_path / "cache")
+    first = fetched(activations(tiny, folder, cache))
+    other = fetched(activations(FrozenBackbone(tiny_vit(seed=1), "other", "hub"), folder, cache))
+    assert not torch.equal(first, other)
+    torch.set_num_threads(2)
+    try:
+        activations(tiny, folder, cache)
+    finally:
+        torch.set_num_threads(1)
+    assert len(cache.sets()) == 3
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("damage", ["cut", "gone", "other"])
+def test_a_damaged_set_is_made_again_and_said_to_be(
+    tiny: FrozenBackbone, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, file: str, damage: str
+) -> None:
+    cache = ActivationCache(tmp_path / "cache")
+    first = fetched(activations(tiny, folder, cache))
+    path = cache.folder / cache.sets()[0].name / file
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif damage == "gone":
+        path.unlink()
+    else:
+        other = colour_folder(tmp_path / "others", per_class=2, seed=5)
+        elsewhere = ActivationCache(tmp_path / "elsewhere")
+        activations(FrozenBackbone(tiny_vit(seed=1, depth=2), "other", "hub"), other, elsewhere)
+        path.write_bytes((elsewhere.folder / elsewhere.sets()[0].name / file).read_bytes())
+    with caplog.at_level(logging.WARNING):
+        again = fetched(activations(tiny, folder, cache))
+    assert torch.equal(first, again)
+    assert "Discarding the damaged cache entry" in caplog.text or (file, damage) == ("meta.json", "other")
+    assert all(kept.num_done == kept.num_images for kept in cache.sets() if kept.num_images == 12)
+
+
+@pytest.mark.slow
+def test_a_run_killed_while_the_cache_is_filled_goes_on_where_it_was(
+    tiny: FrozenBackbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = colour_folder(tmp_path / "many", per_class=40)
+    script = (
+        "import sys, time, torch; sys.path.insert(0, sys.argv[1]); torch.set_num_threads(1)\n"
+        "from tests.support.tiny import tiny_vit\n"
+        "from addenda import FrozenBackbone\n"
+        "from addenda.learner import ActivationCache, Augmentation\n"
+        "from addenda.learner import activations as a\n"
+        "from addenda.learner.data import open_images\n"
+        "a.FLUSH_S = 0\n"
+        "read = a.Activations._read\n"
+        "a.Activations._read = lambda self, row: (time.sleep(0.02), print(row, flush=True), read(self, row))[2]\n"
+        "backbone = FrozenBackbone(tiny_vit(), 'tiny', 'hub')\n"
+        "a.Activations(backbone, open_images(sys.argv[2]), Augmentation(), ActivationCache(sys.argv[3]))\n"
+    )
+    root = str(ROOT)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, root, str(folder), str(tmp_path / "cache")], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if int(line) == 70:
+            process.send_signal(signal.SIGKILL)
+            break
+    process.communicate()
+    cache = ActivationCache(tmp_path / "cache")
+    survived = cache.sets()[0].num_done
+    assert 24 <= survived < 120
+    read: list[int] = []
+    original = Activations._read
+    monkeypatch.setattr(Activations, "_read", lambda self, row: read.append(row) or original(self, row))
+    found = activations(tiny, folder, cache)
+    assert len(read) == 120 - survived
+    assert torch.equal(fetched(found), fetched(activations(tiny, folder, ActivationCache(tmp_path / "fresh"))))
+
+
+def test_an_image_that_changes_under_a_run_is_noticed(tiny: FrozenBackbone, folder: Path, tmp_path: Path) -> None:
+    images = open_images(folder).hashed()
+    changed = folder / "green" / "1.png"
+    Image.new("RGB", (40, 40), (1, 2, 3)).save(changed)
+    with pytest.raises(DataError, match=r"green/1\.png changed while it was being read"):
+        Activations(tiny, images, Augmentation(), ActivationCache(tmp_path / "cache"))
+
+
+def test_views_differ_repeat_and_depend_on_content_alone(tiny: FrozenBackbone, folder: Path, tmp_path: Path) -> None:
+    found = activations(tiny, folder, ActivationCache(tmp_path / "one"), VARIED)
+    views = [fetched(found, view) for view in range(5)]
+    assert all(not torch.equal(views[i], views[j]) for i in range(5) for j in range(i))
+    again = activations(tiny, folder, ActivationCache(tmp_path / "two"), VARIED)
+    assert all(torch.equal(view, fetched(again, number)) for number, view in enumerate(views))
+
+
+def test_random_views_of_tensors_are_refused(tiny: FrozenBackbone, tmp_path: Path) -> None:
+    dataset = torch.utils.data.TensorDataset(torch.randn(6, 3, 32, 32), torch.arange(6) % 2)
+    with pytest.raises(DataError, match="random views are made of PIL images only"):
+        Activations(tiny, open_images(dataset), VARIED, ActivationCache(tmp_path / "cache"))
+
+
+def test_a_budget_below_one_image_is_refused(tiny: FrozenBackbone, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"does not hold the activations of one image .* Give more, or 0"):
+        activations(tiny, folder, ActivationCache(tmp_path / "cache", budget_gb=ROW_GB / 2))
+
+
+def test_no_free_disk_is_said_with_what_to_do(
+    tiny: FrozenBackbone, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    cache = ActivationCache(tmp_path / "cache", budget_gb=1.0)
+    with pytest.raises(TrainingError, match=r"cannot hold them \(No space left on device\).*--cache-gb"):
+        activations(tiny, folder, cache)
+    assert cache.sets() == []
+
+
+def test_the_longest_unused_set_makes_room(tiny: FrozenBackbone, tmp_path: Path) -> None:
+    folders = [colour_folder(tmp_path / f"data-{i}", per_class=4, seed=10 * i) for i in range(3)]
+    cache = ActivationCache(tmp_path / "cache", budget_gb=26 * ROW_GB + 2e-5)
+    names = []
+    for folder in folders:
+        activations(tiny, folder, cache)
+        names.append(cache.sets()[0].name)
+        time.sleep(0.02)
+    assert {kept.name for kept in cache.sets()} == set(names[1:])
+
+
+def test_clearing_names_what_goes(tiny: FrozenBackbone, folder: Path, tmp_path: Path) -> None:
+    cache = ActivationCache(tmp_path / "cache")
+    activations(tiny, folder, cache)
+    (kept,) = cache.sets()
+    assert (kept.backbone, kept.num_images, kept.num_done) == ("tiny", 12, 12)
+    assert kept.num_bytes >= 12 * ROW_GB * 1e9
+    assert cache.clear([]) == (0, [])
+    assert cache.clear() == (kept.num_bytes, [])
+    assert cache.sets() == []
+
+
+def test_kept_activations_are_the_streams_own_in_half_precision(
+    tiny: FrozenBackbone, folder: Path, tmp_path: Path
+) -> None:
+    found = activations(tiny, folder, ActivationCache(tmp_path / "cache"))
+    pixels = open_images(folder).read_all(tiny)
+    batch = found.batch(torch.arange(len(found)))
+    for layer, offered in enumerate(tiny.stream(pixels)):
+        for which, part in enumerate(offered):
+            kept = torch.cat([batch.fetch(layer, which, some).clone() for some in batch.parts])
+            np.testing.assert_allclose(kept, part, rtol=2e-3, atol=2e-3)
+
+
+# --- whose files ------------------------------------------------------------------------------------------------------
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """Every file below a folder with its content; folders have none."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+        if NAME not in path.parts
+    }
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> Path:
+    """A folder full of somebody's things, some of which look like entries of a cache."""
+    place = tmp_path / "everything"
+    for name in ("photos/2019", "thesis", "runs/1", "0123456789abcdef", ".lock-me"):
+        (place / name).mkdir(parents=True)
+    (place / "photos" / "2019" / "a.jpg").write_bytes(b"a picture")
+    (place / "thesis" / "meta.json").write_text('{"format": 1}')
+    (place / "runs" / "1" / "sweep.safetensors").write_bytes(b"somebody's own run")
+    (place / "0123456789abcdef" / "keys.npy").write_bytes(b"keys of a house")
+    (place / "notes.unfinished").write_text("a novel")
+    (place / ".lock").write_text("mine")
+    return place
+
+
+def test_a_folder_full_of_other_things_survives_every_use(
+    tiny: FrozenBackbone, folder: Path, shared: Path, tmp_path: Path
+) -> None:
+    before = tree(shared)
+    cache = ActivationCache(shared, budget_gb=15 * ROW_GB)
+    with Registry.open(tmp_path / "tasks.db") as registry:
+        Learner(tiny, registry, cache).learn(
+            "colours", folder, config=LearnConfig(epochs=1, augmentation=Augmentation())
+        )
+    activations(tiny, colour_folder(tmp_path / "more", per_class=4, seed=9), cache)
+    (entry,) = cache.sets()
+    (cache.folder / entry.name / "keys.npy").write_bytes(b"")
+    activations(tiny, colour_folder(tmp_path / "last", per_class=4, seed=19), cache)
+    cache.clear()
+    assert cache.sets() == []
+    assert tree(shared) == before
+
+
+def test_what_is_not_an_entry_is_left_and_named_once(
+    tiny: FrozenBackbone, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = ActivationCache(tmp_path / "cache", budget_gb=15 * ROW_GB)
+    activations(tiny, folder, cache)
+    (entry,) = cache.sets()
+    strangers = [cache.folder / name for name in ("thesis", "fedcba9876543210")]
+    for stranger in strangers:
+        stranger.mkdir()
+        (stranger / "keys.npy").write_bytes(b"somebody's")
+    (cache.folder / entry.name / "diary.txt").write_text("within an entry")
+    with caplog.at_level(logging.WARNING):
+        for seed in (9, 19):
+            activations(tiny, colour_folder(tmp_path / str(seed), per_class=4, seed=seed), cache)
+        cache.clear()
+    assert all((stranger / "keys.npy").read_bytes() == b"somebody's" for stranger in strangers)
+    kept = cache.folder / entry.name
+    assert {path.name for path in kept.iterdir()} == {"diary.txt", "addenda-entry"}
+    assert (kept / "diary.txt").read_text() == "within an entry"
+    first = fetched(activations(tiny, folder, ActivationCache(tmp_path / "other")))
+    assert torch.equal(first, fetched(activations(tiny, folder, cache)))  # the entry can be made again beside it
+    assert (kept / "keys.npy").exists()
+    assert (kept / "diary.txt").read_text() == "within an entry"
+    for stranger in (*strangers, cache.folder / entry.name / "diary.txt"):
+        assert caplog.text.count(f"{stranger} is not Addenda's own and is left alone") == 1
+
+
+def test_no_link_is_followed(tiny: FrozenBackbone, folder: Path, tmp_path: Path) -> None:
+    thesis = tmp_path / "thesis"
+    thesis.mkdir()
+    (thesis / "keys.npy").write_bytes(b"mine")
+    cache = ActivationCache(tmp_path / "cache")
+    activations(tiny, folder, cache)
+    (entry,) = cache.sets()
+    (cache.folder / "00112233445566aa").symlink_to(thesis)
+    pooled = cache.folder / entry.name / "pooled.npy"
+    pooled.rename(thesis / "pooled.npy")
+    pooled.symlink_to(thesis / "pooled.npy")
+    before = tree(thesis)
+    cache.clear()
+    assert tree(thesis) == before
+    whole = tmp_path / "linked"
+    whole.mkdir()
+    (whole / NAME).symlink_to(thesis)
+    with pytest.raises(TrainingError, match="is a link or a file, not a folder"):
+        activations(tiny, folder, ActivationCache(whole))
+    assert tree(thesis) == before
+
+
+def test_a_folder_of_its_name_that_is_not_its_own_is_refused(
+    tiny: FrozenBackbone, folder: Path, tmp_path: Path
+) -> None:
+    taken = tmp_path / "cache" / NAME
+    taken.mkdir(parents=True)
+    (taken / "novel.txt").write_text("chapter one")
+    with pytest.raises(TrainingError, match="has files in it that are not Addenda's"):
+        activations(tiny, folder, ActivationCache(tmp_path / "cache"))
+    assert [path.name for path in taken.iterdir()] == ["novel.txt"]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="permissions of another kind")
+def test_a_folder_that_others_may_write_to_is_refused(
+    tiny: FrozenBackbone, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = ActivationCache(tmp_path / "cache")
+    activations(tiny, folder, cache)
+    (entry,) = cache.sets()
+    for place in (cache.folder, cache.folder / entry.name):
+        assert stat.S_IMODE(place.stat().st_mode) == 0o700
+        place.chmod(0o777)
+        with pytest.raises(TrainingError, match="others may write to"):
+            activations(tiny, folder, cache)
+        place.chmod(0o700)
+    monkeypatch.setattr("os.geteuid", lambda: os.getuid() + 1)
+    with pytest.raises(TrainingError, match="belongs to another user"):
+        activations(tiny, folder, cache)
+
+
+def swap(rows: np.ndarray) -> None:
+    rows[[0, 1]] = rows[[1, 0]]
+
+
+def flip(rows: np.ndarray) -> None:
+    rows.view(np.uint8).reshape(-1)[7] ^= 1
+
+
+@pytest.mark.parametrize("file", ["key_values.npy", "pooled.npy", "digests.npy"])
+@pytest.mark.parametrize("harm", [swap, flip])
+def test_rows_that_were_exchanged_or_damaged_are_computed_again(
+    tiny: FrozenBackbone, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture,
+    file: str, harm: Callable[[np.ndarray], None],
+) -> None:  # fmt: skip
+    cache = ActivationCache(tmp_path / "cache")
+    first = fetched(activations(tiny, folder, cache))
+    rows = np.load(cache.folder / cache.sets()[0].name / file, mmap_mode="r+")
+    harm(rows)
+    rows.flush()
+    with caplog.at_level(logging.WARNING):
+        again = fetched(activations(tiny, folder, cache))
+    assert torch.equal(first, again)
+    assert "cached rows are damaged or were exchanged; recomputing." in caplog.text
+
+
+def test_rows_that_were_exchanged_with_their_digests_are_computed_again(
+    tiny: FrozenBackbone, folder: Path, tmp_path: Path
+) -> None:
+    cache = ActivationCache(tmp_path / "cache")
+    first = fetched(activations(tiny, folder, cache))
+    for file in ("key_values.npy", "pooled.npy", "digests.npy"):
+        rows = np.load(cache.folder / cache.sets()[0].name / file, mmap_mode="r+")
+        swap(rows)
+        rows.flush()
+    assert torch.equal(first, fetched(activations(tiny, folder, cache)))
+
+
+def test_two_runs_on_one_entry_keep_each_others_marks(tiny: FrozenBackbone, tmp_path: Path) -> None:
+    cache = ActivationCache(tmp_path / "cache")
+    keys = [f"{number:064x}" for number in range(6)]
+    one, other = cache.open(tiny, keys), cache.open(tiny, keys)
+    row = torch.ones(1, *one.key_values.shape[1:], dtype=torch.float16)
+    for number in range(6):
+        (one if number % 2 else other).put([number], number * row, torch.zeros(1, 48))
+    one.flush()
+    other.flush()
+    assert cache.sets()[0].num_done == 6
+    again = cache.open(tiny, keys)
+    assert again.held(range(6)) == set(range(6))
+    assert all((again.key_values[number] == number).all() for number in range(6))
+
+
+def test_an_entry_that_a_run_has_open_is_neither_evicted_nor_cleared(tiny: FrozenBackbone, tmp_path: Path) -> None:
+    cache = ActivationCache(tmp_path / "cache", budget_gb=8 * ROW_GB)
+    keys = [f"{number:064x}" for number in range(12)]
+    first = cache.open(tiny, keys[:6])
+    (name,) = [kept.name for kept in cache.sets()]
+    second = cache.open(tiny, keys[6:])
+    assert name in [kept.name for kept in cache.sets()]
+    freed, in_use = cache.clear()
+    assert (freed, len(in_use)) == (0, 2)
+    del first, second
+    freed, in_use = cache.clear()
+    assert freed > 0
+    assert in_use == cache.sets() == []
+
+
+def test_an_entry_in_use_counts_for_the_budget(tiny: FrozenBackbone, tmp_path: Path) -> None:
+    cache = ActivationCache(tmp_path / "cache", budget_gb=20 * ROW_GB)
+    keys = [f"{number:064x}" for number in range(40)]
+    held = cache.open(tiny, keys[:12])
+    cache.open(tiny, keys[12:18])
+    cache.open(tiny, keys[18:26])  # too much beside the one that is held, without the one that is not
+    assert sorted(kept.num_images for kept in cache.sets()) == [8, 12]
+    assert held.place
+
+
+def test_a_run_that_is_going_on_keeps_its_checkpoints(tmp_path: Path) -> None:
+    cache = ActivationCache(tmp_path / "cache")
+    runs = [Checkpoint(cache.runs / f"{number:016x}", cache.claim) for number in range(2)]
+    for run in runs:
+        run.within("0123456789abcdef").save("sweep", {"a": torch.ones(2)}, {"epoch": 1})
+    runs[1]._hold.close()  # as if its process had been killed
+    cache.clear()
+    assert [path.name for path in cache.runs.iterdir()] == [f"{0:016x}"]
+    assert runs[0].within("0123456789abcdef").load("sweep") is not None
+    runs[1].save("refit", {"a": torch.ones(2)}, {"epoch": 2})  # whose folder is gone
+    assert runs[1].load("refit") is not None
+    for run in runs:
+        run.clear()
+    assert list(cache.runs.iterdir()) == []
+
+
+def test_nothing_is_kept_where_nothing_is_asked_to_be(
+    tiny: FrozenBackbone, folder: Path, tmp_path: Path, registry: Registry
+) -> None:
+    (tmp_path / "file").write_text("no folder can be made here")
+    cache = ActivationCache(tmp_path / "file", budget_gb=0)
+    task = Learner(tiny, registry, cache).learn("colours", folder, config=LearnConfig(head_only=True))
+    assert task.ref == "colours:1"
+
+
+def test_the_cache_works_where_files_cannot_be_reserved(
+    tiny: FrozenBackbone, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """macOS has no posix_fallocate, and some file systems do not know it."""
+    expected = fetched(activations(tiny, folder, ActivationCache(tmp_path / "cache")))
+
+    def unknown(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr("os.posix_fallocate", unknown)
+    assert torch.equal(expected, fetched(activations(tiny, folder, ActivationCache(tmp_path / "other"))))
+    monkeypatch.delattr("os.posix_fallocate")
+    assert torch.equal(expected, fetched(activations(tiny, folder, ActivationCache(tmp_path / "mac"))))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=10))
+    with pytest.raises(TrainingError, match=r"cannot hold them \(No space left on device\)"):
+        activations(tiny, folder, ActivationCache(tmp_path / "full", budget_gb=1.0))

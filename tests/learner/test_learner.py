@@ -1,0 +1,380 @@
+"""Learning: what is chosen, what is stored, and that it can be repeated."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from addenda import CombinedModel, FrozenBackbone, LearnConfig, Learner, Registry
+from addenda.combined import Router, verify
+from addenda.exceptions import BackboneError, NameTakenError, RegistryError, TrainingError
+from addenda.learner import Epoch
+from addenda.learner.activations import Activations
+from addenda.learner.augmentation import DEFAULT_VIEWS, Augmentation
+from addenda.learner.cache import ActivationCache
+from addenda.learner.candidates import first_tensors, silenced
+from addenda.learner.data import Data, open_images
+from addenda.learner.regression import fit_regression
+from addenda.learner.run import parent_memory
+from addenda.learner.stream import stream_features
+from addenda.learner.training import Trainer
+from tests.support.images import colour_folder
+from tests.support.places import ROOT
+from tests.support.tasks import random_task
+from tests.support.tiny import tiny_eva, tiny_vit
+
+QUICK = LearnConfig(
+    optimizer="sgd", epochs=2, learning_rate=(0.1, 0.3), batch_size=8, augmentation=Augmentation(views=0)
+)
+
+
+@pytest.fixture
+def colours(tmp_path: Path) -> Path:
+    colour_folder(tmp_path / "colours" / "train")
+    colour_folder(tmp_path / "colours" / "test", per_class=4, seed=1)
+    return tmp_path / "colours"
+
+
+@pytest.fixture
+def learner(tiny: FrozenBackbone, registry: Registry) -> Learner:
+    return Learner(tiny, registry)
+
+
+def test_a_learned_task_is_registered_with_its_scores_beside_the_regressions(learner: Learner, colours: Path) -> None:
+    task = learner.learn("colours", colours, config=QUICK)
+    assert (task.ref, task.labels) == ("colours:1", ("blue", "green", "red"))
+    assert task.memory is not None
+    assert task.memory.shape == (3, 5, 48)
+    for part, count in (("validation", 5), ("test", 12)):
+        for scores in (task.metrics[part], task.metrics["regression"][part]):
+            assert scores["num_images"] == count
+            assert sum(map(sum, scores["confusion"])) == count
+            assert set(scores["per_class"]) == {"blue", "green", "red"}
+            assert 0 <= scores["accuracy"] <= 1
+            assert 0 <= scores["calibration_error"] <= 1
+    assert [row["learning_rate"] for row in task.metrics["candidates"]] == [0.1, 0.3]
+    assert task.config["seed"] == 0
+    assert learner.registry.record("colours").data["counts"] == [8, 8, 8]
+
+
+@pytest.mark.parametrize("kind", ["dinov3", "eva02"])
+def test_a_task_is_learned_on_an_eva_and_stays_as_it_is_when_another_joins(
+    kind: str, registry: Registry, colours: Path
+) -> None:
+    on = FrozenBackbone(tiny_eva(kind), kind, "hub")
+    learner = Learner(on, registry)
+    task = learner.learn("colours", colours, config=replace(QUICK, fall_back=False))
+    assert task.metrics["test"]["accuracy"] > 0.8
+    assert task.memory is not None
+    assert registry.record("colours").backbone == on.fingerprint
+    images = open_images(colours / "test")
+    pixels = torch.stack([images.read(i, on) for i in range(len(images))])
+    alone = CombinedModel(on, [task])(pixels)["colours"]
+    learner.learn("more", colours, config=replace(QUICK, extends=("colours",), seed=1))
+    together = CombinedModel(on, registry.load(on))(pixels)
+    assert together.exact
+    assert together["colours"].numpy().tobytes() == alone.numpy().tobytes()
+    assert all(verdict.ok for verdict in verify(on, [(one, registry.goldens(one.ref)) for one in registry.load(on)]))
+    router = Router({name: registry.statistics(f"{name}:1") for name in ("colours", "more")})
+    pooled = CombinedModel(on, [])(pixels, pooled=True).pooled
+    assert len(router.choose(pooled)) == len(pixels)
+
+
+def test_adapters_that_an_evas_gated_mlp_cannot_carry_are_refused(registry: Registry, colours: Path) -> None:
+    learner = Learner(FrozenBackbone(tiny_eva("eva02"), "eva02", "hub"), registry)
+    with pytest.raises(BackboneError, match="'eva02' cannot carry adapters: its MLPs are SwiGLU, not timm's plain Mlp"):
+        learner.learn("colours", colours, config=replace(QUICK, adapter_rank=4))
+    adapted = Learner(FrozenBackbone(tiny_eva("dinov3"), "dinov3", "hub"), registry)
+    task = adapted.learn("colours", colours, config=replace(QUICK, adapter_rank=4, fall_back=False))
+    assert task.adapter_rank == 4
+
+
+def test_the_longest_name_leaves_room_for_the_rival(learner: Learner, colours: Path) -> None:
+    name = "n" * 63
+    assert learner.learn(name, colours, config=QUICK).metrics["regression"]["test"]["num_images"] == 12
+
+
+def test_the_test_score_is_the_combined_models(learner: Learner, tiny: FrozenBackbone, colours: Path) -> None:
+    task = learner.learn("colours", colours, config=QUICK)
+    images = open_images(colours / "test")
+    pixels = torch.stack([images.read(i, tiny) for i in range(len(images))])
+    logits = CombinedModel(tiny, [task])(pixels)["colours"]
+    assert task.metrics["test"]["accuracy"] == (logits.argmax(1) == images.targets).float().mean().item()
+
+
+class CountingDataset:
+    """Counts how often each image is read."""
+
+    def __init__(self, images: torch.Tensor, targets: torch.Tensor) -> None:
+        self.images, self.targets, self.reads = images, targets.tolist(), [0] * len(targets)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        self.reads[index] += 1
+        return self.images[index], self.targets[index]
+
+
+def noise(count: int = 24, classes: int = 3, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    targets = torch.arange(count) % classes
+    images = torch.randn(count, 3, 32, 32, generator=random)
+    images[:, 0] += targets[:, None, None] - 1.0
+    return images, targets
+
+
+def activations_of(backbone: FrozenBackbone, data: Data, **options: object) -> Activations:
+    settings = {"augmentation": Augmentation(), "cache": ActivationCache(), **options}
+    return Activations(backbone, open_images(data), **settings)
+
+
+def test_the_test_set_is_scored_once_and_changes_nothing_that_is_learned(tiny: FrozenBackbone, tmp_path: Path) -> None:
+    digests = set()
+    for part in ("with", "without"):
+        test = CountingDataset(*noise(seed=7))
+        with Registry.open(tmp_path / f"{part}.db") as registry:
+            given = test if part == "with" else None
+            task = Learner(tiny, registry).learn("noise", CountingDataset(*noise()), test=given, config=QUICK)
+            assert len(registry.evaluations("noise")) == (1 if part == "with" else 0)
+        # For the fingerprint, to see before training that it can be read, and for its score.
+        assert set(test.reads) == ({3} if part == "with" else {0})
+        digests.add(task.sha256)
+    assert len(digests) == 1
+
+
+def test_the_same_run_is_not_done_again(learner: Learner, colours: Path) -> None:
+    first = learner.learn("colours", colours, config=QUICK)
+    generation = learner.registry.generation
+    again = Learner(learner.backbone, learner.registry).learn("colours", colours, config=QUICK)
+    assert (again.ref, again.sha256) == (first.ref, first.sha256)
+    assert learner.registry.generation == generation
+
+
+def test_a_name_taken_is_refused_before_any_work_unless_a_new_version_is_asked_for(
+    learner: Learner, colours: Path
+) -> None:
+    learner.learn("colours", colours, config=QUICK)
+    other = LearnConfig(epochs=1, seed=1)
+    seen: list[str] = []
+    with pytest.raises(NameTakenError, match=r"'colours' is already registered.*--new-version"):
+        learner.learn("colours", colours, config=other, report=lambda what, done, total: seen.append(what))
+    assert seen == []
+    assert learner.learn("colours", colours, config=other, new_version=True).ref == "colours:2"
+
+
+def test_seed_data_and_numerics_fix_the_artifact(tiny: FrozenBackbone, colours: Path, tmp_path: Path) -> None:
+    digests = []
+    for number, seed in enumerate((0, 0, 1)):
+        config = LearnConfig(epochs=2, learning_rate=(0.1, 0.3), seed=seed)
+        with Registry.open(tmp_path / f"{number}.db") as registry:
+            learner = Learner(tiny, registry, ActivationCache(tmp_path / f"cache-{number}"))
+            digests.append(learner.learn("colours", colours, config=config).sha256)
+    assert digests[0] == digests[1] != digests[2]
+
+
+@pytest.mark.slow
+def test_another_process_learns_the_same_artifact(tiny: FrozenBackbone, registry: Registry, tmp_path: Path) -> None:
+    folder = colour_folder(tmp_path / "data")
+    script = (
+        "import sys, torch; sys.path.insert(0, sys.argv[1]); torch.set_num_threads(1)\n"
+        "from tests.support.tiny import tiny_vit\n"
+        "from addenda import FrozenBackbone, LearnConfig, Learner, Registry\n"
+        "from addenda.learner import ActivationCache\n"
+        "backbone = FrozenBackbone(tiny_vit(), 'tiny', 'hub')\n"
+        "config = LearnConfig(optimizer='sgd', epochs=2, learning_rate=(0.1, 0.3))\n"
+        "with Registry.open(sys.argv[3]) as registry:\n"
+        "    learner = Learner(backbone, registry, ActivationCache(sys.argv[4]))\n"
+        "    print(learner.learn('colours', sys.argv[2], config=config).sha256)\n"
+    )
+    root = ROOT
+    command = [sys.executable, "-c", script, root, folder, tmp_path / "other.db", tmp_path / "other-cache"]
+    other = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout.strip()
+    config = LearnConfig(optimizer="sgd", epochs=2, learning_rate=(0.1, 0.3))
+    assert Learner(tiny, registry).learn("colours", folder, config=config).sha256 == other
+
+
+def test_training_lowers_the_loss_and_moves_every_part(tiny: FrozenBackbone) -> None:
+    images, targets = noise(48)
+    activations = activations_of(tiny, CountingDataset(images, targets))
+    rows = torch.arange(48)
+    regression = fit_regression(activations.pooled, targets, 0.01)
+    config = LearnConfig(optimizer="sgd", epochs=20, learning_rate=0.03, batch_size=16, patience=20)
+    trainer = Trainer(activations, [], config)
+    (candidate,), history = trainer.run(regression, config.candidates, rows, rows, 20, None, "sweep")
+    start = first_tensors(tiny, regression, candidate.settings, config.memory_std)
+    assert history[-1].validation_loss[0] < F.cross_entropy(trainer.logits(start, rows), targets).item()
+    for name, before in start.items():
+        assert not torch.equal(before, candidate.best.tensors[name])
+
+
+def test_where_the_regression_is_better_the_token_is_silenced_unless_told_not_to(
+    tiny: FrozenBackbone, registry: Registry
+) -> None:
+    images, targets = noise(48)
+    images[:, 0] += 20 * targets[:, None, None]  # plain to see for the regression; one bad epoch cannot beat it
+    learner = Learner(tiny, registry)
+    config = LearnConfig(optimizer="sgd", epochs=1, learning_rate=(1.0,), refit=False)
+    silenced = learner.learn("silenced", CountingDataset(images, targets), config=config)
+    assert silenced.metrics["chosen"] is None
+    assert not silenced.head_weight.any()
+    config = LearnConfig(optimizer="sgd", epochs=1, learning_rate=(1.0,), refit=False, fall_back=False)
+    kept = learner.learn("kept", CountingDataset(images, targets), config=config)
+    assert (kept.metrics["chosen"]["learning_rate"], kept.metrics["chosen"]["epoch"]) == (1.0, 1)
+    assert kept.head_weight.any()
+
+
+def test_a_token_that_adds_nothing_is_exactly_the_regression(tiny: FrozenBackbone) -> None:
+    images, targets = noise()
+    activations = activations_of(tiny, CountingDataset(images, targets))
+    regression = fit_regression(activations.pooled, targets, 0.1)
+    config = LearnConfig()
+    plain = silenced(tiny, regression, config.candidates[0], config.memory_std)
+    logits = Trainer(activations, [], config).logits(plain, torch.arange(24))
+    expected = activations.pooled @ regression.weight.T + regression.bias
+    assert torch.allclose(logits, expected, atol=1e-5)
+
+
+def test_the_training_stream_is_the_combined_models_stream(tiny: FrozenBackbone) -> None:
+    parent = random_task(tiny, "parent", memory=3, seed=1)
+    child = random_task(tiny, "child", memory=5, parents=(parent,), seed=2, pooled=False)
+    images, targets = noise(6)
+    activations = activations_of(tiny, CountingDataset(images, targets), parents=[parent])
+    inherited = parent_memory(tiny, [parent])
+    assert child.class_token is not None
+    assert child.memory is not None
+    batch = activations.batch(torch.arange(6))
+    features = stream_features(tiny, batch, child.class_token[None], child.memory[None], inherited)
+    logits = features[0] @ child.head_weight.T + child.head_bias
+    expected = CombinedModel(tiny, [child])(images)["child"]
+    assert (logits - expected).abs().max() < 5e-3 * expected.abs().max()  # activations are kept in half precision
+    alone = stream_features(tiny, batch, child.class_token[None], child.memory[None], [])
+    assert (alone[0] - features[0]).abs().max() > 0.02
+
+
+def test_an_extension_names_what_it_extends_and_stays_exact(learner: Learner, colours: Path) -> None:
+    parent = learner.learn("parent", colours, config=QUICK)
+    config = LearnConfig(optimizer="sgd", epochs=1, learning_rate=(0.1,), extends=("parent",), num_memory_tokens=0)
+    child = learner.learn("child", colours, config=config)
+    assert child.extends == ("parent:1",)
+    images = noise(5)[0]
+    alone = CombinedModel(learner.backbone, [parent])(images)["parent"]
+    assert torch.equal(
+        alone, CombinedModel(learner.backbone, learner.registry.load(learner.backbone))(images)["parent"]
+    )
+
+
+def test_two_versions_of_one_name_can_both_be_extended(learner: Learner, colours: Path) -> None:
+    for seed in (0, 1):
+        config = LearnConfig(optimizer="sgd", epochs=1, learning_rate=(0.1,), seed=seed, fall_back=False)
+        learner.learn("parent", colours, config=config, new_version=seed > 0)
+    config = LearnConfig(
+        optimizer="sgd", epochs=1, learning_rate=(0.1,), extends=("parent:1", "parent:2"), fall_back=False
+    )
+    assert learner.learn("child", colours, config=config).extends == ("parent:1", "parent:2")
+    assert learner.evaluate("child", colours).metrics["num_images"] == 12
+
+
+def test_a_head_only_task_is_the_regression_and_cannot_be_extended(learner: Learner, colours: Path) -> None:
+    task = learner.learn("head", colours, config=LearnConfig(head_only=True))
+    assert task.class_token is None
+    assert task.metrics["test"] == task.metrics["regression"]["test"]
+    with pytest.raises(RegistryError, match="'head:1' is head-only"):
+        learner.learn("child", colours, config=LearnConfig(extends=("head",)))
+
+
+def test_on_epoch_sees_every_epoch_of_sweep_and_refit(learner: Learner, colours: Path) -> None:
+    seen: list[Epoch] = []
+    task = learner.learn("colours", colours, config=replace(QUICK, fall_back=False), on_epoch=seen.append)
+    sweep = [e for e in seen if e.phase == "sweep"]
+    assert [e.epoch for e in sweep] == [1, 2]
+    assert all(len(e.validation_loss) == len(e.train_loss) == 2 for e in sweep)
+    refit = [e for e in seen if e.phase == "refit"]
+    assert len(refit) == task.metrics["chosen"]["epoch"]
+
+
+def test_refit_learns_from_the_validation_images_too(tiny: FrozenBackbone, colours: Path, tmp_path: Path) -> None:
+    shas = set()
+    for refit in (True, False):
+        with Registry.open(tmp_path / f"{refit}.db") as registry:
+            config = LearnConfig(optimizer="sgd", epochs=1, learning_rate=(0.1,), refit=refit)
+            shas.add(Learner(tiny, registry).learn("colours", colours, config=config).sha256)
+    assert len(shas) == 2
+
+
+def test_all_candidates_lost_is_a_clear_failure(learner: Learner, colours: Path) -> None:
+    config = LearnConfig(optimizer="sgd", epochs=1, learning_rate=(1e30,), head_learning_rate=1e30, warmup_steps=0)
+    with pytest.raises(TrainingError, match="Every candidate's loss became infinite or NaN"):
+        learner.learn("colours", colours, config=config)
+    assert learner.registry.tasks() == []
+
+
+def test_candidates_that_stop_or_diverge_are_in_the_record(learner: Learner, colours: Path) -> None:
+    config = LearnConfig(
+        epochs=12, learning_rate=(0.1, 3.0, 1e30), optimizer="adamw", clip_norm=1e30, batch_size=8, patience=1
+    )
+    metrics = learner.learn("colours", colours, config=config).metrics
+    stopped = [row["stopped"] for row in metrics["candidates"]]
+    assert stopped[2] == "diverged"
+    assert "no better" in stopped
+    assert metrics["curves"][-1]["train_loss"][2] is None
+
+
+def test_images_are_varied_unless_they_are_ready_tensors_or_only_the_head_is_learned(
+    learner: Learner, colours: Path
+) -> None:
+    quick = {"epochs": 1, "learning_rate": 0.001}
+    views = {}
+    for name, data, settings in (
+        ("files", colours, quick),
+        ("tensors", CountingDataset(*noise()), quick),
+        ("head", colours, quick | {"head_only": True}),
+        ("asked", colours, quick | {"augmentation": {"views": 1}}),
+    ):
+        task = learner.learn(name, data, config=LearnConfig.parse(settings))
+        views[name] = task.config["augmentation"]["views"]
+    assert views == {"files": DEFAULT_VIEWS, "tensors": 0, "head": 0, "asked": 1}
+
+
+def test_every_evaluation_is_recorded_the_first_when_a_task_is_learned(learner: Learner, colours: Path) -> None:
+    task = learner.learn("colours", colours, config=QUICK)
+    record = learner.evaluate("colours", colours)
+    assert record.metrics["accuracy"] == task.metrics["test"]["accuracy"]
+    first, second = learner.registry.evaluations("colours")
+    assert second == record
+    assert (first.metrics, first.logits_digest) == (record.metrics, record.logits_digest)
+    assert (first.data_fingerprint, first.numerics_fingerprint) == (
+        record.data_fingerprint,
+        record.numerics_fingerprint,
+    )
+    assert first.generation == learner.registry.record("colours").generation
+    assert learner.evaluate("colours", colours).logits_digest == record.logits_digest
+
+
+def test_a_task_is_refused_on_another_backbone(learner: Learner, colours: Path) -> None:
+    task = learner.learn("colours", colours, config=QUICK)
+    other = FrozenBackbone(tiny_vit(seed=1), "other", "hub")
+    with pytest.raises(BackboneError, match="'colours:1' was learned on the backbone"):
+        CombinedModel(other, [task])
+
+
+def test_an_unreadable_checkpoint_is_said_and_the_run_starts_anew(
+    tiny: FrozenBackbone, registry: Registry, colours: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    learner = Learner(tiny, registry, ActivationCache(tmp_path / "cache"))
+
+    def stop(epoch: Epoch) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        learner.learn("colours", colours, config=QUICK, on_epoch=stop)
+    (path,) = learner.cache.folder.glob("runs/*/*/sweep.safetensors")
+    path.write_bytes(path.read_bytes()[:100])
+    assert learner.learn("colours", colours, config=QUICK).ref == "colours:1"
+    assert "cannot be read" in caplog.text

@@ -1,0 +1,66 @@
+"""What a router knows of a task: it comes back bit for bit, fits its task, and damage is found."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+import torch
+
+from addenda.exceptions import IntegrityError, RegistryError, UnknownTaskError
+from addenda.registry import FeatureStatistics
+from tests.support.databases import rows, tamper
+from tests.support.registries import a_statistic, a_task, keep, probe
+
+
+def test_statistics_come_back_bit_for_bit(book):
+    keep(book, a_task())
+    back, made = book.statistics("digits:1"), a_statistic()
+    assert back.sha256 == made.sha256
+    for field in fields(FeatureStatistics):
+        assert getattr(back, field.name).numpy().tobytes() == getattr(made, field.name).numpy().tobytes()
+    assert book.record("digits").statistics_bytes == len(made.data)
+
+
+def test_a_task_without_statistics_has_none(book):
+    task = a_task()
+    book.register(task, probe(task))
+    assert book.statistics("digits") is None
+    with pytest.raises(UnknownTaskError, match="'cats'"):
+        book.statistics("cats")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"counts": torch.ones(2, dtype=torch.long)}, r"do not fit 3 classes or each other: .*'counts': \[2\]"),
+        ({"gram": torch.ones(14)}, r"do not fit .*'gram': \[14\]"),
+        ({"sample_targets": torch.ones(5, dtype=torch.long)}, r"do not fit .*'sample_targets': \[5\]"),
+        ({"sums": torch.full((3, 9), torch.nan)}, "sums must be finite float32"),
+        ({"sample_targets": torch.full((6,), 3)}, "classes that do not exist"),
+        ({"counts": torch.tensor([1, 1, -1])}, "classes that do not exist"),
+    ],
+)
+def test_statistics_that_do_not_fit_are_refused_and_nothing_is_registered(shared_book, changes, message):
+    before, task = rows(shared_book), a_task()
+    with pytest.raises(IntegrityError, match=message):
+        shared_book.register(task, probe(task), a_statistic(**changes))
+    assert rows(shared_book) == before
+
+
+def test_statistics_that_weigh_too_much_are_refused_and_nothing_is_registered(shared_book):
+    before, task = rows(shared_book), a_task()
+    large = a_statistic(sample=torch.zeros(320_000, 4), sample_targets=torch.zeros(320_000, dtype=torch.long))
+    with pytest.raises(RegistryError, match=r"3 classes weigh [0-9,]+ bytes, and a task may have 5,000,000"):
+        shared_book.register(task, probe(task), large)
+    assert rows(shared_book) == before
+
+
+@pytest.mark.parametrize("cut", [0, 40])
+def test_statistics_whose_bytes_have_changed_are_refused(book, cut):
+    keep(book, a_task())
+    data = a_statistic().data
+    tamper(book, "statistics", "UPDATE statistics SET data = :data", data=data[:-1] + b"?" if cut == 0 else data[:cut])
+    with pytest.raises(IntegrityError, match="Task 'digits:1' cannot be routed to: its statistics' stored bytes have"):
+        book.statistics("digits")
+    assert book.get("digits").ref == "digits:1"

@@ -1,0 +1,146 @@
+"""Lively tiny backbones, tasks of many shapes on them, and what a task answers alone: the tests' common ground."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from addenda.backbones import FrozenBackbone
+from addenda.combined import CombinedModel
+from addenda.registry import Task
+from tests.support.tasks import random_task
+from tests.support.tiny import EVA, tiny_eva, tiny_vit
+
+PRECISIONS = pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+
+VARIANTS: dict[str, dict[str, object]] = {
+    "plain": {},
+    "registers": {"reg_tokens": 4},
+    "layer-scale": {"init_values": 0.3},
+    "qk-norm": {"qk_norm": True, "scale_attn_norm": True, "scale_mlp_norm": True},
+    "clip": {"pre_norm": True, "qkv_bias": False},
+    "deit3": {"no_embed_class": True, "init_values": 0.3},
+    "dinov2": {"reg_tokens": 4, "no_embed_class": True, "init_values": 0.3},
+    "no-position": {"pos_embed": "none"},
+    "average": {"global_pool": "avg"},
+    "average-after-norm": {"global_pool": "avg", "fc_norm": False, "reg_tokens": 2},
+    **{kind: {} for kind in EVA if kind != "eva"},
+}
+
+
+def lively_vit(variant: str = "plain") -> torch.nn.Module:
+    """A tiny backbone in which attention chooses and every parameter matters: fresh ones are nearly uniform."""
+    model = tiny_eva(variant, 1) if variant in EVA else tiny_vit(1, **VARIANTS[variant])
+    random = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.15 * torch.randn(parameter.shape, generator=random))
+    return model
+
+
+@cache
+def backbone(variant: str = "plain", precision: torch.dtype = torch.float32) -> FrozenBackbone:
+    return FrozenBackbone(lively_vit(variant), variant, "hub", precision=precision)
+
+
+@cache
+def wide_backbone(precision: torch.dtype) -> FrozenBackbone:
+    """192 dimensions in 3 heads, as ViT-Ti has them."""
+    return FrozenBackbone(tiny_vit(3, embed_dim=192, depth=2), "wide", "hub", precision=precision)
+
+
+def images(count: int = 9, seed: int = 5) -> Tensor:
+    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def head_only(task: Task) -> Task:
+    return dataclasses.replace(task, class_token=None, memory=None, pooled_weight=None, adapters=None)
+
+
+@cache
+def family(on: FrozenBackbone) -> dict[str, Task]:
+    """Thirteen tasks of nine size classes: alone, without memory, one label, head only, a chain, a diamond, adapted.
+
+    On a backbone that cannot carry adapters the adapted ones have none, and the size classes are fewer.
+    """
+
+    def task(name: str, memory: int, parents: Sequence[str] = (), **options: object) -> None:
+        kin = tuple(known[parent] for parent in parents)
+        known[name] = random_task(on, name, memory, parents=kin, seed=len(known), **options)
+
+    known: dict[str, Task] = {}
+    task("five", 5)
+    task("none", 0)
+    task("nine", 9, pooled=False)
+    task("one-label", 5, classes=1)
+    task("many-labels", 7, classes=12, pooled=False)
+    task("child", 2, ["five"])
+    task("sees-two", 3, ["none", "nine"])
+    task("diamond", 1, ["child", "sees-two", "five"])
+    task("bare-child", 0, ["none"], pooled=False)
+    task("adapted", 5, rank=8)
+    task("adapted-child", 0, ["adapted"], rank=3)
+    task("sees-adapted", 4, ["adapted"], pooled=False)
+    known["head-only"] = head_only(random_task(on, "head-only", seed=99))
+    return known
+
+
+def bits(logits: Tensor) -> list[bytes]:
+    """The bytes of each image's logits: -0.0 is not 0.0 here."""
+    return [row.numpy().tobytes() for row in logits]
+
+
+def alone(on: FrozenBackbone, task: Task, pictures: Tensor) -> list[bytes]:
+    """A task with nobody beside it, one image at a time."""
+    model = CombinedModel(on, [task])
+    return [bits(model(picture.unsqueeze(0))[task.name])[0] for picture in pictures]
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def random_registry(on: FrozenBackbone, count: int, seed: int) -> list[Task]:
+    """Tasks of 0 to 40 memory tokens and 2 to 1,000 classes; a third extend up to three others, some are head-only.
+
+    Three in ten have adapters, of rank 1, 4 or 8.
+    """
+    choose = random.Random(seed)
+    tasks: list[Task] = []
+    for number in range(count):
+        possible = [task for task in tasks if task.class_token is not None and len(task.closure) < 12]
+        parents = choose.sample(possible, min(len(possible), choose.choice((0, 0, 0, 0, 1, 2, 3))))
+        memory = choose.choice((0, 5, 5, choose.randint(0, 40)))
+        classes = round(2 * 500 ** choose.random())
+        rank = choose.choice((0, 0, 0, 0, 0, 0, 0, 1, 4, 8))
+        task = random_task(on, f"task-{number}", memory, classes, tuple(parents), choose.getrandbits(30), rank=rank)
+        if choose.random() < 0.3:
+            task = dataclasses.replace(task, pooled_weight=None)
+        tasks.append(head_only(task) if choose.random() < 0.05 else task)
+    return tasks
+
+
+def assert_company_moves_no_bit(on: FrozenBackbone, task: Task, company: Sequence[Task]) -> None:
+    """What every test here says; the sabotage tests see it fail."""
+    pictures = images(3)
+    expected = alone(on, task, pictures)
+    assert bits(CombinedModel(on, [task, *company])(pictures)[task.name]) == expected
+    assert bits(CombinedModel(on, [*company, task])(pictures)[task.name]) == expected
+
+
+def fresh_backbone() -> FrozenBackbone:
+    """One that no self-test has seen."""
+    return FrozenBackbone(lively_vit(), "fresh", "hub")

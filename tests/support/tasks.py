@@ -1,0 +1,55 @@
+"""Tasks with random tensors, at the scale that trained ones have."""
+
+from __future__ import annotations
+
+import torch
+
+from addenda.backbones import FrozenBackbone
+from addenda.registry import LowRank, Task
+
+
+def random_task(
+    backbone: FrozenBackbone,
+    name: str,
+    memory: int = 5,
+    classes: int = 3,
+    parents: tuple[Task, ...] = (),
+    seed: int = 0,
+    pooled: bool = True,
+    rank: int = 0,
+) -> Task:
+    """A task with random tensors, at the scale that trained ones have; lively adapters of a rank that is not 0.
+
+    A backbone that cannot carry adapters gets the task without.
+    """
+    random = torch.Generator().manual_seed(seed)
+    width = backbone.embed_dim
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=random)
+
+    return Task(
+        name=name,
+        backbone=backbone.fingerprint,
+        labels=tuple(f"class {i}" for i in range(classes)),
+        class_token=backbone.class_token.float().cpu() + 0.1 * normal(width),
+        memory=0.5 * normal(backbone.depth, memory, width),
+        head_weight=normal(classes, width),
+        head_bias=normal(classes),
+        pooled_weight=normal(classes, width) if pooled else None,
+        adapters=adapters(backbone, rank, seed) if rank and backbone.adapter_obstacle() is None else None,
+        parents=parents,
+    )
+
+
+def adapters(backbone: FrozenBackbone, rank: int, seed: int = 0) -> dict[str, LowRank]:
+    """Random updates about half as large as what the layers of a lively backbone give."""
+    random = torch.Generator().manual_seed(1000 + seed)
+
+    def normal(scale: float, *shape: int) -> torch.Tensor:
+        return scale * torch.randn(backbone.depth, *shape, generator=random)
+
+    return {
+        site: LowRank(normal(fan_in**-0.5, rank, fan_in), normal(0.5 * rank**-0.5, fan_out, rank))
+        for site, (fan_in, fan_out) in backbone.adapter_shapes().items()
+    }
