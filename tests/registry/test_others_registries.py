@@ -43,7 +43,7 @@ def mode(path: str | Path) -> int:
     return stat.S_IMODE(Path(path).stat().st_mode)
 
 
-# --- of earlier code ---------------------------------------------------------------------------------------------------
+# --- of earlier code ------------------------------------------------------------------------------------------------
 
 
 def test_tasks_of_version_0_1_verify_bit_for_bit(old: Registry) -> None:
