@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float16, Int
 from torch import Tensor
 
-from addenda.backbones import FrozenBackbone, KeyValue, plain
-from addenda.combined import Layout, Observer, TileStore, micro_batch, prove, task_features
+from addenda.backbones import FrozenBackbone, KeyValue
+from addenda.combined import Layout, Observer, TileStore, forward_pass, micro_batch, prove
 from addenda.exceptions import DataError
 from addenda.learner.augmentation import Augmentation, augment, view_seed
 from addenda.learner.cache import ActivationCache
@@ -201,10 +201,9 @@ class Activations:
         layout = Layout(TileStore(self.backbone), tasks)
         found: list[list[Tensor]] = [[] for _ in tasks]
         for rows in self._readable.split(self._micro_batch):
-            tiles = self._run_tasks(self._gather(rows, self._place[rows])[0], layout)
+            features = self._run_tasks(self._gather(rows, self._place[rows])[0], layout)
             for parts, task in zip(found, tasks, strict=True):
-                tile, slot = layout.slot[task.sha256]
-                parts.append(tiles[tile][slot][: len(rows)].float().cpu())
+                parts.append(features[task.sha256][: len(rows)].float().cpu())
         return [torch.cat(parts) for parts in found]
 
     @property
@@ -285,14 +284,15 @@ class Activations:
 
         def pass_on(batch: list[tuple[int, Tensor]]) -> None:
             images = torch.stack([image for _, image in batch])
-            filled = F.pad(images, (0, 0, 0, 0, 0, 0, 0, self._micro_batch - len(batch)))
             half = torch.empty(len(batch), *self._shape, dtype=torch.float16, device="cpu")
-            with plain(self.backbone.device):
-                stream = self.backbone.stream(filled, "pooled")
-                for layer, offered in enumerate(stream):
-                    for which, part in enumerate(offered):
-                        half[:, layer, which] = part[: len(batch)]
-                pooled = stream.pooled[: len(batch)].float().cpu()
+
+            def keep(layer: int, frozen: KeyValue, offered: KeyValue) -> None:
+                for which, part in enumerate(frozen):
+                    half[:, layer, which] = part[: len(batch)]
+
+            feature = forward_pass(self.backbone, images, sizes=(self._micro_batch,), pooled=True, observe=keep).pooled
+            assert feature is not None
+            pooled = feature.float().cpu()
             for (row, _), feature in zip(batch, pooled, strict=True):
                 if not feature.isfinite().all():
                     raise DataError(
@@ -349,10 +349,10 @@ class Activations:
         self._run_tasks(half, self._layout, observe)
         return kin
 
-    def _run_tasks(self, half: Tensor, layout: Layout, observe: Observer | None = None) -> list[Tensor]:
-        """Task streams over the kept activations of one micro-batch or less, filled up to it."""
+    def _run_tasks(self, half: Tensor, layout: Layout, observe: Observer | None = None) -> dict[str, Tensor]:
+        """The tasks' features over the kept activations of one micro-batch or less, filled up to it, by sha256."""
         filled = F.pad(half, (0, 0) * 5 + (0, self._micro_batch - len(half)))
         layers = filled.to(self.backbone.device, self.backbone.precision)
-        with plain(self.backbone.device):
-            stream = (KeyValue(layers[:, layer, 0], layers[:, layer, 1]) for layer in range(self.backbone.depth))
-            return task_features(self.backbone, stream, layout, observe)
+        stream = [KeyValue(layers[:, layer, 0], layers[:, layer, 1]) for layer in range(self.backbone.depth)]
+        reads = {task.sha256: lambda feature, _: feature for task in layout.tasks}
+        return forward_pass(self.backbone, stream, layout, reads, observe=observe).answers

@@ -1,12 +1,12 @@
-"""Where each task stands in the fixed tiles: slots, size classes, and which keys a slot sees."""
+"""Where each task stands in the tiles of fixed size: its slot, the keys that it sees, and its adapters."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from threading import Lock
-from typing import NamedTuple
+from typing import Protocol
 from weakref import WeakValueDictionary
 
 import torch
@@ -15,42 +15,11 @@ from torch import Tensor
 
 from addenda.backbones import Adapter, BlockAdapters, FrozenBackbone, KeyValue, plain
 from addenda.combined.attention import memory_key_values
+from addenda.combined.shapes import TILE, size_class, tile_sizes
 from addenda.registry import Task, check_unwritten
-
-TILE = 16
-"""Slots of the canonical tile. A product's bits may depend on its number of rows, so a tile is never cut to fit."""
-
-TILE_SIZES = (4, 8, 12, 16, 32, 64)
-"""Slots that a tile may have where the self-test proved the bits to be those of the canonical one."""
-
-BATCH_SIZES = (1, 4)
-"""Images of a batch that is smaller than the canonical one, likewise where the self-test proved it."""
-
-TILE_OVERHEAD = 6
-"""What one more tile costs, in slots: its calls, and the poorer arithmetic of few rows (docs/performance.md)."""
-
-MIN_MEMORY = 4
-"""Smallest class of memory keys but none: in products with fewer columns an image's bits depend on its place."""
-
-MIN_RANK = 4
-"""Smallest class of adapters but none: torch takes another path for smaller products, so at rank 2 a narrow one of four
-images has other bits than one of eight."""
 
 _LOCK = Lock()
 """Held while a store's table is read or added to: a server answers while another thread loads tasks."""
-
-
-class SizeClass(NamedTuple):
-    """Private token keys, memory keys, and the rank of adapters."""
-
-    tokens: int
-    memory: int
-    rank: int = 0
-
-
-def micro_batch(device: torch.device) -> int:
-    """Images in the one canonical batch shape of a device."""
-    return 64 if device.type == "cuda" else 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,47 +30,80 @@ class Tile:
         class_tokens: the slots' first tokens, position and norm_pre included; zeros in empty slots.
         ancestors: for each slot the rows of the offered tokens that it sees; row 0 is none.
         bias: 0 for a real private key, -inf for filling; own token, ancestors, memory.
-        memory: for each layer the keys and values of what the slot sees, [S, H, m, d].
-        adapters: for each layer the slots' own, filled up to the rank of the class; zeros in empty slots. None where
-            the class has none.
-        slots: the slot of each of its tasks, by sha256, and how many memory tokens are its own.
+        rank: of its adapters, filling included; 0 without.
+        slots: the slot of each of its tasks, by sha256.
     """
 
     class_tokens: Float[Tensor, "S D"]
     ancestors: Int[Tensor, "S a"]
     bias: Float[Tensor, "S w"]
-    memory: tuple[KeyValue, ...]
-    adapters: tuple[BlockAdapters, ...] | None
-    slots: dict[str, tuple[int, int]]
+    rank: int
+    slots: dict[str, int]
 
-    @property
-    def rank(self) -> int:
-        """Rank of its adapters, filling included; 0 without."""
-        return 0 if self.adapters is None else self.adapters[0].q.down.shape[1]
+    def memory(self, layer: int) -> KeyValue:
+        """The keys and values of what each slot sees of memory in one layer, [S, H, m, d]."""
+        raise NotImplementedError
 
-    def block_adapters(self, layer: int) -> BlockAdapters | None:
-        """The slots' adapters in one layer."""
-        return None if self.adapters is None else self.adapters[layer]
+    def adapters(self, layer: int) -> BlockAdapters | None:
+        """The slots' adapters in one layer, filled up to `rank` with zeros; None where it is 0."""
+        raise NotImplementedError
 
 
-def size_class(task: Task) -> SizeClass:
-    """Private token and memory keys of a task and its adapters' rank, each rounded up to a power of two.
+@dataclass(frozen=True, eq=False)
+class Held(Tile):
+    """A tile that holds what its slots see and carry, by layer."""
 
-    Memory and rank are none, or MIN_MEMORY and MIN_RANK at least. The class depends on the task and its ancestors
-    alone, so that a wider task registered later widens no older one. Ancestors' adapters are their own affair.
+    memories: tuple[KeyValue, ...]
+    updates: tuple[BlockAdapters, ...]
+
+    def memory(self, layer: int) -> KeyValue:
+        """As it is held."""
+        return self.memories[layer]
+
+    def adapters(self, layer: int) -> BlockAdapters | None:
+        """As they are held."""
+        return self.updates[layer] if self.rank else None
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn(Tile):
+    """A tile of slots of other tiles: what they see and carry is copied layer by layer as they pass, and never kept.
+
+    Attributes:
+        sources: other tiles, the slots that are drawn from each, and where they stand here.
     """
-    family = (task, *task.closure)
-    num_memory = sum(member.num_memory_tokens for member in family)
-    return SizeClass(
-        tokens=_power_of_two(len(family)),
-        memory=max(MIN_MEMORY, _power_of_two(num_memory)) if num_memory else 0,
-        rank=max(MIN_RANK, _power_of_two(task.adapter_rank)) if task.adapter_rank else 0,
-    )
+
+    sources: tuple[tuple[Tile, Int[Tensor, " n"], Int[Tensor, " n"]], ...]
+
+    def memory(self, layer: int) -> KeyValue:
+        """Copied from where it is held."""
+        return KeyValue(*map(self._draw, zip(*(tile.memory(layer) for tile, _, _ in self.sources), strict=True)))
+
+    def adapters(self, layer: int) -> BlockAdapters | None:
+        """Copied from where they are held."""
+        if not self.rank:
+            return None
+        sites = zip(*(tile.adapters(layer) or () for tile, _, _ in self.sources), strict=True)
+        return BlockAdapters(*(Adapter(*map(self._draw, zip(*of_site, strict=True))) for of_site in sites))
+
+    def _draw(self, parts: Sequence[Tensor]) -> Tensor:
+        drawn = parts[0].new_zeros(len(self.bias), *parts[0].shape[1:])
+        for part, (_, theirs, here) in zip(parts, self.sources, strict=True):
+            drawn[here] = part[theirs]
+        return drawn
 
 
-def _power_of_two(count: int) -> int:
-    """The smallest that is not less than a positive count."""
-    return 1 << (count - 1).bit_length()
+class Source(Protocol):
+    """What tiles are made of."""
+
+    def tile(self, size: int, tasks: Sequence[Task], offered: dict[str, int]) -> Tile:
+        """A tile of some tasks of one size class, the rest of its slots empty.
+
+        Args:
+            size: its slots.
+            tasks: at most as many.
+            offered: row of each offered token, by its task's sha256.
+        """
 
 
 class TileStore:
@@ -113,7 +115,7 @@ class TileStore:
 
     def __init__(self, backbone: FrozenBackbone) -> None:
         self.backbone = backbone
-        self._tiles: WeakValueDictionary[object, Tile] = WeakValueDictionary()
+        self._tiles: WeakValueDictionary[object, Held] = WeakValueDictionary()
 
     def memory(self, task: Task) -> tuple[KeyValue, ...]:
         """For each layer the keys and values of a task's own memory, [H, m, d].
@@ -125,8 +127,8 @@ class TileStore:
             tiles = list(self._tiles.values())
         for tile in tiles:
             if task.sha256 in tile.slots:
-                slot, own = tile.slots[task.sha256]
-                return tuple(KeyValue(keys[slot, :, :own], values[slot, :, :own]) for keys, values in tile.memory)
+                slot, own = tile.slots[task.sha256], task.num_memory_tokens
+                return tuple(KeyValue(keys[slot, :, :own], values[slot, :, :own]) for keys, values in tile.memories)
         assert task.memory is not None
         memory = task.memory.to(self.backbone.device, self.backbone.precision)
         with plain(self.backbone.device):
@@ -136,14 +138,8 @@ class TileStore:
             ]
         return tuple(KeyValue(keys[0], values[0]) for keys, values in layers)
 
-    def tile(self, size: int, tasks: Sequence[Task], offered: dict[str, int]) -> Tile:
-        """A tile of some tasks of one size class, the rest of its slots empty.
-
-        Args:
-            size: its slots.
-            tasks: at most as many.
-            offered: row of each offered token, by its task's sha256.
-        """
+    def tile(self, size: int, tasks: Sequence[Task], offered: dict[str, int]) -> Held:
+        """The tile of these tasks that is held already, or a new one: see `Source`."""
         rows = tuple(offered[kin.sha256] for task in tasks for kin in task.closure)
         key = (size, tuple(task.sha256 for task in tasks), rows)
         with _LOCK:
@@ -155,11 +151,10 @@ class TileStore:
                 self._tiles[key] = tile
         return tile
 
-    def _build(self, size: int, tasks: Sequence[Task], offered: dict[str, int]) -> Tile:
+    def _build(self, size: int, tasks: Sequence[Task], offered: dict[str, int]) -> Held:
         backbone, (num_tokens, num_memory, rank) = self.backbone, size_class(tasks[0])
         shape = (size, backbone.num_heads, num_memory, backbone.embed_dim // backbone.num_heads)
         class_tokens = torch.zeros(size, backbone.embed_dim, dtype=torch.float32, device="cpu")
-        ancestors = torch.zeros(size, num_tokens - 1, dtype=torch.long, device="cpu")
         bias = torch.full((size, num_tokens + num_memory), float("-inf"), dtype=torch.float32, device="cpu")
         bias[:, 0] = 0
         layers = tuple(
@@ -171,9 +166,6 @@ class TileStore:
             for member in (task, *task.closure):
                 check_unwritten(member)
             class_tokens[slot] = task.class_token
-            ancestors[slot, : len(task.closure)] = torch.tensor(
-                [offered[kin.sha256] for kin in task.closure], dtype=torch.int64, device="cpu"
-            )
             bias[slot, : 1 + len(task.closure)] = 0
             start = 0
             for member in (task, *task.closure):
@@ -184,13 +176,14 @@ class TileStore:
                         into.values[slot, :, start:end] = rows.values
                 start = end
             bias[slot, num_tokens : num_tokens + start] = 0
-        return Tile(
+        return Held(
             class_tokens=backbone.first_tokens(class_tokens.to(backbone.device, backbone.precision)),
-            ancestors=ancestors.to(backbone.device),
+            ancestors=_ancestors(size, tasks, offered).to(backbone.device),
             bias=bias.to(backbone.device, backbone.precision),
-            memory=layers,
-            adapters=self._adapters(size, tasks, rank) if rank else None,
-            slots={task.sha256: (slot, task.num_memory_tokens) for slot, task in enumerate(tasks)},
+            rank=rank,
+            slots={task.sha256: slot for slot, task in enumerate(tasks)},
+            memories=layers,
+            updates=self._adapters(size, tasks, rank) if rank else (),
         )
 
     def _adapters(self, size: int, tasks: Sequence[Task], rank: int) -> tuple[BlockAdapters, ...]:
@@ -215,10 +208,10 @@ class Layout:
     """The slots and tiles of some tasks and all their ancestors.
 
     Tasks stand sorted by size class, and within one by the size of their closure, so that those whose tokens others see
-    stand together.
+    stand together. A layout is a source of tiles too: one of some of its tasks copies nothing that it keeps.
 
     Args:
-        store: where the tiles are kept.
+        source: a store, or a layout that holds all these tasks.
         tasks: those asked for.
         sizes: the slots that a tile may have, ascending; None cuts tiles to their tasks, which is not exact.
         offered: tasks whose tokens' keys and values are wanted beside those that a task extends.
@@ -226,11 +219,12 @@ class Layout:
 
     def __init__(
         self,
-        store: TileStore,
+        source: Source,
         tasks: Sequence[Task],
         sizes: Sequence[int] | None = (TILE,),
         offered: Sequence[Task] = (),
     ) -> None:
+        self.tasks = tuple(tasks)
         needed = {member.sha256: member for task in tasks for member in (*task.closure, task)}
         members = [task for task in needed.values() if task.class_token is not None]
         seen = dict.fromkeys(kin.sha256 for kin in (*(k for task in members for k in task.closure), *offered))
@@ -239,34 +233,50 @@ class Layout:
         self.tiles: list[Tile] = []
         for _, group in groupby(members, key=size_class):
             waiting = list(group)
-            for size in _cut(len(waiting), sizes):
-                self.tiles.append(store.tile(size, waiting[:size], self.offered))
+            for size in tile_sizes(len(waiting), sizes):
+                self.tiles.append(source.tile(size, waiting[:size], self.offered))
                 waiting = waiting[size:]
         self.slot = {
-            sha256: (number, slot) for number, tile in enumerate(self.tiles) for sha256, (slot, _) in tile.slots.items()
+            sha256: (number, slot) for number, tile in enumerate(self.tiles) for sha256, slot in tile.slots.items()
         }
-        self.offers = [self._offers(tile) for tile in self.tiles]
+        # The slots of each tile whose tokens others see, and their rows.
+        self.offers = [
+            [(slot, self.offered[sha256]) for sha256, slot in tile.slots.items() if sha256 in self.offered]
+            for tile in self.tiles
+        ]
 
-    def _offers(self, tile: Tile) -> tuple[list[int], list[int]]:
-        """The slots of a tile whose tokens others see, and their rows."""
-        pairs = [(slot, self.offered[sha256]) for sha256, (slot, _) in tile.slots.items() if sha256 in self.offered]
-        return [slot for slot, _ in pairs], [row for _, row in pairs]
+    def tile(self, size: int, tasks: Sequence[Task], offered: dict[str, int]) -> Tile:
+        """A tile whose slots are drawn from those here: see `Source`."""
+        drawn: dict[int, list[tuple[int, int]]] = {}
+        for place, task in enumerate(tasks):
+            number, slot = self.slot[task.sha256]
+            drawn.setdefault(number, []).append((slot, place))
+        first = self.tiles[next(iter(drawn))]
+        class_tokens = first.class_tokens.new_zeros(size, first.class_tokens.shape[1])
+        bias = torch.full_like(first.bias[:1], float("-inf")).repeat(size, 1)
+        bias[:, 0] = 0
+        sources = []
+        for number, pairs in drawn.items():
+            theirs, here = (_numbers(column).to(bias.device) for column in zip(*pairs, strict=True))
+            class_tokens[here], bias[here] = self.tiles[number].class_tokens[theirs], self.tiles[number].bias[theirs]
+            sources.append((self.tiles[number], theirs, here))
+        return Drawn(
+            class_tokens=class_tokens,
+            ancestors=_ancestors(size, tasks, offered).to(bias.device),
+            bias=bias,
+            rank=first.rank,
+            slots={task.sha256: slot for slot, task in enumerate(tasks)},
+            sources=tuple(sources),
+        )
 
 
-def _cut(count: int, sizes: Sequence[int] | None) -> list[int]:
-    """Sizes of the tiles for some tasks of one class: few slots, few tiles."""
-    if count == 0:
-        return []
-    if sizes is None:
-        return [min(count, TILE_SIZES[-1]), *_cut(max(0, count - TILE_SIZES[-1]), None)]
-    full, rest = [], count
-    while rest > sizes[-1]:
-        full.append(sizes[-1])
-        rest -= sizes[-1]
-    whole = next(size for size in sizes if size >= rest)
-    smaller = [size for size in sizes if size < rest]
-    if smaller:
-        parts = [smaller[-1], *_cut(rest - smaller[-1], sizes)]
-        if sum(parts) + TILE_OVERHEAD * len(parts) < whole + TILE_OVERHEAD:
-            return [*full, *parts]
-    return [*full, whole]
+def _ancestors(size: int, tasks: Sequence[Task], offered: dict[str, int]) -> Int[Tensor, "S a"]:
+    """For each slot the rows of the offered tokens that it sees, as wide as its size class."""
+    found = torch.zeros(size, size_class(tasks[0]).tokens - 1, dtype=torch.int64, device="cpu")
+    for slot, task in enumerate(tasks):
+        found[slot, : len(task.closure)] = _numbers(offered[kin.sha256] for kin in task.closure)
+    return found
+
+
+def _numbers(values: Iterable[int]) -> Int[Tensor, " n"]:
+    return torch.tensor(list(values), dtype=torch.int64, device="cpu")
