@@ -99,7 +99,7 @@ class Activations:
 
     Attributes:
         targets: class of each readable image, [N], or its labels, [N, C].
-        objective: what targets are.
+        objective: how targets are learned.
         num_classes: C.
         skipped: what was wrong with each image left out.
 

@@ -82,4 +82,6 @@ def open_parts(
     test = train if test is None and has_test_part(train) else test
     if test is None:
         return images, None
-    return images, check_same_labels(images.labels, open_images(test, "test").check_whole(skip_bad), images.objective)
+    return images, check_same_labels(
+        images.labels, open_images(test, "test").check_whole(skip_bad), images.objective.name
+    )

@@ -10,8 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from addenda.learner.activations import Activations
-from addenda.learner.objectives import loss
-from addenda.learner.regression import Regression, fit_regression
+from addenda.learner.objectives import Regression
 from addenda.registry import Task
 
 TRIED = 3
@@ -42,13 +41,13 @@ def promising(
 
     def reached(fitted: Regression, features: Tensor) -> float:
         logits = F.linear(features[validation], fitted.weight, fitted.bias)
-        return loss(logits, targets[validation], objective).item()
+        return objective.loss(logits, targets[validation]).item()
 
     bar = reached(regression, pooled)
     ranked = []
     for task, feature in zip(pool, activations.features(pool), strict=True):
         both = torch.cat([pooled, feature], dim=1)
-        found = reached(fit_regression(both[train], targets[train], regression.strength), both)
+        found = reached(objective.fit_regression(both[train], targets[train], regression.strength), both)
         if found < bar:
             ranked.append((found, task.name, task))
     return [task for *_, task in sorted(ranked)[:TRIED]]

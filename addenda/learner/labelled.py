@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,13 +11,14 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Subset
 
 from addenda.backbones import FrozenBackbone, LeftOut, in_words, joined, prepared, read_image
 from addenda.exceptions import DataError
+from addenda.learner.objectives import Objective, Targets, objective_of
 
 UNREADABLE = "0" * 64
 """In the place of the digest of an image that cannot be read."""
@@ -31,10 +31,6 @@ STEADY = (
 
 class UnsteadyError(DataError):
     """Data that is not what it was, or not what it says: all of it is in doubt, so that nothing is left out."""
-
-
-Targets = Int[Tensor, " N"] | Bool[Tensor, "N C"]
-"""The class of each image; or, of a multi-label task, whether each image has each label."""
 
 
 @runtime_checkable
@@ -96,9 +92,9 @@ class LabelledImages:
         return len(self.targets)
 
     @property
-    def objective(self) -> str:
-        """`"single-label"`, or `"multi-label"` where an image may have any number of labels."""
-        return "single-label" if self.targets.ndim == 1 else "multi-label"
+    def objective(self) -> Objective:
+        """How their targets are learned."""
+        return objective_of(self.targets)
 
     @property
     def can_vary(self) -> bool:
@@ -114,7 +110,7 @@ class LabelledImages:
     @property
     def counts(self) -> list[int]:
         """How many images have each label."""
-        counts: list[int] = label_counts(self.targets, len(self.labels)).tolist()
+        counts: list[int] = self.objective.counts(self.targets, len(self.labels)).tolist()
         return counts
 
     @property
@@ -254,9 +250,7 @@ class LabelledImages:
 
     def answer(self, target: int | list[bool]) -> str:
         """What one image is labelled as, whatever the order of the classes: a label, or all of them in their order."""
-        if isinstance(target, int):
-            return self.labels[target]
-        return json.dumps(sorted(label for label, has in zip(self.labels, target, strict=True) if has))
+        return self.objective.answer(target, self.labels)
 
 
 def unreadable(texts: Sequence[str], num_images: int, where: str) -> DataError:
@@ -320,8 +314,3 @@ def class_name(text: str, called: str = "A class") -> str:
     except UnicodeEncodeError as error:
         raise DataError(f"{called} has a name that is not UTF-8, {text!r}: rename it.") from error
     return unicodedata.normalize("NFC", text)
-
-
-def label_counts(targets: Targets, num_classes: int) -> Int[Tensor, " C"]:
-    """How many images have each label."""
-    return targets.bincount(minlength=num_classes) if targets.ndim == 1 else targets.sum(0)

@@ -36,7 +36,6 @@ def check_learnable(images: LabelledImages) -> None:
     repeated = sorted({label for label in images.labels if images.labels.count(label) > 1})
     if repeated:
         raise DataError(f"{images.where} has several classes named {repeated[0]!r}; each needs a name of its own.")
-    single = images.objective == "single-label"
     short = [(label, count) for label, count in zip(images.labels, images.counts, strict=True) if count < 2]
     if short:
         label, count = short[0]
@@ -45,8 +44,8 @@ def check_learnable(images: LabelledImages) -> None:
             f"Class {label!r} in {images.where} has {count} image{'' if count == 1 else 's'}{more}: each class needs "
             "two at least, one to learn from and one to validate on."
         )
-    common = [label for label, count in zip(images.labels, images.counts, strict=True) if count > len(images) - 2]
-    if not single and common:
+    common = [images.labels[label] for label in images.objective.too_common(images.counts, len(images))]
+    if common:
         more = f", and so are {len(common) - 1} more labels" if len(common) > 1 else ""
         raise DataError(
             f"Label {common[0]!r} in {images.where} is on every image, or on all but one{more}: two at least must be "
@@ -65,8 +64,8 @@ def check_same_labels(labels: Sequence[str], images: LabelledImages, objective: 
     Raises:
         DataError: the classes or the objective are not the same.
     """
-    if images.objective != objective:
-        raise DataError(f"{images.where} is {images.objective}; the task is {objective}.")
+    if images.objective.name != objective:
+        raise DataError(f"{images.where} is {images.objective.name}; the task is {objective}.")
     wanted = [class_name(label) for label in labels]
     missing, extra = sorted(set(wanted) - set(images.labels)), sorted(set(images.labels) - set(wanted))
     if extra:
@@ -74,9 +73,5 @@ def check_same_labels(labels: Sequence[str], images: LabelledImages, objective: 
         parts += [f"it has {', '.join(map(repr, extra))} besides"] if extra else []
         raise DataError(f"{images.where} does not have the task's classes: {' and '.join(parts)}.")
     order = torch.tensor([wanted.index(label) for label in images.labels], dtype=torch.long, device="cpu")
-    if objective == "single-label":
-        targets = order[images.targets]
-    else:
-        targets = torch.zeros(len(images), len(labels), dtype=torch.bool, device="cpu")
-        targets[:, order] = images.targets
+    targets = images.objective.reordered(images.targets, order, len(labels))
     return replace(images, labels=tuple(labels), targets=targets)

@@ -28,7 +28,7 @@ from addenda.learner.config import LearnConfig
 from addenda.learner.data import Data, LabelledImages, check_learnable, check_same_labels, open_images, open_parts
 from addenda.learner.labelled import unreadable
 from addenda.learner.learnable import repeats
-from addenda.learner.metrics import score
+from addenda.learner.objectives import OBJECTIVES
 from addenda.learner.reading import Report, read_in_batches
 from addenda.learner.run import Run, family
 from addenda.learner.training import OnEpoch
@@ -209,7 +209,7 @@ class Learner:
             data["test"] = {"skipped": test_skipped, "left_out": counted(test_images.left_out)}
         finished = replace(task, metrics=metrics, data=data)
         self.registry.add_backbone(self.backbone.record())
-        statistics = self._statistics(activations) if kept.objective == "single-label" else None
+        statistics = self._statistics(activations) if activations.objective.routable else None
         probe = golden(self.backbone, finished)
         registered = self.registry.register(finished, probe, statistics, new_version, scorings)
         checkpoint.clear()
@@ -307,7 +307,7 @@ class Learner:
         joined = {name: torch.cat(parts) for name, parts in logits.items()}
         found = {
             task.name: _Scored(
-                score(joined[task.name] / task.temperature, seen.targets, images.labels, images.objective),
+                OBJECTIVES[task.objective].score(joined[task.name] / task.temperature, seen.targets, images.labels),
                 f"{BY_CONTENT}{tensor_digest(joined[task.name])}",
             )
             for task in tasks
@@ -320,7 +320,7 @@ def _remark_on(images: LabelledImages) -> None:
     if images.remarks:
         only_hidden = images.left_out.keys() <= {"hidden"} and not images.deeper
         log.log(logging.INFO if only_hidden else logging.WARNING, "%s", images.remarks)
-    if len(images.labels) == 1 and images.objective == "single-label":
+    if images.objective.is_settled(len(images.labels)):
         log.warning("%s has one class: the answer will be %r whatever an image shows.", images.where, images.labels[0])
 
 

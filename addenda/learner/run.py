@@ -17,16 +17,11 @@ from addenda.backbones import FrozenBackbone, KeyValue
 from addenda.combined import TileStore
 from addenda.exceptions import TrainingError
 from addenda.learner.activations import Activations
-from addenda.learner.calibration import fit_temperature
 from addenda.learner.candidates import Candidate, Tensors, as_fields, silenced
 from addenda.learner.checkpoint import Checkpoint
 from addenda.learner.config import LearnConfig
 from addenda.learner.extension import promising
-from addenda.learner.metrics import score
-from addenda.learner.objectives import losses
 from addenda.learner.reading import Report
-from addenda.learner.regression import choose_strength, fit_regression
-from addenda.learner.splitting import split
 from addenda.learner.training import Epoch, OnEpoch, Trainer
 from addenda.registry import Task, digest
 
@@ -85,21 +80,24 @@ class Run:
     ) -> None:
         self._name, self._labels, self._activations, self._config = name, labels, activations, config
         self._checkpoint, self._on_epoch, self._report = checkpoint, on_epoch, report
-        self._backbone, self._objective = activations.backbone, activations.objective
+        self._backbone = activations.backbone
         pooled, targets = activations.pooled, activations.targets
-        self._train, self._validation = split(targets, len(labels), config.validation_fraction, config.first_seed)
+        self._objective = objective = activations.objective
+        self._train, self._validation = objective.split(
+            targets, len(labels), config.validation_fraction, config.first_seed
+        )
         self._truth = targets[self._validation]
-        self._strength = choose_strength(pooled, targets, config.first_seed)
-        self._fitted = fit_regression(pooled[self._train], targets[self._train], self._strength)
-        self._last = fit_regression(pooled, targets, self._strength) if config.refit else self._fitted
+        self._strength = objective.choose_strength(pooled, targets, config.first_seed)
+        self._fitted = objective.fit_regression(pooled[self._train], targets[self._train], self._strength)
+        self._last = objective.fit_regression(pooled, targets, self._strength) if config.refit else self._fitted
         logits = F.linear(pooled[self._validation], self._fitted.weight, self._fitted.bias)
         temperature, self._rival_scores = self._judge(logits)
-        self._rival_losses = losses(logits / temperature, self._truth, self._objective)
+        self._rival_losses = objective.losses(logits / temperature, self._truth)
         self.rival = Task(
             name=RIVAL,
             backbone=self._backbone.fingerprint,
             labels=labels,
-            objective=self._objective,
+            objective=objective.name,
             temperature=temperature,
             config=config.to_json(),
             head_weight=self._last.weight,
@@ -120,7 +118,7 @@ class Run:
             "regression": {"strength": self._strength, "validation": self._rival_scores},
             "validation": self._rival_scores,
         }
-        if self._config.head_only or (self._objective == "single-label" and len(self._labels) == 1):
+        if self._config.head_only or self._objective.is_settled(len(self._labels)):
             return replace(self.rival, name=self._name, metrics=metrics)
         best = self._sweep(self._activations, parents)
         if pool is not None:
@@ -141,8 +139,8 @@ class Run:
     def _judge(self, logits: Tensor) -> tuple[float, dict[str, Any]]:
         """The temperature that validation logits ask for, and their scores under it."""
         calibrate = self._config.calibrate
-        temperature = fit_temperature(logits, self._truth, self._objective) if calibrate else 1.0
-        return temperature, score(logits / temperature, self._truth, self._labels, self._objective)
+        temperature = self._objective.fit_temperature(logits, self._truth) if calibrate else 1.0
+        return temperature, self._objective.score(logits / temperature, self._truth, self._labels)
 
     def _sweep(self, activations: Activations, parents: tuple[Task, ...]) -> Sweep:
         """Trains all candidates on the training part, with some tasks to extend, and lets validation choose."""

@@ -14,13 +14,10 @@ from torch import Tensor
 
 from addenda.backbones import Adapter, BlockAdapters, KeyValue
 from addenda.learner.activations import Activations, Batch
-from addenda.learner.calibration import fit_temperature
 from addenda.learner.candidates import HEAD_WEIGHTS, Candidate, Tensors, adapter_name, first_tensors
 from addenda.learner.checkpoint import Checkpoint
 from addenda.learner.config import LearnConfig, Settings
-from addenda.learner.metrics import accuracy
-from addenda.learner.objectives import balanced_weights, loss, losses
-from addenda.learner.regression import Regression
+from addenda.learner.objectives import Regression
 from addenda.learner.stream import stream_features
 
 EVALUATION_BATCH = 64
@@ -80,7 +77,7 @@ class Trainer:
         self._objective = activations.objective
         self._class_weights = None
         if config.class_weights == "balanced":
-            self._class_weights = balanced_weights(self._targets, activations.num_classes)
+            self._class_weights = self._objective.balanced_weights(self._targets, activations.num_classes)
         self._together: dict[object, bool] = {}
 
     def run(
@@ -173,8 +170,8 @@ class Trainer:
     def _calibrated(self, logits: Float[Tensor, "N C"], targets: Tensor) -> Float[Tensor, " N"]:
         """The losses under the temperature that these images ask for: too sure can be mended, wrong cannot."""
         calibrate = self._config.calibrate and bool(logits.isfinite().all())
-        temperature = fit_temperature(logits, targets, self._objective) if calibrate else 1.0
-        return losses(logits / temperature, targets, self._objective)
+        temperature = self._objective.fit_temperature(logits, targets) if calibrate else 1.0
+        return self._objective.losses(logits / temperature, targets)
 
     @torch.no_grad()
     def logits(self, tensors: Tensors, rows: Int[Tensor, " N"]) -> Float[Tensor, "N C"]:
@@ -208,7 +205,7 @@ class Trainer:
         return self._side_by_side(("gradients", group[0].shape, len(group), len(batch)), group, compute)
 
     def _loss(self, logits: Float[Tensor, "B C"], targets: Tensor) -> Tensor:
-        return loss(logits, targets, self._objective, self._config.label_smoothing, self._class_weights)
+        return self._objective.loss(logits, targets, self._config.label_smoothing, self._class_weights)
 
     def _side_by_side(
         self, key: object, group: Sequence[T], compute: Callable[[Sequence[T]], list[list[Tensor]]]
@@ -281,7 +278,7 @@ class Trainer:
                 logits = self._evaluate([candidate.tensors for candidate in group], validation)
                 for i, candidate in enumerate(group):
                     mean = self._calibrated(logits[i], targets).mean().item()
-                    scores[id(candidate)] = mean, accuracy(logits[i], targets)
+                    scores[id(candidate)] = mean, self._objective.accuracy(logits[i], targets)
         for candidate, train_loss in zip(candidates, train_losses, strict=True):
             if candidate in live:
                 reached = scores[id(candidate)][0] if scores else None

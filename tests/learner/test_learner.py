@@ -20,7 +20,7 @@ from addenda.learner.augmentation import DEFAULT_VIEWS, Augmentation
 from addenda.learner.cache import ActivationCache
 from addenda.learner.candidates import first_tensors, silenced
 from addenda.learner.data import Data, open_images
-from addenda.learner.regression import fit_regression
+from addenda.learner.objectives import objective_of
 from addenda.learner.run import parent_memory
 from addenda.learner.stream import stream_features
 from addenda.learner.training import Trainer
@@ -204,7 +204,7 @@ def test_training_lowers_the_loss_and_moves_every_part(tiny: FrozenBackbone) -> 
     images, targets = noise(48)
     activations = activations_of(tiny, CountingDataset(images, targets))
     rows = torch.arange(48)
-    regression = fit_regression(activations.pooled, targets, 0.01)
+    regression = objective_of(targets).fit_regression(activations.pooled, targets, 0.01)
     config = LearnConfig(optimizer="sgd", epochs=20, learning_rate=0.03, batch_size=16, patience=20)
     trainer = Trainer(activations, [], config)
     (candidate,), history = trainer.run(regression, config.candidates, rows, rows, 20, None, "sweep")
@@ -233,7 +233,7 @@ def test_where_the_regression_is_better_the_token_is_silenced_unless_told_not_to
 def test_a_token_that_adds_nothing_is_exactly_the_regression(tiny: FrozenBackbone) -> None:
     images, targets = noise()
     activations = activations_of(tiny, CountingDataset(images, targets))
-    regression = fit_regression(activations.pooled, targets, 0.1)
+    regression = objective_of(targets).fit_regression(activations.pooled, targets, 0.1)
     config = LearnConfig()
     plain = silenced(tiny, regression, config.candidates[0], config.memory_std)
     logits = Trainer(activations, [], config).logits(plain, torch.arange(24))

@@ -6,14 +6,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from addenda.learner.objectives import balanced_weights, loss
-from addenda.registry.objectives import OBJECTIVES, probabilities
+from addenda.learner.objectives import OBJECTIVES, objective_of
+from addenda.registry import probabilities
 
 RANDOM = torch.Generator().manual_seed(0)
 LOGITS = torch.randn(3, 20, 5, generator=RANDOM)  # three candidates, twenty images, five classes
 CLASSES = torch.arange(20) % 5
 TAGS = torch.rand(20, 5, generator=RANDOM) < 0.3
 WEIGHTS = torch.tensor([0.5, 1.0, 2.0, 3.0, 0.1])
+
+
+def loss(logits: torch.Tensor, targets: torch.Tensor, objective: str, *more: object, **options: object) -> torch.Tensor:
+    return OBJECTIVES[objective].loss(logits, targets, *more, **options)
+
+
+def balanced_weights(targets: torch.Tensor, num_classes: int) -> torch.Tensor:
+    return objective_of(targets).balanced_weights(targets, num_classes)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

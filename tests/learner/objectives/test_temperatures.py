@@ -7,9 +7,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from addenda.learner.calibration import BOUNDS, fit_temperature
-from addenda.learner.metrics import score
-from addenda.learner.objectives import loss
+from addenda.learner.objectives import OBJECTIVES
+from addenda.learner.objectives.objective import TEMPERATURES as BOUNDS
+
+
+def fit_temperature(logits: torch.Tensor, targets: torch.Tensor, objective: str) -> float:
+    return OBJECTIVES[objective].fit_temperature(logits, targets)
+
+
+def loss(logits: torch.Tensor, targets: torch.Tensor, objective: str) -> torch.Tensor:
+    return OBJECTIVES[objective].loss(logits, targets)
 
 
 def drawn(objective: str, temperature: float, count: int = 4000) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,8 +48,8 @@ def test_the_temperature_that_logits_are_off_by_is_found(objective: str, tempera
 def test_it_mends_the_calibration_and_moves_no_other_score(objective: str) -> None:
     logits, targets = drawn(objective, 4.0)
     labels = ("a", "b", "c", "d")
-    before = score(logits, targets, labels, objective)
-    after = score(logits / fit_temperature(logits, targets, objective), targets, labels, objective)
+    before = OBJECTIVES[objective].score(logits, targets, labels)
+    after = OBJECTIVES[objective].score(logits / fit_temperature(logits, targets, objective), targets, labels)
     assert after.pop("calibration_error") < 0.2 * before.pop("calibration_error")
     assert after == before
 

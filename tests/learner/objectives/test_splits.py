@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.model_selection import train_test_split
 
-from addenda.learner.splitting import split
+from addenda.learner.objectives import objective_of
 
 
 def tags(count: int, chances: list[float], seed: int) -> torch.Tensor:
@@ -18,7 +18,7 @@ def tags(count: int, chances: list[float], seed: int) -> torch.Tensor:
 
 def parts(targets: torch.Tensor, fraction: float = 0.2, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     num_classes = int(targets.max()) + 1 if targets.ndim == 1 else targets.shape[1]
-    return split(targets, num_classes, fraction, seed)
+    return objective_of(targets).split(targets, num_classes, fraction, seed)
 
 
 def test_a_single_label_split_is_scikit_learns() -> None:

@@ -11,7 +11,16 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from sklearn.model_selection import KFold
 
-from addenda.learner.regression import STRENGTHS, choose_strength, fit_regression
+from addenda.learner.objectives import Regression, objective_of
+from addenda.learner.objectives.objective import STRENGTHS
+
+
+def choose_strength(features: torch.Tensor, targets: torch.Tensor, seed: int) -> float:
+    return objective_of(targets).choose_strength(features, targets, seed)
+
+
+def fit_regression(features: torch.Tensor, targets: torch.Tensor, strength: float) -> Regression:
+    return objective_of(targets).fit_regression(features, targets, strength)
 
 
 def test_the_regression_is_converged_and_agrees_with_another_solver() -> None:
