@@ -21,8 +21,8 @@ from addenda.combined import Layout, Observer, TileStore, micro_batch, prove, ta
 from addenda.exceptions import DataError
 from addenda.learner.augmentation import Augmentation, augment, view_seed
 from addenda.learner.cache import ActivationCache
-from addenda.learner.labelled import LabelledImages
-from addenda.learner.reading import Report, read_in_batches
+from addenda.learner.data.labelled import LabelledImages
+from addenda.learner.data.reading import Report, read_in_batches
 from addenda.learner.store import Store
 from addenda.registry import Task
 

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-from addenda.learner.labelled import Targets
+from addenda.learner.data.labelled import Targets
 from addenda.learner.objectives import loss
 
 BOUNDS = (0.2, 5.0)

@@ -26,10 +26,10 @@ from addenda.learner.cache import ActivationCache
 from addenda.learner.checkpoint import Checkpoint
 from addenda.learner.config import LearnConfig
 from addenda.learner.data import Data, LabelledImages, check_learnable, check_same_labels, open_images, open_parts
-from addenda.learner.labelled import unreadable
-from addenda.learner.learnable import repeats
+from addenda.learner.data.labelled import unreadable
+from addenda.learner.data.learnable import repeats
+from addenda.learner.data.reading import Report, read_in_batches
 from addenda.learner.metrics import score
-from addenda.learner.reading import Report, read_in_batches
 from addenda.learner.run import Run, family
 from addenda.learner.training import OnEpoch
 from addenda.registry import (

@@ -18,7 +18,7 @@ from torchmetrics.functional.classification import (
 )
 
 from addenda.combined.predictions import LIKELY
-from addenda.learner.labelled import Targets
+from addenda.learner.data.labelled import Targets
 from addenda.registry import probabilities
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from addenda.learner.labelled import Targets, label_counts
+from addenda.learner.data.labelled import Targets, label_counts
 
 ClassWeights = Float[Tensor, " C"] | Float[Tensor, "2 C"]
 """Single-label: the weight of each class's images. Multi-label: of each label's absence, then of its presence."""

@@ -16,7 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import KFold, StratifiedKFold, cross_val_score
 from torch import Tensor
 
-from addenda.learner.labelled import Targets
+from addenda.learner.data.labelled import Targets
 
 STRENGTHS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Values of scikit-learn's C to choose from."""

@@ -21,10 +21,10 @@ from addenda.learner.calibration import fit_temperature
 from addenda.learner.candidates import Candidate, Tensors, as_fields, silenced
 from addenda.learner.checkpoint import Checkpoint
 from addenda.learner.config import LearnConfig
+from addenda.learner.data.reading import Report
 from addenda.learner.extension import promising
 from addenda.learner.metrics import score
 from addenda.learner.objectives import losses
-from addenda.learner.reading import Report
 from addenda.learner.regression import choose_strength, fit_regression
 from addenda.learner.splitting import split
 from addenda.learner.training import Epoch, OnEpoch, Trainer

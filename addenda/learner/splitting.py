@@ -8,7 +8,7 @@ from jaxtyping import Bool, Int
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-from addenda.learner.labelled import Targets
+from addenda.learner.data.labelled import Targets
 
 
 def split(

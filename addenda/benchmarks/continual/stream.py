@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from addenda.learner.labelled import LabelledImages
+from addenda.learner.data.labelled import LabelledImages
 
 
 @dataclass(frozen=True)

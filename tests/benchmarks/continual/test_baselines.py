@@ -24,7 +24,7 @@ from addenda.benchmarks.continual.settings import BaselineSettings
 from addenda.benchmarks.continual.stream import Experience, Stream
 from addenda.exceptions import BackboneError, TrainingError
 from addenda.learner.candidates import schedule
-from addenda.learner.labelled import LabelledImages
+from addenda.learner.data.labelled import LabelledImages
 from addenda.learner.metrics import accuracy
 from addenda.learner.regimes import RivalConfig, rival_logits, train_rival
 from tests.support.tiny import tiny_eva

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from torch import Tensor
 
 from addenda.exceptions import DataError
-from addenda.learner.labelled import UnsteadyError, unreadable
+from addenda.learner.data.labelled import UnsteadyError, unreadable
 
 Report = Callable[[str, int, int], None]
 """Called with what is being done, how much is done, and how much there is."""
