@@ -24,8 +24,8 @@ from addenda.learner.augmentation import Augmentation, augment, view_seed
 from addenda.learner.cache import ActivationCache
 from addenda.learner.candidates import Tensors, as_fields, first_tensors, schedule
 from addenda.learner.config import LearnConfig
+from addenda.learner.context import Report
 from addenda.learner.data import LabelledImages
-from addenda.learner.data.reading import Report
 from addenda.learner.dense_mask import DENSE_NAMES, DenseMask
 from addenda.learner.metrics import accuracy
 from addenda.learner.objectives import loss

@@ -1,88 +1,82 @@
-"""Reading images ahead of the model, in batches, with every bad one named."""
+"""Reading labelled images in batches ahead of the model, with every bad one named.
+
+In a run each file of the training images is read twice, and decoded once. The first time all are hashed, since their
+contents decide their order, and whether there is anything to do at all; activations that are kept need no more. The
+second time what is hashed again is decoded, and all views are made of that. Of a test set the first time decodes too,
+before training rather than after it, and `evaluate` needs no second.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
-from torch import Tensor
-
+from addenda.backbones import FrozenBackbone, read_ahead
 from addenda.exceptions import DataError
-from addenda.learner.data.labelled import UnsteadyError, unreadable
+from addenda.learner.context import RunContext
+from addenda.learner.data.labelled import Item, LabelledImages, unreadable
 
-Report = Callable[[str, int, int], None]
-"""Called with what is being done, how much is done, and how much there is."""
-
-WINDOW = 16
-"""Images read ahead."""
+View = TypeVar("View")
 
 
 def read_in_batches(
+    images: LabelledImages,
     rows: Sequence[int],
-    read: Callable[[int], Tensor],
+    views: Callable[[int, Item], Sequence[View]],
     size: int,
-    take: Callable[[list[tuple[int, Tensor]]], None],
-    where: str,
-    num_images: int,
-    skip_bad: bool,
     what: str,
-    report: Report | None,
-) -> list[tuple[int, str]]:
-    """Reads some rows and hands them on in batches of (row, image); the last may be smaller.
+    context: RunContext,
+    bad: dict[int, str],
+) -> Iterator[list[View]]:
+    """Reads some images, and gives what was made of them in batches; the last may be smaller.
 
     Args:
+        images: of which.
         rows: which.
-        read: gives a row's image.
-        size: rows in a batch.
-        take: gets each batch.
-        where: what the rows are views of, for messages.
-        num_images: how many images there are in it, those not to be read now too.
-        skip_bad: leave out images that cannot be read, rather than refuse.
+        views: what is wanted of an image, by its row; made on the threads that read.
+        size: views in a batch, and the most images whose views wait in memory.
         what: what is being done, for the report.
-        report: told of the progress.
-
-    Returns:
-        Each row left out, and what was wrong with it.
+        context: whether images that cannot be read are left out.
+        bad: what is wrong with each of these is noted here, by its row.
 
     Raises:
-        DataError: images that cannot be read, all named together, unless skip_bad.
+        DataError: images that cannot be read, all named together, unless they are to be left out.
     """
-    batch: list[tuple[int, Tensor]] = []
-    bad: list[tuple[int, str]] = []
+
+    def made(row: int) -> Sequence[View]:
+        return views(row, images.item(row))
+
+    batch: list[View] = []
     first: DataError | None = None
-    for done, (row, result) in enumerate(_read_ahead(rows, read), 1):
-        if isinstance(result, DataError):
-            bad.append((row, str(result)))
-            first = first or result
-        elif not bad or skip_bad:  # once a run is lost, the rest is only read, to name every bad image
-            batch.append((row, result))
-        if len(batch) == size:
-            take(batch)
-            batch = []
-        if report is not None:
-            report(what, done, len(rows))
-    texts = list(dict.fromkeys(text for _, text in bad))
-    if bad and (not skip_bad or len({row % num_images for row, _ in bad}) == num_images):
-        raise unreadable(texts, num_images, where) from first
+    for done, (row, found) in enumerate(read_ahead(rows, made, size, images.threads), 1):
+        if isinstance(found, DataError):
+            bad[row], first = str(found), first or found
+        elif not bad or context.skip_bad:  # once a run is lost, the rest is only read, to name every bad image
+            batch += found
+        while len(batch) >= size:
+            yield batch[:size]
+            del batch[:size]
+        context.report(what, done, len(rows))
+    if bad and (not context.skip_bad or len(bad) == len(images)):
+        raise unreadable(list(dict.fromkeys(bad.values())), len(images), images.where) from first
     if batch:
-        take(batch)
-    return bad
+        yield batch
 
 
-def _read_ahead(rows: Sequence[int], read: Callable[[int], Tensor]) -> Iterator[tuple[int, Tensor | DataError]]:
-    """Reads rows in order, a few ahead of the model, on another thread."""
+def checked(
+    images: LabelledImages, backbone: FrozenBackbone, context: RunContext
+) -> tuple[LabelledImages, dict[int, str]]:
+    """The images that can be read, hashed and in order, and what is wrong with the others; nothing is kept of pixels.
 
-    def attempt(row: int) -> Tensor | DataError:
-        try:
-            return read(row)
-        except UnsteadyError:
-            raise
-        except DataError as error:
-            return error
+    Raises:
+        DataError: images that cannot be read, all named together, unless they are to be left out.
+    """
+    bad: dict[int, str] = {}
 
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        futures = [pool.submit(attempt, row) for row in rows[:WINDOW]]
-        for index, row in enumerate(rows):
-            yield row, futures.pop(0).result()
-            if index + WINDOW < len(rows):
-                futures.append(pool.submit(attempt, rows[index + WINDOW]))
+    def look(row: int, item: Item) -> list[tuple[int, str]]:
+        item.views(backbone)
+        return [(row, item.digest)]
+
+    reading = read_in_batches(images, range(len(images)), look, 1, "checking test images", context, bad)
+    found = [one for batch in reading for one in batch]
+    return images.select([row for row, _ in found]).in_order([digest for _, digest in found])[0], bad

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset
 
 from addenda.backbones import read_image
-from addenda.exceptions import DataError
-from addenda.learner.data.labelled import ImageDataset, LabelledImages, UnsteadyError, class_name
+from addenda.exceptions import DataError, UnsteadyError
+from addenda.learner.data.labelled import ImageDataset, LabelledImages, class_name
 from addenda.registry.bounds import LABELS
 
 
