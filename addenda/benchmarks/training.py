@@ -26,6 +26,7 @@ from addenda.files import output_folder
 from addenda.learner import ActivationCache, LearnConfig
 from addenda.learner.activations import Activations
 from addenda.learner.candidates import HEAD_WEIGHTS, Candidate, as_fields, first_tensors
+from addenda.learner.context import RunContext
 from addenda.learner.data import LabelledImages, check_same_labels, has_test_part, open_images
 from addenda.learner.dense_mask import DENSE_NAMES, DenseMask
 from addenda.learner.objectives import loss
@@ -161,7 +162,9 @@ def run_training(
     test = check_same_labels(images.labels, test, images.objective)
     with tempfile.TemporaryDirectory() as folder, progress() as report:
         start = time.perf_counter()
-        activations = Activations(backbone, images, LearnConfig().augmentation, ActivationCache(folder), report=report)
+        activations = Activations(
+            backbone, images, LearnConfig().augmentation, ActivationCache(folder), context=RunContext(report=report)
+        )
         fill_s = time.perf_counter() - start
         pooled, targets = activations.pooled, activations.targets
         regression = fit_regression(pooled, targets, choose_strength(pooled, targets, 0))

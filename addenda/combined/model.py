@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from addenda.backbones import FrozenBackbone, read_image, uncompiled
+from addenda.backbones import FrozenBackbone, read_files, uncompiled
 from addenda.combined.forward import backbone_logits, forward_pass
 from addenda.combined.heads import Head
 from addenda.combined.numerics import arithmetic, touch
-from addenda.combined.predictions import predictions_of
+from addenda.combined.predictions import Prediction, predictions_of
 from addenda.combined.routing import Choice, Router
 from addenda.combined.selftest import prove
 from addenda.combined.shapes import TILE, Shapes, micro_batch
@@ -182,7 +181,7 @@ class CombinedModel:
 
     def predict(
         self, paths: Sequence[str | Path], top: int | None = None, tasks: Sequence[str] | None = None
-    ) -> dict[str, list[list[tuple[str, float]]]]:
+    ) -> dict[str, list[Prediction]]:
         """Reads image files and answers every task.
 
         Args:
@@ -197,16 +196,22 @@ class CombinedModel:
         Raises:
             DataError: a file that is not a readable image.
         """
-        answers: dict[str, list[list[tuple[str, float]]]] = {name: [] for name in self._select(tasks)}
-        for images in self._read(paths):
-            found = self(images, tasks)
-            for name, labels in predictions_of(map(self.tasks.__getitem__, found), found, top).items():
+        answers: dict[str, list[Prediction]] = {name: [] for name in self._select(tasks)}
+        for files in read_files(self.backbone, paths, self.micro_batch):
+            for name, labels in self.predict_images(files.images, top, tasks).items():
                 answers[name] += labels
         return answers
 
+    def predict_images(
+        self, images: Float[Tensor, "B 3 H W"], top: int | None = None, tasks: Sequence[str] | None = None
+    ) -> dict[str, list[Prediction]]:
+        """Answers every task about images as `backbone.transform` gives them; see `predict`."""
+        found = self(images, tasks)
+        return predictions_of(map(self.tasks.__getitem__, found), found, top)
+
     def route(
         self, paths: Sequence[str | Path], router: Router, top: int | None = None
-    ) -> list[tuple[Choice, list[tuple[str, float]]]]:
+    ) -> list[tuple[Choice, Prediction]]:
         """Reads image files, lets a router choose a task for each, and gives that task's answer.
 
         Args:
@@ -221,19 +226,17 @@ class CombinedModel:
             DataError: a file that is not a readable image.
             UnknownTaskError: a task that this model does not hold.
         """
-        routed = []
-        for images in self._read(paths):
-            answers = self(images, router.tasks, pooled=True)
-            assert answers.pooled is not None
-            labels = predictions_of(map(self.tasks.__getitem__, answers), answers, top)
-            routed += [(choice, labels[choice.task][i]) for i, choice in enumerate(router.choose(answers.pooled))]
-        return routed
+        batches = read_files(self.backbone, paths, self.micro_batch)
+        return [routed for files in batches for routed in self.route_images(files.images, router, top)]
 
-    def _read(self, paths: Sequence[str | Path]) -> Iterator[Float[Tensor, "B 3 H W"]]:
-        """Image files as the backbone takes them, a micro-batch at a time."""
-        for start in range(0, len(paths), self.micro_batch):
-            part = paths[start : start + self.micro_batch]
-            yield torch.stack([self.backbone.transform(read_image(path)) for path in part])
+    def route_images(
+        self, images: Float[Tensor, "B 3 H W"], router: Router, top: int | None = None
+    ) -> list[tuple[Choice, Prediction]]:
+        """Lets a router choose a task for each of some images as `backbone.transform` gives them; see `route`."""
+        answers = self(images, router.tasks, pooled=True)
+        assert answers.pooled is not None
+        labels = predictions_of(map(self.tasks.__getitem__, answers), answers, top)
+        return [(choice, labels[choice.task][i]) for i, choice in enumerate(router.choose(answers.pooled))]
 
 
 def _check_fits(task: Task, backbone: FrozenBackbone) -> None:

@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from addenda.learner.reading import Report
+    from addenda.learner.context import Report
 
 REFRESH_S = 1.0
 """How often a worker says how far it is, and how often that is read."""

@@ -24,11 +24,11 @@ from addenda.learner.augmentation import Augmentation, augment, view_seed
 from addenda.learner.cache import ActivationCache
 from addenda.learner.candidates import Tensors, as_fields, first_tensors, schedule
 from addenda.learner.config import LearnConfig
+from addenda.learner.context import Report
 from addenda.learner.data import LabelledImages
 from addenda.learner.dense_mask import DENSE_NAMES, DenseMask
 from addenda.learner.metrics import accuracy
 from addenda.learner.objectives import loss
-from addenda.learner.reading import Report
 from addenda.learner.regression import Regression, choose_strength, fit_regression
 from addenda.learner.splitting import split
 from addenda.registry import Task

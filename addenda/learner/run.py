@@ -20,8 +20,8 @@ from addenda.learner.activations import Activations
 from addenda.learner.candidates import Candidate, Tensors, as_fields, silenced
 from addenda.learner.checkpoint import Checkpoint
 from addenda.learner.config import LearnConfig
+from addenda.learner.context import Report, silent
 from addenda.learner.extension import promising
-from addenda.learner.reading import Report
 from addenda.learner.training import Epoch, OnEpoch, Trainer
 from addenda.registry import Task, digest
 
@@ -184,7 +184,7 @@ class Run:
         ranked = promising(self._activations, pool, self._fitted, self._train, self._validation)
         for task in ranked:
             parents = (*best.parents, task)
-            found = self._sweep(self._activations.seeing(family(parents), self._report), parents)
+            found = self._sweep(self._activations.seeing(family(parents), self._report or silent), parents)
             taken = found.chosen is not None and pays(found.losses, best.losses)
             tried.append({"task": task.ref, "validation_loss": found.losses.mean().item(), "taken": taken})
             best = found if taken else best

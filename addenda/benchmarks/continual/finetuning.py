@@ -24,7 +24,7 @@ from addenda.benchmarks.continual.settings import BaselineSettings
 from addenda.benchmarks.continual.stream import Stream
 from addenda.learner.augmentation import Augmentation, augment
 from addenda.learner.candidates import schedule
-from addenda.learner.labelled import LabelledImages
+from addenda.learner.data.labelled import LabelledImages
 
 
 class FineTuning(OneHead):

@@ -16,7 +16,7 @@ from addenda.benchmarks.continual.one_head import OneHead, PooledFeatures
 from addenda.benchmarks.continual.settings import BaselineSettings
 from addenda.benchmarks.continual.stream import Stream
 from addenda.combined import task_cost
-from addenda.learner.labelled import LabelledImages
+from addenda.learner.data.labelled import LabelledImages
 
 RIDGES = tuple(10.0**exponent for exponent in range(-8, 9))
 """Penalties that RanPAC chooses from, as in its authors' code."""

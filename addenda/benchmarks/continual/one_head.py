@@ -16,7 +16,7 @@ from addenda.benchmarks.continual.stream import Experience, Stream
 from addenda.learner.activations import Activations
 from addenda.learner.augmentation import Augmentation
 from addenda.learner.cache import ActivationCache
-from addenda.learner.labelled import LabelledImages
+from addenda.learner.data.labelled import LabelledImages
 from addenda.learner.regimes import EVALUATION_BATCH
 
 

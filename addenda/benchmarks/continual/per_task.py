@@ -16,8 +16,8 @@ from addenda.benchmarks.continual.one_head import PooledFeatures
 from addenda.benchmarks.continual.settings import BaselineSettings
 from addenda.benchmarks.continual.stream import Experience, Stream
 from addenda.learner.augmentation import Augmentation
-from addenda.learner.labelled import LabelledImages
-from addenda.learner.learnable import check_learnable
+from addenda.learner.data.labelled import LabelledImages
+from addenda.learner.data.learnable import check_learnable
 from addenda.learner.regimes import Rival, RivalConfig, rival_logits, train_rival
 from addenda.learner.regression import Regression, choose_strength, fit_regression
 

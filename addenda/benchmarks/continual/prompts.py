@@ -25,7 +25,7 @@ from addenda.benchmarks.continual.stream import Stream
 from addenda.combined import task_cost
 from addenda.exceptions import TrainingError
 from addenda.learner.candidates import schedule
-from addenda.learner.labelled import LabelledImages
+from addenda.learner.data.labelled import LabelledImages
 from addenda.learner.regimes import EVALUATION_BATCH
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from addenda.learner.labelled import LabelledImages
+from addenda.learner.data.labelled import LabelledImages
 
 
 @dataclass(frozen=True)
@@ -110,4 +110,4 @@ class _Pictures(Dataset[tuple[Any, int]]):
         return len(self._images)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        return self._images.picture(index), self.targets[index]
+        return self._images.item(index).picture(), self.targets[index]

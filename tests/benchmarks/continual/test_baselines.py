@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from addenda.learner.metrics import accuracy
 from PIL import Image
 from pydantic import ValidationError
 
@@ -24,8 +25,7 @@ from addenda.benchmarks.continual.settings import BaselineSettings
 from addenda.benchmarks.continual.stream import Experience, Stream
 from addenda.exceptions import BackboneError, TrainingError
 from addenda.learner.candidates import schedule
-from addenda.learner.labelled import LabelledImages
-from addenda.learner.metrics import accuracy
+from addenda.learner.data.labelled import LabelledImages
 from addenda.learner.regimes import RivalConfig, rival_logits, train_rival
 from tests.support.tiny import tiny_eva
 

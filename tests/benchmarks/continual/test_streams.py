@@ -18,7 +18,7 @@ from addenda.benchmarks.continual.sets import ImageSet, open_folder
 from addenda.benchmarks.continual.sources import build_stream, folder_stream
 from addenda.benchmarks.continual.stream import Stream
 from addenda.exceptions import DataError
-from addenda.learner.labelled import LabelledImages
+from addenda.learner.data.labelled import LabelledImages
 from tests.support.images import colour_folder
 from tests.support.places import SHARED
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from addenda.exceptions import DataError
-from addenda.learner.folders import part_named
-from addenda.learner.labelled import LabelledImages, class_name
+from addenda.learner.data.folders import part_named
+from addenda.learner.data.labelled import LabelledImages, class_name
 
 SUFFIXES = (".csv", ".parquet")
 COLUMNS = ("path", "label", "labels", "split")
@@ -67,7 +67,7 @@ def open_listing(file: Path, part: str) -> LabelledImages:
     return LabelledImages(f"{str(file)!r}", labels, targets, [row.path for row in chosen], lost=lost)
 
 
-def has_test_part(file: Path) -> bool:
+def listing_has_test_part(file: Path) -> bool:
     """Whether the listing has a row whose split is test."""
     columns, lines = _read(file)
     return "split" in columns and any(

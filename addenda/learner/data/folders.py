@@ -12,7 +12,7 @@ import torch
 
 from addenda.backbones.finding import LeftOut, image_files, in_words, is_hidden, joined
 from addenda.exceptions import DataError
-from addenda.learner.labelled import LabelledImages, class_name
+from addenda.learner.data.labelled import LabelledImages, class_name
 
 Part = Literal["train", "test"]
 
@@ -68,11 +68,6 @@ def parts_of(folder: Path) -> dict[str, Path]:
                 f"which holds images: is that a class or a part? Give {str(only)!r} itself, or put all classes into it."
             )
     return parts
-
-
-def has_test_part(folder: Path) -> bool:
-    """Whether a folder has a test part beside the part to learn from."""
-    return {"train", "test"} <= parts_of(folder).keys() if folder.is_dir() else False
 
 
 def open_folder(folder: Path, part: Part) -> LabelledImages:

@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset
 
 from addenda.backbones import read_image
-from addenda.exceptions import DataError
-from addenda.learner.labelled import ImageDataset, LabelledImages, UnsteadyError, class_name
+from addenda.exceptions import DataError, UnsteadyError
+from addenda.learner.data.labelled import ImageDataset, LabelledImages, class_name
 from addenda.registry.bounds import LABELS
 
 
-def open_dataset(data: ImageDataset) -> LabelledImages:
+def open_torch_dataset(data: ImageDataset) -> LabelledImages:
     """Opens a dataset; where it has no `targets`, every item is asked for its own.
 
     Raises:

@@ -19,13 +19,13 @@ from torchvision.datasets import ImageFolder
 
 from addenda import FrozenBackbone, LearnConfig, Learner, Registry, load_backbone
 from addenda.backbones import read_image
-from addenda.exceptions import BackboneError, DataError, NameTakenError, RegistryError, RetiredError
+from addenda.exceptions import BackboneError, DataError, NameTakenError, RegistryError, RetiredError, UnsteadyError
 from addenda.learner import Row, learn_many
 from addenda.learner.data import open_images, open_parts
-from addenda.learner.folders import part_named
-from addenda.learner.labelled import LabelledImages, UnsteadyError
-from addenda.learner.listings import open_listing
-from addenda.learner.torch_datasets import Items
+from addenda.learner.data.folders import part_named
+from addenda.learner.data.labelled import LabelledImages
+from addenda.learner.data.listings import open_listing
+from addenda.learner.data.torch_datasets import Items
 from tests.support.commands import Run
 from tests.support.images import colour_folder
 from tests.support.tiny import tiny_vit

@@ -14,7 +14,7 @@ from pyarrow import parquet
 from addenda import FrozenBackbone, LearnConfig, Learner, Registry
 from addenda.exceptions import DataError
 from addenda.learner.data import has_test_part, open_images
-from addenda.learner.labelled import LabelledImages
+from addenda.learner.data.labelled import LabelledImages
 from tests.support.images import colour_folder
 
 Write = Callable[[str, list[dict[str, Any]]], Path]

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from addenda.exceptions import DataError
-from addenda.learner.labelled import UNREADABLE, LabelledImages, class_name
+from addenda.learner.data.labelled import UNREADABLE, LabelledImages, class_name
 from addenda.registry.bounds import check_labels
 
 

@@ -6,22 +6,12 @@ import os
 from pathlib import Path
 
 from addenda.exceptions import DataError
-from addenda.learner import folders, hub_datasets, listings
-from addenda.learner.folders import Part
-from addenda.learner.hub_datasets import HubDataset
-from addenda.learner.labelled import ImageDataset, LabelledImages
-from addenda.learner.learnable import check_learnable, check_same_labels
-from addenda.learner.torch_datasets import open_dataset
-
-__all__ = [
-    "Data",
-    "LabelledImages",
-    "check_learnable",
-    "check_same_labels",
-    "has_test_part",
-    "open_images",
-    "open_parts",
-]
+from addenda.learner.data.folders import Part, open_folder, parts_of
+from addenda.learner.data.hub import HubDataset, hub_has_test_part, open_hub_dataset
+from addenda.learner.data.labelled import ImageDataset, LabelledImages
+from addenda.learner.data.learnable import check_learnable, check_same_labels
+from addenda.learner.data.listings import SUFFIXES, listing_has_test_part, open_listing
+from addenda.learner.data.torch_datasets import open_torch_dataset
 
 Data = str | Path | ImageDataset | HubDataset
 
@@ -39,29 +29,34 @@ def open_images(data: Data, part: Part = "train") -> LabelledImages:
         DataError: it is missing or empty, lacks that part, or does not say what each image is.
     """
     if isinstance(data, HubDataset):
-        return hub_datasets.open_dataset(data, part)
+        return open_hub_dataset(data, part)
     if not isinstance(data, str | Path):
-        return open_dataset(data)
+        return open_torch_dataset(data)
     place = Path(data)
-    if place.suffix.lower() in listings.SUFFIXES and not os.path.isdir(place):
-        return listings.open_listing(place, part)
+    if _is_listing(place):
+        return open_listing(place, part)
     if os.path.isfile(place):
         raise DataError(
             f"{str(place)!r} is a file. Give a folder with one folder of images for each class, or a listing that ends "
-            f"in {' or '.join(listings.SUFFIXES)}."
+            f"in {' or '.join(SUFFIXES)}."
         )
-    return folders.open_folder(place, part)
+    return open_folder(place, part)
 
 
 def has_test_part(data: Data) -> bool:
     """Whether data has a test part of its own beside the part to learn from."""
     if isinstance(data, HubDataset):
-        return hub_datasets.has_test_part(data)
+        return hub_has_test_part(data)
     if not isinstance(data, str | Path):
         return False
-    if Path(data).suffix.lower() in listings.SUFFIXES and not os.path.isdir(data):
-        return listings.has_test_part(Path(data))
-    return folders.has_test_part(Path(data))
+    place = Path(data)
+    if _is_listing(place):
+        return listing_has_test_part(place)
+    return place.is_dir() and {"train", "test"} <= parts_of(place).keys()
+
+
+def _is_listing(place: Path) -> bool:
+    return place.suffix.lower() in SUFFIXES and not os.path.isdir(place)
 
 
 def open_parts(

@@ -10,7 +10,7 @@ from typing import Any, Protocol, overload, runtime_checkable
 import torch
 
 from addenda.exceptions import DataError
-from addenda.learner.labelled import EncodedImage, LabelledImages, class_name
+from addenda.learner.data.labelled import EncodedImage, LabelledImages, class_name
 
 PARTS = {"train", "test"}
 
@@ -33,7 +33,7 @@ class HubDataset(Protocol):
         """The same data, given as tensors or, without a type, as plain Python values."""
 
 
-def open_dataset(data: HubDataset, part: str) -> LabelledImages:
+def open_hub_dataset(data: HubDataset, part: str) -> LabelledImages:
     """Opens a Hugging Face dataset without decoding its images.
 
     Args:
@@ -87,7 +87,7 @@ def open_dataset(data: HubDataset, part: str) -> LabelledImages:
     return LabelledImages(where, names, made, EncodedColumn(column, image, where))
 
 
-def has_test_part(data: HubDataset) -> bool:
+def hub_has_test_part(data: HubDataset) -> bool:
     """Whether it is a DatasetDict with a part `test`."""
     return isinstance(data, Mapping) and "test" in data
 

@@ -7,6 +7,7 @@ import io
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,21 +17,20 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Subset
 
-from addenda.backbones import FrozenBackbone, LeftOut, in_words, joined, prepared, read_image
-from addenda.exceptions import DataError
+from addenda.backbones import THREADS, FrozenBackbone, LeftOut, in_words, joined, prepared, read_ahead, read_image
+from addenda.exceptions import DataError, UnsteadyError
 from addenda.learner.objectives import Objective, Targets, objective_of
 
 UNREADABLE = "0" * 64
 """In the place of the digest of an image that cannot be read."""
 
+AHEAD = 16
+"""Images whose digests may wait to be asked for."""
+
 STEADY = (
     "Files must stay as they are until a run ends, and a Dataset must give the same image each time: random views are "
     "`augmentation`'s to make."
 )
-
-
-class UnsteadyError(DataError):
-    """Data that is not what it was, or not what it says: all of it is in doubt, so that nothing is left out."""
 
 
 @runtime_checkable
@@ -58,6 +58,91 @@ class EncodedImage:
 
     name: str
     content: bytes
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image as it was had, once.
+
+    Attributes:
+        called: what it is called in messages.
+        held: a file's content, a PIL image that is `prepared`, or whatever else a dataset gave.
+        named: what its file is called where it is no image.
+    """
+
+    called: str
+    held: Any
+    named: str = ""
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over a file's bytes, or over a dataset's image."""
+        content = self.held
+        if isinstance(content, Tensor):
+            pixels = content.detach().cpu().contiguous()
+            content = pixels.reshape(-1).view(torch.uint8).numpy().tobytes()
+            if pixels.dtype != torch.float32:  # equal bytes of another dtype are other values
+                content = str(pixels.dtype).encode() + content
+        elif isinstance(content, Image.Image):
+            content = f"{content.mode}{content.size}".encode() + content.tobytes()
+        elif not isinstance(content, bytes):
+            content = repr(type(content)).encode()
+        return hashlib.sha256(content).hexdigest()
+
+    def picture(self) -> Any:
+        """A PIL image in most cases, or what a dataset gives.
+
+        Raises:
+            DataError: a file is not a readable image.
+        """
+        return read_image(io.BytesIO(self.held), self.named) if isinstance(self.held, bytes) else self.held
+
+    def views(
+        self, backbone: FrozenBackbone, transforms: Sequence[Callable[[Image.Image], Tensor] | None] = (None,)
+    ) -> list[Float[Tensor, "3 H W"]]:
+        """The image as the backbone takes it, once for each transform; it is decoded once.
+
+        Args:
+            backbone: says how it is transformed, and which shape a tensor must have.
+            transforms: None is the backbone's own.
+
+        Raises:
+            DataError: it cannot be decoded, has the wrong shape, or cannot be transformed.
+        """
+        image = self.picture()
+        if isinstance(image, Image.Image):
+            return [(backbone.transform if transform is None else transform)(image) for transform in transforms]
+        shape = backbone.preprocessing["input_size"]
+        if not isinstance(image, Tensor) or list(image.shape) != shape or not image.is_floating_point():
+            found = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
+            raise DataError(
+                f"{self.called} is {found}; it must be a PIL image or a normalised floating-point tensor {shape}."
+            )
+        if any(transform is not None for transform in transforms):
+            raise DataError(f"{self.called} is a tensor; random views are made of PIL images only.")
+        if not image.isfinite().all():
+            raise DataError(f"{self.called} holds NaN or infinity.")
+        return [image for _ in transforms]
+
+
+def load(item: Any, called: str) -> Item:
+    """Reads an item of some images, and decodes nothing.
+
+    Args:
+        item: a file's path, an encoded image, or a dataset's image and target.
+        called: what it is called in messages, unless it is a file.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    if isinstance(item, Path):
+        try:
+            return Item(str(item), item.read_bytes(), f"Image {str(item)!r}")
+        except OSError as error:
+            raise DataError(f"Image {str(item)!r} cannot be read: {error.strerror}.") from error
+    if isinstance(item, EncodedImage):
+        return Item(called, item.content, item.name)
+    return Item(called, prepared(item[0], called) if isinstance(item[0], Image.Image) else item[0])
 
 
 @dataclass(frozen=True)
@@ -134,6 +219,11 @@ class LabelledImages:
             raise unreadable(self.lost, len(self) + len(self.lost), self.where)
         return self
 
+    @property
+    def threads(self) -> int:
+        """That may read at once: a dataset's own code is asked for one item at a time."""
+        return THREADS if isinstance(self.items, list) else 1
+
     def hashed(self) -> LabelledImages:
         """The same images with the sha256 of each, in an order that labels and contents decide, and nothing else.
 
@@ -141,10 +231,14 @@ class LabelledImages:
 
         What cannot be read has the digest UNREADABLE: whether it is refused or left out is for the reading to say.
         """
-        digests = [self._now(index) for index in range(len(self))]
+        found = read_ahead(range(len(self)), lambda index: self._load(index).digest, AHEAD, self.threads)
+        return self.in_order([UNREADABLE if isinstance(one, DataError) else one for _, one in found])[0]
+
+    def in_order(self, digests: Sequence[str]) -> tuple[LabelledImages, list[int]]:
+        """The same images with the digests given, one for each, in the order of `hashed`; and their rows before."""
         answers = [self.answer(target) for target in self.targets.tolist()]
         order = sorted(range(len(self)), key=lambda index: (answers[index], digests[index]))
-        return replace(self.select(order), digests=tuple(digests[index] for index in order))
+        return replace(self.select(order), digests=tuple(digests[index] for index in order)), order
 
     def select(self, rows: Sequence[int]) -> LabelledImages:
         """Some of the images in the order of their rows, without a copy of their pixels."""
@@ -157,83 +251,43 @@ class LabelledImages:
             digests=None if self.digests is None else tuple(self.digests[row] for row in rows),
         )
 
-    def _now(self, index: int) -> str:
-        """The digest of an image as it is now; UNREADABLE where it cannot be read."""
-        try:
-            item = self.items[index]
-            return _digest(item, self._called(index, item))
-        except UnsteadyError:
-            raise
-        except DataError:
-            return UNREADABLE
-
     def digest(self, index: int) -> str:
         """sha256 over an image's content, whatever its name.
 
         Raises:
             DataError: it cannot be read.
         """
-        if self.digests is not None:
-            return self.digests[index]
-        item = self.items[index]
-        return _digest(item, self._called(index, item))
+        return self._load(index).digest if self.digests is None else self.digests[index]
 
-    def called(self, index: int) -> str:
-        """What an image is called in messages."""
-        return self._called(index, self.items[index])
-
-    def _called(self, index: int, item: Any) -> str:
-        place = index if self.places is None else self.places[index]
-        return str(item) if isinstance(item, Path) else f"Item {place} of {self.where}"
-
-    def read(
-        self, index: int, backbone: FrozenBackbone, transform: Callable[[Image.Image], Tensor] | None = None
-    ) -> Float[Tensor, "3 H W"]:
-        """One image as the backbone takes it.
-
-        Args:
-            index: which.
-            backbone: says how it is transformed, and which shape a tensor must have.
-            transform: instead of the backbone's own.
+    def item(self, index: int) -> Item:
+        """One image, read once: its digest and all its views come from the same bytes.
 
         Raises:
-            DataError: the image cannot be read, has the wrong shape, or is no longer what was `hashed`.
+            DataError: it cannot be read.
+            UnsteadyError: it is no longer what was `hashed`.
         """
         expected = None if self.digests is None else self.digests[index]
         try:
-            item = self.items[index]
-            called = self._called(index, item)
-            found = None if expected is None else _digest(item, called)
+            found = self._load(index)
         except UnsteadyError:
             raise
         except DataError as error:
             if expected in (None, UNREADABLE):
                 raise
             raise UnsteadyError(f"{error} It could be read when this run began. {STEADY}") from error
-        if found != expected:
-            raise UnsteadyError(f"{called} changed while it was being read. {STEADY}")
-        image = _picture(item)
-        if isinstance(image, Image.Image):
-            return (backbone.transform if transform is None else transform)(prepared(image, called))
-        shape = backbone.preprocessing["input_size"]
-        if not isinstance(image, Tensor) or list(image.shape) != shape or not image.is_floating_point():
-            found = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
-            raise DataError(
-                f"{called} is {found}; it must be a PIL image or a normalised floating-point tensor {shape}."
-            )
-        if transform is not None:
-            raise DataError(f"{called} is a tensor; random views are made of PIL images only.")
-        if not image.isfinite().all():
-            raise DataError(f"{called} holds NaN or infinity.")
-        return image
+        if expected is not None and found.digest != expected:
+            raise UnsteadyError(f"{found.called} changed while it was being read. {STEADY}")
+        return found
 
-    def picture(self, index: int) -> Any:
-        """One image as it is held: a PIL image in most cases, or what a dataset gives.
+    def _load(self, index: int) -> Item:
+        item, place = self.items[index], index if self.places is None else self.places[index]
+        return load(item, f"Item {place} of {self.where}")
 
-        Raises:
-            DataError: a file is not a readable image.
-        """
-        return _picture(self.items[index])
+    def read(
+        self, index: int, backbone: FrozenBackbone, transform: Callable[[Image.Image], Tensor] | None = None
+    ) -> Float[Tensor, "3 H W"]:
+        """One image as the backbone takes it; see `item` and `Item.views`."""
+        return self.item(index).views(backbone, [transform])[0]
 
     def read_all(self, backbone: FrozenBackbone) -> Float[Tensor, "N 3 H W"]:
         """Every image: for sets that fit into memory."""
@@ -266,37 +320,6 @@ def unreadable(texts: Sequence[str], num_images: int, where: str) -> DataError:
         f"{len(texts)} of {num_images} images in {where} cannot be read:\n  {named}\n"
         "Mend them, or leave them out with --skip-bad (in Python: skip_bad=True)."
     )
-
-
-def _picture(item: Any) -> Any:
-    """The image of an item: read from its file, or what a dataset's item begins with."""
-    if isinstance(item, Path):
-        return read_image(item)
-    if isinstance(item, EncodedImage):
-        return read_image(io.BytesIO(item.content), item.name)
-    return item[0]
-
-
-def _digest(item: Any, called: str) -> str:
-    """sha256 over a file's bytes, or over the image of a dataset's item; DataError where it cannot be read."""
-    if isinstance(item, Path):
-        try:
-            content = item.read_bytes()
-        except OSError as error:
-            raise DataError(f"Image {str(item)!r} cannot be read: {error.strerror}.") from error
-    elif isinstance(item, EncodedImage):
-        content = item.content
-    elif isinstance(item[0], Tensor):
-        pixels = item[0].detach().cpu().contiguous()
-        content = pixels.reshape(-1).view(torch.uint8).numpy().tobytes()
-        if pixels.dtype != torch.float32:  # equal bytes of another dtype are other values
-            content = str(pixels.dtype).encode() + content
-    elif isinstance(item[0], Image.Image):
-        seen = prepared(item[0], called)
-        content = f"{seen.mode}{seen.size}".encode() + seen.tobytes()
-    else:
-        content = repr(type(item[0])).encode()
-    return hashlib.sha256(content).hexdigest()
 
 
 def class_name(text: str, called: str = "A class") -> str:
