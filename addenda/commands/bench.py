@@ -28,8 +28,8 @@ from addenda.exceptions import AddendaError
 BackboneOption = Annotated[str, typer.Option("--backbone", help="timm name, or 'glyphs'.")]
 STREAM_BACKBONE = f"timm name, or 'glyphs'. Default: the stream's, or {DEFAULT_BACKBONE}."
 METHODS = (
-    "Names with commas: addenda, addenda-adapters, naive, joint, ewc, lwf, replay, slda, nearest-mean, ranpac, l2p, "
-    "coda-prompt, linear-probe, full, lora-R of any rank R. Default: the file's, else all, lora-8 among them."
+    "Names with commas: addenda, addenda-adapters, naive, joint, ewc, lwf, replay, slda, nearest-mean, ranpac, "
+    "linear-probe, full, lora-R of any rank R. Default: the file's, else all, lora-8 among them."
 )
 REGIMES = (
     "Names with commas: full, head, head+class, memory-M, unmasked-M, adapters-R, lora-R, regression, default, "

@@ -1,4 +1,4 @@
-"""The baselines by name: how each is made, what it is called, and which are unverified ports."""
+"""The baselines by name: how each is made, and what it is called."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from addenda.benchmarks.continual.finetuning import FineTuning, Joint
 from addenda.benchmarks.continual.frozen_features import NearestMean, RanPAC, StreamingDiscriminant
 from addenda.benchmarks.continual.method import Method
 from addenda.benchmarks.continual.per_task import LinearProbe, RivalPerTask
-from addenda.benchmarks.continual.prompts import L2P, CodaPrompt
 from addenda.benchmarks.continual.settings import BaselineSettings
 from addenda.benchmarks.continual.stream import Stream
 from addenda.exceptions import TrainingError
@@ -27,16 +26,11 @@ BASELINES: Mapping[str, Maker] = MappingProxyType({
     "slda": StreamingDiscriminant,
     "nearest-mean": NearestMean,
     "ranpac": RanPAC,
-    "l2p": L2P,
-    "coda-prompt": CodaPrompt,
     "linear-probe": LinearProbe,
     "lora-8": partial(RivalPerTask, "lora-8"),
     "full": partial(RivalPerTask, "full"),
 })  # fmt: skip
 """How each is made; `baseline` knows LoRA of every rank."""
-
-UNVERIFIED = ("l2p", "coda-prompt")
-"""Ports with which no published figure was reproduced."""
 
 _PER_TASK = "forgets nothing either when the task is told: see its price; untold, the most confident task answers"
 _DESCRIBED = {
@@ -48,8 +42,6 @@ _DESCRIBED = {
     "slda": ("streaming LDA", "on the frozen feature"),
     "nearest-mean": ("nearest class mean", "of the frozen feature, by cosine (SimpleCIL)"),
     "ranpac": ("RanPAC", "ridge regression on random features of the frozen one, no first-session adaptation"),
-    "l2p": ("L2P", ""),
-    "coda-prompt": ("CODA-Prompt", ""),
     "linear-probe": ("linear probes", f"one logistic regression on the frozen feature for each task; {_PER_TASK}"),
     "full": ("a model per task", f"fully fine-tuned; {_PER_TASK}"),
 }
@@ -81,16 +73,6 @@ def describe(name: str) -> tuple[str, str]:
     """
     baseline(name)
     return _DESCRIBED.get(name) or ("a LoRA per task", f"of rank {_rank(name)}, by PEFT; {_PER_TASK}")
-
-
-def verified(name: str) -> bool:
-    """Whether a baseline is a library's, or tested against its formula: False for an unverified port.
-
-    Raises:
-        TrainingError: there is none of that name.
-    """
-    baseline(name)
-    return name not in UNVERIFIED
 
 
 def _rank(name: str) -> int:

@@ -22,7 +22,7 @@ class BaselineSettings:
         batch_size: new images in an optimiser step; replay adds as many old ones.
         warmup_steps: steps of linear warm-up before the cosine, in each experience.
         clip_norm: largest norm of the gradient.
-        weight_decay: AdamW's, of all but prompts.
+        weight_decay: AdamW's.
         autocast: whether passes run in bfloat16 where torch's autocast thinks it safe.
         augment: whether fine-tuning draws a fresh view of an image each time, and per-task models keep `views` of it.
         views: random views that per-task models learn from, held in memory.
@@ -35,16 +35,6 @@ class BaselineSettings:
         lwf_temperature: of its softmax.
         replay_images: images in memory, of all experiences together.
         ranpac_width: M, random features. The paper has 10,000; solving takes M^3 operations for each experience.
-        l2p_pool: prompts to choose from.
-        l2p_length: tokens of a prompt.
-        l2p_top: prompts chosen for an image.
-        l2p_matching: weight of the pull between an image and the keys of its prompts.
-        l2p_rate: learning rate.
-        coda_pool: components, split evenly among the experiences.
-        coda_length: tokens of a component: half are keys, half values.
-        coda_layers: blocks, from the first, that get a prompt.
-        coda_orthogonality: weight of the penalty on components that are not orthogonal.
-        coda_rate: learning rate.
     """
 
     epochs: Count = 4
@@ -63,13 +53,3 @@ class BaselineSettings:
     lwf_temperature: Positive = 2.0
     replay_images: Count = 200
     ranpac_width: Count = 2000
-    l2p_pool: Count = 10
-    l2p_length: Count = 5
-    l2p_top: Count = 5
-    l2p_matching: NotNegative = 0.5
-    l2p_rate: Positive = 1.875e-3
-    coda_pool: Count = 100
-    coda_length: Annotated[int, Field(ge=2, multiple_of=2)] = 8
-    coda_layers: Count = 5
-    coda_orthogonality: NotNegative = 0.1
-    coda_rate: Positive = 1e-3
