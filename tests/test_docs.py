@@ -221,9 +221,9 @@ def test_required_options_are_marked() -> None:
 
 @pytest.mark.filterwarnings("ignore")  # Avalanche and what it imports warn while they load
 def test_the_names_of_methods_and_regimes_are_those_that_the_commands_take() -> None:
-    from addenda.benchmarks.continual.methods import BASELINES
-    from addenda.benchmarks.continual.run import OURS
-    from addenda.benchmarks.paper import KNOWN, REGIMES
+    from addenda.benchmarks.baselines.methods import BASELINES
+    from addenda.benchmarks.continual.cell import OURS
+    from addenda.benchmarks.paper.run import KNOWN, REGIMES
     from addenda.commands.bench import METHODS
     from addenda.commands.bench import REGIMES as REGIMES_HELP
 

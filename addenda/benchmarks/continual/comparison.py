@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from addenda.benchmarks.continual.results import Results, read_results
-from addenda.benchmarks.continual.summary import NOTHING, PRICE, QUALITY, Column, Spread, exactness, number, shown
+from addenda.benchmarks.continual.tables import PRICE, QUALITY, Column, exactness
+from addenda.benchmarks.report.spread import NOTHING, Spread, number, shown
+from addenda.benchmarks.report.tables import Table, show
 from addenda.exceptions import DataError
-from addenda.terminal import console, table
+from addenda.terminal import console
 
 
 @dataclass(frozen=True)
@@ -111,16 +113,14 @@ def print_comparison(comparison: Comparison) -> None:
             for i, one in enumerate(mine)
         ]
         rows.append(("", "old tasks' logits", a, b, ""))
-    console.print(table(
-        f"{comparison.stream}: B less A; mean ± standard deviation over seeds",
-        ("method", "figure", "A", "B", "B - A"), rows, right=("A", "B", "B - A"),
-    ))  # fmt: skip
+    title = f"{comparison.stream}: B less A; mean ± standard deviation over seeds"
+    show(title, Table(("method", "figure", "A", "B", "B - A"), rows, num_left=2))
     for run, where, only in (("A", comparison.a, comparison.only_a), ("B", comparison.b, comparison.only_b)):
         text = f"{run}: {where}" + (f"; only there: {', '.join(only)}" if only else "")
         console.print(text, markup=False, highlight=False, soft_wrap=True)
     if comparison.settings:
         settings = [(name, *values) for name, values in comparison.settings.items()]
-        console.print(table("What else differs", ("setting", "A", "B"), settings))
+        show("What else differs", Table(("setting", "A", "B"), settings, num_left=3))
     else:
         console.print("Configuration, environment and numbers of images are the same.")
 

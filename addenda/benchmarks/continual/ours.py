@@ -7,15 +7,15 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from addenda.backbones import FrozenBackbone
-from addenda.benchmarks.continual.method import NEVER, Price, Scores, quiet_evaluator
+from addenda.benchmarks.baselines.method import Method, Price, Scores, quiet_evaluator
 from addenda.benchmarks.continual.stream import Experience, Stream
-from addenda.benchmarks.strategy import Learned, MaskedMemory
+from addenda.benchmarks.strategy import NEVER, Learned, MaskedMemory
 from addenda.combined import Answers, Router, pass_operations, task_cost
 from addenda.learner import LearnConfig
 from addenda.registry import FeatureStatistics, Registry
 
 
-class Masked:
+class Masked(Method):
     """Addenda as a method of the benchmark.
 
     Args:
