@@ -79,7 +79,8 @@ def write_report(cells: Cells, backbone: FrozenBackbone, data: Path, limit: int 
     console.print(f"Written to {out}: paper.md, paper.csv{', paper.png' if compared else ''}.")
 
 
-def _accuracies(plain: Cells) -> str:
+def accuracy_table(plain: Cells) -> Table:
+    """Test accuracy of every regime on every set, with the paper's own rows below."""
     regimes, sets = _regimes(plain), _sets(plain)
     rows = [[name, *(_test(plain, name, regime) for regime in regimes)] for name in sets]
     if len(rows) > 1:
@@ -93,15 +94,10 @@ def _accuracies(plain: Cells) -> str:
         [Markup(f"*{name}* (paper)"), *(f"{row[r]:.1f}" if r in row else "" for r in regimes)]
         for name, row in PAPER.items()
     ]
-    note = (
-        "full, unmasked and lora move the frozen tokens: trained for comparison, never registrable as exact. "
-        "Validation chooses their epoch and learning rate by accuracy, those of the others by loss. The paper's rows: "
-        "ViT-B/32 of ImageNet-21k."
-    )
-    return _section("Test accuracy, %, mean ± standard deviation over seeds.", ("set", *regimes), rows, note)
+    return Table(("set", *regimes), rows)
 
 
-def _shipped(cells: Cells) -> str:
+def shipped_table(cells: Cells) -> Table:
     """What a user gets beside the regression of the same seed, and the standard error of their mean difference."""
     rows = []
     for name in _sets(cells):
@@ -111,14 +107,29 @@ def _shipped(cells: Cells) -> str:
             error = f"{statistics.stdev(gains) / len(gains) ** 0.5:.1f}" if len(gains) > 1 else NOTHING
             row += [_test(cells, name, regime), f"{statistics.mean(gains):+.1f}" if gains else NOTHING, error]
         adapted = _of(cells, set=name, regime="default+adapters")
-        rows.append([*row, f"{sum(cell['chosen'].get('adapter_rank', 0) > 0 for cell in adapted)} of {len(adapted)}"])
+        rows.append(
+            [*row, f"{sum(cell.get('chosen', {}).get('adapter_rank', 0) > 0 for cell in adapted)} of {len(adapted)}"]
+        )
     head = ("set", "regression", "default", "difference", "s.e.", "adapters auto", "difference", "s.e.", "taken")
+    return Table(head, rows)
+
+
+def _accuracies(plain: Cells) -> str:
+    note = (
+        "full, unmasked and lora move the frozen tokens: trained for comparison, never registrable as exact. "
+        "Validation chooses their epoch and learning rate by accuracy, those of the others by loss. The paper's rows: "
+        "ViT-B/32 of ImageNet-21k."
+    )
+    return _section("Test accuracy, %, mean ± standard deviation over seeds.", accuracy_table(plain), note)
+
+
+def _shipped(cells: Cells) -> str:
     note = (
         "As a user gets them: learned from all the images, the validation part too. s.e.: of the mean difference, each "
         "seed's from its own regression on the same images; the test set is one, so what another would say is not in "
         "it."
     )
-    return _section("What `addenda learn` gives, test accuracy in %.", head, rows, note)
+    return _section("What `addenda learn` gives, test accuracy in %.", shipped_table(cells), note)
 
 
 def _training(plain: Cells) -> str:
@@ -137,7 +148,7 @@ def _training(plain: Cells) -> str:
         ])  # fmt: skip
     head = ("regime", "validation, %", "seconds", "images/s", "most often chosen")
     note = "images/s: those that training passed, all learning rates together, by the whole time of a cell."
-    return _section("How they were trained, means over sets and seeds.", head, rows, note)
+    return _section("How they were trained, means over sets and seeds.", Table(head, rows), note)
 
 
 def _pairs(pairs: Cells) -> str:
@@ -156,7 +167,7 @@ def _pairs(pairs: Cells) -> str:
     extended_head = ("set", "extends", "alone, %", "extending, %", "difference", "old logits keep their bits")
     joined_head = ("pair", "set", "alone, %", "together, %", "equal to the last digit", "all logits keep their bits")
     return _section(
-        "Extension: memory-5, with and without sight of an earlier task.", extended_head, extension
+        "Extension: memory-5, with and without sight of an earlier task.", Table(extended_head, extension)
     ) + _section("Concatenation under the mask: both tasks and the extension in one pass.", joined_head, concatenation)
 
 
@@ -171,11 +182,11 @@ def _collapse(joined: Cells) -> str:
     rows += [["(paper)", Markup(f"*iNaturalist* and {i} more"), "50.0", f"{v:.1f}", f"{v - 50:+.1f}"]
              for i, v in enumerate(PAPER_COLLAPSE) if i]  # fmt: skip
     head = ("joined", "set", "alone, %", "joined, %", "difference")
-    return _section("Concatenation WITHOUT the mask, of unmasked-5 trained apart.", head, rows)
+    return _section("Concatenation WITHOUT the mask, of unmasked-5 trained apart.", Table(head, rows))
 
 
-def _section(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") -> str:
-    return f"\n{title}\n\n{markdown(Table(columns, rows))}" + f"\n{note}\n" * bool(note)
+def _section(title: str, table: Table, note: str = "") -> str:
+    return f"\n{title}\n\n{markdown(table)}" + f"\n{note}\n" * bool(note)
 
 
 def _write_csv(cells: Cells, file: Path) -> None:
