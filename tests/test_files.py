@@ -190,7 +190,7 @@ LOOKED_AT = {
     "benchmarks/report/tables.py": "in an output_folder",
     "benchmarks/report/jsonl.py": "adds a line to results in an output_folder",
     "benchmarks/demo.py": "in a temporary folder",
-    "benchmarks/serving/run.py": "in a temporary folder",
+    "benchmarks/serving/server.py": "in a temporary folder",
     "serving/bodies.py": "a bundle, in the temporary folder of its request",
 }
 """Modules that write or delete files, each of which was looked at: is it Addenda's own, whole, and no link's end?"""

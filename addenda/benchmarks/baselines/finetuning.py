@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from addenda.backbones import FrozenBackbone
 from addenda.benchmarks.baselines.method import OneHead, quiet_evaluator
-from addenda.benchmarks.baselines.regimes import EVALUATION_BATCH
+from addenda.benchmarks.baselines.regimes import EVALUATION_BATCH, batches
 from addenda.benchmarks.baselines.settings import BaselineSettings
 from addenda.benchmarks.strategy import NEVER
 from addenda.learner.augmentation import Augmentation, augment
@@ -90,9 +90,8 @@ class FineTuning(OneHead):
     @torch.no_grad()
     def _logits(self, images: LabelledImages) -> Float[Tensor, "N C"]:
         self._model.eval()
-        rows = torch.arange(len(images), dtype=torch.int64, device="cpu").split(EVALUATION_BATCH)
-        batches = (images.select(part.tolist()).read_all(self.backbone).to(self.backbone.device) for part in rows)
-        return torch.cat([self._model(pixels).cpu() for pixels in batches])
+        pixels = batches(images, self.backbone, EVALUATION_BATCH)
+        return torch.cat([self._model(part.to(self.backbone.device)).cpu() for part in pixels])
 
     def _plugin(self, kind: type) -> Any:
         return next((plugin for plugin in self._strategy.plugins if isinstance(plugin, kind)), None)

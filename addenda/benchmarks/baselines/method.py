@@ -72,7 +72,6 @@ class Baseline(Method):
 
     Attributes:
         name: as `--methods` has it.
-        stream: to be learned.
         backbone: where it starts; it stays as it is.
         settings: how it learns.
         seed: of all that is random.

@@ -8,7 +8,7 @@ sure of itself and its loss rises while its accuracy still does. None can be reg
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -361,6 +361,12 @@ def _low_rank(model: nn.Module, rank: int) -> nn.Module:
 def _unmasked_task(name: str, backbone: FrozenBackbone, labels: tuple[str, ...], tensors: Tensors) -> Task:
     """What DenseMask is made of; its tensors mean nothing under the mask, so no one else gets it."""
     return Task(name=name, backbone=backbone.fingerprint, labels=labels, **as_fields(tensors))
+
+
+def batches(images: LabelledImages, backbone: FrozenBackbone, size: int) -> Iterator[Float[Tensor, "B 3 H W"]]:
+    """Images as the backbone takes them, so many at a time."""
+    for rows in torch.arange(len(images), dtype=torch.int64, device="cpu").split(size):
+        yield images.select(rows.tolist()).read_all(backbone)
 
 
 @torch.no_grad()

@@ -56,11 +56,8 @@ class Run:
     """One method with one seed.
 
     Attributes:
-        config: of the run.
-        backbone: the frozen backbone.
         stream: with this seed.
         images: fingerprints of its images, which the cell's key depends on.
-        name: of the method.
         seed: of everything random.
         out: the run's folder.
     """

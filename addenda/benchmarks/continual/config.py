@@ -42,7 +42,6 @@ class StreamConfig(BaseModel):
     """A stream, what learns it, and what its file says of a run of it.
 
     Attributes:
-        name: what it is called.
         about: one line for people.
         command: what runs it.
         hardware: what it was run on.
@@ -50,7 +49,6 @@ class StreamConfig(BaseModel):
         expected: what came out for Addenda: a metric's name and its value in %. `read_config` leaves it out where it is
             told to run the stream otherwise.
         expected_with: settings that were given for this, beside the file's own.
-        backbone: the frozen backbone.
         data: where the images come from.
         download: whether missing images may be fetched, from those sources that can.
         limit: training images of an experience at most, drawn class by class; None takes all.

@@ -40,12 +40,7 @@ class Drawn(NamedTuple):
 
 
 def write_report(results: Results, folder: Path) -> None:
-    """Writes results.json, report.md, its pictures and report.html.
-
-    Args:
-        results: of a whole run.
-        folder: is made where it is missing.
-    """
+    """Writes results.json, report.md, its pictures and report.html into a folder, which is made where it is missing."""
     folder.mkdir(parents=True, exist_ok=True)
     values = results.to_json()
     write_json(folder / FILE, values)

@@ -128,7 +128,6 @@ class Results:
     """A whole run.
 
     Attributes:
-        stream: name of the stream.
         command: the command line that made it; empty where it was made in Python.
         hardware: the machine, its device and threads, in words.
         expected: what the stream's file says should come out for Addenda; empty where the stream was run otherwise.

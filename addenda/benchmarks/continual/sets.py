@@ -19,7 +19,6 @@ class ImageSet:
     """A set of images.
 
     Attributes:
-        name: what it is called.
         train: images to learn from.
         test: images to be tested on, of the same classes or of fewer.
     """

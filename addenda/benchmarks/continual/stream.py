@@ -42,8 +42,6 @@ class Stream:
     """A stream.
 
     Attributes:
-        name: what it is called.
-        labels: names of all its classes.
         experiences: in the order in which they come.
     """
 

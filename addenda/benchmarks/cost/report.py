@@ -21,7 +21,6 @@ class Row:
     """One way to answer, measured.
 
     Attributes:
-        backbone: timm name.
         what: the way.
         num_tasks: tasks answered.
         num_images: images in the call.

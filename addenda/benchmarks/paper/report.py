@@ -47,15 +47,7 @@ Cells = Sequence[Mapping[str, Any]]
 
 
 def write_report(cells: Cells, backbone: FrozenBackbone, data: Path, limit: int | None, out: Path) -> None:
-    """Writes paper.md, paper.csv and paper.png, and prints the first.
-
-    Args:
-        cells: of one comparison.
-        backbone: that they were made on.
-        data: the folder of the sets.
-        limit: training images of a set.
-        out: the folder to write to.
-    """
+    """Writes paper.md, paper.csv and paper.png, and prints the first."""
     plain = [cell for cell in cells if cell["regime"] not in (PAIRS, COLLAPSE)]
     compared = [cell for cell in plain if cell["regime"] not in AS_SHIPPED]
     sizes = "all training images of a set" if limit is None else f"{limit} training images of a set, drawn by the seed"
@@ -166,9 +158,10 @@ def _pairs(pairs: Cells) -> str:
             concatenation.append([place, name, _spread(by), _spread(among), same, identical])
     extended_head = ("set", "extends", "alone, %", "extending, %", "difference", "old logits keep their bits")
     joined_head = ("pair", "set", "alone, %", "together, %", "equal to the last digit", "all logits keep their bits")
-    return _section(
-        "Extension: memory-5, with and without sight of an earlier task.", Table(extended_head, extension)
-    ) + _section("Concatenation under the mask: both tasks and the extension in one pass.", joined_head, concatenation)
+    extension_title = "Extension: memory-5, with and without sight of an earlier task."
+    joined_title = "Concatenation under the mask: both tasks and the extension in one pass."
+    parts = (extension_title, Table(extended_head, extension)), (joined_title, Table(joined_head, concatenation))
+    return "".join(_section(title, table) for title, table in parts)
 
 
 def _collapse(joined: Cells) -> str:

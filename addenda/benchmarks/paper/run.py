@@ -20,6 +20,7 @@ from addenda.benchmarks.baselines.regimes import (
     AS_SHIPPED,
     REGISTRABLE,
     RivalConfig,
+    batches,
     is_rival,
     joined_accuracies,
     regime_config,
@@ -56,7 +57,6 @@ class Comparison:
     """What is compared, and how.
 
     Attributes:
-        backbone: for all.
         data: a folder of data sets, each with train/ and test/.
         limit: training images of a set, drawn class by class; None takes all.
         ours: settings of the registrable regimes, less those that the regime and the seed say.
@@ -270,7 +270,7 @@ class _Run:
     def _answer(self, tasks: Sequence[Task], test: LabelledImages) -> dict[str, Tensor]:
         """Logits of some tasks on all test images, in one pass."""
         model = CombinedModel(self.backbone, tasks)
-        parts = [model(part) for part in test.read_all(self.backbone).split(model.micro_batch)]
+        parts = [model(part) for part in batches(test, self.backbone, model.micro_batch)]
         return {task.name: torch.cat([part[task.name].cpu() for part in parts]) for task in tasks}
 
     def _cell(self, place: str, seed: int, regime: str) -> dict[str, Any]:

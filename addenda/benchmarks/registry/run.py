@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from addenda.backbones import FrozenBackbone
 from addenda.benchmarks.cost.interleaving import Run, interleave
+from addenda.benchmarks.cost.run import random_task
 from addenda.benchmarks.registry.filling import database_version, disk_bytes, fill
 from addenda.benchmarks.report.measured import Figure, write
 from addenda.combined import feature_statistics, numerics, numerics_fingerprint, tensor_digest
@@ -30,7 +31,7 @@ from addenda.learner.metrics import score
 from addenda.registry import FeatureStatistics, Golden, Registry, Task, TaskFilter
 from addenda.terminal import progress
 
-MEMORY, IMAGES, PAGE = 5, 500, 100
+IMAGES, PAGE = 500, 100
 LABELS = tuple(f"class {number}" for number in range(10))
 REGISTER_PER_S, LOAD_MS_EACH, PAGE_MS = 100, 2, 50
 CHUNKS = 20
@@ -65,7 +66,7 @@ def run_registry(
         num_tasks, num_listed = min(num_tasks, 100), min(num_listed, 5000)
     if out is not None:
         output_folder(out)
-    described, figures = numerics(backbone), []
+    device, figures = numerics(backbone)["device"], []
     with tempfile.TemporaryDirectory(dir=out) as folder, ExitStack() as stack, progress() as report:
         places = [f"{folder}/registry.db", *locations]
         opened = [stack.enter_context(Registry.open(place)) for place in places]
@@ -76,106 +77,93 @@ def run_registry(
                     "fills it: give an empty database."
                 )
         for registry, place in zip(opened, places, strict=True):
-            rounds = 5 if quick else 20
-            figures += _measure(registry, place, backbone, described, num_tasks, num_listed, rounds, report)
+            figures += _Bench(registry, place, backbone, num_tasks, num_listed, 5 if quick else 20, report).measure()
     details = {
         "command": f"addenda bench registry --tasks {num_tasks} --listed {num_listed}"
         + " --registry URL" * len(locations),
         "backbone": backbone.name,
-        "device": described["device"],
+        "device": device,
         "num_tasks": num_tasks,
         "num_listed": num_listed,
     }
-    title = f"{num_tasks:,} tasks of {backbone.name}, {num_listed:,} more listed; {described['device']}"
+    title = f"{num_tasks:,} tasks of {backbone.name}, {num_listed:,} more listed; {device}"
     write("registry", title, figures, details, out)
     return figures
 
 
-def _measure(
-    registry: Registry,
-    location: str,
-    backbone: FrozenBackbone,
-    described: dict[str, Any],
-    num_tasks: int,
-    num_listed: int,
-    rounds: int,
-    report: Report,
-) -> list[Figure]:
-    name, record = database_version(registry), backbone.record()
-    others = [f"{number:064x}" for number in range(1, 5)]
-    for fingerprint in (backbone.fingerprint, *others):
-        registry.add_backbone({**record, "fingerprint": fingerprint})
-    noise, figures = torch.Generator().manual_seed(0), []
-    sums = feature_statistics(
-        torch.randn(IMAGES, backbone.embed_dim, generator=noise, dtype=torch.float32, device="cpu"),
-        torch.arange(IMAGES, dtype=torch.int64, device="cpu") % len(LABELS),
-        len(LABELS),
-    )
-    for kept in (None, sums):
-        before, seconds = disk_bytes(registry), []
-        for number in range(num_tasks // 2):
-            seconds.append(_register(registry, backbone, described, number, kept, noise))
-            report(f"{name}: registering, statistics {kept is not None}", number + 1, num_tasks // 2)
-        what = "registered without statistics" if kept is None else "registered with statistics"
-        weight = (disk_bytes(registry) - before) / len(seconds) / 1000
-        size = -(-len(seconds) // CHUNKS)
-        chunks = [seconds[start : start + size] for start in range(0, len(seconds), size)]
+@dataclass
+class _Bench:
+    """One database, and how much is measured of it."""
+
+    registry: Registry
+    location: str
+    backbone: FrozenBackbone
+    num_tasks: int
+    num_listed: int
+    rounds: int
+    report: Report
+
+    def measure(self) -> list[Figure]:
+        """Everything, in order: the tasks registered first are those that are loaded and listed."""
+        registry, rounds, report = self.registry, self.rounds, self.report
+        self.name, self.described = database_version(registry), numerics(self.backbone)
+        others = [f"{number:064x}" for number in range(1, 5)]
+        for fingerprint in (self.backbone.fingerprint, *others):
+            registry.add_backbone({**self.backbone.record(), "fingerprint": fingerprint})
+        targets = torch.arange(IMAGES, dtype=torch.int64, device="cpu") % len(LABELS)
+        sums = feature_statistics(_normal(0, IMAGES, self.backbone.embed_dim), targets, len(LABELS))
+        figures = [*self._registering(None), *self._registering(sums)]
+        report(f"{self.name}: filling the list", 0, 1)
+        fill(registry, _small_task(), others, self.num_listed)
+        report(f"{self.name}: filling the list", 1, 1)
+        cpu = torch.device("cpu")
+        loads = interleave({"load": lambda: registry.load(self.backbone)}, max(3, rounds // 4), cpu)["load"]
+        target = LOAD_MS_EACH * self.num_tasks / 1000
+        figures.append(self._figure(f"{self.num_tasks:,} tasks read and hashed", "s", loads, target))
+        for what, seconds in interleave(_pages(registry, others[1], self.num_listed), rounds, cpu).items():
+            figures.append(self._figure(f"page: {what}", "ms", [1000 * value for value in seconds], PAGE_MS))
+        report(f"{self.name}: waiting for changes", 0, 1)
+        noticed = [1000 * value for value in _notice(registry, self.location, rounds)]
+        report(f"{self.name}: waiting for changes", 1, 1)
+        return [*figures, self._figure("a change noticed by wait()", "ms", noticed)]
+
+    def _figure(
+        self, what: str, unit: str, values: Sequence[float], target: float | None = None, **more: Any
+    ) -> Figure:
+        return Figure.of_rounds(self.name, what, unit, values, target, **more)
+
+    def _registering(self, kept: FeatureStatistics | None) -> Iterator[Figure]:
+        """Half of the tasks, with statistics of their images or without."""
+        before, seconds, count = disk_bytes(self.registry), [], self.num_tasks // 2
+        for number in range(count):
+            seconds.append(self._register(number, kept))
+            self.report(f"{self.name}: registering, statistics {kept is not None}", number + 1, count)
+        what = f"registered with{'out' if kept is None else ''} statistics"
+        weight = (disk_bytes(self.registry) - before) / count / 1000
+        size = -(-count // CHUNKS)
+        chunks = [seconds[start : start + size] for start in range(0, count, size)]
         rates = [len(chunk) / sum(chunk) for chunk in chunks]
-        figures += [
-            Figure.of_rounds(name, what, "per s", rates, REGISTER_PER_S, more=True),
-            Figure(name, f"a task {what}, on disk", "kB", weight),
-        ]
-        if "://" not in location:  # what no database can beat that logs each change before it makes it
-            rates = _disk_alone(Path(location).parent, int(1000 * weight))
-            figures.append(Figure.of_rounds(name, "these bytes twice, the disk alone", "per s", rates, None))
-    report(f"{name}: filling the list", 0, 1)
-    fill(registry, _small_task(), others, num_listed)
-    report(f"{name}: filling the list", 1, 1)
-    loads = interleave({"load": lambda: registry.load(backbone)}, max(3, rounds // 4), torch.device("cpu"))["load"]
-    target = LOAD_MS_EACH * num_tasks / 1000
-    figures.append(Figure.of_rounds(name, f"{num_tasks:,} tasks read and hashed", "s", loads, target))
-    pages = interleave(_pages(registry, others[1], num_listed), rounds, torch.device("cpu"))
-    figures += [
-        Figure.of_rounds(name, f"page: {what}", "ms", [1000 * value for value in seconds], PAGE_MS)
-        for what, seconds in pages.items()
-    ]
-    report(f"{name}: waiting for changes", 0, 1)
-    noticed = [1000 * value for value in _notice(registry, location, rounds)]
-    report(f"{name}: waiting for changes", 1, 1)
-    return [*figures, Figure.of_rounds(name, "a change noticed by wait()", "ms", noticed, None)]
+        yield self._figure(what, "per s", rates, REGISTER_PER_S, more=True)
+        yield Figure(self.name, f"a task {what}, on disk", "kB", weight)
+        if "://" not in self.location:  # what no database can beat that logs each change before it makes it
+            rates = _disk_alone(Path(self.location).parent, int(1000 * weight))
+            yield self._figure("these bytes twice, the disk alone", "per s", rates)
+
+    def _register(self, number: int, kept: FeatureStatistics | None) -> float:
+        """Seconds that one registration takes, of content that nothing was computed of before."""
+        place = number if kept is None else self.num_tasks + number
+        logits = _normal(place, NUM_PROBES, len(LABELS))
+        probe = Golden(self.described, numerics_fingerprint(self.described), logits, tensor_digest(logits))
+        statistics = None if kept is None else replace(kept, sums=_normal(place, *kept.sums.shape))
+        name = f"{'plain' if kept is None else 'known'}-{number}"
+        task = replace(random_task(self.backbone, place), name=name, labels=LABELS, **_told())
+        start = time.perf_counter()
+        self.registry.register(task, probe, statistics)
+        return time.perf_counter() - start
 
 
-def _register(
-    registry: Registry,
-    backbone: FrozenBackbone,
-    described: dict[str, Any],
-    number: int,
-    kept: FeatureStatistics | None,
-    noise: torch.Generator,
-) -> float:
-    """Seconds that one registration takes, of content that nothing was computed of before."""
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=noise, dtype=torch.float32, device="cpu")
-
-    count, width = len(LABELS), backbone.embed_dim
-    logits = normal(NUM_PROBES, count)
-    probe = Golden(described, numerics_fingerprint(described), logits, tensor_digest(logits))
-    statistics = None if kept is None else replace(kept, sums=normal(*kept.sums.shape))
-    task = Task(
-        name=f"{'plain' if kept is None else 'known'}-{number}",
-        backbone=backbone.fingerprint,
-        labels=LABELS,
-        class_token=normal(width),
-        memory=normal(backbone.depth, MEMORY, width),
-        head_weight=normal(count, width),
-        head_bias=normal(count),
-        pooled_weight=normal(count, width),
-        **_told(),
-    )
-    start = time.perf_counter()
-    registry.register(task, probe, statistics)
-    return time.perf_counter() - start
+def _normal(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32, device="cpu")
 
 
 def _disk_alone(folder: Path, num_bytes: int) -> list[float]:
@@ -194,12 +182,8 @@ def _disk_alone(folder: Path, num_bytes: int) -> list[float]:
 
 def _told() -> dict[str, Any]:
     """What a learned task's row tells of it, as wide as that of a real one."""
-    noise = torch.Generator().manual_seed(0)
-    logits, targets = (
-        torch.randn(IMAGES, len(LABELS), generator=noise, dtype=torch.float32, device="cpu"),
-        torch.arange(IMAGES, dtype=torch.int64, device="cpu") % len(LABELS),
-    )
-    measured = score(logits, targets, LABELS, "single-label")
+    targets = torch.arange(IMAGES, dtype=torch.int64, device="cpu") % len(LABELS)
+    measured = score(_normal(0, IMAGES, len(LABELS)), targets, LABELS, "single-label")
     return {
         "config": LearnConfig().to_json(),
         "metrics": {"regression": {"validation": measured, "test": measured}, "validation": measured, "test": measured},

@@ -15,13 +15,7 @@ from addenda.benchmarks.report.tables import escaped, markdown
 
 
 def write_pages(name: str, content: Mapping[str, Any], folder: Path) -> None:
-    """Writes report.md and report.html.
-
-    Args:
-        name: of the templates.
-        content: what both show.
-        folder: to write to.
-    """
+    """Writes report.md and report.html, which show the same, by the templates of a name."""
     for kind in ("md", "html"):
         # Markdown is escaped by `finalize`, before HTML's own way, which leaves Markup alone.
         made = Environment(

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import http.client
 import io
-import json
 import math
 import os
-import re
 import statistics
-import subprocess
-import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,16 +23,13 @@ from addenda.backbones import FrozenBackbone
 from addenda.benchmarks.cost.run import random_task
 from addenda.benchmarks.report.measured import Figure, write
 from addenda.benchmarks.serving.load import Measured
-from addenda.combined import CombinedModel, micro_batch, numerics, numerics_fingerprint, tensor_digest
+from addenda.benchmarks.serving.server import Server, generator, goldens, served
+from addenda.combined import CombinedModel, micro_batch, numerics
 from addenda.combined.probes import probe_images
-from addenda.exceptions import AddendaError
 from addenda.files import output_folder
-from addenda.registry import Golden, Registry, Task
+from addenda.registry import Golden, Task
 from addenda.terminal import progress
 
-SERVER = (sys.executable, "-m", "addenda.cli", "serve")
-GENERATOR = (sys.executable, "-m", "addenda.benchmarks.serving.load")
-PREDICT = "/api/v1/predict"
 SHARES = (0.5, 0.7, 0.9)
 """Of the capacity, at which requests arrive in the open loop."""
 THROUGHPUT, P99_RATIO, SERVED_S, GROWTH = 0.85, 1.2, 2, 1.05
@@ -78,8 +72,8 @@ def run_serving(
     if quick:
         seconds, rounds, cycles = min(seconds, 2), 2, min(cycles, 20)
     figures: list[Figure] = []
-    with tempfile.TemporaryDirectory() as folder, _generator() as load, progress() as report:
-        bench = _Bench(backbone, weights, Path(folder), load, seconds, rounds)
+    with tempfile.TemporaryDirectory() as folder, generator() as load, progress() as report:
+        bench = _Bench(backbone, load, partial(served, backbone, weights, Path(folder)), seconds, rounds)
         if ray is not None:
             figures += bench.replicas(ray, counts, replicas, report)
         else:
@@ -106,25 +100,24 @@ def run_serving(
     return figures
 
 
+@dataclass
 class _Bench:
-    def __init__(
-        self,
-        backbone: FrozenBackbone,
-        weights: Path | None,
-        folder: Path,
-        load: Callable[..., Measured],
-        seconds: float,
-        rounds: int,
-    ) -> None:
-        self.backbone, self.weights, self.folder, self._load = backbone, weights, folder, load
-        self.seconds, self.rounds = seconds, rounds
-        _, height, width = backbone.preprocessing["input_size"]
-        self.images = [_image(number, width, height) for number in range(16)]
-        self._clients = 3 * micro_batch(backbone.device)
+    backbone: FrozenBackbone
+    load: Callable[..., Measured]
+    served: Callable[..., AbstractContextManager[Server]]
+    seconds: float
+    rounds: int
+
+    def __post_init__(self) -> None:
+        _, height, width = self.backbone.preprocessing["input_size"]
+        self.images, at_once = (
+            [_image(number, width, height) for number in range(16)],
+            micro_batch(self.backbone.device),
+        )
+        self._clients = 3 * at_once
         """Connections of a closed loop, a server: two full passes wait behind the one at work."""
-        self.batch = probe_images(backbone)[
-            torch.arange(micro_batch(backbone.device), dtype=torch.int64, device="cpu") % len(probe_images(backbone))
-        ]
+        probes = probe_images(self.backbone)
+        self.batch = torch.cat([probes] * -(-at_once // len(probes)))[:at_once]
 
     def throughput(self, count: int) -> list[Figure]:
         """A server of so many tasks: closed loop beside the bare model, then open loop."""
@@ -133,12 +126,12 @@ class _Bench:
         clients = self._clients
         rates: dict[str, list[float]] = {"bare": [], "combined": [], "served": []}
         failed = 0
-        with self._served(tasks) as server:
-            self._load(server, self.images, seconds=min(2, self.seconds), clients=clients)
+        with self.served(tasks) as server:
+            self.load(server, self.images, seconds=min(2, self.seconds), clients=clients)
             for _ in range(self.rounds):
                 rates["bare"].append(self._alone(lambda: self.backbone.backbone_logits(self.batch)))
                 rates["combined"].append(self._alone(lambda: model(self.batch)))
-                closed = self._load(server, self.images, seconds=self.seconds, clients=clients)
+                closed = self._closed(server, clients)
                 rates["served"].append(closed.rate)
                 failed += closed.num_failed
             shares = [served / bare for served, bare in zip(rates["served"], rates["bare"], strict=True)]
@@ -160,8 +153,8 @@ class _Bench:
     def changes(self, cycles: int) -> list[Figure]:
         """A server whose registry changes: latency and failures, time until a task is served, and memory."""
         group = f"{CHANGED} tasks, changing"
-        with self._served([random_task(self.backbone, number) for number in range(CHANGED)]) as server:
-            rate = SHARES[0] * self._load(server, self.images, seconds=self.seconds, clients=self._clients).rate
+        with self.served([random_task(self.backbone, number) for number in range(CHANGED)]) as server:
+            rate = SHARES[0] * self._closed(server, self._clients).rate
             fresh = self._fresh(CHANGED)
             quiet: list[Measured] = []
             busy: list[Measured] = []
@@ -224,10 +217,10 @@ class _Bench:
         for count in counts:
             clients, rates, failed = self._clients * count, [], 0
             options = ("--ray", ray, "--replicas", str(count), "--cpus", str(cpus), "--drain", "0")
-            with self._served(tasks, *options, ready=f" with {count} replica") as server:
-                self._load(server, self.images, seconds=min(2, self.seconds), clients=clients)
+            with self.served(tasks, *options, ready=f" with {count} replica") as server:
+                self.load(server, self.images, seconds=min(2, self.seconds), clients=clients)
                 for _ in range(self.rounds):
-                    closed = self._load(server, self.images, seconds=self.seconds, clients=clients)
+                    closed = self._closed(server, clients)
                     rates.append(closed.rate)
                     failed += closed.num_failed
                 all_memory.append(server.memory_mb())
@@ -243,8 +236,11 @@ class _Bench:
             ]
         return figures, 1 / statistics.median(all_rates[0]), all_memory[0]
 
-    def _open(self, server: _Server, rate: float, seed: int) -> Measured:
-        return self._load(server, self.images, seconds=self.seconds, rate=rate, seed=seed)
+    def _closed(self, server: Server, clients: int) -> Measured:
+        return self.load(server, self.images, seconds=self.seconds, clients=clients)
+
+    def _open(self, server: Server, rate: float, seed: int) -> Measured:
+        return self.load(server, self.images, seconds=self.seconds, rate=rate, seed=seed)
 
     def _alone(self, run: Callable[[], object]) -> float:
         """Images a second of a call that takes the canonical micro-batch."""
@@ -261,110 +257,8 @@ class _Bench:
         """Tasks that nobody has seen, with their golden probes, without end."""
         while True:
             tasks = [random_task(self.backbone, number) for number in range(start, start + at_once)]
-            yield from zip(tasks, _goldens(self.backbone, tasks), strict=True)
+            yield from zip(tasks, goldens(self.backbone, tasks), strict=True)
             start += at_once
-
-    @contextmanager
-    def _served(self, tasks: Sequence[Task], *options: str, ready: str = "") -> Iterator[_Server]:
-        """A server of a new registry of these tasks, which says `ready` behind its address."""
-        with tempfile.TemporaryDirectory(dir=self.folder) as folder, ExitStack() as stack:
-            registry = stack.enter_context(Registry.open(f"{folder}/tasks.db"))
-            registry.add_backbone(self.backbone.record())
-            for task, golden in zip(tasks, _goldens(self.backbone, tasks), strict=True):
-                registry.register(task, golden)
-            weights = () if self.weights is None else ("--weights", str(self.weights.resolve()))
-            command = (*SERVER, "--registry", f"{folder}/tasks.db", "--port", "0", "--keys", f"{folder}/keys.json")
-            log = stack.enter_context(open(f"{folder}/log", "w+"))
-            process = subprocess.Popen(
-                (*command, "--log-level", "error", "--device", str(self.backbone.device), *weights, *options),
-                stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-            )  # fmt: skip
-            try:
-                yield _Server(process, registry, Path(log.name), len(tasks), ready)
-            finally:
-                process.terminate()
-                process.wait()
-
-
-class _Server:
-    """A process that serves a registry."""
-
-    def __init__(
-        self, process: subprocess.Popen[bytes], registry: Registry, log: Path, num_tasks: int, ready: str
-    ) -> None:
-        self._registry, start = registry, time.perf_counter()
-        while (found := re.search(rf" on http://([\d.]+):(\d+){ready}", log.read_text())) is None:
-            if process.poll() is not None:
-                raise AddendaError(f"The server did not start: {log.read_text()[-500:]}")
-            time.sleep(0.05)
-        self.host, self.port = found[1], int(found[2])
-        while self._tasks() != num_tasks:
-            time.sleep(0.05)
-        self.started_s = time.perf_counter() - start
-
-    def change(self, *tasks: tuple[Task, Golden]) -> list[float]:
-        """Registers tasks and retires them, one after the other; seconds until each was served."""
-        seconds, before = [], self._tasks()
-        for task, golden in tasks:
-            start = time.perf_counter()
-            registered = self._registry.register(task, golden)
-            while self._tasks() == before:
-                time.sleep(0.01)
-            seconds.append(time.perf_counter() - start)
-            self._registry.retire(registered.ref)
-            while self._tasks() != before:
-                time.sleep(0.01)
-        return seconds
-
-    def memory_mb(self) -> float:
-        """What the process that answers holds in memory; NaN elsewhere than on Linux, where it tells none."""
-        return self._metric("process_resident_memory_bytes", float("nan")) / 1e6
-
-    def _tasks(self) -> int:
-        """How many tasks are served; -1 before it answers."""
-        try:
-            return int(self._metric("addenda_tasks", -1))
-        except ConnectionError:
-            return -1
-
-    def _metric(self, name: str, untold: float) -> float:
-        """A number of its metrics."""
-        connection = http.client.HTTPConnection(self.host, self.port, timeout=60)
-        try:
-            connection.request("GET", "/metrics")
-            found = re.search(rf"^{name} (\S+)", connection.getresponse().read().decode(), re.MULTILINE)
-            return float(found[1]) if found else untold
-        finally:
-            connection.close()
-
-
-@contextmanager
-def _generator() -> Iterator[Callable[..., Measured]]:
-    """The process that makes load; called with a server, images, and what `serving_load.Generator` takes."""
-    with subprocess.Popen(GENERATOR, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        stdin, stdout = process.stdin, process.stdout
-
-        def load(server: _Server, images: Sequence[bytes], **how: float) -> Measured:
-            head = f"POST {PREDICT} HTTP/1.1\r\nHost: {server.host}:{server.port}\r\nContent-Type: image/jpeg\r\n"
-            requests = [f"{head}Content-Length: {len(image)}\r\n\r\n".encode() + image for image in images]
-            order = {"host": server.host, "port": server.port, "requests": [one.hex() for one in requests], **how}
-            stdin.write(json.dumps(order) + "\n")
-            stdin.flush()
-            return Measured(**json.loads(stdout.readline()))
-
-        yield load
-        stdin.close()
-
-
-def _goldens(backbone: FrozenBackbone, tasks: Sequence[Task]) -> list[Golden]:
-    """Golden probes of many tasks in one pass, whose bits are those that each has alone."""
-    described = numerics(backbone)
-    under = numerics_fingerprint(described)
-    found = CombinedModel(backbone, tasks)(probe_images(backbone))
-    logits = [found[task.name].cpu() for task in tasks]
-    return [Golden(described, under, values, tensor_digest(values)) for values in logits]
 
 
 def _image(number: int, width: int, height: int) -> bytes:

@@ -6,8 +6,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from addenda.backbones import FrozenBackbone
-from addenda.benchmarks.baselines.dense_mask import DENSE_NAMES, DenseMask
+from addenda.benchmarks.baselines.regimes import batches
 from addenda.benchmarks.cost.interleaving import interleave
 from addenda.benchmarks.report.measured import Figure, write
+from addenda.benchmarks.training.dense import DenseTraining, Setting, as_task
 from addenda.benchmarks.training.peak_memory import peak_bytes
 from addenda.benchmarks.training.report import summary, title
 from addenda.combined import CombinedModel, micro_batch, numerics, task_cost
@@ -26,12 +26,11 @@ from addenda.exceptions import DataError
 from addenda.files import output_folder
 from addenda.learner import ActivationCache, LearnConfig
 from addenda.learner.activations import Activations
-from addenda.learner.candidates import HEAD_WEIGHTS, Candidate, as_fields, first_tensors
+from addenda.learner.candidates import first_tensors
 from addenda.learner.data import LabelledImages, check_same_labels, has_test_part, open_images
-from addenda.learner.objectives import loss
-from addenda.learner.regression import Regression, choose_strength, fit_regression
+from addenda.learner.metrics import accuracy
+from addenda.learner.regression import choose_strength, fit_regression
 from addenda.learner.training import Trainer
-from addenda.registry import Task
 from addenda.terminal import console, progress
 
 MEMORY = 5
@@ -40,88 +39,6 @@ STOCK_IMAGES = 64
 EPOCHS = 100
 CLOSE = 0.5
 GROUP = "learning a task"
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What all measurements share.
-
-    Attributes:
-        backbone: the frozen backbone.
-        images: the training images.
-        activations: what is kept of them.
-        regression: where everything starts.
-        config: of one candidate.
-        fill_s: what filling the cache took, reading of the images included.
-    """
-
-    backbone: FrozenBackbone
-    images: LabelledImages
-    activations: Activations
-    regression: Regression
-    config: LearnConfig
-    fill_s: float
-
-    @property
-    def penalty(self) -> float:
-        """Of the head's weights, as the Trainer weighs it."""
-        return 1 / (self.regression.strength * len(self.activations))
-
-    @property
-    def num_steps(self) -> int:
-        """Steps in an epoch."""
-        return -(-len(self.activations) // self.config.batch_size)
-
-    def train(self, trainer: Trainer, config: LearnConfig, epochs: int, count: int | None = None) -> list[Candidate]:
-        """Trains the candidates of a config for some epochs of its schedule, on all images or the first few."""
-        rows = torch.arange(count or len(self.activations), dtype=torch.int64, device="cpu")
-        nothing = torch.empty(0, dtype=torch.long, device="cpu")
-        return trainer.run(self.regression, config.candidates, rows, nothing, epochs, None, "refit")[0]
-
-    def pixels(self, rows: Sequence[int]) -> Tensor:
-        """Some of the images as the backbone takes them."""
-        return torch.stack([self.images.read(row, self.backbone) for row in rows])
-
-
-class DenseTraining:
-    """The same task trained through the dense mask: same start, order of images, loss, optimiser and schedule.
-
-    Args:
-        setting: what it shares with cached training.
-    """
-
-    def __init__(self, setting: Setting) -> None:
-        backbone, config = setting.backbone, setting.config
-        (settings,) = config.candidates
-        first = first_tensors(backbone, setting.regression, settings, config.memory_std)
-        self._setting = setting
-        self._order = Trainer(setting.activations, [], config)._order
-        self._candidate = Candidate(settings, first, config, setting.num_steps * config.epochs, backbone.device)
-        self._model = DenseMask(backbone, [as_task(setting, "dense", first)])
-        learned = dict(self._model.named_parameters())
-        held = {name: learned[own] for name, own in DENSE_NAMES.items()}
-        self._parameters = [held[name] for name in self._candidate.tensors]
-        self._head = [held[name] for name in HEAD_WEIGHTS]
-        for parameter, tensor in zip(self._parameters, self._candidate.tensors.values(), strict=True):
-            parameter.data = tensor.data  # the candidate's optimiser moves both
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """The task's tensors as they are now."""
-        return self._candidate.snapshot()
-
-    def batches(self, epoch: int) -> Iterator[Tensor]:
-        """Rows of the images of each step."""
-        order, _ = self._order(torch.arange(len(self._setting.activations), dtype=torch.int64, device="cpu"), epoch)
-        yield from order.split(self._setting.config.batch_size)
-
-    def step(self, images: Tensor, rows: Tensor) -> None:
-        """One optimiser step on some images."""
-        activations = self._setting.activations
-        targets = activations.targets[rows].to(self._setting.backbone.device)
-        mean = loss(self._model(images)["dense"], targets, activations.objective)
-        penalty = self._setting.penalty * torch.stack([weight.square().sum() for weight in self._head]).sum()
-        self._candidate.step(torch.autograd.grad(mean + penalty, self._parameters))
 
 
 def run_training(
@@ -233,14 +150,14 @@ def _measure(
                 epoch * setting.num_steps + step + 1,
                 dense_epochs * setting.num_steps,
             )
-    accuracy = _accuracies(
+    reached = _accuracies(
         setting, test,
         {
             "start": first_tensors(backbone, setting.regression, config.candidates[0], config.memory_std),
             "cached": equal.snapshot(), "dense": dense.tensors, "learned": learned.snapshot(),
         },
     )  # fmt: skip
-    apart = 100 * (accuracy["cached"] - accuracy["dense"])
+    apart = 100 * (reached["cached"] - reached["dense"])
     memory = _memory(setting, several, batch, rows)
 
     operations = task_cost(backbone, MEMORY)
@@ -270,7 +187,7 @@ def _measure(
     details = {
         "pass_s": statistics.median(passes), "epoch_s": medians["one"], "sweep_epoch_s": medians["eight"],
         "dense_epoch_s": statistics.median(dense_epoch), "fill_s": setting.fill_s, "train_s": train_s,
-        "accuracy": accuracy, "peak_bytes": memory, "cache_bytes": sum(t.nbytes for t in _kept(activations)),
+        "accuracy": reached, "peak_bytes": memory, "cache_bytes": sum(t.nbytes for t in _kept(activations)),
         "side_by_side": all(eight._together.values()),
         "operations_per_image": {"token": token, "dense": through, "backbone": operations.backbone_operations},
     }  # fmt: skip
@@ -327,19 +244,8 @@ def _kept(activations: Activations) -> list[Tensor]:
 def _accuracies(setting: Setting, test: LabelledImages, found: dict[str, dict[str, Tensor]]) -> dict[str, float]:
     """Share of the test images that each set of tensors answers rightly, by the combined model."""
     model = CombinedModel(setting.backbone, [as_task(setting, name, tensors) for name, tensors in found.items()])
-    right = dict.fromkeys(found, 0)
-    for rows in torch.arange(len(test), dtype=torch.int64, device="cpu").split(model.micro_batch):
-        answers = model(torch.stack([test.read(row, setting.backbone) for row in rows.tolist()]))
-        for name, logits in answers.items():
-            right[name] += int((logits.argmax(1).cpu() == test.targets[rows]).sum())
-    return {name: count / len(test) for name, count in right.items()}
-
-
-def as_task(setting: Setting, name: str, tensors: dict[str, Tensor]) -> Task:
-    """Some tensors as a task."""
-    return Task(
-        name=name, backbone=setting.backbone.fingerprint, labels=setting.images.labels, **as_fields(tensors)
-    )  # fmt: skip
+    parts = [model(part) for part in batches(test, setting.backbone, model.micro_batch)]
+    return {name: accuracy(torch.cat([part[name].cpu() for part in parts]), test.targets) for name in found}
 
 
 def _some(images: LabelledImages, count: int) -> LabelledImages:

@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from addenda import FrozenBackbone, LearnConfig
 from addenda.benchmarks.baselines.dense_mask import DenseMask
 from addenda.benchmarks.training import run as training
-from addenda.benchmarks.training.run import DenseTraining, Setting, run_training
+from addenda.benchmarks.training.dense import DenseTraining, Setting
+from addenda.benchmarks.training.run import run_training
 from addenda.exceptions import DataError
 from addenda.learner import ActivationCache, Augmentation
 from addenda.learner.activations import Activations
