@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -41,8 +42,6 @@ class Stream:
     """A stream.
 
     Attributes:
-        name: what it is called.
-        labels: names of all its classes.
         experiences: in the order in which they come.
     """
 
@@ -97,6 +96,11 @@ class Stream:
         )
         known = with_classes_timeline(benchmark)
         return with_task_labels(known) if task_labels else known
+
+
+def slug(name: str) -> str:
+    """A folder's name as a valid name of a task."""
+    return re.sub(r"[^a-z0-9_-]+", "-", name.lower()).strip("-_") or "stream"
 
 
 class _Pictures(Dataset[tuple[Any, int]]):
