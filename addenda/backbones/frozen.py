@@ -194,6 +194,11 @@ class FrozenBackbone:
         token: Tensor = self.model.cls_token[0, 0]
         return token
 
+    def pool(self, tokens: Float[Tensor, "B P D"]) -> Float[Tensor, "B D"]:
+        """The pooled feature, which its own head reads, of the last block's frozen tokens."""
+        feature: Tensor = self.model.forward_head(self.model.norm(tokens), pre_logits=True)
+        return feature
+
     def final_norm(self, tokens: Tensor) -> Tensor:
         """Both final norms, of which one is an identity."""
         normed: Tensor = self.model.fc_norm(self.model.norm(tokens))
@@ -208,6 +213,11 @@ class FrozenBackbone:
         """Rows and columns of patches, which are the last of the frozen tokens."""
         rows, columns = self.model.patch_embed.grid_size
         return rows, columns
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels of a patch's height."""
+        return int(self.model.patch_embed.patch_size[0])
 
     @property
     def patch_operations(self) -> int:
@@ -334,8 +344,8 @@ class FrozenStream:
     @property
     def pooled(self) -> Float[Tensor, "B D"]:
         """The backbone's own pooled feature, which its head reads."""
-        feature: Tensor = self._backbone.model.forward_head(self.tokens, pre_logits=True)
-        return feature
+        assert self._tokens is not None, "asked for before the stream was read to its end, or reading nothing"
+        return self._backbone.pool(self._tokens)
 
 
 def _resize_and_crop(preprocessing: dict[str, Any]) -> Callable[[Image.Image], Image.Image]:

@@ -25,14 +25,14 @@ from addenda.learner.activations import Activations
 from addenda.learner.cache import ActivationCache
 from addenda.learner.checkpoint import Checkpoint
 from addenda.learner.config import LearnConfig
-from addenda.learner.context import Report, RunContext, silent
+from addenda.learner.context import OnEpoch, Report, RunContext, silent
 from addenda.learner.data import Data, LabelledImages, check_learnable, check_same_labels, open_images, open_parts
 from addenda.learner.data.labelled import Item, unreadable
 from addenda.learner.data.learnable import repeats
 from addenda.learner.data.reading import checked, read_in_batches
 from addenda.learner.objectives import OBJECTIVES
-from addenda.learner.run import Run, family
-from addenda.learner.training import OnEpoch
+from addenda.learner.run import Run
+from addenda.learner.training import family
 from addenda.registry import (
     EvaluationRecord,
     FeatureStatistics,
@@ -116,8 +116,8 @@ class Learner:
             TrainingError: no candidate stayed finite.
         """
         with plain(self.backbone.device, grad=True):
-            context = RunContext(skip_bad, report or silent)
-            return self._learn(name, train, test, config or LearnConfig(), new_version, context, on_epoch)
+            context = RunContext(skip_bad, report or silent, on_epoch or silent)
+            return self._learn(name, train, test, config or LearnConfig(), new_version, context)
 
     def _learn(
         self,
@@ -127,7 +127,6 @@ class Learner:
         config: LearnConfig,
         new_version: bool,
         context: RunContext,
-        on_epoch: OnEpoch | None,
     ) -> Task:
         check_new_name(name)
         versions = self.registry.tasks(TaskFilter(name=name, retired=True))
@@ -178,7 +177,7 @@ class Learner:
             run | {"name": name, "backbone": self.backbone.fingerprint, "skipped": activations.skipped}
         )
         checkpoint = Checkpoint(self.cache.runs / digest(identity.encode())[:16], self.cache.claim)
-        started = Run(name, images.labels, activations, config, checkpoint, on_epoch, context.report)
+        started = Run(name, images.labels, activations, config, checkpoint, context)
         try:
             task, rival = started.task(parents, pool), started.rival
         except TrainingError:

@@ -21,9 +21,8 @@ from addenda.learner.cache import ActivationCache
 from addenda.learner.candidates import first_tensors, silenced
 from addenda.learner.data import Data, open_images
 from addenda.learner.objectives import objective_of
-from addenda.learner.run import parent_memory
 from addenda.learner.stream import stream_features
-from addenda.learner.training import Trainer
+from addenda.learner.training import Trainer, parent_memory
 from tests.support.images import colour_folder
 from tests.support.places import ROOT
 from tests.support.tasks import random_task
@@ -207,7 +206,7 @@ def test_training_lowers_the_loss_and_moves_every_part(tiny: FrozenBackbone) -> 
     regression = objective_of(targets).fit_regression(activations.pooled, targets, 0.01)
     config = LearnConfig(optimizer="sgd", epochs=20, learning_rate=0.03, batch_size=16, patience=20)
     trainer = Trainer(activations, [], config)
-    (candidate,), history = trainer.run(regression, config.candidates, rows, rows, 20, None, "sweep")
+    (candidate,), history = trainer.run(regression, config.candidates, rows, rows, 20, "sweep")
     start = first_tensors(tiny, regression, candidate.settings, config.memory_std)
     assert history[-1].validation_loss[0] < F.cross_entropy(trainer.logits(start, rows), targets).item()
     for name, before in start.items():

@@ -15,9 +15,8 @@ from addenda.learner import ActivationCache, Augmentation
 from addenda.learner.activations import Activations
 from addenda.learner.config import AUTO_RANK
 from addenda.learner.data import open_images
-from addenda.learner.extension import TRIED, promising
 from addenda.learner.objectives import objective_of
-from addenda.learner.run import pays
+from addenda.learner.run import TRIED, pays, promising
 from tests.learner.test_learner import CountingDataset, noise
 from tests.support.tasks import random_task
 

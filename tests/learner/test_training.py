@@ -9,9 +9,10 @@ from addenda import FrozenBackbone, LearnConfig
 from addenda.learner import ActivationCache, Augmentation
 from addenda.learner.activations import Activations
 from addenda.learner.candidates import HEAD, Candidate
+from addenda.learner.context import Epoch
 from addenda.learner.data import open_images
 from addenda.learner.objectives import Regression, objective_of
-from addenda.learner.training import Epoch, Trainer
+from addenda.learner.training import Trainer
 from tests.learner.test_learner import noise
 
 SWEEP = LearnConfig(optimizer="sgd",
@@ -32,7 +33,7 @@ def run(learned: tuple[Activations, Regression], config: LearnConfig) -> tuple[l
     activations, regression = learned
     trainer = Trainer(activations, [], config)
     train, validation = torch.arange(30), torch.arange(30, 40)
-    return *trainer.run(regression, config.candidates, train, validation, config.epochs, None, "sweep"), trainer
+    return *trainer.run(regression, config.candidates, train, validation, config.epochs, "sweep"), trainer
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])

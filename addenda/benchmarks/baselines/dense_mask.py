@@ -89,14 +89,14 @@ class DenseMask(nn.Module):
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> dict[str, Float[Tensor, "B C"]]:
         """Logits of every task, in float32."""
-        backbone, model = self._backbone, self._backbone.model
+        backbone = self._backbone
         tokens = backbone.embed(images)
         own = backbone.first_tokens(torch.stack(list(self.class_tokens)).to(backbone.precision))
         tokens = torch.cat([tokens, own.expand(len(images), -1, -1)], dim=1)
         for layer, block in enumerate(backbone.blocks):
             tokens = self._block(block, layer, tokens)
         features = backbone.final_norm(tokens[:, backbone.num_tokens :]).float()
-        pooled = model.forward_head(model.norm(tokens[:, : backbone.num_tokens]), pre_logits=True).float()
+        pooled = backbone.pool(tokens[:, : backbone.num_tokens]).float()
         logits = {}
         for place, name in enumerate(self._names):
             logits[name] = F.linear(features[:, place], self.head_weight[place], self.head_bias[place])

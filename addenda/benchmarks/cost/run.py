@@ -124,7 +124,7 @@ def _adapter(backbone: FrozenBackbone, images: Tensor) -> dict[tuple[str, int, i
         raise AddendaError(f"{error}. It comes with: pip install 'addenda[bench]'") from error
     vit = ViT(
         image_size=images.shape[-1],
-        patch_size=backbone.model.patch_embed.patch_size[0],
+        patch_size=backbone.patch_size,
         num_classes=1000,
         dim=backbone.embed_dim,
         depth=backbone.depth,

@@ -50,7 +50,7 @@ class Setting:
         """Trains the candidates of a config for some epochs of its schedule, on all images or the first few."""
         rows = torch.arange(count or len(self.activations), dtype=torch.int64, device="cpu")
         nothing = torch.empty(0, dtype=torch.long, device="cpu")
-        return trainer.run(self.regression, config.candidates, rows, nothing, epochs, None, "refit")[0]
+        return trainer.run(self.regression, config.candidates, rows, nothing, epochs, "refit")[0]
 
     def pixels(self, rows: Sequence[int]) -> Tensor:
         """Some of the images as the backbone takes them."""

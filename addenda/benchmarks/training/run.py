@@ -206,15 +206,14 @@ def _dense_operations(backbone: FrozenBackbone) -> int:
     tokens = backbone.num_tokens + 1
     linear = cost.operations - 2 * backbone.depth * tokens * width
     attention = 2 * backbone.depth * width * tokens * (tokens + MEMORY)
-    embed = backbone.model.patch_embed
-    return tokens * 2 * linear + 3 * attention + int(embed.num_patches * embed.proj.weight.numel())
+    return tokens * 2 * linear + 3 * attention + backbone.patch_operations
 
 
 def _memory(setting: Setting, several: LearnConfig, batch: Tensor, rows: Tensor) -> dict[str, int]:
     """Peak bytes of two steps: of one candidate, of eight, and of full fine-tuning with AdamW on the same batch."""
     backbone, activations = setting.backbone, setting.activations
     two = 2 * setting.config.batch_size
-    there = [*backbone.model.state_dict().values(), *_kept(activations), batch]
+    there = [*backbone.weights.state_dict().values(), *_kept(activations), batch]
 
     def cached(config: LearnConfig) -> None:
         setting.train(Trainer(activations, [], config), config, 1, min(two, len(activations)))

@@ -26,8 +26,8 @@ from addenda import FrozenBackbone, LearnConfig, Learner, Registry
 from addenda.backbones import prepared, read_image
 from addenda.exceptions import DataError
 from addenda.learner import ActivationCache, Augmentation
+from addenda.learner.context import Epoch
 from addenda.learner.data import Data, open_images
-from addenda.learner.training import Epoch
 from addenda.registry import Task
 from tests.support.commands import Run
 from tests.support.images import colour_folder

@@ -7,10 +7,8 @@ import tempfile
 import time
 from dataclasses import dataclass
 
-import torch
-
-from addenda.backbones import FrozenBackbone, plain
-from addenda.combined import micro_batch, prove
+from addenda.backbones import FrozenBackbone
+from addenda.combined import forward_pass, micro_batch, prove
 from addenda.learner import ActivationCache, Augmentation
 from addenda.learner.activations import Activations
 from addenda.learner.data import LabelledImages
@@ -48,7 +46,7 @@ def measure_filling(
     """
     prove(backbone, [])
     images, num_views = images.hashed(), 1 + how.num_views
-    pixels, size = images.read_all(backbone), micro_batch(backbone.device)
+    pixels = images.read_all(backbone)
     fill_s, pass_s = [], []
     for _ in range(rounds):
         start = time.perf_counter()
@@ -56,14 +54,10 @@ def measure_filling(
             Activations(backbone, images, how, ActivationCache(folder))
             fill_s.append(time.perf_counter() - start)
         start = time.perf_counter()
-        with plain(backbone.device):
-            for part in pixels.split(size) * num_views:
-                stream = backbone.stream(part, "pooled")
-                for _ in stream:
-                    pass
-                stream.pooled.cpu()
-        if backbone.device.type == "cuda":
-            torch.cuda.synchronize(backbone.device)
+        for _ in range(num_views):
+            found = forward_pass(backbone, pixels, sizes=(micro_batch(backbone.device),), pooled=True)
+            assert found.pooled is not None
+            found.pooled.cpu()
         pass_s.append(time.perf_counter() - start)
     count = len(images) * num_views
     return Filling(
