@@ -19,7 +19,7 @@ from addenda.backbones.images import read_image
 from addenda.exceptions import DataError, UnsteadyError
 
 THREADS = 2
-"""That read, decode and transform: Pillow frees Python's lock. docs/performance.md has what others gave."""
+"""That read, decode and transform: Pillow frees Python's lock, and two keep up with a ViT-Ti on two cores."""
 
 Row = TypeVar("Row")
 Found = TypeVar("Found")

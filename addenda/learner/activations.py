@@ -23,7 +23,8 @@ from addenda.exceptions import DataError
 from addenda.learner.augmentation import Augmentation, augment, view_seed
 from addenda.learner.cache import ActivationCache
 from addenda.learner.context import QUIET, Report, RunContext, silent
-from addenda.learner.data.labelled import Item, LabelledImages
+from addenda.learner.data.items import Item
+from addenda.learner.data.labelled import LabelledImages
 from addenda.learner.data.reading import read_in_batches
 from addenda.learner.store import Store
 from addenda.registry import Task

@@ -27,7 +27,8 @@ from addenda.learner.checkpoint import Checkpoint
 from addenda.learner.config import LearnConfig
 from addenda.learner.context import OnEpoch, Report, RunContext, silent
 from addenda.learner.data import Data, LabelledImages, check_learnable, check_same_labels, open_images, open_parts
-from addenda.learner.data.labelled import Item, unreadable
+from addenda.learner.data.items import Item
+from addenda.learner.data.labelled import unreadable
 from addenda.learner.data.learnable import repeats
 from addenda.learner.data.reading import checked, read_in_batches
 from addenda.learner.objectives import OBJECTIVES

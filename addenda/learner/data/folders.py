@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -82,7 +81,7 @@ def open_folder(folder: Path, part: Part) -> LabelledImages:
         raise DataError(f"There is no folder {str(folder)!r}.")
     parts = parts_of(folder)
     if not parts:
-        return _open_classes(folder)
+        return _open_classes(folder, folder, {})
     if part not in parts:
         listed = " and ".join(f"{path.name}/" for path in parts.values())
         raise DataError(
@@ -94,10 +93,11 @@ def open_folder(folder: Path, part: Part) -> LabelledImages:
     place = parts[part]
     while len(inner := _folders(place)) == 1 and part_named(inner[0].name) == part:  # as archives wrap them
         place = inner[0]
-    return replace(_open_classes(place), folder=folder).leaving({"validation": validation, "beside_parts": beside})
+    return _open_classes(place, folder, {"validation": validation, "beside_parts": beside})
 
 
-def _open_classes(folder: Path) -> LabelledImages:
+def _open_classes(folder: Path, whole: Path, beside_it: LeftOut) -> LabelledImages:
+    """The classes in a folder, which is a whole data set or a part of one; and what was left out beside it."""
     classes = _folders(folder)
     if tasks := [p.name for p in classes if parts_of(p)]:
         raise DataError(
@@ -140,15 +140,15 @@ def _open_classes(folder: Path) -> LabelledImages:
             "each class into one folder, or give one of these folders by its own path."
         )
     targets = [i for i, paths in enumerate(files.values()) for _ in paths]
-    opened = LabelledImages(
+    return LabelledImages(
         f"{str(folder)!r}",
         tuple(files),
         torch.tensor(targets, dtype=torch.int64, device="cpu"),
         paths,
-        folder=folder,
+        folder=whole,
+        left_out=joined([*left_out, beside_it]),
         deeper=tuple(os.path.relpath(place, folder) for place in deeper),
     )
-    return opened.leaving(joined(left_out))
 
 
 def _folders(place: Path) -> list[Path]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, overload, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from addenda.exceptions import DataError
-from addenda.learner.data.labelled import EncodedImage, LabelledImages, class_name
+from addenda.learner.data.items import EncodedImage
+from addenda.learner.data.labelled import LabelledImages, class_name
 
 PARTS = {"train", "test"}
 
@@ -34,11 +35,7 @@ class HubDataset(Protocol):
 
 
 def open_hub_dataset(data: HubDataset, part: str) -> LabelledImages:
-    """Opens a Hugging Face dataset without decoding its images.
-
-    Args:
-        data: a Dataset, taken whole; or a DatasetDict of train and test.
-        part: which part of a DatasetDict.
+    """Opens a Dataset, taken whole, or a part of a DatasetDict of train and test, without decoding its images.
 
     Raises:
         DataError: it is a stream or empty, lacks the part, or its columns do not say what is image and what is label.
@@ -61,30 +58,28 @@ def open_hub_dataset(data: HubDataset, part: str) -> LabelledImages:
         raise DataError(f"{where} is empty.")
     chosen = chosen.with_format(None)
     image = _only("image", [name for name, kind in chosen.features.items() if _is(kind, "Image")], chosen, where)
-    targets = [name for name, kind in chosen.features.items() if _is(_element(kind), "ClassLabel")]
-    label = _only("label", targets, chosen, where)
+    labelled = [name for name, kind in chosen.features.items() if _is(_element(kind), "ClassLabel")]
+    label = _only("label", labelled, chosen, where)
     feature = chosen.features[label]
     values, names = list(chosen[label]), tuple(map(class_name, _element(feature).names))
-    known = range(len(names))
-    if _is(feature, "ClassLabel"):
-        unknown = [i for i, value in enumerate(values) if value not in known]
-        made = torch.tensor(
-            [-1 if i in unknown else value for i, value in enumerate(values)], dtype=torch.int64, device="cpu"
-        )
-    else:
-        unknown = [i for i, value in enumerate(values) if any(number not in known for number in value or ())]
-        made = torch.zeros(len(values), len(names), dtype=torch.bool, device="cpu")
-        for i, value in enumerate(values):
-            made[i, [number for number in value or () if number in known]] = True
+    single = _is(feature, "ClassLabel")
+    numbers = [[value] if single else value or () for value in values]
+    unknown = [i for i, several in enumerate(numbers) if any(number not in range(len(names)) for number in several)]
     if unknown:
         raise DataError(
             f"{len(unknown)} of {len(values)} images in {where} have no class in column {label!r}: image {unknown[0]} "
             f"has {values[unknown[0]]!r}. Leave them out: data.filter(lambda row: ...)."
         )
+    if single:
+        targets = torch.tensor(values, dtype=torch.int64, device="cpu")
+    else:
+        targets = torch.zeros(len(values), len(names), dtype=torch.bool, device="cpu")
+        for i, several in enumerate(numbers):
+            targets[i, list(several)] = True
     column = chosen.select_columns([image]).cast_column(
         image, dataclasses.replace(chosen.features[image], decode=False)
     )
-    return LabelledImages(where, names, made, EncodedColumn(column, image, where))
+    return LabelledImages(where, names, targets, EncodedColumn(column, image, where))
 
 
 def hub_has_test_part(data: HubDataset) -> bool:
@@ -92,30 +87,16 @@ def hub_has_test_part(data: HubDataset) -> bool:
     return isinstance(data, Mapping) and "test" in data
 
 
-class EncodedColumn(Sequence[Path | EncodedImage]):
-    """The image files in a column of a dataset, not decoded.
-
-    Args:
-        data: the dataset; its column gives bytes or a path for each image.
-        column: its name.
-        where: what the dataset is called in messages.
-    """
+class EncodedColumn:
+    """The image files in a column of a dataset, bytes or a path for each, not decoded."""
 
     def __init__(self, data: Any, column: str, where: str) -> None:
-        self._data = data
-        self._column = column
-        self._where = where
+        self._data, self._column, self._where = data, column, where
 
     def __len__(self) -> int:
         return len(self._data)
 
-    @overload
-    def __getitem__(self, index: int) -> Path | EncodedImage: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Path | EncodedImage]: ...
-    def __getitem__(self, index: int | slice) -> Path | EncodedImage | Sequence[Path | EncodedImage]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def __getitem__(self, index: int) -> Path | EncodedImage:
         stored = self._data[index][self._column] or {"bytes": b"", "path": None}
         if stored["bytes"] is None and stored["path"] is not None:
             return Path(stored["path"])

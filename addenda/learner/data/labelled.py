@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,8 +15,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Subset
 
-from addenda.backbones import THREADS, FrozenBackbone, LeftOut, in_words, joined, prepared, read_ahead, read_image
+from addenda.backbones import THREADS, FrozenBackbone, LeftOut, in_words, read_ahead
 from addenda.exceptions import DataError, UnsteadyError
+from addenda.learner.data.items import EncodedImage, Item, load
 from addenda.learner.objectives import Objective, Targets, objective_of
 
 UNREADABLE = "0" * 64
@@ -47,102 +46,14 @@ class ImageDataset(Protocol):
         """One image and its target."""
 
 
-@dataclass(frozen=True)
-class EncodedImage:
-    """An image file's bytes that lie in no file of their own.
+class EncodedImages(Protocol):
+    """Image files that lie in another place than a folder."""
 
-    Attributes:
-        name: what it is called in messages.
-        content: as they would stand in a file.
-    """
+    def __len__(self) -> int:
+        """How many there are."""
 
-    name: str
-    content: bytes
-
-
-@dataclass(frozen=True)
-class Item:
-    """One image as it was had, once.
-
-    Attributes:
-        called: what it is called in messages.
-        held: a file's content, a PIL image that is `prepared`, or whatever else a dataset gave.
-        named: what its file is called where it is no image.
-    """
-
-    called: str
-    held: Any
-    named: str = ""
-
-    @cached_property
-    def digest(self) -> str:
-        """sha256 over a file's bytes, or over a dataset's image."""
-        content = self.held
-        if isinstance(content, Tensor):
-            pixels = content.detach().cpu().contiguous()
-            content = pixels.reshape(-1).view(torch.uint8).numpy().tobytes()
-            if pixels.dtype != torch.float32:  # equal bytes of another dtype are other values
-                content = str(pixels.dtype).encode() + content
-        elif isinstance(content, Image.Image):
-            content = f"{content.mode}{content.size}".encode() + content.tobytes()
-        elif not isinstance(content, bytes):
-            content = repr(type(content)).encode()
-        return hashlib.sha256(content).hexdigest()
-
-    def picture(self) -> Any:
-        """A PIL image in most cases, or what a dataset gives.
-
-        Raises:
-            DataError: a file is not a readable image.
-        """
-        return read_image(io.BytesIO(self.held), self.named) if isinstance(self.held, bytes) else self.held
-
-    def views(
-        self, backbone: FrozenBackbone, transforms: Sequence[Callable[[Image.Image], Tensor] | None] = (None,)
-    ) -> list[Float[Tensor, "3 H W"]]:
-        """The image as the backbone takes it, once for each transform; it is decoded once.
-
-        Args:
-            backbone: says how it is transformed, and which shape a tensor must have.
-            transforms: None is the backbone's own.
-
-        Raises:
-            DataError: it cannot be decoded, has the wrong shape, or cannot be transformed.
-        """
-        image = self.picture()
-        if isinstance(image, Image.Image):
-            return [(backbone.transform if transform is None else transform)(image) for transform in transforms]
-        shape = backbone.preprocessing["input_size"]
-        if not isinstance(image, Tensor) or list(image.shape) != shape or not image.is_floating_point():
-            found = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
-            raise DataError(
-                f"{self.called} is {found}; it must be a PIL image or a normalised floating-point tensor {shape}."
-            )
-        if any(transform is not None for transform in transforms):
-            raise DataError(f"{self.called} is a tensor; random views are made of PIL images only.")
-        if not image.isfinite().all():
-            raise DataError(f"{self.called} holds NaN or infinity.")
-        return [image for _ in transforms]
-
-
-def load(item: Any, called: str) -> Item:
-    """Reads an item of some images, and decodes nothing.
-
-    Args:
-        item: a file's path, an encoded image, or a dataset's image and target.
-        called: what it is called in messages, unless it is a file.
-
-    Raises:
-        DataError: it cannot be read.
-    """
-    if isinstance(item, Path):
-        try:
-            return Item(str(item), item.read_bytes(), f"Image {str(item)!r}")
-        except OSError as error:
-            raise DataError(f"Image {str(item)!r} cannot be read: {error.strerror}.") from error
-    if isinstance(item, EncodedImage):
-        return Item(called, item.content, item.name)
-    return Item(called, prepared(item[0], called) if isinstance(item[0], Image.Image) else item[0])
+    def __getitem__(self, index: int) -> Path | EncodedImage:
+        """One of them, not decoded."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +76,7 @@ class LabelledImages:
     where: str
     labels: tuple[str, ...]
     targets: Targets
-    items: Sequence[Path | EncodedImage] | ImageDataset
+    items: list[Path] | EncodedImages | ImageDataset
     places: tuple[int, ...] | None = None
     digests: tuple[str, ...] | None = None
     folder: Path | None = None
@@ -209,10 +120,6 @@ class LabelledImages:
             said.append(f"images in folders inside class folders count as their class's ({listed})")
         return f"{self.where}: {'; '.join(said)}." if said else ""
 
-    def leaving(self, left_out: LeftOut) -> LabelledImages:
-        """The same images; so much was left out too."""
-        return replace(self, left_out=joined([self.left_out, left_out]))
-
     def check_whole(self, skip_bad: bool) -> LabelledImages:
         """The same images; DataError where some cannot be had and are not to be left out."""
         if self.lost and not skip_bad:
@@ -252,11 +159,7 @@ class LabelledImages:
         )
 
     def digest(self, index: int) -> str:
-        """sha256 over an image's content, whatever its name.
-
-        Raises:
-            DataError: it cannot be read.
-        """
+        """sha256 over an image's content, whatever its name; DataError where it cannot be read."""
         return self._load(index).digest if self.digests is None else self.digests[index]
 
     def item(self, index: int) -> Item:
@@ -308,13 +211,7 @@ class LabelledImages:
 
 
 def unreadable(texts: Sequence[str], num_images: int, where: str) -> DataError:
-    """The error that names images that cannot be read, ten of them at most.
-
-    Args:
-        texts: what is wrong with each.
-        num_images: how many images there are in all.
-        where: in what.
-    """
+    """The error that says what is wrong with some images of all that are in a place, of ten of them at most."""
     named = "\n  ".join(texts[:10]) + (f"\n  … and {len(texts) - 10} more" if len(texts) > 10 else "")
     return DataError(
         f"{len(texts)} of {num_images} images in {where} cannot be read:\n  {named}\n"
@@ -325,12 +222,8 @@ def unreadable(texts: Sequence[str], num_images: int, where: str) -> DataError:
 def class_name(text: str, called: str = "A class") -> str:
     """A class's name in Unicode's composed form: macOS writes an accented letter as two characters, Linux as one.
 
-    Args:
-        text: the name as it was found.
-        called: what has it, for the message.
-
     Raises:
-        DataError: it is not UTF-8, as in archives made by Windows.
+        DataError: it is not UTF-8, as in archives made by Windows; the message says what is `called` so.
     """
     try:
         text.encode()

@@ -54,15 +54,10 @@ def check_learnable(images: LabelledImages) -> None:
 
 
 def check_same_labels(labels: Sequence[str], images: LabelledImages, objective: str) -> LabelledImages:
-    """Returns the images with targets in the order of a task's labels.
-
-    Args:
-        labels: the task's.
-        images: to learn from or to score. They may lack labels: no image has those.
-        objective: the task's.
+    """The images with targets in the order of a task's labels; they may lack some, which no image has.
 
     Raises:
-        DataError: the classes or the objective are not the same.
+        DataError: the classes or the objective are not the task's.
     """
     if images.objective.name != objective:
         raise DataError(f"{images.where} is {images.objective.name}; the task is {objective}.")

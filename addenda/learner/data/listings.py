@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,13 +33,9 @@ def open_listing(file: Path, part: str) -> LabelledImages:
     """Opens a listing without reading its images.
 
     Its columns are `path`, relative to the listing's folder, and `label`; or `labels`, of which an image may have any
-    number: in CSV with `|` between them, in Parquet so too or as a list. A column `split` says train or test. Further
-    columns are left alone. An image listed twice alike counts once. The classes are those of all rows, in the order of
-    their names.
-
-    Args:
-        file: the listing.
-        part: which part of a listing with a column `split`; of others, all.
+    number: in CSV with `|` between them, in Parquet so too or as a list. A column `split` says train or test; without
+    one all rows are the part. Further columns are left alone. An image listed twice alike counts once. The classes are
+    those of all rows, in the order of their names.
 
     Raises:
         DataError: the listing cannot be read, or some of its rows are wrong; ten of them are named.
@@ -78,7 +74,7 @@ def listing_has_test_part(file: Path) -> bool:
 SHOWN_COLUMNS, SHOWN_LETTERS = 12, 40
 """Of a listing's columns, in messages: a file that is none at all may seem to have thousands."""
 
-Lines = Iterable[tuple[str, list[Any]]]
+Lines = Sequence[tuple[str, list[Any]]]
 """Rows, each with the words for where it stands."""
 
 
@@ -147,26 +143,27 @@ def _check_columns(file: Path, columns: Sequence[str]) -> None:
 
 def _check_rows(file: Path, columns: Sequence[str], lines: Lines, multi: bool) -> list[_Row]:
     """The rows, each image once. Raises DataError with what is wrong in them."""
-    known: dict[Path, tuple[_Row, str]] = {}
+    known: dict[Path, _Row] = {}
     problems = []
-    count = 0
-    for count, (place, values) in enumerate(lines, start=1):  # noqa: B007
+    for place, values in lines:
         try:
             row = _row(file.parent, columns, values, multi, place)
-            first, where = known.setdefault(row.path, (row, place))
+            first = known.setdefault(row.path, row)
             if first.labels != row.labels:
-                raise DataError(f"{str(row.path)!r} is on {where} too, with other labels")
+                raise DataError(f"{str(row.path)!r} is on {first.place} too, with other labels")
             if first.split != row.split:
-                raise DataError(f"{str(row.path)!r} is on {where} too, for another part")
+                raise DataError(f"{str(row.path)!r} is on {first.place} too, for another part")
         except DataError as error:
             problems.append(f"{place}: {error}")
-    if not count:
+    if not lines:
         raise DataError(f"The listing {str(file)!r} names its columns and no image.")
     if problems:
-        more = f"\n  … and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
         named = "\n  ".join(problems[:NAMED])
-        raise DataError(f"{len(problems)} of {count} rows of the listing {str(file)!r} are wrong:\n  {named}{more}")
-    return [row for row, _ in known.values()]
+        more = f"\n  … and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
+        raise DataError(
+            f"{len(problems)} of {len(lines)} rows of the listing {str(file)!r} are wrong:\n  {named}{more}"
+        )
+    return list(known.values())
 
 
 def _row(folder: Path, columns: Sequence[str], values: Sequence[Any], multi: bool, place: str) -> _Row:

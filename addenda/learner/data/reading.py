@@ -14,7 +14,8 @@ from typing import TypeVar
 from addenda.backbones import FrozenBackbone, read_ahead
 from addenda.exceptions import DataError
 from addenda.learner.context import RunContext
-from addenda.learner.data.labelled import Item, LabelledImages, unreadable
+from addenda.learner.data.items import Item
+from addenda.learner.data.labelled import LabelledImages, unreadable
 
 View = TypeVar("View")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from copy import copy
 from itertools import zip_longest
 from pathlib import Path
@@ -62,12 +62,7 @@ def open_torch_dataset(data: ImageDataset) -> LabelledImages:
 
 
 class Items:
-    """A dataset's items, each with the target that was read before, or a DataError.
-
-    Args:
-        data: the dataset.
-        where: what it is called in messages.
-    """
+    """A dataset's items, each with the target that was read before, or a DataError; `where` is its name."""
 
     def __init__(self, data: Any, where: str) -> None:
         self._data, self._where = data, where
@@ -123,12 +118,17 @@ def _samples(data: Any) -> list[tuple[Path, int]] | None:
         if own or data.loader is not of_folders.default_loader:
             return None
         return [(Path(path), target) for path, target in data.samples]
-    if type(data) is Subset:
-        whole = _samples(data.dataset)
+    return _of_parts(data, _samples) if type(data) in (Subset, ConcatDataset) else None
+
+
+def _of_parts(data: Any, said: Callable[[Any], list[Any] | None]) -> list[Any] | None:
+    """What is said of each item of what a Subset or ConcatDataset is made of; None where of one nothing is said."""
+    if isinstance(data, Subset):
+        whole = said(data.dataset)
         return None if whole is None else [whole[index] for index in data.indices]
-    if type(data) is ConcatDataset:
-        parts = [_samples(part) for part in data.datasets]
-        return None if None in parts else [sample for part in parts if part is not None for sample in part]
+    if isinstance(data, ConcatDataset):
+        parts = [said(part) for part in data.datasets]
+        return None if None in parts else [one for part in parts if part is not None for one in part]
     return None
 
 
@@ -162,13 +162,7 @@ def _targets(data: Any) -> list[Any] | None:
         if len(given) != len(data):
             raise DataError(f"the {type(data).__name__} given has {len(data)} items and {len(given)} targets.")
         return list(given)
-    if isinstance(data, Subset):
-        whole = _targets(data.dataset)
-        return None if whole is None else [whole[index] for index in data.indices]
-    if isinstance(data, ConcatDataset):
-        parts = [_targets(part) for part in data.datasets]
-        return None if None in parts else [target for part in parts if part is not None for target in part]
-    return None
+    return _of_parts(data, _targets)
 
 
 def _names(data: Any) -> list[str] | None:
