@@ -11,11 +11,12 @@ from typing import Any
 from sqlalchemy import Connection, insert, select, text
 
 import addenda
-from addenda.registry import ledger, schema
-from addenda.registry.database import database_errors, reading, writing
-from addenda.registry.registration import next_id, packages
 from addenda.registry.registry import Registry
-from addenda.registry.task import Task
+from addenda.registry.store import ledger, schema
+from addenda.registry.store.database import database_errors, reading, writing
+from addenda.registry.store.ledger import next_id
+from addenda.registry.store.registration import packages
+from addenda.registry.store.task import Task
 
 _BATCH = 1000
 

@@ -13,7 +13,7 @@ from addenda.combined import Router, feature_statistics
 from addenda.combined.routing import REJECTED, SAMPLE
 from addenda.exceptions import RegistryError, UnknownTaskError
 from addenda.registry import FeatureStatistics
-from addenda.registry.statistics import MAX_BYTES
+from addenda.registry.store.statistics import MAX_BYTES
 from tests.support.tasks import random_task
 
 WIDTH = 16

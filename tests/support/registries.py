@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from addenda.registry import FeatureStatistics, Golden, LowRank, Registry, Scoring, Task, digest, ledger
-from addenda.registry.database import connect, reading
+from addenda.registry import FeatureStatistics, Golden, LowRank, Registry, Scoring, Task, digest
+from addenda.registry.store import ledger
+from addenda.registry.store.database import connect, reading
 
 FINGERPRINT = "b" * 64
 BACKBONE = {
@@ -87,7 +88,7 @@ def fill(registry: Registry) -> None:
     keep(registry, a_task("digits", 2, parents=(parent,), metrics={"test": {"accuracy": 0.9}}))
     keep(registry, a_task("old", 3))
     registry.retire("old", "superseded")
-    registry.set_alias("production", "digits:1")
+    registry.set_alias("digits", "production", 1)
     registry.add_evaluation("digits", *vars(SCORING).values())
     registry.add_golden("digits", probe(parent, "m" * 64))
     registry.tag("digits", "shop")
