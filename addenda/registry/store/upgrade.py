@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 from threading import Lock
+from typing import TYPE_CHECKING
 
-from alembic import command
-from alembic.autogenerate import compare_metadata
-from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, inspect, text
 
 from addenda.exceptions import RegistryError
@@ -17,7 +13,11 @@ from addenda.registry.store.database import database_errors, described, reading,
 from addenda.registry.store.schema import metadata
 from addenda.registry.store.triggers import wrong_triggers
 
+if TYPE_CHECKING:
+    from alembic.config import Config
+
 VERSION_TABLE = "addenda_version"
+_MIGRATIONS = Path(__file__).parents[1] / "migrations"
 _MIGRATING = Lock()
 """Alembic's operations belong to the process: two threads would migrate each other's database."""
 
@@ -42,16 +42,17 @@ def upgrade(engine: Engine, create: bool) -> None:
             raise RegistryError(
                 f"There is no registry at {where!r}: check the place. `addenda learn` makes one where --registry says."
             )
-        config = _config()
-        scripts = ScriptDirectory.from_config(config)
-        if found is not None and found not in {script.revision for script in scripts.walk_revisions()}:
+        if found is not None and found not in _versions():
             raise RegistryError(
                 f"The registry's schema is {found!r}, from a newer version of Addenda. Upgrade Addenda to open it."
             )
         if engine.dialect.name == "sqlite":
             use_wal(engine)
-        if found == scripts.get_current_head():
+        if found == _versions()[-1]:
             return
+        from alembic import command  # a registry that is up to date starts no Alembic
+
+        config = _config()
         with _MIGRATING, writing(engine) as connection:
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
@@ -65,7 +66,7 @@ def check_readable(engine: Engine) -> None:
     """
     where = described(engine)
     with reading(engine) as connection:
-        found, head = revision(connection), ScriptDirectory.from_config(_config()).get_current_head()
+        found, head = revision(connection), _versions()[-1]
         views, tables = set(inspect(connection).get_view_names()), set(metadata.tables)
         if connection.dialect.name == "sqlite":
             virtual = "SELECT name FROM sqlite_schema WHERE sql LIKE 'CREATE VIRTUAL%'"
@@ -86,11 +87,21 @@ def check_readable(engine: Engine) -> None:
 
 def revision(connection: Connection) -> str | None:
     """The schema's version; None where there is no registry."""
-    return MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE}).get_current_revision()
+    if not inspect(connection).has_table(VERSION_TABLE):
+        return None
+    return connection.scalar(text(f"SELECT version_num FROM {VERSION_TABLE}"))
+
+
+def _versions() -> list[str]:
+    """Every version of the schema, the newest last."""
+    return sorted(path.name.partition("_")[0] for path in _MIGRATIONS.glob("versions/0*.py"))
 
 
 def schema_faults(engine: Engine) -> list[str]:
     """What of the schema is not as this version made it: tables, columns, indexes, triggers, on SQLite the file."""
+    from alembic.autogenerate import compare_metadata
+    from alembic.runtime.migration import MigrationContext
+
     with reading(engine) as connection:
         context = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE})
         faults = [f"schema: {difference}" for difference in compare_metadata(context, metadata)]
@@ -102,6 +113,8 @@ def schema_faults(engine: Engine) -> list[str]:
 
 
 def _config() -> Config:
+    from alembic.config import Config
+
     config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parents[1] / "migrations"))
+    config.set_main_option("script_location", str(_MIGRATIONS))
     return config
