@@ -36,8 +36,8 @@ class HasFingerprint(Protocol):
 class Reader:
     """What a registry can be asked; `Registry` adds what changes it.
 
-    Args:
-        engine: of its database.
+    A version is named by a reference: `name` (its newest active version), `name:version` or `name@alias`; one that names
+    nothing is an UnknownTaskError, in every method.
 
     Attributes:
         location: where it is, for people: a path, or a URL without its password.
@@ -95,38 +95,19 @@ class Reader:
             return records(connection, rows[::-1])
 
     def record(self, ref: str) -> TaskRecord:
-        """What is known of one version.
-
-        Args:
-            ref: `name` (its newest active version), `name:version`, or `name@alias`.
-
-        Raises:
-            UnknownTaskError: there is no such task, version or alias.
-        """
+        """What is known of one version."""
         with reading(self._engine) as connection:
             return records(connection, [find(connection, ref)])[0]
 
     def get(self, ref: str) -> Task:
-        """Loads a task and what it extends; the bytes are checked against their sha256.
-
-        Args:
-            ref: `name`, `name:version` or `name@alias`.
-
-        Raises:
-            UnknownTaskError: there is no such task, version or alias.
-            IntegrityError: its stored bytes, or an ancestor's, are not what was registered.
-        """
+        """Loads a task and what it extends; bytes that are not what was registered are an IntegrityError."""
         from addenda.registry.store.loading import load_task
 
         with reading(self._engine) as connection:
             return load_task(connection, find(connection, ref))
 
     def load(self, backbone: HasFingerprint, alias: str | None = None) -> list[Task]:
-        """Loads the newest active version of each name on a backbone, or those that an alias points at.
-
-        Raises:
-            IntegrityError: a task's stored bytes are not what was registered.
-        """
+        """Loads, as `get` does, the newest active version of each name on a backbone, or those of an alias."""
         from addenda.registry.store.loading import load_tasks
 
         with reading(self._engine) as connection:
@@ -146,24 +127,14 @@ class Reader:
             return [{key: value for key, value in row.items() if key not in ours} for row in rows]
 
     def goldens(self, ref: str) -> list[Golden]:
-        """A task's golden probes, one for each numerics fingerprint it was recorded under, newest first.
-
-        Raises:
-            UnknownTaskError: there is no such task.
-            IntegrityError: stored logits that do not hash to their digest.
-        """
+        """A task's golden probes, one for each numerics fingerprint it was recorded under, newest first."""
         from addenda.registry.store.loading import load_goldens
 
         with reading(self._engine) as connection:
             return load_goldens(connection, find(connection, ref))
 
     def statistics(self, ref: str) -> FeatureStatistics | None:
-        """What a router knows of a task's images; None where nothing was kept.
-
-        Raises:
-            UnknownTaskError: there is no such task.
-            IntegrityError: the stored bytes are not what was registered.
-        """
+        """What a router knows of a task's images; None where nothing was kept."""
         from addenda.registry.store.loading import load_statistics
 
         with reading(self._engine) as connection:
@@ -175,29 +146,17 @@ class Reader:
             return evaluations(connection, schema.task.c.id == find(connection, ref).id)
 
     def history(self, name: str) -> list[Scored]:
-        """Every scoring of every version of a name, data by data, each measured against the one before.
-
-        Raises:
-            UnknownTaskError: there is no such name.
-        """
+        """Every scoring of every version of a name, data by data, each measured against the one before."""
         with reading(self._engine) as connection:
             return history(connection, name)
 
     def lineage(self, ref: str) -> Lineage:
-        """What a version extends and what extends it, as trees.
-
-        Raises:
-            UnknownTaskError: there is no such task.
-        """
+        """What a version extends and what extends it, as trees."""
         with reading(self._engine) as connection:
             return lineage(connection, ref)
 
     def compare(self, one: str, other: str) -> list[Difference]:
-        """What differs between two versions, section by section.
-
-        Raises:
-            UnknownTaskError: there is no such task.
-        """
+        """What differs between two versions, section by section."""
         return compare(self.record(one), self.record(other))
 
     def backup(self, path: str | Path) -> Integrity:
@@ -259,7 +218,6 @@ class Reader:
             References of all the tasks in it.
 
         Raises:
-            UnknownTaskError: there is no such task.
             IntegrityError: stored bytes are not what was registered.
             RegistryError: the file exists, or cannot be written.
         """

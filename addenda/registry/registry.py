@@ -133,7 +133,6 @@ class Registry(Reader):
         """Records a golden probe made under further numerics, beside those that are there; a known one is left alone.
 
         Raises:
-            UnknownTaskError: there is no such task.
             RegistryError: the probe is not one of this task, or does not hash to its digest.
         """
         from addenda.registry.store.loading import load_task
@@ -221,7 +220,6 @@ class Registry(Reader):
             along: active tasks that extend it, directly or not, to retire before it; all of them must be named.
 
         Raises:
-            UnknownTaskError: there is no such task.
             RegistryError: it is retired already, an alias points at it, an active task that is not named extends it, or
                 one that is named does not.
         """
@@ -239,7 +237,6 @@ class Registry(Reader):
             expected: the version that it must point at now, 0 for none; None sets it whatever it is.
 
         Raises:
-            UnknownTaskError: there is no such version.
             ConflictError: it points elsewhere than expected.
             RegistryError: the alias is not a valid name, the version is retired, or none is given.
         """
@@ -267,7 +264,6 @@ class Registry(Reader):
         """Puts a tag on a version; one that it carries already changes nothing.
 
         Raises:
-            UnknownTaskError: there is no such task.
             RegistryError: the tag is not valid.
         """
         check_tag(tag)
@@ -280,7 +276,6 @@ class Registry(Reader):
         """Takes a tag off a version.
 
         Raises:
-            UnknownTaskError: there is no such task.
             RegistryError: it does not carry this tag.
         """
         with self._changing(f"Task {ref!r} was not untagged") as to:
@@ -291,7 +286,6 @@ class Registry(Reader):
 
         Raises:
             RegistryError: the note says nothing.
-            UnknownTaskError: there is no such task.
         """
         if not check_text(text, "The note").strip():
             raise RegistryError("A note says something; this one is empty.")
@@ -301,11 +295,7 @@ class Registry(Reader):
     def add_evaluation(
         self, ref: str, data_fingerprint: str, numerics_fingerprint: str, metrics: Mapping[str, Any], logits_digest: str
     ) -> EvaluationRecord:
-        """Records one scoring of a task.
-
-        Raises:
-            UnknownTaskError: there is no such task.
-        """
+        """Records one scoring of a task."""
         scoring = Scoring(data_fingerprint, numerics_fingerprint, dict(metrics), logits_digest)
         with self._changing(f"The evaluation of {ref!r} was not recorded") as to:
             row, number = find(to.connection, ref), generation(to.connection) + 1

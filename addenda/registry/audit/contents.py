@@ -47,13 +47,7 @@ def content_faults(connection: Connection) -> Iterator[Fault]:
 
 
 def wrong(connection: Connection, row: Mapping[str, Any], damaged: Mapping[int, str]) -> str | None:
-    """What is wrong with a task's bytes; None if nothing is.
-
-    Args:
-        connection: reads them.
-        row: the task's.
-        damaged: ids of tasks that are known to be damaged -> what they are called.
-    """
+    """What is wrong with a task's bytes, None if nothing is; `damaged` holds the ids of damaged tasks and their names."""
     try:
         return _wrong(connection, row, damaged)
     except IntegrityError as error:

@@ -39,11 +39,7 @@ class Scored:
 
 
 def history(connection: Connection, name: str) -> list[Scored]:
-    """Every scoring of every version of a name: data by data, and on each the oldest first.
-
-    Raises:
-        UnknownTaskError: there is no such name.
-    """
+    """Every scoring of every version of a name: data by data, and on each the oldest first."""
     task = schema.task.c
     if connection.scalar(select(task.id).where(task.name == name)) is None:
         find(connection, name)

@@ -52,15 +52,7 @@ class Integrity:
 
 
 def check_integrity(engine: Engine, head: str | None = None) -> Integrity:
-    """Checks a registry's schema and all that it holds; it only reads.
-
-    Args:
-        engine: the registry.
-        head: a head digest that was noted earlier; some event must have it.
-
-    Raises:
-        RegistryError: the database cannot be read at all.
-    """
+    """Checks a registry's schema and all that it holds, as `Reader.check_integrity` says."""
     try:
         faults = [Fault("schema", said) for said in schema_faults(engine)]
     except RegistryError as error:

@@ -31,17 +31,6 @@ def backup(engine: Engine, path: str | Path) -> Integrity:
     The file appears under its name when it is whole and its history was checked, and is no more open to others than the
     registry. A process that is killed leaves a folder `.backup-…`, which the next backup of this registry into the same
     folder removes.
-
-    Args:
-        engine: the registry.
-        path: the file to make.
-
-    Returns:
-        What the check of the copy found; its `head` is worth noting elsewhere.
-
-    Raises:
-        RegistryError: there is such a file already, or the copy could not be written.
-        IntegrityError: the registry is damaged; nothing was written.
     """
     target = Path(path).expanduser().absolute()
     _refuse_to_overwrite(target)

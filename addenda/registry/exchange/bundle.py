@@ -37,18 +37,7 @@ class _Manifest(Contents):
 
 
 def write(path: Path, contents: Contents, read: Read, mode: int) -> None:
-    """Writes a bundle, whole or not at all; it is held in memory meanwhile.
-
-    Args:
-        path: the file, which must not exist.
-        contents: what is to travel.
-        read: gives its bytes.
-        mode: permissions of the file.
-
-    Raises:
-        IntegrityError: bytes do not hash to what names them.
-        RegistryError: the file exists, cannot be written, or would be too large to be read.
-    """
+    """Writes a bundle, whole or not at all, to a file that does not exist; it is held in memory meanwhile."""
     taken = RegistryError(f"{str(path)!r} exists already: name another file, or remove it.")
     if path.exists():
         raise taken
@@ -76,10 +65,6 @@ def opened(path: Path) -> Iterator[tuple[Arrived, str]]:
     """What has come in a bundle, to be read while it is open, and its manifest's sha256 with `bundle:` before.
 
     Every byte is hashed before anything is given.
-
-    Raises:
-        RegistryError: the file cannot be read.
-        IntegrityError: it is not a bundle, not whole, or not as it was written.
     """
     what = f"Bundle {str(path)!r} cannot be taken in"
     try:

@@ -15,11 +15,10 @@ from addenda.exceptions import IntegrityError
 from addenda.registry.exchange.manifest import Alias, Contents, Entry, fault
 from addenda.registry.store import schema
 from addenda.registry.store.hashing import digest
-from addenda.registry.store.queries import find, ref_of
+from addenda.registry.store.queries import find, ref_of, rows_where, with_ancestors
 
 _OURS = {"id", "task_id", "event_id"}  # numbers of one database
 _BELONGING = (schema.golden, schema.statistics, schema.evaluation, schema.retirement, schema.tag)
-_BATCH = 500
 
 Read = Callable[[str], bytes]
 """Gives the bytes of a sha256, one at a time; IntegrityError where they do not hash to it."""
@@ -33,12 +32,12 @@ def gather(connection: Connection, refs: Sequence[str] | None) -> tuple[Contents
     Args:
         connection: to read from.
         refs: tasks, which take their ancestors along; None for all there are.
-
-    Raises:
-        UnknownTaskError: there is no such task.
-        IntegrityError: a row is damaged.
     """
-    rows, parents = _with_ancestors(connection, refs)
+    asked = connection.execute(select(schema.task)).all() if refs is None else [find(connection, ref) for ref in refs]
+    rows, parents = with_ancestors(connection, asked)
+    for child, kin in parents.items():
+        if not rows.keys() >= set(kin):
+            raise IntegrityError(f"Task {ref_of(rows[child])!r} extends one that is missing.")
     of = {table.name: _grouped(connection, table, rows) for table in _BELONGING}
     places: dict[str, tuple[Column[bytes], tuple[Any, ...]]] = {}
 
@@ -78,7 +77,7 @@ def gather(connection: Connection, refs: Sequence[str] | None) -> tuple[Contents
         ready = sorted(sorter.get_ready(), key=lambda number: (rows[number].name, rows[number].version))
         tasks += map(entry, ready)
         sorter.done(*ready)
-    backbones = _where(connection, schema.backbone.c.fingerprint, {row.backbone for row in rows.values()})
+    backbones = rows_where(connection, schema.backbone.c.fingerprint, {row.backbone for row in rows.values()})
     named = sorted((_plain(row) for row in backbones), key=lambda backbone: str(backbone["fingerprint"]))
     with _damage("A backbone"):
         return Contents.model_validate({"backbones": named, "tasks": tasks}), read
@@ -101,38 +100,9 @@ def _damage(what: str) -> Iterator[None]:
         raise IntegrityError(f"{what} has a damaged record: {fault(error)}.") from error
 
 
-def _with_ancestors(
-    connection: Connection, refs: Sequence[str] | None
-) -> tuple[dict[int, Row[Any]], dict[int, list[int]]]:
-    """Task rows by id, and the ids of each one's parents."""
-    frontier = connection.execute(select(schema.task)).all() if refs is None else [find(connection, r) for r in refs]
-    rows: dict[int, Row[Any]] = {}
-    parents: dict[int, list[int]] = defaultdict(list)
-    while frontier:
-        found = {row.id: row for row in frontier}
-        rows |= found
-        for edge in _where(connection, schema.task_parent.c.task_id, found):
-            parents[edge.task_id].append(edge.parent_id)
-        missing = {parent for number in found for parent in parents[number]} - rows.keys()
-        frontier = list(_where(connection, schema.task.c.id, missing))
-    for child, kin in parents.items():
-        if not rows.keys() >= set(kin):
-            raise IntegrityError(f"Task {ref_of(rows[child])!r} extends one that is missing.")
-    return rows, parents
-
-
-def _where(connection: Connection, column: Column[Any], values: Collection[Any]) -> Iterator[Row[Any]]:
-    """A table's rows with these values, in the order of their key; without the bytes that they hold."""
-    table, listed = column.table, list(values)
-    wanted = [c for c in table.c if c.name not in ("logits", "data") or table is schema.task]
-    for start in range(0, len(listed), _BATCH):
-        query = select(*wanted).where(column.in_(listed[start : start + _BATCH]))
-        yield from connection.execute(query.order_by(*table.primary_key))
-
-
 def _grouped(connection: Connection, table: Table, task_ids: Collection[int]) -> dict[int, list[Row[Any]]]:
     groups = defaultdict(list)
-    for row in _where(connection, table.c.task_id, task_ids):
+    for row in rows_where(connection, table.c.task_id, task_ids):
         groups[row.task_id].append(row)
     return groups
 

@@ -54,23 +54,10 @@ def receive(
     renames: Mapping[str, str],
     owner: str | None = None,
 ) -> list[Received]:
-    """Adds what is not here yet.
+    """Adds what is not here yet, as `Registry.import_bundle` and `Registry.merge` say.
 
     Content that this registry holds under the same name is there already: only golden probes of other numerics and
     tags that it lacks are added to it. All else keeps its version number.
-
-    Args:
-        to: the transaction; its events say where all this comes from.
-        contents: what has come.
-        read: gives its bytes.
-        aliases: to be pointed as they point there, where they are free.
-        renames: a name there -> its name here.
-        owner: who may touch only names that are free or their own; None may touch all.
-
-    Raises:
-        OwnershipError: a new version of a name that is not the owner's.
-        RegistryError: a version number holds other content here; all of these are named.
-        IntegrityError: something is not what it says it is.
     """
     arrivals = _plan(to.connection, contents.tasks, renames)
     names = {ref.partition(":")[0] for _, ref, _ in arrivals}

@@ -32,16 +32,13 @@ WAIT_S = 30
 
 
 def connect(location: str | Path, create: bool, read_only: bool = False) -> Engine:
-    """Makes an engine for a path or a URL; of a schema it knows nothing.
+    """Makes an engine for a location as `Registry.open` takes it; of a schema it knows nothing.
 
     Args:
-        location: a path, or a URL: sqlite:///PATH, postgresql://USER@HOST/DATABASE.
+        location: a path, or a URL.
         create: whether an SQLite file may be made.
         read_only: whether the database itself refuses every change. SQLite's log comes and goes beside the file as for
             any reader; where the folder cannot be written to, the file is read as it is.
-
-    Raises:
-        RegistryError: the location is none, or there is no such file.
     """
     url = _url(location)
     if url.get_backend_name() == "postgresql":

@@ -47,11 +47,7 @@ class Lineage:
 
 
 def lineage(connection: Connection, ref: str) -> Lineage:
-    """The ancestors and the descendants of a task, retired ones too.
-
-    Raises:
-        UnknownTaskError: there is no such task.
-    """
+    """The ancestors and the descendants of a task, retired ones too."""
     root = find(connection, ref)
     child, parent = schema.task_parent.c.task_id, schema.task_parent.c.parent_id
     return Lineage(_tree(connection, root.id, child, parent), _tree(connection, root.id, parent, child))

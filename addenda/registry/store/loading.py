@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,35 +12,27 @@ from sqlalchemy import Connection, Row, select
 from addenda.exceptions import IntegrityError
 from addenda.registry.store import schema
 from addenda.registry.store.hashing import digest
-from addenda.registry.store.queries import ref_of
+from addenda.registry.store.queries import ref_of, with_ancestors
 from addenda.registry.store.statistics import FeatureStatistics
 from addenda.registry.store.task import Golden, Task, decode
 
-_ROWS, _ARTIFACTS = 500, 16
-"""Most that one query asks for; an artifact with adapters weighs some megabytes."""
+_ARTIFACTS = 16
+"""Most that one query asks for: one with adapters weighs some megabytes."""
 
 
 def load_task(connection: Connection, row: Row[Any]) -> Task:
-    """Decodes a task and its ancestors.
-
-    Raises:
-        IntegrityError: stored bytes that are not what was registered, the task's or an ancestor's.
-    """
+    """Decodes a task and its ancestors, as `load_tasks` does."""
     return load_tasks(connection, [row])[0]
 
 
 def load_tasks(connection: Connection, rows: Sequence[Row[Any]]) -> list[Task]:
     """Decodes tasks and their ancestors, each once, with few queries and few artifacts in memory at a time.
 
-    Args:
-        connection: to read from.
-        rows: the tasks'.
-
     Raises:
         IntegrityError: stored bytes that are not what was registered, of the first task that cannot be trusted or of
             an ancestor.
     """
-    wanted, parents = _closure(connection, rows)
+    wanted, parents = with_ancestors(connection, rows)
     artifact = schema.artifact.c
     found: dict[int, Task | IntegrityError] = {}
     ids = sorted(wanted)  # parents have smaller numbers than their children
@@ -53,7 +44,7 @@ def load_tasks(connection: Connection, rows: Sequence[Row[Any]]) -> list[Task]:
         )
         for task_id in some:
             row = wanted[task_id]
-            known = {wanted[parent].artifact: found.get(parent) for parent in parents[task_id]}
+            known = {wanted[parent].artifact: found[parent] for parent in parents[task_id] if parent in found}
             try:
                 task = found[task_id] = _decode(row, stored.get(row.artifact), known)
                 _ = task.closure  # while those of its parents are known: a long line of them would be a deep recursion
@@ -62,25 +53,7 @@ def load_tasks(connection: Connection, rows: Sequence[Row[Any]]) -> list[Task]:
     return [_trusted(found[row.id]) for row in rows]
 
 
-def _closure(connection: Connection, rows: Sequence[Row[Any]]) -> tuple[dict[int, Row[Any]], dict[int, list[int]]]:
-    """Rows of the tasks and all their ancestors by id, and the ids of each one's parents."""
-    wanted = {row.id: row for row in rows}
-    parents: dict[int, list[int]] = defaultdict(list)
-    of, unseen = schema.task_parent.c, list(wanted)
-    while unseen:
-        some, unseen = unseen[:_ROWS], unseen[_ROWS:]
-        query = select(of.task_id.label("child_id"), schema.task).join_from(
-            schema.task_parent, schema.task, of.parent_id == schema.task.c.id
-        )
-        for row in connection.execute(query.where(of.task_id.in_(some))):
-            parents[row.child_id].append(row.id)
-            if row.id not in wanted:
-                wanted[row.id] = row
-                unseen.append(row.id)
-    return wanted, parents
-
-
-def _decode(row: Row[Any], artifact: bytes | None, parents: Mapping[str, Task | IntegrityError | None]) -> Task:
+def _decode(row: Row[Any], artifact: bytes | None, parents: Mapping[str, Task | IntegrityError]) -> Task:
     """A task from its row, its artifact, and its parents by sha256."""
 
     def parent(sha256: str) -> Task:
@@ -112,11 +85,7 @@ def _trusted(found: Task | IntegrityError) -> Task:
 
 
 def load_goldens(connection: Connection, row: Row[Any]) -> list[Golden]:
-    """A task's golden probes, newest first.
-
-    Raises:
-        IntegrityError: stored logits that do not hash to their digest.
-    """
+    """A task's golden probes, newest first; IntegrityError for logits that do not hash to their digest."""
     query = select(schema.golden).where(schema.golden.c.task_id == row.id)
     stored = connection.execute(query.order_by(schema.golden.c.created_at.desc())).all()
     for probe in stored:
@@ -134,11 +103,7 @@ def load_goldens(connection: Connection, row: Row[Any]) -> list[Golden]:
 
 
 def load_statistics(connection: Connection, row: Row[Any]) -> FeatureStatistics | None:
-    """What a router knows of a task's images; None where nothing was kept.
-
-    Raises:
-        IntegrityError: the stored bytes are not what was registered.
-    """
+    """What a router knows of a task's images; None where nothing was kept, IntegrityError where it has changed."""
     stored = connection.execute(select(schema.statistics).where(schema.statistics.c.task_id == row.id)).first()
     if stored is None:
         return None

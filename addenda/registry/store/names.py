@@ -68,12 +68,7 @@ def check_labels(labels: Sequence[str]) -> None:
 
 
 def check_text(text: str, what: str) -> str:
-    """Returns a text that every database and file can hold; raises RegistryError for any other.
-
-    Args:
-        text: a person's.
-        what: what it is, to begin the message.
-    """
+    """Returns a text that every database and file can hold; a RegistryError begins with what it is."""
     if "\0" in text:
         raise RegistryError(f"{what} holds a NUL character, which PostgreSQL cannot keep: leave it out.")
     try:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import difflib
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, Select, String, cast, func, select
+from sqlalchemy import Column, ColumnElement, Connection, LargeBinary, Row, Select, String, cast, func, select
 
 from addenda.exceptions import DataError, UnknownTaskError
 from addenda.registry.store import schema
@@ -19,6 +19,7 @@ from addenda.registry.store.records import EvaluationRecord, EvaluationRow, Task
 
 SEEN = 200
 """Names that are looked at, at most, for those like one that is not there."""
+_BATCH = 500
 NUMBER = re.compile(r"[1-9][0-9]{0,8}")
 
 
@@ -71,18 +72,7 @@ def descendants(task_id: int) -> Select[Any]:
 
 
 def listing(connection: Connection, chosen: TaskFilter, limit: int | None, before: str | None) -> Select[Any]:
-    """The tasks of a filter, newest first.
-
-    Args:
-        connection: to look references up.
-        chosen: the filter.
-        limit: most rows; None: all.
-        before: list only tasks registered before this one: the last page's oldest.
-
-    Raises:
-        DataError: a time is none.
-        UnknownTaskError: a task that it names is not registered.
-    """
+    """The tasks of a filter, newest first, as `Reader.tasks` says; `limit` None: all."""
     task = schema.task.c
     query = select(task.id).order_by(task.id.desc())
     if chosen.name is not None:
@@ -144,11 +134,7 @@ def _utc(text: str) -> str:
 
 
 def find(connection: Connection, ref: str) -> Row[Any]:
-    """The task row of a reference.
-
-    Raises:
-        UnknownTaskError: there is no such task, version or alias.
-    """
+    """The task row of a reference; UnknownTaskError where there is no such task, version or alias."""
     query = select(schema.task).order_by(schema.task.c.version.desc()).limit(1)
     name, at, alias = ref.partition("@")
     if at:
@@ -175,6 +161,31 @@ def find(connection: Connection, ref: str) -> Row[Any]:
     return row
 
 
+def rows_where(connection: Connection, column: Column[Any], values: Collection[Any]) -> Iterator[Row[Any]]:
+    """A table's rows with these values, in the order of their key; without the bytes that they hold."""
+    table, listed = column.table, list(values)
+    wanted = [c for c in table.c if not isinstance(c.type, LargeBinary)]
+    for start in range(0, len(listed), _BATCH):
+        query = select(*wanted).where(column.in_(listed[start : start + _BATCH]))
+        yield from connection.execute(query.order_by(*table.primary_key))
+
+
+def with_ancestors(
+    connection: Connection, rows: Sequence[Row[Any]]
+) -> tuple[dict[int, Row[Any]], dict[int, list[int]]]:
+    """Rows of tasks and of all that they extend, by id, and the ids of each one's parents in order."""
+    found: dict[int, Row[Any]] = {}
+    parents: dict[int, list[int]] = defaultdict(list)
+    while rows:
+        level = {row.id: row for row in rows}
+        found |= level
+        for edge in rows_where(connection, schema.task_parent.c.task_id, level):
+            parents[edge.task_id].append(edge.parent_id)
+        unseen = {parent for number in level for parent in parents[number]} - found.keys()
+        rows = list(rows_where(connection, schema.task.c.id, unseen))
+    return found, parents
+
+
 def evaluations(connection: Connection, chosen: ColumnElement[bool]) -> list[EvaluationRecord]:
     """The recorded scorings of the tasks that a condition holds for, oldest first."""
     task, evaluation = schema.task.c, schema.evaluation.c
@@ -187,8 +198,9 @@ def evaluations(connection: Connection, chosen: ColumnElement[bool]) -> list[Eva
 
 
 def records(connection: Connection, rows: Sequence[Row[Any]]) -> list[TaskRecord]:
-    """What is known of some task rows; a fixed number of queries for each 500 of them."""
-    return [record for start in range(0, len(rows), 500) for record in _records(connection, rows[start : start + 500])]
+    """What is known of some task rows; a fixed number of queries for each _BATCH of them."""
+    starts = range(0, len(rows), _BATCH)
+    return [record for start in starts for record in _records(connection, rows[start : start + _BATCH])]
 
 
 def _records(connection: Connection, rows: Sequence[Row[Any]]) -> list[TaskRecord]:

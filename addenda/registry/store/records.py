@@ -189,7 +189,7 @@ ROWS = {
 """The rows that events seal and bundles carry, by table."""
 
 
-def names(rows: type) -> list[str]:
+def columns_of(rows: type) -> list[str]:
     """The columns of a row."""
     return [column.name for column in fields(rows)]
 

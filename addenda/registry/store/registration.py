@@ -113,24 +113,10 @@ def insert_task(
     evaluations: Sequence[Mapping[str, Any]],
     **details: Any,
 ) -> int:
-    """Inserts a task and all that belongs to it, and the event of that.
+    """Inserts a task and all that belongs to it, and the event of that, whose id it returns.
 
-    Args:
-        to: the transaction.
-        kind: of the event.
-        columns: the task's, without id and event_id.
-        artifact: its bytes.
-        parents: ids of the tasks that it extends, in order.
-        goldens: rows of golden probes.
-        statistics: sha256 and data of what a router knows of its images.
-        evaluations: rows of scorings; without a generation they are of this event's.
-        details: more for the event.
-
-    Returns:
-        The event's id.
-
-    Raises:
-        IntegrityError: the same content is stored already, and its bytes have changed.
+    Columns and rows are without the numbers that this registry gives; evaluations without a generation are of this
+    event's. Content that is stored already must have the same bytes.
     """
     connection, sha256 = to.connection, columns["artifact"]
     number, task_id = ledger.generation(connection) + 1, next_id(connection, schema.task)
@@ -186,11 +172,7 @@ def add_golden(to: Writer, row: Row[Any], probe: Mapping[str, Any]) -> None:
 
 
 def golden_row(task: Task, golden: Golden) -> dict[str, Any]:
-    """A task's golden probe as a row.
-
-    Raises:
-        RegistryError: it has other columns than the task has labels, does not hash to its digest, or is not finite.
-    """
+    """A task's golden probe as a row; RegistryError where it does not fit its labels or its digest, or is not finite."""
     name, num_labels = task.ref, len(task.labels)
     if golden.logits.shape[-1] != num_labels:
         raise RegistryError(

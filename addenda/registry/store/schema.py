@@ -19,7 +19,7 @@ from sqlalchemy import (
 )
 
 from addenda.registry.store.hashing import canonical_json
-from addenda.registry.store.records import ROWS, Event, defaults, names
+from addenda.registry.store.records import ROWS, Event, columns_of, defaults
 
 metadata = MetaData(
     naming_convention={
@@ -32,17 +32,11 @@ metadata = MetaData(
 
 
 def _columns(rows: type, key: str = "", **points: str) -> list[Column[Any]]:
-    """A row's columns by their types; those that several values make up are JSON.
-
-    Args:
-        rows: of `records`.
-        key: the column that is the primary key, or a part of it.
-        points: column -> the column that it points at.
-    """
+    """A row's columns by their types; one is the key, or a part of it, and some point at columns of other tables."""
     hints, before = get_type_hints(rows), defaults(rows)
     types: dict[Any, Any] = {str: String, int: Integer, float | None: Float}
     made = []
-    for name in names(rows):
+    for name in columns_of(rows):
         value = before.get(name)
         default = value if value is None or isinstance(value, str) else canonical_json(value)
         points_at = [ForeignKey(points[name])] if name in points else []

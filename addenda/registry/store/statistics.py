@@ -57,11 +57,7 @@ class FeatureStatistics:
 
     @classmethod
     def decode(cls, data: bytes, sha256: str, num_classes: int) -> FeatureStatistics:
-        """Reads stored statistics.
-
-        Raises:
-            IntegrityError: the bytes do not hash to `sha256`, or are no statistics of so many classes.
-        """
+        """Reads stored statistics of so many classes; IntegrityError where the bytes are none, or others."""
         if digest(data) != sha256:
             raise IntegrityError("its statistics' stored bytes have changed")
         try:

@@ -162,16 +162,13 @@ def encode(task: Task) -> bytes:
 
 
 def decode(data: bytes, sha256: str, parent: Callable[[str], Task], record: Mapping[str, Any]) -> Task:
-    """Turns an artifact back into a task.
+    """Turns an artifact back into a task; IntegrityError where it hashes to something else, or is not valid.
 
     Args:
         data: the artifact.
         sha256: what it must hash to.
         parent: gives the task of a parent's sha256.
         record: the fields that the artifact does not hold: name, version, config, metrics, data.
-
-    Raises:
-        IntegrityError: the bytes hash to something else, or are not a valid artifact.
     """
     manifest, tensors = read(data, sha256)
     with valid():

@@ -23,15 +23,7 @@ _MIGRATING = Lock()
 
 
 def upgrade(engine: Engine, create: bool) -> None:
-    """Makes the schema where there is none, or upgrades an older one; in one transaction, so wholly or not at all.
-
-    Args:
-        engine: the database.
-        create: whether a schema may be made in a database that has none.
-
-    Raises:
-        RegistryError: the database cannot be opened, is another program's, or was written by a newer version.
-    """
+    """Makes the schema where there is none and may be one, or upgrades an older one; wholly or not at all."""
     where = described(engine)
     with database_errors(f"Registry {where!r} cannot be opened"):
         with engine.connect() as connection:
@@ -59,11 +51,7 @@ def upgrade(engine: Engine, create: bool) -> None:
 
 
 def check_readable(engine: Engine) -> None:
-    """Makes sure that another's database is a registry of this version's schema and nothing beside; it only reads.
-
-    Raises:
-        RegistryError: it is none, has an older or newer schema, or holds views or triggers that no registry has.
-    """
+    """Refuses what is no registry of this version's schema, or holds views or triggers that none has; it only reads."""
     where = described(engine)
     with reading(engine) as connection:
         found, head = revision(connection), _versions()[-1]

@@ -20,14 +20,7 @@ def tell(connection: Connection, generation: int) -> None:
 
 
 def wait(engine: Engine, read: Callable[[], int], after: int, timeout_s: float) -> int:
-    """The generation as soon as it is past `after`, or as it is when the time is over.
-
-    Args:
-        engine: the database.
-        read: gives the generation.
-        after: a generation that is known.
-        timeout_s: seconds to wait, at most.
-    """
+    """The generation, which `read` gives, as soon as it is past `after`, or as it is when the time is over."""
     deadline = time.monotonic() + timeout_s
     with _pauses(engine) as pause:
         while (found := read()) <= after and (left := deadline - time.monotonic()) > 0:
