@@ -36,8 +36,8 @@ class HasFingerprint(Protocol):
 class Reader:
     """What a registry can be asked; `Registry` adds what changes it.
 
-    A version is named by a reference: `name` (its newest active version), `name:version` or `name@alias`; one that names
-    nothing is an UnknownTaskError, in every method.
+    A version is named by a reference: `name` (its newest active version), `name:version` or `name@alias`. In every
+    method a reference to nothing is an UnknownTaskError.
 
     Attributes:
         location: where it is, for people: a path, or a URL without its password.

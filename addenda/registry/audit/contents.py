@@ -47,7 +47,7 @@ def content_faults(connection: Connection) -> Iterator[Fault]:
 
 
 def wrong(connection: Connection, row: Mapping[str, Any], damaged: Mapping[int, str]) -> str | None:
-    """What is wrong with a task's bytes, None if nothing is; `damaged` holds the ids of damaged tasks and their names."""
+    """What is wrong with a task's bytes, None if nothing is; `damaged`: ids of damaged tasks and their names."""
     try:
         return _wrong(connection, row, damaged)
     except IntegrityError as error:

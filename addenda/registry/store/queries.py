@@ -15,7 +15,7 @@ from sqlalchemy import Column, ColumnElement, Connection, LargeBinary, Row, Sele
 from addenda.exceptions import DataError, UnknownTaskError
 from addenda.registry.store import schema
 from addenda.registry.store.header import insides
-from addenda.registry.store.records import EvaluationRecord, EvaluationRow, TaskColumns, TaskRecord, names
+from addenda.registry.store.records import EvaluationRecord, EvaluationRow, TaskColumns, TaskRecord, columns_of
 
 SEEN = 200
 """Names that are looked at, at most, for those like one that is not there."""
@@ -105,13 +105,7 @@ def listing(connection: Connection, chosen: TaskFilter, limit: int | None, befor
 
 
 def current(connection: Connection, backbone: str, alias: str | None) -> list[Row[Any]]:
-    """Rows of the newest active version of each name on a backbone, or of those that an alias points at; oldest first.
-
-    Args:
-        connection: to read from.
-        backbone: its fingerprint.
-        alias: an alias's name.
-    """
+    """Rows of the newest active version of each name on a backbone, or of those that an alias points at; oldest first."""
     query = select(schema.task).where(schema.task.c.backbone == backbone)
     query = query.order_by(schema.task.c.version)  # an older one may have been imported after a newer one
     if alias is None:
@@ -189,7 +183,7 @@ def with_ancestors(
 def evaluations(connection: Connection, chosen: ColumnElement[bool]) -> list[EvaluationRecord]:
     """The recorded scorings of the tasks that a condition holds for, oldest first."""
     task, evaluation = schema.task.c, schema.evaluation.c
-    columns = [evaluation[name] for name in (*names(EvaluationRow), "event_id")]
+    columns = [evaluation[name] for name in (*columns_of(EvaluationRow), "event_id")]
     query = select(task.name, task.version, *columns).join_from(schema.evaluation, schema.task)
     return [
         EvaluationRecord(task=ref_of(row), **{column.name: row._mapping[column] for column in columns})
@@ -231,7 +225,7 @@ def _records(connection: Connection, rows: Sequence[Row[Any]]) -> list[TaskRecor
     found = insides(connection, hashes)
     return [
         TaskRecord(
-            **{column: getattr(row, column) for column in names(TaskColumns) if column != "labels"},
+            **{column: getattr(row, column) for column in columns_of(TaskColumns) if column != "labels"},
             labels=tuple(row.labels),
             sha256=row.artifact,
             size_bytes=sum(sizes[row.artifact]),

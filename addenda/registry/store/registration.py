@@ -172,7 +172,7 @@ def add_golden(to: Writer, row: Row[Any], probe: Mapping[str, Any]) -> None:
 
 
 def golden_row(task: Task, golden: Golden) -> dict[str, Any]:
-    """A task's golden probe as a row; RegistryError where it does not fit its labels or its digest, or is not finite."""
+    """A task's golden probe as a row; RegistryError where it is of other labels or bytes, or not finite."""
     name, num_labels = task.ref, len(task.labels)
     if golden.logits.shape[-1] != num_labels:
         raise RegistryError(

@@ -77,7 +77,8 @@ def revision(connection: Connection) -> str | None:
     """The schema's version; None where there is no registry."""
     if not inspect(connection).has_table(VERSION_TABLE):
         return None
-    return connection.scalar(text(f"SELECT version_num FROM {VERSION_TABLE}"))
+    found: str | None = connection.scalar(text(f"SELECT version_num FROM {VERSION_TABLE}"))
+    return found
 
 
 def _versions() -> list[str]:
