@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Set
 from typing import Any, NamedTuple
 
@@ -37,7 +38,8 @@ def inside(header: bytes) -> Inside:
     try:
         manifest, places = parts(header)
         rank = int(places["adapters.q.down"]["shape"][1]) if "adapters.q.down" in places else 0
-        return Inside(rank, float(manifest.get("temperature", 1.0)))
+        temperature = float(manifest.get("temperature", 1.0))
+        return Inside(rank, temperature) if 0 < temperature < math.inf else Inside()
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, RecursionError):
         return Inside()
 

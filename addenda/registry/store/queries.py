@@ -105,7 +105,7 @@ def listing(connection: Connection, chosen: TaskFilter, limit: int | None, befor
 
 
 def current(connection: Connection, backbone: str, alias: str | None) -> list[Row[Any]]:
-    """Rows of the newest active version of each name on a backbone, or of those that an alias points at; oldest first."""
+    """Rows of the newest active version of each name on a backbone, or of those of an alias; oldest first."""
     query = select(schema.task).where(schema.task.c.backbone == backbone)
     query = query.order_by(schema.task.c.version)  # an older one may have been imported after a newer one
     if alias is None:

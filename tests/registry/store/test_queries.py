@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+import torch
 
 from addenda.exceptions import RegistryError, UnknownTaskError
 from addenda.registry import Registry, TaskFilter
-from tests.support.registries import BACKBONE, a_task, keep
+from tests.support.databases import tamper
+from tests.support.registries import BACKBONE, a_task, adapters, keep, probe
 
 OTHER = "0a" * 32
 
@@ -106,3 +110,28 @@ def test_a_listing_that_names_an_unknown_task_is_refused(shop):
 def test_a_number_past_the_databases_own_is_refused_in_words(full_book: Registry) -> None:
     with pytest.raises(RegistryError, match="The registry cannot be read: "):
         full_book.events(after=10**30)
+
+
+def test_a_record_tells_what_is_inside_an_artifact_without_loading_it(book):
+    many = tuple(f"{number:04} {'label' * 4}" for number in range(900))  # their header is larger than most
+    heads = {key: torch.zeros(900, 8) for key in ("head_weight", "pooled_weight")} | {"head_bias": torch.zeros(900)}
+    kept = [
+        a_task("plain"),
+        a_task("adapted", 1, adapters=adapters(rank=3), temperature=0.25),
+        a_task("large", 2, adapters=adapters(rank=2), temperature=1.5, labels=many, **heads),
+    ]
+    for task in kept:
+        book.register(task, probe(task))
+    found = {record.name: (record.adapter_rank, record.temperature) for record in book.tasks()}
+    assert found == {task.name: (task.adapter_rank, task.temperature) for task in kept}
+    assert found == {"plain": (0, 1.0), "adapted": (3, 0.25), "large": (2, 1.5)}
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff" * 40, b"\x02" + b"\x00" * 7 + b"{}", b"\x02" + b"\x00" * 7 + b"[]"])
+def test_a_damaged_artifact_leaves_the_rest_of_a_record_as_it_is(full_book, data):
+    before = full_book.record("digits")
+    tamper(full_book, "artifact", "UPDATE artifact SET data = :data WHERE sha256 = :of", data=data, of=before.sha256)
+    after = full_book.record("digits")
+    assert (after.adapter_rank, after.temperature) == (None, None)
+    assert replace(after, adapter_rank=0, temperature=1.0, size_bytes=before.size_bytes) == before
+    assert after in full_book.tasks()
