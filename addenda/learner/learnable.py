@@ -9,7 +9,7 @@ import torch
 
 from addenda.exceptions import DataError
 from addenda.learner.labelled import UNREADABLE, LabelledImages, class_name
-from addenda.registry.store.names import check_labels
+from addenda.registry import check_labels
 
 
 def repeats(train: LabelledImages, test: LabelledImages | None) -> dict[str, int]:

@@ -17,7 +17,7 @@ from torch.utils.data import ConcatDataset, Subset
 from addenda.backbones import read_image
 from addenda.exceptions import DataError
 from addenda.learner.labelled import ImageDataset, LabelledImages, UnsteadyError, class_name
-from addenda.registry.store.names import LABELS
+from addenda.registry import LABELS
 
 
 def open_dataset(data: ImageDataset) -> LabelledImages:

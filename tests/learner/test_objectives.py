@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from addenda.learner.objectives import balanced_weights, loss
-from addenda.registry.store.logits import probabilities
-from addenda.registry.store.objectives import OBJECTIVES
+from addenda.registry import OBJECTIVES, probabilities
 
 RANDOM = torch.Generator().manual_seed(0)
 LOGITS = torch.randn(3, 20, 5, generator=RANDOM)  # three candidates, twenty images, five classes
