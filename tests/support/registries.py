@@ -6,9 +6,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from sqlalchemy import select
 
 from addenda.registry import FeatureStatistics, Golden, LowRank, Registry, Scoring, Task, digest
-from addenda.registry.store import ledger
+from addenda.registry.store import ledger, schema
 from addenda.registry.store.database import connect, reading
 
 FINGERPRINT = "b" * 64
@@ -118,8 +119,9 @@ def verify_ledger(location: str) -> int:
     try:
         with reading(engine) as connection:
             last, before, numbers = ledger.generation(connection), "", []
-            for event, rows in ledger.events_with_rows(connection, last):
-                before = ledger.seal(before, event._mapping, rows)
+            written = ledger.written(connection, 1, last)
+            for event in connection.execute(select(schema.event).order_by(schema.event.c.id)):
+                before = ledger.seal(before, event._mapping, written.get(event.id, []))
                 assert event.digest == before, f"event {event.id} ({event.kind} {event.subject}) does not verify"
                 numbers.append(event.id)
     finally:

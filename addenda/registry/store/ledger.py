@@ -7,12 +7,12 @@ changed, added or lost row anywhere breaks it, and the last digest stands for th
 from __future__ import annotations
 
 import getpass
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import Connection, Row, Select, Table, func, insert, select
+from sqlalchemy import Connection, Select, Table, func, insert, select
 
 from addenda.registry.store import schema
 from addenda.registry.store.hashing import canonical_json, digest
@@ -21,7 +21,6 @@ from addenda.registry.store.waiting import tell
 
 _INTERNAL = {"id", "task_id", "parent_id", "event_id"}  # numbers within one database; sealed as what they point at
 _BLOBS = {"logits", "data"}  # of golden probes and statistics; each has its sha256 in its row
-_BATCH = 500
 
 
 def stamp(user: str | None = None) -> dict[str, str]:
@@ -82,16 +81,6 @@ def seal(before: str, event: Mapping[str, Any], rows: list[dict[str, Any]]) -> s
     """The digest of an event: over the one before, its columns, and the rows that it wrote."""
     columns = {key: event[key] for key in ("id", "kind", "subject", "details", "created_by", "created_at")}
     return digest(canonical_json([before, columns, rows]).encode())
-
-
-def events_with_rows(connection: Connection, last: int) -> Iterator[tuple[Row[Any], list[dict[str, Any]]]]:
-    """Every event in order, with the rows that it wrote as they are now."""
-    for first in range(1, last + 1, _BATCH):
-        final = min(first + _BATCH - 1, last)
-        rows = written(connection, first, final)
-        query = select(schema.event).where(schema.event.c.id.between(first, final)).order_by(schema.event.c.id)
-        for event in connection.execute(query).all():
-            yield event, rows.get(event.id, [])
 
 
 def written(connection: Connection, first: int, last: int) -> dict[int, list[dict[str, Any]]]:

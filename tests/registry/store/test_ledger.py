@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from sqlalchemy import select
 
 from addenda.exceptions import RegistryError
 from addenda.registry import Registry
-from addenda.registry.store import ledger
+from addenda.registry.store import ledger, schema
 from addenda.registry.store.database import reading
 from tests.support.databases import address, rows, tamper
 from tests.support.registries import BACKBONE, HERE, SCORING, a_task, keep, probe, verify_ledger
@@ -146,7 +147,9 @@ def test_a_row_that_was_changed_or_lost_breaks_the_ledger(full_book, table, sql)
 def test_an_event_that_was_changed_and_sealed_again_breaks_the_one_after_it(full_book):
     location = address(full_book)
     with reading(full_book._engine) as connection:
-        (before, _), (event, written), *_ = list(ledger.events_with_rows(connection, 9))[1:]
+        query = select(schema.event).where(schema.event.c.id.in_([2, 3])).order_by(schema.event.c.id)
+        before, event = connection.execute(query).all()
+        written = ledger.written(connection, 3, 3).get(3, [])
     sealed = ledger.seal(before.digest, {**event._mapping, "created_by": "mallory"}, written)
     tamper(location, "event", "UPDATE event SET created_by = 'mallory', digest = :sealed WHERE id = 3", sealed=sealed)
     with pytest.raises(AssertionError, match=r"event 4 .* does not verify"):
