@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Set
+import sqlite3
+from collections.abc import Iterator, Set
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, func, select
+from sqlalchemy import Connection, Integer, func, literal_column, select
 
 from addenda.registry.store.schema import artifact
 
 _USUAL = 16_384
-"""Bytes of an artifact that hold the header of most."""
+"""Bytes that hold the header of most artifacts."""
 
 
 class Inside(NamedTuple):
@@ -45,13 +46,30 @@ def inside(header: bytes) -> Inside:
 
 
 def insides(connection: Connection, hashes: Set[str]) -> dict[str, Inside]:
-    """What stored artifacts say of their inside, by sha256; of most no more is fetched than the beginning."""
-    data, found = artifact.c.data, dict.fromkeys(hashes, Inside())
+    """What stored artifacts say of their inside, by sha256; the database reads no more of them than their headers."""
+    found = dict.fromkeys(hashes, Inside())
+    headers = _of_sqlite if connection.dialect.name == "sqlite" else _of_postgresql
+    return found | {sha256: inside(header) for sha256, header in headers(connection, hashes)}
+
+
+def _of_sqlite(connection: Connection, hashes: Set[str]) -> Iterator[tuple[str, bytes]]:
+    """By incremental reads: SQLite's substr would read all of an artifact, which may have megabytes."""
+    driver: Any = connection.connection.driver_connection
+    query = select(artifact.c.sha256, literal_column("rowid", Integer)).where(artifact.c.sha256.in_(hashes))
+    for sha256, rowid in connection.execute(query).all():
+        try:
+            with driver.blobopen("artifact", "data", rowid, readonly=True) as blob:
+                size = blob.read(8)
+                yield sha256, size + blob.read(min(end(size), len(blob)))[: end(size) - 8]
+        except sqlite3.OperationalError as error:
+            if "cannot open value" not in str(error):  # damage: no bytes stand there
+                raise
+
+
+def _of_postgresql(connection: Connection, hashes: Set[str]) -> Iterator[tuple[str, bytes]]:
+    data = artifact.c.data
     query = select(artifact.c.sha256, func.substr(data, 1, _USUAL), func.length(data))
-    for sha256, start, size in connection.execute(query.where(artifact.c.sha256.in_(hashes))):
-        start = bytes(start or b"")
+    for sha256, start, size in connection.execute(query.where(artifact.c.sha256.in_(hashes))).all():
         if len(start) < end(start) <= size:
-            longer = select(func.substr(data, 1, end(start))).where(artifact.c.sha256 == sha256)
-            start = bytes(connection.scalar(longer) or b"")
-        found[sha256] = inside(start[: end(start)])
-    return found
+            start = connection.scalar(select(func.substr(data, 1, end(start))).where(artifact.c.sha256 == sha256))
+        yield sha256, start[: end(start)]

@@ -31,7 +31,7 @@ class BackboneRow(Stamped):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskColumns(Stamped):
+class TaskColumns:
     """What a task's row and its record share.
 
     Attributes:
@@ -48,6 +48,8 @@ class TaskColumns(Stamped):
         data: what it was learned from.
         code_version: Addenda's version that learned it.
         packages: versions of Python and of the packages that had a part in learning it.
+        created_by: who registered it.
+        created_at: when, ISO 8601 in UTC.
     """
 
     name: str
@@ -63,6 +65,8 @@ class TaskColumns(Stamped):
     data: dict[str, Any]
     code_version: str
     packages: dict[str, str] = field(metadata={"before": {}})
+    created_by: str
+    created_at: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +138,7 @@ class Scoring:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationRow(Scoring, Stamped):
+class EvaluationRow(Stamped, Scoring):
     """A scoring as it was recorded, at a generation of the registry where it was made."""
 
     generation: int
