@@ -225,6 +225,6 @@ class Reader:
         from addenda.registry.exchange.gathering import gather
 
         with reading(self._engine) as connection:
-            contents, read = gather(connection, refs)
+            contents, read, _ = gather(connection, refs)
             bundle.write(Path(path), contents, read, self.file_mode)
         return [entry.ref for entry in contents.tasks]

@@ -20,7 +20,6 @@ from addenda.registry.store.records import EvaluationRecord, Scoring
 from addenda.registry.store.upgrade import check_readable, upgrade
 
 if TYPE_CHECKING:
-    from addenda.registry.exchange.gathering import Arrived
     from addenda.registry.exchange.receiving import Received
     from addenda.registry.store.statistics import FeatureStatistics
     from addenda.registry.store.task import Golden, Task
@@ -85,6 +84,13 @@ class Registry(Reader):
         """One transaction, wholly or not at all; errors of the database begin with what failed."""
         with database_errors(failed), writing(self._engine) as connection:
             yield Writer(connection, stamp(self._user), told)
+
+    @contextmanager
+    def _taking_in(self, what: str, source: str, dry_run: bool) -> Iterator[Writer]:
+        with self._changing(f"{what} was not taken in", source=source) as to:
+            yield to
+            if dry_run:
+                to.connection.get_transaction().rollback()  # type: ignore[union-attr]
 
     def add_backbone(self, record: Mapping[str, Any]) -> None:
         """Records a backbone, once; `record` is what `FrozenBackbone.record` gives."""
@@ -170,9 +176,11 @@ class Registry(Reader):
             RegistryError: a version number holds other content here; all of these are named.
         """
         from addenda.registry.exchange import bundle
+        from addenda.registry.exchange.receiving import receive
 
-        with bundle.opened(Path(path)) as (arrived, source):
-            return self._receive(f"Bundle {str(path)!r}", source, arrived, renames, dry_run, owner)
+        what = f"Bundle {str(path)!r}"
+        with bundle.opened(Path(path)) as (arrived, source), self._taking_in(what, source, dry_run) as to:
+            return receive(to, arrived, renames or {}, owner)
 
     def merge(self, other: Registry, renames: Mapping[str, str] | None = None, dry_run: bool = False) -> list[Received]:
         """Takes in every task of another registry, with retirements and aliases, in one transaction.
@@ -188,28 +196,13 @@ class Registry(Reader):
             IntegrityError: stored bytes there are not what was registered.
             RegistryError: a version number holds other content here; all of these are named.
         """
-        from addenda.registry.exchange.gathering import aliases, gather
-
-        with reading(other._engine) as connection:
-            arrived = (*gather(connection, None), aliases(connection))
-            return self._receive(f"Registry {other.location!r}", other.location, arrived, renames, dry_run)
-
-    def _receive(
-        self,
-        what: str,
-        source: str,
-        arrived: Arrived,
-        renames: Mapping[str, str] | None,
-        dry_run: bool,
-        owner: str | None = None,
-    ) -> list[Received]:
+        from addenda.registry.exchange.gathering import gather
         from addenda.registry.exchange.receiving import receive
 
-        with self._changing(f"{what} was not taken in", source=source) as to:
-            received = receive(to, *arrived, renames or {}, owner)
-            if dry_run:
-                to.connection.get_transaction().rollback()  # type: ignore[union-attr]
-        return received
+        with reading(other._engine) as connection:
+            arrived, what = gather(connection, None), f"Registry {other.location!r}"
+            with self._taking_in(what, other.location, dry_run) as to:
+                return receive(to, arrived, renames or {})
 
     def retire(self, ref: str, reason: str = "", along: Sequence[str] = ()) -> None:
         """Hides a version from `load` and from its bare name; nothing is deleted.

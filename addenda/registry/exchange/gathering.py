@@ -26,12 +26,12 @@ Arrived = tuple[Contents, Read, Sequence[Alias]]
 """What has come: tasks, a way to read their bytes, and aliases to be pointed as they point there."""
 
 
-def gather(connection: Connection, refs: Sequence[str] | None) -> tuple[Contents, Read]:
+def gather(connection: Connection, refs: Sequence[str] | None) -> Arrived:
     """What is to travel, without its bytes, and a way to read these, as long as the connection is open.
 
     Args:
         connection: to read from.
-        refs: tasks, which take their ancestors along; None for all there are.
+        refs: tasks, which take their ancestors along; None for all there are, with their aliases.
     """
     asked = connection.execute(select(schema.task)).all() if refs is None else [find(connection, ref) for ref in refs]
     rows, parents = with_ancestors(connection, asked)
@@ -80,10 +80,11 @@ def gather(connection: Connection, refs: Sequence[str] | None) -> tuple[Contents
     backbones = rows_where(connection, schema.backbone.c.fingerprint, {row.backbone for row in rows.values()})
     named = sorted((_plain(row) for row in backbones), key=lambda backbone: str(backbone["fingerprint"]))
     with _damage("A backbone"):
-        return Contents.model_validate({"backbones": named, "tasks": tasks}), read
+        contents = Contents.model_validate({"backbones": named, "tasks": tasks})
+    return contents, read, _aliases(connection) if refs is None else ()
 
 
-def aliases(connection: Connection) -> list[Alias]:
+def _aliases(connection: Connection) -> list[Alias]:
     """Every alias, with the version that it points at."""
     query = select(schema.alias.c.name, schema.alias.c.alias, schema.task.c.version).join_from(
         schema.alias, schema.task

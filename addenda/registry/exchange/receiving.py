@@ -12,7 +12,7 @@ from sqlalchemy import Connection, Row, select
 from addenda.exceptions import IntegrityError, OwnershipError, RegistryError
 from addenda.registry.audit.contents import wrong
 from addenda.registry.exchange.arrivals import PROBES, check_arrival
-from addenda.registry.exchange.gathering import Read
+from addenda.registry.exchange.gathering import Arrived, Read
 from addenda.registry.exchange.manifest import Alias, Contents, Entry, Parent
 from addenda.registry.store import changes, schema
 from addenda.registry.store.bounds import check_bounds
@@ -46,19 +46,13 @@ class Received:
     generation: int | None = None
 
 
-def receive(
-    to: Writer,
-    contents: Contents,
-    read: Read,
-    aliases: Sequence[Alias],
-    renames: Mapping[str, str],
-    owner: str | None = None,
-) -> list[Received]:
+def receive(to: Writer, arrived: Arrived, renames: Mapping[str, str], owner: str | None = None) -> list[Received]:
     """Adds what is not here yet, as `Registry.import_bundle` and `Registry.merge` say.
 
     Content that this registry holds under the same name is there already: only golden probes of other numerics and
     tags that it lacks are added to it. All else keeps its version number.
     """
+    contents, read, aliases = arrived
     arrivals = _plan(to.connection, contents.tasks, renames)
     names = {ref.partition(":")[0] for _, ref, _ in arrivals}
     foreign = {name for name in names if owner is not None and not _is_owned(to.connection, name, owner)}
