@@ -172,8 +172,8 @@ def test_a_report_replaces_no_file_of_somebody_else(tmp_path: Path) -> None:
 
 LOOKED_AT = {
     "files.py": "the one place",
-    "registry/backup.py": "the marker of its own folder",
-    "registry/bundle.py": "a place that `written` gives",
+    "registry/exchange/backup.py": "the marker of its own folder",
+    "registry/exchange/bundle.py": "a place that `written` gives",
     "serving/keys.py": "a place that `written` gives",
     "exporting/formats.py": "a place that `written` gives",
     "distributed/manifest.py": "a place that `written` gives",

@@ -26,9 +26,9 @@ def alias(
     with Registry.open(registry, create=False) as opened:
         record = opened.record(name)
         if remove:
-            opened.remove_alias(alias, record.name, expect)
+            opened.remove_alias(record.name, alias, expected=expect)
         else:
-            opened.set_alias(alias, record.ref, expect)
+            opened.set_alias(record.name, alias, record.version, expected=expect)
     typer.echo(f"{record.name}@{alias} is {'gone' if remove else record.ref}.")
 
 

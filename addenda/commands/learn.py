@@ -125,7 +125,7 @@ def learn(
         console.print(f"{task.ref} was learned before from these images with these settings; {done}.")
     for message in (*task.data["skipped"], *of_test.get("skipped", ())):
         console.print(f"left out: {message}", markup=False, highlight=False, soft_wrap=True)
-    show_task(record, task)
+    show_task(record)
 
 
 def _found_of(data: Mapping[str, Any]) -> dict[str, Any]:

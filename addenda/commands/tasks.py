@@ -10,7 +10,6 @@ import typer
 from addenda.commands.options import DEFAULT_REGISTRY, JsonOption, RegistryOption
 
 if TYPE_CHECKING:
-    from addenda import Task
     from addenda.registry import TaskRecord
 
 HEADLINES = ("score", "val %", "test %", "regr. %")
@@ -81,12 +80,11 @@ def tasks_show(
     from addenda.terminal import SCORES, console, percent, print_json, table
 
     with Registry.open(registry, create=False) as opened:
-        record, evaluations, task = opened.record(name), opened.evaluations(name), opened.get(name)
+        record, evaluations = opened.record(name), opened.evaluations(name)
     if as_json:
-        inside = {"adapter_rank": task.adapter_rank, "temperature": task.temperature}
-        print_json(_record_json(record) | inside | {"evaluations": [vars(e) for e in evaluations]})
+        print_json(_record_json(record) | {"evaluations": [vars(e) for e in evaluations]})
         return
-    show_task(record, task)
+    show_task(record)
     if evaluations:
         kind = headline(record.objective)
         rows = [
@@ -110,13 +108,8 @@ def _also(record: TaskRecord) -> str:
     return " ".join([*(f"@{alias}" for alias in record.aliases), *(f"#{tag}" for tag in record.tags), *parents])
 
 
-def show_task(record: TaskRecord, task: Task) -> None:
-    """A task for people: what it is, how good beside its rival, where it came from.
-
-    Args:
-        record: What the registry says of it.
-        task: The task itself.
-    """
+def show_task(record: TaskRecord) -> None:
+    """A task for people: what it is, how good beside its rival, where it came from."""
     from addenda.terminal import SCORES, console, percent, size, table
 
     labels = ", ".join(record.labels[:12]) + (", …" if len(record.labels) > 12 else "")
@@ -126,7 +119,7 @@ def show_task(record: TaskRecord, task: Task) -> None:
         ("objective", record.objective),
         ("memory tokens", f"{record.num_memory_tokens} in each layer; {weight}"),
         ("extends", ", ".join(record.extends) or "nothing"),
-        ("temperature", f"{task.temperature:.3g}"),
+        ("temperature", "damaged" if record.temperature is None else f"{record.temperature:.3g}"),
         (
             "statistics",
             f"{size(record.statistics_bytes)}, for choosing the task" if record.statistics_bytes else "none",
@@ -140,13 +133,13 @@ def show_task(record: TaskRecord, task: Task) -> None:
             f"{record.created_at[:19].replace('T', ' ')} UTC by {record.created_by}, generation {record.generation}",
         ),
     ]
-    if task.adapter_rank:
-        rows.insert(3, ("adapters", f"of rank {task.adapter_rank}"))
-    metrics = task.metrics
+    if record.adapter_rank:
+        rows.insert(3, ("adapters", f"of rank {record.adapter_rank}"))
+    metrics = record.metrics
     if "candidates" in metrics:
         chosen, text = metrics["chosen"], "the regression was better on validation: the token adds nothing"
         if chosen is not None:
-            used = {key: value for key, value in chosen.items() if task.adapter_rank or not key.startswith("adapter")}
+            used = {key: value for key, value in chosen.items() if record.adapter_rank or not key.startswith("adapter")}
             settings = ", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in used.items())
             text = f"{settings}; of {len(metrics['candidates'])} candidates"
         rows.insert(-3, ("chosen", text))
@@ -167,15 +160,7 @@ def show_task(record: TaskRecord, task: Task) -> None:
 
 
 def headlines(record: TaskRecord, metrics: Mapping[str, Any] | None = None) -> tuple[str, ...]:
-    """The figures that stand for a task, as HEADLINES names them.
-
-    Args:
-        record: What the registry says of it.
-        metrics: What was measured; None for what the record says.
-
-    Returns:
-        A text for each column.
-    """
+    """The figures that stand for a task, as HEADLINES names them; of `metrics`, by default the record's."""
     from addenda.registry import headline
     from addenda.terminal import SCORES, percent
 

@@ -1,24 +1,49 @@
-"""The database of tasks: records, artifacts, lineage, history."""
+"""The database of tasks: records, artifacts, lineage, history.
 
-from addenda.registry.artifact import canonical_json, check_unwritten, digest
-from addenda.registry.backup import restore
-from addenda.registry.bounds import is_finite
-from addenda.registry.comparison import Difference
-from addenda.registry.faults import Fault
-from addenda.registry.history import Scored
-from addenda.registry.integrity import Integrity
-from addenda.registry.ledger import Event
-from addenda.registry.lineage import Kin, Lineage
-from addenda.registry.objectives import OBJECTIVES, headline, probabilities
-from addenda.registry.queries import TaskFilter
-from addenda.registry.receiving import Received
-from addenda.registry.records import EvaluationRecord, Scoring, TaskRecord
+What needs torch is imported when it is first used: a look at records starts no framework.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from addenda.registry.audit.comparison import Difference
+from addenda.registry.audit.faults import Fault
+from addenda.registry.audit.history import Scored
 from addenda.registry.registry import Registry
-from addenda.registry.statistics import FeatureStatistics
-from addenda.registry.task import ADAPTED, Golden, LowRank, Task, check_name, check_new_name
+from addenda.registry.store.hashing import canonical_json, digest
+from addenda.registry.store.lineage import Kin, Lineage
+from addenda.registry.store.names import LABELS, check_labels, check_name, check_new_name
+from addenda.registry.store.objectives import OBJECTIVES, headline
+from addenda.registry.store.queries import TaskFilter
+from addenda.registry.store.records import EvaluationRecord, Event, Scoring, TaskRecord
 
+if TYPE_CHECKING:
+    from addenda.registry.audit.integrity import Integrity
+    from addenda.registry.exchange.backup import restore
+    from addenda.registry.exchange.receiving import Received
+    from addenda.registry.store.artifact import ADAPTED, LowRank
+    from addenda.registry.store.logits import is_finite, probabilities
+    from addenda.registry.store.statistics import FeatureStatistics
+    from addenda.registry.store.task import Golden, Task, check_unwritten
+
+_HOME = {
+    "ADAPTED": "store.artifact",
+    "FeatureStatistics": "store.statistics",
+    "Golden": "store.task",
+    "Integrity": "audit.integrity",
+    "LowRank": "store.artifact",
+    "Received": "exchange.receiving",
+    "Task": "store.task",
+    "check_unwritten": "store.task",
+    "is_finite": "store.logits",
+    "probabilities": "store.logits",
+    "restore": "exchange.backup",
+}
 __all__ = [
     "ADAPTED",
+    "LABELS",
     "OBJECTIVES",
     "Difference",
     "EvaluationRecord",
@@ -38,6 +63,7 @@ __all__ = [
     "TaskFilter",
     "TaskRecord",
     "canonical_json",
+    "check_labels",
     "check_name",
     "check_new_name",
     "check_unwritten",
@@ -47,3 +73,9 @@ __all__ = [
     "probabilities",
     "restore",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'addenda.registry' has no attribute {name!r}")
+    return getattr(import_module(f"addenda.registry.{_HOME[name]}"), name)

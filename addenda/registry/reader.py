@@ -4,26 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from sqlalchemy import Engine, select
 
-from addenda.registry import bundle, ledger, schema
-from addenda.registry.backup import backup, mode, remains
-from addenda.registry.comparison import Difference, compare
-from addenda.registry.database import database_errors, described, reading
-from addenda.registry.gathering import gather
-from addenda.registry.history import Scored, history
-from addenda.registry.integrity import Integrity, check_integrity
-from addenda.registry.ledger import Event
-from addenda.registry.lineage import Lineage, lineage
-from addenda.registry.loading import load_goldens, load_statistics, load_task, load_tasks
-from addenda.registry.queries import TaskFilter, current, find, listing, records
-from addenda.registry.records import EvaluationRecord, TaskRecord
-from addenda.registry.statistics import FeatureStatistics
-from addenda.registry.task import Golden, Task
-from addenda.registry.upgrade import revision, schema_faults
-from addenda.registry.waiting import wait
+from addenda.registry.audit.comparison import Difference, compare
+from addenda.registry.audit.history import Scored, history
+from addenda.registry.store import ledger, schema
+from addenda.registry.store.database import database_errors, described, mode, reading
+from addenda.registry.store.lineage import Lineage, lineage
+from addenda.registry.store.queries import TaskFilter, current, evaluations, find, listing, records
+from addenda.registry.store.records import EvaluationRecord, Event, TaskRecord
+from addenda.registry.store.upgrade import revision, schema_faults
+from addenda.registry.store.waiting import wait
+
+if TYPE_CHECKING:
+    from addenda.registry.audit.integrity import Integrity
+    from addenda.registry.store.statistics import FeatureStatistics
+    from addenda.registry.store.task import Golden, Task
 
 
 @runtime_checkable
@@ -38,8 +36,8 @@ class HasFingerprint(Protocol):
 class Reader:
     """What a registry can be asked; `Registry` adds what changes it.
 
-    Args:
-        engine: of its database.
+    A version is named by a reference: `name` (its newest active version), `name:version` or `name@alias`. In every
+    method a reference to nothing is an UnknownTaskError.
 
     Attributes:
         location: where it is, for people: a path, or a URL without its password.
@@ -97,36 +95,21 @@ class Reader:
             return records(connection, rows[::-1])
 
     def record(self, ref: str) -> TaskRecord:
-        """What is known of one version.
-
-        Args:
-            ref: `name` (its newest active version), `name:version`, or `name@alias`.
-
-        Raises:
-            UnknownTaskError: there is no such task, version or alias.
-        """
+        """What is known of one version."""
         with reading(self._engine) as connection:
             return records(connection, [find(connection, ref)])[0]
 
     def get(self, ref: str) -> Task:
-        """Loads a task and what it extends; the bytes are checked against their sha256.
+        """Loads a task and what it extends; bytes that are not what was registered are an IntegrityError."""
+        from addenda.registry.store.loading import load_task
 
-        Args:
-            ref: `name`, `name:version` or `name@alias`.
-
-        Raises:
-            UnknownTaskError: there is no such task, version or alias.
-            IntegrityError: its stored bytes, or an ancestor's, are not what was registered.
-        """
         with reading(self._engine) as connection:
             return load_task(connection, find(connection, ref))
 
     def load(self, backbone: HasFingerprint, alias: str | None = None) -> list[Task]:
-        """Loads the newest active version of each name on a backbone, or those that an alias points at.
+        """Loads, as `get` does, the newest active version of each name on a backbone, or those of an alias."""
+        from addenda.registry.store.loading import load_tasks
 
-        Raises:
-            IntegrityError: a task's stored bytes are not what was registered.
-        """
         with reading(self._engine) as connection:
             return load_tasks(connection, current(connection, backbone.fingerprint, alias))
 
@@ -144,62 +127,36 @@ class Reader:
             return [{key: value for key, value in row.items() if key not in ours} for row in rows]
 
     def goldens(self, ref: str) -> list[Golden]:
-        """A task's golden probes, one for each numerics fingerprint it was recorded under, newest first.
+        """A task's golden probes, one for each numerics fingerprint it was recorded under, newest first."""
+        from addenda.registry.store.loading import load_goldens
 
-        Raises:
-            UnknownTaskError: there is no such task.
-            IntegrityError: stored logits that do not hash to their digest.
-        """
         with reading(self._engine) as connection:
             return load_goldens(connection, find(connection, ref))
 
     def statistics(self, ref: str) -> FeatureStatistics | None:
-        """What a router knows of a task's images; None where nothing was kept.
+        """What a router knows of a task's images; None where nothing was kept."""
+        from addenda.registry.store.loading import load_statistics
 
-        Raises:
-            UnknownTaskError: there is no such task.
-            IntegrityError: the stored bytes are not what was registered.
-        """
         with reading(self._engine) as connection:
             return load_statistics(connection, find(connection, ref))
 
     def evaluations(self, ref: str) -> list[EvaluationRecord]:
         """Every recorded scoring of a task, oldest first."""
         with reading(self._engine) as connection:
-            row = find(connection, ref)
-            query = select(schema.evaluation).where(schema.evaluation.c.task_id == row.id)
-            stored = connection.execute(query.order_by(schema.evaluation.c.id)).mappings()
-            return [
-                EvaluationRecord(
-                    task=f"{row.name}:{row.version}", **{k: v for k, v in e.items() if k not in ("id", "task_id")}
-                )
-                for e in stored
-            ]
+            return evaluations(connection, schema.task.c.id == find(connection, ref).id)
 
     def history(self, name: str) -> list[Scored]:
-        """Every scoring of every version of a name, data by data, each measured against the one before.
-
-        Raises:
-            UnknownTaskError: there is no such name.
-        """
+        """Every scoring of every version of a name, data by data, each measured against the one before."""
         with reading(self._engine) as connection:
             return history(connection, name)
 
     def lineage(self, ref: str) -> Lineage:
-        """What a version extends and what extends it, as trees.
-
-        Raises:
-            UnknownTaskError: there is no such task.
-        """
+        """What a version extends and what extends it, as trees."""
         with reading(self._engine) as connection:
             return lineage(connection, ref)
 
     def compare(self, one: str, other: str) -> list[Difference]:
-        """What differs between two versions, section by section.
-
-        Raises:
-            UnknownTaskError: there is no such task.
-        """
+        """What differs between two versions, section by section."""
         return compare(self.record(one), self.record(other))
 
     def backup(self, path: str | Path) -> Integrity:
@@ -209,6 +166,8 @@ class Reader:
             RegistryError: there is such a file already, or the copy could not be written.
             IntegrityError: the registry is damaged; nothing was written.
         """
+        from addenda.registry.exchange.backup import backup
+
         return backup(self._engine, path)
 
     @property
@@ -218,6 +177,8 @@ class Reader:
 
     def remains(self) -> list[Path]:
         """Folders that killed backups left beside the registry's file."""
+        from addenda.registry.exchange.backup import remains
+
         return remains(self._engine)
 
     @property
@@ -240,6 +201,8 @@ class Reader:
         Raises:
             RegistryError: the database cannot be read at all.
         """
+        from addenda.registry.audit.integrity import check_integrity
+
         return check_integrity(self._engine, head)
 
     def export(self, refs: Sequence[str], path: str | Path) -> list[str]:
@@ -255,11 +218,13 @@ class Reader:
             References of all the tasks in it.
 
         Raises:
-            UnknownTaskError: there is no such task.
             IntegrityError: stored bytes are not what was registered.
             RegistryError: the file exists, or cannot be written.
         """
+        from addenda.registry.exchange import bundle
+        from addenda.registry.exchange.gathering import gather
+
         with reading(self._engine) as connection:
-            contents, read = gather(connection, refs)
+            contents, read, _ = gather(connection, refs)
             bundle.write(Path(path), contents, read, self.file_mode)
         return [entry.ref for entry in contents.tasks]

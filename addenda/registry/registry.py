@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Connection, Engine, Row, delete, insert, select, update
+from sqlalchemy import Engine, select
 
-import addenda
-from addenda.exceptions import ConflictError, NameTakenError, RegistryError, RetiredError
-from addenda.registry import bundle, ledger, schema
-from addenda.registry.artifact import check_unwritten
-from addenda.registry.bounds import check_bounds, check_text
-from addenda.registry.database import connect, database_errors, reading, writing
-from addenda.registry.gathering import Read, aliases, gather
-from addenda.registry.loading import load_task
-from addenda.registry.manifest import Alias, Contents
-from addenda.registry.queries import descendants, find, is_retired
+from addenda.exceptions import RegistryError
 from addenda.registry.reader import Reader
-from addenda.registry.receiving import Received, receive
-from addenda.registry.records import EvaluationRecord, Scoring
-from addenda.registry.registration import derived, golden_row, insert_task, next_id, packages
-from addenda.registry.statistics import FeatureStatistics
-from addenda.registry.task import Golden, Task, check_name, check_new_name, check_tag
-from addenda.registry.upgrade import check_readable, upgrade
+from addenda.registry.store import changes, schema
+from addenda.registry.store.database import connect, database_errors, reading, writing
+from addenda.registry.store.ledger import Writer, generation, next_id, stamp
+from addenda.registry.store.names import check_name, check_tag, check_text
+from addenda.registry.store.queries import find, ref_of
+from addenda.registry.store.records import EvaluationRecord, Scoring
+from addenda.registry.store.upgrade import check_readable, upgrade
+
+if TYPE_CHECKING:
+    from addenda.registry.exchange.receiving import Received
+    from addenda.registry.store.statistics import FeatureStatistics
+    from addenda.registry.store.task import Golden, Task
 
 
 class Registry(Reader):
-    """A database of tasks. Open it with `Registry.open`.
+    """A database of tasks. Open it with `Registry.open`; `Reader` has what it can be asked.
 
     Examples:
         >>> from tempfile import TemporaryDirectory
@@ -81,14 +79,25 @@ class Registry(Reader):
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    @contextmanager
+    def _changing(self, failed: str, **told: str) -> Iterator[Writer]:
+        """One transaction, wholly or not at all; errors of the database begin with what failed."""
+        with database_errors(failed), writing(self._engine) as connection:
+            yield Writer(connection, stamp(self._user), told)
+
+    @contextmanager
+    def _taking_in(self, what: str, source: str, dry_run: bool) -> Iterator[Writer]:
+        with self._changing(f"{what} was not taken in", source=source) as to:
+            yield to
+            if dry_run:
+                to.connection.get_transaction().rollback()  # type: ignore[union-attr]
+
     def add_backbone(self, record: Mapping[str, Any]) -> None:
         """Records a backbone, once; `record` is what `FrozenBackbone.record` gives."""
-        with database_errors(f"Backbone {record['name']!r} cannot be recorded"), writing(self._engine) as connection:
+        with self._changing(f"Backbone {record['name']!r} cannot be recorded") as to:
             known = select(schema.backbone.c.fingerprint).where(schema.backbone.c.fingerprint == record["fingerprint"])
-            if connection.scalar(known) is None:
-                stamp = ledger.stamp(self._user)
-                row = {**record, **stamp}
-                ledger.add(connection, schema.backbone, row, "backbone", record["fingerprint"], stamp)
+            if to.connection.scalar(known) is None:
+                to.add(schema.backbone, {**record, **to.who}, "backbone", record["fingerprint"])
 
     def register(
         self,
@@ -119,75 +128,28 @@ class Registry(Reader):
             RegistryError: a parent or the backbone is not registered, its statistics weigh too much, or the database
                 refused.
         """
-        check_new_name(task.name)
-        if statistics is not None:
-            statistics.check(len(task.labels))
-            if statistics.excess is not None:
-                raise RegistryError(f"Task {task.name!r} was not registered: {statistics.excess}.")
-        check_unwritten(task)
-        check_bounds(task)
-        probe, data = golden_row(task, golden), task.artifact
-        with database_errors(f"Task {task.name!r} was not registered"), writing(self._engine) as connection:
-            versions = connection.execute(select(schema.task).where(schema.task.c.name == task.name)).all()
-            same = [row for row in versions if row.artifact == task.sha256]
-            tombstone = schema.retirement.c
-            query = select(tombstone.task_id, tombstone.reason).where(tombstone.task_id.in_([row.id for row in same]))
-            retired = dict(connection.execute(query).all())
-            for row in same:
-                if row.id not in retired:
-                    return load_task(connection, row)
-            if same and not new_version:
-                raise RetiredError(_ref(same[-1]), retired[same[-1].id])
-            if versions and not new_version:
-                raise NameTakenError(task.name, max(row.version for row in versions))
-            known = select(schema.backbone.c.name).where(schema.backbone.c.fingerprint == task.backbone)
-            if connection.scalar(known) is None:
-                raise RegistryError(
-                    f"Task {task.name!r} was learned on a backbone that is not registered: add_backbone first."
-                )
-            stamp, version = ledger.stamp(self._user), max((row.version for row in versions), default=0) + 1
-            insert_task(
-                connection,
-                "registered",
-                {
-                    **derived(task),
-                    "name": task.name,
-                    "version": version,
-                    "artifact": task.sha256,
-                    "config": dict(task.config),
-                    "metrics": dict(task.metrics),
-                    "data": dict(task.data),
-                    "code_version": addenda.__version__,
-                    "packages": packages(),
-                    **stamp,
-                },
-                data,
-                [_parent(connection, task, parent) for parent in task.parents],
-                [probe | stamp],
-                None if statistics is None else {"sha256": statistics.sha256, "data": statistics.data},
-                [vars(evaluation) | stamp for evaluation in evaluations],
-                stamp,
-            )
-            return load_task(connection, find(connection, f"{task.name}:{version}"))
+        from addenda.registry.store import registration
+
+        registration.check_task(task, statistics)
+        probe, _ = registration.golden_row(task, golden), task.artifact
+        with self._changing(f"Task {task.name!r} was not registered") as to:
+            return registration.register(to, task, probe, statistics, new_version, evaluations)
 
     def add_golden(self, ref: str, golden: Golden) -> None:
         """Records a golden probe made under further numerics, beside those that are there; a known one is left alone.
 
         Raises:
-            UnknownTaskError: there is no such task.
             RegistryError: the probe is not one of this task, or does not hash to its digest.
         """
-        with database_errors(f"Task {ref!r}: no probe was recorded"), writing(self._engine) as connection:
-            row = find(connection, ref)
-            probe = golden_row(load_task(connection, row), golden)
-            known = select(schema.golden.c.digest).where(
-                schema.golden.c.task_id == row.id,
-                schema.golden.c.numerics_fingerprint == golden.numerics_fingerprint,
-            )
-            if connection.scalar(known) is None:
-                stamp, numerics = ledger.stamp(self._user), golden.numerics_fingerprint
-                probe |= {"task_id": row.id, **stamp}
-                ledger.add(connection, schema.golden, probe, "golden", _ref(row), stamp, numerics=numerics)
+        from addenda.registry.store.loading import load_task
+        from addenda.registry.store.registration import add_golden, golden_row
+
+        with self._changing(f"Task {ref!r}: no probe was recorded") as to:
+            row, of = find(to.connection, ref), schema.golden.c
+            probe = golden_row(load_task(to.connection, row), golden)
+            known = select(of.numerics_fingerprint).where(of.task_id == row.id)
+            if golden.numerics_fingerprint not in to.connection.scalars(known).all():
+                add_golden(to, row, {**probe, **to.who})
 
     def import_bundle(
         self,
@@ -213,8 +175,12 @@ class Registry(Reader):
             OwnershipError: it brings a version of a name that is not the owner's.
             RegistryError: a version number holds other content here; all of these are named.
         """
-        with bundle.opened(Path(path)) as (contents, read, source):
-            return self._receive(f"Bundle {str(path)!r}", contents, read, renames, [], source, dry_run, owner)
+        from addenda.registry.exchange import bundle
+        from addenda.registry.exchange.receiving import receive
+
+        what = f"Bundle {str(path)!r}"
+        with bundle.opened(Path(path)) as (arrived, source), self._taking_in(what, source, dry_run) as to:
+            return receive(to, arrived, renames or {}, owner)
 
     def merge(self, other: Registry, renames: Mapping[str, str] | None = None, dry_run: bool = False) -> list[Received]:
         """Takes in every task of another registry, with retirements and aliases, in one transaction.
@@ -230,29 +196,13 @@ class Registry(Reader):
             IntegrityError: stored bytes there are not what was registered.
             RegistryError: a version number holds other content here; all of these are named.
         """
-        with reading(other._engine) as connection:
-            contents, read = gather(connection, None)
-            pointed = aliases(connection)
-            what = f"Registry {other.location!r}"
-            return self._receive(what, contents, read, renames, pointed, other.location, dry_run)
+        from addenda.registry.exchange.gathering import gather
+        from addenda.registry.exchange.receiving import receive
 
-    def _receive(
-        self,
-        what: str,
-        contents: Contents,
-        read: Read,
-        renames: Mapping[str, str] | None,
-        aliases: Sequence[Alias],
-        source: str,
-        dry_run: bool,
-        owner: str | None = None,
-    ) -> list[Received]:
-        with database_errors(f"{what} was not taken in"), writing(self._engine) as connection:
-            stamp = ledger.stamp(self._user)
-            received = receive(connection, contents, read, renames or {}, aliases, source, stamp, owner)
-            if dry_run:
-                connection.get_transaction().rollback()  # type: ignore[union-attr]
-        return received
+        with reading(other._engine) as connection:
+            arrived, what = gather(connection, None), f"Registry {other.location!r}"
+            with self._taking_in(what, other.location, dry_run) as to:
+                return receive(to, arrived, renames or {})
 
     def retire(self, ref: str, reason: str = "", along: Sequence[str] = ()) -> None:
         """Hides a version from `load` and from its bare name; nothing is deleted.
@@ -263,187 +213,86 @@ class Registry(Reader):
             along: active tasks that extend it, directly or not, to retire before it; all of them must be named.
 
         Raises:
-            UnknownTaskError: there is no such task.
             RegistryError: it is retired already, an alias points at it, an active task that is not named extends it, or
                 one that is named does not.
         """
         check_text(reason, "The reason")
-        with database_errors(f"Task {ref!r} was not retired"), writing(self._engine) as connection:
-            root = find(connection, ref)
-            named = {row.id: row for row in (root, *(find(connection, other) for other in along))}
-            below = {row.id for row in connection.execute(descendants(root.id))}
-            for row in named.values():
-                if row.id not in below and row.id != root.id:
-                    raise RegistryError(f"Task {_ref(row)!r} does not extend {_ref(root)!r}: retire it by itself.")
-            active = connection.execute(descendants(root.id).where(~is_retired())).all()
-            if missing := ", ".join(_ref(row) for row in active if row.id not in named):
-                raise RegistryError(
-                    f"Task {_ref(root)!r} cannot be retired: active tasks extend it ({missing}). Name them, to retire "
-                    "them with it."
-                )
-            pointed = select(schema.alias.c.name, schema.alias.c.alias).where(schema.alias.c.task_id.in_(named))
-            if (held := connection.execute(pointed.order_by(schema.alias.c.alias)).first()) is not None:
-                raise RegistryError(
-                    f"Task {_ref(root)!r} cannot be retired: '{held.name}@{held.alias}' points at it, or at one "
-                    f"retired with it. Point that elsewhere, or at nothing: addenda tasks alias {held.name} "
-                    f"{held.alias} --remove"
-                )
-            # Parents have smaller numbers than their children: from the greatest down, no child is left behind.
-            for task_id in sorted(named, reverse=True):
-                self._retire(connection, _ref(named[task_id]), task_id, reason)
+        with self._changing(f"Task {ref!r} was not retired") as to:
+            changes.retire_family(to, ref, reason, along)
 
-    def _retire(self, connection: Connection, ref: str, task_id: int, reason: str) -> None:
-        if connection.scalar(select(schema.retirement.c.task_id).where(schema.retirement.c.task_id == task_id)):
-            raise RegistryError(f"Task {ref!r} is retired already.")
-        stamp = ledger.stamp(self._user)
-        row = {"task_id": task_id, "reason": reason, **stamp}
-        ledger.add(connection, schema.retirement, row, "retired", ref, stamp, reason=reason)
-
-    def set_alias(self, alias: str, ref: str, expected: int | None = None) -> None:
+    def set_alias(self, name: str, alias: str, version: int | None = None, *, expected: int | None = None) -> None:
         """Points `name@alias` at a version; where it pointed before stays in the events.
 
         Args:
-            alias: its name, such as `production`.
-            ref: the version.
+            name: of the task.
+            alias: such as `production`.
+            version: the number under this name.
             expected: the version that it must point at now, 0 for none; None sets it whatever it is.
 
         Raises:
-            UnknownTaskError: there is no such task.
             ConflictError: it points elsewhere than expected.
-            RegistryError: the alias is not a valid name, or the version is retired.
+            RegistryError: the alias is not a valid name, the version is retired, or none is given.
         """
+        if version is None:
+            raise RegistryError(
+                f"set_alias({name!r}, {alias!r}) names no version: it takes name, alias and version in this order, as "
+                "in set_alias('digits', 'production', 2)."
+            )
         check_name(alias)
-        with database_errors(f"Alias {alias!r} was not set"), writing(self._engine) as connection:
-            row = find(connection, ref)
-            if connection.scalar(select(is_retired()).where(schema.task.c.id == row.id)):
-                raise RegistryError(f"Task {_ref(row)!r} is retired: no alias is pointed at it.")
-            before = _pointed(connection, row.name, alias, expected)
-            if before == row.version:
-                return
-            if before == 0:
-                connection.execute(insert(schema.alias).values(name=row.name, alias=alias, task_id=row.id))
-            else:
-                connection.execute(
-                    update(schema.alias)
-                    .where(schema.alias.c.name == row.name, schema.alias.c.alias == alias)
-                    .values(task_id=row.id)
-                )
-            stamp = ledger.stamp(self._user)
-            ledger.append(connection, "alias", f"{row.name}@{alias}", stamp, version=row.version, before=before or None)
+        with self._changing(f"Alias {alias!r} was not set") as to:
+            row = find(to.connection, f"{name}:{version}")
+            changes.point(to, row, row.name, alias, expected)
 
-    def remove_alias(self, alias: str, name: str, expected: int | None = None) -> None:
+    def remove_alias(self, name: str, alias: str, *, expected: int | None = None) -> None:
         """Lets `name@alias` point at nothing; where it pointed stays in the events.
 
         Raises:
             ConflictError: it points elsewhere than expected.
             RegistryError: it points at nothing already.
         """
-        with database_errors(f"Alias {alias!r} was not removed"), writing(self._engine) as connection:
-            before = _pointed(connection, name, alias, expected)
-            if before == 0:
-                raise RegistryError(f"There is no alias '{name}@{alias}'. See: addenda tasks list")
-            connection.execute(delete(schema.alias).where(schema.alias.c.name == name, schema.alias.c.alias == alias))
-            stamp = ledger.stamp(self._user)
-            ledger.append(connection, "alias", f"{name}@{alias}", stamp, version=None, before=before)
+        with self._changing(f"Alias {alias!r} was not removed") as to:
+            changes.unpoint(to, name, alias, expected)
 
     def tag(self, ref: str, tag: str) -> None:
         """Puts a tag on a version; one that it carries already changes nothing.
 
         Raises:
-            UnknownTaskError: there is no such task.
             RegistryError: the tag is not valid.
         """
         check_tag(tag)
-        with database_errors(f"Task {ref!r} was not tagged"), writing(self._engine) as connection:
-            row = find(connection, ref)
-            if not _is_tagged(connection, row.id, tag):
-                connection.execute(insert(schema.tag).values(task_id=row.id, tag=tag))
-                ledger.append(connection, "tagged", _ref(row), ledger.stamp(self._user), tag=tag)
+        with self._changing(f"Task {ref!r} was not tagged") as to:
+            row = find(to.connection, ref)
+            if tag not in changes.tags_of(to.connection, row):
+                changes.tag(to, row, tag)
 
     def untag(self, ref: str, tag: str) -> None:
         """Takes a tag off a version.
 
         Raises:
-            UnknownTaskError: there is no such task.
             RegistryError: it does not carry this tag.
         """
-        with database_errors(f"Task {ref!r} was not untagged"), writing(self._engine) as connection:
-            row = find(connection, ref)
-            if not _is_tagged(connection, row.id, tag):
-                raise RegistryError(f"Task {_ref(row)!r} does not carry the tag {tag!r}.")
-            connection.execute(delete(schema.tag).where(schema.tag.c.task_id == row.id, schema.tag.c.tag == tag))
-            ledger.append(connection, "untagged", _ref(row), ledger.stamp(self._user), tag=tag)
+        with self._changing(f"Task {ref!r} was not untagged") as to:
+            changes.untag(to, find(to.connection, ref), tag)
 
     def note(self, ref: str, text: str) -> None:
         """Adds a note to a version's history; a note is an event, so it stays.
 
         Raises:
             RegistryError: the note says nothing.
-            UnknownTaskError: there is no such task.
         """
         if not check_text(text, "The note").strip():
             raise RegistryError("A note says something; this one is empty.")
-        with database_errors(f"Task {ref!r}: no note was added"), writing(self._engine) as connection:
-            row = find(connection, ref)
-            ledger.append(connection, "noted", _ref(row), ledger.stamp(self._user), text=text)
+        with self._changing(f"Task {ref!r}: no note was added") as to:
+            to.append("noted", ref_of(find(to.connection, ref)), text=text)
 
     def add_evaluation(
         self, ref: str, data_fingerprint: str, numerics_fingerprint: str, metrics: Mapping[str, Any], logits_digest: str
     ) -> EvaluationRecord:
-        """Records one scoring of a task.
-
-        Raises:
-            UnknownTaskError: there is no such task.
-        """
-        with database_errors(f"The evaluation of {ref!r} was not recorded"), writing(self._engine) as connection:
-            row = find(connection, ref)
-            stamp, number = ledger.stamp(self._user), ledger.generation(connection) + 1
-            values: dict[str, Any] = {
-                "data_fingerprint": data_fingerprint,
-                "generation": number,
-                "numerics_fingerprint": numerics_fingerprint,
-                "metrics": dict(metrics),
-                "logits_digest": logits_digest,
-                "event_id": number,
-                **stamp,
-            }
-            evaluation_id = next_id(connection, schema.evaluation)
-            connection.execute(insert(schema.evaluation).values(id=evaluation_id, task_id=row.id, **values))
-            ledger.append(connection, "evaluated", _ref(row), stamp, data=data_fingerprint)
-            return EvaluationRecord(task=_ref(row), **values)
-
-
-def _ref(row: Row[Any]) -> str:
-    return f"{row.name}:{row.version}"
-
-
-def _parent(connection: Connection, task: Task, parent: Task) -> int:
-    """The id of a task that another extends."""
-    row = connection.execute(
-        select(schema.task)
-        .where(schema.task.c.artifact == parent.sha256)
-        .order_by((schema.task.c.name != parent.name) | (schema.task.c.version != parent.version))
-    ).first()
-    if row is None:
-        raise RegistryError(f"Task {task.name!r} extends {parent.ref!r}, which is not registered here.")
-    if parent.class_token is None:
-        raise RegistryError(f"Task {task.name!r} extends {parent.ref!r}, which is head-only: it has no token.")
-    return int(row.id)
-
-
-def _pointed(connection: Connection, name: str, alias: str, expected: int | None) -> int:
-    """The version that an alias points at, 0 for none; ConflictError where that is not what was expected."""
-    found = connection.scalar(
-        select(schema.task.c.version)
-        .join(schema.alias, schema.alias.c.task_id == schema.task.c.id)
-        .where(schema.alias.c.name == name, schema.alias.c.alias == alias)
-    )
-    if expected is not None and (found or 0) != expected:
-        what = [f"at '{name}:{version}'" if version else "at nothing" for version in (found, expected)]
-        raise ConflictError(f"'{name}@{alias}' points {what[0]}, not {what[1]} as expected. Nothing was changed.")
-    return found or 0
-
-
-def _is_tagged(connection: Connection, task_id: int, tag: str) -> bool:
-    found = select(schema.tag.c.tag).where(schema.tag.c.task_id == task_id, schema.tag.c.tag == tag)
-    return connection.scalar(found) is not None
+        """Records one scoring of a task."""
+        scoring = Scoring(data_fingerprint, numerics_fingerprint, dict(metrics), logits_digest)
+        with self._changing(f"The evaluation of {ref!r} was not recorded") as to:
+            row, number = find(to.connection, ref), generation(to.connection) + 1
+            values = {**vars(scoring), **to.who, "generation": number}
+            numbers = {"id": next_id(to.connection, schema.evaluation), "task_id": row.id}
+            to.add(schema.evaluation, numbers | values, "evaluated", ref_of(row), data=data_fingerprint)
+            return EvaluationRecord(task=ref_of(row), event_id=number, **values)

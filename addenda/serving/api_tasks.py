@@ -319,7 +319,7 @@ async def set_alias(
     """
     expected = _expected(if_match, if_none_match)
     registry = _registry(request)
-    await asyncio.to_thread(registry.set_alias, alias, _ref(name, wanted.version), expected)
+    await asyncio.to_thread(registry.set_alias, _name(name), alias, wanted.version, expected=expected)
     await _serve_change(request, f"'{name}@{alias}'")
     response.headers["ETag"] = f'"{wanted.version}"'
     return Alias(name=name, alias=alias, version=wanted.version)
@@ -338,7 +338,7 @@ async def remove_alias(
     """With `If-Match: "VERSION"`: only where it points at that now. Answered when it is served."""
     expected = _expected(if_match, None)
     registry = _registry(request)
-    await asyncio.to_thread(registry.remove_alias, alias, _name(name), expected)
+    await asyncio.to_thread(registry.remove_alias, _name(name), alias, expected=expected)
     await _serve_change(request, f"'{name}@{alias}'")
 
 

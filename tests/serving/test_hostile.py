@@ -37,10 +37,9 @@ from addenda.exceptions import (
     RegistryFaultError,
     RegistryUnavailableError,
 )
-from addenda.registry import bounds, queries, registration
-from addenda.registry import registry as registries
-from addenda.registry.database import OUTAGES, database_errors, reading, writing
-from addenda.registry.faults import Fault
+from addenda.registry.audit.faults import Fault
+from addenda.registry.store import bounds, queries, registration
+from addenda.registry.store.database import OUTAGES, database_errors, reading, writing
 from addenda.serving import bodies, server
 from addenda.serving.keys import KeyFile
 from addenda.serving.service import Limits
@@ -67,7 +66,7 @@ def registered_before(
     """Registers a task as versions did that looked at less."""
     with monkeypatch.context() as before:
         before.setattr(registration, "is_finite", lambda *_: True)
-        before.setattr(registries, "check_bounds", lambda *_: None)
+        before.setattr(registration, "check_bounds", lambda *_: None)
         registry.add_backbone(backbone.record())
         registry.register(task, golden(backbone, task))
 

@@ -71,7 +71,7 @@ def full(tiny: FrozenBackbone, registry: Registry) -> Registry:
     parent = keep(registry, tiny, random_task(tiny, "digits"), metrics=LEARNED)
     keep(registry, tiny, random_task(tiny, "digits", seed=1))
     keep(registry, tiny, random_task(tiny, "strokes", parents=(parent,), seed=2))
-    registry.set_alias("production", "digits:1")
+    registry.set_alias("digits", "production", 1)
     registry.note("digits:1", "looks good")
     registry.add_evaluation("digits:1", "d" * 64, "n" * 64, {"accuracy": 0.75}, "l" * 64)
     return registry

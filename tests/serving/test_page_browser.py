@@ -94,7 +94,7 @@ def registry_of_two(glyphs: FrozenBackbone, tmp_path: Path) -> Iterator[Registry
         counts = (torch.eye(labels) * 12 + torch.rand(labels, labels, generator=random) ** 12 * 9).long().tolist()
         large = random_task(glyphs, "letters-of-many-alphabets", classes=labels, parents=(parent,), seed=3)
         keep(registry, glyphs, large, metrics=LEARNED | {"validation": scores(*counts)})
-        registry.set_alias("production", "strokes:1")
+        registry.set_alias("strokes", "production", 1)
         registry.register(random_task(glyphs, "broken", seed=5), golden(glyphs, random_task(glyphs, "broken", seed=6)))
         yield registry
 

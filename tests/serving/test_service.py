@@ -140,15 +140,15 @@ def live_tensors() -> int:
 
 def test_an_alias_decides_what_is_served(tiny: FrozenBackbone, registry: Registry, registered: Register) -> None:
     registered("digits", seed=1)
-    registry.set_alias("production", "digits:1")
+    registry.set_alias("digits", "production", 1)
     registered("digits", new_version=True, seed=2)
     registered("strokes")
     snapshot = following(first(tiny), registry, "production")
     assert [record.ref for record in snapshot.records.values()] == ["digits:1"]
-    registry.set_alias("production", "digits:2")
+    registry.set_alias("digits", "production", 2)
     later = following(snapshot, registry, "production")
     assert [record.ref for record in later.records.values()] == ["digits:2"]
-    registry.set_alias("production", "digits:1")
+    registry.set_alias("digits", "production", 1)
     back = following(later, registry, "production")
     images = images_of(2)
     assert torch.equal(back.model(images)["digits"], snapshot.model(images)["digits"])

@@ -16,7 +16,8 @@ import pytest
 from sqlalchemy import Connection, Engine, NullPool, create_engine, text
 from sqlalchemy.engine import make_url
 
-from addenda.registry import Registry, schema
+from addenda.registry import Registry
+from addenda.registry.store import schema
 
 
 class Sqlite:

@@ -7,9 +7,9 @@ from typing import Any
 from alembic import command
 from sqlalchemy import MetaData
 
-from addenda.registry import schema
-from addenda.registry.database import connect, writing
-from addenda.registry.upgrade import _config
+from addenda.registry.store import schema
+from addenda.registry.store.database import connect, writing
+from addenda.registry.store.upgrade import _config
 from tests.support.databases import raw
 
 Rows = dict[str, list[dict[str, Any]]]

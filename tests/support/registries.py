@@ -6,9 +6,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from sqlalchemy import select
 
-from addenda.registry import FeatureStatistics, Golden, LowRank, Registry, Scoring, Task, digest, ledger
-from addenda.registry.database import connect, reading
+from addenda.registry import FeatureStatistics, Golden, LowRank, Registry, Scoring, Task, digest
+from addenda.registry.store import ledger, schema
+from addenda.registry.store.database import connect, reading
 
 FINGERPRINT = "b" * 64
 BACKBONE = {
@@ -87,7 +89,7 @@ def fill(registry: Registry) -> None:
     keep(registry, a_task("digits", 2, parents=(parent,), metrics={"test": {"accuracy": 0.9}}))
     keep(registry, a_task("old", 3))
     registry.retire("old", "superseded")
-    registry.set_alias("production", "digits:1")
+    registry.set_alias("digits", "production", 1)
     registry.add_evaluation("digits", *vars(SCORING).values())
     registry.add_golden("digits", probe(parent, "m" * 64))
     registry.tag("digits", "shop")
@@ -117,8 +119,9 @@ def verify_ledger(location: str) -> int:
     try:
         with reading(engine) as connection:
             last, before, numbers = ledger.generation(connection), "", []
-            for event, rows in ledger.events_with_rows(connection, last):
-                before = ledger.seal(before, event._mapping, rows)
+            written = ledger.written(connection, 1, last)
+            for event in connection.execute(select(schema.event).order_by(schema.event.c.id)):
+                before = ledger.seal(before, event._mapping, written.get(event.id, []))
                 assert event.digest == before, f"event {event.id} ({event.kind} {event.subject}) does not verify"
                 numbers.append(event.id)
     finally:

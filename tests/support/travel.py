@@ -31,7 +31,7 @@ def fill(location: str) -> str:
         add(registry, a_task("adapted", 6, adapters=adapters(), labels=("\x1b[31m", "é\n", "🦆")))
         add(registry, a_task("old", 7))
         registry.retire("old", "superseded")
-        registry.set_alias("production", "digits:1")
+        registry.set_alias("digits", "production", 1)
         registry.tag("digits:1", "site=oslo")
         registry.add_golden("digits:1", dataclasses.replace(probe(digits), numerics_fingerprint="m" * 64))
         for accuracy in (0.5, 1 / 3):

@@ -9,9 +9,11 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import addenda
-from addenda.registry import Registry, Task, ledger, schema
-from addenda.registry.database import database_errors, reading, writing
-from addenda.registry.registration import next_id, packages
+from addenda.registry import Registry, Task
+from addenda.registry.store import ledger, schema
+from addenda.registry.store.database import database_errors, reading, writing
+from addenda.registry.store.ledger import next_id
+from addenda.registry.store.registration import packages
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection

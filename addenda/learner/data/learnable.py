@@ -9,7 +9,7 @@ import torch
 
 from addenda.exceptions import DataError
 from addenda.learner.data.labelled import UNREADABLE, LabelledImages, class_name
-from addenda.registry.bounds import check_labels
+from addenda.registry import check_labels
 
 
 def repeats(train: LabelledImages, test: LabelledImages | None) -> dict[str, int]:

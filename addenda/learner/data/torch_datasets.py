@@ -17,7 +17,7 @@ from torch.utils.data import ConcatDataset, Subset
 from addenda.backbones import read_image
 from addenda.exceptions import DataError, UnsteadyError
 from addenda.learner.data.labelled import ImageDataset, LabelledImages, class_name
-from addenda.registry.bounds import LABELS
+from addenda.registry import LABELS
 
 
 def open_torch_dataset(data: ImageDataset) -> LabelledImages:

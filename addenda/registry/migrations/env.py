@@ -2,8 +2,8 @@
 
 from alembic import context
 
-from addenda.registry.schema import metadata
-from addenda.registry.upgrade import VERSION_TABLE
+from addenda.registry.store.schema import metadata
+from addenda.registry.store.upgrade import VERSION_TABLE
 
 context.configure(
     connection=context.config.attributes["connection"],

@@ -6,11 +6,11 @@ from typing import Any
 import sqlalchemy as sa
 from alembic import op
 
-from addenda.registry.artifact import canonical_json, digest
-from addenda.registry.ledger import stamp
-from addenda.registry.objectives import score_of
-from addenda.registry.triggers import create_triggers, drop_triggers
-from addenda.registry.waiting import tell
+from addenda.registry.store.hashing import canonical_json, digest
+from addenda.registry.store.ledger import stamp
+from addenda.registry.store.objectives import score_of
+from addenda.registry.store.triggers import create_triggers, drop_triggers
+from addenda.registry.store.waiting import tell
 
 revision = "0003"
 down_revision = "0002"

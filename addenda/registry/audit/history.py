@@ -1,0 +1,106 @@
+"""How a name's versions scored over time, and whether what changed has a reason."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sqlalchemy import Connection, select
+
+from addenda.registry.audit.comparison import differing
+from addenda.registry.store import schema
+from addenda.registry.store.queries import evaluations, find
+from addenda.registry.store.records import EvaluationRecord
+
+Verdict = Literal["first", "another version", "equal", "other numerics", "unexplained"]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One scoring, measured against the earlier one of the same version on the same data.
+
+    Of several earlier ones it is the last under the same numerics, else the last.
+
+    Attributes:
+        evaluation: what was recorded.
+        against: the event of the earlier one; None where there is none.
+        verdict: the `first` of its data; of `another version` than those scored on its data so far; `equal`, to the
+            last digit and bit; `other numerics`, which are the reason of a difference; `unexplained`: other bits or
+            other figures under the same numerics.
+        reason: more of it, in words.
+    """
+
+    evaluation: EvaluationRecord
+    against: int | None
+    verdict: Verdict
+    reason: str
+
+
+def history(connection: Connection, name: str) -> list[Scored]:
+    """Every scoring of every version of a name: data by data, and on each the oldest first."""
+    task = schema.task.c
+    if connection.scalar(select(task.id).where(task.name == name)) is None:
+        find(connection, name)
+    by_data: dict[str, list[EvaluationRecord]] = {}
+    for record in evaluations(connection, task.name == name):
+        by_data.setdefault(record.data_fingerprint, []).append(record)
+    numerics = _numerics(connection, {record.numerics_fingerprint for found in by_data.values() for record in found})
+    return [_scored(found[:i], found[i], numerics) for found in by_data.values() for i in range(len(found))]
+
+
+def _numerics(connection: Connection, fingerprints: set[str]) -> dict[str, dict[str, Any]]:
+    """What numerics fingerprints stand for, where a golden probe of any task was made under them."""
+    golden = schema.golden.c
+    found = {
+        fingerprint: connection.scalar(
+            select(golden.numerics).where(golden.numerics_fingerprint == fingerprint).limit(1)
+        )
+        for fingerprint in fingerprints
+    }
+    return {fingerprint: described for fingerprint, described in found.items() if described is not None}
+
+
+def _scored(before: list[EvaluationRecord], now: EvaluationRecord, numerics: Mapping[str, Mapping[str, Any]]) -> Scored:
+    own = [record for record in before if record.task == now.task]
+    if not own:
+        if not before:
+            return Scored(now, None, "first", "the first scoring on this data")
+        return Scored(now, None, "another version", f"the first scoring of {now.task} on this data")
+    # Sorting is stable: of the same numerics, else of all, the last.
+    earlier = sorted(own, key=lambda record: record.numerics_fingerprint == now.numerics_fingerprint)[-1]
+    same = earlier.numerics_fingerprint == now.numerics_fingerprint
+    figures = list(differing(earlier.metrics, now.metrics))
+    if earlier.logits_digest == now.logits_digest and not figures:
+        reason = "to the last digit and bit" + ("" if same else ", under other numerics")
+        return Scored(now, earlier.event_id, "equal", reason)
+    if not same:
+        return Scored(now, earlier.event_id, "other numerics", _change(earlier, now, numerics))
+    if _method(earlier) != _method(now) and all(_close(one, other) for _, one, other in figures):
+        return Scored(now, earlier.event_id, "equal", "in its figures; version 0.1 hashed logits in another order")
+    what = "the same logits" if earlier.logits_digest == now.logits_digest else "other logits"
+    changed = ", ".join(f"{key} {one} -> {other}" for key, one, other in figures) or "the same metrics"
+    return Scored(now, earlier.event_id, "unexplained", f"{what} under the same numerics: {changed}")
+
+
+def _method(scoring: EvaluationRecord) -> str:
+    """How its logits were hashed: what stands before the colon of the digest, where version 0.1 has none."""
+    return scoring.logits_digest.rpartition(":")[0]
+
+
+def _close(one: Any, other: Any) -> bool:
+    """Whether two figures may be one sum, added up in another order."""
+    return isinstance(one, float) and isinstance(other, float) and math.isclose(one, other, rel_tol=1e-5, abs_tol=1e-6)
+
+
+def _change(one: EvaluationRecord, other: EvaluationRecord, numerics: Mapping[str, Mapping[str, Any]]) -> str:
+    unknown = [
+        f"{fingerprint[:12]}…"
+        for fingerprint in (one.numerics_fingerprint, other.numerics_fingerprint)
+        if fingerprint not in numerics
+    ]
+    if unknown:
+        return f"what numerics {' and '.join(unknown)} were is not known: no golden probe was recorded under them"
+    found = differing(numerics[one.numerics_fingerprint], numerics[other.numerics_fingerprint])
+    return ", ".join(f"{key} {before} -> {after}" for key, before, after in found)

@@ -1,0 +1,1 @@
+"""How tasks travel between registries: bundles, merges, backups."""

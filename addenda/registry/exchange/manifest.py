@@ -1,0 +1,129 @@
+"""What travels from one registry to another: tasks with all that belongs to them, as plain data that is checked.
+
+Bytes do not stand in it but their sha256: artifacts, logits of golden probes, statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import MISSING, fields
+from datetime import datetime
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, create_model
+
+from addenda.registry.store.names import check_name, check_tag, check_text
+from addenda.registry.store.records import ROWS, default_of
+
+Name = Annotated[str, AfterValidator(check_name)]
+Text = Annotated[str, AfterValidator(lambda text: check_text(text, "A text"))]
+Version = Annotated[int, Field(ge=1, le=99_999_999)]
+Count = Annotated[int, Field(ge=0, lt=2**31)]
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+_TIME = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}([.][0-9]{1,6})?[+]00:00$"
+
+
+def _time(text: str) -> str:
+    datetime.fromisoformat(text)  # a ValueError where the calendar has no such day
+    return text
+
+
+Time = Annotated[str, StringConstraints(pattern=_TIME), AfterValidator(_time)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+_CHECKS: dict[Any, Any] = {str: Text, int: Count, tuple[str, ...]: list[Text], dict[str, str]: dict[Text, Text]}
+_NAMED = {"name": Name, "version": Version, "artifact": Sha256, "digest": Sha256, "created_at": Time}
+
+
+def _checked(rows: type, **named: Any) -> Any:
+    """A row as data that is checked: by its columns' types, or by their names."""
+    hints = get_type_hints(rows)
+    columns: dict[str, Any] = {
+        column.name: (
+            named.get(column.name, _CHECKS.get(hints[column.name], hints[column.name])),
+            ... if (default := default_of(column)) is MISSING else default,
+        )
+        for column in fields(rows)
+    }
+    return create_model(rows.__name__, __base__=_Part, **columns)
+
+
+if TYPE_CHECKING:
+    from addenda.registry.store.records import BackboneRow, EvaluationRow, GoldenRow, RetirementRow, TaskRow
+else:
+    BackboneRow, TaskRow, GoldenRow, EvaluationRow, RetirementRow = (
+        _checked(ROWS["backbone"], created_at=Time),
+        _checked(ROWS["task"], **_NAMED),
+        _checked(ROWS["golden"], **_NAMED),
+        _checked(ROWS["evaluation"], **_NAMED),
+        _checked(ROWS["retirement"], **_NAMED),
+    )
+
+
+class Parent(_Part):
+    """A task that another extends."""
+
+    name: Name
+    version: Version
+    sha256: Sha256
+
+
+class Entry(_Part):
+    """A task and all that belongs to it.
+
+    Attributes:
+        task: its row.
+        parents: what it extends, in order.
+        goldens: its golden probes, at least one.
+        statistics: sha256 of what a router knows of its images.
+        evaluations: its scorings, oldest first.
+        retirement: its tombstone, if it is retired.
+        tags: its tags.
+    """
+
+    task: TaskRow
+    parents: list[Parent]
+    goldens: Annotated[list[GoldenRow], Field(min_length=1)]
+    statistics: Sha256 | None
+    evaluations: list[EvaluationRow]
+    retirement: RetirementRow | None
+    tags: list[Annotated[str, AfterValidator(check_tag)]]
+
+    @property
+    def ref(self) -> str:
+        """`name:version`, at home."""
+        return f"{self.task.name}:{self.task.version}"
+
+    @property
+    def blobs(self) -> Iterator[str]:
+        """The sha256 of everything that belongs to it as bytes."""
+        yield self.task.artifact
+        yield from (golden.digest for golden in self.goldens)
+        if self.statistics is not None:
+            yield self.statistics
+
+
+class Alias(_Part):
+    """`name@alias` points at a version."""
+
+    name: Name
+    alias: Name
+    version: Version
+
+
+class Contents(_Part):
+    """All that travels together: every ancestor of a task stands before it."""
+
+    backbones: list[BackboneRow]
+    tasks: list[Entry]
+
+
+def fault(error: ValidationError) -> str:
+    """The first thing that is wrong, in one line."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    place = ".".join(map(str, first["loc"]))
+    return f"{place or 'its manifest'}: {first['msg'][:200]}"

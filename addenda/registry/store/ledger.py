@@ -1,0 +1,123 @@
+"""The ledger: an event for every change, each sealing the rows that it wrote and the event before it.
+
+The digest of an event is the sha256 of its own columns, the rows that it wrote and the digest of the event before: a
+changed, added or lost row anywhere breaks it, and the last digest stands for the whole history.
+"""
+
+from __future__ import annotations
+
+import getpass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import Connection, Select, Table, func, insert, select
+
+from addenda.registry.store import schema
+from addenda.registry.store.hashing import canonical_json, digest
+from addenda.registry.store.records import ROWS, defaults
+from addenda.registry.store.waiting import tell
+
+_INTERNAL = {"id", "task_id", "parent_id", "event_id"}  # numbers within one database; sealed as what they point at
+_BLOBS = {"logits", "data"}  # of golden probes and statistics; each has its sha256 in its row
+
+
+def stamp(user: str | None = None) -> dict[str, str]:
+    """Who and when; the operating system says who, unless somebody is named."""
+    if user is None:
+        try:
+            user = getpass.getuser()
+        except (OSError, KeyError):  # a container without a user database
+            user = "unknown"
+    return {"created_by": user, "created_at": datetime.now(UTC).isoformat(timespec="microseconds")}
+
+
+def generation(connection: Connection) -> int:
+    """The id of the last event."""
+    return connection.scalar(select(func.max(schema.event.c.id))) or 0
+
+
+def next_id(connection: Connection, table: Table) -> int:
+    """The first free number of a table; the write lock keeps it free."""
+    return (connection.scalar(select(func.max(table.c.id))) or 0) + 1
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Writes to a registry inside a write transaction, in one name and at one time, with an event for each change.
+
+    Attributes:
+        connection: of the transaction.
+        who: `stamp`'s.
+        told: what the details of each of its events say too.
+    """
+
+    connection: Connection
+    who: Mapping[str, str]
+    told: Mapping[str, str] = field(default_factory=dict)
+
+    def append(self, kind: str, subject: str, **details: Any) -> int:
+        """Adds the event of a change whose rows are written, under the id that `generation` + 1 gave them; tells of it.
+
+        Returns:
+            Its id.
+        """
+        number = generation(self.connection) + 1
+        columns = {"id": number, "kind": kind, "subject": subject, "details": details | {**self.told}, **self.who}
+        before = self.connection.scalar(select(schema.event.c.digest).where(schema.event.c.id == number - 1)) or ""
+        sealed = seal(before, columns, written(self.connection, number, number).get(number, []))
+        self.connection.execute(insert(schema.event).values(**columns, digest=sealed))
+        tell(self.connection, number)
+        return number
+
+    def add(self, table: Table, row: Mapping[str, Any], kind: str, subject: str, **details: Any) -> int:
+        """Inserts a row, without its event_id, and the event that seals it; returns the event's id."""
+        self.connection.execute(insert(table).values(**row, event_id=generation(self.connection) + 1))
+        return self.append(kind, subject, **details)
+
+
+def seal(before: str, event: Mapping[str, Any], rows: list[dict[str, Any]]) -> str:
+    """The digest of an event: over the one before, its columns, and the rows that it wrote."""
+    columns = {key: event[key] for key in ("id", "kind", "subject", "details", "created_by", "created_at")}
+    return digest(canonical_json([before, columns, rows]).encode())
+
+
+def written(connection: Connection, first: int, last: int) -> dict[int, list[dict[str, Any]]]:
+    """Event id -> the rows that it wrote, in a form that is the same in every database."""
+    written: dict[int, list[dict[str, Any]]] = {}
+    parent, of = schema.task.alias(), schema.task
+    tables = {
+        "backbone": select(schema.backbone),
+        "task": select(of),
+        "task_parent": select(
+            of.c.event_id, of.c.name, of.c.version, schema.task_parent.c.position, parent.c.name.label("parent"),
+            parent.c.version.label("parent_version"), parent.c.artifact.label("parent_artifact"),
+        )
+        .join_from(schema.task_parent, of, schema.task_parent.c.task_id == of.c.id)
+        .join(parent, schema.task_parent.c.parent_id == parent.c.id),
+        "statistics": _of_task(schema.statistics).add_columns(of.c.event_id),
+        "golden": _of_task(schema.golden),
+        "evaluation": _of_task(schema.evaluation),
+        "retirement": _of_task(schema.retirement),
+    }  # fmt: skip
+    for name, query in tables.items():
+        number = schema.metadata.tables[name].c.get("event_id", of.c.event_id)
+        before = defaults(ROWS[name]) if name in ROWS else {}
+        found = []
+        for row in connection.execute(query.where(number.between(first, last))).mappings():
+            content = {
+                key: value
+                for key, value in row.items()
+                if key not in _INTERNAL and not (key in before and value == before[key])
+            }
+            found.append((row["event_id"], {"table": name, **content}))
+        for event_id, content in sorted(found, key=lambda pair: canonical_json(pair[1])):
+            written.setdefault(event_id, []).append(content)
+    return written
+
+
+def _of_task(table: Any) -> Select[Any]:
+    """A table's rows with the name and version of the task that each is of."""
+    columns = [column for column in table.c if column.name not in _BLOBS]
+    return select(schema.task.c.name, schema.task.c.version, *columns).join_from(table, schema.task)

@@ -1,0 +1,113 @@
+"""Reading tasks with their tensors; every stored byte is checked against its sha256."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from sqlalchemy import Connection, Row, select
+
+from addenda.exceptions import IntegrityError
+from addenda.registry.store import schema
+from addenda.registry.store.hashing import digest
+from addenda.registry.store.queries import ref_of, with_ancestors
+from addenda.registry.store.statistics import FeatureStatistics
+from addenda.registry.store.task import Golden, Task, decode
+
+_ARTIFACTS = 16
+"""Most that one query asks for: one with adapters weighs some megabytes."""
+
+
+def load_task(connection: Connection, row: Row[Any]) -> Task:
+    """Decodes a task and its ancestors, as `load_tasks` does."""
+    return load_tasks(connection, [row])[0]
+
+
+def load_tasks(connection: Connection, rows: Sequence[Row[Any]]) -> list[Task]:
+    """Decodes tasks and their ancestors, each once, with few queries and few artifacts in memory at a time.
+
+    Raises:
+        IntegrityError: stored bytes that are not what was registered, of the first task that cannot be trusted or of
+            an ancestor.
+    """
+    wanted, parents = with_ancestors(connection, rows)
+    artifact = schema.artifact.c
+    found: dict[int, Task | IntegrityError] = {}
+    ids = sorted(wanted)  # parents have smaller numbers than their children
+    for start in range(0, len(ids), _ARTIFACTS):
+        some = ids[start : start + _ARTIFACTS]
+        hashes = {wanted[task_id].artifact for task_id in some}
+        stored = dict(
+            connection.execute(select(artifact.sha256, artifact.data).where(artifact.sha256.in_(hashes))).all()
+        )
+        for task_id in some:
+            row = wanted[task_id]
+            known = {wanted[parent].artifact: found[parent] for parent in parents[task_id] if parent in found}
+            try:
+                task = found[task_id] = _decode(row, stored.get(row.artifact), known)
+                _ = task.closure  # while those of its parents are known: a long line of them would be a deep recursion
+            except IntegrityError as error:  # an ancestor's is told by the task that was asked for
+                found[task_id] = error
+    return [_trusted(found[row.id]) for row in rows]
+
+
+def _decode(row: Row[Any], artifact: bytes | None, parents: Mapping[str, Task | IntegrityError]) -> Task:
+    """A task from its row, its artifact, and its parents by sha256."""
+
+    def parent(sha256: str) -> Task:
+        found = parents.get(sha256)
+        if found is None:
+            raise IntegrityError(f"it extends a task with sha256 {sha256[:16]}… that is missing")
+        return _trusted(found)
+
+    try:
+        if artifact is None:
+            raise IntegrityError("its artifact is missing")
+        task = decode(artifact, row.artifact, parent, stored_in(row))
+        if (task.backbone, list(task.labels), task.objective) != (row.backbone, row.labels, row.objective):
+            raise IntegrityError("its row and its artifact name different backbones, labels or objectives")
+    except IntegrityError as error:
+        raise IntegrityError(f"Task {ref_of(row)!r} cannot be trusted: {str(error).rstrip('.')}.") from error
+    return task
+
+
+def stored_in(row: Any) -> dict[str, Any]:
+    """What a task's row holds that its artifact does not."""
+    return {name: getattr(row, name) for name in ("name", "version", "config", "metrics", "data")}
+
+
+def _trusted(found: Task | IntegrityError) -> Task:
+    if isinstance(found, IntegrityError):
+        raise found
+    return found
+
+
+def load_goldens(connection: Connection, row: Row[Any]) -> list[Golden]:
+    """A task's golden probes, newest first; IntegrityError for logits that do not hash to their digest."""
+    query = select(schema.golden).where(schema.golden.c.task_id == row.id)
+    stored = connection.execute(query.order_by(schema.golden.c.created_at.desc())).all()
+    for probe in stored:
+        if digest(probe.logits) != probe.digest:
+            raise IntegrityError(f"Task {ref_of(row)!r}: its golden probe's stored bytes have changed.")
+    return [
+        Golden(
+            numerics=probe.numerics,
+            numerics_fingerprint=probe.numerics_fingerprint,
+            logits=torch.from_numpy(np.frombuffer(probe.logits, np.float32).copy()).view(-1, len(row.labels)),
+            digest=probe.digest,
+        )
+        for probe in stored
+    ]
+
+
+def load_statistics(connection: Connection, row: Row[Any]) -> FeatureStatistics | None:
+    """What a router knows of a task's images; None where nothing was kept, IntegrityError where it has changed."""
+    stored = connection.execute(select(schema.statistics).where(schema.statistics.c.task_id == row.id)).first()
+    if stored is None:
+        return None
+    try:
+        return FeatureStatistics.decode(stored.data, stored.sha256, len(row.labels))
+    except IntegrityError as error:
+        raise IntegrityError(f"Task {ref_of(row)!r} cannot be routed to: {error}.") from error

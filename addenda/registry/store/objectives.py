@@ -1,0 +1,39 @@
+"""What a task's logits mean: its objective, and the one metric that stands for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+
+class Objective(NamedTuple):
+    """What an objective means, wherever logits are read.
+
+    Attributes:
+        headline: the one metric that stands for a task of this objective: a key of what `learner.metrics.score` gives.
+        exclusive: whether each image has one label, by a softmax; else any number of labels, each by a sigmoid of its
+            own.
+    """
+
+    headline: str
+    exclusive: bool
+
+
+OBJECTIVES = {
+    "single-label": Objective("accuracy", exclusive=True),
+    "multi-label": Objective("mean_average_precision", exclusive=False),
+}
+
+
+def headline(objective: str) -> str:
+    """The one metric that stands for a task of this objective."""
+    return OBJECTIVES[objective].headline
+
+
+def score_of(objective: str, metrics: Mapping[str, Any]) -> float | None:
+    """The headline metric on the test images, else on the validation part; None where neither was measured."""
+    for part in ("test", "validation"):
+        value = (metrics.get(part) or {}).get(headline(objective))
+        if value is not None:
+            return float(value)
+    return None

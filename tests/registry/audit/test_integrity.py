@@ -1,0 +1,428 @@
+"""A changed, lost or added byte anywhere in a registry is found and named, and the rest is still said to be right."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from sqlalchemy import JSON, Column, Connection, Float, Integer, LargeBinary, Row, String, Table, cast, select, text
+from sqlalchemy import exc as sql
+from sqlalchemy.engine import make_url
+from sqlalchemy.event import listen
+
+from addenda.registry import Registry, Scoring
+from addenda.registry.audit import faults
+from addenda.registry.audit.integrity import Integrity, check_rows
+from addenda.registry.store import schema
+from addenda.registry.store.loading import load_task
+from addenda.registry.store.queries import find
+from addenda.registry.store.triggers import statements
+from tests.support.databases import Database, Postgres, raw, rows, tamper, without_triggers
+from tests.support.registries import BACKBONE, FINGERPRINT, a_statistic, a_task, keep, probe
+
+TABLES = schema.metadata.sorted_tables
+REFS = ("strokes:1", "digits:1", "old:1", "bystander:1", "twin:1")
+
+
+def fill(location: str | Path) -> None:
+    """Makes a registry with rows in every table; `bystander` has to do with nobody, `digits` extends `strokes`."""
+    metrics = {"test": {"accuracy": 0.875, "per_class": {"zero": 1.0}}}
+    with Registry.open(location, user="ada") as book:
+        book.add_backbone(BACKBONE)
+        keep(book, a_task("bystander", 1))
+        parent = keep(book, a_task("strokes", 2, metrics=metrics, data={"count": 12}))
+        child = a_task("digits", 3, parents=(parent,), config={"epochs": 20, "seed": None}, metrics=metrics)
+        scoring = Scoring("d" * 64, "n" * 64, {"accuracy": 0.875}, "l" * 64)
+        book.register(child, probe(child), a_statistic(), evaluations=[scoring])
+        keep(book, a_task("old", 4))
+        book.register(a_task("twin", 3, parents=(parent,)), probe(child))
+        book.set_alias("strokes", "production", 1)
+        book.set_alias("strokes", "gone", 1)
+        book.remove_alias("strokes", "gone")
+        book.set_alias("digits", "production", 1)
+        book.tag("digits", "good")
+        book.tag("digits", "doubtful")
+        book.untag("digits", "doubtful")
+        book.note("digits", "seen by Ada")
+        book.add_evaluation("digits", "e" * 64, "n" * 64, {"accuracy": 0.5}, "m" * 64)
+        book.add_golden("strokes", probe(a_task(), "o" * 64))
+        book.retire("old", "superseded")
+
+
+@pytest.fixture(scope="module")
+def filled(database: Database) -> str:
+    location = database.new()
+    fill(location)
+    with Registry.open(location) as book:
+        found = book.check_integrity()
+        assert (found.ok, found.faults, found.unchecked, found.num_tasks) == (True, (), (), len(REFS))
+        assert (found.generation, found.head) == (book.generation, book.events()[-1].digest)
+    return location
+
+
+@pytest.fixture
+def copied(database: Database, filled: str) -> str:
+    return database.copy(filled)
+
+
+@pytest.fixture(scope="module")
+def on_postgres(postgres: str) -> Iterator[Postgres]:
+    made = Postgres(postgres)
+    yield made
+    made.close()
+
+
+@contextmanager
+def unguarded(location: str) -> Iterator[Connection]:
+    """A transaction in which any row can be damaged: no trigger, no foreign key; nothing of it stays."""
+    with raw(location) as connection:
+        if connection.dialect.name == "sqlite":
+            connection.exec_driver_sql("BEGIN")
+        for table in TABLES:
+            without_triggers(connection, table.name)
+        yield connection
+        connection.rollback()
+
+
+def cells(connection: Connection) -> Iterator[tuple[Table, Row[Any], Column[Any]]]:
+    for table in TABLES:
+        found = connection.execute(select(*raw_columns(table)).order_by(*table.primary_key)).all()
+        assert found, f"{table.name} without a row would prove nothing"
+        yield from ((table, row, column) for row in found for column in table.c)
+
+
+def raw_columns(table: Table) -> list[Any]:
+    """A table's columns, JSON as its text."""
+    return [cast(column, String).label(column.name) if isinstance(column.type, JSON) else column for column in table.c]
+
+
+def kind(column: Column[Any]) -> type:
+    return next(kind for kind in (JSON, String, LargeBinary, Integer, Float) if isinstance(column.type, kind))
+
+
+def flips(value: Any, column: Column[Any], sqlite: bool) -> list[Any]:
+    """The value with one bit flipped, at its start, in its middle or at its end; of text another that is no UTF-8."""
+    if kind(column) is Integer:
+        return [value ^ 1, value ^ 64]
+    if kind(column) is Float:
+        return [0.5 if value is None else struct.unpack("<d", flipped(struct.pack("<d", value), 0, 1))[0]]
+    data = value if isinstance(value, bytes) else value.encode()
+    if kind(column) is JSON:
+        other = next((f for place in range(len(data)) if reads_otherwise(f := flipped(data, place, 1), data)), b"{]")
+        return [other.decode(), *(["{" + value, flipped(data, len(data) // 2, 128)] if sqlite else [])]
+    place = (0, len(data) // 2, len(data) - 1)[len(column.name) % 3]
+    one = flipped(data, place, 1)
+    if isinstance(value, bytes):
+        return [one]
+    return [one.decode(), *([flipped(data, len(data) // 2, 128)] if sqlite else [])]
+
+
+def reads_otherwise(text: bytes, than: bytes) -> bool:
+    try:
+        return json.loads(text) != json.loads(than)
+    except ValueError:
+        return False
+
+
+def flipped(data: bytes, place: int, bit: int) -> bytes:
+    return data[:place] + bytes([data[place] ^ bit]) + data[place + 1 :] if data else bytes([bit + 64])
+
+
+def where(table: Table, row: Row[Any]) -> tuple[str, dict[str, Any]]:
+    keys = [column.name for column in table.primary_key]
+    return " AND ".join(f"{key} = :key_{key}" for key in keys), {f"key_{key}": getattr(row, key) for key in keys}
+
+
+def damage(connection: Connection, table: Table, row: Row[Any], column: Column[Any], value: Any) -> Integrity | str:
+    """What a check says after one cell was set, which is undone; or why the database does not take the value."""
+    condition, keys = where(table, row)
+    wrapped = ":value"
+    if connection.dialect.name == "sqlite" and isinstance(value, bytes) and kind(column) is not LargeBinary:
+        wrapped = "CAST(:value AS TEXT)"
+    elif connection.dialect.name == "postgresql" and kind(column) is JSON:
+        wrapped = "CAST(:value AS JSON)"
+    with connection.begin_nested() as savepoint:
+        try:
+            with connection.begin_nested():
+                update = f"UPDATE {table.name} SET {column.name} = {wrapped} WHERE {condition}"
+                assert connection.execute(text(update), {"value": value, **keys}).rowcount == 1
+        except (sql.IntegrityError, sql.DataError) as error:
+            return str(error.orig)
+        found = check_rows(connection)
+        unblamed_tasks_load(connection, found)
+        savepoint.rollback()
+    return found
+
+
+def unblamed_tasks_load(connection: Connection, found: Integrity) -> None:
+    for ref in REFS:
+        if not found.of(ref):
+            assert load_task(connection, find(connection, ref)).ref == ref
+
+
+def owners(connection: Connection, table: Table, row: Row[Any]) -> set[str]:
+    """What a fault of a row may name; one of them must be named."""
+    if table is schema.backbone:
+        return {FINGERPRINT}
+    if table is schema.event:
+        return {f"event {row.id}"}
+    if table is schema.alias:
+        return {f"{row.name}@{row.alias}"}
+    task = schema.task.c
+    if table is schema.artifact:
+        of = task.artifact == row.sha256
+    else:
+        of = task.id == (row.id if table is schema.task else row.task_id)
+    return {f"{name}:{version}" for name, version in connection.execute(select(task.name, task.version).where(of))}
+
+
+KEYS = {"id", "task_id", "parent_id", "event_id", "name", "version", "fingerprint", "sha256", "digest"}
+"""Columns by which rows find each other: others may be named too when one of them is damaged."""
+
+
+@pytest.mark.slow
+def test_a_flipped_bit_in_any_cell_is_found_and_named_and_tasks_that_are_not_named_load(filled, database):
+    outcomes: Counter[str] = Counter()
+    sqlite = database.kind == "sqlite"
+    with unguarded(filled) as connection:
+        for table, row, column in list(cells(connection)):
+            mine = owners(connection, table, row)
+            for value in flips(getattr(row, column.name), column, sqlite):
+                cell = f"{table.name}.{column.name} {getattr(row, column.name)!r:.60} -> {value!r:.60}"
+                found = damage(connection, table, row, column, value)
+                if isinstance(found, str):
+                    assert "unique" in found.lower() or (value == "{]" and not sqlite), (cell, found)
+                    outcomes["refused"] += 1
+                    continue
+                at = {f"event {value}"} if column is schema.event.c.id else set()
+                assert {fault.subject for fault in found.faults} & (mine | at), (cell, found.faults)
+                if column.name not in KEYS and table not in (schema.event, schema.backbone):
+                    kin = mine | ({"digits:1", "twin:1"} if "strokes:1" in mine else set())
+                    assert {ref for ref in REFS if found.of(ref)} <= kin, (cell, found.faults)
+                outcomes["found"] += 1
+        flips_of = {Integer: 2, Float: 1, LargeBinary: 1, String: 1 + sqlite, JSON: 1 + 2 * sqlite}
+        columns = {table.name: sum(flips_of[kind(column)] for column in table.c) for table in TABLES}
+        assert outcomes.total() == sum(columns[name] * len(found) for name, found in rows(filled).items())
+        assert check_rows(connection).ok, "the damage was not undone"
+
+
+def test_json_that_reads_the_same_is_no_fault(copied):
+    """The one change of bytes that changes nothing: what a reader gets is equal."""
+    columns = [(table, column) for table in TABLES for column in table.c if kind(column) is JSON]
+    assert len(columns) == 9
+    with unguarded(copied) as connection:
+        for table, column in columns:
+            row = connection.execute(select(*raw_columns(table)).order_by(*table.primary_key)).first()
+            found = damage(connection, table, row, column, f" {getattr(row, column.name)}\n")
+            assert isinstance(found, Integrity)
+            assert found.ok, (table.name, column.name, found.faults)
+
+
+@pytest.mark.slow
+def test_a_lost_row_is_found_and_named(filled, database):
+    lost = 0
+    with unguarded(filled) as connection:
+        head = connection.scalar(select(schema.event.c.digest).order_by(schema.event.c.id.desc()).limit(1))
+        for table, found in [(table, connection.execute(select(table)).all()) for table in TABLES]:
+            for row in found:
+                mine = owners(connection, table, row)
+                condition, keys = where(table, row)
+                with connection.begin_nested() as savepoint:
+                    assert connection.execute(text(f"DELETE FROM {table.name} WHERE {condition}"), keys).rowcount == 1
+                    said = check_rows(connection, head)
+                    last = {"history"} if table is schema.event and row.id == said.generation + 1 else set()
+                    assert {fault.subject for fault in said.faults} & (mine | last), (table.name, row, said.faults)
+                    if table is not schema.task:
+                        unblamed_tasks_load(connection, said)
+                    savepoint.rollback()
+                lost += 1
+    assert lost == sum(map(len, rows(filled).values()))
+
+
+DOUBLED: dict[str, dict[str, Any]] = {
+    "artifact": {"sha256": "a" * 64},
+    "backbone": {"fingerprint": "f" * 64},
+    "event": {"id": 18},
+    "task": {"id": 6, "version": 2},
+    "task_parent": {"position": 1},
+    "retirement": {"task_id": 1},
+    "alias": {"alias": "staging"},
+    "tag": {"tag": "better"},
+    "evaluation": {"id": 3},
+    "golden": {"numerics_fingerprint": "z" * 64},
+    "statistics": {"task_id": 5},
+}
+
+
+@pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
+def test_a_row_that_stands_there_twice_is_found(filled, table):
+    with unguarded(filled) as connection:
+        row = connection.execute(select(*raw_columns(table)).order_by(*table.primary_key.columns)).first()
+        other = row._asdict() | DOUBLED[table.name]
+        values = (f"CAST(:{c.name} AS JSON)" if kind(c) is JSON and connection.dialect.name == "postgresql" else
+                  f":{c.name}" for c in table.c)  # fmt: skip
+        connection.execute(text(f"INSERT INTO {table.name} ({', '.join(other)}) VALUES ({', '.join(values)})"), other)
+        found = check_rows(connection)
+        assert not found.ok
+        unblamed_tasks_load(connection, found)
+
+
+def test_an_event_written_by_hand_is_found(copied):
+    with unguarded(copied) as connection:
+        last = connection.execute(select(schema.event).order_by(schema.event.c.id.desc()).limit(1)).one()
+        forged = last._asdict() | {"id": last.id + 1, "kind": "noted", "subject": "digits:1", "details": {"text": "x"}}
+        for digest in (last.digest, "0" * 64, ""):
+            with connection.begin_nested() as savepoint:
+                connection.execute(schema.event.insert().values(**forged | {"digest": digest}))
+                assert {fault.subject for fault in check_rows(connection).faults} == {"event 18", "digits:1"}
+                savepoint.rollback()
+
+
+def test_events_that_changed_places_are_found(copied):
+    with unguarded(copied) as connection:
+        for number in range(1, 17):
+            with connection.begin_nested() as savepoint:
+                for one, other in ((number, 99), (number + 1, number), (99, number + 1)):
+                    connection.execute(text("UPDATE event SET id = :to WHERE id = :of"), {"of": one, "to": other})
+                named = {fault.subject for fault in check_rows(connection).faults}
+                assert {f"event {number}", f"event {number + 1}"} <= named
+                savepoint.rollback()
+
+
+def test_a_history_that_was_cut_short_is_found_by_the_digest_that_was_noted(copied):
+    with Registry.open(copied) as book:
+        before = book.check_integrity().head
+        book.note("digits", "inconvenient")
+        noted = book.check_integrity().head
+        assert book.check_integrity(head=before).ok
+        tamper(copied, "event", "DELETE FROM event WHERE id = 18")
+        ours = [fault for fault in book.check_integrity(head=noted).faults if fault.subject != "schema"]
+        assert [fault.subject for fault in ours] == ["history"]
+        assert f"no event with the digest {noted}" in ours[0].said
+
+
+def test_one_broken_event_is_not_held_against_later_ones(copied, monkeypatch):
+    monkeypatch.setattr(faults, "PAGE", 3)  # events before and after it are read apart from it
+    with unguarded(copied) as connection:
+        assert check_rows(connection).ok
+        for change in ("created_by = 'eve'", "digest = 'f'", "subject = 'other:1'"):
+            with connection.begin_nested() as savepoint:
+                assert connection.execute(text(f"UPDATE event SET {change} WHERE id = 5")).rowcount == 1
+                named = {fault.subject for fault in check_rows(connection).faults}
+                assert {subject for subject in named if subject.startswith("event")} == {"event 5"}
+                savepoint.rollback()
+
+
+def test_a_child_of_a_damaged_task_is_named_and_says_why(copied):
+    tamper(copied, "artifact", "UPDATE artifact SET data = :data WHERE sha256 = "
+           "(SELECT artifact FROM task WHERE name = 'strokes')", data=b"short")  # fmt: skip
+    with Registry.open(copied) as book:
+        found = book.check_integrity()
+        assert "hashes to" in found.of("strokes:1")[0].said
+        for child in ("digits:1", "twin:1"):
+            assert [fault.said for fault in found.of(child)] == ["it extends 'strokes:1', which is damaged"]
+        assert found.of("bystander:1") == found.of("old:1") == []
+
+
+# -- the schema --------------------------------------------------------------------------------------------------------
+
+
+def test_each_trigger_that_is_dropped_is_named(copied):
+    with Registry.open(copied) as book:
+        gone = [name for table in schema.IMMUTABLE for name in statements(table, book._engine.dialect.name)]
+        for number, name in enumerate(gone, 1):
+            with raw(copied) as connection:
+                on = f" ON {name.rpartition('_no_')[0]}" if connection.dialect.name == "postgresql" else ""
+                connection.execute(text(f"DROP TRIGGER {name}{on}"))
+            said = [fault.said for fault in book.check_integrity().faults if fault.subject == "schema"]
+            assert said == [f"trigger: {one} is missing, changed, or not ours" for one in sorted(gone[:number])]
+
+
+def test_each_index_that_is_dropped_is_named(copied):
+    indexes = [str(index.name) for table in TABLES for index in table.indexes]
+    assert len(indexes) > 10
+    with Registry.open(copied) as book:
+        for number, name in enumerate(indexes, 1):
+            with raw(copied) as connection:
+                connection.execute(text(f"DROP INDEX {name}"))
+            said = [fault.said for fault in book.check_integrity().faults if fault.subject == "schema"]
+            assert len(said) == number
+            assert all(any(repr(one) in line for line in said) for one in indexes[:number])
+
+
+@pytest.mark.parametrize(
+    ("statement", "name"),
+    [
+        ("ALTER TABLE task DISABLE TRIGGER task_no_change", "task_no_change"),
+        ("ALTER TABLE task ENABLE REPLICA TRIGGER task_no_truncate", "task_no_truncate"),
+        ("CREATE OR REPLACE FUNCTION addenda_refuse() RETURNS trigger LANGUAGE plpgsql AS "
+         "'BEGIN RETURN NEW; END'", "golden_no_change"),
+        ("CREATE OR REPLACE TRIGGER task_no_change BEFORE UPDATE OR DELETE ON task FOR EACH ROW WHEN (OLD.id < 0) "
+         "EXECUTE FUNCTION addenda_refuse()", "task_no_change"),
+        ("CREATE OR REPLACE TRIGGER task_no_change BEFORE UPDATE OF name OR DELETE ON task FOR EACH ROW "
+         "EXECUTE FUNCTION addenda_refuse()", "task_no_change"),
+        ("CREATE OR REPLACE TRIGGER task_no_change AFTER UPDATE OR DELETE ON task FOR EACH ROW "
+         "EXECUTE FUNCTION addenda_refuse()", "task_no_change"),
+        ("CREATE TRIGGER swallows BEFORE INSERT ON tag FOR EACH ROW EXECUTE FUNCTION addenda_refuse()", "swallows"),
+    ],
+)  # fmt: skip
+def test_a_trigger_that_no_longer_guards_is_named(on_postgres, statement, name):
+    copied = on_postgres.new()
+    with Registry.open(copied) as book:
+        assert book.check_integrity().ok
+    with raw(copied) as connection:
+        connection.execute(text(statement))
+    with Registry.open(copied) as book:
+        assert f"trigger: {name} is missing, changed, or not ours" in [
+            fault.said for fault in book.check_integrity().faults
+        ]
+
+
+def test_a_table_that_is_gone_is_named_and_what_can_be_checked_is(copied):
+    with raw(copied) as connection:
+        connection.execute(text("DROP TABLE tag"))
+    tamper(copied, "golden", "UPDATE golden SET logits = :data WHERE numerics_fingerprint = :n",
+           data=b"four", n="o" * 64)  # fmt: skip
+    with Registry.open(copied) as book:
+        found = book.check_integrity()
+    assert any("tag" in fault.said for fault in found.faults if fault.subject == "schema")
+    assert any("tags could not be checked" in fault.said for fault in found.faults if fault.subject == "database")
+    assert "its golden probe's stored bytes have changed" in [fault.said for fault in found.of("strokes:1")]
+    assert found.of("bystander:1") == []
+
+
+def test_who_may_only_read_can_check_and_is_told_what_was_kept_from_them(on_postgres):
+    copied = on_postgres.new()
+    fill(copied)
+    role = f"reader_{uuid4().hex}"
+    url = make_url(copied).set(username=role, password="secret")
+    with raw(copied) as connection:
+        connection.execute(text(f"CREATE ROLE {role} LOGIN PASSWORD 'secret'"))
+        connection.execute(text(f"GRANT SELECT ON ALL TABLES IN SCHEMA public TO {role}"))
+    try:
+        with Registry.open(url.render_as_string(hide_password=False)) as book:
+            assert book.check_integrity().ok
+            with raw(copied) as connection:
+                connection.execute(text(f"REVOKE SELECT ON statistics FROM {role}"))
+            found = book.check_integrity()
+            assert (found.faults, found.ok, found.num_tasks) == ((), False, len(REFS))
+            assert all("permission denied for table statistics" in said for said in found.unchecked)
+    finally:
+        with raw(copied) as connection:
+            connection.execute(text(f"DROP OWNED BY {role}"))
+            connection.execute(text(f"DROP ROLE {role}"))
+
+
+def test_a_file_that_may_only_be_read_can_be_checked(tmp_path):
+    fill(tmp_path / "tasks.db")
+    with Registry.open(tmp_path / "tasks.db") as book:
+        listen(book._engine, "connect", lambda dbapi, _: dbapi.execute("PRAGMA query_only=ON"))
+        book._engine.dispose()
+        assert book.check_integrity().ok

@@ -1,0 +1,199 @@
+"""Merging: two registries that grew apart become one, and no task on either side answers otherwise by one bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import text
+
+from addenda.combined import CombinedModel, golden, verify
+from addenda.exceptions import IntegrityError, RegistryError
+from addenda.registry import Received, Registry, TaskFilter
+from tests.support.databases import raw, rows, tamper, without_triggers
+from tests.support.models import bits, images
+from tests.support.processes import killed_at_each_statement
+from tests.support.registries import BACKBONE, a_task, verify_ledger
+from tests.support.tasks import random_task
+from tests.support.travel import FULL, add, assert_same, fill, merges
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Iterator[Registry]:
+    """A full registry on SQLite."""
+    with Registry.open(fill(str(tmp_path / "home.db")), user="ada") as registry:
+        yield registry
+
+
+def test_every_task_of_the_other_arrives_with_its_retirement_and_alias(there, here):
+    before = rows(there.location)
+    received = here.merge(there)
+    assert {each.ref: each.state for each in received} == dict.fromkeys({*FULL, "digits@production"}, "added")
+    assert_same(here, there, FULL)
+    assert here.get("digits@production").version == 1
+    assert [record.ref for record in here.tasks(TaskFilter(name="old", retired=True))] == ["old:1"]
+    assert here.tasks(TaskFilter(name="old")) == []
+    assert verify_ledger(here.location) == here.generation
+    assert {event.details["source"] for event in here.events()} == {there.location}
+    assert rows(there.location) == before
+
+
+def test_merged_twice_adds_nothing_and_the_generation_stays(home, here):
+    here.merge(home)
+    before = rows(here.location)
+    assert {each.state for each in here.merge(home)} == {"there already"}
+    assert {each.state for each in here.merge(here)} == {"there already"}
+    assert rows(here.location) == before
+
+
+def damaged(received: list[Received]) -> list[str]:
+    """The tasks that are said to be."""
+    return [each.ref for each in received if "its stored bytes here are DAMAGED" in each.detail]
+
+
+def test_damaged_bytes_that_are_there_already_are_told_and_nothing_is_built_on_them(home, here):
+    here.merge(home)
+    assert damaged(here.merge(home)) == []
+    sha256 = here.get("strokes").sha256
+    tamper(here, "artifact", "UPDATE artifact SET data = :data WHERE sha256 = :sha256", data=b"other", sha256=sha256)
+    assert damaged(here.merge(home)) == ["strokes:1"]
+    before = rows(here.location)
+    with pytest.raises(IntegrityError, match=f"sha256 {sha256[:12]}… that are stored already have changed"):
+        here.merge(home, renames={"strokes": "lines"})
+    assert rows(here.location) == before
+
+
+@pytest.mark.parametrize(("table", "column"), [("statistics", "data"), ("golden", "logits")])
+def test_a_damaged_statistic_or_golden_probe_that_is_there_already_is_told(home, here, table, column):
+    here.merge(home)
+    changed = f"UPDATE {table} SET {column} = :data WHERE task_id = (SELECT id FROM task WHERE name = 'tip')"
+    tamper(here, table, changed, data=b"other")
+    assert damaged(here.merge(home)) == ["tip:1"]
+
+
+def test_a_dry_run_says_what_would_be_done_and_changes_no_row(home, here):
+    before = rows(here.location)
+    told = here.merge(home, dry_run=True)
+    assert rows(here.location) == before
+    assert here.merge(home) == told
+
+
+def test_there_and_back_every_registry_holds_the_same(there, here):
+    here.add_backbone(BACKBONE)
+    add(here, a_task("birds", 30))
+    here.merge(there)
+    before = {ref: there.record(ref) for ref in FULL}
+    back = {each.ref: each.state for each in there.merge(here)}
+    assert back == dict.fromkeys({*FULL, "digits@production"}, "there already") | {"birds:1": "added"}
+    assert_same(here, there, [*FULL, "birds:1"])
+    assert {ref: there.record(ref) for ref in FULL} == before
+    assert verify_ledger(there.location) == there.generation
+
+
+def test_old_logits_are_the_same_bits_on_both_sides(tiny, database, elsewhere):
+    with Registry.open(elsewhere.new()) as there, Registry.open(database.new()) as here:
+        before = {}
+        for registry, names in ((here, ("birds", "cars")), (there, ("digits", "signs"))):
+            registry.add_backbone(tiny.record())
+            root = random_task(tiny, names[0], seed=len(names[0]))
+            root = registry.register(root, golden(tiny, root))
+            child = random_task(tiny, names[1], parents=(root,), seed=40 + len(before), rank=2)
+            registry.register(child, golden(tiny, child))
+            before |= CombinedModel(tiny, registry.load(tiny))(images())
+        before_here = CombinedModel(tiny, here.load(tiny)).tasks
+        here.merge(there)
+        there.merge(here)
+        assert len(before_here) == 2
+        for registry in (here, there):
+            merged = registry.load(tiny)
+            after = CombinedModel(tiny, merged)(images())
+            assert {name: bits(logits) for name, logits in after.items()} == {n: bits(x) for n, x in before.items()}
+            assert len(after) == 4
+            verdicts = verify(tiny, [(task, registry.goldens(task.ref)) for task in merged])
+            assert [(verdict.ok, verdict.identical) for verdict in verdicts] == [(True, True)] * 4
+
+
+def test_all_clashes_are_named_and_nothing_is_merged(home, here):
+    here.add_backbone(BACKBONE)
+    add(here, a_task("strokes", 20))
+    add(here, a_task("tip", 21))
+    before = rows(here.location)
+    with pytest.raises(RegistryError, match=r"'strokes:1' \(.* is not .*\), 'tip:1' \(.*--rename OLD=NEW"):
+        here.merge(home)
+    assert rows(here.location) == before
+    received = here.merge(home, renames={"strokes": "lines", "tip": "top"})
+    assert {each.ref for each in received} == {*FULL, "digits@production"} - {"strokes:1", "tip:1"} | {
+        "lines:1", "top:1",
+    }  # fmt: skip
+    assert here.get("top").extends == ("digits:1", "lines:1")
+    assert here.record("strokes").created_by == "bob"
+
+
+def test_an_alias_that_points_elsewhere_stays_and_is_told_of(home, here):
+    here.merge(home)
+    here.set_alias("digits", "production", 2)
+    home.set_alias("digits", "staging", 2)
+    before = here.generation
+    told = {each.ref: each for each in here.merge(home) if "@" in each.ref}
+    assert (told["digits@production"].state, told["digits@production"].detail) == (
+        "kept", "points at 'digits:2' here, not at 'digits:1'",
+    )  # fmt: skip
+    assert (told["digits@staging"].state, told["digits@staging"].generation) == ("added", before + 1)
+    assert [here.get(f"digits@{alias}").version for alias in ("production", "staging")] == [2, 2]
+    assert here.generation == before + 1
+
+
+def test_an_alias_follows_its_task_to_another_name(home, here):
+    here.merge(home, renames={"digits": "numerals"})
+    assert here.get("numerals@production").ref == "numerals:1"
+
+
+def test_a_task_retired_there_alone_stays_active_here_and_is_told_of(home, here):
+    here.merge(home)
+    home.retire("bare", "no use")
+    before = rows(here.location)
+    told = {each.ref: each.detail for each in here.merge(home)}
+    assert told["bare:1"] == "retired there (no use), active here"
+    assert told["old:1"] == ""
+    assert rows(here.location) == before
+
+
+def test_a_task_damaged_there_is_named_and_nothing_is_merged(home, here):
+    sql = "UPDATE artifact SET data = :data WHERE sha256 = :sha256"
+    tamper(home.location, "artifact", sql, data=b"1234", sha256=home.get("tip").sha256)
+    before = rows(here.location)
+    with pytest.raises(IntegrityError, match=r"Task 'tip:1' was not taken in: its artifact's stored bytes are missing"):
+        here.merge(home)
+    assert rows(here.location) == before
+
+
+def test_a_row_damaged_there_is_named_and_nothing_is_merged(home, here):
+    tamper(home.location, "task", "UPDATE task SET num_parameters = 1 WHERE name = 'tip'")
+    before = rows(here.location)
+    with pytest.raises(IntegrityError, match=r"Task 'tip:1' .* says otherwise than .*: num_parameters"):
+        here.merge(home)
+    tamper(home.location, "task", "UPDATE task SET created_at = 'then' WHERE name = 'tip'")
+    with pytest.raises(IntegrityError, match=r"Task 'tip:1' has a damaged record: task\.created_at: String"):
+        here.merge(home)
+    assert rows(here.location) == before
+
+
+def test_a_parent_lost_there_is_told_of_and_nothing_is_merged(home, here):
+    with raw(home.location) as connection:
+        without_triggers(connection, "task")
+        connection.execute(text("DELETE FROM task WHERE name = 'strokes'"))
+    before = rows(here.location)
+    with pytest.raises(IntegrityError, match=r"Task '(digits|tip):1' extends one that is missing"):
+        here.merge(home)
+    assert rows(here.location) == before
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("another_interpreter")
+def test_a_merge_killed_at_any_statement_leaves_nothing_and_a_retry_is_whole(database, tmp_path):
+    with Registry.open(fill(str(tmp_path / "other.db"))) as there, Registry.open(database.new()) as here:
+        assert killed_at_each_statement(merges, here.location, there.location) > 100
+        assert verify_ledger(here.location) == here.generation
+        assert_same(here, there, FULL)
+        assert {each.state for each in here.merge(there)} == {"there already"}

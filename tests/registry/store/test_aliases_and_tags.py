@@ -1,0 +1,113 @@
+"""What may change of a registered task: where an alias points, its tags and its notes."""
+
+from __future__ import annotations
+
+import pytest
+
+from addenda.exceptions import RegistryError, UnknownTaskError
+from addenda.registry import Registry
+from tests.support.databases import rows
+from tests.support.registries import a_task, keep
+
+
+@pytest.fixture
+def versions(book: Registry) -> Registry:
+    """A registry with two versions of a task."""
+    keep(book, a_task())
+    keep(book, a_task(seed=1), new_version=True)
+    return book
+
+
+def test_an_alias_moves_only_from_where_it_was_expected(versions):
+    versions.set_alias("digits", "production", 1, expected=0)
+    versions.set_alias("digits", "production", 2, expected=1)
+    before = rows(versions)
+    for expected, said in ((1, "at 'digits:1'"), (0, "at nothing")):
+        with pytest.raises(RegistryError) as refusal:
+            versions.set_alias("digits", "production", 1, expected=expected)
+        assert str(refusal.value) == (
+            f"'digits@production' points at 'digits:2', not {said} as expected. Nothing was changed."
+        )
+    with pytest.raises(RegistryError, match="'digits@staging' points at nothing, not at 'digits:2' as expected"):
+        versions.set_alias("digits", "staging", 1, expected=2)
+    assert rows(versions) == before
+
+
+@pytest.mark.parametrize(("given", "options"), [(("production", "digits:1"), {}), (("a", "digits"), {"expected": 0})])
+def test_the_order_of_before_alias_and_reference_is_refused(versions, given, options):
+    before = rows(versions)
+    with pytest.raises(RegistryError, match=r"names no version: it takes name, alias and version in this order, as in"):
+        versions.set_alias(*given, **options)
+    with pytest.raises(RegistryError, match="'digits:1' is not a valid name"):
+        versions.set_alias("production", "digits:1", 1)
+    assert rows(versions) == before
+
+
+def test_an_alias_is_removed_and_its_history_stays(versions):
+    versions.set_alias("digits", "production", 1)
+    versions.set_alias("digits", "production", 2)
+    with pytest.raises(RegistryError, match="points at 'digits:2', not at 'digits:1' as expected"):
+        versions.remove_alias("digits", "production", expected=1)
+    versions.remove_alias("digits", "production", expected=2)
+    with pytest.raises(UnknownTaskError, match="'digits@production' is not registered"):
+        versions.get("digits@production")
+    with pytest.raises(RegistryError, match="There is no alias 'digits@production'"):
+        versions.remove_alias("digits", "production")
+    assert [event.details for event in versions.events() if event.kind == "alias"] == [
+        {"before": None, "version": 1},
+        {"before": 1, "version": 2},
+        {"before": 2, "version": None},
+    ]
+    versions.set_alias("digits", "production", 1, expected=0)
+    assert versions.get("digits@production").version == 1
+
+
+def test_an_alias_of_one_name_is_none_of_another(versions):
+    keep(versions, a_task("birds", 5))
+    versions.set_alias("digits", "production", 1)
+    versions.set_alias("birds", "production", 1, expected=0)
+    assert (versions.get("digits@production").ref, versions.get("birds@production").ref) == ("digits:1", "birds:1")
+
+
+def test_tags_are_put_on_a_version_and_taken_off(versions):
+    for tag in ("shop", "night"):
+        versions.tag("digits:1", tag)
+    assert versions.record("digits:1").tags == ("night", "shop")
+    assert versions.record("digits:2").tags == ()
+    versions.untag("digits:1", "night")
+    assert versions.record("digits:1").tags == ("shop",)
+    with pytest.raises(RegistryError, match="Task 'digits:1' does not carry the tag 'night'"):
+        versions.untag("digits:1", "night")
+
+
+@pytest.mark.parametrize("tag", ["", "a\nb", "x" * 200, "\x1b[31m"])
+def test_a_tag_that_is_not_valid_is_refused(versions, tag):
+    before = rows(versions)
+    with pytest.raises(RegistryError, match="is not a valid tag"):
+        versions.tag("digits", tag)
+    assert rows(versions) == before
+
+
+def test_a_note_is_a_part_of_the_history(versions):
+    for text in ("labelled again", "with 日本 and 'quotes'\n"):
+        versions.note("digits:1", text)
+    noted = [event for event in versions.events("digits") if event.kind == "noted"]
+    assert [(event.subject, event.details["text"]) for event in noted] == [
+        ("digits:1", "labelled again"),
+        ("digits:1", "with 日本 and 'quotes'\n"),
+    ]
+
+
+@pytest.mark.parametrize("text", ["", " \n"])
+def test_a_note_that_says_nothing_is_refused(versions, text):
+    before = rows(versions)
+    with pytest.raises(RegistryError, match="A note says something"):
+        versions.note("digits", text)
+    assert rows(versions) == before
+
+
+def test_a_note_that_no_database_can_hold_is_refused(versions):
+    before = rows(versions)
+    with pytest.raises(RegistryError, match=r"The note is not UTF-8"):
+        versions.note("digits", "half a letter: \ud800")
+    assert rows(versions) == before

@@ -1,0 +1,230 @@
+"""A process that is killed, or finds the disk full, leaves nothing half done; a retry does it once."""
+
+from __future__ import annotations
+
+import random
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from itertools import count
+from typing import Any
+
+import pytest
+from sqlalchemy import Pool, event
+
+from addenda.exceptions import RegistryError
+from addenda.registry import Registry
+from addenda.registry.store.upgrade import schema_faults
+from tests.support.databases import ON_SQLITE, everything, rows
+from tests.support.processes import FORKS, KILLED, killed_at_each_statement
+from tests.support.registries import (
+    BACKBONE,
+    SCORING,
+    a_large_task,
+    a_statistic,
+    a_task,
+    keep,
+    probe,
+    same_content,
+    verify_ledger,
+)
+
+pytestmark = pytest.mark.usefixtures("another_interpreter")
+
+
+def adds_a_backbone(location: str) -> None:
+    with Registry.open(location) as registry:
+        registry.add_backbone({**BACKBONE, "fingerprint": "c" * 64})
+
+
+def registers(location: str) -> None:
+    """A large task with all that can belong to one."""
+    with Registry.open(location) as registry:
+        task = a_large_task(parents=(registry.get("strokes"), registry.get("digits")))
+        registry.register(task, probe(task), a_statistic(), evaluations=[SCORING, SCORING])
+
+
+def registers_a_version(location: str) -> None:
+    with Registry.open(location) as registry:
+        keep(registry, a_task("digits", 6), new_version=True)
+
+
+def adds_a_probe(location: str) -> None:
+    with Registry.open(location) as registry:
+        registry.add_golden("digits:1", probe(a_task(), "o" * 64))
+
+
+def adds_an_evaluation(location: str) -> None:
+    with Registry.open(location) as registry:
+        registry.add_evaluation("digits:1", *vars(SCORING).values())
+
+
+def sets_an_alias(location: str) -> None:
+    with Registry.open(location) as registry:
+        registry.set_alias("digits", "staging", 2, expected=0)
+
+
+def moves_an_alias(location: str) -> None:
+    with Registry.open(location) as registry:
+        registry.set_alias("digits", "production", 2, expected=1)
+
+
+def removes_an_alias(location: str) -> None:
+    with Registry.open(location) as registry:
+        registry.remove_alias("digits", "production", expected=2)
+
+
+def tags(location: str) -> None:
+    with Registry.open(location) as registry:
+        registry.tag("digits:1", "new")
+
+
+def untags(location: str) -> None:
+    with Registry.open(location) as registry:
+        registry.untag("digits:1", "new")
+
+
+def notes(location: str) -> None:
+    with Registry.open(location) as registry:
+        registry.note("digits:1", "a note")
+
+
+def retires(location: str) -> None:
+    with Registry.open(location) as registry:
+        registry.retire("strokes", "all three", along=("digits:1", "large"))
+
+
+CHANGES = (
+    adds_a_backbone,
+    registers,
+    registers_a_version,
+    adds_a_probe,
+    adds_an_evaluation,
+    sets_an_alias,
+    moves_an_alias,
+    removes_an_alias,
+    tags,
+    untags,
+    notes,
+    retires,
+)
+AGAIN = (adds_a_backbone, registers, registers_a_version, adds_a_probe, tags)
+"""Changes that may be made twice, and are made once."""
+
+
+def wholly_there(location: str) -> set[str]:
+    """References that are registered; each must load with its probe, and nothing else may be there."""
+    verify_ledger(location)
+    with Registry.open(location) as registry:
+        assert schema_faults(registry._engine) == []
+        registered = [event.subject for event in registry.events() if event.kind == "registered"]
+        for ref in registered:
+            assert registry.get(ref).ref == ref
+            assert len(registry.goldens(ref)) >= 1
+            registry.statistics(ref)
+    found = rows(location)
+    assert sorted(f"{row[1]}:{row[2]}" for row in found["task"]) == sorted(registered)
+    assert {row[0] for row in found["artifact"]} == {row[4] for row in found["task"]}
+    return set(registered)
+
+
+@pytest.mark.slow
+def test_a_process_killed_at_any_statement_of_any_change_leaves_nothing_of_it(shelf, database):
+    location, kills = database.copy(shelf["full"]), 0
+    for change in CHANGES:
+        kills += killed_at_each_statement(change, location)
+        wholly_there(location)
+        if change in AGAIN:
+            once = everything(location)
+            change(location)
+            assert everything(location) == once
+    assert kills >= 200
+    assert wholly_there(location) == {"strokes:1", "digits:1", "digits:2", "old:1", "large:1"}
+    with Registry.open(location) as registry:
+        assert same_content(registry.get("large:1"), a_large_task(parents=registry.get("large:1").parents))
+        assert [record.ref for record in registry.tasks()] == ["digits:2"]
+
+
+@pytest.mark.slow
+def test_a_process_killed_at_any_statement_of_a_new_tag_leaves_none(shelf, database):
+    location = database.copy(shelf["full"])
+    assert killed_at_each_statement(tags, location) > 8
+    assert wholly_there(location) == {"strokes:1", "digits:1", "old:1"}
+
+
+def register_many(location: str, first: int, told: Any) -> None:
+    with Registry.open(location) as registry:
+        for number in count(first):
+            keep(registry, a_task(f"task-{number}", number))
+            told.send(number)
+
+
+@pytest.mark.slow
+def test_a_process_killed_at_any_time_leaves_whole_tasks_and_what_it_had_promised(shelf, database):
+    location, moments, promised, kills = database.copy(shelf["book"]), random.Random(0), set(), 5
+    for round_ in range(kills):
+        told, tell = FORKS.Pipe(duplex=False)
+        process = FORKS.Process(target=register_many, args=(location, 1000 * round_, tell))
+        process.start()
+        tell.close()
+        promised.add(f"task-{told.recv()}:1")
+        time.sleep(moments.uniform(0, 0.1))
+        process.kill()
+        process.join(60)
+        assert process.exitcode == KILLED
+        with closing(told):
+            while told.poll():
+                try:
+                    promised.add(f"task-{told.recv()}:1")
+                except EOFError:
+                    break
+        assert promised <= wholly_there(location)
+    assert len(promised) > kills
+    with Registry.open(location) as registry:
+        assert same_content(registry.get("task-0"), a_task(seed=0))
+
+
+@contextmanager
+def database_full(registry: Registry) -> Iterator[None]:
+    """SQLite may take no further page: what it sees where a disk is full."""
+
+    def limit(dbapi: Any, *_: object) -> None:
+        [used] = dbapi.execute("PRAGMA page_count").fetchone()
+        dbapi.execute(f"PRAGMA max_page_count={used}")
+
+    def lift(dbapi: Any, *_: object) -> None:
+        dbapi.execute("PRAGMA max_page_count=1073741823")
+
+    event.listen(Pool, "checkout", limit)
+    try:
+        yield
+    finally:
+        event.remove(Pool, "checkout", limit)
+        event.listen(Pool, "checkout", lift)
+        assert registry.generation == 1
+        event.remove(Pool, "checkout", lift)
+
+
+@contextmanager
+def files_limited(registry: Registry) -> Iterator[None]:
+    """The operating system lets no file of this process grow past 1 MB."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@ON_SQLITE
+@pytest.mark.parametrize("full", [database_full, files_limited])
+def test_a_full_disk_under_sqlite_registers_nothing_and_a_retry_works(book, full):
+    before = rows(book)
+    with full(book):
+        with pytest.raises(RegistryError, match=r"Task 'large' was not registered: .*Nothing was changed\."):
+            keep(book, a_large_task())
+        assert book.tasks() == []
+    assert rows(book) == before
+    assert same_content(keep(book, a_large_task()), a_large_task())
+    assert wholly_there(book.location) == {"large:1"}
