@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
@@ -20,7 +20,6 @@ from addenda.serving.access import needs, service_of
 from addenda.serving.bodies import read_body, while_connected
 from addenda.serving.problems import documents
 from addenda.serving.service import Answered
-from addenda.serving.snapshot import Snapshot
 
 AUTO = "auto"
 LOOK_S = 0.2
@@ -205,15 +204,11 @@ def verify(request: Request) -> Verified:
         at=datetime.now(UTC).isoformat(timespec="seconds"),
         generation=snapshot.generation,
         ok=all(verdict.ok for verdict in verdicts) and not snapshot.quarantined,
-        tasks=[vars(verdict) for verdict in verdicts] + list(_unverified(snapshot)),
+        tasks=[vars(verdict) for verdict in verdicts]
+        + [{"task": ref, "ok": False, "detail": f"quarantined: {why}"} for ref, why in snapshot.quarantined.items()],
     )
     request.app.state.verifications.appendleft(found)
     return found
-
-
-def _unverified(snapshot: Snapshot) -> Iterator[dict[str, Any]]:
-    for ref, why in snapshot.quarantined.items():
-        yield {"task": ref, "ok": False, "detail": f"quarantined: {why}"}
 
 
 @router.get("/verifications", tags=["server"], dependencies=[needs("predict")], summary="Verifications so far")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from graphlib import TopologicalSorter
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ IN_LEVEL = 12
 
 
 class Line(NamedTuple):
-    """A curve: `train` or `validation`, or `other` where it is of a candidate not chosen; its points as SVG has them."""
+    """A curve: `train`, `validation`, or `other` where it is of a candidate not chosen; its points as SVG has them."""
 
     kind: str
     points: str
@@ -99,7 +100,8 @@ def _round_step(least: float) -> float:
     return next(times * power for times in (1, 2, 5, 10) if times * power >= least * (1 - 1e-9))
 
 
-class Cell(NamedTuple):
+@dataclass(frozen=True)
+class Cell:
     """Images of some true and some predicted classes; `level`, 0 to 10, is their share of the true classes' images."""
 
     row: int

@@ -39,6 +39,13 @@ class Snapshot:
         """The versions that it answers, by name."""
         return {name: record.ref for name, record in self.records.items()}
 
+    def state(self, ref: str) -> tuple[str, str | None]:
+        """Whether a version is "serving", "quarantined" (then with the reason) or "not served"."""
+        served = self.records.get(ref.partition(":")[0])
+        if served is not None and served.ref == ref:
+            return "serving", None
+        return ("quarantined" if ref in self.quarantined else "not served"), self.quarantined.get(ref)
+
     def absence(self, name: str, also: Sequence[str] = ()) -> str:
         """Why a name is not answered, in words to follow it; names to offer beside its tasks may be given."""
         if name in self._reasons:
