@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from addenda.commands.loading import backbone_to_learn_on, workplace
+from addenda.commands.loading import backbone_to_learn_on, learn_settings, ranks, single, workplace
 from addenda.commands.options import (
     DEFAULT_REGISTRY,
     BackboneOption,
@@ -23,7 +23,6 @@ from addenda.commands.options import (
     StdOption,
     WeightsOption,
 )
-from addenda.commands.settings import learn_settings, ranks, single
 from addenda.commands.tasks import HEADLINES, headlines, show_task
 from addenda.exceptions import AddendaError
 from addenda.text import shown_lines

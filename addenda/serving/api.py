@@ -17,7 +17,7 @@ from addenda import __version__
 from addenda.combined import numerics, numerics_fingerprint, predictions_of
 from addenda.exceptions import DataError
 from addenda.serving.access import needs, service_of
-from addenda.serving.bodies import read_body, while_connected
+from addenda.serving.bodies import BINARY, read_body, takes, while_connected
 from addenda.serving.problems import documents
 from addenda.serving.service import Answered
 
@@ -93,21 +93,12 @@ class Verified(BaseModel):
     summary="Answers an image",
     responses=documents(400, 404, 408, 409, 413, 415, 422, 503, 504),
     response_model_exclude_none=True,
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {
-                "image/*": {"schema": {"type": "string", "format": "binary"}},
-                "multipart/form-data": {
-                    "schema": {
-                        "type": "object",
-                        "required": ["image"],
-                        "properties": {"image": {"type": "string", "format": "binary"}},
-                    }
-                },
-            },
+    openapi_extra=takes(
+        {
+            "image/*": BINARY,
+            "multipart/form-data": {"type": "object", "required": ["image"], "properties": {"image": BINARY}},
         }
-    },
+    ),
 )
 async def predict(
     request: Request,

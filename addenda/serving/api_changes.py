@@ -15,7 +15,7 @@ from addenda.exceptions import RegistryError
 from addenda.registry import Received, Registry
 from addenda.serving.access import needs, service_of
 from addenda.serving.api_tasks import PREDICT, plain_name, ref_of, tags
-from addenda.serving.bodies import save_body
+from addenda.serving.bodies import BINARY, save_body, takes
 from addenda.serving.problems import ProblemError, documents
 from addenda.serving.service import Service
 
@@ -73,12 +73,7 @@ class Version(BaseModel):
         202: {"model": Registered, "description": "Registered, and not served yet."},
         **documents(400, 408, 409, 413, 415),
     },
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
-        }
-    },
+    openapi_extra=takes({"application/octet-stream": BINARY}),
 )
 async def register(
     request: Request,

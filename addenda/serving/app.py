@@ -28,8 +28,6 @@ def make_app(start: Start, keys: KeyFile | None = None, loopback: bool = True) -
         start: makes the service.
         keys: whose keys count; None lets everybody do everything.
         loopback: whether it is bound to this machine alone; then it answers to no other name.
-
-    Its `state` holds `service`, `keys`, `loopback`, `metrics` and `draining`.
     """
 
     @asynccontextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import zlib
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,15 +19,18 @@ Result = TypeVar("Result")
 BODY_S = 60
 """Seconds that a body may take to come."""
 GONE = "The client has gone."
+BINARY = {"type": "string", "format": "binary"}
+"""The schema of bytes."""
 _WINDOWS = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 
 
-async def read_body(request: Request, limit: int) -> bytes:
-    """A request's body, inflated where it is compressed.
+def takes(schemas: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What OpenAPI says of a body that a route reads itself: a schema for each media type."""
+    return {"requestBody": {"required": True, "content": {kind: {"schema": one} for kind, one in schemas.items()}}}
 
-    Args:
-        request: whose body it is.
-        limit: most bytes that it may have, after inflating too.
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """A request's body, inflated where it is compressed, of so many bytes at most.
 
     Raises:
         TooLargeError: it has more.

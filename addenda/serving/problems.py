@@ -37,14 +37,7 @@ log = logging.getLogger(__name__)
 
 
 class ProblemError(Exception):
-    """What a client is told instead of an answer.
-
-    Args:
-        status: HTTP's.
-        detail: what was asked, what was found, what to do.
-        headers: to send along.
-        more: further members of the document.
-    """
+    """What a client is told instead of an answer: HTTP's status, the words, headers, more members of the document."""
 
     def __init__(
         self, status: int, detail: str, headers: Mapping[str, str] | None = None, more: Mapping[str, Any] | None = None

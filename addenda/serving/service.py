@@ -55,7 +55,6 @@ class Answered:
     """Answers about some images, all from one snapshot.
 
     Attributes:
-        snapshot: whose answers they are.
         logits: Float[B, C] of each task that was asked for, by name.
         choices: the task that a router chose for each image, where one was asked to.
     """
@@ -67,14 +66,7 @@ class Answered:
 
 @dataclass(frozen=True, eq=False)
 class Looked:
-    """Where a task's token looked.
-
-    Attributes:
-        snapshot: whose task it is.
-        weights: of each patch.
-        width: of the image, in pixels.
-        height: of the image, in pixels.
-    """
+    """Where a task's token looked: a weight of each patch; and the image's size in pixels."""
 
     snapshot: Snapshot
     weights: Float[Tensor, "rows columns"]
@@ -91,13 +83,6 @@ class Service:
         alias: serve what this alias points at; None serves the newest active version of each name.
         limits: what it takes.
         report: told of each pass: its images, and its seconds.
-
-    Attributes:
-        registry: the registry.
-        alias: the alias.
-        limits: the limits.
-        batcher: the queue of images.
-        follower: keeps in step with the registry.
 
     Raises:
         ExactnessError: this machine's arithmetic does not keep the promise.
@@ -192,14 +177,14 @@ class Service:
         """
         snapshot = self.snapshot
         self._served(snapshot, [task])
-        async with self._place(1):
-            looking = asyncio.get_running_loop().run_in_executor(self._looker, self._look, snapshot, image, task)
-            return await looking
 
-    def _look(self, snapshot: Snapshot, image: bytes, task: str) -> Looked:
-        pixels, size = self._decode(0, image)
-        weights = attention_map(self.backbone, snapshot.model.tasks[task], pixels.unsqueeze(0))[0]
-        return Looked(snapshot, weights, *size)
+        def looked() -> Looked:
+            pixels, size = self._decode(0, image)
+            weights = attention_map(self.backbone, snapshot.model.tasks[task], pixels.unsqueeze(0))[0]
+            return Looked(snapshot, weights, *size)
+
+        async with self._place(1):
+            return await asyncio.get_running_loop().run_in_executor(self._looker, looked)
 
     def verify(self) -> tuple[Snapshot, list[Verdict]]:
         """Recomputes golden probes on the model as it is served. It blocks its thread.

@@ -27,11 +27,7 @@ log = logging.getLogger("addenda.serving.requests")
 
 
 class Metrics:
-    """The metrics of one server.
-
-    Attributes:
-        registry: what prometheus_client writes out.
-    """
+    """The metrics of one server, in a registry of prometheus_client's."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
