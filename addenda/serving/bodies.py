@@ -45,11 +45,7 @@ async def read_body(request: Request, limit: int) -> bytes:
 
 
 async def save_body(request: Request, limit: int, path: Path) -> str:
-    """Writes a request's body to a file, so that a large one takes no memory; gives its sha256.
-
-    Raises:
-        TooLargeError, ProblemError: as for `read_body`.
-    """
+    """Writes a body to a file, so that a large one takes no memory; gives its sha256. Raises as `read_body` does."""
     found = hashlib.sha256()
     with path.open("wb") as file:
         async for chunk in _pieces(request, limit):
@@ -59,11 +55,7 @@ async def save_body(request: Request, limit: int, path: Path) -> str:
 
 
 def _take(request: Request, num_bytes: int) -> None:
-    """Counts bytes that a request holds in memory until it is answered.
-
-    Raises:
-        ProblemError: all requests together would hold too much (503).
-    """
+    """Counts bytes that a request holds in memory until it is answered; all requests together may hold so much."""
     state, limits = request.app.state, request.app.state.service.limits
     if state.body_bytes + num_bytes > limits.bodies_bytes:
         raise ProblemError(
