@@ -9,6 +9,7 @@ from reprlib import repr as short
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 from torch import Tensor
 
 from addenda.combined import predictions
@@ -35,7 +36,7 @@ class Output(NamedTuple):
             return {"name": self.name, "datatype": "BYTES", "shape": [-1]}
         return {"name": self.name, "datatype": "FP32", "shape": [-1, len(self.task.labels)]}
 
-    def values(self, logits: Tensor) -> np.ndarray[Any, Any]:
+    def values(self, logits: Float[Tensor, "B C"]) -> np.ndarray[Any, Any]:
         """What it tells, from its task's logits."""
         if self.kind == "label":
             return np.array([best[0][0] for best in predictions(self.task, logits, top=1)], dtype=object)

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from io import BytesIO
 
 import torch
@@ -103,8 +104,7 @@ class Service:
         self.batcher = Batcher(self.limits.waiting, report)
         self._decoders = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="addenda-decoder")
         self._looker = ThreadPoolExecutor(1, thread_name_prefix="addenda-looker")
-        self._router: tuple[Snapshot, Router] | None = None
-        self._routing = asyncio.Lock()
+        self._router_of, self._routing = lru_cache(maxsize=1)(self._make_router), asyncio.Lock()
 
     @property
     def snapshot(self) -> Snapshot:
@@ -162,7 +162,8 @@ class Service:
             DataError, TooLargeError, OverloadedError, DeadlineError: as for `answer`.
         """
         snapshot = self.snapshot
-        router = await self._router_of(snapshot)
+        async with self._routing:
+            router = await asyncio.to_thread(self._router_of, snapshot)
         logits = await self._pass(snapshot, images, router.tasks, timeout_s, pooled=True)
         assert logits.pooled is not None
         return Answered(snapshot, logits, await asyncio.to_thread(router.choose, logits.pooled))
@@ -244,12 +245,6 @@ class Service:
         """An image file as the backbone takes it, and its width and height."""
         image = read_image(BytesIO(data), f"Image {number}", FORMATS, self.limits.pixels)
         return self.backbone.transform(image), image.size
-
-    async def _router_of(self, snapshot: Snapshot) -> Router:
-        async with self._routing:
-            if self._router is None or self._router[0] is not snapshot:
-                self._router = snapshot, await asyncio.to_thread(self._make_router, snapshot)
-            return self._router[1]
 
     def check_room(self) -> None:
         """Raises OverloadedError where not one image more may wait: before a body is read for nothing."""
