@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
+from numpy.typing import NDArray
 from torch import Tensor
 
 from addenda.combined import predictions
@@ -36,11 +37,11 @@ class Output(NamedTuple):
             return {"name": self.name, "datatype": "BYTES", "shape": [-1]}
         return {"name": self.name, "datatype": "FP32", "shape": [-1, len(self.task.labels)]}
 
-    def values(self, logits: Float[Tensor, "B C"]) -> np.ndarray[Any, Any]:
+    def values(self, logits: Float[Tensor, "B C"]) -> NDArray[Any]:
         """What it tells, from its task's logits."""
         if self.kind == "label":
             return np.array([best[0][0] for best in predictions(self.task, logits, top=1)], dtype=object)
-        found: np.ndarray[Any, Any] = (logits if self.kind == "logits" else self.task.probabilities(logits)).numpy()
+        found: NDArray[Any] = (logits if self.kind == "logits" else self.task.probabilities(logits)).numpy()
         return found
 
 
