@@ -15,6 +15,10 @@ class DataError(AddendaError):
     """A data set that cannot be learned from or scored: empty, unreadable, or with the wrong labels."""
 
 
+class UnsteadyError(DataError):
+    """Data that are not what they were, or not what they say: all are in doubt, so that nothing is left out."""
+
+
 class TooLargeError(DataError):
     """An image of more pixels, or a file of more bytes, than is taken."""
 

@@ -13,9 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from addenda import load_backbone
+from addenda.benchmarks.baselines.regimes import RivalConfig
 from addenda.benchmarks.digits import digits
-from addenda.benchmarks.paper import OURS, REGIMES, Comparison, run_paper
-from addenda.learner.regimes import RivalConfig
+from addenda.benchmarks.paper.run import OURS, REGIMES, Comparison, run_paper
 
 OUT = Path("paper-table")
 

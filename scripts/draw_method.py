@@ -163,7 +163,7 @@ def way() -> str:
 
 def stages() -> str:
     """Accuracy on each pair of digits after each was learned, by four methods, from the results that the docs keep."""
-    results = json.loads((DOCS / "results" / "continual" / "digits.json").read_text(encoding="utf-8"))
+    results = json.loads((DOCS / "results" / "continual.json").read_text(encoding="utf-8"))["digits"]
     names = [experience["name"].removeprefix("digits-") for experience in results["experiences"]]
     cell, step, left, top = 39, 222, 74, 92
     parts = [text(left - 10, top + (i + 0.5) * cell + 4, f"after {n}", "small end") for i, n in enumerate(names)]

@@ -221,9 +221,9 @@ def test_required_options_are_marked() -> None:
 
 @pytest.mark.filterwarnings("ignore")  # Avalanche and what it imports warn while they load
 def test_the_names_of_methods_and_regimes_are_those_that_the_commands_take() -> None:
-    from addenda.benchmarks.continual.methods import BASELINES
-    from addenda.benchmarks.continual.run import OURS
-    from addenda.benchmarks.paper import KNOWN, REGIMES
+    from addenda.benchmarks.baselines.methods import BASELINES
+    from addenda.benchmarks.continual.cell import OURS
+    from addenda.benchmarks.paper.run import KNOWN, REGIMES
     from addenda.commands.bench import METHODS
     from addenda.commands.bench import REGIMES as REGIMES_HELP
 
@@ -327,3 +327,12 @@ def test_no_digits_are_drawn_for_glyphs_and_a_drawing_is_an_image() -> None:
     assert first.shape == (16, 3, 32, 32)
     assert first.abs().max() <= 1
     assert torch.equal(first, drawing.augment(masks, torch.Generator().manual_seed(1)))
+
+
+@pytest.mark.filterwarnings("ignore")  # Avalanche and what it imports warn while they load
+def test_the_figures_of_the_pages_are_those_on_record() -> None:
+    written = script("write_results").pages()
+    assert {"results.md", "performance.md"} <= {path.name for path in written}
+    assert sum(text.count("<!-- results: ") for text in written.values()) >= 14
+    for path, text in written.items():
+        assert path.read_text() == text, f"{path.name}: run scripts/write_results.py"

@@ -7,15 +7,18 @@ from addenda.backbones.catalogue import catalogue
 from addenda.backbones.family import KeyValue
 from addenda.backbones.finding import LeftOut, counted, image_files, in_words, joined
 from addenda.backbones.frozen import FrozenBackbone, FrozenStream
-from addenda.backbones.images import PREPARATION, prepared, read_image, readable
+from addenda.backbones.images import PREPARATION, prepared, read_image
 from addenda.backbones.loading import load_backbone, untrained_backbone
 from addenda.backbones.products import MIN_ROWS, product
+from addenda.backbones.reading import THREADS, Files, read_ahead, read_files
 
 __all__ = [
     "MIN_ROWS",
     "PREPARATION",
+    "THREADS",
     "Adapter",
     "BlockAdapters",
+    "Files",
     "FrozenBackbone",
     "FrozenStream",
     "KeyValue",
@@ -30,8 +33,9 @@ __all__ = [
     "plain",
     "prepared",
     "product",
+    "read_ahead",
+    "read_files",
     "read_image",
-    "readable",
     "uncompiled",
     "untrained_backbone",
 ]

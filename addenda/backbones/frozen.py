@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from copy import deepcopy
+from copy import copy, deepcopy
 from typing import Any
 
 import torch
@@ -152,11 +152,7 @@ class FrozenBackbone:
 
     def first_blocks(self, depth: int) -> FrozenBackbone:
         """This backbone cut off after some blocks, sharing its weights: for computations where the depth is nothing."""
-        cut = object.__new__(type(self))
-        vars(cut).update(vars(self))
-        cut.blocks, cut.memo = self.blocks[:depth], {}
-        cut.depth = len(cut.blocks)
-        return cut
+        return self._with(blocks=self.blocks[:depth], depth=len(self.blocks[:depth]), memo={})
 
     def stream(self, images: Tensor, reading: Reading = "tokens") -> FrozenStream:
         """The frozen pass, layer by layer: iterate for each layer's keys and values.
@@ -198,6 +194,11 @@ class FrozenBackbone:
         token: Tensor = self.model.cls_token[0, 0]
         return token
 
+    def pool(self, tokens: Float[Tensor, "B P D"]) -> Float[Tensor, "B D"]:
+        """The pooled feature, which its own head reads, of the last block's frozen tokens."""
+        feature: Tensor = self.model.forward_head(self.model.norm(tokens), pre_logits=True)
+        return feature
+
     def final_norm(self, tokens: Tensor) -> Tensor:
         """Both final norms, of which one is an identity."""
         normed: Tensor = self.model.fc_norm(self.model.norm(tokens))
@@ -206,6 +207,28 @@ class FrozenBackbone:
     def embed(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B P D"]:
         """What the first block meets, as timm's forward_features makes it."""
         return self.family.embed(images.to(self.device, self.precision))
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Rows and columns of patches, which are the last of the frozen tokens."""
+        rows, columns = self.model.patch_embed.grid_size
+        return rows, columns
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels of a patch's height."""
+        return int(self.model.patch_embed.patch_size[0])
+
+    @property
+    def patch_operations(self) -> int:
+        """Multiply-adds that make the patches of one image."""
+        embed = self.model.patch_embed
+        return int(embed.num_patches * embed.proj.weight.numel())
+
+    @property
+    def pools_class_token(self) -> bool:
+        """Whether the pooled feature is the class token, and no patch of the last block is read."""
+        return bool(self.model.global_pool == "token")
 
     def adapter_obstacle(self) -> str | None:
         """Says which property keeps this backbone's blocks from carrying adapters; None if nothing does."""
@@ -224,6 +247,24 @@ class FrozenBackbone:
         layers = {"proj": attn.proj, "fc1": mlp.fc1, "fc2": mlp.fc2}
         queries = (self.embed_dim, attn.proj.in_features)
         return {"q": queries} | {site: (layer.in_features, layer.out_features) for site, layer in layers.items()}
+
+    @property
+    def weights(self) -> nn.Module:
+        """The timm model, as a module that another can hold."""
+        held: nn.Module = self.model
+        return held
+
+    def without_head(self) -> FrozenBackbone:
+        """This backbone without its own classifier, which no task reads; it shares everything else."""
+        bare = copy(self.model)
+        bare._modules = {**self.model._modules, "head": nn.Identity()}
+        return self._with(model=bare)
+
+    def _with(self, **changed: Any) -> FrozenBackbone:
+        """Another backbone that shares all with this one but what is given."""
+        other = object.__new__(type(self))
+        vars(other).update(vars(self) | changed)
+        return other
 
     def trainable_copy(self, num_classes: int) -> nn.Module:
         """A copy of the timm model whose weights can be trained, in float32, with a head of its own that is zeros."""
@@ -285,34 +326,26 @@ class FrozenStream:
     def __iter__(self) -> Iterator[KeyValue]:
         """Yields each layer's keys and values, Float[B, H, P, d]."""
         family, (*blocks, last) = self._backbone.family, self._backbone.blocks
-        tokens = self._embed()
+        tokens = self._backbone.embed(self._images)
         for block in blocks:
-            with torch.no_grad():
-                tokens, offered = family.run(block, tokens)
+            tokens, offered = family.run(block, tokens)
             yield offered
-        with torch.no_grad():
-            tokens, offered = family.last(last, tokens, self._reading)
+        tokens, offered = family.last(last, tokens, self._reading)
         self._tokens = None if self._reading == "nothing" else tokens
         yield offered
-
-    @torch.no_grad()
-    def _embed(self) -> Tensor:
-        return self._backbone.embed(self._images)
 
     @property
     def tokens(self) -> Float[Tensor, "B P D"]:
         """The last block's output through the final norm, as timm's forward_features gives it."""
         assert self._tokens is not None, "asked for before the stream was read to its end, or reading nothing"
-        with torch.no_grad():
-            normed: Tensor = self._backbone.model.norm(self._tokens)
+        normed: Tensor = self._backbone.model.norm(self._tokens)
         return normed
 
     @property
     def pooled(self) -> Float[Tensor, "B D"]:
         """The backbone's own pooled feature, which its head reads."""
-        with torch.no_grad():
-            feature: Tensor = self._backbone.model.forward_head(self.tokens, pre_logits=True)
-        return feature
+        assert self._tokens is not None, "asked for before the stream was read to its end, or reading nothing"
+        return self._backbone.pool(self._tokens)
 
 
 def _resize_and_crop(preprocessing: dict[str, Any]) -> Callable[[Image.Image], Image.Image]:

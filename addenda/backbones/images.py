@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from addenda.exceptions import DataError, TooLargeError
-
-Name = TypeVar("Name", str, Path)
 
 PREPARATION = 1
 """Which way of preparing images this is: another number wherever the pixels of some image would differ."""
@@ -95,19 +91,6 @@ def _without_texts(content: bytes) -> bytes | None:
             kept.append(content[place:end])
         place = end
     return b"".join(kept)
-
-
-def readable(paths: Sequence[Name]) -> tuple[list[Name], dict[Name, str]]:
-    """The image files that can be read, in order, and of each of the others what is wrong with it."""
-    good: list[Name] = []
-    bad: dict[Name, str] = {}
-    for path in paths:
-        try:
-            read_image(path)
-            good.append(path)
-        except DataError as error:
-            bad[path] = str(error)
-    return good, bad
 
 
 def _check_size(called: str, image: Image.Image, max_pixels: int) -> None:

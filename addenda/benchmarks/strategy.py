@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from addenda.backbones import FrozenBackbone
-from addenda.benchmarks.continual.method import NEVER
 from addenda.benchmarks.plugins import check_plugin
 from addenda.combined import Answers, CombinedModel, Router
 from addenda.exceptions import DataError, RegistryError
@@ -24,6 +23,9 @@ from addenda.learner import ActivationCache, LearnConfig, Learner
 from addenda.registry import FeatureStatistics, Registry, Task
 
 log = logging.getLogger(__name__)
+
+NEVER = -1e4
+"""Score of a class that is not offered; Avalanche's own padding of 0 would win over an all-negative head."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """One pass for all tasks: shared-prefix attention, tiles, exactness."""
 
 from addenda.combined.cost import TaskCost, loaded_bytes, pass_operations, task_cost
+from addenda.combined.forward import Observer, forward_pass
 from addenda.combined.golden import Verdict, golden, verdicts, verify
-from addenda.combined.layout import Layout, TileStore, micro_batch
 from addenda.combined.looking import attention_map
 from addenda.combined.model import Answers, CombinedModel
 from addenda.combined.numerics import numerics, numerics_fingerprint, tensor_digest
@@ -10,7 +10,8 @@ from addenda.combined.predictions import not_finite, predictions, predictions_of
 from addenda.combined.recorded import recorded_backbone
 from addenda.combined.routing import Choice, Router, can_be_routed, feature_statistics
 from addenda.combined.selftest import prove
-from addenda.combined.streams import Observer, task_features
+from addenda.combined.shapes import micro_batch
+from addenda.combined.tiles import Layout, TileStore
 
 __all__ = [
     "Answers",
@@ -25,6 +26,7 @@ __all__ = [
     "attention_map",
     "can_be_routed",
     "feature_statistics",
+    "forward_pass",
     "golden",
     "loaded_bytes",
     "micro_batch",
@@ -37,7 +39,6 @@ __all__ = [
     "prove",
     "recorded_backbone",
     "task_cost",
-    "task_features",
     "tensor_digest",
     "verdicts",
     "verify",

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from addenda.backbones import MIN_ROWS, FrozenBackbone
+from addenda.backbones import FrozenBackbone
 from addenda.combined.model import CombinedModel
+from addenda.combined.shapes import MIN_ROWS
+from addenda.combined.tiles import Held
 
 
 @dataclass(frozen=True)
@@ -49,13 +51,11 @@ def task_cost(backbone: FrozenBackbone, num_memory_tokens: int, adapter_rank: in
         for module in block.modules()
         if isinstance(module, nn.Linear)
     )
-    embed = backbone.model.patch_embed
     seen = tokens + 1 + num_memory_tokens
     return TaskCost(
         token_bytes=4 * (width * (1 + backbone.depth * num_memory_tokens) + adapters),
         operations=linear + adapters + 2 * backbone.depth * seen * width,
-        backbone_operations=tokens * (linear + 2 * backbone.depth * tokens * width)
-        + embed.num_patches * embed.proj.weight.numel(),
+        backbone_operations=tokens * (linear + 2 * backbone.depth * tokens * width) + backbone.patch_operations,
     )
 
 
@@ -75,7 +75,7 @@ def pass_operations(model: CombinedModel, filled: bool = True) -> int:
     cost = task_cost(backbone, 0)
     per_token = cost.operations - 2 * backbone.depth * (backbone.num_tokens + 1) * width  # its linear layers
     operations = cost.backbone_operations
-    if backbone.model.global_pool == "token":  # the last block: keys and values of all, the rest of a few
+    if backbone.pools_class_token:  # the last block: keys and values of all, the rest of a few
         seen = 2 * backbone.num_tokens * width
         of_block, offered = per_token // backbone.depth, backbone.family.LAST_PROJECTIONS * width * width
         operations -= backbone.num_tokens * (of_block - offered + seen)
@@ -102,9 +102,10 @@ def loaded_bytes(model: CombinedModel) -> int:
     """What the tasks weigh on the device: tokens, memory, adapters, masks and heads, all filling included."""
     tensors: list[Tensor | None] = []
     for tile in model.layout.tiles:
+        assert isinstance(tile, Held)
         tensors += [tile.class_tokens, tile.ancestors, tile.bias]
-        tensors += [part for layer in tile.memory for part in layer]
-        tensors += [part for layer in tile.adapters or () for adapter in layer for part in adapter]
+        tensors += [part for layer in tile.memories for part in layer]
+        tensors += [part for layer in tile.updates for adapter in layer for part in adapter]
     for head in model.heads:
         tensors += [head.weight, head.bias, head.pooled_weight]
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from addenda.backbones import FrozenBackbone, plain
-from addenda.combined.layout import Layout, TileStore
-from addenda.combined.streams import task_features
+from addenda.backbones import FrozenBackbone
+from addenda.combined.forward import forward_pass
+from addenda.combined.tiles import Layout, TileStore
 from addenda.exceptions import RegistryError
 from addenda.registry import Task
 
@@ -38,9 +39,8 @@ def attention_map(
         if (layer, tile) == (backbone.depth - 1, at[0]):
             kept.append(weights[:, :, at[1]].float().mean(1))
 
-    with plain(backbone.device):
-        task_features(backbone, backbone.stream(images, "nothing"), layout, look=look)
-    rows, columns = backbone.model.patch_embed.grid_size
+    forward_pass(backbone, images, layout, look=look)
+    rows, columns = backbone.grid_size
     patches = slice(backbone.num_tokens - rows * columns, backbone.num_tokens)
-    found: Tensor = kept[0][:, patches].unflatten(-1, (rows, columns)).cpu()
+    found: Tensor = torch.cat(kept)[:, patches].unflatten(-1, (rows, columns)).cpu()
     return found

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache, partial
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from addenda.backbones import FrozenBackbone, plain, read_image, uncompiled
+from addenda.backbones import FrozenBackbone, read_files, uncompiled
+from addenda.combined.forward import backbone_logits, forward_pass
 from addenda.combined.heads import Head
-from addenda.combined.layout import TILE, Layout, TileStore, micro_batch
 from addenda.combined.numerics import arithmetic, touch
-from addenda.combined.predictions import predictions_of
+from addenda.combined.predictions import Prediction, predictions_of
 from addenda.combined.routing import Choice, Router
-from addenda.combined.selftest import Shapes, prove
-from addenda.combined.streams import task_features
+from addenda.combined.selftest import prove
+from addenda.combined.shapes import TILE, Shapes, micro_batch
+from addenda.combined.tiles import Layout, TileStore
 from addenda.exceptions import BackboneError, ExactnessError, RegistryError, UnknownTaskError
 from addenda.registry import LowRank, Task
 
@@ -69,9 +69,8 @@ class CombinedModel:
         self.micro_batch = micro_batch(backbone.device)
         self._store = TileStore(backbone)
         self._heads: dict[str, Head] = {}
-        with plain(backbone.device):
-            self._arithmetic, self._touch = arithmetic(backbone), touch()
-            self._load(tasks)
+        self._arithmetic, self._touch = arithmetic(backbone), touch()
+        self._load(tasks)
 
     def with_tasks(self, tasks: Sequence[Task]) -> CombinedModel:
         """A model of other tasks that shares with this one what both need; only what is new is computed and moved.
@@ -84,8 +83,7 @@ class CombinedModel:
         """
         made = object.__new__(type(self))
         vars(made).update(vars(self))
-        with plain(self.backbone.device):
-            made._load(tasks)
+        made._load(tasks)
         return made
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -116,9 +114,9 @@ class CombinedModel:
         if self.exact and tasks:
             self.shapes = prove(self.backbone, tasks)
         slots = self.shapes.slots if self.exact else None
+        self.layout = whole = Layout(self._store, list(self.tasks.values()), slots)
         # Without a reference to this model, which would keep what lies on the device until a garbage collection.
-        self._layout = lru_cache(maxsize=8)(partial(_layout, self._store, self.tasks, slots))
-        self.layout = self._layout(tuple(self.tasks))
+        self._some = lru_cache(maxsize=8)(lambda *tasks: Layout(whole, tasks, slots))
 
     def _select(self, tasks: Sequence[str] | None) -> tuple[str, ...]:
         unknown = [name for name in tasks or () if name not in self.tasks]
@@ -146,8 +144,19 @@ class CombinedModel:
             IntegrityError: a module or weight of the backbone is no longer what was loaded.
             UnknownTaskError: a name that this model does not hold.
         """
-        with plain(self.backbone.device):
-            return self._infer(images, tasks, pooled)
+        self.backbone.check_images(images)
+        if self.exact:
+            self._check_settings()
+        names = self._select(tasks)
+        if not names and not pooled:
+            return Answers({}, self.exact)
+        asked = [self.tasks[name] for name in names]
+        layout = self.layout if len(asked) == len(self.tasks) else self._some(*asked)
+        heads = {task.sha256: self._heads[task.sha256] for task in asked}
+        sizes = self.shapes.images if self.exact else None
+        answers, feature = forward_pass(self.backbone, images, layout, heads, sizes, pooled)
+        logits = {task.name: answers[task.sha256] for task in asked}
+        return Answers(logits, self.exact, None if feature is None else feature.float())
 
     def _check_settings(self) -> None:
         self.backbone.check_as_loaded()
@@ -165,36 +174,14 @@ class CombinedModel:
             "model anew (model.with_tasks)."
         )
 
-    def _infer(self, images: Tensor, tasks: Sequence[str] | None, pooled: bool) -> Answers:
-        self.backbone.check_images(images)
-        if self.exact:
-            self._check_settings()
-        names = self._select(tasks)
-        if not names and not pooled:
-            return Answers({}, self.exact)
-        layout = self.layout if names == tuple(self.tasks) else self._layout(names)
-        pieces: dict[str, list[Tensor]] = {name: [] for name in names}
-        features = []
-        for batch, count in self._batches(images, self.shapes.images if self.exact else None):
-            logits, feature = self._answer(batch, names, layout, pooled)
-            for name, part in logits.items():
-                pieces[name].append(part[:count])
-            if feature is not None:
-                features.append(feature[:count].float())
-        answers = {name: torch.cat(parts) for name, parts in pieces.items()}
-        return Answers(answers, self.exact, torch.cat(features) if pooled else None)
-
     @uncompiled
     def backbone_logits(self, images: Tensor) -> Float[Tensor, "B C"]:
         """Stock timm's own logits of images Float[B, 3, H, W], computed in the canonical micro-batch."""
-        self.backbone.check_images(images)
-        with plain(self.backbone.device):
-            batches = self._batches(images, (self.micro_batch,))
-            return torch.cat([self.backbone.backbone_logits(batch)[:count] for batch, count in batches])
+        return backbone_logits(self.backbone, images)
 
     def predict(
         self, paths: Sequence[str | Path], top: int | None = None, tasks: Sequence[str] | None = None
-    ) -> dict[str, list[list[tuple[str, float]]]]:
+    ) -> dict[str, list[Prediction]]:
         """Reads image files and answers every task.
 
         Args:
@@ -209,16 +196,22 @@ class CombinedModel:
         Raises:
             DataError: a file that is not a readable image.
         """
-        answers: dict[str, list[list[tuple[str, float]]]] = {name: [] for name in self._select(tasks)}
-        for images in self._read(paths):
-            found = self(images, tasks)
-            for name, labels in predictions_of(map(self.tasks.__getitem__, found), found, top).items():
+        answers: dict[str, list[Prediction]] = {name: [] for name in self._select(tasks)}
+        for files in read_files(self.backbone, paths, self.micro_batch):
+            for name, labels in self.predict_images(files.images, top, tasks).items():
                 answers[name] += labels
         return answers
 
+    def predict_images(
+        self, images: Float[Tensor, "B 3 H W"], top: int | None = None, tasks: Sequence[str] | None = None
+    ) -> dict[str, list[Prediction]]:
+        """Answers every task about images as `backbone.transform` gives them; see `predict`."""
+        found = self(images, tasks)
+        return predictions_of(map(self.tasks.__getitem__, found), found, top)
+
     def route(
         self, paths: Sequence[str | Path], router: Router, top: int | None = None
-    ) -> list[tuple[Choice, list[tuple[str, float]]]]:
+    ) -> list[tuple[Choice, Prediction]]:
         """Reads image files, lets a router choose a task for each, and gives that task's answer.
 
         Args:
@@ -233,57 +226,17 @@ class CombinedModel:
             DataError: a file that is not a readable image.
             UnknownTaskError: a task that this model does not hold.
         """
-        routed = []
-        for images in self._read(paths):
-            answers = self(images, router.tasks, pooled=True)
-            assert answers.pooled is not None
-            labels = predictions_of(map(self.tasks.__getitem__, answers), answers, top)
-            routed += [(choice, labels[choice.task][i]) for i, choice in enumerate(router.choose(answers.pooled))]
-        return routed
+        batches = read_files(self.backbone, paths, self.micro_batch)
+        return [routed for files in batches for routed in self.route_images(files.images, router, top)]
 
-    def _read(self, paths: Sequence[str | Path]) -> Iterator[Float[Tensor, "B 3 H W"]]:
-        """Image files as the backbone takes them, a micro-batch at a time."""
-        for start in range(0, len(paths), self.micro_batch):
-            part = paths[start : start + self.micro_batch]
-            yield torch.stack([self.backbone.transform(read_image(path)) for path in part])
-
-    def _batches(self, images: Tensor, sizes: Sequence[int] | None) -> Iterator[tuple[Tensor, int]]:
-        """Cuts images into micro-batches, the last filled up with zeros to one of some sizes; each with its count."""
-        for part in images.detach().as_subclass(Tensor).split(self.micro_batch):
-            size = len(part) if sizes is None else next(size for size in sizes if size >= len(part))
-            # One memory layout, whatever the caller's is: strides decide which kernel computes.
-            batch = torch.zeros(size, *part.shape[1:], dtype=self.backbone.precision, device=self.backbone.device)
-            batch[: len(part)] = part
-            yield batch, len(part)
-
-    def _answer(
-        self, images: Tensor, names: Sequence[str], layout: Layout, pooled_wanted: bool
-    ) -> tuple[dict[str, Tensor], Tensor | None]:
-        """One batch: the frozen stream and the task streams, layer by layer, then the heads one by one."""
-        reads_pooled = pooled_wanted or any(self.tasks[name].reads_pooled for name in names)
-        stream = self.backbone.stream(images, "pooled" if reads_pooled else "nothing")
-        tiles = task_features(self.backbone, stream, layout)
-        pooled = stream.pooled if reads_pooled else None
-        logits = {}
-        for name in names:
-            task = self.tasks[name]
-            if task.class_token is None:
-                assert pooled is not None
-                feature = pooled
-            else:
-                tile, slot = layout.slot[task.sha256]
-                feature = tiles[tile][slot]
-            logits[name] = self._heads[task.sha256](feature, pooled)
-        return logits, pooled
-
-
-def _layout(
-    store: TileStore,
-    tasks: Mapping[str, Task],
-    slots: Sequence[int] | None,
-    names: tuple[str, ...],
-) -> Layout:
-    return Layout(store, [tasks[name] for name in names], slots)
+    def route_images(
+        self, images: Float[Tensor, "B 3 H W"], router: Router, top: int | None = None
+    ) -> list[tuple[Choice, Prediction]]:
+        """Lets a router choose a task for each of some images as `backbone.transform` gives them; see `route`."""
+        answers = self(images, router.tasks, pooled=True)
+        assert answers.pooled is not None
+        labels = predictions_of(map(self.tasks.__getitem__, answers), answers, top)
+        return [(choice, labels[choice.task][i]) for i, choice in enumerate(router.choose(answers.pooled))]
 
 
 def _check_fits(task: Task, backbone: FrozenBackbone) -> None:

@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from addenda.backbones import FrozenBackbone, plain
+from addenda.combined.forward import Read, forward_pass
 from addenda.combined.heads import Head
-from addenda.combined.layout import TILE, Layout, SizeClass, TileStore, micro_batch
 from addenda.combined.probes import probe_images, probe_task
-from addenda.combined.streams import task_features
+from addenda.combined.shapes import TILE, SizeClass, micro_batch
+from addenda.combined.tiles import Layout, TileStore
 from addenda.registry import canonical_json, digest
 
 
@@ -99,14 +100,15 @@ _LAYER.weight = nn.Parameter(_SQUARE[0, 0].flip(0), requires_grad=False)
 
 
 def touch() -> bytes:
-    """The bytes of a few microseconds' work by the operations of a forward pass, for use within `plain`.
+    """The bytes of a few microseconds' work by the operations of a forward pass.
 
     No list of settings is complete: what replaces an operation or moves its bits otherwise shows here, unless it
     matters to large shapes alone.
     """
-    read = F.scaled_dot_product_attention(_SQUARE, _SQUARE, _SQUARE)
-    found = F.gelu(F.layer_norm(_LAYER(F.linear(read[0, 0], _SQUARE[0, 0])), (16,))).softmax(-1) @ _SQUARE[0, 0]
-    return found.numpy().tobytes()
+    with plain(torch.device("cpu")):
+        read = F.scaled_dot_product_attention(_SQUARE, _SQUARE, _SQUARE)
+        found = F.gelu(F.layer_norm(_LAYER(F.linear(read[0, 0], _SQUARE[0, 0])), (16,))).softmax(-1) @ _SQUARE[0, 0]
+        return found.numpy().tobytes()
 
 
 def settings(backbone: FrozenBackbone) -> dict[str, Any]:
@@ -132,27 +134,26 @@ def numerics(backbone: FrozenBackbone) -> dict[str, Any]:
     its settings.
     """
     described = settings(backbone)
-    with plain(backbone.device):
-        key = ("probe", canonical_json(described), touch())
-        if key not in backbone.memo:
-            backbone.memo[key] = _probe(backbone)
+    key = ("probe", canonical_json(described), touch())
+    if key not in backbone.memo:
+        backbone.memo[key] = _probe(backbone)
     return described | {"probe": backbone.memo[key]}
 
 
 def _probe(backbone: FrozenBackbone) -> str:
     backbone.check_as_loaded()
-    images = probe_images(backbone).to(backbone.device)
+    images = probe_images(backbone)
     images = images[torch.arange(micro_batch(backbone.device), dtype=torch.int64, device="cpu") % len(images)]
     ranks = (0, 8) if backbone.adapter_obstacle() is None else (0,)
     tasks = [probe_task(backbone, SizeClass(tokens=2, memory=8, rank=rank)) for rank in ranks]
-    layout = Layout(TileStore(backbone), tasks)
-    stream = backbone.stream(images, "pooled")
-    tiles = task_features(backbone, stream, layout)
-    found = [stream.pooled]
-    for task in tasks:
-        tile, slot = layout.slot[task.sha256]
-        found += [tiles[tile][slot], Head(backbone, task)(tiles[tile][slot], stream.pooled)]
-    return tensor_digest(torch.cat([part.float() for part in found], dim=1))
+    reads = {task.sha256: _feature_and_logits(Head(backbone, task)) for task in tasks}
+    answers, pooled = forward_pass(backbone, images, Layout(TileStore(backbone), tasks), reads, pooled=True)
+    assert pooled is not None
+    return tensor_digest(torch.cat([pooled.float(), *answers.values()], dim=1))
+
+
+def _feature_and_logits(head: Head) -> Read:
+    return lambda feature, pooled: torch.cat([feature.float(), head(feature, pooled).float()], dim=1)
 
 
 def numerics_fingerprint(described: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from addenda.backbones import FrozenBackbone
-from addenda.combined.layout import SizeClass
+from addenda.combined.shapes import SizeClass
 from addenda.registry import LowRank, Task
 
 NUM_PROBES = 4

@@ -3,35 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from addenda.backbones import FrozenBackbone, KeyValue, plain
+from addenda.combined.forward import forward_pass
 from addenda.combined.heads import Head
-from addenda.combined.layout import BATCH_SIZES, TILE, TILE_SIZES, Layout, SizeClass, TileStore, micro_batch, size_class
 from addenda.combined.numerics import lowered, settings, touch
 from addenda.combined.probes import probe_task
-from addenda.combined.streams import task_features
+from addenda.combined.shapes import BATCH_SIZES, TILE, TILE_SIZES, Shapes, SizeClass, micro_batch, size_class
+from addenda.combined.tiles import Layout, TileStore
 from addenda.exceptions import ExactnessError
 from addenda.registry import Task, canonical_json
 
 Frozen = tuple[Tensor, list[KeyValue]]
 """Places in the canonical batch, and what the frozen stream offers for these images; last its pooled feature, twice."""
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """The shapes that give every task the bits of the canonical ones.
-
-    Attributes:
-        images: batch sizes, ascending; the last is the canonical micro-batch.
-        slots: tile sizes, ascending, the canonical one among them.
-    """
-
-    images: tuple[int, ...]
-    slots: tuple[int, ...]
 
 
 def prove(backbone: FrozenBackbone, tasks: Iterable[Task]) -> Shapes:
@@ -165,12 +153,16 @@ class SelfTest:
         return held
 
     def _features(self, layout: Layout, asked: Sequence[Task], frozen: Frozen) -> list[Tensor]:
-        tiles = task_features(self._backbone, frozen[1][:-1], layout)
-        return [tiles[tile][slot] for tile, slot in (layout.slot[task.sha256] for task in asked)]
+        reads = {task.sha256: lambda feature, _: feature for task in asked}
+        return list(forward_pass(self._backbone, frozen[1][:-1], layout, reads).answers.values())
 
     def _frozen(self, batch: Tensor, places: Tensor) -> Frozen:
-        stream = self._backbone.stream(batch[places], "pooled")
-        return places, [*stream, KeyValue(stream.pooled, stream.pooled)]
+        layers: list[KeyValue] = []
+        found = forward_pass(
+            self._backbone, batch[places], pooled=True, observe=lambda _, frozen, __: layers.append(frozen)
+        ).pooled
+        assert found is not None
+        return places, [*layers, KeyValue(found, found)]
 
     def _same(self, found: Frozen, reference: Frozen) -> bool:
         places, layers = found

@@ -28,8 +28,8 @@ from addenda.exceptions import AddendaError
 BackboneOption = Annotated[str, typer.Option("--backbone", help="timm name, or 'glyphs'.")]
 STREAM_BACKBONE = f"timm name, or 'glyphs'. Default: the stream's, or {DEFAULT_BACKBONE}."
 METHODS = (
-    "Names with commas: addenda, addenda-adapters, naive, joint, ewc, lwf, replay, slda, nearest-mean, ranpac, l2p, "
-    "coda-prompt, linear-probe, full, lora-R of any rank R. Default: the file's, else all, lora-8 among them."
+    "Names with commas: addenda, addenda-adapters, naive, joint, ewc, lwf, replay, slda, nearest-mean, ranpac, "
+    "linear-probe, full, lora-R of any rank R. Default: the file's, else all, lora-8 among them."
 )
 REGIMES = (
     "Names with commas: full, head, head+class, memory-M, unmasked-M, adapters-R, lora-R, regression, default, "
@@ -115,7 +115,7 @@ def bench_continual(
 @contextmanager
 def _cells(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
     """Bars; where standard error is no terminal, a plain line there for each cell that is done."""
-    from addenda.benchmarks.continual.side_by_side import DONE
+    from addenda.benchmarks.continual.cell import DONE
     from addenda.terminal import progress
 
     def line(what: str, done: int, total: int) -> None:
@@ -157,7 +157,7 @@ def bench_cost(
     device: DeviceOption = "auto",
 ) -> None:
     """Times the combined pass of many tasks beside the backbone alone, the paper's dense mask and separate passes."""
-    from addenda.benchmarks.cost import FULL, QUICK, run_cost
+    from addenda.benchmarks.cost.run import FULL, QUICK, run_cost
 
     names = backbones.split(",") if backbones else list(QUICK if quick else FULL)
     run_cost(names, out, quick, batch, rounds, precision or "float32", device)
@@ -177,7 +177,7 @@ def bench_registry(
 ) -> None:
     """Times the registry: registering, reading and hashing, pages of a long list, and how soon a change is noticed."""
     from addenda.backbones import untrained_backbone
-    from addenda.benchmarks.registry import run_registry
+    from addenda.benchmarks.registry.run import run_registry
 
     run_registry(untrained_backbone(backbone), registry or (), out, quick, tasks, listed)
 
@@ -198,7 +198,7 @@ def bench_serving(
 ) -> None:
     """Loads a server of 1 to 1,000 tasks from another process: throughput beside the bare model, latency, changes."""
     from addenda import load_backbone
-    from addenda.benchmarks.serving import run_serving
+    from addenda.benchmarks.serving.run import run_serving
 
     counts = None if tasks is None else _counts("--tasks", tasks)
     loaded = load_backbone(backbone, weights, device=device)
@@ -228,7 +228,7 @@ def bench_training(
 ) -> None:
     """Times and weighs learning beside stock timm's pass, the paper's dense mask and full fine-tuning."""
     from addenda import load_backbone
-    from addenda.benchmarks.training import run_training
+    from addenda.benchmarks.training.run import run_training
 
     loaded = load_backbone(backbone, weights, numbers(mean), numbers(std), precision or "float32", device)
     run_training(loaded, data, out, quick, limit, rounds, dense_epochs)
@@ -256,9 +256,9 @@ def bench_paper(
     from dataclasses import replace
 
     from addenda import load_backbone
-    from addenda.benchmarks import paper
+    from addenda.benchmarks.baselines.regimes import RivalConfig
+    from addenda.benchmarks.paper import run as paper
     from addenda.learner import Augmentation
-    from addenda.learner.regimes import RivalConfig
 
     names, chosen = sets.split(","), regimes.split(",") if regimes else paper.REGIMES
     paper.check_run(data, names, chosen)

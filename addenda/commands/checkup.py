@@ -15,8 +15,8 @@ from packaging.requirements import Requirement
 from addenda import FrozenBackbone, Registry, Task, __version__, load_backbone
 from addenda.backbones import cached_weights
 from addenda.combined import prove, recorded_backbone
-from addenda.combined.layout import SizeClass
 from addenda.combined.probes import probe_task
+from addenda.combined.shapes import SizeClass
 from addenda.commands.options import DEFAULT_BACKBONE
 from addenda.exceptions import AddendaError, RegistryError
 from addenda.learner import ActivationCache

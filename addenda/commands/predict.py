@@ -25,7 +25,7 @@ from addenda.text import csv_row, shown
 
 if TYPE_CHECKING:
     from addenda import CombinedModel, Registry
-    from addenda.backbones import LeftOut
+    from addenda.backbones import Files, LeftOut
     from addenda.combined import Choice, Router
     from addenda.distributed.prediction import Crew, Question
 
@@ -97,7 +97,7 @@ def predict(
     if used := [option for option, value in of_ray.items() if value is not None]:
         raise AddendaError(f"{', '.join(used)}: only with --ray, which says on which cluster.")
     from addenda import CombinedModel, Registry
-    from addenda.backbones import counted, readable
+    from addenda.backbones import counted, read_files
     from addenda.combined import recorded_backbone
     from addenda.terminal import console, print_json, progress, table
 
@@ -112,17 +112,15 @@ def predict(
     answers: dict[str, Any] = {}
     bad: list[str] = []
     with progress(quiet=as_json or as_csv or len(paths) < 16) as report:
-        for start in range(0, len(paths), model.micro_batch):
-            batch = paths[start : start + model.micro_batch]
-            try:
-                answers |= _answers(model, batch, router, top)
-            except DataError as error:
-                if not skip_bad:
-                    raise DataError(f"{error} (--skip-bad leaves out what cannot be read.)") from error
-                batch, unreadable = readable(batch)
-                bad += unreadable.values()
-                answers |= _answers(model, batch, router, top)
-            report("predicting", min(start + model.micro_batch, len(paths)), len(paths))
+        try:
+            done = 0
+            for files in read_files(loaded, paths, model.micro_batch, skip_bad):
+                answers |= _answers(model, files, router, top) if files.paths else {}
+                bad += files.bad.values()
+                done += len(files.asked)
+                report("predicting", done, len(paths))
+        except DataError as error:
+            raise DataError(f"{error} (--skip-bad leaves out what cannot be read.)") from error
     for message in bad:
         typer.echo(f"left out: {shown(message)}", err=True)
     found = _of_all(answers, model) if router is None else _routed(answers, model)
@@ -248,12 +246,13 @@ def _image_files(places: Sequence[Path]) -> tuple[list[Path], LeftOut]:
     return paths, joined(left_out)
 
 
-def _answers(model: CombinedModel, paths: Sequence[Path], router: Router | None, top: int | None) -> dict[str, Any]:
+def _answers(model: CombinedModel, files: Files[Path], router: Router | None, top: int | None) -> dict[str, Any]:
     """For each image its answer of every task, by the tasks' names; or, with a router, a choice and that task's."""
     if router is not None:
-        return {str(path): one for path, one in zip(paths, model.route(paths, router, top), strict=True)}
-    found = model.predict(paths, top)
-    return {str(path): {name: best[i] for name, best in found.items()} for i, path in enumerate(paths)}
+        routed = model.route_images(files.images, router, top)
+        return {str(path): one for path, one in zip(files.paths, routed, strict=True)}
+    found = model.predict_images(files.images, top)
+    return {str(path): {name: best[i] for name, best in found.items()} for i, path in enumerate(files.paths)}
 
 
 def _router(registry: Registry, model: CombinedModel) -> Router:

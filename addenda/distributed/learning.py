@@ -18,8 +18,8 @@ from addenda.backbones import FrozenBackbone
 from addenda.distributed.cluster import Workplace, check_shared, room
 from addenda.exceptions import AddendaError, DataError
 from addenda.learner import ActivationCache, Learner, Outcome, Row
+from addenda.learner.context import Report
 from addenda.learner.many import Became, Results, attempt, named
-from addenda.learner.reading import Report
 from addenda.registry import Registry, Task
 
 RETRIES = 3

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from addenda.backbones import readable
+from addenda.backbones import Files, read_files
 from addenda.combined import CombinedModel, numerics, numerics_fingerprint
 from addenda.distributed.cluster import Workplace
 from addenda.distributed.manifest import PART, Manifest, differences, named
@@ -106,10 +106,10 @@ class PartWriter:
         types = (*[pyarrow.string()] * 4, pyarrow.float32(), pyarrow.string())
         schema = pyarrow.schema(zip(COLUMNS, types, strict=True))
         left_out: dict[str, str] = {}
-        batches = [
-            pyarrow.RecordBatch.from_pylist(list(self._rows(images[start : start + size], left_out)), schema)
-            for start in range(0, len(images), size)
-        ]
+        batches = []
+        for files in read_files(self._model.backbone, images, size, self._job.skip_bad):
+            left_out |= files.bad
+            batches.append(pyarrow.RecordBatch.from_pylist(list(self._rows(files)), schema))
         told = {
             "backbone": manifest.backbone,
             "exact": manifest.exact,
@@ -122,27 +122,14 @@ class PartWriter:
         with written(self._job.folder / PART.format(part)) as unfinished:
             parquet.write_table(table, unfinished, compression="zstd")
 
-    def _rows(self, images: Sequence[str], left_out: dict[str, str]) -> Iterator[dict[str, Any]]:
-        """The rows of some images: a label each, or why an image was left out, which is noted too."""
-        answers = self._answers(images, left_out)
-        for image in images:
-            if image in left_out:
-                yield {"image": image, "left_out": left_out[image]}
-            for name, found in answers.items():
+    def _rows(self, files: Files[str]) -> Iterator[dict[str, Any]]:
+        """The rows of some images: a label each, or why an image was left out."""
+        found = self._model.predict_images(files.images, self._job.manifest.top) if files.paths else {}
+        answers = {name: dict(zip(files.paths, best, strict=True)) for name, best in found.items()}
+        for image in files.asked:
+            if image in files.bad:
+                yield {"image": image, "left_out": files.bad[image]}
+            for name, of_images in answers.items():
                 ref = self._model.tasks[name].ref
-                for label, probability in found.get(image, ()):
+                for label, probability in of_images.get(image, ()):
                     yield {"image": image, "task": name, "ref": ref, "label": label, "probability": probability}
-
-    def _answers(
-        self, images: Sequence[str], left_out: dict[str, str]
-    ) -> dict[str, dict[str, list[tuple[str, float]]]]:
-        """For each task and each image that can be read (label, probability) pairs."""
-        try:
-            found = self._model.predict(images, self._job.manifest.top)
-        except DataError:
-            if not self._job.skip_bad:
-                raise
-            images, bad = readable(images)
-            left_out.update(bad)
-            found = self._model.predict(images, self._job.manifest.top)
-        return {name: dict(zip(images, best, strict=True)) for name, best in found.items()}

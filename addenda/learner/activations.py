@@ -10,19 +10,21 @@ from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import asdict, replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Float16, Int
 from torch import Tensor
 
-from addenda.backbones import FrozenBackbone, KeyValue, plain
-from addenda.combined import Layout, Observer, TileStore, micro_batch, prove, task_features
+from addenda.backbones import FrozenBackbone, KeyValue
+from addenda.combined import Layout, Observer, TileStore, forward_pass, micro_batch, prove
 from addenda.exceptions import DataError
 from addenda.learner.augmentation import Augmentation, augment, view_seed
 from addenda.learner.cache import ActivationCache
-from addenda.learner.labelled import LabelledImages
-from addenda.learner.reading import Report, read_in_batches
+from addenda.learner.context import QUIET, Report, RunContext, silent
+from addenda.learner.data.labelled import Item, LabelledImages
+from addenda.learner.data.reading import read_in_batches
 from addenda.learner.store import Store
 from addenda.registry import Task
 
@@ -94,12 +96,11 @@ class Activations:
         augmentation: which views there are beside the plain one.
         cache: where they are kept.
         parents: every task whose tokens will be seen.
-        skip_bad: leave out images that cannot be read, rather than refuse.
-        report: told of the progress.
+        context: whether images that cannot be read are left out, and who is told of the progress.
 
     Attributes:
         targets: class of each readable image, [N], or its labels, [N, C].
-        objective: what targets are.
+        objective: how targets are learned.
         num_classes: C.
         skipped: what was wrong with each image left out.
 
@@ -116,8 +117,7 @@ class Activations:
         augmentation: Augmentation,
         cache: ActivationCache,
         parents: Sequence[Task] = (),
-        skip_bad: bool = False,
-        report: Report | None = None,
+        context: RunContext = QUIET,
     ) -> None:
         prove(backbone, [])
         self.backbone = backbone
@@ -127,14 +127,13 @@ class Activations:
         rows = range(len(images) * (1 + augmentation.num_views))
         self._place, self._store = self._open(cache, rows)
         self._pooled = torch.zeros(len(rows), backbone.embed_dim, dtype=torch.float32, device="cpu")
-        bad = self._fill(rows, skip_bad, report)
-        self.skipped = tuple(dict.fromkeys(text for _, text in bad))
-        lost = {row % len(images) for row, _ in bad}
-        self._readable = torch.tensor([i for i in range(len(images)) if i not in lost], dtype=torch.long, device="cpu")
+        bad = self._fill(rows, context)
+        self.skipped = tuple(dict.fromkeys(bad.values()))
+        self._readable = torch.tensor([i for i in range(len(images)) if i not in bad], dtype=torch.long, device="cpu")
         self.targets = images.targets[self._readable]
         self.objective, self.num_classes = images.objective, len(images.labels)
         self._resident = self._to_device()
-        self._look_at(parents, report)
+        self._look_at(parents, context.report)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -180,7 +179,7 @@ class Activations:
         self._compute(list(position), take)
         return key_values, pooled
 
-    def seeing(self, parents: Sequence[Task], report: Report | None = None) -> Activations:
+    def seeing(self, parents: Sequence[Task], report: Report = silent) -> Activations:
         """The same activations for a task that sees the tokens of some tasks; nothing of the frozen stream is redone.
 
         Args:
@@ -191,7 +190,7 @@ class Activations:
         other._look_at(parents, report)
         return other
 
-    def _look_at(self, parents: Sequence[Task], report: Report | None) -> None:
+    def _look_at(self, parents: Sequence[Task], report: Report) -> None:
         # Tasks go by their content: among ancestors there may be two versions of one name.
         self._parents, self._layout = parents, Layout(TileStore(self.backbone), parents, offered=parents)
         self._kin = self._see_parents(report)
@@ -201,10 +200,9 @@ class Activations:
         layout = Layout(TileStore(self.backbone), tasks)
         found: list[list[Tensor]] = [[] for _ in tasks]
         for rows in self._readable.split(self._micro_batch):
-            tiles = self._run_tasks(self._gather(rows, self._place[rows])[0], layout)
+            features = self._run_tasks(self._gather(rows, self._place[rows])[0], layout)
             for parts, task in zip(found, tasks, strict=True):
-                tile, slot = layout.slot[task.sha256]
-                parts.append(tiles[tile][slot][: len(rows)].float().cpu())
+                parts.append(features[task.sha256][: len(rows)].float().cpu())
         return [torch.cat(parts) for parts in found]
 
     @property
@@ -247,8 +245,8 @@ class Activations:
         text = f"{self._digests[image]} {f'{recipe} {number}' if number else 'plain'}"
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def _fill(self, rows: range, skip_bad: bool, report: Report | None) -> list[tuple[int, str]]:
-        """Computes what is not kept yet, and every row's pooled feature."""
+    def _fill(self, rows: range, context: RunContext) -> dict[int, str]:
+        """Computes what is not kept yet, and every row's pooled feature; gives what is wrong with which images."""
         store, places = self._store, self._place.tolist()
         held = set() if store is None else store.held(place for place in places if place >= 0)
         todo = [row for row in rows if places[row] not in held]
@@ -265,7 +263,7 @@ class Activations:
                 flushed = time.monotonic()
 
         try:
-            bad = self._compute(todo, take, skip_bad, report)
+            bad = self._compute(todo, take, context)
         finally:
             if store is not None:
                 store.flush()
@@ -278,40 +276,53 @@ class Activations:
         self,
         rows: Sequence[int],
         take: Callable[[list[int], Tensor, Tensor], None],
-        skip_bad: bool = False,
-        report: Report | None = None,
-    ) -> list[tuple[int, str]]:
-        """Runs the frozen stream over some rows; `take` gets rows, their keys and values in half precision, pooled."""
+        context: RunContext = QUIET,
+    ) -> dict[int, str]:
+        """Runs the frozen stream over some rows; `take` gets rows, their keys and values in half precision, pooled.
+
+        All that is wanted of an image is made of one reading; what is wrong with which images is returned.
+        """
+        of_image: dict[int, list[int]] = {}
+        for row in rows:
+            of_image.setdefault(row % len(self._images), []).append(row)
 
         def pass_on(batch: list[tuple[int, Tensor]]) -> None:
             images = torch.stack([image for _, image in batch])
-            filled = F.pad(images, (0, 0, 0, 0, 0, 0, 0, self._micro_batch - len(batch)))
             half = torch.empty(len(batch), *self._shape, dtype=torch.float16, device="cpu")
-            with plain(self.backbone.device):
-                stream = self.backbone.stream(filled, "pooled")
-                for layer, offered in enumerate(stream):
-                    for which, part in enumerate(offered):
-                        half[:, layer, which] = part[: len(batch)]
-                pooled = stream.pooled[: len(batch)].float().cpu()
+
+            def keep(layer: int, frozen: KeyValue, offered: KeyValue) -> None:
+                for which, part in enumerate(frozen):
+                    half[:, layer, which] = part[: len(batch)]
+
+            feature = forward_pass(self.backbone, images, sizes=(self._micro_batch,), pooled=True, observe=keep).pooled
+            assert feature is not None
+            pooled = feature.float().cpu()
             for (row, _), feature in zip(batch, pooled, strict=True):
                 if not feature.isfinite().all():
+                    called = self._images.item(row % len(self._images)).called
                     raise DataError(
-                        f"{self._images.called(row % len(self._images))} gives the backbone a feature that holds NaN "
-                        "or infinity. Tensors must be normalised as `backbone.transform` does it."
+                        f"{called} gives the backbone a feature that holds NaN or infinity. Tensors must be normalised "
+                        "as `backbone.transform` does it."
                     )
             take([row for row, _ in batch], half, pooled)
 
-        size, where, count = self._micro_batch, self._images.where, len(self._images)
-        return read_in_batches(rows, self._read, size, pass_on, where, count, skip_bad, "reading images", report)
+        def views(image: int, item: Item) -> list[tuple[int, Tensor]]:
+            return self._views(item, of_image[image])
 
-    def _read(self, row: int) -> Tensor:
-        number, image = divmod(row, len(self._images))
-        transform = None
-        if number:
-            how, preprocessing = self._augmentation, self.backbone.preprocessing
-            seed = view_seed(self._digests[image], number)
-            transform = partial(augment, how=how, seed=seed, preprocessing=preprocessing)
-        return self._images.read(image, self.backbone, transform)
+        bad: dict[int, str] = {}
+        images, size, what = self._images, self._micro_batch, "reading images"
+        for batch in read_in_batches(images, list(of_image), views, size, what, context, bad):
+            pass_on(batch)
+        return bad
+
+    def _views(self, item: Item, rows: Sequence[int]) -> list[tuple[int, Tensor]]:
+        """The rows of one image, each with its view."""
+        how, preprocessing = self._augmentation, self.backbone.preprocessing
+        made: list[Any] = []
+        for number in (row // len(self._images) for row in rows):
+            seed = view_seed(item.digest, number)
+            made.append(partial(augment, how=how, seed=seed, preprocessing=preprocessing) if number else None)
+        return list(zip(rows, item.views(self.backbone, made), strict=True))
 
     def _to_device(self) -> Tensor | None:
         """The kept keys and values where training reads them; None where each batch has to be brought there."""
@@ -322,7 +333,7 @@ class Activations:
             return kept
         return kept.to(device) if kept.nbytes < torch.cuda.mem_get_info(device)[0] / 2 else None
 
-    def _see_parents(self, report: Report | None) -> Tensor:
+    def _see_parents(self, report: Report) -> Tensor:
         """Keys and values of the parents' tokens for every kept row, from what is kept."""
         if self._store is None or not self._parents:
             return self._no_kin(0)
@@ -331,8 +342,7 @@ class Activations:
         for start in range(0, len(kept), self._micro_batch):
             part = slice(start, start + self._micro_batch)
             kin[part] = self._kin_of(kept[part])
-            if report is not None:
-                report("running the tasks to extend", min(start + self._micro_batch, len(kept)), len(kept))
+            report("running the tasks to extend", min(start + self._micro_batch, len(kept)), len(kept))
         return kin
 
     def _kin_of(self, half: Float16[Tensor, "n L 2 H P d"]) -> Float16[Tensor, "n L 2 H a d"]:
@@ -349,10 +359,10 @@ class Activations:
         self._run_tasks(half, self._layout, observe)
         return kin
 
-    def _run_tasks(self, half: Tensor, layout: Layout, observe: Observer | None = None) -> list[Tensor]:
-        """Task streams over the kept activations of one micro-batch or less, filled up to it."""
+    def _run_tasks(self, half: Tensor, layout: Layout, observe: Observer | None = None) -> dict[str, Tensor]:
+        """The tasks' features over the kept activations of one micro-batch or less, filled up to it, by sha256."""
         filled = F.pad(half, (0, 0) * 5 + (0, self._micro_batch - len(half)))
         layers = filled.to(self.backbone.device, self.backbone.precision)
-        with plain(self.backbone.device):
-            stream = (KeyValue(layers[:, layer, 0], layers[:, layer, 1]) for layer in range(self.backbone.depth))
-            return task_features(self.backbone, stream, layout, observe)
+        stream = [KeyValue(layers[:, layer, 0], layers[:, layer, 1]) for layer in range(self.backbone.depth)]
+        reads = {task.sha256: lambda feature, _: feature for task in layout.tasks}
+        return forward_pass(self.backbone, stream, layout, reads, observe=observe).answers

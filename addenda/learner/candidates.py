@@ -13,7 +13,7 @@ from torch.nn import Parameter
 
 from addenda.backbones import FrozenBackbone
 from addenda.learner.config import LearnConfig, Settings
-from addenda.learner.regression import Regression
+from addenda.learner.objectives import Regression
 from addenda.registry import ADAPTED, LowRank
 
 Tensors = dict[str, Tensor]

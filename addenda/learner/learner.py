@@ -25,13 +25,14 @@ from addenda.learner.activations import Activations
 from addenda.learner.cache import ActivationCache
 from addenda.learner.checkpoint import Checkpoint
 from addenda.learner.config import LearnConfig
+from addenda.learner.context import OnEpoch, Report, RunContext, silent
 from addenda.learner.data import Data, LabelledImages, check_learnable, check_same_labels, open_images, open_parts
-from addenda.learner.labelled import unreadable
-from addenda.learner.learnable import repeats
-from addenda.learner.metrics import score
-from addenda.learner.reading import Report, read_in_batches
-from addenda.learner.run import Run, family
-from addenda.learner.training import OnEpoch
+from addenda.learner.data.labelled import Item, unreadable
+from addenda.learner.data.learnable import repeats
+from addenda.learner.data.reading import checked, read_in_batches
+from addenda.learner.objectives import OBJECTIVES
+from addenda.learner.run import Run
+from addenda.learner.training import family
 from addenda.registry import (
     EvaluationRecord,
     FeatureStatistics,
@@ -115,7 +116,8 @@ class Learner:
             TrainingError: no candidate stayed finite.
         """
         with plain(self.backbone.device, grad=True):
-            return self._learn(name, train, test, config or LearnConfig(), new_version, skip_bad, on_epoch, report)
+            context = RunContext(skip_bad, report or silent, on_epoch or silent)
+            return self._learn(name, train, test, config or LearnConfig(), new_version, context)
 
     def _learn(
         self,
@@ -124,9 +126,7 @@ class Learner:
         test: Data | None,
         config: LearnConfig,
         new_version: bool,
-        skip_bad: bool,
-        on_epoch: OnEpoch | None,
-        report: Report | None,
+        context: RunContext,
     ) -> Task:
         check_new_name(name)
         versions = self.registry.tasks(TaskFilter(name=name, retired=True))
@@ -135,7 +135,7 @@ class Learner:
         for parent in parents:
             if parent.class_token is None:
                 raise RegistryError(f"Task {parent.ref!r} is head-only: it has no token that {name!r} could see.")
-        images, test_images = open_parts(train, test, skip_bad)
+        images, test_images = open_parts(train, test, context.skip_bad)
         for part in (images, test_images):
             if part is not None:
                 _remark_on(part)
@@ -158,9 +158,9 @@ class Learner:
         ]
         for record in same:
             if record.retired is None:
-                if record.data.get("skipped") and not skip_bad:
+                if record.data.get("skipped") and not context.skip_bad:
                     raise unreadable(record.data["skipped"], len(images) + len(images.lost), images.where)
-                return self._again(record.ref, test_images, skip_bad, report)
+                return self._again(record.ref, test_images, context)
         if same and not new_version:
             raise RetiredError(same[-1].ref, same[-1].retired or "")
         if versions and not new_version:
@@ -168,18 +168,16 @@ class Learner:
 
         test_skipped: list[str] = []
         if test_images is not None:  # all that can be found out before hours of training
-            test_images, test_skipped = self._readable(test_images.hashed(), skip_bad, report)
+            test_images, test_skipped = self._checked(test_images, context)
         pool = [task for task in self.registry.load(self.backbone) if task.class_token is not None] if auto else None
-        activations = Activations(
-            self.backbone, images, config.augmentation, self.cache, family(parents), skip_bad, report
-        )
+        activations = Activations(self.backbone, images, config.augmentation, self.cache, family(parents), context)
         kept = replace(images, targets=activations.targets)
         check_learnable(kept)  # those left out may have been a class's last
         identity = canonical_json(
             run | {"name": name, "backbone": self.backbone.fingerprint, "skipped": activations.skipped}
         )
         checkpoint = Checkpoint(self.cache.runs / digest(identity.encode())[:16], self.cache.claim)
-        started = Run(name, images.labels, activations, config, checkpoint, on_epoch, report)
+        started = Run(name, images.labels, activations, config, checkpoint, context)
         try:
             task, rival = started.task(parents, pool), started.rival
         except TrainingError:
@@ -188,7 +186,7 @@ class Learner:
         metrics = dict(task.metrics)
         scorings = []
         if test_images is not None:
-            scored, _, _ = self._score([task, rival], test_images, False, report)
+            scored, _, _ = self._score([task, rival], test_images, RunContext(report=context.report))
             metrics["test"], metrics["regression"] = (
                 scored[name].metrics,
                 metrics["regression"] | {"test": scored[rival.name].metrics},
@@ -209,7 +207,7 @@ class Learner:
             data["test"] = {"skipped": test_skipped, "left_out": counted(test_images.left_out)}
         finished = replace(task, metrics=metrics, data=data)
         self.registry.add_backbone(self.backbone.record())
-        statistics = self._statistics(activations) if kept.objective == "single-label" else None
+        statistics = self._statistics(activations) if activations.objective.routable else None
         probe = golden(self.backbone, finished)
         registered = self.registry.register(finished, probe, statistics, new_version, scorings)
         checkpoint.clear()
@@ -232,17 +230,19 @@ class Learner:
         with plain(self.backbone.device):
             images = check_same_labels(task.labels, open_images(data, "test"), task.objective).check_whole(skip_bad)
             _remark_on(images)
-            return self._evaluate(task, images.hashed(), skip_bad, report)
+            if not isinstance(images.items, list):  # twice, which finds out a Dataset that gives other images each time
+                images = images.hashed()
+            return self._evaluate(task, images, RunContext(skip_bad, report or silent))
 
-    def _evaluate(self, task: Task, images: LabelledImages, skip_bad: bool, report: Report | None) -> EvaluationRecord:
-        """Scores a registered task on hashed images, and records that."""
-        found, images, bad = self._score([task], images, skip_bad, report)
+    def _evaluate(self, task: Task, images: LabelledImages, context: RunContext) -> EvaluationRecord:
+        """Scores a registered task on some images, and records that."""
+        found, images, bad = self._score([task], images, context)
         scored, here = found[task.name], numerics_fingerprint(numerics(self.backbone))
         more = {"skipped": len(images.lost) + len(bad), "left_out": counted(images.left_out)}
         metrics = scored.metrics | {key: value for key, value in more.items() if value}
         return self.registry.add_evaluation(task.ref, images.fingerprint(), here, metrics, scored.logits_digest)
 
-    def _again(self, ref: str, test: LabelledImages | None, skip_bad: bool, report: Report | None) -> Task:
+    def _again(self, ref: str, test: LabelledImages | None, context: RunContext) -> Task:
         """A version that was learned before; on a test set that it was not scored on it is scored now."""
         task = self.registry.get(ref)
         if test is None:
@@ -250,8 +250,9 @@ class Learner:
         images, skipped = test.hashed(), list[str]()
         known = {record.data_fingerprint: record for record in self.registry.evaluations(ref)}
         if images.lost or images.fingerprint() not in known:
-            images, skipped = self._readable(images, skip_bad, report)
-        found = known.get(images.fingerprint()) or self._evaluate(task, images, False, report)
+            images, skipped = self._checked(images, context)
+        scoring = RunContext(report=context.report)
+        found = known.get(images.fingerprint()) or self._evaluate(task, images, scoring)
         asked, regression = copy(task), dict(task.metrics.get("regression", {}))
         if found.metrics != task.metrics.get("test"):
             regression.pop("test", None)  # that of the test set of then
@@ -260,18 +261,10 @@ class Learner:
         vars(asked)["data"] = {**task.data, "test": of_test}
         return asked
 
-    def _readable(
-        self, images: LabelledImages, skip_bad: bool, report: Report | None
-    ) -> tuple[LabelledImages, list[str]]:
-        """Hashed images without those that cannot be read, and what was wrong with these."""
-        kept: list[int] = []
-        bad = read_in_batches(
-            range(len(images)), lambda index: images.read(index, self.backbone), 1,
-            lambda batch: kept.extend(row for row, _ in batch), images.where, len(images), skip_bad,
-            "checking test images", report,
-        )  # fmt: skip
-        skipped = [shown(text) for text in (*images.lost, *(text for _, text in bad))]
-        return images.select(kept) if bad else images, skipped
+    def _checked(self, images: LabelledImages, context: RunContext) -> tuple[LabelledImages, list[str]]:
+        """The images that can be read, hashed, and what was wrong with the others."""
+        found, bad = checked(images, self.backbone, context)
+        return found, [shown(text) for text in (*images.lost, *bad.values())]
 
     def _statistics(self, activations: Activations) -> FeatureStatistics | None:
         """What a router will know of the images; None, and said, where it would weigh too much."""
@@ -282,37 +275,37 @@ class Learner:
         return None
 
     def _score(
-        self, tasks: Sequence[Task], images: LabelledImages, skip_bad: bool, report: Report | None
-    ) -> tuple[dict[str, _Scored], LabelledImages, list[str]]:
+        self, tasks: Sequence[Task], images: LabelledImages, context: RunContext
+    ) -> tuple[dict[str, _Scored], LabelledImages, dict[int, str]]:
         """Runs the combined model of some tasks over every image, once.
 
-        Also gives the images that it saw, and what was wrong with the others.
+        Also gives the images that it saw, hashed, and what was wrong with the others.
         """
         model = CombinedModel(self.backbone, tasks)
         logits: dict[str, list[Tensor]] = {task.name: [] for task in tasks}
-        kept: list[int] = []
+        digests: dict[int, str] = {}
+        bad: dict[int, str] = {}
 
-        def take(batch: list[tuple[int, Tensor]]) -> None:
-            kept.extend(index for index, _ in batch)
-            for name, part in model(torch.stack([image for _, image in batch])).items():
+        def view(row: int, item: Item) -> list[tuple[int, str, Tensor]]:
+            return [(row, item.digest, item.views(self.backbone)[0])]
+
+        reading = read_in_batches(
+            images, range(len(images)), view, model.micro_batch, "scoring test images", context, bad
+        )
+        for rows, found, pixels in (zip(*batch, strict=True) for batch in reading):
+            digests |= zip(rows, found, strict=True)
+            for name, part in model(torch.stack(pixels)).items():
                 logits[name].append(part.cpu())
-
-        def read(index: int) -> Tensor:
-            return images.read(index, self.backbone)
-
-        size, what = model.micro_batch, "scoring test images"
-        count = len(images)
-        bad = read_in_batches(range(count), read, size, take, images.where, count, skip_bad, what, report)
-        seen = images.select(kept) if bad else images
-        joined = {name: torch.cat(parts) for name, parts in logits.items()}
-        found = {
+        seen, order = images.select(list(digests)).in_order(list(digests.values()))
+        joined = {name: torch.cat(parts)[order] for name, parts in logits.items()}
+        scored = {
             task.name: _Scored(
-                score(joined[task.name] / task.temperature, seen.targets, images.labels, images.objective),
+                OBJECTIVES[task.objective].score(joined[task.name] / task.temperature, seen.targets, images.labels),
                 f"{BY_CONTENT}{tensor_digest(joined[task.name])}",
             )
             for task in tasks
         }
-        return found, seen, [text for _, text in bad]
+        return scored, seen, bad
 
 
 def _remark_on(images: LabelledImages) -> None:
@@ -320,7 +313,7 @@ def _remark_on(images: LabelledImages) -> None:
     if images.remarks:
         only_hidden = images.left_out.keys() <= {"hidden"} and not images.deeper
         log.log(logging.INFO if only_hidden else logging.WARNING, "%s", images.remarks)
-    if len(images.labels) == 1 and images.objective == "single-label":
+    if images.objective.is_settled(len(images.labels)):
         log.warning("%s has one class: the answer will be %r whatever an image shows.", images.where, images.labels[0])
 
 

@@ -15,9 +15,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from addenda.exceptions import AddendaError, DataError
 from addenda.learner.config import LearnConfig
+from addenda.learner.context import Report
 from addenda.learner.data import Data, open_parts
 from addenda.learner.learner import Learner
-from addenda.learner.reading import Report
 from addenda.learner.yaml_file import read_mapping
 from addenda.registry import Registry, Task, TaskFilter, check_new_name
 

@@ -10,26 +10,21 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from addenda.backbones import FrozenBackbone, KeyValue
-from addenda.combined import TileStore
 from addenda.exceptions import TrainingError
 from addenda.learner.activations import Activations
-from addenda.learner.calibration import fit_temperature
 from addenda.learner.candidates import Candidate, Tensors, as_fields, silenced
 from addenda.learner.checkpoint import Checkpoint
 from addenda.learner.config import LearnConfig
-from addenda.learner.extension import promising
-from addenda.learner.metrics import score
-from addenda.learner.objectives import losses
-from addenda.learner.reading import Report
-from addenda.learner.regression import choose_strength, fit_regression
-from addenda.learner.splitting import split
-from addenda.learner.training import Epoch, OnEpoch, Trainer
+from addenda.learner.context import QUIET, Epoch, RunContext
+from addenda.learner.objectives import Regression
+from addenda.learner.training import Trainer, family
 from addenda.registry import Task, digest
 
+TRIED = 3
+"""Tasks to extend that are tried by training, at most."""
 RIVAL = "logistic regression"
 """What the rival is called beside the task; no task can have this name."""
 
@@ -66,8 +61,7 @@ class Run:
         activations: of all its images.
         config: the settings.
         checkpoint: where each epoch is noted.
-        on_epoch: called after each epoch.
-        report: told of the progress.
+        context: whom to tell how it stands.
 
     Attributes:
         rival: the logistic regression on the same images, as a task.
@@ -80,26 +74,28 @@ class Run:
         activations: Activations,
         config: LearnConfig,
         checkpoint: Checkpoint,
-        on_epoch: OnEpoch | None = None,
-        report: Report | None = None,
+        context: RunContext = QUIET,
     ) -> None:
         self._name, self._labels, self._activations, self._config = name, labels, activations, config
-        self._checkpoint, self._on_epoch, self._report = checkpoint, on_epoch, report
-        self._backbone, self._objective = activations.backbone, activations.objective
+        self._checkpoint, self._context = checkpoint, context
+        self._backbone = activations.backbone
         pooled, targets = activations.pooled, activations.targets
-        self._train, self._validation = split(targets, len(labels), config.validation_fraction, config.first_seed)
+        self._objective = objective = activations.objective
+        self._train, self._validation = objective.split(
+            targets, len(labels), config.validation_fraction, config.first_seed
+        )
         self._truth = targets[self._validation]
-        self._strength = choose_strength(pooled, targets, config.first_seed)
-        self._fitted = fit_regression(pooled[self._train], targets[self._train], self._strength)
-        self._last = fit_regression(pooled, targets, self._strength) if config.refit else self._fitted
+        self._strength = objective.choose_strength(pooled, targets, config.first_seed)
+        self._fitted = objective.fit_regression(pooled[self._train], targets[self._train], self._strength)
+        self._last = objective.fit_regression(pooled, targets, self._strength) if config.refit else self._fitted
         logits = F.linear(pooled[self._validation], self._fitted.weight, self._fitted.bias)
         temperature, self._rival_scores = self._judge(logits)
-        self._rival_losses = losses(logits / temperature, self._truth, self._objective)
+        self._rival_losses = objective.losses(logits / temperature, self._truth)
         self.rival = Task(
             name=RIVAL,
             backbone=self._backbone.fingerprint,
             labels=labels,
-            objective=self._objective,
+            objective=objective.name,
             temperature=temperature,
             config=config.to_json(),
             head_weight=self._last.weight,
@@ -120,7 +116,7 @@ class Run:
             "regression": {"strength": self._strength, "validation": self._rival_scores},
             "validation": self._rival_scores,
         }
-        if self._config.head_only or (self._objective == "single-label" and len(self._labels) == 1):
+        if self._config.head_only or self._objective.is_settled(len(self._labels)):
             return replace(self.rival, name=self._name, metrics=metrics)
         best = self._sweep(self._activations, parents)
         if pool is not None:
@@ -141,22 +137,16 @@ class Run:
     def _judge(self, logits: Tensor) -> tuple[float, dict[str, Any]]:
         """The temperature that validation logits ask for, and their scores under it."""
         calibrate = self._config.calibrate
-        temperature = fit_temperature(logits, self._truth, self._objective) if calibrate else 1.0
-        return temperature, score(logits / temperature, self._truth, self._labels, self._objective)
+        temperature = self._objective.fit_temperature(logits, self._truth) if calibrate else 1.0
+        return temperature, self._objective.score(logits / temperature, self._truth, self._labels)
 
     def _sweep(self, activations: Activations, parents: tuple[Task, ...]) -> Sweep:
         """Trains all candidates on the training part, with some tasks to extend, and lets validation choose."""
         config = self._config
-        what = f" beside {', '.join(parent.ref for parent in parents)}" if parents else ""
-
-        def step(done: int, total: int, standing: str) -> None:
-            if self._report is not None:
-                self._report(f"training{what}, {standing}", done, total)
-
         checkpoint = self._checkpoint.within(digest(" ".join(parent.sha256 for parent in parents).encode())[:16])
-        trainer = Trainer(activations, parent_memory(self._backbone, parents), config, checkpoint, step)
+        trainer = Trainer(activations, parents, config, checkpoint, self._context)
         candidates, history = trainer.run(
-            self._fitted, config.candidates, self._train, self._validation, config.epochs, self._on_epoch, "sweep"
+            self._fitted, config.candidates, self._train, self._validation, config.epochs, "sweep"
         )
         for candidate in candidates:
             if candidate.stopped == "diverged":
@@ -186,7 +176,7 @@ class Run:
         ranked = promising(self._activations, pool, self._fitted, self._train, self._validation)
         for task in ranked:
             parents = (*best.parents, task)
-            found = self._sweep(self._activations.seeing(family(parents), self._report), parents)
+            found = self._sweep(self._activations.seeing(family(parents), self._context.report), parents)
             taken = found.chosen is not None and pays(found.losses, best.losses)
             tried.append({"task": task.ref, "validation_loss": found.losses.mean().item(), "taken": taken})
             best = found if taken else best
@@ -199,7 +189,7 @@ class Run:
             torch.empty(0, dtype=torch.long, device="cpu"),
         )
         (refitted,), _ = sweep.trainer.run(
-            self._last, [chosen.settings], everything, nothing, chosen.best.epoch, self._on_epoch, "refit"
+            self._last, [chosen.settings], everything, nothing, chosen.best.epoch, "refit"
         )
         return chosen.best.tensors if refitted.stopped else refitted.best.tensors
 
@@ -210,17 +200,40 @@ def pays(dear: Float[Tensor, " N"], cheap: Float[Tensor, " N"]) -> bool:
     return len(gain) > 1 and bool(gain.mean() > gain.std() / math.sqrt(len(gain)))
 
 
-def family(parents: Sequence[Task]) -> list[Task]:
-    """All that a task with these parents sees."""
-    seen = {task.sha256: task for parent in parents for task in (*parent.closure, parent)}
-    return list(seen.values())
+def promising(
+    activations: Activations,
+    pool: Sequence[Task],
+    regression: Regression,
+    train: Int[Tensor, " N"],
+    validation: Int[Tensor, " M"],
+) -> list[Task]:
+    """The tasks of a pool worth trying, the best first.
 
+    A task is ranked by the validation loss of a logistic regression that reads its token's final feature beside the
+    backbone's pooled one. Those that make it no better than the pooled feature alone are left out; of equals the first
+    by name comes first, in whatever order they were registered.
 
-def parent_memory(backbone: FrozenBackbone, parents: Sequence[Task]) -> list[KeyValue]:
-    """For each layer the memory keys and values of all that a task would see, [1, H, m, d]."""
-    store = TileStore(backbone)
-    layers = zip(*(store.memory(task) for task in family(parents) if task.num_memory_tokens), strict=True)
-    return [KeyValue(*(torch.cat(parts, dim=1).unsqueeze(0) for parts in zip(*layer, strict=True))) for layer in layers]
+    Args:
+        activations: of the new task's images.
+        pool: registered tasks with a token, on the same backbone.
+        regression: on the pooled feature of the training part.
+        train: images to fit to.
+        validation: images to rank by.
+    """
+    targets, pooled, objective = activations.targets, activations.pooled, activations.objective
+
+    def reached(fitted: Regression, features: Tensor) -> float:
+        logits = F.linear(features[validation], fitted.weight, fitted.bias)
+        return objective.loss(logits, targets[validation]).item()
+
+    bar = reached(regression, pooled)
+    ranked = []
+    for task, feature in zip(pool, activations.features(pool), strict=True):
+        both = torch.cat([pooled, feature], dim=1)
+        found = reached(objective.fit_regression(both[train], targets[train], regression.strength), both)
+        if found < bar:
+            ranked.append((found, task.name, task))
+    return [task for *_, task in sorted(ranked)[:TRIED]]
 
 
 def _record(sweep: Sweep) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TypeVar
 
 import torch
@@ -12,75 +12,51 @@ from jaxtyping import Float, Int
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from addenda.backbones import Adapter, BlockAdapters, KeyValue
+from addenda.backbones import Adapter, BlockAdapters, FrozenBackbone, KeyValue
+from addenda.combined import TileStore
 from addenda.learner.activations import Activations, Batch
-from addenda.learner.calibration import fit_temperature
 from addenda.learner.candidates import HEAD_WEIGHTS, Candidate, Tensors, adapter_name, first_tensors
 from addenda.learner.checkpoint import Checkpoint
 from addenda.learner.config import LearnConfig, Settings
-from addenda.learner.metrics import accuracy
-from addenda.learner.objectives import balanced_weights, loss, losses
-from addenda.learner.regression import Regression
+from addenda.learner.context import QUIET, Epoch, RunContext
+from addenda.learner.objectives import Regression
 from addenda.learner.stream import stream_features
+from addenda.registry import Task
 
 EVALUATION_BATCH = 64
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Epoch:
-    """What is known after an epoch; `on_epoch` gets it. A candidate that trains no more has NaN.
-
-    Attributes:
-        phase: `"sweep"` or `"refit"`.
-        epoch: from 1.
-        epochs: how many there will be at most.
-        train_loss: mean loss of each candidate on the training part.
-        validation_loss: of each candidate on the validation part, calibrated; empty in the refit.
-        validation_accuracy: likewise, 0..1; of a multi-label task the share of answers that are right.
-        candidates: what each is trained with.
-    """
-
-    phase: str
-    epoch: int
-    epochs: int
-    train_loss: tuple[float, ...]
-    validation_loss: tuple[float, ...]
-    validation_accuracy: tuple[float, ...]
-    candidates: tuple[Settings, ...]
-
-
-OnEpoch = Callable[[Epoch], None]
-
-
 class Trainer:
     """Trains candidates, those of one shape in one pass.
 
     Args:
-        activations: of all the images.
-        parent_memory: for each layer the memory of the tasks to extend, [1, H, m', d].
+        activations: of all the images; they hold what the parents' tokens offer.
+        parents: the tasks that the candidates extend.
         config: the settings that all candidates share.
         checkpoint: where each epoch is noted, and taken up again.
-        report: called after each step with steps done, all steps, and how it stands.
+        context: whom to tell how it stands after each step and epoch.
     """
 
     def __init__(
         self,
         activations: Activations,
-        parent_memory: Sequence[KeyValue],
+        parents: Sequence[Task],
         config: LearnConfig,
         checkpoint: Checkpoint | None = None,
-        report: Callable[[int, int, str], None] | None = None,
+        context: RunContext = QUIET,
     ) -> None:
-        self._activations, self._parent_memory, self._config = activations, parent_memory, config
-        self._checkpoint, self._report = checkpoint, report
+        self._activations, self._config = activations, config
+        self._parent_memory = parent_memory(activations.backbone, parents)
+        self._checkpoint, self._context = checkpoint, context
+        self._what = f"training beside {', '.join(parent.ref for parent in parents)}" if parents else "training"
         self._backbone = activations.backbone
         self._targets = activations.targets.to(self._backbone.device)
         self._objective = activations.objective
         self._class_weights = None
         if config.class_weights == "balanced":
-            self._class_weights = balanced_weights(self._targets, activations.num_classes)
+            self._class_weights = self._objective.balanced_weights(self._targets, activations.num_classes)
         self._together: dict[object, bool] = {}
 
     def run(
@@ -90,7 +66,6 @@ class Trainer:
         train: Int[Tensor, " N"],
         validation: Int[Tensor, " M"],
         stop_after: int,
-        on_epoch: OnEpoch | None,
         phase: str,
     ) -> tuple[list[Candidate], list[Epoch]]:
         """Trains for some epochs of the schedule.
@@ -101,7 +76,6 @@ class Trainer:
             train: images to learn from.
             validation: images to choose by; none in the refit.
             stop_after: the last epoch, of the config's `epochs` that the schedule spans.
-            on_epoch: called after each epoch.
             phase: what the epochs are called.
 
         Returns:
@@ -134,14 +108,12 @@ class Trainer:
                     for candidate, (mean, *gradients) in zip(group, found, strict=True):
                         candidate.step(gradients)
                         totals[id(candidate)] += mean * len(rows)
-                if self._report is not None:
-                    done = (epoch - 1) * steps_per_epoch + step + 1
-                    self._report(done, stop_after * steps_per_epoch, _standing(history))
+                done = (epoch - 1) * steps_per_epoch + step + 1
+                self._context.report(f"{self._what}, {_standing(history)}", done, stop_after * steps_per_epoch)
             losses = [(totals[id(c)] / len(train)).item() if c in live else math.nan for c in candidates]
             history.append(self._judge(phase, epoch, stop_after, losses, candidates, live, validation))
             self._note(phase, candidates, history)
-            if on_epoch is not None:
-                on_epoch(history[-1])
+            self._context.on_epoch(history[-1])
         return candidates, history
 
     def _note(self, phase: str, candidates: Sequence[Candidate], history: Sequence[Epoch]) -> None:
@@ -173,8 +145,8 @@ class Trainer:
     def _calibrated(self, logits: Float[Tensor, "N C"], targets: Tensor) -> Float[Tensor, " N"]:
         """The losses under the temperature that these images ask for: too sure can be mended, wrong cannot."""
         calibrate = self._config.calibrate and bool(logits.isfinite().all())
-        temperature = fit_temperature(logits, targets, self._objective) if calibrate else 1.0
-        return losses(logits / temperature, targets, self._objective)
+        temperature = self._objective.fit_temperature(logits, targets) if calibrate else 1.0
+        return self._objective.losses(logits / temperature, targets)
 
     @torch.no_grad()
     def logits(self, tensors: Tensors, rows: Int[Tensor, " N"]) -> Float[Tensor, "N C"]:
@@ -208,7 +180,7 @@ class Trainer:
         return self._side_by_side(("gradients", group[0].shape, len(group), len(batch)), group, compute)
 
     def _loss(self, logits: Float[Tensor, "B C"], targets: Tensor) -> Tensor:
-        return loss(logits, targets, self._objective, self._config.label_smoothing, self._class_weights)
+        return self._objective.loss(logits, targets, self._config.label_smoothing, self._class_weights)
 
     def _side_by_side(
         self, key: object, group: Sequence[T], compute: Callable[[Sequence[T]], list[list[Tensor]]]
@@ -281,7 +253,7 @@ class Trainer:
                 logits = self._evaluate([candidate.tensors for candidate in group], validation)
                 for i, candidate in enumerate(group):
                     mean = self._calibrated(logits[i], targets).mean().item()
-                    scores[id(candidate)] = mean, accuracy(logits[i], targets)
+                    scores[id(candidate)] = mean, self._objective.accuracy(logits[i], targets)
         for candidate, train_loss in zip(candidates, train_losses, strict=True):
             if candidate in live:
                 reached = scores[id(candidate)][0] if scores else None
@@ -291,6 +263,19 @@ class Trainer:
             phase, epoch, epochs, tuple(train_losses), tuple(s[0] for s in shown), tuple(s[1] for s in shown),
             tuple(candidate.settings for candidate in candidates),
         )  # fmt: skip
+
+
+def parent_memory(backbone: FrozenBackbone, parents: Sequence[Task]) -> list[KeyValue]:
+    """For each layer the memory keys and values of all that a task would see, [1, H, m, d]."""
+    store = TileStore(backbone)
+    layers = zip(*(store.memory(task) for task in family(parents) if task.num_memory_tokens), strict=True)
+    return [KeyValue(*(torch.cat(parts, dim=1).unsqueeze(0) for parts in zip(*layer, strict=True))) for layer in layers]
+
+
+def family(parents: Sequence[Task]) -> list[Task]:
+    """All that a task with these parents sees."""
+    seen = {task.sha256: task for parent in parents for task in (*parent.closure, parent)}
+    return list(seen.values())
 
 
 def _by_shape(candidates: Sequence[Candidate]) -> list[list[Candidate]]:

@@ -204,8 +204,7 @@ def test_a_task_without_statistics_needs_task_labels(tiny: FrozenBackbone) -> No
 
 
 def test_a_head_of_negative_logits_still_wins_within_its_task(tiny: FrozenBackbone) -> None:
-    from addenda.benchmarks.continual.method import NEVER
-    from addenda.benchmarks.strategy import Learned, TaskAnswers
+    from addenda.benchmarks.strategy import NEVER, Learned, TaskAnswers
 
     task = random_task(tiny, "a", classes=2)
     task.head_bias.sub_(1000)

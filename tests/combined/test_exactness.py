@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import random
 import subprocess
 import sys
 import weakref
@@ -17,8 +18,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from addenda.backbones import FrozenBackbone, KeyValue, load_backbone
-from addenda.combined import CombinedModel, TileStore, layout, streams
-from addenda.combined.layout import TILE, TILE_SIZES
+from addenda.combined import CombinedModel, Layout, TileStore, forward_pass, loaded_bytes, tiles
+from addenda.combined.shapes import TILE, TILE_SIZES, size_class, tile_sizes
 from addenda.exceptions import ExactnessError
 from addenda.registry import Task
 from tests.support.models import (
@@ -127,7 +128,7 @@ def test_a_task_keeps_its_bits_when_wider_tasks_join(precision: torch.dtype) -> 
     narrow = random_task(on, "narrow", memory=1)
     wide = [random_task(on, f"wide-{memory}", memory, seed=memory) for memory in (7, 9, 17, 40)]
     deep = random_task(on, "deep", memory=9, parents=tuple(wide), seed=50)
-    assert len({layout.size_class(task) for task in (narrow, *wide, deep)}) > 4
+    assert len({size_class(task) for task in (narrow, *wide, deep)}) > 4
     assert_company_moves_no_bit(on, narrow, [*wide, deep])
     assert_company_moves_no_bit(on, deep, [*wide, narrow])
 
@@ -206,9 +207,9 @@ def test_empty_slots_and_filled_up_ranks_hold_zeros() -> None:
     on = backbone()
     tasks = [random_task(on, f"rank-{r}", memory=4, seed=r, rank=r) for r in (5, 8, 7)]
     (tile,) = CombinedModel(on, tasks).layout.tiles
-    assert (len(tile.class_tokens), tile.rank, len(tile.adapters)) == (4, 8, on.depth)
+    assert (len(tile.class_tokens), tile.rank, len(tile.updates)) == (4, 8, on.depth)
     for layer in range(on.depth):
-        for site, (down, up) in tile.block_adapters(layer)._asdict().items():
+        for site, (down, up) in tile.adapters(layer)._asdict().items():
             for slot, task in enumerate(tasks):
                 own = task.adapters[site]
                 assert torch.equal(down[slot, : task.adapter_rank], own.down[layer])
@@ -271,7 +272,7 @@ def test_what_learning_observes_does_not_depend_on_company(precision: torch.dtyp
     wanted = [task, *task.closure]
     seen: list[list[bytes]] = []
     for company in ([task], list(family(on).values())):
-        slots = layout.Layout(TileStore(on), company, offered=wanted)
+        slots = Layout(TileStore(on), company, offered=wanted)
         rows = [slots.offered[member.sha256] for member in wanted]
         layers: list[bytes] = []
 
@@ -279,7 +280,7 @@ def test_what_learning_observes_does_not_depend_on_company(precision: torch.dtyp
             layers.extend(part.float().numpy().tobytes() for part in frozen)
             layers.extend(part[:, :, rows].float().numpy().tobytes() for part in tokens)
 
-        streams.task_features(on, on.stream(images(8)), slots, note)
+        forward_pass(on, images(8), slots, observe=note)
         seen.append(layers)
     assert len(seen[0]) == 4 * on.depth
     assert seen[0] == seen[1]
@@ -319,13 +320,13 @@ def test_a_live_model_computes_only_what_a_new_task_brings(monkeypatch: pytest.M
     live = CombinedModel(on, before)
     answered = live(images(3))
     computed: list[int] = []
-    compute = layout.memory_key_values
+    compute = tiles.memory_key_values
 
     def counted(on: FrozenBackbone, block: object, memory: Tensor) -> KeyValue:
         computed.append(memory.shape[1])
         return compute(on, block, memory)
 
-    monkeypatch.setattr(layout, "memory_key_values", counted)
+    monkeypatch.setattr(tiles, "memory_key_values", counted)
     grown = live.with_tasks([*before, new])
     assert computed == [new.num_memory_tokens] * on.depth
     heads = [grown._heads[task.sha256] is live._heads[task.sha256] for task in before]
@@ -350,7 +351,7 @@ def test_tasks_that_leave_a_live_model_leave_its_memory() -> None:
 @pytest.mark.parametrize("sizes", [(TILE,), TILE_SIZES, None], ids=["canonical", "proven", "inexact"])
 def test_every_task_has_a_slot_and_little_is_filled_up(sizes: tuple[int, ...] | None) -> None:
     for count in (1, 3, 4, 5, 10, 16, 17, 36, 64, 70, 100, 1000):
-        cut = layout._cut(count, sizes)
+        cut = tile_sizes(count, sizes)
         assert sum(cut) >= count
         assert sum(cut[:-1]) < count
         assert sum(cut) - count <= (0 if sizes is None else 15 if sizes == (TILE,) else 7), count
@@ -394,4 +395,23 @@ def test_subsets_do_not_push_out_the_whole() -> None:
     for name in model.tasks:
         model(images(1), [name])
     assert model.layout is whole
-    assert len(model._store._tiles) <= len(whole.tiles) + 8
+    assert len(model._store._tiles) == len(whole.tiles)
+
+
+def test_what_is_asked_in_subsets_is_not_kept_twice() -> None:
+    on, choose = backbone(), random.Random(0)
+    model = CombinedModel(on, [random_task(on, f"task-{i}", memory=40, rank=4 * (i % 2), seed=i) for i in range(48)])
+    pixels = images(1)
+    expected = {name: bits(logits) for name, logits in model(pixels).items()}
+    before = bytes_alive()
+    for _ in range(16):
+        found = model(pixels, asked := choose.sample(list(model.tasks), 40))
+        assert {name: bits(logits) for name, logits in found.items()} == {name: expected[name] for name in asked}
+    assert bytes_alive() - before < 0.05 * loaded_bytes(model)
+
+
+def bytes_alive() -> int:
+    """What all tensors hold."""
+    gc.collect()
+    tensors = [one for one in gc.get_objects() if issubclass(type(one), Tensor)]
+    return sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}.values())

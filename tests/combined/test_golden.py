@@ -16,7 +16,7 @@ from addenda.backbones import Adapter, FrozenBackbone, FrozenStream
 from addenda.backbones.family import Family
 from addenda.combined import golden, numerics, numerics_fingerprint, tensor_digest, verify
 from addenda.combined.heads import Head
-from addenda.combined.layout import TILE
+from addenda.combined.shapes import TILE
 from addenda.exceptions import BackboneError, IntegrityError
 from addenda.registry import Golden
 from tests.support.models import PRECISIONS, backbone, family, lively_vit, threads

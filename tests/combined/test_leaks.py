@@ -10,7 +10,8 @@ from torch import Tensor
 
 from addenda.backbones import BlockAdapters
 from addenda.backbones.family import Family
-from addenda.combined import CombinedModel, TileStore, layout
+from addenda.combined import CombinedModel, TileStore
+from addenda.combined.tiles import Held
 from addenda.registry import Task
 from tests.support.dense_mask import DenseMask
 from tests.support.models import (
@@ -24,11 +25,11 @@ from tests.support.models import (
 from tests.support.tasks import random_task
 
 
-def sabotage(monkeypatch: pytest.MonkeyPatch, harm: Callable[[layout.Tile], None]) -> None:
+def sabotage(monkeypatch: pytest.MonkeyPatch, harm: Callable[[Held], None]) -> None:
     """Every tile made from here on is harmed; the self-test, whose tiles are all alike, is put to sleep."""
     build = TileStore._build
 
-    def harmed(self: TileStore, size: int, tasks: Sequence[Task], offered: dict[str, int]) -> layout.Tile:
+    def harmed(self: TileStore, size: int, tasks: Sequence[Task], offered: dict[str, int]) -> Held:
         tile = build(self, size, tasks, offered)
         harm(tile)
         return tile
@@ -37,32 +38,32 @@ def sabotage(monkeypatch: pytest.MonkeyPatch, harm: Callable[[layout.Tile], None
     monkeypatch.setattr("addenda.combined.selftest._equal", lambda one, other: True)
 
 
-def first_slot_sees_the_last_offered_token(tile: layout.Tile) -> None:
+def first_slot_sees_the_last_offered_token(tile: Held) -> None:
     tile.ancestors[0, 0] = 2
 
 
-def first_slot_sees_the_next_memory(tile: layout.Tile) -> None:
-    for layer in tile.memory:
+def first_slot_sees_the_next_memory(tile: Held) -> None:
+    for layer in tile.memories:
         layer.keys[0, :, -1], layer.values[0, :, -1] = layer.keys[1, :, 0], layer.values[1, :, 0]
 
 
-def first_slot_has_the_next_ones_adapters(tile: layout.Tile) -> None:
-    for layer in tile.adapters:
+def first_slot_has_the_next_ones_adapters(tile: Held) -> None:
+    for layer in tile.updates:
         layer.fc1.up[0] = layer.fc1.up[1]
 
 
-def first_slot_has_some_of_the_next_ones_queries(tile: layout.Tile) -> None:
-    tile.adapters[-1].q.down[0, -1], tile.adapters[-1].q.up[0, :, -1] = (
-        tile.adapters[-1].q.down[1, -1],
-        tile.adapters[-1].q.up[1, :, -1],
+def first_slot_has_some_of_the_next_ones_queries(tile: Held) -> None:
+    tile.updates[-1].q.down[0, -1], tile.updates[-1].q.up[0, :, -1] = (
+        tile.updates[-1].q.down[1, -1],
+        tile.updates[-1].q.up[1, :, -1],
     )
 
 
-def filling_counts(tile: layout.Tile) -> None:
+def filling_counts(tile: Held) -> None:
     tile.bias.zero_()
 
 
-def own_token_is_hidden(tile: layout.Tile) -> None:
+def own_token_is_hidden(tile: Held) -> None:
     tile.bias[:, 0] = float("-inf")
 
 
@@ -83,14 +84,12 @@ def two_families() -> tuple[Task, list[Task]]:
         first_slot_has_some_of_the_next_ones_queries,
     ],
 )
-def test_a_leak_between_tasks_would_move_bits(
-    harm: Callable[[layout.Tile], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_leak_between_tasks_would_move_bits(harm: Callable[[Held], None], monkeypatch: pytest.MonkeyPatch) -> None:
     on = backbone()
     task, company = two_families()
     assert_company_moves_no_bit(on, task, company)
 
-    def harm_children(tile: layout.Tile) -> None:
+    def harm_children(tile: Held) -> None:
         if tile.ancestors.shape[1]:
             harm(tile)
 
@@ -101,7 +100,7 @@ def test_a_leak_between_tasks_would_move_bits(
 
 @pytest.mark.parametrize("harm", [filling_counts, own_token_is_hidden])
 def test_a_wrong_mask_would_differ_from_the_dense_one(
-    harm: Callable[[layout.Tile], None], monkeypatch: pytest.MonkeyPatch
+    harm: Callable[[Held], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A filling key that counts moves no bits in company, since it is the task's own: only this test sees it."""
     on = backbone("plain", torch.float64)
@@ -112,27 +111,27 @@ def test_a_wrong_mask_would_differ_from_the_dense_one(
     assert (CombinedModel(on, [task, other])(images(2))["task"] - expected).abs().max() > 1e-3
 
 
-def filled_up_rank_counts(tile: layout.Tile) -> None:
-    for layer in tile.adapters or ():
+def filled_up_rank_counts(tile: Held) -> None:
+    for layer in tile.updates:
         for down, up in layer:
             down[:, -1], up[:, :, -1] = 0.3, 0.3
 
 
-def every_layer_has_the_firsts_adapters(tile: layout.Tile) -> None:
-    for layer in tile.adapters or ():
-        for (down, up), (first_down, first_up) in zip(layer, tile.adapters[0], strict=True):
+def every_layer_has_the_firsts_adapters(tile: Held) -> None:
+    for layer in tile.updates:
+        for (down, up), (first_down, first_up) in zip(layer, tile.updates[0], strict=True):
             down.copy_(first_down), up.copy_(first_up)
 
 
-def fc2_is_not_updated(tile: layout.Tile) -> None:
-    for layer in tile.adapters or ():
+def fc2_is_not_updated(tile: Held) -> None:
+    for layer in tile.updates:
         layer.fc2.up.zero_()
 
 
 @pytest.mark.parametrize("whose", ["task", "parent"])
 @pytest.mark.parametrize("harm", [filled_up_rank_counts, every_layer_has_the_firsts_adapters, fc2_is_not_updated])
 def test_wrong_adapters_would_differ_from_the_dense_mask(
-    harm: Callable[[layout.Tile], None], whose: str, monkeypatch: pytest.MonkeyPatch
+    harm: Callable[[Held], None], whose: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on = backbone("plain", torch.float64)
     parent = random_task(on, "parent", memory=5, rank=3)

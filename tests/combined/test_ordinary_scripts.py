@@ -25,6 +25,7 @@ from torchvision import tv_tensors
 import addenda
 from addenda import CombinedModel, FrozenBackbone, LearnConfig, Learner, Registry, load_backbone
 from addenda.combined import attention_map, golden, numerics, numerics_fingerprint, verify
+from addenda.combined.forward import _batches
 from addenda.exceptions import ExactnessError, IntegrityError
 from addenda.learner import ActivationCache, Augmentation
 from addenda.registry import Task
@@ -111,7 +112,7 @@ def test_images_are_copied_into_one_memory_layout(kind: str) -> None:
     """Strides gave no other bits on the machines at hand; another convolution may take another way by them."""
     model = CombinedModel(backbone(), [])
     for count in (3, model.micro_batch):
-        ((batch, _),) = model._batches(INPUTS[kind](images(count)), (model.micro_batch,))
+        ((batch, _),) = _batches(model.backbone, INPUTS[kind](images(count)), (model.micro_batch,))
         assert type(batch) is Tensor
         assert batch.stride() == torch.empty(batch.shape).stride()
         assert batch.data_ptr() % 64 == 0

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from addenda import CombinedModel, FrozenBackbone
 from addenda.combined import Router, feature_statistics
-from addenda.combined.routing import REJECTED, SAMPLE
+from addenda.combined.routing.router import REJECTED
+from addenda.combined.routing.statistics import SAMPLE
 from addenda.exceptions import RegistryError, UnknownTaskError
 from addenda.registry import FeatureStatistics
 from addenda.registry.statistics import MAX_BYTES

@@ -10,11 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from addenda.backbones import Adapter, FrozenStream, KeyValue
+from addenda.backbones import Adapter, FrozenBackbone, KeyValue
 from addenda.backbones.family import Family
-from addenda.combined import CombinedModel, streams
-from addenda.combined.layout import TILE
-from addenda.combined.selftest import Shapes
+from addenda.combined import CombinedModel, forward
+from addenda.combined.shapes import TILE, TILE_SIZES, Shapes
 from addenda.exceptions import ExactnessError
 from tests.support.models import (
     alone,
@@ -58,12 +57,12 @@ def test_bits_that_depend_on_the_slot_are_refused(monkeypatch: pytest.MonkeyPatc
 
 def test_bits_that_depend_on_the_neighbour_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     on = fresh_backbone()
-    honest = streams.attend
+    honest = forward.attend
 
     def leaky(scale: float, queries: Tensor, frozen: KeyValue, *private: object) -> Tensor:
         return honest(scale, queries + 1e-6 * queries.roll(1, 0), frozen, *private)
 
-    monkeypatch.setattr(streams, "attend", leaky)
+    monkeypatch.setattr(forward, "attend", leaky)
     with pytest.raises(ExactnessError, match="its neighbours"):
         CombinedModel(on, [random_task(on, "task")])
 
@@ -80,8 +79,8 @@ def test_an_adapter_that_reaches_the_neighbour_is_refused(monkeypatch: pytest.Mo
 @pytest.mark.parametrize("place", [0, 7])
 def test_frozen_bits_that_depend_on_the_place_are_refused(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
     on = fresh_backbone()
-    honest = FrozenStream._embed
-    monkeypatch.setattr(FrozenStream, "_embed", lambda self: nudge(honest(self), place))
+    honest = FrozenBackbone.embed
+    monkeypatch.setattr(FrozenBackbone, "embed", lambda self, pictures: nudge(honest(self, pictures), place))
     with pytest.raises(ExactnessError, match="keys and values depend on its place in 8 images"):
         CombinedModel(on, [random_task(on, "task")])
 
@@ -106,8 +105,10 @@ def test_a_size_that_gives_other_bits_is_not_used(monkeypatch: pytest.MonkeyPatc
     finish_otherwise(monkeypatch, lambda tokens: len(tokens) == 64, 0)
     tasks = [random_task(on, f"task-{i}", seed=i) for i in range(70)]
     model = CombinedModel(on, tasks)
-    assert model.shapes.slots == (4, 8, 12, 16, 32)
-    assert {len(tile.class_tokens) for tile in model._layout(tuple(model.tasks)).tiles} == {32, 8}
+    assert model.shapes.slots == tuple(size for size in TILE_SIZES if size != 64) != TILE_SIZES
+    sizes = [len(tile.class_tokens) for tile in model.layout.tiles]
+    assert sum(sizes) >= 70
+    assert set(sizes) <= set(model.shapes.slots)
     found = model(images(2))
     assert all(bits(found[task.name]) == alone(on, task, images(2)) for task in tasks[::9])
 
@@ -119,9 +120,11 @@ def test_one_image_goes_alone_only_where_that_was_proven(monkeypatch: pytest.Mon
     if proven != (1, 4, 8):
         pytest.skip(f"this machine gives one image other bits than eight: {proven}")
     other = fresh_backbone()
-    honest = FrozenStream._embed
+    honest = FrozenBackbone.embed
     monkeypatch.setattr(
-        FrozenStream, "_embed", lambda self: nudge(honest(self), 0) if len(self._images) == 1 else honest(self)
+        FrozenBackbone,
+        "embed",
+        lambda self, pictures: nudge(honest(self, pictures), 0) if len(pictures) == 1 else honest(self, pictures),
     )
     model = CombinedModel(other, [dataclasses.replace(task, backbone=other.fingerprint)])
     assert model.shapes.images == (4, 8)
@@ -148,7 +151,7 @@ def test_without_the_promise_nothing_is_tested_or_filled_up(monkeypatch: pytest.
     found, expected = loose(images(5)), exact(images(5))
     assert (found.exact, expected.exact) == (False, True)
     assert all((found[name] - logits).abs().max() <= 1e-4 * logits.abs().max() for name, logits in expected.items())
-    sizes = [len(tile.class_tokens) for tile in loose._layout(tuple(loose.tasks)).tiles]
+    sizes = [len(tile.class_tokens) for tile in loose.layout.tiles]
     assert sum(sizes) == sum(task.class_token is not None for task in tasks)
 
 
@@ -156,8 +159,8 @@ def test_a_shape_is_tested_once(monkeypatch: pytest.MonkeyPatch) -> None:
     on = fresh_backbone()
     CombinedModel(on, [random_task(on, "task", memory=5)])
     passes: list[int] = []
-    honest = FrozenStream._embed
-    monkeypatch.setattr(FrozenStream, "_embed", lambda self: passes.append(len(self._images)) or honest(self))
+    honest = FrozenBackbone.embed
+    monkeypatch.setattr(FrozenBackbone, "embed", lambda self, one: passes.append(len(one)) or honest(self, one))
     CombinedModel(on, [random_task(on, "other", memory=7, classes=9)])
     assert passes == []
     with threads(torch.get_num_threads() + 1):

@@ -85,8 +85,8 @@ def test_a_second_run_reads_no_image_and_a_grown_set_only_the_new_ones(
     tiny: FrozenBackbone, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[int] = []
-    original = Activations._read
-    monkeypatch.setattr(Activations, "_read", lambda self, row: read.append(row) or original(self, row))
+    original = Activations._views
+    monkeypatch.setattr(Activations, "_views", lambda self, item, rows: read.extend(rows) or original(self, item, rows))
     cache = ActivationCache(tmp_path / "cache")
     first = fetched(activations(tiny, folder, cache))
     assert len(read) == 12
@@ -161,8 +161,13 @@ def test_a_run_killed_while_the_cache_is_filled_goes_on_where_it_was(
         "from addenda.learner import activations as a\n"
         "from addenda.learner.data import open_images\n"
         "a.FLUSH_S = 0\n"
-        "read = a.Activations._read\n"
-        "a.Activations._read = lambda self, row: (time.sleep(0.02), print(row, flush=True), read(self, row))[2]\n"
+        "read = a.Activations._views\n"
+        "def slowly(self, item, rows):\n"
+        "    time.sleep(0.02)\n"
+        "    sys.stdout.write(f'{rows[0]}\\n')\n"
+        "    sys.stdout.flush()\n"
+        "    return read(self, item, rows)\n"
+        "a.Activations._views = slowly\n"
         "backbone = FrozenBackbone(tiny_vit(), 'tiny', 'hub')\n"
         "a.Activations(backbone, open_images(sys.argv[2]), Augmentation(), ActivationCache(sys.argv[3]))\n"
     )
@@ -180,8 +185,8 @@ def test_a_run_killed_while_the_cache_is_filled_goes_on_where_it_was(
     survived = cache.sets()[0].num_done
     assert 24 <= survived < 120
     read: list[int] = []
-    original = Activations._read
-    monkeypatch.setattr(Activations, "_read", lambda self, row: read.append(row) or original(self, row))
+    original = Activations._views
+    monkeypatch.setattr(Activations, "_views", lambda self, item, rows: read.extend(rows) or original(self, item, rows))
     found = activations(tiny, folder, cache)
     assert len(read) == 120 - survived
     assert torch.equal(fetched(found), fetched(activations(tiny, folder, ActivationCache(tmp_path / "fresh"))))

@@ -20,10 +20,9 @@ from addenda.learner.augmentation import DEFAULT_VIEWS, Augmentation
 from addenda.learner.cache import ActivationCache
 from addenda.learner.candidates import first_tensors, silenced
 from addenda.learner.data import Data, open_images
-from addenda.learner.regression import fit_regression
-from addenda.learner.run import parent_memory
+from addenda.learner.objectives import objective_of
 from addenda.learner.stream import stream_features
-from addenda.learner.training import Trainer
+from addenda.learner.training import Trainer, parent_memory
 from tests.support.images import colour_folder
 from tests.support.places import ROOT
 from tests.support.tasks import random_task
@@ -204,10 +203,10 @@ def test_training_lowers_the_loss_and_moves_every_part(tiny: FrozenBackbone) -> 
     images, targets = noise(48)
     activations = activations_of(tiny, CountingDataset(images, targets))
     rows = torch.arange(48)
-    regression = fit_regression(activations.pooled, targets, 0.01)
+    regression = objective_of(targets).fit_regression(activations.pooled, targets, 0.01)
     config = LearnConfig(optimizer="sgd", epochs=20, learning_rate=0.03, batch_size=16, patience=20)
     trainer = Trainer(activations, [], config)
-    (candidate,), history = trainer.run(regression, config.candidates, rows, rows, 20, None, "sweep")
+    (candidate,), history = trainer.run(regression, config.candidates, rows, rows, 20, "sweep")
     start = first_tensors(tiny, regression, candidate.settings, config.memory_std)
     assert history[-1].validation_loss[0] < F.cross_entropy(trainer.logits(start, rows), targets).item()
     for name, before in start.items():
@@ -233,7 +232,7 @@ def test_where_the_regression_is_better_the_token_is_silenced_unless_told_not_to
 def test_a_token_that_adds_nothing_is_exactly_the_regression(tiny: FrozenBackbone) -> None:
     images, targets = noise()
     activations = activations_of(tiny, CountingDataset(images, targets))
-    regression = fit_regression(activations.pooled, targets, 0.1)
+    regression = objective_of(targets).fit_regression(activations.pooled, targets, 0.1)
     config = LearnConfig()
     plain = silenced(tiny, regression, config.candidates[0], config.memory_std)
     logits = Trainer(activations, [], config).logits(plain, torch.arange(24))

@@ -15,9 +15,8 @@ from addenda.learner import ActivationCache, Augmentation
 from addenda.learner.activations import Activations
 from addenda.learner.config import AUTO_RANK
 from addenda.learner.data import open_images
-from addenda.learner.extension import TRIED, promising
-from addenda.learner.regression import fit_regression
-from addenda.learner.run import pays
+from addenda.learner.objectives import objective_of
+from addenda.learner.run import TRIED, pays, promising
 from tests.learner.test_learner import CountingDataset, noise
 from tests.support.tasks import random_task
 
@@ -59,7 +58,7 @@ def test_tasks_are_ranked_by_what_their_features_add_to_the_regression(tiny: Fro
     pool = [random_task(tiny, f"task-{i}", seed=10 + i) for i in range(6)]
     found = activations_of(tiny, told_by(tiny, random_task(tiny, "teller", seed=3, pooled=False)), tmp_path, None)
     train, validation = torch.arange(240), torch.arange(240, 320)
-    fitted = fit_regression(found.pooled[train], found.targets[train], 1.0)
+    fitted = objective_of(found.targets[train]).fit_regression(found.pooled[train], found.targets[train], 1.0)
 
     def reached(features: torch.Tensor) -> float:
         x, y = features.double().numpy(), found.targets.numpy()

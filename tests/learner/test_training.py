@@ -9,9 +9,10 @@ from addenda import FrozenBackbone, LearnConfig
 from addenda.learner import ActivationCache, Augmentation
 from addenda.learner.activations import Activations
 from addenda.learner.candidates import HEAD, Candidate
+from addenda.learner.context import Epoch
 from addenda.learner.data import open_images
-from addenda.learner.regression import Regression, fit_regression
-from addenda.learner.training import Epoch, Trainer
+from addenda.learner.objectives import Regression, objective_of
+from addenda.learner.training import Trainer
 from tests.learner.test_learner import noise
 
 SWEEP = LearnConfig(optimizer="sgd",
@@ -25,14 +26,14 @@ def learned(tiny: FrozenBackbone) -> tuple[Activations, Regression]:
     images, targets = noise(40)
     data = open_images(torch.utils.data.TensorDataset(images, targets))
     found = Activations(tiny, data, Augmentation(), ActivationCache())
-    return found, fit_regression(found.pooled, targets, 0.1)
+    return found, objective_of(targets).fit_regression(found.pooled, targets, 0.1)
 
 
 def run(learned: tuple[Activations, Regression], config: LearnConfig) -> tuple[list[Candidate], list[Epoch], Trainer]:
     activations, regression = learned
     trainer = Trainer(activations, [], config)
     train, validation = torch.arange(30), torch.arange(30, 40)
-    return *trainer.run(regression, config.candidates, train, validation, config.epochs, None, "sweep"), trainer
+    return *trainer.run(regression, config.candidates, train, validation, config.epochs, "sweep"), trainer
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -105,7 +106,7 @@ def test_candidates_are_compared_by_what_they_are_worth_once_calibrated(tiny: Fr
     shuffled = targets[torch.randperm(40, generator=torch.Generator().manual_seed(0))]  # none can be right of all
     data = open_images(torch.utils.data.TensorDataset(images, shuffled))
     activations = Activations(tiny, data, Augmentation(), ActivationCache())
-    learned = activations, fit_regression(activations.pooled, shuffled, 0.1)
+    learned = activations, objective_of(shuffled).fit_regression(activations.pooled, shuffled, 0.1)
     config = LearnConfig(epochs=2, batch_size=16, learning_rate=0.003, calibrate=calibrate)
     (candidate,), _, trainer = run(learned, config)
     rows, tensors = torch.arange(30, 40), candidate.best.tensors

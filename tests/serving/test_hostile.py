@@ -30,7 +30,7 @@ from sqlalchemy import text as sql
 
 from addenda import CombinedModel, FrozenBackbone, Registry, Task
 from addenda.backbones import vit
-from addenda.combined import feature_statistics, golden, layout, predictions_of, verify
+from addenda.combined import feature_statistics, golden, predictions_of, tiles, verify
 from addenda.exceptions import (
     IntegrityError,
     OwnershipError,
@@ -661,17 +661,17 @@ def test_no_thread_keeps_a_projections_output(tiny: FrozenBackbone) -> None:
 def test_tiles_are_looked_up_under_a_lock(tiny: FrozenBackbone, monkeypatch: pytest.MonkeyPatch) -> None:
     held: list[bool] = []
 
-    class Watched(layout.WeakValueDictionary[object, layout.Tile]):  # type: ignore[misc]
+    class Watched(tiles.WeakValueDictionary[object, tiles.Tile]):  # type: ignore[misc]
         def values(self) -> Any:
-            held.append(layout._LOCK.locked())
+            held.append(tiles._LOCK.locked())
             return super().values()
 
-        def __setitem__(self, key: object, value: layout.Tile) -> None:
-            held.append(layout._LOCK.locked())
+        def __setitem__(self, key: object, value: tiles.Tile) -> None:
+            held.append(tiles._LOCK.locked())
             super().__setitem__(key, value)
 
-    store = layout.TileStore(tiny)
+    store = tiles.TileStore(tiny)
     store._tiles = Watched()
-    layout.Layout(store, [random_task(tiny, "a"), random_task(tiny, "b", seed=1)])
+    tiles.Layout(store, [random_task(tiny, "a"), random_task(tiny, "b", seed=1)])
     assert len(held) > 2
     assert all(held)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from addenda.benchmarks.registry.filling import fill
 from addenda.registry import Registry, Task
-from addenda.registry.filling import fill
 
 BACKBONES = [f"{number:064x}" for number in range(1, 5)]
 

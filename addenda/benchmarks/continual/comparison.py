@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from addenda.benchmarks.continual.results import Results, read_results
-from addenda.benchmarks.continual.summary import NOTHING, PRICE, QUALITY, Column, Spread, exactness, number, shown
+from addenda.benchmarks.continual.tables import PRICE, QUALITY, Column, exactness
+from addenda.benchmarks.report.spread import NOTHING, Spread, number, shown
+from addenda.benchmarks.report.tables import Table, show
 from addenda.exceptions import DataError
-from addenda.terminal import console, table
+from addenda.terminal import console
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,22 @@ class Difference:
     column: Column
     a: Spread | None
     b: Spread | None
-    change: float | None
+
+    @property
+    def change(self) -> float | None:
+        """B less A, in the mean."""
+        return None if self.a is None or self.b is None else self.b.mean - self.a.mean
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; accuracies and forgetting as fractions, as in the results."""
+        a, b = (spread and spread._asdict() for spread in (self.a, self.b))
+        return {"method": self.method, "figure": self.column.key, "a": a, "b": b, "change": self.change}
+
+    def cells(self) -> tuple[str, ...]:
+        """The figure's row, less the method."""
+        unit = self.column.unit
+        change = NOTHING if self.change is None else number(self.change, unit, "+")
+        return self.column.title, shown(self.a, unit), shown(self.b, unit), change
 
 
 @dataclass(frozen=True)
@@ -49,18 +66,8 @@ class Comparison:
     settings: Mapping[str, tuple[str, str]]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; accuracies and forgetting as fractions, as in the results."""
-        differences = [
-            {
-                "method": one.method,
-                "figure": one.column.key,
-                "a": one.a and one.a._asdict(),
-                "b": one.b and one.b._asdict(),
-                "change": one.change,
-            }
-            for one in self.differences
-        ]
-        return asdict(self) | {"differences": differences}
+        """Plain values."""
+        return asdict(self) | {"differences": [one.to_json() for one in self.differences]}
 
 
 def compare_reports(a: Path, b: Path) -> Comparison:
@@ -74,7 +81,8 @@ def compare_reports(a: Path, b: Path) -> Comparison:
         DataError: one cannot be read, they are of different streams, or no method is in both.
     """
     first, second = read_results(a), read_results(b)
-    if _stream(first) != _stream(second):
+    made = [(one.stream, one.labels, [(e.name, e.classes) for e in one.experiences]) for one in (first, second)]
+    if made[0] != made[1]:
         what = (
             f"{str(a)!r} is of {first.stream!r}, {str(b)!r} of {second.stream!r}"
             if first.stream != second.stream
@@ -85,12 +93,14 @@ def compare_reports(a: Path, b: Path) -> Comparison:
     both = [name for name in ours if name in theirs]
     if not both:
         raise DataError(f"No method is in both: {str(a)!r} has {', '.join(ours)}; {str(b)!r} has {', '.join(theirs)}.")
+    cells = {name: (first.of(name), second.of(name)) for name in both}
     return Comparison(
         first.stream, str(a), str(b),
-        tuple(_difference(name, column, first, second) for name in both for column in (*QUALITY, *PRICE)),
-        {name: (exactness(first.of(name)), exactness(second.of(name))) for name in both},
-        tuple(name for name in ours if name not in both),
-        tuple(name for name in theirs if name not in both),
+        tuple(
+            Difference(name, column, *map(column.spread, cells[name])) for name in both for column in (*QUALITY, *PRICE)
+        ),
+        {name: (exactness(one), exactness(other)) for name, (one, other) in cells.items()},
+        tuple(name for name in ours if name not in both), tuple(name for name in theirs if name not in both),
         _settings(first, second, both),
     )  # fmt: skip
 
@@ -99,44 +109,18 @@ def print_comparison(comparison: Comparison) -> None:
     """Prints the figures of every method in both, then what else differs."""
     rows: list[tuple[str, ...]] = []
     for name, (a, b) in comparison.exactness.items():
-        mine = [one for one in comparison.differences if one.method == name]
-        rows += [
-            (
-                name if i == 0 else "",
-                one.column.title,
-                shown(one.a, one.column.unit),
-                shown(one.b, one.column.unit),
-                _change(one),
-            )
-            for i, one in enumerate(mine)
-        ]
-        rows.append(("", "old tasks' logits", a, b, ""))
-    console.print(table(
-        f"{comparison.stream}: B less A; mean ± standard deviation over seeds",
-        ("method", "figure", "A", "B", "B - A"), rows, right=("A", "B", "B - A"),
-    ))  # fmt: skip
+        mine = [one.cells() for one in comparison.differences if one.method == name]
+        rows += [(name if i == 0 else "", *cells) for i, cells in enumerate([*mine, ("old tasks' logits", a, b, "")])]
+    title = f"{comparison.stream}: B less A; mean ± standard deviation over seeds"
+    show(title, Table(("method", "figure", "A", "B", "B - A"), rows, num_left=2))
     for run, where, only in (("A", comparison.a, comparison.only_a), ("B", comparison.b, comparison.only_b)):
         text = f"{run}: {where}" + (f"; only there: {', '.join(only)}" if only else "")
         console.print(text, markup=False, highlight=False, soft_wrap=True)
     if comparison.settings:
         settings = [(name, *values) for name, values in comparison.settings.items()]
-        console.print(table("What else differs", ("setting", "A", "B"), settings))
+        show("What else differs", Table(("setting", "A", "B"), settings, num_left=3))
     else:
         console.print("Configuration, environment and numbers of images are the same.")
-
-
-def _stream(results: Results) -> tuple[Any, ...]:
-    """What makes a stream: its name, its labels, and which classes come when."""
-    return results.stream, results.labels, [(one.name, one.classes) for one in results.experiences]
-
-
-def _difference(name: str, column: Column, first: Results, second: Results) -> Difference:
-    a, b = column.spread(first.of(name)), column.spread(second.of(name))
-    return Difference(name, column, a, b, None if a is None or b is None else b.mean - a.mean)
-
-
-def _change(one: Difference) -> str:
-    return NOTHING if one.change is None else number(one.change, one.column.unit, "+")
 
 
 def _settings(first: Results, second: Results, both: Sequence[str]) -> dict[str, tuple[str, str]]:

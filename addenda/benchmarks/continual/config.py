@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,8 +9,10 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 
-from addenda.benchmarks.continual.data_config import Data
-from addenda.benchmarks.continual.settings import BaselineSettings
+from addenda.benchmarks.baselines.settings import BaselineSettings
+from addenda.benchmarks.continual.experiences import limited
+from addenda.benchmarks.continual.sources import Data, Place
+from addenda.benchmarks.continual.stream import Stream, slug
 from addenda.exceptions import AddendaError, DataError
 from addenda.learner import LearnConfig, read_mapping
 
@@ -41,7 +42,6 @@ class StreamConfig(BaseModel):
     """A stream, what learns it, and what its file says of a run of it.
 
     Attributes:
-        name: what it is called.
         about: one line for people.
         command: what runs it.
         hardware: what it was run on.
@@ -49,7 +49,6 @@ class StreamConfig(BaseModel):
         expected: what came out for Addenda: a metric's name and its value in %. `read_config` leaves it out where it is
             told to run the stream otherwise.
         expected_with: settings that were given for this, beside the file's own.
-        backbone: the frozen backbone.
         data: where the images come from.
         download: whether missing images may be fetched, from those sources that can.
         limit: training images of an experience at most, drawn class by class; None takes all.
@@ -140,9 +139,19 @@ def read_config(stream: str | Path, overrides: Mapping[str, Any] | None = None) 
     return config
 
 
-def slug(name: str) -> str:
-    """A folder's name as a valid name of a task."""
-    return re.sub(r"[^a-z0-9_-]+", "-", name.lower()).strip("-_") or "stream"
+def build_stream(config: StreamConfig, data_root: Path | None = None, seed: int = 0) -> Stream:
+    """The stream that a configuration means: its images are found and dealt out, and none is read yet.
+
+    Args:
+        config: says which.
+        data_root: where a relative `root` is looked for; None looks in the configuration's own folder.
+        seed: of every draw: of the test part where a set has none, and of the images under a limit.
+
+    Raises:
+        DataError: images are missing, or cannot be dealt out as asked.
+    """
+    whole = config.data.stream(config.name, Place(data_root or config.folder, seed, config.download))
+    return limited(whole, config.limit, config.test_limit, seed)
 
 
 def _as_expected(config: StreamConfig, overrides: Mapping[str, Any]) -> bool:

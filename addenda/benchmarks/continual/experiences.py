@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from operator import itemgetter
 
 import numpy as np
 import torch
 
-from addenda.benchmarks.continual.config import slug
 from addenda.benchmarks.continual.sets import ImageSet
-from addenda.benchmarks.continual.stream import Experience, Stream
+from addenda.benchmarks.continual.stream import Experience, Stream, slug
 from addenda.exceptions import DataError
 from addenda.learner.data import LabelledImages
 
@@ -110,15 +111,19 @@ def _drawn(images: LabelledImages, limit: int | None, seed: int, least: int, sai
         return images
     if limit < least:
         raise DataError(f"The {said} images is too small for experience {name!r}: its classes need {least}.")
-    shuffled = torch.from_numpy(np.random.default_rng(seed).permutation(len(images)))
-    seen: dict[int, int] = {}
+    order = np.random.default_rng(seed).permutation(len(images)).tolist()
+    return images.select(in_turn(order, images.targets.tolist(), limit))
+
+
+def in_turn(order: Sequence[int], targets: Sequence[int], limit: int) -> list[int]:
+    """So many rows: of each class the first in the order, then of each the second, and so on; sorted."""
+    seen: Counter[int] = Counter()
     turns = []
-    for target in images.targets[shuffled].tolist():
-        turns.append(seen.get(target, 0))
-        seen[target] = turns[-1] + 1
-    # each class's first image, then each class's second, and so on
-    in_turn = torch.tensor(turns, dtype=torch.int64, device="cpu").argsort(stable=True)
-    return images.select(sorted(shuffled[in_turn[:limit]].tolist()))
+    for row in order:
+        turns.append((seen[targets[row]], row))
+        seen[targets[row]] += 1
+    turns.sort(key=itemgetter(0))
+    return sorted(row for _, row in turns[:limit])
 
 
 def _labelled(images: LabelledImages, labels: tuple[str, ...], called: Sequence[str]) -> LabelledImages:

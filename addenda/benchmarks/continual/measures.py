@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from statistics import fmean
 
 from avalanche.evaluation.metrics.forgetting_bwt import BWT, Forgetting
 from avalanche.evaluation.metrics.forward_transfer import ForwardTransfer
 
 from addenda.benchmarks.continual.results import Metrics
 
-Row = Sequence[float | None]
 
-
-def measure(matrix: Sequence[Row]) -> Metrics:
+def measure(matrix: Sequence[Sequence[float | None]]) -> Metrics:
     """The figures of one matrix: accuracy after experience i (row) on experience j (column), None where not measured.
 
     Every experience weighs the same, however many test images it has. Before anything is learned nothing is answered,
@@ -33,14 +32,15 @@ def measure(matrix: Sequence[Row]) -> Metrics:
     means = [_mean(row[: after + 1]) for after, row in enumerate(matrix)]
     return Metrics(
         average_accuracy=means[-1] or 0.0,
-        average_incremental_accuracy=None if None in means else _mean(means),
-        forgetting=_mean([forgetting.result_key(on) for on in range(count - 1)]),
-        backward_transfer=_mean([backward.result_key(on) for on in range(count - 1)]),
-        forward_transfer=_mean([forward.result_key(on) for on in range(1, count)]),
+        average_incremental_accuracy=_mean(means),
+        forgetting=_mean(map(forgetting.result_key, range(count - 1))),
+        backward_transfer=_mean(map(backward.result_key, range(count - 1))),
+        forward_transfer=_mean(map(forward.result_key, range(1, count))),
     )
 
 
-def _mean(values: Row) -> float | None:
+def _mean(values: Iterable[float | None]) -> float | None:
     """The mean; None where one is missing, or all."""
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known and len(known) == len(values) else None
+    found = list(values)
+    known = [value for value in found if value is not None]
+    return fmean(known) if known and len(known) == len(found) else None

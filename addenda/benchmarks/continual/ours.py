@@ -7,20 +7,19 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from addenda.backbones import FrozenBackbone
-from addenda.benchmarks.continual.method import NEVER, Price, Scores, quiet_evaluator
+from addenda.benchmarks.baselines.method import Method, Price, Scores, quiet_evaluator
+from addenda.benchmarks.baselines.regimes import batches
 from addenda.benchmarks.continual.stream import Experience, Stream
-from addenda.benchmarks.strategy import Learned, MaskedMemory
+from addenda.benchmarks.strategy import NEVER, Learned, MaskedMemory
 from addenda.combined import Answers, Router, pass_operations, task_cost
 from addenda.learner import LearnConfig
 from addenda.registry import FeatureStatistics, Registry
 
 
-class Masked:
+class Masked(Method):
     """Addenda as a method of the benchmark.
 
     Args:
-        stream: to be learned.
-        backbone: the frozen backbone.
         config: settings of each learning run.
         registry: where the tasks go; a run interrupted finds them there.
     """
@@ -108,10 +107,7 @@ class Masked:
         """All tasks' logits on an experience's test images, from one pass."""
         if experience.name not in self._answers:
             model, images = self._strategy.model.combined, experience.test
-            parts = []
-            for start in range(0, len(images), model.micro_batch):
-                rows = range(start, min(start + model.micro_batch, len(images)))
-                parts.append(model(torch.stack([images.read(i, self._backbone) for i in rows]), pooled=True))
+            parts = [model(part, pooled=True) for part in batches(images, self._backbone, model.micro_batch)]
             logits = {name: torch.cat([part[name] for part in parts]) for name in model.tasks}
             self._answers[experience.name] = Answers(logits, model.exact, torch.cat([_pooled(part) for part in parts]))
         return self._answers[experience.name]

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import html
-import json
-import re
-import textwrap
-from base64 import b64encode
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
-from addenda.benchmarks.continual.figures import Picture, accuracy_so_far, curves, heat_map, mean_matrix, scale
 from addenda.benchmarks.continual.results import FILE, Cell, Results
-from addenda.benchmarks.continual.summary import NOTHING, OURS, verdict
 from addenda.benchmarks.continual.tables import (
     NOT_OFFERED,
+    OURS,
     SETTINGS,
     Setting,
     comparison_table,
@@ -28,8 +20,13 @@ from addenda.benchmarks.continual.tables import (
     footnotes,
     metrics_table,
     proof_table,
+    verdict,
 )
-from addenda.terminal import console, table
+from addenda.benchmarks.report.pages import write_pages
+from addenda.benchmarks.report.plots import Picture, curves, heat_map, scale
+from addenda.benchmarks.report.spread import NOTHING, Spread
+from addenda.benchmarks.report.tables import Table, show, write_json
+from addenda.terminal import console
 
 
 class Drawn(NamedTuple):
@@ -43,20 +40,14 @@ class Drawn(NamedTuple):
 
 
 def write_report(results: Results, folder: Path) -> None:
-    """Writes results.json, report.md, its pictures and report.html.
-
-    Args:
-        results: of a whole run.
-        folder: is made where it is missing.
-    """
+    """Writes results.json, report.md, its pictures and report.html into a folder, which is made where it is missing."""
     folder.mkdir(parents=True, exist_ok=True)
     values = results.to_json()
-    (folder / FILE).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(folder / FILE, values)
     content = _content(results, values)
     for drawn in (content["curves"], content["scale"], *(one for _, pair in content["matrices"] for one in pair)):
         (folder / drawn.file).write_bytes(drawn.light.png)
-    (folder / "report.md").write_text(_templates(_markdown).get_template("report.md.j2").render(content), "utf-8")
-    (folder / "report.html").write_text(_templates(None).get_template("report.html.j2").render(content), "utf-8")
+    write_pages("continual", content, folder)
 
 
 def print_report(results: Results, folder: Path) -> None:
@@ -68,7 +59,7 @@ def print_report(results: Results, folder: Path) -> None:
     }  # fmt: skip
     console.print(verdict(results), markup=False, highlight=False)
     rows = [[row[place] for place in shown.values()] for row in made.rows]
-    console.print(table(f"The stream {results.stream}, accuracy", tuple(shown), rows, right=tuple(shown)[1:]))
+    show(f"The stream {results.stream}, accuracy", Table(tuple(shown), rows))
     for note in footnotes(results):
         console.print(f"- {note}", markup=False, highlight=False)
     console.print(f"The report: {folder / 'report.html'} and {folder / 'report.md'}", markup=False, highlight=False)
@@ -78,6 +69,8 @@ def _content(results: Results, values: dict[str, Any]) -> dict[str, Any]:
     """What both templates show."""
     names = [one.name for one in results.experiences]
     lines = {note.name: (note.label, accuracy_so_far(results.of(note.name))) for note in results.methods}
+    ends = ", ".join(f"{label} {100 * last.mean:.1f} %" for label, (*_, last) in lines.values() if last)
+    early = (row[i + 1 :] for c in results.cells for matrix in (c.told, c.untold) for i, row in enumerate(matrix))
     return {
         "results": results,
         "verdict": verdict(results),
@@ -86,35 +79,37 @@ def _content(results: Results, values: dict[str, Any]) -> dict[str, Any]:
         "footnotes": footnotes(results),
         "curves": Drawn(
             "curves.png",
-            "Untold accuracy after each experience, in the mean over all met: at the end "
-            + ", ".join(f"{label} {100 * last.mean:.1f} %" for label, (*_, last) in lines.values() if last),
-            curves(lines, names, "light"),
-            curves(lines, names, "dark"),
-            (curves(lines, names, "light", narrow=True), curves(lines, names, "dark", narrow=True)),
+            f"Untold accuracy after each experience, in the mean over all met: at the end {ends}",
+            curves(lines, OURS, names, "light"),
+            curves(lines, OURS, names, "dark"),
+            (curves(lines, OURS, names, "light", narrow=True), curves(lines, OURS, names, "dark", narrow=True)),
         ),
         "scale": Drawn("scale.png", "Colours from 0 to 100 % accuracy", scale("light"), scale("dark")),
         "matrices": [
-            (
-                note.label,
-                [_matrix(note.name, note.label, results.of(note.name), setting, names) for setting in SETTINGS],
-            )
+            (note.label, [_matrix(note.name, note.label, results.of(note.name), one, names) for one in SETTINGS])
             for note in results.methods
         ],
         "proof": proof_table(results),
         "extra": extra_table(results),
         "metrics": metrics_table(results),
         "not_offered": NOT_OFFERED if len(names) > 1 else "",
-        "early": any(value is not None for cell in results.cells for value in _early(cell)),
+        "early": any(value is not None for row in early for value in row),
         "experiences": experience_table(results),
-        "expected": _yaml(values["expected"]),
-        "config": _yaml(values["config"]),
-        "environment": _yaml(values["environment"]),
+        **{key: _yaml(values[key]) for key in ("expected", "config", "environment")},
     }
 
 
-def _early(cell: Cell) -> list[float | None]:
-    """Accuracies before the experience was learned."""
-    return [value for matrix in (cell.told, cell.untold) for i, row in enumerate(matrix) for value in row[i + 1 :]]
+def mean_matrix(cells: Sequence[Cell], setting: Setting) -> list[list[float | None]]:
+    """The mean accuracy matrix over seeds; None where no seed has one."""
+    stages = range(len(cells[0].told))
+    spreads = [[Spread.of(getattr(cell, setting)[i][j] for cell in cells) for j in stages] for i in stages]
+    return [[spread and spread.mean for spread in row] for row in spreads]
+
+
+def accuracy_so_far(cells: Sequence[Cell]) -> list[Spread | None]:
+    """Untold accuracy after each experience, in the mean over all that were met; None where nothing was answered."""
+    seen = [[Spread.of(row[: i + 1]) for i, row in enumerate(cell.untold)] for cell in cells]
+    return [Spread.of(spread and spread.mean for spread in stage) for stage in zip(*seen, strict=True)]
 
 
 def _matrix(name: str, label: str, cells: list[Cell], setting: Setting, names: list[str]) -> Drawn:
@@ -130,29 +125,3 @@ def _matrix(name: str, label: str, cells: list[Cell], setting: Setting, names: l
 
 def _yaml(values: Mapping[str, Any]) -> str:
     return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True) if values else ""
-
-
-def _templates(finalize: Callable[[Any], Any] | None) -> Environment:
-    """Both templates escape whatever is put into them; Markdown by `finalize`, before HTML's own way."""
-    made = Environment(
-        loader=PackageLoader(__package__), autoescape=True, finalize=finalize, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
-    )  # fmt: skip
-    made.filters |= {"base64": _base64, "block": _block}
-    return made
-
-
-def _markdown(value: Any) -> Any:
-    """Text that Markdown, and the HTML in it, show as it is."""
-    if hasattr(value, "__html__"):
-        return value
-    return Markup(re.sub(r"([\\`*_\[\]|$~])", r"\\\1", html.escape(str(value), quote=False)).replace("\n", " "))
-
-
-def _base64(data: bytes) -> str:
-    return b64encode(data).decode()
-
-
-def _block(text: str) -> Markup:
-    """A block of code by indentation, which no content can end."""
-    return Markup(textwrap.indent(text, "    ", lambda line: True))

@@ -104,13 +104,13 @@ class MethodNote:
         name: as in the cells; names files too.
         label: what people read.
         note: one sentence, such as "forgets nothing when told the task".
-        verified: whether its code was checked against a published figure.
+        verified: False for a port that was not checked against a published figure, in results of earlier versions.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
     label: str
     note: str
-    verified: bool
+    verified: bool = True
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -128,7 +128,6 @@ class Results:
     """A whole run.
 
     Attributes:
-        stream: name of the stream.
         command: the command line that made it; empty where it was made in Python.
         hardware: the machine, its device and threads, in words.
         expected: what the stream's file says should come out for Addenda; empty where the stream was run otherwise.

@@ -9,7 +9,6 @@ import torch
 
 from addenda.exceptions import DataError
 from addenda.learner.data import LabelledImages, open_parts
-from addenda.learner.splitting import split
 
 TEST_FRACTION = 0.2
 
@@ -19,7 +18,6 @@ class ImageSet:
     """A set of images.
 
     Attributes:
-        name: what it is called.
         train: images to learn from.
         test: images to be tested on, of the same classes or of fewer.
     """
@@ -61,7 +59,7 @@ def open_folder(name: str, folder: Path, seed: int, address: str | None = None) 
     train, test = open_parts(folder)
     if test is not None:
         return ImageSet(name, train, test)
-    kept, held_out = split(train.targets, len(train.labels), TEST_FRACTION, seed)
+    kept, held_out = train.objective.split(train.targets, len(train.labels), TEST_FRACTION, seed)
     return ImageSet(name, train.select(sorted(kept.tolist())), train.select(sorted(held_out.tolist())))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from addenda.learner.labelled import LabelledImages
+from addenda.learner.data.labelled import LabelledImages
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,6 @@ class Stream:
     """A stream.
 
     Attributes:
-        name: what it is called.
-        labels: names of all its classes.
         experiences: in the order in which they come.
     """
 
@@ -99,6 +98,11 @@ class Stream:
         return with_task_labels(known) if task_labels else known
 
 
+def slug(name: str) -> str:
+    """A folder's name as a valid name of a task."""
+    return re.sub(r"[^a-z0-9_-]+", "-", name.lower()).strip("-_") or "stream"
+
+
 class _Pictures(Dataset[tuple[Any, int]]):
     """Labelled images as they are held, each with the number of its class."""
 
@@ -110,4 +114,4 @@ class _Pictures(Dataset[tuple[Any, int]]):
         return len(self._images)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        return self._images.picture(index), self.targets[index]
+        return self._images.item(index).picture(), self.targets[index]

@@ -1,12 +1,18 @@
-"""The tables of a report, and the notes below the first of them, as texts."""
+"""The columns that methods are compared by, and the tables of a report with the notes below the first of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Literal, NamedTuple
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
 
-from addenda.benchmarks.continual.results import Metrics, Results
-from addenda.benchmarks.continual.summary import CHANGED, NOTHING, OURS, PRICE, QUALITY, Spread, exactness, shown
+from addenda.benchmarks.continual.results import Cell, Metrics, Results
+from addenda.benchmarks.report.spread import NOTHING, Spread, Unit, shown
+from addenda.benchmarks.report.tables import Table
+
+OURS = "addenda"
+"""The method whose promise the report is about."""
 
 Setting = Literal["told", "untold"]
 SETTINGS: tuple[Setting, ...] = ("told", "untold")
@@ -18,13 +24,73 @@ NOT_OFFERED = (
 )
 
 
-class Table(NamedTuple):
-    """Cells as texts; the first `num_left` columns are aligned to the left. `ours` is the row of our method."""
+@dataclass(frozen=True)
+class Column:
+    """One figure of a cell: its key for programs, its title for people, its unit, and how a cell gives it."""
 
-    columns: list[str]
-    rows: list[list[str]]
-    num_left: int = 1
-    ours: int | None = None
+    key: str
+    title: str
+    unit: Unit
+    of: Callable[[Cell], float | None]
+
+    def spread(self, cells: Iterable[Cell]) -> Spread | None:
+        """Over a method's cells."""
+        return Spread.of(map(self.of, cells))
+
+    def text(self, cells: Iterable[Cell]) -> str:
+        """The same, as people read it."""
+        return shown(self.spread(cells), self.unit)
+
+
+def _metric(name: str, setting: Setting, title: str) -> Column:
+    return Column(f"{name}_{setting}", title, "%", lambda cell: getattr(getattr(cell, f"{setting}_metrics"), name))
+
+
+AVERAGE_UNTOLD = _metric("average_accuracy", "untold", "average accuracy, untold, %")
+FORGETTING_TOLD = _metric("forgetting", "told", "forgetting, told, points")
+FORGETTING_UNTOLD = _metric("forgetting", "untold", "forgetting, untold, points")
+QUALITY = (
+    _metric("average_accuracy", "told", "average accuracy, told, %"),
+    AVERAGE_UNTOLD,
+    _metric("average_incremental_accuracy", "untold", "average incremental accuracy, untold, %"),
+    FORGETTING_TOLD,
+    FORGETTING_UNTOLD,
+)
+PRICE = (
+    Column("stored_bytes", "stored per task", "bytes", lambda cell: cell.stored_bytes),
+    Column("train_seconds", "training seconds", "s", lambda cell: sum(cell.train_seconds)),
+    Column("relative_inference", "inference, passes", "passes", lambda cell: cell.relative_inference),
+)
+CHANGED = Column("changed_decisions", "answers changed, %", "%", lambda cell: cell.changed_decisions)
+
+
+def exactness(cells: Iterable[Cell]) -> str:
+    """Whether old tasks' logits kept every byte in all seeds, or the most that one moved."""
+    cells = list(cells)
+    if not any(cell.comparisons for cell in cells):
+        return "nothing to compare"
+    if all(cell.identical for cell in cells):
+        return "identical"
+    most = max((cell.max_difference for cell in cells), key=lambda value: (math.isnan(value), value))
+    return f"moves by {most:.2g}"
+
+
+def verdict(results: Results) -> str:
+    """One sentence: whether our method kept its promise; without it, which method answers best untold."""
+    cells = results.of(OURS)
+    if not cells:
+        means = ((AVERAGE_UNTOLD.spread(results.of(note.name)), note.label) for note in results.methods)
+        spread, label = max((spread, label) for spread, label in means if spread is not None)
+        return f"{label}: the highest average accuracy, untold, {shown(spread, AVERAGE_UNTOLD.unit)} %."
+    label = next(note.label for note in results.methods if note.name == OURS)
+    seeds = "the one seed" if len(cells) == 1 else f"all {len(cells)} seeds"
+    moved = sum(not cell.identical for cell in cells)
+    told, untold = (column.text(cells) for column in (FORGETTING_TOLD, FORGETTING_UNTOLD))
+    kept = {
+        "nothing to compare": "one experience alone, so no old task's logits to compare",
+        "identical": f"old tasks' logits identical, byte for byte, in {seeds}",
+    }.get(exactness(cells), f"old tasks' logits MOVED in {moved} of {len(cells)} seeds ({exactness(cells)})")
+    return f"{label}: {kept}; forgetting {told} points told, {untold} untold."
 
 
 def comparison_table(results: Results) -> Table:
@@ -70,14 +136,8 @@ def proof_table(results: Results) -> Table | None:
         return None
     images = sum((many - 1 - place) * one.num_test for place, one in enumerate(results.experiences))
     rows = [
-        [
-            str(one.seed),
-            str(one.comparisons),
-            str(images),
-            "yes" if one.identical else "NO",
-            f"{one.max_difference:.2g}",
-        ]
-        for one in cells
+        (str(c.seed), str(c.comparisons), str(images), "yes" if c.identical else "NO", f"{c.max_difference:.2g}")
+        for c in cells
     ]
     return Table(["seed", "comparisons", "images compared", "identical", "largest difference"], rows)
 
@@ -109,9 +169,8 @@ def metrics_table(results: Results) -> Table:
     rows = []
     for note in results.methods:
         for setting in SETTINGS:
-            found = [getattr(cell, f"{setting}_metrics") for cell in results.of(note.name)]
-            spreads = [Spread.of(getattr(metrics, name) for metrics in found) for name in names]
-            rows.append([note.label, setting, *(shown(spread, "%") for spread in spreads)])
+            columns = [_metric(name, setting, name) for name in names]
+            rows.append([note.label, setting, *(column.text(results.of(note.name)) for column in columns)])
     return Table(["method", "task", *(name.replace("_", " ") for name in names)], rows, num_left=2)
 
 

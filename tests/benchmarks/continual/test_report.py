@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from addenda.benchmarks.continual.comparison import compare_reports, print_comparison
-from addenda.benchmarks.continual.figures import accuracy_so_far, mean_matrix
-from addenda.benchmarks.continual.report import write_report
+from addenda.benchmarks.continual.report import accuracy_so_far, mean_matrix, write_report
 from addenda.benchmarks.continual.results import (
     Cell,
     ExperienceNote,
@@ -23,7 +22,7 @@ from addenda.benchmarks.continual.results import (
     Results,
     read_results,
 )
-from addenda.benchmarks.continual.summary import exactness, verdict
+from addenda.benchmarks.continual.tables import exactness, verdict
 from addenda.exceptions import DataError
 from addenda.terminal import console
 

@@ -12,13 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from addenda.benchmarks.continual.config import StreamConfig, read_config, stream_names
+from addenda.benchmarks.continual.config import StreamConfig, build_stream, read_config, stream_names
 from addenda.benchmarks.continual.experiences import by_class
 from addenda.benchmarks.continual.sets import ImageSet, open_folder
-from addenda.benchmarks.continual.sources import build_stream, folder_stream
 from addenda.benchmarks.continual.stream import Stream
 from addenda.exceptions import DataError
-from addenda.learner.labelled import LabelledImages
+from addenda.learner.data.labelled import LabelledImages
 from tests.support.images import colour_folder
 from tests.support.places import SHARED
 
@@ -312,7 +311,7 @@ def test_without_a_test_part_a_fifth_of_each_class_is_held_out_by_the_seed(tmp_p
 
 def test_any_folder_of_class_folders_is_a_stream(tmp_path: Path) -> None:
     put(tmp_path / "My Birds!", 6, 10)
-    stream = folder_stream(tmp_path / "My Birds!", 3)
+    stream = build_stream(read_config(tmp_path / "My Birds!", {"data": {"num_experiences": 3}}))
     assert stream.name == "my-birds"
     assert [one.name for one in stream.experiences] == ["my-birds-1", "my-birds-2", "my-birds-3"]
     assert [one.classes for one in stream.experiences] == [(0, 1), (2, 3), (4, 5)]

@@ -1,0 +1,149 @@
+"""Methods that keep nothing but statistics of the frozen pooled feature: cheap, and hard to beat."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+import torch.nn.functional as F
+from avalanche.training.supervised.deep_slda import StreamingLDA
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from addenda.benchmarks.baselines.method import OneHead, quiet_evaluator
+from addenda.combined import task_cost
+from addenda.learner.data.labelled import LabelledImages
+
+RIDGES = tuple(10.0**exponent for exponent in range(-8, 9))
+"""Penalties that RanPAC chooses from, as in its authors' code."""
+
+
+class FeatureMethod(OneHead):
+    """A method that sees each image as its frozen pooled feature."""
+
+    def _learn(self, number: int) -> None:
+        images = self.stream.experiences[number].train
+        order = torch.randperm(
+            len(images),
+            generator=torch.Generator().manual_seed(1_000_003 * self.seed + number),
+            dtype=torch.int64,
+            device="cpu",
+        )
+        self._fit(self.pooled(images)[order], images.targets[order])
+
+    def _logits(self, images: LabelledImages) -> Float[Tensor, "N C"]:
+        return self._answer(self.pooled(images)).float()
+
+    @abstractmethod
+    def _fit(self, features: Float[Tensor, "N D"], targets: Int[Tensor, " N"]) -> None:
+        """Learns from one experience's images, in random order."""
+
+    @abstractmethod
+    def _answer(self, features: Float[Tensor, "N D"]) -> Float[Tensor, "N C"]: ...
+
+
+class NearestMean(FeatureMethod):
+    """The class whose mean feature has the greatest cosine with the image's.
+
+    Source: SimpleCIL in Zhou et al., "Revisiting Class-Incremental Learning with Pre-Trained Models", IJCV 2024.
+    """
+
+    def __post_init__(self) -> None:
+        self._sums = torch.zeros(
+            len(self.stream.labels), self.backbone.embed_dim, dtype=torch.float32, device="cpu"
+        )  # a sum has the direction of a mean
+
+    def _fit(self, features: Float[Tensor, "N D"], targets: Int[Tensor, " N"]) -> None:
+        self._sums.index_add_(0, targets, features)
+
+    def _answer(self, features: Float[Tensor, "N D"]) -> Float[Tensor, "N C"]:
+        return F.normalize(features, dim=1) @ F.normalize(self._sums, dim=1).T
+
+    def _stored_bytes(self) -> float:
+        return self._sums.nbytes
+
+
+class StreamingDiscriminant(FeatureMethod):
+    """Avalanche's streaming linear discriminant analysis, one image at a time.
+
+    Its scores grow with an inverse covariance of up to 1 / shrinkage and would pass below NEVER, so they are given
+    times the shrinkage.
+
+    Source: Hayes and Kanan, "Lifelong Machine Learning with Deep Streaming Linear Discriminant Analysis", CVPR-W 2020.
+    """
+
+    def __post_init__(self) -> None:
+        self._slda = StreamingLDA(
+            slda_model=nn.Identity(),
+            criterion=None,
+            input_size=self.backbone.embed_dim,
+            num_classes=len(self.stream.labels),
+            evaluator=quiet_evaluator(),
+        )
+
+    def _fit(self, features: Float[Tensor, "N D"], targets: Int[Tensor, " N"]) -> None:
+        for feature, target in zip(features.split(1), targets.split(1), strict=True):
+            self._slda.fit(feature, target)
+
+    def _answer(self, features: Float[Tensor, "N D"]) -> Float[Tensor, "N C"]:
+        scores: Tensor = self._slda.predict(features) * self._slda.shrinkage_param
+        return scores
+
+    def _stored_bytes(self) -> float:
+        return float(self._slda.muK.nbytes + self._slda.cK.nbytes + self._slda.Sigma.nbytes)
+
+
+class RanPAC(FeatureMethod):
+    """A ridge regression on random features relu(f W), from sums over all images so far.
+
+    The ridge's penalty is chosen anew in each experience, on a held-out fifth of its images. Sums are in float64.
+    Without the paper's first stage, which adapts the backbone to the first experience.
+
+    Source: McDonnell et al., "RanPAC: Random Projections and Pre-trained Models for Continual Learning", NeurIPS 2023.
+    """
+
+    def __post_init__(self) -> None:
+        width = self.settings.ranpac_width
+        random = torch.Generator().manual_seed(self.seed)
+        self._projection = torch.randn(
+            self.backbone.embed_dim, width, generator=random, dtype=torch.float32, device="cpu"
+        )
+        self._gram = torch.zeros(width, width, dtype=torch.float64, device="cpu")
+        self._sums = torch.zeros(width, len(self.stream.labels), dtype=torch.float64, device="cpu")
+        self._weight = torch.zeros(width, len(self.stream.labels), dtype=torch.float64, device="cpu")
+
+    def _fit(self, features: Float[Tensor, "N D"], targets: Int[Tensor, " N"]) -> None:
+        hidden = self._hidden(features)
+        answers = F.one_hot(targets, len(self.stream.labels)).double()
+        ridge = choose_ridge(hidden, answers)
+        self._gram += hidden.T @ hidden
+        self._sums += hidden.T @ answers
+        self._weight = torch.linalg.solve(
+            self._gram + ridge * torch.eye(len(self._gram), dtype=torch.float32, device="cpu"), self._sums
+        )
+
+    def _answer(self, features: Float[Tensor, "N D"]) -> Float[Tensor, "N C"]:
+        return self._hidden(features) @ self._weight
+
+    def _hidden(self, features: Float[Tensor, "N D"]) -> Float[Tensor, "N M"]:
+        return F.relu(features @ self._projection).double()
+
+    def _stored_bytes(self) -> float:
+        return sum(kept.nbytes for kept in (self._projection, self._gram, self._sums, self._weight))
+
+    def _relative_inference(self) -> float:
+        return 1 + self._projection.numel() / task_cost(self.backbone, 0).backbone_operations
+
+
+def choose_ridge(hidden: Float[Tensor, "N M"], answers: Float[Tensor, "N C"]) -> float:
+    """The penalty of RIDGES with the least squared error on the last fifth of the images.
+
+    Solved between images, not features: H'(HH' + rI)^-1 Y is (H'H + rI)^-1 H'Y, and one decomposition serves every r.
+    """
+    count = int(0.8 * len(hidden))
+    shown, held_out = hidden[:count], hidden[count:]
+    values, vectors = torch.linalg.eigh(shown @ shown.T)
+    values = values.clamp(min=0)
+    seen, known = held_out @ shown.T @ vectors, vectors.T @ answers[:count]
+    errors = [((seen / (values + ridge)) @ known - answers[count:]).square().mean().item() for ridge in RIDGES]
+    return RIDGES[errors.index(min(errors))]

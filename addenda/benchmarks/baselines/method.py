@@ -1,0 +1,146 @@
+"""What the benchmark asks of every method: learn an experience, then score images, told of their task or not."""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from avalanche.training.plugins import EvaluationPlugin
+from jaxtyping import Float
+from torch import Tensor
+
+from addenda.backbones import FrozenBackbone
+from addenda.benchmarks.baselines.settings import BaselineSettings
+from addenda.benchmarks.continual.stream import Experience, Stream
+from addenda.benchmarks.strategy import NEVER
+from addenda.learner import ActivationCache, Augmentation
+from addenda.learner.activations import Activations
+from addenda.learner.data import LabelledImages
+
+
+class Scores(NamedTuple):
+    """A method's scores of all C classes of the stream on N images; the highest is its answer.
+
+    Attributes:
+        told: where the task is known: NEVER for the classes of other tasks.
+        untold: where it is not: NEVER only for classes that were never met.
+    """
+
+    told: Float[Tensor, "N C"]
+    untold: Float[Tensor, "N C"]
+
+
+@dataclass(frozen=True)
+class Price:
+    """What a method costs after a whole stream.
+
+    Attributes:
+        stored_bytes: what it keeps for one task, in the mean, beside one backbone: weights, statistics, images.
+        relative_inference: arithmetic of one image's answer, over one pass of the backbone.
+    """
+
+    stored_bytes: float
+    relative_inference: float
+
+
+class Method(ABC):
+    """A way to learn a stream; one is made for each seed."""
+
+    @abstractmethod
+    def learn(self, number: int) -> None:
+        """Learns experience `number`; all before it were learned, in order."""
+
+    @abstractmethod
+    def scores(self, experience: Experience) -> Scores:
+        """Scores the test images of an experience, whether it was learned yet or not."""
+
+    @abstractmethod
+    def price(self) -> Price:
+        """What it costs, now."""
+
+    def extra(self) -> dict[str, float | dict[str, float]]:
+        """Figures that only this method has."""
+        return {}
+
+
+@dataclass(eq=False)
+class Baseline(Method):
+    """A method that Addenda is compared with.
+
+    Attributes:
+        name: as `--methods` has it.
+        backbone: where it starts; it stays as it is.
+        settings: how it learns.
+        seed: of all that is random.
+    """
+
+    name: str
+    stream: Stream
+    backbone: FrozenBackbone
+    settings: BaselineSettings
+    seed: int
+    # the images too, so that no other gets their id
+    _kept: dict[int, tuple[LabelledImages, Tensor]] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        """Makes what a method needs beside these."""
+
+    def pooled(self, images: LabelledImages) -> Float[Tensor, "N D"]:
+        """The backbone's pooled feature of each image, on the CPU; what was read once stays in memory."""
+        if id(images) not in self._kept:
+            found = Activations(self.backbone, images, Augmentation(views=0), ActivationCache()).pooled
+            self._kept[id(images)] = images, found
+        return self._kept[id(images)][1]
+
+    def nothing(self, images: LabelledImages) -> Float[Tensor, "N C"]:
+        """Scores that offer no class."""
+        return torch.full((len(images), len(self.stream.labels)), NEVER, dtype=torch.float32, device="cpu")
+
+
+class OneHead(Baseline):
+    """A method with one head over all classes: its scores, told the task, are its scores untold of that task's."""
+
+    num_learned = 0
+
+    def learn(self, number: int) -> None:
+        """Learns experience `number`; all before it were learned, in order."""
+        self._learn(number)
+        self.num_learned = number + 1
+
+    def scores(self, experience: Experience) -> Scores:
+        """Scores the test images of an experience, whether it was learned yet or not."""
+        untold, told = self.nothing(experience.test), self.nothing(experience.test)
+        if self.num_learned:
+            learned = self.stream.experiences[: self.num_learned]
+            met = sorted({number for one in learned for number in one.classes})
+            untold[:, met] = self._logits(experience.test)[:, met]
+            told[:, list(experience.classes)] = untold[:, list(experience.classes)]
+        return Scores(told, untold)
+
+    def price(self) -> Price:
+        """What it costs, now."""
+        return Price(self._stored_bytes() / max(1, self.num_learned), self._relative_inference())
+
+    def _relative_inference(self) -> float:
+        return 1.0
+
+    @abstractmethod
+    def _learn(self, number: int) -> None: ...
+
+    @abstractmethod
+    def _logits(self, images: LabelledImages) -> Float[Tensor, "N C"]:
+        """Scores of all classes, on the CPU."""
+
+    @abstractmethod
+    def _stored_bytes(self) -> float:
+        """What it keeps, of all experiences together."""
+
+
+def quiet_evaluator() -> EvaluationPlugin:
+    """An Avalanche evaluator that measures and says nothing: the benchmark measures for itself."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "No loggers specified")
+        return EvaluationPlugin()

@@ -1,0 +1,372 @@
+"""The regimes that the paper compares: settings of `LearnConfig`, and rivals that move the frozen tokens.
+
+A rival starts from the same regression on the same split as a task, under the same penalty on its head. Validation
+chooses its learning rate and epoch too: by accuracy, and by loss among equals, since full fine-tuning soon grows too
+sure of itself and its loss rises while its accuracy still does. None can be registered.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from addenda.backbones import FrozenBackbone
+from addenda.benchmarks.baselines.dense_mask import DENSE_NAMES, DenseMask
+from addenda.exceptions import TrainingError
+from addenda.learner.activations import Activations
+from addenda.learner.augmentation import Augmentation, augment, view_seed
+from addenda.learner.cache import ActivationCache
+from addenda.learner.candidates import Tensors, as_fields, first_tensors, schedule
+from addenda.learner.config import LearnConfig
+from addenda.learner.context import Report
+from addenda.learner.data import LabelledImages
+from addenda.learner.objectives import Regression, accuracy
+from addenda.registry import Task
+
+REGISTRABLE = ("head", "head+class", "memory-M", "adapters-R", "regression", "default", "default+adapters")
+AS_SHIPPED: Mapping[str, Mapping[str, Any]] = {
+    "regression": {"head_only": True}, "default": {}, "default+adapters": {"adapter_rank": "auto"},
+}  # fmt: skip
+"""What a user gets, by the settings that are asked for."""
+
+RIVALS = {
+    "full": "it changes the backbone's own weights",
+    "lora": "its updates change what the backbone's own tokens become",
+    "unmasked": "without the mask the frozen tokens see the task's",
+}
+"""Why each cannot be registered."""
+
+LEARNING_RATES: Mapping[str, tuple[float, ...]] = {
+    "full": (3e-5, 1e-4),
+    "lora": (3e-4, 1e-3),
+    "unmasked": (1e-3, 3e-3),
+}
+"""What a rival is tried with, unless told. Between these lay the best of two to four rates on the validation parts of
+pacs_sketch and textures (ViT-Ti, 140 images each, 6 epochs, one seed)."""
+
+LORA_LAYERS = r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(fc1|fc2))"
+EVALUATION_BATCH = 32
+
+Answer = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class RivalConfig:
+    """How a rival is trained.
+
+    Attributes:
+        epochs: passes over the training part, at most; validation picks the best.
+        batch_size: images in an optimiser step.
+        learning_rate: at its highest; of several, validation picks the best. Empty takes the regime's own.
+        weight_decay: AdamW's, of all but the head, which has the regression's own penalty instead.
+        warmup_steps: steps of linear warm-up before the cosine.
+        clip_norm: largest norm of the gradient.
+        augmentation: random views of the training images, drawn once and kept in memory.
+        validation_fraction: the share of the training images held out.
+        autocast: whether passes run in bfloat16 where torch's autocast thinks it safe.
+        seed: of the split, of the first values and of the order of images.
+    """
+
+    epochs: int = 8
+    batch_size: int = 16
+    learning_rate: tuple[float, ...] = ()
+    weight_decay: float = 0.05
+    warmup_steps: int = 5
+    clip_norm: float = 1.0
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    validation_fraction: float = 0.2
+    autocast: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A rival at its best epoch.
+
+    Attributes:
+        learning_rate: the one chosen.
+        epoch: the one chosen, from 1.
+        validation_loss: of it.
+        validation_accuracy: of it, 0..1.
+        test_accuracy: on the test images, if there are any.
+        num_images: images that training passed, all learning rates together.
+        tensors: what was learned, by name.
+    """
+
+    learning_rate: float
+    epoch: int
+    validation_loss: float
+    validation_accuracy: float
+    test_accuracy: float | None
+    num_images: int
+    tensors: Tensors
+
+
+def is_rival(regime: str) -> bool:
+    """Whether a regime is for comparison only; raises TrainingError where there is no such regime."""
+    return _parse(regime)[0] in RIVALS
+
+
+def regime_config(regime: str, config: LearnConfig) -> LearnConfig:
+    """The settings under which `Learner` learns and registers a regime.
+
+    Args:
+        regime: `"head"` (the logistic regression), `"head+class"`, `"memory-5"` or `"adapters-8"`, with any number; or,
+            as a user meets them, `"regression"`, `"default"` and `"default+adapters"`, which decides for itself.
+        config: all other settings; of those a user meets, the seed alone.
+
+    Raises:
+        TrainingError: the regime is unknown, or moves the frozen tokens and so can never be registered.
+    """
+    kind, size = _parse(regime)
+    if kind in RIVALS:
+        raise TrainingError(
+            f"Regime {regime!r} cannot be registered: {RIVALS[kind]}, so tasks learned before would not keep their "
+            f"bits. It is trained for comparison only (addenda bench paper). Registrable: {', '.join(REGISTRABLE)}."
+        )
+    if kind in AS_SHIPPED:
+        return LearnConfig.parse({**AS_SHIPPED[kind], "seed": config.seed})
+    if kind == "head":
+        return replace(config, head_only=True)
+    if kind == "adapters":
+        return replace(config, adapter_rank=size)
+    return replace(config, num_memory_tokens=size)
+
+
+def train_rival(
+    regime: str,
+    backbone: FrozenBackbone,
+    images: LabelledImages,
+    test: LabelledImages | None = None,
+    config: RivalConfig | None = None,
+    cache: ActivationCache | None = None,
+    report: Report | None = None,
+) -> Rival:
+    """Trains a rival with each learning rate; the test images are scored once, after everything is chosen.
+
+    Args:
+        regime: `"full"` (all weights), `"lora-8"` (PEFT's low-rank updates of every linear layer of the blocks) or
+            `"unmasked-5"` (class token and memory, every token seeing every other), with any number.
+        backbone: where it starts; it stays as it is.
+        images: to learn from and to validate on.
+        test: to score.
+        config: how.
+        cache: where the frozen features are kept that the regression is fitted on.
+        report: told of the progress.
+
+    Raises:
+        DataError: an image cannot be read.
+        TrainingError: the regime is unknown or no rival, every learning rate diverged, or PEFT is not installed.
+        BackboneError: the regime is LoRA, and the backbone is no VisionTransformer.
+    """
+    config = config or RivalConfig()
+    kind, _ = _parse(regime)
+    if kind not in RIVALS:
+        raise TrainingError(f"Regime {regime!r} is no rival: `Learner` learns it. Rivals: full, lora-R, unmasked-M.")
+    if kind == "lora":
+        backbone.check_vision_transformer(f"The regime {regime!r}")
+    if config.augmentation.fresh:
+        raise TrainingError("Rivals learn from views that are kept in memory; fresh ones are not for them.")
+    activations = Activations(backbone, images, replace(config.augmentation, views=0), cache or ActivationCache())
+    targets, objective = activations.targets, images.objective
+    train, validation = objective.split(targets, len(images.labels), config.validation_fraction, config.seed)
+    strength = objective.choose_strength(activations.pooled, targets, config.seed)
+    regression = objective.fit_regression(activations.pooled[train], targets[train], strength)
+    pixels = _read_views(images, backbone, config.augmentation)
+
+    rates = config.learning_rate or LEARNING_RATES[kind]
+    steps = math.ceil(len(train) / config.batch_size)
+    best = Rival(0.0, 0, math.inf, 0.0, None, len(rates) * config.epochs * len(train), {})
+    for place, rate in enumerate(rates):
+        module, answer = _build(regime, backbone, regression, images.labels, config.seed)
+        learned = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        head = {name: p for name, p in learned.items() if name.startswith(("head", "pooled"))}
+        head_weights = [p for name, p in head.items() if p.ndim == 2]
+        # The regression's own, once for each feature that the head reads (Trainer.run says why).
+        penalty = len(head_weights) / (2 * strength * len(train))
+        groups: list[dict[str, Any]] = [
+            {"params": [p for name, p in learned.items() if name not in head]},
+            {"params": list(head.values()), "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=config.weight_decay)
+        rise = partial(schedule, warmup_steps=config.warmup_steps, steps=steps * config.epochs)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rise)
+        random = torch.Generator().manual_seed(config.seed)
+        for epoch in range(1, config.epochs + 1):
+            order = train[torch.randperm(len(train), generator=random, dtype=torch.int64, device="cpu")]
+            views = torch.randint(
+                1 + config.augmentation.num_views, (len(order),), generator=random, dtype=torch.int64, device="cpu"
+            )
+            batches = zip(order.split(config.batch_size), views.split(config.batch_size), strict=True)
+            for step, (rows, chosen) in enumerate(batches, 1):
+                with torch.autocast(backbone.device.type, torch.bfloat16, enabled=config.autocast):
+                    logits = answer(pixels[chosen, rows].to(backbone.device))
+                mean = objective.loss(logits.float(), targets[rows].to(backbone.device))
+                (mean + penalty * torch.stack([w.square().sum() for w in head_weights]).sum()).backward()
+                nn.utils.clip_grad_norm_(learned.values(), config.clip_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+                scheduler.step()
+                if report is not None:
+                    done = (place * config.epochs + epoch - 1) * steps + step
+                    standing = f"validation {100 * best.validation_accuracy:.1f} %" if best.epoch else ""
+                    report(f"training {regime}, {standing}", done, len(rates) * config.epochs * steps)
+            logits = _logits(answer, pixels[0, validation], backbone, config.autocast)
+            reached = objective.loss(logits, targets[validation]).item()
+            right = accuracy(logits, targets[validation])
+            if math.isfinite(reached) and (-right, reached) < (-best.validation_accuracy, best.validation_loss):
+                kept = {
+                    name: p.detach().clone(memory_format=torch.contiguous_format).cpu() for name, p in learned.items()
+                }
+                best = replace(
+                    best, learning_rate=rate, epoch=epoch, validation_loss=reached, validation_accuracy=right,
+                    tensors=kept,
+                )  # fmt: skip
+    if best.epoch == 0:
+        raise TrainingError(f"{regime!r} diverged with every learning rate of {rates}. Try smaller ones.")
+    if test is None:
+        return best
+    module.load_state_dict(best.tensors, strict=False)
+    logits = _logits(answer, test.read_all(backbone), backbone, config.autocast)
+    return replace(best, test_accuracy=accuracy(logits, test.targets))
+
+
+def rival_logits(
+    regime: str,
+    backbone: FrozenBackbone,
+    rival: Rival,
+    labels: tuple[str, ...],
+    pixels: Float[Tensor, "N 3 H W"],
+    autocast: bool = False,
+) -> Float[Tensor, "N C"]:
+    """What a trained rival answers for other images.
+
+    Args:
+        regime: as it was trained.
+        backbone: the one that it was trained on.
+        rival: what was learned.
+        labels: of the images that it learned from.
+        pixels: the images, as the backbone takes them.
+        autocast: as it was trained.
+    """
+    nothing = Regression(
+        torch.zeros(len(labels), backbone.embed_dim, dtype=torch.float32, device="cpu"),
+        torch.zeros(len(labels), dtype=torch.float32, device="cpu"),
+        1.0,
+    )
+    module, answer = _build(regime, backbone, nothing, labels, 0)
+    module.load_state_dict(rival.tensors, strict=False)
+    return _logits(answer, pixels, backbone, autocast)
+
+
+def joined_accuracies(
+    backbone: FrozenBackbone,
+    rivals: Mapping[str, Tensors],
+    tests: Mapping[str, LabelledImages],
+    autocast: bool = False,
+) -> dict[str, float]:
+    """Joins unmasked rivals that were trained apart in one sequence, every token seeing every other, and scores each.
+
+    Args:
+        backbone: the one that they were trained on.
+        rivals: the tensors of each, by name.
+        tests: the images to score each on, by the same names.
+        autocast: as they were trained.
+
+    Raises:
+        DataError: an image cannot be read.
+    """
+    tasks = [
+        _unmasked_task(name, backbone, tests[name].labels, {key: tensors[own] for key, own in DENSE_NAMES.items()})
+        for name, tensors in rivals.items()
+    ]
+    joined = DenseMask(backbone, tasks, masked=False)
+    return {
+        name: accuracy(
+            _logits(lambda pixels, name=name: joined(pixels)[name], test.read_all(backbone), backbone, autocast),  # type: ignore[misc]
+            test.targets,
+        )
+        for name, test in tests.items()
+    }
+
+
+def _parse(regime: str) -> tuple[str, int]:
+    """The kind of a regime, and its number of memory tokens or its rank."""
+    if regime in ("full", "head", *AS_SHIPPED):
+        return regime, 0
+    if regime == "head+class":
+        return "memory", 0
+    kind, _, size = regime.partition("-")
+    if kind not in ("memory", "adapters", "unmasked", "lora") or not size.isdecimal() or int(size) < 1:
+        raise TrainingError(
+            f"Regime {regime!r} is not known. Known: {', '.join(REGISTRABLE)}, full, lora-R, unmasked-M; M memory "
+            "tokens in each layer, R the rank, 1 or more."
+        )
+    return kind, int(size)
+
+
+def _read_views(images: LabelledImages, backbone: FrozenBackbone, how: Augmentation) -> Float[Tensor, "V N 3 H W"]:
+    """Every image as it is, then the very views of it that a task learns from."""
+    views = [images.read_all(backbone)]
+    for number in range(1, 1 + how.num_views):
+        seeds = [view_seed(images.digest(index), number) for index in range(len(images))]
+        makes = [partial(augment, how=how, seed=seed, preprocessing=backbone.preprocessing) for seed in seeds]
+        views.append(torch.stack([images.read(i, backbone, transform=make) for i, make in enumerate(makes)]))
+    return torch.stack(views)
+
+
+def _build(
+    regime: str, backbone: FrozenBackbone, regression: Regression, labels: tuple[str, ...], seed: int
+) -> tuple[nn.Module, Answer]:
+    """Where a rival starts, and its answer; the parameters that want gradients are what it learns."""
+    kind, size = _parse(regime)
+    if kind == "unmasked":
+        config = LearnConfig(num_memory_tokens=size, seed=seed)
+        start = first_tensors(backbone, regression, config.candidates[0], config.memory_std)
+        dense = DenseMask(backbone, [_unmasked_task("rival", backbone, labels, start)], masked=False)
+        return dense, lambda pixels: dense(pixels)["rival"]
+    model: Any = backbone.trainable_copy(len(labels))
+    with torch.no_grad():
+        model.head.weight.copy_(regression.weight)
+        model.head.bias.copy_(regression.bias)
+    if kind == "lora":
+        with torch.random.fork_rng(devices=[]):  # PEFT draws from the global generator
+            torch.manual_seed(seed)
+            model = _low_rank(model, size)
+        model.head.requires_grad_(True)
+    return model, model
+
+
+def _low_rank(model: nn.Module, rank: int) -> nn.Module:
+    """A frozen model with PEFT's updates, which start as nothing, in every linear layer of its blocks."""
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ModuleNotFoundError as error:
+        raise TrainingError(f"Regime 'lora-{rank}' needs PEFT ({error}): pip install 'addenda[bench]'") from error
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LORA_LAYERS)
+    injected: nn.Module = inject_adapter_in_model(config, model.requires_grad_(False))
+    return injected
+
+
+def _unmasked_task(name: str, backbone: FrozenBackbone, labels: tuple[str, ...], tensors: Tensors) -> Task:
+    """What DenseMask is made of; its tensors mean nothing under the mask, so no one else gets it."""
+    return Task(name=name, backbone=backbone.fingerprint, labels=labels, **as_fields(tensors))
+
+
+def batches(images: LabelledImages, backbone: FrozenBackbone, size: int) -> Iterator[Float[Tensor, "B 3 H W"]]:
+    """Images as the backbone takes them, so many at a time."""
+    for rows in torch.arange(len(images), dtype=torch.int64, device="cpu").split(size):
+        yield images.select(rows.tolist()).read_all(backbone)
+
+
+@torch.no_grad()
+def _logits(answer: Answer, pixels: Tensor, backbone: FrozenBackbone, autocast: bool) -> Float[Tensor, "N C"]:
+    with torch.autocast(backbone.device.type, torch.bfloat16, enabled=autocast):
+        return torch.cat([answer(part.to(backbone.device)).float().cpu() for part in pixels.split(EVALUATION_BATCH)])

@@ -1,0 +1,189 @@
+"""One cell of a run: one method learns a stream with one seed, is scored after each experience, and is kept at once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+
+from addenda.backbones import FrozenBackbone
+from addenda.benchmarks.baselines.method import Method
+from addenda.benchmarks.baselines.methods import baseline
+from addenda.benchmarks.baselines.settings import BaselineSettings
+from addenda.benchmarks.continual.config import StreamConfig
+from addenda.benchmarks.continual.measures import measure
+from addenda.benchmarks.continual.ours import Masked
+from addenda.benchmarks.continual.results import Cell, MethodNote
+from addenda.benchmarks.continual.stream import Experience, Stream
+from addenda.benchmarks.report.jsonl import append_line, read_lines
+from addenda.benchmarks.strategy import NEVER
+from addenda.learner import LearnConfig
+from addenda.registry import Registry, canonical_json
+
+Report = Callable[[str, int, int], None]
+
+OURS: Mapping[str, tuple[MethodNote, Mapping[str, Any]]] = MappingProxyType({
+    "addenda": (
+        MethodNote(
+            "addenda", "Addenda",
+            "as `addenda learn` does by default; less seconds where an earlier seed has kept activations",
+        ),
+        {},
+    ),
+    "addenda-adapters": (
+        MethodNote("addenda-adapters", "Addenda, adapters", "adapters where validation says that they pay"),
+        {"adapter_rank": "auto"},
+    ),
+})  # fmt: skip
+"""Our own methods: what people should know of them, and their settings."""
+
+CELLS, SECONDS, REGISTRIES = "cells.jsonl", "seconds.jsonl", "registries"
+DONE = "done"
+"""Ends what is reported of a cell that is whole."""
+
+
+@dataclass
+class Run:
+    """One method with one seed.
+
+    Attributes:
+        stream: with this seed.
+        images: fingerprints of its images, which the cell's key depends on.
+        seed: of everything random.
+        out: the run's folder.
+    """
+
+    config: StreamConfig
+    backbone: FrozenBackbone
+    stream: Stream
+    images: Sequence[Sequence[str]]
+    name: str
+    seed: int
+    out: Path
+
+    def __post_init__(self) -> None:
+        own, settings = OURS[self.name][1] if self.name in OURS else {}, TypeAdapter(BaselineSettings)
+        self._ours = LearnConfig.parse({**self.config.learn, **own, "seed": self.seed}) if self.name in OURS else None
+        depends = {
+            "method": self.name,
+            "seed": self.seed,
+            "settings": self._ours.to_json()
+            if self._ours
+            else settings.dump_python(self.config.baselines, mode="json"),
+            "backbone": self.backbone.fingerprint,
+            "images": self.images,
+        }
+        self._key = hashlib.sha256(canonical_json(depends).encode()).hexdigest()[:16]
+
+    def cell(self, report: Report) -> Cell:
+        """The cell: as it was kept, or computed now and kept."""
+        cells = TypeAdapter(Cell)
+        for line in read_lines(self.out / CELLS):
+            if line["key"] == self._key:
+                try:
+                    return cells.validate_python(line["cell"])
+                except ValidationError:
+                    continue  # of another version; computed anew
+        with ExitStack() as stack:
+            made = self._compute(self._make(stack), report)
+        append_line(self.out / CELLS, {"key": self._key, "cell": json.loads(cells.dump_json(made))})
+        return made
+
+    def _make(self, stack: ExitStack) -> Method:
+        if self._ours is None:
+            made = baseline(self.name).make
+            return made(self.name, self.stream, self.backbone, self.config.baselines, self.seed)
+        folder = self.out / REGISTRIES
+        folder.mkdir(exist_ok=True)
+        registry = stack.enter_context(Registry.open(folder / f"{self.name}-seed{self.seed}-{self._key}.db"))
+        return Masked(self.stream, self.backbone, self._ours, registry)
+
+    def _compute(self, method: Method, report: Report) -> Cell:
+        experiences = self.stream.experiences
+        matrices, seconds = _Matrices(len(experiences)), []
+        for number, experience in enumerate(experiences):
+            report(f"learning {experience.name}", number, len(experiences))
+            start = time.monotonic()
+            method.learn(number)
+            seconds.append(self._seconds(number, time.monotonic() - start))
+            report(f"testing after {experience.name}", number, len(experiences))
+            for on in range(min(number + 2, len(experiences))):
+                matrices.add(number, on, experiences[on], *method.scores(experiences[on]))
+        report(DONE, len(experiences), len(experiences))
+        price = method.price()
+        return Cell(
+            method=self.name,
+            seed=self.seed,
+            told=matrices.told,
+            untold=matrices.untold,
+            comparisons=matrices.comparisons,
+            identical=matrices.identical,
+            max_difference=matrices.max_difference,
+            changed_decisions=matrices.changed_decisions,
+            train_seconds=seconds,
+            stored_bytes=price.stored_bytes,
+            relative_inference=price.relative_inference,
+            told_metrics=measure(matrices.told),
+            untold_metrics=measure(matrices.untold),
+            extra=method.extra(),
+        )
+
+    def _seconds(self, number: int, measured: float) -> float:
+        """How long an experience took to learn; of a task that an interrupted run registered, what that run noted."""
+        key = f"{self._key}-{number}"
+        kept = [line["seconds"] for line in read_lines(self.out / SECONDS) if line["key"] == key]
+        if kept and self._ours is not None:
+            return float(kept[0])
+        append_line(self.out / SECONDS, {"key": key, "seconds": measured})
+        return measured
+
+
+class _Matrices:
+    """Accuracies, and what becomes of old experiences' scores."""
+
+    def __init__(self, count: int) -> None:
+        self.told: list[list[float | None]] = [[None] * count for _ in range(count)]
+        self.untold: list[list[float | None]] = [[None] * count for _ in range(count)]
+        self.comparisons, self.max_difference = 0, 0.0
+        self._moved = False
+        self._first: dict[int, tuple[Tensor, Tensor]] = {}
+        self._decided, self._changed = 0, 0
+
+    def add(self, after: int, on: int, experience: Experience, told: Tensor, untold: Tensor) -> None:
+        """Scores on an experience after another was learned; where none of its classes is offered, nothing is noted."""
+        if (untold == NEVER).all():
+            return
+        classes, targets = list(experience.classes), experience.test.targets
+        for matrix, scores in ((self.told, told), (self.untold, untold)):
+            if (scores[:, classes] > NEVER).any():
+                matrix[after][on] = (scores.argmax(1) == targets).float().mean().item()
+        logits, decisions = told[:, classes], untold.argmax(1)
+        if on == after:
+            self._first[on] = logits, decisions
+        elif on < after and on in self._first:
+            before, decided = self._first[on]
+            self.comparisons += 1
+            self._moved |= before.numpy().tobytes() != logits.numpy().tobytes()
+            self.max_difference = max(self.max_difference, (before - logits).abs().max().item())
+            if after == len(self.told) - 1:
+                self._decided += len(decisions)
+                self._changed += int((decided != decisions).sum())
+
+    @property
+    def identical(self) -> bool | None:
+        """Whether no old score has moved by a bit; None where there was none to compare."""
+        return not self._moved if self.comparisons else None
+
+    @property
+    def changed_decisions(self) -> float | None:
+        """The share of untold answers on old experiences that are others now; None where there are none."""
+        return self._changed / self._decided if self._decided else None

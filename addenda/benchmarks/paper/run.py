@@ -1,0 +1,306 @@
+"""`addenda bench paper`: the paper's comparison on any image folders and any backbone, cell by cell, over seeds."""
+
+from __future__ import annotations
+
+import csv
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from addenda.backbones import FrozenBackbone
+from addenda.benchmarks.baselines.regimes import (
+    AS_SHIPPED,
+    REGISTRABLE,
+    RivalConfig,
+    batches,
+    is_rival,
+    joined_accuracies,
+    regime_config,
+    train_rival,
+)
+from addenda.benchmarks.continual.experiences import in_turn
+from addenda.benchmarks.paper.report import COLLAPSE, PAIRS, write_report
+from addenda.benchmarks.report.jsonl import append_line, read_lines
+from addenda.combined import CombinedModel
+from addenda.exceptions import DataError, TrainingError
+from addenda.files import output_folder, written
+from addenda.learner import LearnConfig, Learner
+from addenda.learner.data import LabelledImages, check_same_labels, open_images
+from addenda.learner.objectives import accuracy
+from addenda.registry import Registry, Task
+from addenda.terminal import console, progress
+
+REGIMES = (
+    "full", "head", "head+class", "memory-1", "memory-5", "memory-10", "memory-20",
+    "unmasked-5", "adapters-8", "lora-8", PAIRS, COLLAPSE,
+)  # fmt: skip
+KNOWN = ("full", "lora-R", "unmasked-M", *REGISTRABLE, PAIRS, COLLAPSE)
+"""Every regime; M is a number of memory tokens, R a rank."""
+
+MASKED, UNMASKED = "memory-5", "unmasked-5"
+"""The regimes of which pairs and the collapse are made."""
+
+OURS = LearnConfig(batch_size=16, calibrate=False, fall_back=False, refit=False)
+"""As the rivals: all learn from the training part alone, in as many steps an epoch, and stand for themselves."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared, and how.
+
+    Attributes:
+        data: a folder of data sets, each with train/ and test/.
+        limit: training images of a set, drawn class by class; None takes all.
+        ours: settings of the registrable regimes, less those that the regime and the seed say.
+        rivals: settings of the others, less the seed.
+    """
+
+    backbone: FrozenBackbone
+    data: Path
+    limit: int | None = None
+    ours: LearnConfig = OURS
+    rivals: RivalConfig = field(default_factory=RivalConfig)
+
+    def settings(self, regime: str) -> dict[str, Any]:
+        """All that a cell's figures depend on beside its place, as JSON gives it back."""
+        common = {"backbone": self.backbone.fingerprint, "limit": self.limit}
+        if regime != PAIRS and (regime == COLLAPSE or is_rival(regime)):
+            return common | {"config": json.loads(json.dumps(asdict(self.rivals)))}
+        ours = regime_config(regime, self.ours) if regime in AS_SHIPPED else self.ours
+        return common | {"config": ours.to_json()}
+
+
+def check_run(data: Path, sets: Sequence[str], regimes: Sequence[str]) -> None:
+    """Finds what would stop a run, before weights are looked for; arguments as of `run_paper`.
+
+    Raises:
+        DataError: a set is missing.
+        TrainingError: a regime is unknown.
+    """
+    for regime in regimes:
+        try:
+            if regime not in (PAIRS, COLLAPSE):
+                is_rival(regime)
+        except TrainingError as error:
+            raise TrainingError(
+                f"Regime {regime!r} is not known. Known: {', '.join(KNOWN)}; M memory tokens in each layer, R the rank."
+            ) from error
+    missing = [name for name in sets if not all((data / name / part).is_dir() for part in ("train", "test"))]
+    if missing:
+        raise DataError(f"{str(data)!r} has no set {missing[0]!r} with train/ and test/ in it.")
+
+
+def run_paper(
+    comparison: Comparison, sets: Sequence[str], seeds: int, regimes: Sequence[str], out: Path
+) -> list[dict[str, Any]]:
+    """Computes the cells that `out`/cells.jsonl does not hold yet, each added as soon as it is known; then reports.
+
+    A seed draws the subset, its validation part, first values and order. `"pairs"` are each set and the next: the
+    second learned as an extension of the first, and both in one combined model. `"collapse"` joins the first sets, two
+    and more, without the mask.
+
+    Args:
+        comparison: what is compared.
+        sets: names of folders.
+        seeds: how many.
+        regimes: of the forms in `KNOWN`.
+        out: folder of the cells, the registry, what the rivals of the collapse learned, and the report.
+
+    Returns:
+        All cells of these settings, earlier runs' and other sets' too.
+
+    Raises:
+        DataError: a set is missing or too small.
+        TrainingError: a regime is unknown, or its training gave nothing.
+    """
+    check_run(comparison.data, sets, regimes)
+    of_one_set = [regime for regime in regimes if regime not in (PAIRS, COLLAPSE)]
+    rivals = [regime for regime in of_one_set if is_rival(regime)]
+    ours = [regime for regime in of_one_set if regime not in rivals]
+    output_folder(out)
+    with Registry.open(out / "tasks.db") as registry:
+        run = _Run(comparison, Learner(comparison.backbone, registry), out)
+        for seed in range(seeds):
+            for name in sets:
+                run.learn(name, seed, ours)
+                for regime in rivals:
+                    run.train(name, seed, regime)
+            if PAIRS in regimes:
+                for one, other in pairwise(sets):
+                    run.pair(one, other, seed)
+            if COLLAPSE in regimes:
+                for count in range(2, len(sets) + 1):
+                    run.collapse(sets[:count], seed)
+    cells = [cell for cell in run.cells if cell["settings"] == comparison.settings(cell["regime"])]
+    write_report(cells, comparison.backbone, comparison.data, comparison.limit, out)
+    return cells
+
+
+class _Run:
+    """Computes cells, and keeps each at once."""
+
+    def __init__(self, comparison: Comparison, learner: Learner, out: Path) -> None:
+        self.comparison, self.learner, self.backbone, self.out = comparison, learner, comparison.backbone, out
+        self._file = out / "cells.jsonl"
+        self.cells = read_lines(self._file)
+
+    def learn(self, name: str, seed: int, regimes: Sequence[str]) -> None:
+        """Learns registrable regimes; one combined pass over the test images scores all, each as if it were alone."""
+        waiting = [regime for regime in regimes if not self._has(name, seed, regime)]
+        if not waiting:
+            return
+        found: dict[str, tuple[Task, float, int]] = {}
+        for regime in waiting:
+            start = time.monotonic()
+            task, num_images = self._task(name, seed, regime)
+            found[regime] = task, time.monotonic() - start, num_images
+        test = self._test(name, next(iter(found.values()))[0].labels)
+        answers = self._answer([task for task, _, _ in found.values()], test)
+        for regime, (task, seconds, num_images) in found.items():
+            metrics = task.metrics
+            self._keep(
+                name, seed, regime, seconds=seconds, num_images=num_images,
+                chosen=metrics.get("chosen") or {"strength": metrics["regression"]["strength"]},
+                validation=metrics["validation"]["accuracy"],
+                test=accuracy(answers[task.name], test.targets), num_test=len(test),
+            )  # fmt: skip
+
+    def train(self, name: str, seed: int, regime: str) -> None:
+        """Trains and scores a rival."""
+        learned = self._learned(name, seed)
+        if self._has(name, seed, regime) and (regime != UNMASKED or learned.exists()):
+            return
+        images = open_images(self._subset(name, seed))
+        config = replace(self.comparison.rivals, seed=seed)
+        start = time.monotonic()
+        with progress() as report:
+            rival = train_rival(
+                regime, self.backbone, images, self._test(name, images.labels), config, self.learner.cache,
+                lambda what, done, total: report(f"{name} seed {seed}: {what}", done, total),
+            )  # fmt: skip
+        if regime == UNMASKED:
+            learned.parent.mkdir(exist_ok=True)
+            save_file(rival.tensors, learned)
+        self._keep(
+            name, seed, regime, seconds=time.monotonic() - start, num_images=rival.num_images,
+            chosen={"learning_rate": rival.learning_rate, "epoch": rival.epoch},
+            validation=rival.validation_accuracy, test=rival.test_accuracy,
+        )  # fmt: skip
+
+    def pair(self, one: str, other: str, seed: int) -> None:
+        """Learns a set as an extension of another; answers both, and the extension, together and each alone."""
+        place = f"{one}+{other}"
+        if self._has(place, seed, PAIRS):
+            return
+        start = time.monotonic()
+        first, second = (self._task(name, seed, MASKED)[0] for name in (one, other))
+        extension, _ = self._task(other, seed, MASKED, extends=first)
+        tests = [self._test(one, first.labels), self._test(other, second.labels)]
+        alone = [self._answer([task], test)[task.name] for task, test in zip((first, second), tests, strict=True)]
+        together = [self._answer([first, second, extension], test) for test in tests]
+        joined = [answers[task.name] for answers, task in zip(together, (first, second), strict=True)]
+        self._keep(
+            place, seed, PAIRS, seconds=time.monotonic() - start,
+            alone=[accuracy(logits, test.targets) for logits, test in zip(alone, tests, strict=True)],
+            together=[accuracy(logits, test.targets) for logits, test in zip(joined, tests, strict=True)],
+            identical=all(a.numpy().tobytes() == b.numpy().tobytes() for a, b in zip(alone, joined, strict=True)),
+            extended=accuracy(together[1][extension.name], tests[1].targets),
+            validation=[task.metrics["validation"]["accuracy"] for task in (second, extension)],
+        )  # fmt: skip
+
+    def collapse(self, names: Sequence[str], seed: int) -> None:
+        """Joins rivals that were trained apart, without the mask."""
+        place = "+".join(names)
+        if self._has(place, seed, COLLAPSE):
+            return
+        start = time.monotonic()
+        for name in names:
+            self.train(name, seed, UNMASKED)
+        tests = {name: self._test(name, open_images(self._subset(name, seed)).labels) for name in names}
+        tensors = {name: load_file(self._learned(name, seed)) for name in names}
+        together = joined_accuracies(self.backbone, tensors, tests, self.comparison.rivals.autocast)
+        alone = {name: self._cell(name, seed, UNMASKED)["test"] for name in names}
+        self._keep(
+            place, seed, COLLAPSE, seconds=time.monotonic() - start,
+            alone=[alone[name] for name in names], together=[together[name] for name in names],
+        )  # fmt: skip
+
+    def _task(self, name: str, seed: int, regime: str, extends: Task | None = None) -> tuple[Task, int]:
+        """A registered task, learned now if it was not before, and how many images training passed for it."""
+        config = regime_config(regime, replace(self.comparison.ours, seed=seed))
+        called = f"{name}-seed{seed}-{regime}".lower().replace("+", "-")
+        if extends is not None:
+            config, called = replace(config, extends=(extends.ref,)), f"{name}-on-{extends.name}".lower()
+        with progress() as report:
+            task = self.learner.learn(called, self._subset(name, seed), config=config, new_version=True, report=report)
+        trained = [loss for epoch in task.metrics.get("curves", ()) for loss in epoch["train_loss"] if loss is not None]
+        held_out = task.metrics["validation"]["num_images"]
+        return task, len(trained) * (task.data["num_images"] - held_out)
+
+    def _subset(self, name: str, seed: int) -> Path:
+        """A listing of the training images that all regimes see."""
+        file = self.out / "subsets" / f"{name}-seed{seed}.csv"
+        images = open_images(self.comparison.data / name / "train")
+        rows = balanced_rows(images.targets, self.comparison.limit or len(images), seed)
+        file.parent.mkdir(exist_ok=True)
+        # another process may be reading the listing
+        with written(file) as unfinished, unfinished.open("w", newline="") as stream:
+            writer = csv.writer(stream)
+            writer.writerow(("path", "label"))
+            for row in rows:
+                item = images.items[row]
+                assert isinstance(item, Path)  # of a folder
+                writer.writerow((item.resolve(), images.labels[images.targets[row]]))
+        return file
+
+    def _learned(self, name: str, seed: int) -> Path:
+        return self.out / "unmasked" / f"{name}-seed{seed}.safetensors"
+
+    def _test(self, name: str, labels: tuple[str, ...]) -> LabelledImages:
+        return check_same_labels(labels, open_images(self.comparison.data / name / "test"), "single-label")
+
+    def _answer(self, tasks: Sequence[Task], test: LabelledImages) -> dict[str, Tensor]:
+        """Logits of some tasks on all test images, in one pass."""
+        model = CombinedModel(self.backbone, tasks)
+        parts = [model(part) for part in batches(test, self.backbone, model.micro_batch)]
+        return {task.name: torch.cat([part[task.name].cpu() for part in parts]) for task in tasks}
+
+    def _cell(self, place: str, seed: int, regime: str) -> dict[str, Any]:
+        key = {"set": place, "seed": seed, "regime": regime, "settings": self.comparison.settings(regime)}
+        return next((cell for cell in self.cells if cell.items() >= key.items()), {})
+
+    def _has(self, place: str, seed: int, regime: str) -> bool:
+        return bool(self._cell(place, seed, regime))
+
+    def _keep(self, place: str, seed: int, regime: str, **found: Any) -> None:
+        cell = {"set": place, "seed": seed, "regime": regime, **found, "settings": self.comparison.settings(regime)}
+        self.cells.append(cell)
+        append_line(self._file, cell)
+        shown = {key: value for key, value in found.items() if not key.startswith("num_")}
+        console.print(f"{place}, seed {seed}, {regime}: {_shown(shown)}", markup=False, highlight=False)
+
+
+def balanced_rows(targets: Tensor, limit: int, seed: int) -> list[int]:
+    """Rows of so many images, drawn at random, of each class alike as far as they go."""
+    random = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(targets), generator=random, dtype=torch.int64, device="cpu").tolist()
+    return in_turn(order, targets.tolist(), limit)
+
+
+def _shown(found: Mapping[str, Any]) -> str:
+    def plain(value: Any) -> str:
+        if isinstance(value, float):
+            return f"{value:.4g}"
+        if isinstance(value, list):
+            return " ".join(map(plain, value))
+        return " ".join(f"{k} {plain(v)}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+
+    return ", ".join(f"{key} {plain(value)}" for key, value in found.items())

@@ -1,0 +1,1 @@
+"""What a registry takes to register, load, list and tell of a change."""

@@ -1,0 +1,1 @@
+"""How benchmarks write down what they found: tables, pictures, lines of JSON."""

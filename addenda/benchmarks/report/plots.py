@@ -1,0 +1,280 @@
+"""The pictures of all reports: matrices and curves of a stream, and the plots of cost, training and the paper."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+from addenda.benchmarks.report.spread import Spread
+from addenda.terminal import size
+
+Scheme = Literal["light", "dark"]
+SCHEMES: Mapping[Scheme, Mapping[str, str]] = {
+    "light": {"paper": "#ffffff", "ink": "#1c2126", "faint": "#d5dade"},
+    "dark": {"paper": "#171b1f", "ink": "#e3e7ea", "faint": "#3a4148"},
+}
+HUES = ("#0072b2", "#d55e00", "#cc79a7", "#e69f00", "#56b4e9", "#8c8c8c")
+"""Okabe and Ito's, told apart by colour-blind people too; their green is ours alone."""
+
+INKS, FAINT = ("#0b6e4f", "#c1666b", "#4059ad", "#b8860b", "#8d3b72", "#555555"), "#bbbbbb"
+"""Of the plots that stand beside a table."""
+
+OURS_HUE, MARKS, STROKES = "#009e73", "sD^vPX*", ("-", "--", ":")
+SLANTED: Mapping[str, Any] = {"rotation": 35, "ha": "right", "rotation_mode": "anchor", "parse_math": False}
+SCALE = "viridis"
+CSS_DPI, SHARPNESS = 100, 2
+LONGEST_NAME = 16
+
+
+class Picture(NamedTuple):
+    """A PNG and the width in CSS pixels at which it is meant to be seen."""
+
+    png: bytes
+    width: int
+
+
+def heat_map(matrix: Sequence[Sequence[float | None]], names: Sequence[str], scheme: Scheme) -> Picture:
+    """An accuracy matrix, values in percent written in its cells; italic: before the experience was learned."""
+    many, short = len(names), [_short(name) for name in names]
+    side = 0.46 * many + 0.6 + 0.08 * max(map(len, short))
+    with _drawing(scheme, (max(2.6, side), max(2.3, side))) as (figure, axes):
+        shades = matplotlib.colormaps[SCALE]
+        values = [[float("nan") if value is None else 100 * value for value in row] for row in matrix]
+        axes.imshow(values, cmap=shades, vmin=0, vmax=100)
+        for i, row in enumerate(matrix):
+            for j, value in enumerate(row):
+                if value is not None:
+                    slant = "italic" if j > i else "normal"
+                    ink = "#ffffff" if value < 0.48 else "#10151a"
+                    axes.text(j, i, f"{100 * value:.1f}", ha="center", va="center", size=8.5, color=ink, style=slant)
+        axes.set_xticks(range(many), short, **SLANTED)
+        axes.set_yticks(range(many), short, parse_math=False)
+        axes.set(xlabel="tested on", ylabel="after learning")
+        axes.tick_params(length=0, labelsize=9)
+        axes.spines[:].set_visible(False)
+        return _picture(figure)
+
+
+def scale(scheme: Scheme) -> Picture:
+    """What the colours of all heat maps stand for."""
+    with _drawing(scheme, (3.2, 0.55)) as (figure, axes):
+        axes.imshow([list(range(101))], cmap=SCALE, aspect="auto", extent=(0, 100, 0, 1))
+        axes.set(yticks=[], xlabel="accuracy, %")
+        axes.tick_params(length=2, labelsize=8)
+        axes.xaxis.label.set_fontsize(9)
+        axes.spines[:].set_visible(False)
+        return _picture(figure)
+
+
+def curves(
+    lines: Mapping[str, tuple[str, Sequence[Spread | None]]],
+    ours: str,
+    names: Sequence[str],
+    scheme: Scheme,
+    narrow: bool = False,
+) -> Picture:
+    """Accuracy on everything met so far: a line for each method and a band of its spread over seeds.
+
+    Args:
+        lines: by the method's name, what people call it and its accuracy after each experience.
+        ours: the name of our own method, whose line is the widest, and green.
+        names: of the experiences.
+        scheme: of colours.
+        narrow: for a phone: lines are named below the axes instead of at their ends.
+    """
+    height = max(4.2, 1.2 + 0.27 * len(lines))
+    with _drawing(scheme, (3.7, 3.4 + 0.23 * len(lines)) if narrow else (7.4, height)) as (figure, axes):
+        stages, last = range(1, len(names) + 1), len(names)
+        ends = []
+        for name, style in _styles(lines, ours).items():
+            label, found = lines[name]
+            answered = [(stage, spread) for stage, spread in zip(stages, found, strict=True) if spread is not None]
+            at = [stage for stage, _ in answered]
+            means = [100 * spread.mean for _, spread in answered]
+            edges = [100 * (spread.deviation or 0) for _, spread in answered]
+            low, high = ([m + side * e for m, e in zip(means, edges, strict=True)] for side in (-1, 1))
+            axes.plot(at, means, markersize=5, label=_short(label, 34), **style)
+            axes.fill_between(at, low, high, color=style["color"], alpha=0.16, linewidth=0)
+            ends.append((means[-1], label, style["color"]))
+        axes.set(
+            ylim=(0, 103),
+            xlim=(0.95 - 0.03 * last, 1.03 * last + 0.05),
+            ylabel="accuracy, task untold, %",
+            xlabel="after learning",
+        )
+        shown = names if not narrow or last <= 6 else ["" if i % 2 else name for i, name in enumerate(names)]
+        axes.set_xticks(stages, map(_short, shown), **SLANTED)
+        axes.grid(axis="y", color=SCHEMES[scheme]["faint"], linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+        if narrow:
+            for text in figure.legend(loc="outside lower left", frameon=False, fontsize=9).get_texts():
+                text.set_parse_math(False)
+            return _picture(figure)
+        gap = 103 * 0.19 / (height - 1)  # of a line of text, in points of accuracy
+        for place, (value, label, hue) in zip(_apart([end[0] for end in ends], gap), ends, strict=True):
+            leader = {"arrowstyle": "-", "color": hue, "linewidth": 1.2, "relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 5}
+            axes.annotate(_short(label, 28), (last, value), (1.07, place), textcoords=axes.get_yaxis_transform(),
+                          va="center", annotation_clip=False, parse_math=False, arrowprops=leader)  # fmt: skip
+        return _picture(figure)
+
+
+def cost_curves(measured: Mapping[str, Sequence[Mapping[str, Any]]], file: Path) -> None:
+    """Cost against tasks on each backbone, with the limit that arithmetic sets; `measured` has its rows by its name."""
+    styles = {
+        "combined, exact": {"color": INKS[0], "marker": "o"},
+        "dense mask, precomputed": {"color": INKS[1], "marker": "s"},
+        "dense mask": {"color": INKS[4], "marker": "^"},
+        "separate passes": {"color": INKS[5], "marker": "x", "linestyle": "none"},
+    }
+    figure = Figure(figsize=(max(7, 1 + 4.2 * len(measured)), 5), layout="constrained")
+    panels = figure.subplots(1, len(measured), sharey=True, squeeze=False)[0]
+    for axis, (name, found) in zip(panels, measured.items(), strict=True):
+        for way, style in styles.items():
+            rows = [row for row in found if row["what"] == way]
+            tasks, ratios = ([row[key] for row in rows] for key in ("num_tasks", "ratio"))
+            below = [row["ratio"] * (1 - row["low"] / row["seconds"]) for row in rows]
+            above = [row["ratio"] * (row["high"] / row["seconds"] - 1) for row in rows]
+            axis.errorbar(tasks, ratios, yerr=[below, above], label=way, capsize=3, **style)
+            if way == "combined, exact":
+                limits, label = [row["limit"] for row in rows], "its limit: operations, nothing filled"
+                axis.plot(tasks, limits, color=INKS[0], linestyle=":", label=label)
+        axis.axhline(1, color=FAINT, linewidth=1, zorder=0)
+        axis.set(xscale="log", yscale="log", title=name, xlabel="tasks")
+        axis.set_yticks([1, 2, 5, 10], ["1x", "2x", "5x", "10x"])
+        axis.minorticks_off()
+        axis.set_xticks([1, 10, 100, 1000], ["1", "10", "100", "1,000"])
+    panels[0].set_ylabel("time of a pass, stock timm = 1")
+    handles, labels = panels[0].get_legend_handles_labels()
+    columns = 3 if len(measured) > 1 else 2
+    figure.legend(handles, labels, frameon=False, fontsize=9, loc="outside lower center", ncols=columns)
+    figure.savefig(file, dpi=140)
+
+
+def training_curves(details: Mapping[str, Any], file: Path) -> None:
+    """Left, the time of learning a task against epochs; right, the memory of a step."""
+    figure = Figure(figsize=(9.5, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    num, few, green, red = details["epochs"], details["dense_epochs"], INKS[0], INKS[4]
+    epochs = range(1, num + 1)
+    dense = [details["dense_epoch_s"] * epoch for epoch in epochs]
+    left.plot(epochs, dense, color=red, linestyle="--", label="dense mask, extrapolated")
+    left.plot(epochs[:few], dense[:few], "o", color=red, label="dense mask, trained")
+    cached = [details["fill_s"] + details["train_s"] / num * epoch for epoch in epochs]
+    left.plot(epochs, cached, color=green, linewidth=2, label="cached, filling included")
+    left.axhline(details["pass_s"], color="#999999", linestyle=":", label="stock timm, one pass")
+    left.set(xscale="log", yscale="log", xlabel="epochs", ylabel="seconds", title="learning a task")
+    left.set_xticks([1, 10, 100], ["1", "10", "100"])
+    left.legend(frameon=False, fontsize=8)
+    names = {"one": "one\ncandidate", "eight": "eight\ncandidates", "full": "full\nfine-tuning"}
+    values = [details["peak_bytes"][name] / 1e6 for name in names]
+    bars = right.bar(list(names.values()), values, color=[green, green, red])
+    right.bar_label(bars, [size(1e6 * value) for value in values], fontsize=8)
+    right.set(yscale="log", ylabel="MB of live tensors at most", title="memory of a step")
+    right.set_ylim(min(values) / 3, max(values) * 3)
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=140)
+
+
+Gains = Mapping[str, Mapping[str, Spread]]
+
+
+def paper_panels(
+    here: Gains, paper: Gains, joined: Mapping[str, Mapping[int, float]], masked: tuple[str, float] | None, file: Path
+) -> None:
+    """What each regime gains over the head alone, here and in the paper; and a task among others without the mask.
+
+    Args:
+        here: by set and regime, points above the head alone.
+        paper: likewise.
+        joined: accuracies in % by their label and the number of tasks in the sequence.
+        masked: the label and accuracy in % of a task under the mask.
+        file: to write.
+    """
+    regimes = list(dict.fromkeys(regime for gains in here.values() for regime in gains))
+    figure = Figure(figsize=(15, 5.2), layout="constrained")
+    panels = figure.subplots(1, 3, width_ratios=(max(3, len(regimes)), 7, 4))
+    for axis, sets, title in zip(panels, (here, paper), ("here", "the paper (ViT-B/32)"), strict=False):
+        columns = list(dict.fromkeys(regime for gains in sets.values() for regime in gains))
+        for i, (name, gains) in enumerate(sets.items()):
+            places = [columns.index(regime) + 0.07 * (i - (len(sets) - 1) / 2) for regime in gains]
+            means, errors = [one.mean for one in gains.values()], [one.deviation or 0.0 for one in gains.values()]
+            axis.errorbar(places, means, errors, label=name, color=INKS[i % len(INKS)], marker="os"[sets is paper],
+                          linestyle="none", capsize=2, markersize=5)  # fmt: skip
+        axis.set_xticks(range(len(columns)), columns, rotation=40, ha="right")
+        axis.axhline(0, color=FAINT, linewidth=1, zorder=0)
+        axis.set_title(title)
+    panels[0].set_ylabel("test accuracy less that of the head alone, points")
+    collapse = panels[2]
+    for i, (label, line) in enumerate(joined.items()):
+        collapse.plot(list(line), list(line.values()), color=(FAINT, INKS[0])[i], marker="so"[i], label=label)
+    if masked is not None:
+        collapse.axhline(masked[1], color=INKS[0], linestyle=":", label=masked[0])
+    collapse.set(title="as tasks join", xlabel="tasks in the sequence", ylabel="test accuracy, %", ylim=(0, 100))
+    collapse.set_xticks(range(1, 1 + max(max(line) for line in joined.values())))
+    for axis in panels:
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(frameon=False, fontsize=8)
+        axis.grid(axis="y", color="#eeeeee", zorder=-1)
+    figure.savefig(file, dpi=140)
+
+
+def _styles(names: Iterable[str], ours: str) -> dict[str, dict[str, Any]]:
+    """Hue, stroke and mark of each method's line."""
+    others = [name for name in names if name != ours]
+    styles = {
+        name: {"color": HUES[i % len(HUES)], "linestyle": STROKES[i // len(HUES) % len(STROKES)],
+               "marker": MARKS[i % len(MARKS)], "linewidth": 1.6}
+        for i, name in enumerate(others)
+    }  # fmt: skip
+    widest = {"color": OURS_HUE, "marker": "o", "linewidth": 2.8, "zorder": 3}
+    return {name: styles.get(name, widest) for name in names}
+
+
+def _apart(values: Sequence[float], gap: float) -> list[float]:
+    """Places for labels near their values, in the same order and at least `gap` apart, none below zero."""
+    order = sorted(range(len(values)), key=values.__getitem__)
+    groups: list[list[int]] = []
+
+    def low(group: list[int]) -> float:
+        return max(0.0, sum(values[i] for i in group) / len(group) - gap * (len(group) - 1) / 2)
+
+    for i in order:
+        groups.append([i])
+        while len(groups) > 1 and low(groups[-1]) < low(groups[-2]) + gap * len(groups[-2]):
+            last = groups.pop()
+            groups[-1] += last
+    places = {i: low(group) + gap * k for group in groups for k, i in enumerate(group)}
+    return [places[i] for i in range(len(values))]
+
+
+def _short(name: str, longest: int = LONGEST_NAME) -> str:
+    return name if len(name) <= longest else name[: longest - 1] + "…"
+
+
+@contextmanager
+def _drawing(scheme: Scheme, inches: tuple[float, float]) -> Iterator[tuple[Figure, Axes]]:
+    """A figure of its own, without pyplot's windows and state, in a scheme's colours."""
+    paper, ink = SCHEMES[scheme]["paper"], SCHEMES[scheme]["ink"]
+    colours = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), ink)
+    with matplotlib.rc_context(
+        {**colours, "figure.facecolor": paper, "axes.facecolor": paper, "font.size": 10, "font.family": "sans-serif"}
+    ):
+        figure = Figure(figsize=inches, dpi=CSS_DPI * SHARPNESS, layout="constrained")
+        yield figure, figure.add_subplot()
+
+
+def _picture(figure: Figure) -> Picture:
+    drawn, png = BytesIO(), BytesIO()
+    figure.savefig(drawn, format="png")
+    # A palette makes it a third as large: a page holds two for each method and setting.
+    Image.open(drawn).convert("RGB").quantize(256).save(png, "png", optimize=True)
+    return Picture(png.getvalue(), round(figure.get_figwidth() * CSS_DPI))

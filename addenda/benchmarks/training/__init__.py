@@ -1,0 +1,1 @@
+"""What learning a task costs, in time and in memory."""

@@ -1,0 +1,105 @@
+"""The same task trained from the cache and through the dense mask: what both start from, and the second of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from addenda.backbones import FrozenBackbone
+from addenda.benchmarks.baselines.dense_mask import DENSE_NAMES, DenseMask
+from addenda.learner import LearnConfig
+from addenda.learner.activations import Activations
+from addenda.learner.candidates import HEAD_WEIGHTS, Candidate, as_fields, first_tensors
+from addenda.learner.data import LabelledImages
+from addenda.learner.objectives import Regression
+from addenda.learner.training import Trainer
+from addenda.registry import Task
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all measurements share.
+
+    Attributes:
+        activations: what is kept of them.
+        regression: where everything starts.
+        fill_s: what filling the cache took, reading of the images included.
+    """
+
+    backbone: FrozenBackbone
+    images: LabelledImages
+    activations: Activations
+    regression: Regression
+    config: LearnConfig
+    fill_s: float
+
+    @property
+    def penalty(self) -> float:
+        """Of the head's weights, as the Trainer weighs it."""
+        return 1 / (self.regression.strength * len(self.activations))
+
+    @property
+    def num_steps(self) -> int:
+        """Steps in an epoch."""
+        return -(-len(self.activations) // self.config.batch_size)
+
+    def train(self, trainer: Trainer, config: LearnConfig, epochs: int, count: int | None = None) -> list[Candidate]:
+        """Trains the candidates of a config for some epochs of its schedule, on all images or the first few."""
+        rows = torch.arange(count or len(self.activations), dtype=torch.int64, device="cpu")
+        nothing = torch.empty(0, dtype=torch.long, device="cpu")
+        return trainer.run(self.regression, config.candidates, rows, nothing, epochs, "refit")[0]
+
+    def pixels(self, rows: Sequence[int]) -> Tensor:
+        """Some of the images as the backbone takes them."""
+        return torch.stack([self.images.read(row, self.backbone) for row in rows])
+
+
+class DenseTraining:
+    """The same task trained through the dense mask: same start, order of images, loss, optimiser and schedule.
+
+    Args:
+        setting: what it shares with cached training.
+    """
+
+    def __init__(self, setting: Setting) -> None:
+        backbone, config = setting.backbone, setting.config
+        (settings,) = config.candidates
+        first = first_tensors(backbone, setting.regression, settings, config.memory_std)
+        self._setting = setting
+        self._order = Trainer(setting.activations, [], config)._order
+        self._candidate = Candidate(settings, first, config, setting.num_steps * config.epochs, backbone.device)
+        self._model = DenseMask(backbone, [as_task(setting, "dense", first)])
+        learned = dict(self._model.named_parameters())
+        held = {name: learned[own] for name, own in DENSE_NAMES.items()}
+        self._parameters = [held[name] for name in self._candidate.tensors]
+        self._head = [held[name] for name in HEAD_WEIGHTS]
+        for parameter, tensor in zip(self._parameters, self._candidate.tensors.values(), strict=True):
+            parameter.data = tensor.data  # the candidate's optimiser moves both
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The task's tensors as they are now."""
+        return self._candidate.snapshot()
+
+    def batches(self, epoch: int) -> Iterator[Tensor]:
+        """Rows of the images of each step."""
+        order, _ = self._order(torch.arange(len(self._setting.activations), dtype=torch.int64, device="cpu"), epoch)
+        yield from order.split(self._setting.config.batch_size)
+
+    def step(self, images: Tensor, rows: Tensor) -> None:
+        """One optimiser step on some images."""
+        activations = self._setting.activations
+        targets = activations.targets[rows].to(self._setting.backbone.device)
+        mean = activations.objective.loss(self._model(images)["dense"], targets)
+        penalty = self._setting.penalty * torch.stack([weight.square().sum() for weight in self._head]).sum()
+        self._candidate.step(torch.autograd.grad(mean + penalty, self._parameters))
+
+
+def as_task(setting: Setting, name: str, tensors: dict[str, Tensor]) -> Task:
+    """Some tensors as a task."""
+    return Task(
+        name=name, backbone=setting.backbone.fingerprint, labels=setting.images.labels, **as_fields(tensors)
+    )  # fmt: skip

@@ -1,0 +1,37 @@
+"""What targets are and how they are learned and scored: a class for each objective, all of it in that class."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from jaxtyping import Float
+from torch import Tensor
+
+from addenda.learner.objectives.multi_label import MultiLabel
+from addenda.learner.objectives.objective import ClassWeights, Objective, Regression, Targets
+from addenda.learner.objectives.single_label import SingleLabel
+
+__all__ = [
+    "OBJECTIVES",
+    "ClassWeights",
+    "MultiLabel",
+    "Objective",
+    "Regression",
+    "SingleLabel",
+    "Targets",
+    "accuracy",
+    "objective_of",
+]
+
+OBJECTIVES: Mapping[str, Objective] = MappingProxyType({one.name: one for one in (SingleLabel(), MultiLabel())})
+
+
+def objective_of(targets: Targets) -> Objective:
+    """The objective whose form targets have."""
+    return next(one for one in OBJECTIVES.values() if one.has_form(targets))
+
+
+def accuracy(logits: Float[Tensor, "N C"], targets: Targets) -> float:
+    """The share of answers that are right, whatever the objective."""
+    return objective_of(targets).accuracy(logits, targets)

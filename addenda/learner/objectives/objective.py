@@ -1,0 +1,212 @@
+"""What an objective is: all that learning asks of targets, and what is the same for each objective."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
+from scipy.optimize import minimize_scalar
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+
+Targets = Int[Tensor, " N"] | Bool[Tensor, "N C"]
+"""The class of each image; or, of a multi-label task, whether each image has each label."""
+
+ClassWeights = Float[Tensor, " C"] | Float[Tensor, "2 C"]
+"""Single-label: the weight of each class's images. Multi-label: of each label's absence, then of its presence."""
+
+STRENGTHS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+"""Values of scikit-learn's C to choose from."""
+
+TEMPERATURES = (0.2, 5.0)
+"""The least and the largest temperature. Images that are all answered rightly would ask for 0."""
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Regression:
+    """A fitted logistic regression on the backbone's own feature: logits are feature @ weight.T + bias.
+
+    Attributes:
+        weight: one row for each class.
+        bias: one number for each class.
+        strength: C, the inverse of the L2 penalty on the sum of losses.
+    """
+
+    weight: Float[Tensor, "C D"]
+    bias: Float[Tensor, " C"]
+    strength: float
+
+
+class Objective(ABC):
+    """How targets of one form are learned and scored; what the logits mean, for ever, is in `addenda.registry`.
+
+    Attributes:
+        name: as tasks are registered under it.
+        routable: whether a router can tell a task's images by their classes.
+    """
+
+    name: ClassVar[str]
+    routable: ClassVar[bool]
+
+    @abstractmethod
+    def has_form(self, targets: Targets) -> bool:
+        """Whether targets are of this objective's form."""
+
+    @abstractmethod
+    def counts(self, targets: Targets, num_classes: int) -> Int[Tensor, " C"]:
+        """How many images have each label."""
+
+    @abstractmethod
+    def answer(self, target: Any, labels: Sequence[str]) -> str:
+        """What one image is labelled as, in one text, whatever the order of the classes."""
+
+    @abstractmethod
+    def reordered(self, targets: Targets, order: Int[Tensor, " c"], num_classes: int) -> Targets:
+        """Targets among other classes: number i becomes order[i], of num_classes."""
+
+    @abstractmethod
+    def too_common(self, counts: Sequence[int], num_images: int) -> list[int]:
+        """Classes on so many images that too few are left to tell them from."""
+
+    @abstractmethod
+    def is_settled(self, num_classes: int) -> bool:
+        """Whether there is nothing to learn: every image has the one answer."""
+
+    @abstractmethod
+    def split(
+        self, targets: Targets, num_classes: int, fraction: float, seed: int
+    ) -> tuple[Int[Tensor, " T"], Int[Tensor, " V"]]:
+        """Rows to learn from and rows to validate on: seeded, and each class shared out by the same fraction.
+
+        Of a class on two images or more, one at least is learned from.
+
+        Args:
+            targets: of all images.
+            num_classes: C.
+            fraction: the share to validate on.
+            seed: of the draw.
+        """
+
+    @abstractmethod
+    def losses(
+        self,
+        logits: Float[Tensor, "*S N C"],
+        targets: Targets,
+        label_smoothing: float = 0.0,
+        class_weights: ClassWeights | None = None,
+    ) -> Float[Tensor, "*S N"]:
+        """The loss of each candidate on each image.
+
+        Weights do not change what is divided by in the mean, as they do in torch's: it is the number of images.
+
+        Args:
+            logits: of one candidate, or of several stacked.
+            targets: the same for all.
+            label_smoothing: the share of each target given to all its answers alike.
+            class_weights: what each class counts, as `balanced_weights` gives it; None counts each 1.
+        """
+
+    def loss(
+        self,
+        logits: Float[Tensor, "*S N C"],
+        targets: Targets,
+        label_smoothing: float = 0.0,
+        class_weights: ClassWeights | None = None,
+    ) -> Float[Tensor, "*S"]:
+        """The mean over images of the loss of each candidate: see `losses`."""
+        return self.losses(logits, targets, label_smoothing, class_weights).mean(-1)
+
+    @abstractmethod
+    def balanced_weights(self, targets: Targets, num_classes: int) -> ClassWeights:
+        """Weights that are 1 on average over the images, and give each class's images the same sum.
+
+        A class that no image has keeps the weight that one image would have.
+        """
+
+    @abstractmethod
+    def accuracy(self, logits: Float[Tensor, "N C"], targets: Targets) -> float:
+        """The share of answers that are right."""
+
+    @abstractmethod
+    def score(self, logits: Float[Tensor, "N C"], targets: Targets, labels: Sequence[str]) -> dict[str, Any]:
+        """Scores logits, by torchmetrics. A temperature moves only the calibration error: divide by it first.
+
+        Returns:
+            `num_images`, and figures in 0..1. `registry.headline` names the one that stands for all.
+        """
+
+    def fit_temperature(self, logits: Float[Tensor, "N C"], targets: Targets) -> float:
+        """The temperature of least negative log likelihood, to three decimals: what logits are divided by.
+
+        Args:
+            logits: of images that the task did not learn from.
+            targets: theirs.
+
+        Returns:
+            A number within TEMPERATURES; 1.0 where none is better than that, and where there are no images.
+
+        Source: Guo, Pleiss, Sun and Weinberger, "On Calibration of Modern Neural Networks", ICML 2017, section 4.2;
+        there without bounds.
+        """
+        if not len(targets):
+            return 1.0
+        exact, answers = logits.double().cpu(), targets.cpu()
+
+        def negative_log_likelihood(log_temperature: float) -> float:  # convex in 1 / temperature: it has one valley
+            return self.loss(exact / math.exp(log_temperature), answers).item()
+
+        found = minimize_scalar(
+            negative_log_likelihood,
+            bounds=tuple(map(math.log, TEMPERATURES)),
+            method="bounded",
+            options={"xatol": 1e-6},
+        )
+        temperature = round(math.exp(found.x), 3)
+        better = negative_log_likelihood(math.log(temperature)) < negative_log_likelihood(0.0)
+        return temperature if better else 1.0
+
+    def choose_strength(self, features: Float[Tensor, "N D"], targets: Targets, seed: int) -> float:
+        """The C of least cross-validated log loss, in 5 folds or as many as the images allow."""
+        tried: list[float] = []
+        # From the strongest penalty on; past the best, weaker ones only get slower and worse.
+        for mean_loss in self._fold_losses(features.double().numpy(), targets.numpy(), seed):
+            tried.append(mean_loss)
+            if len(tried) > 2 and tried[-1] > tried[-2] > tried[-3]:
+                break
+        return STRENGTHS[int(np.argmin(tried))]
+
+    def fit_regression(self, features: Float[Tensor, "N D"], targets: Targets, strength: float) -> Regression:
+        """The honest rival, fitted to convergence: an L2 logistic regression, by scikit-learn."""
+        weight, bias = self._fit(features.double().numpy(), targets.numpy(), strength)
+        return Regression(torch.from_numpy(weight).float(), torch.from_numpy(bias).float(), strength)
+
+    @abstractmethod
+    def _fold_losses(self, x: Array, y: NDArray[Any], seed: int) -> Iterator[float]:
+        """Mean log loss over the folds, for one of STRENGTHS after another."""
+
+    @abstractmethod
+    def _fit(self, x: Array, y: NDArray[Any], strength: float) -> tuple[Array, Array]:
+        """Weight, one row for each class, and bias."""
+
+
+def logistic(strength: float, warm_start: bool = False) -> LogisticRegression:
+    """scikit-learn's regression, as it is fitted here."""
+    return LogisticRegression(C=strength, max_iter=20_000, tol=1e-5, warm_start=warm_start)
+
+
+def converged(model: LogisticRegression, x: Array, y: NDArray[Any]) -> LogisticRegression:
+    """Fits, and refuses to stop before it has converged."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ConvergenceWarning)
+        return model.fit(x, y)

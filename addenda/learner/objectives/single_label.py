@@ -1,0 +1,136 @@
+"""Each image has one label of several: a softmax."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from sklearn.model_selection import StratifiedKFold, cross_val_score, train_test_split
+from torch import Tensor
+from torchmetrics.functional.classification import (
+    multiclass_accuracy,
+    multiclass_calibration_error,
+    multiclass_confusion_matrix,
+)
+
+from addenda.learner.objectives.objective import STRENGTHS, Array, ClassWeights, Objective, Targets, converged, logistic
+from addenda.registry import probabilities
+
+
+class SingleLabel(Objective):
+    """Targets are numbers of classes, Int[N]."""
+
+    name = "single-label"
+    routable = True
+
+    def has_form(self, targets: Targets) -> bool:
+        """One number for each image."""
+        return targets.ndim == 1
+
+    def counts(self, targets: Int[Tensor, " N"], num_classes: int) -> Int[Tensor, " C"]:
+        """How many images are of each class."""
+        return targets.bincount(minlength=num_classes)
+
+    def answer(self, target: int, labels: Sequence[str]) -> str:
+        """The class's label."""
+        return labels[target]
+
+    def reordered(self, targets: Int[Tensor, " N"], order: Int[Tensor, " c"], num_classes: int) -> Int[Tensor, " N"]:
+        """The classes' numbers in another order."""
+        return order[targets]
+
+    def too_common(self, counts: Sequence[int], num_images: int) -> list[int]:
+        """None: where there is one class alone, that is the answer."""
+        return []
+
+    def is_settled(self, num_classes: int) -> bool:
+        """Where there is one class."""
+        return num_classes == 1
+
+    def split(
+        self, targets: Int[Tensor, " N"], num_classes: int, fraction: float, seed: int
+    ) -> tuple[Int[Tensor, " T"], Int[Tensor, " V"]]:
+        """Stratified by scikit-learn, as many images as classes at least on either side: see `Objective.split`."""
+        most = len(targets) - num_classes
+        held_out = min(max(num_classes, round(fraction * len(targets))), most)
+        train, validation = train_test_split(
+            range(len(targets)), test_size=held_out, stratify=targets.tolist(), random_state=seed
+        )
+        for label in set(targets.tolist()) - set(targets[train].tolist()):  # a small class may fall to one side
+            train.append(next(row for row in validation if targets[row] == label))
+            validation.remove(train[-1])
+        learned, held = (torch.tensor(rows, dtype=torch.int64, device="cpu") for rows in (train, validation))
+        return learned, held
+
+    def losses(
+        self,
+        logits: Float[Tensor, "*S N C"],
+        targets: Int[Tensor, " N"],
+        label_smoothing: float = 0.0,
+        class_weights: ClassWeights | None = None,
+    ) -> Float[Tensor, "*S N"]:
+        """Cross-entropy: see `Objective.losses`."""
+        flat = logits.reshape(-1, logits.shape[-1])
+        classes = targets.expand(logits.shape[:-1]).reshape(-1)
+        each = F.cross_entropy(flat, classes, class_weights, reduction="none", label_smoothing=label_smoothing)
+        return each.view(logits.shape[:-1])
+
+    def balanced_weights(self, targets: Int[Tensor, " N"], num_classes: int) -> Float[Tensor, " C"]:
+        """A class of n_c among N images weighs N / (C n_c)."""
+        return len(targets) / (num_classes * self.counts(targets, num_classes).clamp(min=1).float())
+
+    def accuracy(self, logits: Float[Tensor, "N C"], targets: Int[Tensor, " N"]) -> float:
+        """The share of images whose class is right."""
+        return (logits.argmax(-1) == targets).float().mean().item()
+
+    def score(self, logits: Float[Tensor, "N C"], targets: Int[Tensor, " N"], labels: Sequence[str]) -> dict[str, Any]:
+        """See `Objective.score`.
+
+        Returns:
+            `accuracy` (top-1), `balanced_accuracy` (mean over classes), `calibration_error` (expected, 15 bins);
+            `per_class` accuracies by label, None where no image is of it; `confusion`, rows true and columns predicted.
+        """
+        logits, targets, count = logits.cpu(), targets.cpu(), len(labels)
+        if count == 1:  # torchmetrics asks for two classes; where there is one, every answer is it
+            return {
+                "accuracy": 1.0, "balanced_accuracy": 1.0, "calibration_error": 0.0, "per_class": {labels[0]: 1.0},
+                "confusion": [[len(targets)]], "num_images": len(targets),
+            }  # fmt: skip
+        per_class = multiclass_accuracy(logits, targets, count, average="none")
+        present = targets.bincount(minlength=count) > 0
+        return {
+            "accuracy": multiclass_accuracy(logits, targets, count, average="micro").item(),
+            "balanced_accuracy": per_class[present].mean().item(),
+            "calibration_error": multiclass_calibration_error(probabilities(logits, self.name), targets, count).item(),
+            "per_class": {
+                label: value.item() if there else None
+                for label, value, there in zip(labels, per_class, present.tolist(), strict=True)
+            },
+            "confusion": multiclass_confusion_matrix(logits, targets, count).tolist(),
+            "num_images": len(targets),
+        }
+
+    def choose_strength(self, features: Float[Tensor, "N D"], targets: Int[Tensor, " N"], seed: int) -> float:
+        """See `Objective.choose_strength`; where there is one class, any would do."""
+        return super().choose_strength(features, targets, seed) if targets.any() else 1.0
+
+    def _fold_losses(self, x: Array, y: NDArray[Any], seed: int) -> Iterator[float]:
+        """As many folds as the smallest class allows."""
+        splitter = StratifiedKFold(min(5, int(np.bincount(y).min())), shuffle=True, random_state=seed)
+        for strength in STRENGTHS:
+            yield -cross_val_score(logistic(strength), x, y, cv=splitter, scoring="neg_log_loss").mean()
+
+    def _fit(self, x: Array, y: NDArray[Any], strength: float) -> tuple[Array, Array]:
+        """One multinomial regression; where there is one class it says nothing, and its weight is 0."""
+        if not y.any():
+            return np.zeros((1, x.shape[1])), np.zeros(1)
+        fitted = converged(logistic(strength), x, y)
+        weight, bias = fitted.coef_, fitted.intercept_
+        if len(weight) == 1:  # two classes are fitted as one: half of the margin to each gives the same probabilities
+            weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+        return weight, bias

@@ -1,0 +1,252 @@
+"""Writes the figures of docs/results/*.json into the pages that quote them, between two HTML comments.
+
+    python scripts/write_results.py                                     # the pages, from what is on record
+    python scripts/write_results.py continual digits out/results.json   # puts a run on record first, under a name
+
+A run is what a benchmark wrote with `--out`, but for `paper`, whose rows are those of its cells.jsonl.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from addenda.benchmarks.continual.results import Results
+from addenda.benchmarks.continual.tables import FORGETTING_UNTOLD, PRICE, QUALITY, exactness
+from addenda.benchmarks.cost.report import COLUMNS, Row
+from addenda.benchmarks.paper.report import COLLAPSE, PAIRS, accuracy_table, shipped_table
+from addenda.benchmarks.report.measured import Figure, table_of
+from addenda.benchmarks.report.tables import Table, markdown
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+RECORDS = DOCS / "results"
+REGION = re.compile(r"(<!-- results: ([\w-]+) -->\n)(.*?)(<!-- end -->\n)", re.DOTALL)
+DIGITS = 9
+
+
+def main() -> None:
+    """Puts a run on record where one is given, then writes every page."""
+    if len(sys.argv) > 1:
+        kind, name, file = sys.argv[1:]
+        text = Path(file).read_text()
+        run = [json.loads(line) for line in text.splitlines()] if file.endswith(".jsonl") else json.loads(text)
+        place = RECORDS / f"{kind}.json"
+        place.write_text(compact({**record(kind), name: run}), encoding="utf-8")
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")
+
+
+def record(kind: str) -> dict[str, Any]:
+    """All runs of a benchmark on record, by name."""
+    found: dict[str, Any] = json.loads((RECORDS / f"{kind}.json").read_text(encoding="utf-8"))
+    return found
+
+
+def pages() -> dict[Path, str]:
+    """The text of each page that quotes results."""
+    made = {}
+    for path in [*DOCS.glob("*.md"), *RECORDS.glob("*.md")]:
+        text = path.read_text(encoding="utf-8")
+        written = REGION.sub(lambda found: f"{found[1]}\n{REGIONS[found[2]]()}\n{found[4]}", text)
+        if REGION.search(text):
+            made[path] = written
+    return made
+
+
+def compact(value: Any, depth: int = 0) -> str:
+    """JSON with a line for each row of a list of rows, and nine digits of each number."""
+    if isinstance(value, dict) and depth < 2:
+        parts = [f"{json.dumps(key)}: {compact(below, depth + 1).strip()}" for key, below in value.items()]
+        return "{\n" + ",\n".join(parts) + "\n}" + "\n" * (depth == 0)
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return "[\n" + ",\n".join(json.dumps(_rounded(row), ensure_ascii=False) for row in value) + "\n]"
+    return json.dumps(_rounded(value), ensure_ascii=False)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(below) for key, below in value.items()}
+    if isinstance(value, list):
+        return [_rounded(below) for below in value]
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+
+
+def stream(name: str) -> Results:
+    """A run of `addenda bench continual`."""
+    return Results.from_json(json.dumps(record("continual")[name]), f"continual.json, {name},")
+
+
+def stream_table(name: str) -> str:
+    """Every method of a stream."""
+    results = stream(name)
+    told, untold = QUALITY[:2]
+    rows = []
+    for note in results.methods:
+        cells = results.of(note.name)
+        before = (column.text(cells) for column in (told, untold, FORGETTING_UNTOLD))
+        rows.append([note.label, *before, exactness(cells), *(column.text(cells) for column in PRICE)])
+    heads = ("method", "told", "untold", "forgetting untold", "old logits", "stored per task", "training s", "passes")
+    return markdown(Table(heads, rows))
+
+
+def streams_table() -> str:
+    """The methods that every stream was run with and that leave the backbone alone, untold."""
+    names = ("addenda", "ranpac", "nearest-mean", "slda")
+    rows = [[name, *(QUALITY[1].text(stream(name).of(method)) for method in names)] for name in STREAMS]
+    labels = {note.name: note.label for note in stream(STREAMS[0]).methods}
+    return markdown(Table(["untold, %", *(labels[name] for name in names)], rows))
+
+
+def routers_table() -> str:
+    """Untold accuracy by each way to choose the task."""
+    ways = ("max softmax", "energy", "nearest mean", "mahalanobis", "ridge", "the router")
+    rows = []
+    for name in STREAMS:
+        extra = [cell.extra for cell in stream(name).of("addenda")]
+        means = (statistics.mean(one["routers"][way] for one in extra) for way in ways)
+        auroc = statistics.mean(one["auroc"] for one in extra)
+        rows.append([name, *(f"{100 * mean:.1f}" for mean in means), f"{auroc:.3f}"])
+    return markdown(Table(["stream", *ways[:3], "Mahalanobis", "ridge", "pooled (ships)", "AUROC"], rows))
+
+
+def measured(kind: str, name: str) -> list[Figure]:
+    """The figures of a run, as it was put on record."""
+    rows = record(kind)[name]["figures"]
+    return [Figure(**{key: value for key, value in row.items() if key != "met"}) for row in rows]
+
+
+def figures_table(kind: str, *names: str) -> str:
+    """Whole runs, a table for each group."""
+    parts = []
+    for name in names:
+        parts.append(f"`{record(kind)[name]['command']}`\n")
+        found = measured(kind, name)
+        for group in dict.fromkeys(figure.group for figure in found):
+            table = table_of([figure for figure in found if figure.group == group])
+            parts.append(f"**{group}**\n\n{markdown(table)}")
+    return "\n".join(parts)
+
+
+def cost_rows() -> list[Row]:
+    """Of the run on two CPU cores."""
+    return [Row(**row) for row in record("cost")["cpu"]["rows"]]
+
+
+def whole_cost_table() -> str:
+    """Every way on every backbone."""
+    rows = cost_rows()
+    names = dict.fromkeys(row.backbone for row in rows)
+    return "\n".join(
+        f"**{name}**\n\n{markdown(Table(COLUMNS, [row.cells() for row in rows if row.backbone == name]))}"
+        for name in names
+    )
+
+
+def cost_table() -> str:
+    """Ratios beside their targets."""
+    found = {(row.backbone, row.what, row.num_tasks): row.ratio for row in cost_rows()}
+    names = list(dict.fromkeys(row.backbone for row in cost_rows()))
+
+    def over(what: str) -> list[str]:
+        return [f"{found[name, what, 256] / found[name, 'combined, exact', 256]:.1f}" for name in names]
+
+    def ratios(what: str, count: int) -> list[str]:
+        return [f"{found[name, what, count]:.2f}" for name in names]
+
+    rows = [
+        ["10 tasks", "1.10 (Ti 1.27)", *ratios("combined, exact", 10)],
+        ["100 tasks", "1.70 (Ti 1.96)", *ratios("combined, exact", 100)],
+        ["1,000 tasks", "7.5 (Ti 8.6)", *ratios("combined, exact", 1000)],
+        ["one image, 10 tasks, against one image", "1.5", *ratios("one image, exact", 10)],
+        ["256 tasks: the dense mask over ours", "2", *over("dense mask")],
+        ["256 tasks: the dense mask with precomputed memory over ours", "2", *over("dense mask, precomputed")],
+    ]
+    columns = ("against stock timm, 8 images (medians)", "target", "ViT-Ti", "ViT-S", "ViT-B")
+    return markdown(Table(columns, rows))
+
+
+def serving_table() -> str:
+    """Throughput beside the bare model."""
+    rows = []
+    for group in dict.fromkeys(figure.group for figure in measured("serving", "one-process")):
+        of = {figure.what: figure for figure in measured("serving", "one-process") if figure.group == group}
+        if "stock timm alone" in of:
+            share = of["served / the combined model"]
+            rates = ("stock timm alone", "the combined model alone", "served, 24 clients")
+            quartiles = f"{share.measured:.2f} ({share.low:.2f}–{share.high:.2f})"
+            met = "met" if share.met else f"≥ {share.target}: missed"
+            rows.append([group.removesuffix(" tasks"), *(f"{of[rate].measured:.1f}" for rate in rates), quartiles, met])
+    columns = (
+        "tasks", "stock timm alone, images/s", "combined model alone", "served, 24 clients",
+        "of the combined model alone (quartiles)", "target",
+    )  # fmt: skip
+    return markdown(Table(columns, rows))
+
+
+def registry_table() -> str:
+    """What stands on the page of the registry's figures: one page of the list, and the slowest."""
+    found = measured("registry", "two-databases")
+    groups = list(dict.fromkeys(figure.group for figure in found))
+
+    def of(what: str, group: str) -> Figure:
+        return next(figure for figure in found if (figure.what, figure.group) == (what, group))
+
+    def cells(what: str, unit: str = "") -> list[str]:
+        figures = [of(what, group) for group in groups]
+        return [f"{figure.measured:.{0 if figure.measured >= 20 else 1 if figure.measured >= 2 else 2}f}{unit}"
+                for figure in figures]  # fmt: skip
+
+    slowest = [max(f.measured for f in found if f.group == group and f.what.startswith("page")) for group in groups]
+    rows = [
+        ["registered, without statistics", "≥ 100 per s", *cells("registered without statistics")],
+        ["registered, with statistics", "≥ 100 per s", *cells("registered with statistics")],
+        ["1,000 tasks read and hashed", "≤ 2 s", *cells("1,000 tasks read and hashed")],
+        ["a page of 100 in a list of 100,000", "≤ 50 ms", *cells("page: first")],
+        ["the slowest of its filters", "≤ 50 ms", *(f"{value:.0f}" for value in slowest)],
+        [Markup("a change noticed by `wait`"), "", *cells("a change noticed by wait()", " ms")],
+    ]
+    return markdown(Table(["", "target", *(group.split()[0] for group in groups)], rows))
+
+
+def learn_table() -> str:
+    """What `addenda learn` gives beside the regression, with the number of images of each set."""
+    run = record("paper")["learn"]
+    table = shipped_table(run["rows"])
+    sizes = [" / ".join(map(str, run["images"][row[0]])) for row in table.rows]
+    rows = [
+        [row[0], size, *row[1:-1], f"{run['taken'][row[0]]} of 3"] for row, size in zip(table.rows, sizes, strict=True)
+    ]
+    return markdown(Table([table.columns[0], "train / test", *table.columns[1:]], rows))
+
+
+def paper_table() -> str:
+    """The regimes of the paper on sets of our own."""
+    rows = record("paper")["table"]["rows"]
+    return markdown(accuracy_table([row for row in rows if row["regime"] not in (PAIRS, COLLAPSE)]))
+
+
+STREAMS: Sequence[str] = ("digits", "mixed", "split-cifar10", "pacs")
+
+REGIONS: Mapping[str, Callable[[], str]] = {
+    "learn": learn_table,
+    "paper": paper_table,
+    "streams": streams_table,
+    **{f"stream-{name}": lambda name=name: stream_table(name) for name in STREAMS},
+    "routers": routers_table,
+    "registry": registry_table,
+    "cost": cost_table,
+    "cost-whole": whole_cost_table,
+    "serving": serving_table,
+    "serving-whole": lambda: figures_table("serving", "one-process", "replicas", "2000-tasks"),
+    "training": lambda: markdown(table_of(measured("training", "cpu"))),
+}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""The regimes for comparison: which are settings, which are rivals, and how these are trained."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from addenda import FrozenBackbone, LearnConfig
+from addenda.benchmarks.baselines import regimes
+from addenda.benchmarks.baselines.dense_mask import DenseMask
+from addenda.benchmarks.baselines.regimes import RivalConfig, is_rival, joined_accuracies, regime_config, train_rival
+from addenda.exceptions import BackboneError, TrainingError
+from addenda.learner import Augmentation
+from addenda.learner.activations import Activations
+from addenda.learner.cache import ActivationCache
+from addenda.learner.data import LabelledImages, open_images
+from tests.support.images import colour_folder
+from tests.support.models import backbone, images
+from tests.support.tasks import random_task
+from tests.support.tiny import tiny_eva
+
+RIVALS = ("full", "lora-4", "unmasked-2")
+QUICK = RivalConfig(epochs=2, batch_size=8)
+
+
+def needs(regime: str) -> object:
+    marks = [pytest.mark.skipif(find_spec("peft") is None, reason="PEFT is not installed")] if "lora" in regime else []
+    return pytest.param(regime, marks=marks)
+
+
+each_rival = pytest.mark.parametrize("regime", [needs(regime) for regime in RIVALS])
+
+
+@pytest.fixture
+def train(tmp_path: Path) -> LabelledImages:
+    return open_images(colour_folder(tmp_path / "train"))
+
+
+@pytest.fixture
+def test(tmp_path: Path) -> LabelledImages:
+    return open_images(colour_folder(tmp_path / "test", per_class=6, seed=1))
+
+
+@pytest.mark.parametrize(
+    ("regime", "settings"),
+    [
+        ("head", {"head_only": True}),
+        ("head+class", {"num_memory_tokens": 0}),
+        ("memory-10", {"num_memory_tokens": 10}),
+        ("adapters-8", {"adapter_rank": 8}),
+    ],
+)
+def test_a_registrable_regime_is_no_more_than_settings(regime: str, settings: dict[str, object]) -> None:
+    assert regime_config(regime, LearnConfig(epochs=3)) == LearnConfig(epochs=3, **settings)
+    assert not is_rival(regime)
+
+
+def test_what_a_user_gets_takes_the_seed_alone_of_what_is_compared() -> None:
+    compared = LearnConfig(epochs=3, seed=2, refit=False)
+    assert regime_config("default", compared) == LearnConfig(seed=2)
+    assert regime_config("regression", compared) == LearnConfig(seed=2, head_only=True)
+    assert regime_config("default+adapters", compared) == LearnConfig(seed=2, adapter_rank="auto")
+
+
+@pytest.mark.parametrize(
+    ("regime", "why"),
+    [
+        ("full", "it changes the backbone's own weights"),
+        ("lora-8", "its updates change what the backbone's own tokens become"),
+        ("unmasked-5", "without the mask the frozen tokens see the task's"),
+    ],
+)
+def test_a_rival_cannot_be_registered_and_the_error_says_why(regime: str, why: str) -> None:
+    assert is_rival(regime)
+    with pytest.raises(TrainingError) as raised:
+        regime_config(regime, LearnConfig())
+    message = f"Regime {regime!r} cannot be registered: {why}, so tasks learned before would not keep their bits."
+    assert str(raised.value).startswith(message)
+    assert "Registrable: head, head+class, memory-M, adapters-R, regression, default, default+adapters." in str(
+        raised.value
+    )
+
+
+@pytest.mark.parametrize("regime", ["memory", "memory-0", "lora-x", "prompt-5", "head-2", ""])
+def test_an_unknown_regime_is_refused_with_the_known_ones(regime: str) -> None:
+    with pytest.raises(TrainingError, match=r"is not known. Known: head, head\+class, memory-M, adapters-R, .*full"):
+        is_rival(regime)
+
+
+def test_what_is_no_rival_is_not_trained_as_one(tiny: FrozenBackbone, train: LabelledImages) -> None:
+    with pytest.raises(TrainingError, match="'memory-5' is no rival: `Learner` learns it"):
+        train_rival("memory-5", tiny, train)
+
+
+@each_rival
+def test_a_rival_learns_and_leaves_the_backbone_as_it_was(
+    regime: str, tiny: FrozenBackbone, train: LabelledImages, test: LabelledImages
+) -> None:
+    rival = train_rival(regime, tiny, train, test, QUICK)
+    assert rival.epoch in (1, 2)
+    assert rival.learning_rate in regimes.LEARNING_RATES[regime.partition("-")[0]]
+    assert rival.num_images == 2 * 2 * 19  # learning rates, epochs, four fifths of the images
+    assert rival.test_accuracy is not None
+    assert rival.test_accuracy > 0.8
+    tiny.check_unchanged()
+
+
+@each_rival
+def test_a_rival_starts_as_the_regression_of_the_same_split(
+    regime: str, tiny: FrozenBackbone, train: LabelledImages
+) -> None:
+    activations = Activations(tiny, train, Augmentation(), ActivationCache())
+    rows, validation = train.objective.split(train.targets, 3, 0.2, 0)
+    strength = train.objective.choose_strength(activations.pooled, train.targets, 0)
+    fitted = train.objective.fit_regression(activations.pooled[rows], train.targets[rows], strength)
+    logits = F.linear(activations.pooled[validation], fitted.weight, fitted.bias)
+    expected = F.cross_entropy(logits, train.targets[validation]).item()
+    still = RivalConfig(epochs=1, learning_rate=(1e-9,))
+    loss = train_rival(regime, tiny, train, config=still).validation_loss
+    near = 0.01 if "unmasked" in regime else 1e-5  # a token that sees memory is near the class token, not equal to it
+    assert loss == pytest.approx(expected, abs=near)
+
+
+@each_rival
+def test_a_rival_is_the_same_for_the_same_seed_whatever_was_drawn_before(
+    regime: str, tiny: FrozenBackbone, train: LabelledImages
+) -> None:
+    def learned(draws: int, **options: object) -> dict[str, torch.Tensor]:
+        torch.rand(draws)
+        config = RivalConfig(epochs=1, batch_size=8, learning_rate=(1e-3,), **options)
+        return train_rival(regime, tiny, train, config=config).tensors
+
+    once, again, other = learned(1), learned(2), learned(3, seed=1)
+    assert all(torch.equal(tensor, again[name]) for name, tensor in once.items())
+    assert not all(torch.equal(tensor, other[name]) for name, tensor in once.items())
+
+
+def test_validation_chooses_and_the_test_images_do_not(
+    tiny: FrozenBackbone, train: LabelledImages, test: LabelledImages
+) -> None:
+    config = RivalConfig(epochs=2, learning_rate=(1e-3, 1e-9, 30.0))
+    alone = {
+        rate: train_rival("unmasked-2", tiny, train, test, RivalConfig(epochs=2, learning_rate=(rate,)))
+        for rate in config.learning_rate
+    }
+    best = min(alone.values(), key=lambda rival: (-rival.validation_accuracy, rival.validation_loss))
+    swept = train_rival("unmasked-2", tiny, train, test, config)
+    assert (swept.learning_rate, swept.epoch) == (best.learning_rate, best.epoch)
+    assert swept.validation_loss == best.validation_loss
+    assert swept.test_accuracy == best.test_accuracy  # scored with its tensors, not those of the last one trained
+    blind = train_rival("unmasked-2", tiny, train, config=config)
+    assert blind.test_accuracy is None
+    assert all(torch.equal(tensor, blind.tensors[name]) for name, tensor in swept.tensors.items())
+
+
+def test_a_rival_that_diverges_everywhere_says_so(tiny: FrozenBackbone, train: LabelledImages) -> None:
+    config = RivalConfig(epochs=1, batch_size=4, learning_rate=(1e30,))
+    with pytest.raises(TrainingError, match=r"'full' diverged with every learning rate of \(1e\+30,\)"):
+        train_rival("full", tiny, train, config=config)
+
+
+def test_a_rival_learns_from_the_very_views_that_a_task_does(tiny: FrozenBackbone, train: LabelledImages) -> None:
+    how = Augmentation(views=2)
+    activations = Activations(tiny, train, how, ActivationCache())
+    views = regimes._read_views(train, tiny, how)
+    assert views.shape == (3, 24, 3, 32, 32)
+    for view in range(3):
+        for row in (0, 13):
+            assert torch.equal(views[view, row], activations._read(view * 24 + row))
+    config = RivalConfig(epochs=1, learning_rate=(1e-3,))
+    varied = train_rival(
+        "unmasked-2", tiny, train, config=RivalConfig(epochs=1, learning_rate=(1e-3,), augmentation=how)
+    )
+    plain = train_rival("unmasked-2", tiny, train, config=config)
+    assert not torch.equal(varied.tensors["memory.0"], plain.tensors["memory.0"])
+    with pytest.raises(TrainingError, match="fresh ones are not for them"):
+        train_rival("full", tiny, train, config=RivalConfig(augmentation=Augmentation(fresh=True)))
+
+
+def test_bfloat16_is_used_where_it_is_asked_for(tiny: FrozenBackbone, train: LabelledImages) -> None:
+    losses = {
+        autocast: train_rival("full", tiny, train, config=RivalConfig(epochs=1, autocast=autocast)).validation_loss
+        for autocast in (True, False)
+    }
+    assert losses[True] != losses[False]
+    assert losses[True] == pytest.approx(losses[False], rel=0.1)
+
+
+def test_a_joined_rival_alone_is_itself_and_in_company_is_moved() -> None:
+    on, pictures = backbone(), images(48)
+    tasks = {name: random_task(on, name, seed=seed) for seed, name in enumerate(("one", "other"))}
+    rivals, tests = {}, {}
+    for name, task in tasks.items():
+        alone = DenseMask(on, [task], masked=False)
+        rivals[name] = {key: parameter.detach() for key, parameter in alone.named_parameters()}
+        answers = alone(pictures)[name].argmax(1)
+        tests[name] = LabelledImages(name, task.labels, answers, torch.utils.data.TensorDataset(pictures, answers))
+        assert joined_accuracies(on, {name: rivals[name]}, {name: tests[name]}) == {name: 1.0}
+    joined = joined_accuracies(on, rivals, tests)
+    assert min(joined.values()) < 1
+
+
+@pytest.mark.slow
+def test_without_peft_lora_says_what_to_install() -> None:
+    code = """
+import sys; sys.modules["peft"] = None
+import torch
+from addenda.benchmarks.baselines.regimes import _low_rank
+_low_rank(torch.nn.Linear(2, 2), 8)
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "Regime 'lora-8' needs PEFT" in found.stderr
+    assert "pip install 'addenda[bench]'" in found.stderr
+
+
+def test_lora_on_another_family_than_it_was_written_for_is_refused(train: LabelledImages) -> None:
+    on = FrozenBackbone(tiny_eva("dinov3"), "dinov3", "hub")
+    with pytest.raises(
+        BackboneError, match="The regime 'lora-4' is for timm's VisionTransformer; backbone 'dinov3' is timm's Eva"
+    ):
+        train_rival("lora-4", on, train, config=QUICK)
+    assert train_rival("full", on, train, config=QUICK).num_images > 0

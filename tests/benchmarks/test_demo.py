@@ -1,0 +1,35 @@
+"""The demo proves that nothing moved, and sees it where something has."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.benchmarks.test_strategy import break_the_mask
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Avalanche and what it imports warn while they load
+
+
+@pytest.mark.slow
+def test_the_demo_proves_that_nothing_moved(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from addenda.benchmarks.demo import run_demo
+
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run_demo()
+    out = capsys.readouterr().out
+    assert ["digits-89", *["100.0"] * 4, "97.9", "4", "of", "4"] in [line.split() for line in out.splitlines()]
+    assert "One more task costs" in out
+    assert all(f"addenda {command} " in out for command in ("tasks list", "predict", "verify"))
+
+
+@pytest.mark.slow
+def test_the_demo_fails_when_a_mask_is_broken(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from addenda.benchmarks import demo
+
+    break_the_mask(monkeypatch)
+    monkeypatch.setattr(demo, "PAIRS", demo.PAIRS[:2])
+    assert not demo.run_demo()
+    assert "NOT every earlier task" in capsys.readouterr().out

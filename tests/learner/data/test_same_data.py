@@ -1,0 +1,463 @@
+"""The same data are the same data: order, names and ways of writing decide nothing, and other pictures are others."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import logging
+import random
+import shutil
+import unicodedata
+from collections.abc import Callable, Sequence
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch.utils.data import ConcatDataset, Subset
+from torchvision.datasets import ImageFolder
+
+from addenda import FrozenBackbone, LearnConfig, Learner, Registry
+from addenda.backbones import prepared, read_image
+from addenda.exceptions import DataError
+from addenda.learner import ActivationCache, Augmentation
+from addenda.learner.context import Epoch
+from addenda.learner.data import Data, open_images
+from addenda.registry import Task
+from tests.support.commands import Run
+from tests.support.images import colour_folder
+
+QUICK = LearnConfig(epochs=2, batch_size=5, fall_back=False, augmentation=Augmentation(views=1))
+numbers = itertools.count()
+
+
+class Pictures:
+    """A torch Dataset of PIL images."""
+
+    def __init__(self, items: Sequence[tuple[Image.Image, int]], classes: Sequence[str]) -> None:
+        self._items, self.targets, self.classes = items, [target for _, target in items], list(classes)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return self._items[index]
+
+
+# --- order and names --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """train/ and test/ of three classes; one picture is there twice."""
+    place = tmp_path_factory.mktemp("pictures")
+    colour_folder(place / "train", per_class=6)
+    shutil.copy(place / "train" / "red" / "0.png", place / "train" / "red" / "again.png")
+    colour_folder(place / "test", per_class=4, seed=50)
+    return place
+
+
+def files(folder: Path) -> list[tuple[Path, str]]:
+    return [(path, path.parent.name) for path in sorted(folder.glob("*/*"))]
+
+
+def renamed(source: Path, target: Path, choose: random.Random) -> Path:
+    """The same pictures under other names, in other folders below their class's."""
+    for number, (path, label) in enumerate(files(source)):
+        place = target / label / choose.choice((".", "more", "more/still"))
+        place.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, place / f"{choose.getrandbits(60):x}-{number}.png")
+    return target
+
+
+def as_folder(source: Path, target: Path, choose: random.Random) -> Data:
+    return renamed(source, target, choose)
+
+
+def as_listing(source: Path, target: Path, choose: random.Random) -> Data:
+    renamed(source, target / "of", choose)
+    rows = [(path, path.relative_to(target / "of").parts[0]) for path in (target / "of").rglob("*.png")]
+    choose.shuffle(rows)
+    with (target / "all.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("path", "label"), *((str(path), label) for path, label in rows)])
+    return target / "all.csv"
+
+
+def learned(
+    on: FrozenBackbone, folder: Path, train: Data, test: Data, config: LearnConfig = QUICK
+) -> tuple[object, ...]:
+    """All of a task and of two scorings that the data decide."""
+    with Registry.open(folder / f"{next(numbers)}.db") as registry:
+        learner = Learner(on, registry, ActivationCache(folder / f"cache-{next(numbers)}"))
+        task = learner.learn("colours", train, test, config=config)
+        scored, statistics = learner.evaluate("colours", test), registry.statistics(task.ref)
+        assert statistics is not None
+        (probe,) = registry.goldens(task.ref)
+        run = task.data["run"]["data"], scored.data_fingerprint
+        return task.sha256, statistics.sha256, probe.digest, run, scored.logits_digest, task.metrics, scored.metrics
+
+
+@settings(deadline=None, max_examples=5)
+@given(choose=st.randoms(use_true_random=False), ways=st.tuples(*[st.sampled_from((as_folder, as_listing))] * 2))
+def test_shuffled_and_renamed_data_give_one_artifact(
+    tiny: FrozenBackbone, pictures: Path, tmp_path_factory: pytest.TempPathFactory,
+    choose: random.Random, ways: tuple[Callable[..., Data], Callable[..., Data]],
+) -> None:  # fmt: skip
+    folder = tmp_path_factory.mktemp("example")
+    expected = learned(tiny, folder, pictures / "train", pictures / "test")
+    parts = [way(pictures / part, folder / part, choose) for part, way in zip(("train", "test"), ways, strict=True)]
+    assert learned(tiny, folder, *parts) == expected
+
+
+@settings(deadline=None, max_examples=3)
+@given(choose=st.randoms(use_true_random=False))
+def test_a_shuffled_dataset_gives_one_artifact(
+    tiny: FrozenBackbone, pictures: Path, tmp_path_factory: pytest.TempPathFactory, choose: random.Random
+) -> None:
+    folder, found = tmp_path_factory.mktemp("example"), []
+    labels = sorted({label for _, label in files(pictures / "train")})
+    for _ in range(2):
+        parts = []
+        for part in ("train", "test"):
+            rows = [(Image.open(path), labels.index(label)) for path, label in files(pictures / part)]
+            choose.shuffle(rows)
+            parts.append(Pictures(rows, labels))
+        found.append(learned(tiny, folder, *parts))
+    assert found[0] == found[1]
+
+
+def test_a_run_that_was_killed_goes_on_with_renamed_images_to_the_same_task(
+    tiny: FrozenBackbone, pictures: Path, tmp_path: Path
+) -> None:
+    config = LearnConfig(epochs=4, batch_size=5, fall_back=False, augmentation=Augmentation(views=1))
+    expected = learned(tiny, tmp_path, pictures / "train", pictures / "test", config)[0]
+
+    def stop(epoch: Epoch) -> None:
+        if epoch.epoch == 2:
+            raise KeyboardInterrupt
+
+    seen: list[int] = []
+    with Registry.open(tmp_path / "resumed.db") as registry:
+        learner = Learner(tiny, registry, ActivationCache(tmp_path / "cache"))
+        with pytest.raises(KeyboardInterrupt):
+            learner.learn("colours", pictures / "train", pictures / "test", config=config, on_epoch=stop)
+        other = renamed(pictures / "train", tmp_path / "renamed", random.Random(1))
+        task = learner.learn(
+            "colours", other, pictures / "test", config=config, on_epoch=lambda epoch: seen.append(epoch.epoch)
+        )
+    assert seen[0] == 3
+    assert task.sha256 == expected
+
+
+def test_a_renamed_test_image_is_no_unexplained_change(
+    tiny: FrozenBackbone, pictures: Path, run: Run, tmp_path: Path
+) -> None:
+    test = Path(shutil.copytree(pictures / "test", tmp_path / "test"))
+    with Registry.open(tmp_path / "tasks.db") as registry:
+        learner = Learner(tiny, registry, ActivationCache(tmp_path / "cache"))
+        learner.learn("colours", pictures / "train", test, config=QUICK)
+        (test / "red" / "0.png").rename(test / "red" / "zero.png")
+        learner.evaluate("colours", test)
+        assert [scored.verdict for scored in registry.history("colours")] == ["first", "equal"]
+    assert run("tasks", "history", "colours").code == 0
+
+
+def test_a_scoring_of_an_earlier_version_is_compared_by_its_figures(
+    registered: Callable[..., Task], registry: Registry
+) -> None:
+    """Version 0.1 hashed logits in the order of the files."""
+    ref = registered("task").ref
+    figures = {"accuracy": 0.75, "calibration_error": 0.1, "num_images": 4}
+    registry.add_evaluation(ref, "data", "numerics", figures, "a" * 64)
+    registry.add_evaluation(ref, "data", "numerics", {**figures, "calibration_error": 0.10000001}, "2:" + "b" * 64)
+    registry.add_evaluation(ref, "data", "numerics", {**figures, "accuracy": 0.5}, "2:" + "c" * 64)
+    registry.add_evaluation(ref, "other", "numerics", figures, "a" * 64)
+    registry.add_evaluation(ref, "other", "numerics", {**figures, "accuracy": 0.5}, "2:" + "b" * 64)
+    found = registry.history("task")
+    assert [scored.verdict for scored in found] == ["first", "equal", "unexplained", "first", "unexplained"]
+    assert "version 0.1 hashed logits in another order" in found[1].reason
+
+
+# --- one picture, prepared in one way ---------------------------------------------------------------------------------
+
+
+def turned(folder: Path) -> Path:
+    pixels = np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(folder / "turned.jpg", exif=exif)
+    return folder / "turned.jpg"
+
+
+def clear(folder: Path) -> Path:
+    pixels = np.random.default_rng(1).integers(0, 255, (20, 30, 4), dtype=np.uint8)
+    pixels[:10, :, 3] = 0
+    Image.fromarray(pixels).save(folder / "clear.png")
+    return folder / "clear.png"
+
+
+def clear_palette(folder: Path) -> Path:
+    image = Image.open(clear(folder)).convert("RGB").quantize(16)
+    image.save(folder / "palette.png", transparency=3)
+    return folder / "palette.png"
+
+
+def deep(folder: Path) -> Path:
+    values = np.linspace(0, 65535, 600).reshape(20, 30).astype(np.uint16)
+    Image.fromarray(values).save(folder / "deep.png")
+    return folder / "deep.png"
+
+
+def floats(folder: Path) -> Path:
+    Image.fromarray(np.linspace(0, 1, 600).reshape(20, 30).astype(np.float32)).save(folder / "floats.tif")
+    return folder / "floats.tif"
+
+
+KINDS = pytest.mark.parametrize("make", [turned, clear, clear_palette, deep, floats])
+
+
+@KINDS
+def test_a_file_and_its_pil_image_are_prepared_alike(
+    tiny: FrozenBackbone, tmp_path: Path, make: Callable[[Path], Path]
+) -> None:
+    path = make(tmp_path)
+    from_file = tiny.transform(read_image(path))
+    assert torch.equal(tiny.transform(Image.open(path)), from_file)
+    assert torch.equal(tiny.transform(prepared(Image.open(path))), from_file)  # twice is once
+    for data in (as_items(path), as_image_folder(path, tmp_path), Subset(as_image_folder(path, tmp_path), [0])):
+        assert torch.equal(open_images(data).read(0, tiny), from_file)
+    assert open_images(as_image_folder(path, tmp_path)).digest(0) == open_images(tmp_path / "of").digest(0)
+    both = ConcatDataset([as_image_folder(path, tmp_path), as_items(path)])
+    assert torch.equal(open_images(both).read_all(tiny), from_file.expand(2, -1, -1, -1))
+
+
+def as_items(path: Path) -> Pictures:
+    return Pictures([(Image.open(path), 0)], ["a"])
+
+
+def as_image_folder(path: Path, folder: Path) -> ImageFolder:
+    place = folder / "of" / "a"
+    place.mkdir(parents=True, exist_ok=True)
+    shutil.copy(path, place)
+    return ImageFolder(str(folder / "of"))
+
+
+def test_a_loader_of_ones_own_stays(tiny: FrozenBackbone, tmp_path: Path) -> None:
+    path = clear(tmp_path)
+    place = as_image_folder(path, tmp_path).root
+    own = ImageFolder(place, loader=lambda file: Image.open(file).convert("L"))
+    assert torch.equal(open_images(own).read(0, tiny), tiny.transform(Image.open(path).convert("L")))
+    turned_round = ImageFolder(place, transform=lambda image: image.rotate(180))
+    loader = turned_round.loader
+    assert torch.equal(open_images(turned_round).read(0, tiny), tiny.transform(read_image(path).rotate(180)))
+    assert turned_round.loader is loader
+
+
+def test_an_image_is_turned_once_and_damaged_metadata_do_not_matter(tmp_path: Path) -> None:
+    path = turned(tmp_path)
+    assert read_image(path).size == (20, 30)
+    assert prepared(read_image(path)).size == (20, 30)
+    assert np.array_equal(read_image(path), np.rot90(np.asarray(Image.open(path)), -1))
+    plain = Image.open(path).convert("RGB")
+    plain.info["exif"] = b"Exif\0\0 not at all"
+    assert prepared(plain).size == (30, 20)
+
+
+@pytest.mark.parametrize(
+    ("values", "top"),
+    [
+        (np.linspace(0, 1, 64, dtype=np.float32), 1),
+        (np.linspace(0, 255, 64, dtype=np.float32), 255),
+        (np.linspace(0, 65535, 64, dtype=np.float32), 65535),
+        (np.arange(0, 256, 4).astype(np.int32), 255),
+        (np.arange(0, 256, 4).astype(np.uint16), 255),
+        (np.linspace(0, 4095, 64).astype(np.uint16), 4095),
+        (np.linspace(0, 65535, 64).astype(np.uint16), 65535),
+        (np.linspace(0, 65535, 64).astype(np.int32), 65535),
+    ],
+)
+def test_values_that_are_not_8_bit_are_scaled_by_what_they_say(tmp_path: Path, values: np.ndarray, top: int) -> None:
+    Image.fromarray(values.reshape(8, 8)).save(tmp_path / "a.tif")
+    found = np.asarray(read_image(tmp_path / "a.tif")).astype(int)
+    assert (abs(found - (values.reshape(8, 8, 1).astype(float) * 255 / top)) <= 1).all()
+    assert found.max() >= 251
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [-1.0, 0.5],
+        [0.0, 1.133],
+        [-0.05, 1.0],
+        [0.0, 1e6],
+        [0.0, float("nan")],
+        [0.0, float("inf")],
+        [-5, 3],
+        [0, 70_000],
+    ],
+)
+def test_values_of_no_known_scale_are_refused_by_name(tmp_path: Path, values: list[float]) -> None:
+    kind = np.int32 if all(isinstance(value, int) for value in values) else np.float32
+    Image.fromarray(np.array([values], kind)).save(tmp_path / "a.tif")
+    with pytest.raises(DataError, match=r"a\.tif' has pixel values from .* of no known scale: 8, 12 or 16 bits"):
+        read_image(tmp_path / "a.tif")
+
+
+def test_colours_of_16_bits_that_pillow_would_make_black_are_refused(tmp_path: Path) -> None:
+    for name, top in (("dark", 4095), ("light", 65535)):
+        write_16_bit_rgb(tmp_path / f"{name}.png", np.linspace(0, top, 48).astype(np.uint16).reshape(4, 4, 3))
+    assert np.asarray(read_image(tmp_path / "light.png")).max() == 255
+    image = Image.open(tmp_path / "dark.png")
+    for again in (lambda: read_image(tmp_path / "dark.png"), lambda: prepared(image), lambda: prepared(image)):
+        with pytest.raises(DataError, match=r"has 16-bit colours of 12 bits or fewer"):
+            again()
+
+
+def write_16_bit_rgb(path: Path, values: np.ndarray) -> None:
+    """As a PNG, which Pillow reads and does not write."""
+    import struct
+    import zlib
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width, _ = values.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + parts)
+
+
+def test_a_picture_of_a_dataset_that_cannot_be_read_is_named_or_left_out(
+    tiny: FrozenBackbone, registry: Registry, tmp_path: Path
+) -> None:
+    paths = [path for path, _ in files(colour_folder(tmp_path / "colours"))]
+    cut = tmp_path / "cut.jpg"
+    Image.open(paths[0]).save(cut)
+    cut.write_bytes(cut.read_bytes()[:-200])
+    items = [(Image.open(path), number // 8) for number, path in enumerate(paths)]
+    bad = [Image.open(BytesIO(cut.read_bytes())), Image.fromarray(np.array([[0, 70_000]], np.int32))]
+    data = Pictures([*items, *((image, 0) for image in bad)], ["blue", "green", "red"])
+    learner = Learner(tiny, registry)
+    with pytest.raises(DataError, match=r"2 of 26 images .* cannot be read") as refused:
+        learner.learn("colours", data, config=LearnConfig(head_only=True))
+    assert "Item 24 of the Pictures given cannot be read" in str(refused.value)
+    assert "Item 25 of the Pictures given has pixel values from 0 to 70000" in str(refused.value)
+    task = learner.learn("colours", data, config=LearnConfig(head_only=True), skip_bad=True)
+    assert (task.data["num_images"], len(task.data["skipped"])) == (24, 2)
+    assert task.data["repeated"] == {"classes": 0, "test": 0}
+
+
+def test_another_order_of_classes_is_not_the_task_of_before(
+    tiny: FrozenBackbone, registry: Registry, tmp_path: Path
+) -> None:
+    rows = [
+        (Image.open(path), ("red", "green", "blue").index(label))
+        for path, label in files(colour_folder(tmp_path / "c"))
+    ]
+    learner, config = Learner(tiny, registry), LearnConfig(head_only=True)
+    first = learner.learn("colours", Pictures(rows, ["red", "green", "blue"]), config=config)
+    assert learner.learn("colours", Pictures(rows, ["red", "green", "blue"]), config=config).ref == first.ref
+    other = Pictures([(image, 2 - target) for image, target in rows], ["blue", "green", "red"])
+    second = learner.learn("colours", other, config=config, new_version=True)
+    assert (second.ref, second.labels) == ("colours:2", ("blue", "green", "red"))
+
+
+# --- other pictures are others ----------------------------------------------------------------------------------------
+
+
+def in_palette(colours: Sequence[tuple[int, int, int]]) -> Image.Image:
+    image = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) % 4, mode=None).convert("P")
+    image.putdata([i % 4 for i in range(64)])
+    image.putpalette([part for colour in colours for part in colour])
+    return image
+
+
+def test_equal_indices_of_two_palettes_are_two_pictures(tiny: FrozenBackbone) -> None:
+    light = in_palette([(250, 240, 230), (200, 210, 220), (180, 190, 170), (255, 255, 255)])
+    dark = in_palette([(10, 20, 30), (0, 0, 0), (40, 30, 20), (5, 5, 5)])
+    assert light.tobytes() == dark.tobytes()
+    images = open_images(Pictures([(light, 0), (dark, 1), (light.convert("RGB"), 0)], ["a", "b"]))
+    assert images.digest(0) != images.digest(1)
+    assert images.digest(0) == images.digest(2)
+    assert not torch.equal(images.read(0, tiny), images.read(1, tiny))
+
+
+def test_equal_bytes_of_another_dtype_are_another_picture() -> None:
+    halves = torch.arange(3 * 4 * 4).reshape(3, 4, 4).half()
+    tensors = [halves, halves.view(torch.bfloat16), halves.float(), halves.double(), halves.float().clone()]
+    digests = [open_images([(one, 0)]).digest(0) for one in tensors]  # a list is a Dataset too
+    assert digests[2] == digests[4]
+    assert len(set(digests)) == 4
+
+
+# --- one name in Unicode's two forms ----------------------------------------------------------------------------------
+
+COMPOSED, APART = unicodedata.normalize("NFC", "café"), unicodedata.normalize("NFD", "café")
+
+
+def test_class_names_are_compared_in_one_form(tiny: FrozenBackbone, registry: Registry, tmp_path: Path) -> None:
+    assert COMPOSED != APART
+    for part, name in (("train", APART), ("test", COMPOSED)):
+        colour_folder(tmp_path / "set" / part)
+        (tmp_path / "set" / part / "red").rename(tmp_path / "set" / part / name)
+    task = Learner(tiny, registry).learn("colours", tmp_path / "set", config=LearnConfig(head_only=True))
+    assert task.labels == ("blue", COMPOSED, "green")
+    assert task.metrics["test"]["num_images"] == 24
+
+
+def test_two_forms_of_a_name_are_one_class(tmp_path: Path) -> None:
+    colour_folder(tmp_path / "set")
+    (tmp_path / "set" / "red").rename(tmp_path / "set" / APART)
+    (tmp_path / "set" / "blue").rename(tmp_path / "set" / COMPOSED)
+    images = open_images(tmp_path / "set")
+    assert (images.labels, images.counts) == ((COMPOSED, "green"), [16, 8])
+    rows = [f"{path},{(APART, COMPOSED)[number % 2]}" for number, path in enumerate(item for item in images.items)]
+    (tmp_path / "list.csv").write_text("\n".join(["path,label", *rows]))
+    assert open_images(tmp_path / "list.csv").labels == (COMPOSED,)
+    data = Pictures([(Image.new("RGB", (4, 4)), 0), (Image.new("RGB", (4, 4)), 1)], [APART, "other"])
+    assert open_images(data).labels == (COMPOSED, "other")
+
+
+# --- the same pictures twice ------------------------------------------------------------------------------------------
+
+
+def test_pictures_in_both_parts_and_in_two_classes_are_counted(
+    tiny: FrozenBackbone, registry: Registry, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    colour_folder(tmp_path / "set" / "train")
+    colour_folder(tmp_path / "set" / "test", seed=50)
+    for name in ("0", "1"):
+        shutil.copy(
+            tmp_path / "set" / "train" / "red" / f"{name}.png", tmp_path / "set" / "test" / "red" / f"x{name}.png"
+        )
+    shutil.copy(tmp_path / "set" / "train" / "red" / "2.png", tmp_path / "set" / "train" / "blue" / "x2.png")
+    with caplog.at_level(logging.WARNING):
+        task = Learner(tiny, registry).learn("colours", tmp_path / "set", config=LearnConfig(head_only=True))
+    assert task.data["repeated"] == {"classes": 2, "test": 2}
+    assert registry.record("colours").data["repeated"] == {"classes": 2, "test": 2}
+    (said,) = [record.getMessage() for record in caplog.records if "Byte for byte" in record.getMessage()]
+    assert "2 training images occur with other labels too" in said
+    assert "2 of 26 test images are training images too" in said
+
+
+def test_without_repeats_nothing_is_said(
+    tiny: FrozenBackbone, registry: Registry, pictures: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        task = Learner(tiny, registry).learn("colours", pictures, config=LearnConfig(head_only=True))
+    assert task.data["repeated"] == {"classes": 0, "test": 0}
+    assert "Byte for byte" not in caplog.text
+
+
+def test_repeats_are_in_the_json_too(run: Run, tmp_path: Path) -> None:
+    colour_folder(tmp_path / "set" / "train")
+    shutil.copytree(tmp_path / "set" / "train", tmp_path / "set" / "test")
+    result = run("learn", "colours", tmp_path / "set", "--backbone", "glyphs", "--head-only", "--json")
+    assert json.loads(result.out)["repeated"] == {"classes": 0, "test": 24}
+    assert "24 of 24 test images are training images too: their score flatters" in result.err
