@@ -8,28 +8,39 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from addenda import exceptions
+
 if TYPE_CHECKING:
     from addenda.backbones import FrozenBackbone, load_backbone
-    from addenda.combined import CombinedModel
-    from addenda.learner import LearnConfig, Learner
-    from addenda.registry import Registry, Task
+    from addenda.combined import CombinedModel, Router
+    from addenda.learner import Augmentation, LearnConfig, Learner
+    from addenda.registry import Registry, Task, TaskFilter
 
 __version__ = "0.1.0"
-__all__ = ["CombinedModel", "FrozenBackbone", "LearnConfig", "Learner", "Registry", "Task", "load_backbone"]
-
-_HOME = {
-    "CombinedModel": "addenda.combined",
-    "FrozenBackbone": "addenda.backbones",
-    "LearnConfig": "addenda.learner",
-    "Learner": "addenda.learner",
-    "Registry": "addenda.registry",
-    "Task": "addenda.registry",
-    "load_backbone": "addenda.backbones",
+__all__ = [
+    "Augmentation",
+    "CombinedModel",
+    "FrozenBackbone",
+    "LearnConfig",
+    "Learner",
+    "Registry",
+    "Router",
+    "Task",
+    "TaskFilter",
+    "exceptions",
+    "load_backbone",
+]
+_NAMES = {
+    "backbones": ("FrozenBackbone", "load_backbone"),
+    "combined": ("CombinedModel", "Router"),
+    "learner": ("Augmentation", "LearnConfig", "Learner"),
+    "registry": ("Registry", "Task", "TaskFilter"),
 }
 
 
 def __getattr__(name: str) -> Any:
     """Imports a public name when it is first used, so that `import addenda` starts no framework."""
-    if name not in _HOME:
-        raise AttributeError(f"module 'addenda' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    for home, names in _NAMES.items():
+        if name in names:
+            return getattr(import_module(f"addenda.{home}"), name)
+    raise AttributeError(f"module 'addenda' has no attribute {name!r}")

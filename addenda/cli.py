@@ -31,25 +31,14 @@ app = typer.Typer(
 )
 for command in (learn, learn_many, evaluate, predict, verify, export_model, serve.serve, demo, doctor):
     app.command()(command)
-for more in (
-    insight.history,
-    insight.compare,
-    insight.lineage,
-    changes.alias,
-    changes.tag,
-    changes.note,
-    changes.retire,
-):
+of_tasks = (insight.history, insight.compare, insight.lineage, changes.alias, changes.tag, changes.note, changes.retire)
+for more in (*of_tasks, exchange.export):
     tasks.app.command()(more)
-tasks.app.command()(exchange.export)
 tasks.app.command("import")(exchange.import_)
 database.app.command()(exchange.merge)
-app.add_typer(tasks.app, name="tasks")
-app.add_typer(backbones.app, name="backbones")
-app.add_typer(bench.app, name="bench")
-app.add_typer(cache.app, name="cache")
-app.add_typer(database.app, name="db")
-app.add_typer(serve.app, name="keys")
+groups = {"tasks": tasks, "backbones": backbones, "bench": bench, "cache": cache, "db": database, "keys": serve}
+for name, group in groups.items():
+    app.add_typer(group.app, name=name)
 
 
 @app.callback(invoke_without_command=True)

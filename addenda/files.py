@@ -53,12 +53,7 @@ def written(path: Path, mode: int | None = None, replace: bool = True) -> Iterat
 
 
 def put(unfinished: Path, path: Path, replace: bool) -> None:
-    """Gives a file its name once it is on the disk.
-
-    Args:
-        unfinished: the file, on the same file system.
-        path: what it is to be called.
-        replace: whether a file of this name may be there.
+    """Gives a file on the same file system its name once it is on the disk.
 
     Raises:
         FileExistsError: there is one, and it may not be replaced, not even one that came meanwhile.
@@ -97,11 +92,6 @@ def permissions(path: Path) -> int:
 
 def claim(folder: Path, marker: str, text: str) -> None:
     """Makes a folder that is Addenda's own, for this user alone, or finds it; a marker file in it says whose it is.
-
-    Args:
-        folder: the folder; its parents are made too.
-        marker: the name of the marker file.
-        text: what the marker file says.
 
     Raises:
         PermissionError: it is a link, another user owns it, or others may write to it.

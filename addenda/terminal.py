@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
+from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -82,11 +83,7 @@ def percent(value: float | None) -> str:
 
 def size(num_bytes: float) -> str:
     """Bytes in the unit that reads best."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.1f} TB"
+    return decimal(round(num_bytes)).replace("bytes", "B").replace("byte", "B")
 
 
 class _Shown(logging.Formatter):

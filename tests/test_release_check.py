@@ -57,6 +57,7 @@ def test_what_is_built_is_all_of_the_package_and_nothing_else(script: ModuleType
 def test_what_belongs_into_a_release_is_said_of_its_archives(script: ModuleType) -> None:
     wheel, sdist = script.wanted_files()
     for part in (
+        "addenda/py.typed",
         "addenda/serving/templates/home.html",
         "addenda/serving/static/page.css",
         "addenda/registry/migrations/versions/0001_first_schema.py",

@@ -27,13 +27,7 @@ OURS = ("all", "dev")
 
 
 class Finding(NamedTuple):
-    """One thing that was looked at.
-
-    Attributes:
-        subject: what it is.
-        state: whether it works, is not there, or is broken.
-        detail: what was found, and what to do about it.
-    """
+    """One thing that was looked at: what was found, and what to do about it."""
 
     subject: str
     state: Literal["works", "absent", "BROKEN"]
@@ -41,12 +35,7 @@ class Finding(NamedTuple):
 
 
 def checkup(registry: str, device: str) -> Iterator[Finding]:
-    """Looks at what Addenda stands on, and changes nothing but an older registry's schema, as opening it does.
-
-    Args:
-        registry: path or URL of the registry.
-        device: where the self-test computes: cpu, cuda, cuda:1, or auto.
-    """
+    """Looks at what Addenda stands on, and changes nothing but an older registry's schema, as opening it does."""
     yield Finding("python", "works", f"{platform.python_version()}, {platform.platform()}")
     yield from package_findings()
     yield from _devices()
@@ -117,25 +106,16 @@ def _cache() -> Finding:
 
 
 def self_test(backbone: FrozenBackbone, tasks: Sequence[Task], more: str = "") -> Finding:
-    """Whether a backbone and some tasks keep their bits here, as every exact model tries first.
-
-    Args:
-        backbone: the backbone.
-        tasks: tasks on it.
-        more: to be said of them.
-    """
+    """Whether a backbone and some tasks, of which more is said, keep their bits here, as an exact model tries first."""
     subject = f"exactness of {backbone.name}{more}"
     where = f"{backbone.device}, {str(backbone.precision).removeprefix('torch.')}"
     try:
         proven = prove(backbone, tasks)
     except AddendaError as error:
         return Finding(subject, "BROKEN", str(error))
-    shapes = f"batches of {_list(proven.images)} images, tiles of {_list(proven.slots)} tasks"
+    images, slots = (", ".join(map(str, sizes)) for sizes in (proven.images, proven.slots))
+    shapes = f"batches of {images} images, tiles of {slots} tasks"
     return Finding(subject, "works", f"{where}: every bit as it should be, in {shapes}")
-
-
-def _list(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers))
 
 
 def _registry(location: str, device: str) -> Iterator[Finding]:

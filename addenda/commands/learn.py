@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from addenda.commands.loading import backbone_to_learn_on, workplace
+from addenda.commands.loading import backbone_to_learn_on, learn_settings, ranks, single, workplace
 from addenda.commands.options import (
     DEFAULT_REGISTRY,
     BackboneOption,
@@ -23,7 +23,6 @@ from addenda.commands.options import (
     StdOption,
     WeightsOption,
 )
-from addenda.commands.settings import learn_settings, ranks, single
 from addenda.commands.tasks import HEADLINES, headlines, show_task
 from addenda.exceptions import AddendaError
 from addenda.text import shown_lines
@@ -190,30 +189,21 @@ def learn_many(
         records = [None if outcome.ref is None else opened.record(outcome.ref) for outcome in outcomes]
     missing = [outcome for outcome in outcomes if outcome.ref is None]
     if as_json:
-        made = [
-            {"sha256": r.sha256, **_found_of(outcome.data)} if r is not None else {}
-            for outcome, r in zip(outcomes, records, strict=True)
-        ]
-        told = [{key: held for key, held in vars(outcome).items() if key != "data"} for outcome in outcomes]
-        print_json([one | more for one, more in zip(told, made, strict=True)])
+        print_json(
+            [
+                {key: held for key, held in vars(outcome).items() if key != "data"}
+                | ({} if r is None else {"sha256": r.sha256, **_found_of(outcome.data)})
+                for outcome, r in zip(outcomes, records, strict=True)
+            ]
+        )
     else:
-        figures = [
-            headlines(r, outcome.metrics) if r is not None else ("–",) * len(HEADLINES)
-            for outcome, r in zip(outcomes, records, strict=True)
-        ]
-        mixed = {score for score, *_ in figures} - {"accuracy", "–"}
-        shown = HEADLINES if mixed else HEADLINES[1:]  # which score it is goes without saying where all are accuracies
-        lines = [
-            (
-                outcome.ref or outcome.name,
-                *((r.data["num_images"], len(r.labels)) if r is not None else ("–", "–")),
-                *found[-len(shown) :],
-                f"{outcome.seconds:.1f}",
-                outcome.state,
-            )
-            for outcome, r, found in zip(outcomes, records, figures, strict=True)
-        ]
-        columns = ("task", "images", "classes", *shown, "seconds", "state")
+        columns = ["task", "images", "classes", *HEADLINES, "seconds", "state"]
+        lines: list[list[object]] = []
+        for outcome, r in zip(outcomes, records, strict=True):
+            what = [r.data["num_images"], len(r.labels), *headlines(r, outcome.metrics)] if r else ["–"] * 6
+            lines.append([outcome.ref or outcome.name, *what, f"{outcome.seconds:.1f}", outcome.state])
+        if not {line[3] for line in lines} - {"accuracy", "–"}:  # which score it is goes without saying
+            columns, lines = columns[:3] + columns[4:], [line[:3] + line[4:] for line in lines]
         title = f"{len(rows) - len(missing)} of {len(rows)} tasks of {file} are in {opened.location}"
         console.print(table(title, columns, lines, right=("images", "classes", *HEADLINES[1:], "seconds")))
         for outcome in missing:

@@ -35,14 +35,8 @@ SkipBadOption = Annotated[bool, typer.Option("--skip-bad", help="Leave out image
 def numbers(text: str | None) -> tuple[float, ...] | None:
     """Reads a mean or a standard deviation: '0.5' -> (0.5, 0.5, 0.5); '0.1,0.2,0.3' -> those.
 
-    Args:
-        text: What --mean or --std was given; None where it was not.
-
-    Returns:
-        The numbers, one given alone for each of three colours; None for None.
-
     Raises:
-        BackboneError: A part of the text is no number.
+        BackboneError: a part of the text is no number.
     """
     if text is None:
         return None

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from addenda.backbones import Files, LeftOut
     from addenda.combined import Choice, Router
     from addenda.distributed.prediction import Crew, Question
+
+Best = Sequence[tuple[str, float]]
+"""Labels with their probabilities."""
 
 
 def predict(
@@ -93,7 +96,7 @@ def predict(
     of_ray = {"--out": out, "--part-size": part_size, "--workers": workers, "--cpus": cpus, "--gpus": gpus}
     if used := [option for option, value in of_ray.items() if value is not None]:
         raise AddendaError(f"{', '.join(used)}: only with --ray, which says on which cluster.")
-    from addenda import Registry
+    from addenda import CombinedModel, Registry
     from addenda.backbones import counted, read_files
     from addenda.combined import recorded_backbone
     from addenda.terminal import console, print_json, progress, table
@@ -102,8 +105,6 @@ def predict(
     with Registry.open(registry, create=False) as opened:
         chosen = [opened.get(ref) for ref in task or () if not auto]
         loaded = recorded_backbone(opened, weights, device, chosen[0].backbone if chosen else None)
-        from addenda import CombinedModel
-
         model = CombinedModel(loaded, chosen or opened.load(loaded), exact=not inexact)
         router = _router(opened, model) if auto and model.tasks else None
     if not model.tasks:
@@ -122,29 +123,66 @@ def predict(
             raise DataError(f"{error} (--skip-bad leaves out what cannot be read.)") from error
     for message in bad:
         typer.echo(f"left out: {shown(message)}", err=True)
-    besides = {"skipped": bad, "left_out": counted(left_out)}
-    if router is not None:
-        _show_routed(answers, model, besides, as_json, as_csv)
-        return
+    found = _of_all(answers, model) if router is None else _routed(answers, model)
     if as_json:
-        images_json = {path: {name: [{"label": label, "probability": p} for label, p in best]
-                              for name, best in answer.items()} for path, answer in answers.items()}  # fmt: skip
-        print_json({"exact": model.exact, "images": images_json, **besides})
-        return
-    rows = [
-        (path, name, label, p) for path, answer in answers.items() for name, best in answer.items() for label, p in best
-    ]
-    if as_csv:
+        print_json({"exact": model.exact, "images": found.images, "skipped": bad, "left_out": counted(left_out)})
+    elif as_csv:
         writer = csv.writer(sys.stdout)
-        writer.writerow(("image", "task", "label", "probability"))
-        writer.writerows(map(csv_row, rows))
-        return
-    lines = [
-        (path, *(", ".join(f"{label} {100 * p:.0f} %" for label, p in best) or "none" for best in answer.values()))
-        for path, answer in answers.items()
-    ]
-    title = f"{len(lines)} images, {len(model.tasks)} tasks" + ("" if model.exact else ", not exact")
-    console.print(table(title, ("image", *model.tasks), lines))
+        writer.writerow(found.head)
+        writer.writerows(map(csv_row, found.rows))
+    else:
+        console.print(table(found.title + ("" if model.exact else ", not exact"), found.columns, found.lines))
+
+
+class _Shown(NamedTuple):
+    """Answers in the three ways in which they are printed: JSON's images; CSV's head and rows; a table's parts."""
+
+    images: dict[str, Any]
+    head: Sequence[str]
+    rows: list[tuple[Any, ...]]
+    title: str
+    columns: Sequence[str]
+    lines: list[tuple[str, ...]]
+
+
+def _of_all(answers: dict[str, dict[str, Best]], model: CombinedModel) -> _Shown:
+    """Every task's answer about each image."""
+    return _Shown(
+        images={path: {name: _labels(best) for name, best in one.items()} for path, one in answers.items()},
+        head=("image", "task", "label", "probability"),
+        rows=[(path, name, *pair) for path, one in answers.items() for name, best in one.items() for pair in best],
+        title=f"{len(answers)} images, {len(model.tasks)} tasks",
+        columns=("image", *model.tasks),
+        lines=[(path, *(_in_words(best) or "none" for best in one.values())) for path, one in answers.items()],
+    )
+
+
+def _routed(answers: dict[str, tuple[Choice, Best]], model: CombinedModel) -> _Shown:
+    """The task that was chosen for each image, and its answer."""
+    return _Shown(
+        images={path: one._asdict() | {"labels": _labels(best)} for path, (one, best) in answers.items()},
+        head=("image", "task", "task_probability", "familiar", "label", "probability"),
+        rows=[(path, *choice, *pair) for path, (choice, best) in answers.items() for pair in best],
+        title=f"{len(answers)} images, the task chosen among {len(model.tasks)}",
+        columns=("image", "task", "sure", "labels"),
+        lines=[
+            (
+                path,
+                choice.task if choice.familiar else f"none; nearest {choice.task}",
+                f"{100 * choice.probability:.0f} %",
+                _in_words(best) if choice.familiar else "–",
+            )
+            for path, (choice, best) in answers.items()
+        ],
+    )
+
+
+def _labels(best: Best) -> list[dict[str, Any]]:
+    return [{"label": label, "probability": probability} for label, probability in best]
+
+
+def _in_words(best: Best) -> str:
+    return ", ".join(f"{label} {100 * probability:.0f} %" for label, probability in best)
 
 
 def _predict_on_ray(
@@ -234,38 +272,3 @@ def _router(registry: Registry, model: CombinedModel) -> Router:
     if not known:
         raise DataError("There is no task to choose from: nothing was kept of any task's images.")
     return Router(known)
-
-
-def _show_routed(
-    answers: dict[str, tuple[Choice, list[tuple[str, float]]]],
-    model: CombinedModel,
-    besides: dict[str, Any],
-    as_json: bool,
-    as_csv: bool,
-) -> None:
-    """Prints which task was chosen for each image, and its answer."""
-    from addenda.terminal import console, print_json, table
-
-    if as_json:
-        images = {
-            path: choice._asdict() | {"labels": [{"label": label, "probability": p} for label, p in best]}
-            for path, (choice, best) in answers.items()
-        }
-        print_json({"exact": model.exact, "images": images, **besides})
-        return
-    if as_csv:
-        writer = csv.writer(sys.stdout)
-        writer.writerow(("image", "task", "task_probability", "familiar", "label", "probability"))
-        writer.writerows(csv_row((path, *choice, *pair)) for path, (choice, best) in answers.items() for pair in best)
-        return
-    rows = [
-        (
-            path,
-            choice.task if choice.familiar else f"none; nearest {choice.task}",
-            f"{100 * choice.probability:.0f} %",
-            ", ".join(f"{label} {100 * p:.0f} %" for label, p in best) if choice.familiar else "–",
-        )
-        for path, (choice, best) in answers.items()
-    ]
-    title = f"{len(rows)} images, the task chosen among {len(model.tasks)}" + ("" if model.exact else ", not exact")
-    console.print(table(title, ("image", "task", "sure", "labels"), rows))

@@ -52,10 +52,7 @@ class Workplace:
 
 @contextmanager
 def connected(address: str) -> Iterator[None]:
-    """A connection to a cluster; one that this starts listens on this machine alone.
-
-    Args:
-        address: `local` to start one here, `auto` for one that runs on this machine, or HOST:PORT.
+    """A connection to a cluster: `local` starts one here alone, `auto` is one that runs here; or HOST:PORT.
 
     Raises:
         AddendaError: Ray is not installed, or nothing answers there.

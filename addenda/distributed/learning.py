@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from addenda.backbones import FrozenBackbone
-from addenda.distributed.board import REFRESH_S, Board
 from addenda.distributed.cluster import Workplace, check_shared, room
 from addenda.exceptions import AddendaError, DataError
 from addenda.learner import ActivationCache, Learner, Outcome, Row
@@ -27,6 +26,8 @@ RETRIES = 3
 """How often a row is begun again because its worker, or the node under it, was lost."""
 SHOWN = 3
 """Rows whose progress is shown in words."""
+REFRESH_S = 1.0
+"""How often a worker says how far it is, and how often that is read."""
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +40,6 @@ class Job:
         place: what each opens.
         cpus: the CPUs of a row: that many threads compute it, which is part of the numerics fingerprint.
         gpus: a row's share of a GPU, at most 1; 0 computes on CPUs.
-        new_version: whether names already taken get a further version.
-        skip_bad: leave out images that cannot be read.
         cache_gb: the most that kept activations take on a node's disk; None as for `ActivationCache`.
     """
 
@@ -64,9 +63,6 @@ def learn_on_cluster(job: Job, rows: Sequence[Row], registry: Registry, report: 
         registry: that of the job, which has recorded the backbone.
         report: told of the progress: rows that are done, and what is at work.
 
-    Returns:
-        What became of each row, in their order.
-
     Raises:
         AddendaError: no node is large enough for a row.
         RegistryError: the registry is a file, and the nodes are several machines.
@@ -74,7 +70,13 @@ def learn_on_cluster(job: Job, rows: Sequence[Row], registry: Registry, report: 
     import ray
 
     check_shared(registry)
-    _check_room(job)
+    if not room(job.cpus, job.gpus):  # a row would wait for ever
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        largest = ", ".join(f"{node.get('CPU', 0):g} and {node.get('GPU', 0):g}" for node in nodes)
+        raise AddendaError(
+            f"A task takes {job.cpus} CPUs and {job.gpus:g} GPUs of one node; the nodes have {largest}. Ask for less: "
+            "--cpus, --gpus."
+        )
     learn: Any = ray.remote(num_cpus=job.cpus, num_gpus=job.gpus, max_retries=RETRIES)(_learn)
     board, results = Board(), Results(registry, rows)
     outcomes: dict[int, Outcome] = {}
@@ -125,19 +127,6 @@ def predecessors(rows: Sequence[Row]) -> dict[int, set[int]]:
     return found
 
 
-def _check_room(job: Job) -> None:
-    """Raises AddendaError where a row would wait for ever."""
-    import ray
-
-    if not room(job.cpus, job.gpus):
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        largest = ", ".join(f"{node.get('CPU', 0):g} and {node.get('GPU', 0):g}" for node in nodes)
-        raise AddendaError(
-            f"A task takes {job.cpus} CPUs and {job.gpus:g} GPUs of one node; the nodes have {largest}. Ask for less: "
-            "--cpus, --gpus."
-        )
-
-
 def _standing(names: Sequence[str], at: Mapping[str, str]) -> str:
     """What is being done, in words."""
     begun = [f"{name}: {at[name]}" for name in names if name in at]
@@ -164,13 +153,20 @@ def _received(answer: Any, row: Row) -> tuple[float, Became]:
 
 def _learn(job: Job, row: Row, board: Board) -> tuple[float, Became, list[tuple[int, str]]]:
     """Learns a row, on a worker: what `_received` gives, and what was warned of meanwhile."""
+    import ray
+
     started = time.perf_counter()
     report = board.reporter(row.name)
     report("beginning", 0, 1)
     torch.set_num_threads(job.cpus)
 
     def learn() -> Task:
-        _check_seen(row)
+        for data in (row.data, row.test):
+            if isinstance(data, str | Path) and not Path(data).exists():
+                raise DataError(
+                    f"Node {ray.util.get_node_ip_address()} does not see {str(data)!r}: every node must see the data, "
+                    "at the same path."
+                )
         _, registry, backbone = _opened(job.place)
         learner = Learner(backbone, registry, ActivationCache(budget_gb=job.cache_gb))
         return learner.learn(row.name, row.data, row.test, row.config, job.new_version, job.skip_bad, report=report)
@@ -185,18 +181,6 @@ def _opened(place: Workplace) -> tuple[ExitStack, Registry, FrozenBackbone]:
     """The registry and the backbone of a worker, kept from one row to the next for as long as the first is."""
     stack = ExitStack()
     return stack, *stack.enter_context(place.opened())
-
-
-def _check_seen(row: Row) -> None:
-    """Raises DataError where this node does not see a row's data."""
-    import ray
-
-    for data in (row.data, row.test):
-        if isinstance(data, str | Path) and not Path(data).exists():
-            raise DataError(
-                f"Node {ray.util.get_node_ip_address()} does not see {str(data)!r}: every node must see the data, at "
-                "the same path."
-            )
 
 
 @contextmanager
@@ -214,3 +198,51 @@ def _warnings() -> Iterator[list[tuple[int, str]]]:
         yield said
     finally:
         logger.removeHandler(keep)
+
+
+class Notes:
+    """What each name is at: the state of an actor."""
+
+    def __init__(self) -> None:
+        self._notes: dict[str, str] = {}
+
+    def write(self, name: str, note: str) -> None:
+        """Notes what a name is at now."""
+        self._notes[name] = note
+
+    def read(self) -> dict[str, str]:
+        """What each was at last."""
+        return self._notes
+
+
+class Board:
+    """Notes that all nodes can write, kept beside the driver; where they are lost, the work goes on unseen."""
+
+    def __init__(self) -> None:
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self._actor: Any = ray.remote(Notes).options(num_cpus=0, scheduling_strategy=here).remote()
+
+    def read(self) -> dict[str, str]:
+        """What each was at last; nothing where the notes cannot be had in time."""
+        import ray
+
+        try:
+            found: dict[str, str] = ray.get(self._actor.read.remote(), timeout=REFRESH_S)
+        except ray.exceptions.RayError:
+            return {}
+        return found
+
+    def reporter(self, name: str) -> Report:
+        """A report of progress that notes, now and then, what a name is at."""
+        said = -REFRESH_S
+
+        def report(what: str, done: int, total: int) -> None:
+            nonlocal said
+            if time.monotonic() - said >= REFRESH_S:
+                said = time.monotonic()
+                self._actor.write.remote(name, f"{what.partition(',')[0]} {done}/{total}")
+
+        return report

@@ -96,14 +96,12 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def check_same(folder: Path, before: Manifest, now: Manifest) -> None:
-    """Raises a DataError that names what differs; the generation may.
+    """Raises a DataError that names what differs between a folder's manifest and what is asked for.
 
-    Args:
-        folder: whose manifests they are.
-        before: the one that is there.
-        now: what is asked for.
+    The generation may differ, and the fingerprint of numerics, which says less than they do.
     """
-    found = differences(_content(before), _content(now))
+    one, other = (asdict(each) | {"generation": 0, "numerics_fingerprint": ""} for each in (before, now))
+    found = differences(one, other)
     if found:
         raise DataError(
             f"The folder {str(folder)!r} holds other predictions: {named(found)}. Ask for the same, or give another "
@@ -127,10 +125,6 @@ def named(found: Sequence[str]) -> str:
     """Differences as one text, which names a few of them."""
     more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
     return "; ".join(found[:NAMED]) + more
-
-
-def _content(manifest: Manifest) -> dict[str, Any]:
-    return asdict(manifest) | {"generation": None, "numerics_fingerprint": None}
 
 
 def _shown(value: Any) -> str:

@@ -25,14 +25,9 @@ COLUMNS = ("image", "task", "ref", "label", "probability", "left_out")
 
 @dataclass(frozen=True)
 class Job:
-    """What every worker is told.
+    """What every worker is told: what it opens, and on how many threads it writes which parts of a folder.
 
-    Attributes:
-        folder: where the parts go; the same on every node.
-        place: what the worker opens.
-        manifest: the folder's.
-        threads: on how many it computes.
-        skip_bad: whether images that cannot be read are left out.
+    The folder is the same on every node. With `skip_bad`, images that cannot be read are left out.
     """
 
     folder: Path
@@ -43,13 +38,7 @@ class Job:
 
 
 def choose(place: Workplace, refs: Sequence[str], exact: bool, threads: int) -> dict[str, Any]:
-    """The tasks that are to be answered, and what their bits depend on; the self-test is run.
-
-    Args:
-        place: what is opened.
-        refs: of the tasks; none means all that are active.
-        exact: as `CombinedModel` takes it.
-        threads: on how many to compute.
+    """The tasks that are to be answered, all active ones where none is named; the self-test is run.
 
     Returns:
         The manifest's generation, exact, backbone, tasks, numerics and numerics_fingerprint.
@@ -81,9 +70,6 @@ class PartWriter:
     Ray Data's `write_parquet` names its files anew in each run and writes them in place: a part would be there twice,
     or half.
 
-    Args:
-        job: what it is told.
-
     Raises:
         ExactnessError: this machine's bits would be others than the manifest's.
         IntegrityError: the registry has other content under a reference than the manifest says.
@@ -107,11 +93,7 @@ class PartWriter:
         self._model = CombinedModel(backbone, tasks, manifest.exact)
 
     def write(self, part: int, images: Sequence[str]) -> None:
-        """Computes a part and writes its file; done again, that has the same bytes.
-
-        Args:
-            part: its number.
-            images: its images' paths.
+        """Computes a part of a number and writes its file; done again, that has the same bytes.
 
         Raises:
             DataError: an image cannot be read, and none is to be left out.

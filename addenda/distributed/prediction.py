@@ -57,12 +57,9 @@ class Question:
 
 @dataclass(frozen=True)
 class Crew:
-    """The workers of a run.
+    """The workers of a run: how many at most (None: as many as there is room for), and what each takes.
 
-    Attributes:
-        workers: how many at most; None means as many as the cluster has room for.
-        cpus: of each, and threads on which it computes.
-        gpus: of each; a part of one lets several workers share it.
+    Each computes on as many threads as it has CPUs; with a part of a GPU several share one.
     """
 
     workers: int | None = None
@@ -72,21 +69,13 @@ class Crew:
 
 @dataclass(frozen=True)
 class Summary:
-    """What lies in the folder when a run is over.
+    """What lies in the folder when a run is over, in numbers.
 
     Attributes:
-        images: asked about.
-        left_out: how many of them could not be read.
-        tasks: how many answer.
-        exact: whether their bits depend on nothing but image, task, backbone and numerics.
+        left_out: images that could not be read.
+        exact: whether the tasks' bits depend on nothing but image, task, backbone and numerics.
         rows: labels given.
-        size_bytes: of the parts.
-        parts: how many there are.
-        computed_parts: how many of them this run computed.
-        computed_images: how many images are in those.
-        nodes: on how many nodes.
-        seconds: how long it took.
-        folder: where the parts are.
+        computed_parts: parts that this run computed, of `computed_images`, on `nodes`, in `seconds`.
     """
 
     images: int
@@ -133,15 +122,14 @@ def predict_many(
         crew: who answers.
         report: told of the progress in images.
 
-    Returns:
-        What lies in the folder.
-
     Raises:
         DataError: the folder holds other predictions.
         RegistryError: a task is not there, or the registry is not seen by all machines.
         AddendaError: no node has room for a worker; or a part could not be computed: an image cannot be read, a node
             computes with other numerics.
     """
+    import ray
+
     started, question, crew = time.perf_counter(), question or Question(), crew or Crew()
     folder = folder.absolute()
     paths = sorted({str(path.absolute()) for path in images})
@@ -150,23 +138,23 @@ def predict_many(
     refs = question.refs or (() if before is None else tuple(before.tasks))
     if refs:
         place = replace(place, backbone=registry.record(refs[0]).backbone)
+    choosing = ray.remote(num_cpus=crew.cpus, num_gpus=crew.gpus)(choose)  # this node may have no GPU
     manifest = Manifest(
         images=len(paths),
         images_sha256=paths_digest(paths),
         part_size=question.part_size,
         top=question.top,
-        **_chosen(place, refs, question.exact, crew),
+        **fetched(choosing.remote(place, refs, question.exact, crew.cpus)),
     )
     if before is None:
         write_manifest(folder, manifest)
     else:
         check_same(folder, before, manifest)
         manifest = before
-    there = {path.name for path in folder.iterdir()}
     missing: list[dict[str, Any]] = [
         {"part": part, "images": paths[manifest.bounds(part)]}
         for part in range(manifest.num_parts)
-        if PART.format(part) not in there
+        if not (folder / PART.format(part)).exists()
     ]
     computed, nodes = 0, set[str]()
     earlier = len(paths) - sum(len(part["images"]) for part in missing)
@@ -202,15 +190,6 @@ def _room(crew: Crew) -> int:
         nodes, gpus = sum(node["Alive"] for node in ray.nodes()), f" and {crew.gpus:g} GPUs" if crew.gpus else ""
         raise AddendaError(f"None of the cluster's {nodes} nodes has the {crew.cpus} CPUs{gpus} of a worker.")
     return found
-
-
-def _chosen(place: Workplace, refs: Sequence[str], exact: bool, crew: Crew) -> dict[str, Any]:
-    """What `choose` gives on a node where a worker has room: this one may have no GPU."""
-    import ray
-
-    remote = ray.remote(num_cpus=crew.cpus, num_gpus=crew.gpus)(choose)
-    chosen: dict[str, Any] = fetched(remote.remote(place, refs, exact, crew.cpus))
-    return chosen
 
 
 def _outcomes(job: Job, parts: Sequence[Mapping[str, Any]], crew: Crew, workers: int) -> Iterator[dict[str, Any]]:

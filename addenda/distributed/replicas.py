@@ -47,7 +47,6 @@ class Serving:
         guarded: whether that file is there, so that a node without it lets nobody in.
         loopback: whether the proxy is bound to one machine alone.
         alias: serve what this alias points at; None serves the newest active version of each name.
-        limits: what a replica takes.
         cpus: of each replica, and threads on which it computes.
         gpus: of each replica; a part of one lets several share it.
         log_level: of its log, which Ray keeps.
@@ -65,11 +64,7 @@ class Serving:
 
     @contextmanager
     def opened(self) -> Iterator[tuple[Registry, FrozenBackbone, dict[str, Any]]]:
-        """The registry, the backbone, and what bits depend on where it is opened.
-
-        Raises:
-            BackboneError, IntegrityError, RegistryError: as `Workplace.opened` raises them.
-        """
+        """The registry, the backbone, and what bits depend on where it is opened; raises as `Workplace.opened` does."""
         torch.set_num_threads(self.cpus)
         with self.workplace.opened() as (registry, backbone):
             yield registry, backbone, numerics(backbone)
@@ -78,9 +73,7 @@ class Serving:
 class Replica:
     """One replica: an application with a service of its own, which is there before a request comes.
 
-    Args:
-        serving: what it serves.
-        expected: numerics of the first one, as `numerics` gives them.
+    Its numerics must be the `expected` ones, those of the first.
 
     Raises:
         ExactnessError: the numerics are others here, or do not keep the promise.

@@ -27,10 +27,7 @@ class Exported:
     """A model that was exported and checked.
 
     Attributes:
-        path: the file.
-        format: how it is written.
         tasks: references of the tasks that it answers.
-        size_bytes: of the file.
         deviation: the largest |difference| from a golden probe's logits, as a share of the largest |logit| of its task.
         tolerance: what the deviation may be.
     """
@@ -114,14 +111,13 @@ def _check_request(backbone: FrozenBackbone, tasks: Sequence[Task], path: Path, 
 
 def _deviation(run: Run, backbone: FrozenBackbone, goldens: Mapping[str, Golden]) -> float:
     """The largest |difference| from recorded logits as a share of the task's largest; of all probes, and of one."""
-    images = probe_images(backbone)
+    images, tiny = probe_images(backbone), torch.finfo(torch.float32).tiny
     shares = []
     for batch in (images, images[:1]):
         answers = run(batch)
         for name, golden in goldens.items():
-            logits = golden.logits[: len(batch)]
-            difference = (answers[name].float() - logits).abs().max()
-            shares.append(difference / golden.logits.abs().max().clamp(min=torch.finfo(torch.float32).tiny))
+            difference = (answers[name].float() - golden.logits[: len(batch)]).abs().max()
+            shares.append(difference / golden.logits.abs().max().clamp(min=tiny))
     return torch.stack(shares).max().item()
 
 

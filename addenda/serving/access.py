@@ -54,11 +54,7 @@ def key_of(request: Request, text: str | None) -> Key | None:
 
 
 def check_origin(request: Request) -> None:
-    """Refuses what a browser sends from another site's page, or by a name that is made to point here.
-
-    Raises:
-        ProblemError: it is such a request.
-    """
+    """Refuses what a browser sends from another site's page, or by a name that is made to point here."""
     host = request.headers.get("host", "")
     if request.app.state.loopback and _place(f"//{host}").hostname not in LOOPBACK:
         raise ProblemError(421, f"This server answers on {', '.join(LOOPBACK)} only, not as {host!r}.")

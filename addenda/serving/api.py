@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
@@ -17,10 +17,9 @@ from addenda import __version__
 from addenda.combined import numerics, numerics_fingerprint, predictions_of
 from addenda.exceptions import DataError
 from addenda.serving.access import needs, service_of
-from addenda.serving.bodies import read_body, while_connected
+from addenda.serving.bodies import BINARY, read_body, takes, while_connected
 from addenda.serving.problems import documents
 from addenda.serving.service import Answered
-from addenda.serving.snapshot import Snapshot
 
 AUTO = "auto"
 LOOK_S = 0.2
@@ -94,21 +93,12 @@ class Verified(BaseModel):
     summary="Answers an image",
     responses=documents(400, 404, 408, 409, 413, 415, 422, 503, 504),
     response_model_exclude_none=True,
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {
-                "image/*": {"schema": {"type": "string", "format": "binary"}},
-                "multipart/form-data": {
-                    "schema": {
-                        "type": "object",
-                        "required": ["image"],
-                        "properties": {"image": {"type": "string", "format": "binary"}},
-                    }
-                },
-            },
+    openapi_extra=takes(
+        {
+            "image/*": BINARY,
+            "multipart/form-data": {"type": "object", "required": ["image"], "properties": {"image": BINARY}},
         }
-    },
+    ),
 )
 async def predict(
     request: Request,
@@ -205,15 +195,11 @@ def verify(request: Request) -> Verified:
         at=datetime.now(UTC).isoformat(timespec="seconds"),
         generation=snapshot.generation,
         ok=all(verdict.ok for verdict in verdicts) and not snapshot.quarantined,
-        tasks=[vars(verdict) for verdict in verdicts] + list(_unverified(snapshot)),
+        tasks=[vars(verdict) for verdict in verdicts]
+        + [{"task": ref, "ok": False, "detail": f"quarantined: {why}"} for ref, why in snapshot.quarantined.items()],
     )
     request.app.state.verifications.appendleft(found)
     return found
-
-
-def _unverified(snapshot: Snapshot) -> Iterator[dict[str, Any]]:
-    for ref, why in snapshot.quarantined.items():
-        yield {"task": ref, "ok": False, "detail": f"quarantined: {why}"}
 
 
 @router.get("/verifications", tags=["server"], dependencies=[needs("predict")], summary="Verifications so far")

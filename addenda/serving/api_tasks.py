@@ -1,37 +1,21 @@
-"""The friendly API about tasks: what is registered and served, registering bundles, moving aliases."""
+"""The friendly API about tasks: what is registered, and what of it is served."""
 
 from __future__ import annotations
 
-import asyncio
-import re
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request, Response
 from pydantic import BaseModel
 
-from addenda.exceptions import RegistryError, UnknownTaskError
-from addenda.registry import Received, Registry, TaskFilter, TaskRecord
+from addenda.exceptions import UnknownTaskError
+from addenda.registry import TaskFilter, TaskRecord
 from addenda.serving.access import needs, service_of
-from addenda.serving.bodies import save_body
-from addenda.serving.problems import ProblemError, documents
-from addenda.serving.service import Service
+from addenda.serving.problems import documents
 from addenda.serving.snapshot import Snapshot
 
-SETTLE_S = 30.0
-"""How long an answer about a change waits until the change is served."""
-UPLOADS = 4
-"""Bundles on the disk at one time."""
-MOST_REPLIES = 1000
-"""Answers that are kept for requests that come again."""
-_KEY = re.compile(r"[\x21-\x7e]{1,200}")
-
 router = APIRouter(prefix="/api/v1/tasks", tags=["tasks"], responses=documents(401, 403, 404, 422, 503))
-_PREDICT: dict[str, Any] = {"dependencies": [needs("predict")]}
+PREDICT: dict[str, Any] = {"dependencies": [needs("predict")]}
 
 
 class TaskState(BaseModel):
@@ -53,40 +37,7 @@ class Page(BaseModel):
     next: str | None
 
 
-class Taken(BaseModel):
-    """What became of a task of a bundle."""
-
-    ref: str
-    origin: str
-    outcome: str
-    detail: str
-    state: str
-    reason: str | None = None
-
-
-class Registered(BaseModel):
-    """What became of a bundle; with `dry_run` nothing did, and this is what would."""
-
-    generation: int
-    dry_run: bool
-    tasks: list[Taken]
-
-
-class Alias(BaseModel):
-    """Where an alias points."""
-
-    name: str
-    alias: str
-    version: int
-
-
-class Version(BaseModel):
-    """Where an alias is to point."""
-
-    version: Annotated[int, Query(ge=1, le=999_999_999)]
-
-
-@router.get("", **_PREDICT, summary="Lists tasks", responses=documents(400))
+@router.get("", **PREDICT, summary="Lists tasks", responses=documents(400))
 def list_tasks(
     request: Request,
     name: Annotated[str | None, Query(max_length=100, description="A name, or a pattern with *.")] = None,
@@ -108,48 +59,48 @@ def list_tasks(
     return Page(tasks=states, next=found[0].ref if len(found) == limit else None)
 
 
-@router.get("/{name}", **_PREDICT, summary="A task as it is served")
+@router.get("/{name}", **PREDICT, summary="A task as it is served")
 def show(request: Request, name: str) -> TaskState:
     """The version that is served, else the newest one that is active."""
     service = service_of(request)
     served = service.snapshot.records.get(name)
-    return _state(service.snapshot, service.registry.record(served.ref if served else _name(name)))
+    return _state(service.snapshot, service.registry.record(served.ref if served else plain_name(name)))
 
 
-@router.get("/{name}/versions", **_PREDICT, summary="All versions of a task")
+@router.get("/{name}/versions", **PREDICT, summary="All versions of a task")
 def versions(request: Request, name: str) -> list[TaskState]:
     """Retired ones too, oldest first; a thousand at most, the newest."""
     service = service_of(request)
-    found = service.registry.tasks(TaskFilter(name=_name(name), retired=True), 1000)
+    found = service.registry.tasks(TaskFilter(name=plain_name(name), retired=True), 1000)
     if not found:
         raise UnknownTaskError(f"Task {name!r} is not registered.")
     return [_state(service.snapshot, record) for record in found]
 
 
-@router.get("/{name}/lineage", **_PREDICT, summary="What a task extends, and what extends it")
+@router.get("/{name}/lineage", **PREDICT, summary="What a task extends, and what extends it")
 def lineage(request: Request, name: str) -> dict[str, Any]:
     """Of the version that is served, else of the newest one that is active."""
     service = service_of(request)
     served = service.snapshot.records.get(name)
-    return asdict(service.registry.lineage(served.ref if served else _name(name)))
+    return asdict(service.registry.lineage(served.ref if served else plain_name(name)))
 
 
-@router.get("/{name}/versions/{version}", **_PREDICT, summary="A version of a task")
+@router.get("/{name}/versions/{version}", **PREDICT, summary="A version of a task")
 def show_version(request: Request, name: str, version: int) -> TaskState:
     """What the registry knows of it, and whether it is served."""
     service = service_of(request)
-    return _state(service.snapshot, service.registry.record(_ref(name, version)))
+    return _state(service.snapshot, service.registry.record(ref_of(name, version)))
 
 
-@router.get("/{name}/versions/{version}/lineage", **_PREDICT, summary="The lineage of a version")
+@router.get("/{name}/versions/{version}/lineage", **PREDICT, summary="The lineage of a version")
 def version_lineage(request: Request, name: str, version: int) -> dict[str, Any]:
     """What it extends, and what extends it."""
-    return asdict(service_of(request).registry.lineage(_ref(name, version)))
+    return asdict(service_of(request).registry.lineage(ref_of(name, version)))
 
 
 @router.get(
     "/{name}/versions/{version}/artifact",
-    **_PREDICT,
+    **PREDICT,
     summary="The bytes of a version",
     response_class=Response,
     responses={
@@ -161,230 +112,33 @@ def artifact(
     request: Request, name: str, version: int, if_none_match: Annotated[str | None, Header()] = None
 ) -> Response:
     """Its tensors and manifest, as they were registered."""
-    ref = _ref(name, version)
+    ref = ref_of(name, version)
     record = service_of(request).registry.record(ref)
     headers = {"ETag": f'"{record.sha256}"', "Cache-Control": "private, immutable"}
-    if if_none_match is not None and (if_none_match.strip() == "*" or record.sha256 in _tags(if_none_match)):
+    if if_none_match is not None and (if_none_match.strip() == "*" or record.sha256 in tags(if_none_match)):
         return Response(status_code=304, headers=headers)
     headers["Content-Disposition"] = f'attachment; filename="{name}-{version}.safetensors"'
     data = service_of(request).registry.get(ref).artifact
     return Response(data, headers=headers, media_type="application/octet-stream")
 
 
-@router.post(
-    "",
-    dependencies=[needs("register")],
-    status_code=201,
-    summary="Registers a bundle",
-    responses={
-        200: {"model": Registered, "description": "Nothing was added: it was there already, or this was a dry run."},
-        202: {"model": Registered, "description": "Registered, and not served yet."},
-        **documents(400, 408, 409, 413, 415),
-    },
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
-        }
-    },
-)
-async def register(
-    request: Request,
-    response: Response,
-    dry_run: Annotated[bool, Query(description="Only say what would be done.")] = False,
-    idempotency_key: Annotated[str | None, Header()] = None,
-) -> Registered:
-    """Takes in what `addenda tasks export` wrote, wholly or not at all, and answers when it is served.
-
-    A key that is not an admin's may bring new names, and new versions of names that it made; others' stay as they are.
-
-    The same Idempotency-Key gives the answer that it gave, as long as the server runs; a bundle that is sent again
-    without one is found to be there already.
-    """
-    if idempotency_key is not None and not _KEY.fullmatch(idempotency_key):
-        raise ProblemError(400, "Idempotency-Key has 1 to 200 visible ASCII characters.")
-    if request.app.state.uploads >= UPLOADS:
-        raise ProblemError(503, f"{UPLOADS} bundles are being received.", {"Retry-After": "10"})
-    with _one_more(request), tempfile.TemporaryDirectory(prefix="addenda-") as folder:
-        path = Path(folder) / "upload.addenda"
-        sha256 = await save_body(request, service_of(request).limits.bundle_bytes, path)
-        return await _register(request, response, path, sha256, dry_run, idempotency_key)
-
-
-@contextmanager
-def _one_more(request: Request) -> Iterator[None]:
-    """Counts a bundle that lies on the disk until it is answered."""
-    request.app.state.uploads += 1
-    try:
-        yield
-    finally:
-        request.app.state.uploads -= 1
-
-
-async def _register(
-    request: Request, response: Response, path: Path, sha256: str, dry_run: bool, idempotency_key: str | None
-) -> Registered:
-    service = service_of(request)
-    replies: dict[tuple[str | None, str], tuple[str, int, Registered]] = request.app.state.replies
-    digest, reply_key = f"{sha256} {dry_run}", (_whose(request), idempotency_key or "")
-    async with request.app.state.registering:
-        if idempotency_key is not None and reply_key in replies:
-            before, response.status_code, reply = replies[reply_key]
-            if before != digest:
-                raise ProblemError(422, f"Idempotency-Key {idempotency_key!r} came with another request before.")
-            return reply
-        owner = _whose(request) if getattr(request.state, "scope", "admin") == "register" else None
-        received = await asyncio.to_thread(_import, _registry(request), path, dry_run, owner)
-        if dry_run:
-            response.status_code, reply = 200, _registered(service, received, dry_run)
-        else:
-            settled = await asyncio.to_thread(_settle, service)
-            added = any(one.state == "added" for one in received)
-            response.status_code = (201 if added else 200) if settled else 202
-            reply = _registered(service, received, dry_run)
-        if idempotency_key is not None and response.status_code != 202:
-            replies[reply_key] = digest, response.status_code, reply
-            while len(replies) > MOST_REPLIES:
-                del replies[next(iter(replies))]
-    return reply
-
-
-def _registry(request: Request) -> Registry:
-    """The registry, which will record changes in the name of the key that asks for them."""
-    registry, whose = service_of(request).registry, _whose(request)
-    return registry if whose is None else registry.on_behalf_of(whose)
-
-
-def _whose(request: Request) -> str | None:
-    """What a key is called in the registry's events; None where no key was asked for."""
-    key: str | None = getattr(request.state, "key", None)
-    return None if key is None else f"key {key}"
-
-
-def _import(registry: Registry, path: Path, dry_run: bool, owner: str | None) -> list[Received]:
-    try:
-        return registry.import_bundle(path, dry_run=dry_run, owner=owner)
-    except RegistryError as error:  # whose file here is nobody's business
-        raise type(error)(str(error).replace(f" {str(path)!r}", "")) from error
-
-
-def _settle(service: Service) -> bool:
-    """Waits until the registry as it is now is served; says whether it is."""
-    return service.follower.settle(service.registry.generation, SETTLE_S)
-
-
-def _registered(service: Service, received: list[Received], dry_run: bool) -> Registered:
-    snapshot = service.snapshot
-    taken = []
-    for one in received:
-        state, reason = _state_of(snapshot, one.ref)
-        if state == "not served" and not dry_run:
-            reason = (
-                f"only what {service.alias!r} points at is served"
-                if service.alias
-                else "a newer version is served, it is retired, or it is of another backbone"
-            )
-        taken.append(
-            Taken(ref=one.ref, origin=one.origin, outcome=one.state, detail=one.detail, state=state, reason=reason)
-        )
-    return Registered(generation=snapshot.generation, dry_run=dry_run, tasks=taken)
-
-
-@router.get("/{name}/aliases/{alias}", **_PREDICT, summary="Where an alias points")
-def alias(request: Request, response: Response, name: str, alias: str) -> Alias:
-    """The version is the ETag, which a change of it needs."""
-    record = service_of(request).registry.record(f"{_name(name)}@{alias}")
-    response.headers["ETag"] = f'"{record.version}"'
-    return Alias(name=name, alias=alias, version=record.version)
-
-
-@router.put(
-    "/{name}/aliases/{alias}",
-    dependencies=[needs("admin")],
-    summary="Points an alias at a version",
-    responses=documents(409, 412, 428),
-)
-async def set_alias(
-    request: Request,
-    response: Response,
-    name: str,
-    alias: str,
-    wanted: Version,
-    if_match: Annotated[str | None, Header()] = None,
-    if_none_match: Annotated[str | None, Header()] = None,
-) -> Alias:
-    """With `If-Match: "VERSION"` only where it points at that now, with `If-None-Match: *` only where at nothing.
-
-    Answered when it is served.
-    """
-    expected = _expected(if_match, if_none_match)
-    registry = _registry(request)
-    await asyncio.to_thread(registry.set_alias, _name(name), alias, wanted.version, expected=expected)
-    await _serve_change(request, f"'{name}@{alias}'")
-    response.headers["ETag"] = f'"{wanted.version}"'
-    return Alias(name=name, alias=alias, version=wanted.version)
-
-
-@router.delete(
-    "/{name}/aliases/{alias}",
-    dependencies=[needs("admin")],
-    status_code=204,
-    summary="Takes an alias away",
-    responses=documents(409, 412, 428),
-)
-async def remove_alias(
-    request: Request, name: str, alias: str, if_match: Annotated[str | None, Header()] = None
-) -> None:
-    """With `If-Match: "VERSION"`: only where it points at that now. Answered when it is served."""
-    expected = _expected(if_match, None)
-    registry = _registry(request)
-    await asyncio.to_thread(registry.remove_alias, _name(name), alias, expected=expected)
-    await _serve_change(request, f"'{name}@{alias}'")
-
-
-async def _serve_change(request: Request, what: str) -> None:
-    """Waits until a change that was made is served."""
-    if not await asyncio.to_thread(_settle, service_of(request)):
-        raise ProblemError(503, f"{what} was changed, and the change is not served yet.", {"Retry-After": "5"})
-
-
-def _expected(if_match: str | None, if_none_match: str | None) -> int:
-    """The version that an alias must point at, 0 for none."""
-    if if_none_match == "*" and if_match is None:
-        return 0
-    tags = _tags(if_match or "")
-    if if_none_match is None and len(tags) == 1 and tags[0].isascii() and tags[0].isdigit() and len(tags[0]) < 10:
-        return int(tags[0])
-    raise ProblemError(
-        428, 'Say what the alias points at now: If-Match: "VERSION" (the ETag of GET), or If-None-Match: * for nothing.'
-    )
-
-
-def _tags(header: str) -> list[str]:
+def tags(header: str) -> list[str]:
     """The entity tags of a header."""
     return [tag.strip().removeprefix("W/").strip('"') for tag in header.split(",") if tag.strip()]
 
 
-def _name(name: str) -> str:
+def plain_name(name: str) -> str:
     """A name that is no other kind of reference."""
     if any(mark in name for mark in ":@*"):
         raise UnknownTaskError(f"Task {name!r} is not registered: names hold no ':', '@' or '*'.")
     return name
 
 
-def _ref(name: str, version: int) -> str:
-    return f"{_name(name)}:{version}"
-
-
-def _state_of(snapshot: Snapshot, ref: str) -> tuple[str, str | None]:
-    """Whether a version is served, and why not where it is quarantined."""
-    served = snapshot.records.get(ref.partition(":")[0])
-    if served is not None and served.ref == ref:
-        return "serving", None
-    why: Mapping[str, str] = snapshot.quarantined
-    return ("quarantined", why[ref]) if ref in why else ("not served", None)
+def ref_of(name: str, version: int) -> str:
+    """The reference of a version of such a name."""
+    return f"{plain_name(name)}:{version}"
 
 
 def _state(snapshot: Snapshot, record: TaskRecord) -> TaskState:
-    state, reason = _state_of(snapshot, record.ref)
+    state, reason = snapshot.state(record.ref)
     return TaskState(ref=record.ref, state=state, reason=reason, record=asdict(record))

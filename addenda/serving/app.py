@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from starlette.middleware import Middleware
 
 from addenda import __version__
-from addenda.serving import api, api_tasks, health, inference, page, page_attention, problems
+from addenda.serving import api, api_changes, api_tasks, health, inference, page, page_attention, problems
 from addenda.serving.keys import KeyFile
 from addenda.serving.service import Limits, Service
 from addenda.serving.telemetry import Metrics, Telemetry
@@ -28,8 +28,6 @@ def make_app(start: Start, keys: KeyFile | None = None, loopback: bool = True) -
         start: makes the service.
         keys: whose keys count; None lets everybody do everything.
         loopback: whether it is bound to this machine alone; then it answers to no other name.
-
-    Its `state` holds `service`, `keys`, `loopback`, `metrics` and `draining`.
     """
 
     @asynccontextmanager
@@ -53,10 +51,10 @@ def make_app(start: Start, keys: KeyFile | None = None, loopback: bool = True) -
         max_body_size=Limits().bundle_bytes,
     )
     app.state.keys, app.state.loopback, app.state.metrics, app.state.draining = keys, loopback, metrics, False
-    app.state.body_bytes = app.state.uploads = 0
+    app.state.body_bytes, app.state.uploads = 0, asyncio.Semaphore(api_changes.UPLOADS)
     app.state.verifying, app.state.verifications = threading.Lock(), deque(maxlen=100)
     app.state.registering, app.state.replies = asyncio.Lock(), {}
     problems.install(app)
-    for routes in (health, inference, api, api_tasks, page, page_attention):
+    for routes in (health, inference, api, api_tasks, api_changes, page, page_attention):
         app.include_router(routes.router)
     return app

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
 
 import torch
 from jaxtyping import Float
@@ -103,10 +102,9 @@ class Batcher:
         Raises:
             DeadlineError: no pass began on them before the deadline.
         """
-        size, rest = snapshot.model.micro_batch, iter(images)
-        parts = []
-        while some := tuple(islice(rest, size)):
-            parts.append(_Waiting(snapshot, some, tuple(tasks), pooled, deadline))
+        some, size = list(images), snapshot.model.micro_batch
+        pieces = [some[start : start + size] for start in range(0, len(some), size)]
+        parts = [_Waiting(snapshot, piece, tuple(tasks), pooled, deadline) for piece in pieces]
         self._queue += parts
         self._filled.set()
         try:

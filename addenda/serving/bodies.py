@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import zlib
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,15 +19,18 @@ Result = TypeVar("Result")
 BODY_S = 60
 """Seconds that a body may take to come."""
 GONE = "The client has gone."
+BINARY = {"type": "string", "format": "binary"}
+"""The schema of bytes."""
 _WINDOWS = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 
 
-async def read_body(request: Request, limit: int) -> bytes:
-    """A request's body, inflated where it is compressed.
+def takes(schemas: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What OpenAPI says of a body that a route reads itself: a schema for each media type."""
+    return {"requestBody": {"required": True, "content": {kind: {"schema": one} for kind, one in schemas.items()}}}
 
-    Args:
-        request: whose body it is.
-        limit: most bytes that it may have, after inflating too.
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """A request's body, inflated where it is compressed, of so many bytes at most.
 
     Raises:
         TooLargeError: it has more.
@@ -42,11 +45,7 @@ async def read_body(request: Request, limit: int) -> bytes:
 
 
 async def save_body(request: Request, limit: int, path: Path) -> str:
-    """Writes a request's body to a file, so that a large one takes no memory; gives its sha256.
-
-    Raises:
-        TooLargeError, ProblemError: as for `read_body`.
-    """
+    """Writes a body to a file, so that a large one takes no memory; gives its sha256. Raises as `read_body` does."""
     found = hashlib.sha256()
     with path.open("wb") as file:
         async for chunk in _pieces(request, limit):
@@ -56,11 +55,7 @@ async def save_body(request: Request, limit: int, path: Path) -> str:
 
 
 def _take(request: Request, num_bytes: int) -> None:
-    """Counts bytes that a request holds in memory until it is answered.
-
-    Raises:
-        ProblemError: all requests together would hold too much (503).
-    """
+    """Counts bytes that a request holds in memory until it is answered; all requests together may hold so much."""
     state, limits = request.app.state, request.app.state.service.limits
     if state.body_bytes + num_bytes > limits.bodies_bytes:
         raise ProblemError(

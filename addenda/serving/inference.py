@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import islice
+from collections.abc import Sequence
 from reprlib import repr as short
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,20 +13,14 @@ from fastapi import APIRouter, Request, Response
 from torch import Tensor
 
 from addenda import __version__
-from addenda.combined import predictions
 from addenda.exceptions import DataError
-from addenda.registry import OBJECTIVES, Task
 from addenda.serving import tensors
 from addenda.serving.access import needs, service_of
 from addenda.serving.bodies import read_body, while_connected
 from addenda.serving.health import check_ready
-from addenda.serving.problems import ProblemError, documents
+from addenda.serving.models import COMBINED, Model, Output, model_of
+from addenda.serving.problems import documents
 from addenda.serving.service import Answered, Service
-from addenda.serving.snapshot import Snapshot
-
-COMBINED = "combined"
-"""The model of all tasks; a task of this name is answered as its outputs only."""
-
 
 router = APIRouter(prefix="/v2", tags=["inference"], responses=documents(401, 403))
 _BODY: dict[str, Any] = {
@@ -80,36 +72,6 @@ _INFER: dict[str, Any] = {
 _ASK: dict[str, Any] = {"dependencies": [needs("predict")], "responses": documents(404, 503)}
 
 
-class _Output(NamedTuple):
-    """An output of a model: its name, its task, and what it tells of it."""
-
-    name: str
-    task: Task
-    kind: str
-
-
-@dataclass(frozen=True)
-class _Model:
-    """A model of the protocol: some tasks of a snapshot.
-
-    Attributes:
-        name: its name.
-        version: the only one that is served now.
-        tasks: the tasks that it answers.
-    """
-
-    name: str
-    version: str
-    tasks: Sequence[Task]
-
-    def outputs(self) -> Iterator[_Output]:
-        """All that it can tell; a multi-label task has no one label."""
-        for task in self.tasks:
-            start = f"{task.name}." if self.name == COMBINED else ""
-            for kind in ("logits", "probs", "label")[: 3 if OBJECTIVES[task.objective].exclusive else 2]:
-                yield _Output(f"{start}{kind}", task, kind)
-
-
 @router.get("/health/live", summary="Whether the process runs")
 async def live() -> dict[str, bool]:
     """Answers as long as the process does."""
@@ -158,14 +120,14 @@ async def version_metadata(request: Request, model: str, version: str) -> dict[s
 async def model_ready(request: Request, model: str) -> dict[str, Any]:
     """404 with the reason where it does not."""
     check_ready(request)
-    return {"name": model, "ready": bool(_model(service_of(request).snapshot, model))}
+    return {"name": model, "ready": bool(model_of(service_of(request).snapshot, model))}
 
 
 @router.get("/models/{model}/versions/{version}/ready", **_ASK, summary="Whether a version of a model answers")
 async def version_ready(request: Request, model: str, version: str) -> dict[str, Any]:
     """404 with the reason where it does not."""
     check_ready(request)
-    return {"name": model, "ready": bool(_model(service_of(request).snapshot, model, version))}
+    return {"name": model, "ready": bool(model_of(service_of(request).snapshot, model, version))}
 
 
 @router.post("/models/{model}/infer", **_INFER)
@@ -183,28 +145,8 @@ async def version_infer(request: Request, model: str, version: str) -> Response:
     return await _infer(request, model, version)
 
 
-def _model(snapshot: Snapshot, name: str, version: str | None = None) -> _Model:
-    """The model of a name.
-
-    Raises:
-        ProblemError: it is not served, or not in this version.
-    """
-    tasks = snapshot.model.tasks
-    if name == COMBINED:
-        found = _Model(name, str(snapshot.generation), list(tasks.values()))
-    elif name in tasks:
-        found = _Model(name, str(tasks[name].version), [tasks[name]])
-    else:
-        raise ProblemError(404, f"Model {name!r} {snapshot.absence(name, (COMBINED,))}")
-    if version not in (None, found.version):
-        raise ProblemError(
-            404, f"Version {version!r} of model {name!r} is not served now; version {found.version!r} is."
-        )
-    return found
-
-
 def _metadata(service: Service, name: str, version: str | None = None) -> dict[str, Any]:
-    model = _model(service.snapshot, name, version)
+    model = model_of(service.snapshot, name, version)
     return {
         "name": name,
         "versions": [model.version],
@@ -213,12 +155,7 @@ def _metadata(service: Service, name: str, version: str | None = None) -> dict[s
             {"name": "image", "datatype": "BYTES", "shape": [-1]},
             {"name": "pixel_values", "datatype": "FP32", "shape": [-1, *service.backbone.preprocessing["input_size"]]},
         ],
-        "outputs": [
-            {"name": output.name, "datatype": "BYTES", "shape": [-1]}
-            if output.kind == "label"
-            else {"name": output.name, "datatype": "FP32", "shape": [-1, len(output.task.labels)]}
-            for output in model.outputs()
-        ],
+        "outputs": [output.metadata() for output in model.outputs().values()],
     }
 
 
@@ -238,12 +175,10 @@ async def _answer(
     service: Service, name: str, version: str | None, body: bytes, header_length: str | None
 ) -> tuple[bytes, int | None]:
     asked = await asyncio.to_thread(tensors.parse, body, header_length)
-    images = _images(asked)
-    snapshot = service.snapshot
-    model = _model(snapshot, name, version)
-    outputs = _chosen(snapshot, model, asked)
-    tasks = [output.task.name for output in outputs]
-    answered = await service.answer(images, tasks, _timeout_s(asked), snapshot)
+    images, snapshot = _images(asked), service.snapshot
+    model = model_of(snapshot, name, version)
+    outputs = model.chosen(snapshot, asked)
+    answered = await service.answer(images, [output.task.name for output in outputs], _timeout_s(asked), snapshot)
     return await asyncio.to_thread(_encoded, model, asked, outputs, answered)
 
 
@@ -264,27 +199,6 @@ def _images(asked: tensors.Request) -> list[bytes] | Tensor:
     return torch.tensor(values, dtype=torch.float32, device="cpu")
 
 
-def _chosen(snapshot: Snapshot, model: _Model, asked: tensors.Request) -> list[_Output]:
-    """The outputs that are asked for: all of some tasks, or those that are named."""
-    names = asked.parameters.get("tasks")
-    if names is not None:
-        if model.name != COMBINED or not isinstance(names, str):
-            raise DataError(
-                f"The parameter 'tasks' is for {COMBINED!r}: names of tasks as a string, with commas between."
-            )
-        wanted = list(dict.fromkeys(name.strip() for name in names.split(",")))
-        for name in wanted:
-            if name not in snapshot.model.tasks:
-                raise ProblemError(404, f"Task {short(name)} {snapshot.absence(name, (COMBINED,))}")
-        model = replace(model, tasks=[snapshot.model.tasks[name] for name in wanted])
-    available = {output.name: output for output in model.outputs()}
-    for name in asked.outputs:
-        if name not in available:
-            known = ", ".join(map(repr, islice(available, 12))) or "none"
-            raise DataError(f"Model {model.name!r} has no output {short(name)} for what is asked. Outputs: {known}.")
-    return [available[name] for name in asked.outputs or available]
-
-
 def _timeout_s(asked: tensors.Request) -> float | None:
     timeout = asked.parameters.get("timeout")
     if timeout is None:
@@ -295,7 +209,7 @@ def _timeout_s(asked: tensors.Request) -> float | None:
 
 
 def _encoded(
-    model: _Model, asked: tensors.Request, outputs: Sequence[_Output], answered: Answered
+    model: Model, asked: tensors.Request, outputs: Sequence[Output], answered: Answered
 ) -> tuple[bytes, int | None]:
     head: dict[str, Any] = {"id": asked.id} if asked.id else {}
     head |= {
@@ -306,18 +220,10 @@ def _encoded(
     found = [
         tensors.Output(
             output.name,
-            _values(output, answered.logits[output.task.name]),
+            output.values(answered.logits[output.task.name]),
             {"task": output.task.ref, "sha256": output.task.sha256},
             asked.outputs.get(output.name, asked.binary),
         )
         for output in outputs
     ]
     return tensors.encode(head, found)
-
-
-def _values(output: _Output, logits: Tensor) -> np.ndarray[Any, Any]:
-    """What an output tells, from its task's logits."""
-    if output.kind == "label":
-        return np.array([best[0][0] for best in predictions(output.task, logits, top=1)], dtype=object)
-    values: np.ndarray[Any, Any] = (logits if output.kind == "logits" else output.task.probabilities(logits)).numpy()
-    return values

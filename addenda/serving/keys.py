@@ -25,14 +25,7 @@ NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}")
 
 @dataclass(frozen=True)
 class Key:
-    """An API key as it is kept.
-
-    Attributes:
-        name: who holds it.
-        scope: the most that it allows, of SCOPES.
-        sha256: of the key itself, which nobody keeps.
-        created_at: when, ISO 8601 in UTC.
-    """
+    """An API key as it is kept: who holds it, the most that it allows, and the SHA-256 of what nobody keeps."""
 
     name: str
     scope: str
@@ -95,10 +88,6 @@ class KeyFile:
 
     def create(self, name: str, scope: str) -> str:
         """Adds a key and gives it out, this once.
-
-        Args:
-            name: who holds it.
-            scope: of SCOPES.
 
         Raises:
             KeyFileError: the name is taken or none, there is no such scope, or the file cannot be written.

@@ -20,7 +20,7 @@ from addenda.exceptions import AddendaError, RegistryError, UnknownTaskError
 from addenda.registry import TaskFilter, TaskRecord, check_name, headline
 from addenda.serving import page_charts
 from addenda.serving.access import COOKIE, check_origin, key_of, needs, open_to_all, service_of
-from addenda.serving.bodies import read_body
+from addenda.serving.bodies import read_body, takes
 from addenda.serving.problems import ProblemError, problem_of
 from addenda.terminal import PER_CLASS, SCORES, percent, size
 
@@ -118,16 +118,15 @@ def login(request: Request) -> Response:
     summary="Page: keeps a key in a cookie",
     response_class=HTMLResponse,
     responses={303: {"description": "To the tasks."}, 403: {"description": "It is no valid key."}},
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {
-                "application/x-www-form-urlencoded": {
-                    "schema": {"type": "object", "properties": {"key": {"type": "string"}}, "required": ["key"]}
-                }
-            },
+    openapi_extra=takes(
+        {
+            "application/x-www-form-urlencoded": {
+                "type": "object",
+                "properties": {"key": {"type": "string"}},
+                "required": ["key"],
+            }
         }
-    },
+    ),
 )
 async def enter(request: Request) -> Response:
     """A key from a form becomes a cookie that no script sees and that only this server's own pages send."""

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel
 
 from addenda.serving.access import needs, service_of
-from addenda.serving.bodies import read_body, while_connected
+from addenda.serving.bodies import BINARY, read_body, takes, while_connected
 from addenda.serving.problems import documents
 
 router = APIRouter(tags=["page"])
@@ -20,9 +20,6 @@ class Attention(BaseModel):
     """Where a task's token looked.
 
     Attributes:
-        generation: the registry's, that was served.
-        task: its name.
-        ref: its name and version.
         rows: of patches.
         columns: of patches.
         weights: of each patch, row by row; together at most 1.
@@ -43,15 +40,7 @@ class Attention(BaseModel):
     dependencies=[needs("predict")],
     summary="Where a task's token looked",
     responses=documents(400, 404, 409, 413, 503, 504),
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {
-                kind: {"schema": {"type": "string", "format": "binary"}}
-                for kind in ("image/jpeg", "image/png", "image/webp")
-            },
-        }
-    },
+    openapi_extra=takes(dict.fromkeys(("image/jpeg", "image/png", "image/webp"), BINARY)),
 )
 async def attention(request: Request, task: Annotated[str, Query(description="The task's name.")]) -> Attention:
     """Attention of the task's own token over an image's patches in the last layer, the mean over heads."""
@@ -72,11 +61,6 @@ async def attention(request: Request, task: Annotated[str, Query(description="Th
 
 def seen_box(preprocessing: Mapping[str, Any], width: int, height: int) -> tuple[float, float, float, float]:
     """What of an image the backbone sees after timm's resizing and cropping, in shares of its width and height.
-
-    Args:
-        preprocessing: as `FrozenBackbone.preprocessing`.
-        width: the image's, in pixels.
-        height: the image's, in pixels.
 
     Returns:
         left, top, width, height; beyond 0 and 1 where the image is padded.

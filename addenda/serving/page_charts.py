@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from graphlib import TopologicalSorter
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from addenda.registry import Kin, Lineage
 
@@ -24,21 +27,14 @@ IN_LEVEL = 12
 """Tasks of one level of a graph that are drawn."""
 
 
-@dataclass(frozen=True)
-class Line:
-    """A curve.
-
-    Attributes:
-        kind: `train` or `validation`, for the eye `other` where it is of a candidate that was not chosen.
-        points: as SVG writes them.
-    """
+class Line(NamedTuple):
+    """A curve: `train`, `validation`, or `other` where it is of a candidate not chosen; its points as SVG has them."""
 
     kind: str
     points: str
 
 
-@dataclass(frozen=True)
-class Curves:
+class Curves(NamedTuple):
     """The losses of a training run over its epochs.
 
     Attributes:
@@ -66,12 +62,13 @@ def curves(metrics: Mapping[str, Any]) -> Curves | None:
     rows = metrics.get("candidates") or []
     count = len(epochs[0]["train_loss"])
     picked = next((i for i, row in enumerate(rows) if chosen and chosen.items() <= row.items()), None)
-    order = sorted(range(count), key=lambda i: i == picked)
-    losses = {
-        (kind, i): [epoch[f"{kind}_loss"][i] for epoch in epochs] for i in order for kind in ("train", "validation")
-    }
-    telling = [series for (_, i), series in losses.items() if picked in (None, i)]
-    ceiling = max((value for series in telling for value in series if value is not None), default=0) or 1
+    losses = [
+        (kind if picked in (None, i) else "other", [epoch[f"{kind}_loss"][i] for epoch in epochs])
+        for i in sorted(range(count), key=lambda i: i == picked)
+        for kind in ("train", "validation")
+    ]
+    known = (loss for kind, series in losses if kind != "other" for loss in series if loss is not None)
+    ceiling = max(known, default=0) or 1
     step = _round_step(ceiling / 4)
     most = step * math.ceil(ceiling / step)
 
@@ -82,18 +79,14 @@ def curves(metrics: Mapping[str, Any]) -> Curves | None:
         return round(TOP + (HEIGHT - TOP - BOTTOM) * (1 - min(loss, most) / most), 1)
 
     lines = [
-        Line(
-            kind if picked in (None, i) else "other",
-            " ".join(f"{x(n)},{y(value)}" for n, value in enumerate(series, 1) if value is not None),
-        )
-        for (kind, i), series in losses.items()
+        Line(kind, " ".join(f"{x(n)},{y(loss)}" for n, loss in enumerate(series, 1) if loss is not None))
+        for kind, series in losses
     ]
-    every = max(1, math.ceil(_round_step(len(epochs) / 6)))
-    named = [1, *range(every, len(epochs) + 1, every)] if every > 1 else range(1, len(epochs) + 1)
+    every = math.ceil(_round_step(len(epochs) / 6))
     epoch = chosen["epoch"] if picked is not None and chosen else None
     return Curves(
         lines=tuple(lines),
-        across=tuple((x(n), str(n)) for n in named),
+        across=tuple((x(n), str(n)) for n in dict.fromkeys((1, *range(every, len(epochs) + 1, every)))),
         up=tuple((y(step * n), f"{step * n:.4g}") for n in range(round(most / step) + 1)),
         best=None if epoch is None else x(epoch),
         epoch=epoch,
@@ -109,12 +102,7 @@ def _round_step(least: float) -> float:
 
 @dataclass(frozen=True)
 class Cell:
-    """Images of some true and some predicted classes.
-
-    Attributes:
-        level: 0 to 10, their share of the true classes' images.
-        right: whether it lies on the diagonal.
-    """
+    """Images of some true and some predicted classes; `level`, 0 to 10, is their share of the true classes' images."""
 
     row: int
     column: int
@@ -123,8 +111,7 @@ class Cell:
     right: bool
 
 
-@dataclass(frozen=True)
-class Confusion:
+class Confusion(NamedTuple):
     """A confusion matrix, in numbers or to be drawn.
 
     Attributes:
@@ -144,40 +131,29 @@ class Confusion:
 
 def confusion(scores: Mapping[str, Any], labels: Sequence[str]) -> Confusion | None:
     """The matrix of some scores; None where they have none."""
-    counts = scores.get("confusion")
-    if not counts or len(counts) != len(labels):
+    counts = np.array(scores.get("confusion") or (), dtype=np.int64)
+    if not labels or len(counts) != len(labels):
         return None
-    totals = [sum(row) for row in counts]
+    totals = counts.sum(axis=1).tolist()
     wrong = [
-        (labels[i], labels[j], count, count / totals[i])
-        for i, row in enumerate(counts)
-        for j, count in enumerate(row)
-        if count and i != j
+        (labels[i], labels[j], int(counts[i, j]), int(counts[i, j]) / totals[i])
+        for i, j in np.argwhere(counts).tolist()
+        if i != j
     ]
     wrong.sort(key=lambda pair: (-pair[2], -pair[3]))
-    few = len(labels) <= TABLE
     num_bins = min(len(labels), BINS)
-    cells = tuple(_binned(counts, num_bins))
-    rows = tuple(tuple(cells[i * num_bins : (i + 1) * num_bins]) for i in range(num_bins)) if few else ()
-    drawn = () if few else tuple(cell for cell in cells if cell.count)
-    return Confusion(tuple(labels), rows, drawn, num_bins, tuple(wrong[:PAIRS]))
+    starts = [-(-number * len(labels) // num_bins) for number in range(num_bins)]
+    sums = np.add.reduceat(np.add.reduceat(counts, starts, axis=0), starts, axis=1).tolist()
+    rows = tuple(
+        tuple(Cell(i, j, n, math.ceil(10 * n / (sum(row) or 1)), i == j) for j, n in enumerate(row))
+        for i, row in enumerate(sums)
+    )
+    few = len(labels) <= TABLE
+    drawn = () if few else tuple(cell for row in rows for cell in row if cell.count)
+    return Confusion(tuple(labels), rows if few else (), drawn, num_bins, tuple(wrong[:PAIRS]))
 
 
-def _binned(counts: Sequence[Sequence[int]], num_bins: int) -> Iterator[Cell]:
-    """All cells, row by row."""
-    place = [i * num_bins // len(counts) for i in range(len(counts))]
-    sums = [[0] * num_bins for _ in range(num_bins)]
-    for i, row in enumerate(counts):
-        for j, count in enumerate(row):
-            sums[place[i]][place[j]] += count
-    for i, row in enumerate(sums):
-        total = sum(row)
-        for j, count in enumerate(row):
-            yield Cell(i, j, count, math.ceil(10 * count / total) if total else 0, i == j)
-
-
-@dataclass(frozen=True)
-class ClassScore:
+class ClassScore(NamedTuple):
     """How well a task knows one class: images of it that were scored (None where that is not known), and its score."""
 
     label: str
@@ -198,8 +174,7 @@ def per_class(scores: Mapping[str, Any], labels: Sequence[str]) -> list[ClassSco
     return sorted(found, key=lambda one: (one.score is None, one.score))
 
 
-@dataclass(frozen=True)
-class Node:
+class Node(NamedTuple):
     """A task in a graph; without a reference it stands for `left_out` more."""
 
     ref: str | None
@@ -210,8 +185,7 @@ class Node:
     left_out: int = 0
 
 
-@dataclass(frozen=True)
-class Graph:
+class Graph(NamedTuple):
     """What a task extends, to its left, and what extends it, to its right; edges as SVG paths."""
 
     nodes: tuple[Node, ...]
@@ -222,47 +196,46 @@ class Graph:
 
 def graph(lineage: Lineage) -> Graph | None:
     """The graph of a task's family; None where it has none."""
-    levels = {lineage.extends.ref: 0}
-    retired: dict[str, bool] = {}
-    edges: dict[tuple[str, str], None] = {}
+    own = lineage.extends.ref
+    levels, kin_of, edges = {own: 0}, {own: lineage.extends}, dict[tuple[str, str], None]()
     left_out: dict[int, int] = {}
     for root, side in ((lineage.extends, -1), (lineage.extended_by, 1)):
         found = list(_walk(root))
-        retired |= {kin.ref: kin.retired for kin in found}
-        steps = [(kin.ref, one.ref) for kin in found for one in kin.kin]
-        edges |= dict.fromkeys((there, here) if side < 0 else (here, there) for here, there in steps)
-        moved = True
-        while moved:  # a task stands beyond all that lead to it
-            moved = False
-            for here, there in steps:
-                if here in levels and levels.get(there, 0) * side <= levels[here] * side:
-                    levels[there], moved = levels[here] + side, True
+        nearer: dict[str, set[str]] = {}
+        for here, there in ((kin.ref, one.ref) for kin in found for one in kin.kin):
+            nearer.setdefault(there, set()).add(here)
+            edges[(there, here) if side < 0 else (here, there)] = None
+        kin_of |= {kin.ref: kin for kin in found}
+        far = {own: 0}
+        for ref in TopologicalSorter(nearer).static_order():  # a task stands beyond all that lead to it
+            far[ref] = max((far[one] + 1 for one in nearer.get(ref, ())), default=0)
+        levels |= {ref: side * far[ref] for ref in nearer}
         for kin in found:
             if kin.left_out:
-                left_out[levels[kin.ref] + side] = left_out.get(levels[kin.ref] + side, 0) + kin.left_out
+                level = levels[kin.ref] + side
+                left_out[level] = left_out.get(level, 0) + kin.left_out
     if not edges and not left_out:
         return None
-    columns: dict[int, list[str]] = {level: [] for level in {*levels.values(), *left_out}}
+    columns: dict[int, list[str]] = {level: [] for level in sorted({*levels.values(), *left_out})}
     for ref, level in levels.items():
         if len(columns[level]) < IN_LEVEL:
             columns[level].append(ref)
         else:
             left_out[level] = left_out.get(level, 0) + 1
-    tallest = max(len(refs) + (level in left_out) for level, refs in columns.items())
-    height = tallest * (NODE_HEIGHT + GAP_Y) + GAP_Y
-    nodes: dict[str | int, Node] = {}
-    for place, level in enumerate(sorted(columns)):
-        inside: list[str | int] = [*columns[level], *([level] if level in left_out else [])]
-        start = (height - len(inside) * (NODE_HEIGHT + GAP_Y) + GAP_Y) / 2
-        for i, key in enumerate(inside):
-            x, y = GAP_Y + place * (NODE_WIDTH + GAP_X), start + i * (NODE_HEIGHT + GAP_Y)
-            if isinstance(key, str):
-                nodes[key] = Node(key, x, y, retired[key], own=key == lineage.extends.ref)
-            else:
-                nodes[key] = Node(None, x, y, left_out=left_out[key])
+    height = max(len(refs) + (level in left_out) for level, refs in columns.items()) * (NODE_HEIGHT + GAP_Y) + GAP_Y
+    nodes: list[Node] = []
+    for place, (level, refs) in enumerate(columns.items()):
+        x = GAP_Y + place * (NODE_WIDTH + GAP_X)
+        y = (height - (len(refs) + (level in left_out)) * (NODE_HEIGHT + GAP_Y) + GAP_Y) / 2
+        for ref in refs:
+            nodes.append(Node(ref, x, y, kin_of[ref].retired, own=ref == own))
+            y += NODE_HEIGHT + GAP_Y
+        if level in left_out:
+            nodes.append(Node(None, x, y, left_out=left_out[level]))
     width = len(columns) * (NODE_WIDTH + GAP_X) - GAP_X + 2 * GAP_Y
-    drawn = [_edge(nodes[one], nodes[other]) for one, other in edges if one in nodes and other in nodes]
-    return Graph(tuple(nodes.values()), tuple(drawn), width, height)
+    drawn = {node.ref: node for node in nodes if node.ref is not None}
+    paths = [_edge(drawn[one], drawn[other]) for one, other in edges if one in drawn and other in drawn]
+    return Graph(tuple(nodes), tuple(paths), width, height)
 
 
 def _walk(kin: Kin) -> Iterator[Kin]:

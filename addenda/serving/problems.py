@@ -12,39 +12,24 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from addenda.exceptions import (
-    AddendaError,
-    BackboneError,
-    ConflictError,
-    DataError,
-    DeadlineError,
-    IntegrityError,
-    KeyFileError,
-    NameTakenError,
-    OverloadedError,
-    OwnershipError,
-    RegistryError,
-    RegistryFaultError,
-    RegistryUnavailableError,
-    TooLargeError,
-    UnknownTaskError,
-)
+from addenda import exceptions
+from addenda.exceptions import AddendaError, KeyFileError
 
 MEDIA_TYPE = "application/problem+json"
 STATUS: dict[type[AddendaError], int] = {
-    TooLargeError: 413,
-    DataError: 400,
-    BackboneError: 400,
-    UnknownTaskError: 404,
-    NameTakenError: 409,
-    ConflictError: 412,
-    OwnershipError: 403,
-    IntegrityError: 422,
-    RegistryUnavailableError: 503,
-    RegistryFaultError: 500,
-    RegistryError: 409,
-    OverloadedError: 503,
-    DeadlineError: 504,
+    exceptions.TooLargeError: 413,
+    exceptions.DataError: 400,
+    exceptions.BackboneError: 400,
+    exceptions.UnknownTaskError: 404,
+    exceptions.NameTakenError: 409,
+    exceptions.ConflictError: 412,
+    exceptions.OwnershipError: 403,
+    exceptions.IntegrityError: 422,
+    exceptions.RegistryUnavailableError: 503,
+    exceptions.RegistryFaultError: 500,
+    exceptions.RegistryError: 409,
+    exceptions.OverloadedError: 503,
+    exceptions.DeadlineError: 504,
 }
 """By the first of an error's classes that stands here."""
 
@@ -52,14 +37,7 @@ log = logging.getLogger(__name__)
 
 
 class ProblemError(Exception):
-    """What a client is told instead of an answer.
-
-    Args:
-        status: HTTP's.
-        detail: what was asked, what was found, what to do.
-        headers: to send along.
-        more: further members of the document.
-    """
+    """What a client is told instead of an answer: HTTP's status, the words, headers, more members of the document."""
 
     def __init__(
         self, status: int, detail: str, headers: Mapping[str, str] | None = None, more: Mapping[str, Any] | None = None
@@ -83,16 +61,42 @@ def problem_of(error: AddendaError | RequestValidationError) -> ProblemError:
         return ProblemError(422, said, more={"errors": faults})
     status = next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), 500)
     headers = {}
-    if isinstance(error, OverloadedError):
+    if isinstance(error, exceptions.OverloadedError):
         headers["Retry-After"] = str(error.retry_after_s)
-    elif isinstance(error, RegistryUnavailableError):
+    elif isinstance(error, exceptions.RegistryUnavailableError):
         headers["Retry-After"] = "5"
     return ProblemError(status, str(error), headers)
 
 
-def response(request: Request, problem: ProblemError) -> JSONResponse:
+def install(app: FastAPI) -> None:
+    """Has an application answer every error with a problem document."""
+    for kind in (ProblemError, AddendaError, RequestValidationError, HTTPException, OSError, Exception):
+        app.add_exception_handler(kind, _answer)
+
+
+async def _answer(request: Request, error: Exception) -> JSONResponse:
     """The problem document; its `error` member is what the Open Inference Protocol calls for."""
     request_id = getattr(request.state, "id", None)
+    match error:
+        case ProblemError():
+            problem = error
+        case HTTPException():
+            problem = ProblemError(error.status_code, str(error.detail), error.headers)
+        case KeyFileError():
+            log.error("Whoever needs a key is refused: %s", error)
+            problem = ProblemError(503, "The server cannot read its keys; its log says why.")
+        case AddendaError() | RequestValidationError():
+            problem = problem_of(error)
+            if problem.status == 500:
+                log.error("Request %s failed", request_id, exc_info=error)
+        case OSError():
+            log.error("Request %s failed for want of what the system gives", request_id, exc_info=error)
+            said = "The server's system refuses what it needs, a full disk or a folder that is gone; its log says what."
+            problem = ProblemError(503, said, {"Retry-After": "60"})
+        case _:
+            log.error("Request %s failed", request_id, exc_info=error)
+            said = "The server failed; its log says how, under this request's id."
+            problem = ProblemError(500, said, {"X-Request-Id": request_id or ""})
     document = {
         "type": "about:blank",
         "title": responses.get(problem.status, "Client Closed Request"),
@@ -104,43 +108,3 @@ def response(request: Request, problem: ProblemError) -> JSONResponse:
         **problem.more,
     }
     return JSONResponse(document, problem.status, problem.headers, MEDIA_TYPE)
-
-
-def install(app: FastAPI) -> None:
-    """Has an application answer every error with a problem document."""
-
-    @app.exception_handler(ProblemError)
-    async def _problem(request: Request, error: ProblemError) -> JSONResponse:
-        return response(request, error)
-
-    @app.exception_handler(KeyFileError)
-    async def _keys(request: Request, error: KeyFileError) -> JSONResponse:
-        log.error("Whoever needs a key is refused: %s", error)
-        return response(request, ProblemError(503, "The server cannot read its keys; its log says why."))
-
-    @app.exception_handler(AddendaError)
-    async def _ours(request: Request, error: AddendaError) -> JSONResponse:
-        problem = problem_of(error)
-        if problem.status == 500:
-            log.error("Request %s failed", request.state.id, exc_info=error)
-        return response(request, problem)
-
-    @app.exception_handler(RequestValidationError)
-    async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return response(request, problem_of(error))
-
-    @app.exception_handler(HTTPException)
-    async def _http(request: Request, error: HTTPException) -> JSONResponse:
-        return response(request, ProblemError(error.status_code, str(error.detail), error.headers))
-
-    @app.exception_handler(Exception)
-    async def _unforeseen(request: Request, error: Exception) -> JSONResponse:
-        log.error("Request %s failed", request.state.id, exc_info=error)
-        said = "The server failed; its log says how, under this request's id."
-        return response(request, ProblemError(500, said, {"X-Request-Id": request.state.id}))
-
-    @app.exception_handler(OSError)
-    async def _system(request: Request, error: OSError) -> JSONResponse:
-        log.error("Request %s failed for want of what the system gives", request.state.id, exc_info=error)
-        said = "The server's system refuses what it needs, a full disk or a folder that is gone; its log says what."
-        return response(request, ProblemError(503, said, {"Retry-After": "60"}))

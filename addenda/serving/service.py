@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from io import BytesIO
 
 import torch
@@ -55,7 +56,6 @@ class Answered:
     """Answers about some images, all from one snapshot.
 
     Attributes:
-        snapshot: whose answers they are.
         logits: Float[B, C] of each task that was asked for, by name.
         choices: the task that a router chose for each image, where one was asked to.
     """
@@ -67,14 +67,7 @@ class Answered:
 
 @dataclass(frozen=True, eq=False)
 class Looked:
-    """Where a task's token looked.
-
-    Attributes:
-        snapshot: whose task it is.
-        weights: of each patch.
-        width: of the image, in pixels.
-        height: of the image, in pixels.
-    """
+    """Where a task's token looked: a weight of each patch; and the image's size in pixels."""
 
     snapshot: Snapshot
     weights: Float[Tensor, "rows columns"]
@@ -91,13 +84,6 @@ class Service:
         alias: serve what this alias points at; None serves the newest active version of each name.
         limits: what it takes.
         report: told of each pass: its images, and its seconds.
-
-    Attributes:
-        registry: the registry.
-        alias: the alias.
-        limits: the limits.
-        batcher: the queue of images.
-        follower: keeps in step with the registry.
 
     Raises:
         ExactnessError: this machine's arithmetic does not keep the promise.
@@ -118,8 +104,7 @@ class Service:
         self.batcher = Batcher(self.limits.waiting, report)
         self._decoders = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="addenda-decoder")
         self._looker = ThreadPoolExecutor(1, thread_name_prefix="addenda-looker")
-        self._router: tuple[Snapshot, Router] | None = None
-        self._routing = asyncio.Lock()
+        self._router_of, self._routing = lru_cache(maxsize=1)(self._make_router), asyncio.Lock()
 
     @property
     def snapshot(self) -> Snapshot:
@@ -177,7 +162,8 @@ class Service:
             DataError, TooLargeError, OverloadedError, DeadlineError: as for `answer`.
         """
         snapshot = self.snapshot
-        router = await self._router_of(snapshot)
+        async with self._routing:
+            router = await asyncio.to_thread(self._router_of, snapshot)
         logits = await self._pass(snapshot, images, router.tasks, timeout_s, pooled=True)
         assert logits.pooled is not None
         return Answered(snapshot, logits, await asyncio.to_thread(router.choose, logits.pooled))
@@ -192,14 +178,14 @@ class Service:
         """
         snapshot = self.snapshot
         self._served(snapshot, [task])
-        async with self._place(1):
-            looking = asyncio.get_running_loop().run_in_executor(self._looker, self._look, snapshot, image, task)
-            return await looking
 
-    def _look(self, snapshot: Snapshot, image: bytes, task: str) -> Looked:
-        pixels, size = self._decode(0, image)
-        weights = attention_map(self.backbone, snapshot.model.tasks[task], pixels.unsqueeze(0))[0]
-        return Looked(snapshot, weights, *size)
+        def looked() -> Looked:
+            pixels, size = self._decode(0, image)
+            weights = attention_map(self.backbone, snapshot.model.tasks[task], pixels.unsqueeze(0))[0]
+            return Looked(snapshot, weights, *size)
+
+        async with self._place(1):
+            return await asyncio.get_running_loop().run_in_executor(self._looker, looked)
 
     def verify(self) -> tuple[Snapshot, list[Verdict]]:
         """Recomputes golden probes on the model as it is served. It blocks its thread.
@@ -259,12 +245,6 @@ class Service:
         """An image file as the backbone takes it, and its width and height."""
         image = read_image(BytesIO(data), f"Image {number}", FORMATS, self.limits.pixels)
         return self.backbone.transform(image), image.size
-
-    async def _router_of(self, snapshot: Snapshot) -> Router:
-        async with self._routing:
-            if self._router is None or self._router[0] is not snapshot:
-                self._router = snapshot, await asyncio.to_thread(self._make_router, snapshot)
-            return self._router[1]
 
     def check_room(self) -> None:
         """Raises OverloadedError where not one image more may wait: before a body is read for nothing."""

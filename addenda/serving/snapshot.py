@@ -23,8 +23,6 @@ class Snapshot:
     """One generation, served. An answer comes wholly from one snapshot.
 
     Attributes:
-        generation: the registry's.
-        model: answers its tasks.
         records: of the tasks that it answers, by name.
         quarantined: why a version is not served although it should be, by its reference.
     """
@@ -38,6 +36,13 @@ class Snapshot:
     def refs(self) -> dict[str, str]:
         """The versions that it answers, by name."""
         return {name: record.ref for name, record in self.records.items()}
+
+    def state(self, ref: str) -> tuple[str, str | None]:
+        """Whether a version is "serving", "quarantined" (then with the reason) or "not served"."""
+        served = self.records.get(ref.partition(":")[0])
+        if served is not None and served.ref == ref:
+            return "serving", None
+        return ("quarantined" if ref in self.quarantined else "not served"), self.quarantined.get(ref)
 
     def absence(self, name: str, also: Sequence[str] = ()) -> str:
         """Why a name is not answered, in words to follow it; names to offer beside its tasks may be given."""
@@ -63,10 +68,7 @@ def following(before: Snapshot, registry: Registry, alias: str | None = None) ->
     A task whose stored bytes are not what was registered, whose golden probe comes out otherwise, or that this machine
     cannot compute exactly is quarantined: it is named, and the others are served. It is tried again with every change.
 
-    Args:
-        before: the one before.
-        registry: to read from.
-        alias: serve what this alias points at; None serves the newest active version of each name.
+    With an alias, what it points at is served; else the newest active version of each name.
 
     Raises:
         RegistryUnavailableError: the database does not answer.

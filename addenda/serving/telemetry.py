@@ -7,12 +7,10 @@ import logging
 import re
 import secrets
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
-from prometheus_client.core import GaugeMetricFamily
-from prometheus_client.registry import Collector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from addenda.serving.service import Service
@@ -27,11 +25,7 @@ log = logging.getLogger("addenda.serving.requests")
 
 
 class Metrics:
-    """The metrics of one server.
-
-    Attributes:
-        registry: what prometheus_client writes out.
-    """
+    """The metrics of one server, in a registry of prometheus_client's."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -53,25 +47,15 @@ class Metrics:
 
     def watch(self, service: Service) -> None:
         """Adds what a service is at every moment."""
-        self.registry.register(_State(service))
-
-
-class _State(Collector):
-    def __init__(self, service: Service) -> None:
-        self._service = service
-
-    def collect(self) -> Any:
-        """The gauges as they are now."""
-        service, snapshot = self._service, self._service.snapshot
-        values = {
-            "addenda_generation": ("The registry's generation that is served.", snapshot.generation),
-            "addenda_tasks": ("Tasks that are served.", len(snapshot.records)),
-            "addenda_quarantined_tasks": ("Tasks that should be served and cannot.", len(snapshot.quarantined)),
-            "addenda_waiting_images": ("Images that wait or are answered now.", service.batcher.num_waiting),
-            "addenda_registry_up": ("1 while the registry answers.", int(service.follower.reachable)),
+        now: dict[str, tuple[str, Callable[[], float]]] = {
+            "generation": ("The registry's generation that is served.", lambda: service.snapshot.generation),
+            "tasks": ("Tasks that are served.", lambda: len(service.snapshot.records)),
+            "quarantined_tasks": ("Tasks that should be served and cannot.", lambda: len(service.snapshot.quarantined)),
+            "waiting_images": ("Images that wait or are answered now.", lambda: service.batcher.num_waiting),
+            "registry_up": ("1 while the registry answers.", lambda: service.follower.reachable),
         }
-        for name, (said, value) in values.items():
-            yield GaugeMetricFamily(name, said, value)
+        for name, (said, value) in now.items():
+            Gauge(f"addenda_{name}", said, registry=self.registry).set_function(value)
 
 
 class Telemetry:

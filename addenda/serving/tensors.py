@@ -66,14 +66,7 @@ class Request:
 
 @dataclass(frozen=True, eq=False)
 class Output:
-    """An output of an answer.
-
-    Attributes:
-        name: its name.
-        values: float32, or strings as objects.
-        parameters: what is said about it.
-        binary: whether it goes in binary.
-    """
+    """An output of an answer: float32, or strings as objects; what is said about it; whether it goes in binary."""
 
     name: str
     values: np.ndarray[Any, Any]
@@ -140,11 +133,7 @@ def parse(body: bytes, header_length: str | None = None) -> Request:
 
 
 def encode(answer: Mapping[str, Any], outputs: Sequence[Output]) -> tuple[bytes, int | None]:
-    """Writes an answer; its numbers in JSON read back to the same bits of float32.
-
-    Args:
-        answer: all of it but its outputs.
-        outputs: its outputs.
+    """Writes an answer's outputs behind all else of it; its numbers in JSON read back to the same bits of float32.
 
     Returns:
         The body, and the length of its JSON where binary tensors follow it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import logging
@@ -41,6 +42,7 @@ from addenda.registry.audit.faults import Fault
 from addenda.registry.store import bounds, queries, registration
 from addenda.registry.store.database import OUTAGES, database_errors, reading, writing
 from addenda.serving import bodies, server
+from addenda.serving.api_changes import UPLOADS
 from addenda.serving.keys import KeyFile
 from addenda.serving.service import Limits
 from addenda.text import csv_row, shown
@@ -490,15 +492,15 @@ def test_a_disk_that_is_full_or_gone_is_a_reason_to_come_again(
         refused = client.post("/api/v1/tasks", content=bundle)
     assert refused.status_code == 503
     assert "a full disk or a folder that is gone" in refused.json()["detail"]
-    assert app.state.uploads == 0  # type: ignore[attr-defined]
+    assert app.state.uploads._value == UPLOADS  # type: ignore[attr-defined]
     assert client.post("/api/v1/tasks", content=bundle).status_code == 201
 
 
 def test_so_many_bundles_lie_on_the_disk_and_no_more(client: TestClient, theirs: Callable[..., bytes]) -> None:
     app: Any = client.app
-    app.state.uploads = 4
+    app.state.uploads = asyncio.Semaphore(0)
     assert client.post("/api/v1/tasks", content=theirs("fish")).status_code == 503
-    app.state.uploads = 0
+    app.state.uploads = asyncio.Semaphore(UPLOADS)
 
 
 @pytest.mark.slow

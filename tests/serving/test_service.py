@@ -14,7 +14,7 @@ import torch
 
 from addenda import FrozenBackbone, Registry, Task
 from addenda.backbones import KeyValue
-from addenda.combined import Answers, golden, layout
+from addenda.combined import Answers, golden, tiles
 from addenda.exceptions import DataError, DeadlineError, OverloadedError
 from addenda.serving.batching import Batcher
 from addenda.serving.service import Limits, Service
@@ -76,13 +76,13 @@ def test_a_swap_shares_all_that_was_there(
     before = snapshot_of(registry, tiny)
     registered("new", seed=9)
     computed: list[torch.Tensor] = []
-    plain = layout.memory_key_values
+    plain = tiles.memory_key_values
 
     def noted(backbone: FrozenBackbone, block: torch.nn.Module, memory: torch.Tensor) -> KeyValue:
         computed.append(memory[0])
         return plain(backbone, block, memory)
 
-    monkeypatch.setattr(layout, "memory_key_values", noted)
+    monkeypatch.setattr(tiles, "memory_key_values", noted)
     after = following(before, registry)
     assert after.model.tasks["new"].memory is not None
     layers = [*after.model.tasks["new"].memory]
