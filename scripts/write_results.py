@@ -35,10 +35,14 @@ def main() -> None:
     """Puts a run on record where one is given, then writes every page."""
     if len(sys.argv) > 1:
         kind, name, file = sys.argv[1:]
-        text = Path(file).read_text()
-        run = [json.loads(line) for line in text.splitlines()] if file.endswith(".jsonl") else json.loads(text)
-        place = RECORDS / f"{kind}.json"
-        place.write_text(compact({**record(kind), name: run}), encoding="utf-8")
+        known, text = record(kind), Path(file).read_text(encoding="utf-8")
+        if kind == "paper":  # a set's number of images stands in no cell
+            cells = [{key: value for key, value in json.loads(line).items() if key != "settings"}
+                     for line in text.splitlines()]  # fmt: skip
+            run = {"images": known.get(name, {}).get("images", {}), "rows": cells}
+        else:
+            run = json.loads(text)
+        (RECORDS / f"{kind}.json").write_text(compact({**known, name: run}), encoding="utf-8")
     for path, text in pages().items():
         path.write_text(text, encoding="utf-8")
 
@@ -221,7 +225,8 @@ def learn_table() -> str:
     table = shipped_table(run["rows"])
     sizes = [" / ".join(map(str, run["images"][row[0]])) for row in table.rows]
     rows = [
-        [row[0], size, *row[1:-1], f"{run['taken'][row[0]]} of 3"] for row, size in zip(table.rows, sizes, strict=True)
+        [row[0], size, *row[1:-1], f"{run['taken'][row[0]]} of 3" if "taken" in run else row[-1]]
+        for row, size in zip(table.rows, sizes, strict=True)
     ]
     return markdown(Table([table.columns[0], "train / test", *table.columns[1:]], rows))
 

@@ -105,7 +105,7 @@ def run_training(
         from addenda.benchmarks.report.plots import training_curves
 
         training_curves(details, out / "training.png")
-        console.print(f"Written to {out}: training.json, training.md, training.png.")
+        console.print(f"Written to {out}: training.png.")
     return figures
 
 
