@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from addenda.exceptions import RegistryError
 from addenda.registry import Received, Registry
 from addenda.serving.access import needs, service_of
-from addenda.serving.api_tasks import PREDICT, plain_name, ref_of, tags
+from addenda.serving.api_tasks import PREDICT, plain_name, tags
 from addenda.serving.bodies import BINARY, save_body, takes
 from addenda.serving.problems import ProblemError, documents
 from addenda.serving.service import Service
