@@ -24,13 +24,13 @@ class Filling:
         num_images: images and views of them that pass the backbone.
         images_per_s: of these, while the cache is filled from files.
         pass_images_per_s: while the backbone alone passes over as many that lie in memory.
-        ratio: of the two times, filling by the pass: the median of the rounds. 1 where the pass hides all reading.
+        ratios: of the two times, filling by the pass, for each round; 1 where the pass hides all reading.
     """
 
     num_images: int
     images_per_s: float
     pass_images_per_s: float
-    ratio: float
+    ratios: tuple[float, ...]
 
 
 def measure_filling(
@@ -64,5 +64,5 @@ def measure_filling(
         count,
         count / statistics.median(fill_s),
         count / statistics.median(pass_s),
-        statistics.median(fill / alone for fill, alone in zip(fill_s, pass_s, strict=True)),
+        tuple(fill / alone for fill, alone in zip(fill_s, pass_s, strict=True)),
     )

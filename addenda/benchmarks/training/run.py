@@ -6,7 +6,7 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from addenda.benchmarks.baselines.regimes import batches
 from addenda.benchmarks.cost.interleaving import interleave
 from addenda.benchmarks.report.measured import Figure, write
 from addenda.benchmarks.training.dense import DenseTraining, Setting, as_task
+from addenda.benchmarks.training.filling import measure_filling
 from addenda.benchmarks.training.peak_memory import peak_bytes
 from addenda.benchmarks.training.report import summary, title
 from addenda.combined import CombinedModel, micro_batch, numerics, task_cost
@@ -37,7 +38,7 @@ MEMORY = 5
 RATE, RATES = 0.001, (0.0002, 0.0005, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.01)
 STOCK_IMAGES = 64
 EPOCHS = 100
-CLOSE = 0.5
+CLOSE, FILLING = 0.5, 1.1
 GROUP = "learning a task"
 
 
@@ -161,6 +162,8 @@ def _measure(
     )  # fmt: skip
     apart = 100 * (reached["cached"] - reached["dense"])
     memory = _memory(setting, several, batch, rows)
+    some = setting.images.select(range(min(STOCK_IMAGES, count)))
+    filling = measure_filling(backbone, some, rounds=rounds)
 
     operations = task_cost(backbone, MEMORY)
     token = 2 * operations.operations  # forward, and backward with respect to its inputs
@@ -181,6 +184,7 @@ def _measure(
             [EPOCHS * value / (setting.fill_s + train_s) for value in dense_epoch], 40,
             limit=EPOCHS * through / both, more=True,
         ),
+        Figure.of_rounds(GROUP, "filling from files / frozen pass", "x", filling.ratios, FILLING, limit=1),
         Figure(GROUP, "accuracy, |dense - cached|", "points", abs(apart), target=CLOSE),
         Figure(GROUP, "memory, full fine-tuning / 1", "x", memory["full"] / memory["one"], target=10, more=True),
         Figure(GROUP, "memory, full fine-tuning / 8", "x", memory["full"] / memory["eight"], more=True),
@@ -189,6 +193,7 @@ def _measure(
     details = {
         "pass_s": statistics.median(passes), "epoch_s": medians["one"], "sweep_epoch_s": medians["eight"],
         "dense_epoch_s": statistics.median(dense_epoch), "fill_s": setting.fill_s, "train_s": train_s,
+        "filling": asdict(filling),
         "accuracy": reached, "peak_bytes": memory, "cache_bytes": sum(t.nbytes for t in _kept(activations)),
         "side_by_side": all(eight._together.values()),
         "operations_per_image": {"token": token, "dense": through, "backbone": operations.backbone_operations},

@@ -17,4 +17,4 @@ def test_filling_is_measured_over_every_view_beside_the_pass_alone(tiny: FrozenB
     images = open_images(colour_folder(tmp_path / "colours", per_class=3))
     found = measure_filling(tiny, images, Augmentation(views=2), rounds=1)
     assert found.num_images == 27
-    assert found.ratio == pytest.approx(found.pass_images_per_s / found.images_per_s)
+    assert found.ratios == (pytest.approx(found.pass_images_per_s / found.images_per_s),)
