@@ -9,8 +9,8 @@ QUICK := not slow and not realdata and not gpu and not ray
 demo: .venv/core            ## five tasks, one after another, and the proof that none moved
 	$(BIN)/addenda demo
 
-test: .venv/dev             ## the quick tests; ADDENDA_TEST_POSTGRES=URL has them use that server, else they start one
-	$(PYTEST) -m "$(QUICK)"
+test: .venv/dev             ## the quick tests, shapes checked; ADDENDA_TEST_POSTGRES=URL has them use that server, else they start one
+	PYTHONPATH=. PYTEST_PLUGINS=tests.support.shapes $(PYTEST) -m "$(QUICK)"
 
 test-slow: .venv/dev        ## the slow tests, and those on the real images where ../shared/data exists
 	$(PYTEST) -m "(slow or realdata) and not ray" --durations=30
@@ -18,13 +18,12 @@ test-slow: .venv/dev        ## the slow tests, and those on the real images wher
 test-ray: .venv/dev         ## learning, predicting and serving on Ray clusters of several nodes on this machine
 	$(BIN)/pytest -m ray
 
-check: .venv/dev            ## style, types, architecture, every example in the docs, and shapes as the tests meet them
+check: .venv/dev            ## style, types, architecture, and every example in docstrings
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/pytest -q --doctest-modules addenda --ignore=addenda/registry/migrations
-	PYTHONPATH=. PYTEST_PLUGINS=tests.support.shapes $(PYTEST) -q -m "$(QUICK)"
 
 docs: .venv/dev             ## every page and the reference as site/, to read without a network; a broken link fails
 	$(BIN)/mkdocs build --strict

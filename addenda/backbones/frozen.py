@@ -206,7 +206,7 @@ class FrozenBackbone:
 
     def embed(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B P D"]:
         """What the first block meets, as timm's forward_features makes it."""
-        return self.family.embed(images.to(self.device, self.precision))
+        return self.family.embed(images.detach().to(self.device, self.precision))
 
     @property
     def grid_size(self) -> tuple[int, int]:

@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 
-from addenda.backbones import Adapter, FrozenBackbone, FrozenStream
+from addenda.backbones import Adapter, FrozenBackbone
 from addenda.backbones.family import Family
 from addenda.combined import golden, numerics, numerics_fingerprint, tensor_digest, verify
 from addenda.combined.heads import Head
@@ -189,7 +189,7 @@ def test_the_probe_sees_arithmetic_that_no_setting_tells_of(part: str, monkeypat
     """An older libm, another BLAS: the same settings, other bits."""
     before = numerics(FrozenBackbone(lively_vit(), "fresh", "hub"))
     owner, name = {
-        "frozen": (FrozenStream, "_embed"),
+        "frozen": (FrozenBackbone, "embed"),
         "stream": (Family, "finish"),
         "adapter": (Adapter, "__call__"),
         "head": (Head, "__call__"),

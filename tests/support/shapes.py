@@ -81,4 +81,4 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.section(f"{len(CALLED)} signatures with shapes were met")
     for name in _never_called():
-        terminalreporter.line(f"never called: {name}; the tests of such a run are chosen in Makefile")
+        terminalreporter.line(f"never called: {name}")

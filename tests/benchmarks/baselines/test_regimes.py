@@ -172,7 +172,8 @@ def test_a_rival_learns_from_the_very_views_that_a_task_does(tiny: FrozenBackbon
     assert views.shape == (3, 24, 3, 32, 32)
     for view in range(3):
         for row in (0, 13):
-            assert torch.equal(views[view, row], activations._read(view * 24 + row))
+            ((_, seen),) = activations._views(train.item(row), [view * 24 + row])
+            assert torch.equal(views[view, row], seen)
     config = RivalConfig(epochs=1, learning_rate=(1e-3,))
     varied = train_rival(
         "unmasked-2", tiny, train, config=RivalConfig(epochs=1, learning_rate=(1e-3,), augmentation=how)

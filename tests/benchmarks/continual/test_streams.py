@@ -328,9 +328,9 @@ def test_a_set_of_torchvision_is_read_and_its_pictures_stay_where_they_are(tmp_p
         for images, count in ((one.train, 12), (one.test, 4)):
             assert len(images) == count
             for i in range(count):
-                picture = images.picture(i)
+                picture = images.item(i).picture()
                 assert isinstance(picture, Image.Image)
-                assert picture.getpixel((0, 0)) % 10 == order[images.targets[i]]
+                assert picture.getpixel((0, 0))[0] % 10 == order[images.targets[i]]
                 number += 1
     assert number == 80
 

@@ -72,7 +72,7 @@ def test_a_list_of_classes_is_multi_label(folder: Path) -> None:
     for feature in (ListOf(CLASSES), [CLASSES]):
         data = dataset(folder, tags=(tags, feature)).remove_columns("class")
         images = open_images(data)
-        assert (images.objective, images.labels) == ("multi-label", ("red", "green", "blue"))
+        assert (images.objective.name, images.labels) == ("multi-label", ("red", "green", "blue"))
         assert images.targets[:3].tolist() == [[True, False, False], [False] * 3, [True, False, True]]
 
 

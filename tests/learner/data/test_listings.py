@@ -72,7 +72,7 @@ def test_a_multi_label_listing_gives_any_number_of_labels(folder: Path, write: W
         {"path": "red/2.png", "labels": ["dark"]},
     ]
     images = open_images(write(folder, rows))
-    assert (images.objective, images.labels) == ("multi-label", ("dark", "warm"))
+    assert (images.objective.name, images.labels) == ("multi-label", ("dark", "warm"))
     assert images.targets.tolist() == [[True, True], [False, False], [True, False]]
 
 

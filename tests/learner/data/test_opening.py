@@ -212,7 +212,7 @@ class Tagged:
 )
 def test_targets_of_zeros_and_ones_are_multi_label(data: Tagged) -> None:
     images = open_images(data)
-    assert (images.objective, images.labels) == ("multi-label", ("a", "b", "c"))
+    assert (images.objective.name, images.labels) == ("multi-label", ("a", "b", "c"))
     assert images.targets.dtype == torch.bool
     assert images.targets.int().tolist() == HOT
     assert images.counts == [2, 2, 2]
@@ -224,7 +224,7 @@ def test_labels_without_names_are_called_by_their_number() -> None:
 
 def test_one_number_in_a_vector_is_a_class_all_the_same() -> None:
     images = open_images(Tagged([torch.tensor([2]), np.array([0]), [1], 1]))
-    assert (images.objective, images.targets.tolist(), images.counts) == ("single-label", [2, 0, 1, 1], [1, 2, 1])
+    assert (images.objective.name, images.targets.tolist(), images.counts) == ("single-label", [2, 0, 1, 1], [1, 2, 1])
 
 
 @pytest.mark.parametrize(
