@@ -98,7 +98,7 @@ def backbone_logits(backbone: FrozenBackbone, images: Tensor) -> Float[Tensor, "
 
 
 def _batches(
-    backbone: FrozenBackbone, images: Float[Tensor, "B 3 H W"], sizes: Sequence[int] | None
+    backbone: FrozenBackbone, images: Tensor, sizes: Sequence[int] | None
 ) -> Iterator[tuple[Tensor, int | None]]:
     """Cuts images into micro-batches, the last filled up with zeros to one of some sizes; each with its count."""
     backbone.check_images(images)

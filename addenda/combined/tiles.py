@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from threading import Lock
-from typing import Protocol
 from weakref import WeakValueDictionary
 
 import torch
@@ -93,19 +92,6 @@ class Drawn(Tile):
         return drawn
 
 
-class Source(Protocol):
-    """What tiles are made of."""
-
-    def tile(self, size: int, tasks: Sequence[Task], offered: dict[str, int]) -> Tile:
-        """A tile of some tasks of one size class, the rest of its slots empty.
-
-        Args:
-            size: its slots.
-            tasks: at most as many.
-            offered: row of each offered token, by its task's sha256.
-        """
-
-
 class TileStore:
     """The tiles on a device, each built once for the layouts and models that share it, kept while one of them lives.
 
@@ -139,7 +125,13 @@ class TileStore:
         return tuple(KeyValue(keys[0], values[0]) for keys, values in layers)
 
     def tile(self, size: int, tasks: Sequence[Task], offered: dict[str, int]) -> Held:
-        """The tile of these tasks that is held already, or a new one: see `Source`."""
+        """A tile of some tasks of one size class, the rest of its slots empty: one that is held already, or a new one.
+
+        Args:
+            size: its slots.
+            tasks: at most as many.
+            offered: row of each offered token, by its task's sha256.
+        """
         rows = tuple(offered[kin.sha256] for task in tasks for kin in task.closure)
         key = (size, tuple(task.sha256 for task in tasks), rows)
         with _LOCK:
@@ -219,7 +211,7 @@ class Layout:
 
     def __init__(
         self,
-        source: Source,
+        source: TileStore | Layout,
         tasks: Sequence[Task],
         sizes: Sequence[int] | None = (TILE,),
         offered: Sequence[Task] = (),
@@ -246,7 +238,7 @@ class Layout:
         ]
 
     def tile(self, size: int, tasks: Sequence[Task], offered: dict[str, int]) -> Tile:
-        """A tile whose slots are drawn from those here: see `Source`."""
+        """As `TileStore.tile`, of tasks that are here: its slots are drawn from theirs."""
         drawn: dict[int, list[tuple[int, int]]] = {}
         for place, task in enumerate(tasks):
             number, slot = self.slot[task.sha256]

@@ -53,6 +53,7 @@ class Router:
 
     Examples:
         >>> import torch
+        >>> from addenda.combined import feature_statistics
         >>> noise = torch.Generator().manual_seed(0)
         >>> places = {"left": -2.0, "right": 2.0}
         >>> kept = {

@@ -46,6 +46,7 @@ class ImageDataset(Protocol):
         """One image and its target."""
 
 
+@runtime_checkable
 class EncodedImages(Protocol):
     """Image files that lie in another place than a folder."""
 

@@ -530,5 +530,5 @@ def test_a_stream_of_real_images_is_built_and_read(name: str, num_classes: int) 
     assert len(stream.labels) == num_classes
     for one in stream.experiences:
         assert (len(one.train), len(one.test)) == (100, 50)
-        assert isinstance(one.train.picture(0), Image.Image)
+        assert isinstance(one.train.item(0).picture(), Image.Image)
         assert max(one.train.counts) - min(one.train.counts[number] for number in one.classes) <= 1
