@@ -28,8 +28,9 @@ OBJECTIVES: Mapping[str, Objective] = MappingProxyType({one.name: one for one in
 
 
 def objective_of(targets: Targets) -> Objective:
-    """The objective whose form targets have."""
-    return next(one for one in OBJECTIVES.values() if one.has_form(targets))
+    """The objective whose form targets have: one and no other, else it is a mistake in the objectives' `has_form`."""
+    (found,) = (one for one in OBJECTIVES.values() if one.has_form(targets))
+    return found
 
 
 def accuracy(logits: Float[Tensor, "N C"], targets: Targets) -> float:

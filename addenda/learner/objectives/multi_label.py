@@ -28,8 +28,8 @@ class MultiLabel(Objective):
     routable = False
 
     def has_form(self, targets: Targets) -> bool:
-        """A row for each image."""
-        return targets.ndim == 2
+        """A row of yes and no for each image."""
+        return targets.ndim == 2 and targets.dtype == torch.bool
 
     def counts(self, targets: Bool[Tensor, "N C"], num_classes: int) -> Int[Tensor, " C"]:
         """How many images have each label."""

@@ -29,8 +29,8 @@ class SingleLabel(Objective):
     routable = True
 
     def has_form(self, targets: Targets) -> bool:
-        """One number for each image."""
-        return targets.ndim == 1
+        """One whole number for each image."""
+        return targets.ndim == 1 and not targets.is_floating_point()
 
     def counts(self, targets: Int[Tensor, " N"], num_classes: int) -> Int[Tensor, " C"]:
         """How many images are of each class."""

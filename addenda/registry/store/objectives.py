@@ -10,7 +10,7 @@ class Objective(NamedTuple):
     """What an objective means, wherever logits are read.
 
     Attributes:
-        headline: the one metric that stands for a task of this objective: a key of what `learner.metrics.score` gives.
+        headline: the one metric that stands for a task of this objective: a key of what `Objective.score` gives.
         exclusive: whether each image has one label, by a softmax; else any number of labels, each by a sigmoid of its
             own.
     """

@@ -24,6 +24,12 @@ def balanced_weights(targets: torch.Tensor, num_classes: int) -> torch.Tensor:
     return objective_of(targets).balanced_weights(targets, num_classes)
 
 
+@pytest.mark.parametrize("targets", [CLASSES.float(), TAGS.float(), TAGS.unsqueeze(0)], ids=["N", "N C", "1 N C"])
+def test_targets_of_another_form_are_not_taken_for_those_of_an_objective(targets: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="not enough values to unpack"):
+        objective_of(targets)
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_cross_entropy_is_torchs(smoothing: float) -> None:
     expected = [F.cross_entropy(logits, CLASSES, label_smoothing=smoothing) for logits in LOGITS]
