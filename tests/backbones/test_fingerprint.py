@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def test_a_fingerprint_changes_with_one_bit_of_any_weight(tiny):
 def test_a_fingerprint_changes_with_the_preprocessing(tiny):
     found = {tiny.fingerprint, fingerprint(mean=(0.5, 0.5, 0.25)), fingerprint(std=(0.5, 0.5, 0.25))}
     for setting in ({"interpolation": "nearest"}, {"crop_pct": 0.5}, {"crop_mode": "border"}):
-        model = tiny_vit()
+        model: Any = tiny_vit()
         model.pretrained_cfg = {"input_size": (3, 32, 32), **setting}
         found.add(fingerprint(model))
     assert len(found) == 6

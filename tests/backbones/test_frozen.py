@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -95,7 +96,7 @@ def same(ours: list[tuple[Tensor, Tensor]], stock: list[tuple[Tensor, Tensor]]) 
 
 @pytest.mark.parametrize(("name", "options", "feature"), STOCK, ids=[f"{n}-{i}" for i, (n, _, _) in enumerate(STOCK)])
 def test_a_frozen_stream_is_bit_equal_to_stock_timm(name, options, feature):
-    model = shaken(timm.create_model(name, num_classes=5, **options))
+    model: Any = shaken(timm.create_model(name, num_classes=5, **options))
     model.depth = len(model.blocks)
     assert feature(model), "the case lost the feature for which it is here"
     stock = copy.deepcopy(model)

@@ -28,8 +28,9 @@ def test_the_demo_fails_when_a_mask_is_broken(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from addenda.benchmarks import demo
+    from addenda.benchmarks.digits import PAIRS
 
     break_the_mask(monkeypatch)
-    monkeypatch.setattr(demo, "PAIRS", demo.PAIRS[:2])
+    monkeypatch.setattr(demo, "PAIRS", PAIRS[:2])
     assert not demo.run_demo()
     assert "NOT every earlier task" in capsys.readouterr().out

@@ -16,6 +16,7 @@ from torch import Tensor
 from addenda import FrozenBackbone, LearnConfig, Registry
 from addenda.backbones import KeyValue
 from addenda.combined import CombinedModel, Router, feature_statistics, forward
+from addenda.combined.attention import attend
 from addenda.exceptions import IntegrityError, RegistryError
 from addenda.registry import Task
 from tests.support.tasks import random_task
@@ -74,7 +75,6 @@ def accuracies(results: dict[str, float]) -> dict[int, float]:
 
 def break_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each task sees its neighbour's token in place of its own; the self-test, which would refuse, is put to sleep."""
-    attend = forward.attend
 
     def leaking(scale, queries, frozen, tokens, memory, bias):
         moved = KeyValue(tokens.keys.roll(-1, dims=0), tokens.values.roll(-1, dims=0))

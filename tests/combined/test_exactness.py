@@ -19,6 +19,7 @@ from torch import Tensor
 
 from addenda.backbones import FrozenBackbone, KeyValue, load_backbone
 from addenda.combined import CombinedModel, Layout, TileStore, forward_pass, loaded_bytes, tiles
+from addenda.combined.attention import memory_key_values
 from addenda.combined.shapes import TILE, TILE_SIZES, size_class, tile_sizes
 from addenda.exceptions import ExactnessError
 from addenda.registry import Task
@@ -207,6 +208,7 @@ def test_empty_slots_and_filled_up_ranks_hold_zeros() -> None:
     on = backbone()
     tasks = [random_task(on, f"rank-{r}", memory=4, seed=r, rank=r) for r in (5, 8, 7)]
     (tile,) = CombinedModel(on, tasks).layout.tiles
+    assert isinstance(tile, tiles.Held)
     assert (len(tile.class_tokens), tile.rank, len(tile.updates)) == (4, 8, on.depth)
     for layer in range(on.depth):
         for site, (down, up) in tile.adapters(layer)._asdict().items():
@@ -320,11 +322,10 @@ def test_a_live_model_computes_only_what_a_new_task_brings(monkeypatch: pytest.M
     live = CombinedModel(on, before)
     answered = live(images(3))
     computed: list[int] = []
-    compute = tiles.memory_key_values
 
     def counted(on: FrozenBackbone, block: object, memory: Tensor) -> KeyValue:
         computed.append(memory.shape[1])
-        return compute(on, block, memory)
+        return memory_key_values(on, block, memory)
 
     monkeypatch.setattr(tiles, "memory_key_values", counted)
     grown = live.with_tasks([*before, new])

@@ -56,6 +56,7 @@ def test_a_changed_adapter_fails_under_the_same_numerics(site: str, whose: str) 
     on = backbone()
     task = family(on)["adapted" if whose == "own" else "sees-adapted"]
     (adapted,) = (task,) if whose == "own" else task.parents
+    assert adapted.adapters is not None
     update = adapted.adapters[site]
     changed = dataclasses.replace(adapted, adapters={**adapted.adapters, site: update._replace(up=update.up + 1e-2)})
     if whose != "own":

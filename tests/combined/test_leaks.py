@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -154,7 +155,7 @@ def test_adapted_keys_or_values_would_differ_from_the_dense_mask(
     expected = DenseMask(lively_vit())(images(2), [asked])[asked.name]
     honest = Family.project
 
-    def adapted(self: Family, block: object, tokens: Tensor, adapters: BlockAdapters | None = None) -> object:
+    def adapted(self: Family, block: Any, tokens: Tensor, adapters: BlockAdapters | None = None) -> object:
         found = dict(zip(("queries", "keys", "values"), honest(self, block, tokens, adapters), strict=True))
         if adapters is not None:
             update = adapters.q(block.norm1(tokens))

@@ -632,8 +632,9 @@ def test_every_tensor_that_the_package_makes_names_its_dtype_and_device() -> Non
     nameless, made = [], 0
     for path in sorted(package.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
-            called = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
-            if called and getattr(node.func.value, "id", "") == "torch" and node.func.attr in FACTORIES:
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+                continue
+            if getattr(node.func.value, "id", "") == "torch" and node.func.attr in FACTORIES:
                 made += 1
                 missing = {"dtype", "device"} - {keyword.arg for keyword in node.keywords}
                 nameless += [f"{path.relative_to(package)}:{node.lineno}: {name}" for name in sorted(missing)]

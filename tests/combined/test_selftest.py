@@ -13,6 +13,7 @@ from torch import Tensor
 from addenda.backbones import Adapter, FrozenBackbone, KeyValue
 from addenda.backbones.family import Family
 from addenda.combined import CombinedModel, forward
+from addenda.combined.attention import attend
 from addenda.combined.shapes import TILE, TILE_SIZES, Shapes
 from addenda.exceptions import ExactnessError
 from tests.support.models import (
@@ -57,10 +58,9 @@ def test_bits_that_depend_on_the_slot_are_refused(monkeypatch: pytest.MonkeyPatc
 
 def test_bits_that_depend_on_the_neighbour_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     on = fresh_backbone()
-    honest = forward.attend
 
     def leaky(scale: float, queries: Tensor, frozen: KeyValue, *private: object) -> Tensor:
-        return honest(scale, queries + 1e-6 * queries.roll(1, 0), frozen, *private)
+        return attend(scale, queries + 1e-6 * queries.roll(1, 0), frozen, *private)
 
     monkeypatch.setattr(forward, "attend", leaky)
     with pytest.raises(ExactnessError, match="its neighbours"):

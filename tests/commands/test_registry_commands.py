@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from sqlalchemy.engine import make_url
 
-from addenda import Registry, load_backbone
+from addenda import FrozenBackbone, Registry, load_backbone
 from addenda.combined import golden
 from tests.support.commands import Run
 from tests.support.databases import Database, Postgres, address, tamper
@@ -202,7 +202,7 @@ def test_a_schema_is_checked(run: Run, location: str) -> None:
 
 
 def test_a_deep_check_names_what_was_altered_and_that_nothing_was_cut_off(
-    run: Run, tmp_path: Path, glyphs: object
+    run: Run, tmp_path: Path, glyphs: FrozenBackbone
 ) -> None:
     location = str(tmp_path / "tasks.db")
     with Registry.open(location) as book:

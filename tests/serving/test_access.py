@@ -5,16 +5,16 @@ from __future__ import annotations
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fastapi.routing import APIRoute
-from fastapi.testclient import TestClient
 
 from addenda import FrozenBackbone, Registry, Task
 from addenda.exceptions import KeyFileError
 from addenda.serving.keys import SCOPES, KeyFile
 from tests.support.commands import Run
-from tests.support.servers import client_of
+from tests.support.servers import AppClient, client_of
 
 PUBLIC = {
     "GET /livez",
@@ -73,18 +73,18 @@ def keys(tmp_path: Path) -> KeyFile:
 
 
 @pytest.fixture
-def client(tiny: FrozenBackbone, registry: Registry, keys: KeyFile) -> Iterator[TestClient]:
+def client(tiny: FrozenBackbone, registry: Registry, keys: KeyFile) -> Iterator[AppClient]:
     with client_of(tiny, registry, keys) as opened:
         yield opened
 
 
-def routes(client: TestClient) -> dict[str, object]:
+def routes(client: AppClient) -> dict[str, object]:
     """Method and path of every operation of the OpenAPI document, with what it says of keys."""
     paths = client.get("/openapi.json").json()["paths"]
     return {f"{how.upper()} {path}": one.get("security") for path, all_ in paths.items() for how, one in all_.items()}
 
 
-def ask(client: TestClient, route: str, key: str | None) -> int:
+def ask(client: AppClient, route: str, key: str | None) -> int:
     how, path = route.split(" ")
     for name in ("{name}", "{model}", "{alias}", "{asset}"):
         path = path.replace(name, "digits")
@@ -92,16 +92,16 @@ def ask(client: TestClient, route: str, key: str | None) -> int:
     return client.request(how, path.replace("{version}", "1"), headers=headers, follow_redirects=False).status_code
 
 
-def test_every_route_is_listed_with_its_scope(client: TestClient) -> None:
+def test_every_route_is_listed_with_its_scope(client: AppClient) -> None:
     said = routes(client)
     for scope, listed in NEEDS.items():
         assert {route for route, security in said.items() if security and security[0]["key"] == [scope]} == listed
     assert {route for route, security in said.items() if not security} == PUBLIC
 
 
-def test_no_route_is_left_out_of_the_document(client: TestClient) -> None:
+def test_no_route_is_left_out_of_the_document(client: AppClient) -> None:
     said, hidden, seen = routes(client), set(), 0
-    waiting = list(client.app.routes)
+    waiting: list[Any] = list(client.app.routes)
     while waiting:
         route = waiting.pop()
         if isinstance(route, APIRoute):
@@ -116,7 +116,7 @@ def test_no_route_is_left_out_of_the_document(client: TestClient) -> None:
 
 
 @pytest.mark.parametrize("held", [None, "wrong", *SCOPES])
-def test_every_route_keeps_out_who_may_not(client: TestClient, keys: KeyFile, held: str | None) -> None:
+def test_every_route_keeps_out_who_may_not(client: AppClient, keys: KeyFile, held: str | None) -> None:
     made = {scope: keys.create(scope, scope) for scope in SCOPES}
     key = made.get(held, held) if held else None
     asked = 0
@@ -135,7 +135,7 @@ def test_every_route_keeps_out_who_may_not(client: TestClient, keys: KeyFile, he
     assert asked > 25
 
 
-def test_a_revoked_key_counts_no_more_and_the_last_one_opens_nothing(client: TestClient, keys: KeyFile) -> None:
+def test_a_revoked_key_counts_no_more_and_the_last_one_opens_nothing(client: AppClient, keys: KeyFile) -> None:
     assert client.get("/api/v1/status").status_code == 200
     headers = {"Authorization": f"Bearer {keys.create('shop', 'predict')}"}
     assert client.get("/api/v1/status").status_code == 401
@@ -146,13 +146,13 @@ def test_a_revoked_key_counts_no_more_and_the_last_one_opens_nothing(client: Tes
     assert client.get("/api/v1/status", headers=headers).status_code == 401
 
 
-def test_beyond_this_machine_no_keys_means_nobody(client: TestClient) -> None:
+def test_beyond_this_machine_no_keys_means_nobody(client: AppClient) -> None:
     client.app.state.loopback = False
     assert client.get("/api/v1/status").status_code == 401
 
 
 def test_a_damaged_key_file_lets_nobody_in_and_only_the_log_says_why(
-    client: TestClient, keys: KeyFile, caplog: pytest.LogCaptureFixture
+    client: AppClient, keys: KeyFile, caplog: pytest.LogCaptureFixture
 ) -> None:
     headers = {"Authorization": f"Bearer {keys.create('shop', 'predict')}"}
     keys.path.write_text("[{]")
@@ -164,26 +164,26 @@ def test_a_damaged_key_file_lets_nobody_in_and_only_the_log_says_why(
     assert client.get("/livez").status_code == 200
 
 
-def test_the_key_is_asked_for_before_a_body_is_read(client: TestClient, keys: KeyFile) -> None:
+def test_the_key_is_asked_for_before_a_body_is_read(client: AppClient, keys: KeyFile) -> None:
     keys.create("shop", "predict")
     body = b"x" * (client.app.state.service.limits.body_bytes + 1)
     assert client.post("/api/v1/predict", content=body).status_code == 401
 
 
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "[", "localhost.evil.example", "127.0.0.1.nip.io"])
-def test_a_name_that_is_made_to_point_here_is_refused(client: TestClient, host: str) -> None:
+def test_a_name_that_is_made_to_point_here_is_refused(client: AppClient, host: str) -> None:
     assert client.get("/api/v1/status", headers={"Host": host}).status_code == 421
 
 
 @pytest.mark.parametrize(
     "origin", ["http://evil.example", "http://[", "null", "http://localhost:81", "http://localhost.evil.example"]
 )
-def test_other_sites_pages_are_refused(client: TestClient, origin: str) -> None:
+def test_other_sites_pages_are_refused(client: AppClient, origin: str) -> None:
     assert client.post("/api/v1/verify", headers={"Origin": origin}).status_code == 403
     assert client.post("/api/v1/verify", headers={"Origin": "http://localhost"}).status_code == 200
 
 
-def test_a_cookie_does_what_its_key_does(client: TestClient, keys: KeyFile) -> None:
+def test_a_cookie_does_what_its_key_does(client: AppClient, keys: KeyFile) -> None:
     key = keys.create("shop", "predict")
     client.cookies.set("addenda_key", key)
     assert client.get("/api/v1/status").status_code == 200
@@ -191,7 +191,7 @@ def test_a_cookie_does_what_its_key_does(client: TestClient, keys: KeyFile) -> N
 
 
 def test_neither_key_nor_header_nor_query_is_logged(
-    client: TestClient, keys: KeyFile, caplog: pytest.LogCaptureFixture, registered: Callable[..., Task]
+    client: AppClient, keys: KeyFile, caplog: pytest.LogCaptureFixture, registered: Callable[..., Task]
 ) -> None:
     registered("digits")
     key = keys.create("shop", "predict")

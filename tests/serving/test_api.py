@@ -10,14 +10,13 @@ from typing import Any
 
 import httpx2
 import pytest
-from fastapi.testclient import TestClient
 from PIL import Image
 
 from addenda import CombinedModel, FrozenBackbone, Registry, Task
 from addenda.combined import predictions
 from addenda.serving.keys import KeyFile
 from addenda.serving.service import Limits
-from tests.support.servers import ServedProcess, client_of
+from tests.support.servers import AppClient, ServedProcess, client_of
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -29,7 +28,7 @@ def picture(seed: int = 0, kind: str = "PNG", size: tuple[int, int] = (40, 40)) 
 
 
 @pytest.fixture
-def client(tiny: FrozenBackbone, registry: Registry, registered: Callable[..., Task]) -> Iterator[TestClient]:
+def client(tiny: FrozenBackbone, registry: Registry, registered: Callable[..., Task]) -> Iterator[AppClient]:
     registered("digits")
     registered("strokes", seed=5)
     with client_of(tiny, registry) as opened:
@@ -51,7 +50,7 @@ def problem(answer: Any, status: int, said: str) -> None:
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_an_image_is_answered_as_the_model_answers_it(
-    client: TestClient, tiny: FrozenBackbone, registry: Registry, kind: str
+    client: AppClient, tiny: FrozenBackbone, registry: Registry, kind: str
 ) -> None:
     image = picture(kind=kind)
     answer = client.post("/api/v1/predict", content=image).json()
@@ -63,7 +62,7 @@ def test_an_image_is_answered_as_the_model_answers_it(
     assert client.post("/api/v1/predict", files={"image": image}).json() == answer
 
 
-def test_tasks_and_labels_are_chosen(client: TestClient) -> None:
+def test_tasks_and_labels_are_chosen(client: AppClient) -> None:
     def asked(**query: Any) -> dict[str, Any]:
         answer: dict[str, Any] = client.post("/api/v1/predict", content=picture(), params=query).json()
         return answer["tasks"]
@@ -73,7 +72,7 @@ def test_tasks_and_labels_are_chosen(client: TestClient) -> None:
     assert [len(one["labels"]) for one in asked(top=1).values()] == [1, 1]
 
 
-def test_what_cannot_be_answered_is_a_problem_that_says_why(client: TestClient) -> None:
+def test_what_cannot_be_answered_is_a_problem_that_says_why(client: AppClient) -> None:
     post = client.post
     problem(post("/api/v1/predict", content=b"GIF89a"), 400, "no JPEG, PNG, WEBP file")
     problem(post("/api/v1/predict", content=picture(kind="GIF")), 400, "no JPEG, PNG, WEBP file")
@@ -114,7 +113,7 @@ def test_what_is_too_large_is_refused(tiny: FrozenBackbone, registry: Registry) 
 
 
 def test_tasks_are_listed_with_their_state_in_pages(
-    client: TestClient, registry: Registry, registered: Callable[..., Task]
+    client: AppClient, registry: Registry, registered: Callable[..., Task]
 ) -> None:
     registered("digits", new_version=True, seed=7)
     assert client.app.state.service.follower.settle(registry.generation, 10)
@@ -132,7 +131,7 @@ def test_tasks_are_listed_with_their_state_in_pages(
     assert client.get("/api/v1/tasks/digits/versions/1/lineage").json()["extends"]["ref"] == "digits:1"
 
 
-def test_an_artifact_is_its_bytes_under_its_sha256(client: TestClient, registry: Registry) -> None:
+def test_an_artifact_is_its_bytes_under_its_sha256(client: AppClient, registry: Registry) -> None:
     found = client.get("/api/v1/tasks/digits/versions/1/artifact")
     task = registry.get("digits")
     assert (found.content, found.headers["etag"]) == (task.artifact, f'"{task.sha256}"')
@@ -145,7 +144,7 @@ def test_an_artifact_is_its_bytes_under_its_sha256(client: TestClient, registry:
 @pytest.fixture
 def bundle(tiny: FrozenBackbone, tmp_path: Path) -> bytes:
     from addenda.combined import golden
-    from tests.conftest import random_task
+    from tests.support.tasks import random_task
 
     with Registry.open(tmp_path / "other.db") as other:
         other.add_backbone(tiny.record())
@@ -155,7 +154,7 @@ def bundle(tiny: FrozenBackbone, tmp_path: Path) -> bytes:
     return (tmp_path / "shapes.addenda").read_bytes()
 
 
-def test_a_bundle_is_served_when_its_registration_is_answered(client: TestClient, bundle: bytes) -> None:
+def test_a_bundle_is_served_when_its_registration_is_answered(client: AppClient, bundle: bytes) -> None:
     tried = client.post("/api/v1/tasks?dry_run=true", content=bundle)
     assert (tried.status_code, tried.json()["tasks"][0]["outcome"]) == (200, "added")
     assert "shapes" not in client.get("/api/v1/status").json()["tasks"]
@@ -201,7 +200,7 @@ def test_what_no_alias_points_at_is_registered_and_not_served(
         assert client.get("/api/v1/status").json()["tasks"] == {}
 
 
-def test_an_alias_is_moved_only_from_where_it_is(client: TestClient, registered: Callable[..., Task]) -> None:
+def test_an_alias_is_moved_only_from_where_it_is(client: AppClient, registered: Callable[..., Task]) -> None:
     registered("digits", new_version=True, seed=7)
     path = "/api/v1/tasks/digits/aliases/production"
 
@@ -224,7 +223,7 @@ def test_an_alias_is_moved_only_from_where_it_is(client: TestClient, registered:
     problem(client.get(path), 404, "is not registered")
 
 
-def test_a_verification_is_answered_and_kept(client: TestClient) -> None:
+def test_a_verification_is_answered_and_kept(client: AppClient) -> None:
     found = client.post("/api/v1/verify").json()
     assert found["ok"]
     assert [(one["task"], one["identical"]) for one in found["tasks"]] == [("digits:1", True), ("strokes:1", True)]
@@ -234,7 +233,7 @@ def test_a_verification_is_answered_and_kept(client: TestClient) -> None:
 
 
 def test_a_change_of_the_served_weights_is_found_by_verification(
-    client: TestClient, monkeypatch: pytest.MonkeyPatch
+    client: AppClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     head = client.app.state.service.snapshot.model.heads[0]
     monkeypatch.setattr(head, "weight", head.weight + 1)
@@ -243,7 +242,7 @@ def test_a_change_of_the_served_weights_is_found_by_verification(
     assert [(one["task"], one["ok"]) for one in found["tasks"]] == [("digits:1", False), ("strokes:1", True)]
 
 
-def test_a_change_of_a_weight_that_no_task_reads_is_found_by_verification(client: TestClient) -> None:
+def test_a_change_of_a_weight_that_no_task_reads_is_found_by_verification(client: AppClient) -> None:
     weight = client.app.state.service.backbone.model.head.weight
     before = weight.data.clone()
     try:
@@ -258,7 +257,7 @@ def test_listeners_are_told_of_each_generation_and_hang_up_nothing(
     tmp_path: Path, registry: Registry, glyphs: FrozenBackbone
 ) -> None:
     from addenda.combined import golden
-    from tests.conftest import random_task
+    from tests.support.tasks import random_task
 
     registry.add_backbone(glyphs.record())
     first = random_task(glyphs, "digits")

@@ -26,7 +26,7 @@ START_S = 423
 
 
 def options_of_serve() -> set[str]:
-    return {option for each in typer.main.get_command(cli.app).commands["serve"].params for option in each.opts}
+    return {option for each in typer.main.get_group(cli.app).commands["serve"].params for option in each.opts}
 
 
 def manifests() -> dict[str, Any]:

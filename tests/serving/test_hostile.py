@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import difflib
 import json
 import logging
 import re
@@ -21,11 +22,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+from weakref import WeakValueDictionary
 
 import httpx2
 import pytest
 import torch
-from fastapi.testclient import TestClient
 from sqlalchemy import text as sql
 
 from addenda import CombinedModel, FrozenBackbone, Registry, Task
@@ -51,7 +52,7 @@ from tests.support.databases import Database, raw, tamper
 from tests.support.inference import pictures, pixels
 from tests.support.places import ROOT
 from tests.support.registries import BACKBONE, a_task, keep
-from tests.support.servers import ServedProcess, client_of
+from tests.support.servers import AppClient, ServedProcess, client_of
 from tests.support.tasks import random_task
 
 PREDICT = "/api/v1/predict"
@@ -381,13 +382,13 @@ def test_more_images_than_may_wait_are_too_many_not_too_soon(
 
 
 @pytest.mark.parametrize("path", ["/livez", "/readyz", "/v2/health/ready", "/metrics", "/api/v1/status", "/none", "/"])
-def test_head_answers_as_get_does(client: TestClient, path: str) -> None:
+def test_head_answers_as_get_does(client: AppClient, path: str) -> None:
     get, head = client.get(path), client.head(path)
     assert (head.status_code, head.content) == (get.status_code, b"")
     assert head.headers.get("content-type") == get.headers.get("content-type")
 
 
-def test_head_of_the_events_ends(client: TestClient) -> None:
+def test_head_of_the_events_ends(client: AppClient) -> None:
     assert client.head("/api/v1/events").status_code == 200
 
 
@@ -398,7 +399,7 @@ def client(tiny: FrozenBackbone, registry: Registry, registered: Callable[..., T
         yield made
 
 
-def test_made_up_methods_share_one_label(client: TestClient) -> None:
+def test_made_up_methods_share_one_label(client: AppClient) -> None:
     for number in range(50):
         assert client.request(f"MADE{number}", "/livez").status_code == 405
         assert client.request(f"MADE{number}", f"/x{number}").status_code == 404
@@ -414,7 +415,7 @@ def test_a_name_that_is_not_there_costs_a_look_at_a_few(
         registered(f"task-{number:02d}", memory=0, classes=2)
     monkeypatch.setattr(queries, "SEEN", 4)
     with client_of(tiny, registry) as client:
-        snapshot = client.app.state.service.snapshot  # type: ignore[attr-defined]
+        snapshot = client.app.state.service.snapshot
         looked_at: list[str] = []
 
         class Tasks(dict[str, Task]):
@@ -429,12 +430,12 @@ def test_a_name_that_is_not_there_costs_a_look_at_a_few(
         assert client.post(f"{PREDICT}?tasks=unknown", content=pictures(1)[0]).status_code == 404
         assert 0 < len(looked_at) <= 30
         asked: list[list[str]] = []
-        monkeypatch.setattr(queries.difflib, "get_close_matches", lambda name, known, **_: asked.append(known) or [])
+        monkeypatch.setattr(difflib, "get_close_matches", lambda name, known, **_: asked.append(known) or [])
         assert client.get("/api/v1/tasks/task-0x").status_code == 404
     assert asked == [["task-00", "task-01", "task-02", "task-03"]]
 
 
-def test_bodies_together_have_a_budget_and_give_it_back(client: TestClient) -> None:
+def test_bodies_together_have_a_budget_and_give_it_back(client: AppClient) -> None:
     app: Any = client.app
     app.state.service.limits = replace(app.state.service.limits, bodies_bytes=10_000)
     small, large = pictures(1)[0], b"x" * 20_000
@@ -446,7 +447,7 @@ def test_bodies_together_have_a_budget_and_give_it_back(client: TestClient) -> N
     assert app.state.body_bytes == 0
 
 
-def test_a_bundle_is_received_in_a_file(client: TestClient, theirs: Callable[..., bytes]) -> None:
+def test_a_bundle_is_received_in_a_file(client: AppClient, theirs: Callable[..., bytes]) -> None:
     app: Any = client.app
     app.state.service.limits = replace(app.state.service.limits, bodies_bytes=100)
     assert client.post("/api/v1/tasks", content=theirs("fish")).status_code == 201
@@ -454,7 +455,7 @@ def test_a_bundle_is_received_in_a_file(client: TestClient, theirs: Callable[...
     assert client.post("/api/v1/tasks", content=theirs("fish", 2)).status_code == 413
 
 
-def test_a_full_queue_is_told_before_the_body_is_read(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_queue_is_told_before_the_body_is_read(client: AppClient, monkeypatch: pytest.MonkeyPatch) -> None:
     app: Any = client.app
     monkeypatch.setattr(bodies, "_pieces", lambda *_: pytest.fail("it was read"))
     with app.state.service.batcher.room(app.state.service.limits.waiting):
@@ -462,14 +463,14 @@ def test_a_full_queue_is_told_before_the_body_is_read(client: TestClient, monkey
             assert client.post(path, content=b"x").status_code == 503
 
 
-def test_attention_takes_a_place_before_its_body_too(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_takes_a_place_before_its_body_too(client: AppClient, monkeypatch: pytest.MonkeyPatch) -> None:
     app: Any = client.app
     monkeypatch.setattr(bodies, "_pieces", lambda *_: pytest.fail("it was read"))
     with app.state.service.batcher.room(app.state.service.limits.waiting):
         assert client.post("/page/attention?task=good", content=b"x").status_code == 503
 
 
-def test_a_failure_is_counted_and_found_by_its_id(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_is_counted_and_found_by_its_id(client: AppClient, monkeypatch: pytest.MonkeyPatch) -> None:
     app: Any = client.app
     monkeypatch.setattr(type(app.state.service), "snapshot", property(lambda self: 1 / 0))
     failed = client.get("/api/v1/status")
@@ -481,7 +482,7 @@ def test_a_failure_is_counted_and_found_by_its_id(client: TestClient, monkeypatc
 
 @pytest.mark.parametrize("what", ["disk", "folder"])
 def test_a_disk_that_is_full_or_gone_is_a_reason_to_come_again(
-    client: TestClient, theirs: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch, what: str
+    client: AppClient, theirs: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     bundle, app = theirs("fish"), client.app
     with monkeypatch.context() as spoilt:
@@ -492,11 +493,11 @@ def test_a_disk_that_is_full_or_gone_is_a_reason_to_come_again(
         refused = client.post("/api/v1/tasks", content=bundle)
     assert refused.status_code == 503
     assert "a full disk or a folder that is gone" in refused.json()["detail"]
-    assert app.state.uploads._value == UPLOADS  # type: ignore[attr-defined]
+    assert app.state.uploads._value == UPLOADS
     assert client.post("/api/v1/tasks", content=bundle).status_code == 201
 
 
-def test_so_many_bundles_lie_on_the_disk_and_no_more(client: TestClient, theirs: Callable[..., bytes]) -> None:
+def test_so_many_bundles_lie_on_the_disk_and_no_more(client: AppClient, theirs: Callable[..., bytes]) -> None:
     app: Any = client.app
     app.state.uploads = asyncio.Semaphore(0)
     assert client.post("/api/v1/tasks", content=theirs("fish")).status_code == 503
@@ -587,7 +588,7 @@ def test_an_outage_is_told_from_a_statement_that_is_wrong(full_book: Registry) -
 
 
 def test_a_damaged_schema_is_the_servers_fault_and_its_log_says_so(
-    client: TestClient, registry: Registry, caplog: pytest.LogCaptureFixture
+    client: AppClient, registry: Registry, caplog: pytest.LogCaptureFixture
 ) -> None:
     with raw(registry.location) as connection:
         connection.execute(sql("ALTER TABLE task RENAME COLUMN score TO points"))
@@ -660,12 +661,12 @@ def test_no_thread_keeps_a_projections_output(tiny: FrozenBackbone) -> None:
 def test_tiles_are_looked_up_under_a_lock(tiny: FrozenBackbone, monkeypatch: pytest.MonkeyPatch) -> None:
     held: list[bool] = []
 
-    class Watched(tiles.WeakValueDictionary[object, tiles.Tile]):  # type: ignore[misc]
+    class Watched(WeakValueDictionary[object, tiles.Held]):
         def values(self) -> Any:
             held.append(tiles._LOCK.locked())
             return super().values()
 
-        def __setitem__(self, key: object, value: tiles.Tile) -> None:
+        def __setitem__(self, key: object, value: tiles.Held) -> None:
             held.append(tiles._LOCK.locked())
             super().__setitem__(key, value)
 

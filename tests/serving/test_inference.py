@@ -8,18 +8,17 @@ from io import BytesIO
 from typing import Any
 
 import pytest
-from fastapi.testclient import TestClient
 from PIL import Image
 
 from addenda import FrozenBackbone, Registry, Task
 from addenda.combined import golden
 from tests.support.inference import multi_label, pictures, pixels
-from tests.support.servers import client_of
+from tests.support.servers import AppClient, client_of
 from tests.support.tasks import random_task
 
 
 @pytest.fixture
-def client(tiny: FrozenBackbone, registry: Registry, registered: Callable[..., Task]) -> Iterator[TestClient]:
+def client(tiny: FrozenBackbone, registry: Registry, registered: Callable[..., Task]) -> Iterator[AppClient]:
     """Of a server of two tasks: `digits`, and `tags` of many labels."""
     registered("digits")
     tags = multi_label(tiny, "tags")
@@ -28,14 +27,14 @@ def client(tiny: FrozenBackbone, registry: Registry, registered: Callable[..., T
         yield made
 
 
-def ask(client: TestClient, model: str = "combined", **members: Any) -> Any:
+def ask(client: AppClient, model: str = "combined", **members: Any) -> Any:
     """An answer in JSON, to one image unless other inputs are given."""
     image = base64.b64encode(pictures(1)[0]).decode()
     members = {"inputs": [{"name": "image", "shape": [1], "datatype": "BYTES", "data": [image]}], **members}
     return client.post(f"/v2/models/{model}/infer", json=members)
 
 
-def test_a_model_tells_its_inputs_and_outputs(client: TestClient) -> None:
+def test_a_model_tells_its_inputs_and_outputs(client: AppClient) -> None:
     found = client.get("/v2/models/combined").json()
     assert found["versions"] == [str(client.app.state.service.snapshot.generation)]
     assert {one["name"]: (one["datatype"], one["shape"]) for one in found["inputs"]} == {
@@ -55,7 +54,7 @@ def test_a_model_tells_its_inputs_and_outputs(client: TestClient) -> None:
     ]
 
 
-def test_outputs_are_chosen_by_name_or_by_task(client: TestClient) -> None:
+def test_outputs_are_chosen_by_name_or_by_task(client: AppClient) -> None:
     def names(answer: Any) -> list[str]:
         return [output["name"] for output in answer.json()["outputs"]]
 
@@ -70,7 +69,7 @@ def test_outputs_are_chosen_by_name_or_by_task(client: TestClient) -> None:
     assert names(ask(client, "digits")) == ["logits", "probs", "label"]
 
 
-def test_an_answer_tells_where_it_comes_from(client: TestClient) -> None:
+def test_an_answer_tells_where_it_comes_from(client: AppClient) -> None:
     snapshot = client.app.state.service.snapshot
     found = ask(client, id="mine").json()
     assert (found["id"], found["model_name"], found["model_version"]) == ("mine", "combined", str(snapshot.generation))
@@ -82,7 +81,7 @@ def test_an_answer_tells_where_it_comes_from(client: TestClient) -> None:
     assert ask(client, "digits").json()["model_version"] == "1"
 
 
-def test_a_version_that_is_not_served_is_refused_with_the_one_that_is(client: TestClient) -> None:
+def test_a_version_that_is_not_served_is_refused_with_the_one_that_is(client: AppClient) -> None:
     generation = client.app.state.service.snapshot.generation
     for model, now in (("combined", generation), ("digits", 1)):
         said = f"Version '99' of model '{model}' is not served now; version '{now}' is."
@@ -97,7 +96,7 @@ def test_a_version_that_is_not_served_is_refused_with_the_one_that_is(client: Te
 
 
 def test_a_quarantined_task_is_unavailable_with_its_reason(
-    client: TestClient, tiny: FrozenBackbone, registry: Registry
+    client: AppClient, tiny: FrozenBackbone, registry: Registry
 ) -> None:
     task = random_task(tiny, "false", seed=3)
     registry.register(task, golden(tiny, random_task(tiny, "other", seed=4)))
@@ -117,7 +116,7 @@ def test_a_quarantined_task_is_unavailable_with_its_reason(
     assert (answer.status_code, answer.json()["error"]) == (404, f"Task 'false' is quarantined. {why}")
 
 
-def test_a_server_that_stops_is_alive_and_not_ready(client: TestClient) -> None:
+def test_a_server_that_stops_is_alive_and_not_ready(client: AppClient) -> None:
     places = ("health/ready", "models/combined/ready", "models/digits/versions/1/ready")
     assert [client.get(f"/v2/{place}").status_code for place in places] == [200] * 3
     client.app.state.draining = True
@@ -168,7 +167,7 @@ REFUSED: list[tuple[int, str, dict[str, Any]]] = [
 ]  # fmt: skip
 
 
-def test_what_cannot_be_answered_is_told_why(client: TestClient) -> None:
+def test_what_cannot_be_answered_is_told_why(client: AppClient) -> None:
     for status, said, asked in REFUSED:
         answer = ask(client, **asked)
         assert (answer.status_code, answer.headers["content-type"]) == (status, "application/problem+json"), said

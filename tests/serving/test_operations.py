@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx2
@@ -135,7 +136,7 @@ def test_a_killed_server_leaves_the_registry_whole_and_answers_as_before(
 
 
 @contextmanager
-def down(server: object) -> Iterator[None]:
+def down(server: Any) -> Iterator[None]:
     """PostgreSQL is stopped."""
     server._stop()
     yield

@@ -7,7 +7,7 @@ import gc
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -15,15 +15,17 @@ import torch
 from addenda import FrozenBackbone, Registry, Task
 from addenda.backbones import KeyValue
 from addenda.combined import Answers, golden, tiles
+from addenda.combined.attention import memory_key_values
 from addenda.exceptions import DataError, DeadlineError, OverloadedError
 from addenda.serving.batching import Batcher
-from addenda.serving.service import Limits, Service
+from addenda.serving.service import Answered, Limits, Service
 from addenda.serving.snapshot import Snapshot, first, following
 from tests.support.databases import tamper
 from tests.support.servers import client_of
 from tests.support.tasks import random_task
 
 Register = Callable[..., Task]
+Found = TypeVar("Found", Answers, Answered)
 
 
 def test_a_server_without_a_task_is_ready(tiny: FrozenBackbone, registry: Registry) -> None:
@@ -56,7 +58,7 @@ def images_of(count: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
 
 
-async def started(*work: Coroutine[Any, Any, Answers]) -> list[asyncio.Task[Answers]]:
+async def started(*work: Coroutine[Any, Any, Found]) -> list[asyncio.Task[Found]]:
     """Work that has come as far as it can."""
     tasks = [asyncio.ensure_future(one) for one in work]
     for _ in range(5):
@@ -76,11 +78,10 @@ def test_a_swap_shares_all_that_was_there(
     before = snapshot_of(registry, tiny)
     registered("new", seed=9)
     computed: list[torch.Tensor] = []
-    plain = tiles.memory_key_values
 
     def noted(backbone: FrozenBackbone, block: torch.nn.Module, memory: torch.Tensor) -> KeyValue:
         computed.append(memory[0])
-        return plain(backbone, block, memory)
+        return memory_key_values(backbone, block, memory)
 
     monkeypatch.setattr(tiles, "memory_key_values", noted)
     after = following(before, registry)

@@ -9,5 +9,5 @@ from addenda.serving import bodies, server
 
 if __name__ == "__main__":
     server.HEAD_S, bodies.BODY_S = int(os.environ["HEAD_S"]), int(os.environ["BODY_S"])
-    server.READ_S = float(os.environ.get("READ_S", server.READ_S))
+    server.READ_S = int(os.environ.get("READ_S", server.READ_S))
     cli.main()

@@ -12,14 +12,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 import httpx2
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from addenda import FrozenBackbone, Registry
 from addenda.serving.app import make_app
 from addenda.serving.keys import KeyFile
 from addenda.serving.service import Limits, Service
+
+
+class AppClient(TestClient):
+    """A client that says of which kind its application is."""
+
+    app: FastAPI
 
 
 @contextmanager
@@ -29,10 +37,10 @@ def client_of(
     keys: KeyFile | None = None,
     alias: str | None = None,
     limits: Limits | None = None,
-) -> Iterator[TestClient]:
+) -> Iterator[AppClient]:
     """A client of an application in this process; `client.app.state.service` is its service."""
     app = make_app(lambda metrics: Service(backbone, registry, alias, limits, metrics.report), keys)
-    with TestClient(app, base_url="http://localhost", raise_server_exceptions=False) as client:
+    with AppClient(app, base_url="http://localhost", raise_server_exceptions=False) as client:
         yield client
 
 
@@ -81,7 +89,7 @@ class ServedProcess:
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(timeout_s)
 
-    def __enter__(self) -> ServedProcess:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

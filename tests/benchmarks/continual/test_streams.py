@@ -6,6 +6,7 @@ import itertools
 import re
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -78,7 +79,7 @@ def put_cub200(root: Path) -> None:
     for name in names:
         (place / "images" / name).parent.mkdir(parents=True, exist_ok=True)
         (place / "images" / name).touch()
-    columns = {
+    columns: dict[str, list[Any]] = {
         "images.txt": names,
         "train_test_split.txt": [int(n % 4 < 3) for n in numbers],
         "image_class_labels.txt": [n // 4 + 1 for n in numbers],

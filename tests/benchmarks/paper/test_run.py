@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ import torch
 from addenda import FrozenBackbone, LearnConfig, Learner, Registry
 from addenda.benchmarks.baselines.regimes import RivalConfig, regime_config
 from addenda.benchmarks.paper import run as paper
-from addenda.benchmarks.paper.report import PAPER, write_report
-from addenda.benchmarks.paper.run import COLLAPSE, OURS, PAIRS, Comparison, balanced_rows, run_paper
+from addenda.benchmarks.paper.report import COLLAPSE, PAIRS, PAPER, write_report
+from addenda.benchmarks.paper.run import OURS, Comparison, balanced_rows, run_paper
 from addenda.exceptions import DataError, TrainingError
 from addenda.files import output_folder
 from addenda.learner.data import open_images
@@ -33,7 +34,7 @@ def two_sets(folder: Path) -> Path:
 
 
 def quick(backbone: FrozenBackbone, data: Path, limit: int | None = 18) -> Comparison:
-    ours = paper.replace(OURS, epochs=1, learning_rate=(0.3,))
+    ours = replace(OURS, epochs=1, learning_rate=(0.3,))
     return Comparison(backbone, data, limit, ours, RivalConfig(epochs=1, learning_rate=(1e-3,)))
 
 

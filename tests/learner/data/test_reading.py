@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from addenda import FrozenBackbone, LearnConfig, Learner, Registry
-from addenda.backbones import read_ahead
+from addenda.backbones import read_ahead, read_image
 from addenda.exceptions import DataError, UnsteadyError
 from addenda.learner import ActivationCache, Augmentation
 from addenda.learner.data import items
@@ -24,7 +24,7 @@ VARIED = LearnConfig(head_only=True, augmentation=Augmentation(views=3))
 def counted(monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[Counter[str], Counter[str]]]:
     """Gives how often pictures of each part were read and decoded since it was last asked."""
     reads, decodes, taking = Counter[str](), Counter[str](), threading.Lock()
-    read_bytes, read_image = Path.read_bytes, items.read_image
+    read_bytes = Path.read_bytes
 
     def counting_read(path: Path) -> bytes:
         if path.suffix == ".png":

@@ -12,6 +12,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -232,8 +233,8 @@ def test_a_file_and_its_pil_image_are_prepared_alike(
     for data in (as_items(path), as_image_folder(path, tmp_path), Subset(as_image_folder(path, tmp_path), [0])):
         assert torch.equal(open_images(data).read(0, tiny), from_file)
     assert open_images(as_image_folder(path, tmp_path)).digest(0) == open_images(tmp_path / "of").digest(0)
-    both = ConcatDataset([as_image_folder(path, tmp_path), as_items(path)])
-    assert torch.equal(open_images(both).read_all(tiny), from_file.expand(2, -1, -1, -1))
+    parts: list[Any] = [as_image_folder(path, tmp_path), as_items(path)]
+    assert torch.equal(open_images(ConcatDataset(parts)).read_all(tiny), from_file.expand(2, -1, -1, -1))
 
 
 def as_items(path: Path) -> Pictures:

@@ -258,7 +258,7 @@ FORGERIES: dict[str, tuple[Callable[[dict[str, Any], dict[str, bytes]], Any], st
         lambda m, b: swap(m, b, "old:1", artifact_of(labels="abc")), "labels and parents are no lists of texts"),
     "statistics that are none": (lambda m, b: statistics_of(m, b, b"\x80\x04."), "its statistics are not valid"),
 }  # fmt: skip
-BARE = a_task("bare", 5, class_token=None, memory=None, pooled_weight=None)
+BARE: Task = a_task("bare", 5, class_token=None, memory=None, pooled_weight=None)
 
 
 @pytest.mark.parametrize("kind", FORGERIES)

@@ -52,7 +52,7 @@ def test_every_task_survives_its_artifact(labels, width, depth, memory, token, p
     if token:
         shapes |= {"class_token": (width,), "memory": (depth, memory, width)}
         shapes |= {"pooled_weight": (len(labels), width)} if pooled else {}
-    tensors = {name: torch.randn(shape, generator=noise) for name, shape in shapes.items()}
+    tensors: dict[str, Any] = {name: torch.randn(shape, generator=noise) for name, shape in shapes.items()}
     if token and rank:
         tensors["adapters"] = adapters(width, depth, rank, 2 * width, seed)
     task = Task(name="any", backbone=FINGERPRINT, labels=tuple(labels), parents=(a_task(seed=1),), **tensors)
