@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from addenda.backbones import FrozenBackbone
 from addenda.combined.model import CombinedModel
 from addenda.combined.shapes import MIN_ROWS
-from addenda.combined.tiles import Held
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,6 @@ def loaded_bytes(model: CombinedModel) -> int:
     """What the tasks weigh on the device: tokens, memory, adapters, masks and heads, all filling included."""
     tensors: list[Tensor | None] = []
     for tile in model.layout.tiles:
-        assert isinstance(tile, Held)
         tensors += [tile.class_tokens, tile.ancestors, tile.bias]
         tensors += [part for layer in tile.memories for part in layer]
         tensors += [part for layer in tile.updates for adapter in layer for part in adapter]

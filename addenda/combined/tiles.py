@@ -25,12 +25,18 @@ _LOCK = Lock()
 class Tile:
     """Task slots of one size class, which pass every layer together.
 
+    Its memory and adapters are its own, or are those of slots of other tiles: then they are copied layer by layer as
+    they pass, and never kept.
+
     Attributes:
-        class_tokens: the slots' first tokens, position and norm_pre included; zeros in empty slots.
+        class_tokens: the slots' first tokens, position and norm_pre included.
         ancestors: for each slot the rows of the offered tokens that it sees; row 0 is none.
         bias: 0 for a real private key, -inf for filling; own token, ancestors, memory.
         rank: of its adapters, filling included; 0 without.
         slots: the slot of each of its tasks, by sha256.
+        memories: for each layer the keys and values of what the slots see of memory, [S, H, m, d].
+        updates: for each layer the slots' adapters, filled up to `rank` with zeros; empty where it is 0.
+        sources: of a tile that is drawn from others: these, the slots drawn from each, and where they stand here.
     """
 
     class_tokens: Float[Tensor, "S D"]
@@ -38,50 +44,22 @@ class Tile:
     bias: Float[Tensor, "S w"]
     rank: int
     slots: dict[str, int]
+    memories: tuple[KeyValue, ...] = ()
+    updates: tuple[BlockAdapters, ...] = ()
+    sources: tuple[tuple[Tile, Tensor, Tensor], ...] = ()
 
     def memory(self, layer: int) -> KeyValue:
         """The keys and values of what each slot sees of memory in one layer, [S, H, m, d]."""
-        raise NotImplementedError
-
-    def adapters(self, layer: int) -> BlockAdapters | None:
-        """The slots' adapters in one layer, filled up to `rank` with zeros; None where it is 0."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True, eq=False)
-class Held(Tile):
-    """A tile that holds what its slots see and carry, by layer."""
-
-    memories: tuple[KeyValue, ...]
-    updates: tuple[BlockAdapters, ...]
-
-    def memory(self, layer: int) -> KeyValue:
-        """As it is held."""
-        return self.memories[layer]
-
-    def adapters(self, layer: int) -> BlockAdapters | None:
-        """As they are held."""
-        return self.updates[layer] if self.rank else None
-
-
-@dataclass(frozen=True, eq=False)
-class Drawn(Tile):
-    """A tile of slots of other tiles: what they see and carry is copied layer by layer as they pass, and never kept.
-
-    Attributes:
-        sources: other tiles, the slots that are drawn from each, and where they stand here.
-    """
-
-    sources: tuple[tuple[Tile, Int[Tensor, " n"], Int[Tensor, " n"]], ...]
-
-    def memory(self, layer: int) -> KeyValue:
-        """Copied from where it is held."""
+        if not self.sources:
+            return self.memories[layer]
         return KeyValue(*map(self._draw, zip(*(tile.memory(layer) for tile, _, _ in self.sources), strict=True)))
 
     def adapters(self, layer: int) -> BlockAdapters | None:
-        """Copied from where they are held."""
+        """The slots' adapters in one layer; None where `rank` is 0."""
         if not self.rank:
             return None
+        if not self.sources:
+            return self.updates[layer]
         sites = zip(*(tile.adapters(layer) or () for tile, _, _ in self.sources), strict=True)
         return BlockAdapters(*(Adapter(*map(self._draw, zip(*of_site, strict=True))) for of_site in sites))
 
@@ -101,7 +79,7 @@ class TileStore:
 
     def __init__(self, backbone: FrozenBackbone) -> None:
         self.backbone = backbone
-        self._tiles: WeakValueDictionary[object, Held] = WeakValueDictionary()
+        self._tiles: WeakValueDictionary[object, Tile] = WeakValueDictionary()
 
     def memory(self, task: Task) -> tuple[KeyValue, ...]:
         """For each layer the keys and values of a task's own memory, [H, m, d].
@@ -124,7 +102,7 @@ class TileStore:
             ]
         return tuple(KeyValue(keys[0], values[0]) for keys, values in layers)
 
-    def tile(self, size: int, tasks: Sequence[Task], offered: dict[str, int]) -> Held:
+    def tile(self, size: int, tasks: Sequence[Task], offered: dict[str, int]) -> Tile:
         """A tile of some tasks of one size class, the rest of its slots empty: one that is held already, or a new one.
 
         Args:
@@ -143,7 +121,7 @@ class TileStore:
                 self._tiles[key] = tile
         return tile
 
-    def _build(self, size: int, tasks: Sequence[Task], offered: dict[str, int]) -> Held:
+    def _build(self, size: int, tasks: Sequence[Task], offered: dict[str, int]) -> Tile:
         backbone, (num_tokens, num_memory, rank) = self.backbone, size_class(tasks[0])
         shape = (size, backbone.num_heads, num_memory, backbone.embed_dim // backbone.num_heads)
         class_tokens = torch.zeros(size, backbone.embed_dim, dtype=torch.float32, device="cpu")
@@ -168,7 +146,7 @@ class TileStore:
                         into.values[slot, :, start:end] = rows.values
                 start = end
             bias[slot, num_tokens : num_tokens + start] = 0
-        return Held(
+        return Tile(
             class_tokens=backbone.first_tokens(class_tokens.to(backbone.device, backbone.precision)),
             ancestors=_ancestors(size, tasks, offered).to(backbone.device),
             bias=bias.to(backbone.device, backbone.precision),
@@ -252,7 +230,7 @@ class Layout:
             theirs, here = (_numbers(column).to(bias.device) for column in zip(*pairs, strict=True))
             class_tokens[here], bias[here] = self.tiles[number].class_tokens[theirs], self.tiles[number].bias[theirs]
             sources.append((self.tiles[number], theirs, here))
-        return Drawn(
+        return Tile(
             class_tokens=class_tokens,
             ancestors=_ancestors(size, tasks, offered).to(bias.device),
             bias=bias,

@@ -208,7 +208,7 @@ def test_empty_slots_and_filled_up_ranks_hold_zeros() -> None:
     on = backbone()
     tasks = [random_task(on, f"rank-{r}", memory=4, seed=r, rank=r) for r in (5, 8, 7)]
     (tile,) = CombinedModel(on, tasks).layout.tiles
-    assert isinstance(tile, tiles.Held)
+    assert isinstance(tile, tiles.Tile)
     assert (len(tile.class_tokens), tile.rank, len(tile.updates)) == (4, 8, on.depth)
     for layer in range(on.depth):
         for site, (down, up) in tile.adapters(layer)._asdict().items():

@@ -12,7 +12,7 @@ from torch import Tensor
 from addenda.backbones import BlockAdapters
 from addenda.backbones.family import Family
 from addenda.combined import CombinedModel, TileStore
-from addenda.combined.tiles import Held
+from addenda.combined.tiles import Tile
 from addenda.registry import Task
 from tests.support.dense_mask import DenseMask
 from tests.support.models import (
@@ -26,11 +26,11 @@ from tests.support.models import (
 from tests.support.tasks import random_task
 
 
-def sabotage(monkeypatch: pytest.MonkeyPatch, harm: Callable[[Held], None]) -> None:
+def sabotage(monkeypatch: pytest.MonkeyPatch, harm: Callable[[Tile], None]) -> None:
     """Every tile made from here on is harmed; the self-test, whose tiles are all alike, is put to sleep."""
     build = TileStore._build
 
-    def harmed(self: TileStore, size: int, tasks: Sequence[Task], offered: dict[str, int]) -> Held:
+    def harmed(self: TileStore, size: int, tasks: Sequence[Task], offered: dict[str, int]) -> Tile:
         tile = build(self, size, tasks, offered)
         harm(tile)
         return tile
@@ -39,32 +39,32 @@ def sabotage(monkeypatch: pytest.MonkeyPatch, harm: Callable[[Held], None]) -> N
     monkeypatch.setattr("addenda.combined.selftest._equal", lambda one, other: True)
 
 
-def first_slot_sees_the_last_offered_token(tile: Held) -> None:
+def first_slot_sees_the_last_offered_token(tile: Tile) -> None:
     tile.ancestors[0, 0] = 2
 
 
-def first_slot_sees_the_next_memory(tile: Held) -> None:
+def first_slot_sees_the_next_memory(tile: Tile) -> None:
     for layer in tile.memories:
         layer.keys[0, :, -1], layer.values[0, :, -1] = layer.keys[1, :, 0], layer.values[1, :, 0]
 
 
-def first_slot_has_the_next_ones_adapters(tile: Held) -> None:
+def first_slot_has_the_next_ones_adapters(tile: Tile) -> None:
     for layer in tile.updates:
         layer.fc1.up[0] = layer.fc1.up[1]
 
 
-def first_slot_has_some_of_the_next_ones_queries(tile: Held) -> None:
+def first_slot_has_some_of_the_next_ones_queries(tile: Tile) -> None:
     tile.updates[-1].q.down[0, -1], tile.updates[-1].q.up[0, :, -1] = (
         tile.updates[-1].q.down[1, -1],
         tile.updates[-1].q.up[1, :, -1],
     )
 
 
-def filling_counts(tile: Held) -> None:
+def filling_counts(tile: Tile) -> None:
     tile.bias.zero_()
 
 
-def own_token_is_hidden(tile: Held) -> None:
+def own_token_is_hidden(tile: Tile) -> None:
     tile.bias[:, 0] = float("-inf")
 
 
@@ -85,12 +85,12 @@ def two_families() -> tuple[Task, list[Task]]:
         first_slot_has_some_of_the_next_ones_queries,
     ],
 )
-def test_a_leak_between_tasks_would_move_bits(harm: Callable[[Held], None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_leak_between_tasks_would_move_bits(harm: Callable[[Tile], None], monkeypatch: pytest.MonkeyPatch) -> None:
     on = backbone()
     task, company = two_families()
     assert_company_moves_no_bit(on, task, company)
 
-    def harm_children(tile: Held) -> None:
+    def harm_children(tile: Tile) -> None:
         if tile.ancestors.shape[1]:
             harm(tile)
 
@@ -101,7 +101,7 @@ def test_a_leak_between_tasks_would_move_bits(harm: Callable[[Held], None], monk
 
 @pytest.mark.parametrize("harm", [filling_counts, own_token_is_hidden])
 def test_a_wrong_mask_would_differ_from_the_dense_one(
-    harm: Callable[[Held], None], monkeypatch: pytest.MonkeyPatch
+    harm: Callable[[Tile], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A filling key that counts moves no bits in company, since it is the task's own: only this test sees it."""
     on = backbone("plain", torch.float64)
@@ -112,19 +112,19 @@ def test_a_wrong_mask_would_differ_from_the_dense_one(
     assert (CombinedModel(on, [task, other])(images(2))["task"] - expected).abs().max() > 1e-3
 
 
-def filled_up_rank_counts(tile: Held) -> None:
+def filled_up_rank_counts(tile: Tile) -> None:
     for layer in tile.updates:
         for down, up in layer:
             down[:, -1], up[:, :, -1] = 0.3, 0.3
 
 
-def every_layer_has_the_firsts_adapters(tile: Held) -> None:
+def every_layer_has_the_firsts_adapters(tile: Tile) -> None:
     for layer in tile.updates:
         for (down, up), (first_down, first_up) in zip(layer, tile.updates[0], strict=True):
             down.copy_(first_down), up.copy_(first_up)
 
 
-def fc2_is_not_updated(tile: Held) -> None:
+def fc2_is_not_updated(tile: Tile) -> None:
     for layer in tile.updates:
         layer.fc2.up.zero_()
 
@@ -132,7 +132,7 @@ def fc2_is_not_updated(tile: Held) -> None:
 @pytest.mark.parametrize("whose", ["task", "parent"])
 @pytest.mark.parametrize("harm", [filled_up_rank_counts, every_layer_has_the_firsts_adapters, fc2_is_not_updated])
 def test_wrong_adapters_would_differ_from_the_dense_mask(
-    harm: Callable[[Held], None], whose: str, monkeypatch: pytest.MonkeyPatch
+    harm: Callable[[Tile], None], whose: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on = backbone("plain", torch.float64)
     parent = random_task(on, "parent", memory=5, rank=3)

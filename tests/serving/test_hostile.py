@@ -661,12 +661,12 @@ def test_no_thread_keeps_a_projections_output(tiny: FrozenBackbone) -> None:
 def test_tiles_are_looked_up_under_a_lock(tiny: FrozenBackbone, monkeypatch: pytest.MonkeyPatch) -> None:
     held: list[bool] = []
 
-    class Watched(WeakValueDictionary[object, tiles.Held]):
+    class Watched(WeakValueDictionary[object, tiles.Tile]):
         def values(self) -> Any:
             held.append(tiles._LOCK.locked())
             return super().values()
 
-        def __setitem__(self, key: object, value: tiles.Held) -> None:
+        def __setitem__(self, key: object, value: tiles.Tile) -> None:
             held.append(tiles._LOCK.locked())
             super().__setitem__(key, value)
 

@@ -19,7 +19,7 @@ from jaxtyping import install_import_hook
 from tests.support.places import ROOT
 
 MODULES = [
-    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
     for path in sorted(ROOT.glob("addenda/**/*.py"))
     if "from jaxtyping import" in path.read_text() and path.parent.name != "exporting"
 ]

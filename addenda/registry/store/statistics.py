@@ -6,7 +6,6 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 
 import torch
-from jaxtyping import Float32, Int64
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -22,19 +21,21 @@ MAX_BYTES = 5_000_000
 class FeatureStatistics:
     """Sums over the features of the N images that a task was learned from; no image, and of features but a sample.
 
+    They may be a stranger's: `decode` and `check` say in words what does not fit, so no shape is promised before.
+
     Attributes:
-        counts: images of each class.
-        sums: features added up, for each class.
-        gram: the upper triangle, row by row, of the sum of each feature's product with itself.
-        sample: the backbone's own features of some of the images.
-        sample_targets: the classes of these.
+        counts: images of each class, Int64[C].
+        sums: features added up, for each class, Float32[C, F].
+        gram: the upper triangle, row by row, of the sum of each feature's product with itself, Float32[F (F + 1) / 2].
+        sample: the backbone's own features of some of the images, Float32[K, D].
+        sample_targets: the classes of these, Int64[K].
     """
 
-    counts: Int64[Tensor, " C"]
-    sums: Float32[Tensor, "C F"]
-    gram: Float32[Tensor, " F*(F+1)//2"]
-    sample: Float32[Tensor, "K D"]
-    sample_targets: Int64[Tensor, " K"]
+    counts: Tensor
+    sums: Tensor
+    gram: Tensor
+    sample: Tensor
+    sample_targets: Tensor
 
     @cached_property
     def data(self) -> bytes:
