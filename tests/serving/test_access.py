@@ -64,7 +64,7 @@ NEEDS = {
     },
 }
 EVENTS = "GET /api/v1/events"
-"""Its answer has no end, which a client in this process would wait for; tests/test_api.py reads it."""
+"""Its answer has no end, which a client in this process would wait for; tests/serving/test_api.py reads it."""
 
 
 @pytest.fixture
