@@ -21,13 +21,15 @@ class TracedPass(nn.Module):
         super().__init__()
         self._backbone = model.backbone.without_head()
         self.backbone = self._backbone.weights  # registered, so that they are named in the file
-        self._names = {task.sha256: name for name, task in model.tasks.items()}
-        self._layout, self._heads = model.layout, dict(zip(self._names, model.heads, strict=True))
+        self._contents = {name: task.sha256 for name, task in model.tasks.items()}
+        self._layout = model.layout
+        self._heads = dict(zip(self._contents.values(), model.heads, strict=True))
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> dict[str, Float[Tensor, "B C"]]:
         """Logits of each task by name, from images as the backbone's transform gives them."""
         answers = forward_pass(self._backbone, images, self._layout, self._heads).answers
-        return {name: answers[sha256] for sha256, name in self._names.items()}
+        # Two names may have one content: each is an output of its own.
+        return {name: answers[sha256].clone() for name, sha256 in self._contents.items()}
 
 
 def trace(model: CombinedModel) -> torch.export.ExportedProgram:
