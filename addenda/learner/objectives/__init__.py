@@ -27,7 +27,7 @@ __all__ = [
 OBJECTIVES: Mapping[str, Objective] = MappingProxyType({one.name: one for one in (SingleLabel(), MultiLabel())})
 
 
-def objective_of(targets: Targets) -> Objective:
+def objective_of(targets: Tensor) -> Objective:
     """The objective whose form targets have: one and no other, else it is a mistake in the objectives' `has_form`."""
     (found,) = (one for one in OBJECTIVES.values() if one.has_form(targets))
     return found

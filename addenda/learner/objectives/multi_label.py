@@ -27,7 +27,7 @@ class MultiLabel(Objective):
     name = "multi-label"
     routable = False
 
-    def has_form(self, targets: Targets) -> bool:
+    def has_form(self, targets: Tensor) -> bool:
         """A row of yes and no for each image."""
         return targets.ndim == 2 and targets.dtype == torch.bool
 

@@ -60,7 +60,7 @@ class Objective(ABC):
     routable: ClassVar[bool]
 
     @abstractmethod
-    def has_form(self, targets: Targets) -> bool:
+    def has_form(self, targets: Tensor) -> bool:
         """Whether targets are of this objective's form."""
 
     @abstractmethod

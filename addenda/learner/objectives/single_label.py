@@ -28,7 +28,7 @@ class SingleLabel(Objective):
     name = "single-label"
     routable = True
 
-    def has_form(self, targets: Targets) -> bool:
+    def has_form(self, targets: Tensor) -> bool:
         """One whole number for each image."""
         return targets.ndim == 1 and not targets.is_floating_point()
 
