@@ -17,7 +17,7 @@ from torch import Tensor
 from torchmetrics.functional.classification import binary_average_precision, binary_calibration_error, binary_f1_score
 
 from addenda.combined.predictions import LIKELY
-from addenda.learner.objectives.objective import STRENGTHS, Array, ClassWeights, Objective, Targets, converged, logistic
+from addenda.learner.objectives.objective import STRENGTHS, Array, ClassWeights, Objective, converged, logistic
 from addenda.registry import probabilities
 
 

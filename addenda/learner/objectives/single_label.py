@@ -18,7 +18,7 @@ from torchmetrics.functional.classification import (
     multiclass_confusion_matrix,
 )
 
-from addenda.learner.objectives.objective import STRENGTHS, Array, ClassWeights, Objective, Targets, converged, logistic
+from addenda.learner.objectives.objective import STRENGTHS, Array, ClassWeights, Objective, converged, logistic
 from addenda.registry import probabilities
 
 
