@@ -6,6 +6,7 @@ import hashlib
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -88,9 +89,9 @@ class LabelledImages:
     def __len__(self) -> int:
         return len(self.targets)
 
-    @property
+    @cached_property
     def objective(self) -> Objective:
-        """How their targets are learned."""
+        """How their targets are learned: asked for once, though every image's answer needs it."""
         return objective_of(self.targets)
 
     @property
