@@ -10,10 +10,8 @@ from typing import Annotated
 import typer
 
 from addenda import __version__
-from addenda.commands import backbones, bench, cache, changes, database, exchange, insight, serve, tasks
-from addenda.commands.demo import demo
-from addenda.commands.doctor import doctor
-from addenda.commands.export_model import export_model
+from addenda.commands import backbones, bench, cache, database, exchange, insight, serve, tasks
+from addenda.commands.checkup import doctor
 from addenda.commands.learn import evaluate, learn, learn_many
 from addenda.commands.predict import predict
 from addenda.commands.verify import verify
@@ -29,10 +27,9 @@ app = typer.Typer(
     add_completion=True,
     help="Adds vision tasks to a frozen Vision Transformer; every earlier task keeps its outputs, bit for bit.",
 )
-for command in (learn, learn_many, evaluate, predict, verify, export_model, serve.serve, demo, doctor):
+for command in (learn, learn_many, evaluate, predict, verify, exchange.export_model, serve.serve, bench.demo, doctor):
     app.command()(command)
-of_tasks = (insight.history, insight.compare, insight.lineage, changes.alias, changes.tag, changes.note, changes.retire)
-for more in (*of_tasks, exchange.export):
+for more in (insight.history, insight.compare, insight.lineage, exchange.export):
     tasks.app.command()(more)
 tasks.app.command("import")(exchange.import_)
 database.app.command()(exchange.merge)

@@ -14,7 +14,7 @@ from avalanche.training.plugins import EvaluationPlugin
 
 from addenda import LearnConfig, Registry, load_backbone
 from addenda.benchmarks import LogitBits, MaskedMemory
-from addenda.benchmarks.digits import digits
+from addenda.benchmarks.demo import digits
 
 backbone = load_backbone("glyphs", device="cpu")  # or any timm ViT; its transform is the benchmark's
 benchmark = nc_benchmark(

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from addenda import CombinedModel, LearnConfig, Learner, Registry, load_backbone
-from addenda.benchmarks.digits import Digits, digits
+from addenda.benchmarks.demo import Digits, digits
 
 TEN = tuple(range(10))
 

@@ -10,7 +10,7 @@ import math
 import mlflow
 
 from addenda import LearnConfig, Learner, Registry, load_backbone
-from addenda.benchmarks.digits import digits
+from addenda.benchmarks.demo import digits
 from addenda.learner import Epoch
 
 

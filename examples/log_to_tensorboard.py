@@ -11,7 +11,7 @@ from functools import partial
 from torch.utils.tensorboard import SummaryWriter
 
 from addenda import LearnConfig, Learner, Registry, load_backbone
-from addenda.benchmarks.digits import digits
+from addenda.benchmarks.demo import digits
 from addenda.learner import Epoch
 
 

@@ -8,13 +8,10 @@ from __future__ import annotations
 import torch
 
 from addenda import CombinedModel, LearnConfig, Learner, Registry, load_backbone
-from addenda.benchmarks.digits import digits
+from addenda.benchmarks.demo import digits
 from addenda.exceptions import RegistryError
 
-TEAMS = {
-    "north": {"early": (0, 1), "marks": (2, 3)},
-    "south": {"late": (8, 9), "marks": (6, 7)},
-}
+TEAMS = {"north": {"early": (0, 1), "marks": (2, 3)}, "south": {"late": (8, 9), "marks": (6, 7)}}
 RENAMES = {"marks": "marks-south"}
 
 backbone = load_backbone("glyphs")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from addenda import load_backbone
 from addenda.benchmarks.baselines.regimes import RivalConfig
-from addenda.benchmarks.digits import digits
+from addenda.benchmarks.demo import digits
 from addenda.benchmarks.paper.run import OURS, REGIMES, Comparison, run_paper
 
 OUT = Path("paper-table")

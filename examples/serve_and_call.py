@@ -15,7 +15,7 @@ import numpy as np
 from tritonclient.http import InferenceServerClient, InferInput
 
 from addenda import LearnConfig, Learner, Registry, load_backbone
-from addenda.benchmarks.digits import digits
+from addenda.benchmarks.demo import digits
 
 SERVE = ("serve", "--registry", "served.db", "--port", "0", "--drain", "0")
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from urllib.request import urlopen
 
 from addenda import LearnConfig, Learner, Registry, load_backbone
-from addenda.benchmarks.digits import digits
+from addenda.benchmarks.demo import digits
 from addenda.learner import Row, learn_many
 
 PHOTOS = Path("photos")

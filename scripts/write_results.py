@@ -20,10 +20,9 @@ from markupsafe import Markup
 
 from addenda.benchmarks.continual.results import Results
 from addenda.benchmarks.continual.tables import FORGETTING_UNTOLD, PRICE, QUALITY, exactness
-from addenda.benchmarks.cost.report import COLUMNS, Row
+from addenda.benchmarks.cost.run import COLUMNS, Row
 from addenda.benchmarks.paper.report import COLLAPSE, PAIRS, accuracy_table, shipped_table
-from addenda.benchmarks.report.measured import Figure, table_of
-from addenda.benchmarks.report.tables import Table, markdown
+from addenda.benchmarks.report.tables import Figure, Table, markdown, table_of
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 RECORDS = DOCS / "results"

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from addenda.backbones import FrozenBackbone, load_backbone
-from addenda.benchmarks.digits import digits
+from addenda.benchmarks.demo import digits
 from addenda.registry import Registry, Task
 from tests.support import travel
 from tests.support.commands import Result, Run, addenda

@@ -22,7 +22,7 @@ import typer.main
 import addenda
 from addenda import Registry, cli
 from addenda.backbones import glyphs
-from addenda.benchmarks.digits import digits
+from addenda.benchmarks.demo import digits
 from addenda.learner import read_rows
 from tests.support.commands import Run
 from tests.support.images import colour_folder
@@ -252,7 +252,7 @@ def test_the_reference_has_every_public_name_and_what_the_pages_import() -> None
     for page in PAGES:
         for home, names in re.findall(r"^from (addenda[\w.]*) import (.+)$", page.read_text(), re.MULTILINE):
             for name in names.split(", "):
-                assert f"{home}.{name}" in listed or home == "addenda.benchmarks.digits", f"{page.name}: {name}"
+                assert f"{home}.{name}" in listed or home == "addenda.benchmarks.demo", f"{page.name}: {name}"
 
 
 def test_every_dotted_name_in_the_documents_exists() -> None:

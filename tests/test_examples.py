@@ -80,10 +80,7 @@ def test_two_teams_registries_become_one(example: Example) -> None:
     _, said = example("merge_registries.py")
     assert said[0].startswith("Not merged: ")
     assert "'marks:1'" in said[0]
-    assert said[1:3] == [
-        "south's late:1 is late:1 here: added",
-        "south's marks:1 is marks-south:1 here: added",
-    ]
+    assert said[1:3] == ["south's late:1 is late:1 here: added", "south's marks:1 is marks-south:1 here: added"]
     assert said[3:] == [
         "late, learned by south: every bit as before",
         "marks-south, learned by south: every bit as before",

@@ -16,7 +16,7 @@ from types import ModuleType
 import pytest
 
 from addenda import FrozenBackbone, Registry
-from addenda.benchmarks.digits import digits
+from addenda.benchmarks.demo import digits
 from addenda.combined import golden
 from tests.support.places import ROOT
 from tests.support.tasks import random_task

@@ -1,16 +1,13 @@
 """A timm ViT or Eva, frozen: loading, fingerprint, preprocessing, layer-by-layer keys and values."""
 
-from addenda.backbones.adapters import Adapter, BlockAdapters
-from addenda.backbones.arithmetic import plain, uncompiled
-from addenda.backbones.cached import cached_weights
-from addenda.backbones.catalogue import catalogue
+from addenda.backbones.arithmetic import MIN_ROWS, Adapter, BlockAdapters, plain, product, uncompiled
 from addenda.backbones.family import KeyValue
 from addenda.backbones.finding import LeftOut, counted, image_files, in_words, joined
 from addenda.backbones.frozen import FrozenBackbone, FrozenStream
 from addenda.backbones.images import PREPARATION, prepared, read_image
 from addenda.backbones.loading import load_backbone, untrained_backbone
-from addenda.backbones.products import MIN_ROWS, product
 from addenda.backbones.reading import THREADS, Files, read_ahead, read_files
+from addenda.backbones.scope import cached_weights, catalogue
 
 __all__ = [
     "MIN_ROWS",

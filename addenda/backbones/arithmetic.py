@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TypeVar, cast
+from typing import NamedTuple, TypeVar, cast
 
 import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
 
 Function = TypeVar("Function", bound=Callable[..., object])
 
@@ -47,3 +50,46 @@ def building() -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(before)
+
+
+MIN_ROWS = 4
+"""Fewest rows of a matrix product whose bits are promised: with one row it takes another path, with other bits."""
+
+
+def product(rows: Float[Tensor, "*n B k"], matrices: Float[Tensor, "*n k w"]) -> Float[Tensor, "*n B w"]:
+    """Rows by matrices, each with its own; a few rows are filled up to MIN_ROWS with zeros."""
+    if torch.compiler.is_compiling():  # a traced pass takes any number of rows, and no bits are promised of it
+        return rows @ matrices
+    count = rows.shape[-2]
+    filled = F.pad(rows, (0, 0, 0, max(0, MIN_ROWS - count)))
+    products: Tensor = filled @ matrices
+    return products[..., :count, :]
+
+
+class Adapter(NamedTuple):
+    """Updates of one linear layer for S slots: its f(x) becomes f(x) + (x @ down.T) @ up.T.
+
+    Attributes:
+        down: Float[S, r, in].
+        up: Float[S, out, r].
+    """
+
+    down: Float[Tensor, "S r in"]
+    up: Float[Tensor, "S out r"]
+
+    def __call__(self, inputs: Float[Tensor, "S B in"]) -> Float[Tensor, "S B out"]:
+        """What it adds to the layer's output, in the inputs' dtype."""
+        return product(product(inputs, self.down.mT), self.up.mT)
+
+
+class BlockAdapters(NamedTuple):
+    """Updates of the linear layers of one block, by timm's names; `q` is the queries' part of timm's `qkv`.
+
+    They act on the tokens of their slots alone. Keys and values, those of the slot's own token too, come from the
+    backbone's own `qkv`.
+    """
+
+    q: Adapter
+    proj: Adapter
+    fc1: Adapter
+    fc2: Adapter

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from addenda.backbones.adapters import BlockAdapters
+from addenda.backbones.arithmetic import BlockAdapters
 
 Reading = Literal["tokens", "pooled", "nothing"]
 """What is read of the last block's output."""

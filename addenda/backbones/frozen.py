@@ -16,11 +16,10 @@ from torchvision.transforms.functional import normalize, pil_to_tensor
 
 from addenda.backbones.arithmetic import building, plain
 from addenda.backbones.family import Family, KeyValue, Reading
-from addenda.backbones.fingerprint import fingerprint, hash_state
+from addenda.backbones.fingerprint import Wiring, fingerprint, hash_state
 from addenda.backbones.images import prepared
 from addenda.backbones.scope import adapter_obstacle, family_of, obstacle
 from addenda.backbones.vit import VisionTransformerFamily
-from addenda.backbones.wiring import Wiring
 from addenda.exceptions import BackboneError, IntegrityError
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import timm
+import torch
+from huggingface_hub import try_to_load_from_cache
 from timm.layers import Mlp, PatchEmbed
 
 from addenda.backbones.eva import EvaFamily
@@ -49,4 +53,41 @@ def adapter_obstacle(model: Any) -> str | None:
     for block in model.blocks:
         if type(block.mlp) is not Mlp:
             return f"its MLPs are {type(block.mlp).__name__}, not timm's plain Mlp of fc1 and fc2"
+    return None
+
+
+def catalogue(pattern: str = "vit_*_patch16_224") -> list[tuple[str, str | None]]:
+    """Checks every timm model of a family of backbones whose name matches a pattern, without weights or memory.
+
+    Args:
+        pattern: a shell-style pattern over timm's architecture names.
+
+    Returns:
+        (name, None) for a model that works, (name, what is missing) for one that does not.
+    """
+    modules = [family.TIMM_CLASS.__module__.rpartition(".")[2] for family in FAMILIES]
+    names = [name for module in modules for name in timm.list_models(pattern, module=module)]
+    return [(name, obstacle(timm.create_model(name, device="meta"))) for name in names]
+
+
+HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+def cached_weights(name: str) -> Path | None:
+    """Where timm would find the pretrained weights of a model without a network; None where nowhere, or it has none.
+
+    Args:
+        name: a timm model name, with or without its pretrained tag.
+    """
+    config = timm.get_pretrained_cfg(name)
+    if config is None:
+        return None
+    if config.hf_hub_id:
+        for file in (config.hf_hub_filename,) if config.hf_hub_filename else HUB_FILES:
+            found = try_to_load_from_cache(config.hf_hub_id, file)
+            if isinstance(found, str):
+                return Path(found)
+    elif isinstance(config.url, str):
+        fetched = Path(torch.hub.get_dir()) / "checkpoints" / Path(config.url).name
+        return fetched if fetched.is_file() else None
     return None

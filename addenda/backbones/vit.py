@@ -11,8 +11,8 @@ from timm.layers import Attention
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
+from addenda.backbones.arithmetic import MIN_ROWS
 from addenda.backbones.family import Family, KeyValue, Reading
-from addenda.backbones.products import MIN_ROWS
 
 
 class VisionTransformerFamily(Family):

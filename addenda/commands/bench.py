@@ -271,3 +271,11 @@ def bench_paper(
     cells = paper.run_paper(comparison, names, seeds, chosen, out)
     if not all(cell.get("identical", True) for cell in cells):
         raise typer.Exit(1)
+
+
+def demo() -> None:
+    """Learns five tasks one after another and proves that no earlier one moved. Under a minute, no network."""
+    from addenda.benchmarks.demo import run_demo
+
+    if not run_demo():
+        raise typer.Exit(1)

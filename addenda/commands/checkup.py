@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+import typer
 from packaging.requirements import Requirement
 
 from addenda import FrozenBackbone, Registry, Task, __version__, load_backbone
@@ -17,7 +18,7 @@ from addenda.backbones import cached_weights
 from addenda.combined import prove, recorded_backbone
 from addenda.combined.probes import probe_task
 from addenda.combined.shapes import SizeClass
-from addenda.commands.options import DEFAULT_BACKBONE
+from addenda.commands.options import DEFAULT_BACKBONE, DEFAULT_REGISTRY, DeviceOption, JsonOption, RegistryOption
 from addenda.exceptions import AddendaError, RegistryError
 from addenda.learner import ActivationCache
 from addenda.terminal import size
@@ -167,3 +168,23 @@ def _recorded(registry: Registry, record: Mapping[str, Any], device: str) -> Fin
     except AddendaError as error:
         return Finding(f"tasks on {record['name']}", "BROKEN", str(error))
     return self_test(backbone, tasks, " with the registry's tasks")
+
+
+def doctor(
+    registry: RegistryOption = DEFAULT_REGISTRY, device: DeviceOption = "auto", as_json: JsonOption = False
+) -> None:
+    """Says what works here and what does not: packages, devices, the registry, weights, and the exactness self-test.
+
+    Exits with 1 if something is broken; what is merely not installed or not there yet is no fault.
+    """
+    from addenda.terminal import console, print_json, table
+
+    findings = list(checkup(registry, device))
+    broken = [finding.subject for finding in findings if finding.state == "BROKEN"]
+    if as_json:
+        print_json([finding._asdict() for finding in findings])
+    else:
+        console.print(table("What works here", ("what", "", "detail"), findings, whole=("what", "")))
+    if broken:
+        typer.echo(f"Broken: {', '.join(broken)}.", err=True)
+        raise typer.Exit(1)

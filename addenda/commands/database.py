@@ -76,8 +76,7 @@ def db_check(registry: RegistryOption = DEFAULT_REGISTRY) -> None:
 
 @app.command("backup")
 def db_backup(
-    file: Annotated[Path, typer.Argument(help="The SQLite file to make.")],
-    registry: RegistryOption = DEFAULT_REGISTRY,
+    file: Annotated[Path, typer.Argument(help="The SQLite file to make.")], registry: RegistryOption = DEFAULT_REGISTRY
 ) -> None:
     """Copies the whole registry, of either kind, to a new SQLite file, beside running writers, and checks the copy."""
     from addenda import Registry
@@ -89,8 +88,7 @@ def db_backup(
 
 @app.command("restore")
 def db_restore(
-    file: Annotated[Path, typer.Argument(help="A backup.")],
-    registry: RegistryOption = DEFAULT_REGISTRY,
+    file: Annotated[Path, typer.Argument(help="A backup.")], registry: RegistryOption = DEFAULT_REGISTRY
 ) -> None:
     """Copies a backup into an empty registry, on SQLite or PostgreSQL, and checks the copy."""
     from addenda.registry import restore

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from addenda.commands.loading import backbone_to_learn_on, learn_settings, ranks, single, workplace
 from addenda.commands.options import (
     DEFAULT_REGISTRY,
     BackboneOption,
@@ -22,6 +21,11 @@ from addenda.commands.options import (
     SkipBadOption,
     StdOption,
     WeightsOption,
+    backbone_to_learn_on,
+    learn_settings,
+    ranks,
+    single,
+    workplace,
 )
 from addenda.commands.tasks import HEADLINES, headlines, show_task
 from addenda.exceptions import AddendaError

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from addenda.commands.loading import workplace
 from addenda.commands.options import (
     DEFAULT_REGISTRY,
     DeviceOption,
@@ -19,6 +18,7 @@ from addenda.commands.options import (
     RegistryOption,
     SkipBadOption,
     WeightsOption,
+    workplace,
 )
 from addenda.exceptions import AddendaError, DataError
 from addenda.text import csv_row, shown

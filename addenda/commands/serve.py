@@ -90,9 +90,7 @@ def serve(
     with Registry.open(registry, create=False) as opened, bind(host, port) as listening:
         loaded = recorded_backbone(opened, weights, device)
         made = make_app(
-            lambda metrics: Service(loaded, opened, alias, limits, metrics.report),
-            known,
-            loopback=host in LOOPBACK,
+            lambda metrics: Service(loaded, opened, alias, limits, metrics.report), known, loopback=host in LOOPBACK
         )
         also = [] if alias is None else [f"only what {alias!r} points at"]
         if metrics_port is not None:

@@ -121,12 +121,7 @@ def _check_numerics(found: Mapping[str, Any], expected: Mapping[str, Any]) -> No
 
 
 def serve_replicas(
-    serving: Serving,
-    host: str,
-    port: int,
-    replicas: tuple[int, int],
-    drain_s: float,
-    say: Callable[[str], None],
+    serving: Serving, host: str, port: int, replicas: tuple[int, int], drain_s: float, say: Callable[[str], None]
 ) -> None:
     """Serves on the cluster that this process is connected to, until SIGTERM or SIGINT; SIGHUP restarts the replicas.
 

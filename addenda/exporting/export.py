@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor, nn
 
 import addenda
 from addenda.backbones import FrozenBackbone, plain
-from addenda.combined import CombinedModel
+from addenda.combined import CombinedModel, forward_pass
 from addenda.combined.golden import TOLERANCE
 from addenda.combined.probes import probe_images
 from addenda.exceptions import AddendaError, BackboneError, DataError, ExactnessError
 from addenda.exporting.formats import FORMATS, INPUT, Run
-from addenda.exporting.traced import trace
 from addenda.files import written
 from addenda.registry import Golden, Registry, Task
 
@@ -41,11 +42,7 @@ class Exported:
 
 
 def export_model(
-    registry: Registry,
-    backbone: FrozenBackbone,
-    tasks: Sequence[Task],
-    path: str | Path,
-    format: str = "torch-export",
+    registry: Registry, backbone: FrozenBackbone, tasks: Sequence[Task], path: str | Path, format: str = "torch-export"
 ) -> Exported:
     """Writes the combined model of some tasks to one file that runs without Addenda, for any number of images.
 
@@ -147,3 +144,34 @@ def _metadata(registry: Registry, backbone: FrozenBackbone, tasks: Sequence[Task
 
 def _precision(backbone: FrozenBackbone) -> str:
     return str(backbone.precision).removeprefix("torch.")
+
+
+class TracedPass(nn.Module):
+    """The combined pass without its fixed shapes.
+
+    Args:
+        model: the tasks on their backbone, inexact: no slot of its tiles is empty.
+    """
+
+    def __init__(self, model: CombinedModel) -> None:
+        super().__init__()
+        self._backbone = model.backbone.without_head()
+        self.backbone = self._backbone.weights  # registered, so that they are named in the file
+        self._contents = {name: task.sha256 for name, task in model.tasks.items()}
+        self._layout = model.layout
+        self._heads = dict(zip(self._contents.values(), model.heads, strict=True))
+
+    def forward(self, images: Float[Tensor, "B 3 H W"]) -> dict[str, Float[Tensor, "B C"]]:
+        """Logits of each task by name, from images as the backbone's transform gives them."""
+        answers = forward_pass(self._backbone, images, self._layout, self._heads).answers
+        # Two names may have one content: each is an output of its own.
+        return {name: answers[sha256].clone() for name, sha256 in self._contents.items()}
+
+
+def trace(model: CombinedModel) -> torch.export.ExportedProgram:
+    """Traces the pass of a model for any number of images."""
+    images = probe_images(model.backbone)
+    with torch.no_grad():
+        return torch.export.export(
+            TracedPass(model).eval(), (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},), strict=False
+        )

@@ -2,12 +2,11 @@
 
 from addenda.learner.augmentation import Augmentation
 from addenda.learner.cache import ActivationCache
-from addenda.learner.config import LearnConfig
+from addenda.learner.config import LearnConfig, read_mapping
 from addenda.learner.context import Epoch
 from addenda.learner.data import open_parts
 from addenda.learner.learner import Learner
 from addenda.learner.many import Outcome, Row, learn_many, read_rows
-from addenda.learner.yaml_file import read_mapping
 
 __all__ = [
     "ActivationCache",

@@ -274,10 +274,7 @@ class Activations:
         return bad
 
     def _compute(
-        self,
-        rows: Sequence[int],
-        take: Callable[[list[int], Tensor, Tensor], None],
-        context: RunContext = QUIET,
+        self, rows: Sequence[int], take: Callable[[list[int], Tensor, Tensor], None], context: RunContext = QUIET
     ) -> dict[int, str]:
         """Runs the frozen stream over some rows; `take` gets rows, their keys and values in half precision, pooled.
 

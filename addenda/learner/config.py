@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import field
 from itertools import product
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, TypeVar
 
+import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import ErrorDetails
 
-from addenda.exceptions import TrainingError
+from addenda.exceptions import DataError, TrainingError
 from addenda.learner.augmentation import Augmentation
 
 T = TypeVar("T")
@@ -185,3 +187,28 @@ def _problem(error: ErrorDetails) -> str | None:
     if name == "extends" and error["type"] == "literal_error":
         said = "Input should be a list of tasks, or 'auto'"
     return f"{'.'.join(map(str, [name, *place]))}: {said}"
+
+
+def read_mapping(file: Path) -> dict[str, Any]:
+    """What a YAML file says; of an empty one, nothing.
+
+    Raises:
+        DataError: it cannot be read, or is no mapping.
+    """
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"The file {str(file)!r} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"The file {str(file)!r} is not UTF-8 ({error.reason}). Save it as UTF-8.") from error
+    except yaml.MarkedYAMLError as error:
+        place = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
+        raise DataError(f"The file {str(file)!r} is not valid YAML{place}: {error.problem}.") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise DataError(f"The file {str(file)!r} is not valid YAML: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        found = "a list" if isinstance(values, list) else "one value"
+        raise DataError(f"The file {str(file)!r} holds {found}; it must be a mapping, of lines such as `epochs: 20`.")
+    return values

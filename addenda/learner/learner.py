@@ -12,14 +12,7 @@ import torch
 from torch import Tensor
 
 from addenda.backbones import FrozenBackbone, counted, plain
-from addenda.combined import (
-    CombinedModel,
-    feature_statistics,
-    golden,
-    numerics,
-    numerics_fingerprint,
-    tensor_digest,
-)
+from addenda.combined import CombinedModel, feature_statistics, golden, numerics, numerics_fingerprint, tensor_digest
 from addenda.exceptions import NameTakenError, RegistryError, RetiredError, TrainingError
 from addenda.learner.activations import Activations
 from addenda.learner.cache import ActivationCache
@@ -29,7 +22,7 @@ from addenda.learner.context import OnEpoch, Report, RunContext, silent
 from addenda.learner.data import Data, LabelledImages, check_learnable, check_same_labels, open_images, open_parts
 from addenda.learner.data.items import Item
 from addenda.learner.data.labelled import unreadable
-from addenda.learner.data.learnable import repeats
+from addenda.learner.data.opening import repeats
 from addenda.learner.data.reading import checked, read_in_batches
 from addenda.learner.objectives import OBJECTIVES
 from addenda.learner.run import Run
@@ -121,13 +114,7 @@ class Learner:
             return self._learn(name, train, test, config or LearnConfig(), new_version, context)
 
     def _learn(
-        self,
-        name: str,
-        train: Data,
-        test: Data | None,
-        config: LearnConfig,
-        new_version: bool,
-        context: RunContext,
+        self, name: str, train: Data, test: Data | None, config: LearnConfig, new_version: bool, context: RunContext
     ) -> Task:
         check_new_name(name)
         versions = self.registry.tasks(TaskFilter(name=name, retired=True))

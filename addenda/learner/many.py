@@ -14,11 +14,10 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from addenda.exceptions import AddendaError, DataError
-from addenda.learner.config import LearnConfig
+from addenda.learner.config import LearnConfig, read_mapping
 from addenda.learner.context import Report
 from addenda.learner.data import Data, open_parts
 from addenda.learner.learner import Learner
-from addenda.learner.yaml_file import read_mapping
 from addenda.registry import Registry, Task, TaskFilter, check_new_name
 
 State = Literal["learned", "learned before", "failed", "skipped"]

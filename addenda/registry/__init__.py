@@ -8,9 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from addenda.registry.audit.comparison import Difference
 from addenda.registry.audit.faults import Fault
-from addenda.registry.audit.history import Scored
+from addenda.registry.audit.history import Difference, Scored
 from addenda.registry.registry import Registry
 from addenda.registry.store.hashing import canonical_json, digest
 from addenda.registry.store.lineage import Kin, Lineage
@@ -24,13 +23,13 @@ if TYPE_CHECKING:
     from addenda.registry.exchange.backup import restore
     from addenda.registry.exchange.receiving import Received
     from addenda.registry.store.artifact import ADAPTED, LowRank
+    from addenda.registry.store.loading import FeatureStatistics
     from addenda.registry.store.logits import is_finite, probabilities
-    from addenda.registry.store.statistics import FeatureStatistics
     from addenda.registry.store.task import Golden, Task, check_unwritten
 
 _HOME = {
     "ADAPTED": "store.artifact",
-    "FeatureStatistics": "store.statistics",
+    "FeatureStatistics": "store.loading",
     "Golden": "store.task",
     "Integrity": "audit.integrity",
     "LowRank": "store.artifact",

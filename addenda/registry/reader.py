@@ -8,19 +8,18 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from sqlalchemy import Engine, select
 
-from addenda.registry.audit.comparison import Difference, compare
-from addenda.registry.audit.history import Scored, history
+from addenda.registry.audit.history import Difference, Scored, compare, history
 from addenda.registry.store import ledger, schema
 from addenda.registry.store.database import database_errors, described, mode, reading
+from addenda.registry.store.ledger import wait
 from addenda.registry.store.lineage import Lineage, lineage
 from addenda.registry.store.queries import TaskFilter, current, evaluations, find, listing, records
 from addenda.registry.store.records import EvaluationRecord, Event, TaskRecord
 from addenda.registry.store.upgrade import revision, schema_faults
-from addenda.registry.store.waiting import wait
 
 if TYPE_CHECKING:
     from addenda.registry.audit.integrity import Integrity
-    from addenda.registry.store.statistics import FeatureStatistics
+    from addenda.registry.store.loading import FeatureStatistics
     from addenda.registry.store.task import Golden, Task
 
 

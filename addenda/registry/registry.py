@@ -21,7 +21,7 @@ from addenda.registry.store.upgrade import check_readable, upgrade
 
 if TYPE_CHECKING:
     from addenda.registry.exchange.receiving import Received
-    from addenda.registry.store.statistics import FeatureStatistics
+    from addenda.registry.store.loading import FeatureStatistics
     from addenda.registry.store.task import Golden, Task
 
 

@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from starlette.middleware import Middleware
 
 from addenda import __version__
-from addenda.serving import api, api_changes, api_tasks, health, inference, page, page_attention, problems
+from addenda.serving import api, api_changes, api_tasks, inference, page, page_attention, problems, telemetry
 from addenda.serving.keys import KeyFile
 from addenda.serving.service import Limits, Service
 from addenda.serving.telemetry import Metrics, Telemetry
@@ -55,6 +55,6 @@ def make_app(start: Start, keys: KeyFile | None = None, loopback: bool = True) -
     app.state.verifying, app.state.verifications = threading.Lock(), deque(maxlen=100)
     app.state.registering, app.state.replies = asyncio.Lock(), {}
     problems.install(app)
-    for routes in (health, inference, api, api_tasks, api_changes, page, page_attention):
+    for routes in (telemetry, inference, api, api_tasks, api_changes, page, page_attention):
         app.include_router(routes.router)
     return app

@@ -17,10 +17,10 @@ from addenda.exceptions import DataError
 from addenda.serving import tensors
 from addenda.serving.access import needs, service_of
 from addenda.serving.bodies import read_body, while_connected
-from addenda.serving.health import check_ready
 from addenda.serving.models import COMBINED, Model, Output, model_of
 from addenda.serving.problems import documents
 from addenda.serving.service import Answered, Service
+from addenda.serving.telemetry import check_ready
 
 router = APIRouter(prefix="/v2", tags=["inference"], responses=documents(401, 403))
 _BODY: dict[str, Any] = {

@@ -20,8 +20,7 @@ from addenda.combined import Answers, Choice, Router, Verdict, attention_map, ca
 from addenda.exceptions import DataError, DeadlineError, RegistryError, TooLargeError, UnknownTaskError
 from addenda.registry import Registry, is_finite
 from addenda.serving.batching import Batcher, Report
-from addenda.serving.follower import Follower
-from addenda.serving.snapshot import Snapshot
+from addenda.serving.snapshot import Follower, Snapshot
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 SMALL = 1e30

@@ -129,9 +129,7 @@ def test_at_least_fifteen_names_are_compared_with_timm():
 
 
 @pytest.mark.parametrize(
-    "made",
-    [lambda: tiny_vit(qk_norm=True), *(partial(tiny_eva, kind) for kind in EVA)],
-    ids=["vit", *EVA],
+    "made", [lambda: tiny_vit(qk_norm=True), *(partial(tiny_eva, kind) for kind in EVA)], ids=["vit", *EVA]
 )
 def test_a_bfloat16_stream_is_bit_equal_to_stock_timm_in_bfloat16(made):
     model = shaken(made())

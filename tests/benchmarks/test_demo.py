@@ -28,7 +28,7 @@ def test_the_demo_fails_when_a_mask_is_broken(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from addenda.benchmarks import demo
-    from addenda.benchmarks.digits import PAIRS
+    from addenda.benchmarks.demo import PAIRS
 
     break_the_mask(monkeypatch)
     monkeypatch.setattr(demo, "PAIRS", PAIRS[:2])

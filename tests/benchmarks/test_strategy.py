@@ -282,7 +282,7 @@ class Digits:
     """Every fourth image of some digits, with targets as Avalanche asks for them."""
 
     def __init__(self, chosen: tuple[int, ...], test: bool) -> None:
-        from addenda.benchmarks.digits import digits
+        from addenda.benchmarks.demo import digits
 
         held = digits(chosen, test=test)
         self.items = [(held[i][0], int(held[i][1])) for i in range(0, len(held), 4)]

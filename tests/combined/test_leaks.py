@@ -15,14 +15,7 @@ from addenda.combined import CombinedModel, TileStore
 from addenda.combined.tiles import Tile
 from addenda.registry import Task
 from tests.support.dense_mask import DenseMask
-from tests.support.models import (
-    alone,
-    assert_company_moves_no_bit,
-    backbone,
-    bits,
-    images,
-    lively_vit,
-)
+from tests.support.models import alone, assert_company_moves_no_bit, backbone, bits, images, lively_vit
 from tests.support.tasks import random_task
 
 

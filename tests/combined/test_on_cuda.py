@@ -16,10 +16,7 @@ from addenda.exceptions import ExactnessError
 from tests.support.models import PRECISIONS, random_registry
 from tests.support.tasks import random_task
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is at hand"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is at hand")]
 
 
 @cache

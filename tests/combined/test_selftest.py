@@ -16,15 +16,7 @@ from addenda.combined import CombinedModel, forward
 from addenda.combined.attention import attend
 from addenda.combined.shapes import TILE, TILE_SIZES, Shapes
 from addenda.exceptions import ExactnessError
-from tests.support.models import (
-    alone,
-    backbone,
-    bits,
-    fresh_backbone,
-    images,
-    random_registry,
-    threads,
-)
+from tests.support.models import alone, backbone, bits, fresh_backbone, images, random_registry, threads
 from tests.support.tasks import random_task
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from addenda.benchmarks.digits import digits
+from addenda.benchmarks.demo import digits
 from tests.support.commands import Result, Run
 
 

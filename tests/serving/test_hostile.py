@@ -40,7 +40,7 @@ from addenda.exceptions import (
     RegistryUnavailableError,
 )
 from addenda.registry.audit.faults import Fault
-from addenda.registry.store import bounds, queries, registration
+from addenda.registry.store import queries, registration
 from addenda.registry.store.database import OUTAGES, database_errors, reading, writing
 from addenda.serving import bodies, server
 from addenda.serving.api_changes import UPLOADS
@@ -208,13 +208,13 @@ def test_a_prediction_that_is_no_number_is_no_answer(tiny: FrozenBackbone) -> No
 
 
 def test_a_task_that_sees_too_many_is_refused(tiny: FrozenBackbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bounds, "ANCESTORS", 2)
+    monkeypatch.setattr(registration, "ANCESTORS", 2)
     line = [random_task(tiny, "a0", memory=0)]
     for number in range(1, 4):
         line.append(random_task(tiny, f"a{number}", memory=0, parents=(line[-1],)))
-    bounds.check_bounds(line[2])
+    registration.check_bounds(line[2])
     with pytest.raises(RegistryError, match=r"Task 'a3' has 3 tasks that it sees; 2 is the most"):
-        bounds.check_bounds(line[3])
+        registration.check_bounds(line[3])
 
 
 # --- texts ------------------------------------------------------------------------------------------------------------

@@ -103,10 +103,7 @@ def test_tritons_client_raises_with_our_message(triton: InferenceServerClient) -
             "model_name": "digits",
             "model_version": "7",
         },
-        "has no output 'probabilities'": {
-            "model_name": "digits",
-            "outputs": [InferRequestedOutput("probabilities")],
-        },
+        "has no output 'probabilities'": {"model_name": "digits", "outputs": [InferRequestedOutput("probabilities")]},
         "Output 'logits' asks for classification, which is not offered": {
             "model_name": "digits",
             "outputs": [InferRequestedOutput("logits", class_count=2)],

@@ -18,9 +18,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from addenda.backbones import FrozenBackbone
-from addenda.benchmarks.baselines.method import OneHead, quiet_evaluator
+from addenda.benchmarks.baselines.method import BaselineSettings, OneHead, quiet_evaluator
 from addenda.benchmarks.baselines.regimes import EVALUATION_BATCH, batches
-from addenda.benchmarks.baselines.settings import BaselineSettings
 from addenda.benchmarks.strategy import NEVER
 from addenda.learner.augmentation import Augmentation, augment
 from addenda.learner.candidates import schedule

@@ -43,11 +43,7 @@ RIVALS = {
 }
 """Why each cannot be registered."""
 
-LEARNING_RATES: Mapping[str, tuple[float, ...]] = {
-    "full": (3e-5, 1e-4),
-    "lora": (3e-4, 1e-3),
-    "unmasked": (1e-3, 3e-3),
-}
+LEARNING_RATES: Mapping[str, tuple[float, ...]] = {"full": (3e-5, 1e-4), "lora": (3e-4, 1e-3), "unmasked": (1e-3, 3e-3)}
 """What a rival is tried with, unless told. Between these lay the best of two to four rates on the validation parts of
 pacs_sketch and textures (ViT-Ti, 140 images each, 6 epochs, one seed)."""
 
@@ -267,10 +263,7 @@ def rival_logits(
 
 
 def joined_accuracies(
-    backbone: FrozenBackbone,
-    rivals: Mapping[str, Tensors],
-    tests: Mapping[str, LabelledImages],
-    autocast: bool = False,
+    backbone: FrozenBackbone, rivals: Mapping[str, Tensors], tests: Mapping[str, LabelledImages], autocast: bool = False
 ) -> dict[str, float]:
     """Joins unmasked rivals that were trained apart in one sequence, every token seeing every other, and scores each.
 

@@ -16,13 +16,11 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from addenda.backbones import FrozenBackbone
-from addenda.benchmarks.baselines.method import Method
+from addenda.benchmarks.baselines.method import BaselineSettings, Method
 from addenda.benchmarks.baselines.methods import baseline
-from addenda.benchmarks.baselines.settings import BaselineSettings
 from addenda.benchmarks.continual.config import StreamConfig
-from addenda.benchmarks.continual.measures import measure
 from addenda.benchmarks.continual.ours import Masked
-from addenda.benchmarks.continual.results import Cell, MethodNote
+from addenda.benchmarks.continual.results import Cell, MethodNote, measure
 from addenda.benchmarks.continual.stream import Experience, Stream
 from addenda.benchmarks.report.jsonl import append_line, read_lines
 from addenda.benchmarks.strategy import NEVER

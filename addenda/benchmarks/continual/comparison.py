@@ -9,8 +9,7 @@ from typing import Any
 
 from addenda.benchmarks.continual.results import Results, read_results
 from addenda.benchmarks.continual.tables import PRICE, QUALITY, Column, exactness
-from addenda.benchmarks.report.spread import NOTHING, Spread, number, shown
-from addenda.benchmarks.report.tables import Table, show
+from addenda.benchmarks.report.tables import NOTHING, Spread, Table, number, show, shown
 from addenda.exceptions import DataError
 from addenda.terminal import console
 

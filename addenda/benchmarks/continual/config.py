@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 from pydantic_core import ErrorDetails
 
-from addenda.benchmarks.baselines.settings import BaselineSettings
+from addenda.benchmarks.baselines.method import BaselineSettings
 from addenda.benchmarks.continual.experiences import limited
 from addenda.benchmarks.continual.sources import Data, Place
 from addenda.benchmarks.continual.stream import Stream, slug

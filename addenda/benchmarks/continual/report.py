@@ -22,10 +22,8 @@ from addenda.benchmarks.continual.tables import (
     proof_table,
     verdict,
 )
-from addenda.benchmarks.report.pages import write_pages
 from addenda.benchmarks.report.plots import Picture, curves, heat_map, scale
-from addenda.benchmarks.report.spread import NOTHING, Spread
-from addenda.benchmarks.report.tables import Table, show, write_json
+from addenda.benchmarks.report.tables import NOTHING, Spread, Table, show, write_json, write_pages
 from addenda.terminal import console
 
 

@@ -9,10 +9,9 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 
 from addenda.benchmarks.continual.experiences import by_class, by_set
-from addenda.benchmarks.continual.known_sets import open_core50, open_cub200, open_torchvision
-from addenda.benchmarks.continual.sets import ImageSet, open_folder
+from addenda.benchmarks.continual.sets import ImageSet, open_core50, open_cub200, open_folder, open_torchvision
 from addenda.benchmarks.continual.stream import Stream
-from addenda.benchmarks.digits import PAIRS, digits
+from addenda.benchmarks.demo import PAIRS, digits
 from addenda.learner.data import open_images
 
 NOT_MNIST = "https://github.com/facebookresearch/Adversarial-Continual-Learning/raw/main/data/notMNIST.zip"

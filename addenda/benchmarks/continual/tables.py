@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from addenda.benchmarks.continual.results import Cell, Metrics, Results
-from addenda.benchmarks.report.spread import NOTHING, Spread, Unit, shown
-from addenda.benchmarks.report.tables import Table
+from addenda.benchmarks.report.tables import NOTHING, Spread, Table, Unit, shown
 
 OURS = "addenda"
 """The method whose promise the report is about."""

@@ -16,8 +16,7 @@ from markupsafe import Markup
 
 from addenda.backbones import FrozenBackbone
 from addenda.benchmarks.baselines.regimes import AS_SHIPPED
-from addenda.benchmarks.report.spread import NOTHING, Spread, shown
-from addenda.benchmarks.report.tables import Table, markdown
+from addenda.benchmarks.report.tables import NOTHING, Spread, Table, markdown, shown
 from addenda.terminal import console
 
 PAIRS, COLLAPSE = "pairs", "collapse"

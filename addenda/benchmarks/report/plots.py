@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from addenda.benchmarks.report.spread import Spread
+from addenda.benchmarks.report.tables import Spread
 from addenda.terminal import size
 
 Scheme = Literal["light", "dark"]

@@ -21,7 +21,7 @@ from PIL import Image
 
 from addenda.backbones import FrozenBackbone
 from addenda.benchmarks.cost.run import random_task
-from addenda.benchmarks.report.measured import Figure, write
+from addenda.benchmarks.report.tables import Figure, write
 from addenda.benchmarks.serving.load import Measured
 from addenda.benchmarks.serving.server import Server, generator, goldens, served
 from addenda.combined import CombinedModel, micro_batch, numerics

@@ -6,6 +6,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,9 @@ from torch import Tensor
 from addenda.backbones import FrozenBackbone
 from addenda.benchmarks.baselines.regimes import batches
 from addenda.benchmarks.cost.interleaving import interleave
-from addenda.benchmarks.report.measured import Figure, write
-from addenda.benchmarks.training.dense import DenseTraining, Setting, as_task
+from addenda.benchmarks.report.tables import Figure, write
+from addenda.benchmarks.training.dense import DenseTraining, Setting, as_task, peak_bytes
 from addenda.benchmarks.training.filling import measure_filling
-from addenda.benchmarks.training.peak_memory import peak_bytes
-from addenda.benchmarks.training.report import summary, title
 from addenda.combined import CombinedModel, micro_batch, numerics, task_cost
 from addenda.exceptions import DataError
 from addenda.files import output_folder
@@ -32,7 +31,7 @@ from addenda.learner.context import RunContext
 from addenda.learner.data import LabelledImages, check_same_labels, has_test_part, open_images
 from addenda.learner.objectives import accuracy
 from addenda.learner.training import Trainer
-from addenda.terminal import console, progress
+from addenda.terminal import console, progress, size
 
 MEMORY = 5
 RATE, RATES = 0.001, (0.0002, 0.0005, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.01)
@@ -258,3 +257,29 @@ def _some(images: LabelledImages, count: int) -> LabelledImages:
     """A few of the images, drawn at random but always the same."""
     drawn = torch.randperm(len(images), generator=torch.Generator().manual_seed(0), dtype=torch.int64, device="cpu")
     return images.select(drawn[:count].tolist())
+
+
+def title(details: Mapping[str, Any]) -> str:
+    """What was measured on what."""
+    numerics = details["numerics"]
+    return (
+        f"{details['backbone']}, {details['train_images']} images, {numerics['device']}, "
+        f"{numerics['threads']} threads, {numerics['precision']}"
+    )
+
+
+def summary(details: Mapping[str, Any]) -> str:
+    """Below the table: seconds, accuracies and bytes in sentences."""
+    accuracy, memory = details["accuracy"], details["peak_bytes"]
+    num, few, kept = details["epochs"], details["dense_epochs"], size(details["cache_bytes"])
+    beside = "side by side" if details["side_by_side"] else "one by one, since their bits differ side by side"
+    return (
+        f"An epoch of one candidate takes {details['epoch_s']:.2f} s, of eight {details['sweep_epoch_s']:.2f} s "
+        f"({beside}); stock timm passes the images in {details['pass_s']:.1f} s. Cached, filling takes "
+        f"{details['fill_s']:.1f} s and {num} epochs {details['train_s']:.1f} s; the dense mask takes "
+        f"{details['dense_epoch_s']:.1f} s an epoch, {num} of them extrapolated from steps. On "
+        f"{details['test_images']} held-out images, epochs: {few}: cached {100 * accuracy['cached']:.1f} %, dense "
+        f"{100 * accuracy['dense']:.1f} % (at the start {100 * accuracy['start']:.1f} %; cached after {num} epochs "
+        f"{100 * accuracy['learned']:.1f} %). Live tensors at most: one candidate {size(memory['one'])}, eight "
+        f"{size(memory['eight'])}, full fine-tuning {size(memory['full'])}; the cache is {kept}."
+    )

@@ -1,8 +1,14 @@
 """Labelled images from anywhere: folders, listings, torch and Hugging Face datasets, opened and read one way."""
 
 from addenda.learner.data.labelled import LabelledImages
-from addenda.learner.data.learnable import check_learnable, check_same_labels
-from addenda.learner.data.opening import Data, has_test_part, open_images, open_parts
+from addenda.learner.data.opening import (
+    Data,
+    check_learnable,
+    check_same_labels,
+    has_test_part,
+    open_images,
+    open_parts,
+)
 
 __all__ = [
     "Data",

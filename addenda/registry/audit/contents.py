@@ -13,8 +13,8 @@ from addenda.registry.audit.faults import PAGE, DamagedError, Fault, any_text, p
 from addenda.registry.store import schema
 from addenda.registry.store.artifact import read
 from addenda.registry.store.hashing import digest
+from addenda.registry.store.loading import FeatureStatistics
 from addenda.registry.store.names import NAME
-from addenda.registry.store.statistics import FeatureStatistics
 
 
 def content_faults(connection: Connection) -> Iterator[Fault]:

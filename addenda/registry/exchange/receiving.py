@@ -11,19 +11,16 @@ from sqlalchemy import Connection, Row, select
 
 from addenda.exceptions import IntegrityError, OwnershipError, RegistryError
 from addenda.registry.audit.contents import wrong
-from addenda.registry.exchange.arrivals import PROBES, check_arrival
 from addenda.registry.exchange.gathering import Arrived, Read
-from addenda.registry.exchange.manifest import Alias, Contents, Entry, Parent
+from addenda.registry.exchange.manifest import PROBES, Alias, Contents, Entry, Parent, check_arrival
 from addenda.registry.store import changes, schema
-from addenda.registry.store.bounds import check_bounds
 from addenda.registry.store.ledger import Writer
-from addenda.registry.store.loading import load_task, load_tasks, stored_in
+from addenda.registry.store.loading import FeatureStatistics, load_task, load_tasks, stored_in
 from addenda.registry.store.logits import is_finite
 from addenda.registry.store.names import RESERVED, check_new_name
 from addenda.registry.store.queries import find, is_retired
 from addenda.registry.store.records import GoldenRow, TaskRow
-from addenda.registry.store.registration import add_golden, derived, insert_task
-from addenda.registry.store.statistics import FeatureStatistics
+from addenda.registry.store.registration import add_golden, check_bounds, derived, insert_task
 from addenda.registry.store.task import Task, decode
 
 

@@ -13,16 +13,14 @@ from sqlalchemy import Connection, Row, insert, select
 import addenda
 from addenda.exceptions import IntegrityError, NameTakenError, RegistryError, RetiredError
 from addenda.registry.store import ledger, schema
-from addenda.registry.store.bounds import check_bounds
 from addenda.registry.store.hashing import digest
 from addenda.registry.store.ledger import Writer, next_id
-from addenda.registry.store.loading import load_task
+from addenda.registry.store.loading import FeatureStatistics, load_task
 from addenda.registry.store.logits import is_finite
-from addenda.registry.store.names import check_new_name
+from addenda.registry.store.names import check_labels, check_new_name
 from addenda.registry.store.objectives import score_of
 from addenda.registry.store.queries import find, ref_of
 from addenda.registry.store.records import Scoring
-from addenda.registry.store.statistics import FeatureStatistics
 from addenda.registry.store.task import Golden, Task, check_unwritten
 
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "safetensors")
@@ -189,3 +187,27 @@ def golden_row(task: Task, golden: Golden) -> dict[str, Any]:
         "digest": golden.digest,
         "logits": data,
     }
+
+
+MEMORY_TOKENS, RANK, ANCESTORS = 1024, 256, 256
+"""Of one task; and how many others it may see: the arithmetic of an answer grows with each."""
+TEMPERATURES = (1e-6, 1e6)
+
+
+def check_bounds(task: Task) -> None:
+    """Raises RegistryError where a task is more than one may be; tasks from before stay as they are."""
+    check_labels(task.labels)
+    found = {
+        "memory tokens in a layer": (task.num_memory_tokens, MEMORY_TOKENS),
+        "as the rank of its adapters": (task.adapter_rank, RANK),
+        "tasks that it sees": (len(task.closure), ANCESTORS),
+    }
+    for what, (count, most) in found.items():
+        if count > most:
+            raise RegistryError(f"Task {task.ref!r} has {count:,} {what}; {most:,} is the most.")
+    least, most_temperature = TEMPERATURES
+    if not least <= task.temperature <= most_temperature:
+        raise RegistryError(
+            f"Task {task.ref!r} has the temperature {task.temperature:g}; it may be from {least:g} to "
+            f"{most_temperature:g}."
+        )

@@ -10,8 +10,7 @@ from sqlalchemy import Connection, Engine, inspect, text
 
 from addenda.exceptions import RegistryError
 from addenda.registry.store.database import database_errors, described, reading, use_wal, writing
-from addenda.registry.store.schema import metadata
-from addenda.registry.store.triggers import wrong_triggers
+from addenda.registry.store.schema import metadata, wrong_triggers
 
 if TYPE_CHECKING:
     from alembic.config import Config

@@ -17,10 +17,9 @@ from pydantic import ValidationError
 from addenda import FrozenBackbone
 from addenda.benchmarks.baselines.finetuning import Classifier, FineTuning, Recipe
 from addenda.benchmarks.baselines.frozen_features import RIDGES, choose_ridge
-from addenda.benchmarks.baselines.method import Method, Scores
+from addenda.benchmarks.baselines.method import BaselineSettings, Method, Scores
 from addenda.benchmarks.baselines.methods import BASELINES, baseline
 from addenda.benchmarks.baselines.regimes import RivalConfig, rival_logits, train_rival
-from addenda.benchmarks.baselines.settings import BaselineSettings
 from addenda.benchmarks.continual.stream import Experience, Stream
 from addenda.benchmarks.strategy import NEVER
 from addenda.exceptions import TrainingError

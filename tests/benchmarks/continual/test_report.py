@@ -14,14 +14,7 @@ import torch
 
 from addenda.benchmarks.continual.comparison import compare_reports, print_comparison
 from addenda.benchmarks.continual.report import accuracy_so_far, mean_matrix, write_report
-from addenda.benchmarks.continual.results import (
-    Cell,
-    ExperienceNote,
-    MethodNote,
-    Metrics,
-    Results,
-    read_results,
-)
+from addenda.benchmarks.continual.results import Cell, ExperienceNote, MethodNote, Metrics, Results, read_results
 from addenda.benchmarks.continual.tables import exactness, verdict
 from addenda.exceptions import DataError
 from addenda.terminal import console

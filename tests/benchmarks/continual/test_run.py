@@ -14,8 +14,7 @@ import torch
 from addenda import FrozenBackbone, Registry, cli, load_backbone
 from addenda.benchmarks.continual.cell import CELLS, REGISTRIES, Run, _Matrices
 from addenda.benchmarks.continual.config import StreamConfig, build_stream, read_config
-from addenda.benchmarks.continual.measures import measure
-from addenda.benchmarks.continual.results import Results, read_results
+from addenda.benchmarks.continual.results import Results, measure, read_results
 from addenda.benchmarks.continual.run import run_continual
 from addenda.benchmarks.strategy import NEVER
 from addenda.combined import numerics

@@ -10,7 +10,7 @@ import pytest
 
 from addenda import FrozenBackbone, Registry
 from addenda.benchmarks.registry.run import run_registry
-from addenda.benchmarks.report.measured import Figure
+from addenda.benchmarks.report.tables import Figure
 from addenda.exceptions import RegistryError
 from addenda.registry import TaskFilter
 from tests.support.databases import Database, Postgres

@@ -633,10 +633,7 @@ def test_names_of_classes_come_in_many_forms(said: dict[str, Any], labels: tuple
         (Named(classes=["a", "b"], class_to_idx={"a": 1, "b": 0}), "in one order in `classes` and in another"),
         (Subset(Named(targets=[0, 1, 0, 1]), range(9)), "cannot be looked into"),
         (Subset(Named(targets=[0, 1, 0, 1]), cast(Any, ["x"])), "cannot be looked into"),
-        (
-            [(Image.new("RGB", (8, 8)), 20_240_115 + i) for i in range(4)],
-            "targets up to 20,240,118: they are",
-        ),
+        ([(Image.new("RGB", (8, 8)), 20_240_115 + i) for i in range(4)], "targets up to 20,240,118: they are"),
         (iter([1]), "is no dataset"),
         (Named, "is no dataset"),
         (None, "is no dataset"),

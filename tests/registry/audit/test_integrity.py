@@ -23,7 +23,7 @@ from addenda.registry.audit.integrity import Integrity, check_rows
 from addenda.registry.store import schema
 from addenda.registry.store.loading import load_task
 from addenda.registry.store.queries import find
-from addenda.registry.store.triggers import statements
+from addenda.registry.store.schema import statements
 from tests.support.databases import Database, Postgres, raw, rows, tamper, without_triggers
 from tests.support.registries import BACKBONE, FINGERPRINT, a_statistic, a_task, keep, probe
 

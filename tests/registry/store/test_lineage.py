@@ -10,7 +10,7 @@ import torch
 
 from addenda.exceptions import UnknownTaskError
 from addenda.registry import Kin, Registry, Task
-from addenda.registry.audit.comparison import compare
+from addenda.registry.audit.history import compare
 from addenda.registry.store import lineage
 from tests.support.databases import Database
 from tests.support.registries import BACKBONE, a_task, keep, probe

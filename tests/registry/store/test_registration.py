@@ -191,13 +191,7 @@ def test_an_unknown_name_is_answered_with_names_near_it(book):
 )
 def test_an_unknown_reference_is_refused_everywhere(shared_book, ref):
     keep(shared_book, a_task())
-    asks = [
-        shared_book.get,
-        shared_book.record,
-        shared_book.goldens,
-        shared_book.evaluations,
-        shared_book.retire,
-    ]
+    asks = [shared_book.get, shared_book.record, shared_book.goldens, shared_book.evaluations, shared_book.retire]
     if ":" in ref:
         asks.append(lambda ref: shared_book.set_alias(ref.partition(":")[0], "a", ref.partition(":")[2]))
     for ask in asks:

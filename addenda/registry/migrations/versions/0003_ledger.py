@@ -7,10 +7,9 @@ import sqlalchemy as sa
 from alembic import op
 
 from addenda.registry.store.hashing import canonical_json, digest
-from addenda.registry.store.ledger import stamp
+from addenda.registry.store.ledger import stamp, tell
 from addenda.registry.store.objectives import score_of
-from addenda.registry.store.triggers import create_triggers, drop_triggers
-from addenda.registry.store.waiting import tell
+from addenda.registry.store.schema import create_triggers, drop_triggers
 
 revision = "0003"
 down_revision = "0002"
