@@ -10,7 +10,7 @@ from typing import Annotated, NamedTuple
 import torch
 from avalanche.training.plugins import EvaluationPlugin
 from jaxtyping import Float
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
 from pydantic.dataclasses import dataclass as checked
 from torch import Tensor
 
@@ -22,9 +22,7 @@ from addenda.learner.activations import Activations
 from addenda.learner.data import LabelledImages
 
 Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-Rates = Annotated[tuple[Positive, ...], Field(min_length=1)]
+Rates = Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
 
 
 @checked(frozen=True, config=ConfigDict(extra="forbid"))
@@ -33,19 +31,19 @@ class BaselineSettings:
 
     epochs: Count = 4  # passes over an experience's images
     batch_size: Count = 16  # new images in an optimiser step; replay adds as many old ones
-    warmup_steps: Annotated[int, Field(ge=0)] = 5  # of linear warm-up before the cosine, in each experience
-    clip_norm: Positive = 1.0  # largest norm of the gradient
-    weight_decay: NotNegative = 0.05  # AdamW's
+    warmup_steps: NonNegativeInt = 5  # of linear warm-up before the cosine, in each experience
+    clip_norm: PositiveFloat = 1.0  # largest norm of the gradient
+    weight_decay: NonNegativeFloat = 0.05  # AdamW's
     autocast: bool = False  # whether passes run in bfloat16 where torch's autocast thinks it safe
     augment: bool = True  # whether fine-tuning draws a fresh view of an image each time
-    views: Annotated[int, Field(ge=0)] = 3  # random ones that per-task models learn from, held in memory
-    finetuning_rate: Positive = 5e-5  # of fine-tuning in sequence, EWC, LwF, replay and joint training
+    views: NonNegativeInt = 3  # random ones that per-task models learn from, held in memory
+    finetuning_rate: PositiveFloat = 5e-5  # of fine-tuning in sequence, EWC, LwF, replay and joint training
     full_rates: Rates = (5e-5,)  # of one full model for each task; validation picks one
     lora_rates: Rates = (5e-4,)  # of one LoRA for each task, likewise
     # Of 10^3 and 10^6 (three pairs of CIFAR-10 classes, 48 images each, ViT-Ti) the first held nothing back.
-    ewc_lambda: NotNegative = 1e6
-    lwf_alpha: NotNegative = 1.0  # weight of the distillation
-    lwf_temperature: Positive = 2.0  # of its softmax
+    ewc_lambda: NonNegativeFloat = 1e6
+    lwf_alpha: NonNegativeFloat = 1.0  # weight of the distillation
+    lwf_temperature: PositiveFloat = 2.0  # of its softmax
     replay_images: Count = 200  # in memory, of all experiences together
     ranpac_width: Count = 2000  # random features M; the paper has 10,000, and solving takes M^3 for each experience
 

@@ -7,6 +7,7 @@ import os
 import platform
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ PAPER: Mapping[str, Mapping[str, float]] = {
 
 PAPER_COLLAPSE = (50.0, 28.1, 27.8, 17.3)
 """iNaturalist alone, then with one, two and three tasks more in the sequence and no mask."""
+
+SHOWN = ("learning_rate", "epoch", "strength")
 
 Cells = Sequence[Mapping[str, Any]]
 
@@ -109,7 +112,8 @@ def shipped_table(cells: Cells) -> Table:
             gains = _gains(cells, name, regime, "regression")
             error = f"{statistics.stdev(gains) / len(gains) ** 0.5:.1f}" if len(gains) > 1 else NOTHING
             row += [_test(cells, name, regime), f"{statistics.mean(gains):+.1f}" if gains else NOTHING, error]
-        ranks = [cell.get("chosen", {}).get("adapter_rank", 0) for cell in _of(cells, set=name, regime=regime)]
+        adapted = _of(cells, set=name, regime="default+adapters")
+        ranks = [cell.get("chosen", {}).get("adapter_rank", 0) for cell in adapted]
         rows.append([*row, f"{sum(rank > 0 for rank in ranks)} of {len(ranks)}"])
     head = ("set", "regression", "default", "difference", "s.e.", "adapters auto", "difference", "s.e.", "taken")
     return Table(head, rows)
@@ -119,12 +123,11 @@ def _training_table(plain: Cells) -> Table:
     rows = []
     for regime in _regimes(plain):
         mine = _of(plain, regime=regime)
-        chosen = [
-            " ".join(f"{key.replace('_', ' ')} {value}" for key, value in cell["chosen"].items()
-                     if key in ("learning_rate", "epoch", "strength"))
+        chosen = Counter(
+            " ".join(f"{key.replace('_', ' ')} {value}" for key, value in cell["chosen"].items() if key in SHOWN)
             for cell in mine
-        ]  # fmt: skip
-        often = "; ".join(f"{text} ({chosen.count(text)})" for text in sorted(set(chosen), key=chosen.count)[:-4:-1])
+        )
+        often = "; ".join(f"{text} ({count})" for text, count in chosen.most_common(3))
         seconds, images = (sum(cell[key] for cell in mine) for key in ("seconds", "num_images"))
         validation = f"{100 * statistics.mean(cell['validation'] for cell in mine):.1f}"
         rate = f"{images / seconds:.0f}" if images else NOTHING
