@@ -27,12 +27,8 @@ DENSE_NAMES = {
 class DenseMask(nn.Module):
     """Tasks that extend none, answered through a mask of all tokens by all keys; what is learned are its parameters.
 
-    Args:
-        backbone: whose tokens all tasks see.
-        tasks: where the parameters start; each has a token, none extends another or has adapters.
-        masked: False builds no mask: every token sees every other's, and the frozen ones are moved by the tasks.
-        precomputed: whether memory keys and values are computed once, here, or for every image, as the paper writes it.
-            Once computed they learn nothing.
+    Not `masked`, every token sees every other's, and the frozen ones are moved by the tasks. `precomputed` memory has
+    its keys and values once, here, and learns nothing; the paper computes them for every image.
     """
 
     def __init__(
