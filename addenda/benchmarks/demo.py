@@ -13,16 +13,15 @@ from shutil import which
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Group
 from rich.text import Text
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from torch import Tensor
 
 from addenda.backbones import load_backbone
 from addenda.combined import CombinedModel, task_cost, tensor_digest
 from addenda.learner import LearnConfig, Learner
 from addenda.learner.data import open_images
+from addenda.learner.objectives import accuracy
 from addenda.registry import Registry
 from addenda.terminal import console, percent, progress, size, table
 
@@ -72,28 +71,29 @@ def run_demo() -> bool:
         "\nFive tasks come one after another. Each adds a class token, five memory tokens in each layer, and a head.\n"
     )
     names = [f"digits-{a}{b}" for a, b in PAIRS]
-    tests = {name: digits(pair, test=True, limit=48) for name, pair in zip(names, PAIRS, strict=True)}
-    images = {name: open_images(test).read_all(backbone) for name, test in tests.items()}
+    tests = {name: open_images(digits(pair, test=True, limit=48)) for name, pair in zip(names, PAIRS, strict=True)}
+    images = {name: test.read_all(backbone) for name, test in tests.items()}
     first_bits: dict[str, str] = {}
     stages: list[list[object]] = []
     intact = True
     with Registry.open(folder / "demo.db") as registry:
         learner = Learner(backbone, registry)
         for stage, (name, pair) in enumerate(zip(names, PAIRS, strict=True)):
+            config = LearnConfig(epochs=6, fall_back=False)
             with progress() as report:
-                learner.learn(
-                    name,
-                    digits(pair, test=False, limit=160),
-                    config=LearnConfig(epochs=6, fall_back=False),
-                    report=report,
-                )
+                learner.learn(name, digits(pair, test=False, limit=160), config=config, report=report)
             model = CombinedModel(backbone, registry.load(backbone))
             logits = {known: model(images[known])[known] for known in names[: stage + 1]}
             moved = [k for k, digest in first_bits.items() if tensor_digest(logits[k]) != digest]
             first_bits.setdefault(name, tensor_digest(logits[name]))
             intact = intact and not moved
-            stages.append([name, *_accuracies(logits, tests, names), _verdict(stage, moved)])
-        console.print(_matrix(stages, names))
+            right = [percent(accuracy(found.cpu(), tests[k].targets)) for k, found in logits.items()]
+            verdict = Text(f"{stage} of {stage}", "green") if stage else Text("–")
+            if moved:
+                verdict = Text(f"MOVED: {', '.join(moved)}", "bold red")
+            stages.append([name, *right, *[""] * (len(names) - len(right)), verdict])
+        title = "Accuracy on test digits, % (a task's own two); earlier tasks whose logits are identical, bit for bit"
+        console.print(table(title, ("after", *names, "identical"), stages, names))
         last = registry.record(names[-1])
     cost = task_cost(backbone, 5)
     console.print(
@@ -103,7 +103,7 @@ def run_demo() -> bool:
         f"(about 0.5 % at 224 px)."
     )
     (folder / "digits").mkdir()
-    for number, image in enumerate(tests[names[-1]].images[:3]):
+    for number, image in enumerate(digits(PAIRS[-1], test=True, limit=3).images):
         image.resize((64, 64)).save(folder / "digits" / f"{number}.png")
     command = "addenda" if which("addenda") else os.path.relpath(Path(sys.executable).with_name("addenda"))
     console.print(
@@ -116,29 +116,3 @@ def run_demo() -> bool:
         highlight=False,
     )
     return intact
-
-
-def _accuracies(logits: dict[str, Tensor], tests: dict[str, Digits], names: list[str]) -> list[str]:
-    """Accuracy of each task learned so far on its own test digits, in %; blank for those to come."""
-    return [
-        percent(
-            (logits[n].argmax(1) == torch.tensor(tests[n].targets, dtype=torch.int64, device="cpu"))
-            .float()
-            .mean()
-            .item()
-        )
-        if n in logits
-        else ""
-        for n in names
-    ]
-
-
-def _verdict(stage: int, moved: list[str]) -> Text:
-    if moved:
-        return Text(f"MOVED: {', '.join(moved)}", style="bold red")
-    return Text("–" if stage == 0 else f"{stage} of {stage}", style="green" if stage else "")
-
-
-def _matrix(stages: list[list[object]], names: list[str]) -> Group:
-    title = "Accuracy on test digits, % (a task's own two); earlier tasks whose logits are identical, bit for bit"
-    return table(title, ("after", *names, "identical"), stages, names)

@@ -56,8 +56,8 @@ class LogitBits(PluginMetric[float]):  # type: ignore[misc]
             self.identical = self.identical and same
             self.max_difference = max(self.max_difference, difference)
             at, place = strategy.clock.train_iterations, f"Exp{number:03d}"
-            emitted.append(MetricValue(self, f"LogitsIdentical/{place}", float(same), at))
-            emitted.append(MetricValue(self, f"MaxLogitDifference/{place}", difference, at))
+            for what, value in (("LogitsIdentical", float(same)), ("MaxLogitDifference", difference)):
+                emitted.append(MetricValue(self, f"{what}/{place}", value, at))
         dataset = experience.dataset.eval()
         images = torch.stack([_tensor(strategy, dataset[i][0]) for i in range(min(self._num_images, len(dataset)))])
         label = task_label(experience)
@@ -70,11 +70,7 @@ class LogitBits(PluginMetric[float]):  # type: ignore[misc]
 
 
 def _tensor(strategy: Any, image: Any) -> Tensor:
-    """An image as the strategy's model takes it: of PIL images `MaskedMemory` knows how.
-
-    Raises:
-        DataError: another strategy's, whose datasets give no tensor in evaluation.
-    """
+    """An image as the strategy's model takes it: of PIL images `MaskedMemory` knows how."""
     if isinstance(strategy, MaskedMemory) and isinstance(image, Image.Image):
         return strategy.learner.backbone.transform(image)
     if not isinstance(image, Tensor):

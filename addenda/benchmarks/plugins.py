@@ -26,17 +26,15 @@ def check_plugin(plugin: Any) -> None:
     """Raises DataError for a plugin that would change how a strategy trains, or waits for what never comes."""
     if isinstance(plugin, EvaluationPlugin | Clock):
         return
-    named = type(plugin).__name__
-    if any(one.__module__.startswith("avalanche.training.plugins.") and one not in BASES for one in type(plugin).mro()):
+    kind, named = type(plugin), type(plugin).__name__
+    if any(one.__module__.startswith("avalanche.training.plugins.") and one not in BASES for one in kind.mro()):
         raise DataError(
             f"{named} changes how a strategy trains, and MaskedMemory trains in one way of its own: earlier tasks "
             "cannot be forgotten. Leave it out."
         )
-    own = next(
-        (hook for hook in LOOP if getattr(type(plugin), hook, None) is not getattr(SupervisedPlugin, hook)), None
-    )
-    if own is not None:
-        raise DataError(
-            f"{named} waits for `{own}`, which never comes: MaskedMemory's learner has no epochs, iterations or "
-            "backward passes of Avalanche's. Leave it out."
-        )
+    for hook in LOOP:
+        if getattr(kind, hook, None) is not getattr(SupervisedPlugin, hook):
+            raise DataError(
+                f"{named} waits for `{hook}`, which never comes: MaskedMemory's learner has no epochs, iterations or "
+                "backward passes of Avalanche's. Leave it out."
+            )

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from avalanche.training.plugins.evaluation import EvaluationPlugin, default_evaluator
@@ -28,23 +27,14 @@ NEVER = -1e4
 """Score of a class that is not offered; Avalanche's own padding of 0 would win over an all-negative head."""
 
 
-@dataclass(frozen=True)
-class Learned:
-    """A task of the stream.
+class Learned(NamedTuple):
+    """A task of the stream."""
 
-    Attributes:
-        task: what was registered.
-        number: of the experience.
-        task_label: of the experience; 0 where the benchmark has none.
-        classes: the stream's classes, by row of the head.
-        statistics: what a router knows of its images.
-    """
-
-    task: Task
-    number: int
-    task_label: int
-    classes: tuple[int, ...]
-    statistics: FeatureStatistics | None
+    task: Task  # what was registered
+    number: int  # of the experience
+    task_label: int  # of the experience; 0 where the benchmark has none
+    classes: tuple[int, ...]  # the stream's, by row of the head
+    statistics: FeatureStatistics | None  # what a router knows of its images
 
 
 class TaskAnswers(nn.Module):
@@ -69,11 +59,7 @@ class TaskAnswers(nn.Module):
     def forward(
         self, images: Float[Tensor, "B 3 H W"], task_labels: Int[Tensor, " B"] | None = None, num_classes: int = 0
     ) -> Float[Tensor, "B C"]:
-        """Log-probabilities of every class, of `num_classes` at least; NEVER where no task asked offers it.
-
-        Raises:
-            RegistryError: a router is needed, and of one of the tasks nothing is known.
-        """
+        """Log-probabilities of every class, of `num_classes` at least; NEVER where no task asked offers it."""
         return self.score(self.combined(images, pooled=True), task_labels, num_classes).to(images.device)
 
     def score(
@@ -81,23 +67,23 @@ class TaskAnswers(nn.Module):
     ) -> Float[Tensor, "B C"]:
         """The same from what the combined model answered, with the backbone's own feature, on the CPU."""
         assert answers.pooled is not None
-        count = len(answers.pooled)
-        width = max([num_classes, *(max(one.classes) + 1 for one in self.learned.values())])
+        count, learned = len(answers.pooled), self.learned.values()
+        width = max([num_classes, *(max(one.classes) + 1 for one in learned)])
         scores = torch.full((count, width), NEVER, dtype=torch.float32, device="cpu")
-        labels = torch.zeros(count, dtype=torch.float32, device="cpu") if task_labels is None else task_labels.cpu()
+        labels = torch.zeros(count, dtype=torch.int64, device="cpu") if task_labels is None else task_labels.cpu()
         for label in labels.unique():
             rows = labels == label
-            names = [n for n, one in self.learned.items() if task_labels is None or one.task_label == label]
+            asked = {one.task.name: one for one in learned if task_labels is None or one.task_label == label}
             within = {
-                name: (answers[name].cpu()[rows] / self.learned[name].task.temperature).log_softmax(1) for name in names
+                name: (answers[name].cpu()[rows] / one.task.temperature).log_softmax(1) for name, one in asked.items()
             }
-            if len(names) > 1:
-                within = self._router(tuple(names)).routed(within, answers.pooled[rows])
+            if len(asked) > 1:
+                within = self._router(tuple(asked)).routed(within, answers.pooled[rows])
+            held = scores[rows]
             for name, found in within.items():
-                columns = torch.tensor(self.learned[name].classes, dtype=torch.int64, device="cpu")
-                held = scores[rows]
+                columns = list(asked[name].classes)
                 held[:, columns] = held[:, columns].logaddexp(found.float()).clamp(min=NEVER / 2)
-                scores[rows] = held
+            scores[rows] = held
         return scores
 
     def logits(self, images: Float[Tensor, "B 3 H W"], number: int) -> Float[Tensor, "B C"]:
@@ -107,9 +93,8 @@ class TaskAnswers(nn.Module):
 
     def _router(self, names: tuple[str, ...]) -> Router:
         if names not in self._routers:
-            known = {name: one.statistics for name in names if (one := self.learned[name]).statistics is not None}
-            missing = sorted(set(names) - set(known))
-            if missing:
+            known = {name: kept for name in names if (kept := self.learned[name].statistics) is not None}
+            if missing := sorted(set(names) - set(known)):
                 raise RegistryError(
                     f"Nobody says which task an image is for, and of the images of task {missing[0]!r} nothing was "
                     "kept: it has too many classes. Give the benchmark task labels."
@@ -206,16 +191,14 @@ class MaskedMemory(SupervisedTemplate):  # type: ignore[misc]
             DataError: nothing was learned for the task label of any of them.
         """
         listed = list(experiences) if isinstance(experiences, Iterable) else [experiences]
+        if any(isinstance(_first(one.dataset.eval()), Image.Image) for one in listed):
+            raise DataError(
+                "The images to test on are PIL images: give the benchmark `eval_transform=backbone.transform`."
+            )
         labels = set().union(*map(_task_labels, listed))
         known = {one.task_label for one in self.model.learned.values()}
-        unknown = sorted(labels - known)
-        for one in listed:
-            if isinstance(_first(one.dataset.eval()), Image.Image):
-                raise DataError(
-                    "The images to test on are PIL images: give the benchmark `eval_transform=backbone.transform`."
-                )
-        if unknown and not self._within_train:
-            named = ", ".join(map(str, unknown))
+        if labels - known and not self._within_train:
+            named = ", ".join(map(str, sorted(labels - known)))
             if not known & labels:
                 raise DataError(
                     f"No task was learned for task label {named}: there is nothing to score. Learned were "
@@ -243,21 +226,15 @@ class MaskedMemory(SupervisedTemplate):  # type: ignore[misc]
         scores: Tensor = self.model(self.mb_x, labels, int(self.mb_y.max()) + 1)
         if labels is None:
             return scores
-        known = torch.tensor(
-            [one.task_label for one in self.model.learned.values()], dtype=torch.int64, device=scores.device
-        )
-        unknown = ~torch.isin(labels.to(scores.device), known)
+        known = [one.task_label for one in self.model.learned.values()]
+        unknown = ~torch.isin(labels.to(scores.device), scores.new_tensor(known, dtype=torch.int64))
         if not unknown.any():
             return scores
         return torch.cat([scores, torch.where(unknown, 0.0, NEVER)[:, None].to(scores)], dim=1)
 
 
 def task_label(experience: Any) -> int:
-    """An experience's task label, whether Avalanche has it on the experience or, as newer streams do, on its items.
-
-    Raises:
-        DataError: its images are of several tasks.
-    """
+    """An experience's task label; DataError where its images are of several."""
     labels = sorted(_task_labels(experience))
     if len(labels) > 1:
         raise DataError(
@@ -268,7 +245,7 @@ def task_label(experience: Any) -> int:
 
 
 def _task_labels(experience: Any) -> set[int]:
-    """The task labels of an experience's images; 0 where there are none."""
+    """Of an experience's images, 0 where there are none; newer streams have them on the items."""
     found = getattr(experience, "task_labels", None)
     if found is None:
         found = getattr(experience.dataset, "targets_task_labels", None)
@@ -278,8 +255,7 @@ def _task_labels(experience: Any) -> set[int]:
 class ExperienceImages(Dataset[tuple[Any, int]]):
     """An Avalanche dataset as the learner takes it: its classes are those that occur, by their number in the stream.
 
-    Args:
-        dataset: PIL images are taken as they are; of anything else, what the evaluation transform gives.
+    PIL images are taken as they are; of anything else, what the evaluation transform gives.
     """
 
     def __init__(self, dataset: Any) -> None:

@@ -27,15 +27,8 @@ DENSE_NAMES = {
 class DenseMask(nn.Module):
     """Tasks that extend none, answered through a mask of all tokens by all keys; what is learned are its parameters.
 
-    Args:
-        tasks: where the parameters start; each has a token, none extends another or has adapters.
-        masked: False builds no mask: every token sees every other's, and the frozen ones are moved by the tasks.
-        precomputed: whether memory keys and values are computed once, here, or for every image, as the paper writes it.
-            Once computed they learn nothing.
-
-    Attributes:
-        class_tokens, memory, head_weight, head_bias: of each task, in their order.
-        pooled_weight: by the place of each task that has one.
+    Not `masked`, every token sees every other's, and the frozen ones are moved by the tasks. `precomputed` memory has
+    its keys and values once, here, and learns nothing; the paper computes them for every image.
     """
 
     def __init__(
@@ -43,22 +36,19 @@ class DenseMask(nn.Module):
     ) -> None:
         super().__init__()
         assert tasks
-        assert not any(task.parents or task.adapters or task.class_token is None for task in tasks)
+        assert not any(task.parents or task.adapters for task in tasks)
         self._backbone, self._names = backbone, [task.name for task in tasks]
 
-        def held(name: str) -> dict[str, nn.Parameter]:
-            found = {str(place): getattr(task, name) for place, task in enumerate(tasks)}
-            return {
-                place: nn.Parameter(tensor.detach().clone().to(backbone.device))
-                for place, tensor in found.items()
-                if tensor is not None
-            }
+        def learned(tensor: Tensor | None) -> nn.Parameter:
+            assert tensor is not None
+            return nn.Parameter(tensor.detach().clone().to(backbone.device))
 
-        self.class_tokens = nn.ParameterList(held("class_token").values())
-        self.memory = nn.ParameterList(held("memory").values())
-        self.head_weight = nn.ParameterList(held("head_weight").values())
-        self.head_bias = nn.ParameterList(held("head_bias").values())
-        self.pooled_weight = nn.ParameterDict(held("pooled_weight"))
+        self.class_tokens = nn.ParameterList(learned(task.class_token) for task in tasks)
+        self.memory = nn.ParameterList(learned(task.memory) for task in tasks)
+        self.head_weight = nn.ParameterList(learned(task.head_weight) for task in tasks)
+        self.head_bias = nn.ParameterList(learned(task.head_bias) for task in tasks)
+        pooled = {str(place): task.pooled_weight for place, task in enumerate(tasks)}
+        self.pooled_weight = nn.ParameterDict({place: learned(one) for place, one in pooled.items() if one is not None})
         self._mask = self._make_mask().to(backbone.device) if masked else None
         self._precomputed: list[tuple[Tensor, ...]] | None = None
         if precomputed:
@@ -74,17 +64,12 @@ class DenseMask(nn.Module):
 
     def _make_mask(self) -> Bool[Tensor, "Q K"]:
         """Which query sees which key: rows are frozen and task tokens, columns those and all memory."""
-        frozen, tasks = self._backbone.num_tokens, len(self._names)
+        frozen, tasks = self._backbone.num_tokens, torch.arange(len(self._names), dtype=torch.int64, device="cpu")
         sizes = torch.tensor([memory.shape[1] for memory in self.memory], dtype=torch.int64, device="cpu")
-        owner = torch.cat(
-            [
-                torch.arange(tasks, dtype=torch.int64, device="cpu"),
-                torch.arange(tasks, dtype=torch.int64, device="cpu").repeat_interleave(sizes),
-            ]
-        )
-        mask = torch.zeros(frozen + tasks, frozen + len(owner), dtype=torch.bool, device="cpu")
+        owner = torch.cat([tasks, tasks.repeat_interleave(sizes)])
+        mask = torch.zeros(frozen + len(tasks), frozen + len(owner), dtype=torch.bool, device="cpu")
         mask[:, :frozen] = True
-        mask[frozen:, frozen:] = torch.arange(tasks, dtype=torch.int64, device="cpu")[:, None] == owner
+        mask[frozen:, frozen:] = tasks[:, None] == owner
         return mask
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> dict[str, Float[Tensor, "B C"]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sized
 from typing import Any
 
 import torch
@@ -33,33 +34,26 @@ class FineTuning(OneHead):
     """
 
     def __post_init__(self) -> None:
-        settings, backbone = self.settings, self.backbone
+        how = self.settings
         made: dict[str, tuple[Any, dict[str, Any]]] = {
             "naive": (Naive, {}),
             "joint": (JointTraining, {}),
-            "ewc": (EWC, {"ewc_lambda": settings.ewc_lambda, "mode": "online", "decay_factor": 1.0}),
-            "lwf": (LwF, {"alpha": settings.lwf_alpha, "temperature": settings.lwf_temperature}),
-            "replay": (Replay, {"mem_size": settings.replay_images}),
+            "ewc": (EWC, {"ewc_lambda": how.ewc_lambda, "mode": "online", "decay_factor": 1.0}),
+            "lwf": (LwF, {"alpha": how.lwf_alpha, "temperature": how.lwf_temperature}),
+            "replay": (Replay, {"mem_size": how.replay_images}),
         }
         strategy, options = made[self.name]
-        self._model = Classifier(backbone, len(self.stream.labels), settings.autocast)
+        self._model = Classifier(self.backbone, len(self.stream.labels), how.autocast)
+        weights = self._model.parameters()
         self._strategy = strategy(
-            model=self._model,
-            optimizer=torch.optim.AdamW(
-                self._model.parameters(), settings.finetuning_rate, weight_decay=settings.weight_decay
-            ),
-            criterion=nn.CrossEntropyLoss(),
-            train_mb_size=settings.batch_size,
-            train_epochs=settings.epochs,
-            device=backbone.device,
-            plugins=[Recipe(settings)],
-            evaluator=quiet_evaluator(),
-            **options,
-        )
+            model=self._model, criterion=nn.CrossEntropyLoss(), device=self.backbone.device,
+            optimizer=torch.optim.AdamW(weights, how.finetuning_rate, weight_decay=how.weight_decay),
+            train_mb_size=how.batch_size, train_epochs=how.epochs, plugins=[Recipe(how)],
+            evaluator=quiet_evaluator(), **options,
+        )  # fmt: skip
         # LwF alone asks for task labels; elsewhere they would split each batch evenly among tasks.
-        self._train_stream = self.stream.benchmark(
-            self._view, _not_evaluated, task_labels=self.name == "lwf"
-        ).train_stream
+        benchmark = self.stream.benchmark(self._view, self.backbone.transform, task_labels=self.name == "lwf")
+        self._experiences = benchmark.train_stream
 
     def _view(self, image: Any) -> Tensor:
         """An image to learn from; its view is drawn from torch's generator, which `_train` has seeded."""
@@ -71,7 +65,7 @@ class FineTuning(OneHead):
         return self.backbone.transform(image)
 
     def _learn(self, number: int) -> None:
-        self._train(number, self._train_stream[number])
+        self._train(number, self._experiences[number])
         if (lwf := self._plugin(LwFPlugin)) is not None:
             # Of a single head Avalanche distils the classes of task 0 only, unless all classes are filed there.
             known = lwf.lwf.prev_classes_by_task
@@ -104,13 +98,11 @@ class FineTuning(OneHead):
         if self._plugin(EWCPlugin) is not None:
             return 2 * weights
         replay = self._plugin(ReplayPlugin)
-        images = 0 if replay is None else len(replay.storage_policy.buffer)
-        return weights + images * self._image_bytes
+        return weights + (0 if replay is None else self._images_bytes(replay.storage_policy.buffer))
 
-    @property
-    def _image_bytes(self) -> int:
-        """An image at the model's input size, one byte a value."""
-        return math.prod(self.backbone.preprocessing["input_size"])
+    def _images_bytes(self, images: Sized) -> int:
+        """Of images at the model's input size, one byte a value."""
+        return len(images) * int(math.prod(self.backbone.preprocessing["input_size"]))
 
 
 class Joint(FineTuning):
@@ -121,17 +113,16 @@ class Joint(FineTuning):
 
     def _learn(self, number: int) -> None:
         if number == len(self.stream.experiences) - 1:
-            self._train(number, self._train_stream)
+            self._train(number, self._experiences)
 
     def _logits(self, images: LabelledImages) -> Float[Tensor, "N C"]:
-        if self.num_learned < len(self.stream.experiences):
-            return self.nothing(images)
-        return super()._logits(images)
+        finished = self.num_learned == len(self.stream.experiences)
+        return super()._logits(images) if finished else self.nothing(images)
 
     def _stored_bytes(self) -> float:
         """The weights, and every image: without them it could not learn the next task."""
         met = self.stream.experiences[: self.num_learned]
-        return super()._stored_bytes() + sum(len(one.train) for one in met) * self._image_bytes
+        return super()._stored_bytes() + sum(self._images_bytes(one.train) for one in met)
 
 
 class Classifier(nn.Module):
@@ -163,8 +154,7 @@ class Recipe(SupervisedPlugin):  # type: ignore[misc]
 
     def __init__(self, settings: BaselineSettings) -> None:
         super().__init__()
-        self._settings = settings
-        self._step = 0
+        self._settings, self._step = settings, 0
 
     def before_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """A new experience starts the schedule anew."""
@@ -178,7 +168,3 @@ class Recipe(SupervisedPlugin):  # type: ignore[misc]
         for group in strategy.optimizer.param_groups:
             group["lr"] = how.finetuning_rate * schedule(self._step, how.warmup_steps, steps)
         self._step += 1
-
-
-def _not_evaluated(image: Any) -> Tensor:
-    raise AssertionError("scores are taken by the benchmark, not by Avalanche")

@@ -23,12 +23,8 @@ class FeatureMethod(OneHead):
 
     def _learn(self, number: int) -> None:
         images = self.stream.experiences[number].train
-        order = torch.randperm(
-            len(images),
-            generator=torch.Generator().manual_seed(1_000_003 * self.seed + number),
-            dtype=torch.int64,
-            device="cpu",
-        )
+        random = torch.Generator().manual_seed(1_000_003 * self.seed + number)
+        order = torch.randperm(len(images), generator=random, dtype=torch.int64, device="cpu")
         self._fit(self.pooled(images)[order], images.targets[order])
 
     def _logits(self, images: LabelledImages) -> Float[Tensor, "N C"]:
@@ -49,9 +45,8 @@ class NearestMean(FeatureMethod):
     """
 
     def __post_init__(self) -> None:
-        self._sums = torch.zeros(
-            len(self.stream.labels), self.backbone.embed_dim, dtype=torch.float32, device="cpu"
-        )  # a sum has the direction of a mean
+        shape = len(self.stream.labels), self.backbone.embed_dim
+        self._sums = torch.zeros(shape, dtype=torch.float32, device="cpu")  # a sum has the direction of a mean
 
     def _fit(self, features: Float[Tensor, "N D"], targets: Int[Tensor, " N"]) -> None:
         self._sums.index_add_(0, targets, features)
@@ -74,12 +69,9 @@ class StreamingDiscriminant(FeatureMethod):
 
     def __post_init__(self) -> None:
         self._slda = StreamingLDA(
-            slda_model=nn.Identity(),
-            criterion=None,
-            input_size=self.backbone.embed_dim,
-            num_classes=len(self.stream.labels),
-            evaluator=quiet_evaluator(),
-        )
+            slda_model=nn.Identity(), criterion=None, input_size=self.backbone.embed_dim,
+            num_classes=len(self.stream.labels), evaluator=quiet_evaluator(),
+        )  # fmt: skip
 
     def _fit(self, features: Float[Tensor, "N D"], targets: Int[Tensor, " N"]) -> None:
         for feature, target in zip(features.split(1), targets.split(1), strict=True):
@@ -103,14 +95,12 @@ class RanPAC(FeatureMethod):
     """
 
     def __post_init__(self) -> None:
-        width = self.settings.ranpac_width
-        random = torch.Generator().manual_seed(self.seed)
-        self._projection = torch.randn(
-            self.backbone.embed_dim, width, generator=random, dtype=torch.float32, device="cpu"
-        )
+        width, random = self.settings.ranpac_width, torch.Generator().manual_seed(self.seed)
+        shape = self.backbone.embed_dim, width
+        self._projection = torch.randn(shape, generator=random, dtype=torch.float32, device="cpu")
         self._gram = torch.zeros(width, width, dtype=torch.float64, device="cpu")
         self._sums = torch.zeros(width, len(self.stream.labels), dtype=torch.float64, device="cpu")
-        self._weight = torch.zeros(width, len(self.stream.labels), dtype=torch.float64, device="cpu")
+        self._weight = torch.zeros_like(self._sums)
 
     def _fit(self, features: Float[Tensor, "N D"], targets: Int[Tensor, " N"]) -> None:
         hidden = self._hidden(features)
@@ -118,9 +108,8 @@ class RanPAC(FeatureMethod):
         ridge = choose_ridge(hidden, answers)
         self._gram += hidden.T @ hidden
         self._sums += hidden.T @ answers
-        self._weight = torch.linalg.solve(
-            self._gram + ridge * torch.eye(len(self._gram), dtype=torch.float32, device="cpu"), self._sums
-        )
+        identity = torch.eye(len(self._gram), dtype=torch.float32, device="cpu")
+        self._weight = torch.linalg.solve(self._gram + ridge * identity, self._sums)
 
     def _answer(self, features: Float[Tensor, "N D"]) -> Float[Tensor, "N C"]:
         return self._hidden(features) @ self._weight

@@ -10,7 +10,7 @@ from typing import Annotated, NamedTuple
 import torch
 from avalanche.training.plugins import EvaluationPlugin
 from jaxtyping import Float
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
 from pydantic.dataclasses import dataclass as checked
 from torch import Tensor
 
@@ -22,76 +22,44 @@ from addenda.learner.activations import Activations
 from addenda.learner.data import LabelledImages
 
 Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-Rates = Annotated[tuple[Positive, ...], Field(min_length=1)]
+Rates = Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
 
 
 @checked(frozen=True, config=ConfigDict(extra="forbid"))
 class BaselineSettings:
-    """Settings of the baselines.
+    """Settings of the baselines."""
 
-    Attributes:
-        epochs: passes over an experience's images.
-        batch_size: new images in an optimiser step; replay adds as many old ones.
-        warmup_steps: steps of linear warm-up before the cosine, in each experience.
-        clip_norm: largest norm of the gradient.
-        weight_decay: AdamW's.
-        autocast: whether passes run in bfloat16 where torch's autocast thinks it safe.
-        augment: whether fine-tuning draws a fresh view of an image each time, and per-task models keep `views` of it.
-        views: random views that per-task models learn from, held in memory.
-        finetuning_rate: learning rate of fine-tuning in sequence, EWC, LwF, replay and joint training.
-        full_rates: learning rates of one full model for each task; validation picks one.
-        lora_rates: of one LoRA for each task, likewise.
-        ewc_lambda: weight of EWC's penalty. Of 10^3 and 10^6 (three pairs of CIFAR-10 classes, 48 images each, ViT-Ti)
-            the first held nothing back.
-        lwf_alpha: weight of LwF's distillation.
-        lwf_temperature: of its softmax.
-        replay_images: images in memory, of all experiences together.
-        ranpac_width: M, random features. The paper has 10,000; solving takes M^3 operations for each experience.
-    """
-
-    epochs: Count = 4
-    batch_size: Count = 16
-    warmup_steps: Annotated[int, Field(ge=0)] = 5
-    clip_norm: Positive = 1.0
-    weight_decay: NotNegative = 0.05
-    autocast: bool = False
-    augment: bool = True
-    views: Annotated[int, Field(ge=0)] = 3
-    finetuning_rate: Positive = 5e-5
-    full_rates: Rates = (5e-5,)
-    lora_rates: Rates = (5e-4,)
-    ewc_lambda: NotNegative = 1e6
-    lwf_alpha: NotNegative = 1.0
-    lwf_temperature: Positive = 2.0
-    replay_images: Count = 200
-    ranpac_width: Count = 2000
+    epochs: Count = 4  # passes over an experience's images
+    batch_size: Count = 16  # new images in an optimiser step; replay adds as many old ones
+    warmup_steps: NonNegativeInt = 5  # of linear warm-up before the cosine, in each experience
+    clip_norm: PositiveFloat = 1.0  # largest norm of the gradient
+    weight_decay: NonNegativeFloat = 0.05  # AdamW's
+    autocast: bool = False  # whether passes run in bfloat16 where torch's autocast thinks it safe
+    augment: bool = True  # whether fine-tuning draws a fresh view of an image each time
+    views: NonNegativeInt = 3  # random ones that per-task models learn from, held in memory
+    finetuning_rate: PositiveFloat = 5e-5  # of fine-tuning in sequence, EWC, LwF, replay and joint training
+    full_rates: Rates = (5e-5,)  # of one full model for each task; validation picks one
+    lora_rates: Rates = (5e-4,)  # of one LoRA for each task, likewise
+    # Of 10^3 and 10^6 (three pairs of CIFAR-10 classes, 48 images each, ViT-Ti) the first held nothing back.
+    ewc_lambda: NonNegativeFloat = 1e6
+    lwf_alpha: NonNegativeFloat = 1.0  # weight of the distillation
+    lwf_temperature: PositiveFloat = 2.0  # of its softmax
+    replay_images: Count = 200  # in memory, of all experiences together
+    ranpac_width: Count = 2000  # random features M; the paper has 10,000, and solving takes M^3 for each experience
 
 
 class Scores(NamedTuple):
-    """A method's scores of all C classes of the stream on N images; the highest is its answer.
+    """A method's scores of all C classes of the stream on N images; the highest is its answer."""
 
-    Attributes:
-        told: where the task is known: NEVER for the classes of other tasks.
-        untold: where it is not: NEVER only for classes that were never met.
-    """
-
-    told: Float[Tensor, "N C"]
-    untold: Float[Tensor, "N C"]
+    told: Float[Tensor, "N C"]  # where the task is known: NEVER for the classes of other tasks
+    untold: Float[Tensor, "N C"]  # where it is not: NEVER only for classes that were never met
 
 
-@dataclass(frozen=True)
-class Price:
-    """What a method costs after a whole stream.
+class Price(NamedTuple):
+    """What a method costs after a whole stream."""
 
-    Attributes:
-        stored_bytes: what it keeps for one task, in the mean, beside one backbone: weights, statistics, images.
-        relative_inference: arithmetic of one image's answer, over one pass of the backbone.
-    """
-
-    stored_bytes: float
-    relative_inference: float
+    stored_bytes: float  # kept for one task, in the mean, beside one backbone: weights, statistics, images
+    relative_inference: float  # arithmetic of one image's answer, over one pass of the backbone
 
 
 class Method(ABC):
@@ -116,25 +84,38 @@ class Method(ABC):
 
 @dataclass(eq=False)
 class Baseline(Method):
-    """A method that Addenda is compared with.
+    """A method that Addenda is compared with; the backbone, where it starts, stays as it is."""
 
-    Attributes:
-        name: as `--methods` has it.
-        backbone: where it starts; it stays as it is.
-        settings: how it learns.
-        seed: of all that is random.
-    """
-
-    name: str
+    name: str  # as `--methods` has it
     stream: Stream
     backbone: FrozenBackbone
     settings: BaselineSettings
     seed: int
+    num_learned: int = field(default=0, init=False)
     # the images too, so that no other gets their id
     _kept: dict[int, tuple[LabelledImages, Tensor]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         """Makes what a method needs beside these."""
+
+    def learn(self, number: int) -> None:
+        """Learns experience `number`; all before it were learned, in order."""
+        self._learn(number)
+        self.num_learned = number + 1
+
+    def price(self) -> Price:
+        """What it costs, now."""
+        return Price(self._stored_bytes() / max(1, self.num_learned), self._relative_inference())
+
+    @abstractmethod
+    def _learn(self, number: int) -> None: ...
+
+    @abstractmethod
+    def _stored_bytes(self) -> float:
+        """What it keeps, of all experiences together."""
+
+    def _relative_inference(self) -> float:
+        return 1.0
 
     def pooled(self, images: LabelledImages) -> Float[Tensor, "N D"]:
         """The backbone's pooled feature of each image, on the CPU; what was read once stays in memory."""
@@ -151,13 +132,6 @@ class Baseline(Method):
 class OneHead(Baseline):
     """A method with one head over all classes: its scores, told the task, are its scores untold of that task's."""
 
-    num_learned = 0
-
-    def learn(self, number: int) -> None:
-        """Learns experience `number`; all before it were learned, in order."""
-        self._learn(number)
-        self.num_learned = number + 1
-
     def scores(self, experience: Experience) -> Scores:
         """Scores the test images of an experience, whether it was learned yet or not."""
         untold, told = self.nothing(experience.test), self.nothing(experience.test)
@@ -168,23 +142,9 @@ class OneHead(Baseline):
             told[:, list(experience.classes)] = untold[:, list(experience.classes)]
         return Scores(told, untold)
 
-    def price(self) -> Price:
-        """What it costs, now."""
-        return Price(self._stored_bytes() / max(1, self.num_learned), self._relative_inference())
-
-    def _relative_inference(self) -> float:
-        return 1.0
-
-    @abstractmethod
-    def _learn(self, number: int) -> None: ...
-
     @abstractmethod
     def _logits(self, images: LabelledImages) -> Float[Tensor, "N C"]:
         """Scores of all classes, on the CPU."""
-
-    @abstractmethod
-    def _stored_bytes(self) -> float:
-        """What it keeps, of all experiences together."""
 
 
 def quiet_evaluator() -> EvaluationPlugin:

@@ -51,11 +51,7 @@ BASELINES: Mapping[str, Known] = MappingProxyType({
 
 
 def baseline(name: str) -> Known:
-    """A baseline of BASELINES, or `"lora-R"` with any rank.
-
-    Raises:
-        TrainingError: there is none of that name.
-    """
+    """A baseline of BASELINES, or `"lora-R"` with any rank."""
     if name in BASELINES:
         return BASELINES[name]
     kind, _, rank = name.partition("-")

@@ -25,7 +25,7 @@ from addenda.learner.augmentation import Augmentation, augment, view_seed
 from addenda.learner.cache import ActivationCache
 from addenda.learner.candidates import Tensors, as_fields, first_tensors, schedule
 from addenda.learner.config import LearnConfig
-from addenda.learner.context import Report
+from addenda.learner.context import Report, silent
 from addenda.learner.data import LabelledImages
 from addenda.learner.objectives import Regression, accuracy
 from addenda.registry import Task
@@ -55,54 +55,33 @@ Answer = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class RivalConfig:
-    """How a rival is trained.
+    """How a rival is trained; what is measured depends on every field."""
 
-    Attributes:
-        epochs: passes over the training part, at most; validation picks the best.
-        batch_size: images in an optimiser step.
-        learning_rate: at its highest; of several, validation picks the best. Empty takes the regime's own.
-        weight_decay: AdamW's, of all but the head, which has the regression's own penalty instead.
-        warmup_steps: steps of linear warm-up before the cosine.
-        clip_norm: largest norm of the gradient.
-        augmentation: random views of the training images, drawn once and kept in memory.
-        validation_fraction: the share of the training images held out.
-        autocast: whether passes run in bfloat16 where torch's autocast thinks it safe.
-        seed: of the split, of the first values and of the order of images.
-    """
-
-    epochs: int = 8
+    epochs: int = 8  # passes over the training part, at most; validation picks the best
     batch_size: int = 16
-    learning_rate: tuple[float, ...] = ()
-    weight_decay: float = 0.05
-    warmup_steps: int = 5
-    clip_norm: float = 1.0
-    augmentation: Augmentation = field(default_factory=Augmentation)
+    learning_rate: tuple[float, ...] = ()  # at its highest; validation picks one. Empty takes the regime's own
+    weight_decay: float = 0.05  # of all but the head, which has the regression's own penalty instead
+    warmup_steps: int = 5  # of linear warm-up before the cosine
+    clip_norm: float = 1.0  # largest norm of the gradient
+    augmentation: Augmentation = field(default_factory=Augmentation)  # views are drawn once and kept in memory
     validation_fraction: float = 0.2
-    autocast: bool = False
-    seed: int = 0
+    autocast: bool = False  # whether passes run in bfloat16 where torch's autocast thinks it safe
+    seed: int = 0  # of the split, of the first values and of the order of images
 
 
 @dataclass(frozen=True)
 class Rival:
-    """A rival at its best epoch.
+    """A rival at its best epoch."""
 
-    Attributes:
-        learning_rate: the one chosen.
-        epoch: the one chosen, from 1.
-        validation_loss: of it.
-        validation_accuracy: of it, 0..1.
-        test_accuracy: on the test images, if there are any.
-        num_images: images that training passed, all learning rates together.
-        tensors: what was learned, by name.
-    """
-
-    learning_rate: float
-    epoch: int
-    validation_loss: float
-    validation_accuracy: float
-    test_accuracy: float | None
-    num_images: int
-    tensors: Tensors
+    regime: str
+    labels: tuple[str, ...]
+    num_images: int  # that training passed, all learning rates together
+    learning_rate: float = 0.0
+    epoch: int = 0  # from 1
+    validation_loss: float = math.inf
+    validation_accuracy: float = 0.0
+    test_accuracy: float | None = None
+    tensors: Tensors = field(default_factory=dict)  # what was learned, by name
 
 
 def is_rival(regime: str) -> bool:
@@ -111,16 +90,7 @@ def is_rival(regime: str) -> bool:
 
 
 def regime_config(regime: str, config: LearnConfig) -> LearnConfig:
-    """The settings under which `Learner` learns and registers a regime.
-
-    Args:
-        regime: `"head"` (the logistic regression), `"head+class"`, `"memory-5"` or `"adapters-8"`, with any number; or,
-            as a user meets them, `"regression"`, `"default"` and `"default+adapters"`, which decides for itself.
-        config: all other settings; of those a user meets, the seed alone.
-
-    Raises:
-        TrainingError: the regime is unknown, or moves the frozen tokens and so can never be registered.
-    """
+    """The settings under which `Learner` learns and registers a regime; those as shipped take the seed alone."""
     kind, size = _parse(regime)
     if kind in RIVALS:
         raise TrainingError(
@@ -143,25 +113,9 @@ def train_rival(
     test: LabelledImages | None = None,
     config: RivalConfig | None = None,
     cache: ActivationCache | None = None,
-    report: Report | None = None,
+    report: Report = silent,
 ) -> Rival:
-    """Trains a rival with each learning rate; the test images are scored once, after everything is chosen.
-
-    Args:
-        regime: `"full"` (all weights), `"lora-8"` (PEFT's low-rank updates of every linear layer of the blocks) or
-            `"unmasked-5"` (class token and memory, every token seeing every other), with any number.
-        backbone: where it starts; it stays as it is.
-        images: to learn from and to validate on.
-        test: to score.
-        config: how.
-        cache: where the frozen features are kept that the regression is fitted on.
-        report: told of the progress.
-
-    Raises:
-        DataError: an image cannot be read.
-        TrainingError: the regime is unknown or no rival, every learning rate diverged, or PEFT is not installed.
-        BackboneError: the regime is LoRA, and the backbone is no VisionTransformer.
-    """
+    """Trains a rival with each learning rate; the test images are scored once, after everything is chosen."""
     config = config or RivalConfig()
     kind, _ = _parse(regime)
     if kind not in RIVALS:
@@ -177,14 +131,13 @@ def train_rival(
     regression = objective.fit_regression(activations.pooled[train], targets[train], strength)
     pixels = _read_views(images, backbone, config.augmentation)
 
-    rates = config.learning_rate or LEARNING_RATES[kind]
-    steps = math.ceil(len(train) / config.batch_size)
-    best = Rival(0.0, 0, math.inf, 0.0, None, len(rates) * config.epochs * len(train), {})
+    rates, steps = config.learning_rate or LEARNING_RATES[kind], math.ceil(len(train) / config.batch_size)
+    best = Rival(regime, images.labels, len(rates) * config.epochs * len(train))
     for place, rate in enumerate(rates):
         module, answer = _build(regime, backbone, regression, images.labels, config.seed)
         learned = {name: p for name, p in module.named_parameters() if p.requires_grad}
         head = {name: p for name, p in learned.items() if name.startswith(("head", "pooled"))}
-        head_weights = [p for name, p in head.items() if p.ndim == 2]
+        head_weights = [p for p in head.values() if p.ndim == 2]
         # The regression's own, once for each feature that the head reads (Trainer.run says why).
         penalty = len(head_weights) / (2 * strength * len(train))
         groups: list[dict[str, Any]] = [
@@ -197,23 +150,20 @@ def train_rival(
         random = torch.Generator().manual_seed(config.seed)
         for epoch in range(1, config.epochs + 1):
             order = train[torch.randperm(len(train), generator=random, dtype=torch.int64, device="cpu")]
-            views = torch.randint(
-                1 + config.augmentation.num_views, (len(order),), generator=random, dtype=torch.int64, device="cpu"
-            )
-            batches = zip(order.split(config.batch_size), views.split(config.batch_size), strict=True)
-            for step, (rows, chosen) in enumerate(batches, 1):
+            drawn = torch.randint(len(pixels), (len(order),), generator=random, dtype=torch.int64, device="cpu")
+            batches = zip(order.split(config.batch_size), drawn.split(config.batch_size), strict=True)
+            for step, (rows, views) in enumerate(batches, 1):
                 with torch.autocast(backbone.device.type, torch.bfloat16, enabled=config.autocast):
-                    logits = answer(pixels[chosen, rows].to(backbone.device))
+                    logits = answer(pixels[views, rows].to(backbone.device))
                 mean = objective.loss(logits.float(), targets[rows].to(backbone.device))
                 (mean + penalty * torch.stack([w.square().sum() for w in head_weights]).sum()).backward()
                 nn.utils.clip_grad_norm_(learned.values(), config.clip_norm)
                 optimizer.step()
                 optimizer.zero_grad()
                 scheduler.step()
-                if report is not None:
-                    done = (place * config.epochs + epoch - 1) * steps + step
-                    standing = f"validation {100 * best.validation_accuracy:.1f} %" if best.epoch else ""
-                    report(f"training {regime}, {standing}", done, len(rates) * config.epochs * steps)
+                done = (place * config.epochs + epoch - 1) * steps + step
+                standing = f"validation {100 * best.validation_accuracy:.1f} %" if best.epoch else ""
+                report(f"training {regime}, {standing}", done, len(rates) * config.epochs * steps)
             logits = _logits(answer, pixels[0, validation], backbone, config.autocast)
             reached = objective.loss(logits, targets[validation]).item()
             right = accuracy(logits, targets[validation])
@@ -229,35 +179,16 @@ def train_rival(
         raise TrainingError(f"{regime!r} diverged with every learning rate of {rates}. Try smaller ones.")
     if test is None:
         return best
-    module.load_state_dict(best.tensors, strict=False)
-    logits = _logits(answer, test.read_all(backbone), backbone, config.autocast)
+    logits = rival_logits(backbone, best, test.read_all(backbone), config.autocast)
     return replace(best, test_accuracy=accuracy(logits, test.targets))
 
 
 def rival_logits(
-    regime: str,
-    backbone: FrozenBackbone,
-    rival: Rival,
-    labels: tuple[str, ...],
-    pixels: Float[Tensor, "N 3 H W"],
-    autocast: bool = False,
+    backbone: FrozenBackbone, rival: Rival, pixels: Float[Tensor, "N 3 H W"], autocast: bool = False
 ) -> Float[Tensor, "N C"]:
-    """What a trained rival answers for other images.
-
-    Args:
-        regime: as it was trained.
-        backbone: the one that it was trained on.
-        rival: what was learned.
-        labels: of the images that it learned from.
-        pixels: the images, as the backbone takes them.
-        autocast: as it was trained.
-    """
-    nothing = Regression(
-        torch.zeros(len(labels), backbone.embed_dim, dtype=torch.float32, device="cpu"),
-        torch.zeros(len(labels), dtype=torch.float32, device="cpu"),
-        1.0,
-    )
-    module, answer = _build(regime, backbone, nothing, labels, 0)
+    """What a trained rival answers for images, as the backbone that it was trained on takes them."""
+    weight = torch.zeros(len(rival.labels), backbone.embed_dim, dtype=torch.float32, device="cpu")
+    module, answer = _build(rival.regime, backbone, Regression(weight, weight[:, 0], 1.0), rival.labels, 0)
     module.load_state_dict(rival.tensors, strict=False)
     return _logits(answer, pixels, backbone, autocast)
 
@@ -265,29 +196,18 @@ def rival_logits(
 def joined_accuracies(
     backbone: FrozenBackbone, rivals: Mapping[str, Tensors], tests: Mapping[str, LabelledImages], autocast: bool = False
 ) -> dict[str, float]:
-    """Joins unmasked rivals that were trained apart in one sequence, every token seeing every other, and scores each.
-
-    Args:
-        backbone: the one that they were trained on.
-        rivals: the tensors of each, by name.
-        tests: the images to score each on, by the same names.
-        autocast: as they were trained.
-
-    Raises:
-        DataError: an image cannot be read.
-    """
+    """Scores unmasked rivals that were trained apart, joined in one sequence, every token seeing every other."""
     tasks = [
         _unmasked_task(name, backbone, tests[name].labels, {key: tensors[own] for key, own in DENSE_NAMES.items()})
         for name, tensors in rivals.items()
     ]
     joined = DenseMask(backbone, tasks, masked=False)
-    return {
-        name: accuracy(
-            _logits(lambda pixels, name=name: joined(pixels)[name], test.read_all(backbone), backbone, autocast),  # type: ignore[misc]
-            test.targets,
-        )
-        for name, test in tests.items()
-    }
+
+    def scored(name: str, test: LabelledImages) -> float:
+        pixels = test.read_all(backbone)
+        return accuracy(_logits(lambda part: joined(part)[name], pixels, backbone, autocast), test.targets)
+
+    return {name: scored(name, test) for name, test in tests.items()}
 
 
 def _parse(regime: str) -> tuple[str, int]:
@@ -307,12 +227,12 @@ def _parse(regime: str) -> tuple[str, int]:
 
 def _read_views(images: LabelledImages, backbone: FrozenBackbone, how: Augmentation) -> Float[Tensor, "V N 3 H W"]:
     """Every image as it is, then the very views of it that a task learns from."""
-    views = [images.read_all(backbone)]
-    for number in range(1, 1 + how.num_views):
-        seeds = [view_seed(images.digest(index), number) for index in range(len(images))]
-        makes = [partial(augment, how=how, seed=seed, preprocessing=backbone.preprocessing) for seed in seeds]
-        views.append(torch.stack([images.read(i, backbone, transform=make) for i, make in enumerate(makes)]))
-    return torch.stack(views)
+    make, found = partial(augment, how=how, preprocessing=backbone.preprocessing), []
+    for index in range(len(images)):
+        seeds = [view_seed(images.digest(index), number) for number in range(1, 1 + how.num_views)]
+        views = images.item(index).views(backbone, [None, *(partial(make, seed=seed) for seed in seeds)])
+        found.append(torch.stack(views))
+    return torch.stack(found, dim=1)
 
 
 def _build(

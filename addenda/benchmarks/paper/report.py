@@ -7,7 +7,8 @@ import os
 import platform
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,6 @@ PAPER_COLLAPSE = (50.0, 28.1, 27.8, 17.3)
 """iNaturalist alone, then with one, two and three tasks more in the sequence and no mask."""
 
 SHOWN = ("learning_rate", "epoch", "strength")
-NO = Markup("**NO**")
 
 Cells = Sequence[Mapping[str, Any]]
 
@@ -49,42 +49,57 @@ def write_report(cells: Cells, backbone: FrozenBackbone, data: Path, limit: int 
     """Writes paper.md, paper.csv and paper.png, and prints the first."""
     plain = [cell for cell in cells if cell["regime"] not in (PAIRS, COLLAPSE)]
     compared = [cell for cell in plain if cell["regime"] not in AS_SHIPPED]
+    shipped = [cell for cell in plain if cell["regime"] in AS_SHIPPED]
+    pairs, joined = _of(cells, regime=PAIRS), _of(cells, regime=COLLAPSE)
     sizes = "all training images of a set" if limit is None else f"{limit} training images of a set, drawn by the seed"
     seeds = len({cell["seed"] for cell in cells})
-    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
     text = (
-        f"`{command}`\n\nBackbone {backbone.name} ({backbone.fingerprint[:12]}); {sizes} from "
+        f"`{' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])}`\n\n"
+        f"Backbone {backbone.name} ({backbone.fingerprint[:12]}); {sizes} from "
         f"{data.name}/, a fifth of them held out to choose learning rate and epoch by; {seeds} seed"
         f"{'' if seeds == 1 else 's'}; whole test sets. torch {torch.__version__}, {platform.machine()}, "
         f"{os.cpu_count()} CPUs, {torch.get_num_threads()} threads.\n"
     )
-    text += "".join(part(group) for part, group in (
-        (_accuracies, compared), (_shipped, [cell for cell in plain if cell["regime"] in AS_SHIPPED]),
-        (_training, plain), (_pairs, _of(cells, regime=PAIRS)), (_collapse, _of(cells, regime=COLLAPSE)),
-    ) if group)  # fmt: skip
+    parts: Sequence[tuple[Cells, Callable[[Cells], Table], str, str]] = (
+        (compared, accuracy_table, "Test accuracy, %, mean ± standard deviation over seeds.",
+         "full, unmasked and lora move the frozen tokens: trained for comparison, never registrable as exact. "
+         "Validation chooses their epoch and learning rate by accuracy, those of the others by loss. The paper's rows: "
+         "ViT-B/32 of ImageNet-21k."),
+        (shipped, shipped_table, "What `addenda learn` gives, test accuracy in %.",
+         "As a user gets them: learned from all the images, the validation part too. s.e.: of the mean difference, "
+         "each seed's from its own regression on the same images; the test set is one, so what another would say is "
+         "not in it."),
+        (plain, _training_table, "How they were trained, means over sets and seeds.",
+         "images/s: those that training passed, all learning rates together, by the whole time of a cell."),
+        (pairs, _extension_table, "Extension: memory-5, with and without sight of an earlier task.", ""),
+        (pairs, _concatenation_table, "Concatenation under the mask: both tasks and the extension in one pass.", ""),
+        (joined, _collapse_table, "Concatenation WITHOUT the mask, of unmasked-5 trained apart.", ""),
+    )  # fmt: skip
+    for group, table, title, note in parts:
+        if group:
+            text += f"\n{title}\n\n{markdown(table(group))}" + f"\n{note}\n" * bool(note)
     (out / "paper.md").write_text(text)
     console.print(text, markup=False, highlight=False, soft_wrap=True)
     _write_csv(cells, out / "paper.csv")
     if compared:
-        _plot(_of(cells, regime=COLLAPSE), compared, out / "paper.png")
+        _plot(joined, compared, out / "paper.png")
     console.print(f"Written to {out}: paper.md, paper.csv{', paper.png' if compared else ''}.")
 
 
 def accuracy_table(plain: Cells) -> Table:
     """Test accuracy of every regime on every set, with the paper's own rows below."""
     regimes, sets = _regimes(plain), _sets(plain)
-    rows = [[name, *(_test(plain, name, regime) for regime in regimes)] for name in sets]
+    rows: list[list[str]] = [[name, *(_test(plain, name, regime) for regime in regimes)] for name in sets]
     if len(rows) > 1:
         means = {regime: _mean_of_sets(plain, regime) for regime in regimes}
-        rows.append([Markup("**mean**"), *(_bold(mean) for mean in means.values())])
+        bold = (NOTHING if mean is None else Markup(f"**{mean:.1f}**") for mean in means.values())
+        rows.append([Markup("**mean**"), *bold])
         full, head = means.get("full"), means.get("head")
         if full is not None and head is not None:
             way = (NOTHING if m is None else f"{100 * (m - head) / (full - head):.0f} %" for m in means.values())
             rows.append(["of the way from head to full", *way])
-    rows += [
-        [Markup(f"*{name}* (paper)"), *(f"{row[r]:.1f}" if r in row else "" for r in regimes)]
-        for name, row in PAPER.items()
-    ]
+    for name, row in PAPER.items():
+        rows.append([Markup(f"*{name}* (paper)"), *(f"{row[r]:.1f}" if r in row else "" for r in regimes)])
     return Table(("set", *regimes), rows)
 
 
@@ -98,87 +113,64 @@ def shipped_table(cells: Cells) -> Table:
             error = f"{statistics.stdev(gains) / len(gains) ** 0.5:.1f}" if len(gains) > 1 else NOTHING
             row += [_test(cells, name, regime), f"{statistics.mean(gains):+.1f}" if gains else NOTHING, error]
         adapted = _of(cells, set=name, regime="default+adapters")
-        rows.append(
-            [*row, f"{sum(cell.get('chosen', {}).get('adapter_rank', 0) > 0 for cell in adapted)} of {len(adapted)}"]
-        )
+        ranks = [cell.get("chosen", {}).get("adapter_rank", 0) for cell in adapted]
+        rows.append([*row, f"{sum(rank > 0 for rank in ranks)} of {len(ranks)}"])
     head = ("set", "regression", "default", "difference", "s.e.", "adapters auto", "difference", "s.e.", "taken")
     return Table(head, rows)
 
 
-def _accuracies(plain: Cells) -> str:
-    note = (
-        "full, unmasked and lora move the frozen tokens: trained for comparison, never registrable as exact. "
-        "Validation chooses their epoch and learning rate by accuracy, those of the others by loss. The paper's rows: "
-        "ViT-B/32 of ImageNet-21k."
-    )
-    return _section("Test accuracy, %, mean ± standard deviation over seeds.", accuracy_table(plain), note)
-
-
-def _shipped(cells: Cells) -> str:
-    note = (
-        "As a user gets them: learned from all the images, the validation part too. s.e.: of the mean difference, each "
-        "seed's from its own regression on the same images; the test set is one, so what another would say is not in "
-        "it."
-    )
-    return _section("What `addenda learn` gives, test accuracy in %.", shipped_table(cells), note)
-
-
-def _training(plain: Cells) -> str:
+def _training_table(plain: Cells) -> Table:
     rows = []
     for regime in _regimes(plain):
         mine = _of(plain, regime=regime)
-        chosen = [
-            " ".join(f"{k.replace('_', ' ')} {v}" for k, v in cell["chosen"].items() if k in SHOWN) for cell in mine
-        ]
-        seconds = sum(cell["seconds"] for cell in mine)
-        images = sum(cell["num_images"] for cell in mine)
-        rows.append([
-            regime, f"{100 * statistics.mean(cell['validation'] for cell in mine):.1f}", f"{seconds / len(mine):.0f}",
-            f"{images / seconds:.0f}" if images else NOTHING,
-            "; ".join(f"{text} ({chosen.count(text)})" for text in sorted(set(chosen), key=chosen.count)[:-4:-1]),
-        ])  # fmt: skip
-    head = ("regime", "validation, %", "seconds", "images/s", "most often chosen")
-    note = "images/s: those that training passed, all learning rates together, by the whole time of a cell."
-    return _section("How they were trained, means over sets and seeds.", Table(head, rows), note)
+        chosen = Counter(
+            " ".join(f"{key.replace('_', ' ')} {value}" for key, value in cell["chosen"].items() if key in SHOWN)
+            for cell in mine
+        )
+        often = "; ".join(f"{text} ({count})" for text, count in chosen.most_common(3))
+        seconds, images = (sum(cell[key] for cell in mine) for key in ("seconds", "num_images"))
+        validation = f"{100 * statistics.mean(cell['validation'] for cell in mine):.1f}"
+        rate = f"{images / seconds:.0f}" if images else NOTHING
+        rows.append([regime, validation, f"{seconds / len(mine):.0f}", rate, often])
+    return Table(("regime", "validation, %", "seconds", "images/s", "most often chosen"), rows)
 
 
-def _pairs(pairs: Cells) -> str:
-    extension, concatenation = [], []
-    for place in _sets(pairs):
-        mine = _of(pairs, set=place)
-        one, other = place.split("+")
-        alone, together = ([*zip(*(cell[key] for cell in mine), strict=True)] for key in ("alone", "together"))
-        extended = [cell["extended"] for cell in mine]
-        gains = [with_it - without for with_it, without in zip(extended, alone[1], strict=True)]
-        identical = "yes" if all(cell["identical"] for cell in mine) else NO
-        extension.append([other, one, _spread(alone[1]), _spread(extended), _spread(gains, "+"), identical])
-        for name, by, among in zip((one, other), alone, together, strict=True):
-            same = "yes" if by == among else NO
-            concatenation.append([place, name, _spread(by), _spread(among), same, identical])
-    extended_head = ("set", "extends", "alone, %", "extending, %", "difference", "old logits keep their bits")
-    joined_head = ("pair", "set", "alone, %", "together, %", "equal to the last digit", "all logits keep their bits")
-    extension_title = "Extension: memory-5, with and without sight of an earlier task."
-    joined_title = "Concatenation under the mask: both tasks and the extension in one pass."
-    parts = (extension_title, Table(extended_head, extension)), (joined_title, Table(joined_head, concatenation))
-    return "".join(_section(title, table) for title, table in parts)
-
-
-def _collapse(joined: Cells) -> str:
+def _extension_table(pairs: Cells) -> Table:
     rows = []
-    for place in sorted(_sets(joined), key=lambda place: place.count("+")):
-        mine = _of(joined, set=place)
+    for place in _sets(pairs):
+        mine, (one, other) = _of(pairs, set=place), place.split("+")
+        beside = _beside([cell["alone"][1] for cell in mine], [cell["extended"] for cell in mine])
+        rows.append([other, one, *beside, _yes(cell["identical"] for cell in mine)])
+    return Table(("set", "extends", "alone, %", "extending, %", "difference", "old logits keep their bits"), rows)
+
+
+def _concatenation_table(pairs: Cells) -> Table:
+    rows = []
+    for mine, place, name, alone, together in _members(pairs):
+        kept = _yes(cell["identical"] for cell in mine)
+        rows.append([place, name, *_beside(alone, together)[:2], _yes([alone == together]), kept])
+    head = ("pair", "set", "alone, %", "together, %", "equal to the last digit", "all logits keep their bits")
+    return Table(head, rows)
+
+
+def _collapse_table(joined: Cells) -> Table:
+    rows = [
+        [place.replace("+", " + "), name, *_beside(alone, together)]
+        for _, place, name, alone, together in _members(joined)
+    ]
+    for i, value in enumerate(PAPER_COLLAPSE[1:], 1):
+        name = Markup(f"*iNaturalist* and {i} more")
+        rows.append(["(paper)", name, "50.0", f"{value:.1f}", f"{value - PAPER_COLLAPSE[0]:+.1f}"])
+    return Table(("joined", "set", "alone, %", "joined, %", "difference"), rows)
+
+
+def _members(cells: Cells) -> Iterator[tuple[Cells, str, str, list[float], list[float]]]:
+    """Of sets that were answered together, the smallest company first: each with its accuracies alone and in it."""
+    for place in sorted(_sets(cells), key=lambda place: place.count("+")):
+        mine = _of(cells, set=place)
         for i, name in enumerate(place.split("+")):
             alone, together = ([cell[key][i] for cell in mine] for key in ("alone", "together"))
-            change = [after - before for before, after in zip(alone, together, strict=True)]
-            rows.append([place.replace("+", " + "), name, _spread(alone), _spread(together), _spread(change, "+")])
-    rows += [["(paper)", Markup(f"*iNaturalist* and {i} more"), "50.0", f"{v:.1f}", f"{v - 50:+.1f}"]
-             for i, v in enumerate(PAPER_COLLAPSE) if i]  # fmt: skip
-    head = ("joined", "set", "alone, %", "joined, %", "difference")
-    return _section("Concatenation WITHOUT the mask, of unmasked-5 trained apart.", Table(head, rows))
-
-
-def _section(title: str, table: Table, note: str = "") -> str:
-    return f"\n{title}\n\n{markdown(table)}" + f"\n{note}\n" * bool(note)
+            yield mine, place, name, alone, together
 
 
 def _write_csv(cells: Cells, file: Path) -> None:
@@ -196,26 +188,24 @@ def _write_csv(cells: Cells, file: Path) -> None:
 def _plot(joined: Cells, plain: Cells, file: Path) -> None:
     from addenda.benchmarks.report.plots import paper_panels
 
-    here = {
-        name: {
-            regime: spread
-            for regime in _regimes(plain)
-            if (spread := Spread.of(_gains(plain, name, regime, "head"))) is not None
-        }
-        for name in _sets(plain)
-    }
+    here = {}
+    for name in _sets(plain):
+        spreads = {regime: Spread.of(_gains(plain, name, regime, "head")) for regime in _regimes(plain)}
+        if known := {regime: spread for regime, spread in spreads.items() if spread is not None}:
+            here[name] = known
     paper = {name: {r: Spread(value - row["head"], None) for r, value in row.items()} for name, row in PAPER.items()}
     first = _sets(plain)[0]
     lines = {"iNaturalist, no mask (paper)": dict(enumerate(PAPER_COLLAPSE, 1))}
-    mine = [cell for cell in joined if cell["set"].split("+")[0] == first]
-    if mine:
-        counts = sorted({len(cell["together"]) for cell in mine})
-        after = {n: statistics.mean(c["together"][0] for c in mine if len(c["together"]) == n) for n in counts}
-        alone = statistics.mean(cell["alone"][0] for cell in mine)
-        lines[f"{first}, no mask"] = {n: 100 * value for n, value in {1: alone, **after}.items()}
+    reached: dict[int, list[float]] = {}
+    for cell in joined:
+        if cell["set"].split("+")[0] == first:
+            reached.setdefault(1, []).append(cell["alone"][0])
+            reached.setdefault(len(cell["together"]), []).append(cell["together"][0])
+    if reached:
+        lines[f"{first}, no mask"] = {n: 100 * statistics.mean(reached[n]) for n in sorted(reached)}
     masked = Spread.of(cell["test"] for cell in _of(plain, set=first, regime="memory-5"))
     level = None if masked is None else (f"{first}, masked: bits do not move", 100 * masked.mean)
-    paper_panels({name: gains for name, gains in here.items() if gains}, paper, lines, level, file)
+    paper_panels(here, paper, lines, level, file)
 
 
 def _of(cells: Cells, **key: str) -> list[Mapping[str, Any]]:
@@ -244,7 +234,7 @@ def _sets(cells: Cells) -> list[str]:
 
 
 def _test(plain: Cells, name: str, regime: str) -> str:
-    return _spread([cell["test"] for cell in _of(plain, set=name, regime=regime)])
+    return shown(Spread.of(cell["test"] for cell in _of(plain, set=name, regime=regime)))
 
 
 def _mean_of_sets(plain: Cells, regime: str) -> float | None:
@@ -253,9 +243,11 @@ def _mean_of_sets(plain: Cells, regime: str) -> float | None:
     return 100 * statistics.mean(map(statistics.mean, found)) if all(found) else None
 
 
-def _spread(values: Sequence[float], sign: str = "") -> str:
-    return shown(Spread.of(values), "%", sign)
+def _beside(before: Sequence[float], after: Sequence[float]) -> list[str]:
+    """The spreads of two, and of their difference."""
+    change = [new - old for old, new in zip(before, after, strict=True)]
+    return [shown(Spread.of(before)), shown(Spread.of(after)), shown(Spread.of(change), sign="+")]
 
 
-def _bold(mean: float | None) -> str:
-    return NOTHING if mean is None else Markup(f"**{mean:.1f}**")
+def _yes(found: Iterable[bool]) -> str:
+    return "yes" if all(found) else Markup("**NO**")

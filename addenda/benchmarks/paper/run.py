@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -54,20 +54,13 @@ OURS = LearnConfig(batch_size=16, calibrate=False, fall_back=False, refit=False)
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared, and how.
-
-    Attributes:
-        data: a folder of data sets, each with train/ and test/.
-        limit: training images of a set, drawn class by class; None takes all.
-        ours: settings of the registrable regimes, less those that the regime and the seed say.
-        rivals: settings of the others, less the seed.
-    """
+    """What is compared, and how."""
 
     backbone: FrozenBackbone
-    data: Path
-    limit: int | None = None
-    ours: LearnConfig = OURS
-    rivals: RivalConfig = field(default_factory=RivalConfig)
+    data: Path  # a folder of data sets, each with train/ and test/
+    limit: int | None = None  # training images of a set, drawn class by class; None takes all
+    ours: LearnConfig = OURS  # of the registrable regimes, less what the regime and the seed say
+    rivals: RivalConfig = field(default_factory=RivalConfig)  # of the others, less the seed
 
     def settings(self, regime: str) -> dict[str, Any]:
         """All that a cell's figures depend on beside its place, as JSON gives it back."""
@@ -79,12 +72,7 @@ class Comparison:
 
 
 def check_run(data: Path, sets: Sequence[str], regimes: Sequence[str]) -> None:
-    """Finds what would stop a run, before weights are looked for; arguments as of `run_paper`.
-
-    Raises:
-        DataError: a set is missing.
-        TrainingError: a regime is unknown.
-    """
+    """Finds what would stop a run, before weights are looked for."""
     for regime in regimes:
         try:
             if regime not in (PAIRS, COLLAPSE):
@@ -107,19 +95,7 @@ def run_paper(
     second learned as an extension of the first, and both in one combined model. `"collapse"` joins the first sets, two
     and more, without the mask.
 
-    Args:
-        comparison: what is compared.
-        sets: names of folders.
-        seeds: how many.
-        regimes: of the forms in `KNOWN`.
-        out: folder of the cells, the registry, what the rivals of the collapse learned, and the report.
-
-    Returns:
-        All cells of these settings, earlier runs' and other sets' too.
-
-    Raises:
-        DataError: a set is missing or too small.
-        TrainingError: a regime is unknown, or its training gave nothing.
+    All cells of these settings are returned, earlier runs' and other sets' too.
     """
     check_run(comparison.data, sets, regimes)
     of_one_set = [regime for regime in regimes if regime not in (PAIRS, COLLAPSE)]
@@ -154,16 +130,17 @@ class _Run:
 
     def learn(self, name: str, seed: int, regimes: Sequence[str]) -> None:
         """Learns registrable regimes; one combined pass over the test images scores all, each as if it were alone."""
-        waiting = [regime for regime in regimes if not self._has(name, seed, regime)]
-        if not waiting:
-            return
         found: dict[str, tuple[Task, float, int]] = {}
-        for regime in waiting:
-            start = time.monotonic()
-            task, num_images = self._task(name, seed, regime)
-            found[regime] = task, time.monotonic() - start, num_images
-        test = self._test(name, next(iter(found.values()))[0].labels)
-        answers = self._answer([task for task, _, _ in found.values()], test)
+        for regime in regimes:
+            if not self._cell(name, seed, regime):
+                start = time.monotonic()
+                task, num_images = self._task(name, seed, regime)
+                found[regime] = task, time.monotonic() - start, num_images
+        if not found:
+            return
+        tasks = [task for task, _, _ in found.values()]
+        test = self._test(name, tasks[0].labels)
+        answers = self._answer(tasks, test)
         for regime, (task, seconds, num_images) in found.items():
             metrics = task.metrics
             self._keep(
@@ -176,7 +153,7 @@ class _Run:
     def train(self, name: str, seed: int, regime: str) -> None:
         """Trains and scores a rival."""
         learned = self._learned(name, seed)
-        if self._has(name, seed, regime) and (regime != UNMASKED or learned.exists()):
+        if self._cell(name, seed, regime) and (regime != UNMASKED or learned.exists()):
             return
         images = open_images(self._subset(name, seed))
         config = replace(self.comparison.rivals, seed=seed)
@@ -198,28 +175,29 @@ class _Run:
     def pair(self, one: str, other: str, seed: int) -> None:
         """Learns a set as an extension of another; answers both, and the extension, together and each alone."""
         place = f"{one}+{other}"
-        if self._has(place, seed, PAIRS):
+        if self._cell(place, seed, PAIRS):
             return
         start = time.monotonic()
         first, second = (self._task(name, seed, MASKED)[0] for name in (one, other))
         extension, _ = self._task(other, seed, MASKED, extends=first)
-        tests = [self._test(one, first.labels), self._test(other, second.labels)]
-        alone = [self._answer([task], test)[task.name] for task, test in zip((first, second), tests, strict=True)]
-        together = [self._answer([first, second, extension], test) for test in tests]
-        joined = [answers[task.name] for answers, task in zip(together, (first, second), strict=True)]
+        alone, together, identical = [], [], True
+        for name, task in ((one, first), (other, second)):
+            test = self._test(name, task.labels)
+            by_itself = self._answer([task], test)[task.name]
+            answers = self._answer([first, second, extension], test)
+            identical &= by_itself.numpy().tobytes() == answers[task.name].numpy().tobytes()
+            alone.append(accuracy(by_itself, test.targets))
+            together.append(accuracy(answers[task.name], test.targets))
         self._keep(
-            place, seed, PAIRS, seconds=time.monotonic() - start,
-            alone=[accuracy(logits, test.targets) for logits, test in zip(alone, tests, strict=True)],
-            together=[accuracy(logits, test.targets) for logits, test in zip(joined, tests, strict=True)],
-            identical=all(a.numpy().tobytes() == b.numpy().tobytes() for a, b in zip(alone, joined, strict=True)),
-            extended=accuracy(together[1][extension.name], tests[1].targets),
+            place, seed, PAIRS, seconds=time.monotonic() - start, alone=alone, together=together, identical=identical,
+            extended=accuracy(answers[extension.name], test.targets),
             validation=[task.metrics["validation"]["accuracy"] for task in (second, extension)],
         )  # fmt: skip
 
     def collapse(self, names: Sequence[str], seed: int) -> None:
         """Joins rivals that were trained apart, without the mask."""
         place = "+".join(names)
-        if self._has(place, seed, COLLAPSE):
+        if self._cell(place, seed, COLLAPSE):
             return
         start = time.monotonic()
         for name in names:
@@ -227,11 +205,9 @@ class _Run:
         tests = {name: self._test(name, open_images(self._subset(name, seed)).labels) for name in names}
         tensors = {name: load_file(self._learned(name, seed)) for name in names}
         together = joined_accuracies(self.backbone, tensors, tests, self.comparison.rivals.autocast)
-        alone = {name: self._cell(name, seed, UNMASKED)["test"] for name in names}
-        self._keep(
-            place, seed, COLLAPSE, seconds=time.monotonic() - start,
-            alone=[alone[name] for name in names], together=[together[name] for name in names],
-        )  # fmt: skip
+        alone = [self._cell(name, seed, UNMASKED)["test"] for name in names]
+        seconds = time.monotonic() - start
+        self._keep(place, seed, COLLAPSE, seconds=seconds, alone=alone, together=[together[name] for name in names])
 
     def _task(self, name: str, seed: int, regime: str, extends: Task | None = None) -> tuple[Task, int]:
         """A registered task, learned now if it was not before, and how many images training passed for it."""
@@ -274,18 +250,16 @@ class _Run:
         return {task.name: torch.cat([part[task.name].cpu() for part in parts]) for task in tasks}
 
     def _cell(self, place: str, seed: int, regime: str) -> dict[str, Any]:
+        """What is known of a cell under these settings; nothing yet is empty."""
         key = {"set": place, "seed": seed, "regime": regime, "settings": self.comparison.settings(regime)}
         return next((cell for cell in self.cells if cell.items() >= key.items()), {})
-
-    def _has(self, place: str, seed: int, regime: str) -> bool:
-        return bool(self._cell(place, seed, regime))
 
     def _keep(self, place: str, seed: int, regime: str, **found: Any) -> None:
         cell = {"set": place, "seed": seed, "regime": regime, **found, "settings": self.comparison.settings(regime)}
         self.cells.append(cell)
         append_line(self._file, cell)
-        shown = {key: value for key, value in found.items() if not key.startswith("num_")}
-        console.print(f"{place}, seed {seed}, {regime}: {_shown(shown)}", markup=False, highlight=False)
+        said = ", ".join(f"{key} {_shown(value)}" for key, value in found.items() if not key.startswith("num_"))
+        console.print(f"{place}, seed {seed}, {regime}: {said}", markup=False, highlight=False)
 
 
 def balanced_rows(targets: Tensor, limit: int, seed: int) -> list[int]:
@@ -295,12 +269,9 @@ def balanced_rows(targets: Tensor, limit: int, seed: int) -> list[int]:
     return in_turn(order, targets.tolist(), limit)
 
 
-def _shown(found: Mapping[str, Any]) -> str:
-    def plain(value: Any) -> str:
-        if isinstance(value, float):
-            return f"{value:.4g}"
-        if isinstance(value, list):
-            return " ".join(map(plain, value))
-        return " ".join(f"{k} {plain(v)}" for k, v in value.items()) if isinstance(value, dict) else str(value)
-
-    return ", ".join(f"{key} {plain(value)}" for key, value in found.items())
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{key} {_shown(below)}" for key, below in value.items())
+    if isinstance(value, list):
+        return " ".join(map(_shown, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from addenda.backbones import FrozenBackbone
-from addenda.benchmarks.cost.interleaving import Run, interleave
-from addenda.benchmarks.cost.run import random_task
+from addenda.benchmarks.cost.run import Run, interleave, random_task
 from addenda.benchmarks.registry.filling import database_version, disk_bytes, fill
 from addenda.benchmarks.report.tables import Figure, write
 from addenda.combined import feature_statistics, numerics, numerics_fingerprint, tensor_digest

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from addenda.backbones import FrozenBackbone
 from addenda.benchmarks.baselines.regimes import batches
-from addenda.benchmarks.cost.interleaving import interleave
+from addenda.benchmarks.cost.run import interleave
 from addenda.benchmarks.report.tables import Figure, write
 from addenda.benchmarks.training.dense import DenseTraining, Setting, as_task, peak_bytes
 from addenda.benchmarks.training.filling import measure_filling

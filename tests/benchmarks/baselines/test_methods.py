@@ -189,7 +189,7 @@ def test_a_rival_answers_other_images_as_it_was_scored(regime: str, tiny: Frozen
     experience = stream([(0, 1, 2, 3, 4, 5)]).experiences[0]
     train, test = experience.own(experience.train), experience.own(experience.test)
     rival = train_rival(regime, tiny, train, test, RivalConfig(epochs=2, batch_size=8, learning_rate=(3e-3,)))
-    logits = rival_logits(regime, tiny, rival, train.labels, test.read_all(tiny))
+    logits = rival_logits(tiny, rival, test.read_all(tiny))
     assert accuracy(logits, test.targets) == rival.test_accuracy
     assert rival.test_accuracy < 1 or torch.unique(logits, dim=0).shape[0] == len(test)
 

@@ -184,7 +184,7 @@ def test_figures_are_means_and_spreads_over_seeds(tiny: FrozenBackbone, tmp_path
     text = (tmp_path / "paper.md").read_text()
     assert "| set | full | head |\n" in text
     assert "| a | 90.0 ± 0.0 | 60.0 ± 14.1 |\n| b | – | 80.0 ± 0.0 |\n| **mean** | – | **70.0** |\n" in text
-    assert "| head | 50.0 | 2 | 4 | " in text
+    assert "| head | 50.0 | 2 | 4 | epoch 0 (2); epoch 1 (2) |" in text  # equals as they came first
 
 
 def test_what_a_user_gets_stands_beside_the_regression_with_the_error_of_the_difference(
