@@ -16,8 +16,8 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from addenda import __version__
 from addenda.combined import numerics, numerics_fingerprint, predictions_of
 from addenda.exceptions import DataError
-from addenda.serving.access import needs, service_of
-from addenda.serving.bodies import BINARY, read_body, takes, while_connected
+from addenda.serving.access import Served, needs
+from addenda.serving.bodies import BINARY, read_images, takes, while_connected
 from addenda.serving.problems import documents
 from addenda.serving.service import Answered
 
@@ -102,6 +102,7 @@ class Verified(BaseModel):
 )
 async def predict(
     request: Request,
+    service: Served,
     tasks: Annotated[list[str] | None, Query(description="Names of tasks, also with commas; default: all.")] = None,
     task: Annotated[
         str | None, Query(description="A task's name, or 'auto': the one that the image looks like.")
@@ -110,9 +111,7 @@ async def predict(
     addenda_timeout_ms: Annotated[int | None, Header(ge=1, le=3_600_000)] = None,
 ) -> Prediction:
     """Answers a JPEG, PNG or WebP file, sent as it is or as the field `image` of a form."""
-    service = service_of(request)
-    service.check_room()
-    image = await _image(request, await read_body(request, service.limits.body_bytes))
+    image = await _image(request, await read_images(request, service))
     timeout_s = None if addenda_timeout_ms is None else addenda_timeout_ms / 1000
     if task == AUTO:
         if tasks:
@@ -162,9 +161,9 @@ def _prediction(answered: Answered, top: int | None) -> Prediction:
 
 
 @router.get("/status", tags=["server"], dependencies=[needs("predict")], summary="What the server is now")
-def status(request: Request) -> Status:
+def status(request: Request, service: Served) -> Status:
     """The generation that is served, its tasks, and what bits depend on."""
-    service, snapshot = service_of(request), service_of(request).snapshot
+    snapshot = service.snapshot
     return Status(
         version=__version__,
         generation=snapshot.generation,
@@ -187,10 +186,10 @@ def status(request: Request) -> Status:
     summary="Recomputes golden probes",
     responses=documents(404, 409, 422, 503),
 )
-def verify(request: Request) -> Verified:
+def verify(request: Request, service: Served) -> Verified:
     """Recomputes the golden probes of the served tasks, on the model as it serves, one verification at a time."""
     with request.app.state.verifying:
-        snapshot, verdicts = service_of(request).verify()
+        snapshot, verdicts = service.verify()
     found = Verified(
         at=datetime.now(UTC).isoformat(timespec="seconds"),
         generation=snapshot.generation,
@@ -215,9 +214,9 @@ def verifications(request: Request) -> list[Verified]:
     summary="Says when another generation is served",
     response_class=EventSourceResponse,
 )
-async def events(request: Request) -> AsyncIterator[ServerSentEvent]:
+async def events(request: Request, service: Served) -> AsyncIterator[ServerSentEvent]:
     """A server-sent event `generation` at once, and whenever another one is served; it ends when the server stops."""
-    service, told = service_of(request), None
+    told = None
     while not request.app.state.draining:
         snapshot = service.snapshot
         if snapshot is not told:

@@ -17,18 +17,9 @@ from addenda.serving.keys import KeyFile
 from addenda.serving.service import Limits, Service
 from addenda.serving.telemetry import Metrics, Telemetry
 
-Start = Callable[[Metrics], Service]
-"""Makes the service, on the event loop that will use it."""
 
-
-def make_app(start: Start, keys: KeyFile | None = None, loopback: bool = True) -> FastAPI:
-    """The application of one service.
-
-    Args:
-        start: makes the service.
-        keys: whose keys count; None lets everybody do everything.
-        loopback: whether it is bound to this machine alone; then it answers to no other name.
-    """
+def make_app(start: Callable[[Metrics], Service], keys: KeyFile | None = None, loopback: bool = True) -> FastAPI:
+    """The application of the service that `start` makes on the loop that uses it; `loopback`: for this machine alone."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -39,15 +39,10 @@ class Batcher:
 
     Nothing waits for company: while a pass runs the next one fills up. Bits do not depend on the company, since the
     model fills every batch up to a shape that its self-test has proven. Make it, use it and close it on one event loop.
-
-    Args:
-        max_waiting: images that may wait or be answered at one time.
-        report: told of each pass.
     """
 
     def __init__(self, max_waiting: int, report: Report = lambda images, seconds: None) -> None:
-        self.max_waiting = max_waiting
-        self.num_waiting = 0
+        self.max_waiting, self.num_waiting = max_waiting, 0  # images that wait or are answered at one time
         self._report = report
         self._queue: deque[_Waiting] = deque()
         self._filled = asyncio.Event()
@@ -65,11 +60,7 @@ class Batcher:
 
     @contextmanager
     def room(self, num_images: int) -> Iterator[None]:
-        """Takes a place for images from before they are decoded until they are answered.
-
-        Raises:
-            OverloadedError: there is none.
-        """
+        """Takes a place for images from before they are decoded until they are answered."""
         if self.num_waiting + num_images > self.max_waiting:
             seconds = math.ceil(self.num_waiting * self._seconds_per_image)
             raise OverloadedError(
@@ -90,17 +81,9 @@ class Batcher:
         deadline: float = math.inf,
         pooled: bool = False,
     ) -> Answers:
-        """Logits of some tasks, all from one snapshot; cancelled, it gives up its place.
+        """Logits of some tasks, all from one snapshot, by a deadline on the event loop's clock; cancelled, it gives up.
 
-        Args:
-            snapshot: whose model answers.
-            images: as the backbone's transform gives them.
-            tasks: names of tasks that the snapshot serves.
-            deadline: on the event loop's clock.
-            pooled: whether the backbone's own feature is wanted too.
-
-        Raises:
-            DeadlineError: no pass began on them before the deadline.
+        `pooled`: the backbone's own feature is wanted too.
         """
         some, size = list(images), snapshot.model.micro_batch
         pieces = [some[start : start + size] for start in range(0, len(some), size)]

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel
 
-from addenda.serving.access import needs, service_of
-from addenda.serving.bodies import BINARY, read_body, takes, while_connected
+from addenda.serving.access import Served, needs
+from addenda.serving.bodies import BINARY, read_images, takes, while_connected
 from addenda.serving.problems import documents
 
 router = APIRouter(tags=["page"])
@@ -42,29 +42,26 @@ class Attention(BaseModel):
     responses=documents(400, 404, 409, 413, 503, 504),
     openapi_extra=takes(dict.fromkeys(("image/jpeg", "image/png", "image/webp"), BINARY)),
 )
-async def attention(request: Request, task: Annotated[str, Query(description="The task's name.")]) -> Attention:
+async def attention(
+    request: Request, service: Served, task: Annotated[str, Query(description="The task's name.")]
+) -> Attention:
     """Attention of the task's own token over an image's patches in the last layer, the mean over heads."""
-    service = service_of(request)
-    service.check_room()
-    looked = await while_connected(request, service.look(await read_body(request, service.limits.body_bytes), task))
-    rows, columns = looked.weights.shape
+    image = await read_images(request, service)
+    snapshot, weights, size = await while_connected(request, service.look(image, task))
+    rows, columns = weights.shape
     return Attention(
-        generation=looked.snapshot.generation,
+        generation=snapshot.generation,
         task=task,
-        ref=looked.snapshot.records[task].ref,
+        ref=snapshot.records[task].ref,
         rows=rows,
         columns=columns,
-        weights=looked.weights.flatten().tolist(),
-        box=seen_box(service.backbone.preprocessing, looked.width, looked.height),
+        weights=weights.flatten().tolist(),
+        box=seen_box(service.backbone.preprocessing, *size),
     )
 
 
 def seen_box(preprocessing: Mapping[str, Any], width: int, height: int) -> tuple[float, float, float, float]:
-    """What of an image the backbone sees after timm's resizing and cropping, in shares of its width and height.
-
-    Returns:
-        left, top, width, height; beyond 0 and 1 where the image is padded.
-    """
+    """The box of an image that the backbone sees after timm's resizing; beyond 0 and 1 where the image is padded."""
     _, rows, columns = preprocessing["input_size"]
     tall, wide = (math.floor(size / preprocessing["crop_pct"]) for size in (rows, columns))
     if preprocessing["crop_mode"] != "squash":
