@@ -19,7 +19,7 @@ from addenda.serving.telemetry import Metrics, Telemetry
 
 
 def make_app(start: Callable[[Metrics], Service], keys: KeyFile | None = None, loopback: bool = True) -> FastAPI:
-    """The application of the service that `start` makes on the loop that uses it; `loopback`: for this machine alone."""
+    """The application of a service, made by `start` on the loop that uses it; `loopback`: for this machine alone."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
