@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -76,8 +76,8 @@ def predict_many(
     folder: Path,
     registry: Registry,
     place: Workplace,
-    question: Question | None = None,
-    crew: Crew | None = None,
+    question: Question,
+    crew: Crew,
     report: Report | None = None,
 ) -> Summary:
     """Answers tasks about many images, on the cluster that this process is connected to.
@@ -90,8 +90,7 @@ def predict_many(
     """
     import ray
 
-    started, question, crew = time.perf_counter(), question or Question(), crew or Crew()
-    folder = folder.absolute()
+    started, folder = time.perf_counter(), folder.absolute()
     paths = sorted({str(path.absolute()) for path in images})
     check_shared(registry)
     places, before = room(crew.cpus, crew.gpus), read_manifest(folder)
@@ -136,27 +135,20 @@ def predict_many(
     )
 
 
-def _outcomes(job: Job, parts: Sequence[Mapping[str, Any]], crew: Crew, workers: int) -> Iterator[dict[str, Any]]:
+def _outcomes(job: Job, parts: list[dict[str, Any]], crew: Crew, workers: int) -> Iterator[dict[str, Any]]:
     """What the workers say of each part, as they finish it."""
     import ray
 
     if not parts:
         return
     worker: Any = _Worker  # Ray's types know of functions only
+    hidden = (ray.put(job),)  # its text would be shown, and a registry's URL has a password
     with _quiet():
         # One part in a block, and one block at a worker: a worker that dies has lost one part.
         pool = ray.data.ActorPoolStrategy(size=min(workers, len(parts)), max_tasks_in_flight_per_actor=1)
-        yield from (
-            ray.data.from_items(list(parts), override_num_blocks=len(parts))
-            .map(
-                worker,
-                fn_constructor_args=(ray.put(job),),  # its text would be shown, and a registry's URL has a password
-                compute=pool,
-                num_cpus=crew.cpus,
-                num_gpus=crew.gpus,
-            )
-            .iter_rows()
-        )
+        items = ray.data.from_items(parts, override_num_blocks=len(parts))
+        asked = items.map(worker, fn_constructor_args=hidden, compute=pool, num_cpus=crew.cpus, num_gpus=crew.gpus)
+        yield from asked.iter_rows()
 
 
 @contextmanager

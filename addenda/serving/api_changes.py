@@ -142,10 +142,9 @@ def _register(
         received = registry.import_bundle(path, dry_run=dry_run, owner=owner)
     except RegistryError as error:  # whose file here is nobody's business
         raise type(error)(str(error).replace(f" {str(path)!r}", "")) from error
-    if not dry_run and not _settle(service):
-        status = 202
-    else:
-        status = 201 if not dry_run and any(one.state == "added" for one in received) else 200
+    settled = dry_run or _settle(service)
+    added = not dry_run and any(one.state == "added" for one in received)
+    status = (201 if added else 200) if settled else 202
     snapshot, taken = service.snapshot, []
     for one in received:
         state, reason = snapshot.state(one.ref)

@@ -86,8 +86,8 @@ class Batcher:
         `pooled`: the backbone's own feature is wanted too.
         """
         some, size = list(images), snapshot.model.micro_batch
-        pieces = [some[start : start + size] for start in range(0, len(some), size)]
-        parts = [_Waiting(snapshot, piece, tuple(tasks), pooled, deadline) for piece in pieces]
+        starts = range(0, len(some), size)
+        parts = [_Waiting(snapshot, some[one : one + size], tuple(tasks), pooled, deadline) for one in starts]
         self._queue += parts
         self._filled.set()
         try:
@@ -130,12 +130,10 @@ class Batcher:
         count = 0
         while self._queue:
             part = self._queue[0]
+            if part.deadline < now and not part.answer.done():
+                part.answer.set_exception(DeadlineError("The time was over before the model came to these images."))
             if part.answer.done():
                 self._queue.popleft()
-                continue
-            if part.deadline < now:
-                self._queue.popleft()
-                part.answer.set_exception(DeadlineError("The time was over before the model came to these images."))
                 continue
             if batch and (
                 part.snapshot is not batch[0].snapshot or count + len(part.images) > part.snapshot.model.micro_batch
@@ -153,12 +151,10 @@ def _compute(batch: Sequence[_Waiting]) -> list[Answers]:
     tasks = [name for name in model.tasks if name in wanted]
     images = torch.stack([image for part in batch for image in part.images])
     found = model(images, tasks, any(part.pooled for part in batch))
-    logits = {name: values.cpu() for name, values in found.items()}
-    pooled = None if found.pooled is None else found.pooled.cpu()
-    answers, start = [], 0
-    for part in batch:
-        rows = slice(start, start + len(part.images))
-        own = pooled[rows] if part.pooled and pooled is not None else None
-        answers.append(Answers({name: logits[name][rows] for name in part.tasks}, found.exact, own))
-        start = rows.stop
-    return answers
+    sizes = [len(part.images) for part in batch]
+    logits = {name: values.cpu().split(sizes) for name, values in found.items()}
+    pooled = found.pooled.cpu().split(sizes) if found.pooled is not None else ()
+    return [
+        Answers({name: logits[name][i] for name in part.tasks}, found.exact, pooled[i] if part.pooled else None)
+        for i, part in enumerate(batch)
+    ]

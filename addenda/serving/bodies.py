@@ -69,35 +69,30 @@ async def _pieces(request: Request, limit: int) -> AsyncIterator[bytes]:
     too_large = TooLargeError(f"The request's body has more than the {limit} bytes that are taken.")
     if int(request.headers.get("content-length", 0)) > limit:
         raise too_large
-    size, deadline = 0, asyncio.get_running_loop().time() + BODY_S
-    chunks = _inflated(request, encoding, limit + 1)
+    inflate = zlib.decompressobj(_WINDOWS[encoding]) if encoding in _WINDOWS else None
+    size, deadline, chunks = 0, asyncio.get_running_loop().time() + BODY_S, aiter(request.stream())
     try:
         while True:
             async with asyncio.timeout_at(deadline):
                 chunk = await anext(chunks, None)
             if chunk is None:
-                return
+                break
+            if inflate is not None:
+                chunk = inflate.decompress(chunk, limit + 1)
             size += len(chunk)
             if size > limit:
                 raise too_large
             yield chunk
+            if inflate is not None and inflate.unused_data:
+                raise zlib.error("more after its end")
+        if inflate is not None and not inflate.eof:
+            raise zlib.error("cut off")
     except TimeoutError as error:
         raise ProblemError(408, f"The request's body did not come within {BODY_S} s.") from error
     except ClientDisconnect as error:
         raise ProblemError(499, GONE) from error  # which nobody reads but the log
     except zlib.error as error:
         raise ProblemError(400, f"The request's body is not one stream of {encoding}.") from error
-
-
-async def _inflated(request: Request, encoding: str, most: int) -> AsyncIterator[bytes]:
-    """The body piece by piece; no piece has more than `most` bytes."""
-    inflate = zlib.decompressobj(_WINDOWS[encoding]) if encoding in _WINDOWS else None
-    async for chunk in request.stream():
-        yield chunk if inflate is None else inflate.decompress(chunk, most)
-        if inflate is not None and inflate.unused_data:
-            raise zlib.error("more after its end")
-    if inflate is not None and not inflate.eof:
-        raise zlib.error("cut off")
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -91,7 +91,8 @@ class Service:
         snapshot = snapshot or self.snapshot
         names = self._served(snapshot, tasks)
         answers = await self._pass(snapshot, images, names, timeout_s, pooled=False)
-        if answers and not _all_small(answers.values()):
+        flat = [one.flatten() for one in answers.values()]
+        if flat and not (torch.cat(flat).abs() < SMALL).all():  # NaN is not; one look at all tasks' together
             tasks_asked = [snapshot.model.tasks[name] for name in names]
             wrong = [one for one in tasks_asked if not is_finite(answers[one.name], one.objective, one.temperature)]
             if wrong and len(wrong) == len(names) and isinstance(images, Tensor):
@@ -180,8 +181,3 @@ class Service:
         if not known:
             raise RegistryError("There is no task to choose from: nothing was kept of any task's images.")
         return Router(known)
-
-
-def _all_small(logits: Iterable[Tensor]) -> bool:
-    """Whether all logits are below SMALL, which NaN is not; one look at all tasks' together."""
-    return bool((torch.cat([one.flatten() for one in logits]).abs() < SMALL).all())
