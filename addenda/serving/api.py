@@ -26,6 +26,9 @@ LOOK_S = 0.2
 """Between looks for another generation, for those who listen."""
 
 router = APIRouter(prefix="/api/v1", responses=documents(401, 403))
+_FORM = {"type": "object", "required": ["image"], "properties": {"image": BINARY}}
+_SERVER: dict[str, Any] = {"tags": ["server"], "dependencies": [needs("predict")]}
+_VERIFY = {"tags": ["server"], "dependencies": [needs("admin")], "responses": documents(404, 409, 422, 503)}
 
 
 class Label(BaseModel):
@@ -93,12 +96,7 @@ class Verified(BaseModel):
     summary="Answers an image",
     responses=documents(400, 404, 408, 409, 413, 415, 422, 503, 504),
     response_model_exclude_none=True,
-    openapi_extra=takes(
-        {
-            "image/*": BINARY,
-            "multipart/form-data": {"type": "object", "required": ["image"], "properties": {"image": BINARY}},
-        }
-    ),
+    openapi_extra=takes({"image/*": BINARY, "multipart/form-data": _FORM}),
 )
 async def predict(
     request: Request,
@@ -160,7 +158,7 @@ def _prediction(answered: Answered, top: int | None) -> Prediction:
     )
 
 
-@router.get("/status", tags=["server"], dependencies=[needs("predict")], summary="What the server is now")
+@router.get("/status", **_SERVER, summary="What the server is now")
 def status(request: Request, service: Served) -> Status:
     """The generation that is served, its tasks, and what bits depend on."""
     snapshot = service.snapshot
@@ -179,13 +177,7 @@ def status(request: Request, service: Served) -> Status:
     )
 
 
-@router.post(
-    "/verify",
-    tags=["server"],
-    dependencies=[needs("admin")],
-    summary="Recomputes golden probes",
-    responses=documents(404, 409, 422, 503),
-)
+@router.post("/verify", **_VERIFY, summary="Recomputes golden probes")
 def verify(request: Request, service: Served) -> Verified:
     """Recomputes the golden probes of the served tasks, on the model as it serves, one verification at a time."""
     with request.app.state.verifying:
@@ -201,19 +193,13 @@ def verify(request: Request, service: Served) -> Verified:
     return found
 
 
-@router.get("/verifications", tags=["server"], dependencies=[needs("predict")], summary="Verifications so far")
+@router.get("/verifications", **_SERVER, summary="Verifications so far")
 def verifications(request: Request) -> list[Verified]:
     """The last hundred since the server started, newest first."""
     return list(request.app.state.verifications)
 
 
-@router.get(
-    "/events",
-    tags=["server"],
-    dependencies=[needs("predict")],
-    summary="Says when another generation is served",
-    response_class=EventSourceResponse,
-)
+@router.get("/events", **_SERVER, summary="Says when another generation is served", response_class=EventSourceResponse)
 async def events(request: Request, service: Served) -> AsyncIterator[ServerSentEvent]:
     """A server-sent event `generation` at once, and whenever another one is served; it ends when the server stops."""
     told = None

@@ -6,7 +6,7 @@ import asyncio
 import re
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from pydantic import BaseModel
@@ -28,6 +28,7 @@ MOST_REPLIES = 1000
 _KEY = re.compile(r"[\x21-\x7e]{1,200}")
 
 router = APIRouter(prefix="/api/v1/tasks", tags=["tasks"], responses=documents(401, 403, 404, 422, 503))
+_MOVE: dict[str, Any] = {"dependencies": [needs("admin")], "responses": documents(409, 412, 428)}
 
 
 def _whose(request: Request) -> str | None:
@@ -171,12 +172,7 @@ def alias(response: Response, service: Served, name: str, alias: str) -> Alias:
     return Alias(name=name, alias=alias, version=record.version)
 
 
-@router.put(
-    "/{name}/aliases/{alias}",
-    dependencies=[needs("admin")],
-    summary="Points an alias at a version",
-    responses=documents(409, 412, 428),
-)
+@router.put("/{name}/aliases/{alias}", **_MOVE, summary="Points an alias at a version")
 async def set_alias(
     response: Response,
     service: Served,
@@ -198,13 +194,7 @@ async def set_alias(
     return Alias(name=name, alias=alias, version=wanted.version)
 
 
-@router.delete(
-    "/{name}/aliases/{alias}",
-    dependencies=[needs("admin")],
-    status_code=204,
-    summary="Takes an alias away",
-    responses=documents(409, 412, 428),
-)
+@router.delete("/{name}/aliases/{alias}", **_MOVE, status_code=204, summary="Takes an alias away")
 async def remove_alias(
     service: Served, registry: Changed, name: str, alias: str, if_match: Annotated[str | None, Header()] = None
 ) -> None:

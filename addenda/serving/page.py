@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Coroutine
+import math
+from collections.abc import Callable, Coroutine, Mapping
 from datetime import UTC, datetime
 from importlib.resources import files
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import parse_qs
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, RedirectResponse
 from fastapi.routing import APIRoute
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from pydantic import BaseModel
 
 from addenda.combined import numerics, numerics_fingerprint
 from addenda.exceptions import AddendaError, RegistryError, UnknownTaskError
 from addenda.registry import TaskFilter, TaskRecord, check_name, headline
 from addenda.serving import page_charts
 from addenda.serving.access import COOKIE, Served, check_origin, key_of, needs, open_to_all
-from addenda.serving.bodies import read_body, takes
-from addenda.serving.problems import ProblemError, problem_of
+from addenda.serving.bodies import BINARY, read_body, read_images, takes, while_connected
+from addenda.serving.problems import ProblemError, documents, problem_of
 from addenda.serving.service import Service
 from addenda.terminal import PER_CLASS, SCORES, percent, size
 
@@ -62,7 +64,7 @@ class Page(APIRoute):
         return answer
 
 
-router = APIRouter(tags=["page"], route_class=Page)
+router, plain = APIRouter(tags=["page"], route_class=Page), APIRouter(tags=["page"])
 _PREDICT = [needs("predict")]
 _ANYBODY = [Depends(check_origin)]
 _PAGE: dict[str, Any] = {
@@ -164,6 +166,50 @@ def static(request: Request, asset: str) -> Response:
     return Response((files(__package__) / "static" / asset).read_bytes(), media_type=ASSETS[asset])
 
 
+class Attention(BaseModel):
+    """Where a task's token looked.
+
+    Attributes:
+        rows: of patches.
+        columns: of patches.
+        weights: of each patch, row by row; together at most 1.
+        box: what of the image the patches cover, in shares of its width and height: left, top, width, height.
+    """
+
+    generation: int
+    task: str
+    ref: str
+    rows: int
+    columns: int
+    weights: list[float]
+    box: tuple[float, float, float, float]
+
+
+@plain.post(
+    "/page/attention",
+    dependencies=[needs("predict")],
+    summary="Where a task's token looked",
+    responses=documents(400, 404, 409, 413, 503, 504),
+    openapi_extra=takes(dict.fromkeys(("image/jpeg", "image/png", "image/webp"), BINARY)),
+)
+async def attention(
+    request: Request, service: Served, task: Annotated[str, Query(description="The task's name.")]
+) -> Attention:
+    """Attention of the task's own token over an image's patches in the last layer, the mean over heads."""
+    image = await read_images(request, service)
+    snapshot, weights, size = await while_connected(request, service.look(image, task))
+    rows, columns = weights.shape
+    return Attention(
+        generation=snapshot.generation,
+        task=task,
+        ref=snapshot.records[task].ref,
+        rows=rows,
+        columns=columns,
+        weights=weights.flatten().tolist(),
+        box=seen_box(service.backbone.preprocessing, *size),
+    )
+
+
 def _task_page(request: Request, service: Service, name: str, version: int | None) -> Response:
     registry, snapshot = service.registry, service.snapshot
     try:
@@ -210,6 +256,18 @@ def _render(request: Request, template: str, status: int = 200, **values: Any) -
         **values,
     )
     return HTMLResponse(page, status)
+
+
+def seen_box(preprocessing: Mapping[str, Any], width: int, height: int) -> tuple[float, float, float, float]:
+    """The box of an image that the backbone sees after timm's resizing; beyond 0 and 1 where the image is padded."""
+    _, rows, columns = preprocessing["input_size"]
+    tall, wide = (math.floor(size / preprocessing["crop_pct"]) for size in (rows, columns))
+    if preprocessing["crop_mode"] != "squash":
+        pick = min if preprocessing["crop_mode"] == "border" else max
+        scale = pick(wide / width, tall / height)
+        wide, tall = scale * width, scale * height
+    across, down = columns / wide, rows / tall
+    return (1 - across) / 2, (1 - down) / 2, across, down
 
 
 def _score(record: TaskRecord) -> str:

@@ -102,9 +102,8 @@ class Confusion(NamedTuple):
     """A confusion matrix, in numbers or to be drawn."""
 
     labels: Sequence[str]
-    rows: Sequence[Sequence[Cell]]  # every cell, where there are few classes
-    drawn: Sequence[Cell]  # the cells that are not empty, where there are many
-    num_bins: int  # rows and columns of what is drawn
+    in_numbers: bool
+    rows: list[list[Cell]]
     pairs: Sequence[tuple[str, str, int, float]]
     """What is taken for something else most often: true label, predicted label, images, share of the true's."""
 
@@ -128,10 +127,7 @@ def confusion(scores: Mapping[str, Any], labels: Sequence[str]) -> Confusion | N
         [Cell(i, j, n, math.ceil(10 * n / (sum(row) or 1)), i == j) for j, n in enumerate(row)]
         for i, row in enumerate(sums)
     ]
-    pairs = tuple(wrong[:PAIRS])
-    if len(labels) <= TABLE:
-        return Confusion(labels, rows, (), num_bins, pairs)
-    return Confusion(labels, (), [cell for row in rows for cell in row if cell.count], num_bins, pairs)
+    return Confusion(labels, len(labels) <= TABLE, rows, tuple(wrong[:PAIRS]))
 
 
 class ClassScore(NamedTuple):
