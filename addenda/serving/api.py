@@ -28,7 +28,7 @@ LOOK_S = 0.2
 router = APIRouter(prefix="/api/v1", responses=documents(401, 403))
 _FORM = {"type": "object", "required": ["image"], "properties": {"image": BINARY}}
 _SERVER: dict[str, Any] = {"tags": ["server"], "dependencies": [needs("predict")]}
-_VERIFY = {"tags": ["server"], "dependencies": [needs("admin")], "responses": documents(404, 409, 422, 503)}
+_VERIFY: dict[str, Any] = _SERVER | {"dependencies": [needs("admin")], "responses": documents(404, 409, 422, 503)}
 
 
 class Label(BaseModel):

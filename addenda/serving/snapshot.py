@@ -14,6 +14,11 @@ from addenda.combined import CombinedModel, verdicts
 from addenda.exceptions import AddendaError, RegistryError, RegistryUnavailableError
 from addenda.registry import Golden, Registry, Task, TaskRecord
 
+WAIT_S = 1.0
+"""How long one question for the next change waits: so long may it take to stop."""
+RETRY_S = 1.0
+"""Between questions to a database that does not answer."""
+
 log = logging.getLogger(__name__)
 
 Recorded = tuple[Task, list[Golden]]
@@ -96,12 +101,6 @@ def _passed(model: CombinedModel, fresh: Sequence[Recorded], quarantined: dict[s
         return _passed(model, fresh[:half], quarantined) + _passed(model, fresh[half:], quarantined)
     quarantined |= {verdict.task: f"Its golden probe {verdict.detail}." for verdict in found if not verdict.ok}
     return [task for (task, _), verdict in zip(fresh, found, strict=True) if verdict.ok]
-
-
-WAIT_S = 1.0
-"""How long one question for the next change waits: so long may it take to stop."""
-RETRY_S = 1.0
-"""Between questions to a database that does not answer."""
 
 
 class Follower:
