@@ -25,38 +25,23 @@ LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 @dataclass(frozen=True)
 class Workplace:
-    """What every worker opens for itself; nothing that is open travels.
+    """What every worker opens for itself; nothing that is open travels."""
 
-    Attributes:
-        registry: the registry's location, as `Registry.open` takes it.
-        backbone: fingerprint of the backbone, which the registry has recorded; None means its only one.
-        weights: a file of its weights, at the same path on every node; None takes what the registry recorded.
-        device: cpu, cuda, or auto.
-    """
-
-    registry: str = field(repr=False)  # a URL may hold a password
-    backbone: str | None = None
-    weights: str | None = None
+    registry: str = field(repr=False)  # its location: a URL may hold a password
+    backbone: str | None = None  # fingerprint of one that the registry has recorded; None means its only one
+    weights: str | None = None  # a file, at the same path on every node; None takes what the registry recorded
     device: str = "auto"
 
     @contextmanager
     def opened(self) -> Iterator[tuple[Registry, FrozenBackbone]]:
-        """The registry and the backbone.
-
-        Raises:
-            BackboneError, IntegrityError, RegistryError: as `recorded_backbone` and `Registry.open` raise them.
-        """
+        """The registry and the backbone."""
         with Registry.open(self.registry, create=False) as registry:
             yield registry, recorded_backbone(registry, self.weights, self.device, self.backbone)
 
 
 @contextmanager
 def connected(address: str) -> Iterator[None]:
-    """A connection to a cluster: `local` starts one here alone, `auto` is one that runs here; or HOST:PORT.
-
-    Raises:
-        AddendaError: Ray is not installed, or nothing answers there.
-    """
+    """A connection to a cluster: `local` starts one here alone, `auto` is one that runs here; or HOST:PORT."""
     if address.startswith("ray://"):
         raise AddendaError(f"{address!r} is Ray's client, which cannot do all of this: run on a node, with 'auto'.")
     if address == LOCAL:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 from graphlib import TopologicalSorter
+from logging.handlers import BufferingHandler
 from pathlib import Path
 from typing import Any
 
@@ -34,38 +36,21 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Job:
-    """How rows are learned by the workers.
-
-    Attributes:
-        place: what each opens.
-        cpus: the CPUs of a row: that many threads compute it, which is part of the numerics fingerprint.
-        gpus: a row's share of a GPU, at most 1; 0 computes on CPUs.
-        cache_gb: the most that kept activations take on a node's disk; None as for `ActivationCache`.
-    """
+    """How rows are learned by the workers."""
 
     place: Workplace
-    cpus: int = 1
-    gpus: float = 0
+    cpus: int = 1  # of a row: that many threads compute it, which is part of the numerics fingerprint
+    gpus: float = 0  # a row's share of one, at most 1
     new_version: bool = False
     skip_bad: bool = False
-    cache_gb: float | None = None
+    cache_gb: float | None = None  # the most that kept activations take on a node's disk; as for `ActivationCache`
 
 
 def learn_on_cluster(job: Job, rows: Sequence[Row], registry: Registry, report: Report | None = None) -> list[Outcome]:
-    """Learns tasks side by side on the cluster that this process is connected to.
+    """Learns tasks, each after those that it extends, on the cluster that this process is connected to.
 
     Their artifacts are those of `learn_many`. A row whose worker is lost is begun again elsewhere. A run that was
     interrupted is taken up by another with the same rows.
-
-    Args:
-        job: how they are learned.
-        rows: the tasks, each after those that it extends; their paths are the same on every node.
-        registry: that of the job, which has recorded the backbone.
-        report: told of the progress: rows that are done, and what is at work.
-
-    Raises:
-        AddendaError: no node is large enough for a row.
-        RegistryError: the registry is a file, and the nodes are several machines.
     """
     import ray
 
@@ -99,8 +84,10 @@ def learn_on_cluster(job: Job, rows: Sequence[Row], registry: Registry, report: 
             index = running.pop(answer)
             finish(index, *_received(answer, rows[index]))
         if report is not None:
-            names = [rows[index].name for index in running.values()]
-            report(_standing(names, board.read()), len(outcomes), len(rows))
+            at = board.read()
+            begun = [f"{name}: {at[name]}" for name in (rows[index].name for index in running.values()) if name in at]
+            more = [f"and {len(begun) - SHOWN} more"] if len(begun) > SHOWN else []
+            report(", ".join(["learning tasks", *begun[:SHOWN], *more]), len(outcomes), len(rows))
     return [outcomes[index] for index in range(len(rows))]
 
 
@@ -125,13 +112,6 @@ def predecessors(rows: Sequence[Row]) -> dict[int, set[int]]:
         if auto:
             start = index
     return found
-
-
-def _standing(names: Sequence[str], at: Mapping[str, str]) -> str:
-    """What is being done, in words."""
-    begun = [f"{name}: {at[name]}" for name in names if name in at]
-    more = len(begun) - SHOWN
-    return ", ".join(["learning tasks", *begun[:SHOWN], *([f"and {more} more"] if more > 0 else [])])
 
 
 def _received(answer: Any, row: Row) -> tuple[float, Became]:
@@ -171,8 +151,14 @@ def _learn(job: Job, row: Row, board: Board) -> tuple[float, Became, list[tuple[
         learner = Learner(backbone, registry, ActivationCache(budget_gb=job.cache_gb))
         return learner.learn(row.name, row.data, row.test, row.config, job.new_version, job.skip_bad, report=report)
 
-    with _warnings() as said:
+    warnings, logger = BufferingHandler(sys.maxsize), logging.getLogger("addenda")
+    warnings.setLevel(logging.WARNING)
+    logger.addHandler(warnings)
+    try:
         became = attempt(row.name, learn)
+    finally:
+        logger.removeHandler(warnings)
+    said = [(record.levelno, warnings.format(record)) for record in warnings.buffer]
     return time.perf_counter() - started, became, said
 
 
@@ -181,23 +167,6 @@ def _opened(place: Workplace) -> tuple[ExitStack, Registry, FrozenBackbone]:
     """The registry and the backbone of a worker, kept from one row to the next for as long as the first is."""
     stack = ExitStack()
     return stack, *stack.enter_context(place.opened())
-
-
-@contextmanager
-def _warnings() -> Iterator[list[tuple[int, str]]]:
-    """What the package warns of meanwhile, with the level of each."""
-    said: list[tuple[int, str]] = []
-
-    class Keep(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            said.append((record.levelno, self.format(record)))
-
-    keep, logger = Keep(logging.WARNING), logging.getLogger("addenda")
-    logger.addHandler(keep)
-    try:
-        yield said
-    finally:
-        logger.removeHandler(keep)
 
 
 class Notes:

@@ -39,54 +39,41 @@ PATIENCE_S = 20
 
 @dataclass(frozen=True)
 class Serving:
-    """What each replica serves, and with what; nothing that is open travels.
-
-    Attributes:
-        workplace: what it opens.
-        keys: the file of keys, at the same path on every node.
-        guarded: whether that file is there, so that a node without it lets nobody in.
-        loopback: whether the proxy is bound to one machine alone.
-        alias: serve what this alias points at; None serves the newest active version of each name.
-        cpus: of each replica, and threads on which it computes.
-        gpus: of each replica; a part of one lets several share it.
-        log_level: of its log, which Ray keeps.
-    """
+    """What each replica serves, and with what; nothing that is open travels."""
 
     workplace: Workplace
-    keys: Path
-    guarded: bool
-    loopback: bool
+    keys: Path  # at the same path on every node
+    guarded: bool  # whether that file is there, so that a node without it lets nobody in
+    loopback: bool  # whether the proxy is bound to one machine alone
     alias: str | None
     limits: Limits
-    cpus: int
-    gpus: float
+    cpus: int  # of each replica, and threads on which it computes
+    gpus: float  # a part of one lets several replicas share it
     log_level: str
 
     @contextmanager
     def opened(self) -> Iterator[tuple[Registry, FrozenBackbone, dict[str, Any]]]:
-        """The registry, the backbone, and what bits depend on where it is opened; raises as `Workplace.opened` does."""
+        """The registry, the backbone, and what bits depend on where it is opened."""
         torch.set_num_threads(self.cpus)
         with self.workplace.opened() as (registry, backbone):
             yield registry, backbone, numerics(backbone)
 
 
 class Replica:
-    """One replica: an application with a service of its own, which is there before a request comes.
-
-    Its numerics must be the `expected` ones, those of the first.
-
-    Raises:
-        ExactnessError: the numerics are others here, or do not keep the promise.
-        KeyFileError: the file of keys is not on this node.
-        BackboneError, IntegrityError, RegistryError: as `Workplace.opened` raises them.
-    """
+    """One replica: an application with a service of its own, which is there before a request comes."""
 
     def __init__(self, serving: Serving, expected: Mapping[str, Any]) -> None:
         log_as_json(serving.log_level)
         keep_memory()
         self._open = ExitStack()
         registry, backbone, found = self._open.enter_context(serving.opened())
-        _check_numerics(found, expected)
+        one, other = numerics_fingerprint(found), numerics_fingerprint(expected)
+        if one != other:
+            differing = [key for key in expected if found.get(key) != expected[key]]
+            raise ExactnessError(
+                f"A replica is refused: its numerics are {one[:12]}…, those of the first one {other[:12]}…, so its "
+                f"answers would be other bytes. They differ in {', '.join(differing)}. Serve on nodes that are alike."
+            )
         keys = KeyFile(serving.keys)
         if serving.guarded and not keys.guards:
             raise KeyFileError(
@@ -109,33 +96,13 @@ class Replica:
         self._open.close()
 
 
-def _check_numerics(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Raises an ExactnessError where a replica would give other bits than the first one."""
-    one, other = numerics_fingerprint(found), numerics_fingerprint(expected)
-    if one != other:
-        differing = [key for key in expected if found.get(key) != expected[key]]
-        raise ExactnessError(
-            f"A replica is refused: its numerics are {one[:12]}…, those of the first one {other[:12]}…, so its answers "
-            f"would be other bytes. They differ in {', '.join(differing)}. Serve on nodes that are alike."
-        )
-
-
 def serve_replicas(
     serving: Serving, host: str, port: int, replicas: tuple[int, int], drain_s: float, say: Callable[[str], None]
 ) -> None:
     """Serves on the cluster that this process is connected to, until SIGTERM or SIGINT; SIGHUP restarts the replicas.
 
-    Args:
-        serving: what each replica serves.
-        host: address that the head node's proxy answers on; 0.0.0.0 and :: have one on every node with a replica.
-        port: its port; 0 takes a free one.
-        replicas: how many at least and at most; Ray Serve scales where these differ.
-        drain_s: seconds in which replicas say that they are not ready and still answer, before they take no more.
-        say: told of what happens, a line at a time.
-
-    Raises:
-        RegistryError: the registry is not seen by all machines.
-        AddendaError: Ray Serve runs there already, the port is taken, or no replica can start.
+    Ray Serve scales where the least and the most `replicas` differ. The head node's proxy answers on the address; on
+    0.0.0.0 and :: one does on every node with a replica.
     """
     from ray import serve
 
@@ -219,14 +186,8 @@ def _target(serving: Serving, expected: Mapping[str, Any], least: int, most: int
     scale: dict[str, Any] = {"num_replicas": least}
     if least != most:
         passes = 2 * expected["micro_batch"]  # the one that runs and the one that fills up meanwhile
-        scale = {
-            "autoscaling_config": {
-                "min_replicas": least,
-                "max_replicas": most,
-                "target_ongoing_requests": passes,
-                "upscale_delay_s": UPSCALE_S,
-            }
-        }
+        bounds = {"min_replicas": least, "max_replicas": most}
+        scale = {"autoscaling_config": {**bounds, "target_ongoing_requests": passes, "upscale_delay_s": UPSCALE_S}}
     deployment: Any = serve.deployment(
         name=Replica.__name__,
         ray_actor_options={"num_cpus": serving.cpus, "num_gpus": serving.gpus},

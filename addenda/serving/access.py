@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 from urllib.parse import SplitResult, urlsplit
 
-from fastapi import Request, Security
+from fastapi import Depends, Request, Security
 from fastapi.security import APIKeyCookie, HTTPAuthorizationCredentials, HTTPBearer, SecurityScopes
 
 from addenda.serving.keys import Key, KeyFile
@@ -32,9 +32,8 @@ async def check(request: Request, scopes: SecurityScopes, bearer: Bearer, cookie
         return
     found = key_of(request, bearer.credentials if bearer else cookie)
     if found is None:
-        raise ProblemError(
-            401, "A valid API key is needed: Authorization: Bearer KEY.", headers={"WWW-Authenticate": "Bearer"}
-        )
+        said = "A valid API key is needed: Authorization: Bearer KEY."
+        raise ProblemError(401, said, {"WWW-Authenticate": "Bearer"})
     request.state.key, request.state.scope = found.name, found.scope
     for scope in scopes.scopes:
         if not found.allows(scope):
@@ -71,10 +70,13 @@ def _place(url: str) -> SplitResult:
         return urlsplit("")
 
 
-def service_of(request: Request) -> Service:
+async def service_of(request: Request) -> Service:
     """The service that the application answers with."""
     service: Service = request.app.state.service
     return service
+
+
+Served = Annotated[Service, Depends(service_of)]
 
 
 def needs(scope: str) -> Any:

@@ -16,8 +16,8 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from addenda import __version__
 from addenda.combined import numerics, numerics_fingerprint, predictions_of
 from addenda.exceptions import DataError
-from addenda.serving.access import needs, service_of
-from addenda.serving.bodies import BINARY, read_body, takes, while_connected
+from addenda.serving.access import Served, needs
+from addenda.serving.bodies import BINARY, read_images, takes, while_connected
 from addenda.serving.problems import documents
 from addenda.serving.service import Answered
 
@@ -26,6 +26,9 @@ LOOK_S = 0.2
 """Between looks for another generation, for those who listen."""
 
 router = APIRouter(prefix="/api/v1", responses=documents(401, 403))
+_FORM = {"type": "object", "required": ["image"], "properties": {"image": BINARY}}
+_SERVER: dict[str, Any] = {"tags": ["server"], "dependencies": [needs("predict")]}
+_VERIFY: dict[str, Any] = _SERVER | {"dependencies": [needs("admin")], "responses": documents(404, 409, 422, 503)}
 
 
 class Label(BaseModel):
@@ -93,15 +96,11 @@ class Verified(BaseModel):
     summary="Answers an image",
     responses=documents(400, 404, 408, 409, 413, 415, 422, 503, 504),
     response_model_exclude_none=True,
-    openapi_extra=takes(
-        {
-            "image/*": BINARY,
-            "multipart/form-data": {"type": "object", "required": ["image"], "properties": {"image": BINARY}},
-        }
-    ),
+    openapi_extra=takes({"image/*": BINARY, "multipart/form-data": _FORM}),
 )
 async def predict(
     request: Request,
+    service: Served,
     tasks: Annotated[list[str] | None, Query(description="Names of tasks, also with commas; default: all.")] = None,
     task: Annotated[
         str | None, Query(description="A task's name, or 'auto': the one that the image looks like.")
@@ -110,9 +109,7 @@ async def predict(
     addenda_timeout_ms: Annotated[int | None, Header(ge=1, le=3_600_000)] = None,
 ) -> Prediction:
     """Answers a JPEG, PNG or WebP file, sent as it is or as the field `image` of a form."""
-    service = service_of(request)
-    service.check_room()
-    image = await _image(request, await read_body(request, service.limits.body_bytes))
+    image = await _image(request, await read_images(request, service))
     timeout_s = None if addenda_timeout_ms is None else addenda_timeout_ms / 1000
     if task == AUTO:
         if tasks:
@@ -161,10 +158,10 @@ def _prediction(answered: Answered, top: int | None) -> Prediction:
     )
 
 
-@router.get("/status", tags=["server"], dependencies=[needs("predict")], summary="What the server is now")
-def status(request: Request) -> Status:
+@router.get("/status", **_SERVER, summary="What the server is now")
+def status(request: Request, service: Served) -> Status:
     """The generation that is served, its tasks, and what bits depend on."""
-    service, snapshot = service_of(request), service_of(request).snapshot
+    snapshot = service.snapshot
     return Status(
         version=__version__,
         generation=snapshot.generation,
@@ -180,17 +177,11 @@ def status(request: Request) -> Status:
     )
 
 
-@router.post(
-    "/verify",
-    tags=["server"],
-    dependencies=[needs("admin")],
-    summary="Recomputes golden probes",
-    responses=documents(404, 409, 422, 503),
-)
-def verify(request: Request) -> Verified:
+@router.post("/verify", **_VERIFY, summary="Recomputes golden probes")
+def verify(request: Request, service: Served) -> Verified:
     """Recomputes the golden probes of the served tasks, on the model as it serves, one verification at a time."""
     with request.app.state.verifying:
-        snapshot, verdicts = service_of(request).verify()
+        snapshot, verdicts = service.verify()
     found = Verified(
         at=datetime.now(UTC).isoformat(timespec="seconds"),
         generation=snapshot.generation,
@@ -202,22 +193,16 @@ def verify(request: Request) -> Verified:
     return found
 
 
-@router.get("/verifications", tags=["server"], dependencies=[needs("predict")], summary="Verifications so far")
+@router.get("/verifications", **_SERVER, summary="Verifications so far")
 def verifications(request: Request) -> list[Verified]:
     """The last hundred since the server started, newest first."""
     return list(request.app.state.verifications)
 
 
-@router.get(
-    "/events",
-    tags=["server"],
-    dependencies=[needs("predict")],
-    summary="Says when another generation is served",
-    response_class=EventSourceResponse,
-)
-async def events(request: Request) -> AsyncIterator[ServerSentEvent]:
+@router.get("/events", **_SERVER, summary="Says when another generation is served", response_class=EventSourceResponse)
+async def events(request: Request, service: Served) -> AsyncIterator[ServerSentEvent]:
     """A server-sent event `generation` at once, and whenever another one is served; it ends when the server stops."""
-    service, told = service_of(request), None
+    told = None
     while not request.app.state.draining:
         snapshot = service.snapshot
         if snapshot is not told:

@@ -6,14 +6,14 @@ import asyncio
 import re
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from pydantic import BaseModel
 
 from addenda.exceptions import RegistryError
-from addenda.registry import Received, Registry
-from addenda.serving.access import needs, service_of
+from addenda.registry import Registry
+from addenda.serving.access import Served, needs
 from addenda.serving.api_tasks import PREDICT, plain_name, tags
 from addenda.serving.bodies import BINARY, save_body, takes
 from addenda.serving.problems import ProblemError, documents
@@ -28,6 +28,22 @@ MOST_REPLIES = 1000
 _KEY = re.compile(r"[\x21-\x7e]{1,200}")
 
 router = APIRouter(prefix="/api/v1/tasks", tags=["tasks"], responses=documents(401, 403, 404, 422, 503))
+_MOVE: dict[str, Any] = {"dependencies": [needs("admin")], "responses": documents(409, 412, 428)}
+
+
+def _whose(request: Request) -> str | None:
+    """What a key is called in the registry's events; None where no key was asked for."""
+    key: str | None = getattr(request.state, "key", None)
+    return None if key is None else f"key {key}"
+
+
+async def _registry(request: Request, service: Served) -> Registry:
+    """The registry, which will record changes in the name of the key that asks for them."""
+    whose = _whose(request)
+    return service.registry if whose is None else service.registry.on_behalf_of(whose)
+
+
+Changed = Annotated[Registry, Depends(_registry)]
 
 
 class Taken(BaseModel):
@@ -78,6 +94,8 @@ class Version(BaseModel):
 async def register(
     request: Request,
     response: Response,
+    service: Served,
+    registry: Changed,
     dry_run: Annotated[bool, Query(description="Only say what would be done.")] = False,
     idempotency_key: Annotated[str | None, Header()] = None,
 ) -> Registered:
@@ -93,56 +111,52 @@ async def register(
     uploads: asyncio.Semaphore = request.app.state.uploads
     if uploads.locked():
         raise ProblemError(503, f"{UPLOADS} bundles are being received.", {"Retry-After": "10"})
+    replies: dict[tuple[str | None, str], tuple[str, int, Registered]] = request.app.state.replies
+    reply_key = (_whose(request), idempotency_key or "")
+    owner = _whose(request) if getattr(request.state, "scope", "admin") == "register" else None
     async with uploads:  # as long as it lies on the disk
         with tempfile.TemporaryDirectory(prefix="addenda-") as folder:
             path = Path(folder) / "upload.addenda"
-            sha256 = await save_body(request, service_of(request).limits.bundle_bytes, path)
-            return await _register(request, response, path, sha256, dry_run, idempotency_key)
+            digest = f"{await save_body(request, service.limits.bundle_bytes, path)} {dry_run}"
+            async with request.app.state.registering:
+                if idempotency_key is not None and reply_key in replies:
+                    before, response.status_code, reply = replies[reply_key]
+                    if before != digest:
+                        raise ProblemError(
+                            422, f"Idempotency-Key {idempotency_key!r} came with another request before."
+                        )
+                    return reply
+                status, reply = await asyncio.to_thread(_register, service, registry, path, dry_run, owner)
+                response.status_code = status
+                if idempotency_key is not None and status != 202:
+                    replies[reply_key] = digest, status, reply
+                    while len(replies) > MOST_REPLIES:
+                        del replies[next(iter(replies))]
+                return reply
 
 
-async def _register(
-    request: Request, response: Response, path: Path, sha256: str, dry_run: bool, idempotency_key: str | None
-) -> Registered:
-    service = service_of(request)
-    replies: dict[tuple[str | None, str], tuple[str, int, Registered]] = request.app.state.replies
-    digest, reply_key = f"{sha256} {dry_run}", (_whose(request), idempotency_key or "")
-    async with request.app.state.registering:
-        if idempotency_key is not None and reply_key in replies:
-            before, response.status_code, reply = replies[reply_key]
-            if before != digest:
-                raise ProblemError(422, f"Idempotency-Key {idempotency_key!r} came with another request before.")
-            return reply
-        owner = _whose(request) if getattr(request.state, "scope", "admin") == "register" else None
-        received = await asyncio.to_thread(_import, _registry(request), path, dry_run, owner)
-        if not dry_run and not await asyncio.to_thread(_settle, service):
-            response.status_code = 202
-        else:
-            response.status_code = 201 if not dry_run and any(one.state == "added" for one in received) else 200
-        reply = _registered(service, received, dry_run)
-        if idempotency_key is not None and response.status_code != 202:
-            replies[reply_key] = digest, response.status_code, reply
-            while len(replies) > MOST_REPLIES:
-                del replies[next(iter(replies))]
-    return reply
-
-
-def _registry(request: Request) -> Registry:
-    """The registry, which will record changes in the name of the key that asks for them."""
-    registry, whose = service_of(request).registry, _whose(request)
-    return registry if whose is None else registry.on_behalf_of(whose)
-
-
-def _whose(request: Request) -> str | None:
-    """What a key is called in the registry's events; None where no key was asked for."""
-    key: str | None = getattr(request.state, "key", None)
-    return None if key is None else f"key {key}"
-
-
-def _import(registry: Registry, path: Path, dry_run: bool, owner: str | None) -> list[Received]:
+def _register(
+    service: Service, registry: Registry, path: Path, dry_run: bool, owner: str | None
+) -> tuple[int, Registered]:
+    """Takes a bundle in and waits until it is served: HTTP's status, and what became of it."""
     try:
-        return registry.import_bundle(path, dry_run=dry_run, owner=owner)
+        received = registry.import_bundle(path, dry_run=dry_run, owner=owner)
     except RegistryError as error:  # whose file here is nobody's business
         raise type(error)(str(error).replace(f" {str(path)!r}", "")) from error
+    settled = dry_run or _settle(service)
+    added = not dry_run and any(one.state == "added" for one in received)
+    status = (201 if added else 200) if settled else 202
+    snapshot, taken = service.snapshot, []
+    for one in received:
+        state, reason = snapshot.state(one.ref)
+        if state == "not served" and not dry_run:
+            reason = "a newer version is served, it is retired, or it is of another backbone"
+            if service.alias:
+                reason = f"only what {service.alias!r} points at is served"
+        taken.append(
+            Taken(ref=one.ref, origin=one.origin, outcome=one.state, detail=one.detail, state=state, reason=reason)
+        )
+    return status, Registered(generation=snapshot.generation, dry_run=dry_run, tasks=taken)
 
 
 def _settle(service: Service) -> bool:
@@ -150,40 +164,19 @@ def _settle(service: Service) -> bool:
     return service.follower.settle(service.registry.generation, SETTLE_S)
 
 
-def _registered(service: Service, received: list[Received], dry_run: bool) -> Registered:
-    snapshot = service.snapshot
-    taken = []
-    for one in received:
-        state, reason = snapshot.state(one.ref)
-        if state == "not served" and not dry_run:
-            reason = (
-                f"only what {service.alias!r} points at is served"
-                if service.alias
-                else "a newer version is served, it is retired, or it is of another backbone"
-            )
-        taken.append(
-            Taken(ref=one.ref, origin=one.origin, outcome=one.state, detail=one.detail, state=state, reason=reason)
-        )
-    return Registered(generation=snapshot.generation, dry_run=dry_run, tasks=taken)
-
-
 @router.get("/{name}/aliases/{alias}", **PREDICT, summary="Where an alias points")
-def alias(request: Request, response: Response, name: str, alias: str) -> Alias:
+def alias(response: Response, service: Served, name: str, alias: str) -> Alias:
     """The version is the ETag, which a change of it needs."""
-    record = service_of(request).registry.record(f"{plain_name(name)}@{alias}")
+    record = service.registry.record(f"{plain_name(name)}@{alias}")
     response.headers["ETag"] = f'"{record.version}"'
     return Alias(name=name, alias=alias, version=record.version)
 
 
-@router.put(
-    "/{name}/aliases/{alias}",
-    dependencies=[needs("admin")],
-    summary="Points an alias at a version",
-    responses=documents(409, 412, 428),
-)
+@router.put("/{name}/aliases/{alias}", **_MOVE, summary="Points an alias at a version")
 async def set_alias(
-    request: Request,
     response: Response,
+    service: Served,
+    registry: Changed,
     name: str,
     alias: str,
     wanted: Version,
@@ -195,33 +188,25 @@ async def set_alias(
     Answered when it is served.
     """
     expected = _expected(if_match, if_none_match)
-    registry = _registry(request)
     await asyncio.to_thread(registry.set_alias, plain_name(name), alias, wanted.version, expected=expected)
-    await _serve_change(request, f"'{name}@{alias}'")
+    await _serve_change(service, f"'{name}@{alias}'")
     response.headers["ETag"] = f'"{wanted.version}"'
     return Alias(name=name, alias=alias, version=wanted.version)
 
 
-@router.delete(
-    "/{name}/aliases/{alias}",
-    dependencies=[needs("admin")],
-    status_code=204,
-    summary="Takes an alias away",
-    responses=documents(409, 412, 428),
-)
+@router.delete("/{name}/aliases/{alias}", **_MOVE, status_code=204, summary="Takes an alias away")
 async def remove_alias(
-    request: Request, name: str, alias: str, if_match: Annotated[str | None, Header()] = None
+    service: Served, registry: Changed, name: str, alias: str, if_match: Annotated[str | None, Header()] = None
 ) -> None:
     """With `If-Match: "VERSION"`: only where it points at that now. Answered when it is served."""
     expected = _expected(if_match, None)
-    registry = _registry(request)
     await asyncio.to_thread(registry.remove_alias, plain_name(name), alias, expected=expected)
-    await _serve_change(request, f"'{name}@{alias}'")
+    await _serve_change(service, f"'{name}@{alias}'")
 
 
-async def _serve_change(request: Request, what: str) -> None:
+async def _serve_change(service: Service, what: str) -> None:
     """Waits until a change that was made is served."""
-    if not await asyncio.to_thread(_settle, service_of(request)):
+    if not await asyncio.to_thread(_settle, service):
         raise ProblemError(503, f"{what} was changed, and the change is not served yet.", {"Retry-After": "5"})
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi import APIRouter, Header, Query, Response
 from pydantic import BaseModel
 
 from addenda.exceptions import UnknownTaskError
 from addenda.registry import TaskFilter, TaskRecord
-from addenda.serving.access import needs, service_of
+from addenda.serving.access import Served, needs
 from addenda.serving.problems import documents
-from addenda.serving.snapshot import Snapshot
+from addenda.serving.service import Service
 
 router = APIRouter(prefix="/api/v1/tasks", tags=["tasks"], responses=documents(401, 403, 404, 422, 503))
 PREDICT: dict[str, Any] = {"dependencies": [needs("predict")]}
@@ -39,7 +39,7 @@ class Page(BaseModel):
 
 @router.get("", **PREDICT, summary="Lists tasks", responses=documents(400))
 def list_tasks(
-    request: Request,
+    service: Served,
     name: Annotated[str | None, Query(max_length=100, description="A name, or a pattern with *.")] = None,
     backbone: Annotated[str | None, Query(max_length=100)] = None,
     tag: Annotated[str | None, Query(max_length=100)] = None,
@@ -52,50 +52,42 @@ def list_tasks(
     before: Annotated[str | None, Query(max_length=100)] = None,
 ) -> Page:
     """Every version that the conditions let through, a page at a time, from the newest back."""
-    service = service_of(request)
     chosen = TaskFilter(name, backbone, tag, extends, min_score, since, until, retired)
     found = service.registry.tasks(chosen, limit, before)
-    states = [_state(service.snapshot, record) for record in found]
-    return Page(tasks=states, next=found[0].ref if len(found) == limit else None)
+    return Page(tasks=[_state(service, record) for record in found], next=found[0].ref if len(found) == limit else None)
 
 
 @router.get("/{name}", **PREDICT, summary="A task as it is served")
-def show(request: Request, name: str) -> TaskState:
+def show(service: Served, name: str) -> TaskState:
     """The version that is served, else the newest one that is active."""
-    service = service_of(request)
-    served = service.snapshot.records.get(name)
-    return _state(service.snapshot, service.registry.record(served.ref if served else plain_name(name)))
+    return _state(service, service.registry.record(_served_or_newest(service, name)))
 
 
 @router.get("/{name}/versions", **PREDICT, summary="All versions of a task")
-def versions(request: Request, name: str) -> list[TaskState]:
+def versions(service: Served, name: str) -> list[TaskState]:
     """Retired ones too, oldest first; a thousand at most, the newest."""
-    service = service_of(request)
     found = service.registry.tasks(TaskFilter(name=plain_name(name), retired=True), 1000)
     if not found:
         raise UnknownTaskError(f"Task {name!r} is not registered.")
-    return [_state(service.snapshot, record) for record in found]
+    return [_state(service, record) for record in found]
 
 
 @router.get("/{name}/lineage", **PREDICT, summary="What a task extends, and what extends it")
-def lineage(request: Request, name: str) -> dict[str, Any]:
+def lineage(service: Served, name: str) -> dict[str, Any]:
     """Of the version that is served, else of the newest one that is active."""
-    service = service_of(request)
-    served = service.snapshot.records.get(name)
-    return asdict(service.registry.lineage(served.ref if served else plain_name(name)))
+    return asdict(service.registry.lineage(_served_or_newest(service, name)))
 
 
 @router.get("/{name}/versions/{version}", **PREDICT, summary="A version of a task")
-def show_version(request: Request, name: str, version: int) -> TaskState:
+def show_version(service: Served, name: str, version: int) -> TaskState:
     """What the registry knows of it, and whether it is served."""
-    service = service_of(request)
-    return _state(service.snapshot, service.registry.record(ref_of(name, version)))
+    return _state(service, service.registry.record(_ref_of(name, version)))
 
 
 @router.get("/{name}/versions/{version}/lineage", **PREDICT, summary="The lineage of a version")
-def version_lineage(request: Request, name: str, version: int) -> dict[str, Any]:
+def version_lineage(service: Served, name: str, version: int) -> dict[str, Any]:
     """What it extends, and what extends it."""
-    return asdict(service_of(request).registry.lineage(ref_of(name, version)))
+    return asdict(service.registry.lineage(_ref_of(name, version)))
 
 
 @router.get(
@@ -109,17 +101,16 @@ def version_lineage(request: Request, name: str, version: int) -> dict[str, Any]
     },
 )
 def artifact(
-    request: Request, name: str, version: int, if_none_match: Annotated[str | None, Header()] = None
+    service: Served, name: str, version: int, if_none_match: Annotated[str | None, Header()] = None
 ) -> Response:
     """Its tensors and manifest, as they were registered."""
-    ref = ref_of(name, version)
-    record = service_of(request).registry.record(ref)
+    ref = _ref_of(name, version)
+    record = service.registry.record(ref)
     headers = {"ETag": f'"{record.sha256}"', "Cache-Control": "private, immutable"}
     if if_none_match is not None and (if_none_match.strip() == "*" or record.sha256 in tags(if_none_match)):
         return Response(status_code=304, headers=headers)
     headers["Content-Disposition"] = f'attachment; filename="{name}-{version}.safetensors"'
-    data = service_of(request).registry.get(ref).artifact
-    return Response(data, headers=headers, media_type="application/octet-stream")
+    return Response(service.registry.get(ref).artifact, headers=headers, media_type="application/octet-stream")
 
 
 def tags(header: str) -> list[str]:
@@ -134,11 +125,15 @@ def plain_name(name: str) -> str:
     return name
 
 
-def ref_of(name: str, version: int) -> str:
-    """The reference of a version of such a name."""
+def _ref_of(name: str, version: int) -> str:
     return f"{plain_name(name)}:{version}"
 
 
-def _state(snapshot: Snapshot, record: TaskRecord) -> TaskState:
-    state, reason = snapshot.state(record.ref)
+def _served_or_newest(service: Service, name: str) -> str:
+    served = service.snapshot.records.get(name)
+    return served.ref if served else plain_name(name)
+
+
+def _state(service: Service, record: TaskRecord) -> TaskState:
+    state, reason = service.snapshot.state(record.ref)
     return TaskState(ref=record.ref, state=state, reason=reason, record=asdict(record))

@@ -12,23 +12,14 @@ from fastapi import FastAPI
 from starlette.middleware import Middleware
 
 from addenda import __version__
-from addenda.serving import api, api_changes, api_tasks, inference, page, page_attention, problems, telemetry
+from addenda.serving import api, api_changes, api_tasks, inference, page, problems, telemetry
 from addenda.serving.keys import KeyFile
 from addenda.serving.service import Limits, Service
 from addenda.serving.telemetry import Metrics, Telemetry
 
-Start = Callable[[Metrics], Service]
-"""Makes the service, on the event loop that will use it."""
 
-
-def make_app(start: Start, keys: KeyFile | None = None, loopback: bool = True) -> FastAPI:
-    """The application of one service.
-
-    Args:
-        start: makes the service.
-        keys: whose keys count; None lets everybody do everything.
-        loopback: whether it is bound to this machine alone; then it answers to no other name.
-    """
+def make_app(start: Callable[[Metrics], Service], keys: KeyFile | None = None, loopback: bool = True) -> FastAPI:
+    """The application of a service, made by `start` on the loop that uses it; `loopback`: for this machine alone."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -47,6 +38,7 @@ def make_app(start: Start, keys: KeyFile | None = None, loopback: bool = True) -
         lifespan=lifespan,
         docs_url=None,  # its page loads scripts from elsewhere
         redoc_url=None,
+        exception_handlers=problems.HANDLERS,
         middleware=[Middleware(Telemetry, metrics=metrics)],
         max_body_size=Limits().bundle_bytes,
     )
@@ -54,7 +46,7 @@ def make_app(start: Start, keys: KeyFile | None = None, loopback: bool = True) -
     app.state.body_bytes, app.state.uploads = 0, asyncio.Semaphore(api_changes.UPLOADS)
     app.state.verifying, app.state.verifications = threading.Lock(), deque(maxlen=100)
     app.state.registering, app.state.replies = asyncio.Lock(), {}
-    problems.install(app)
-    for routes in (telemetry, inference, api, api_tasks, api_changes, page, page_attention):
+    for routes in (telemetry, inference, api, api_tasks, api_changes, page):
         app.include_router(routes.router)
+    app.include_router(page.plain)
     return app

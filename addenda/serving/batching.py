@@ -39,15 +39,10 @@ class Batcher:
 
     Nothing waits for company: while a pass runs the next one fills up. Bits do not depend on the company, since the
     model fills every batch up to a shape that its self-test has proven. Make it, use it and close it on one event loop.
-
-    Args:
-        max_waiting: images that may wait or be answered at one time.
-        report: told of each pass.
     """
 
     def __init__(self, max_waiting: int, report: Report = lambda images, seconds: None) -> None:
-        self.max_waiting = max_waiting
-        self.num_waiting = 0
+        self.max_waiting, self.num_waiting = max_waiting, 0  # images that wait or are answered at one time
         self._report = report
         self._queue: deque[_Waiting] = deque()
         self._filled = asyncio.Event()
@@ -65,11 +60,7 @@ class Batcher:
 
     @contextmanager
     def room(self, num_images: int) -> Iterator[None]:
-        """Takes a place for images from before they are decoded until they are answered.
-
-        Raises:
-            OverloadedError: there is none.
-        """
+        """Takes a place for images from before they are decoded until they are answered."""
         if self.num_waiting + num_images > self.max_waiting:
             seconds = math.ceil(self.num_waiting * self._seconds_per_image)
             raise OverloadedError(
@@ -90,21 +81,13 @@ class Batcher:
         deadline: float = math.inf,
         pooled: bool = False,
     ) -> Answers:
-        """Logits of some tasks, all from one snapshot; cancelled, it gives up its place.
+        """Logits of some tasks, all from one snapshot, by a deadline on the event loop's clock; cancelled, it gives up.
 
-        Args:
-            snapshot: whose model answers.
-            images: as the backbone's transform gives them.
-            tasks: names of tasks that the snapshot serves.
-            deadline: on the event loop's clock.
-            pooled: whether the backbone's own feature is wanted too.
-
-        Raises:
-            DeadlineError: no pass began on them before the deadline.
+        `pooled`: the backbone's own feature is wanted too.
         """
         some, size = list(images), snapshot.model.micro_batch
-        pieces = [some[start : start + size] for start in range(0, len(some), size)]
-        parts = [_Waiting(snapshot, piece, tuple(tasks), pooled, deadline) for piece in pieces]
+        starts = range(0, len(some), size)
+        parts = [_Waiting(snapshot, some[one : one + size], tuple(tasks), pooled, deadline) for one in starts]
         self._queue += parts
         self._filled.set()
         try:
@@ -147,12 +130,10 @@ class Batcher:
         count = 0
         while self._queue:
             part = self._queue[0]
+            if part.deadline < now and not part.answer.done():
+                part.answer.set_exception(DeadlineError("The time was over before the model came to these images."))
             if part.answer.done():
                 self._queue.popleft()
-                continue
-            if part.deadline < now:
-                self._queue.popleft()
-                part.answer.set_exception(DeadlineError("The time was over before the model came to these images."))
                 continue
             if batch and (
                 part.snapshot is not batch[0].snapshot or count + len(part.images) > part.snapshot.model.micro_batch
@@ -170,12 +151,10 @@ def _compute(batch: Sequence[_Waiting]) -> list[Answers]:
     tasks = [name for name in model.tasks if name in wanted]
     images = torch.stack([image for part in batch for image in part.images])
     found = model(images, tasks, any(part.pooled for part in batch))
-    logits = {name: values.cpu() for name, values in found.items()}
-    pooled = None if found.pooled is None else found.pooled.cpu()
-    answers, start = [], 0
-    for part in batch:
-        rows = slice(start, start + len(part.images))
-        own = pooled[rows] if part.pooled and pooled is not None else None
-        answers.append(Answers({name: logits[name][rows] for name in part.tasks}, found.exact, own))
-        start = rows.stop
-    return answers
+    sizes = [len(part.images) for part in batch]
+    logits = {name: values.cpu().split(sizes) for name, values in found.items()}
+    pooled = found.pooled.cpu().split(sizes) if found.pooled is not None else ()
+    return [
+        Answers({name: logits[name][i] for name in part.tasks}, found.exact, pooled[i] if part.pooled else None)
+        for i, part in enumerate(batch)
+    ]

@@ -14,6 +14,7 @@ from starlette.requests import ClientDisconnect
 
 from addenda.exceptions import TooLargeError
 from addenda.serving.problems import ProblemError
+from addenda.serving.service import Service
 
 Result = TypeVar("Result")
 BODY_S = 60
@@ -30,22 +31,28 @@ def takes(schemas: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """A request's body, inflated where it is compressed, of so many bytes at most.
-
-    Raises:
-        TooLargeError: it has more.
-        ProblemError: it is compressed in an unknown way or not rightly (415, 400), does not come in time (408), or
-            its client has gone (499, which nobody reads but the log); or all requests together hold too much (503).
-    """
+    """A request's body, inflated where it is compressed; it counts as held in memory until the request is answered."""
+    state, together = request.app.state, request.app.state.service.limits.bodies_bytes
     body = bytearray()
     async for chunk in _pieces(request, limit):
-        _take(request, len(chunk))
+        if state.body_bytes + len(chunk) > together:
+            said = f"Requests of {together // 2**20} MiB together are being read."
+            raise ProblemError(503, said, {"Retry-After": "1"})
         body += chunk
+        state.body_bytes += len(chunk)
+        request.state.body_bytes = len(body)
     return bytes(body)
 
 
+async def read_images(request: Request, service: Service) -> bytes:
+    """A body of images; while the queue is full it is refused before it is read for nothing."""
+    with service.batcher.room(1):
+        pass
+    return await read_body(request, service.limits.body_bytes)
+
+
 async def save_body(request: Request, limit: int, path: Path) -> str:
-    """Writes a body to a file, so that a large one takes no memory; gives its sha256. Raises as `read_body` does."""
+    """Writes a body to a file, so that a large one takes no memory; gives its sha256."""
     found = hashlib.sha256()
     with path.open("wb") as file:
         async for chunk in _pieces(request, limit):
@@ -54,61 +61,42 @@ async def save_body(request: Request, limit: int, path: Path) -> str:
     return found.hexdigest()
 
 
-def _take(request: Request, num_bytes: int) -> None:
-    """Counts bytes that a request holds in memory until it is answered; all requests together may hold so much."""
-    state, limits = request.app.state, request.app.state.service.limits
-    if state.body_bytes + num_bytes > limits.bodies_bytes:
-        raise ProblemError(
-            503, f"Requests of {limits.bodies_bytes // 2**20} MiB together are being read.", {"Retry-After": "1"}
-        )
-    state.body_bytes += num_bytes
-    request.state.body_bytes = getattr(request.state, "body_bytes", 0) + num_bytes
-
-
 async def _pieces(request: Request, limit: int) -> AsyncIterator[bytes]:
-    """A request's body as it comes, inflated where it is compressed; raises as `read_body` does."""
+    """A request's body as it comes, inflated where it is compressed, of so many bytes at most."""
     encoding = request.headers.get("content-encoding", "identity").lower()
     if encoding not in ("identity", *_WINDOWS):
         raise ProblemError(415, f"Content-Encoding {encoding!r} is not understood: send {', '.join(_WINDOWS)} or none.")
+    too_large = TooLargeError(f"The request's body has more than the {limit} bytes that are taken.")
     if int(request.headers.get("content-length", 0)) > limit:
-        raise TooLargeError(f"The request's body has more than the {limit} bytes that are taken.")
-    size, deadline = 0, asyncio.get_running_loop().time() + BODY_S
-    chunks = _inflated(request, encoding, limit + 1)
+        raise too_large
+    inflate = zlib.decompressobj(_WINDOWS[encoding]) if encoding in _WINDOWS else None
+    size, deadline, chunks = 0, asyncio.get_running_loop().time() + BODY_S, aiter(request.stream())
     try:
         while True:
             async with asyncio.timeout_at(deadline):
                 chunk = await anext(chunks, None)
             if chunk is None:
-                return
+                break
+            if inflate is not None:
+                chunk = inflate.decompress(chunk, limit + 1)
             size += len(chunk)
             if size > limit:
-                raise TooLargeError(f"The request's body has more than the {limit} bytes that are taken.")
+                raise too_large
             yield chunk
+            if inflate is not None and inflate.unused_data:
+                raise zlib.error("more after its end")
+        if inflate is not None and not inflate.eof:
+            raise zlib.error("cut off")
     except TimeoutError as error:
         raise ProblemError(408, f"The request's body did not come within {BODY_S} s.") from error
     except ClientDisconnect as error:
-        raise ProblemError(499, GONE) from error
+        raise ProblemError(499, GONE) from error  # which nobody reads but the log
     except zlib.error as error:
         raise ProblemError(400, f"The request's body is not one stream of {encoding}.") from error
 
 
-async def _inflated(request: Request, encoding: str, most: int) -> AsyncIterator[bytes]:
-    """The body piece by piece; no piece has more than `most` bytes."""
-    inflate = zlib.decompressobj(_WINDOWS[encoding]) if encoding in _WINDOWS else None
-    async for chunk in request.stream():
-        yield chunk if inflate is None else inflate.decompress(chunk, most)
-        if inflate is not None and inflate.unused_data:
-            raise zlib.error("more after its end")
-    if inflate is not None and not inflate.eof:
-        raise zlib.error("cut off")
-
-
 async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
-    """Does some work for a request whose body has been read; it is cancelled when the client goes away.
-
-    Raises:
-        ProblemError: the client has gone (499, which nobody reads but the log).
-    """
+    """Does some work for a request whose body has been read; it is cancelled when the client goes away."""
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_left(request))
     try:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -37,15 +36,11 @@ class Key:
         return SCOPES.index(scope) <= SCOPES.index(self.scope)
 
 
+_KEYS = TypeAdapter(list[Key])
+
+
 class KeyFile:
-    """A JSON file of keys; a change of it counts from the next request on.
-
-    Args:
-        path: the file; one that is missing holds no key.
-
-    Raises:
-        KeyFileError: it cannot be read.
-    """
+    """A JSON file of keys; a change of it counts from the next request on, and one that is missing holds no key."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -55,16 +50,12 @@ class KeyFile:
         self.keys()
 
     def keys(self) -> list[Key]:
-        """Its keys, oldest first.
-
-        Raises:
-            KeyFileError: it cannot be read.
-        """
+        """Its keys, oldest first."""
         try:
             stat = self.path.stat()
             seen = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
             if seen != self._seen:
-                found = TypeAdapter(list[Key]).validate_json(self.path.read_bytes(), strict=True)
+                found = _KEYS.validate_json(self.path.read_bytes(), strict=True)
                 if any(key.scope not in SCOPES for key in found):
                     raise KeyFileError(f"The keys {str(self.path)!r} name a scope that is none of {', '.join(SCOPES)}.")
                 self._keys, self._seen = {key.sha256: key for key in found}, seen
@@ -87,11 +78,7 @@ class KeyFile:
         return self._keys.get(_digest(key))
 
     def create(self, name: str, scope: str) -> str:
-        """Adds a key and gives it out, this once.
-
-        Raises:
-            KeyFileError: the name is taken or none, there is no such scope, or the file cannot be written.
-        """
+        """Adds a key and gives it out, this once."""
         if not NAME.fullmatch(name):
             raise KeyFileError(f"{name!r} is no name of a key: use lower-case letters, digits, '.', '_' and '-'.")
         if scope not in SCOPES:
@@ -104,11 +91,7 @@ class KeyFile:
         return key
 
     def revoke(self, name: str) -> None:
-        """Takes a key away.
-
-        Raises:
-            KeyFileError: there is none of this name, or the file cannot be written.
-        """
+        """Takes a key away."""
         with self._changing() as keys:
             left = [key for key in keys if key.name != name]
             if len(left) == len(keys):
@@ -124,7 +107,7 @@ class KeyFile:
                 keys = self.keys()
                 yield keys
                 with written(self.path, mode=0o600) as unfinished:
-                    unfinished.write_text(json.dumps([asdict(key) for key in keys], indent=2) + "\n")
+                    unfinished.write_bytes(_KEYS.dump_json(keys, indent=2) + b"\n")
         except OSError as error:
             raise KeyFileError(f"The keys {str(self.path)!r} cannot be written: {error.strerror}.") from error
 

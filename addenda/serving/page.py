@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Coroutine
+import math
+from collections.abc import Callable, Coroutine, Mapping
 from datetime import UTC, datetime
 from importlib.resources import files
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import parse_qs
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, RedirectResponse
 from fastapi.routing import APIRoute
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from pydantic import BaseModel
 
 from addenda.combined import numerics, numerics_fingerprint
 from addenda.exceptions import AddendaError, RegistryError, UnknownTaskError
 from addenda.registry import TaskFilter, TaskRecord, check_name, headline
 from addenda.serving import page_charts
-from addenda.serving.access import COOKIE, check_origin, key_of, needs, open_to_all, service_of
-from addenda.serving.bodies import read_body, takes
-from addenda.serving.problems import ProblemError, problem_of
+from addenda.serving.access import COOKIE, Served, check_origin, key_of, needs, open_to_all
+from addenda.serving.bodies import BINARY, read_body, read_images, takes, while_connected
+from addenda.serving.problems import ProblemError, documents, problem_of
+from addenda.serving.service import Service
 from addenda.terminal import PER_CLASS, SCORES, percent, size
 
 CSP = (
@@ -61,7 +64,7 @@ class Page(APIRoute):
         return answer
 
 
-router = APIRouter(tags=["page"], route_class=Page)
+router, plain = APIRouter(tags=["page"], route_class=Page), APIRouter(tags=["page"])
 _PREDICT = [needs("predict")]
 _ANYBODY = [Depends(check_origin)]
 _PAGE: dict[str, Any] = {
@@ -69,6 +72,7 @@ _PAGE: dict[str, Any] = {
     "responses": {303: {"description": "To the login, where a key is needed."}},
 }
 _WRONG = {404: {"description": "There is no such task."}, 422: {"description": "Its version is no whole number."}}
+_KEY_FORM = {"type": "object", "properties": {"key": {"type": "string"}}, "required": ["key"]}
 _TASK_PAGE = {**_PAGE, "responses": _PAGE["responses"] | _WRONG}
 
 
@@ -85,22 +89,22 @@ def tasks(request: Request) -> Response:
 
 
 @router.get("/tasks/{name}", dependencies=_PREDICT, summary="Page: a task", **_TASK_PAGE)
-def task(request: Request, name: str) -> Response:
+def task(request: Request, service: Served, name: str) -> Response:
     """The version of a task that is served, else its newest."""
-    served = service_of(request).snapshot.records.get(name)
-    return _task_page(request, name, served.version if served else None)
+    served = service.snapshot.records.get(name)
+    return _task_page(request, service, name, served.version if served else None)
 
 
 @router.get("/tasks/{name}/versions/{version}", dependencies=_PREDICT, summary="Page: a task's version", **_TASK_PAGE)
-def task_version(request: Request, name: str, version: int) -> Response:
+def task_version(request: Request, service: Served, name: str, version: int) -> Response:
     """One version of a task."""
-    return _task_page(request, name, version)
+    return _task_page(request, service, name, version)
 
 
 @router.get("/exactness", dependencies=_PREDICT, summary="Page: whether the promise is kept", **_PAGE)
-def exactness(request: Request) -> Response:
+def exactness(request: Request, service: Served) -> Response:
     """The promise, its verification, and what bits depend on here."""
-    described = numerics(service_of(request).backbone)
+    described = numerics(service.backbone)
     return _render(request, "exactness.html", numerics=described, fingerprint=numerics_fingerprint(described))
 
 
@@ -118,25 +122,16 @@ def login(request: Request) -> Response:
     summary="Page: keeps a key in a cookie",
     response_class=HTMLResponse,
     responses={303: {"description": "To the tasks."}, 403: {"description": "It is no valid key."}},
-    openapi_extra=takes(
-        {
-            "application/x-www-form-urlencoded": {
-                "type": "object",
-                "properties": {"key": {"type": "string"}},
-                "required": ["key"],
-            }
-        }
-    ),
+    openapi_extra=takes({"application/x-www-form-urlencoded": _KEY_FORM}),
 )
 async def enter(request: Request) -> Response:
     """A key from a form becomes a cookie that no script sees and that only this server's own pages send."""
     form = parse_qs((await read_body(request, 4096)).decode("utf-8", "replace"))
     key = form.get("key", [""])[0].strip()
-    is_open = open_to_all(request)
-    if not is_open and key_of(request, key) is None:
-        return _render(request, "login.html", 403, wrong=True)
     response = RedirectResponse("/", 303)
-    if not is_open:
+    if not open_to_all(request):
+        if key_of(request, key) is None:
+            return _render(request, "login.html", 403, wrong=True)
         secure = request.url.scheme == "https"
         response.set_cookie(COOKIE, key, httponly=True, samesite="strict", secure=secure)
     return response
@@ -171,8 +166,51 @@ def static(request: Request, asset: str) -> Response:
     return Response((files(__package__) / "static" / asset).read_bytes(), media_type=ASSETS[asset])
 
 
-def _task_page(request: Request, name: str, version: int | None) -> Response:
-    service = service_of(request)
+class Attention(BaseModel):
+    """Where a task's token looked.
+
+    Attributes:
+        rows: of patches.
+        columns: of patches.
+        weights: of each patch, row by row; together at most 1.
+        box: what of the image the patches cover, in shares of its width and height: left, top, width, height.
+    """
+
+    generation: int
+    task: str
+    ref: str
+    rows: int
+    columns: int
+    weights: list[float]
+    box: tuple[float, float, float, float]
+
+
+@plain.post(
+    "/page/attention",
+    dependencies=[needs("predict")],
+    summary="Where a task's token looked",
+    responses=documents(400, 404, 409, 413, 503, 504),
+    openapi_extra=takes(dict.fromkeys(("image/jpeg", "image/png", "image/webp"), BINARY)),
+)
+async def attention(
+    request: Request, service: Served, task: Annotated[str, Query(description="The task's name.")]
+) -> Attention:
+    """Attention of the task's own token over an image's patches in the last layer, the mean over heads."""
+    image = await read_images(request, service)
+    snapshot, weights, size = await while_connected(request, service.look(image, task))
+    rows, columns = weights.shape
+    return Attention(
+        generation=snapshot.generation,
+        task=task,
+        ref=snapshot.records[task].ref,
+        rows=rows,
+        columns=columns,
+        weights=weights.flatten().tolist(),
+        box=seen_box(service.backbone.preprocessing, *size),
+    )
+
+
+def _task_page(request: Request, service: Service, name: str, version: int | None) -> Response:
     registry, snapshot = service.registry, service.snapshot
     try:
         check_name(name)
@@ -206,7 +244,7 @@ def _task_page(request: Request, name: str, version: int | None) -> Response:
 
 
 def _render(request: Request, template: str, status: int = 200, **values: Any) -> HTMLResponse:
-    service = service_of(request)
+    service: Service = request.app.state.service
     page = _templates.get_template(template).render(
         path=request.url.path,
         snapshot=service.snapshot,
@@ -218,6 +256,18 @@ def _render(request: Request, template: str, status: int = 200, **values: Any) -
         **values,
     )
     return HTMLResponse(page, status)
+
+
+def seen_box(preprocessing: Mapping[str, Any], width: int, height: int) -> tuple[float, float, float, float]:
+    """The box of an image that the backbone sees after timm's resizing; beyond 0 and 1 where the image is padded."""
+    _, rows, columns = preprocessing["input_size"]
+    tall, wide = (math.floor(size / preprocessing["crop_pct"]) for size in (rows, columns))
+    if preprocessing["crop_mode"] != "squash":
+        pick = min if preprocessing["crop_mode"] == "border" else max
+        scale = pick(wide / width, tall / height)
+        wide, tall = scale * width, scale * height
+    across, down = columns / wide, rows / tall
+    return (1 - across) / 2, (1 - down) / 2, across, down
 
 
 def _score(record: TaskRecord) -> str:
@@ -240,11 +290,8 @@ def _age(at: str) -> str:
     return f"{seconds:.0f} s"
 
 
-def _when(at: str) -> str:
-    return f"{at[:16].replace('T', ' ')} UTC"
-
-
 _templates = Environment(
     loader=PackageLoader(__package__), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
 )
-_templates.filters |= {"percent": percent, "size": size, "score": _score, "age": _age, "when": _when}
+_templates.filters |= {"percent": percent, "size": size, "score": _score, "age": _age}
+_templates.filters["when"] = lambda at: f"{at[:16].replace('T', ' ')} UTC"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from graphlib import TopologicalSorter
@@ -35,21 +36,12 @@ class Line(NamedTuple):
 
 
 class Curves(NamedTuple):
-    """The losses of a training run over its epochs.
+    """The losses of a training run over its epochs."""
 
-    Attributes:
-        lines: the chosen candidate's last, so that they lie on top.
-        across: epochs to name, and where they stand.
-        up: losses to name, and where they stand.
-        best: where the chosen epoch stands; None where the regression was better.
-        epoch: the chosen epoch.
-        num_candidates: how many there were.
-    """
-
-    lines: tuple[Line, ...]
-    across: tuple[tuple[float, str], ...]
-    up: tuple[tuple[float, str], ...]
-    best: float | None
+    lines: list[Line]  # the chosen candidate's last, so that they lie on top
+    across: list[tuple[float, str]]  # epochs to name, and where they stand
+    up: list[tuple[float, str]]  # losses to name, and where they stand
+    best: float | None  # where the chosen epoch stands; None where the regression was better
     epoch: int | None
     num_candidates: int
 
@@ -83,15 +75,10 @@ def curves(metrics: Mapping[str, Any]) -> Curves | None:
         for kind, series in losses
     ]
     every = math.ceil(_round_step(len(epochs) / 6))
+    across = [(x(n), str(n)) for n in dict.fromkeys((1, *range(every, len(epochs) + 1, every)))]
+    up = [(y(step * n), f"{step * n:.4g}") for n in range(round(most / step) + 1)]
     epoch = chosen["epoch"] if picked is not None and chosen else None
-    return Curves(
-        lines=tuple(lines),
-        across=tuple((x(n), str(n)) for n in dict.fromkeys((1, *range(every, len(epochs) + 1, every)))),
-        up=tuple((y(step * n), f"{step * n:.4g}") for n in range(round(most / step) + 1)),
-        best=None if epoch is None else x(epoch),
-        epoch=epoch,
-        num_candidates=count,
-    )
+    return Curves(lines, across, up, None if epoch is None else x(epoch), epoch, count)
 
 
 def _round_step(least: float) -> float:
@@ -112,21 +99,13 @@ class Cell:
 
 
 class Confusion(NamedTuple):
-    """A confusion matrix, in numbers or to be drawn.
+    """A confusion matrix, in numbers or to be drawn."""
 
-    Attributes:
-        labels: the classes.
-        rows: every cell, where there are few classes.
-        drawn: the cells that are not empty, where there are many.
-        num_bins: rows and columns of what is drawn.
-        pairs: what is taken for something else most often: true label, predicted label, images, share of the true's.
-    """
-
-    labels: tuple[str, ...]
-    rows: tuple[tuple[Cell, ...], ...]
-    drawn: tuple[Cell, ...]
-    num_bins: int
-    pairs: tuple[tuple[str, str, int, float], ...]
+    labels: Sequence[str]
+    in_numbers: bool
+    rows: list[list[Cell]]
+    pairs: Sequence[tuple[str, str, int, float]]
+    """What is taken for something else most often: true label, predicted label, images, share of the true's."""
 
 
 def confusion(scores: Mapping[str, Any], labels: Sequence[str]) -> Confusion | None:
@@ -144,13 +123,11 @@ def confusion(scores: Mapping[str, Any], labels: Sequence[str]) -> Confusion | N
     num_bins = min(len(labels), BINS)
     starts = [-(-number * len(labels) // num_bins) for number in range(num_bins)]
     sums = np.add.reduceat(np.add.reduceat(counts, starts, axis=0), starts, axis=1).tolist()
-    rows = tuple(
-        tuple(Cell(i, j, n, math.ceil(10 * n / (sum(row) or 1)), i == j) for j, n in enumerate(row))
+    rows = [
+        [Cell(i, j, n, math.ceil(10 * n / (sum(row) or 1)), i == j) for j, n in enumerate(row)]
         for i, row in enumerate(sums)
-    )
-    few = len(labels) <= TABLE
-    drawn = () if few else tuple(cell for row in rows for cell in row if cell.count)
-    return Confusion(tuple(labels), rows if few else (), drawn, num_bins, tuple(wrong[:PAIRS]))
+    ]
+    return Confusion(labels, len(labels) <= TABLE, rows, tuple(wrong[:PAIRS]))
 
 
 class ClassScore(NamedTuple):
@@ -180,16 +157,16 @@ class Node(NamedTuple):
     ref: str | None
     x: float
     y: float
-    retired: bool = False
-    own: bool = False
-    left_out: int = 0
+    retired: bool
+    own: bool
+    left_out: int
 
 
 class Graph(NamedTuple):
     """What a task extends, to its left, and what extends it, to its right; edges as SVG paths."""
 
-    nodes: tuple[Node, ...]
-    edges: tuple[str, ...]
+    nodes: list[Node]
+    edges: list[str]
     width: float
     height: float
 
@@ -197,45 +174,44 @@ class Graph(NamedTuple):
 def graph(lineage: Lineage) -> Graph | None:
     """The graph of a task's family; None where it has none."""
     own = lineage.extends.ref
-    levels, kin_of, edges = {own: 0}, {own: lineage.extends}, dict[tuple[str, str], None]()
-    left_out: dict[int, int] = {}
+    levels, left_out, retired, edges = {own: 0}, Counter[int](), set[str](), dict[tuple[str, str], None]()
     for root, side in ((lineage.extends, -1), (lineage.extended_by, 1)):
-        found = list(_walk(root))
-        nearer: dict[str, set[str]] = {}
+        found, nearer = list(_walk(root)), defaultdict[str, set[str]](set)
         for here, there in ((kin.ref, one.ref) for kin in found for one in kin.kin):
-            nearer.setdefault(there, set()).add(here)
+            nearer[there].add(here)
             edges[(there, here) if side < 0 else (here, there)] = None
-        kin_of |= {kin.ref: kin for kin in found}
+        retired |= {kin.ref for kin in found if kin.retired}
         far = {own: 0}
         for ref in TopologicalSorter(nearer).static_order():  # a task stands beyond all that lead to it
             far[ref] = max((far[one] + 1 for one in nearer.get(ref, ())), default=0)
         levels |= {ref: side * far[ref] for ref in nearer}
         for kin in found:
             if kin.left_out:
-                level = levels[kin.ref] + side
-                left_out[level] = left_out.get(level, 0) + kin.left_out
+                left_out[levels[kin.ref] + side] += kin.left_out
     if not edges and not left_out:
         return None
-    columns: dict[int, list[str]] = {level: [] for level in sorted({*levels.values(), *left_out})}
-    for ref, level in levels.items():
-        if len(columns[level]) < IN_LEVEL:
-            columns[level].append(ref)
-        else:
-            left_out[level] = left_out.get(level, 0) + 1
-    height = max(len(refs) + (level in left_out) for level, refs in columns.items()) * (NODE_HEIGHT + GAP_Y) + GAP_Y
-    nodes: list[Node] = []
-    for place, (level, refs) in enumerate(columns.items()):
-        x = GAP_Y + place * (NODE_WIDTH + GAP_X)
-        y = (height - (len(refs) + (level in left_out)) * (NODE_HEIGHT + GAP_Y) + GAP_Y) / 2
-        for ref in refs:
-            nodes.append(Node(ref, x, y, kin_of[ref].retired, own=ref == own))
-            y += NODE_HEIGHT + GAP_Y
-        if level in left_out:
-            nodes.append(Node(None, x, y, left_out=left_out[level]))
-    width = len(columns) * (NODE_WIDTH + GAP_X) - GAP_X + 2 * GAP_Y
-    drawn = {node.ref: node for node in nodes if node.ref is not None}
+    columns: list[list[tuple[str | None, int]]] = []
+    for level in sorted({*levels.values(), *left_out}):
+        refs = [ref for ref, at in levels.items() if at == level]
+        more = left_out[level] + len(refs[IN_LEVEL:])
+        columns.append([*((ref, 0) for ref in refs[:IN_LEVEL]), *([(None, more)] if more else [])])
+    row_height = NODE_HEIGHT + GAP_Y
+    height = max(map(len, columns)) * row_height + GAP_Y
+    nodes = [
+        Node(
+            ref,
+            x=GAP_Y + place * (NODE_WIDTH + GAP_X),
+            y=(height - len(column) * row_height + GAP_Y) / 2 + row * row_height,
+            retired=ref in retired,
+            own=ref == own,
+            left_out=more,
+        )
+        for place, column in enumerate(columns)
+        for row, (ref, more) in enumerate(column)
+    ]
+    drawn = {node.ref: node for node in nodes}
     paths = [_edge(drawn[one], drawn[other]) for one, other in edges if one in drawn and other in drawn]
-    return Graph(tuple(nodes), tuple(paths), width, height)
+    return Graph(nodes, paths, len(columns) * (NODE_WIDTH + GAP_X) - GAP_X + 2 * GAP_Y, height)
 
 
 def _walk(kin: Kin) -> Iterator[Kin]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from http.client import responses
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
@@ -68,12 +68,6 @@ def problem_of(error: AddendaError | RequestValidationError) -> ProblemError:
     return ProblemError(status, str(error), headers)
 
 
-def install(app: FastAPI) -> None:
-    """Has an application answer every error with a problem document."""
-    for kind in (ProblemError, AddendaError, RequestValidationError, HTTPException, OSError, Exception):
-        app.add_exception_handler(kind, _answer)
-
-
 async def _answer(request: Request, error: Exception) -> JSONResponse:
     """The problem document; its `error` member is what the Open Inference Protocol calls for."""
     request_id = getattr(request.state, "id", None)
@@ -108,3 +102,9 @@ async def _answer(request: Request, error: Exception) -> JSONResponse:
         **problem.more,
     }
     return JSONResponse(document, problem.status, problem.headers, MEDIA_TYPE)
+
+
+HANDLERS: dict[int | type[Exception], Any] = dict.fromkeys(
+    (ProblemError, AddendaError, RequestValidationError, HTTPException, OSError, Exception), _answer
+)
+"""Every error is answered with a problem document."""

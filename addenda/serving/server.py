@@ -68,11 +68,7 @@ class _Protocol(H11Protocol):
             self._watch()
 
     def _watch_reader(self, before: int | None = None) -> None:
-        """Looks again and again at what waits to be sent, as long as something does.
-
-        Args:
-            before: bytes that waited at the last look; None at the first.
-        """
+        """Looks again and again at what waits to be sent; `before`: bytes that waited at the last look."""
         waiting = self.transport.get_write_buffer_size()
         if before is None and self._unread is not None:
             return
@@ -96,11 +92,7 @@ class _Protocol(H11Protocol):
 class Server(uvicorn.Server):
     """Runs an application until SIGTERM or SIGINT; then it drains, and ends with exit code 0.
 
-    Args:
-        app: from `make_app`.
-        listening: the socket it answers on, bound.
-        drain_s: seconds in which it says that it is not ready and still answers, before it takes no more.
-        stop_s: seconds that what it has begun may still take after that.
+    For `drain_s` it says that it is not ready and still answers; what it has begun may take `stop_s` after that.
     """
 
     def __init__(self, app: FastAPI, listening: socket.socket, drain_s: float, stop_s: int) -> None:
@@ -135,7 +127,7 @@ class Server(uvicorn.Server):
         if self._app.state.draining:
             self.should_exit = True
             return
-        logging.getLogger(__name__).info("Stopping: not ready any more, answering for %g s", self._drain_s)
+        log.info("Stopping: not ready any more, answering for %g s", self._drain_s)
         self._app.state.draining = True
         loop.call_later(self._drain_s, setattr, self, "should_exit", True)
 
@@ -152,11 +144,7 @@ def keep_memory() -> None:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that listens.
-
-    Raises:
-        AddendaError: the place is taken, or is none.
-    """
+    """A socket that listens."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address, family=family, backlog=2048)
@@ -166,11 +154,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def serve_metrics(app: FastAPI, host: str, port: int) -> int:
-    """Answers Prometheus on a port of its own, 0 for a free one, where no key is asked for; returns the port.
-
-    Raises:
-        AddendaError: the place is taken.
-    """
+    """Answers Prometheus on a port of its own, 0 for a free one, where no key is asked for; returns the port."""
     try:
         server, _ = start_http_server(port, host, app.state.metrics.registry)
     except OSError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -29,65 +29,28 @@ SMALL = 1e30
 
 @dataclass(frozen=True)
 class Limits:
-    """What one server takes.
+    """What one server takes."""
 
-    Attributes:
-        body_bytes: of a request, after it is inflated.
-        bodies_bytes: of all requests that are in memory at one time.
-        bundle_bytes: of a bundle that is registered.
-        pixels: of an image.
-        images: of a request.
-        waiting: images that wait or are answered at one time.
-        timeout_s: for an answer, where the request names no shorter time.
-    """
-
-    body_bytes: int = 32 * 2**20
-    bodies_bytes: int = 256 * 2**20
+    body_bytes: int = 32 * 2**20  # of a request, after it is inflated
+    bodies_bytes: int = 256 * 2**20  # of all requests that are in memory at one time
     bundle_bytes: int = 256 * 2**20
-    pixels: int = 50_000_000
-    images: int = 128
-    waiting: int = 256
-    timeout_s: float = 30.0
+    pixels: int = 50_000_000  # of an image
+    images: int = 128  # of a request
+    waiting: int = 256  # images that wait or are answered at one time
+    timeout_s: float = 30.0  # for an answer, where the request names no shorter time
 
 
 @dataclass(frozen=True, eq=False)
 class Answered:
-    """Answers about some images, all from one snapshot.
-
-    Attributes:
-        logits: Float[B, C] of each task that was asked for, by name.
-        choices: the task that a router chose for each image, where one was asked to.
-    """
+    """Answers about some images, all from one snapshot; where a router was asked to, its choice for each image."""
 
     snapshot: Snapshot
     logits: Answers
     choices: list[Choice] | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class Looked:
-    """Where a task's token looked: a weight of each patch; and the image's size in pixels."""
-
-    snapshot: Snapshot
-    weights: Float[Tensor, "rows columns"]
-    width: int
-    height: int
-
-
 class Service:
-    """Answers images with the tasks of a registry as it is at every moment. Make it on the event loop that uses it.
-
-    Args:
-        backbone: the backbone of the tasks.
-        registry: the registry; it is followed.
-        alias: serve what this alias points at; None serves the newest active version of each name.
-        limits: what it takes.
-        report: told of each pass: its images, and its seconds.
-
-    Raises:
-        ExactnessError: this machine's arithmetic does not keep the promise.
-        RegistryError: the registry cannot be read.
-    """
+    """Answers images with the tasks of a registry as it is at every moment. Make it on the event loop that uses it."""
 
     def __init__(
         self,
@@ -124,27 +87,12 @@ class Service:
         timeout_s: float | None = None,
         snapshot: Snapshot | None = None,
     ) -> Answered:
-        """Answers encoded image files, or images as the backbone's transform gives them.
-
-        Args:
-            images: JPEG, PNG or WebP files, or a tensor.
-            tasks: names of the tasks to answer; None answers all.
-            timeout_s: seconds that it may take, at most those of the limits.
-            snapshot: to answer from; None takes the present one.
-
-        Raises:
-            DataError: no readable image, too many, or pixels that are not finite.
-            IntegrityError: a task's logits or probabilities are not finite.
-            TooLargeError: an image of too many pixels.
-            BackboneError: a tensor of another shape.
-            UnknownTaskError: a task that is not served.
-            OverloadedError: too many images wait.
-            DeadlineError: the time was over.
-        """
+        """Answers encoded image files, or images as the backbone's transform gives them; all tasks, or the named."""
         snapshot = snapshot or self.snapshot
         names = self._served(snapshot, tasks)
         answers = await self._pass(snapshot, images, names, timeout_s, pooled=False)
-        if answers and not _all_small(answers.values()):
+        flat = [one.flatten() for one in answers.values()]
+        if flat and not (torch.cat(flat).abs() < SMALL).all():  # NaN is not; one look at all tasks' together
             tasks_asked = [snapshot.model.tasks[name] for name in names]
             wrong = [one for one in tasks_asked if not is_finite(answers[one.name], one.objective, one.temperature)]
             if wrong and len(wrong) == len(names) and isinstance(images, Tensor):
@@ -154,12 +102,7 @@ class Service:
         return Answered(snapshot, answers)
 
     async def route(self, images: Sequence[bytes], timeout_s: float | None = None) -> Answered:
-        """Lets a router choose a task for each image; answers of all tasks that it knows are there.
-
-        Raises:
-            RegistryError: nothing was kept of any task's images, so that there is none to choose from.
-            DataError, TooLargeError, OverloadedError, DeadlineError: as for `answer`.
-        """
+        """Lets a router choose a task for each image; answers of all tasks that it knows are there."""
         snapshot = self.snapshot
         async with self._routing:
             router = await asyncio.to_thread(self._router_of, snapshot)
@@ -167,32 +110,20 @@ class Service:
         assert logits.pooled is not None
         return Answered(snapshot, logits, await asyncio.to_thread(router.choose, logits.pooled))
 
-    async def look(self, image: bytes, task: str) -> Looked:
-        """Where a task's token looks in an image, one image at a time.
-
-        Raises:
-            UnknownTaskError: a task that is not served.
-            RegistryError: the task is head-only.
-            DataError, TooLargeError, OverloadedError, DeadlineError: as for `answer`.
-        """
+    async def look(self, image: bytes, task: str) -> tuple[Snapshot, Float[Tensor, "rows columns"], tuple[int, int]]:
+        """Where a task's token looks, a weight of each patch, one image at a time; and the image's width and height."""
         snapshot = self.snapshot
         self._served(snapshot, [task])
 
-        def looked() -> Looked:
+        def looked() -> tuple[Snapshot, Tensor, tuple[int, int]]:
             pixels, size = self._decode(0, image)
-            weights = attention_map(self.backbone, snapshot.model.tasks[task], pixels.unsqueeze(0))[0]
-            return Looked(snapshot, weights, *size)
+            return snapshot, attention_map(self.backbone, snapshot.model.tasks[task], pixels.unsqueeze(0))[0], size
 
         async with self._place(1):
             return await asyncio.get_running_loop().run_in_executor(self._looker, looked)
 
     def verify(self) -> tuple[Snapshot, list[Verdict]]:
-        """Recomputes golden probes on the model as it is served. It blocks its thread.
-
-        Raises:
-            IntegrityError: the backbone's weights in memory have changed.
-            RegistryError: the registry cannot be read.
-        """
+        """Recomputes golden probes on the model as it is served. It blocks its thread."""
         snapshot = self.snapshot
         served = snapshot.model.tasks.values()
         self.backbone.check_unchanged()
@@ -221,7 +152,10 @@ class Service:
         async with self._place(len(images), timeout_s) as deadline:
             if isinstance(images, Tensor):
                 self.backbone.check_images(images)
-            pixels = images if isinstance(images, Tensor) else await self._decoded(images)
+                return await self.batcher.answer(snapshot, images, names, deadline, pooled)
+            loop = asyncio.get_running_loop()
+            decoding = [loop.run_in_executor(self._decoders, self._decode, *numbered) for numbered in enumerate(images)]
+            pixels = [one for one, _ in await asyncio.gather(*decoding)]
             return await self.batcher.answer(snapshot, pixels, names, deadline, pooled)
 
     @asynccontextmanager
@@ -235,20 +169,10 @@ class Service:
             except TimeoutError as error:
                 raise DeadlineError(f"No answer within {timeout_s:g} s.") from error
 
-    async def _decoded(self, images: Sequence[bytes]) -> list[Float[Tensor, "3 H W"]]:
-        loop = asyncio.get_running_loop()
-        decoding = [loop.run_in_executor(self._decoders, self._decode, i, image) for i, image in enumerate(images)]
-        return [pixels for pixels, _ in await asyncio.gather(*decoding)]
-
     def _decode(self, number: int, data: bytes) -> tuple[Float[Tensor, "3 H W"], tuple[int, int]]:
         """An image file as the backbone takes it, and its width and height."""
         image = read_image(BytesIO(data), f"Image {number}", FORMATS, self.limits.pixels)
         return self.backbone.transform(image), image.size
-
-    def check_room(self) -> None:
-        """Raises OverloadedError where not one image more may wait: before a body is read for nothing."""
-        with self.batcher.room(1):
-            pass
 
     def _make_router(self, snapshot: Snapshot) -> Router:
         kept = {name: self.registry.statistics(record.ref) for name, record in snapshot.records.items()}
@@ -257,8 +181,3 @@ class Service:
         if not known:
             raise RegistryError("There is no task to choose from: nothing was kept of any task's images.")
         return Router(known)
-
-
-def _all_small(logits: Iterable[Tensor]) -> bool:
-    """Whether all logits are below SMALL, which NaN is not; one look at all tasks' together."""
-    return bool((torch.cat([one.flatten() for one in logits]).abs() < SMALL).all())

@@ -7,13 +7,17 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import chain, islice
 
 from addenda.backbones import FrozenBackbone
 from addenda.combined import CombinedModel, verdicts
 from addenda.exceptions import AddendaError, RegistryError, RegistryUnavailableError
 from addenda.registry import Golden, Registry, Task, TaskRecord
+
+WAIT_S = 1.0
+"""How long one question for the next change waits: so long may it take to stop."""
+RETRY_S = 1.0
+"""Between questions to a database that does not answer."""
 
 log = logging.getLogger(__name__)
 
@@ -22,17 +26,12 @@ Recorded = tuple[Task, list[Golden]]
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """One generation, served. An answer comes wholly from one snapshot.
-
-    Attributes:
-        records: of the tasks that it answers, by name.
-        quarantined: why a version is not served although it should be, by its reference.
-    """
+    """One generation, served. An answer comes wholly from one snapshot."""
 
     generation: int
     model: CombinedModel
-    records: Mapping[str, TaskRecord]
-    quarantined: Mapping[str, str]
+    records: Mapping[str, TaskRecord]  # of the tasks that it answers, by name
+    quarantined: Mapping[str, str]  # why a version is not served although it should be, by its reference
 
     @property
     def refs(self) -> dict[str, str]:
@@ -48,15 +47,12 @@ class Snapshot:
 
     def absence(self, name: str, also: Sequence[str] = ()) -> str:
         """Why a name is not answered, in words to follow it; names to offer beside its tasks may be given."""
-        if name in self._reasons:
-            return f"is quarantined. {self._reasons[name]}"
+        reasons = {ref.rpartition(":")[0]: why for ref, why in self.quarantined.items()}
+        if name in reasons:
+            return f"is quarantined. {reasons[name]}"
         offered = [repr(each) for each in islice(chain(also, self.model.tasks), 10)]
         rest = len(also) + len(self.model.tasks) - len(offered)
         return f"is not served. Served: {', '.join(offered) or 'none'}{f' and {rest} more' if rest else ''}."
-
-    @cached_property
-    def _reasons(self) -> dict[str, str]:
-        return {ref.rpartition(":")[0]: why for ref, why in self.quarantined.items()}
 
 
 def first(backbone: FrozenBackbone) -> Snapshot:
@@ -69,11 +65,6 @@ def following(before: Snapshot, registry: Registry, alias: str | None = None) ->
 
     A task whose stored bytes are not what was registered, whose golden probe comes out otherwise, or that this machine
     cannot compute exactly is quarantined: it is named, and the others are served. It is tried again with every change.
-
-    With an alias, what it points at is served; else the newest active version of each name.
-
-    Raises:
-        RegistryUnavailableError: the database does not answer.
     """
     generation, chosen = registry.current(before.model.backbone, alias)
     quarantined: dict[str, str] = {}
@@ -112,35 +103,14 @@ def _passed(model: CombinedModel, fresh: Sequence[Recorded], quarantined: dict[s
     return [task for (task, _), verdict in zip(fresh, found, strict=True) if verdict.ok]
 
 
-WAIT_S = 1.0
-"""How long one question for the next change waits: so long may it take to stop."""
-RETRY_S = 1.0
-"""Between questions to a database that does not answer."""
-
-
 class Follower:
-    """Keeps a snapshot in step with a registry, in a thread of its own; a database that is down leaves the last one.
+    """Keeps a snapshot in step with a registry, in a thread of its own; a database that is down leaves the last one."""
 
-    Args:
-        backbone: the backbone that all tasks run on.
-        registry: the registry to follow.
-        alias: serve what this alias points at; None serves the newest active version of each name.
-
-    Attributes:
-        snapshot: what is served now; replaced as a whole, never altered.
-        reachable: whether the registry answered last.
-
-    Raises:
-        ExactnessError: this machine's arithmetic does not keep the promise.
-        RegistryError: the registry cannot be read.
-    """
-
-    def __init__(self, backbone: FrozenBackbone, registry: Registry, alias: str | None = None) -> None:
+    def __init__(self, backbone: FrozenBackbone, registry: Registry, alias: str | None) -> None:
         self._registry, self._alias = registry, alias
-        self._changed = threading.Condition()
-        self._stopping = threading.Event()
-        self.snapshot: Snapshot = first(backbone)
-        self.reachable = True
+        self._changed, self._stopping = threading.Condition(), threading.Event()
+        self.snapshot: Snapshot = first(backbone)  # what is served now; replaced as a whole, never altered
+        self.reachable = True  # whether the registry answered last
         self._follow()
         self._thread = threading.Thread(target=self._run, name="addenda-follower", daemon=True)
         self._thread.start()
@@ -163,9 +133,8 @@ class Follower:
                 self.reachable = True
             except RegistryError as error:
                 if self.reachable:
-                    log.error(
-                        "The registry does not answer; generation %d is served on: %s", self.snapshot.generation, error
-                    )
+                    generation = self.snapshot.generation
+                    log.error("The registry does not answer; generation %d is served on: %s", generation, error)
                 self.reachable = False
                 self._stopping.wait(RETRY_S)
             except Exception:  # a thread that ends would serve this generation for ever
@@ -178,12 +147,8 @@ class Follower:
         with self._changed:
             self.snapshot = snapshot
             self._changed.notify_all()
-        log.info(
-            "Generation %d is served: %d tasks, %.0f ms",
-            snapshot.generation,
-            len(snapshot.records),
-            1000 * (time.monotonic() - started),
-        )
+        took_ms = 1000 * (time.monotonic() - started)
+        log.info("Generation %d is served: %d tasks, %.0f ms", snapshot.generation, len(snapshot.records), took_ms)
         if not (snapshot.records or snapshot.quarantined):
             where = "is registered" if self._alias is None else f"has the alias {self._alias!r}"
             log.warning("Nothing is answered: no task of backbone %s %s", snapshot.model.backbone.name, where)

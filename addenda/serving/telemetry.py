@@ -11,15 +11,8 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 
 from fastapi import APIRouter, Request, Response
-from prometheus_client import (
-    CONTENT_TYPE_LATEST,
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    ProcessCollector,
-    generate_latest,
-)
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.process_collector import ProcessCollector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from addenda.serving.access import needs
@@ -39,17 +32,13 @@ class Metrics:
     """The metrics of one server, in a registry of prometheus_client's."""
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        ProcessCollector(registry=self.registry)
-        self.requests = Counter(
-            "addenda_requests", "Requests answered.", ("method", "route", "status"), registry=self.registry
-        )
-        self.seconds = Histogram(
-            "addenda_request_seconds", "From a request's head to its answer's end.", ("route",), buckets=SECONDS,
-            registry=self.registry,
-        )  # fmt: skip
-        self.pass_images = Histogram("addenda_pass_images", "Images of a pass.", buckets=IMAGES, registry=self.registry)
-        self.pass_seconds = Histogram("addenda_pass_seconds", "Of a pass.", buckets=SECONDS, registry=self.registry)
+        self.registry = own = CollectorRegistry()
+        ProcessCollector(registry=own)
+        self.requests = Counter("addenda_requests", "Requests answered.", ("method", "route", "status"), registry=own)
+        told = "From a request's head to its answer's end."
+        self.seconds = Histogram("addenda_request_seconds", told, ("route",), buckets=SECONDS, registry=own)
+        self.pass_images = Histogram("addenda_pass_images", "Images of a pass.", buckets=IMAGES, registry=own)
+        self.pass_seconds = Histogram("addenda_pass_seconds", "Of a pass.", buckets=SECONDS, registry=own)
 
     def report(self, images: int, seconds: float) -> None:
         """Notes a pass."""

@@ -23,6 +23,8 @@ MOST_LISTS = 2**18
 """Values, and lists or objects, of one JSON document: as Python objects they are far larger than as text."""
 
 Parameters = dict[str, Any]
+Values = np.ndarray[Any, Any]
+"""Of a tensor: float32, or as objects the bytes of an input and the strings of an output."""
 
 
 class _Named(BaseModel):
@@ -47,42 +49,27 @@ class _Request(BaseModel):
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """What a client asks.
+    """What a client asks."""
 
-    Attributes:
-        id: its own, for the answer to repeat.
-        tensors: the inputs by name: float32, or bytes as objects; each of the shape that was said.
-        outputs: the outputs asked for, in order, and whether each is wanted in binary; none asks for all.
-        binary: whether the outputs are wanted in binary where none is named.
-        parameters: of the request.
-    """
-
-    id: str
-    tensors: dict[str, np.ndarray[Any, Any]]
-    outputs: dict[str, bool]
-    binary: bool
+    id: str  # its own, for the answer to repeat
+    tensors: dict[str, Values]  # the inputs by name, each of the shape that was said
+    outputs: dict[str, bool]  # those asked for, in order, and whether each is wanted in binary; none asks for all
+    binary: bool  # whether the outputs are wanted in binary where none is named
     parameters: Parameters
 
 
 @dataclass(frozen=True, eq=False)
 class Output:
-    """An output of an answer: float32, or strings as objects; what is said about it; whether it goes in binary."""
+    """An output of an answer, what is said about it, and whether it goes in binary."""
 
     name: str
-    values: np.ndarray[Any, Any]
+    values: Values
     parameters: Mapping[str, str | int | bool]
     binary: bool
 
 
 def parse(body: bytes, header_length: str | None = None) -> Request:
     """Reads a request. Strings of an input in JSON are base64, since JSON holds no bytes.
-
-    Args:
-        body: the request's body.
-        header_length: what the HTTP header HEADER_LENGTH says, where it was sent.
-
-    Raises:
-        DataError: it is not such a request, or asks for what is not offered.
 
     Source: KServe, Open Inference Protocol v2; Triton, binary tensor data extension. FP32 and BYTES are all that the
     served models take.
@@ -92,17 +79,16 @@ def parse(body: bytes, header_length: str | None = None) -> Request:
         raise DataError(
             f"The request's JSON has more than {MOST_VALUES} values or {MOST_LISTS} lists. Send tensors in binary."
         )
-    document = memoryview(body)
     try:
-        asked = _Request.model_validate(from_json(document[:size].tobytes()))
+        asked = _Request.model_validate(from_json(body[:size]))
     except ValidationError as error:
         fault = error.errors(include_url=False, include_context=False)[0]
         at = ".".join(map(str, fault["loc"])) or "The request"
         raise DataError(f"{at}: {fault['msg']}; found {short(fault['input'])}.") from error
     except ValueError as error:
         raise DataError(f"The request is not JSON: {error}.") from error
-    tensors: dict[str, np.ndarray[Any, Any]] = {}
-    rest = document[size:]
+    tensors: dict[str, Values] = {}
+    rest = memoryview(body)[size:]
     for one in asked.inputs:
         called = f"Input {short(one.name)}"
         if one.name in tensors:
@@ -133,10 +119,9 @@ def parse(body: bytes, header_length: str | None = None) -> Request:
 
 
 def encode(answer: Mapping[str, Any], outputs: Sequence[Output]) -> tuple[bytes, int | None]:
-    """Writes an answer's outputs behind all else of it; its numbers in JSON read back to the same bits of float32.
+    """The body of an answer, and the length of its JSON where binary tensors follow it.
 
-    Returns:
-        The body, and the length of its JSON where binary tensors follow it.
+    Numbers in JSON read back to the same bits of float32.
     """
     described, pieces = [], []
     for output in outputs:
@@ -152,7 +137,7 @@ def encode(answer: Mapping[str, Any], outputs: Sequence[Output]) -> tuple[bytes,
     return b"".join([head, *pieces]), len(head) if pieces else None
 
 
-def _in_binary(values: np.ndarray[Any, Any]) -> bytes:
+def _in_binary(values: Values) -> bytes:
     if values.dtype == np.float32:
         return values.astype("<f4").tobytes()
     strings = [text.encode() for text in values.flat]
@@ -184,7 +169,7 @@ def _refuse(called: str, parameters: Parameters) -> None:
             raise DataError(f"{called} asks for {name}, which is not offered. Send and take the tensor itself.")
 
 
-def _from_json(called: str, asked: _Input) -> np.ndarray[Any, Any]:
+def _from_json(called: str, asked: _Input) -> Values:
     """A tensor whose values stand in the JSON, flat or nested as its shape says."""
     values = asked.data
     if not isinstance(values, list):
@@ -198,7 +183,7 @@ def _from_json(called: str, asked: _Input) -> np.ndarray[Any, Any]:
     kinds = set(map(type, values))
     try:
         if asked.datatype == "BYTES" and kinds <= {str}:
-            return _objects([base64.b64decode(text, validate=True) for text in values], asked.shape)
+            return np.array([base64.b64decode(text, validate=True) for text in values], object).reshape(asked.shape)
         if asked.datatype == "FP32" and kinds <= {int, float}:
             with np.errstate(over="ignore"):  # infinite then, which is for the reader to refuse
                 return np.array(values, np.float64).astype(np.float32).reshape(asked.shape)
@@ -211,7 +196,7 @@ def _from_json(called: str, asked: _Input) -> np.ndarray[Any, Any]:
     )
 
 
-def _from_binary(called: str, asked: _Input, raw: memoryview) -> np.ndarray[Any, Any]:
+def _from_binary(called: str, asked: _Input, raw: memoryview) -> Values:
     """A tensor behind the JSON: float32 in little endian, or strings that each follow their length in four bytes."""
     if asked.datatype == "FP32":
         _check_count(called, asked, len(raw) / 4)
@@ -226,16 +211,10 @@ def _from_binary(called: str, asked: _Input, raw: memoryview) -> np.ndarray[Any,
         strings.append(raw[4 : 4 + size].tobytes())
         raw = raw[4 + size :]
     _check_count(called, asked, len(strings))
-    return _objects(strings, asked.shape)
+    return np.array(strings, object).reshape(asked.shape)
 
 
 def _check_count(called: str, asked: _Input, found: float) -> None:
     expected = math.prod(asked.shape)
     if found != expected:
         raise DataError(f"{called} has the shape {asked.shape}, which is {expected} values; its data is {found:g}.")
-
-
-def _objects(strings: Sequence[bytes], shape: Sequence[int]) -> np.ndarray[Any, Any]:
-    made = np.empty(len(strings), dtype=object)
-    made[:] = strings
-    return made.reshape(shape)

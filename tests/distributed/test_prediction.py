@@ -18,8 +18,7 @@ import pytest
 from addenda.backbones import FrozenBackbone
 from addenda.combined import CombinedModel, golden
 from addenda.distributed.cluster import Workplace, connected
-from addenda.distributed.manifest import Manifest, read_manifest
-from addenda.distributed.parts import Job, PartWriter, choose
+from addenda.distributed.parts import Job, Manifest, PartWriter, choose, read_manifest
 from addenda.distributed.prediction import Crew, Question, Summary, predict_many
 from addenda.exceptions import AddendaError, DataError, ExactnessError, IntegrityError
 from addenda.registry import Registry

@@ -20,7 +20,7 @@ from addenda.combined import attention_map, golden
 from addenda.registry import Kin, Lineage
 from addenda.serving import page, page_charts
 from addenda.serving.keys import KeyFile
-from addenda.serving.page_attention import seen_box
+from addenda.serving.page import seen_box
 from tests.support.servers import client_of
 from tests.support.tasks import random_task
 
@@ -280,9 +280,10 @@ def test_a_matrix_of_many_classes_is_drawn_and_its_worst_are_named() -> None:
     labels = [f"class {i}" for i in range(count)]
     found = page_charts.confusion({"confusion": counts}, labels)
     assert found is not None
-    assert (found.rows, found.num_bins) == ((), page_charts.BINS)
-    assert len(found.drawn) == page_charts.BINS + 1
-    assert sum(cell.count for cell in found.drawn) == 9 * count + 7
+    assert (found.in_numbers, len(found.rows)) == (False, page_charts.BINS)
+    drawn = [cell for row in found.rows for cell in row if cell.count]
+    assert len(drawn) == page_charts.BINS + 1
+    assert sum(cell.count for cell in drawn) == 9 * count + 7
     assert found.pairs == (("class 10", "class 200", 7, 7 / 16),)
 
 
