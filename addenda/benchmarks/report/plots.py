@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BytesIO
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -27,7 +28,8 @@ HUES = ("#0072b2", "#d55e00", "#cc79a7", "#e69f00", "#56b4e9", "#8c8c8c")
 INKS, FAINT = ("#0b6e4f", "#c1666b", "#4059ad", "#b8860b", "#8d3b72", "#555555"), "#bbbbbb"
 """Of the plots that stand beside a table."""
 
-OURS_HUE, MARKS, STROKES = "#009e73", "sD^vPX*", ("-", "--", ":")
+MARKS, STROKES = "sD^vPX*", ("-", "--", ":")
+OURS_STYLE: Mapping[str, Any] = {"color": "#009e73", "marker": "o", "linewidth": 2.8, "zorder": 3}
 SLANTED: Mapping[str, Any] = {"rotation": 35, "ha": "right", "rotation_mode": "anchor", "parse_math": False}
 SCALE = "viridis"
 CSS_DPI, SHARPNESS = 100, 2
@@ -81,21 +83,17 @@ def curves(
     scheme: Scheme,
     narrow: bool = False,
 ) -> Picture:
-    """Accuracy on everything met so far: a line for each method and a band of its spread over seeds.
+    """Accuracy on everything met so far: a line for each method, and a band of its spread over seeds.
 
-    Args:
-        lines: by the method's name, what people call it and its accuracy after each experience.
-        ours: the name of our own method, whose line is the widest, and green.
-        names: of the experiences.
-        scheme: of colours.
-        narrow: for a phone: lines are named below the axes instead of at their ends.
+    `lines` has, by the method's name, what people call it and its accuracy after each experience. A narrow picture, for
+    a phone, names the lines below the axes instead of at their ends.
     """
     height = max(4.2, 1.2 + 0.27 * len(lines))
     with _drawing(scheme, (3.7, 3.4 + 0.23 * len(lines)) if narrow else (7.4, height)) as (figure, axes):
         stages, last = range(1, len(names) + 1), len(names)
-        ends = []
-        for name, style in _styles(lines, ours).items():
-            label, found = lines[name]
+        ends, rivals = [], count()
+        for name, (label, found) in lines.items():
+            style = OURS_STYLE if name == ours else _style(next(rivals))
             answered = [(stage, spread) for stage, spread in zip(stages, found, strict=True) if spread is not None]
             at = [stage for stage, _ in answered]
             means = [100 * spread.mean for _, spread in answered]
@@ -192,12 +190,8 @@ def paper_panels(
 ) -> None:
     """What each regime gains over the head alone, here and in the paper; and a task among others without the mask.
 
-    Args:
-        here: by set and regime, points above the head alone.
-        paper: likewise.
-        joined: accuracies in % by their label and the number of tasks in the sequence.
-        masked: the label and accuracy in % of a task under the mask.
-        file: to write.
+    Gains are points, by set and regime. What is joined is in %, by its label and the number of tasks in the sequence;
+    what is masked, a label and its accuracy in %.
     """
     regimes = list(dict.fromkeys(regime for gains in here.values() for regime in gains))
     figure = Figure(figsize=(15, 5.2), layout="constrained")
@@ -227,16 +221,10 @@ def paper_panels(
     figure.savefig(file, dpi=140)
 
 
-def _styles(names: Iterable[str], ours: str) -> dict[str, dict[str, Any]]:
-    """Hue, stroke and mark of each method's line."""
-    others = [name for name in names if name != ours]
-    styles = {
-        name: {"color": HUES[i % len(HUES)], "linestyle": STROKES[i // len(HUES) % len(STROKES)],
-               "marker": MARKS[i % len(MARKS)], "linewidth": 1.6}
-        for i, name in enumerate(others)
-    }  # fmt: skip
-    widest = {"color": OURS_HUE, "marker": "o", "linewidth": 2.8, "zorder": 3}
-    return {name: styles.get(name, widest) for name in names}
+def _style(number: int) -> dict[str, Any]:
+    """Hue, stroke and mark of a rival's line."""
+    hue, stroke = HUES[number % len(HUES)], STROKES[number // len(HUES) % len(STROKES)]
+    return {"color": hue, "linestyle": stroke, "marker": MARKS[number % len(MARKS)], "linewidth": 1.6}
 
 
 def _apart(values: Sequence[float], gap: float) -> list[float]:
