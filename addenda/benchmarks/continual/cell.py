@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -77,19 +77,21 @@ class Run:
                     return cells.validate_python(line["cell"])
                 except ValidationError:
                     continue  # of another version; computed anew
-        with ExitStack() as stack:
-            made = self._compute(self._make(stack), report)
+        with self._method() as method:
+            made = self._compute(method, report)
         append_line(self.out / CELLS, {"key": self._key, "cell": json.loads(cells.dump_json(made))})
         return made
 
-    def _make(self, stack: ExitStack) -> Method:
+    @contextmanager
+    def _method(self) -> Iterator[Method]:
         if self._ours is None:
-            made = baseline(self.name).make
-            return made(self.name, self.stream, self.backbone, self.config.baselines, self.seed)
+            make = baseline(self.name).make
+            yield make(self.name, self.stream, self.backbone, self.config.baselines, self.seed)
+            return
         folder = self.out / REGISTRIES
         folder.mkdir(exist_ok=True)
-        registry = stack.enter_context(Registry.open(folder / f"{self.name}-seed{self.seed}-{self._key}.db"))
-        return Masked(self.stream, self.backbone, self._ours, registry)
+        with Registry.open(folder / f"{self.name}-seed{self.seed}-{self._key}.db") as registry:
+            yield Masked(self.stream, self.backbone, self._ours, registry)
 
     def _compute(self, method: Method, report: Report) -> Cell:
         experiences = self.stream.experiences

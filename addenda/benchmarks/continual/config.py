@@ -69,10 +69,7 @@ def stream_names() -> list[str]:
 
 
 def read_config(stream: str | Path, overrides: Mapping[str, Any] | None = None) -> StreamConfig:
-    """The checked configuration of a stream by name, of a YAML file, or of a folder with a folder for each class.
-
-    What is given wins over the file's settings, inside a mapping each by itself; None leaves the file's.
-    """
+    """The checked configuration of a stream: its name, a YAML file or a folder; settings given win, each by itself."""
     place = Path(stream)
     if str(stream) in stream_names():
         file = STREAMS / f"{stream}.yaml"
@@ -99,10 +96,7 @@ def read_config(stream: str | Path, overrides: Mapping[str, Any] | None = None) 
 
 
 def build_stream(config: StreamConfig, data_root: Path | None = None, seed: int = 0) -> Stream:
-    """The stream that a configuration means: its images are found and dealt out, and none is read yet.
-
-    The seed is that of every draw: of the test part where a set has none, and of the images under a limit.
-    """
+    """The stream that a configuration means: images are found and dealt out by the seed's draws, and none is read."""
     whole = config.data.stream(config.name, Place(data_root or config._folder, seed, config.download))
     return limited(whole, config.limit, config.test_limit, seed)
 

@@ -172,13 +172,11 @@ def measure(matrix: Sequence[Sequence[float | None]]) -> Metrics:
     count = len(matrix)
     forgetting, backward, forward = Forgetting(), BWT(), ForwardTransfer()
     for after, row in enumerate(matrix):
-        for on, accuracy in enumerate(row):
-            if accuracy is None:
-                continue
-            if on <= after:
-                for metric in (forgetting, backward):
-                    metric.update(on, accuracy, initial=on == after)
-            if on == after + 1:
+        for on, accuracy in enumerate(row[: after + 2]):
+            if accuracy is not None and on <= after:
+                forgetting.update(on, accuracy, initial=on == after)
+                backward.update(on, accuracy, initial=on == after)
+            elif accuracy is not None:
                 forward.update(on, 0.0, initial=True)
                 forward.update(on, accuracy)
     means = [_mean(row[: after + 1]) for after, row in enumerate(matrix)]

@@ -35,10 +35,7 @@ def check_run(config: StreamConfig, data_root: Path | None) -> None:
 def run_continual(
     config: StreamConfig, backbone: FrozenBackbone, out: Path, data_root: Path | None, report: Report, command: str = ""
 ) -> Results:
-    """Runs what `out` does not hold yet, and writes the report there, with the command that runs it.
-
-    A run that was interrupted goes on: cells that are done stay, and of Addenda's, tasks that are registered.
-    """
+    """Runs what `out` does not hold yet of cells, and of Addenda's registered tasks, and writes the report there."""
     notes = _methods(config)
     output_folder(out)
     if config.jobs > 1:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torchvision.datasets import CIFAR10, CIFAR100, MNIST, SVHN, FashionMNIST
@@ -67,34 +67,27 @@ def read_list(file: Path, root: Path) -> LabelledImages:
     return LabelledImages(f"{str(file)!r}", tuple(labels), targets, paths)
 
 
-class _Known(NamedTuple):
-    """How torchvision reads a set: what makes a part of it, what its root must hold, and where that comes from."""
-
-    read: Callable[..., Any]
-    files: str
-    address: str
-
-
 def _svhn(root: Path, train: bool, download: bool) -> Any:
     part = SVHN(root, split="train" if train else "test", download=download)
     part.targets = part.labels
     return part
 
 
-_TORCHVISION = {
-    "cifar10": _Known(CIFAR10, "the unpacked cifar-10-batches-py/", CIFAR10.url),
-    "cifar100": _Known(CIFAR100, "the unpacked cifar-100-python/", CIFAR100.url),
-    "svhn": _Known(_svhn, "train_32x32.mat and test_32x32.mat", "http://ufldl.stanford.edu/housenumbers/"),
-    "mnist": _Known(MNIST, "MNIST/raw/ with its four unpacked files", MNIST.mirrors[0]),
-    "fashion_mnist": _Known(FashionMNIST, "FashionMNIST/raw/ with its four unpacked files", FashionMNIST.mirrors[0]),
+_TORCHVISION: Mapping[str, tuple[Callable[..., Any], str, str]] = {
+    "cifar10": (CIFAR10, "the unpacked cifar-10-batches-py/", CIFAR10.url),
+    "cifar100": (CIFAR100, "the unpacked cifar-100-python/", CIFAR100.url),
+    "svhn": (_svhn, "train_32x32.mat and test_32x32.mat", "http://ufldl.stanford.edu/housenumbers/"),
+    "mnist": (MNIST, "MNIST/raw/ with its four unpacked files", MNIST.mirrors[0]),
+    "fashion_mnist": (FashionMNIST, "FashionMNIST/raw/ with its four unpacked files", FashionMNIST.mirrors[0]),
 }
+"""What makes a part of a set, what its root must hold, and where that comes from."""
 
 
 def open_torchvision(name: str, root: Path, download: bool) -> ImageSet:
     """Opens a set through torchvision, which may fetch it where it is missing."""
-    known = _TORCHVISION[name]
-    with asking_for(name, root, known.files, known.address, download):
-        parts = [known.read(root=root, train=train, download=download) for train in (True, False)]
+    read, files, address = _TORCHVISION[name]
+    with asking_for(name, root, files, address, download):
+        parts = [read(root=root, train=train, download=download) for train in (True, False)]
     labels = tuple(map(str, getattr(parts[0], "classes", range(10))))
     targets = [torch.as_tensor(part.targets, dtype=torch.int64, device="cpu") for part in parts]
     where = f"{name} in {str(root)!r}"

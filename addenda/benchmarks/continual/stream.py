@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -52,12 +51,6 @@ class Stream:
     labels: tuple[str, ...]
     experiences: tuple[Experience, ...]
 
-    @property
-    def shares_classes(self) -> bool:
-        """Whether a class occurs in several experiences: the stream is domain-incremental, not class-incremental."""
-        occurring = [number for one in self.experiences for number in one.classes]
-        return len(set(occurring)) < len(occurring)
-
     @cached_property
     def fingerprints(self) -> list[list[str]]:
         """Of the training and test images of each experience."""
@@ -69,10 +62,7 @@ class Stream:
         eval_transform: Callable[[Any], Tensor],
         task_labels: bool = True,
     ) -> Any:
-        """The images to learn from as an Avalanche benchmark; experience i has the task label i where it has any.
-
-        Without a transform to train with, an image stays as it is, a PIL image in most cases.
-        """
+        """The images to learn from as an Avalanche benchmark; without a transform they stay as they are, mostly PIL."""
         from avalanche.benchmarks import benchmark_from_datasets, with_classes_timeline, with_task_labels
         from avalanche.benchmarks.utils.classification_dataset import (
             ClassificationDataset,
@@ -99,14 +89,13 @@ class _Pictures(Dataset[tuple[Any, int]]):
     """Labelled images as they are held, each with the number of its class."""
 
     def __init__(self, images: LabelledImages) -> None:
-        self._images = images
-        self.targets = images.targets.tolist()
+        self._images, self._targets = images, images.targets.tolist()
 
     def __len__(self) -> int:
         return len(self._images)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        return self._images.item(index).picture(), self.targets[index]
+        return self._images.item(index).picture(), self._targets[index]
 
 
 def slug(name: str) -> str:
@@ -121,27 +110,22 @@ def by_class(
     class_order: str | int | Sequence[str] = "sorted",
     first: int | None = None,
 ) -> Stream:
-    """A stream whose experiences have classes of their own; its labels stand in the order in which they come.
-
-    A seed's order is drawn as PyCIL and LAMDA-PILOT do, with numpy's legacy generator, most often with 1993.
-    """
+    """A stream whose experiences have classes of their own; its labels stand in the order in which they come."""
     sizes = _sizes(images.name, len(images.train.labels), num_experiences, first)
     labels = _in_order(images.name, images.train.labels, class_order)
     parts = [_labelled(part, labels, part.labels) for part in (images.train, images.test)]
     of_class = torch.repeat_interleave(torch.tensor(sizes, dtype=torch.int64, device="cpu"))
-    width = len(str(num_experiences))
     experiences = []
     for number in range(num_experiences):
         train, test = (part.select((of_class[part.targets] == number).nonzero().flatten().tolist()) for part in parts)
-        experiences.append(Experience(f"{name}-{number + 1:0{width}}", train, test))
+        experiences.append(Experience(f"{name}-{number + 1:0{len(str(num_experiences))}}", train, test))
     return Stream(name, labels, tuple(experiences))
 
 
 def by_set(name: str, sets: Sequence[ImageSet], shared_labels: bool) -> Stream:
     """A stream of which each set is one experience; equal class names mean one class, else it is `set/class`."""
     names = [slug(one.name) for one in sets]
-    repeated = sorted({n for n in names if names.count(n) > 1})
-    if repeated:
+    if repeated := sorted({n for n in names if names.count(n) > 1}):
         raise DataError(
             f"Two sets of the stream {name!r} are called {repeated[0]!r}. Give each folder a name of its own."
         )
@@ -180,12 +164,11 @@ def limited(stream: Stream, limit: int | None, test_limit: int | None, seed: int
 def in_turn(order: Sequence[int], targets: Sequence[int], limit: int) -> list[int]:
     """So many rows: of each class the first in the order, then of each the second, and so on; sorted."""
     seen: Counter[int] = Counter()
-    turns = []
+    turn = {}
     for row in order:
-        turns.append((seen[targets[row]], row))
+        turn[row] = seen[targets[row]]
         seen[targets[row]] += 1
-    turns.sort(key=itemgetter(0))
-    return sorted(row for _, row in turns[:limit])
+    return sorted(sorted(order, key=turn.__getitem__)[:limit])
 
 
 def _labelled(images: LabelledImages, labels: tuple[str, ...], called: Sequence[str]) -> LabelledImages:
@@ -219,7 +202,7 @@ def _in_order(name: str, labels: tuple[str, ...], class_order: str | int | Seque
     """The classes in the order in which they come."""
     if class_order == "sorted":
         return labels
-    if isinstance(class_order, int):
+    if isinstance(class_order, int):  # as PyCIL and LAMDA-PILOT draw it, most often with 1993
         return tuple(labels[i] for i in np.random.RandomState(class_order).permutation(len(labels)))
     missing, unknown = sorted(set(labels) - set(class_order)), sorted(set(class_order) - set(labels))
     if missing or unknown or len(class_order) != len(labels):

@@ -14,7 +14,6 @@ OURS = "addenda"
 
 Setting = Literal["told", "untold"]
 SETTINGS: tuple[Setting, ...] = ("told", "untold")
-METRICS = tuple(Metrics.__dataclass_fields__)
 UNVERIFIED = "†"
 NOT_OFFERED = (
     "Forward transfer, and accuracy on an experience before it is learned, are given only where a method can already "
@@ -158,7 +157,9 @@ def flat(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]
 def metrics_table(results: Results) -> Table:
     """All of Avalanche's figures that any method has."""
     every = [metrics for cell in results.cells for metrics in (cell.told_metrics, cell.untold_metrics)]
-    names = [name for name in METRICS if any(getattr(metrics, name) is not None for metrics in every)]
+    names = [
+        name for name in Metrics.__dataclass_fields__ if any(getattr(metrics, name) is not None for metrics in every)
+    ]
     rows = [
         [note.label, setting, *(_metric(name, setting, name).text(results.of(note.name)) for name in names)]
         for note in results.methods
