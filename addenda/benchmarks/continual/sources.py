@@ -185,17 +185,10 @@ class Cub200(_InClasses):
                 download_and_extract_archive(CUB200_ADDRESS, root, md5=CUB200.tgz_md5)
             parts = [CUB200(root, train=train, download=False).imgs for train in (True, False)]
         folders = {number: Path(path).parent.name for part in parts for path, number, _ in part}
-        labels = tuple(folders[number] for number in sorted(folders))
-        train, test = (
-            LabelledImages(
-                f"CUB-200 in {str(root)!r}",
-                labels,
-                torch.tensor([number for _, number, _ in part], dtype=torch.int64, device="cpu"),
-                [root / CUB200.images_folder / path for path, _, _ in part],
-            )
-            for part in parts
-        )
-        return ImageSet("cub200", train, test)
+        where, labels = f"CUB-200 in {str(root)!r}", tuple(folders[number] for number in sorted(folders))
+        targets = [torch.tensor([n for _, n, _ in part], dtype=torch.int64, device="cpu") for part in parts]
+        files = [[root / CUB200.images_folder / path for path, _, _ in part] for part in parts]
+        return ImageSet("cub200", *(LabelledImages(where, labels, *each) for each in zip(targets, files, strict=True)))
 
 
 Data = Annotated[Digits | Folders | Split | Torchvision | FiveDatasets | Core50 | Cub200, Field(discriminator="source")]

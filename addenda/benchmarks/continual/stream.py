@@ -51,6 +51,12 @@ class Stream:
     labels: tuple[str, ...]
     experiences: tuple[Experience, ...]
 
+    @property
+    def shares_classes(self) -> bool:
+        """Whether a class occurs in several experiences: the stream is domain-incremental, not class-incremental."""
+        occurring = [number for one in self.experiences for number in one.classes]
+        return len(set(occurring)) < len(occurring)
+
     @cached_property
     def fingerprints(self) -> list[list[str]]:
         """Of the training and test images of each experience."""

@@ -95,8 +95,7 @@ def comparison_table(results: Results) -> Table:
         quality, price = ([column.text(cells) for column in part] for part in (QUALITY, PRICE))
         rows.append([note.label + ("" if note.verified else f" {UNVERIFIED}"), *quality, exactness(cells), *price])
     titles = ["method", *(c.title for c in QUALITY), "old tasks' logits", *(c.title for c in PRICE)]
-    names = [note.name for note in results.methods]
-    return Table(titles, rows, ours=names.index(OURS) if OURS in names else None)
+    return Table(titles, rows, ours=next((i for i, note in enumerate(results.methods) if note.name == OURS), None))
 
 
 def footnotes(results: Results) -> list[str]:

@@ -97,12 +97,8 @@ def curves(
             axes.plot(at, means, markersize=5, label=_short(label, 34), **style)
             axes.fill_between(at, means - edges, means + edges, color=style["color"], alpha=0.16, linewidth=0)
             ends.append((means[-1], label, style["color"]))
-        axes.set(
-            ylim=(0, 103),
-            xlim=(0.95 - 0.03 * last, 1.03 * last + 0.05),
-            ylabel="accuracy, task untold, %",
-            xlabel="after learning",
-        )
+        axes.set(xlim=(0.95 - 0.03 * last, 1.03 * last + 0.05), ylim=(0, 103))
+        axes.set(xlabel="after learning", ylabel="accuracy, task untold, %")
         shown = names if not narrow or last <= 6 else ["" if i % 2 else name for i, name in enumerate(names)]
         axes.set_xticks(stages, map(_short, shown), **SLANTED)
         axes.grid(axis="y", color=SCHEMES[scheme]["faint"], linewidth=0.8)
