@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -20,7 +20,7 @@ from addenda.benchmarks.baselines.method import BaselineSettings, Method
 from addenda.benchmarks.baselines.methods import baseline
 from addenda.benchmarks.continual.config import StreamConfig
 from addenda.benchmarks.continual.ours import Masked
-from addenda.benchmarks.continual.results import Cell, MethodNote, measure
+from addenda.benchmarks.continual.results import Cell, Matrix, largest, measure
 from addenda.benchmarks.continual.stream import Experience, Stream
 from addenda.benchmarks.report.jsonl import append_line, read_lines
 from addenda.benchmarks.strategy import NEVER
@@ -29,20 +29,13 @@ from addenda.registry import Registry, canonical_json
 
 Report = Callable[[str, int, int], None]
 
-OURS: Mapping[str, tuple[MethodNote, Mapping[str, Any]]] = MappingProxyType({
+OURS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = MappingProxyType({
     "addenda": (
-        MethodNote(
-            "addenda", "Addenda",
-            "as `addenda learn` does by default; less seconds where an earlier seed has kept activations",
-        ),
-        {},
+        "Addenda", "as `addenda learn` does by default; less seconds where an earlier seed has kept activations", {},
     ),
-    "addenda-adapters": (
-        MethodNote("addenda-adapters", "Addenda, adapters", "adapters where validation says that they pay"),
-        {"adapter_rank": "auto"},
-    ),
+    "addenda-adapters": ("Addenda, adapters", "adapters where validation says that they pay", {"adapter_rank": "auto"}),
 })  # fmt: skip
-"""Our own methods: what people should know of them, and their settings."""
+"""Our own methods: what each is called, what people should know of it, and its settings."""
 
 CELLS, SECONDS, REGISTRIES = "cells.jsonl", "seconds.jsonl", "registries"
 DONE = "done"
@@ -51,34 +44,27 @@ DONE = "done"
 
 @dataclass
 class Run:
-    """One method with one seed.
-
-    Attributes:
-        stream: with this seed.
-        images: fingerprints of its images, which the cell's key depends on.
-        seed: of everything random.
-        out: the run's folder.
-    """
+    """One method with one seed, which is the stream's too; `out` is the folder of the whole run."""
 
     config: StreamConfig
     backbone: FrozenBackbone
     stream: Stream
-    images: Sequence[Sequence[str]]
     name: str
     seed: int
     out: Path
 
     def __post_init__(self) -> None:
-        own, settings = OURS[self.name][1] if self.name in OURS else {}, TypeAdapter(BaselineSettings)
-        self._ours = LearnConfig.parse({**self.config.learn, **own, "seed": self.seed}) if self.name in OURS else None
+        self._ours: LearnConfig | None = None
+        settings = TypeAdapter(BaselineSettings).dump_python(self.config.baselines, mode="json")
+        if self.name in OURS:
+            self._ours = LearnConfig.parse({**self.config.learn, **OURS[self.name][-1], "seed": self.seed})
+            settings = self._ours.to_json()
         depends = {
             "method": self.name,
             "seed": self.seed,
-            "settings": self._ours.to_json()
-            if self._ours
-            else settings.dump_python(self.config.baselines, mode="json"),
+            "settings": settings,
             "backbone": self.backbone.fingerprint,
-            "images": self.images,
+            "images": self.stream.fingerprints,
         }
         self._key = hashlib.sha256(canonical_json(depends).encode()).hexdigest()[:16]
 
@@ -91,19 +77,21 @@ class Run:
                     return cells.validate_python(line["cell"])
                 except ValidationError:
                     continue  # of another version; computed anew
-        with ExitStack() as stack:
-            made = self._compute(self._make(stack), report)
+        with self._method() as method:
+            made = self._compute(method, report)
         append_line(self.out / CELLS, {"key": self._key, "cell": json.loads(cells.dump_json(made))})
         return made
 
-    def _make(self, stack: ExitStack) -> Method:
+    @contextmanager
+    def _method(self) -> Iterator[Method]:
         if self._ours is None:
-            made = baseline(self.name).make
-            return made(self.name, self.stream, self.backbone, self.config.baselines, self.seed)
+            make = baseline(self.name).make
+            yield make(self.name, self.stream, self.backbone, self.config.baselines, self.seed)
+            return
         folder = self.out / REGISTRIES
         folder.mkdir(exist_ok=True)
-        registry = stack.enter_context(Registry.open(folder / f"{self.name}-seed{self.seed}-{self._key}.db"))
-        return Masked(self.stream, self.backbone, self._ours, registry)
+        with Registry.open(folder / f"{self.name}-seed{self.seed}-{self._key}.db") as registry:
+            yield Masked(self.stream, self.backbone, self._ours, registry)
 
     def _compute(self, method: Method, report: Report) -> Cell:
         experiences = self.stream.experiences
@@ -149,10 +137,11 @@ class _Matrices:
     """Accuracies, and what becomes of old experiences' scores."""
 
     def __init__(self, count: int) -> None:
-        self.told: list[list[float | None]] = [[None] * count for _ in range(count)]
-        self.untold: list[list[float | None]] = [[None] * count for _ in range(count)]
+        self.told: Matrix = [[None] * count for _ in range(count)]
+        self.untold: Matrix = [[None] * count for _ in range(count)]
         self.comparisons, self.max_difference = 0, 0.0
-        self._moved = False
+        self.identical: bool | None = None  # None where no score was compared
+        self.changed_decisions: float | None = None  # of untold answers on old experiences; None where there are none
         self._first: dict[int, tuple[Tensor, Tensor]] = {}
         self._decided, self._changed = 0, 0
 
@@ -170,18 +159,11 @@ class _Matrices:
         elif on < after and on in self._first:
             before, decided = self._first[on]
             self.comparisons += 1
-            self._moved |= before.numpy().tobytes() != logits.numpy().tobytes()
-            self.max_difference = max(self.max_difference, (before - logits).abs().max().item())
+            same = before.numpy().tobytes() == logits.numpy().tobytes()
+            self.identical = same and self.identical is not False
+            if not same:
+                self.max_difference = largest((self.max_difference, (before - logits).abs().max().item()))
             if after == len(self.told) - 1:
                 self._decided += len(decisions)
                 self._changed += int((decided != decisions).sum())
-
-    @property
-    def identical(self) -> bool | None:
-        """Whether no old score has moved by a bit; None where there was none to compare."""
-        return not self._moved if self.comparisons else None
-
-    @property
-    def changed_decisions(self) -> float | None:
-        """The share of untold answers on old experiences that are others now; None where there are none."""
-        return self._changed / self._decided if self._decided else None
+                self.changed_decisions = self._changed / self._decided

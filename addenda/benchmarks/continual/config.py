@@ -10,9 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 from pydantic_core import ErrorDetails
 
 from addenda.benchmarks.baselines.method import BaselineSettings
-from addenda.benchmarks.continual.experiences import limited
 from addenda.benchmarks.continual.sources import Data, Place
-from addenda.benchmarks.continual.stream import Stream, slug
+from addenda.benchmarks.continual.stream import Stream, limited, slug
 from addenda.exceptions import AddendaError, DataError
 from addenda.learner import LearnConfig, read_mapping
 
@@ -22,43 +21,17 @@ Channels = tuple[float, float, float]
 
 
 class BackboneConfig(BaseModel):
-    """The arguments of `load_backbone`.
-
-    Attributes:
-        name: timm's, or `"glyphs"`.
-        weights: a local file; None takes timm's pretrained weights.
-        mean: of the normalisation, for each channel; None takes timm's.
-        std: likewise.
-    """
+    """The arguments of `load_backbone`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    name: str = "vit_base_patch16_224.augreg_in21k"
-    weights: Path | None = None
-    mean: Channels | None = None
+    name: str = "vit_base_patch16_224.augreg_in21k"  # timm's, or "glyphs"
+    weights: Path | None = None  # a local file; None takes timm's pretrained weights
+    mean: Channels | None = None  # of the normalisation; None takes timm's
     std: Channels | None = None
 
 
 class StreamConfig(BaseModel):
-    """A stream, what learns it, and what its file says of a run of it.
-
-    Attributes:
-        about: one line for people.
-        command: what runs it.
-        hardware: what it was run on.
-        minutes: how long that took.
-        expected: what came out for Addenda: a metric's name and its value in %. `read_config` leaves it out where it is
-            told to run the stream otherwise.
-        expected_with: settings that were given for this, beside the file's own.
-        data: where the images come from.
-        download: whether missing images may be fetched, from those sources that can.
-        limit: training images of an experience at most, drawn class by class; None takes all.
-        test_limit: test images likewise.
-        jobs: processes that share the methods and seeds among them, and the processor's cores.
-        seeds: runs, with the seeds 0, 1, 2 and so on.
-        methods: who runs; None is Addenda and every baseline.
-        learn: settings of `LearnConfig` for Addenda's own method.
-        baselines: settings of the baselines.
-    """
+    """A stream, what learns it, and what its file says of a run of it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,39}$")]
@@ -66,19 +39,19 @@ class StreamConfig(BaseModel):
     command: str = ""
     hardware: str = ""
     minutes: Annotated[float, Field(gt=0)] | None = None
-    expected: dict[str, float] = {}
-    expected_with: dict[str, Any] = {}
+    expected: dict[str, float] = {}  # of Addenda, a metric and its value in %; empty where the stream is run otherwise
+    expected_with: dict[str, Any] = {}  # settings that were given for this, beside the file's own
     backbone: BackboneConfig = BackboneConfig()
     data: Data
     download: bool = False
-    limit: Annotated[int, Field(ge=1)] | None = None
+    limit: Annotated[int, Field(ge=1)] | None = None  # training images of an experience at most, drawn class by class
     test_limit: Annotated[int, Field(ge=1)] | None = None
-    jobs: Annotated[int, Field(ge=1)] = 1
-    seeds: Annotated[int, Field(ge=1)] = 3
-    methods: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
-    learn: dict[str, Any] = {}
+    jobs: Annotated[int, Field(ge=1)] = 1  # processes that share the methods and seeds among them, and the cores
+    seeds: Annotated[int, Field(ge=1)] = 3  # runs, with the seeds 0, 1, 2 and so on
+    methods: Annotated[tuple[str, ...], Field(min_length=1)] | None = None  # None is Addenda and every baseline
+    learn: dict[str, Any] = {}  # settings of `LearnConfig` for Addenda's own method
     baselines: BaselineSettings = BaselineSettings()
-    _folder: Path = PrivateAttr(default=Path())
+    _folder: Path = PrivateAttr(default=Path())  # of the YAML file: there a relative `root` is looked for
 
     @field_validator("learn")
     @classmethod
@@ -89,11 +62,6 @@ class StreamConfig(BaseModel):
             raise ValueError(str(error)) from error
         return settings
 
-    @property
-    def folder(self) -> Path:
-        """Where a relative `root` is looked for unless --data says: the YAML file's own folder, or the current one."""
-        return self._folder
-
 
 def stream_names() -> list[str]:
     """The streams that the package carries."""
@@ -101,19 +69,7 @@ def stream_names() -> list[str]:
 
 
 def read_config(stream: str | Path, overrides: Mapping[str, Any] | None = None) -> StreamConfig:
-    """Reads and checks a stream's configuration; images are not read yet.
-
-    Args:
-        stream: a name of `stream_names()`, a YAML file, or a folder with one folder of images for each class.
-        overrides: settings that win over the file's; inside a mapping, each by itself. None leaves the file's.
-
-    Raises:
-        DataError: there is no such stream, or its configuration is not right; all that is wrong is named.
-
-    Examples:
-        >>> read_config("digits", {"seeds": 1}).seeds
-        1
-    """
+    """The checked configuration of a stream: its name, a YAML file or a folder; settings given win, each by itself."""
     place = Path(stream)
     if str(stream) in stream_names():
         file = STREAMS / f"{stream}.yaml"
@@ -140,17 +96,8 @@ def read_config(stream: str | Path, overrides: Mapping[str, Any] | None = None) 
 
 
 def build_stream(config: StreamConfig, data_root: Path | None = None, seed: int = 0) -> Stream:
-    """The stream that a configuration means: its images are found and dealt out, and none is read yet.
-
-    Args:
-        config: says which.
-        data_root: where a relative `root` is looked for; None looks in the configuration's own folder.
-        seed: of every draw: of the test part where a set has none, and of the images under a limit.
-
-    Raises:
-        DataError: images are missing, or cannot be dealt out as asked.
-    """
-    whole = config.data.stream(config.name, Place(data_root or config.folder, seed, config.download))
+    """The stream that a configuration means: images are found and dealt out by the seed's draws, and none is read."""
+    whole = config.data.stream(config.name, Place(data_root or config._folder, seed, config.download))
     return limited(whole, config.limit, config.test_limit, seed)
 
 

@@ -10,19 +10,14 @@ from addenda.backbones import FrozenBackbone
 from addenda.benchmarks.baselines.method import Method, Price, Scores, quiet_evaluator
 from addenda.benchmarks.baselines.regimes import batches
 from addenda.benchmarks.continual.stream import Experience, Stream
-from addenda.benchmarks.strategy import NEVER, Learned, MaskedMemory
+from addenda.benchmarks.strategy import NEVER, MaskedMemory
 from addenda.combined import Answers, Router, pass_operations, task_cost
 from addenda.learner import LearnConfig
-from addenda.registry import FeatureStatistics, Registry
+from addenda.registry import Registry
 
 
 class Masked(Method):
-    """Addenda as a method of the benchmark.
-
-    Args:
-        config: settings of each learning run.
-        registry: where the tasks go; a run interrupted finds them there.
-    """
+    """Addenda as a method of the benchmark; a run that was interrupted finds its tasks in the registry."""
 
     def __init__(self, stream: Stream, backbone: FrozenBackbone, config: LearnConfig, registry: Registry) -> None:
         self._stream, self._backbone, self._registry = stream, backbone, registry
@@ -42,9 +37,8 @@ class Masked(Method):
         answers = self._answer(experience)
         width = len(self._stream.labels)
         told = torch.full((len(experience.test), width), NEVER, dtype=torch.float32, device="cpu")
-        number = self._stream.experiences.index(experience)
         for name, learned in self._strategy.model.learned.items():
-            if learned.number == number:
+            if learned.number == self._stream.experiences.index(experience):
                 told[:, list(learned.classes)] = answers[name].cpu()
         return Scores(told, self._strategy.model.score(answers, num_classes=width))
 
@@ -62,17 +56,17 @@ class Masked(Method):
         `auroc`: of familiarity, the images of tasks to come against those of known ones, in the mean over the routers
         after each experience but the last.
         """
-        auroc = self._auroc()
-        return {"routers": self._routers()} | ({} if auroc is None else {"auroc": auroc})
+        return {"routers": self._routers()} | ({"auroc": self._auroc()} if len(self._stream.experiences) > 1 else {})
 
     def _routers(self) -> dict[str, float]:
         learned = self._strategy.model.learned
-        router = Router(self._kept(len(learned)))
+        classes = {name: torch.tensor(one.classes, dtype=torch.int64, device="cpu") for name, one in learned.items()}
+        router = self._router(len(learned))
         right: dict[str, list[float]] = {}
         for experience in self._stream.experiences:
             answers = self._answer(experience)
             logits = {name: answers[name].cpu() / one.task.temperature for name, one in learned.items()}
-            heads = torch.stack([_classes(one)[logits[name].argmax(1)] for name, one in learned.items()], dim=1)
+            heads = torch.stack([classes[name][one.argmax(1)] for name, one in logits.items()], dim=1)
             found = {
                 "max softmax": {name: one.log_softmax(1).amax(1) for name, one in logits.items()},
                 "energy": {name: one.logsumexp(1) for name, one in logits.items()},
@@ -87,21 +81,20 @@ class Masked(Method):
                 right.setdefault(how, []).append((answered == experience.test.targets).float().mean().item())
         return {how: sum(values) / len(values) for how, values in right.items()}
 
-    def _auroc(self) -> float | None:
-        features, found = [_pooled(self._answer(experience)) for experience in self._stream.experiences], []
+    def _auroc(self) -> float:
+        features = [_pooled(self._answer(experience)) for experience in self._stream.experiences]
+        found: list[float] = []
         for known in range(1, len(features)):
-            router = Router(self._kept(known))
+            router = self._router(known)
             familiar = [router.familiarity(one) for one in features]
-            truth = torch.cat(
-                [torch.full((len(one),), i < known, dtype=torch.bool, device="cpu") for i, one in enumerate(familiar)]
-            )
-            found.append(roc_auc_score(truth.numpy(), torch.cat(familiar).numpy()))
-        return sum(found) / len(found) if found else None
+            truth = [number < known for number, one in enumerate(familiar) for _ in range(len(one))]
+            found.append(roc_auc_score(truth, torch.cat(familiar).numpy()))
+        return sum(found) / len(found)
 
-    def _kept(self, count: int) -> dict[str, FeatureStatistics]:
-        """What a router knows of the first experiences."""
+    def _router(self, count: int) -> Router:
+        """The router that knows the first experiences, so many of them."""
         learned = list(self._strategy.model.learned.items())[:count]
-        return {name: one.statistics for name, one in learned if one.statistics is not None}
+        return Router({name: one.statistics for name, one in learned if one.statistics is not None})
 
     def _answer(self, experience: Experience) -> Answers:
         """All tasks' logits on an experience's test images, from one pass."""
@@ -111,10 +104,6 @@ class Masked(Method):
             logits = {name: torch.cat([part[name] for part in parts]) for name in model.tasks}
             self._answers[experience.name] = Answers(logits, model.exact, torch.cat([_pooled(part) for part in parts]))
         return self._answers[experience.name]
-
-
-def _classes(learned: Learned) -> Tensor:
-    return torch.tensor(learned.classes, dtype=torch.int64, device="cpu")
 
 
 def _pooled(answers: Answers) -> Tensor:

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
+from addenda.benchmarks.continual import tables
 from addenda.benchmarks.continual.results import FILE, Cell, Results
-from addenda.benchmarks.continual.tables import (
-    NOT_OFFERED,
-    OURS,
-    SETTINGS,
-    Setting,
-    comparison_table,
-    experience_table,
-    extra_table,
-    footnotes,
-    metrics_table,
-    proof_table,
-    verdict,
-)
-from addenda.benchmarks.report.plots import Picture, curves, heat_map, scale
+from addenda.benchmarks.continual.tables import OURS, Setting
+from addenda.benchmarks.report.plots import Picture, Scheme, curves, heat_map, scale
 from addenda.benchmarks.report.tables import NOTHING, Spread, Table, show, write_json, write_pages
 from addenda.terminal import console
 
@@ -50,15 +40,14 @@ def write_report(results: Results, folder: Path) -> None:
 
 def print_report(results: Results, folder: Path) -> None:
     """Prints the comparison, and where the report lies."""
-    made = comparison_table(results)
     shown = {
         "method": 0, "told %": 1, "untold %": 2, "forgets untold": 5, "old logits": 6, "a task": 7, "train s": 8,
         "passes": 9,
     }  # fmt: skip
-    console.print(verdict(results), markup=False, highlight=False)
-    rows = [[row[place] for place in shown.values()] for row in made.rows]
+    console.print(tables.verdict(results), markup=False, highlight=False)
+    rows = [[row[place] for place in shown.values()] for row in tables.comparison_table(results).rows]
     show(f"The stream {results.stream}, accuracy", Table(tuple(shown), rows))
-    for note in footnotes(results):
+    for note in tables.footnotes(results):
         console.print(f"- {note}", markup=False, highlight=False)
     console.print(f"The report: {folder / 'report.html'} and {folder / 'report.md'}", markup=False, highlight=False)
 
@@ -68,32 +57,31 @@ def _content(results: Results, values: dict[str, Any]) -> dict[str, Any]:
     names = [one.name for one in results.experiences]
     lines = {note.name: (note.label, accuracy_so_far(results.of(note.name))) for note in results.methods}
     ends = ", ".join(f"{label} {100 * last.mean:.1f} %" for label, (*_, last) in lines.values() if last)
+    told_curves = f"Untold accuracy after each experience, in the mean over all met: at the end {ends}"
+    draw = partial(curves, lines, OURS, names)
     early = (row[i + 1 :] for c in results.cells for matrix in (c.told, c.untold) for i, row in enumerate(matrix))
     return {
         "results": results,
-        "verdict": verdict(results),
+        "verdict": tables.verdict(results),
         "kept": all(cell.identical for cell in results.of(OURS)),
-        "comparison": comparison_table(results),
-        "footnotes": footnotes(results),
-        "curves": Drawn(
-            "curves.png",
-            f"Untold accuracy after each experience, in the mean over all met: at the end {ends}",
-            curves(lines, OURS, names, "light"),
-            curves(lines, OURS, names, "dark"),
-            (curves(lines, OURS, names, "light", narrow=True), curves(lines, OURS, names, "dark", narrow=True)),
-        ),
-        "scale": Drawn("scale.png", "Colours from 0 to 100 % accuracy", scale("light"), scale("dark")),
+        "comparison": tables.comparison_table(results),
+        "footnotes": tables.footnotes(results),
+        "curves": _drawn("curves.png", told_curves, draw, partial(draw, narrow=True)),
+        "scale": _drawn("scale.png", "Colours from 0 to 100 % accuracy", scale),
         "matrices": [
-            (note.label, [_matrix(note.name, note.label, results.of(note.name), one, names) for one in SETTINGS])
+            (note.label, [_matrix(note.name, note.label, results.of(note.name), one, names) for one in tables.SETTINGS])
             for note in results.methods
         ],
-        "proof": proof_table(results),
-        "extra": extra_table(results),
-        "metrics": metrics_table(results),
-        "not_offered": NOT_OFFERED if len(names) > 1 else "",
+        "proof": tables.proof_table(results),
+        "extra": tables.extra_table(results),
+        "metrics": tables.metrics_table(results),
+        "not_offered": tables.NOT_OFFERED if len(names) > 1 else "",
         "early": any(value is not None for row in early for value in row),
-        "experiences": experience_table(results),
-        **{key: _yaml(values[key]) for key in ("expected", "config", "environment")},
+        "experiences": tables.experience_table(results),
+        **{
+            key: yaml.safe_dump(values[key], sort_keys=False, allow_unicode=True) if values[key] else ""
+            for key in ("expected", "config", "environment")
+        },
     }
 
 
@@ -101,25 +89,23 @@ def mean_matrix(cells: Sequence[Cell], setting: Setting) -> list[list[float | No
     """The mean accuracy matrix over seeds; None where no seed has one."""
     stages = range(len(cells[0].told))
     spreads = [[Spread.of(getattr(cell, setting)[i][j] for cell in cells) for j in stages] for i in stages]
-    return [[spread and spread.mean for spread in row] for row in spreads]
+    return [[spread.mean if spread else None for spread in row] for row in spreads]
 
 
 def accuracy_so_far(cells: Sequence[Cell]) -> list[Spread | None]:
     """Untold accuracy after each experience, in the mean over all that were met; None where nothing was answered."""
     seen = [[Spread.of(row[: i + 1]) for i, row in enumerate(cell.untold)] for cell in cells]
-    return [Spread.of(spread and spread.mean for spread in stage) for stage in zip(*seen, strict=True)]
+    return [Spread.of(spread.mean for spread in stage if spread) for stage in zip(*seen, strict=True)]
 
 
 def _matrix(name: str, label: str, cells: list[Cell], setting: Setting, names: list[str]) -> Drawn:
     matrix = mean_matrix(cells, setting)
     last = ", ".join(NOTHING if value is None else f"{100 * value:.1f}" for value in matrix[-1])
-    return Drawn(
-        f"accuracy-{name}-{setting}.png",
-        f"Accuracy matrix of {label}, task {setting}; last row, in %: {last}",
-        heat_map(matrix, names, "light"),
-        heat_map(matrix, names, "dark"),
-    )
+    alt = f"Accuracy matrix of {label}, task {setting}; last row, in %: {last}"
+    return _drawn(f"accuracy-{name}-{setting}.png", alt, partial(heat_map, matrix, names))
 
 
-def _yaml(values: Mapping[str, Any]) -> str:
-    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True) if values else ""
+def _drawn(
+    file: str, alt: str, draw: Callable[[Scheme], Picture], narrow: Callable[[Scheme], Picture] | None = None
+) -> Drawn:
+    return Drawn(file, alt, draw("light"), draw("dark"), narrow and (narrow("light"), narrow("dark")))

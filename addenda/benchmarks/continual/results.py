@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -26,64 +27,38 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Change = Annotated[float, Field(ge=-1, le=1)]
 Matrix = list[list[Share | None]]
+"""Accuracy after experience i (row) on experience j (column); None where it was not measured."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class Metrics:
-    """Avalanche's figures of one accuracy matrix, as fractions; None where there is nothing to measure them by.
+    """Avalanche's figures of one accuracy matrix, as fractions; None where there is nothing to measure them by."""
 
-    Attributes:
-        average_accuracy: after the last experience.
-        average_incremental_accuracy: the mean, over all experiences, of the accuracy on everything met until then.
-        forgetting: accuracy when learned less accuracy at the end, in the mean over old experiences.
-        backward_transfer: its negative.
-        forward_transfer: accuracy on an experience before it is learned, less that before anything is; None where one
-            has no class that is offered by then.
-    """
-
-    average_accuracy: Share
-    average_incremental_accuracy: Share | None
-    forgetting: Change | None
-    backward_transfer: Change | None
-    forward_transfer: Change | None
+    average_accuracy: Share  # after the last experience
+    average_incremental_accuracy: Share | None  # the mean, over all experiences, of that on everything met until then
+    forgetting: Change | None  # accuracy when learned less accuracy at the end, in the mean over old experiences
+    backward_transfer: Change | None  # its negative
+    forward_transfer: Change | None  # accuracy on an experience before it is learned; None where none is offered then
 
 
 @dataclass(frozen=True, config=STRICT)
 class Cell:
-    """One method with one seed.
-
-    Attributes:
-        method: name of the method.
-        seed: seed of everything random.
-        told: accuracy after experience i (row) on experience j (column), the task being known; None where not measured,
-            or no class of j is offered.
-        untold: likewise, the task being unknown.
-        comparisons: of an old experience's told logits with those when it was learned, after each later experience.
-        identical: whether they were the same, byte for byte, each time; None where nothing was compared.
-        max_difference: the largest |difference| between them.
-        changed_decisions: share of untold answers on old experiences' test images that differ from those when learned.
-        train_seconds: of each experience.
-        stored_bytes: for one task, in the mean.
-        relative_inference: arithmetic of one image's answer, over one pass of the backbone.
-        told_metrics: of `told`.
-        untold_metrics: of `untold`.
-        extra: what only some methods have: a figure, or several by name, such as `routers`.
-    """
+    """One method with one seed."""
 
     method: str
     seed: int
-    told: Matrix
+    told: Matrix  # the task being known; None where no class of the experience is offered
     untold: Matrix
-    comparisons: Annotated[int, Field(ge=0)]
-    identical: bool | None
+    comparisons: Annotated[int, Field(ge=0)]  # of an old experience's told logits with those when it was learned
+    identical: bool | None  # whether they were the same, byte for byte, each time; None where nothing was compared
     max_difference: float
-    changed_decisions: Share | None
-    train_seconds: list[Amount]
-    stored_bytes: Amount
-    relative_inference: Amount
+    changed_decisions: Share | None  # of the untold answers on old experiences' test images
+    train_seconds: list[Amount]  # of each experience
+    stored_bytes: Amount  # for one task, in the mean
+    relative_inference: Amount  # arithmetic of one image's answer, over one pass of the backbone
     told_metrics: Metrics
     untold_metrics: Metrics
-    extra: dict[str, float | dict[str, float]]
+    extra: dict[str, float | dict[str, float]]  # what only some methods have: a figure, or several by name
 
     @model_validator(mode="after")
     def _consistent(self) -> Cell:
@@ -102,19 +77,12 @@ class Cell:
 
 @dataclass(frozen=True, config=STRICT)
 class MethodNote:
-    """What people should know of a method.
-
-    Attributes:
-        name: as in the cells; names files too.
-        label: what people read.
-        note: one sentence, such as "forgets nothing when told the task".
-        verified: False for a port that was not checked against a published figure, in results of earlier versions.
-    """
+    """What people should know of a method, in a sentence; its name is that of the cells, and names files too."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
     label: str
     note: str
-    verified: bool = True
+    verified: bool = True  # False, in results of earlier versions, for a port not checked against a published figure
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -129,24 +97,12 @@ class ExperienceNote:
 
 @dataclass(frozen=True, config=STRICT)
 class Results:
-    """A whole run.
-
-    Attributes:
-        command: the command line that made it; empty where it was made in Python.
-        hardware: the machine, its device and threads, in words.
-        expected: what the stream's file says should come out for Addenda; empty where the stream was run otherwise.
-        experiences: in the order in which they came.
-        labels: names of the stream's classes.
-        config: the configuration, resolved.
-        environment: versions, processor, threads.
-        methods: in the order in which they are shown.
-        cells: each method with each of its seeds.
-    """
+    """A whole run."""
 
     stream: str
-    command: str
+    command: str  # that made it; empty where it was made in Python
     hardware: str
-    expected: dict[str, Any]
+    expected: dict[str, Any]  # of Addenda, by the stream's file; empty where the stream was run otherwise
     experiences: Annotated[list[ExperienceNote], Field(min_length=1)]
     labels: list[str]
     config: dict[str, Any]
@@ -178,15 +134,7 @@ class Results:
 
     @classmethod
     def from_json(cls, text: str | bytes, source: str) -> Results:
-        """Reads what `to_json` gave.
-
-        Args:
-            text: JSON.
-            source: where it is from, as messages name it.
-
-        Raises:
-            DataError: it is cut off or damaged, or describes something else.
-        """
+        """Reads what `to_json` gave; DataError names its source where it is damaged, or describes something else."""
         try:
             return TypeAdapter(cls).validate_json(text)
         except ValidationError as error:
@@ -200,11 +148,7 @@ class Results:
 
 
 def read_results(place: Path) -> Results:
-    """The results in a report's folder, or in a file.
-
-    Raises:
-        DataError: there are none, or they are damaged.
-    """
+    """The results in a report's folder, or in a file."""
     file = place / FILE if place.is_dir() else place
     if not file.exists():
         folder = file.parent if file.name == FILE else place
@@ -220,7 +164,7 @@ def read_results(place: Path) -> Results:
 
 
 def measure(matrix: Sequence[Sequence[float | None]]) -> Metrics:
-    """The figures of one matrix: accuracy after experience i (row) on experience j (column), None where not measured.
+    """The figures of one matrix.
 
     Every experience weighs the same, however many test images it has. Before anything is learned nothing is answered,
     so forward transfer is the accuracy on an experience before it is learned, where it was measured.
@@ -228,13 +172,11 @@ def measure(matrix: Sequence[Sequence[float | None]]) -> Metrics:
     count = len(matrix)
     forgetting, backward, forward = Forgetting(), BWT(), ForwardTransfer()
     for after, row in enumerate(matrix):
-        for on, accuracy in enumerate(row):
-            if accuracy is None:
-                continue
-            if on <= after:
-                for metric in (forgetting, backward):
-                    metric.update(on, accuracy, initial=on == after)
-            if on == after + 1:
+        for on, accuracy in enumerate(row[: after + 2]):
+            if accuracy is not None and on <= after:
+                forgetting.update(on, accuracy, initial=on == after)
+                backward.update(on, accuracy, initial=on == after)
+            elif accuracy is not None:
                 forward.update(on, 0.0, initial=True)
                 forward.update(on, accuracy)
     means = [_mean(row[: after + 1]) for after, row in enumerate(matrix)]
@@ -252,3 +194,8 @@ def _mean(values: Iterable[float | None]) -> float | None:
     found = list(values)
     known = [value for value in found if value is not None]
     return fmean(known) if known and len(known) == len(found) else None
+
+
+def largest(differences: Iterable[float]) -> float:
+    """The largest; NaN, of a method that diverged, is larger than any."""
+    return max(differences, key=lambda value: (math.isnan(value), value))

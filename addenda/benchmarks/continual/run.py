@@ -18,7 +18,6 @@ from addenda.benchmarks.continual.cell import DONE, OURS, Report, Run
 from addenda.benchmarks.continual.config import StreamConfig, build_stream
 from addenda.benchmarks.continual.report import write_report
 from addenda.benchmarks.continual.results import ExperienceNote, MethodNote, Results
-from addenda.benchmarks.continual.stream import Stream
 from addenda.combined import numerics
 from addenda.exceptions import DataError, TrainingError
 from addenda.files import output_folder
@@ -28,11 +27,7 @@ OF_THE_FILE = {"command", "hardware", "minutes", "expected", "expected_with"}
 
 
 def check_run(config: StreamConfig, data_root: Path | None) -> None:
-    """Finds what would stop a run, before weights are looked for.
-
-    Raises:
-        DataError: the images are not there, or a method is not known.
-    """
+    """Finds what would stop a run, before weights are looked for: missing images, or a method that is not known."""
     _methods(config)
     build_stream(config, data_root)
 
@@ -40,20 +35,7 @@ def check_run(config: StreamConfig, data_root: Path | None) -> None:
 def run_continual(
     config: StreamConfig, backbone: FrozenBackbone, out: Path, data_root: Path | None, report: Report, command: str = ""
 ) -> Results:
-    """Runs what `out` does not hold yet, and writes the report there.
-
-    Args:
-        config: the stream, and what is asked of whom.
-        backbone: the frozen backbone of all methods.
-        out: folder of the cells, the registries and the report. A run that was interrupted goes on: cells that are
-            done stay, and of Addenda's, tasks that are registered.
-        data_root: where a relative `root` of the stream's data lies.
-        report: told of the progress.
-        command: what runs it, for the report.
-
-    Raises:
-        DataError: the images are not there, or a method is not known.
-    """
+    """Runs what `out` does not hold yet of cells, and of Addenda's registered tasks, and writes the report there."""
     notes = _methods(config)
     output_folder(out)
     if config.jobs > 1:
@@ -61,9 +43,8 @@ def run_continual(
     cells = []
     for seed in range(config.seeds):
         stream = build_stream(config, data_root, seed)
-        images = _fingerprints(stream)
         for place, note in enumerate(notes):
-            run = Run(config, backbone, stream, images, note.name, seed, out)
+            run = Run(config, backbone, stream, note.name, seed, out)
 
             def tell(what: str, done: int, total: int, run: Run = run, start: int = place) -> None:
                 report(f"seed {run.seed}: {run.name}, {what}", start * total + done, len(notes) * total)
@@ -110,7 +91,7 @@ def _compute(
 ) -> tuple[int, str]:
     chosen, stream = config.backbone, build_stream(config, data_root, seed)
     backbone = _load(chosen.name, chosen.weights, chosen.mean, chosen.std, device=device)
-    Run(config, backbone, stream, _fingerprints(stream), name, seed, out).cell(lambda *_: None)
+    Run(config, backbone, stream, name, seed, out).cell(lambda *_: None)
     return seed, name
 
 
@@ -121,26 +102,17 @@ def _threads_each(jobs: int) -> int:
     return max(1, (os.cpu_count() or 1) // jobs)
 
 
-def _fingerprints(stream: Stream) -> list[list[str]]:
-    """Of the training and test images of each experience."""
-    return [[one.train.fingerprint(), one.test.fingerprint()] for one in stream.experiences]
-
-
 def _methods(config: StreamConfig) -> list[MethodNote]:
     """Who runs, in order."""
     names = config.methods or (*OURS, *BASELINES)
-    twice = {name for name in names if names.count(name) > 1}
-    if twice:
+    if twice := {name for name in names if names.count(name) > 1}:
         raise DataError(f"Method {min(twice)!r} is named twice.")
-    return [_note(name) for name in names]
-
-
-def _note(name: str) -> MethodNote:
-    if name in OURS:
-        return OURS[name][0]
-    try:
-        _, label, note = baseline(name)
-    except TrainingError as error:
-        known = ", ".join((*OURS, *BASELINES))
-        raise DataError(f"Method {name!r} is not known. Known: {known}, or lora-R with another rank R.") from error
-    return MethodNote(name, label, note)
+    notes = []
+    for name in names:
+        try:
+            label, note = OURS[name][:2] if name in OURS else baseline(name)[1:]
+        except TrainingError as error:
+            known = ", ".join((*OURS, *BASELINES))
+            raise DataError(f"Method {name!r} is not known. Known: {known}, or lora-R with another rank R.") from error
+        notes.append(MethodNote(name, label, note))
+    return notes

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from addenda.benchmarks.continual.results import Cell, Metrics, Results
-from addenda.benchmarks.report.tables import NOTHING, Spread, Table, Unit, shown
+from addenda.benchmarks.continual.results import Cell, Metrics, Results, largest
+from addenda.benchmarks.report.tables import Spread, Table, Unit, shown
 
 OURS = "addenda"
 """The method whose promise the report is about."""
 
 Setting = Literal["told", "untold"]
 SETTINGS: tuple[Setting, ...] = ("told", "untold")
-METRICS = tuple(Metrics.__dataclass_fields__)
 UNVERIFIED = "†"
 NOT_OFFERED = (
     "Forward transfer, and accuracy on an experience before it is learned, are given only where a method can already "
@@ -60,18 +58,15 @@ PRICE = (
     Column("train_seconds", "training seconds", "s", lambda cell: sum(cell.train_seconds)),
     Column("relative_inference", "inference, passes", "passes", lambda cell: cell.relative_inference),
 )
-CHANGED = Column("changed_decisions", "answers changed, %", "%", lambda cell: cell.changed_decisions)
 
 
-def exactness(cells: Iterable[Cell]) -> str:
+def exactness(cells: Sequence[Cell]) -> str:
     """Whether old tasks' logits kept every byte in all seeds, or the most that one moved."""
-    cells = list(cells)
     if not any(cell.comparisons for cell in cells):
         return "nothing to compare"
     if all(cell.identical for cell in cells):
         return "identical"
-    most = max((cell.max_difference for cell in cells), key=lambda value: (math.isnan(value), value))
-    return f"moves by {most:.2g}"
+    return f"moves by {largest(cell.max_difference for cell in cells):.2g}"
 
 
 def verdict(results: Results) -> str:
@@ -100,8 +95,7 @@ def comparison_table(results: Results) -> Table:
         quality, price = ([column.text(cells) for column in part] for part in (QUALITY, PRICE))
         rows.append([note.label + ("" if note.verified else f" {UNVERIFIED}"), *quality, exactness(cells), *price])
     titles = ["method", *(c.title for c in QUALITY), "old tasks' logits", *(c.title for c in PRICE)]
-    names = [note.name for note in results.methods]
-    return Table(titles, rows, ours=names.index(OURS) if OURS in names else None)
+    return Table(titles, rows, ours=next((i for i, note in enumerate(results.methods) if note.name == OURS), None))
 
 
 def footnotes(results: Results) -> list[str]:
@@ -116,8 +110,8 @@ def footnotes(results: Results) -> list[str]:
             f"No old logit moves either, when the task is told, with {', '.join(rivals)}: see accuracy and the price "
             "columns."
         )
-    changed = [(label, CHANGED.text(results.of(name))) for name, label in labels.items()]
-    if said := [f"{label} {text} %" for label, text in changed if text != NOTHING]:
+    changed = {label: Spread.of(cell.changed_decisions for cell in results.of(name)) for name, label in labels.items()}
+    if said := [f"{label} {shown(spread)} %" for label, spread in changed.items() if spread]:
         notes.append(
             "Untold decisions can change when classes join, even where no logit moves. Of the answers on old "
             f"experiences' test images, these are no longer those given when learned: {', '.join(said)}."
@@ -126,10 +120,7 @@ def footnotes(results: Results) -> list[str]:
 
 
 def proof_table(results: Results) -> Table | None:
-    """What was compared byte by byte, seed by seed: each old task after each later experience.
-
-    None where there was nothing to compare, or nothing of ours.
-    """
+    """What was compared byte by byte, seed by seed; None where there was nothing to compare, or nothing of ours."""
     cells, many = results.of(OURS), len(results.experiences)
     if not cells or many == 1:
         return None
@@ -145,31 +136,34 @@ def extra_table(results: Results) -> Table | None:
     """Routers, in percent, and whatever else only some methods have."""
     rows = []
     for note in results.methods:
-        flat = [dict(_flat(cell.extra)) for cell in results.of(note.name)]
-        for what, name in dict.fromkeys(key for values in flat for key in values):
-            spread = Spread.of(values.get((what, name)) for values in flat)
-            text = f"{shown(spread, '%')} %" if what == "routers" else shown(spread, "plain")
-            rows.append([note.label, f"{what}: {name}" if name else what, text])
+        extras = [dict(flat(cell.extra)) for cell in results.of(note.name)]
+        for name in dict.fromkeys(name for extra in extras for name in extra):
+            spread = Spread.of(extra.get(name) for extra in extras)
+            text = f"{shown(spread)} %" if name.startswith("routers.") else shown(spread, "plain")
+            rows.append([note.label, name.replace(".", ": ", 1), text])
     return Table(["method", "figure", "value"], rows, num_left=2) if rows else None
 
 
-def _flat(extra: Mapping[str, float | Mapping[str, float]]) -> Iterator[tuple[tuple[str, str], float]]:
-    for what, value in extra.items():
-        if isinstance(value, Mapping):
-            yield from (((what, name), figure) for name, figure in value.items())
+def flat(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of nested mappings by its dotted name."""
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, f"{path}{name}.")
         else:
-            yield (what, ""), value
+            yield f"{path}{name}", value
 
 
 def metrics_table(results: Results) -> Table:
     """All of Avalanche's figures that any method has."""
     every = [metrics for cell in results.cells for metrics in (cell.told_metrics, cell.untold_metrics)]
-    names = [name for name in METRICS if any(getattr(metrics, name) is not None for metrics in every)]
-    rows = []
-    for note in results.methods:
-        for setting in SETTINGS:
-            columns = [_metric(name, setting, name) for name in names]
-            rows.append([note.label, setting, *(column.text(results.of(note.name)) for column in columns)])
+    names = [
+        name for name in Metrics.__dataclass_fields__ if any(getattr(metrics, name) is not None for metrics in every)
+    ]
+    rows = [
+        [note.label, setting, *(_metric(name, setting, name).text(results.of(note.name)) for name in names)]
+        for note in results.methods
+        for setting in SETTINGS
+    ]
     return Table(["method", "task", *(name.replace("_", " ") for name in names)], rows, num_left=2)
 
 

@@ -26,7 +26,7 @@ from addenda.benchmarks.baselines.regimes import (
     regime_config,
     train_rival,
 )
-from addenda.benchmarks.continual.experiences import in_turn
+from addenda.benchmarks.continual.stream import in_turn
 from addenda.benchmarks.paper.report import COLLAPSE, PAIRS, write_report
 from addenda.benchmarks.report.jsonl import append_line, read_lines
 from addenda.combined import CombinedModel

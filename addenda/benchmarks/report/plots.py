@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BytesIO
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
@@ -27,7 +29,8 @@ HUES = ("#0072b2", "#d55e00", "#cc79a7", "#e69f00", "#56b4e9", "#8c8c8c")
 INKS, FAINT = ("#0b6e4f", "#c1666b", "#4059ad", "#b8860b", "#8d3b72", "#555555"), "#bbbbbb"
 """Of the plots that stand beside a table."""
 
-OURS_HUE, MARKS, STROKES = "#009e73", "sD^vPX*", ("-", "--", ":")
+MARKS, STROKES = "sD^vPX*", ("-", "--", ":")
+OURS_STYLE: Mapping[str, Any] = {"color": "#009e73", "marker": "o", "linewidth": 2.8, "zorder": 3}
 SLANTED: Mapping[str, Any] = {"rotation": 35, "ha": "right", "rotation_mode": "anchor", "parse_math": False}
 SCALE = "viridis"
 CSS_DPI, SHARPNESS = 100, 2
@@ -81,40 +84,26 @@ def curves(
     scheme: Scheme,
     narrow: bool = False,
 ) -> Picture:
-    """Accuracy on everything met so far: a line for each method and a band of its spread over seeds.
-
-    Args:
-        lines: by the method's name, what people call it and its accuracy after each experience.
-        ours: the name of our own method, whose line is the widest, and green.
-        names: of the experiences.
-        scheme: of colours.
-        narrow: for a phone: lines are named below the axes instead of at their ends.
-    """
+    """Accuracy on everything met so far: a line for each method, by its name and label, and a band of its spread."""
     height = max(4.2, 1.2 + 0.27 * len(lines))
     with _drawing(scheme, (3.7, 3.4 + 0.23 * len(lines)) if narrow else (7.4, height)) as (figure, axes):
         stages, last = range(1, len(names) + 1), len(names)
-        ends = []
-        for name, style in _styles(lines, ours).items():
-            label, found = lines[name]
+        ends, rivals = [], count()
+        for name, (label, found) in lines.items():
+            style = OURS_STYLE if name == ours else _style(next(rivals))
             answered = [(stage, spread) for stage, spread in zip(stages, found, strict=True) if spread is not None]
             at = [stage for stage, _ in answered]
-            means = [100 * spread.mean for _, spread in answered]
-            edges = [100 * (spread.deviation or 0) for _, spread in answered]
-            low, high = ([m + side * e for m, e in zip(means, edges, strict=True)] for side in (-1, 1))
+            means, edges = 100 * np.array([(spread.mean, spread.deviation or 0) for _, spread in answered]).T
             axes.plot(at, means, markersize=5, label=_short(label, 34), **style)
-            axes.fill_between(at, low, high, color=style["color"], alpha=0.16, linewidth=0)
+            axes.fill_between(at, means - edges, means + edges, color=style["color"], alpha=0.16, linewidth=0)
             ends.append((means[-1], label, style["color"]))
-        axes.set(
-            ylim=(0, 103),
-            xlim=(0.95 - 0.03 * last, 1.03 * last + 0.05),
-            ylabel="accuracy, task untold, %",
-            xlabel="after learning",
-        )
+        axes.set(xlim=(0.95 - 0.03 * last, 1.03 * last + 0.05), ylim=(0, 103))
+        axes.set(xlabel="after learning", ylabel="accuracy, task untold, %")
         shown = names if not narrow or last <= 6 else ["" if i % 2 else name for i, name in enumerate(names)]
         axes.set_xticks(stages, map(_short, shown), **SLANTED)
         axes.grid(axis="y", color=SCHEMES[scheme]["faint"], linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
-        if narrow:
+        if narrow:  # for a phone: lines are named below the axes instead of at their ends
             for text in figure.legend(loc="outside lower left", frameon=False, fontsize=9).get_texts():
                 text.set_parse_math(False)
             return _picture(figure)
@@ -139,13 +128,13 @@ def cost_curves(measured: Mapping[str, Sequence[Mapping[str, Any]]], file: Path)
     for axis, (name, found) in zip(panels, measured.items(), strict=True):
         for way, style in styles.items():
             rows = [row for row in found if row["what"] == way]
-            tasks, ratios = ([row[key] for row in rows] for key in ("num_tasks", "ratio"))
-            below = [row["ratio"] * (1 - row["low"] / row["seconds"]) for row in rows]
-            above = [row["ratio"] * (row["high"] / row["seconds"] - 1) for row in rows]
-            axis.errorbar(tasks, ratios, yerr=[below, above], label=way, capsize=3, **style)
+            keys = ("num_tasks", "ratio", "low", "seconds", "high")
+            tasks, ratios, low, seconds, high = (np.array([row[key] for row in rows]) for key in keys)
+            around = ratios * (1 - low / seconds), ratios * (high / seconds - 1)
+            axis.errorbar(tasks, ratios, yerr=around, label=way, capsize=3, **style)
             if way == "combined, exact":
-                limits, label = [row["limit"] for row in rows], "its limit: operations, nothing filled"
-                axis.plot(tasks, limits, color=INKS[0], linestyle=":", label=label)
+                label = "its limit: operations, nothing filled"
+                axis.plot(tasks, [row["limit"] for row in rows], color=INKS[0], linestyle=":", label=label)
         axis.axhline(1, color=FAINT, linewidth=1, zorder=0)
         axis.set(xscale="log", yscale="log", title=name, xlabel="tasks")
         axis.set_yticks([1, 2, 5, 10], ["1x", "2x", "5x", "10x"])
@@ -163,11 +152,11 @@ def training_curves(details: Mapping[str, Any], file: Path) -> None:
     figure = Figure(figsize=(9.5, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     num, few, green, red = details["epochs"], details["dense_epochs"], INKS[0], INKS[4]
-    epochs = range(1, num + 1)
-    dense = [details["dense_epoch_s"] * epoch for epoch in epochs]
+    epochs = np.arange(1, num + 1)
+    dense = details["dense_epoch_s"] * epochs
     left.plot(epochs, dense, color=red, linestyle="--", label="dense mask, extrapolated")
     left.plot(epochs[:few], dense[:few], "o", color=red, label="dense mask, trained")
-    cached = [details["fill_s"] + details["train_s"] / num * epoch for epoch in epochs]
+    cached = details["fill_s"] + details["train_s"] / num * epochs
     left.plot(epochs, cached, color=green, linewidth=2, label="cached, filling included")
     left.axhline(details["pass_s"], color="#999999", linestyle=":", label="stock timm, one pass")
     left.set(xscale="log", yscale="log", xlabel="epochs", ylabel="seconds", title="learning a task")
@@ -192,18 +181,14 @@ def paper_panels(
 ) -> None:
     """What each regime gains over the head alone, here and in the paper; and a task among others without the mask.
 
-    Args:
-        here: by set and regime, points above the head alone.
-        paper: likewise.
-        joined: accuracies in % by their label and the number of tasks in the sequence.
-        masked: the label and accuracy in % of a task under the mask.
-        file: to write.
+    Gains are points, by set and regime. What is joined is in %, by its label and the number of tasks in the sequence;
+    what is masked, a label and its accuracy in %.
     """
-    regimes = list(dict.fromkeys(regime for gains in here.values() for regime in gains))
+    regimes = [list(dict.fromkeys(regime for gains in sets.values() for regime in gains)) for sets in (here, paper)]
     figure = Figure(figsize=(15, 5.2), layout="constrained")
-    panels = figure.subplots(1, 3, width_ratios=(max(3, len(regimes)), 7, 4))
-    for axis, sets, title in zip(panels, (here, paper), ("here", "the paper (ViT-B/32)"), strict=False):
-        columns = list(dict.fromkeys(regime for gains in sets.values() for regime in gains))
+    *gained, collapse = panels = figure.subplots(1, 3, width_ratios=(max(3, len(regimes[0])), 7, 4))
+    titles = "here", "the paper (ViT-B/32)"
+    for axis, sets, columns, title in zip(gained, (here, paper), regimes, titles, strict=True):
         for i, (name, gains) in enumerate(sets.items()):
             places = [columns.index(regime) + 0.07 * (i - (len(sets) - 1) / 2) for regime in gains]
             means, errors = [one.mean for one in gains.values()], [one.deviation or 0.0 for one in gains.values()]
@@ -213,7 +198,6 @@ def paper_panels(
         axis.axhline(0, color=FAINT, linewidth=1, zorder=0)
         axis.set_title(title)
     panels[0].set_ylabel("test accuracy less that of the head alone, points")
-    collapse = panels[2]
     for i, (label, line) in enumerate(joined.items()):
         collapse.plot(list(line), list(line.values()), color=(FAINT, INKS[0])[i], marker="so"[i], label=label)
     if masked is not None:
@@ -227,16 +211,10 @@ def paper_panels(
     figure.savefig(file, dpi=140)
 
 
-def _styles(names: Iterable[str], ours: str) -> dict[str, dict[str, Any]]:
-    """Hue, stroke and mark of each method's line."""
-    others = [name for name in names if name != ours]
-    styles = {
-        name: {"color": HUES[i % len(HUES)], "linestyle": STROKES[i // len(HUES) % len(STROKES)],
-               "marker": MARKS[i % len(MARKS)], "linewidth": 1.6}
-        for i, name in enumerate(others)
-    }  # fmt: skip
-    widest = {"color": OURS_HUE, "marker": "o", "linewidth": 2.8, "zorder": 3}
-    return {name: styles.get(name, widest) for name in names}
+def _style(number: int) -> dict[str, Any]:
+    """Hue, stroke and mark of a rival's line."""
+    hue, stroke = HUES[number % len(HUES)], STROKES[number // len(HUES) % len(STROKES)]
+    return {"color": hue, "linestyle": stroke, "marker": MARKS[number % len(MARKS)], "linewidth": 1.6}
 
 
 def _apart(values: Sequence[float], gap: float) -> list[float]:

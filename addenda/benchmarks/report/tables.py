@@ -21,19 +21,12 @@ from addenda.terminal import console, size
 
 
 class Table(NamedTuple):
-    """Cells as texts, or as Markup where they are Markdown already.
-
-    Attributes:
-        columns: their heads.
-        rows: each as many cells.
-        num_left: so many columns are aligned to the left, the others to the right.
-        ours: the row of our method.
-    """
+    """Cells as texts, or as Markup where they are Markdown already."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
-    num_left: int = 1
-    ours: int | None = None
+    num_left: int = 1  # so many columns are aligned to the left, the others to the right
+    ours: int | None = None  # the row of our method
 
 
 def markdown(table: Table) -> Markup:
@@ -65,7 +58,8 @@ NOTHING = "–"
 Unit = Literal["%", "bytes", "s", "passes", "plain"]
 
 
-class Spread(NamedTuple):
+@dataclass(frozen=True, order=True)
+class Spread:
     """The mean over seeds and the standard deviation (of a sample); with one seed there is none."""
 
     mean: float
@@ -119,29 +113,17 @@ def _block(text: str) -> Markup:
 
 @dataclass(frozen=True)
 class Figure:
-    """One thing that was measured.
+    """One thing that was measured."""
 
-    Attributes:
-        group: the table that it stands in: a database and its version, or so many tasks.
-        what: in words.
-        unit: of all its numbers.
-        measured: the median.
-        low: first quartile, None of what was measured once.
-        high: third quartile.
-        target: of the design; None where it sets none.
-        more: whether more is better.
-        limit: what it would be if multiply-adds were all that takes time, and all went at one speed.
-    """
-
-    group: str
+    group: str  # the table that it stands in: a database and its version, or so many tasks
     what: str
     unit: str
-    measured: float
-    low: float | None = None
-    high: float | None = None
-    target: float | None = None
-    more: bool = False
-    limit: float | None = None
+    measured: float  # the median
+    low: float | None = None  # first quartile, None of what was measured once
+    high: float | None = None  # third quartile
+    target: float | None = None  # of the design; None where it sets none
+    more: bool = False  # whether more is better
+    limit: float | None = None  # what it would be if multiply-adds alone took time, and all went at one speed
 
     @classmethod
     def of_rounds(
@@ -180,11 +162,10 @@ def write(
 
 
 def table_of(figures: Sequence[Figure]) -> Table:
-    """The figures of a group; a column that has nothing to say is left out."""
+    """The figures of a group; the last column is there only where it has something to say."""
     columns = ("what", "measured", "quartiles", "target", "met", "by operations")
-    rows = [_cells(figure) for figure in figures]
-    kept = [place for place, column in enumerate(columns) if column != "by operations" or any(row[-1] for row in rows)]
-    return Table([columns[place] for place in kept], [[row[place] for place in kept] for row in rows])
+    shown = len(columns) if any(figure.limit is not None for figure in figures) else -1
+    return Table(columns[:shown], [_cells(figure)[:shown] for figure in figures])
 
 
 def _cells(figure: Figure) -> tuple[str, ...]:

@@ -52,7 +52,7 @@ def noise(classes: Sequence[int], per_class: int, seed: int, where: str) -> Labe
 
 def stream(groups: Sequence[Sequence[int]] = PAIRS) -> Stream:
     experiences = [
-        Experience(f"e{i}", tuple(classes), noise(classes, 8, i, f"train {i}"), noise(classes, 5, 50 + i, f"test {i}"))
+        Experience(f"e{i}", noise(classes, 8, i, f"train {i}"), noise(classes, 5, 50 + i, f"test {i}"))
         for i, classes in enumerate(groups)
     ]
     return Stream("noise", tuple("abcdef"), tuple(experiences))

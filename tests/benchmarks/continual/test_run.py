@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -248,6 +249,17 @@ def test_one_moved_bit_is_seen(tmp_path: Path) -> None:
         assert matrices.identical is same
         assert (matrices.max_difference > 0) is not same
         assert matrices.changed_decisions == 0
+
+
+def test_scores_that_diverge_later_move_by_nan_and_those_that_stay_nan_do_not_move() -> None:
+    experience = build_stream(quick(), None, 0).experiences[0]
+    told, gone = torch.zeros(10, 10), torch.full((10, 10), torch.nan)
+    for first, again, same in ((told, gone, False), (gone, gone, True)):
+        matrices = _Matrices(2)
+        matrices.add(0, 0, experience, first, told)
+        matrices.add(1, 0, experience, again, told)
+        assert matrices.identical is same
+        assert math.isnan(matrices.max_difference) is not same
 
 
 @pytest.mark.slow

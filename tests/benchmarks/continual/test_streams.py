@@ -14,9 +14,8 @@ import torch
 from PIL import Image
 
 from addenda.benchmarks.continual.config import StreamConfig, build_stream, read_config, stream_names
-from addenda.benchmarks.continual.experiences import by_class
-from addenda.benchmarks.continual.sets import ImageSet, open_folder
-from addenda.benchmarks.continual.stream import Stream
+from addenda.benchmarks.continual.sets import open_folder
+from addenda.benchmarks.continual.stream import ImageSet, Stream, by_class
 from addenda.exceptions import DataError
 from addenda.learner.data.labelled import LabelledImages
 from tests.support.images import colour_folder
