@@ -19,7 +19,7 @@ from addenda.terminal import console, print_json, progress, size, table
 from addenda.text import csv_row, shown
 
 if TYPE_CHECKING:
-    from addenda.backbones import Files, LeftOut
+    from addenda.backbones import LeftOut
     from addenda.combined import Choice, Router
     from addenda.distributed.prediction import Summary
 
@@ -113,7 +113,12 @@ def predict(
         try:
             done = 0
             for files in read_files(loaded, paths, model.micro_batch, skip_bad):
-                answers |= _answers(model, files, router, top) if files.paths else {}
+                if files.paths and router is not None:
+                    answers |= zip(map(str, files.paths), model.route_images(files.images, router, top), strict=True)
+                elif files.paths:
+                    found = model.predict_images(files.images, top)
+                    for i, path in enumerate(files.paths):
+                        answers[str(path)] = {name: best[i] for name, best in found.items()}
                 bad += files.bad.values()
                 done += len(files.asked)
                 report("predicting", done, len(paths))
@@ -201,17 +206,6 @@ def _image_files(places: Sequence[Path]) -> tuple[list[Path], LeftOut]:
         else:
             paths.append(place)
     return paths, joined(left_out)
-
-
-def _answers(
-    model: addenda.CombinedModel, files: Files[Path], router: Router | None, top: int | None
-) -> dict[str, Any]:
-    """For each image its answer of every task, by the tasks' names; or, with a router, a choice and that task's."""
-    if router is not None:
-        routed = model.route_images(files.images, router, top)
-        return {str(path): one for path, one in zip(files.paths, routed, strict=True)}
-    found = model.predict_images(files.images, top)
-    return {str(path): {name: best[i] for name, best in found.items()} for i, path in enumerate(files.paths)}
 
 
 def _router(registry: addenda.Registry, model: addenda.CombinedModel) -> Router:
