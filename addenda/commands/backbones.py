@@ -51,7 +51,7 @@ def backbones_show(
     """Loads a backbone and shows it, with the price of one task on it."""
     from addenda.combined import task_cost
 
-    loaded = options.load_backbone(name, weights, mean, std, "cpu")
+    loaded = options.load_backbone(name, weights, mean, std, None, "cpu")
     record, cost = loaded.record(), task_cost(loaded, memory, adapter_rank)
     adapted = f" and adapters of rank {adapter_rank}" if adapter_rank else ""
     rows = [(key, str(value)) for key, value in record.items()]

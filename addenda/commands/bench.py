@@ -208,7 +208,7 @@ def bench_training(
     """Times and weighs learning beside stock timm's pass, the paper's dense mask and full fine-tuning."""
     from addenda.benchmarks.training.run import run_training
 
-    loaded = options.load_backbone(backbone, weights, mean, std, device, precision)
+    loaded = options.load_backbone(backbone, weights, mean, std, precision, device)
     run_training(loaded, data, out, quick, limit, rounds, dense_epochs)
 
 
@@ -238,7 +238,7 @@ def bench_paper(
     paper.check_run(data, names, chosen)
     varied = addenda.Augmentation(views=views)
     comparison = paper.Comparison(
-        options.load_backbone(backbone, weights, mean, std, device), data, limit,
+        options.load_backbone(backbone, weights, mean, std, None, device), data, limit,
         replace(paper.OURS, epochs=epochs, augmentation=varied),
         RivalConfig(epochs=rival_epochs, augmentation=varied, autocast=bf16),
     )  # fmt: skip

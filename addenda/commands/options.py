@@ -99,11 +99,11 @@ def backbone_to_learn_on(
         return recorded_backbone(registry, weights, device)
     if not described and weights is None and [b["name"] for b in records].count(name or "") == 1:
         return recorded_backbone(registry, None, device, name=name)
-    return load_backbone(name or DEFAULT_BACKBONE, weights, mean, std, device, precision)
+    return load_backbone(name or DEFAULT_BACKBONE, weights, mean, std, precision, device)
 
 
 def load_backbone(
-    name: str, weights: Weights, mean: Mean, std: Std, device: Device, precision: Precision = None
+    name: str, weights: Weights, mean: Mean, std: Std, precision: Precision, device: Device
 ) -> addenda.FrozenBackbone:
     """A backbone as the options describe it."""
     return addenda.load_backbone(name, weights, numbers(mean), numbers(std), precision or "float32", device)
