@@ -8,31 +8,22 @@ from io import TextIOWrapper
 from typing import Annotated
 
 import typer
+from typer import Option
 
 from addenda import __version__
-from addenda.commands import backbones, bench, cache, database, exchange, insight, serve, tasks
-from addenda.commands.checkup import doctor
+from addenda.commands import backbones, bench, cache, database, serve, tasks
 from addenda.commands.learn import evaluate, learn, learn_many
 from addenda.commands.predict import predict
-from addenda.commands.verify import verify
+from addenda.commands.verify import doctor, verify
 from addenda.exceptions import AddendaError
 from addenda.text import shown, shown_lines
 
 INTERRUPTED = 130  # typer's exit code after Ctrl-C
 TRACEBACK = "--traceback"
 
-app = typer.Typer(
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    add_completion=True,
-    help="Adds vision tasks to a frozen Vision Transformer; every earlier task keeps its outputs, bit for bit.",
-)
-for command in (learn, learn_many, evaluate, predict, verify, exchange.export_model, serve.serve, bench.demo, doctor):
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+for command in (learn, learn_many, evaluate, predict, verify, database.export_model, serve.serve, bench.demo, doctor):
     app.command()(command)
-for more in (insight.history, insight.compare, insight.lineage, exchange.export):
-    tasks.app.command()(more)
-tasks.app.command("import")(exchange.import_)
-database.app.command()(exchange.merge)
 groups = {"tasks": tasks, "backbones": backbones, "bench": bench, "cache": cache, "db": database, "keys": serve}
 for name, group in groups.items():
     app.add_typer(group.app, name=name)
@@ -40,9 +31,9 @@ for name, group in groups.items():
 
 @app.callback(invoke_without_command=True)
 def root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    version: Annotated[bool, Option("--version", help="Print the version.")] = False,
     traceback: Annotated[
-        bool, typer.Option(TRACEBACK, help="Show where an unexpected error came from. May stand anywhere.")
+        bool, Option(TRACEBACK, help="Show where an unexpected error came from. May stand anywhere.")
     ] = False,
 ) -> None:
     """Adds vision tasks to a frozen Vision Transformer; every earlier task keeps its outputs, bit for bit."""
@@ -68,24 +59,20 @@ def main() -> None:
     arguments = [word for word in sys.argv[1:] if word != TRACEBACK]  # wherever it stands
     try:
         app(arguments)
-    except AddendaError as error:
-        typer.echo(f"Error: {shown_lines(str(error))}", err=True)
-        sys.exit(2)
-    except OSError as error:  # a place that may not be read or written, or whose name cannot be one
-        if with_traceback:
-            raise
-        typer.echo(f"Error: {shown(str(error)[:500])}.", err=True)
-        sys.exit(2)
     except Exception as error:
-        if with_traceback:
+        if with_traceback and not isinstance(error, AddendaError):
             raise
-        said = shown(str(error))[:500] or "no message"
-        typer.echo(
-            f"Error: {type(error).__name__}: {said}. This is unexpected: a fault of Addenda's, or of a package that it "
-            f"uses. The same command with {TRACEBACK} shows where it came from.",
-            err=True,
-        )
-        sys.exit(1)
+        if isinstance(error, AddendaError):
+            said = shown_lines(str(error))
+        elif isinstance(error, OSError):  # a place that may not be read or written, or whose name cannot be one
+            said = f"{shown(str(error)[:500])}."
+        else:
+            said = (
+                f"{type(error).__name__}: {shown(str(error))[:500] or 'no message'}. This is unexpected: a fault of "
+                f"Addenda's, or of a package that it uses. The same command with {TRACEBACK} shows where it came from."
+            )
+        typer.echo(f"Error: {said}", err=True)
+        sys.exit(2 if isinstance(error, AddendaError | OSError) else 1)
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
             typer.echo("Interrupted. Nothing half done was registered: give the same command again to go on.", err=True)

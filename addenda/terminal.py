@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -46,21 +46,29 @@ def print_json(value: Any) -> None:
     sys.stdout.write(text + "\n")
 
 
-def table(
-    title: str,
-    columns: Sequence[str],
-    rows: Iterable[Sequence[object]],
-    right: Sequence[str] = (),
-    whole: Sequence[str] = (),
-) -> Group:
-    """A table; the columns named in `right` are aligned to the right, those in `whole` never broken.
+def answer(as_json: bool, value: Any, *shown: RenderableType) -> None:
+    """Prints a value as JSON for programs, or else what is shown to people."""
+    if as_json:
+        print_json(value)
+        return
+    for one in shown:
+        console.print(one)
 
-    Texts are never taken for markup, and control characters in them are shown as escapes. Where the terminal is narrow,
-    long texts take more lines, and words of up to WORD characters stay whole if it is not too narrow for that.
+
+def table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[object]],
+    right: Sequence[str] = (), whole: Sequence[str] = (),
+) -> Group:  # fmt: skip
+    """A table of plain texts; columns in `right` are aligned to the right, those in `whole` never broken.
+
+    Where the terminal is narrow, words of up to WORD characters stay whole if it is not too narrow for that.
     """
     made = Table(header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     cells = [[cell if isinstance(cell, Text) else Text(shown(str(cell))) for cell in row] for row in rows]
-    widths = [_longest_word([column, *(row[number].plain for row in cells)]) for number, column in enumerate(columns)]
+    widths = []
+    for number, column in enumerate(columns):
+        words = " ".join([column, *(row[number].plain for row in cells)]).split()
+        widths.append(max((len(word) for word in words if len(word) <= WORD), default=0))
     fits = sum(widths) + 2 * len(widths) <= console.width
     for column, width in zip(columns, widths, strict=True):
         side: Literal["left", "right"] = "right" if column in right else "left"
@@ -71,14 +79,19 @@ def table(
     return Group(Text(shown(title), "bold"), made)  # a title of the table's own would be as narrow as the table
 
 
-def _longest_word(texts: Iterable[str]) -> int:
-    """Characters of the longest word that has no more than WORD."""
-    return max((len(word) for text in texts for word in text.split() if len(word) <= WORD), default=0)
-
-
 def percent(value: float | None) -> str:
     """0.8412 -> 84.1; nothing measured -> a dash."""
     return "–" if value is None else f"{100 * value:.1f}"
+
+
+def plural(number: int, noun: str) -> str:
+    """1, "task" -> 1 task; 2 -> 2 tasks."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def minute(time: str) -> str:
+    """A time of the registry's as tables show it: 2026-01-31T12:00:59.123456 -> 2026-01-31 12:00."""
+    return time[:16].replace("T", " ")
 
 
 def size(num_bytes: float) -> str:

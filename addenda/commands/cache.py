@@ -5,43 +5,38 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+from typer import Argument
 
-from addenda.commands.options import JsonOption
+from addenda.commands import options
 from addenda.exceptions import DataError
+from addenda.terminal import answer, size, table
 
 app = typer.Typer(no_args_is_help=True, help="The activation cache, used again by later runs on the same images.")
 
 
 @app.command("list")
-def cache_list(as_json: JsonOption = False) -> None:
+def cache_list(as_json: options.Json = False) -> None:
     """Lists the entries of the activation cache, which later runs on the same images use again."""
     from addenda.learner import ActivationCache
-    from addenda.terminal import console, print_json, size, table
 
     cache = ActivationCache()
     kept = cache.sets()
-    if as_json:
-        print_json([vars(one) | {"used_at": one.used_at.isoformat()} for one in kept])
-        return
     rows = [
         (k.name, k.backbone, k.num_images, k.num_done, size(k.num_bytes), f"{k.used_at:%Y-%m-%d %H:%M}") for k in kept
     ]
     total = size(sum(one.num_bytes for one in kept))
     title = f"{len(kept)} cache entr{'y' if len(kept) == 1 else 'ies'} in {cache.folder}, {total}"
-    console.print(
-        table(title, ("entry", "backbone", "images", "done", "size", "used"), rows, right=("images", "done", "size"))
-    )
+    columns = ("entry", "backbone", "images", "done", "size", "used")
+    shown = table(title, columns, rows, right=columns[2:5])
+    answer(as_json, [vars(one) | {"used_at": one.used_at.isoformat()} for one in kept], shown)
 
 
 @app.command("clear")
 def cache_clear(
-    names: Annotated[
-        list[str] | None, typer.Argument(help="Entries, as `cache list` names them. Default: all.")
-    ] = None,
+    names: Annotated[list[str] | None, Argument(help="Entries, as `cache list` names them. Default: all.")] = None,
 ) -> None:
     """Deletes cache entries and checkpoints of interrupted runs; exits with 1 where a run has some open, which stay."""
     from addenda.learner import ActivationCache
-    from addenda.terminal import size
 
     cache = ActivationCache()
     unknown = set(names or ()) - {kept.name for kept in cache.sets()}

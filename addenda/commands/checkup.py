@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-import typer
 from packaging.requirements import Requirement
 
 from addenda import FrozenBackbone, Registry, Task, __version__, load_backbone
@@ -18,13 +17,10 @@ from addenda.backbones import cached_weights
 from addenda.combined import prove, recorded_backbone
 from addenda.combined.probes import probe_task
 from addenda.combined.shapes import SizeClass
-from addenda.commands.options import DEFAULT_BACKBONE, DEFAULT_REGISTRY, DeviceOption, JsonOption, RegistryOption
+from addenda.commands import options
 from addenda.exceptions import AddendaError, RegistryError
 from addenda.learner import ActivationCache
-from addenda.terminal import size
-
-OURS = ("all", "dev")
-"""Extras for who works on Addenda."""
+from addenda.terminal import plural, size
 
 
 class Finding(NamedTuple):
@@ -58,7 +54,7 @@ def package_findings() -> Iterator[Finding]:
     wrong = _unmet(core)
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "timm"))
     yield Finding("addenda", "BROKEN" if wrong else "works", _advice(wrong, "addenda") or f"{__version__}, {versions}")
-    for extra in sorted({*known.get_all("Provides-Extra", [])} - {*OURS}):
+    for extra in sorted({*known.get_all("Provides-Extra", [])} - {"all", "dev"}):  # those are for who works on Addenda
         wrong = _unmet([one for one in required if _applies(one, extra) and one not in core])
         yield Finding(f"extra {extra}", "absent" if wrong else "works", _advice(wrong, f"addenda[{extra}]"))
 
@@ -86,8 +82,8 @@ def _advice(wrong: Sequence[str], what: str) -> str:
 
 
 def _devices() -> Iterator[Finding]:
-    threads = torch.get_num_threads()
-    yield Finding("cpu", "works", f"{os.cpu_count()} processors, {threads} thread{'' if threads == 1 else 's'}")
+    threads = plural(torch.get_num_threads(), "thread")
+    yield Finding("cpu", "works", f"{os.cpu_count()} processors, {threads}")
     if not torch.cuda.is_available():
         built = "sees none" if torch.version.cuda else "was built without CUDA"
         yield Finding("cuda", "absent", f"torch {torch.__version__} {built}")
@@ -122,17 +118,17 @@ def self_test(backbone: FrozenBackbone, tasks: Sequence[Task], more: str = "") -
 def _registry(location: str, device: str) -> Iterator[Finding]:
     """The registry, and of each of its backbones the weights and whether its tasks keep their bits."""
     if "://" not in location and not Path(location).expanduser().exists():
-        yield Finding(
-            "registry", "absent", f"none at {location!r}: `addenda learn` makes one, --registry names another"
-        )
-        yield _weights({"name": DEFAULT_BACKBONE, "source": "hub"})
+        advice = "`addenda learn` makes one, --registry names another"
+        yield Finding("registry", "absent", f"none at {location!r}: {advice}")
+        yield _weights({"name": options.DEFAULT_BACKBONE, "source": "hub"})
         return
     try:
         with Registry.open(location, create=False) as opened:
-            faults, tasks = opened.schema_faults(), len(opened.tasks())
-            said = f"{opened.location}: {tasks} active task{'' if tasks == 1 else 's'}, generation {opened.generation}"
-            advice = f"{len(faults)} faults of its schema, see: addenda db check"
-            yield Finding("registry", "BROKEN" if faults else "works", advice if faults else said)
+            tasks = plural(len(opened.tasks()), "active task")
+            if faults := opened.schema_faults():
+                yield Finding("registry", "BROKEN", f"{len(faults)} faults of its schema, see: addenda db check")
+            else:
+                yield Finding("registry", "works", f"{opened.location}: {tasks}, generation {opened.generation}")
             for record in opened.backbones():
                 weights = _weights(record)
                 yield weights
@@ -159,32 +155,11 @@ def _weights(record: Mapping[str, Any]) -> Finding:
 
 def _recorded(registry: Registry, record: Mapping[str, Any], device: str) -> Finding:
     """Whether a backbone is still what it was, and its tasks keep their bits on this machine."""
+    subject = f"weights of {record['name']}"
     try:
         backbone = recorded_backbone(registry, None, device, record["fingerprint"])
-    except AddendaError as error:
-        return Finding(f"weights of {record['name']}", "BROKEN", str(error))
-    try:
+        subject = f"tasks on {record['name']}"
         tasks = registry.load(backbone)
     except AddendaError as error:
-        return Finding(f"tasks on {record['name']}", "BROKEN", str(error))
+        return Finding(subject, "BROKEN", str(error))
     return self_test(backbone, tasks, " with the registry's tasks")
-
-
-def doctor(
-    registry: RegistryOption = DEFAULT_REGISTRY, device: DeviceOption = "auto", as_json: JsonOption = False
-) -> None:
-    """Says what works here and what does not: packages, devices, the registry, weights, and the exactness self-test.
-
-    Exits with 1 if something is broken; what is merely not installed or not there yet is no fault.
-    """
-    from addenda.terminal import console, print_json, table
-
-    findings = list(checkup(registry, device))
-    broken = [finding.subject for finding in findings if finding.state == "BROKEN"]
-    if as_json:
-        print_json([finding._asdict() for finding in findings])
-    else:
-        console.print(table("What works here", ("what", "", "detail"), findings, whole=("what", "")))
-    if broken:
-        typer.echo(f"Broken: {', '.join(broken)}.", err=True)
-        raise typer.Exit(1)

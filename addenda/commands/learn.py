@@ -4,117 +4,94 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 
-from addenda.commands.options import (
-    DEFAULT_REGISTRY,
-    BackboneOption,
-    CacheOption,
-    DeviceOption,
-    JsonOption,
-    MeanOption,
-    NewVersionOption,
-    PrecisionOption,
-    RegistryOption,
-    SkipBadOption,
-    StdOption,
-    WeightsOption,
-    backbone_to_learn_on,
-    learn_settings,
-    ranks,
-    single,
-    workplace,
-)
+import addenda
+from addenda.commands import options
 from addenda.commands.tasks import HEADLINES, headlines, show_task
 from addenda.exceptions import AddendaError
+from addenda.terminal import PER_CLASS, SCORES, answer, console, percent, print_json, progress, show_log, size, table
 from addenda.text import shown_lines
-
-if TYPE_CHECKING:
-    from addenda import FrozenBackbone, LearnConfig
 
 
 def learn(
-    name: Annotated[str, typer.Argument(help="What to call the task.")],
+    name: Annotated[str, Argument(help="What to call the task.")],
     data: Annotated[
         Path,
-        typer.Argument(
+        Argument(
             help="A folder of class folders, or a .csv or .parquet listing with the columns path and label (or labels, "
             "any number of them). A folder may hold train/ and test/, a listing a column split."
         ),
     ],
     test: Annotated[
-        Path | None, typer.Option(help="Test images, scored once: a folder or listing. Default: the test part of DATA.")
+        Path | None, Option(help="Test images, scored once: a folder or listing. Default: the test part of DATA.")
     ] = None,
-    memory: Annotated[
-        list[int] | None, typer.Option(help="Memory tokens in each layer, to try; may be given again.")
-    ] = None,
-    head_only: Annotated[bool | None, typer.Option("--head-only", help="No token: the regression alone.")] = None,
+    memory: Annotated[list[int] | None, Option(help="Memory tokens in each layer, to try; may be given again.")] = None,
+    head_only: Annotated[bool | None, Option("--head-only", help="No token: the regression alone.")] = None,
     adapter_rank: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             help="Rank of the task's own low-rank updates, to try; may be given again. 'auto' takes them where "
             "validation says they pay. Default: none."
         ),
     ] = None,
     adapter_lr: Annotated[
-        list[float] | None, typer.Option(help="A learning rate of the adapters to try; may be given again.")
+        list[float] | None, Option(help="A learning rate of the adapters to try; may be given again.")
     ] = None,
     extends: Annotated[
-        list[str] | None,
-        typer.Option(help="A task to extend; may be given again. 'auto' takes those that help, or none."),
+        list[str] | None, Option(help="A task to extend; may be given again. 'auto' takes those that help, or none.")
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the training images, at most.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images in an optimiser step.")] = None,
-    lr: Annotated[list[float] | None, typer.Option(help="A learning rate to try; may be given again.")] = None,
-    weight_decay: Annotated[list[float] | None, typer.Option(help="A weight decay to try; may be given again.")] = None,
-    optimizer: Annotated[str | None, typer.Option(help="sgd (the paper) or adamw.")] = None,
+    epochs: Annotated[int | None, Option(help="Passes over the training images, at most.")] = None,
+    batch_size: Annotated[int | None, Option(help="Images in an optimiser step.")] = None,
+    lr: Annotated[list[float] | None, Option(help="A learning rate to try; may be given again.")] = None,
+    weight_decay: Annotated[list[float] | None, Option(help="A weight decay to try; may be given again.")] = None,
+    optimizer: Annotated[str | None, Option(help="sgd (the paper) or adamw.")] = None,
     label_smoothing: Annotated[
-        float | None, typer.Option(help="Share of each target that all classes get alike; below 1.")
+        float | None, Option(help="Share of each target that all classes get alike; below 1.")
     ] = None,
     class_weights: Annotated[
-        str | None, typer.Option(help="none, or balanced: each class's images weigh as much together as any other's.")
+        str | None, Option(help="none, or balanced: each class's images weigh as much together as any other's.")
     ] = None,
-    refit: Annotated[bool | None, typer.Option("--refit/--no-refit", help="Train the winner on all images.")] = None,
-    views: Annotated[int | None, typer.Option(help="Random views of each image to learn from; 0: as it is.")] = None,
-    fresh: Annotated[bool | None, typer.Option("--fresh", help="New views in each epoch, none kept: slow.")] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="Seed of split, memory and order; more to try more.")] = None,
-    cache_gb: CacheOption = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file of settings; options given here win.")] = None,
-    new_version: NewVersionOption = False,
-    skip_bad: SkipBadOption = False,
-    registry: RegistryOption = DEFAULT_REGISTRY,
-    backbone: BackboneOption = None,
-    weights: WeightsOption = None,
-    mean: MeanOption = None,
-    std: StdOption = None,
-    precision: PrecisionOption = None,
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
+    refit: Annotated[bool | None, Option("--refit/--no-refit", help="Train the winner on all images.")] = None,
+    views: Annotated[int | None, Option(help="Random views of each image to learn from; 0: as it is.")] = None,
+    fresh: Annotated[bool | None, Option("--fresh", help="New views in each epoch, none kept: slow.")] = None,
+    seed: Annotated[list[int] | None, Option(help="Seed of split, memory and order; more to try more.")] = None,
+    cache_gb: options.CacheGb = None,
+    config: Annotated[Path | None, Option(help="YAML file of settings; options given here win.")] = None,
+    new_version: options.NewVersion = False,
+    skip_bad: options.SkipBad = False,
+    registry: options.Registry = options.DEFAULT_REGISTRY,
+    backbone: options.Backbone = None,
+    weights: options.Weights = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    precision: options.Precision = None,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
 ) -> None:
     """Learns a task from images and registers it."""
-    from addenda import Learner, Registry
     from addenda.learner import ActivationCache, open_parts
     from addenda.registry import check_new_name
-    from addenda.terminal import console, print_json, progress, show_log
 
+    single = options.single
     given = {
-        "num_memory_tokens": single(memory), "head_only": head_only, "adapter_rank": ranks(adapter_rank),
-        "adapter_learning_rate": single(adapter_lr), "epochs": epochs,
-        "extends": "auto" if extends == ["auto"] else extends,
-        "seed": single(seed), "batch_size": batch_size, "learning_rate": single(lr),
+        "num_memory_tokens": single(memory), "head_only": head_only, "adapter_rank": options.ranks(adapter_rank),
+        "adapter_learning_rate": single(adapter_lr), "extends": "auto" if extends == ["auto"] else extends,
+        "epochs": epochs, "seed": single(seed), "batch_size": batch_size, "learning_rate": single(lr),
         "weight_decay": single(weight_decay), "optimizer": optimizer, "label_smoothing": label_smoothing,
         "class_weights": class_weights, "refit": refit,
     }  # fmt: skip
-    settings = learn_settings(config, given, {"views": views, "fresh": fresh})
+    settings = options.learn_settings(config, given, {"views": views, "fresh": fresh})
     check_new_name(name)
     open_parts(data, test, skip_bad)  # a wrong path is reported before weights are fetched or a registry is made
-    with Registry.open(registry) as opened:
+    with options.open_registry(registry, create=True) as opened:
         before = opened.generation
-        loaded = backbone_to_learn_on(opened, backbone, weights, mean, std, precision, device)
+        loaded = options.backbone_to_learn_on(opened, backbone, weights, mean, std, precision, device)
         _print_price(loaded, [settings], quiet=as_json)
-        learner = Learner(loaded, opened, ActivationCache(budget_gb=cache_gb))
+        learner = addenda.Learner(loaded, opened, ActivationCache(budget_gb=cache_gb))
         with show_log(quiet=as_json), progress(quiet=as_json) as report:
             task = learner.learn(name, data, test, settings, new_version=new_version, skip_bad=skip_bad, report=report)
         record, after = opened.record(task.ref), opened.generation
@@ -139,53 +116,51 @@ def _found_of(data: Mapping[str, Any]) -> dict[str, Any]:
 def learn_many(
     file: Annotated[
         Path,
-        typer.Argument(
+        Argument(
             help="YAML with tasks: a list of name, data, and where wanted test, extends and config; and, for all of "
             "them, config. Paths are relative to the file."
         ),
     ],
     ray: Annotated[
         str | None,
-        typer.Option(help="Learn side by side on a Ray cluster: 'local' starts one here, 'auto' is on, or HOST:PORT."),
+        Option(help="Learn side by side on a Ray cluster: 'local' starts one here, 'auto' is on, or HOST:PORT."),
     ] = None,
     cpus: Annotated[
-        int | None, typer.Option(min=1, help="With --ray: CPUs of each task, and its threads. Default: 1.")
+        int | None, Option(min=1, help="With --ray: CPUs of each task, and its threads. Default: 1.")
     ] = None,
     gpus: Annotated[
-        float | None, typer.Option(min=0, max=1, help="With --ray: each task's share of a GPU. Default: 0.")
+        float | None, Option(min=0, max=1, help="With --ray: each task's share of a GPU. Default: 0.")
     ] = None,
-    new_version: NewVersionOption = False,
-    skip_bad: SkipBadOption = False,
-    cache_gb: CacheOption = None,
-    registry: RegistryOption = DEFAULT_REGISTRY,
-    backbone: BackboneOption = None,
-    weights: WeightsOption = None,
-    mean: MeanOption = None,
-    std: StdOption = None,
-    precision: PrecisionOption = None,
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
+    new_version: options.NewVersion = False,
+    skip_bad: options.SkipBad = False,
+    cache_gb: options.CacheGb = None,
+    registry: options.Registry = options.DEFAULT_REGISTRY,
+    backbone: options.Backbone = None,
+    weights: options.Weights = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    precision: options.Precision = None,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
 ) -> None:
     """Learns tasks from a file, in order; given again, it goes on where it was. Exits with 1 if one failed."""
-    from addenda import Learner, Registry
     from addenda import learner as learning
-    from addenda.terminal import console, print_json, progress, show_log, table
 
     if ray is None and (cpus is not None or gpus is not None):
         raise AddendaError("--cpus and --gpus are what a task takes of a cluster: say which, with --ray.")
-    with Registry.open(registry) as opened:
+    with options.open_registry(registry, create=True) as opened:
         rows = learning.read_rows(file, opened, skip_bad)
-        loaded = backbone_to_learn_on(opened, backbone, weights, mean, std, precision, "cpu" if ray else device)
+        loaded = options.backbone_to_learn_on(opened, backbone, weights, mean, std, precision, "cpu" if ray else device)
         _print_price(loaded, [row.config for row in rows], quiet=as_json)
         with show_log(quiet=as_json), progress(quiet=as_json) as report:
             if ray is None:
-                learner = Learner(loaded, opened, learning.ActivationCache(budget_gb=cache_gb))
+                learner = addenda.Learner(loaded, opened, learning.ActivationCache(budget_gb=cache_gb))
                 outcomes = list(learning.learn_many(learner, rows, new_version, skip_bad, report))
             else:
                 from addenda.distributed.cluster import connected
                 from addenda.distributed.learning import Job, learn_on_cluster
 
-                place = workplace(registry, opened, weights, device, gpus, loaded.fingerprint)
+                place = options.workplace(registry, opened, weights, device, gpus, loaded.fingerprint)
                 job = Job(place, cpus or 1, gpus or 0, new_version, skip_bad, cache_gb)
                 with connected(ray):
                     opened.add_backbone(loaded.record())
@@ -193,13 +168,10 @@ def learn_many(
         records = [None if outcome.ref is None else opened.record(outcome.ref) for outcome in outcomes]
     missing = [outcome for outcome in outcomes if outcome.ref is None]
     if as_json:
-        print_json(
-            [
-                {key: held for key, held in vars(outcome).items() if key != "data"}
-                | ({} if r is None else {"sha256": r.sha256, **_found_of(outcome.data)})
-                for outcome, r in zip(outcomes, records, strict=True)
-            ]
-        )
+        found = [{key: held for key, held in vars(outcome).items() if key != "data"} for outcome in outcomes]
+        for told, outcome, r in zip(found, outcomes, records, strict=True):
+            told |= {} if r is None else {"sha256": r.sha256, **_found_of(outcome.data)}
+        print_json(found)
     else:
         columns = ["task", "images", "classes", *HEADLINES, "seconds", "state"]
         lines: list[list[object]] = []
@@ -211,57 +183,49 @@ def learn_many(
         title = f"{len(rows) - len(missing)} of {len(rows)} tasks of {file} are in {opened.location}"
         console.print(table(title, columns, lines, right=("images", "classes", *HEADLINES[1:], "seconds")))
         for outcome in missing:
-            said = shown_lines(f"{outcome.name} {outcome.state}: {outcome.reason}")
-            console.print(said, markup=False, highlight=False)
+            reason = shown_lines(f"{outcome.name} {outcome.state}: {outcome.reason}")
+            console.print(reason, markup=False, highlight=False)
     if missing:
         raise typer.Exit(1)
 
 
 def evaluate(
-    name: Annotated[str, typer.Argument(help="The task: NAME, NAME:VERSION or NAME@ALIAS.")],
+    name: Annotated[str, Argument(help="The task: NAME, NAME:VERSION or NAME@ALIAS.")],
     data: Annotated[
-        Path,
-        typer.Argument(
-            help="A folder of class folders, or a .csv or .parquet listing; its test part where it has one."
-        ),
+        Path, Argument(help="A folder of class folders, or a .csv or .parquet listing; its test part where it has one.")
     ],
-    skip_bad: SkipBadOption = False,
-    registry: RegistryOption = DEFAULT_REGISTRY,
-    weights: WeightsOption = None,
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
+    skip_bad: options.SkipBad = False,
+    registry: options.Registry = options.DEFAULT_REGISTRY,
+    weights: options.Weights = None,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
 ) -> None:
     """Scores a task on labelled images and records the result."""
-    from addenda import Learner, Registry
     from addenda.combined import recorded_backbone
-    from addenda.terminal import PER_CLASS, SCORES, console, percent, print_json, progress, show_log, table
 
-    with Registry.open(registry, create=False) as opened:
+    with options.open_registry(registry) as opened:
         record = opened.record(name)
-        objective = record.objective
         loaded = recorded_backbone(opened, weights, device, fingerprint=record.backbone)
         with show_log(quiet=as_json), progress(quiet=as_json) as report:
-            result = Learner(loaded, opened).evaluate(name, data, skip_bad, report)
-    if as_json:
-        print_json({"task": result.task, "generation": result.generation, "metrics": result.metrics,
-                    "data": result.data_fingerprint, "logits_digest": result.logits_digest})  # fmt: skip
-        return
+            result = addenda.Learner(loaded, opened).evaluate(name, data, skip_bad, report)
     metrics = result.metrics
-    scores = ", ".join(f"{called} {percent(metrics[key])} %" for key, called in SCORES[objective].items())
+    scores = ", ".join(f"{called} {percent(metrics[key])} %" for key, called in SCORES[record.objective].items())
     skipped = f" ({metrics['skipped']} left out)" if metrics.get("skipped") else ""
-    console.print(
-        f"{result.task} on {metrics['num_images']} images{skipped}: {scores}. Recorded at generation "
-        f"{result.generation}."
-    )
-    figure, each = PER_CLASS[objective]
+    said = f"{result.task} on {metrics['num_images']} images{skipped}: {scores}."
+    figure, each = PER_CLASS[record.objective]
     rows = [(label, percent(value)) for label, value in metrics["per_class"].items()]
-    console.print(table(f"{figure.capitalize()} by {each}", (each, "%"), rows, right=("%",)))
+    answer(
+        as_json,
+        {"task": result.task, "generation": result.generation, "metrics": metrics,
+         "data": result.data_fingerprint, "logits_digest": result.logits_digest},
+        f"{said} Recorded at generation {result.generation}.",
+        table(f"{figure.capitalize()} by {each}", (each, "%"), rows, right=("%",)),
+    )  # fmt: skip
 
 
-def _print_price(backbone: FrozenBackbone, configs: Sequence[LearnConfig], quiet: bool) -> None:
+def _print_price(backbone: addenda.FrozenBackbone, configs: Sequence[addenda.LearnConfig], quiet: bool) -> None:
     """Says on standard error what the largest adapters that are asked for cost, beside a task without."""
     from addenda.combined import task_cost
-    from addenda.terminal import size
 
     sweep = [candidate for config in configs if not config.head_only for candidate in config.candidates]
     rank, memory = max(((one.adapter_rank, one.num_memory_tokens) for one in sweep), default=(0, 0))

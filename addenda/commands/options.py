@@ -1,48 +1,46 @@
-"""The options that several commands share, their defaults, and how a list of numbers is read."""
+"""The options that several commands share, and what they stand for."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, Option
 
+import addenda
 from addenda.exceptions import BackboneError, DataError
 
 if TYPE_CHECKING:
-    from addenda import FrozenBackbone, LearnConfig, Registry
     from addenda.distributed.cluster import Workplace
-
 
 DEFAULT_REGISTRY = "addenda.db"
 DEFAULT_BACKBONE = "vit_base_patch16_224.augreg_in21k"
 
-RegistryOption = Annotated[
-    str, typer.Option("--registry", envvar="ADDENDA_REGISTRY", help="Path or URL of the registry.", show_default=True)
+Registry = Annotated[
+    str, Option("--registry", envvar="ADDENDA_REGISTRY", help="Path or URL of the registry.", show_default=True)
 ]
-BackboneOption = Annotated[
-    str | None, typer.Option("--backbone", help="timm name, or 'glyphs'. Default: the registry's own.")
+Backbone = Annotated[str | None, Option("--backbone", help="timm name, or 'glyphs'. Default: the registry's own.")]
+Weights = Annotated[Path | None, Option("--weights", help="Local weights file of the backbone.")]
+Mean = Annotated[str | None, Option("--mean", help="Normalisation: one number or three with commas.")]
+Std = Annotated[str | None, Option("--std", help="Normalisation: one number or three with commas.")]
+Precision = Annotated[str | None, Option("--precision", help="float32 (default) or bfloat16.")]
+Device = Annotated[str, Option("--device", help="cpu, cuda, cuda:1, or auto.")]
+Json = Annotated[bool, Option("--json", help="Print JSON for programs.")]
+CacheGb = Annotated[
+    float | None, Option(help="Most that kept activations take on disk; 0 keeps none. Default: half of what is free.")
 ]
-WeightsOption = Annotated[Path | None, typer.Option("--weights", help="Local weights file of the backbone.")]
-MeanOption = Annotated[str | None, typer.Option("--mean", help="Normalisation: one number or three with commas.")]
-StdOption = Annotated[str | None, typer.Option("--std", help="Normalisation: one number or three with commas.")]
-PrecisionOption = Annotated[str | None, typer.Option("--precision", help="float32 (default) or bfloat16.")]
-DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, or auto.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-CacheOption = Annotated[
-    float | None,
-    typer.Option(help="Most that kept activations take on disk; 0 keeps none. Default: half of what is free."),
-]
-NewVersionOption = Annotated[bool, typer.Option("--new-version", help="Add a version to a name already taken.")]
-SkipBadOption = Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be read.")]
+NewVersion = Annotated[bool, Option("--new-version", help="Add a version to a name already taken.")]
+SkipBad = Annotated[bool, Option("--skip-bad", help="Leave out images that cannot be read.")]
+Ref = Annotated[str, Argument(help="NAME, NAME:VERSION or NAME@ALIAS.")]
+
+
+def open_registry(location: str, create: bool = False) -> addenda.Registry:
+    """A registry, which must be there unless it may be made."""
+    return addenda.Registry.open(location, create=create)
 
 
 def numbers(text: str | None) -> tuple[float, ...] | None:
-    """Reads a mean or a standard deviation: '0.5' -> (0.5, 0.5, 0.5); '0.1,0.2,0.3' -> those.
-
-    Raises:
-        BackboneError: a part of the text is no number.
-    """
+    """Reads a mean or a standard deviation: '0.5' -> (0.5, 0.5, 0.5); '0.1,0.2,0.3' -> those."""
     if text is None:
         return None
     try:
@@ -52,14 +50,8 @@ def numbers(text: str | None) -> tuple[float, ...] | None:
     return values * 3 if len(values) == 1 else values
 
 
-def learn_settings(file: Path | None, given: dict[str, Any], augmentation: dict[str, Any]) -> LearnConfig:
-    """Settings of a task and of its random views by precedence: defaults, file, what the command line gave (not None).
-
-    Raises:
-        DataError: the file cannot be read, or is no mapping.
-        TrainingError: a setting is unknown or out of range.
-    """
-    from addenda import LearnConfig
+def learn_settings(file: Path | None, given: dict[str, Any], augmentation: dict[str, Any]) -> addenda.LearnConfig:
+    """Settings of a task and of its views by precedence: defaults, file, what the command line gave (not None)."""
     from addenda.learner import read_mapping
 
     values = {} if file is None else read_mapping(file)
@@ -67,7 +59,7 @@ def learn_settings(file: Path | None, given: dict[str, Any], augmentation: dict[
     own = values.get("augmentation") or {}
     if varied and isinstance(own, dict):
         values["augmentation"] = own | varied
-    return LearnConfig.parse(values | {key: value for key, value in given.items() if value is not None})
+    return addenda.LearnConfig.parse(values | {key: value for key, value in given.items() if value is not None})
 
 
 def single(values: list[Any] | None) -> Any:
@@ -76,11 +68,7 @@ def single(values: list[Any] | None) -> Any:
 
 
 def ranks(given: list[str] | None) -> Any:
-    """--adapter-rank as the configuration has it: the word auto, or whole numbers.
-
-    Raises:
-        DataError: a rank is no whole number.
-    """
+    """--adapter-rank as the configuration has it: the word auto, or whole numbers."""
     if given is None or given == ["auto"]:
         return single(given)
     if not all(rank.isdecimal() for rank in given):
@@ -89,45 +77,46 @@ def ranks(given: list[str] | None) -> Any:
 
 
 def backbone_to_learn_on(
-    registry: Registry,
-    name: str | None,
-    weights: Path | None,
-    mean: str | None,
-    std: str | None,
-    precision: str | None,
-    device: str,
-) -> FrozenBackbone:
-    """The backbone as the options describe it; where only its name is given, or nothing, the registry's own.
-
-    Raises:
-        BackboneError: it is described, not named, and the registry has its own; or it cannot be loaded.
-        IntegrityError: the registry's own has other weights or another preprocessing than it was recorded with.
-    """
-    from addenda import load_backbone
+    registry: addenda.Registry,
+    name: Backbone,
+    weights: Weights,
+    mean: Mean,
+    std: Std,
+    precision: Precision,
+    device: Device,
+) -> addenda.FrozenBackbone:
+    """The backbone as the options describe it; where only its name is given, or nothing, the registry's own."""
     from addenda.combined import recorded_backbone
 
     records = registry.backbones()
     described = [option for option, value in (("--mean", mean), ("--std", std), ("--precision", precision)) if value]
     if name is None and records:
         if described:
+            wrong = " and ".join(described)
             raise BackboneError(
-                f"{' and '.join(described)} would make another backbone than the registry's own: "
-                "name it with --backbone."
+                f"{wrong} would make another backbone than the registry's own: name it with --backbone."
             )
         return recorded_backbone(registry, weights, device)
     if not described and weights is None and [b["name"] for b in records].count(name or "") == 1:
         return recorded_backbone(registry, None, device, name=name)
-    return load_backbone(name or DEFAULT_BACKBONE, weights, numbers(mean), numbers(std), precision or "float32", device)
+    return load_backbone(name or DEFAULT_BACKBONE, weights, mean, std, precision, device)
+
+
+def load_backbone(
+    name: str, weights: Weights, mean: Mean, std: Std, precision: Precision, device: Device
+) -> addenda.FrozenBackbone:
+    """A backbone as the options describe it."""
+    return addenda.load_backbone(name, weights, numbers(mean), numbers(std), precision or "float32", device)
 
 
 def workplace(
-    registry: str, opened: Registry, weights: Path | None, device: str, gpus: float | None, backbone: str | None = None
+    location: str, opened: addenda.Registry, weights: Weights, device: Device, gpus: float | None, backbone: str | None
 ) -> Workplace:
     """What the workers of a cluster open, by absolute paths; one without a share of a GPU computes on the CPU."""
     from addenda.distributed.cluster import Workplace
 
     return Workplace(
-        registry if registry.startswith("postgresql") else opened.location,
+        location if location.startswith("postgresql") else opened.location,
         backbone,
         None if weights is None else str(weights.absolute()),
         "cpu" if device == "auto" and not gpus else device,

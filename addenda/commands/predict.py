@@ -7,105 +7,103 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
-from addenda.commands.options import (
-    DEFAULT_REGISTRY,
-    DeviceOption,
-    JsonOption,
-    RegistryOption,
-    SkipBadOption,
-    WeightsOption,
-    workplace,
-)
+import addenda
+from addenda.commands import options
 from addenda.exceptions import AddendaError, DataError
+from addenda.terminal import console, print_json, progress, size, table
 from addenda.text import csv_row, shown
 
 if TYPE_CHECKING:
-    from addenda import CombinedModel, Registry
-    from addenda.backbones import Files, LeftOut
+    from addenda.backbones import LeftOut
     from addenda.combined import Choice, Router
-    from addenda.distributed.prediction import Crew, Question
+    from addenda.distributed.prediction import Summary
 
 Best = Sequence[tuple[str, float]]
 """Labels with their probabilities."""
+Shown = tuple[dict[str, Any], list[tuple[Any, ...]], tuple[str, Sequence[str], list[tuple[str, ...]]]]
+"""Answers as they are printed: JSON's images; rows of CSV, the head first; a table's title, columns and rows."""
 
 
 def predict(
-    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
+    images: Annotated[list[Path], Argument(help="Image files, or folders of them.")],
     task: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             help="Answer this task only; may be given again. 'auto' chooses one for each image, or says that it looks "
             "like none of their images."
         ),
     ] = None,
     top: Annotated[
         int | None,
-        typer.Option(min=1, help="Labels for each task, at most. Default: 3; of a multi-label task all likely ones."),
+        Option(min=1, help="Labels for each task, at most. Default: 3; of a multi-label task all likely ones."),
     ] = None,
-    skip_bad: SkipBadOption = False,
-    registry: RegistryOption = DEFAULT_REGISTRY,
-    weights: WeightsOption = None,
-    device: DeviceOption = "auto",
-    as_json: JsonOption = False,
-    as_csv: Annotated[
-        bool, typer.Option("--csv", help="Print CSV, a row for each image, task and label given.")
-    ] = False,
+    skip_bad: options.SkipBad = False,
+    registry: options.Registry = options.DEFAULT_REGISTRY,
+    weights: options.Weights = None,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
+    as_csv: Annotated[bool, Option("--csv", help="Print CSV, a row for each image, task and label given.")] = False,
     inexact: Annotated[
-        bool, typer.Option("--inexact", help="Without the promise of equal bits: no self-test, nothing filled up.")
+        bool, Option("--inexact", help="Without the promise of equal bits: no self-test, nothing filled up.")
     ] = False,
     ray: Annotated[
         str | None,
-        typer.Option(help="Predict on a Ray cluster, into --out: 'local' starts one here, 'auto' is on, or HOST:PORT."),
+        Option(help="Predict on a Ray cluster, into --out: 'local' starts one here, 'auto' is on, or HOST:PORT."),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="With --ray: folder of Parquet files, seen by all nodes. What is missing in it is computed."),
+        Option(help="With --ray: folder of Parquet files, seen by all nodes. What is missing in it is computed."),
     ] = None,
-    part_size: Annotated[int | None, typer.Option(min=1, help="With --ray: images in a file. Default: 1000.")] = None,
+    part_size: Annotated[int | None, Option(min=1, help="With --ray: images in a file. Default: 1000.")] = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="With --ray: workers at most. Default: as many as there is room for.")
+        int | None, Option(min=1, help="With --ray: workers at most. Default: as many as there is room for.")
     ] = None,
     cpus: Annotated[
-        int | None, typer.Option(min=1, help="With --ray: CPUs of each worker, and its threads. Default: 1.")
+        int | None, Option(min=1, help="With --ray: CPUs of each worker, and its threads. Default: 1.")
     ] = None,
     gpus: Annotated[
-        float | None, typer.Option(min=0, max=1, help="With --ray: each worker's share of a GPU. Default: 0.")
+        float | None, Option(min=0, max=1, help="With --ray: each worker's share of a GPU. Default: 0.")
     ] = None,
 ) -> None:
     """Answers every registered task about some images, in one pass."""
+    auto = task == ["auto"]
     if as_json and as_csv:
         raise AddendaError("--json and --csv are two ways to print one answer: give one of them.")
-    if task is not None and "auto" in task and len(task) > 1:
+    if task is not None and "auto" in task and not auto:
         raise AddendaError("--task auto chooses among all tasks: give it alone, or name tasks without it.")
     if ray is not None:
-        if as_csv or task == ["auto"]:
+        if as_csv or auto:
             wrong = "--csv" if as_csv else "--task auto"
             raise AddendaError(f"{wrong} is not for --ray, which writes each task's answers to Parquet.")
         if out is None:
             raise AddendaError("--ray takes --out FOLDER, where its files go.")
-        from addenda.distributed.prediction import PART_SIZE, Crew, Question
+        from addenda.distributed.cluster import connected
+        from addenda.distributed.prediction import PART_SIZE, Crew, Question, predict_many
 
         question = Question(tuple(task or ()), top, not inexact, part_size or PART_SIZE, skip_bad)
-        crew = Crew(workers, cpus or 1, gpus or 0.0)
-        _predict_on_ray(_image_files(images)[0], ray, out, question, crew, registry, weights, device, as_json)
+        crew, paths = Crew(workers, cpus or 1, gpus or 0.0), _image_files(images)[0]
+        with options.open_registry(registry) as opened:
+            place = options.workplace(registry, opened, weights, device, crew.gpus, None)
+            with connected(ray), progress(quiet=as_json) as report:
+                summary = predict_many(paths, out, opened, place, question, crew, report)
+        _print_summary(summary, as_json)
         return
     of_ray = {"--out": out, "--part-size": part_size, "--workers": workers, "--cpus": cpus, "--gpus": gpus}
     if used := [option for option, value in of_ray.items() if value is not None]:
         raise AddendaError(f"{', '.join(used)}: only with --ray, which says on which cluster.")
-    from addenda import CombinedModel, Registry
     from addenda.backbones import counted, read_files
     from addenda.combined import recorded_backbone
-    from addenda.terminal import console, print_json, progress, table
 
-    (paths, left_out), auto = _image_files(images), task == ["auto"]
-    with Registry.open(registry, create=False) as opened:
+    paths, left_out = _image_files(images)
+    with options.open_registry(registry) as opened:
         chosen = [opened.get(ref) for ref in task or () if not auto]
         loaded = recorded_backbone(opened, weights, device, chosen[0].backbone if chosen else None)
-        model = CombinedModel(loaded, chosen or opened.load(loaded), exact=not inexact)
+        model = addenda.CombinedModel(loaded, chosen or opened.load(loaded), exact=not inexact)
         router = _router(opened, model) if auto and model.tasks else None
     if not model.tasks:
         raise DataError(f"The registry {opened.location!r} holds no active task. `addenda learn` adds one.")
@@ -115,7 +113,12 @@ def predict(
         try:
             done = 0
             for files in read_files(loaded, paths, model.micro_batch, skip_bad):
-                answers |= _answers(model, files, router, top) if files.paths else {}
+                if files.paths and router is not None:
+                    answers |= zip(map(str, files.paths), model.route_images(files.images, router, top), strict=True)
+                elif files.paths:
+                    found = model.predict_images(files.images, top)
+                    for i, path in enumerate(files.paths):
+                        answers[str(path)] = {name: best[i] for name, best in found.items()}
                 bad += files.bad.values()
                 done += len(files.asked)
                 report("predicting", done, len(paths))
@@ -123,58 +126,36 @@ def predict(
             raise DataError(f"{error} (--skip-bad leaves out what cannot be read.)") from error
     for message in bad:
         typer.echo(f"left out: {shown(message)}", err=True)
-    found = _of_all(answers, model) if router is None else _routed(answers, model)
+    told, rows, (title, columns, lines) = (_of_all if router is None else _routed)(answers, model)
     if as_json:
-        print_json({"exact": model.exact, "images": found.images, "skipped": bad, "left_out": counted(left_out)})
+        print_json({"exact": model.exact, "images": told, "skipped": bad, "left_out": counted(left_out)})
     elif as_csv:
-        writer = csv.writer(sys.stdout)
-        writer.writerow(found.head)
-        writer.writerows(map(csv_row, found.rows))
+        csv.writer(sys.stdout).writerows(map(csv_row, rows))
     else:
-        console.print(table(found.title + ("" if model.exact else ", not exact"), found.columns, found.lines))
+        console.print(table(title + ("" if model.exact else ", not exact"), columns, lines))
 
 
-class _Shown(NamedTuple):
-    """Answers in the three ways in which they are printed: JSON's images; CSV's head and rows; a table's parts."""
-
-    images: dict[str, Any]
-    head: Sequence[str]
-    rows: list[tuple[Any, ...]]
-    title: str
-    columns: Sequence[str]
-    lines: list[tuple[str, ...]]
-
-
-def _of_all(answers: dict[str, dict[str, Best]], model: CombinedModel) -> _Shown:
+def _of_all(answers: dict[str, dict[str, Best]], model: addenda.CombinedModel) -> Shown:
     """Every task's answer about each image."""
-    return _Shown(
-        images={path: {name: _labels(best) for name, best in one.items()} for path, one in answers.items()},
-        head=("image", "task", "label", "probability"),
-        rows=[(path, name, *pair) for path, one in answers.items() for name, best in one.items() for pair in best],
-        title=f"{len(answers)} images, {len(model.tasks)} tasks",
-        columns=("image", *model.tasks),
-        lines=[(path, *(_in_words(best) or "none" for best in one.values())) for path, one in answers.items()],
-    )
+    told = {path: {name: _labels(best) for name, best in one.items()} for path, one in answers.items()}
+    rows: list[tuple[Any, ...]] = [("image", "task", "label", "probability")]
+    rows += ((path, name, *pair) for path, one in answers.items() for name, best in one.items() for pair in best)
+    lines = [(path, *(_in_words(best) or "none" for best in one.values())) for path, one in answers.items()]
+    return told, rows, (f"{len(answers)} images, {len(model.tasks)} tasks", ("image", *model.tasks), lines)
 
 
-def _routed(answers: dict[str, tuple[Choice, Best]], model: CombinedModel) -> _Shown:
+def _routed(answers: dict[str, tuple[Choice, Best]], model: addenda.CombinedModel) -> Shown:
     """The task that was chosen for each image, and its answer."""
-    return _Shown(
-        images={path: one._asdict() | {"labels": _labels(best)} for path, (one, best) in answers.items()},
-        head=("image", "task", "task_probability", "familiar", "label", "probability"),
-        rows=[(path, *choice, *pair) for path, (choice, best) in answers.items() for pair in best],
-        title=f"{len(answers)} images, the task chosen among {len(model.tasks)}",
-        columns=("image", "task", "sure", "labels"),
-        lines=[
-            (
-                path,
-                choice.task if choice.familiar else f"none; nearest {choice.task}",
-                f"{100 * choice.probability:.0f} %",
-                _in_words(best) if choice.familiar else "–",
-            )
-            for path, (choice, best) in answers.items()
-        ],
-    )
+    told: dict[str, Any] = {}
+    rows: list[tuple[Any, ...]] = [("image", "task", "task_probability", "familiar", "label", "probability")]
+    lines: list[tuple[str, ...]] = []
+    for path, (choice, best) in answers.items():
+        told[path] = choice._asdict() | {"labels": _labels(best)}
+        rows += ((path, *choice, *pair) for pair in best)
+        task = choice.task if choice.familiar else f"none; nearest {choice.task}"
+        lines.append((path, task, f"{100 * choice.probability:.0f} %", _in_words(best) if choice.familiar else "–"))
+    title = f"{len(answers)} images, the task chosen among {len(model.tasks)}"
+    return told, rows, (title, ("image", "task", "sure", "labels"), lines)
 
 
 def _labels(best: Best) -> list[dict[str, Any]]:
@@ -185,27 +166,8 @@ def _in_words(best: Best) -> str:
     return ", ".join(f"{label} {100 * probability:.0f} %" for label, probability in best)
 
 
-def _predict_on_ray(
-    paths: Sequence[Path],
-    address: str,
-    out: Path,
-    question: Question,
-    crew: Crew,
-    registry: str,
-    weights: Path | None,
-    device: str,
-    as_json: bool,
-) -> None:
-    """Predicts on a cluster, and prints what then lies in the folder."""
-    from addenda import Registry
-    from addenda.distributed.cluster import connected
-    from addenda.distributed.prediction import predict_many
-    from addenda.terminal import console, print_json, progress, size
-
-    with Registry.open(registry, create=False) as opened:
-        place = workplace(registry, opened, weights, device, crew.gpus)
-        with connected(address), progress(quiet=as_json) as report:
-            found = predict_many(paths, out, opened, place, question, crew, report)
+def _print_summary(found: Summary, as_json: bool) -> None:
+    """Prints what lies in the folder of a run on a cluster."""
     if as_json:
         print_json(vars(found) | {"images_per_second": found.images_per_second})
         return
@@ -246,24 +208,14 @@ def _image_files(places: Sequence[Path]) -> tuple[list[Path], LeftOut]:
     return paths, joined(left_out)
 
 
-def _answers(model: CombinedModel, files: Files[Path], router: Router | None, top: int | None) -> dict[str, Any]:
-    """For each image its answer of every task, by the tasks' names; or, with a router, a choice and that task's."""
-    if router is not None:
-        routed = model.route_images(files.images, router, top)
-        return {str(path): one for path, one in zip(files.paths, routed, strict=True)}
-    found = model.predict_images(files.images, top)
-    return {str(path): {name: best[i] for name, best in found.items()} for i, path in enumerate(files.paths)}
-
-
-def _router(registry: Registry, model: CombinedModel) -> Router:
+def _router(registry: addenda.Registry, model: addenda.CombinedModel) -> Router:
     """A router of a model's tasks; those that it cannot know of are named on standard error."""
     from addenda.combined import Router, can_be_routed
 
     kept = {name: registry.statistics(task.ref) for name, task in model.tasks.items()}
     width = model.backbone.embed_dim
     known = {name: one for name, one in kept.items() if one is not None and can_be_routed(one, width)}
-    left_out = [name for name in kept if name not in known]
-    if left_out:
+    if left_out := [name for name in kept if name not in known]:
         typer.echo(
             f"Not chosen from, since nothing was kept of their images: {', '.join(left_out)}. (Single-label tasks keep "
             "statistics when they are learned.)",

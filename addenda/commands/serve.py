@@ -8,37 +8,39 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
-from addenda.commands.options import DEFAULT_REGISTRY, DeviceOption, JsonOption, RegistryOption, WeightsOption
+from addenda.commands import options
 from addenda.exceptions import AddendaError, KeyFileError
+from addenda.terminal import answer, minute, table
 
-KeysOption = Annotated[Path, typer.Option("--keys", envvar="ADDENDA_KEYS", help="File of API keys.")]
+KeysOption = Annotated[Path, Option("--keys", envvar="ADDENDA_KEYS", help="File of API keys.")]
 DEFAULT_KEYS = Path("addenda-keys.json")
 
 app = typer.Typer(no_args_is_help=True, help="API keys of the server.")
 
 
 def serve(
-    host: Annotated[str, typer.Option(help="Address to answer on; beyond this machine only with keys.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
-    alias: Annotated[str | None, typer.Option(help="Serve only versions that this alias points at.")] = None,
+    host: Annotated[str, Option(help="Address to answer on; beyond this machine only with keys.")] = "127.0.0.1",
+    port: Annotated[int, Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
+    alias: Annotated[str | None, Option(help="Serve only versions that this alias points at.")] = None,
     keys: KeysOption = DEFAULT_KEYS,
     metrics_port: Annotated[
-        int | None, typer.Option(min=0, max=65535, help="Answer Prometheus on this port, without a key.")
+        int | None, Option(min=0, max=65535, help="Answer Prometheus on this port, without a key.")
     ] = None,
-    max_waiting: Annotated[int, typer.Option(min=1, help="Images that may wait; more are told to come again.")] = 256,
-    timeout: Annotated[float, typer.Option(min=0.001, help="Seconds for an answer, at most.")] = 30.0,
-    drain: Annotated[float, typer.Option(min=0, help="Seconds to answer on, unready, when told to stop.")] = 5.0,
-    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
-    registry: RegistryOption = DEFAULT_REGISTRY,
-    weights: WeightsOption = None,
-    device: DeviceOption = "auto",
-    ray: Annotated[str | None, typer.Option(help="Serve replicas on a Ray cluster: local, auto or HOST:PORT.")] = None,
-    replicas: Annotated[int | None, typer.Option(min=1, help="How many, with --ray. Default: 1.")] = None,
-    min_replicas: Annotated[int | None, typer.Option(min=1, help="As many as the load needs, at least.")] = None,
-    max_replicas: Annotated[int | None, typer.Option(min=1, help="As many as the load needs, at most.")] = None,
-    cpus: Annotated[int | None, typer.Option(min=1, help="CPUs and threads of a replica. Default: 1.")] = None,
-    gpus: Annotated[float | None, typer.Option(min=0, help="GPUs of a replica, or a part of one. Default: 0.")] = None,
+    max_waiting: Annotated[int, Option(min=1, help="Images that may wait; more are told to come again.")] = 256,
+    timeout: Annotated[float, Option(min=0.001, help="Seconds for an answer, at most.")] = 30.0,
+    drain: Annotated[float, Option(min=0, help="Seconds to answer on, unready, when told to stop.")] = 5.0,
+    log_level: Annotated[str, Option(help="debug, info, warning or error.")] = "info",
+    registry: options.Registry = options.DEFAULT_REGISTRY,
+    weights: options.Weights = None,
+    device: options.Device = "auto",
+    ray: Annotated[str | None, Option(help="Serve replicas on a Ray cluster: local, auto or HOST:PORT.")] = None,
+    replicas: Annotated[int | None, Option(min=1, help="How many, with --ray. Default: 1.")] = None,
+    min_replicas: Annotated[int | None, Option(min=1, help="As many as the load needs, at least.")] = None,
+    max_replicas: Annotated[int | None, Option(min=1, help="As many as the load needs, at most.")] = None,
+    cpus: Annotated[int | None, Option(min=1, help="CPUs and threads of a replica. Default: 1.")] = None,
+    gpus: Annotated[float | None, Option(min=0, help="GPUs of a replica, or a part of one. Default: 0.")] = None,
 ) -> None:
     """Answers every task over HTTP, and takes in new ones while it runs; stop it with SIGTERM or Ctrl-C."""
     try:
@@ -47,17 +49,16 @@ def serve(
         from addenda.serving.server import Server, bind, keep_memory, log_as_json, serve_metrics
     except ImportError as error:
         raise AddendaError(f"Serving needs {error.name}: pip install 'addenda[serve]'.") from error
-    from addenda import Registry
     from addenda.combined import recorded_backbone
     from addenda.serving.keys import KeyFile
     from addenda.serving.service import Limits, Service
 
     of_ray = {"--replicas": replicas, "--min-replicas": min_replicas, "--max-replicas": max_replicas, "--cpus": cpus}
-    given = [option for option, value in (of_ray | {"--gpus": gpus}).items() if value is not None]
-    if given and ray is None:
-        raise AddendaError(
-            f"{given[0]} is for replicas on a Ray cluster: say where with --ray local, auto or HOST:PORT."
-        )
+    for option, value in (of_ray | {"--gpus": gpus}).items():
+        if value is not None and ray is None:
+            raise AddendaError(
+                f"{option} is for replicas on a Ray cluster: say where with --ray local, auto or HOST:PORT."
+            )
     if log_level not in ("debug", "info", "warning", "error"):
         raise AddendaError(f"There is no log level {log_level!r}: debug, info, warning or error.")
     known = KeyFile(keys)
@@ -87,7 +88,7 @@ def serve(
         return
     log_as_json(log_level)
     keep_memory()
-    with Registry.open(registry, create=False) as opened, bind(host, port) as listening:
+    with options.open_registry(registry) as opened, bind(host, port) as listening:
         loaded = recorded_backbone(opened, weights, device)
         made = make_app(
             lambda metrics: Service(loaded, opened, alias, limits, metrics.report), known, loopback=host in LOOPBACK
@@ -118,8 +119,8 @@ def _scale(replicas: int | None, least: int | None, most: int | None) -> tuple[i
 
 @app.command("create")
 def create(
-    name: Annotated[str, typer.Argument(help="Who holds it.")],
-    scope: Annotated[str, typer.Option(help="predict, register or admin; each allows what those before it do.")],
+    name: Annotated[str, Argument(help="Who holds it.")],
+    scope: Annotated[str, Option(help="predict, register or admin; each allows what those before it do.")],
     keys: KeysOption = DEFAULT_KEYS,
 ) -> None:
     """Makes a key and prints it, this once."""
@@ -134,21 +135,18 @@ def create(
 
 
 @app.command("list")
-def list_(keys: KeysOption = DEFAULT_KEYS, as_json: JsonOption = False) -> None:
+def list_(keys: KeysOption = DEFAULT_KEYS, as_json: options.Json = False) -> None:
     """Lists the keys."""
     from addenda.serving.keys import KeyFile
-    from addenda.terminal import console, print_json, table
 
     found = KeyFile(keys).keys()
-    if as_json:
-        print_json([{"name": key.name, "scope": key.scope, "created_at": key.created_at} for key in found])
-        return
-    rows = [(key.name, key.scope, key.created_at[:16].replace("T", " ")) for key in found]
-    console.print(table(f"Keys in {keys}", ("name", "scope", "created"), rows))
+    rows = [(key.name, key.scope, minute(key.created_at)) for key in found]
+    shown = table(f"Keys in {keys}", ("name", "scope", "created"), rows)
+    answer(as_json, [{"name": key.name, "scope": key.scope, "created_at": key.created_at} for key in found], shown)
 
 
 @app.command("revoke")
-def revoke(name: Annotated[str, typer.Argument(help="Whose key.")], keys: KeysOption = DEFAULT_KEYS) -> None:
+def revoke(name: Annotated[str, Argument(help="Whose key.")], keys: KeysOption = DEFAULT_KEYS) -> None:
     """Takes a key away; a running server refuses it from the next request on."""
     from addenda.serving.keys import KeyFile
 

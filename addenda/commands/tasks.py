@@ -1,17 +1,20 @@
-"""The `tasks` commands that look: tasks listed and shown."""
+"""The `tasks` commands: tasks listed, shown, named, retired, and compared over time, with others and among kin."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.tree import Tree
+from typer import Argument, Option
 
-from addenda.commands.options import DEFAULT_REGISTRY, JsonOption, RegistryOption
+from addenda.commands import options
+from addenda.terminal import SCORES, answer, console, minute, percent, plural, print_json, size, table
 
 if TYPE_CHECKING:
-    from addenda.registry import TaskRecord
-
+    from addenda.registry import Kin, TaskRecord
 
 HEADLINES = ("score", "val %", "test %", "regr. %")
 
@@ -20,27 +23,25 @@ app = typer.Typer(no_args_is_help=True, help="The registered tasks.")
 
 @app.command("list")
 def tasks_list(
-    name: Annotated[str | None, typer.Argument(help="A name, or a pattern such as 'birds-*'. Default: all.")] = None,
-    backbone: Annotated[str | None, typer.Option(help="On this backbone: a timm name or a fingerprint.")] = None,
-    tag: Annotated[str | None, typer.Option(help="Only tasks that carry this tag.")] = None,
-    extends: Annotated[str | None, typer.Option(help="Only tasks that extend this one.")] = None,
+    name: Annotated[str | None, Argument(help="A name, or a pattern such as 'birds-*'. Default: all.")] = None,
+    backbone: Annotated[str | None, Option(help="On this backbone: a timm name or a fingerprint.")] = None,
+    tag: Annotated[str | None, Option(help="Only tasks that carry this tag.")] = None,
+    extends: Annotated[str | None, Option(help="Only tasks that extend this one.")] = None,
     min_score: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Only with such an accuracy (or mAP) on test images, 0 to 1.")
+        float | None, Option(min=0, max=1, help="Only with such an accuracy (or mAP) on test images, 0 to 1.")
     ] = None,
-    since: Annotated[str | None, typer.Option(help="Registered since, in UTC: 2026-01-31 or 2026-01-31T12:00.")] = None,
-    until: Annotated[str | None, typer.Option(help="Registered before.")] = None,
-    retired: Annotated[bool, typer.Option("--retired", help="Show retired tasks too.")] = False,
-    limit: Annotated[int, typer.Option(min=1, help="The newest so many.")] = 100,
-    before: Annotated[str | None, typer.Option(help="Only tasks registered before this one: the next page.")] = None,
-    registry: RegistryOption = DEFAULT_REGISTRY,
-    as_json: JsonOption = False,
+    since: Annotated[str | None, Option(help="Registered since, in UTC: 2026-01-31 or 2026-01-31T12:00.")] = None,
+    until: Annotated[str | None, Option(help="Registered before.")] = None,
+    retired: Annotated[bool, Option("--retired", help="Show retired tasks too.")] = False,
+    limit: Annotated[int, Option(min=1, help="The newest so many.")] = 100,
+    before: Annotated[str | None, Option(help="Only tasks registered before this one: the next page.")] = None,
+    registry: options.Registry = options.DEFAULT_REGISTRY,
+    as_json: options.Json = False,
 ) -> None:
     """Lists registered versions of tasks, the newest last."""
-    from addenda import Registry
     from addenda.registry import TaskFilter
-    from addenda.terminal import console, print_json, table
 
-    with Registry.open(registry, create=False) as opened:
+    with options.open_registry(registry) as opened:
         chosen = TaskFilter(name, backbone, tag, extends, min_score, since, until, retired)
         records, generation = opened.tasks(chosen, limit + 1, before), opened.generation
         names = {b["fingerprint"]: b["name"] for b in opened.backbones()}
@@ -61,7 +62,7 @@ def tasks_list(
         "learned": [r.created_at[:10] for r in records],
     }
     shown = {key: values for key, values in columns.items() if set(values) - {"", "–"}}
-    title = f"{len(records)} task{'' if len(records) == 1 else 's'} in {opened.location}, generation {generation}"
+    title = f"{plural(len(records), 'task')} in {opened.location}, generation {generation}"
     right = ("classes", "val %", "test %", "regr. %")
     rows = zip(*shown.values(), strict=True)
     console.print(table(title, list(shown), rows, right, whole=("task", "learned", *right)) if records else title)
@@ -71,16 +72,12 @@ def tasks_list(
 
 @app.command("show")
 def tasks_show(
-    name: Annotated[str, typer.Argument(help="NAME, NAME:VERSION or NAME@ALIAS.")],
-    registry: RegistryOption = DEFAULT_REGISTRY,
-    as_json: JsonOption = False,
+    name: options.Ref, registry: options.Registry = options.DEFAULT_REGISTRY, as_json: options.Json = False
 ) -> None:
     """Shows all that is recorded of one task."""
-    from addenda import Registry
     from addenda.registry import headline
-    from addenda.terminal import SCORES, console, percent, print_json, table
 
-    with Registry.open(registry, create=False) as opened:
+    with options.open_registry(registry) as opened:
         record, evaluations = opened.record(name), opened.evaluations(name)
     if as_json:
         print_json(_record_json(record) | {"evaluations": [vars(e) for e in evaluations]})
@@ -88,17 +85,11 @@ def tasks_show(
     show_task(record)
     if evaluations:
         kind = headline(record.objective)
-        rows = [
-            (
-                e.created_at[:16].replace("T", " "),
-                e.generation,
-                e.metrics["num_images"],
-                percent(e.metrics[kind]),
-                e.data_fingerprint[:12],
-                e.logits_digest[:12],
-            )
-            for e in evaluations
-        ]
+        rows = []
+        for e in evaluations:
+            score = percent(e.metrics[kind])
+            digests = e.data_fingerprint[:12], e.logits_digest[:12]
+            rows.append((minute(e.created_at), e.generation, e.metrics["num_images"], score, *digests))
         columns = ("when", "generation", "images", f"{SCORES[record.objective][kind]} %", "data", "logits")
         console.print(table("Evaluations", columns, rows, right=columns[1:4]))
 
@@ -111,28 +102,22 @@ def _also(record: TaskRecord) -> str:
 
 def show_task(record: TaskRecord) -> None:
     """A task for people: what it is, how good beside its rival, where it came from."""
-    from addenda.terminal import SCORES, console, percent, size, table
-
     labels = ", ".join(record.labels[:12]) + (", …" if len(record.labels) > 12 else "")
     weight = f"{record.num_parameters:,} parameters, {size(record.size_bytes)}"
+    kept = f"{size(record.statistics_bytes)}, for choosing the task" if record.statistics_bytes else "none"
+    when = record.created_at[:19].replace("T", " ")
     rows = [
         ("classes", f"{len(record.labels)}: {labels}"),
         ("objective", record.objective),
         ("memory tokens", f"{record.num_memory_tokens} in each layer; {weight}"),
         ("extends", ", ".join(record.extends) or "nothing"),
         ("temperature", "damaged" if record.temperature is None else f"{record.temperature:.3g}"),
-        (
-            "statistics",
-            f"{size(record.statistics_bytes)}, for choosing the task" if record.statistics_bytes else "none",
-        ),
+        ("statistics", kept),
         ("size", size(record.size_bytes + record.statistics_bytes)),
         ("learned from", f"{record.data.get('num_images', '?')} images"),
         ("tags", ", ".join(record.tags) or "none"),
         ("sha256", record.sha256),
-        (
-            "registered",
-            f"{record.created_at[:19].replace('T', ' ')} UTC by {record.created_by}, generation {record.generation}",
-        ),
+        ("registered", f"{when} UTC by {record.created_by}, generation {record.generation}"),
     ]
     if record.adapter_rank:
         rows.insert(3, ("adapters", f"of rank {record.adapter_rank}"))
@@ -149,11 +134,11 @@ def show_task(record: TaskRecord) -> None:
     console.print(table(record.ref, ("", "value"), rows))
     rival, shown = metrics.get("regression", {}), SCORES[record.objective]
     scores = []
-    for part in (part for part in ("validation", "test") if part in metrics):
-        pair = (metrics[part], rival.get(part, {}))
-        scores.append(
-            (f"{part} ({pair[0].get('num_images', '?')})", *(percent(m.get(kind)) for kind in shown for m in pair))
-        )
+    for part in ("validation", "test"):
+        if part in metrics:
+            pair = (metrics[part], rival.get(part, {}))
+            figures = [percent(one.get(kind)) for kind in shown for one in pair]
+            scores.append((f"{part} ({pair[0].get('num_images', '?')})", *figures))
     if scores:
         columns = ("part", *(column for called in shown.values() for column in (called, "regression")))
         title = "Scores in %, beside the logistic regression on the same images"
@@ -163,7 +148,6 @@ def show_task(record: TaskRecord) -> None:
 def headlines(record: TaskRecord, metrics: Mapping[str, Any] | None = None) -> tuple[str, ...]:
     """The figures that stand for a task, as HEADLINES names them; of `metrics`, by default the record's."""
     from addenda.registry import headline
-    from addenda.terminal import SCORES, percent
 
     kind, metrics = headline(record.objective), record.metrics if metrics is None else metrics
     parts = (metrics.get("validation", {}), metrics.get("test", {}), metrics.get("regression", {}).get("test", {}))
@@ -174,23 +158,16 @@ def _record_json(record: TaskRecord) -> dict[str, Any]:
     return {"ref": record.ref, **vars(record)}
 
 
-TaskArgument = Annotated[str, typer.Argument(help="NAME, NAME:VERSION or NAME@ALIAS.")]
-
-
 @app.command()
 def alias(
-    name: Annotated[str, typer.Argument(help="NAME or NAME:VERSION.")],
-    alias: Annotated[str, typer.Argument(help="The alias, such as production.")],
-    expect: Annotated[
-        int | None, typer.Option(min=0, help="Only if it points at this version now; 0: if at none.")
-    ] = None,
-    remove: Annotated[bool, typer.Option("--remove", help="Let it point at nothing.")] = False,
-    registry: RegistryOption = DEFAULT_REGISTRY,
+    name: Annotated[str, Argument(help="NAME or NAME:VERSION.")],
+    alias: Annotated[str, Argument(help="The alias, such as production.")],
+    expect: Annotated[int | None, Option(min=0, help="Only if it points at this version now; 0: if at none.")] = None,
+    remove: Annotated[bool, Option("--remove", help="Let it point at nothing.")] = False,
+    registry: options.Registry = options.DEFAULT_REGISTRY,
 ) -> None:
     """Points NAME@ALIAS at a version; `addenda db log NAME` shows where it pointed before."""
-    from addenda import Registry
-
-    with Registry.open(registry, create=False) as opened:
+    with options.open_registry(registry) as opened:
         record = opened.record(name)
         if remove:
             opened.remove_alias(record.name, alias, expected=expect)
@@ -201,15 +178,13 @@ def alias(
 
 @app.command()
 def tag(
-    name: TaskArgument,
-    tags: Annotated[list[str], typer.Argument(help="Tags, such as team=vision.")],
-    remove: Annotated[bool, typer.Option("--remove", help="Take them off.")] = False,
-    registry: RegistryOption = DEFAULT_REGISTRY,
+    name: options.Ref,
+    tags: Annotated[list[str], Argument(help="Tags, such as team=vision.")],
+    remove: Annotated[bool, Option("--remove", help="Take them off.")] = False,
+    registry: options.Registry = options.DEFAULT_REGISTRY,
 ) -> None:
     """Puts tags on a version, to list tasks by."""
-    from addenda import Registry
-
-    with Registry.open(registry, create=False) as opened:
+    with options.open_registry(registry) as opened:
         ref = opened.record(name).ref
         for one in tags:
             (opened.untag if remove else opened.tag)(ref, one)
@@ -219,14 +194,12 @@ def tag(
 
 @app.command()
 def note(
-    name: TaskArgument,
-    text: Annotated[str, typer.Argument(help="What is to be known of it.")],
-    registry: RegistryOption = DEFAULT_REGISTRY,
+    name: options.Ref,
+    text: Annotated[str, Argument(help="What is to be known of it.")],
+    registry: options.Registry = options.DEFAULT_REGISTRY,
 ) -> None:
     """Adds a note to a version's history."""
-    from addenda import Registry
-
-    with Registry.open(registry, create=False) as opened:
+    with options.open_registry(registry) as opened:
         ref = opened.record(name).ref
         opened.note(ref, text)
     typer.echo(f"Noted of {ref}. See: addenda db log {ref.partition(':')[0]}")
@@ -234,17 +207,93 @@ def note(
 
 @app.command()
 def retire(
-    name: Annotated[str, typer.Argument(help="NAME or NAME:VERSION.")],
-    reason: Annotated[str, typer.Option(help="Why, for the record.")] = "",
+    name: Annotated[str, Argument(help="NAME or NAME:VERSION.")],
+    reason: Annotated[str, Option(help="Why, for the record.")] = "",
     along: Annotated[
-        list[str] | None, typer.Option("--with", help="A task that extends it, to retire too; may be given again.")
+        list[str] | None, Option("--with", help="A task that extends it, to retire too; may be given again.")
     ] = None,
-    registry: RegistryOption = DEFAULT_REGISTRY,
+    registry: options.Registry = options.DEFAULT_REGISTRY,
 ) -> None:
     """Hides a version; nothing is deleted."""
-    from addenda import Registry
-
-    with Registry.open(registry, create=False) as opened:
+    with options.open_registry(registry) as opened:
         refs = [opened.record(one).ref for one in (*(along or ()), name)]
         opened.retire(refs[-1], reason, refs[:-1])
     typer.echo(f"Retired: {', '.join(refs)}. {'It stays' if len(refs) == 1 else 'They stay'} in the registry.")
+
+
+@app.command()
+def history(
+    name: Annotated[str, Argument(help="The task's name; all its versions are shown.")],
+    registry: options.Registry = options.DEFAULT_REGISTRY,
+    as_json: options.Json = False,
+) -> None:
+    """Shows every scoring of a task over generations: equal to the last digit, or why not.
+
+    Exits with 1 where a score has changed and nothing explains it.
+    """
+    from addenda.registry import headline
+
+    rows = []
+    with options.open_registry(registry) as opened:
+        found = opened.history(name)
+        for one in found:
+            evaluation, objective = one.evaluation, opened.record(one.evaluation.task).objective
+            value, kind = evaluation.metrics.get(headline(objective)), SCORES[objective][headline(objective)]
+            score = "–" if value is None else f"{kind} {100 * value:.4f} %"
+            said = one.verdict if one.verdict == "first" else f"{one.verdict}: {one.reason}"
+            rows.append((evaluation.generation, evaluation.task, evaluation.data_fingerprint[:8], score, said))
+    columns = ("generation", "task", "data", "score", "beside the one before")
+    title = f"{plural(len(rows), 'scoring')} of {name}"
+    shown = table(title, columns, rows, right=columns[:1], whole=columns[:3]) if rows else title
+    answer(as_json, [asdict(one) for one in found], shown)
+    if any(one.verdict == "unexplained" for one in found):
+        typer.echo("A score has changed and nothing explains it. See: addenda verify --deep", err=True)
+        raise typer.Exit(1)
+
+
+@app.command()
+def compare(
+    one: options.Ref,
+    other: Annotated[str, Argument(help="Another.")],
+    registry: options.Registry = options.DEFAULT_REGISTRY,
+    as_json: options.Json = False,
+) -> None:
+    """Shows what differs between two versions: settings, data, scores by class, packages."""
+    with options.open_registry(registry) as opened:
+        refs = [opened.record(ref).ref for ref in (one, other)]
+        found = opened.compare(*refs)
+    title = f"{refs[0]} and {refs[1]} differ in {plural(len(found), 'thing')}"
+    rows = [(d.section, d.key, _brief(d.one), _brief(d.other)) for d in found]
+    shown = table(title, ("part", "what", *refs), rows, whole=("part",)) if rows else title
+    answer(as_json, [difference._asdict() for difference in found], shown)
+
+
+@app.command()
+def lineage(
+    name: options.Ref, registry: options.Registry = options.DEFAULT_REGISTRY, as_json: options.Json = False
+) -> None:
+    """Shows what a task extends, and what extends it, as trees."""
+    with options.open_registry(registry) as opened:
+        found = opened.lineage(name)
+    answer(as_json, asdict(found), _tree(found.extends, "extends"), _tree(found.extended_by, "is extended by"))
+
+
+def _tree(root: Kin, says: str) -> Tree:
+    def grow(branch: Tree, kin: Kin) -> None:
+        for one in kin.kin:
+            said = [*(["retired"] if one.retired else []), *(["see above"] if one.shown else [])]
+            grow(branch.add(one.ref + (f" ({', '.join(said)})" if said else "")), one)
+        if kin.left_out:
+            branch.add(f"… and {kin.left_out} more")
+
+    tree = Tree(f"{root.ref}{' (retired)' if root.retired else ''} {says}{'' if root.kin else ' nothing'}")
+    grow(tree, root)
+    return tree
+
+
+def _brief(value: Any) -> str:
+    """A value in a cell: figures to four digits, long texts cut, of a list of records how many."""
+    if isinstance(value, list) and any(isinstance(one, dict) for one in value):
+        return f"{len(value)} (all: --json)"
+    text = "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= 60 else f"{text[:59]}…"

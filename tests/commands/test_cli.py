@@ -227,7 +227,6 @@ def test_moved_weights_are_asked_for_and_checked(run: Run, digits_folder: Path, 
     assert "These are other weights" in refused.err
 
 
-@pytest.mark.slow
 def test_help_answers_without_starting_a_framework() -> None:
     script = (
         "import sys; sys.argv = ['addenda', '--help']\n"

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from addenda.backbones import FrozenBackbone
 from addenda.benchmarks.cost.run import Run, interleave, random_task
-from addenda.benchmarks.registry.filling import database_version, disk_bytes, fill
+from addenda.benchmarks.registry.filling import disk_bytes, fill
 from addenda.benchmarks.report.tables import Figure, write
 from addenda.combined import feature_statistics, numerics, numerics_fingerprint, tensor_digest
 from addenda.combined.probes import NUM_PROBES
@@ -30,13 +30,13 @@ from addenda.learner.objectives import SingleLabel
 from addenda.registry import FeatureStatistics, Golden, Registry, Task, TaskFilter
 from addenda.terminal import progress
 
+CPU = torch.device("cpu")
 IMAGES, PAGE = 500, 100
 LABELS = tuple(f"class {number}" for number in range(10))
+TARGETS = torch.arange(IMAGES, dtype=torch.int64, device="cpu") % len(LABELS)
 REGISTER_PER_S, LOAD_MS_EACH, PAGE_MS = 100, 2, 50
 CHUNKS = 20
 """Parts of a series of registrations, each of which gives a rate."""
-
-Report = Callable[[str, int, int], None]
 
 
 def run_registry(
@@ -47,25 +47,16 @@ def run_registry(
     num_tasks: int = 1000,
     num_listed: int = 100_000,
 ) -> list[Figure]:
-    """Measures a new SQLite file, then the databases given, and prints a table.
+    """Measures a new SQLite file, then the empty databases given, which stay filled, and prints a table.
 
-    Args:
-        backbone: whose tasks they are; its weights may be random.
-        locations: of further, empty databases; they stay filled.
-        out: folder for registry.json and registry.md; the SQLite file lies there while it is measured, else where
-            temporary files do, which may be no disk.
-        quick: up to 100 tasks and 5,000 listed, fewer rounds.
-        num_tasks: tasks of the backbone's own size to register and load, half of them with statistics; 40 at least.
-        num_listed: small tasks to list.
-
-    Raises:
-        RegistryError: a database that is not empty or cannot be used.
+    Half of the `num_tasks`, 40 at least, have statistics. The SQLite file lies in `out` while it is measured, else
+    where temporary files do, which may be no disk.
     """
     if quick:
         num_tasks, num_listed = min(num_tasks, 100), min(num_listed, 5000)
     if out is not None:
         output_folder(out)
-    device, figures = numerics(backbone)["device"], []
+    figures: list[Figure] = []
     with tempfile.TemporaryDirectory(dir=out) as folder, ExitStack() as stack, progress() as report:
         places = [f"{folder}/registry.db", *locations]
         opened = [stack.enter_context(Registry.open(place)) for place in places]
@@ -76,7 +67,8 @@ def run_registry(
                     "fills it: give an empty database."
                 )
         for registry, place in zip(opened, places, strict=True):
-            figures += _Bench(registry, place, backbone, num_tasks, num_listed, 5 if quick else 20, report).measure()
+            figures += _measure(registry, place, backbone, num_tasks, num_listed, 5 if quick else 20, report)
+    device = numerics(backbone)["device"]
     details = {
         "command": f"addenda bench registry --tasks {num_tasks} --listed {num_listed}"
         + " --registry URL" * len(locations),
@@ -90,75 +82,64 @@ def run_registry(
     return figures
 
 
-@dataclass
-class _Bench:
-    """One database, and how much is measured of it."""
-
-    registry: Registry
-    location: str
-    backbone: FrozenBackbone
-    num_tasks: int
-    num_listed: int
-    rounds: int
-    report: Report
-
-    def measure(self) -> list[Figure]:
-        """Everything, in order: the tasks registered first are those that are loaded and listed."""
-        registry, rounds, report = self.registry, self.rounds, self.report
-        self.name, self.described = database_version(registry), numerics(self.backbone)
-        others = [f"{number:064x}" for number in range(1, 5)]
-        for fingerprint in (self.backbone.fingerprint, *others):
-            registry.add_backbone({**self.backbone.record(), "fingerprint": fingerprint})
-        targets = torch.arange(IMAGES, dtype=torch.int64, device="cpu") % len(LABELS)
-        sums = feature_statistics(_normal(0, IMAGES, self.backbone.embed_dim), targets, len(LABELS))
-        figures = [*self._registering(None), *self._registering(sums)]
-        report(f"{self.name}: filling the list", 0, 1)
-        fill(registry, _small_task(), others, self.num_listed)
-        report(f"{self.name}: filling the list", 1, 1)
-        cpu = torch.device("cpu")
-        loads = interleave({"load": lambda: registry.load(self.backbone)}, max(3, rounds // 4), cpu)["load"]
-        target = LOAD_MS_EACH * self.num_tasks / 1000
-        figures.append(self._figure(f"{self.num_tasks:,} tasks read and hashed", "s", loads, target))
-        for what, seconds in interleave(_pages(registry, others[1], self.num_listed), rounds, cpu).items():
-            figures.append(self._figure(f"page: {what}", "ms", [1000 * value for value in seconds], PAGE_MS))
-        report(f"{self.name}: waiting for changes", 0, 1)
-        noticed = [1000 * value for value in _notice(registry, self.location, rounds)]
-        report(f"{self.name}: waiting for changes", 1, 1)
-        return [*figures, self._figure("a change noticed by wait()", "ms", noticed)]
-
-    def _figure(
-        self, what: str, unit: str, values: Sequence[float], target: float | None = None, **more: Any
-    ) -> Figure:
-        return Figure.of_rounds(self.name, what, unit, values, target, **more)
-
-    def _registering(self, kept: FeatureStatistics | None) -> Iterator[Figure]:
-        """Half of the tasks, with statistics of their images or without."""
-        before, seconds, count = disk_bytes(self.registry), [], self.num_tasks // 2
-        for number in range(count):
-            seconds.append(self._register(number, kept))
-            self.report(f"{self.name}: registering, statistics {kept is not None}", number + 1, count)
-        what = f"registered with{'out' if kept is None else ''} statistics"
-        weight = (disk_bytes(self.registry) - before) / count / 1000
+def _measure(
+    registry: Registry,
+    location: str,
+    backbone: FrozenBackbone,
+    num_tasks: int,
+    num_listed: int,
+    rounds: int,
+    report: Callable[[str, int, int], None],
+) -> Iterator[Figure]:
+    """All of one database, in order: the tasks registered first are those that are loaded and listed."""
+    dialect = registry._engine.dialect
+    group = {"sqlite": "SQLite", "postgresql": "PostgreSQL"}[dialect.name]
+    group = f"{group} {'.'.join(map(str, dialect.server_version_info or ()))}"
+    figure, count = partial(Figure.of_rounds, group), num_tasks // 2
+    others = [f"{number:064x}" for number in range(1, 5)]
+    for fingerprint in (backbone.fingerprint, *others):
+        registry.add_backbone({**backbone.record(), "fingerprint": fingerprint})
+    sums = feature_statistics(_normal(0, IMAGES, backbone.embed_dim), TARGETS, len(LABELS))
+    for what, kept in (("registered without statistics", None), ("registered with statistics", sums)):
+        before, seconds = disk_bytes(registry), []
+        for done, new in enumerate(_new(backbone, count, kept), 1):
+            start = time.perf_counter()
+            registry.register(*new)
+            seconds.append(time.perf_counter() - start)
+            report(f"{group}: registering, statistics {kept is not None}", done, count)
+        weight = (disk_bytes(registry) - before) / count / 1000
         size = -(-count // CHUNKS)
         chunks = [seconds[start : start + size] for start in range(0, count, size)]
-        rates = [len(chunk) / sum(chunk) for chunk in chunks]
-        yield self._figure(what, "per s", rates, REGISTER_PER_S, more=True)
-        yield Figure(self.name, f"a task {what}, on disk", "kB", weight)
-        if "://" not in self.location:  # what no database can beat that logs each change before it makes it
-            rates = _disk_alone(Path(self.location).parent, int(1000 * weight))
-            yield self._figure("these bytes twice, the disk alone", "per s", rates)
+        yield figure(what, "per s", [len(chunk) / sum(chunk) for chunk in chunks], REGISTER_PER_S, more=True)
+        yield Figure(group, f"a task {what}, on disk", "kB", weight)
+        if "://" not in location:  # what no database can beat that logs each change before it makes it
+            rates = _disk_alone(Path(location).parent, int(1000 * weight))
+            yield figure("these bytes twice, the disk alone", "per s", rates)
+    report(f"{group}: filling the list", 0, 1)
+    fill(registry, _small_task(), others, num_listed)
+    report(f"{group}: filling the list", 1, 1)
+    loads = interleave({"load": lambda: registry.load(backbone)}, max(3, rounds // 4), CPU)["load"]
+    yield figure(f"{num_tasks:,} tasks read and hashed", "s", loads, LOAD_MS_EACH * num_tasks / 1000)
+    for page, seconds in interleave(_pages(registry, others[1], num_listed), rounds, CPU).items():
+        yield figure(f"page: {page}", "ms", [1000 * value for value in seconds], PAGE_MS)
+    report(f"{group}: waiting for changes", 0, 1)
+    noticed = [1000 * value for value in _notice(registry, location, rounds)]
+    report(f"{group}: waiting for changes", 1, 1)
+    yield figure("a change noticed by wait()", "ms", noticed)
 
-    def _register(self, number: int, kept: FeatureStatistics | None) -> float:
-        """Seconds that one registration takes, of content that nothing was computed of before."""
-        place = number if kept is None else self.num_tasks + number
-        logits = _normal(place, NUM_PROBES, len(LABELS))
-        probe = Golden(self.described, numerics_fingerprint(self.described), logits, tensor_digest(logits))
-        statistics = None if kept is None else replace(kept, sums=_normal(place, *kept.sums.shape))
-        name = f"{'plain' if kept is None else 'known'}-{number}"
-        task = replace(random_task(self.backbone, place), name=name, labels=LABELS, **_told())
-        start = time.perf_counter()
-        self.registry.register(task, probe, statistics)
-        return time.perf_counter() - start
+
+def _new(
+    backbone: FrozenBackbone, count: int, kept: FeatureStatistics | None
+) -> Iterator[tuple[Task, Golden, FeatureStatistics | None]]:
+    """What `register` takes of tasks, of content that nothing was computed of before."""
+    described = numerics(backbone)
+    under = numerics_fingerprint(described)
+    for number in range(count):
+        name, seed = (f"plain-{number}", number) if kept is None else (f"known-{number}", 2 * count + number)
+        task = replace(random_task(backbone, seed), name=name, labels=LABELS, **_told())
+        logits = _normal(seed, NUM_PROBES, len(LABELS))
+        statistics = None if kept is None else replace(kept, sums=_normal(seed, *kept.sums.shape))
+        yield task, Golden(described, under, logits, tensor_digest(logits)), statistics
 
 
 def _normal(seed: int, *shape: int) -> Tensor:
@@ -181,8 +162,7 @@ def _disk_alone(folder: Path, num_bytes: int) -> list[float]:
 
 def _told() -> dict[str, Any]:
     """What a learned task's row tells of it, as wide as that of a real one."""
-    targets = torch.arange(IMAGES, dtype=torch.int64, device="cpu") % len(LABELS)
-    measured = SingleLabel().score(_normal(0, IMAGES, len(LABELS)), targets, LABELS)
+    measured = SingleLabel().score(_normal(0, IMAGES, len(LABELS)), TARGETS, LABELS)
     return {
         "config": LearnConfig().to_json(),
         "metrics": {"regression": {"validation": measured, "test": measured}, "validation": measured, "test": measured},
@@ -192,13 +172,13 @@ def _told() -> dict[str, Any]:
 
 def _small_task() -> Task:
     """Of few numbers, since a list reads none of them."""
-    tensors = (
-        torch.ones(len(LABELS), 8, dtype=torch.float32, device="cpu"),
-        torch.zeros(len(LABELS), dtype=torch.float32, device="cpu"),
-        torch.ones(8, dtype=torch.float32, device="cpu"),
-        torch.ones(1, 1, 8, dtype=torch.float32, device="cpu"),
+    weight, bias, token, memory = (
+        _normal(0, len(LABELS), 8),
+        _normal(0, len(LABELS)),
+        _normal(0, 8),
+        _normal(0, 1, 1, 8),
     )
-    return Task("line", "", LABELS, *tensors, **_told())
+    return Task("line", "", LABELS, weight, bias, token, memory, **_told())
 
 
 def _pages(registry: Registry, fingerprint: str, num_listed: int) -> dict[str, Run]:

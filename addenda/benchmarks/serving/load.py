@@ -8,10 +8,10 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
+from itertools import cycle
 
 MAX_CONNECTIONS = 200
 TIMEOUT_S = 60
@@ -19,90 +19,38 @@ TIMEOUT_S = 60
 
 @dataclass
 class Measured:
-    """What came of a load.
-
-    Attributes:
-        seconds: that it took.
-        latencies_s: of the requests that were answered with 200; in an open loop from when they were due.
-        failed: others, by their status or their error.
-        lag_s: the latest that a request was sent after it was due: what is large was the generator's fault.
-    """
+    """What came of a load."""
 
     seconds: float = 0
-    latencies_s: list[float] = field(default_factory=list)
-    failed: Counter[str] = field(default_factory=Counter)
-    lag_s: float = 0
+    latencies_s: list[float] = field(default_factory=list)  # of what got 200; in an open loop from when it was due
+    failed: Counter[str] = field(default_factory=Counter)  # all else, by status or error
+    lag_s: float = 0  # the latest that a request was sent after it was due: a large one is the generator's fault
 
     @property
     def rate(self) -> float:
         """Requests a second that were answered with 200."""
         return len(self.latencies_s) / self.seconds
 
-    @property
-    def num_failed(self) -> int:
-        """How many were not."""
-        return sum(self.failed.values())
 
+async def load(
+    host: str, port: int, requests: Sequence[bytes], seconds: float, clients: int = 0, rate: float = 0, seed: int = 0
+) -> Measured:
+    """Sends requests in turn, on connections that stay open, in a closed or an open loop.
 
-class Generator:
-    """Sends requests that were made before, on connections that stay open.
-
-    Args:
-        host: of the server.
-        port: of the server.
-        requests: whole requests, head and body, which are sent in turn.
+    Either so many clients ask again as soon as they are answered; or requests are sent at the times of a Poisson
+    process of a rate, whether those before are answered or not.
     """
+    measured, turn, dice = Measured(), cycle(requests), random.Random(seed)
+    free: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+    places = asyncio.Semaphore(MAX_CONNECTIONS)
 
-    def __init__(self, host: str, port: int, requests: list[bytes]) -> None:
-        self._address, self._requests, self._sent = (host, port), requests, 0
-        self._free: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
-        self._places = asyncio.Semaphore(MAX_CONNECTIONS)
-
-    async def closed(self, clients: int, seconds: float) -> Measured:
-        """So many clients, each of which asks again when it was answered."""
-        measured, end = Measured(), time.perf_counter() + seconds
-
-        async def client() -> None:
-            while (now := time.perf_counter()) < end:
-                await self._ask(measured, now)
-
-        await self._timed(measured, lambda: asyncio.gather(*(client() for _ in range(clients))))
-        return measured
-
-    async def open(self, rate: float, seconds: float, seed: int) -> Measured:
-        """Requests at times of a Poisson process, whether those before are answered or not."""
-        measured, dice = Measured(), random.Random(seed)
-
-        async def arrive() -> None:
-            start = due = time.perf_counter()
-            asked = []
-            while (due := due + dice.expovariate(rate)) < start + seconds:
-                await asyncio.sleep(max(0, due - time.perf_counter()))
-                measured.lag_s = max(measured.lag_s, time.perf_counter() - due)
-                asked.append(asyncio.ensure_future(self._ask(measured, due)))
-            await asyncio.gather(*asked)
-
-        await self._timed(measured, arrive)
-        return measured
-
-    async def _timed(self, measured: Measured, work: Callable[[], Awaitable[Any]]) -> None:
-        start = time.perf_counter()
-        await work()
-        measured.seconds = time.perf_counter() - start
-        for _, writer in self._free:
-            writer.close()
-            with suppress(OSError):
-                await writer.wait_closed()
-        self._free.clear()
-
-    async def _ask(self, measured: Measured, due: float) -> None:
-        request = self._requests[self._sent % len(self._requests)]
-        self._sent += 1
+    async def ask(due: float) -> None:
+        request = next(turn)
         try:
-            async with self._places, asyncio.timeout(TIMEOUT_S):
-                connection = self._free.pop() if self._free else await asyncio.open_connection(*self._address)
+            async with places, asyncio.timeout(TIMEOUT_S):
+                connection = free.pop() if free else await asyncio.open_connection(host, port)
                 status = await _exchange(*connection, request)
-                self._free.append(connection)
+                free.append(connection)
         except (OSError, EOFError, ValueError, TimeoutError) as error:
             measured.failed[type(error).__name__] += 1
             return
@@ -110,6 +58,27 @@ class Generator:
             measured.latencies_s.append(time.perf_counter() - due)
         else:
             measured.failed[str(status)] += 1
+
+    async def client() -> None:
+        while (now := time.perf_counter()) < start + seconds:
+            await ask(now)
+
+    async def arrive() -> None:
+        due, asked = start, []
+        while (due := due + dice.expovariate(rate)) < start + seconds:
+            await asyncio.sleep(max(0, due - time.perf_counter()))
+            measured.lag_s = max(measured.lag_s, time.perf_counter() - due)
+            asked.append(asyncio.ensure_future(ask(due)))
+        await asyncio.gather(*asked)
+
+    start = time.perf_counter()
+    await (arrive() if rate else asyncio.gather(*(client() for _ in range(clients))))
+    measured.seconds = time.perf_counter() - start
+    for _, writer in free:
+        writer.close()
+        with suppress(OSError):
+            await writer.wait_closed()
+    return measured
 
 
 async def _exchange(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> int:
@@ -121,14 +90,8 @@ async def _exchange(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, 
     return int(head.split(maxsplit=2)[1])
 
 
-async def _run(order: dict[str, Any]) -> dict[str, Any]:
-    requests = [bytes.fromhex(request) for request in order["requests"]]
-    generator = Generator(order["host"], order["port"], requests)
-    if "rate" in order:
-        return asdict(await generator.open(order["rate"], order["seconds"], order["seed"]))
-    return asdict(await generator.closed(order["clients"], order["seconds"]))
-
-
 if __name__ == "__main__":
     for line in sys.stdin:
-        print(json.dumps(asyncio.run(_run(json.loads(line)))), flush=True)
+        order = json.loads(line)
+        order["requests"] = [bytes.fromhex(request) for request in order["requests"]]
+        print(json.dumps(vars(asyncio.run(load(**order)))), flush=True)

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import torch
@@ -71,24 +71,21 @@ class Server:
 
     def _metric(self, name: str, untold: float) -> float:
         """A number of its metrics."""
-        connection = http.client.HTTPConnection(self.host, self.port, timeout=60)
-        try:
+        with closing(http.client.HTTPConnection(self.host, self.port, timeout=60)) as connection:
             connection.request("GET", "/metrics")
             found = re.search(rf"^{name} (\S+)", connection.getresponse().read().decode(), re.MULTILINE)
-            return float(found[1]) if found else untold
-        finally:
-            connection.close()
+        return float(found[1]) if found else untold
 
 
 @contextmanager
-def generator() -> Iterator[Callable[..., Measured]]:
-    """The process that makes load; called with a server, images, and what `serving_load.Generator` takes."""
+def generator(images: Sequence[bytes]) -> Iterator[Callable[..., Measured]]:
+    """A process that makes load; called with a server and what `load.load` takes, and told what it measured."""
     with subprocess.Popen(GENERATOR, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         stdin, stdout = process.stdin, process.stdout
 
-        def load(server: Server, images: Sequence[bytes], **how: float) -> Measured:
+        def load(server: Server, **how: float) -> Measured:
             head = f"POST {PREDICT} HTTP/1.1\r\nHost: {server.host}:{server.port}\r\nContent-Type: image/jpeg\r\n"
             requests = [f"{head}Content-Length: {len(image)}\r\n\r\n".encode() + image for image in images]
             order = {"host": server.host, "port": server.port, "requests": [one.hex() for one in requests], **how}
@@ -111,10 +108,10 @@ def goldens(backbone: FrozenBackbone, tasks: Sequence[Task]) -> list[Golden]:
 
 @contextmanager
 def served(
-    backbone: FrozenBackbone, weights: Path | None, folder: Path, tasks: Sequence[Task], *options: str, ready: str = ""
+    backbone: FrozenBackbone, weights: Path | None, tasks: Sequence[Task], *options: str, ready: str = ""
 ) -> Iterator[Server]:
     """A server of a new registry of these tasks, which says `ready` behind its address."""
-    with tempfile.TemporaryDirectory(dir=folder) as own, ExitStack() as stack:
+    with tempfile.TemporaryDirectory() as own, ExitStack() as stack:
         registry = stack.enter_context(Registry.open(f"{own}/tasks.db"))
         registry.add_backbone(backbone.record())
         for task, golden in zip(tasks, goldens(backbone, tasks), strict=True):

@@ -25,30 +25,13 @@ from addenda.registry import Task
 
 @dataclass(frozen=True)
 class Setting:
-    """What all measurements share.
-
-    Attributes:
-        activations: what is kept of them.
-        regression: where everything starts.
-        fill_s: what filling the cache took, reading of the images included.
-    """
+    """What all measurements share; everything starts from the regression."""
 
     backbone: FrozenBackbone
     images: LabelledImages
     activations: Activations
     regression: Regression
     config: LearnConfig
-    fill_s: float
-
-    @property
-    def penalty(self) -> float:
-        """Of the head's weights, as the Trainer weighs it."""
-        return 1 / (self.regression.strength * len(self.activations))
-
-    @property
-    def num_steps(self) -> int:
-        """Steps in an epoch."""
-        return -(-len(self.activations) // self.config.batch_size)
 
     def train(self, trainer: Trainer, config: LearnConfig, epochs: int, count: int | None = None) -> list[Candidate]:
         """Trains the candidates of a config for some epochs of its schedule, on all images or the first few."""
@@ -62,11 +45,7 @@ class Setting:
 
 
 class DenseTraining:
-    """The same task trained through the dense mask: same start, order of images, loss, optimiser and schedule.
-
-    Args:
-        setting: what it shares with cached training.
-    """
+    """The same task trained through the dense mask: same start, order of images, loss, optimiser and schedule."""
 
     def __init__(self, setting: Setting) -> None:
         backbone, config = setting.backbone, setting.config
@@ -74,7 +53,9 @@ class DenseTraining:
         first = first_tensors(backbone, setting.regression, settings, config.memory_std)
         self._setting = setting
         self._order = Trainer(setting.activations, [], config)._order
-        self._candidate = Candidate(settings, first, config, setting.num_steps * config.epochs, backbone.device)
+        self._penalty = 1 / (setting.regression.strength * len(setting.activations))  # as the Trainer weighs it
+        num_steps = -(-len(setting.activations) // config.batch_size) * config.epochs
+        self._candidate = Candidate(settings, first, config, num_steps, backbone.device)
         self._model = DenseMask(backbone, [as_task(setting, "dense", first)])
         learned = dict(self._model.named_parameters())
         held = {name: learned[own] for name, own in DENSE_NAMES.items()}
@@ -98,28 +79,21 @@ class DenseTraining:
         activations = self._setting.activations
         targets = activations.targets[rows].to(self._setting.backbone.device)
         mean = activations.objective.loss(self._model(images)["dense"], targets)
-        penalty = self._setting.penalty * torch.stack([weight.square().sum() for weight in self._head]).sum()
+        penalty = self._penalty * torch.stack([weight.square().sum() for weight in self._head]).sum()
         self._candidate.step(torch.autograd.grad(mean + penalty, self._parameters))
 
 
 def as_task(setting: Setting, name: str, tensors: dict[str, Tensor]) -> Task:
     """Some tensors as a task."""
-    return Task(
-        name=name, backbone=setting.backbone.fingerprint, labels=setting.images.labels, **as_fields(tensors)
-    )  # fmt: skip
+    return Task(name, setting.backbone.fingerprint, setting.images.labels, **as_fields(tensors))
 
 
 def peak_bytes(run: Callable[[], object], there: Iterable[Tensor], device: torch.device) -> int:
     """Peak of what `run` allocates above what is there already.
 
     On a GPU it is what torch's allocator says. A processor's has no such counter, so every operation's outputs are
-    counted there, forward and backward, from when their storage is first seen until it is freed. What a kernel
-    allocates and frees within itself is not seen; a library's packing buffers are such.
-
-    Args:
-        run: what to measure.
-        there: tensors of which `run` may make views; on a processor they are told from new ones by this.
-        device: where it computes.
+    counted there, forward and backward, from when their storage is first seen until it is freed, but for those of
+    `there`. What a kernel allocates and frees within itself, such as a library's packing buffers, is not seen.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -7,7 +7,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,13 @@ from torch import Tensor
 
 from addenda.backbones import FrozenBackbone
 from addenda.benchmarks.baselines.regimes import batches
-from addenda.benchmarks.cost.run import interleave
+from addenda.benchmarks.cost.run import Run, interleave
 from addenda.benchmarks.report.tables import Figure, write
 from addenda.benchmarks.training.dense import DenseTraining, Setting, as_task, peak_bytes
-from addenda.benchmarks.training.filling import measure_filling
-from addenda.combined import CombinedModel, micro_batch, numerics, task_cost
+from addenda.combined import CombinedModel, forward_pass, micro_batch, numerics, prove, task_cost
 from addenda.exceptions import DataError
 from addenda.files import output_folder
-from addenda.learner import ActivationCache, LearnConfig
+from addenda.learner import ActivationCache, Augmentation, LearnConfig
 from addenda.learner.activations import Activations
 from addenda.learner.candidates import first_tensors
 from addenda.learner.context import RunContext
@@ -37,8 +37,8 @@ MEMORY = 5
 RATE, RATES = 0.001, (0.0002, 0.0005, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.01)
 STOCK_IMAGES = 64
 EPOCHS = 100
-CLOSE, FILLING = 0.5, 1.1
 GROUP = "learning a task"
+VIEWS = Augmentation(views=3)
 
 
 def run_training(
@@ -53,19 +53,8 @@ def run_training(
     """Measures one candidate, eight, the dense mask and full fine-tuning on the same images, threads and weights.
 
     Epochs, stock timm's pass and the dense mask's step are interleaved, round by round, and ratios are taken within a
-    round. Filling the cache and the whole of cached training are timed once, as they run.
-
-    Args:
-        backbone: the frozen backbone.
-        data: a folder with train/ and test/ in it.
-        out: folder for training.json, training.md and training.png.
-        quick: 200 training images, 100 test images, three rounds and one dense epoch at most: under two minutes.
-        limit: training images, drawn at random.
-        rounds: measured rounds.
-        dense_epochs: epochs that the dense mask really trains; its 100 are extrapolated.
-
-    Raises:
-        DataError: the folder lacks a part, or its parts have not the same classes.
+    round. Filling the cache and the whole of cached training are timed once, as they run. The dense mask trains
+    `dense_epochs`; its 100 are extrapolated.
     """
     if out is not None:
         output_folder(out)
@@ -76,22 +65,11 @@ def run_training(
         limit, rounds, dense_epochs, test = min(limit, 200), min(rounds, 3), 1, _some(test, 100)
     images = _some(open_images(data, "train"), limit)
     test = check_same_labels(images.labels, test, images.objective.name)
-    with tempfile.TemporaryDirectory() as folder, progress() as report:
-        start = time.perf_counter()
-        activations = Activations(
-            backbone, images, LearnConfig().augmentation, ActivationCache(folder), context=RunContext(report=report)
-        )
-        fill_s = time.perf_counter() - start
-        pooled, targets, objective = activations.pooled, activations.targets, activations.objective
-        regression = objective.fit_regression(pooled, targets, objective.choose_strength(pooled, targets, 0))
-        config = LearnConfig(num_memory_tokens=MEMORY, learning_rate=RATE, epochs=EPOCHS)
-        setting = Setting(backbone, images, activations, regression, config, fill_s)
-        figures, details = _measure(setting, test, rounds, dense_epochs, report)
-    described = {key: value for key, value in numerics(backbone).items() if key != "probe"}
-    context = {
+    config = LearnConfig(num_memory_tokens=MEMORY, learning_rate=RATE, epochs=EPOCHS)
+    details: dict[str, Any] = {
         "command": f"addenda {' '.join(sys.argv[1:])}",
         "backbone": backbone.name,
-        "numerics": described,
+        "numerics": {key: value for key, value in numerics(backbone).items() if key != "probe"},
         "train_images": len(images),
         "test_images": len(test),
         "batch_size": config.batch_size,
@@ -99,8 +77,20 @@ def run_training(
         "dense_epochs": dense_epochs,
         "rounds": rounds,
     }
-    details = context | details
-    write("training", title(details), figures, details, out, summary(details))
+    with tempfile.TemporaryDirectory() as folder, progress() as report:
+        start, context = time.perf_counter(), RunContext(report=report)
+        activations = Activations(backbone, images, config.augmentation, ActivationCache(folder), context=context)
+        details["fill_s"] = time.perf_counter() - start
+        pooled, targets, objective = activations.pooled, activations.targets, activations.objective
+        regression = objective.fit_regression(pooled, targets, objective.choose_strength(pooled, targets, 0))
+        setting = Setting(backbone, images, activations, regression, config)
+        figures = _measure(setting, test, details, report)
+    described = details["numerics"]
+    title = (
+        f"{backbone.name}, {len(images)} images, {described['device']}, {described['threads']} threads, "
+        f"{described['precision']}"
+    )
+    write("training", title, figures, details, out, _summary(details))
     if out is not None:
         from addenda.benchmarks.report.plots import training_curves
 
@@ -109,102 +99,100 @@ def run_training(
     return figures
 
 
-def _measure(
-    setting: Setting, test: LabelledImages, rounds: int, dense_epochs: int, report: Any
-) -> tuple[list[Figure], dict[str, Any]]:
+def _measure(setting: Setting, test: LabelledImages, details: dict[str, Any], report: Any) -> list[Figure]:
+    """Measures everything, and adds to the details what the figures come from."""
     backbone, activations, config = setting.backbone, setting.activations, setting.config
-    count, several = len(activations), replace(config, learning_rate=RATES)
-    one, eight, dense = Trainer(activations, [], config), Trainer(activations, [], several), DenseTraining(setting)
-    timed = DenseTraining(setting)
-    sample = setting.pixels(range(min(STOCK_IMAGES, count)))
-    at_once = micro_batch(backbone.device)
-    rows = next(dense.batches(1))
+    count, rounds, dense_epochs = len(activations), details["rounds"], details["dense_epochs"]
+    several, dense, timed = replace(config, learning_rate=RATES), DenseTraining(setting), DenseTraining(setting)
+    one, eight = Trainer(activations, [], config), Trainer(activations, [], several)
+    sample, rows = setting.pixels(range(min(STOCK_IMAGES, count))), next(dense.batches(1))
     batch = setting.pixels(rows.tolist())
-
-    def stock() -> None:
-        for part in sample.split(at_once):
-            backbone.backbone_logits(part)
-
+    ways: dict[str, Run] = {
+        "stock": lambda: [backbone.backbone_logits(part) for part in sample.split(micro_batch(backbone.device))],
+        "one": lambda: setting.train(one, config, 1),
+        "eight": lambda: setting.train(eight, several, 1),
+        "dense": lambda: timed.step(batch, rows),
+    }
     report("timing epochs and passes", 0, 1)
-    seconds = interleave(
-        {
-            "stock": stock,
-            "one": lambda: setting.train(one, config, 1),
-            "eight": lambda: setting.train(eight, several, 1),
-            "dense": lambda: timed.step(batch, rows),
-        },
-        rounds,
-        backbone.device,
-    )
-    passes = [value * count / len(sample) for value in seconds["stock"]]
-    dense_epoch = [value * count / len(rows) for value in seconds["dense"]]
+    seconds = interleave(ways, rounds, backbone.device)
+    seconds["stock"] = [value * count / len(sample) for value in seconds["stock"]]
+    seconds["dense"] = [value * count / len(rows) for value in seconds["dense"]]
     report("timing epochs and passes", 1, 1)
 
     start = time.perf_counter()
     (learned,) = setting.train(one, config, EPOCHS)
     train_s = time.perf_counter() - start
     (equal,) = setting.train(one, config, dense_epochs)
-    for epoch in range(dense_epochs):
-        for step, of_step in enumerate(dense.batches(epoch + 1)):
-            dense.step(setting.pixels(of_step.tolist()), of_step)
-            report(
-                "training through the dense mask",
-                epoch * setting.num_steps + step + 1,
-                dense_epochs * setting.num_steps,
-            )
-    reached = _accuracies(
-        setting, test,
-        {
-            "start": first_tensors(backbone, setting.regression, config.candidates[0], config.memory_std),
-            "cached": equal.snapshot(), "dense": dense.tensors, "learned": learned.snapshot(),
-        },
-    )  # fmt: skip
-    apart = 100 * (reached["cached"] - reached["dense"])
+    steps = [of_step for epoch in range(dense_epochs) for of_step in dense.batches(epoch + 1)]
+    for number, of_step in enumerate(steps, 1):
+        dense.step(setting.pixels(of_step.tolist()), of_step)
+        report("training through the dense mask", number, len(steps))
+    first = first_tensors(backbone, setting.regression, config.candidates[0], config.memory_std)
+    trained = {"start": first, "cached": equal.snapshot(), "dense": dense.tensors, "learned": learned.snapshot()}
+    reached = _accuracies(setting, test, trained)
     memory = _memory(setting, several, batch, rows)
-    some = setting.images.select(range(min(STOCK_IMAGES, count)))
-    filling = measure_filling(backbone, some, rounds=rounds)
+    filling = measure_filling(backbone, setting.images.select(range(min(STOCK_IMAGES, count))), rounds=rounds)
 
-    operations = task_cost(backbone, MEMORY)
-    token = 2 * operations.operations  # forward, and backward with respect to its inputs
-    through = _dense_operations(backbone)
-    both = operations.backbone_operations + EPOCHS * token
-    figures = [
-        Figure.of_rounds(
-            GROUP, "epoch / stock timm's pass", "%",
-            [100 * a / b for a, b in zip(seconds["one"], passes, strict=True)], 4,
-            limit=100 * token / operations.backbone_operations,
-        ),
-        Figure.of_rounds(
-            GROUP, "epoch of 8 / epoch of 1", "x",
-            [a / b for a, b in zip(seconds["eight"], seconds["one"], strict=True)], 2, limit=len(RATES),
-        ),
-        Figure.of_rounds(
-            GROUP, f"dense mask / cached, {EPOCHS} epochs", "x",
-            [EPOCHS * value / (setting.fill_s + train_s) for value in dense_epoch], 40,
-            limit=EPOCHS * through / both, more=True,
-        ),
-        Figure.of_rounds(GROUP, "filling from files / frozen pass", "x", filling.ratios, FILLING, limit=1),
-        Figure(GROUP, "accuracy, |dense - cached|", "points", abs(apart), target=CLOSE),
-        Figure(GROUP, "memory, full fine-tuning / 1", "x", memory["full"] / memory["one"], target=10, more=True),
-        Figure(GROUP, "memory, full fine-tuning / 8", "x", memory["full"] / memory["eight"], more=True),
-    ]  # fmt: skip
+    cost, through = task_cost(backbone, MEMORY), _dense_operations(backbone)
+    token = 2 * cost.operations  # forward, and backward with respect to its inputs
+    both, cached_s = cost.backbone_operations + EPOCHS * token, details["fill_s"] + train_s
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    details = {
-        "pass_s": statistics.median(passes), "epoch_s": medians["one"], "sweep_epoch_s": medians["eight"],
-        "dense_epoch_s": statistics.median(dense_epoch), "fill_s": setting.fill_s, "train_s": train_s,
-        "filling": asdict(filling),
+    details |= {
+        "pass_s": medians["stock"], "epoch_s": medians["one"], "sweep_epoch_s": medians["eight"],
+        "dense_epoch_s": medians["dense"], "train_s": train_s, "filling": filling,
         "accuracy": reached, "peak_bytes": memory, "cache_bytes": sum(t.nbytes for t in _kept(activations)),
         "side_by_side": all(eight._together.values()),
-        "operations_per_image": {"token": token, "dense": through, "backbone": operations.backbone_operations},
+        "operations_per_image": {"token": token, "dense": through, "backbone": cost.backbone_operations},
     }  # fmt: skip
-    return figures, details
+    of_rounds, apart = partial(Figure.of_rounds, GROUP), 100 * abs(reached["cached"] - reached["dense"])
+    epochs = [100 * a / b for a, b in zip(seconds["one"], seconds["stock"], strict=True)]
+    sweeps = [a / b for a, b in zip(seconds["eight"], seconds["one"], strict=True)]
+    slower, name = [EPOCHS * value / cached_s for value in seconds["dense"]], f"dense mask / cached, {EPOCHS} epochs"
+    return [
+        of_rounds("epoch / stock timm's pass", "%", epochs, 4, limit=100 * token / cost.backbone_operations),
+        of_rounds("epoch of 8 / epoch of 1", "x", sweeps, 2, limit=len(RATES)),
+        of_rounds(name, "x", slower, 40, limit=EPOCHS * through / both, more=True),
+        of_rounds("filling from files / frozen pass", "x", filling["ratios"], 1.1, limit=1),
+        Figure(GROUP, "accuracy, |dense - cached|", "points", apart, target=0.5),
+        Figure(GROUP, "memory, full fine-tuning / 1", "x", memory["full"] / memory["one"], target=10, more=True),
+        Figure(GROUP, "memory, full fine-tuning / 8", "x", memory["full"] / memory["eight"], more=True),
+    ]
+
+
+def measure_filling(
+    backbone: FrozenBackbone, images: LabelledImages, how: Augmentation = VIEWS, rounds: int = 3
+) -> dict[str, Any]:
+    """Fills a new cache from files and passes as many images and views in memory, one after the other in each round.
+
+    Images are hashed before, as every run does it. The ratios are filling by the pass, 1 where it hides all reading.
+    """
+    prove(backbone, [])
+    images, num_views = images.hashed(), 1 + how.num_views
+    pixels, count = images.read_all(backbone), len(images) * num_views
+    fill_s, pass_s = [], []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            Activations(backbone, images, how, ActivationCache(folder))
+            fill_s.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        for _ in range(num_views):
+            found = forward_pass(backbone, pixels, sizes=(micro_batch(backbone.device),), pooled=True)
+            assert found.pooled is not None
+            found.pooled.cpu()
+        pass_s.append(time.perf_counter() - start)
+    return {
+        "num_images": count,
+        "images_per_s": count / statistics.median(fill_s),
+        "pass_images_per_s": count / statistics.median(pass_s),
+        "ratios": [fill / alone for fill, alone in zip(fill_s, pass_s, strict=True)],
+    }
 
 
 def _dense_operations(backbone: FrozenBackbone) -> int:
     """Multiply-adds of the dense mask, forward and backward, for one image; the memory's own products are left out.
 
-    Backward, each linear layer has one product, with respect to its inputs, and attention has twice its own two. The
-    patch embedding has none.
+    Backward, each linear layer has one product, attention twice its own two, and the patch embedding none.
     """
     cost, width = task_cost(backbone, 0), backbone.embed_dim
     tokens = backbone.num_tokens + 1
@@ -223,7 +211,7 @@ def _memory(setting: Setting, several: LearnConfig, batch: Tensor, rows: Tensor)
         setting.train(Trainer(activations, [], config), config, 1, min(two, len(activations)))
 
     peaks = {
-        name: peak_bytes(lambda config=config: cached(config), there, backbone.device)  # type: ignore[misc]
+        name: peak_bytes(partial(cached, config), there, backbone.device)
         for name, config in {"one": setting.config, "eight": several}.items()
     }
     model = backbone.trainable_copy(activations.num_classes)
@@ -259,16 +247,7 @@ def _some(images: LabelledImages, count: int) -> LabelledImages:
     return images.select(drawn[:count].tolist())
 
 
-def title(details: Mapping[str, Any]) -> str:
-    """What was measured on what."""
-    numerics = details["numerics"]
-    return (
-        f"{details['backbone']}, {details['train_images']} images, {numerics['device']}, "
-        f"{numerics['threads']} threads, {numerics['precision']}"
-    )
-
-
-def summary(details: Mapping[str, Any]) -> str:
+def _summary(details: Mapping[str, Any]) -> str:
     """Below the table: seconds, accuracies and bytes in sentences."""
     accuracy, memory = details["accuracy"], details["peak_bytes"]
     num, few, kept = details["epochs"], details["dense_epochs"], size(details["cache_bytes"])

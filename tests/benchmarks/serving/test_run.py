@@ -6,12 +6,14 @@ import asyncio
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from addenda import FrozenBackbone
-from addenda.benchmarks.serving.load import Generator, Measured
+from addenda.benchmarks.serving.load import Measured, load
 from addenda.benchmarks.serving.run import run_serving
+from addenda.benchmarks.serving.server import generator
 
 
 async def loaded(status: bytes, open_loop: bool) -> tuple[Measured, list[bytes]]:
@@ -27,9 +29,8 @@ async def loaded(status: bytes, open_loop: bool) -> tuple[Measured, list[bytes]]
 
     async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
-        generator = Generator("127.0.0.1", port, [b"one--", b"two--"])
-        how = generator.open(rate=100, seconds=0.5, seed=0) if open_loop else generator.closed(clients=2, seconds=0.3)
-        return await how, heads
+        how = {"rate": 100, "seconds": 0.5} if open_loop else {"clients": 2, "seconds": 0.3}
+        return await load("127.0.0.1", port, [b"one--", b"two--"], **how), heads
 
 
 @pytest.mark.parametrize("open_loop", [True, False])
@@ -45,6 +46,14 @@ def test_what_is_not_answered_with_200_is_a_failure() -> None:
     measured, heads = asyncio.run(loaded(b"503", open_loop=False))
     assert not measured.latencies_s
     assert measured.failed == {"503": len(heads)}
+
+
+def test_what_failed_comes_back_from_the_process_that_makes_the_load() -> None:
+    nobody = SimpleNamespace(host="127.0.0.1", port=1)
+    with generator([b"image"]) as loaded_by:
+        measured = loaded_by(nobody, seconds=0.2, clients=1)
+    assert not measured.latencies_s
+    assert measured.failed["ConnectionRefusedError"] > 1
 
 
 @pytest.mark.slow

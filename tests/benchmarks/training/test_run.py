@@ -37,7 +37,7 @@ def test_training_by_the_dense_mask_goes_where_cached_training_goes(
     shown = open_images(data)
     found = Activations(tiny, shown, Augmentation(), ActivationCache(tmp_path / "cache"))
     config = LearnConfig(num_memory_tokens=3, learning_rate=0.3, epochs=4, batch_size=5, warmup_steps=2)
-    setting = Setting(tiny, shown, found, found.objective.fit_regression(found.pooled, found.targets, 0.1), config, 0.0)
+    setting = Setting(tiny, shown, found, found.objective.fit_regression(found.pooled, found.targets, 0.1), config)
     (cached,) = setting.train(Trainer(found, [], config), config, 3)
     dense = DenseTraining(setting)
     start = dense.tensors
