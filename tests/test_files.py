@@ -181,7 +181,7 @@ LOOKED_AT = {
     "distributed/prediction.py": "deletes what `written` left unfinished",
     "learner/cache.py": "in an entry of its own",
     "learner/store.py": "in an entry of its own",
-    "learner/checkpoint.py": "a place that `written` gives",
+    "learner/context.py": "a place that `written` gives",
     "benchmarks/paper/report.py": "in an output_folder",
     "benchmarks/cost/run.py": "in an output_folder",
     "benchmarks/continual/report.py": "in an output_folder",

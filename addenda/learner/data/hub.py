@@ -10,8 +10,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from addenda.exceptions import DataError
-from addenda.learner.data.items import EncodedImage
-from addenda.learner.data.labelled import LabelledImages, class_name
+from addenda.learner.data.folders import class_name
+from addenda.learner.data.labelled import EncodedImage, LabelledImages
 
 PARTS = {"train", "test"}
 
@@ -35,11 +35,7 @@ class HubDataset(Protocol):
 
 
 def open_hub_dataset(data: HubDataset, part: str) -> LabelledImages:
-    """Opens a Dataset, taken whole, or a part of a DatasetDict of train and test, without decoding its images.
-
-    Raises:
-        DataError: it is a stream or empty, lacks the part, or its columns do not say what is image and what is label.
-    """
+    """Opens a Dataset, taken whole, or a part of a DatasetDict of train and test, without decoding its images."""
     where = f"the {type(data).__name__} given"
     chosen: Any = data
     if isinstance(data, Mapping):
@@ -76,15 +72,9 @@ def open_hub_dataset(data: HubDataset, part: str) -> LabelledImages:
         targets = torch.zeros(len(values), len(names), dtype=torch.bool, device="cpu")
         for i, several in enumerate(numbers):
             targets[i, list(several)] = True
-    column = chosen.select_columns([image]).cast_column(
-        image, dataclasses.replace(chosen.features[image], decode=False)
-    )
+    encoded = dataclasses.replace(chosen.features[image], decode=False)
+    column = chosen.select_columns([image]).cast_column(image, encoded)
     return LabelledImages(where, names, targets, EncodedColumn(column, image, where))
-
-
-def hub_has_test_part(data: HubDataset) -> bool:
-    """Whether it is a DatasetDict with a part `test`."""
-    return isinstance(data, Mapping) and "test" in data
 
 
 class EncodedColumn:

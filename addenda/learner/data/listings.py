@@ -12,13 +12,11 @@ from typing import Any
 import torch
 
 from addenda.exceptions import DataError
-from addenda.learner.data.folders import part_named
-from addenda.learner.data.labelled import LabelledImages, class_name
+from addenda.learner.data.folders import class_name, part_named
+from addenda.learner.data.labelled import LabelledImages, ten_of
 
 SUFFIXES = (".csv", ".parquet")
 COLUMNS = ("path", "label", "labels", "split")
-NAMED = 10
-"""How many problems a message names."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +34,6 @@ def open_listing(file: Path, part: str) -> LabelledImages:
     number: in CSV with `|` between them, in Parquet so too or as a list. A column `split` says train or test; without
     one all rows are the part. Further columns are left alone. An image listed twice alike counts once. The classes are
     those of all rows, in the order of their names.
-
-    Raises:
-        DataError: the listing cannot be read, or some of its rows are wrong; ten of them are named.
     """
     columns, lines = _read(file)
     multi = "labels" in columns
@@ -158,11 +153,8 @@ def _check_rows(file: Path, columns: Sequence[str], lines: Lines, multi: bool) -
     if not lines:
         raise DataError(f"The listing {str(file)!r} names its columns and no image.")
     if problems:
-        named = "\n  ".join(problems[:NAMED])
-        more = f"\n  … and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
-        raise DataError(
-            f"{len(problems)} of {len(lines)} rows of the listing {str(file)!r} are wrong:\n  {named}{more}"
-        )
+        wrong = f"{len(problems)} of {len(lines)} rows of the listing {str(file)!r} are wrong"
+        raise DataError(f"{wrong}:{ten_of(problems)}")
     return list(known.values())
 
 
