@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import asdict, replace
 from functools import partial
@@ -144,26 +144,23 @@ class Activations:
         store, places = self._store, self._place.tolist()
         held = set() if store is None else store.held([place for place in places if place >= 0])
         todo = [row for row, place in enumerate(places) if place not in held]
+        bad: dict[int, str] = {}
         flushed = time.monotonic()
-
-        def take(taken: list[int], key_values: Tensor, pooled: Tensor) -> None:
-            nonlocal flushed
-            features[taken] = pooled
-            kept = [i for i, row in enumerate(taken) if places[row] >= 0]
-            if store is not None and kept:
-                store.put([places[taken[i]] for i in kept], key_values[kept], pooled[kept])
-            if store is not None and time.monotonic() - flushed > FLUSH_S:
-                store.flush()
-                flushed = time.monotonic()
-
         try:
-            bad = self._compute(todo, take, context)
+            for taken, key_values, pooled in self._compute(todo, context, bad):
+                features[taken] = pooled
+                kept = [i for i, row in enumerate(taken) if places[row] >= 0]
+                if store is not None and kept:
+                    store.put([places[taken[i]] for i in kept], key_values[kept], pooled[kept])
+                if store is not None and time.monotonic() - flushed > FLUSH_S:
+                    store.flush()
+                    flushed = time.monotonic()
         finally:
             if store is not None:
                 store.flush()
         if store is not None:
-            kept = self._place >= 0
-            features[kept] = store.pooled[self._place[kept]]
+            there = self._place >= 0
+            features[there] = store.pooled[self._place[there]]
         return bad
 
     def _gather(self, rows: Tensor, place: Tensor) -> tuple[Float16[Tensor, "n L 2 H P d"], Float[Tensor, "n D"]]:
@@ -175,20 +172,17 @@ class Activations:
             assert self._store is not None
             key_values[kept], pooled[kept] = self._store.key_values[place[kept]], self._store.pooled[place[kept]]
         position = {int(rows[i]): i for i in (~kept).nonzero()[:, 0].tolist()}
-
-        def take(taken: list[int], found: Tensor, feature: Tensor) -> None:
+        for taken, found, feature in self._compute(list(position), QUIET, {}):
             into = [position[row] for row in taken]
             key_values[into], pooled[into] = found, feature
-
-        self._compute(list(position), take)
         return key_values, pooled
 
     def _compute(
-        self, rows: Sequence[int], take: Callable[[list[int], Tensor, Tensor], None], context: RunContext = QUIET
-    ) -> dict[int, str]:
-        """Runs the frozen stream over some rows; `take` gets rows, their keys and values in half precision, pooled.
+        self, rows: Sequence[int], context: RunContext, bad: dict[int, str]
+    ) -> Iterator[tuple[list[int], Float16[Tensor, "n L 2 H P d"], Float[Tensor, "n D"]]]:
+        """Runs the frozen stream over some rows: gives, batch by batch, rows, keys and values, and pooled features.
 
-        All that is wanted of an image is made of one reading; what is wrong with which images is returned.
+        All that is wanted of an image is made of one reading; what is wrong with which images is noted in `bad`.
         """
         images, of_image = self._images, dict[int, list[int]]()
         for row in rows:
@@ -197,7 +191,6 @@ class Activations:
         def views(image: int, item: Item) -> list[tuple[int, Tensor]]:
             return self._views(item, of_image[image])
 
-        bad: dict[int, str] = {}
         for batch in read_in_batches(images, list(of_image), views, self._micro_batch, "reading images", context, bad):
             half = torch.empty(len(batch), *self._shape, dtype=torch.float16, device="cpu")
 
@@ -215,8 +208,7 @@ class Activations:
                         f"{images.item(row % self._num_images).called} gives the backbone a feature that holds NaN or "
                         "infinity. Tensors must be normalised as `backbone.transform` does it."
                     )
-            take([row for row, _ in batch], half, pooled)
-        return bad
+            yield [row for row, _ in batch], half, pooled
 
     def _views(self, item: Item, rows: Sequence[int]) -> list[tuple[int, Tensor]]:
         """The rows of one image, each with its view."""

@@ -67,15 +67,9 @@ def view_seed(digest: str, number: int) -> int:
 def augment(
     image: Image.Image, how: Augmentation, seed: int, preprocessing: Mapping[str, Any]
 ) -> Float[Tensor, "3 H W"]:
-    """One random view of an image, normalised.
+    """One random view of an RGB image, normalised as the backbone's preprocessing says.
 
     Source: the crop of Szegedy et al. 2015 (Inception), as timm and torchvision draw it.
-
-    Args:
-        image: RGB.
-        how: the ranges.
-        seed: decides the view.
-        preprocessing: the backbone's: input_size, interpolation, mean and std.
     """
     random = np.random.default_rng(seed)
     top, left, height, width = _crop(image, how, random)

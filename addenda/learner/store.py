@@ -62,7 +62,7 @@ class Store:
             "pooled": (np.float32, (count, meta["width"])),
             "digests": (np.uint8, (count, 32)),
         }
-        self._maps = []
+        self._maps: list[Any] = []
         for name, (dtype, expected) in wanted.items():
             path = folder / f"{name}.npy"
             if mode == "w+":

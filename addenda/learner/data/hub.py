@@ -7,11 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import torch
-
 from addenda.exceptions import DataError
 from addenda.learner.data.folders import class_name
-from addenda.learner.data.labelled import EncodedImage, LabelledImages
+from addenda.learner.data.labelled import EncodedImage, LabelledImages, encoded
 
 PARTS = {"train", "test"}
 
@@ -66,14 +64,9 @@ def open_hub_dataset(data: HubDataset, part: str) -> LabelledImages:
             f"{len(unknown)} of {len(values)} images in {where} have no class in column {label!r}: image {unknown[0]} "
             f"has {values[unknown[0]]!r}. Leave them out: data.filter(lambda row: ...)."
         )
-    if single:
-        targets = torch.tensor(values, dtype=torch.int64, device="cpu")
-    else:
-        targets = torch.zeros(len(values), len(names), dtype=torch.bool, device="cpu")
-        for i, several in enumerate(numbers):
-            targets[i, list(several)] = True
-    encoded = dataclasses.replace(chosen.features[image], decode=False)
-    column = chosen.select_columns([image]).cast_column(image, encoded)
+    undecoded = dataclasses.replace(chosen.features[image], decode=False)
+    column = chosen.select_columns([image]).cast_column(image, undecoded)
+    targets = encoded(numbers, len(names), not single)
     return LabelledImages(where, names, targets, EncodedColumn(column, image, where))
 
 

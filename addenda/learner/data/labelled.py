@@ -59,19 +59,8 @@ class ImageDataset(Protocol):
     def __len__(self) -> int:
         """How many items there are."""
 
-    def __getitem__(self, index: int) -> tuple[Any, Any]:
+    def __getitem__(self, index: int) -> Any:
         """One image and its target."""
-
-
-@runtime_checkable
-class EncodedImages(Protocol):
-    """Image files that lie in another place than a folder."""
-
-    def __len__(self) -> int:
-        """How many there are."""
-
-    def __getitem__(self, index: int) -> Path | EncodedImage:
-        """One of them, not decoded."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +117,7 @@ class LabelledImages:
     where: str  # what they are called in messages
     labels: tuple[str, ...]  # names of the C classes
     targets: Targets
-    items: list[Path] | EncodedImages | ImageDataset
+    items: list[Path] | ImageDataset  # or image files in another place than a folder: of an EncodedImage each
     places: tuple[int, ...] | None = None  # where each stood before some were selected; None where all are there
     digests: tuple[str, ...] | None = None  # sha256 of each image's content, once `hashed`
     folder: Path | None = None  # where the class folders are, of images that lie in such
@@ -230,8 +219,8 @@ class LabelledImages:
 
     def _load(self, index: int) -> Item:
         """Reads an item, and decodes nothing."""
-        item: Any = self.items[index]
-        called = f"Item {index if self.places is None else self.places[index]} of {self.where}"
+        item, place = self.items[index], index if self.places is None else self.places[index]
+        called = f"Item {place} of {self.where}"
         if isinstance(item, Path):
             try:
                 return Item(str(item), item.read_bytes(), f"Image {str(item)!r}")
@@ -259,6 +248,16 @@ class LabelledImages:
     def answer(self, target: int | list[bool]) -> str:
         """What one image is labelled as, whatever the order of the classes: a label, or all of them in their order."""
         return self.objective.answer(target, self.labels)
+
+
+def encoded(numbers: Sequence[Sequence[int]], num_labels: int, multi: bool) -> Targets:
+    """Targets of images whose labels have these numbers: several each, or one."""
+    if not multi:
+        return torch.tensor([number for (number,) in numbers], dtype=torch.int64, device="cpu")
+    targets = torch.zeros(len(numbers), num_labels, dtype=torch.bool, device="cpu")
+    for row, several in enumerate(numbers):
+        targets[row, list(several)] = True
+    return targets
 
 
 def read_in_batches(

@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from addenda.exceptions import DataError
 from addenda.learner.data.folders import class_name, part_named
-from addenda.learner.data.labelled import LabelledImages, ten_of
+from addenda.learner.data.labelled import LabelledImages, encoded, ten_of
 
 SUFFIXES = (".csv", ".parquet")
 COLUMNS = ("path", "label", "labels", "split")
@@ -49,12 +47,7 @@ def open_listing(file: Path, part: str) -> LabelledImages:
     if not chosen:
         raise DataError(f"The listing {str(file)!r} names no file that there is: {lost[0]}")
     number = {label: i for i, label in enumerate(labels)}
-    if multi:
-        targets = torch.zeros(len(chosen), len(labels), dtype=torch.bool, device="cpu")
-        for i, row in enumerate(chosen):
-            targets[i, [number[label] for label in row.labels]] = True
-    else:
-        targets = torch.tensor([number[row.labels[0]] for row in chosen], dtype=torch.int64, device="cpu")
+    targets = encoded([[number[label] for label in row.labels] for row in chosen], len(labels), multi)
     return LabelledImages(f"{str(file)!r}", labels, targets, [row.path for row in chosen], lost=lost)
 
 
