@@ -9,8 +9,6 @@ import time
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import asdict, replace
-from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +18,7 @@ from torch import Tensor
 from addenda.backbones import FrozenBackbone, KeyValue
 from addenda.combined import Layout, Observer, TileStore, forward_pass, micro_batch, prove
 from addenda.exceptions import DataError
-from addenda.learner.augmentation import Augmentation, augment, view_seed
+from addenda.learner.augmentation import Augmentation
 from addenda.learner.cache import ActivationCache
 from addenda.learner.context import QUIET, Report, RunContext, silent
 from addenda.learner.data.labelled import Item, LabelledImages, read_in_batches
@@ -212,11 +210,8 @@ class Activations:
 
     def _views(self, item: Item, rows: Sequence[int]) -> list[tuple[int, Tensor]]:
         """The rows of one image, each with its view."""
-        how, preprocessing = self._augmentation, self.backbone.preprocessing
-        made: list[Any] = []
-        for number in (row // self._num_images for row in rows):
-            seed = view_seed(item.digest, number)
-            made.append(partial(augment, how=how, seed=seed, preprocessing=preprocessing) if number else None)
+        numbers = [row // self._num_images for row in rows]
+        made = self._augmentation.transforms(item.digest, numbers, self.backbone.preprocessing)
         return list(zip(rows, item.views(self.backbone, made), strict=True))
 
     def _to_device(self) -> Tensor | None:

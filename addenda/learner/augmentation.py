@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
@@ -57,6 +58,13 @@ class Augmentation:
         if self.views is not None:
             return self
         return replace(self, views=DEFAULT_VIEWS if variable and not self.fresh else 0)
+
+    def transforms(
+        self, digest: str, numbers: Sequence[int], preprocessing: Mapping[str, Any]
+    ) -> list[Callable[[Image.Image], Tensor] | None]:
+        """What makes some views, by their numbers, of the image that has this digest; None takes it as it is."""
+        make = partial(augment, how=self, preprocessing=preprocessing)
+        return [partial(make, seed=view_seed(digest, number)) if number else None for number in numbers]
 
 
 def view_seed(digest: str, number: int) -> int:

@@ -19,7 +19,7 @@ from addenda.backbones import PREPARATION, FrozenBackbone
 from addenda.combined import numerics, numerics_fingerprint
 from addenda.exceptions import TrainingError
 from addenda.files import claim, is_claimed, is_unfinished, leave_alone
-from addenda.learner.context import discard_run
+from addenda.learner.context import Checkpoint, discard_run
 from addenda.learner.store import ENTRY, ENTRY_MARKER, ENTRY_TEXT, Kept, Store, create, described, evict, load
 
 FORMAT = 2
@@ -80,6 +80,10 @@ class ActivationCache:
                 f"The activation cache cannot be in {str(self.folder.parent)!r}: {error}. Set ADDENDA_CACHE to a "
                 "folder of your own."
             ) from error
+
+    def checkpoint(self, run: str) -> Checkpoint:
+        """Where a run stands that was interrupted, or begins."""
+        return Checkpoint(self.runs / run[:16], self.claim)
 
     @property
     def budget_bytes(self) -> float:

@@ -17,7 +17,7 @@ from addenda.exceptions import NameTakenError, RegistryError, RetiredError, Trai
 from addenda.learner.activations import Activations
 from addenda.learner.cache import ActivationCache
 from addenda.learner.config import LearnConfig
-from addenda.learner.context import Checkpoint, OnEpoch, Report, RunContext, silent
+from addenda.learner.context import OnEpoch, Report, RunContext, silent
 from addenda.learner.data import Data, LabelledImages, check_learnable, check_same_labels, open_images, open_parts
 from addenda.learner.data.labelled import Item, read_in_batches, unreadable
 from addenda.learner.data.opening import repeats
@@ -145,7 +145,7 @@ class Learner:
         check_learnable(kept)  # those left out may have been a class's last
         told = {"name": name, "backbone": self.backbone.fingerprint, "skipped": activations.skipped}
         identity = digest(canonical_json(run | told).encode())
-        checkpoint = Checkpoint(self.cache.runs / identity[:16], self.cache.claim)
+        checkpoint = self.cache.checkpoint(identity)
         started = Run(name, activations, config, replace(context, checkpoint=checkpoint))
         try:
             task = started.task(parents, pool)
@@ -259,8 +259,7 @@ class Learner:
             return [(row, item.digest)]
 
         reading = read_in_batches(images, range(len(images)), look, 1, "checking test images", context, bad)
-        digests = dict(one for batch in reading for one in batch)
-        seen, _ = images.select(list(digests)).in_order(list(digests.values()))
+        seen, _ = images.in_order(dict(one for batch in reading for one in batch))
         return seen, [shown(text) for text in (*images.lost, *bad.values())]
 
     def _score(
@@ -271,22 +270,23 @@ class Learner:
         Also gives the images that it saw, hashed, and what was wrong with the others.
         """
         model = CombinedModel(self.backbone, tasks)
-        logits: dict[str, list[Tensor]] = {task.name: [] for task in tasks}
+        logits: dict[str, dict[int, Tensor]] = {task.name: {} for task in tasks}
         digests: dict[int, str] = {}
         bad: dict[int, str] = {}
 
         def view(row: int, item: Item) -> list[tuple[int, str, Tensor]]:
             return [(row, item.digest, item.views(self.backbone)[0])]
 
-        rows = range(len(images))
-        for batch in read_in_batches(images, rows, view, model.micro_batch, "scoring test images", context, bad):
-            digests |= {row: found for row, found, _ in batch}
-            for name, part in model(torch.stack([pixels for *_, pixels in batch])).items():
-                logits[name].append(part.cpu())
-        seen, order = images.select(list(digests)).in_order(list(digests.values()))
+        every, what = range(len(images)), "scoring test images"
+        for batch in read_in_batches(images, every, view, model.micro_batch, what, context, bad):
+            rows, found, pixels = zip(*batch, strict=True)
+            digests |= zip(rows, found, strict=True)
+            for name, part in model(torch.stack(pixels)).items():
+                logits[name] |= zip(rows, part.cpu(), strict=True)
+        seen, order = images.in_order(digests)
         scored = []
         for task in tasks:
-            joined = torch.cat(logits[task.name])[order]
+            joined = torch.stack([logits[task.name][row] for row in order])
             metrics = OBJECTIVES[task.objective].score(joined / task.temperature, seen.targets, images.labels)
             scored.append((metrics, f"{BY_CONTENT}{tensor_digest(joined)}"))
         return scored, seen, bad

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,12 +27,8 @@ from addenda.exceptions import DataError, UnsteadyError
 from addenda.learner.context import RunContext
 from addenda.learner.objectives import Objective, Targets, objective_of
 
-UNREADABLE = "0" * 64
-"""In the place of the digest of an image that cannot be read."""
-
-AHEAD = 16
-"""Images whose digests may wait to be asked for."""
-
+UNREADABLE = "0" * 64  # in the place of the digest of an image that cannot be read
+AHEAD = 16  # images whose digests may wait to be asked for
 STEADY = (
     "Files must stay as they are until a run ends, and a Dataset must give the same image each time: random views are "
     "`augmentation`'s to make."
@@ -179,13 +175,13 @@ class LabelledImages:
         be read has the digest UNREADABLE: whether it is refused or left out is for the reading to say.
         """
         found = read_ahead(range(len(self)), lambda index: self._load(index).digest, AHEAD, self.threads)
-        return self.in_order([UNREADABLE if isinstance(one, DataError) else one for _, one in found])[0]
+        return self.in_order({row: UNREADABLE if isinstance(one, DataError) else one for row, one in found})[0]
 
-    def in_order(self, digests: Sequence[str]) -> tuple[LabelledImages, list[int]]:
-        """The same images with the digests given, one for each, in the order of `hashed`; and their rows before."""
-        answers = [self.answer(target) for target in self.targets.tolist()]
-        order = sorted(range(len(self)), key=lambda index: (answers[index], digests[index]))
-        return replace(self.select(order), digests=tuple(digests[index] for index in order)), order
+    def in_order(self, digests: Mapping[int, str]) -> tuple[LabelledImages, list[int]]:
+        """Those images whose digests are given, by their rows, with them in the order of `hashed`; and these rows."""
+        targets = self.targets.tolist()
+        order = sorted(digests, key=lambda row: (self.answer(targets[row]), digests[row], row))
+        return replace(self.select(order), digests=tuple(digests[row] for row in order)), order
 
     def select(self, rows: Sequence[int]) -> LabelledImages:
         """Some of the images in the order of their rows, without a copy of their pixels."""
