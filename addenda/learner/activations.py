@@ -52,20 +52,10 @@ class Activations:
         prove(backbone, [])
         self.backbone = backbone
         digests = images.digests or tuple(images.digest(index) for index in range(len(images)))
-        self._images, self._augmentation, self._num_images = (
-            replace(images, digests=digests),
-            augmentation,
-            len(digests),
-        )
-        self._micro_batch = micro_batch(backbone.device)
-        # Of one view's keys and values.
-        self._shape = (
-            backbone.depth,
-            2,
-            backbone.num_heads,
-            backbone.num_tokens,
-            backbone.embed_dim // backbone.num_heads,
-        )
+        self._images, self._num_images = replace(images, digests=digests), len(digests)
+        self._augmentation, self._micro_batch = augmentation, micro_batch(backbone.device)
+        num_heads, head_dim = backbone.num_heads, backbone.embed_dim // backbone.num_heads
+        self._shape = backbone.depth, 2, num_heads, backbone.num_tokens, head_dim  # of one view's keys and values
         keys = self._keys(digests)
         self._store = self._open(cache, list(dict.fromkeys(keys)))
         place = {} if self._store is None else self._store.place
