@@ -179,7 +179,6 @@ LOOKED_AT = {
     "distributed/manifest.py": "a place that `written` gives",
     "benchmarks/paper/run.py": "a place that `written` gives",
     "distributed/prediction.py": "deletes what `written` left unfinished",
-    "learner/cache.py": "in an entry of its own",
     "learner/store.py": "in an entry of its own",
     "learner/context.py": "a place that `written` gives",
     "benchmarks/paper/report.py": "in an output_folder",

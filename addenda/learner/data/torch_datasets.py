@@ -52,9 +52,9 @@ def open_torch_dataset(data: ImageDataset) -> LabelledImages:
     if targets.ndim == 1 and (int(targets.min()) < 0 or int(targets.max()) >= len(labels)):
         raise DataError(f"{where} has targets from {targets.min()} to {targets.max()} and {len(labels)} classes.")
     if samples is None:
-        items.expect(targets, [row for row in range(len(data)) if row not in lost])
-        if lost:
-            items = Subset(items, [row for row in range(len(data)) if row not in lost])
+        rows = [row for row in range(len(data)) if row not in lost]
+        items.expect(targets, rows)
+        items = Subset(items, rows) if lost else items
     return LabelledImages(where, labels, targets, items, lost=tuple(lost.values()))
 
 
