@@ -6,11 +6,9 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import asdict, replace
-from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,17 +18,13 @@ from torch import Tensor
 from addenda.backbones import FrozenBackbone, KeyValue
 from addenda.combined import Layout, Observer, TileStore, forward_pass, micro_batch, prove
 from addenda.exceptions import DataError
-from addenda.learner.augmentation import Augmentation, augment, view_seed
+from addenda.learner.augmentation import Augmentation
 from addenda.learner.cache import ActivationCache
 from addenda.learner.context import QUIET, Report, RunContext, silent
-from addenda.learner.data.items import Item
-from addenda.learner.data.labelled import LabelledImages
-from addenda.learner.data.reading import read_in_batches
+from addenda.learner.data.labelled import Item, LabelledImages, read_in_batches
 from addenda.learner.store import Store
+from addenda.learner.stream import Batch
 from addenda.registry import Task
-
-PART_BYTES = 4e6
-"""Keys that are at work together on a CPU: more would leave its caches (docs/performance.md)."""
 
 FLUSH_S = 10.0
 """Seconds of work that a power cut may cost while the cache is filled."""
@@ -38,77 +32,12 @@ FLUSH_S = 10.0
 log = logging.getLogger(__name__)
 
 
-class Batch:
-    """Some views, of which a few at a time are fetched in the precision that computes.
-
-    Args:
-        backbone: says where and how precisely.
-        key_values: holds their keys and values on the device.
-        place: each view's row in it.
-        kin: keys and values of the tokens of the tasks to extend, for each view.
-        pooled: the backbone's own pooled feature of each view.
-
-    Attributes:
-        parts: slices of the views that are fetched together.
-        num_keys: P, frozen tokens and those of the tasks to extend.
-    """
-
-    def __init__(
-        self,
-        backbone: FrozenBackbone,
-        key_values: Float16[Tensor, "K L 2 H P d"],
-        place: Int[Tensor, " B"],
-        kin: Float16[Tensor, "B L 2 H a d"],
-        pooled: Float[Tensor, "B D"],
-    ) -> None:
-        self.pooled = pooled.to(backbone.device)
-        self._key_values, self._place = key_values, place.to(backbone.device)
-        self._kin = kin.to(backbone.device)
-        num_heads, num_tokens, head_dim = key_values.shape[3:]
-        self.num_keys = seen = num_tokens + kin.shape[4]
-        on_cpu = backbone.device.type == "cpu"
-        count = min(len(place), max(1, int(PART_BYTES / (4 * backbone.embed_dim * seen))) if on_cpu else len(place))
-        self.parts = [slice(start, min(start + count, len(place))) for start in range(0, len(place), count)]
-        self._half = key_values.new_empty(count, num_heads, num_tokens, head_dim)
-        self._whole = key_values.new_empty(count, num_heads, seen, head_dim, dtype=backbone.precision)
-
-    def __len__(self) -> int:
-        return len(self._place)
-
-    def fetch(self, layer: int, which: int, part: slice) -> Float[Tensor, "c H P d"]:
-        """Keys (which = 0) or values (1) of one of the `parts`; the next call overwrites them."""
-        place = self._place[part]
-        half, whole = self._half[: len(place)], self._whole[: len(place)]
-        torch.index_select(self._key_values[:, layer, which], 0, place, out=half)
-        whole[:, :, : half.shape[2]].copy_(half)
-        whole[:, :, half.shape[2] :].copy_(self._kin[part, layer, which])
-        return whole
-
-
 class Activations:
     """Activations of every view of some images; view 0 is the image as it is.
 
     A view's activations are the same bits whether they are kept or computed anew: images pass the frozen stream in the
-    canonical micro-batch, and what comes is rounded to half precision.
-
-    Args:
-        backbone: the frozen backbone.
-        images: what to read.
-        augmentation: which views there are beside the plain one.
-        cache: where they are kept.
-        parents: every task whose tokens will be seen.
-        context: whether images that cannot be read are left out, and who is told of the progress.
-
-    Attributes:
-        targets: class of each readable image, [N], or its labels, [N, C].
-        objective: how targets are learned.
-        num_classes: C.
-        skipped: what was wrong with each image left out.
-
-    Raises:
-        DataError: images that cannot be read, all named together, or that have changed meanwhile.
-        ExactnessError: this machine gives an image other bits in other company.
-        TrainingError: there is no room for what the budget allows.
+    canonical micro-batch, and what comes is rounded to half precision. `targets`, and `pooled`, the backbone's own
+    feature, are those of the readable images as they are; `skipped` says what was wrong with the others.
     """
 
     def __init__(
@@ -122,79 +51,51 @@ class Activations:
     ) -> None:
         prove(backbone, [])
         self.backbone = backbone
-        self._digests = images.digests or tuple(images.digest(index) for index in range(len(images)))
-        self._images, self._augmentation = replace(images, digests=self._digests), augmentation
-        self._micro_batch = micro_batch(backbone.device)
-        rows = range(len(images) * (1 + augmentation.num_views))
-        self._place, self._store = self._open(cache, rows)
-        self._pooled = torch.zeros(len(rows), backbone.embed_dim, dtype=torch.float32, device="cpu")
-        bad = self._fill(rows, context)
+        digests = images.digests or tuple(images.digest(index) for index in range(len(images)))
+        self._images, self._num_images = replace(images, digests=digests), len(digests)
+        self._augmentation, self._micro_batch = augmentation, micro_batch(backbone.device)
+        num_heads, head_dim = backbone.num_heads, backbone.embed_dim // backbone.num_heads
+        self._shape = backbone.depth, 2, num_heads, backbone.num_tokens, head_dim  # of one view's keys and values
+        keys = self._keys(digests)
+        self._store = self._open(cache, list(dict.fromkeys(keys)))
+        place = {} if self._store is None else self._store.place
+        self._place = torch.tensor([place.get(key, -1) for key in keys], dtype=torch.int64, device="cpu")
+        pooled = torch.zeros(len(keys), backbone.embed_dim, dtype=torch.float32, device="cpu")
+        bad = self._fill(pooled, context)
         self.skipped = tuple(dict.fromkeys(bad.values()))
-        self._readable = torch.tensor([i for i in range(len(images)) if i not in bad], dtype=torch.long, device="cpu")
-        self.targets = images.targets[self._readable]
-        self.objective, self.num_classes = images.objective, len(images.labels)
+        readable = [i for i in range(len(digests)) if i not in bad]
+        self._readable = torch.tensor(readable, dtype=torch.long, device="cpu")
+        self._pooled, self.pooled = pooled, pooled[self._readable]
+        self.labels, self.targets, self.objective = images.labels, images.targets[self._readable], images.objective
+        self.num_classes = len(images.labels)
         self._resident = self._to_device()
         self._look_at(parents, context.report)
 
     def __len__(self) -> int:
         return len(self.targets)
 
-    @property
-    def pooled(self) -> Float[Tensor, "N D"]:
-        """The backbone's own pooled feature of each readable image as it is."""
-        return self._pooled[self._readable]
-
     def batch(self, images: Int[Tensor, " B"], views: Int[Tensor, " B"] | int = 0) -> Batch:
         """What training reads of some of the readable images, in one view each; what is not kept is computed now."""
-        return self._batch(self._readable[images] + views * len(self._images))
-
-    def _batch(self, rows: Tensor) -> Batch:
+        rows = self._readable[images] + views * self._num_images
         known = rows < len(self._place)
         place = torch.where(known, self._place[rows.clamp(max=len(self._place) - 1)], -1)
         kept = place >= 0
         if kept.all() and self._resident is not None:
-            return Batch(self.backbone, self._resident, place, self._kin_at(place), self._pooled[rows])
+            return Batch(self.backbone, self._resident, place, self._kin[place], self._pooled[rows])
         key_values, pooled = self._gather(rows, place)
         kin = self._no_kin(len(rows))
         if kept.any():
-            kin[kept] = self._kin_at(place[kept])
+            kin[kept] = self._kin[place[kept]]
         for missing in (~kept).nonzero()[:, 0].split(self._micro_batch):
             kin[missing] = self._kin_of(key_values[missing])
         whole = key_values.to(self.backbone.device)
         return Batch(self.backbone, whole, torch.arange(len(rows), dtype=torch.int64, device="cpu"), kin, pooled)
 
-    def _gather(self, rows: Tensor, place: Tensor) -> tuple[Float16[Tensor, "n L 2 H P d"], Float[Tensor, "n D"]]:
-        """Keys and values of some rows on the CPU, and their pooled features: what is kept, and the rest computed."""
-        kept = place >= 0
-        key_values = torch.empty(len(rows), *self._shape, dtype=torch.float16, device="cpu")
-        pooled = torch.empty(len(rows), self.backbone.embed_dim, dtype=torch.float32, device="cpu")
-        if kept.any():
-            assert self._store is not None
-            key_values[kept], pooled[kept] = self._store.key_values[place[kept]], self._store.pooled[place[kept]]
-        position = {int(rows[i]): i for i in (~kept).nonzero()[:, 0].tolist()}
-
-        def take(taken: list[int], found: Tensor, feature: Tensor) -> None:
-            into = [position[row] for row in taken]
-            key_values[into], pooled[into] = found, feature
-
-        self._compute(list(position), take)
-        return key_values, pooled
-
     def seeing(self, parents: Sequence[Task], report: Report = silent) -> Activations:
-        """The same activations for a task that sees the tokens of some tasks; nothing of the frozen stream is redone.
-
-        Args:
-            parents: every task whose tokens will be seen.
-            report: told of the progress.
-        """
+        """The same for a task with these parents; nothing of the frozen stream is redone."""
         other = copy(self)
         other._look_at(parents, report)
         return other
-
-    def _look_at(self, parents: Sequence[Task], report: Report) -> None:
-        # Tasks go by their content: among ancestors there may be two versions of one name.
-        self._parents, self._layout = parents, Layout(TileStore(self.backbone), parents, offered=parents)
-        self._kin = self._see_parents(report)
 
     def features(self, tasks: Sequence[Task]) -> list[Float[Tensor, "N D"]]:
         """The final feature of each of some tasks' tokens over every readable image as it is, in float32."""
@@ -206,120 +107,101 @@ class Activations:
                 parts.append(features[task.sha256][: len(rows)].float().cpu())
         return [torch.cat(parts) for parts in found]
 
-    @property
-    def _shape(self) -> tuple[int, ...]:
-        """Of one view's keys and values."""
-        b = self.backbone
-        return b.depth, 2, b.num_heads, b.num_tokens, b.embed_dim // b.num_heads
-
-    def _kin_at(self, place: Tensor) -> Float16[Tensor, "B L 2 H a d"]:
-        return self._kin[place] if self._parents else self._no_kin(len(place))
-
-    def _no_kin(self, count: int) -> Float16[Tensor, "B L 2 H a d"]:
-        depth, two, num_heads, _, head_dim = self._shape
-        return torch.empty(
-            count, depth, two, num_heads, len(self._parents), head_dim, dtype=torch.float16, device="cpu"
-        )
-
-    def _open(self, cache: ActivationCache, rows: range) -> tuple[Tensor, Store | None]:
-        """The place of each row in the cache's store, -1 where there is none."""
+    def _keys(self, digests: Sequence[str]) -> list[str]:
+        """What each row is found by: its image's content and its view; first every image as it is."""
         recipe = json.dumps(asdict(replace(self._augmentation, views=0, fresh=False)), sort_keys=True)
-        keys = [self._key(row, recipe) for row in rows]
-        unique = list(dict.fromkeys(keys))
+        views = ["plain", *(f"{recipe} {number}" for number in range(1, 1 + self._augmentation.num_views))]
+        return [hashlib.sha256(f"{digest} {view}".encode()).hexdigest() for view in views for digest in digests]
+
+    def _open(self, cache: ActivationCache, keys: Sequence[str]) -> Store | None:
+        """The cache's store of as many rows as it has room for."""
+        extra = self._augmentation.num_views
         row_bytes = 2 * torch.Size(self._shape).numel() + 4 * self.backbone.embed_dim
-        capacity = cache.capacity(row_bytes, len(unique))
-        whole, held = len(unique) * row_bytes / 1e9, capacity * row_bytes / 1e9
-        views = f", {1 + self._augmentation.num_views} views of each," if self._augmentation.num_views else ""
+        capacity = cache.capacity(row_bytes, len(keys))
+        whole, held = len(keys) * row_bytes / 1e9, capacity * row_bytes / 1e9
+        views = f", {1 + extra} views of each," if extra else ""
         log.info(
-            "Activations of %d images%s take %.2f GB; %s.", len(self._images), views, whole,
-            f"they are kept in {cache.folder}" if capacity == len(unique)
+            "Activations of %d images%s take %.2f GB; %s.", self._num_images, views, whole,
+            f"they are kept in {cache.folder}" if capacity == len(keys)
             else f"{held:.2f} GB are kept in {cache.folder}, the rest is computed anew in each epoch",
         )  # fmt: skip
-        store = cache.open(self.backbone, unique[:capacity]) if capacity else None
-        return torch.tensor(
-            [store.place.get(key, -1) if store else -1 for key in keys], dtype=torch.int64, device="cpu"
-        ), store
+        return cache.open(self.backbone, keys[:capacity]) if capacity else None
 
-    def _key(self, row: int, recipe: str) -> str:
-        """Content and view of a row: what a kept row is found by."""
-        number, image = divmod(row, len(self._images))
-        text = f"{self._digests[image]} {f'{recipe} {number}' if number else 'plain'}"
-        return hashlib.sha256(text.encode()).hexdigest()
-
-    def _fill(self, rows: range, context: RunContext) -> dict[int, str]:
+    def _fill(self, features: Float[Tensor, "R D"], context: RunContext) -> dict[int, str]:
         """Computes what is not kept yet, and every row's pooled feature; gives what is wrong with which images."""
         store, places = self._store, self._place.tolist()
-        held = set() if store is None else store.held(place for place in places if place >= 0)
-        todo = [row for row in rows if places[row] not in held]
+        held = set() if store is None else store.held([place for place in places if place >= 0])
+        todo = [row for row, place in enumerate(places) if place not in held]
+        bad: dict[int, str] = {}
         flushed = time.monotonic()
-
-        def take(taken: list[int], key_values: Tensor, pooled: Tensor) -> None:
-            nonlocal flushed
-            self._pooled[taken] = pooled
-            kept = [i for i, row in enumerate(taken) if places[row] >= 0]
-            if store is not None and kept:
-                store.put([places[taken[i]] for i in kept], key_values[kept], pooled[kept])
-            if store is not None and time.monotonic() - flushed > FLUSH_S:
-                store.flush()
-                flushed = time.monotonic()
-
         try:
-            bad = self._compute(todo, take, context)
+            for taken, key_values, pooled in self._compute(todo, context, bad):
+                features[taken] = pooled
+                kept = [i for i, row in enumerate(taken) if places[row] >= 0]
+                if store is not None and kept:
+                    store.put([places[taken[i]] for i in kept], key_values[kept], pooled[kept])
+                if store is not None and time.monotonic() - flushed > FLUSH_S:
+                    store.flush()
+                    flushed = time.monotonic()
         finally:
             if store is not None:
                 store.flush()
-        for row, place in enumerate(places):
-            if place >= 0 and store is not None:
-                self._pooled[row] = store.pooled[place]
+        if store is not None:
+            there = self._place >= 0
+            features[there] = store.pooled[self._place[there]]
         return bad
 
+    def _gather(self, rows: Tensor, place: Tensor) -> tuple[Float16[Tensor, "n L 2 H P d"], Float[Tensor, "n D"]]:
+        """Keys and values of some rows on the CPU, and their pooled features: what is kept, and the rest computed."""
+        kept = place >= 0
+        key_values = torch.empty(len(rows), *self._shape, dtype=torch.float16, device="cpu")
+        pooled = torch.empty(len(rows), self.backbone.embed_dim, dtype=torch.float32, device="cpu")
+        if kept.any():
+            assert self._store is not None
+            key_values[kept], pooled[kept] = self._store.key_values[place[kept]], self._store.pooled[place[kept]]
+        position = {int(rows[i]): i for i in (~kept).nonzero()[:, 0].tolist()}
+        for taken, found, feature in self._compute(list(position), QUIET, {}):
+            into = [position[row] for row in taken]
+            key_values[into], pooled[into] = found, feature
+        return key_values, pooled
+
     def _compute(
-        self, rows: Sequence[int], take: Callable[[list[int], Tensor, Tensor], None], context: RunContext = QUIET
-    ) -> dict[int, str]:
-        """Runs the frozen stream over some rows; `take` gets rows, their keys and values in half precision, pooled.
+        self, rows: Sequence[int], context: RunContext, bad: dict[int, str]
+    ) -> Iterator[tuple[list[int], Float16[Tensor, "n L 2 H P d"], Float[Tensor, "n D"]]]:
+        """Runs the frozen stream over some rows: gives, batch by batch, rows, keys and values, and pooled features.
 
-        All that is wanted of an image is made of one reading; what is wrong with which images is returned.
+        All that is wanted of an image is made of one reading; what is wrong with which images is noted in `bad`.
         """
-        of_image: dict[int, list[int]] = {}
+        images, of_image = self._images, dict[int, list[int]]()
         for row in rows:
-            of_image.setdefault(row % len(self._images), []).append(row)
-
-        def pass_on(batch: list[tuple[int, Tensor]]) -> None:
-            images = torch.stack([image for _, image in batch])
-            half = torch.empty(len(batch), *self._shape, dtype=torch.float16, device="cpu")
-
-            def keep(layer: int, frozen: KeyValue, offered: KeyValue) -> None:
-                for which, part in enumerate(frozen):
-                    half[:, layer, which] = part[: len(batch)]
-
-            feature = forward_pass(self.backbone, images, sizes=(self._micro_batch,), pooled=True, observe=keep).pooled
-            assert feature is not None
-            pooled = feature.float().cpu()
-            for (row, _), feature in zip(batch, pooled, strict=True):
-                if not feature.isfinite().all():
-                    called = self._images.item(row % len(self._images)).called
-                    raise DataError(
-                        f"{called} gives the backbone a feature that holds NaN or infinity. Tensors must be normalised "
-                        "as `backbone.transform` does it."
-                    )
-            take([row for row, _ in batch], half, pooled)
+            of_image.setdefault(row % self._num_images, []).append(row)
 
         def views(image: int, item: Item) -> list[tuple[int, Tensor]]:
             return self._views(item, of_image[image])
 
-        bad: dict[int, str] = {}
-        images, size, what = self._images, self._micro_batch, "reading images"
-        for batch in read_in_batches(images, list(of_image), views, size, what, context, bad):
-            pass_on(batch)
-        return bad
+        for batch in read_in_batches(images, list(of_image), views, self._micro_batch, "reading images", context, bad):
+            half = torch.empty(len(batch), *self._shape, dtype=torch.float16, device="cpu")
+
+            def keep(layer: int, frozen: KeyValue, offered: KeyValue, half: Tensor = half) -> None:
+                for which, part in enumerate(frozen):
+                    half[:, layer, which] = part[: len(half)]
+
+            pixels = torch.stack([view for _, view in batch])
+            feature = forward_pass(self.backbone, pixels, sizes=(self._micro_batch,), pooled=True, observe=keep).pooled
+            assert feature is not None
+            pooled = feature.float().cpu()
+            for (row, _), one in zip(batch, pooled, strict=True):
+                if not one.isfinite().all():
+                    raise DataError(
+                        f"{images.item(row % self._num_images).called} gives the backbone a feature that holds NaN or "
+                        "infinity. Tensors must be normalised as `backbone.transform` does it."
+                    )
+            yield [row for row, _ in batch], half, pooled
 
     def _views(self, item: Item, rows: Sequence[int]) -> list[tuple[int, Tensor]]:
         """The rows of one image, each with its view."""
-        how, preprocessing = self._augmentation, self.backbone.preprocessing
-        made: list[Any] = []
-        for number in (row // len(self._images) for row in rows):
-            seed = view_seed(item.digest, number)
-            made.append(partial(augment, how=how, seed=seed, preprocessing=preprocessing) if number else None)
+        numbers = [row // self._num_images for row in rows]
+        made = self._augmentation.transforms(item.digest, numbers, self.backbone.preprocessing)
         return list(zip(rows, item.views(self.backbone, made), strict=True))
 
     def _to_device(self) -> Tensor | None:
@@ -331,17 +213,21 @@ class Activations:
             return kept
         return kept.to(device) if kept.nbytes < torch.cuda.mem_get_info(device)[0] / 2 else None
 
-    def _see_parents(self, report: Report) -> Tensor:
+    def _look_at(self, parents: Sequence[Task], report: Report) -> None:
         """Keys and values of the parents' tokens for every kept row, from what is kept."""
-        if self._store is None or not self._parents:
-            return self._no_kin(0)
-        kept = self._store.key_values
-        kin = self._no_kin(len(kept))
-        for start in range(0, len(kept), self._micro_batch):
-            part = slice(start, start + self._micro_batch)
-            kin[part] = self._kin_of(kept[part])
-            report("running the tasks to extend", min(start + self._micro_batch, len(kept)), len(kept))
-        return kin
+        self._parents = seen = family(parents)
+        self._layout = Layout(TileStore(self.backbone), seen, offered=seen)
+        self._kin = self._no_kin(0 if self._store is None else len(self._store.key_values))
+        if self._store is None or not parents:
+            return
+        for part in torch.arange(len(self._kin), dtype=torch.int64, device="cpu").split(self._micro_batch):
+            self._kin[part] = self._kin_of(self._store.key_values[part])
+            report("running the tasks to extend", int(part[-1]) + 1, len(self._kin))
+
+    def _no_kin(self, count: int) -> Float16[Tensor, "n L 2 H a d"]:
+        depth, two, num_heads, _, head_dim = self._shape
+        shape = count, depth, two, num_heads, len(self._parents), head_dim
+        return torch.empty(shape, dtype=torch.float16, device="cpu")
 
     def _kin_of(self, half: Float16[Tensor, "n L 2 H P d"]) -> Float16[Tensor, "n L 2 H a d"]:
         """The parents' tokens over one micro-batch or less, in the shapes that keep their bits."""
@@ -364,3 +250,9 @@ class Activations:
         stream = [KeyValue(layers[:, layer, 0], layers[:, layer, 1]) for layer in range(self.backbone.depth)]
         reads = {task.sha256: lambda feature, _: feature for task in layout.tasks}
         return forward_pass(self.backbone, stream, layout, reads, observe=observe).answers
+
+
+def family(parents: Sequence[Task]) -> list[Task]:
+    """All that a task with these parents sees, by content: among ancestors there may be two versions of one name."""
+    seen = {task.sha256: task for parent in parents for task in (*parent.closure, parent)}
+    return list(seen.values())

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
@@ -58,6 +59,13 @@ class Augmentation:
             return self
         return replace(self, views=DEFAULT_VIEWS if variable and not self.fresh else 0)
 
+    def transforms(
+        self, digest: str, numbers: Sequence[int], preprocessing: Mapping[str, Any]
+    ) -> list[Callable[[Image.Image], Tensor] | None]:
+        """What makes some views, by their numbers, of the image that has this digest; None takes it as it is."""
+        make = partial(augment, how=self, preprocessing=preprocessing)
+        return [partial(make, seed=view_seed(digest, number)) if number else None for number in numbers]
+
 
 def view_seed(digest: str, number: int) -> int:
     """The seed of one view of an image, by its content and the view's number, from 1."""
@@ -67,15 +75,9 @@ def view_seed(digest: str, number: int) -> int:
 def augment(
     image: Image.Image, how: Augmentation, seed: int, preprocessing: Mapping[str, Any]
 ) -> Float[Tensor, "3 H W"]:
-    """One random view of an image, normalised.
+    """One random view of an RGB image, normalised as the backbone's preprocessing says.
 
     Source: the crop of Szegedy et al. 2015 (Inception), as timm and torchvision draw it.
-
-    Args:
-        image: RGB.
-        how: the ranges.
-        seed: decides the view.
-        preprocessing: the backbone's: input_size, interpolation, mean and std.
     """
     random = np.random.default_rng(seed)
     top, left, height, width = _crop(image, how, random)

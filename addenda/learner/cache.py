@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import platformdirs
 from filelock import FileLock
-from jaxtyping import UInt8
 
 from addenda.backbones import PREPARATION, FrozenBackbone
 from addenda.combined import numerics, numerics_fingerprint
 from addenda.exceptions import TrainingError
-from addenda.files import Hold, check_private, claim, discard, is_claimed, is_unfinished, leave_alone
-from addenda.learner.checkpoint import discard_run
-from addenda.learner.store import ENTRY_MARKER, ENTRY_TEXT, Store, map_rows
+from addenda.files import claim, is_claimed, is_unfinished, leave_alone
+from addenda.learner.context import Checkpoint, discard_run
+from addenda.learner.store import ENTRY, ENTRY_MARKER, ENTRY_TEXT, Kept, Store, create, described, evict, load
 
 FORMAT = 2
 NAME = "addenda-activations-v1"
@@ -37,31 +32,8 @@ MARKER_TEXT = (
     "Signature: 8a477f597d28d172789f06886806bc55\n"
     "# Activations that Addenda can compute again. See: addenda cache --help. Source: https://bford.info/cachedir/\n"
 )
-ENTRY = r"[0-9a-f]{16}"
-FILES = r"(keys|key_values|pooled|digests)\.npy|meta\.json"
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Kept:
-    """One cache entry, as `addenda cache list` shows it.
-
-    Attributes:
-        name: its folder.
-        backbone: timm name of the backbone.
-        num_images: how many images or views there is room for.
-        num_done: how many of them are computed.
-        num_bytes: what it takes on disk.
-        used_at: when it was last opened, UTC.
-    """
-
-    name: str
-    backbone: str
-    num_images: int
-    num_done: int
-    num_bytes: int
-    used_at: datetime
 
 
 class ActivationCache:
@@ -109,6 +81,10 @@ class ActivationCache:
                 "folder of your own."
             ) from error
 
+    def checkpoint(self, run: str) -> Checkpoint:
+        """Where a run stands that was interrupted, or begins."""
+        return Checkpoint(self.runs / run[:16], self.claim)
+
     @property
     def budget_bytes(self) -> float:
         """The most that all entries may take."""
@@ -122,7 +98,7 @@ class ActivationCache:
         found = []
         for folder in self._folders():
             with suppress(FileNotFoundError):  # evicted meanwhile
-                found.append(_described(folder))
+                found.append(described(folder))
         return sorted(found, key=lambda kept: kept.used_at, reverse=True)
 
     def clear(self, names: Sequence[str] | None = None) -> tuple[int, list[str]]:
@@ -133,13 +109,13 @@ class ActivationCache:
         """
         if not is_claimed(self.folder, MARKER, MARKER_TEXT):
             return 0, []
-        with self._locked():
+        with self._lock():
             if names is None and self.runs.is_dir():
                 for run in self.runs.iterdir():
                     discard_run(run)
             before = self.sets()
             chosen = [kept.name for kept in before if names is None or kept.name in names]
-            in_use = [name for name in chosen if not _evict(self.folder / name)]
+            in_use = [name for name in chosen if not evict(self.folder / name)]
             freed = sum(kept.num_bytes for kept in before) - sum(kept.num_bytes for kept in self.sets())
         return freed, in_use
 
@@ -169,20 +145,19 @@ class ActivationCache:
             TrainingError: the disk has no room, or the folder is not the user's own.
         """
         head_dim = backbone.embed_dim // backbone.num_heads
-        shape = (len(keys), backbone.depth, 2, backbone.num_heads, backbone.num_tokens, head_dim)
-        meta = {
+        meta: dict[str, Any] = {
             "format": FORMAT,
             "preparation": PREPARATION,
             "name": backbone.name,
             "backbone": backbone.fingerprint,
             "numerics": numerics_fingerprint(numerics(backbone)),
             "num_rows": len(keys),
-            "shape": list(shape[1:]),
+            "shape": [backbone.depth, 2, backbone.num_heads, backbone.num_tokens, head_dim],
             "width": backbone.embed_dim,
         }
         self.claim()
-        with self._locked():
-            stores = [(folder, store) for folder in self._folders() if (store := self._load(folder, meta)) is not None]
+        with self._lock():
+            stores = [(folder, store) for folder in self._folders() if (store := load(folder, meta)) is not None]
             for folder, store in stores:
                 if set(keys) <= store.place.keys():
                     with suppress(FileNotFoundError):
@@ -190,18 +165,16 @@ class ActivationCache:
                     return store
             for _, store in stores:
                 store.release()
-            self._make_room(int(np.prod(shape)) * 2 + len(keys) * backbone.embed_dim * 4)
-            made = self._create(meta, shape, keys)
+            self._make_room(len(keys) * (2 * int(np.prod(meta["shape"])) + 4 * meta["width"]))
+            made = create(self.folder, meta, keys)
             for _, store in stores:
                 made.take_over(store)
             made.flush()
             return made
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _lock(self) -> FileLock:
         """Entries come and go in one process at a time."""
-        with FileLock(self.folder / ".lock"):
-            yield
+        return FileLock(self.folder / ".lock")
 
     def _folders(self) -> list[Path]:
         """The entries; what is not one is named once and left alone."""
@@ -213,102 +186,13 @@ class ActivationCache:
                 leave_alone(path)
         return found
 
-    def _load(self, folder: Path, meta: dict[str, Any]) -> Store | None:
-        """An entry of this backbone and these numerics; one that is damaged is discarded, and said to be."""
-        found = _read_meta(folder)
-        if found is not None and any(found[k] != meta[k] for k in _IDENTITY):
-            return None
-        try:
-            if found is None:
-                raise ValueError("its description cannot be read")
-            check_private(folder)
-            keys = np.load(folder / "keys.npy")
-            if folder.name != _name(found, keys):
-                raise ValueError("it is not what its name says")
-            rows = found["num_rows"]
-            return map_rows(folder, "r+", (rows, *found["shape"]), found["width"], keys)
-        except PermissionError as error:
-            raise TrainingError(f"A cache entry cannot be trusted: {error}.") from error
-        except (OSError, ValueError, KeyError, EOFError) as error:
-            log.warning("Discarding the damaged cache entry %s (%s); recomputing.", folder, str(error))
-            _evict(folder)
-            return None
-
-    def _create(self, meta: dict[str, Any], shape: tuple[int, ...], keys: Sequence[str]) -> Store:
-        packed = np.frombuffer(bytes.fromhex("".join(keys)), np.uint8).reshape(-1, 32)
-        folder = self.folder / _name(meta, packed)
-        try:
-            if is_claimed(folder, ENTRY_MARKER, ENTRY_TEXT):  # another run may still read the files that go
-                discard(folder, FILES, ENTRY_MARKER)
-            claim(folder, ENTRY_MARKER, ENTRY_TEXT)
-            np.save(folder / "keys.npy", packed)
-            store = map_rows(folder, "w+", shape, meta["width"], packed)
-            store.reserve()
-            (folder / "meta.json").write_text(json.dumps(meta))
-        except OSError as error:
-            if is_claimed(folder, ENTRY_MARKER, ENTRY_TEXT):
-                discard(folder, FILES, ENTRY_MARKER)
-            raise TrainingError(
-                f"The activations of {len(keys)} images take {np.prod(shape) * 2 / 1e9:.2f} GB, and {self.folder} "
-                f"cannot hold them ({error.strerror or error}). Free some space, keep less of them (--cache-gb), or "
-                "set ADDENDA_CACHE to a folder on a larger disk."
-            ) from error
-        return store
-
     def _make_room(self, num_bytes: int) -> None:
         found = self.sets()
         total = sum(kept.num_bytes for kept in found) + num_bytes
         for oldest in reversed(found):
             if total <= self.budget_bytes:
                 break
-            if _evict(self.folder / oldest.name):
+            if evict(self.folder / oldest.name):
                 total -= oldest.num_bytes
-                log.info(
-                    "Evicted the cache entry %s, the least recently used (%.2f GB).",
-                    oldest.name,
-                    oldest.num_bytes / 1e9,
-                )
-
-
-_IDENTITY = ("format", "preparation", "backbone", "numerics", "shape", "width")
-
-
-def _name(meta: dict[str, Any], keys: UInt8[np.ndarray, "K 32"]) -> str:
-    identity = json.dumps([meta[k] for k in _IDENTITY])
-    return hashlib.sha256(identity.encode() + keys.tobytes()).hexdigest()[:16]
-
-
-def _read_meta(folder: Path) -> dict[str, Any] | None:
-    try:
-        meta: dict[str, Any] = json.loads((folder / "meta.json").read_text())
-        return meta if all(key in meta for key in _IDENTITY) else None
-    except (OSError, ValueError, TypeError):
-        return None
-
-
-def _described(folder: Path) -> Kept:
-    meta = _read_meta(folder) or {"name": "(damaged)", "num_rows": 0}
-    try:
-        num_done = int(np.load(folder / "digests.npy").any(axis=1).sum())
-    except (OSError, ValueError, EOFError):
-        num_done = 0
-    return Kept(
-        name=folder.name,
-        backbone=meta["name"],
-        num_images=meta["num_rows"],
-        num_done=num_done,
-        num_bytes=sum(path.lstat().st_size for path in folder.iterdir()),
-        used_at=datetime.fromtimestamp(folder.stat().st_mtime, UTC),
-    )
-
-
-def _evict(folder: Path) -> bool:
-    """Deletes an entry unless a run has it open, which is then said to stay."""
-    try:
-        with Hold(folder / ENTRY_MARKER, shared=False):
-            discard(folder, FILES, ENTRY_MARKER)
-        return True
-    except FileNotFoundError:
-        return True
-    except BlockingIOError:
-        return False
+                size_gb = oldest.num_bytes / 1e9
+                log.info("Evicted the cache entry %s, the least recently used (%.2f GB).", oldest.name, size_gb)

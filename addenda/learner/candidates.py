@@ -19,6 +19,7 @@ from addenda.registry import ADAPTED, LowRank
 Tensors = dict[str, Tensor]
 """A task's tensors by their names in the artifact."""
 
+TOKEN = ("class_token", "memory")
 HEAD_WEIGHTS = ("head_weight", "pooled_weight")
 HEAD = (*HEAD_WEIGHTS, "head_bias")
 
@@ -29,31 +30,24 @@ def adapter_name(site: str, part: str) -> str:
 
 
 def first_tensors(backbone: FrozenBackbone, regression: Regression, settings: Settings, memory_std: float) -> Tensors:
-    """Where training starts (design, section 1): the backbone's class token, memory from N(0, memory_std).
-
-    Adapters start as nothing: `up` is zero.
+    """Where training starts (design, section 1): the backbone's class token, memory from N(0, memory_std), no adapters.
 
     The head reads the token's feature and the backbone's pooled one. It starts as the regression, shared in halves
     between the two: under an L2 penalty that is the cheaper way to write the same function of two like features.
     """
     random = torch.Generator().manual_seed(settings.seed)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random, dtype=torch.float32, device="cpu")
+
+    depth, rank = backbone.depth, settings.adapter_rank
     adapters: Tensors = {}
-    if settings.adapter_rank:
-        for site, (fan_in, fan_out) in backbone.adapter_shapes().items():
-            down = (
-                torch.randn(
-                    backbone.depth, settings.adapter_rank, fan_in, generator=random, dtype=torch.float32, device="cpu"
-                )
-                * fan_in**-0.5
-            )
-            adapters[adapter_name(site, "down")] = down
-            adapters[adapter_name(site, "up")] = torch.zeros(
-                backbone.depth, fan_out, settings.adapter_rank, dtype=torch.float32, device="cpu"
-            )
-    shape = (backbone.depth, settings.num_memory_tokens, backbone.embed_dim)
+    for site, (fan_in, fan_out) in backbone.adapter_shapes().items() if rank else ():
+        adapters[adapter_name(site, "down")] = noise(depth, rank, fan_in) * fan_in**-0.5
+        adapters[adapter_name(site, "up")] = torch.zeros(depth, fan_out, rank, dtype=torch.float32, device="cpu")
     return {
         "class_token": backbone.class_token.float().cpu().clone(),
-        "memory": torch.randn(shape, generator=random, dtype=torch.float32, device="cpu") * memory_std,
+        "memory": noise(depth, settings.num_memory_tokens, backbone.embed_dim) * memory_std,
         "head_weight": regression.weight / 2,
         "pooled_weight": regression.weight / 2,
         "head_bias": regression.bias.clone(),
@@ -89,34 +83,15 @@ def schedule(step: int, warmup_steps: int, steps: int) -> float:
 
 @dataclass
 class Best:
-    """The epoch of least validation loss so far; without validation, the latest.
+    """The epoch of least validation loss so far; without validation, the latest."""
 
-    Attributes:
-        epoch: from 1; 0 before any.
-        loss: on the validation part.
-        tensors: what they were then.
-    """
-
-    epoch: int = 0
+    epoch: int = 0  # from 1; 0 before any
     loss: float = math.inf
     tensors: Tensors = field(default_factory=dict)
 
 
 class Candidate:
-    """One candidate in training: its tensors, its optimiser, and how it has fared.
-
-    Args:
-        settings: what it is trained with.
-        tensors: where it starts.
-        config: optimiser and schedule.
-        steps: of the whole schedule.
-        device: where it trains.
-
-    Attributes:
-        tensors: the parameters by name.
-        best: its best epoch.
-        stopped: why it trains no more: `"diverged"`, `"no better"`, or None.
-    """
+    """One candidate in training: its tensors, its optimiser for all `steps` of the schedule, and how it has fared."""
 
     def __init__(
         self, settings: Settings, tensors: Tensors, config: LearnConfig, steps: int, device: torch.device
@@ -124,20 +99,16 @@ class Candidate:
         self.settings = settings
         self.tensors = {name: Parameter(tensor.detach().clone().to(device)) for name, tensor in tensors.items()}
         self.best = Best()
-        self.stopped: str | None = None
+        self.stopped: str | None = None  # or why it trains no more: "diverged", "no better"
         self._clip_norm = config.clip_norm
-        adapters = [tensor for name, tensor in self.tensors.items() if name.startswith("adapters.")]
-        head = [self.tensors[name] for name in HEAD]
-        rest = [
-            tensor for name, tensor in self.tensors.items() if name not in HEAD and not name.startswith("adapters.")
-        ]
+        decay = settings.weight_decay
+        head, token = [self.tensors[name] for name in HEAD], [self.tensors[name] for name in TOKEN]
         groups = [
-            {"params": rest, "lr": settings.learning_rate, "weight_decay": settings.weight_decay},
+            {"params": token, "lr": settings.learning_rate, "weight_decay": decay},
             {"params": head, "lr": config.head_learning_rate, "weight_decay": 0.0},  # it has the regression's penalty
         ]
-        if adapters:
-            rate, decay = settings.adapter_learning_rate, settings.weight_decay
-            groups.append({"params": adapters, "lr": rate, "weight_decay": decay})
+        if adapters := [tensor for name, tensor in self.tensors.items() if name not in HEAD + TOKEN]:
+            groups.append({"params": adapters, "lr": settings.adapter_learning_rate, "weight_decay": decay})
         if config.optimizer == "sgd":
             self.optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, momentum=config.momentum)
         else:

@@ -20,7 +20,6 @@ T = TypeVar("T")
 Positive = Annotated[float, Field(gt=0)]
 OneOrMore: TypeAlias = T | tuple[T, ...]
 
-
 AUTO_RANK = 8
 """The rank of adapters that `adapter_rank="auto"` tries."""
 
@@ -119,9 +118,7 @@ class LearnConfig:
     refit: bool = True
     seed: OneOrMore[Annotated[int, Field(ge=0, le=2**32 - 1)]] = 0
 
-    @field_validator(
-        "learning_rate", "weight_decay", "num_memory_tokens", "adapter_rank", "adapter_learning_rate", "seed"
-    )
+    @field_validator(*Settings._fields)
     @classmethod
     def _not_empty(cls, value: OneOrMore[Any]) -> OneOrMore[Any]:
         if value == ():
@@ -133,17 +130,8 @@ class LearnConfig:
         """Every combination of the settings that have several values; without adapters their learning rate is one."""
         ranks = (0, AUTO_RANK) if self.adapter_rank == "auto" else _several(self.adapter_rank)
         rates = _several(self.adapter_learning_rate)
-        combined = (
-            Settings(*values)
-            for values in product(
-                _several(self.learning_rate),
-                _several(self.weight_decay),
-                _several(self.num_memory_tokens),
-                ranks,
-                rates,
-                _several(self.seed),
-            )
-        )
+        swept: tuple[Any, ...] = self.learning_rate, self.weight_decay, self.num_memory_tokens, ranks, rates, self.seed
+        combined = (Settings(*values) for values in product(*map(_several, swept)))
         return tuple(s for s in combined if s.adapter_rank or s.adapter_learning_rate == rates[0])
 
     @property

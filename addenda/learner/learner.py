@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,24 +16,20 @@ from addenda.combined import CombinedModel, feature_statistics, golden, numerics
 from addenda.exceptions import NameTakenError, RegistryError, RetiredError, TrainingError
 from addenda.learner.activations import Activations
 from addenda.learner.cache import ActivationCache
-from addenda.learner.checkpoint import Checkpoint
 from addenda.learner.config import LearnConfig
 from addenda.learner.context import OnEpoch, Report, RunContext, silent
 from addenda.learner.data import Data, LabelledImages, check_learnable, check_same_labels, open_images, open_parts
-from addenda.learner.data.items import Item
-from addenda.learner.data.labelled import unreadable
+from addenda.learner.data.labelled import Item, read_in_batches, unreadable
 from addenda.learner.data.opening import repeats
-from addenda.learner.data.reading import checked, read_in_batches
 from addenda.learner.objectives import OBJECTIVES
 from addenda.learner.run import Run
-from addenda.learner.training import family
 from addenda.registry import (
     EvaluationRecord,
-    FeatureStatistics,
     Registry,
     Scoring,
     Task,
     TaskFilter,
+    TaskRecord,
     canonical_json,
     check_new_name,
     digest,
@@ -117,70 +113,51 @@ class Learner:
         self, name: str, train: Data, test: Data | None, config: LearnConfig, new_version: bool, context: RunContext
     ) -> Task:
         check_new_name(name)
-        versions = self.registry.tasks(TaskFilter(name=name, retired=True))
         auto = config.extends == "auto"
         parents = () if auto else tuple(self.registry.get(ref) for ref in config.extends)
         for parent in parents:
             if parent.class_token is None:
                 raise RegistryError(f"Task {parent.ref!r} is head-only: it has no token that {name!r} could see.")
         images, test_images = open_parts(train, test, context.skip_bad)
-        for part in (images, test_images):
-            if part is not None:
-                _remark_on(part)
+        for part in filter(None, (images, test_images)):
+            _remark_on(part)
         varied = config.augmentation.resolved(images.can_vary and not config.head_only)
         config = replace(config, augmentation=varied)
         images = images.hashed()
-        fingerprint = images.fingerprint()
         here = numerics_fingerprint(numerics(self.backbone))
         run = {
-            "data": fingerprint,
+            "data": images.fingerprint(),
             "config": config.to_json(),
             "extends": "auto" if auto else [parent.sha256 for parent in parents],
             "numerics": here,
         }
-        same = [
-            record
-            for record in versions
-            if record.data.get("run") == run and record.labels == images.labels
-            if record.backbone == self.backbone.fingerprint
-        ]
-        for record in same:
-            if record.retired is None:
-                if record.data.get("skipped") and not context.skip_bad:
-                    raise unreadable(record.data["skipped"], len(images) + len(images.lost), images.where)
-                return self._again(record.ref, test_images, context)
-        if same and not new_version:
-            raise RetiredError(same[-1].ref, same[-1].retired or "")
-        if versions and not new_version:
-            raise NameTakenError(name, versions[-1].version)
+        known = self._known(name, images, run, new_version, context.skip_bad)
+        if known is not None:
+            return self._again(known.ref, test_images, context)
 
-        test_skipped: list[str] = []
+        test_data: dict[str, Any] = {}
         if test_images is not None:  # all that can be found out before hours of training
-            test_images, test_skipped = self._checked(test_images, context)
+            test_images, skipped = self._checked(test_images, context)
+            test_data["test"] = {"skipped": skipped, "left_out": counted(test_images.left_out)}
         pool = [task for task in self.registry.load(self.backbone) if task.class_token is not None] if auto else None
-        activations = Activations(self.backbone, images, config.augmentation, self.cache, family(parents), context)
+        activations = Activations(self.backbone, images, config.augmentation, self.cache, parents, context)
         kept = replace(images, targets=activations.targets)
         check_learnable(kept)  # those left out may have been a class's last
-        identity = canonical_json(
-            run | {"name": name, "backbone": self.backbone.fingerprint, "skipped": activations.skipped}
-        )
-        checkpoint = Checkpoint(self.cache.runs / digest(identity.encode())[:16], self.cache.claim)
-        started = Run(name, images.labels, activations, config, checkpoint, context)
+        told = {"name": name, "backbone": self.backbone.fingerprint, "skipped": activations.skipped}
+        identity = digest(canonical_json(run | told).encode())
+        checkpoint = self.cache.checkpoint(identity)
+        started = Run(name, activations, config, replace(context, checkpoint=checkpoint))
         try:
-            task, rival = started.task(parents, pool), started.rival
+            task = started.task(parents, pool)
         except TrainingError:
             checkpoint.clear()
             raise
-        metrics = dict(task.metrics)
-        scorings = []
+        metrics, scorings = dict(task.metrics), []
         if test_images is not None:
-            scored, _, _ = self._score([task, rival], test_images, RunContext(report=context.report))
-            metrics["test"], metrics["regression"] = (
-                scored[name].metrics,
-                metrics["regression"] | {"test": scored[rival.name].metrics},
-            )
-            one = scored[name]
-            scorings.append(Scoring(test_images.fingerprint(), here, one.metrics, one.logits_digest))
+            scored, _, _ = self._score([task, started.rival], test_images, RunContext(report=context.report))
+            (metrics["test"], logits_digest), (of_rival, _) = scored
+            metrics["regression"] = metrics["regression"] | {"test": of_rival}
+            scorings.append(Scoring(test_images.fingerprint(), here, metrics["test"], logits_digest))
         repeated = repeats(images, test_images)
         _warn_of(repeated, test_images)
         data = {
@@ -191,15 +168,58 @@ class Learner:
             "left_out": counted(images.left_out),
             "repeated": repeated,
         }
-        if test_images is not None:
-            data["test"] = {"skipped": test_skipped, "left_out": counted(test_images.left_out)}
-        finished = replace(task, metrics=metrics, data=data)
+        finished = replace(task, metrics=metrics, data=data | test_data)
+        statistics = None
+        if activations.objective.routable:
+            statistics = feature_statistics(activations.pooled, activations.targets, activations.num_classes)
+            if statistics.excess is not None:
+                log.warning("No router will know of this task: %s.", statistics.excess)
+                statistics = None
         self.registry.add_backbone(self.backbone.record())
-        statistics = self._statistics(activations) if activations.objective.routable else None
         probe = golden(self.backbone, finished)
         registered = self.registry.register(finished, probe, statistics, new_version, scorings)
         checkpoint.clear()
         return registered
+
+    def _known(
+        self, name: str, images: LabelledImages, run: Mapping[str, Any], new_version: bool, skip_bad: bool
+    ) -> TaskRecord | None:
+        """The active version that the same run made; refuses a name that is taken, unless by a further version."""
+        versions = self.registry.tasks(TaskFilter(name=name, retired=True))
+        same = [
+            record
+            for record in versions
+            if record.data.get("run") == run and record.labels == images.labels
+            if record.backbone == self.backbone.fingerprint
+        ]
+        active = next((record for record in same if record.retired is None), None)
+        if active is not None:
+            if active.data.get("skipped") and not skip_bad:
+                raise unreadable(active.data["skipped"], len(images) + len(images.lost), images.where)
+            return active
+        if same and not new_version:
+            raise RetiredError(same[-1].ref, same[-1].retired or "")
+        if versions and not new_version:
+            raise NameTakenError(name, versions[-1].version)
+        return None
+
+    def _again(self, ref: str, test: LabelledImages | None, context: RunContext) -> Task:
+        """A version that was learned before; on a test set that it was not scored on it is scored now."""
+        task = self.registry.get(ref)
+        if test is None:
+            return task
+        images, skipped = test.hashed(), list[str]()
+        known = {record.data_fingerprint: record for record in self.registry.evaluations(ref)}
+        if images.lost or images.fingerprint() not in known:
+            images, skipped = self._checked(images, context)
+        found = known.get(images.fingerprint()) or self._evaluate(task, images, RunContext(report=context.report))
+        asked, regression = copy(task), dict(task.metrics.get("regression", {}))
+        if found.metrics != task.metrics.get("test"):
+            regression.pop("test", None)  # that of the test set of then
+            vars(asked)["metrics"] = {**task.metrics, "test": found.metrics, "regression": regression}
+        of_test = {"skipped": skipped, "left_out": counted(images.left_out)}
+        vars(asked)["data"] = {**task.data, "test": of_test}
+        return asked
 
     def evaluate(self, ref: str, data: Data, skip_bad: bool = False, report: Report | None = None) -> EvaluationRecord:
         """Scores a registered task and records the result.
@@ -224,75 +244,51 @@ class Learner:
 
     def _evaluate(self, task: Task, images: LabelledImages, context: RunContext) -> EvaluationRecord:
         """Scores a registered task on some images, and records that."""
-        found, images, bad = self._score([task], images, context)
-        scored, here = found[task.name], numerics_fingerprint(numerics(self.backbone))
-        more = {"skipped": len(images.lost) + len(bad), "left_out": counted(images.left_out)}
-        metrics = scored.metrics | {key: value for key, value in more.items() if value}
-        return self.registry.add_evaluation(task.ref, images.fingerprint(), here, metrics, scored.logits_digest)
-
-    def _again(self, ref: str, test: LabelledImages | None, context: RunContext) -> Task:
-        """A version that was learned before; on a test set that it was not scored on it is scored now."""
-        task = self.registry.get(ref)
-        if test is None:
-            return task
-        images, skipped = test.hashed(), list[str]()
-        known = {record.data_fingerprint: record for record in self.registry.evaluations(ref)}
-        if images.lost or images.fingerprint() not in known:
-            images, skipped = self._checked(images, context)
-        scoring = RunContext(report=context.report)
-        found = known.get(images.fingerprint()) or self._evaluate(task, images, scoring)
-        asked, regression = copy(task), dict(task.metrics.get("regression", {}))
-        if found.metrics != task.metrics.get("test"):
-            regression.pop("test", None)  # that of the test set of then
-            vars(asked)["metrics"] = {**task.metrics, "test": found.metrics, "regression": regression}
-        of_test = {"skipped": skipped, "left_out": counted(images.left_out)}
-        vars(asked)["data"] = {**task.data, "test": of_test}
-        return asked
+        ((metrics, logits_digest),), seen, bad = self._score([task], images, context)
+        more = {"skipped": len(seen.lost) + len(bad), "left_out": counted(seen.left_out)}
+        metrics |= {key: value for key, value in more.items() if value}
+        here = numerics_fingerprint(numerics(self.backbone))
+        return self.registry.add_evaluation(task.ref, seen.fingerprint(), here, metrics, logits_digest)
 
     def _checked(self, images: LabelledImages, context: RunContext) -> tuple[LabelledImages, list[str]]:
-        """The images that can be read, hashed, and what was wrong with the others."""
-        found, bad = checked(images, self.backbone, context)
-        return found, [shown(text) for text in (*images.lost, *bad.values())]
+        """The images that can be read, hashed and in order, and what is wrong with the others; no pixels are kept."""
+        bad: dict[int, str] = {}
 
-    def _statistics(self, activations: Activations) -> FeatureStatistics | None:
-        """What a router will know of the images; None, and said, where it would weigh too much."""
-        made = feature_statistics(activations.pooled, activations.targets, activations.num_classes)
-        if made.excess is None:
-            return made
-        log.warning("No router will know of this task: %s.", made.excess)
-        return None
+        def look(row: int, item: Item) -> list[tuple[int, str]]:
+            item.views(self.backbone)
+            return [(row, item.digest)]
+
+        reading = read_in_batches(images, range(len(images)), look, 1, "checking test images", context, bad)
+        seen, _ = images.in_order(dict(one for batch in reading for one in batch))
+        return seen, [shown(text) for text in (*images.lost, *bad.values())]
 
     def _score(
         self, tasks: Sequence[Task], images: LabelledImages, context: RunContext
-    ) -> tuple[dict[str, _Scored], LabelledImages, dict[int, str]]:
-        """Runs the combined model of some tasks over every image, once.
+    ) -> tuple[list[tuple[dict[str, Any], str]], LabelledImages, dict[int, str]]:
+        """Runs the combined model of some tasks over every image, once: each one's metrics and digest of its logits.
 
         Also gives the images that it saw, hashed, and what was wrong with the others.
         """
         model = CombinedModel(self.backbone, tasks)
-        logits: dict[str, list[Tensor]] = {task.name: [] for task in tasks}
+        logits: dict[str, dict[int, Tensor]] = {task.name: {} for task in tasks}
         digests: dict[int, str] = {}
         bad: dict[int, str] = {}
 
         def view(row: int, item: Item) -> list[tuple[int, str, Tensor]]:
             return [(row, item.digest, item.views(self.backbone)[0])]
 
-        reading = read_in_batches(
-            images, range(len(images)), view, model.micro_batch, "scoring test images", context, bad
-        )
-        for rows, found, pixels in (zip(*batch, strict=True) for batch in reading):
+        every, what = range(len(images)), "scoring test images"
+        for batch in read_in_batches(images, every, view, model.micro_batch, what, context, bad):
+            rows, found, pixels = zip(*batch, strict=True)
             digests |= zip(rows, found, strict=True)
             for name, part in model(torch.stack(pixels)).items():
-                logits[name].append(part.cpu())
-        seen, order = images.select(list(digests)).in_order(list(digests.values()))
-        joined = {name: torch.cat(parts)[order] for name, parts in logits.items()}
-        scored = {
-            task.name: _Scored(
-                OBJECTIVES[task.objective].score(joined[task.name] / task.temperature, seen.targets, images.labels),
-                f"{BY_CONTENT}{tensor_digest(joined[task.name])}",
-            )
-            for task in tasks
-        }
+                logits[name] |= zip(rows, part.cpu(), strict=True)
+        seen, order = images.in_order(digests)
+        scored = []
+        for task in tasks:
+            joined = torch.stack([logits[task.name][row] for row in order])
+            metrics = OBJECTIVES[task.objective].score(joined / task.temperature, seen.targets, images.labels)
+            scored.append((metrics, f"{BY_CONTENT}{tensor_digest(joined)}"))
         return scored, seen, bad
 
 
@@ -314,9 +310,3 @@ def _warn_of(repeated: Mapping[str, int], test: LabelledImages | None) -> None:
         said.append(f"{repeated['test']} of {len(test)} test images are training images too: their score flatters")
     if said:
         log.warning("Byte for byte the same: %s.", "; ".join(said))
-
-
-@dataclass(frozen=True)
-class _Scored:
-    metrics: dict[str, Any]
-    logits_digest: str

@@ -157,12 +157,7 @@ def learn_many(
 
 
 class Results:
-    """What became of rows so far.
-
-    Args:
-        registry: where their tasks go; what is there already was learned before.
-        rows: all of them.
-    """
+    """What became of rows so far; a task that the registry has already was learned before."""
 
     def __init__(self, registry: Registry, rows: Sequence[Row]) -> None:
         self._before = {record.ref for record in registry.tasks(TaskFilter(retired=True))}

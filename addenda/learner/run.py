@@ -16,11 +16,10 @@ from torch import Tensor
 from addenda.exceptions import TrainingError
 from addenda.learner.activations import Activations
 from addenda.learner.candidates import Candidate, Tensors, as_fields, silenced
-from addenda.learner.checkpoint import Checkpoint
 from addenda.learner.config import LearnConfig
-from addenda.learner.context import QUIET, Epoch, RunContext
+from addenda.learner.context import Epoch, RunContext
 from addenda.learner.objectives import Regression
-from addenda.learner.training import Trainer, family
+from addenda.learner.training import Trainer
 from addenda.registry import Task, digest
 
 TRIED = 3
@@ -33,118 +32,80 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Sweep:
-    """What came of training all candidates with one set of tasks to extend.
-
-    Attributes:
-        parents: the tasks that they extend.
-        trainer: what trained them.
-        candidates: all of them.
-        history: every epoch.
-        chosen: the best by validation; None where the regression is better.
-        losses: of the best on each validation image; the regression's where that is better.
-    """
+    """What came of training all candidates with one set of tasks to extend."""
 
     parents: tuple[Task, ...]
     trainer: Trainer
     candidates: list[Candidate]
     history: list[Epoch]
-    chosen: Candidate | None
-    losses: Float[Tensor, " V"]
+    chosen: Candidate | None  # the best by validation; None where the regression is better
+    losses: Float[Tensor, " V"]  # of the best on each validation image; the regression's where that is better
 
 
 class Run:
-    """One learning run.
+    """One learning run; `rival` is the logistic regression on the same images, as a task."""
 
-    Args:
-        name: the task's name.
-        labels: its classes.
-        activations: of all its images.
-        config: the settings.
-        checkpoint: where each epoch is noted.
-        context: whom to tell how it stands.
-
-    Attributes:
-        rival: the logistic regression on the same images, as a task.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        labels: tuple[str, ...],
-        activations: Activations,
-        config: LearnConfig,
-        checkpoint: Checkpoint,
-        context: RunContext = QUIET,
-    ) -> None:
-        self._name, self._labels, self._activations, self._config = name, labels, activations, config
-        self._checkpoint, self._context = checkpoint, context
-        self._backbone = activations.backbone
-        pooled, targets = activations.pooled, activations.targets
+    def __init__(self, name: str, activations: Activations, config: LearnConfig, context: RunContext) -> None:
+        self._name, self._activations, self._config, self._context = name, activations, config, context
         self._objective = objective = activations.objective
+        pooled, targets = activations.pooled, activations.targets
         self._train, self._validation = objective.split(
-            targets, len(labels), config.validation_fraction, config.first_seed
+            targets, activations.num_classes, config.validation_fraction, config.first_seed
         )
         self._truth = targets[self._validation]
-        self._strength = objective.choose_strength(pooled, targets, config.first_seed)
-        self._fitted = objective.fit_regression(pooled[self._train], targets[self._train], self._strength)
-        self._last = objective.fit_regression(pooled, targets, self._strength) if config.refit else self._fitted
+        strength = objective.choose_strength(pooled, targets, config.first_seed)
+        self._fitted = objective.fit_regression(pooled[self._train], targets[self._train], strength)
+        self._last = objective.fit_regression(pooled, targets, strength) if config.refit else self._fitted
         logits = F.linear(pooled[self._validation], self._fitted.weight, self._fitted.bias)
-        temperature, self._rival_scores = self._judge(logits)
+        temperature, scores = self._judge(logits)
         self._rival_losses = objective.losses(logits / temperature, self._truth)
         self.rival = Task(
             name=RIVAL,
-            backbone=self._backbone.fingerprint,
-            labels=labels,
+            backbone=activations.backbone.fingerprint,
+            labels=activations.labels,
             objective=objective.name,
             temperature=temperature,
             config=config.to_json(),
+            metrics={"regression": {"strength": strength, "validation": scores}, "validation": scores},
             head_weight=self._last.weight,
             head_bias=self._last.bias,
         )
 
     def task(self, parents: tuple[Task, ...], pool: Sequence[Task] | None = None) -> Task:
-        """Learns the task, with what was measured on the validation part.
+        """Learns the task, with what was measured on the validation part; TrainingError where all diverged.
 
-        Args:
-            parents: the tasks to extend, which the activations hold; with a pool, none.
-            pool: tasks of which it may extend those that help; None where `parents` are all.
-
-        Raises:
-            TrainingError: no candidate stayed finite.
+        It extends `parents`, which the activations hold; or of a pool, where there is one, those that help.
         """
-        metrics: dict[str, Any] = {
-            "regression": {"strength": self._strength, "validation": self._rival_scores},
-            "validation": self._rival_scores,
-        }
-        if self._config.head_only or self._objective.is_settled(len(self._labels)):
-            return replace(self.rival, name=self._name, metrics=metrics)
+        if self._config.head_only or self._objective.is_settled(self._activations.num_classes):
+            return replace(self.rival, name=self._name)
+        metrics = dict(self.rival.metrics)
         best = self._sweep(self._activations, parents)
         if pool is not None:
             best, metrics["extensions"] = self._extend(best, pool)
         metrics |= _record(best)
-        tensors = silenced(self._backbone, self._last, self._config.candidates[0], self._config.memory_std)
         temperature = self.rival.temperature
-        if best.chosen is not None:
+        if best.chosen is None:
+            settings, std = self._config.candidates[0], self._config.memory_std
+            tensors = silenced(self._activations.backbone, self._last, settings, std)
+        else:
             tensors = best.chosen.best.tensors
             temperature, metrics["validation"] = self._judge(best.trainer.logits(tensors, self._validation))
             if self._config.refit:
-                tensors = self._refit(best, best.chosen)
-        whole = replace(
-            self.rival, name=self._name, parents=best.parents, temperature=temperature, metrics=metrics
-        )  # fmt: skip
+                tensors = self._refit(best.trainer, best.chosen)
+        whole = replace(self.rival, name=self._name, parents=best.parents, temperature=temperature, metrics=metrics)
         return replace(whole, **as_fields(tensors))
 
     def _judge(self, logits: Tensor) -> tuple[float, dict[str, Any]]:
         """The temperature that validation logits ask for, and their scores under it."""
-        calibrate = self._config.calibrate
-        temperature = self._objective.fit_temperature(logits, self._truth) if calibrate else 1.0
-        return temperature, self._objective.score(logits / temperature, self._truth, self._labels)
+        temperature = self._objective.fit_temperature(logits, self._truth) if self._config.calibrate else 1.0
+        return temperature, self._objective.score(logits / temperature, self._truth, self._activations.labels)
 
     def _sweep(self, activations: Activations, parents: tuple[Task, ...]) -> Sweep:
         """Trains all candidates on the training part, with some tasks to extend, and lets validation choose."""
-        config = self._config
-        checkpoint = self._checkpoint.within(digest(" ".join(parent.sha256 for parent in parents).encode())[:16])
-        trainer = Trainer(activations, parents, config, checkpoint, self._context)
+        config, checkpoint = self._config, self._context.checkpoint
+        if checkpoint is not None:
+            checkpoint = checkpoint.within(digest(" ".join(parent.sha256 for parent in parents).encode())[:16])
+        trainer = Trainer(activations, parents, config, replace(self._context, checkpoint=checkpoint))
         candidates, history = trainer.run(
             self._fitted, config.candidates, self._train, self._validation, config.epochs, "sweep"
         )
@@ -154,42 +115,34 @@ class Run:
         reached = [candidate for candidate in candidates if candidate.best.epoch]
         if not reached:
             raise TrainingError("Every candidate's loss became infinite or NaN. Try smaller learning rates.")
-
-        def validation_losses(candidate: Candidate) -> Tensor:
-            return trainer.losses(candidate.best.tensors, self._validation)
-
         chosen = min(reached, key=lambda candidate: candidate.best.loss)
-        found = validation_losses(chosen)
+        losses = trainer.losses(chosen.best.tensors, self._validation)
         lean = [candidate for candidate in reached if not candidate.settings.adapter_rank]
         if config.adapter_rank == "auto" and chosen not in lean and lean:
             leanest = min(lean, key=lambda candidate: candidate.best.loss)
-            without = validation_losses(leanest)
-            if not pays(found, without):
-                chosen, found = leanest, without
+            without = trainer.losses(leanest.best.tensors, self._validation)
+            if not pays(losses, without):
+                chosen, losses = leanest, without
         if config.fall_back and chosen.best.loss >= self._rival_losses.mean().item():
             return Sweep(parents, trainer, candidates, history, None, self._rival_losses)
-        return Sweep(parents, trainer, candidates, history, chosen, found)
+        return Sweep(parents, trainer, candidates, history, chosen, losses)
 
     def _extend(self, best: Sweep, pool: Sequence[Task]) -> tuple[Sweep, list[dict[str, Any]]]:
         """Tries the most promising tasks of a pool one after another, and keeps those that pay; with what was tried."""
         tried = []
-        ranked = promising(self._activations, pool, self._fitted, self._train, self._validation)
-        for task in ranked:
+        for task in promising(self._activations, pool, self._fitted, self._train, self._validation):
             parents = (*best.parents, task)
-            found = self._sweep(self._activations.seeing(family(parents), self._context.report), parents)
+            found = self._sweep(self._activations.seeing(parents, self._context.report), parents)
             taken = found.chosen is not None and pays(found.losses, best.losses)
             tried.append({"task": task.ref, "validation_loss": found.losses.mean().item(), "taken": taken})
             best = found if taken else best
         return best, tried
 
-    def _refit(self, sweep: Sweep, chosen: Candidate) -> Tensors:
+    def _refit(self, trainer: Trainer, chosen: Candidate) -> Tensors:
         """The winner, trained again on training and validation images together, as long as it was best for."""
-        everything, nothing = (
-            torch.arange(len(self._activations), dtype=torch.int64, device="cpu"),
-            torch.empty(0, dtype=torch.long, device="cpu"),
-        )
-        (refitted,), _ = sweep.trainer.run(
-            self._last, [chosen.settings], everything, nothing, chosen.best.epoch, "refit"
+        everything = torch.arange(len(self._activations), dtype=torch.int64, device="cpu")
+        (refitted,), _ = trainer.run(
+            self._last, [chosen.settings], everything, everything[:0], chosen.best.epoch, "refit"
         )
         return chosen.best.tensors if refitted.stopped else refitted.best.tensors
 
@@ -210,15 +163,8 @@ def promising(
     """The tasks of a pool worth trying, the best first.
 
     A task is ranked by the validation loss of a logistic regression that reads its token's final feature beside the
-    backbone's pooled one. Those that make it no better than the pooled feature alone are left out; of equals the first
-    by name comes first, in whatever order they were registered.
-
-    Args:
-        activations: of the new task's images.
-        pool: registered tasks with a token, on the same backbone.
-        regression: on the pooled feature of the training part.
-        train: images to fit to.
-        validation: images to rank by.
+    backbone's pooled one. Those that make it no better than the pooled feature alone, the `regression` of the training
+    part, are left out; of equals the first by name comes first, in whatever order they were registered.
     """
     targets, pooled, objective = activations.targets, activations.pooled, activations.objective
 
@@ -240,16 +186,14 @@ def _record(sweep: Sweep) -> dict[str, Any]:
     """What the task's record keeps of a sweep: each candidate at its best epoch, all losses, and what was chosen."""
     rows = []
     for i, candidate in enumerate(sweep.candidates):
-        best = candidate.best
-        rows.append(
-            candidate.settings._asdict()
-            | {
-                "epoch": best.epoch,
-                "validation_loss": best.loss if best.epoch else None,
-                "validation_accuracy": sweep.history[best.epoch - 1].validation_accuracy[i] if best.epoch else None,
-                "stopped": candidate.stopped,
-            }
-        )
+        best, reached = candidate.best, bool(candidate.best.epoch)
+        found = {
+            "epoch": best.epoch,
+            "validation_loss": best.loss if reached else None,
+            "validation_accuracy": sweep.history[best.epoch - 1].validation_accuracy[i] if reached else None,
+            "stopped": candidate.stopped,
+        }
+        rows.append(candidate.settings._asdict() | found)
     curves = [
         {"train_loss": _finite(epoch.train_loss), "validation_loss": _finite(epoch.validation_loss)}
         for epoch in sweep.history

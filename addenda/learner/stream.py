@@ -8,12 +8,53 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Float16, Int
 from torch import Tensor, nn
 
 from addenda.backbones import MIN_ROWS, BlockAdapters, FrozenBackbone, KeyValue
 from addenda.combined.attention import memory_key_values, private_read, private_scores
-from addenda.learner.activations import Batch
+
+PART_BYTES = 4e6
+"""Keys that are at work together on a CPU: more would leave its caches (docs/performance.md)."""
+
+
+class Batch:
+    """Some views, of which `parts`, a few at a time, are fetched in the precision that computes.
+
+    `key_values` are on the device, of which `place` has each view's row; `kin` are those of the tokens of the tasks to
+    extend, and `pooled` is the backbone's own feature, of each view. `num_keys` counts frozen tokens and kin.
+    """
+
+    def __init__(
+        self,
+        backbone: FrozenBackbone,
+        key_values: Float16[Tensor, "K L 2 H P d"],
+        place: Int[Tensor, " B"],
+        kin: Float16[Tensor, "B L 2 H a d"],
+        pooled: Float[Tensor, "B D"],
+    ) -> None:
+        self.pooled = pooled.to(backbone.device)
+        self._key_values, self._place = key_values, place.to(backbone.device)
+        self._kin = kin.to(backbone.device)
+        num_heads, num_tokens, head_dim = key_values.shape[3:]
+        self.num_keys = seen = num_tokens + kin.shape[4]
+        on_cpu = backbone.device.type == "cpu"
+        count = min(len(place), max(1, int(PART_BYTES / (4 * backbone.embed_dim * seen))) if on_cpu else len(place))
+        self.parts = [slice(start, min(start + count, len(place))) for start in range(0, len(place), count)]
+        self._half = key_values.new_empty(count, num_heads, num_tokens, head_dim)
+        self._whole = key_values.new_empty(count, num_heads, seen, head_dim, dtype=backbone.precision)
+
+    def __len__(self) -> int:
+        return len(self._place)
+
+    def fetch(self, layer: int, which: int, part: slice) -> Float[Tensor, "c H P d"]:
+        """Keys (which = 0) or values (1) of one of the `parts`; the next call overwrites them."""
+        place = self._place[part]
+        half, whole = self._half[: len(place)], self._whole[: len(place)]
+        torch.index_select(self._key_values[:, layer, which], 0, place, out=half)
+        whole[:, :, : half.shape[2]].copy_(half)
+        whole[:, :, half.shape[2] :].copy_(self._kin[part, layer, which])
+        return whole
 
 
 def training_blocks(backbone: FrozenBackbone) -> list[Any]:
@@ -72,18 +113,9 @@ def stream_features(
     parent_memory: Sequence[KeyValue] = (),
     adapters: Sequence[BlockAdapters] = (),
 ) -> Float[Tensor, "S B D"]:
-    """The task streams of S candidates over some images.
+    """The final features of S candidates' tokens over some images, in float32.
 
-    Args:
-        backbone: the frozen backbone.
-        batch: the images' frozen keys and values; tokens of the tasks to extend are among them.
-        class_tokens: one for each candidate.
-        memory: each candidate's memory tokens.
-        parent_memory: for each layer the memory of the tasks to extend, [1, H, m', d]; empty if there is none.
-        adapters: for each layer the candidates' own; empty if they have none.
-
-    Returns:
-        Each candidate's final feature, in float32.
+    For each layer there may be the memory of the tasks to extend, [1, H, m', d], and the candidates' own adapters.
     """
     precision = backbone.precision
     tokens = backbone.first_tokens(class_tokens.to(precision)).unsqueeze(1).expand(-1, len(batch), -1)
@@ -94,12 +126,8 @@ def stream_features(
         queries, keys, values = backbone.family.project(block, tokens, updates)  # [S, H, B, d]
         own = [memory_key_values(backbone, block, rows.to(precision)) for rows in memory[:, layer].split(at_once)]
         inherited = [layers.expand(len(memory), -1, -1, -1) for layers in parent_memory[layer]] if parent_memory else []
-        beside = KeyValue(
-            *(
-                torch.cat([torch.cat(parts), *inherited[i : i + 1]], dim=2)
-                for i, parts in enumerate(zip(*own, strict=True))
-            )
-        )
+        joined = [torch.cat(parts) for parts in zip(*own, strict=True)]
+        beside = KeyValue(*(torch.cat([part, *inherited[i : i + 1]], dim=2) for i, part in enumerate(joined)))
         private = KeyValue(keys.unsqueeze(3), values.unsqueeze(3))
         queries = queries * block.attn.scale
         read, weights = _FrozenAttention.apply(batch, layer, queries, private_scores(queries, private, beside))

@@ -14,13 +14,12 @@ from torch import Tensor
 
 from addenda.backbones import Adapter, BlockAdapters, FrozenBackbone, KeyValue
 from addenda.combined import TileStore
-from addenda.learner.activations import Activations, Batch
+from addenda.learner.activations import Activations, family
 from addenda.learner.candidates import HEAD_WEIGHTS, Candidate, Tensors, adapter_name, first_tensors
-from addenda.learner.checkpoint import Checkpoint
 from addenda.learner.config import LearnConfig, Settings
 from addenda.learner.context import QUIET, Epoch, RunContext
 from addenda.learner.objectives import Regression
-from addenda.learner.stream import stream_features
+from addenda.learner.stream import Batch, stream_features
 from addenda.registry import Task
 
 EVALUATION_BATCH = 64
@@ -29,31 +28,16 @@ T = TypeVar("T")
 
 
 class Trainer:
-    """Trains candidates, those of one shape in one pass.
-
-    Args:
-        activations: of all the images; they hold what the parents' tokens offer.
-        parents: the tasks that the candidates extend.
-        config: the settings that all candidates share.
-        checkpoint: where each epoch is noted, and taken up again.
-        context: whom to tell how it stands after each step and epoch.
-    """
+    """Trains candidates that extend `parents`, whose tokens the activations hold; those of one shape in one pass."""
 
     def __init__(
-        self,
-        activations: Activations,
-        parents: Sequence[Task],
-        config: LearnConfig,
-        checkpoint: Checkpoint | None = None,
-        context: RunContext = QUIET,
+        self, activations: Activations, parents: Sequence[Task], config: LearnConfig, context: RunContext = QUIET
     ) -> None:
-        self._activations, self._config = activations, config
-        self._parent_memory = parent_memory(activations.backbone, parents)
-        self._checkpoint, self._context = checkpoint, context
+        self._activations, self._config, self._context = activations, config, context
+        self._backbone, self._objective = activations.backbone, activations.objective
+        self._parent_memory = parent_memory(self._backbone, parents)
         self._what = f"training beside {', '.join(parent.ref for parent in parents)}" if parents else "training"
-        self._backbone = activations.backbone
         self._targets = activations.targets.to(self._backbone.device)
-        self._objective = activations.objective
         self._class_weights = None
         if config.class_weights == "balanced":
             self._class_weights = self._objective.balanced_weights(self._targets, activations.num_classes)
@@ -68,28 +52,17 @@ class Trainer:
         stop_after: int,
         phase: str,
     ) -> tuple[list[Candidate], list[Epoch]]:
-        """Trains for some epochs of the schedule.
+        """Trains candidates from a regression, whose penalty goes on as theirs; gives them, and every epoch.
 
-        Args:
-            regression: where candidates start; its penalty goes on as theirs.
-            sweep: the candidates.
-            train: images to learn from.
-            validation: images to choose by; none in the refit.
-            stop_after: the last epoch, of the config's `epochs` that the schedule spans.
-            phase: what the epochs are called.
-
-        Returns:
-            The candidates, each with its best epoch, and what was measured after each epoch.
+        The schedule spans the config's `epochs`, of which the last here is `stop_after`. In the refit there are no
+        images to validate on.
         """
         config, device = self._config, self._backbone.device
         steps_per_epoch = math.ceil(len(train) / config.batch_size)
-        candidates = [
-            Candidate(
-                settings, first_tensors(self._backbone, regression, settings, config.memory_std), config,
-                steps_per_epoch * config.epochs, device,
-            )
-            for settings in sweep
-        ]  # fmt: skip
+        candidates = []
+        for settings in sweep:
+            first = first_tensors(self._backbone, regression, settings, config.memory_std)
+            candidates.append(Candidate(settings, first, config, steps_per_epoch * config.epochs, device))
         # The regression's own penalty, twice: a function shared in halves by two like features weighs half as much.
         penalty = 1 / (regression.strength * len(train))
         history = self._resume(phase, candidates)
@@ -99,34 +72,36 @@ class Trainer:
                 break
             totals = {id(candidate): torch.zeros((), device=device, dtype=torch.float32) for candidate in live}
             order, views = self._order(train, epoch)
-            for step, (rows, chosen) in enumerate(
-                zip(order.split(config.batch_size), views.split(config.batch_size), strict=True)
-            ):
+            batches = zip(order.split(config.batch_size), views.split(config.batch_size), strict=True)
+            for step, (rows, chosen) in enumerate(batches, (epoch - 1) * steps_per_epoch + 1):
                 batch, targets = self._activations.batch(rows, chosen), self._targets[rows.to(device)]
                 for group in _by_shape(live):
                     found = self._gradients(group, batch, targets, penalty)
                     for candidate, (mean, *gradients) in zip(group, found, strict=True):
                         candidate.step(gradients)
                         totals[id(candidate)] += mean * len(rows)
-                done = (epoch - 1) * steps_per_epoch + step + 1
-                self._context.report(f"{self._what}, {_standing(history)}", done, stop_after * steps_per_epoch)
-            losses = [(totals[id(c)] / len(train)).item() if c in live else math.nan for c in candidates]
-            history.append(self._judge(phase, epoch, stop_after, losses, candidates, live, validation))
+                self._context.report(f"{self._what}, {_standing(history)}", step, stop_after * steps_per_epoch)
+            losses = tuple((totals[id(c)] / len(train)).item() if c in live else math.nan for c in candidates)
+            scores = self._judge(epoch, losses, candidates, validation)
+            swept = tuple(candidate.settings for candidate in candidates)
+            history.append(Epoch(phase, epoch, stop_after, losses, *scores, swept))
             self._note(phase, candidates, history)
             self._context.on_epoch(history[-1])
         return candidates, history
 
     def _note(self, phase: str, candidates: Sequence[Candidate], history: Sequence[Epoch]) -> None:
-        if self._checkpoint is None:
+        """Saves where the candidates stand; what they are trained with, a run says itself."""
+        if self._context.checkpoint is None:
             return
         states = [candidate.state() for candidate in candidates]
         tensors = {f"{i}.{name}": tensor for i, (own, _) in enumerate(states) for name, tensor in own.items()}
         epochs = [asdict(epoch) | {"candidates": None} for epoch in history]
-        self._checkpoint.save(phase, tensors, {"candidates": [plain for _, plain in states], "history": epochs})
+        standing = {"candidates": [plain for _, plain in states], "history": epochs}
+        self._context.checkpoint.save(phase, tensors, standing)
 
     def _resume(self, phase: str, candidates: Sequence[Candidate]) -> list[Epoch]:
         """Takes up an earlier run of the same content where it was interrupted; the epochs that it had done."""
-        found = None if self._checkpoint is None else self._checkpoint.load(phase)
+        found = None if self._context.checkpoint is None else self._context.checkpoint.load(phase)
         if found is None:
             return []
         tensors, standing = found
@@ -167,10 +142,11 @@ class Trainer:
         self, group: Sequence[Candidate], batch: Batch, targets: Tensor, penalty: float
     ) -> list[list[Tensor]]:
         """For each candidate its loss, then the gradient of each of its tensors."""
+        smoothing, class_weights = self._config.label_smoothing, self._class_weights
 
         def compute(some: Sequence[Candidate]) -> list[list[Tensor]]:
             logits = self._logits([candidate.tensors for candidate in some], batch)
-            losses = torch.stack([self._loss(part, targets) for part in logits])
+            losses = torch.stack([self._objective.loss(part, targets, smoothing, class_weights) for part in logits])
             weights = [torch.stack([c.tensors[name].square().sum() for name in HEAD_WEIGHTS]).sum() for c in some]
             parameters = [tensor for candidate in some for tensor in candidate.tensors.values()]
             gradients = torch.autograd.grad((losses + penalty * torch.stack(weights)).sum(), parameters)
@@ -178,9 +154,6 @@ class Trainer:
             return [[mean, *gradients[i * each : (i + 1) * each]] for i, mean in enumerate(losses.detach())]
 
         return self._side_by_side(("gradients", group[0].shape, len(group), len(batch)), group, compute)
-
-    def _loss(self, logits: Float[Tensor, "B C"], targets: Tensor) -> Tensor:
-        return self._objective.loss(logits, targets, self._config.label_smoothing, self._class_weights)
 
     def _side_by_side(
         self, key: object, group: Sequence[T], compute: Callable[[Sequence[T]], list[list[Tensor]]]
@@ -236,33 +209,23 @@ class Trainer:
         return torch.cat(parts, dim=1)
 
     def _judge(
-        self,
-        phase: str,
-        epoch: int,
-        epochs: int,
-        train_losses: Sequence[float],
-        candidates: Sequence[Candidate],
-        live: Sequence[Candidate],
-        validation: Tensor,
-    ) -> Epoch:
+        self, epoch: int, train_losses: Sequence[float], candidates: Sequence[Candidate], validation: Tensor
+    ) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Scores the candidates that are left on the validation part, and lets each draw its conclusion."""
+        live = [candidate for candidate in candidates if candidate.stopped is None]
+        targets = self._activations.targets[validation]
         scores: dict[int, tuple[float, float]] = {}
-        if len(validation):
-            targets = self._activations.targets[validation]
-            for group in _by_shape(live):
-                logits = self._evaluate([candidate.tensors for candidate in group], validation)
-                for i, candidate in enumerate(group):
-                    mean = self._calibrated(logits[i], targets).mean().item()
-                    scores[id(candidate)] = mean, self._objective.accuracy(logits[i], targets)
+        for group in _by_shape(live) if len(validation) else ():
+            logits = self._evaluate([candidate.tensors for candidate in group], validation)
+            for candidate, found in zip(group, logits, strict=True):
+                mean = self._calibrated(found, targets).mean().item()
+                scores[id(candidate)] = mean, self._objective.accuracy(found, targets)
         for candidate, train_loss in zip(candidates, train_losses, strict=True):
             if candidate in live:
                 reached = scores[id(candidate)][0] if scores else None
                 candidate.judge(epoch, train_loss, reached, self._config.patience)
         shown = [scores.get(id(candidate), (math.nan, math.nan)) for candidate in candidates] if scores else []
-        return Epoch(
-            phase, epoch, epochs, tuple(train_losses), tuple(s[0] for s in shown), tuple(s[1] for s in shown),
-            tuple(candidate.settings for candidate in candidates),
-        )  # fmt: skip
+        return tuple(loss for loss, _ in shown), tuple(accuracy for _, accuracy in shown)
 
 
 def parent_memory(backbone: FrozenBackbone, parents: Sequence[Task]) -> list[KeyValue]:
@@ -270,12 +233,6 @@ def parent_memory(backbone: FrozenBackbone, parents: Sequence[Task]) -> list[Key
     store = TileStore(backbone)
     layers = zip(*(store.memory(task) for task in family(parents) if task.num_memory_tokens), strict=True)
     return [KeyValue(*(torch.cat(parts, dim=1).unsqueeze(0) for parts in zip(*layer, strict=True))) for layer in layers]
-
-
-def family(parents: Sequence[Task]) -> list[Task]:
-    """All that a task with these parents sees."""
-    seen = {task.sha256: task for parent in parents for task in (*parent.closure, parent)}
-    return list(seen.values())
 
 
 def _by_shape(candidates: Sequence[Candidate]) -> list[list[Candidate]]:

@@ -24,7 +24,7 @@ from addenda.exceptions import DataError, TrainingError
 from addenda.learner import ActivationCache, Augmentation
 from addenda.learner.activations import Activations
 from addenda.learner.cache import NAME
-from addenda.learner.checkpoint import Checkpoint
+from addenda.learner.context import Checkpoint
 from addenda.learner.data import open_images
 from tests.support.images import colour_folder
 from tests.support.places import ROOT

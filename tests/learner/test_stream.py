@@ -10,8 +10,7 @@ import torch
 from addenda import FrozenBackbone
 from addenda.backbones import Adapter, BlockAdapters, KeyValue
 from addenda.combined.attention import attend, memory_key_values
-from addenda.learner.activations import Batch
-from addenda.learner.stream import stream_features
+from addenda.learner.stream import Batch, stream_features
 from tests.support.tiny import tiny_vit
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +12,7 @@ import torch
 
 from addenda.backbones.finding import LeftOut, image_files, in_words, is_hidden, joined
 from addenda.exceptions import DataError
-from addenda.learner.data.labelled import LabelledImages, class_name
+from addenda.learner.data.labelled import LabelledImages
 
 Part = Literal["train", "test"]
 
@@ -30,13 +31,19 @@ def part_named(name: str) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
+def class_name(text: str, called: str = "A class") -> str:
+    """A class's name in Unicode's composed form (macOS writes it otherwise); DataError where it is not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{called} has a name that is not UTF-8, {text!r}: rename it.") from error
+    return unicodedata.normalize("NFC", text)
+
+
 def parts_of(folder: Path) -> dict[str, Path]:
     """The folders of a data set's parts by their names in _PARTS; none where its folders are classes.
 
     Folders named as parts are parts if they hold class folders, and classes if they hold images.
-
-    Raises:
-        DataError: it cannot be told what is a part and what a class, or a part is there twice.
     """
     children = _folders(folder)
     named = [(part, child) for child in children if (part := part_named(child.name)) is not None]
@@ -70,13 +77,7 @@ def parts_of(folder: Path) -> dict[str, Path]:
 
 
 def open_folder(folder: Path, part: Part) -> LabelledImages:
-    """Opens a folder of class folders, or such a part of one, without reading its images.
-
-    Images in folders inside a class folder are that class's.
-
-    Raises:
-        DataError: it is missing or empty, lacks that part, or holds something else than classes.
-    """
+    """Opens a folder of class folders, or such a part of one; images in folders inside a class folder are its."""
     if not folder.is_dir():
         raise DataError(f"There is no folder {str(folder)!r}.")
     parts = parts_of(folder)

@@ -7,11 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import torch
-
 from addenda.exceptions import DataError
-from addenda.learner.data.items import EncodedImage
-from addenda.learner.data.labelled import LabelledImages, class_name
+from addenda.learner.data.folders import class_name
+from addenda.learner.data.labelled import EncodedImage, LabelledImages, encoded
 
 PARTS = {"train", "test"}
 
@@ -35,11 +33,7 @@ class HubDataset(Protocol):
 
 
 def open_hub_dataset(data: HubDataset, part: str) -> LabelledImages:
-    """Opens a Dataset, taken whole, or a part of a DatasetDict of train and test, without decoding its images.
-
-    Raises:
-        DataError: it is a stream or empty, lacks the part, or its columns do not say what is image and what is label.
-    """
+    """Opens a Dataset, taken whole, or a part of a DatasetDict of train and test, without decoding its images."""
     where = f"the {type(data).__name__} given"
     chosen: Any = data
     if isinstance(data, Mapping):
@@ -70,21 +64,10 @@ def open_hub_dataset(data: HubDataset, part: str) -> LabelledImages:
             f"{len(unknown)} of {len(values)} images in {where} have no class in column {label!r}: image {unknown[0]} "
             f"has {values[unknown[0]]!r}. Leave them out: data.filter(lambda row: ...)."
         )
-    if single:
-        targets = torch.tensor(values, dtype=torch.int64, device="cpu")
-    else:
-        targets = torch.zeros(len(values), len(names), dtype=torch.bool, device="cpu")
-        for i, several in enumerate(numbers):
-            targets[i, list(several)] = True
-    column = chosen.select_columns([image]).cast_column(
-        image, dataclasses.replace(chosen.features[image], decode=False)
-    )
+    undecoded = dataclasses.replace(chosen.features[image], decode=False)
+    column = chosen.select_columns([image]).cast_column(image, undecoded)
+    targets = encoded(numbers, len(names), not single)
     return LabelledImages(where, names, targets, EncodedColumn(column, image, where))
-
-
-def hub_has_test_part(data: HubDataset) -> bool:
-    """Whether it is a DatasetDict with a part `test`."""
-    return isinstance(data, Mapping) and "test" in data
 
 
 class EncodedColumn:

@@ -1,14 +1,20 @@
-"""Labelled images, wherever they came from: what they are, and whether a task can be learned from them."""
+"""Labelled images, wherever they came from, and how they are read: each decoded once, every bad one named.
+
+In a run each file of the training images is read twice, and decoded once. The first time all are hashed, since their
+contents decide their order, and whether there is anything to do at all; activations that are kept need no more. The
+second time what is hashed again is decoded, and all views are made of that. Of a test set the first time decodes too,
+before training rather than after it, and `evaluate` needs no second.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import unicodedata
-from collections.abc import Callable, Sequence
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -16,21 +22,27 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Subset
 
-from addenda.backbones import THREADS, FrozenBackbone, LeftOut, in_words, read_ahead
+from addenda.backbones import THREADS, FrozenBackbone, LeftOut, in_words, prepared, read_ahead, read_image
 from addenda.exceptions import DataError, UnsteadyError
-from addenda.learner.data.items import EncodedImage, Item, load
+from addenda.learner.context import RunContext
 from addenda.learner.objectives import Objective, Targets, objective_of
 
-UNREADABLE = "0" * 64
-"""In the place of the digest of an image that cannot be read."""
-
-AHEAD = 16
-"""Images whose digests may wait to be asked for."""
-
+UNREADABLE = "0" * 64  # in the place of the digest of an image that cannot be read
+AHEAD = 16  # images whose digests may wait to be asked for
 STEADY = (
     "Files must stay as they are until a run ends, and a Dataset must give the same image each time: random views are "
     "`augmentation`'s to make."
 )
+
+View = TypeVar("View")
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """An image file's bytes that lie in no file of their own, and what it is called in messages."""
+
+    name: str
+    content: bytes
 
 
 @runtime_checkable
@@ -43,48 +55,71 @@ class ImageDataset(Protocol):
     def __len__(self) -> int:
         """How many items there are."""
 
-    def __getitem__(self, index: int) -> tuple[Any, Any]:
+    def __getitem__(self, index: int) -> Any:
         """One image and its target."""
 
 
-@runtime_checkable
-class EncodedImages(Protocol):
-    """Image files that lie in another place than a folder."""
+@dataclass(frozen=True)
+class Item:
+    """One image as it was had, once."""
 
-    def __len__(self) -> int:
-        """How many there are."""
+    called: str  # in messages
+    held: Any  # a file's content, a PIL image that is `prepared`, or whatever else a dataset gave
+    named: str = ""  # what its file is called where it is no image
 
-    def __getitem__(self, index: int) -> Path | EncodedImage:
-        """One of them, not decoded."""
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over a file's bytes, or over a dataset's image."""
+        content = self.held
+        if isinstance(content, Tensor):
+            pixels = content.detach().cpu().contiguous()
+            content = pixels.reshape(-1).view(torch.uint8).numpy().tobytes()
+            if pixels.dtype != torch.float32:  # equal bytes of another dtype are other values
+                content = str(pixels.dtype).encode() + content
+        elif isinstance(content, Image.Image):
+            content = f"{content.mode}{content.size}".encode() + content.tobytes()
+        elif not isinstance(content, bytes):
+            content = repr(type(content)).encode()
+        return hashlib.sha256(content).hexdigest()
+
+    def picture(self) -> Any:
+        """A PIL image in most cases, or what a dataset gives; DataError where a file is no readable image."""
+        return read_image(io.BytesIO(self.held), self.named) if isinstance(self.held, bytes) else self.held
+
+    def views(
+        self, backbone: FrozenBackbone, transforms: Sequence[Callable[[Image.Image], Tensor] | None] = (None,)
+    ) -> list[Float[Tensor, "3 H W"]]:
+        """The image as the backbone takes it, decoded once, for each transform; None is the backbone's own."""
+        image = self.picture()
+        if isinstance(image, Image.Image):
+            return [(backbone.transform if transform is None else transform)(image) for transform in transforms]
+        shape = backbone.preprocessing["input_size"]
+        if not isinstance(image, Tensor) or list(image.shape) != shape or not image.is_floating_point():
+            found = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
+            raise DataError(
+                f"{self.called} is {found}; it must be a PIL image or a normalised floating-point tensor {shape}."
+            )
+        if any(transform is not None for transform in transforms):
+            raise DataError(f"{self.called} is a tensor; random views are made of PIL images only.")
+        if not image.isfinite().all():
+            raise DataError(f"{self.called} holds NaN or infinity.")
+        return [image for _ in transforms]
 
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Images and targets, read one at a time.
+    """Images and targets, read one at a time."""
 
-    Attributes:
-        where: what it is called in messages.
-        labels: names of the C classes.
-        targets: the class of each image, or its labels.
-        items: the image files, or the dataset that holds the images.
-        places: where each image stood before some were selected, for messages; None where all are there.
-        digests: sha256 of each image's content, once `hashed`.
-        folder: where the class folders are, of images that lie in such.
-        left_out: what else is in that folder and was left out.
-        deeper: folders inside class folders that hold images.
-        lost: what is wrong with items that are not among these, since not even their targets could be had.
-    """
-
-    where: str
-    labels: tuple[str, ...]
+    where: str  # what they are called in messages
+    labels: tuple[str, ...]  # names of the C classes
     targets: Targets
-    items: list[Path] | EncodedImages | ImageDataset
-    places: tuple[int, ...] | None = None
-    digests: tuple[str, ...] | None = None
-    folder: Path | None = None
-    left_out: LeftOut = field(default_factory=dict)
-    deeper: tuple[str, ...] = ()
-    lost: tuple[str, ...] = ()
+    items: list[Path] | ImageDataset  # or image files in another place than a folder: of an EncodedImage each
+    places: tuple[int, ...] | None = None  # where each stood before some were selected; None where all are there
+    digests: tuple[str, ...] | None = None  # sha256 of each image's content, once `hashed`
+    folder: Path | None = None  # where the class folders are, of images that lie in such
+    left_out: LeftOut = field(default_factory=dict)  # what else is in that folder
+    deeper: tuple[str, ...] = ()  # folders inside class folders that hold images
+    lost: tuple[str, ...] = ()  # what is wrong with items of which not even the targets could be had
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -136,18 +171,17 @@ class LabelledImages:
     def hashed(self) -> LabelledImages:
         """The same images with the sha256 of each, in an order that labels and contents decide, and nothing else.
 
-        So neither a file's name nor its place in a listing reaches a split, a shuffle, a sum or a digest.
-
-        What cannot be read has the digest UNREADABLE: whether it is refused or left out is for the reading to say.
+        So neither a file's name nor its place in a listing reaches a split, a shuffle, a sum or a digest. What cannot
+        be read has the digest UNREADABLE: whether it is refused or left out is for the reading to say.
         """
         found = read_ahead(range(len(self)), lambda index: self._load(index).digest, AHEAD, self.threads)
-        return self.in_order([UNREADABLE if isinstance(one, DataError) else one for _, one in found])[0]
+        return self.in_order({row: UNREADABLE if isinstance(one, DataError) else one for row, one in found})[0]
 
-    def in_order(self, digests: Sequence[str]) -> tuple[LabelledImages, list[int]]:
-        """The same images with the digests given, one for each, in the order of `hashed`; and their rows before."""
-        answers = [self.answer(target) for target in self.targets.tolist()]
-        order = sorted(range(len(self)), key=lambda index: (answers[index], digests[index]))
-        return replace(self.select(order), digests=tuple(digests[index] for index in order)), order
+    def in_order(self, digests: Mapping[int, str]) -> tuple[LabelledImages, list[int]]:
+        """Those images whose digests are given, by their rows, with them in the order of `hashed`; and these rows."""
+        targets = self.targets.tolist()
+        order = sorted(digests, key=lambda row: (self.answer(targets[row]), digests[row], row))
+        return replace(self.select(order), digests=tuple(digests[row] for row in order)), order
 
     def select(self, rows: Sequence[int]) -> LabelledImages:
         """Some of the images in the order of their rows, without a copy of their pixels."""
@@ -165,12 +199,7 @@ class LabelledImages:
         return self._load(index).digest if self.digests is None else self.digests[index]
 
     def item(self, index: int) -> Item:
-        """One image, read once: its digest and all its views come from the same bytes.
-
-        Raises:
-            DataError: it cannot be read.
-            UnsteadyError: it is no longer what was `hashed`.
-        """
+        """One image, read once, so that its digest and all its views come from the same bytes; as it was `hashed`."""
         expected = None if self.digests is None else self.digests[index]
         try:
             found = self._load(index)
@@ -185,8 +214,17 @@ class LabelledImages:
         return found
 
     def _load(self, index: int) -> Item:
+        """Reads an item, and decodes nothing."""
         item, place = self.items[index], index if self.places is None else self.places[index]
-        return load(item, f"Item {place} of {self.where}")
+        called = f"Item {place} of {self.where}"
+        if isinstance(item, Path):
+            try:
+                return Item(str(item), item.read_bytes(), f"Image {str(item)!r}")
+            except OSError as error:
+                raise DataError(f"Image {str(item)!r} cannot be read: {error.strerror}.") from error
+        if isinstance(item, EncodedImage):
+            return Item(called, item.content, item.name)
+        return Item(called, prepared(item[0], called) if isinstance(item[0], Image.Image) else item[0])
 
     def read(
         self, index: int, backbone: FrozenBackbone, transform: Callable[[Image.Image], Tensor] | None = None
@@ -199,11 +237,7 @@ class LabelledImages:
         return torch.stack([self.read(index, backbone) for index in range(len(self))])
 
     def fingerprint(self) -> str:
-        """sha256 over the contents and labels of all images, whatever their order and names.
-
-        Raises:
-            DataError: an image cannot be read.
-        """
+        """sha256 over the contents and labels of all images, whatever their order and names."""
         lines = [f"{self.digest(index)} {self.answer(target)}" for index, target in enumerate(self.targets.tolist())]
         return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
@@ -212,23 +246,58 @@ class LabelledImages:
         return self.objective.answer(target, self.labels)
 
 
+def encoded(numbers: Sequence[Sequence[int]], num_labels: int, multi: bool) -> Targets:
+    """Targets of images whose labels have these numbers: several each, or one."""
+    if not multi:
+        return torch.tensor([number for (number,) in numbers], dtype=torch.int64, device="cpu")
+    targets = torch.zeros(len(numbers), num_labels, dtype=torch.bool, device="cpu")
+    for row, several in enumerate(numbers):
+        targets[row, list(several)] = True
+    return targets
+
+
+def read_in_batches(
+    images: LabelledImages,
+    rows: Sequence[int],
+    views: Callable[[int, Item], Sequence[View]],
+    size: int,
+    what: str,
+    context: RunContext,
+    bad: dict[int, str],
+) -> Iterator[list[View]]:
+    """Reads some rows, and gives what `views` made of each, on the threads that read, in batches of `size` or less.
+
+    What is wrong with which row is noted in `bad`; unless such images are left out, one error names them all.
+    """
+
+    def made(row: int) -> Sequence[View]:
+        return views(row, images.item(row))
+
+    batch: list[View] = []
+    first: DataError | None = None
+    for done, (row, found) in enumerate(read_ahead(rows, made, size, images.threads), 1):
+        if isinstance(found, DataError):
+            bad[row], first = str(found), first or found
+        elif not bad or context.skip_bad:  # once a run is lost, the rest is only read, to name every bad image
+            batch += found
+        while len(batch) >= size:
+            yield batch[:size]
+            del batch[:size]
+        context.report(what, done, len(rows))
+    if bad and (not context.skip_bad or len(bad) == len(images)):
+        raise unreadable(list(dict.fromkeys(bad.values())), len(images), images.where) from first
+    if batch:
+        yield batch
+
+
+def ten_of(texts: Sequence[str]) -> str:
+    """Lines of a message, of which it shows ten."""
+    return "".join(f"\n  {text}" for text in texts[:10]) + (f"\n  … and {len(texts) - 10} more" if texts[10:] else "")
+
+
 def unreadable(texts: Sequence[str], num_images: int, where: str) -> DataError:
-    """The error that says what is wrong with some images of all that are in a place, of ten of them at most."""
-    named = "\n  ".join(texts[:10]) + (f"\n  … and {len(texts) - 10} more" if len(texts) > 10 else "")
+    """The error that says what is wrong with some images of all that are in a place."""
     return DataError(
-        f"{len(texts)} of {num_images} images in {where} cannot be read:\n  {named}\n"
+        f"{len(texts)} of {num_images} images in {where} cannot be read:{ten_of(texts)}\n"
         "Mend them, or leave them out with --skip-bad (in Python: skip_bad=True)."
     )
-
-
-def class_name(text: str, called: str = "A class") -> str:
-    """A class's name in Unicode's composed form: macOS writes an accented letter as two characters, Linux as one.
-
-    Raises:
-        DataError: it is not UTF-8, as in archives made by Windows; the message says what is `called` so.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{called} has a name that is not UTF-8, {text!r}: rename it.") from error
-    return unicodedata.normalize("NFC", text)

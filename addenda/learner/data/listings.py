@@ -9,16 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from addenda.exceptions import DataError
-from addenda.learner.data.folders import part_named
-from addenda.learner.data.labelled import LabelledImages, class_name
+from addenda.learner.data.folders import class_name, part_named
+from addenda.learner.data.labelled import LabelledImages, encoded, ten_of
 
 SUFFIXES = (".csv", ".parquet")
 COLUMNS = ("path", "label", "labels", "split")
-NAMED = 10
-"""How many problems a message names."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +32,6 @@ def open_listing(file: Path, part: str) -> LabelledImages:
     number: in CSV with `|` between them, in Parquet so too or as a list. A column `split` says train or test; without
     one all rows are the part. Further columns are left alone. An image listed twice alike counts once. The classes are
     those of all rows, in the order of their names.
-
-    Raises:
-        DataError: the listing cannot be read, or some of its rows are wrong; ten of them are named.
     """
     columns, lines = _read(file)
     multi = "labels" in columns
@@ -54,12 +47,7 @@ def open_listing(file: Path, part: str) -> LabelledImages:
     if not chosen:
         raise DataError(f"The listing {str(file)!r} names no file that there is: {lost[0]}")
     number = {label: i for i, label in enumerate(labels)}
-    if multi:
-        targets = torch.zeros(len(chosen), len(labels), dtype=torch.bool, device="cpu")
-        for i, row in enumerate(chosen):
-            targets[i, [number[label] for label in row.labels]] = True
-    else:
-        targets = torch.tensor([number[row.labels[0]] for row in chosen], dtype=torch.int64, device="cpu")
+    targets = encoded([[number[label] for label in row.labels] for row in chosen], len(labels), multi)
     return LabelledImages(f"{str(file)!r}", labels, targets, [row.path for row in chosen], lost=lost)
 
 
@@ -158,11 +146,8 @@ def _check_rows(file: Path, columns: Sequence[str], lines: Lines, multi: bool) -
     if not lines:
         raise DataError(f"The listing {str(file)!r} names its columns and no image.")
     if problems:
-        named = "\n  ".join(problems[:NAMED])
-        more = f"\n  … and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
-        raise DataError(
-            f"{len(problems)} of {len(lines)} rows of the listing {str(file)!r} are wrong:\n  {named}{more}"
-        )
+        wrong = f"{len(problems)} of {len(lines)} rows of the listing {str(file)!r} are wrong"
+        raise DataError(f"{wrong}:{ten_of(problems)}")
     return list(known.values())
 
 

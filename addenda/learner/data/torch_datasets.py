@@ -16,16 +16,13 @@ from torch.utils.data import ConcatDataset, Subset
 
 from addenda.backbones import read_image
 from addenda.exceptions import DataError, UnsteadyError
-from addenda.learner.data.labelled import ImageDataset, LabelledImages, class_name
+from addenda.learner.data.folders import class_name
+from addenda.learner.data.labelled import ImageDataset, LabelledImages
 from addenda.registry import LABELS
 
 
 def open_torch_dataset(data: ImageDataset) -> LabelledImages:
-    """Opens a dataset; where it has no `targets`, every item is asked for its own.
-
-    Raises:
-        DataError: it is empty, or its targets or classes are not what the learner takes.
-    """
+    """Opens a dataset; where it has no `targets`, every item is asked for its own."""
     where = f"the {type(data).__name__} given"
     if isinstance(data, type) or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
         raise DataError(f"{where} is no dataset: it takes a length and items, each an image and its target.")
@@ -55,9 +52,9 @@ def open_torch_dataset(data: ImageDataset) -> LabelledImages:
     if targets.ndim == 1 and (int(targets.min()) < 0 or int(targets.max()) >= len(labels)):
         raise DataError(f"{where} has targets from {targets.min()} to {targets.max()} and {len(labels)} classes.")
     if samples is None:
-        items.expect(targets, [row for row in range(len(data)) if row not in lost])
-        if lost:
-            items = Subset(items, [row for row in range(len(data)) if row not in lost])
+        rows = [row for row in range(len(data)) if row not in lost]
+        items.expect(targets, rows)
+        items = Subset(items, rows) if lost else items
     return LabelledImages(where, labels, targets, items, lost=tuple(lost.values()))
 
 
@@ -152,11 +149,7 @@ def _by_our_reader(data: Any) -> Any:
 
 
 def _targets(data: Any) -> list[Any] | None:
-    """What a dataset says in `targets` of its items, also through Subset and ConcatDataset; None where it says nothing.
-
-    Raises:
-        DataError: a part says it of more items than it has, or of fewer.
-    """
+    """What a dataset says in `targets` of its items, also through Subset and ConcatDataset; None if nothing."""
     given = getattr(data, "targets", None)
     if given is not None and not callable(given):
         if len(given) != len(data):
@@ -166,11 +159,7 @@ def _targets(data: Any) -> list[Any] | None:
 
 
 def _names(data: Any) -> list[str] | None:
-    """The names of a dataset's classes, also through Subset and ConcatDataset; None where it has none.
-
-    Raises:
-        DataError: it names them in no order, or in two; or parts that are joined give one number to several classes.
-    """
+    """The names of a dataset's classes, also through Subset and ConcatDataset; None where it has none."""
     given: Any = getattr(data, "classes", None)
     numbers: Any = getattr(data, "class_to_idx", None)
     if isinstance(given, Mapping):

@@ -60,8 +60,7 @@ class MultiLabel(Objective):
     ) -> tuple[Int[Tensor, " T"], Int[Tensor, " V"]]:
         """Shared out label by label, the rarest first, each image to the part that still lacks most of that label.
 
-        Not to have a label counts as one too. A label on two images or more asks for one at least to validate on. See
-        `Objective.split`.
+        Not to have a label counts as one too. A label on two images or more asks for one at least to validate on.
 
         Source: Sechidis, Tsoumakas and Vlahavas, "On the Stratification of Multi-label Data", ECML PKDD 2011, section
         3.3, for two parts. Theirs does not count what an image is not, and asks for no minimum.
@@ -80,9 +79,8 @@ class MultiLabel(Objective):
                 part[row] = max((0, 1), key=lambda p: (lacks[p, side], room[p]))
                 lacks[part[row]] -= has[row]
                 room[part[row]] -= 1
-        for lost in np.flatnonzero(
-            (counts > 1) & ~has[part == 0].any(0)
-        ):  # its images were all held out by rarer sides
+        # The images of a side may all be held out by rarer ones.
+        for lost in np.flatnonzero((counts > 1) & ~has[part == 0].any(0)):
             part[np.flatnonzero(has[:, lost])[0]] = 0
         return torch.from_numpy(np.flatnonzero(part == 0)), torch.from_numpy(np.flatnonzero(part == 1))
 
@@ -93,10 +91,9 @@ class MultiLabel(Objective):
         label_smoothing: float = 0.0,
         class_weights: ClassWeights | None = None,
     ) -> Float[Tensor, "*S N"]:
-        """The sum over an image's labels of their binary cross-entropies: see `Objective.losses`.
+        """The sum over an image's labels of their binary cross-entropies.
 
-        Not the mean: each head row's gradient, and the weight of a penalty beside it, are then those of the
-        cross-entropy, whatever the number of labels.
+        Not the mean: each head row's gradient, and a penalty's weight beside it, are then those of the cross-entropy.
         """
         truth = targets.to(logits.dtype)
         smooth = truth * (1 - label_smoothing) + label_smoothing / 2
@@ -118,13 +115,10 @@ class MultiLabel(Objective):
     def score(
         self, logits: Float[Tensor, "N C"], targets: Bool[Tensor, "N C"], labels: Sequence[str]
     ) -> dict[str, Any]:
-        """See `Objective.score`.
+        """The mean over the labels that some image has of average precision and of F1 at probability 0.5, and more.
 
-        Returns:
-            `mean_average_precision`, over the labels that some image has; `f1_micro` of all answers at probability 0.5,
-            `f1_macro`, the mean of the F1 of those labels; `exact_match`, images with every label right;
-            `calibration_error` (expected, 15 bins, all answers pooled); `per_class` average precisions by label, None
-            where no image has it. Where no image has any label, the means are None too.
+        `exact_match` counts images with every label right; the expected `calibration_error`, in 15 bins, is of all
+        answers pooled. Of a label that no image has, figures are None.
         """
         logits, targets = logits.cpu(), targets.cpu()
         chance, truth = probabilities(logits, self.name), targets.int()

@@ -35,29 +35,18 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Regression:
-    """A fitted logistic regression on the backbone's own feature: logits are feature @ weight.T + bias.
-
-    Attributes:
-        weight: one row for each class.
-        bias: one number for each class.
-        strength: C, the inverse of the L2 penalty on the sum of losses.
-    """
+    """A fitted logistic regression on the backbone's own feature: logits are feature @ weight.T + bias."""
 
     weight: Float[Tensor, "C D"]
     bias: Float[Tensor, " C"]
-    strength: float
+    strength: float  # C, the inverse of the L2 penalty on the sum of losses
 
 
 class Objective(ABC):
-    """How targets of one form are learned and scored; what the logits mean, for ever, is in `addenda.registry`.
+    """How targets of one form are learned and scored; what the logits mean, for ever, is in `addenda.registry`."""
 
-    Attributes:
-        name: as tasks are registered under it.
-        routable: whether a router can tell a task's images by their classes.
-    """
-
-    name: ClassVar[str]
-    routable: ClassVar[bool]
+    name: ClassVar[str]  # as tasks are registered under it
+    routable: ClassVar[bool]  # whether a router can tell a task's images by their classes
 
     @abstractmethod
     def has_form(self, targets: Tensor) -> bool:
@@ -87,16 +76,7 @@ class Objective(ABC):
     def split(
         self, targets: Targets, num_classes: int, fraction: float, seed: int
     ) -> tuple[Int[Tensor, " T"], Int[Tensor, " V"]]:
-        """Rows to learn from and rows to validate on: seeded, and each class shared out by the same fraction.
-
-        Of a class on two images or more, one at least is learned from.
-
-        Args:
-            targets: of all images.
-            num_classes: C.
-            fraction: the share to validate on.
-            seed: of the draw.
-        """
+        """Rows to learn from and rows to validate on, a fraction of each class; of one on two images, one at least."""
 
     @abstractmethod
     def losses(
@@ -106,15 +86,9 @@ class Objective(ABC):
         label_smoothing: float = 0.0,
         class_weights: ClassWeights | None = None,
     ) -> Float[Tensor, "*S N"]:
-        """The loss of each candidate on each image.
+        """The loss of each of S candidates on each image.
 
         Weights do not change what is divided by in the mean, as they do in torch's: it is the number of images.
-
-        Args:
-            logits: of one candidate, or of several stacked.
-            targets: the same for all.
-            label_smoothing: the share of each target given to all its answers alike.
-            class_weights: what each class counts, as `balanced_weights` gives it; None counts each 1.
         """
 
     def loss(
@@ -129,10 +103,7 @@ class Objective(ABC):
 
     @abstractmethod
     def balanced_weights(self, targets: Targets, num_classes: int) -> ClassWeights:
-        """Weights that are 1 on average over the images, and give each class's images the same sum.
-
-        A class that no image has keeps the weight that one image would have.
-        """
+        """Weights that are 1 on average over the images, and give each class's images the same sum."""
 
     @abstractmethod
     def accuracy(self, logits: Float[Tensor, "N C"], targets: Targets) -> float:
@@ -140,21 +111,10 @@ class Objective(ABC):
 
     @abstractmethod
     def score(self, logits: Float[Tensor, "N C"], targets: Targets, labels: Sequence[str]) -> dict[str, Any]:
-        """Scores logits, by torchmetrics. A temperature moves only the calibration error: divide by it first.
-
-        Returns:
-            `num_images`, and figures in 0..1. `registry.headline` names the one that stands for all.
-        """
+        """Figures in 0..1, by torchmetrics. A temperature moves only the calibration error: divide by it first."""
 
     def fit_temperature(self, logits: Float[Tensor, "N C"], targets: Targets) -> float:
-        """The temperature of least negative log likelihood, to three decimals: what logits are divided by.
-
-        Args:
-            logits: of images that the task did not learn from.
-            targets: theirs.
-
-        Returns:
-            A number within TEMPERATURES; 1.0 where none is better than that, and where there are no images.
+        """The temperature of least negative log likelihood, to three decimals; 1.0 where none is better than that.
 
         Source: Guo, Pleiss, Sun and Weinberger, "On Calibration of Modern Neural Networks", ICML 2017, section 4.2;
         there without bounds.
@@ -166,12 +126,8 @@ class Objective(ABC):
         def negative_log_likelihood(log_temperature: float) -> float:  # convex in 1 / temperature: it has one valley
             return self.loss(exact / math.exp(log_temperature), answers).item()
 
-        found = minimize_scalar(
-            negative_log_likelihood,
-            bounds=tuple(map(math.log, TEMPERATURES)),
-            method="bounded",
-            options={"xatol": 1e-6},
-        )
+        bounds = tuple(map(math.log, TEMPERATURES))
+        found = minimize_scalar(negative_log_likelihood, bounds=bounds, method="bounded", options={"xatol": 1e-6})
         temperature = round(math.exp(found.x), 3)
         better = negative_log_likelihood(math.log(temperature)) < negative_log_likelihood(0.0)
         return temperature if better else 1.0

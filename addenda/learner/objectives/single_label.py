@@ -55,7 +55,7 @@ class SingleLabel(Objective):
     def split(
         self, targets: Int[Tensor, " N"], num_classes: int, fraction: float, seed: int
     ) -> tuple[Int[Tensor, " T"], Int[Tensor, " V"]]:
-        """Stratified by scikit-learn, as many images as classes at least on either side: see `Objective.split`."""
+        """Stratified by scikit-learn, as many images as classes at least on either side."""
         most = len(targets) - num_classes
         held_out = min(max(num_classes, round(fraction * len(targets))), most)
         train, validation = train_test_split(
@@ -74,7 +74,7 @@ class SingleLabel(Objective):
         label_smoothing: float = 0.0,
         class_weights: ClassWeights | None = None,
     ) -> Float[Tensor, "*S N"]:
-        """Cross-entropy: see `Objective.losses`."""
+        """Cross-entropy."""
         flat = logits.reshape(-1, logits.shape[-1])
         classes = targets.expand(logits.shape[:-1]).reshape(-1)
         each = F.cross_entropy(flat, classes, class_weights, reduction="none", label_smoothing=label_smoothing)
@@ -89,11 +89,9 @@ class SingleLabel(Objective):
         return (logits.argmax(-1) == targets).float().mean().item()
 
     def score(self, logits: Float[Tensor, "N C"], targets: Int[Tensor, " N"], labels: Sequence[str]) -> dict[str, Any]:
-        """See `Objective.score`.
+        """Top-1 accuracy and its mean over classes, the expected calibration error in 15 bins, and by class.
 
-        Returns:
-            `accuracy` (top-1), `balanced_accuracy` (mean over classes), `calibration_error` (expected, 15 bins);
-            `per_class` accuracies by label, None where no image is of it; `confusion`, rows true and columns predicted.
+        `per_class` is None where no image is of a class; `confusion` has true classes in rows, predicted in columns.
         """
         logits, targets, count = logits.cpu(), targets.cpu(), len(labels)
         if count == 1:  # torchmetrics asks for two classes; where there is one, every answer is it
@@ -116,7 +114,7 @@ class SingleLabel(Objective):
         }
 
     def choose_strength(self, features: Float[Tensor, "N D"], targets: Int[Tensor, " N"], seed: int) -> float:
-        """See `Objective.choose_strength`; where there is one class, any would do."""
+        """Where there is one class, any would do."""
         return super().choose_strength(features, targets, seed) if targets.any() else 1.0
 
     def _fold_losses(self, x: Array, y: NDArray[Any], seed: int) -> Iterator[float]:

@@ -14,7 +14,7 @@ from addenda import FrozenBackbone, LearnConfig, Learner, Registry
 from addenda.backbones import read_ahead, read_image
 from addenda.exceptions import DataError, UnsteadyError
 from addenda.learner import ActivationCache, Augmentation
-from addenda.learner.data import items
+from addenda.learner.data import labelled
 from tests.support.images import colour_folder
 
 VARIED = LearnConfig(head_only=True, augmentation=Augmentation(views=3))
@@ -44,7 +44,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[Counter[str],
         return found
 
     monkeypatch.setattr(Path, "read_bytes", counting_read)
-    monkeypatch.setattr(items, "read_image", counting_decode)
+    monkeypatch.setattr(labelled, "read_image", counting_decode)
     return since
 
 
