@@ -15,11 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 from addenda.exceptions import IntegrityError
 from addenda.registry.store.hashing import canonical_json
 from addenda.registry.store.names import check_name, check_tag, check_text
-from addenda.registry.store.records import default_of
-
-if TYPE_CHECKING:
-    from addenda.registry.store.records import BackboneRow, EvaluationRow, GoldenRow, RetirementRow, TaskRow
-
+from addenda.registry.store.records import ROWS, default_of
 
 Name = Annotated[str, AfterValidator(check_name)]
 Text = Annotated[str, AfterValidator(lambda text: check_text(text, "A text"))]
@@ -56,6 +52,18 @@ def _checked(rows: type, **named: Any) -> Any:
         for column in fields(rows)
     }
     return create_model(rows.__name__, __base__=_Part, **columns)
+
+
+if TYPE_CHECKING:
+    from addenda.registry.store.records import BackboneRow, EvaluationRow, GoldenRow, RetirementRow, TaskRow
+else:
+    BackboneRow, TaskRow, GoldenRow, EvaluationRow, RetirementRow = (
+        _checked(ROWS["backbone"], created_at=Time),
+        _checked(ROWS["task"], **_NAMED),
+        _checked(ROWS["golden"], **_NAMED),
+        _checked(ROWS["evaluation"], **_NAMED),
+        _checked(ROWS["retirement"], **_NAMED),
+    )
 
 
 class Parent(_Part):
