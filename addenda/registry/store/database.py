@@ -30,7 +30,6 @@ OUTAGE_CLASSES = frozenset({"08", "25", "40", "53", "55", "57", "58"})
 WAIT_S = 30
 """How long a transaction waits for another's lock."""
 _PRAGMAS = (
-    f"busy_timeout={1000 * WAIT_S}",
     "synchronous=FULL",
     "foreign_keys=ON",
     "recursive_triggers=ON",
@@ -58,10 +57,10 @@ def connect(location: str | Path, create: bool, read_only: bool = False) -> Engi
 
     @event.listens_for(engine, "connect")
     def configure(dbapi: Any, record: Any) -> None:
-        record.info["file"] = _identity(path)
         dbapi.isolation_level = None  # pysqlite's own would commit before DDL; `_begin_sqlite` starts transactions
-        for pragma in (*_PRAGMAS, f"query_only={read_only:d}"):
+        for pragma in (f"busy_timeout={1000 * WAIT_S}", *_PRAGMAS, f"query_only={read_only:d}"):
             dbapi.execute(f"PRAGMA {pragma}")
+        record.info["file"] = _identity(path)
 
     event.listen(engine, "begin", _begin_sqlite)
     return engine
