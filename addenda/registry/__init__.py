@@ -24,21 +24,15 @@ if TYPE_CHECKING:
     from addenda.registry.exchange.receiving import Received
     from addenda.registry.store.artifact import ADAPTED, LowRank
     from addenda.registry.store.loading import FeatureStatistics
-    from addenda.registry.store.logits import is_finite, probabilities
-    from addenda.registry.store.task import Golden, Task, check_unwritten
+    from addenda.registry.store.task import Golden, Task, check_unwritten, is_finite, probabilities
 
-_HOME = {
-    "ADAPTED": "store.artifact",
-    "FeatureStatistics": "store.loading",
-    "Golden": "store.task",
-    "Integrity": "audit.integrity",
-    "LowRank": "store.artifact",
-    "Received": "exchange.receiving",
-    "Task": "store.task",
-    "check_unwritten": "store.task",
-    "is_finite": "store.logits",
-    "probabilities": "store.logits",
-    "restore": "exchange.backup",
+_NAMES = {
+    "audit.integrity": ("Integrity",),
+    "exchange.backup": ("restore",),
+    "exchange.receiving": ("Received",),
+    "store.artifact": ("ADAPTED", "LowRank"),
+    "store.loading": ("FeatureStatistics",),
+    "store.task": ("Golden", "Task", "check_unwritten", "is_finite", "probabilities"),
 }
 __all__ = [
     "ADAPTED",
@@ -75,6 +69,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'addenda.registry' has no attribute {name!r}")
-    return getattr(import_module(f"addenda.registry.{_HOME[name]}"), name)
+    for home, names in _NAMES.items():
+        if name in names:
+            return getattr(import_module(f"addenda.registry.{home}"), name)
+    raise AttributeError(f"module 'addenda.registry' has no attribute {name!r}")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from sqlalchemy import Engine, select
+from sqlalchemy import Engine, or_, select
 
 from addenda.registry.audit.history import Difference, Scored, compare, history
 from addenda.registry.store import ledger, schema
@@ -68,10 +68,8 @@ class Reader:
         event = schema.event.c
         query = select(schema.event).where(event.id > after).order_by(event.id.desc()).limit(limit)
         if name is not None:
-            query = query.where(
-                event.subject.startswith(f"{name}:", autoescape=True)
-                | event.subject.startswith(f"{name}@", autoescape=True)
-            )
+            subjects = (event.subject.startswith(f"{name}{mark}", autoescape=True) for mark in ":@")
+            query = query.where(or_(*subjects))
         with reading(self._engine) as connection:
             return [Event(**row) for row in reversed(connection.execute(query).mappings().all())]
 

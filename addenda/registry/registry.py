@@ -80,17 +80,12 @@ class Registry(Reader):
         self.close()
 
     @contextmanager
-    def _changing(self, failed: str, **told: str) -> Iterator[Writer]:
+    def _changing(self, failed: str, dry_run: bool = False, **told: str) -> Iterator[Writer]:
         """One transaction, wholly or not at all; errors of the database begin with what failed."""
         with database_errors(failed), writing(self._engine) as connection:
             yield Writer(connection, stamp(self._user), told)
-
-    @contextmanager
-    def _taking_in(self, what: str, source: str, dry_run: bool) -> Iterator[Writer]:
-        with self._changing(f"{what} was not taken in", source=source) as to:
-            yield to
             if dry_run:
-                to.connection.get_transaction().rollback()  # type: ignore[union-attr]
+                connection.rollback()
 
     def add_backbone(self, record: Mapping[str, Any]) -> None:
         """Records a backbone, once; `record` is what `FrozenBackbone.record` gives."""
@@ -130,8 +125,7 @@ class Registry(Reader):
         """
         from addenda.registry.store import registration
 
-        registration.check_task(task, statistics)
-        probe, _ = registration.golden_row(task, golden), task.artifact
+        probe, _ = registration.checked(task, golden, statistics), task.artifact
         with self._changing(f"Task {task.name!r} was not registered") as to:
             return registration.register(to, task, probe, statistics, new_version, evaluations)
 
@@ -178,8 +172,8 @@ class Registry(Reader):
         from addenda.registry.exchange import bundle
         from addenda.registry.exchange.receiving import receive
 
-        what = f"Bundle {str(path)!r}"
-        with bundle.opened(Path(path)) as (arrived, source), self._taking_in(what, source, dry_run) as to:
+        failed = f"Bundle {str(path)!r} was not taken in"
+        with bundle.opened(Path(path)) as (arrived, source), self._changing(failed, dry_run, source=source) as to:
             return receive(to, arrived, renames or {}, owner)
 
     def merge(self, other: Registry, renames: Mapping[str, str] | None = None, dry_run: bool = False) -> list[Received]:
@@ -199,9 +193,10 @@ class Registry(Reader):
         from addenda.registry.exchange.gathering import gather
         from addenda.registry.exchange.receiving import receive
 
+        failed = f"Registry {other.location!r} was not taken in"
         with reading(other._engine) as connection:
-            arrived, what = gather(connection, None), f"Registry {other.location!r}"
-            with self._taking_in(what, other.location, dry_run) as to:
+            arrived = gather(connection, None)
+            with self._changing(failed, dry_run, source=other.location) as to:
                 return receive(to, arrived, renames or {})
 
     def retire(self, ref: str, reason: str = "", along: Sequence[str] = ()) -> None:
@@ -240,8 +235,7 @@ class Registry(Reader):
             )
         check_name(alias)
         with self._changing(f"Alias {alias!r} was not set") as to:
-            row = find(to.connection, f"{name}:{version}")
-            changes.point(to, row, row.name, alias, expected)
+            changes.point(to, find(to.connection, f"{name}:{version}"), alias, expected)
 
     def remove_alias(self, name: str, alias: str, *, expected: int | None = None) -> None:
         """Lets `name@alias` point at nothing; where it pointed stays in the events.
@@ -289,10 +283,10 @@ class Registry(Reader):
         self, ref: str, data_fingerprint: str, numerics_fingerprint: str, metrics: Mapping[str, Any], logits_digest: str
     ) -> EvaluationRecord:
         """Records one scoring of a task."""
-        scoring = Scoring(data_fingerprint, numerics_fingerprint, dict(metrics), logits_digest)
+        scoring = vars(Scoring(data_fingerprint, numerics_fingerprint, dict(metrics), logits_digest))
         with self._changing(f"The evaluation of {ref!r} was not recorded") as to:
             row, number = find(to.connection, ref), generation(to.connection) + 1
-            values = {**vars(scoring), **to.who, "generation": number}
+            values = {**scoring, **to.who, "generation": number}
             numbers = {"id": next_id(to.connection, schema.evaluation), "task_id": row.id}
             to.add(schema.evaluation, numbers | values, "evaluated", ref_of(row), data=data_fingerprint)
             return EvaluationRecord(task=ref_of(row), event_id=number, **values)

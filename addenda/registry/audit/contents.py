@@ -9,19 +9,17 @@ from typing import Any
 from sqlalchemy import Column, Connection, Row, Select, String, Table, cast, null, select
 
 from addenda.exceptions import IntegrityError
-from addenda.registry.audit.faults import PAGE, DamagedError, Fault, any_text, pages, readable, rows_alone
+from addenda.registry.audit.faults import PAGE, Fault, any_text, pages, readable, rows_alone
 from addenda.registry.store import schema
 from addenda.registry.store.artifact import read
 from addenda.registry.store.hashing import digest
 from addenda.registry.store.loading import FeatureStatistics
 from addenda.registry.store.names import NAME
+from addenda.registry.store.queries import ref_column
 
 
 def content_faults(connection: Connection) -> Iterator[Fault]:
-    """Backbones and tasks that cannot be read, and tasks with bytes that are not what was registered.
-
-    One task's bytes are held at a time.
-    """
+    """Backbones and tasks that cannot be read, and tasks with other bytes than registered; one's bytes at a time."""
     fingerprint, task = schema.backbone.c.fingerprint, schema.task.c
     with any_text(connection):
         fingerprints = connection.scalars(select(fingerprint)).all()
@@ -36,32 +34,25 @@ def content_faults(connection: Connection) -> Iterator[Fault]:
             ref = "{name}:{version}".format_map(names.get(number, {"name": "task", "version": number}))
             try:
                 with rows_alone(connection):
-                    said = wrong(connection, rows[number], damaged) if number in rows else "cannot be read"
-                    if said is None and not NAME.fullmatch(rows[number]["name"]):
-                        said = "has a name that no task can have"
-            except DamagedError as error:
-                said = str(error)
-            if said is not None:
+                    if number not in rows:
+                        raise IntegrityError("cannot be read")
+                    check_stored(connection, rows[number], damaged)
+                    if not NAME.fullmatch(rows[number]["name"]):
+                        raise IntegrityError("has a name that no task can have")
+            except IntegrityError as error:
                 damaged[number] = ref
-                yield Fault(ref, said)
+                yield Fault(ref, str(error))
 
 
-def wrong(connection: Connection, row: Mapping[str, Any], damaged: Mapping[int, str]) -> str | None:
-    """What is wrong with a task's bytes, None if nothing is; `damaged`: ids of damaged tasks and their names."""
-    try:
-        return _wrong(connection, row, damaged)
-    except IntegrityError as error:
-        return str(error)
-
-
-def _wrong(connection: Connection, row: Mapping[str, Any], damaged: Mapping[int, str]) -> str | None:
+def check_stored(connection: Connection, row: Mapping[str, Any], damaged: Mapping[int, str]) -> None:
+    """Raises IntegrityError unless a task's bytes are right, and it extends none of the damaged, named by their ids."""
     parent, statistics, golden = schema.task_parent.c, schema.statistics.c, schema.golden.c
     stored = connection.scalar(select(schema.artifact.c.data).where(schema.artifact.c.sha256 == row["artifact"]))
     if stored is None:
-        return "its artifact is missing"
+        raise IntegrityError("its artifact is missing")
     manifest, _ = read(stored, row["artifact"])
     if any(manifest[key] != row[key] for key in ("backbone", "labels", "objective")):
-        return "its row and its artifact name different backbones, labels or objectives"
+        raise IntegrityError("its row and its artifact name different backbones, labels or objectives")
     parents = connection.execute(
         select(schema.task.c.id, schema.task.c.artifact)
         .join(schema.task_parent, parent.parent_id == schema.task.c.id)
@@ -69,18 +60,17 @@ def _wrong(connection: Connection, row: Mapping[str, Any], damaged: Mapping[int,
         .order_by(parent.position)
     ).all()
     if [p.artifact for p in parents] != manifest["extends"]:
-        return "its rows and its artifact name different tasks that it extends"
+        raise IntegrityError("its rows and its artifact name different tasks that it extends")
     probes = connection.execute(select(golden.digest, golden.logits).where(golden.task_id == row["id"])).all()
     for probe in probes:
         if digest(probe.logits) != probe.digest or len(probe.logits) % (4 * len(row["labels"])):
-            return "its golden probe's stored bytes have changed"
+            raise IntegrityError("its golden probe's stored bytes have changed")
     kept = connection.execute(select(statistics.data, statistics.sha256).where(statistics.task_id == row["id"])).first()
     if kept is not None:
         FeatureStatistics.decode(kept.data, kept.sha256, len(row["labels"]))
     for p in parents:
         if p.id in damaged:
-            return f"it extends {damaged[p.id]!r}, which is damaged"
-    return None
+            raise IntegrityError(f"it extends {damaged[p.id]!r}, which is damaged")
 
 
 def key_faults(connection: Connection) -> Iterator[Fault]:
@@ -129,11 +119,11 @@ def _owned(table: Table, column: Column[Any]) -> Select[Any]:
     if of_task is None:
         return chosen.add_columns(null().label("owner"))
     task = schema.task.alias()
-    ref = task.c.name + ":" + cast(task.c.version, String)
-    return chosen.add_columns(ref.label("owner")).join_from(table, task, task.c.id == of_task, isouter=True)
+    return chosen.add_columns(ref_column(task).label("owner")).join_from(
+        table, task, task.c.id == of_task, isouter=True
+    )
 
 
 def _owner(table: Table, row: Row[Any]) -> str:
-    if table is schema.backbone:
-        return str(row.key)
-    return str(row.owner or f"{table.name} ({row.key})")
+    """What a fault of a row is said of."""
+    return str(row.key) if table is schema.backbone else str(row.owner or f"{table.name} ({row.key})")

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import Column, Connection, Select, select
 from sqlalchemy.exc import ProgrammingError, SQLAlchemyError
 
+from addenda.exceptions import IntegrityError
+
+K, V = TypeVar("K"), TypeVar("V")
+
 NO_VALUES = (ValueError, TypeError)
 """What a damaged value raises: JSON that does not parse, bytes where text was."""
-
 UNREADABLE = (SQLAlchemyError, *NO_VALUES)
 """And all that a database raises."""
-
 PAGE = 500
 """Rows that are looked at together."""
 
@@ -43,20 +45,16 @@ def pages(connection: Connection, key: Column[int]) -> Iterator[Sequence[int]]:
         found = connection.scalars(query.where(key > found[-1])).all()
 
 
-class DamagedError(Exception):
-    """Some of the rows that were asked for cannot be read."""
-
-
 @contextmanager
 def rows_alone(connection: Connection) -> Iterator[None]:
-    """Raises DamagedError for what rows alone can cause; that there is no such table, or no permission, as it is."""
+    """Raises IntegrityError for what rows alone can cause; that there is no such table, or no permission, as it is."""
     try:
         with connection.begin_nested():
             yield
     except UNREADABLE as error:
         if isinstance(error, ProgrammingError) or "no such" in str(error):
             raise
-        raise DamagedError(f"cannot be read ({getattr(error, 'orig', None) or error})") from error
+        raise IntegrityError(f"cannot be read ({getattr(error, 'orig', None) or error})") from error
 
 
 @contextmanager
@@ -73,15 +71,23 @@ def any_text(connection: Connection) -> Iterator[None]:
         driver.text_factory = str
 
 
+def undamaged(connection: Connection, read: Callable[[Sequence[K]], Mapping[K, V]], keys: Sequence[K]) -> dict[K, V]:
+    """What `read` gives of some keys, without those whose rows cannot be read."""
+    try:
+        with rows_alone(connection):
+            return dict(read(keys))
+    except IntegrityError:
+        alone = [[key] for key in keys] if len(keys) > 1 else []
+        return {key: value for one in alone for key, value in undamaged(connection, read, one).items()}
+
+
 def readable(
     connection: Connection, query: Select[Any], key: Column[Any], keys: Sequence[Any]
 ) -> dict[Any, dict[str, Any]]:
     """The rows of some keys, without those that cannot be read."""
-    try:
-        with rows_alone(connection):
-            rows = connection.execute(query.where(key.in_(keys))).all()
-    except DamagedError:
-        if len(keys) < 2:
-            return {}
-        return {k: row for one in keys for k, row in readable(connection, query, key, [one]).items()}
-    return {getattr(row, key.name): row._asdict() for row in rows}
+
+    def read(some: Sequence[Any]) -> dict[Any, dict[str, Any]]:
+        rows = connection.execute(query.where(key.in_(some))).all()
+        return {getattr(row, key.name): row._asdict() for row in rows}
+
+    return undamaged(connection, read, keys)

@@ -34,20 +34,19 @@ class Difference(NamedTuple):
 
 def compare(one: TaskRecord, other: TaskRecord) -> list[Difference]:
     """What differs between two versions, section by section; nothing where all is shared but who, when and number."""
+    others = _sections(other)
     return [
         Difference(section, *found)
-        for section, of_one in _sections(one).items()
-        for found in differing(of_one, _sections(other)[section])
+        for section, ours in _sections(one).items()
+        for found in _differing(ours, others[section])
     ]
 
 
-def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """Key, one value and the other, where two nested mappings differ; lists are values."""
-    flat_one, flat_other = dict(_flat(one)), dict(_flat(other))
-    for path in dict.fromkeys((*flat_one, *flat_other)):
-        values = flat_one.get(path), flat_other.get(path)
-        if values[0] != values[1]:
-            yield ".".join(path), *values
+    ours, theirs = dict(_flat(one)), dict(_flat(other))
+    pairs = {path: (ours.get(path), theirs.get(path)) for path in ours | theirs}
+    return [(".".join(path), mine, yours) for path, (mine, yours) in pairs.items() if mine != yours]
 
 
 def _flat(value: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -108,26 +107,23 @@ def history(connection: Connection, name: str) -> list[Scored]:
     task = schema.task.c
     if connection.scalar(select(task.id).where(task.name == name)) is None:
         find(connection, name)
+    recorded, golden = evaluations(connection, task.name == name), schema.golden.c
+    numerics: _Numerics = {}
+    for fingerprint in {record.numerics_fingerprint for record in recorded}:
+        probed = select(golden.numerics).where(golden.numerics_fingerprint == fingerprint).limit(1)
+        numerics[fingerprint] = connection.scalar(probed)
     by_data: dict[str, list[EvaluationRecord]] = {}
-    for record in evaluations(connection, task.name == name):
+    for record in recorded:
         by_data.setdefault(record.data_fingerprint, []).append(record)
-    numerics = _numerics(connection, {record.numerics_fingerprint for found in by_data.values() for record in found})
     return [_scored(found[:i], found[i], numerics) for found in by_data.values() for i in range(len(found))]
 
 
-def _numerics(connection: Connection, fingerprints: set[str]) -> dict[str, dict[str, Any]]:
-    """What numerics fingerprints stand for, where a golden probe of any task was made under them."""
-    golden = schema.golden.c
-    found = {
-        fingerprint: connection.scalar(
-            select(golden.numerics).where(golden.numerics_fingerprint == fingerprint).limit(1)
-        )
-        for fingerprint in fingerprints
-    }
-    return {fingerprint: described for fingerprint, described in found.items() if described is not None}
+_Numerics = dict[str, Mapping[str, Any] | None]
+"""What numerics fingerprints stand for; None where no golden probe of any task was made under them."""
 
 
-def _scored(before: list[EvaluationRecord], now: EvaluationRecord, numerics: Mapping[str, Mapping[str, Any]]) -> Scored:
+def _scored(before: list[EvaluationRecord], now: EvaluationRecord, numerics: _Numerics) -> Scored:
+    """A scoring, measured against those before it on the same data."""
     own = [record for record in before if record.task == now.task]
     if not own:
         if not before:
@@ -136,12 +132,13 @@ def _scored(before: list[EvaluationRecord], now: EvaluationRecord, numerics: Map
     # Sorting is stable: of the same numerics, else of all, the last.
     earlier = sorted(own, key=lambda record: record.numerics_fingerprint == now.numerics_fingerprint)[-1]
     same = earlier.numerics_fingerprint == now.numerics_fingerprint
-    figures = list(differing(earlier.metrics, now.metrics))
+    figures = _differing(earlier.metrics, now.metrics)
     if earlier.logits_digest == now.logits_digest and not figures:
         reason = "to the last digit and bit" + ("" if same else ", under other numerics")
         return Scored(now, earlier.event_id, "equal", reason)
     if not same:
-        return Scored(now, earlier.event_id, "other numerics", _change(earlier, now, numerics))
+        change = _change(earlier.numerics_fingerprint, now.numerics_fingerprint, numerics)
+        return Scored(now, earlier.event_id, "other numerics", change)
     if _method(earlier) != _method(now) and all(_close(one, other) for _, one, other in figures):
         return Scored(now, earlier.event_id, "equal", "in its figures; version 0.1 hashed logits in another order")
     what = "the same logits" if earlier.logits_digest == now.logits_digest else "other logits"
@@ -159,13 +156,10 @@ def _close(one: Any, other: Any) -> bool:
     return isinstance(one, float) and isinstance(other, float) and math.isclose(one, other, rel_tol=1e-5, abs_tol=1e-6)
 
 
-def _change(one: EvaluationRecord, other: EvaluationRecord, numerics: Mapping[str, Mapping[str, Any]]) -> str:
-    unknown = [
-        f"{fingerprint[:12]}…"
-        for fingerprint in (one.numerics_fingerprint, other.numerics_fingerprint)
-        if fingerprint not in numerics
-    ]
-    if unknown:
-        return f"what numerics {' and '.join(unknown)} were is not known: no golden probe was recorded under them"
-    found = differing(numerics[one.numerics_fingerprint], numerics[other.numerics_fingerprint])
-    return ", ".join(f"{key} {before} -> {after}" for key, before, after in found)
+def _change(one: str, other: str, numerics: _Numerics) -> str:
+    """How two numerics differ, in words."""
+    before, after = numerics[one], numerics[other]
+    if before is None or after is None:
+        unknown = " and ".join(f"{fingerprint[:12]}…" for fingerprint in (one, other) if numerics[fingerprint] is None)
+        return f"what numerics {unknown} were is not known: no golden probe was recorded under them"
+    return ", ".join(f"{key} {old} -> {new}" for key, old, new in _differing(before, after))

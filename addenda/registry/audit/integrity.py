@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from sqlalchemy import Connection, Engine, func, select
 
 from addenda.exceptions import RegistryError
 from addenda.registry.audit.contents import content_faults, key_faults
-from addenda.registry.audit.faults import (
-    NO_VALUES,
-    UNREADABLE,
-    DamagedError,
-    Fault,
-    any_text,
-    pages,
-    readable,
-    rows_alone,
-)
+from addenda.registry.audit.faults import NO_VALUES, UNREADABLE, Fault, any_text, pages, readable, undamaged
 from addenda.registry.store import ledger, schema
 from addenda.registry.store.database import reading
 from addenda.registry.store.upgrade import schema_faults
@@ -68,15 +60,21 @@ def check_integrity(engine: Engine, head: str | None = None) -> Integrity:
 
 def check_rows(connection: Connection, head: str | None = None) -> Integrity:
     """Checks all that a registry holds, as one transaction sees it; the schema is left out."""
+    checks = {
+        "events, aliases and tags": chain_faults,
+        "tasks and their bytes": content_faults,
+        "keys and numbers": key_faults,
+    }
     faults: list[Fault] = []
     unchecked: list[str] = []
-    for what, check in _CHECKS.items():
+    for what, check in checks.items():
         try:
             with connection.begin_nested():
                 faults += check(connection)
         except UNREADABLE as error:
-            said = f"{what} could not be checked: {getattr(error, 'orig', None) or error}"
-            if getattr(getattr(error, "orig", None), "sqlstate", None) == _PERMISSION_DENIED:
+            raised = getattr(error, "orig", None)
+            said = f"{what} could not be checked: {raised or error}"
+            if getattr(raised, "sqlstate", None) == _PERMISSION_DENIED:
                 unchecked.append(said)
             else:
                 faults.append(Fault("database", said))
@@ -89,8 +87,7 @@ def check_rows(connection: Connection, head: str | None = None) -> Integrity:
         generation=last,
         head=digests.get(last, {"digest": ""})["digest"],
         num_tasks=connection.scalar(select(func.count()).select_from(schema.task)) or 0,
-        # Two checks may find the same.
-        faults=tuple(dict.fromkeys(faults)),
+        faults=tuple(dict.fromkeys(faults)),  # two checks may find the same
         unchecked=tuple(unchecked),
     )
 
@@ -100,66 +97,60 @@ _DOUBLES = 4
 
 
 def chain_faults(connection: Connection) -> Iterator[Fault]:
-    """Events that are missing, cannot be read or do not seal what they wrote, each with the tasks that it wrote.
+    """Events that are missing, cannot be read or do not seal what they wrote, and aliases and tags that are otherwise.
 
     An event is measured against the digest that is stored with the one before it, or the one that this should have:
     so that neither a change in what an earlier event sealed nor one of its digest is held against a later one.
     """
-    with any_text(connection):
-        replay = Replay()
-        yield from _links(connection, replay)
-        yield from replay.faults(connection)
-
-
-def _links(connection: Connection, replay: Replay) -> Iterator[Fault]:
+    aliases: dict[str, str] = {}
+    tags: set[tuple[str, str]] = set()
     before, expected = [""], 1
     event = schema.event.c
-    for ids in pages(connection, event.id):
-        events = readable(connection, select(schema.event), event.id, ids)
-        digests = readable(connection, select(event.id, event.digest), event.id, ids)
-        written = _written(connection, ids)
-        for number in ids:
-            if number != expected:
-                before = []
-                yield Fault(_between(expected, number), "is missing, or has another number")
-            told, rows = events.get(number), written.get(number)
-            seals: list[str] = []
-            if told is None or rows is None:
-                yield from _blamed(number, told, rows, "cannot be read, or what it wrote")
-            else:
-                replay.add(told)
-                try:
-                    seals = [ledger.seal(digest, told, rows) for digest in before]
-                except NO_VALUES:
-                    yield from _blamed(number, told, rows, "holds what it never wrote")
-                else:
-                    if not before:
-                        yield from _blamed(number, told, rows, "cannot be checked without the event before it")
-                    elif told["digest"] not in seals:
-                        yield from _blamed(number, told, rows, "is not as it was sealed, or what it wrote is not")
-            stored = [digests[number]["digest"]] if number in digests else []
-            before = list(dict.fromkeys(stored if stored and stored[0] in seals else stored + seals))[:_DOUBLES]
-            expected = number + 1
+    with any_text(connection):
+        for ids in pages(connection, event.id):
+            events = readable(connection, select(schema.event), event.id, ids)
+            digests = readable(connection, select(event.id, event.digest), event.id, ids)
+            written = undamaged(connection, partial(_written, connection), ids)
+            for number in ids:
+                if number != expected:
+                    before = []
+                    several = number - expected > 1
+                    lost = f"events {expected} to {number - 1}" if several else f"event {min(expected, number)}"
+                    yield Fault(lost, "is missing, or has another number")
+                told, rows = events.get(number), written.get(number)
+                if told is not None:
+                    _replay(told, aliases, tags)
+                seals, said = _judged(told, rows, before)
+                if said is not None:
+                    yield from _blamed(number, told, rows, said)
+                stored = [digests[number]["digest"]] if number in digests else []
+                before = list(dict.fromkeys(stored if stored and stored[0] in seals else stored + seals))[:_DOUBLES]
+                expected = number + 1
+        yield from _unlike_replayed(connection, aliases, tags)
 
 
-def _written(connection: Connection, ids: Sequence[int]) -> dict[int, list[dict[str, Any]]]:
-    """Event id -> the rows that it wrote, without events whose rows cannot be read."""
+_Rows = Sequence[Mapping[str, Any]]
+
+
+def _written(connection: Connection, ids: Sequence[int]) -> Mapping[int, _Rows]:
+    """Event id -> the rows that it wrote, also where it wrote none."""
+    return {number: [] for number in ids} | ledger.written(connection, ids[0], ids[-1])
+
+
+def _judged(event: Mapping[str, Any] | None, rows: _Rows | None, before: Sequence[str]) -> tuple[list[str], str | None]:
+    """An event's digests by those that the one before it may have, and what is wrong with it."""
+    if event is None or rows is None:
+        return [], "cannot be read, or what it wrote"
     try:
-        with rows_alone(connection):
-            return {number: [] for number in ids} | ledger.written(connection, ids[0], ids[-1])
-    except DamagedError:
-        return {} if len(ids) == 1 else {k: rows for one in ids for k, rows in _written(connection, [one]).items()}
+        seals = [ledger.seal(digest, event, rows) for digest in before]
+    except NO_VALUES:
+        return [], "holds what it never wrote"
+    if not before:
+        return [], "cannot be checked without the event before it"
+    return seals, None if event["digest"] in seals else "is not as it was sealed, or what it wrote is not"
 
 
-def _between(first: int, number: int) -> str:
-    if number - first > 1:
-        return f"events {first} to {number - 1}"
-    return f"event {first if first < number else number}"
-
-
-def _blamed(
-    number: int, event: Mapping[str, Any] | None, rows: Sequence[Mapping[str, Any]] | None, said: str
-) -> Iterator[Fault]:
+def _blamed(number: int, event: Mapping[str, Any] | None, rows: _Rows | None, said: str) -> Iterator[Fault]:
     """The fault of an event, and of all that it wrote."""
     yield Fault(f"event {number}", said)
     subjects = [] if event is None else [event["subject"]]
@@ -169,48 +160,35 @@ def _blamed(
         yield Fault(subject, f"belongs to event {number}, which {said}")
 
 
-class Replay:
-    """Where aliases point and what tags there are, by what the events say."""
-
-    def __init__(self) -> None:
-        self._aliases: dict[str, str] = {}
-        self._tags: set[tuple[str, str]] = set()
-
-    def add(self, event: Mapping[str, Any]) -> None:
-        """Takes one more event in."""
-        subject, details = event["subject"], event["details"]
-        match event["kind"], details:
-            case "alias", {"version": None}:
-                self._aliases.pop(subject, None)
-            case "alias", {"version": version}:
-                self._aliases[subject] = f"{subject.partition('@')[0]}:{version}"
-            case "tagged", {"tag": tag}:
-                self._tags.add((subject, tag))
-            case "untagged", {"tag": tag}:
-                self._tags.discard((subject, tag))
-
-    def faults(self, connection: Connection) -> Iterator[Fault]:
-        """Aliases and tags that are otherwise."""
-        task, alias, tag = schema.task.c, schema.alias.c, schema.tag.c
-        pointed = select(alias.name, alias.alias, task.name, task.version).join_from(schema.alias, schema.task)
-        for name, what, of, version in connection.execute(pointed):
-            subject, found = f"{name}@{what}", f"{of}:{version}"
-            said = self._aliases.pop(subject, "nothing")
-            if said != found:
-                yield Fault(subject, f"points at {found}; by the events it points at {said}")
-        for subject, said in self._aliases.items():
-            yield Fault(subject, f"is missing; by the events it points at {said}")
-        tagged = select(task.name, task.version, tag.tag).join_from(schema.tag, schema.task)
-        for name, version, what in connection.execute(tagged):
-            if (f"{name}:{version}", what) not in self._tags:
-                yield Fault(f"{name}:{version}", f"carries the tag {what!r}, which the events do not know")
-            self._tags.discard((f"{name}:{version}", what))
-        for subject, what in sorted(self._tags):
-            yield Fault(subject, f"lacks the tag {what!r}, which the events gave it")
+def _replay(event: Mapping[str, Any], aliases: dict[str, str], tags: set[tuple[str, str]]) -> None:
+    """Has an event change where aliases point, and which tags there are."""
+    subject, details = event["subject"], event["details"]
+    match event["kind"], details:
+        case "alias", {"version": None}:
+            aliases.pop(subject, None)
+        case "alias", {"version": version}:
+            aliases[subject] = f"{subject.partition('@')[0]}:{version}"
+        case "tagged", {"tag": tag}:
+            tags.add((subject, tag))
+        case "untagged", {"tag": tag}:
+            tags.discard((subject, tag))
 
 
-_CHECKS: dict[str, Callable[[Connection], Iterator[Fault]]] = {
-    "events, aliases and tags": chain_faults,
-    "tasks and their bytes": content_faults,
-    "keys and numbers": key_faults,
-}
+def _unlike_replayed(connection: Connection, aliases: dict[str, str], tags: set[tuple[str, str]]) -> Iterator[Fault]:
+    """Aliases and tags that are otherwise than the events say; what is found is taken out of these."""
+    task, alias, tag = schema.task.c, schema.alias.c, schema.tag.c
+    pointed = select(alias.name, alias.alias, task.name, task.version).join_from(schema.alias, schema.task)
+    for name, what, of, version in connection.execute(pointed):
+        subject, found = f"{name}@{what}", f"{of}:{version}"
+        said = aliases.pop(subject, "nothing")
+        if said != found:
+            yield Fault(subject, f"points at {found}; by the events it points at {said}")
+    for subject, said in aliases.items():
+        yield Fault(subject, f"is missing; by the events it points at {said}")
+    tagged = select(task.name, task.version, tag.tag).join_from(schema.tag, schema.task)
+    for name, version, what in connection.execute(tagged):
+        if (f"{name}:{version}", what) not in tags:
+            yield Fault(f"{name}:{version}", f"carries the tag {what!r}, which the events do not know")
+        tags.discard((f"{name}:{version}", what))
+    for subject, what in sorted(tags):
+        yield Fault(subject, f"lacks the tag {what!r}, which the events gave it")

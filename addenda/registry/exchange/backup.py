@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sqlalchemy import Connection, Engine, LargeBinary, Table, insert, select
@@ -17,6 +16,7 @@ from addenda.files import Hold, discard, is_claimed, put, written
 from addenda.registry.audit.integrity import Integrity, check_rows
 from addenda.registry.store import schema
 from addenda.registry.store.database import connect, database_errors, described, mode, reading, writing
+from addenda.registry.store.hashing import digest
 from addenda.registry.store.ledger import tell
 from addenda.registry.store.upgrade import check_readable, upgrade
 
@@ -26,12 +26,7 @@ _FILES = rf"{re.escape(_COPY)}(-wal|-shm|-journal)?"
 
 
 def backup(engine: Engine, path: str | Path) -> Integrity:
-    """Copies a registry, as it is at one moment, into a new SQLite file; who writes meanwhile does not wait.
-
-    The file appears under its name when it is whole and its history was checked, and is no more open to others than the
-    registry. A process that is killed leaves a folder `.backup-…`, which the next backup of this registry into the same
-    folder removes.
-    """
+    """Copies a registry as `Reader.backup` says; a killed one leaves a folder, which the next one there removes."""
     target = Path(path).expanduser().absolute()
     _refuse_to_overwrite(target)
     if not target.parent.is_dir():
@@ -40,12 +35,8 @@ def backup(engine: Engine, path: str | Path) -> Integrity:
         for folder in remains(engine, target.parent):
             discard(folder, _FILES, _MARKER)
         with _staging(engine, target.parent) as part:
-            copy = connect(part, create=True)
-            try:
-                upgrade(copy, create=True)
+            with _disposed(connect(part, create=True)) as copy:
                 found = _copy(engine, copy)
-            finally:
-                copy.dispose()
             part.chmod(mode(engine))
             put(part, target, replace=False)
     except FileExistsError:
@@ -70,19 +61,12 @@ def restore(path: str | Path, location: str | Path) -> Integrity:
         RegistryError: there is no such backup, its schema is older than this version's, or the target holds anything.
         IntegrityError: the backup is damaged; nothing was restored.
     """
-    source = connect(path, create=False, read_only=True)
-    try:
+    with _disposed(connect(path, create=False, read_only=True)) as source:
         check_readable(source)
-        target = connect(location, create=True)
-        if target.dialect.name == "sqlite" and not os.path.lexists(described(target)):
-            os.close(os.open(described(target), os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode(source)))
-        try:
-            upgrade(target, create=True)
+        with _disposed(connect(location, create=True)) as target:
+            if target.dialect.name == "sqlite" and not os.path.lexists(described(target)):
+                os.close(os.open(described(target), os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode(source)))
             return _copy(source, target)
-        finally:
-            target.dispose()
-    finally:
-        source.dispose()
 
 
 def remains(engine: Engine, folder: Path | None = None) -> list[Path]:
@@ -91,24 +75,24 @@ def remains(engine: Engine, folder: Path | None = None) -> list[Path]:
         if engine.dialect.name != "sqlite":
             return []
         folder = Path(described(engine)).parent
+    stem, text = _marks(engine)
     found = []
-    for path in folder.glob(f".backup-{_identity(engine)}-*"):
-        if is_claimed(path, _MARKER, _text(engine)):
-            try:
+    for path in folder.glob(f"{stem}*"):
+        if is_claimed(path, _MARKER, text):
+            with suppress(OSError):  # of a backup that is running, or that has just ended
                 Hold(path / _MARKER, shared=False).close()
                 found.append(path)
-            except OSError:  # a backup that is running, or one that has just ended
-                continue
     return found
 
 
 @contextmanager
 def _staging(engine: Engine, folder: Path) -> Iterator[Path]:
     """A place for a copy while it is made, in a marked folder of its own."""
-    made = folder / f".backup-{_identity(engine)}-{secrets.token_hex(4)}"
+    stem, text = _marks(engine)
+    made = folder / f"{stem}{secrets.token_hex(4)}"
     made.mkdir(mode=0o700)
     with written(made / _MARKER) as unfinished:  # held before it has its name, so that nobody takes it for remains
-        unfinished.write_text(_text(engine))
+        unfinished.write_text(text)
         hold = Hold(unfinished, shared=True)
     with hold:
         try:
@@ -117,12 +101,10 @@ def _staging(engine: Engine, folder: Path) -> Iterator[Path]:
             discard(made, _FILES, _MARKER)
 
 
-def _identity(engine: Engine) -> str:
-    return hashlib.sha256(described(engine).encode()).hexdigest()[:8]
-
-
-def _text(engine: Engine) -> str:
-    return f"A backup of {described(engine)} that is being made.\n"
+def _marks(engine: Engine) -> tuple[str, str]:
+    """What the names of the folders of a registry's backups begin with, and what their markers say."""
+    where = described(engine)
+    return f".backup-{digest(where.encode())[:8]}-", f"A backup of {where} that is being made.\n"
 
 
 def _refuse_to_overwrite(target: Path) -> None:
@@ -130,8 +112,17 @@ def _refuse_to_overwrite(target: Path) -> None:
         raise RegistryError(f"{str(target)!r} exists already: a backup overwrites nothing. Choose another name.")
 
 
+@contextmanager
+def _disposed(engine: Engine) -> Iterator[Engine]:
+    try:
+        yield engine
+    finally:
+        engine.dispose()
+
+
 def _copy(source: Engine, target: Engine) -> Integrity:
     """Copies every row into an empty registry, in one transaction, which a fault in what was copied rolls back."""
+    upgrade(target, create=True)
     where = described(target)
     with reading(source) as read, database_errors(f"{where!r} was not filled"), writing(target) as write:
         for table in schema.metadata.sorted_tables:

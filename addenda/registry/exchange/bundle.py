@@ -20,12 +20,11 @@ from addenda.exceptions import IntegrityError, RegistryError
 from addenda.files import written
 from addenda.registry.exchange.gathering import Arrived, Read
 from addenda.registry.exchange.manifest import Contents, fault
-from addenda.registry.store.hashing import canonical_json, digest
+from addenda.registry.store.hashing import blamed, canonical_json, digest
 
 FORMAT = 1
 _KEY, _MANIFEST = "addenda", "manifest"
-_MAX_MANIFEST = 100_000_000
-"""Bytes; read as JSON it takes several times as much memory."""
+_MAX_MANIFEST = 100_000_000  # bytes; read as JSON it takes several times as much memory
 
 
 class _Format(BaseModel):
@@ -46,10 +45,8 @@ def write(path: Path, contents: Contents, read: Read, mode: int) -> None:
         raise RegistryError(f"{len(contents.tasks):,} tasks are too many for one bundle: export fewer, or merge.")
     blobs = {_MANIFEST: manifest}
     for entry in contents.tasks:
-        try:
+        with blamed(f"Task {entry.ref!r} cannot be exported"):
             blobs |= {sha256: read(sha256) for sha256 in entry.blobs}
-        except IntegrityError as error:
-            raise IntegrityError(f"Task {entry.ref!r} cannot be exported: {error}.") from error
     tensors = {name: np.frombuffer(data, np.uint8) for name, data in blobs.items()}
     try:
         with written(path, mode, replace=False) as unfinished:
@@ -62,20 +59,17 @@ def write(path: Path, contents: Contents, read: Read, mode: int) -> None:
 
 @contextmanager
 def opened(path: Path) -> Iterator[tuple[Arrived, str]]:
-    """What has come in a bundle, to be read while it is open, and its manifest's sha256 with `bundle:` before.
-
-    Every byte is hashed before anything is given.
-    """
+    """What has come in a bundle, to be read while it is open, every byte hashed before; and `bundle:SHA256` of it."""
     what = f"Bundle {str(path)!r} cannot be taken in"
     try:
-        file = safe_open(path, framework="numpy")
+        file: Any = safe_open(path, framework="numpy")
     except OSError as error:
         raise RegistryError(f"{what}: {error}.") from error
     except SafetensorError as error:
         raise IntegrityError(f"{what}: it is cut off, or no bundle ({error}).") from error
 
     def read(sha256: str) -> bytes:
-        data: bytes = file.get_tensor(sha256).tobytes()  # type: ignore[no-untyped-call]
+        data: bytes = file.get_tensor(sha256).tobytes()
         if digest(data) != sha256:
             raise IntegrityError(f"its bytes of sha256 {sha256[:16]}… have changed")
         return data
@@ -83,7 +77,7 @@ def opened(path: Path) -> Iterator[tuple[Arrived, str]]:
     with file:
         try:
             contents, sha256 = _contents(file)
-            for name in sorted({name for entry in contents.tasks for name in entry.blobs}):
+            for name in sorted(set(file.keys()) - {_MANIFEST}):
                 read(name)
         except ValidationError as error:
             raise IntegrityError(f"{what}: {fault(error)}.") from error

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from graphlib import TopologicalSorter
 from typing import Any
 
 from pydantic import ValidationError
-from sqlalchemy import Column, Connection, Row, Table, select
+from sqlalchemy import Column, Connection, Row, select
 
 from addenda.exceptions import IntegrityError
 from addenda.registry.exchange.manifest import Alias, Contents, Entry, fault
@@ -27,29 +26,24 @@ Arrived = tuple[Contents, Read, Sequence[Alias]]
 
 
 def gather(connection: Connection, refs: Sequence[str] | None) -> Arrived:
-    """What is to travel, without its bytes, and a way to read these, as long as the connection is open.
-
-    Args:
-        connection: to read from.
-        refs: tasks, which take their ancestors along; None for all there are, with their aliases.
-    """
+    """What is to travel with some tasks, or, for None, with all and their aliases; its bytes are read when asked."""
     asked = connection.execute(select(schema.task)).all() if refs is None else [find(connection, ref) for ref in refs]
     rows, parents = with_ancestors(connection, asked)
     for child, kin in parents.items():
         if not rows.keys() >= set(kin):
             raise IntegrityError(f"Task {ref_of(rows[child])!r} extends one that is missing.")
-    of = {table.name: _grouped(connection, table, rows) for table in _BELONGING}
+    of = {table.name: rows_where(connection, table, "task_id", rows) for table in _BELONGING}
     places: dict[str, tuple[Column[bytes], tuple[Any, ...]]] = {}
 
     def entry(number: int) -> Entry:
         row = rows[number]
+        kin = [rows[parent] for parent in parents[number]]
+        belonging = {name: list(map(_plain, grouped[number])) for name, grouped in of.items()}
         places[row.artifact] = schema.artifact.c.data, (row.artifact,)
         for golden in of["golden"][number]:
             places[golden.digest] = schema.golden.c.logits, (number, golden.numerics_fingerprint)
         for statistics in of["statistics"][number]:
             places[statistics.sha256] = schema.statistics.c.data, (number,)
-        kin = [rows[parent] for parent in parents[number]]
-        belonging = {name: list(map(_plain, grouped[number])) for name, grouped in of.items()}
         content = {
             "task": _plain(row),
             "parents": [{"name": parent.name, "version": parent.version, "sha256": parent.artifact} for parent in kin],
@@ -77,20 +71,16 @@ def gather(connection: Connection, refs: Sequence[str] | None) -> Arrived:
         ready = sorted(sorter.get_ready(), key=lambda number: (rows[number].name, rows[number].version))
         tasks += map(entry, ready)
         sorter.done(*ready)
-    backbones = rows_where(connection, schema.backbone.c.fingerprint, {row.backbone for row in rows.values()})
-    named = sorted((_plain(row) for row in backbones), key=lambda backbone: str(backbone["fingerprint"]))
+    backbones = rows_where(connection, schema.backbone, "fingerprint", {row.backbone for row in rows.values()})
     with _damage("A backbone"):
+        named = [_plain(row) for fingerprint in sorted(backbones) for row in backbones[fingerprint]]
         contents = Contents.model_validate({"backbones": named, "tasks": tasks})
-    return contents, read, _aliases(connection) if refs is None else ()
-
-
-def _aliases(connection: Connection) -> list[Alias]:
-    """Every alias, with the version that it points at."""
-    query = select(schema.alias.c.name, schema.alias.c.alias, schema.task.c.version).join_from(
-        schema.alias, schema.task
-    )
-    pointed = [Alias.model_validate(dict(row._mapping)) for row in connection.execute(query)]
-    return sorted(pointed, key=lambda alias: (alias.name, alias.alias))
+    if refs is not None:
+        return contents, read, ()
+    query = select(schema.alias.c.name, schema.alias.c.alias, schema.task.c.version)
+    pointed = connection.execute(query.join_from(schema.alias, schema.task))
+    aliases = [Alias.model_validate(row._asdict()) for row in pointed]
+    return contents, read, sorted(aliases, key=lambda alias: (alias.name, alias.alias))
 
 
 @contextmanager
@@ -99,13 +89,6 @@ def _damage(what: str) -> Iterator[None]:
         yield
     except ValidationError as error:
         raise IntegrityError(f"{what} has a damaged record: {fault(error)}.") from error
-
-
-def _grouped(connection: Connection, table: Table, task_ids: Collection[int]) -> dict[int, list[Row[Any]]]:
-    groups = defaultdict(list)
-    for row in rows_where(connection, table.c.task_id, task_ids):
-        groups[row.task_id].append(row)
-    return groups
 
 
 def _plain(row: Row[Any]) -> dict[str, Any]:

@@ -57,13 +57,9 @@ def _checked(rows: type, **named: Any) -> Any:
 if TYPE_CHECKING:
     from addenda.registry.store.records import BackboneRow, EvaluationRow, GoldenRow, RetirementRow, TaskRow
 else:
-    BackboneRow, TaskRow, GoldenRow, EvaluationRow, RetirementRow = (
-        _checked(ROWS["backbone"], created_at=Time),
-        _checked(ROWS["task"], **_NAMED),
-        _checked(ROWS["golden"], **_NAMED),
-        _checked(ROWS["evaluation"], **_NAMED),
-        _checked(ROWS["retirement"], **_NAMED),
-    )
+    BackboneRow = _checked(ROWS["backbone"], created_at=Time)
+    others = (_checked(ROWS[table], **_NAMED) for table in ("task", "golden", "evaluation", "retirement"))
+    TaskRow, GoldenRow, EvaluationRow, RetirementRow = others
 
 
 class Parent(_Part):
@@ -75,23 +71,13 @@ class Parent(_Part):
 
 
 class Entry(_Part):
-    """A task and all that belongs to it.
-
-    Attributes:
-        task: its row.
-        parents: what it extends, in order.
-        goldens: its golden probes, at least one.
-        statistics: sha256 of what a router knows of its images.
-        evaluations: its scorings, oldest first.
-        retirement: its tombstone, if it is retired.
-        tags: its tags.
-    """
+    """A task and all that belongs to it."""
 
     task: TaskRow
-    parents: list[Parent]
+    parents: list[Parent]  # in order
     goldens: Annotated[list[GoldenRow], Field(min_length=1)]
     statistics: Sha256 | None
-    evaluations: list[EvaluationRow]
+    evaluations: list[EvaluationRow]  # oldest first
     retirement: RetirementRow | None
     tags: list[Annotated[str, AfterValidator(check_tag)]]
 
@@ -168,9 +154,7 @@ class _Epoch(_Shaped):
     validation_loss: Loss
 
 
-class _Metrics(_Shaped):
-    validation: _Scores = _Scores()
-    test: _Scores = _Scores()
+class _Metrics(_Regression):
     regression: _Regression = _Regression()
     candidates: list[dict[str, Any]] = []
     chosen: dict[str, Any] | None = None

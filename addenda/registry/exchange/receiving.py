@@ -10,18 +10,18 @@ import torch
 from sqlalchemy import Connection, Row, select
 
 from addenda.exceptions import IntegrityError, OwnershipError, RegistryError
-from addenda.registry.audit.contents import wrong
+from addenda.registry.audit.contents import check_stored
 from addenda.registry.exchange.gathering import Arrived, Read
 from addenda.registry.exchange.manifest import PROBES, Alias, Contents, Entry, Parent, check_arrival
 from addenda.registry.store import changes, schema
+from addenda.registry.store.hashing import blamed
 from addenda.registry.store.ledger import Writer
 from addenda.registry.store.loading import FeatureStatistics, load_task, load_tasks, stored_in
-from addenda.registry.store.logits import is_finite
 from addenda.registry.store.names import RESERVED, check_new_name
 from addenda.registry.store.queries import find, is_retired
 from addenda.registry.store.records import GoldenRow, TaskRow
 from addenda.registry.store.registration import add_golden, check_bounds, derived, insert_task
-from addenda.registry.store.task import Task, decode
+from addenda.registry.store.task import Task, decode, is_finite
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,7 @@ class Received:
 
 
 def receive(to: Writer, arrived: Arrived, renames: Mapping[str, str], owner: str | None = None) -> list[Received]:
-    """Adds what is not here yet, as `Registry.import_bundle` and `Registry.merge` say.
-
-    Content that this registry holds under the same name is there already: only golden probes of other numerics and
-    tags that it lacks are added to it. All else keeps its version number.
-    """
+    """Adds what is not here yet, as `Registry.import_bundle` and `Registry.merge` say, under its version numbers."""
     contents, read, aliases = arrived
     arrivals = _plan(to.connection, contents.tasks, renames)
     names = {ref.partition(":")[0] for _, ref, _ in arrivals}
@@ -132,24 +128,24 @@ class _Receiver:
 
     def take(self, entry: Entry, ref: str, new: bool) -> Received:
         """Adds a task, or to a task what it lacks."""
-        said, name = [], ref.partition(":")[0]
-        try:
-            generation = self._add(entry, name) if new else None
-            row = find(self._connection, ref)
-            if not new and wrong(self._connection, row._asdict(), {}) is not None:
-                said += ["its stored bytes here are DAMAGED, and a merge does not mend them: addenda verify --deep"]
-            if not new and name not in self._foreign:
-                said += self._add_goldens(entry, row)
-        except IntegrityError as error:
-            raise IntegrityError(f"Task {entry.ref!r} was not taken in: {str(error).rstrip('.')}.") from error
-        self._rows[entry.task.name, entry.task.version] = row
+        said, generation, name = [], None, ref.partition(":")[0]
+        with blamed(f"Task {entry.ref!r} was not taken in"):
+            if new:
+                generation = self._add(entry, name)
+            row = self._rows[entry.task.name, entry.task.version] = find(self._connection, ref)
+            if not new:
+                said += self._damage(row)
+                said += [] if name in self._foreign else self._add_goldens(entry, row)
         if name not in self._foreign:
             known = changes.tags_of(self._connection, row)
-            for tag in (tag for tag in entry.tags if tag not in known):
+            for tag in (tag for tag in entry.tags if tag not in known):  # one that comes twice is refused
                 changes.tag(self._to, row, tag)
                 said += [] if new else [f"tagged {tag!r}"]
-        if entry.retirement is not None:
-            said += self._retire(entry.retirement.reason, row, new)
+        if entry.retirement is not None and new:
+            changes.retire(self._to, row, entry.retirement.reason)
+            said.append(f"retired: {entry.retirement.reason}")
+        elif entry.retirement is not None and not is_retired(self._connection, row):  # somebody may use it
+            said.append(f"retired there ({entry.retirement.reason}), active here")
         return Received(ref, entry.ref, "added" if new else "there already", "; ".join(said), generation)
 
     def point(self, alias: Alias, name: str) -> Received:
@@ -163,7 +159,7 @@ class _Receiver:
             return Received(here, there, "kept", f"points at '{name}:{pointed}' here, not at {wanted}")
         if is_retired(self._connection, row):
             return Received(here, there, "kept", f"points at nothing here, where {wanted} is retired")
-        generation = changes.point(self._to, row, name, alias.alias)
+        generation = changes.point(self._to, row, alias.alias)
         return Received(here, there, "added", f"points at {wanted}", generation)
 
     def _add(self, entry: Entry, name: str) -> int:
@@ -193,16 +189,15 @@ class _Receiver:
     def _check(self, row: TaskRow, artifact: bytes, parents: Sequence[Row[Any]]) -> Task:
         """The task of an artifact; raises IntegrityError unless it fits its row, its parents and its backbone."""
         kin = {task.sha256: task for task in load_tasks(self._connection, parents)}
-        named: list[str] = []
 
         def parent(sha256: str) -> Task:
-            named.append(sha256)
             if sha256 not in kin:
                 raise IntegrityError("its artifact names a parent that its row does not")
             return kin[sha256]
 
         task = decode(artifact, row.artifact, parent, stored_in(row))
-        if named != [row.artifact for row in parents] or any(task.class_token is None for task in kin.values()):
+        named = [parent.sha256 for parent in task.parents]
+        if named != [row.artifact for row in parents] or any(parent.class_token is None for parent in task.parents):
             raise IntegrityError("its row names other parents than its artifact, or one without a token")
         try:
             facts = derived(task)
@@ -220,7 +215,7 @@ class _Receiver:
         return task
 
     def _statistics(self, entry: Entry) -> dict[str, Any] | None:
-        """What a router knows of a task's images, as a row."""
+        """What a router knows of a task's images, as a row, where it does."""
         if entry.statistics is None:
             return None
         data = self._read(entry.statistics)
@@ -242,6 +237,14 @@ class _Receiver:
             raise IntegrityError("its golden probe has logits or probabilities that are NaN or infinite")
         return {**vars(golden), "logits": logits}
 
+    def _damage(self, row: Row[Any]) -> list[str]:
+        """Says where a task that is here is damaged."""
+        try:
+            check_stored(self._connection, row._asdict(), {})
+        except IntegrityError:
+            return ["its stored bytes here are DAMAGED, and a merge does not mend them: addenda verify --deep"]
+        return []
+
     def _add_goldens(self, entry: Entry, row: Row[Any]) -> list[str]:
         """Adds golden probes of numerics that a task has none of; says where two of the same numerics differ."""
         of, said = schema.golden.c, []
@@ -256,10 +259,3 @@ class _Receiver:
             elif known[numerics] != golden.digest:
                 said.append(f"its golden probes DIFFER under the same numerics ({numerics[:12]}…): addenda verify")
         return said
-
-    def _retire(self, reason: str, row: Row[Any], new: bool) -> list[str]:
-        """Retires a task that is new here; another stays as it is, for somebody may use it."""
-        if new:
-            changes.retire(self._to, row, reason)
-            return [f"retired: {reason}"]
-        return [] if is_retired(self._connection, row) else [f"retired there ({reason}), active here"]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -40,19 +39,15 @@ class LowRank(NamedTuple):
 _ADAPTERS = tuple(f"adapters.{site}.{part}" for site in ADAPTED for part in LowRank._fields)
 
 
-def pack(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], header: bytes | None = None) -> bytes:
-    """An artifact of float32 tensors on the CPU; one that was stored keeps its header, whatever safetensors writes now.
-
-    The manifest is one metadata value: several are saved in random order.
-    """
+def pack(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], header: bytes | None) -> bytes:
+    """An artifact of float32 tensors on the CPU; a stored one keeps its header, whatever safetensors writes now."""
     if header is not None:
         _, places = parts(header)
         order = sorted(places, key=lambda name: places[name]["data_offsets"])
         return header + b"".join(tensors[name].numpy().tobytes() for name in order)
-    check_reading(manifest)
-    check_tensors(manifest, tensors)
-    artifact: bytes = save(dict(tensors), metadata={"addenda": canonical_json({"format": FORMAT, **manifest})})
-    return artifact
+    _check(manifest, tensors)
+    # One metadata value: several are saved in random order.
+    return bytes(save(dict(tensors), metadata={"addenda": canonical_json({"format": FORMAT, **manifest})}))
 
 
 def read(data: bytes, sha256: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -63,56 +58,45 @@ def read(data: bytes, sha256: str) -> tuple[dict[str, Any], dict[str, Any]]:
             f"its artifact was stored with sha256 {sha256[:16]}… and now hashes to {found[:16]}…: the stored bytes "
             "have changed. Restore the registry from a backup"
         )
-    with valid():
+    try:
         tensors = load(data)
         manifest, _ = parts(data[: end(data)])
         listed = (manifest["labels"], manifest["extends"])
         if not all(isinstance(one, list) and all(isinstance(text, str) for text in one) for one in listed):
             raise IntegrityError("its artifact's labels and parents are no lists of texts")
+        if not isinstance(manifest["backbone"], str):
+            raise IntegrityError("its artifact's backbone is no text")
         if manifest["format"] != FORMAT:
             raise IntegrityError(f"its artifact has format {manifest['format']}; this version reads {FORMAT}")
-        check_reading(manifest)
-        check_tensors(manifest, tensors)
+        _check(manifest, tensors)
         return manifest, tensors
-
-
-@contextmanager
-def valid() -> Iterator[None]:
-    """Raises IntegrityError for whatever a damaged artifact raises."""
-    try:
-        yield
     except RecursionError as error:
         raise IntegrityError("its artifact is not valid: its manifest is nested too deeply") from error
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise IntegrityError(f"its artifact is not valid: {error}") from error
 
 
-def check_reading(manifest: Mapping[str, Any]) -> None:
-    """Raises IntegrityError unless the objective is known and the temperature is a finite number above 0, or absent."""
-    if manifest["objective"] not in OBJECTIVES:
+def _check(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Raises IntegrityError unless logits can be read, and tensors fit each other and the labels, and are finite."""
+    labels, objective, temperature = manifest["labels"], manifest["objective"], manifest.get("temperature", 0.5)
+    if objective not in OBJECTIVES:
         known = ", ".join(map(repr, OBJECTIVES))
-        raise IntegrityError(f"its objective is {manifest['objective']!r}; this version knows {known}")
-    temperature = manifest.get("temperature", 0.5)
+        raise IntegrityError(f"its objective is {objective!r}; this version knows {known}")
     if not isinstance(temperature, float) or not math.isfinite(temperature) or temperature <= 0:
         raise IntegrityError(f"its temperature is {temperature!r}; it must be a finite number above 0")
     if temperature == 1.0:
         raise IntegrityError("its artifact stores the temperature 1.0, which equal content leaves out")
-
-
-def check_tensors(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Raises IntegrityError unless the tensors fit each other and the labels, and are finite."""
-    if len(set(manifest["labels"])) != len(manifest["labels"]) or not manifest["labels"]:
-        raise IntegrityError(f"its labels are none or repeat each other: {manifest['labels'][:10]}")
-    known = (*TENSORS, *_ADAPTERS)
-    unknown = set(tensors) - set(known)
-    if unknown or not {"head_weight", "head_bias"} <= set(tensors):
-        raise IntegrityError(f"its artifact holds the tensors {sorted(tensors)}; known are {sorted(known)}")
+    if len(set(labels)) != len(labels) or not labels:
+        raise IntegrityError(f"its labels are none or repeat each other: {labels[:10]}")
+    known_tensors = {*TENSORS, *_ADAPTERS}
+    if not {"head_weight", "head_bias"} <= set(tensors) <= known_tensors:
+        raise IntegrityError(f"its artifact holds the tensors {sorted(tensors)}; known are {sorted(known_tensors)}")
     head, bias, token = tensors["head_weight"], tensors["head_bias"], tensors.get("class_token")
     memory, pooled = tensors.get("memory"), tensors.get("pooled_weight")
     width = head.shape[-1] if head.ndim else 0
     fits = (
         head.ndim == 2
-        and tuple(bias.shape) == (len(manifest["labels"]),) == (len(head),)
+        and tuple(bias.shape) == (len(labels),) == (len(head),)
         and (token is None) == (memory is None)
         and (token is None or tuple(token.shape) == (width,))
         and (memory is None or (memory.ndim == 3 and memory.shape[2] == width))
@@ -120,7 +104,7 @@ def check_tensors(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
     )
     if not fits:
         shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
-        raise IntegrityError(f"its tensors do not fit {len(manifest['labels'])} labels or each other: {shapes}")
+        raise IntegrityError(f"its tensors do not fit {len(labels)} labels or each other: {shapes}")
     if set(tensors) & set(_ADAPTERS):
         _check_adapters(tensors, width)
     for name, tensor in tensors.items():
@@ -130,8 +114,7 @@ def check_tensors(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
 
 def _check_adapters(tensors: Mapping[str, Tensor], width: int) -> None:
     """Raises IntegrityError unless adapters are whole and fit the layers, each other and one rank."""
-    missing = [name for name in _ADAPTERS if name not in tensors]
-    if missing:
+    if missing := [name for name in _ADAPTERS if name not in tensors]:
         raise IntegrityError(f"its adapters lack {missing}: a task has all of {list(_ADAPTERS)}, or none")
     memory = tensors.get("memory")
     if memory is None:

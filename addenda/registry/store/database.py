@@ -7,7 +7,7 @@ import sqlite3
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -29,17 +29,17 @@ OUTAGE_CLASSES = frozenset({"08", "25", "40", "53", "55", "57", "58"})
 """Of PostgreSQL's codes: connections, a standby that only reads, deadlocks, resources, locks, operators, the system."""
 WAIT_S = 30
 """How long a transaction waits for another's lock."""
+_PRAGMAS = (
+    "synchronous=FULL",
+    "foreign_keys=ON",
+    "recursive_triggers=ON",
+    "trusted_schema=OFF",  # what another program wrote into the schema calls no function of ours
+    "page_size=16384",  # of a new file; an artifact in 4 kB pages costs four times the calls
+)
 
 
 def connect(location: str | Path, create: bool, read_only: bool = False) -> Engine:
-    """Makes an engine for a location as `Registry.open` takes it; of a schema it knows nothing.
-
-    Args:
-        location: a path, or a URL.
-        create: whether an SQLite file may be made.
-        read_only: whether the database itself refuses every change. SQLite's log comes and goes beside the file as for
-            any reader; where the folder cannot be written to, the file is read as it is.
-    """
+    """Makes an engine for a location as `Registry.open` takes it; what is only read refuses every change by itself."""
     url = _url(location)
     if url.get_backend_name() == "postgresql":
         return _postgresql(url, read_only)
@@ -54,21 +54,21 @@ def connect(location: str | Path, create: bool, read_only: bool = False) -> Engi
         raise RegistryError(f"The folder {str(path.parent)!r} of the registry does not exist.")
     options: dict[str, Any] = {"creator": lambda: _open_sqlite_read_only(path)} if read_only else {}
     engine = create_engine(URL.create("sqlite", database=str(path)), json_serializer=canonical_json, **options)
-    event.listen(engine, "connect", _configure_sqlite)
-    event.listen(engine, "connect", lambda dbapi, record: record.info.update(file=_identity(path)))
-    if read_only:
-        event.listen(engine, "connect", lambda dbapi, _: dbapi.execute("PRAGMA query_only=ON"))
+
+    @event.listens_for(engine, "connect")
+    def configure(dbapi: Any, record: Any) -> None:
+        dbapi.isolation_level = None  # pysqlite's own would commit before DDL; `_begin_sqlite` starts transactions
+        for pragma in (f"busy_timeout={1000 * WAIT_S}", *_PRAGMAS, f"query_only={read_only:d}"):
+            dbapi.execute(f"PRAGMA {pragma}")
+        record.info["file"] = _identity(path)
+
     event.listen(engine, "begin", _begin_sqlite)
     return engine
 
 
 @contextmanager
 def database_errors(context: str) -> Iterator[None]:
-    """Turns the database's errors into a RegistryError that begins with what was being done.
-
-    Values that are no JSON or no UTF-8 are among them; the drivers raise those as they are. A database that does not
-    answer is a RegistryUnavailableError. Errors of our own code pass as they are.
-    """
+    """Has errors of the database, and of values that it cannot hold, say what was being done, as RegistryErrors."""
     try:
         yield
     except (SQLAlchemyError, sqlite3.Error, ValueError, TypeError, OverflowError) as error:
@@ -77,15 +77,15 @@ def database_errors(context: str) -> Iterator[None]:
         said = " ".join(str(getattr(error, "orig", None) or error).split()).rstrip(".")
         if "unable to open database file" in said or "readonly database" in said:
             said += " (SQLite writes beside it: may this user write to it and to its folder, and is its disk not full?)"
-        kind = RegistryUnavailableError if _is_outage(error) else RegistryError
-        if kind is RegistryError and isinstance(error, (ProgrammingError, OperationalError, sqlite3.OperationalError)):
-            kind = RegistryFaultError
+        refused = isinstance(error, (ProgrammingError, OperationalError, sqlite3.OperationalError))
+        other = RegistryFaultError if refused else RegistryError
+        kind = RegistryUnavailableError if _is_outage(error) else other
         raise kind(f"{context}: {said}. Nothing was changed.") from error
 
 
 def _is_of_a_value(error: BaseException) -> bool:
     """Whether an error came up where values are written or read, rather than in our own code."""
-    last = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
+    *_, (last, _) = traceback.walk_tb(error.__traceback__)
     return str(last.f_globals.get("__name__")).partition(".")[0] in ("json", "psycopg", "sqlalchemy", "sqlite3")
 
 
@@ -162,14 +162,6 @@ def _url(location: str | Path) -> URL:
     return url
 
 
-def _configure_sqlite(dbapi: Any, record: object) -> None:
-    dbapi.isolation_level = None  # pysqlite's own transactions would commit before DDL; `_begin_sqlite` starts ours
-    pragmas = [f"busy_timeout={1000 * WAIT_S}", "synchronous=FULL", "foreign_keys=ON", "recursive_triggers=ON"]
-    pragmas.append("trusted_schema=OFF")  # what another program wrote into the schema calls no function of ours
-    for pragma in (*pragmas, "page_size=16384"):  # of a new file; an artifact in 4 kB pages costs four times the calls
-        dbapi.execute(f"PRAGMA {pragma}")
-
-
 def use_wal(engine: Engine) -> None:
     """Lets readers of an SQLite file go on beside a writer; the file remembers it, so it must be a registry."""
     deadline = time.monotonic() + WAIT_S
@@ -185,11 +177,9 @@ def use_wal(engine: Engine) -> None:
 
 
 def _open_sqlite_read_only(path: Path) -> sqlite3.Connection:
-    """Opens a file of somebody else's, beside its writers; on a read-only medium, which has none, as it is.
-
-    SQLite's own read-only mode would leave files of its log behind where there were none.
-    """
+    """Opens a file of somebody else's, beside its writers; on a read-only medium, which has none, as it is."""
     where = f"file:{quote(str(path))}"
+    # SQLite's own read-only mode would leave files of its log behind where there were none.
     opened = sqlite3.connect(f"{where}?mode=rw", uri=True, check_same_thread=False)
     try:
         opened.execute("SELECT name FROM sqlite_schema LIMIT 1")
@@ -207,11 +197,10 @@ def _writes(connection: Connection) -> bool:
 
 def _identity(path: Path) -> tuple[int, int] | None:
     """Which file a path leads to; None where there is none."""
-    try:
+    with suppress(OSError):
         found = path.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
+        return found.st_dev, found.st_ino
+    return None
 
 
 def _begin_sqlite(connection: Connection) -> None:
@@ -226,16 +215,13 @@ def _begin_sqlite(connection: Connection) -> None:
 
 
 def _postgresql(url: URL, read_only: bool) -> Engine:
+    options = {"options": "-c default_transaction_read_only=on"} if read_only else {}
     try:
         engine = create_engine(
             url.set(drivername="postgresql+psycopg"),
             json_serializer=canonical_json,
             pool_pre_ping=True,  # a server may have been restarted since the last transaction
-            connect_args={
-                "connect_timeout": 10,
-                "application_name": "addenda",
-                **({"options": "-c default_transaction_read_only=on"} if read_only else {}),
-            },
+            connect_args={"connect_timeout": 10, "application_name": "addenda"} | options,
         )
     except ImportError as error:
         raise RegistryError("A registry on PostgreSQL needs psycopg: pip install 'addenda[postgres]'.") from error

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import getpass
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -79,24 +79,14 @@ def next_id(connection: Connection, table: Table) -> int:
 
 @dataclass(frozen=True)
 class Writer:
-    """Writes to a registry inside a write transaction, in one name and at one time, with an event for each change.
-
-    Attributes:
-        connection: of the transaction.
-        who: `stamp`'s.
-        told: what the details of each of its events say too.
-    """
+    """Writes to a registry inside a write transaction, in one name and at one time, with an event for each change."""
 
     connection: Connection
-    who: Mapping[str, str]
-    told: Mapping[str, str] = field(default_factory=dict)
+    who: Mapping[str, str]  # and when
+    told: Mapping[str, str]  # what the details of each of its events say too
 
     def append(self, kind: str, subject: str, **details: Any) -> int:
-        """Adds the event of a change whose rows are written, under the id that `generation` + 1 gave them; tells of it.
-
-        Returns:
-            Its id.
-        """
+        """Adds the event of a change whose rows are written, under the id that they name; returns it."""
         number = generation(self.connection) + 1
         columns = {"id": number, "kind": kind, "subject": subject, "details": details | {**self.told}, **self.who}
         before = self.connection.scalar(select(schema.event.c.digest).where(schema.event.c.id == number - 1)) or ""
@@ -111,7 +101,7 @@ class Writer:
         return self.append(kind, subject, **details)
 
 
-def seal(before: str, event: Mapping[str, Any], rows: list[dict[str, Any]]) -> str:
+def seal(before: str, event: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     """The digest of an event: over the one before, its columns, and the rows that it wrote."""
     columns = {key: event[key] for key in ("id", "kind", "subject", "details", "created_by", "created_at")}
     return digest(canonical_json([before, columns, rows]).encode())
@@ -131,23 +121,18 @@ def written(connection: Connection, first: int, last: int) -> dict[int, list[dic
         .join_from(schema.task_parent, of, schema.task_parent.c.task_id == of.c.id)
         .join(parent, schema.task_parent.c.parent_id == parent.c.id),
         "statistics": _of_task(schema.statistics).add_columns(of.c.event_id),
-        "golden": _of_task(schema.golden),
-        "evaluation": _of_task(schema.evaluation),
-        "retirement": _of_task(schema.retirement),
+        **{name: _of_task(schema.metadata.tables[name]) for name in ("golden", "evaluation", "retirement")},
     }  # fmt: skip
     for name, query in tables.items():
         number = schema.metadata.tables[name].c.get("event_id", of.c.event_id)
         before = defaults(ROWS[name]) if name in ROWS else {}
         found = []
         for row in connection.execute(query.where(number.between(first, last))).mappings():
-            content = {
-                key: value
-                for key, value in row.items()
-                if key not in _INTERNAL and not (key in before and value == before[key])
-            }
-            found.append((row["event_id"], {"table": name, **content}))
-        for event_id, content in sorted(found, key=lambda pair: canonical_json(pair[1])):
-            written.setdefault(event_id, []).append(content)
+            content = {key: value for key, value in row.items() if key not in before or value != before[key]}
+            sealed = {key: value for key, value in content.items() if key not in _INTERNAL}
+            found.append((row["event_id"], {"table": name, **sealed}))
+        for event_id, sealed in sorted(found, key=lambda pair: canonical_json(pair[1])):
+            written.setdefault(event_id, []).append(sealed)
     return written
 
 

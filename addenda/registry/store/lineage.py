@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sqlalchemy import Column, Connection, String, cast, func, select
+from sqlalchemy import Column, Connection, func, select
 
 from addenda.registry.store import schema
-from addenda.registry.store.queries import find
+from addenda.registry.store.queries import find, ref_column, retired
 
 MOST = 500
 DEEPEST = 50
@@ -71,10 +71,8 @@ def _tree(connection: Connection, root: int, here: Column[int], there: Column[in
             if not kin[one][-1][1]:
                 level.append(other)
         order += level
-    task, retirement = schema.task.c, schema.retirement.c
-    described = select(task.id, task.name + ":" + cast(task.version, String), retirement.task_id.is_not(None))
-    joined = described.join_from(schema.task, schema.retirement, isouter=True).where(task.id.in_(order))
-    tasks = {number: (ref, retired) for number, ref, retired in connection.execute(joined)}
+    described = select(schema.task.c.id, ref_column(schema.task), retired()).where(schema.task.c.id.in_(order))
+    tasks = {number: (ref, is_retired) for number, ref, is_retired in connection.execute(described)}
     made: dict[int, Kin] = {}
     for number in reversed(order):
         near = [Kin(*tasks[other], shown=True) if shown else made[other] for other, shown in kin.get(number, [])]

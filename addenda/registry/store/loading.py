@@ -16,12 +16,11 @@ from torch import Tensor
 
 from addenda.exceptions import IntegrityError
 from addenda.registry.store import schema
-from addenda.registry.store.hashing import digest
+from addenda.registry.store.hashing import blamed, digest
 from addenda.registry.store.queries import ref_of, with_ancestors
 from addenda.registry.store.task import Golden, Task, decode
 
-MAX_BYTES = 5_000_000
-"""Most that one task's statistics may weigh."""
+MAX_BYTES = 5_000_000  # most that one task's statistics may weigh
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,16 +46,15 @@ class FeatureStatistics:
     @cached_property
     def data(self) -> bytes:
         """The statistics as safetensors; equal content gives equal bytes."""
-        encoded: bytes = save({field.name: getattr(self, field.name).contiguous() for field in fields(self)})
-        return encoded
+        return bytes(save({field.name: getattr(self, field.name).contiguous() for field in fields(self)}))
 
     @property
     def excess(self) -> str | None:
         """Why they may not be kept, if they weigh too much."""
         if len(self.data) <= MAX_BYTES:
             return None
-        weight = f"{len(self.data):,} bytes, and a task may have {MAX_BYTES:,}"
-        return f"statistics of {len(self.counts)} classes weigh {weight}"
+        found = f"statistics of {len(self.counts)} classes weigh {len(self.data):,} bytes"
+        return f"{found}, and a task may have {MAX_BYTES:,}"
 
     @cached_property
     def sha256(self) -> str:
@@ -101,8 +99,7 @@ class FeatureStatistics:
             raise IntegrityError("its statistics count or name classes that do not exist")
 
 
-_ARTIFACTS = 16
-"""Most that one query asks for: one with adapters weighs some megabytes."""
+_ARTIFACTS = 16  # most that one query asks for: one with adapters weighs some megabytes
 
 
 def load_task(connection: Connection, row: Row[Any]) -> Task:
@@ -111,27 +108,22 @@ def load_task(connection: Connection, row: Row[Any]) -> Task:
 
 
 def load_tasks(connection: Connection, rows: Sequence[Row[Any]]) -> list[Task]:
-    """Decodes tasks and their ancestors, each once, with few queries and few artifacts in memory at a time.
-
-    Raises:
-        IntegrityError: stored bytes that are not what was registered, of the first task that cannot be trusted or of
-            an ancestor.
-    """
+    """Decodes tasks and their ancestors, each once, with few queries and few artifacts in memory at a time."""
     wanted, parents = with_ancestors(connection, rows)
     artifact = schema.artifact.c
     found: dict[int, Task | IntegrityError] = {}
     ids = sorted(wanted)  # parents have smaller numbers than their children
     for start in range(0, len(ids), _ARTIFACTS):
         some = ids[start : start + _ARTIFACTS]
+        query = select(artifact.sha256, artifact.data)
         hashes = {wanted[task_id].artifact for task_id in some}
-        stored = dict(
-            connection.execute(select(artifact.sha256, artifact.data).where(artifact.sha256.in_(hashes))).all()
-        )
+        stored = dict(connection.execute(query.where(artifact.sha256.in_(hashes))).all())
         for task_id in some:
             row = wanted[task_id]
             known = {wanted[parent].artifact: found[parent] for parent in parents[task_id] if parent in found}
             try:
-                task = found[task_id] = _decode(row, stored.get(row.artifact), known)
+                with blamed(f"Task {ref_of(row)!r} cannot be trusted"):
+                    task = found[task_id] = _decode(row, stored.get(row.artifact), known)
                 _ = task.closure  # while those of its parents are known: a long line of them would be a deep recursion
             except IntegrityError as error:  # an ancestor's is told by the task that was asked for
                 found[task_id] = error
@@ -147,14 +139,11 @@ def _decode(row: Row[Any], artifact: bytes | None, parents: Mapping[str, Task | 
             raise IntegrityError(f"it extends a task with sha256 {sha256[:16]}… that is missing")
         return _trusted(found)
 
-    try:
-        if artifact is None:
-            raise IntegrityError("its artifact is missing")
-        task = decode(artifact, row.artifact, parent, stored_in(row))
-        if (task.backbone, list(task.labels), task.objective) != (row.backbone, row.labels, row.objective):
-            raise IntegrityError("its row and its artifact name different backbones, labels or objectives")
-    except IntegrityError as error:
-        raise IntegrityError(f"Task {ref_of(row)!r} cannot be trusted: {str(error).rstrip('.')}.") from error
+    if artifact is None:
+        raise IntegrityError("its artifact is missing")
+    task = decode(artifact, row.artifact, parent, stored_in(row))
+    if (task.backbone, list(task.labels), task.objective) != (row.backbone, row.labels, row.objective):
+        raise IntegrityError("its row and its artifact name different backbones, labels or objectives")
     return task
 
 
@@ -192,7 +181,5 @@ def load_statistics(connection: Connection, row: Row[Any]) -> FeatureStatistics 
     stored = connection.execute(select(schema.statistics).where(schema.statistics.c.task_id == row.id)).first()
     if stored is None:
         return None
-    try:
+    with blamed(f"Task {ref_of(row)!r} cannot be routed to"):
         return FeatureStatistics.decode(stored.data, stored.sha256, len(row.labels))
-    except IntegrityError as error:
-        raise IntegrityError(f"Task {ref_of(row)!r} cannot be routed to: {error}.") from error

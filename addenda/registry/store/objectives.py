@@ -7,16 +7,10 @@ from typing import Any, NamedTuple
 
 
 class Objective(NamedTuple):
-    """What an objective means, wherever logits are read.
+    """What an objective means, wherever logits are read."""
 
-    Attributes:
-        headline: the one metric that stands for a task of this objective: a key of what `Objective.score` gives.
-        exclusive: whether each image has one label, by a softmax; else any number of labels, each by a sigmoid of its
-            own.
-    """
-
-    headline: str
-    exclusive: bool
+    headline: str  # a key of what the learner's objective scores
+    exclusive: bool  # one label an image, by a softmax; else any number of labels, each by a sigmoid of its own
 
 
 OBJECTIVES = {

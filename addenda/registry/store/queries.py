@@ -5,20 +5,31 @@ from __future__ import annotations
 import difflib
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import Column, ColumnElement, Connection, LargeBinary, Row, Select, String, cast, func, select
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    FromClause,
+    LargeBinary,
+    Row,
+    Select,
+    String,
+    Table,
+    cast,
+    func,
+    select,
+)
 
 from addenda.exceptions import DataError, UnknownTaskError
 from addenda.registry.store import schema
 from addenda.registry.store.header import insides
 from addenda.registry.store.records import EvaluationRecord, EvaluationRow, TaskColumns, TaskRecord, columns_of
 
-SEEN = 200
-"""Names that are looked at, at most, for those like one that is not there."""
+SEEN = 200  # names that are looked at, at most, for those like one that is not there
 _BATCH = 500
 NUMBER = re.compile(r"[1-9][0-9]{0,8}")
 
@@ -53,6 +64,11 @@ def ref_of(row: Row[Any]) -> str:
     return f"{row.name}:{row.version}"
 
 
+def ref_column(task: FromClause) -> ColumnElement[str]:
+    """`name:version` of the tasks of a query."""
+    return task.c.name + ":" + cast(task.c.version, String)
+
+
 def is_retired(connection: Connection, row: Row[Any]) -> bool:
     """Whether a task is retired."""
     return bool(connection.scalar(select(retired()).where(schema.task.c.id == row.id)))
@@ -63,14 +79,6 @@ def retired() -> ColumnElement[bool]:
     return select(schema.retirement.c.task_id).where(schema.retirement.c.task_id == schema.task.c.id).exists()
 
 
-def descendants(task_id: int) -> Select[Any]:
-    """The tasks that extend a task, directly or not, oldest first."""
-    of = schema.task_parent.c
-    below = select(of.task_id).where(of.parent_id == task_id).cte("below", recursive=True)
-    below = below.union(select(of.task_id).join(below, of.parent_id == below.c.task_id))
-    return select(schema.task).where(schema.task.c.id.in_(select(below.c.task_id))).order_by(schema.task.c.id)
-
-
 def listing(connection: Connection, chosen: TaskFilter, limit: int | None, before: str | None) -> Select[Any]:
     """The tasks of a filter, newest first, as `Reader.tasks` says; `limit` None: all."""
     task = schema.task.c
@@ -79,15 +87,13 @@ def listing(connection: Connection, chosen: TaskFilter, limit: int | None, befor
         pattern = chosen.name.replace("\\", "\\\\").replace("%", r"\%").replace("_", r"\_").replace("*", "%")
         query = query.where(task.name.like(pattern, escape="\\") if "*" in chosen.name else task.name == chosen.name)
     if chosen.backbone is not None:
-        is_it = (schema.backbone.c.name == chosen.backbone) | schema.backbone.c.fingerprint.startswith(
-            chosen.backbone, autoescape=True
-        )
-        query = query.where(task.backbone.in_(select(schema.backbone.c.fingerprint).where(is_it)))
+        backbone = schema.backbone.c
+        is_it = (backbone.name == chosen.backbone) | backbone.fingerprint.startswith(chosen.backbone, autoescape=True)
+        query = query.where(task.backbone.in_(select(backbone.fingerprint).where(is_it)))
     if chosen.tag is not None:
         query = query.where(task.id.in_(select(schema.tag.c.task_id).where(schema.tag.c.tag == chosen.tag)))
     if chosen.extends is not None:
-        parent = find(connection, chosen.extends).id
-        of = schema.task_parent.c
+        of, parent = schema.task_parent.c, find(connection, chosen.extends).id
         query = query.where(task.id.in_(select(of.task_id).where(of.parent_id == parent)))
     if chosen.min_score is not None:
         query = query.where(task.score >= chosen.min_score)
@@ -108,11 +114,7 @@ def current(connection: Connection, backbone: str, alias: str | None) -> list[Ro
     """Rows of the newest active version of each name on a backbone, or of those of an alias; oldest first."""
     query = select(schema.task).where(schema.task.c.backbone == backbone)
     query = query.order_by(schema.task.c.version)  # an older one may have been imported after a newer one
-    if alias is None:
-        query = query.where(~retired())
-    else:
-        pointed = schema.alias.c
-        query = query.join(schema.alias, pointed.task_id == schema.task.c.id).where(pointed.alias == alias)
+    query = query.where(~retired()) if alias is None else query.join(schema.alias).where(schema.alias.c.alias == alias)
     newest = {row.name: row for row in connection.execute(query)}
     return sorted(newest.values(), key=lambda row: int(row.id))
 
@@ -129,39 +131,36 @@ def _utc(text: str) -> str:
 
 def find(connection: Connection, ref: str) -> Row[Any]:
     """The task row of a reference; UnknownTaskError where there is no such task, version or alias."""
-    query = select(schema.task).order_by(schema.task.c.version.desc()).limit(1)
+    task = schema.task.c
+    query = select(schema.task).order_by(task.version.desc()).limit(1)
     name, at, alias = ref.partition("@")
     if at:
-        query = query.join(schema.alias, schema.alias.c.task_id == schema.task.c.id).where(
-            schema.alias.c.name == name, schema.alias.c.alias == alias
-        )
+        query = query.join(schema.alias).where(schema.alias.c.name == name, schema.alias.c.alias == alias)
     else:
         name, colon, version = ref.partition(":")
-        query = query.where(schema.task.c.name == name)
-        if colon:
-            query = query.where(schema.task.c.version == (int(version) if NUMBER.fullmatch(version) else -1))
-        else:
-            query = query.where(~retired())
+        number = int(version) if NUMBER.fullmatch(version) else -1
+        query = query.where(task.name == name, task.version == number if colon else ~retired())
     row = connection.execute(query).first()
     if row is None:
-        names = select(schema.task.c.name).distinct().order_by(schema.task.c.name).limit(SEEN)
-        alike = schema.task.c.name.startswith(name[:2], autoescape=True)
+        names = select(task.name).distinct().order_by(task.name).limit(SEEN)
+        alike = task.name.startswith(name[:2], autoescape=True)
         known = list(dict.fromkeys((*connection.scalars(names.where(alike)), *connection.scalars(names))))
         near = difflib.get_close_matches(name[:100], known, n=5, cutoff=0.4) or known[:5]
         listed = ", ".join(repr(k) for k in near) + (", …" if len(near) < len(known) else "")
-        there = connection.scalar(select(schema.task.c.id).where(schema.task.c.name == name).limit(1))
+        there = connection.scalar(select(task.id).where(task.name == name).limit(1))
         why = "has no active version" if there is not None and ref == name else "is not registered"
         raise UnknownTaskError(f"Task {ref!r} {why}. Known: {listed or 'none'}. See: addenda tasks list")
     return row
 
 
-def rows_where(connection: Connection, column: Column[Any], values: Collection[Any]) -> Iterator[Row[Any]]:
-    """A table's rows with these values, in the order of their key; without the bytes that they hold."""
-    table, listed = column.table, list(values)
-    wanted = [c for c in table.c if not isinstance(c.type, LargeBinary)]
+def rows_where(connection: Connection, table: Table, column: str, values: Collection[Any]) -> dict[Any, list[Row[Any]]]:
+    """A table's rows by the values of a column, in the order of their key; without the bytes that they hold."""
+    found, listed = defaultdict(list), list(values)
+    wanted = select(*(c for c in table.c if not isinstance(c.type, LargeBinary))).order_by(*table.primary_key)
     for start in range(0, len(listed), _BATCH):
-        query = select(*wanted).where(column.in_(listed[start : start + _BATCH]))
-        yield from connection.execute(query.order_by(*table.primary_key))
+        for row in connection.execute(wanted.where(table.c[column].in_(listed[start : start + _BATCH]))):
+            found[getattr(row, column)].append(row)
+    return found
 
 
 def with_ancestors(
@@ -173,10 +172,10 @@ def with_ancestors(
     while rows:
         level = {row.id: row for row in rows}
         found |= level
-        for edge in rows_where(connection, schema.task_parent.c.task_id, level):
-            parents[edge.task_id].append(edge.parent_id)
-        unseen = {parent for number in level for parent in parents[number]} - found.keys()
-        rows = list(rows_where(connection, schema.task.c.id, unseen))
+        edges = rows_where(connection, schema.task_parent, "task_id", level)
+        parents |= {child: [edge.parent_id for edge in kin] for child, kin in edges.items()}
+        unseen = {parent for child in edges for parent in parents[child]} - found.keys()
+        rows = [row for rows in rows_where(connection, schema.task, "id", unseen).values() for row in rows]
     return found, parents
 
 
@@ -198,43 +197,35 @@ def records(connection: Connection, rows: Sequence[Row[Any]]) -> list[TaskRecord
 
 
 def _records(connection: Connection, rows: Sequence[Row[Any]]) -> list[TaskRecord]:
-    ids = [row.id for row in rows]
+    ids, hashes = {row.id for row in rows}, {row.artifact for row in rows}
     parent, of = schema.task.alias(), schema.task_parent.c
-    artifact, statistics, alias, tag = schema.artifact.c, schema.statistics.c, schema.alias.c, schema.tag.c
+    edges = select(of.task_id, ref_column(parent)).join(parent, of.parent_id == parent.c.id).where(of.task_id.in_(ids))
+    parents = defaultdict(list)
+    for child, ref in connection.execute(edges.order_by(of.task_id, of.position)):
+        parents[child].append(ref)
+    aliases = rows_where(connection, schema.alias, "task_id", ids)
+    tags = rows_where(connection, schema.tag, "task_id", ids)
+    retirements = rows_where(connection, schema.retirement, "task_id", ids)
 
-    def grouped(query: Select[Any]) -> dict[Any, list[Any]]:
-        groups = defaultdict(list)
-        for key, value in connection.execute(query):
-            groups[key].append(value)
-        return groups
+    def sizes(table: Table, key: str, values: Collection[Any]) -> dict[Any, int]:
+        query = select(table.c[key], func.length(table.c.data)).where(table.c[key].in_(values))
+        return dict(connection.execute(query).all())
 
-    parents = grouped(
-        select(of.task_id, parent.c.name + ":" + cast(parent.c.version, String))
-        .join(parent, of.parent_id == parent.c.id)
-        .where(of.task_id.in_(ids))
-        .order_by(of.task_id, of.position)
-    )
-    aliases = grouped(select(alias.task_id, alias.alias).where(alias.task_id.in_(ids)).order_by(alias.alias))
-    tags = grouped(select(tag.task_id, tag.tag).where(tag.task_id.in_(ids)).order_by(tag.tag))
-    reasons = grouped(
-        select(schema.retirement.c.task_id, schema.retirement.c.reason).where(schema.retirement.c.task_id.in_(ids))
-    )
-    known = grouped(select(statistics.task_id, func.length(statistics.data)).where(statistics.task_id.in_(ids)))
-    hashes = {row.artifact for row in rows}
-    sizes = grouped(select(artifact.sha256, func.length(artifact.data)).where(artifact.sha256.in_(hashes)))
+    size_bytes = sizes(schema.artifact, "sha256", hashes)
+    statistics_bytes = sizes(schema.statistics, "task_id", ids)
     found = insides(connection, hashes)
     return [
         TaskRecord(
             **{column: getattr(row, column) for column in columns_of(TaskColumns) if column != "labels"},
             labels=tuple(row.labels),
             sha256=row.artifact,
-            size_bytes=sum(sizes[row.artifact]),
+            size_bytes=size_bytes.get(row.artifact, 0),
             **found[row.artifact]._asdict(),
-            statistics_bytes=sum(known[row.id]),
+            statistics_bytes=statistics_bytes.get(row.id, 0),
             extends=tuple(parents[row.id]),
-            aliases=tuple(aliases[row.id]),
-            tags=tuple(tags[row.id]),
-            retired=reasons[row.id][0] if reasons[row.id] else None,
+            aliases=tuple(one.alias for one in aliases[row.id]),
+            tags=tuple(one.tag for one in tags[row.id]),
+            retired=next((one.reason for one in retirements[row.id]), None),
             generation=row.event_id,
         )
         for row in rows

@@ -32,41 +32,25 @@ class BackboneRow(Stamped):
 
 @dataclass(frozen=True, kw_only=True)
 class TaskColumns:
-    """What a task's row and its record share.
-
-    Attributes:
-        name: its name.
-        version: its number under that name, from 1.
-        backbone: fingerprint of its backbone.
-        labels: class names.
-        num_memory_tokens: m.
-        num_parameters: numbers that it adds to the backbone.
-        objective: how its logits are read.
-        config: the resolved configuration that made it.
-        metrics: what was measured when it was learned.
-        score: its headline metric on the test images, else on the validation part; None where neither was measured.
-        data: what it was learned from.
-        code_version: Addenda's version that learned it.
-        packages: versions of Python and of the packages that had a part in learning it.
-        created_by: who registered it.
-        created_at: when, ISO 8601 in UTC.
-    """
+    """What a task's row and its record share."""
 
     name: str
-    version: int
-    backbone: str
-    labels: tuple[str, ...]
-    num_memory_tokens: int
-    num_parameters: int
-    objective: str
-    config: dict[str, Any]
-    metrics: dict[str, Any]
+    version: int  # its number under that name, from 1
+    backbone: str  # fingerprint of its backbone
+    labels: tuple[str, ...]  # class names
+    num_memory_tokens: int  # m, of each layer
+    num_parameters: int  # numbers that it adds to the backbone
+    objective: str  # how its logits are read
+    config: dict[str, Any]  # the resolved configuration that made it
+    metrics: dict[str, Any]  # what was measured when it was learned
+    # Its headline metric on the test images, else on the validation part; None where neither was measured.
     score: float | None = field(metadata={"before": None})
-    data: dict[str, Any]
-    code_version: str
+    data: dict[str, Any]  # what it was learned from
+    code_version: str  # Addenda's version that learned it
+    # Versions of Python and of the packages that had a part in learning it.
     packages: dict[str, str] = field(metadata={"before": {}})
-    created_by: str
-    created_at: str
+    created_by: str  # who registered it
+    created_at: str  # when, ISO 8601 in UTC
 
 
 @dataclass(frozen=True, kw_only=True)

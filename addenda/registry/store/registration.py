@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -16,12 +17,11 @@ from addenda.registry.store import ledger, schema
 from addenda.registry.store.hashing import digest
 from addenda.registry.store.ledger import Writer, next_id
 from addenda.registry.store.loading import FeatureStatistics, load_task
-from addenda.registry.store.logits import is_finite
 from addenda.registry.store.names import check_labels, check_new_name
 from addenda.registry.store.objectives import score_of
 from addenda.registry.store.queries import find, ref_of
 from addenda.registry.store.records import Scoring
-from addenda.registry.store.task import Golden, Task, check_unwritten
+from addenda.registry.store.task import Golden, Task, check_unwritten, is_finite
 
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "safetensors")
 
@@ -31,10 +31,8 @@ def packages() -> dict[str, str]:
     """Versions of Python and of the packages that have a part in learning a task."""
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return found
 
 
@@ -48,16 +46,15 @@ def register(
 ) -> Task:
     """Adds a task as `Registry.register` says, with its golden probe's row."""
     connection = to.connection
-    versions = connection.execute(select(schema.task).where(schema.task.c.name == task.name)).all()
+    query = select(schema.task, schema.retirement.c.reason).join(schema.retirement, isouter=True)
+    query = query.where(schema.task.c.name == task.name).order_by(schema.task.c.id)
+    versions = connection.execute(query).all()
     same = [row for row in versions if row.artifact == task.sha256]
-    tombstone = schema.retirement.c
-    query = select(tombstone.task_id, tombstone.reason).where(tombstone.task_id.in_([row.id for row in same]))
-    retired = dict(connection.execute(query).all())
     for row in same:
-        if row.id not in retired:
+        if row.reason is None:
             return load_task(connection, row)
     if same and not new_version:
-        raise RetiredError(ref_of(same[-1]), retired[same[-1].id])
+        raise RetiredError(ref_of(same[-1]), same[-1].reason)
     if versions and not new_version:
         raise NameTakenError(task.name, max(row.version for row in versions))
     known = select(schema.backbone.c.name).where(schema.backbone.c.fingerprint == task.backbone)
@@ -89,8 +86,8 @@ def register(
     return load_task(connection, find(connection, f"{task.name}:{version}"))
 
 
-def check_task(task: Task, statistics: FeatureStatistics | None) -> None:
-    """Raises as `Registry.register` does where a task or its statistics may not be registered anywhere."""
+def checked(task: Task, golden: Golden, statistics: FeatureStatistics | None) -> dict[str, Any]:
+    """A task's golden probe as a row; raises as `Registry.register` does where it may not be registered anywhere."""
     check_new_name(task.name)
     if statistics is not None:
         statistics.check(len(task.labels))
@@ -98,6 +95,7 @@ def check_task(task: Task, statistics: FeatureStatistics | None) -> None:
             raise RegistryError(f"Task {task.name!r} was not registered: {statistics.excess}.")
     check_unwritten(task)
     check_bounds(task)
+    return golden_row(task, golden)
 
 
 def insert_task(
@@ -111,11 +109,7 @@ def insert_task(
     evaluations: Sequence[Mapping[str, Any]],
     **details: Any,
 ) -> int:
-    """Inserts a task and all that belongs to it, and the event of that, whose id it returns.
-
-    Columns and rows are without the numbers that this registry gives; evaluations without a generation are of this
-    event's. Content that is stored already must have the same bytes.
-    """
+    """Inserts a task and all that belongs to it, rows without this registry's numbers; returns the event's id."""
     connection, sha256 = to.connection, columns["artifact"]
     number, task_id = ledger.generation(connection) + 1, next_id(connection, schema.task)
     kept = connection.scalar(select(schema.artifact.c.data).where(schema.artifact.c.sha256 == sha256))
@@ -130,10 +124,9 @@ def insert_task(
         connection.execute(insert(schema.golden).values(**golden, task_id=task_id, event_id=number))
     if statistics is not None:
         connection.execute(insert(schema.statistics).values(**statistics, task_id=task_id))
-    for evaluation in evaluations:
-        row = {"generation": number, **evaluation, "event_id": number}
-        numbers = {"id": next_id(connection, schema.evaluation), "task_id": task_id}
-        connection.execute(insert(schema.evaluation).values(**row, **numbers))
+    for evaluation in evaluations:  # one without a generation is of this event's
+        numbers = {"id": next_id(connection, schema.evaluation), "task_id": task_id, "event_id": number}
+        connection.execute(insert(schema.evaluation).values({"generation": number, **evaluation, **numbers}))
     return to.append(kind, f"{columns['name']}:{columns['version']}", sha256=sha256, **details)
 
 
@@ -165,22 +158,23 @@ def derived(task: Task) -> dict[str, Any]:
 
 def add_golden(to: Writer, row: Row[Any], probe: Mapping[str, Any]) -> None:
     """Adds a golden probe to a task that has none of its numerics."""
-    probe = {"task_id": row.id, **probe}
-    to.add(schema.golden, probe, "golden", ref_of(row), numerics=probe["numerics_fingerprint"])
+    to.add(schema.golden, {"task_id": row.id, **probe}, "golden", ref_of(row), numerics=probe["numerics_fingerprint"])
 
 
 def golden_row(task: Task, golden: Golden) -> dict[str, Any]:
     """A task's golden probe as a row; RegistryError where it is of other labels or bytes, or not finite."""
-    name, num_labels = task.ref, len(task.labels)
-    if golden.logits.shape[-1] != num_labels:
+    logits, num_labels = golden.logits.cpu(), len(task.labels)
+    if logits.shape[-1] != num_labels:
         raise RegistryError(
-            f"Task {name!r} has {num_labels} labels; its golden probe has {golden.logits.shape[-1]} columns."
+            f"Task {task.ref!r} has {num_labels} labels; its golden probe has {logits.shape[-1]} columns."
         )
-    if not is_finite(golden.logits.cpu(), task.objective, task.temperature):
-        raise RegistryError(f"Task {name!r}: its golden probe has logits or probabilities that are NaN or infinite.")
-    data = golden.logits.cpu().contiguous().numpy().tobytes()
+    if not is_finite(logits, task.objective, task.temperature):
+        raise RegistryError(
+            f"Task {task.ref!r}: its golden probe has logits or probabilities that are NaN or infinite."
+        )
+    data = logits.contiguous().numpy().tobytes()
     if digest(data) != golden.digest:
-        raise RegistryError(f"Task {name!r}: its golden probe does not hash to its digest.")
+        raise RegistryError(f"Task {task.ref!r}: its golden probe does not hash to its digest.")
     return {
         "numerics_fingerprint": golden.numerics_fingerprint,
         "numerics": dict(golden.numerics),

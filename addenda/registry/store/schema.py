@@ -38,22 +38,19 @@ def _columns(rows: type, key: str = "", **points: str) -> list[Column[Any]]:
     """A row's columns by their types; one is the key, or a part of it, and some point at columns of other tables."""
     hints, before = get_type_hints(rows), defaults(rows)
     types: dict[Any, Any] = {str: String, int: Integer, float | None: Float}
-    made = []
-    for name in columns_of(rows):
+
+    def column(name: str) -> Column[Any]:
         value = before.get(name)
-        default = value if value is None or isinstance(value, str) else canonical_json(value)
-        points_at = [ForeignKey(points[name])] if name in points else []
-        made.append(
-            Column(
-                name,
-                types.get(hints[name], JSON),
-                *points_at,
-                primary_key=name == key,
-                nullable=hints[name] == float | None,
-                server_default=default,
-            )
+        return Column(
+            name,
+            types.get(hints[name], JSON),
+            *([ForeignKey(points[name])] if name in points else []),
+            primary_key=name == key,
+            nullable=hints[name] == float | None,
+            server_default=value if value is None or isinstance(value, str) else canonical_json(value),
         )
-    return made
+
+    return [column(name) for name in columns_of(rows)]
 
 
 def _id() -> Column[int]:
@@ -148,38 +145,31 @@ _ROW, _BEFORE, _DELETE, _UPDATE, _TRUNCATE = 1, 2, 8, 16, 32  # bits of pg_trigg
 
 
 def statements(table: Table, dialect: str) -> dict[str, str]:
-    """Trigger name -> SQL.
-
-    On SQLite, INSERT OR REPLACE deletes a row without firing its delete trigger unless the connection has
-    recursive_triggers on, so an insert over an existing key is refused too. PostgreSQL has TRUNCATE instead.
-    """
+    """Trigger name -> SQL."""
     name = table.name
     if dialect == "postgresql":
-        call = "EXECUTE FUNCTION addenda_refuse()"
+        events = {"change": ("UPDATE OR DELETE", "ROW"), "truncate": ("TRUNCATE", "STATEMENT")}
         return {
-            f"{name}_no_change": f"CREATE TRIGGER {name}_no_change BEFORE UPDATE OR DELETE ON {name} "
-            f"FOR EACH ROW {call}",
-            f"{name}_no_truncate": f"CREATE TRIGGER {name}_no_truncate BEFORE TRUNCATE ON {name} "
-            f"FOR EACH STATEMENT {call}",
+            f"{name}_no_{what}": f"CREATE TRIGGER {name}_no_{what} BEFORE {verbs} ON {name} "
+            f"FOR EACH {each} EXECUTE FUNCTION addenda_refuse()"
+            for what, (verbs, each) in events.items()
         }
+    # INSERT OR REPLACE deletes a row without firing its delete trigger unless the connection has recursive_triggers on:
+    # so an insert over an existing key is refused too.
     refusal = f"SELECT RAISE(ABORT, 'rows of {name} are never changed or removed'); END"
     same_row = " AND ".join(f"{column.name} = NEW.{column.name}" for column in table.primary_key)
     exists = f"EXISTS (SELECT 1 FROM {name} WHERE ({same_row}) OR rowid = NEW.rowid)"
     if name == "task":
         exists += " OR EXISTS (SELECT 1 FROM task WHERE name = NEW.name AND version = NEW.version)"
-    conditions = {"no_update": "UPDATE", "no_delete": "DELETE", "no_replace": "INSERT"}
     return {
-        f"{name}_{what}": f"CREATE TRIGGER {name}_{what} BEFORE {verb} ON {name} "
+        f"{name}_no_{what}": f"CREATE TRIGGER {name}_no_{what} BEFORE {verb} ON {name} "
         f"{f'WHEN {exists} ' if verb == 'INSERT' else ''}BEGIN {refusal}"
-        for what, verb in conditions.items()
+        for what, verb in (("update", "UPDATE"), ("delete", "DELETE"), ("replace", "INSERT"))
     }
 
 
 def create_triggers(connection: Connection) -> None:
-    """Creates, or creates again, the triggers of the tables there are so far; each migration ends with this.
-
-    A batch migration drops them.
-    """
+    """Creates, again, the triggers of the tables there are so far; a migration may drop them, and ends with this."""
     drop_triggers(connection)
     for sql in _expected(connection).values():
         connection.exec_driver_sql(sql)

@@ -1,4 +1,4 @@
-"""What is learned: a task's tensors and what they mean, and the golden probe that pins its outputs."""
+"""What is learned: a task's tensors, what its logits mean, and the golden probe that pins them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from addenda.exceptions import IntegrityError
-from addenda.registry.store.artifact import TENSORS, LowRank, adapters, pack, read, valid
+from addenda.registry.store.artifact import TENSORS, LowRank, adapters, pack, read
 from addenda.registry.store.hashing import digest
 from addenda.registry.store.header import end
-from addenda.registry.store.logits import probabilities
+from addenda.registry.store.objectives import OBJECTIVES
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,6 +130,29 @@ class Task:
         return tuple(seen.values())
 
 
+def probabilities(logits: Float[Tensor, "*B C"], objective: str, temperature: float = 1.0) -> Float[Tensor, "*B C"]:
+    """Turns logits into probabilities, for every part of the package.
+
+    Args:
+        logits: as a task gives them.
+        objective: one of OBJECTIVES.
+        temperature: what logits are divided by first; above 1 it makes a task less sure of itself.
+
+    Returns:
+        Of an exclusive objective's logits a softmax, which sums to 1; of another's a sigmoid of each.
+    """
+    scaled = logits / temperature
+    if OBJECTIVES[objective].exclusive:
+        return scaled.softmax(-1)
+    # torch's sigmoid has other bits at a tensor's end than elsewhere: they would depend on an image's place in a batch.
+    return torch.stack([scaled, torch.zeros_like(scaled)], -1).softmax(-1)[..., 0].contiguous()
+
+
+def is_finite(logits: Float[Tensor, "*B C"], objective: str, temperature: float) -> bool:
+    """Whether logits are numbers, and the probabilities that they stand for too."""
+    return bool(logits.isfinite().all() and probabilities(logits, objective, temperature).isfinite().all())
+
+
 @dataclass(frozen=True, eq=False)
 class Golden:
     """A task's logits on the fixed probe images, made when it was registered.
@@ -162,26 +185,18 @@ def encode(task: Task) -> bytes:
 
 
 def decode(data: bytes, sha256: str, parent: Callable[[str], Task], record: Mapping[str, Any]) -> Task:
-    """Turns an artifact back into a task; IntegrityError where it hashes to something else, or is not valid.
-
-    Args:
-        data: the artifact.
-        sha256: what it must hash to.
-        parent: gives the task of a parent's sha256.
-        record: the fields that the artifact does not hold: name, version, config, metrics, data.
-    """
+    """Turns an artifact back into a task, with parents by sha256 and a record of the fields that it does not hold."""
     manifest, tensors = read(data, sha256)
-    with valid():
-        task = Task(
-            backbone=manifest["backbone"],
-            labels=tuple(manifest["labels"]),
-            objective=manifest["objective"],
-            temperature=manifest.get("temperature", 1.0),
-            parents=tuple(parent(p) for p in manifest["extends"]),
-            **{name: tensor for name, tensor in tensors.items() if name in TENSORS},
-            adapters=MappingProxyType(adapters(tensors)) if "adapters.q.down" in tensors else None,
-            **record,
-        )
+    task = Task(
+        backbone=manifest["backbone"],
+        labels=tuple(manifest["labels"]),
+        objective=manifest["objective"],
+        temperature=manifest.get("temperature", 1.0),
+        parents=tuple(parent(p) for p in manifest["extends"]),
+        **{name: tensor for name, tensor in tensors.items() if name in TENSORS},
+        adapters=MappingProxyType(adapters(tensors)) if "adapters.q.down" in tensors else None,
+        **record,
+    )
     vars(task).update(sha256=sha256, header=data[: end(data)])
     return task
 

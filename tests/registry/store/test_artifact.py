@@ -15,6 +15,7 @@ from safetensors.torch import save
 
 from addenda.exceptions import IntegrityError, RegistryError
 from addenda.registry import ADAPTED, Task, canonical_json, digest
+from addenda.registry.store.artifact import read
 from addenda.registry.store.task import decode, encode
 from tests.support.databases import rows
 from tests.support.processes import FORKS, exit_code
@@ -191,6 +192,14 @@ def test_an_artifact_of_another_format_is_refused():
     assert other != data
     with pytest.raises(IntegrityError, match="has format 2; this version reads 1"):
         decode(other, digest(other), lambda sha256: a_task(), {"name": "any"})
+
+
+def test_an_artifact_of_no_backbone_is_refused_before_anything_is_made_of_it():
+    data = encode(a_task())
+    other = data.replace(b'\\"backbone\\"', b'\\"backbon_\\"')
+    assert other != data
+    with pytest.raises(IntegrityError, match="its artifact is not valid: 'backbone'"):
+        read(other, digest(other))
 
 
 def manifest_of(task: Task) -> str:
