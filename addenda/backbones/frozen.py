@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
+from timm.layers import Mlp
 from torch import Tensor, nn
 from torchvision.transforms.functional import normalize
 
@@ -17,7 +18,7 @@ from addenda.backbones.arithmetic import building, plain
 from addenda.backbones.family import Family, KeyValue, Reading
 from addenda.backbones.fingerprint import Wiring, fingerprint, hash_state
 from addenda.backbones.images import prepared
-from addenda.backbones.scope import FAMILIES, adapter_obstacle, obstacle
+from addenda.backbones.scope import FAMILIES, obstacle
 from addenda.backbones.vit import VisionTransformerFamily
 from addenda.exceptions import BackboneError, IntegrityError
 
@@ -218,7 +219,10 @@ class FrozenBackbone:
 
     def adapter_obstacle(self) -> str | None:
         """Says which property keeps this backbone's blocks from carrying adapters; None if nothing does."""
-        return adapter_obstacle(self.model)
+        for block in self.model.blocks:
+            if type(block.mlp) is not Mlp:
+                return f"its MLPs are {type(block.mlp).__name__}, not timm's plain Mlp of fc1 and fc2"
+        return None
 
     def adapter_shapes(self) -> dict[str, tuple[int, int]]:
         """Inputs and outputs of each linear layer of a block that adapters update, by its name in BlockAdapters.

@@ -6,6 +6,7 @@ Made by scripts/train_glyphs.py; docs/glyphs.md says how, and how good it is.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from timm.models import load_state_dict
 from timm.models.vision_transformer import VisionTransformer
@@ -21,10 +22,10 @@ def architecture(num_classes: int) -> VisionTransformer:
     return VisionTransformer(img_size=32, patch_size=4, embed_dim=128, depth=5, num_heads=4, num_classes=num_classes)
 
 
-def model() -> VisionTransformer:
+def model() -> Any:
     """The trained one."""
     state = load_state_dict(str(WEIGHTS), device="cpu")
-    trained = architecture(num_classes=len(state["head.bias"]))
+    trained: Any = architecture(num_classes=len(state["head.bias"]))
     trained.pretrained_cfg = PREPROCESSING
     trained.load_state_dict(state)
     return trained

@@ -8,7 +8,7 @@ from typing import Any
 import timm
 import torch
 from huggingface_hub import try_to_load_from_cache
-from timm.layers import Mlp, PatchEmbed
+from timm.layers import PatchEmbed
 
 from addenda.backbones.eva import EvaFamily
 from addenda.backbones.family import Family
@@ -40,14 +40,6 @@ def obstacle(model: Any) -> str | None:
     if model.patch_embed.proj.in_channels != 3:
         return f"it takes {model.patch_embed.proj.in_channels} input channels, not 3"
     return family.obstacle(model)
-
-
-def adapter_obstacle(model: Any) -> str | None:
-    """Says which property keeps a backbone's blocks from carrying adapters; None if nothing does."""
-    for block in model.blocks:
-        if type(block.mlp) is not Mlp:
-            return f"its MLPs are {type(block.mlp).__name__}, not timm's plain Mlp of fc1 and fc2"
-    return None
 
 
 def catalogue(pattern: str = "vit_*_patch16_224") -> list[tuple[str, str | None]]:

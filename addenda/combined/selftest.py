@@ -70,9 +70,7 @@ class SelfTest:
         self._widths: dict[SizeClass, Shapes] = {}
         self._heads: set[tuple[int, bool]] = set()
         shape = (self._micro_batch, *backbone.preprocessing["input_size"])
-        batch = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu").to(
-            backbone.device
-        )
+        batch = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
         order = torch.arange(self._micro_batch, dtype=torch.int64, device="cpu")
         # For each batch size: the images' places in the canonical batch, and their frozen stream.
         self._streams = {self._micro_batch: [self._frozen(batch, order), self._frozen(batch, order.roll(1))]}

@@ -70,7 +70,10 @@ def export_model(
     metadata = json.dumps(_metadata(registry, backbone, tasks, tolerance), indent=2, ensure_ascii=False)
     try:
         with plain(backbone.device), written(path, registry.file_mode, replace=False) as unfinished:
-            chosen.write(trace(model), list(model.tasks), metadata, unfinished)
+            shapes = ({0: torch.export.Dim("batch", min=1)},)
+            traced = TracedPass(model).eval(), (probe_images(backbone),)
+            program = torch.export.export(*traced, dynamic_shapes=shapes, strict=False)
+            chosen.write(program, list(model.tasks), metadata, unfinished)
             deviation = _deviation(chosen.load(unfinished), backbone, goldens)
             if not deviation <= tolerance:  # nor where it is no number
                 raise ExactnessError(
@@ -145,12 +148,3 @@ class TracedPass(nn.Module):
         answers = forward_pass(self._backbone, images, self._layout, self._heads).answers
         # Two names may have one content: each is an output of its own.
         return {name: answers[sha256].clone() for name, sha256 in self._contents.items()}
-
-
-def trace(model: CombinedModel) -> torch.export.ExportedProgram:
-    """Traces the pass of a model for any number of images."""
-    images = probe_images(model.backbone)
-    with torch.no_grad():
-        return torch.export.export(
-            TracedPass(model).eval(), (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},), strict=False
-        )
