@@ -97,9 +97,9 @@ class FrozenBackbone:
         self.patch_size: int = patches.patch_size[0]
         self.patch_operations: int = patches.num_patches * patches.proj.weight.numel()
         self.pools_class_token: bool = model.global_pool == "token"
-        # Not as far as timm would go: it makes tensors of torch's default dtype.
-        timms: Any = {key: tuple(v) if isinstance(v, list) else v for key, v in self.preprocessing.items()}
-        self._resize_and_crop: Any = create_transform(**timms, is_training=False, normalize=False)
+        # Without its last step, which would make tensors of torch's default dtype.
+        settings: Any = {key: tuple(v) if isinstance(v, list) else v for key, v in self.preprocessing.items()}
+        self._resize_and_crop: Any = create_transform(**settings, is_training=False, normalize=False)
         self._contents = hash_state(self.model)
         self._wiring = Wiring(self.model)
         self.memo: dict[Any, Any] = {}
