@@ -10,6 +10,7 @@ import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 try:
@@ -23,22 +24,14 @@ UNFINISHED = ".unfinished"
 OUTPUT, OUTPUT_TEXT = ".addenda-output", "Results of an Addenda benchmark: another run replaces its files.\n"
 
 log = logging.getLogger(__name__)
-_left_alone: set[Path] = set()
 
 
 @contextmanager
 def written(path: Path, mode: int | None = None, replace: bool = True) -> Iterator[Path]:
     """Gives a place beside a file to write it in; it gets the file's name once it is on the disk, or is deleted.
 
-    Args:
-        path: the file. A process that is killed leaves what `is_unfinished` knows by its name.
-        mode: permissions, of which the umask is taken away; the file has them from the start. None takes those of the
-            file that is there, else what the umask leaves.
-        replace: whether a file of this name may be there.
-
-    Raises:
-        FileExistsError: there is one, and it may not be replaced; it stays as it is.
-        OSError: it cannot be written.
+    A process that is killed leaves what `is_unfinished` knows by its name. The file has its permissions, less the
+    umask, from the start: by default those of the file that it replaces.
     """
     name = path.name.encode()[:200].decode(errors="ignore")  # a name has 255 bytes at most
     unfinished = path.with_name(f".{name}.{secrets.token_hex(8)}{UNFINISHED}")
@@ -53,12 +46,7 @@ def written(path: Path, mode: int | None = None, replace: bool = True) -> Iterat
 
 
 def put(unfinished: Path, path: Path, replace: bool) -> None:
-    """Gives a file on the same file system its name once it is on the disk.
-
-    Raises:
-        FileExistsError: there is one, and it may not be replaced, not even one that came meanwhile.
-        OSError: it cannot be done.
-    """
+    """Gives a file on the same file system its name once it is on the disk; FileExistsError if it may not replace."""
     with unfinished.open("rb") as file:
         os.fsync(file.fileno())
     if replace:
@@ -66,9 +54,7 @@ def put(unfinished: Path, path: Path, replace: bool) -> None:
     else:
         try:
             os.link(unfinished, path)
-        except FileExistsError:
-            raise
-        except OSError as error:  # a file system without hard links
+        except OSError as error:  # it is there, or the file system has no hard links
             if os.path.lexists(path):
                 raise FileExistsError(f"{str(path)!r} exists already") from error
             unfinished.replace(path)
@@ -96,7 +82,6 @@ def claim(folder: Path, marker: str, text: str) -> None:
     Raises:
         PermissionError: it is a link, another user owns it, or others may write to it.
         FileExistsError: it holds files and has no such marker.
-        OSError: it cannot be made.
     """
     with suppress(FileExistsError):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -139,11 +124,7 @@ def check_private(folder: Path) -> None:
 
 
 def output_folder(folder: Path) -> None:
-    """Makes a folder for what a benchmark finds, or finds one that it made: nobody else's `report.md` is overwritten.
-
-    Raises:
-        DataError: it holds files and was not made for this, or cannot be made.
-    """
+    """Makes a folder for what a benchmark finds, or finds one that it made: nobody else's report is overwritten."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not _marked(folder, OUTPUT, OUTPUT_TEXT):
@@ -160,25 +141,19 @@ def output_folder(folder: Path) -> None:
 class Hold:
     """A lock on a file, by which processes see that its folder is in use; it goes with the object or the process.
 
-    Args:
-        path: the file. Where the file system knows no locks, everybody gets one.
-        shared: whether others may hold it too.
-
-    Raises:
-        BlockingIOError: somebody else holds it.
-        OSError: the file cannot be opened.
+    BlockingIOError where somebody else holds it; where the file system knows no locks, everybody gets one.
     """
 
     def __init__(self, path: Path, shared: bool) -> None:
         self._file = -1
         self._file = os.open(path, os.O_RDONLY if shared else os.O_RDWR)  # as locks over NFS ask for
-        if fcntl is not None:
-            try:
+        try:
+            if fcntl is not None:
                 fcntl.flock(self._file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                    self.close()
-                    raise BlockingIOError(error.errno, os.strerror(error.errno), str(path)) from error
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                self.close()
+                raise BlockingIOError(error.errno, os.strerror(error.errno), str(path)) from error
 
     def close(self) -> None:
         """Gives it up."""
@@ -196,15 +171,12 @@ class Hold:
 
 
 def discard(folder: Path, ours: str, marker: str | None = None) -> bool:
-    """Deletes what Addenda made in a folder, and the folder where nothing else is left in it.
+    """Deletes what Addenda made in a folder, and the folder where nothing else is left in it: whether it is gone.
 
     Args:
         folder: the folder; a link to one is left alone.
-        ours: a pattern that the whole names of Addenda's own files and folders match; of links, nothing is deleted.
+        ours: a pattern that the whole names of Addenda's own files and folders match; links are left alone.
         marker: the name of the file that says whose the folder is: it stays as long as anything else does.
-
-    Returns:
-        Whether the folder is gone. What is not Addenda's own is named in the log, once.
     """
     if folder.is_symlink() or not folder.is_dir():
         return not os.path.lexists(folder)
@@ -230,8 +202,7 @@ def discard(folder: Path, ours: str, marker: str | None = None) -> bool:
     return not folder.exists()
 
 
+@cache
 def leave_alone(path: Path) -> None:
     """Says, once, that a file or folder is not Addenda's own and stays."""
-    if path not in _left_alone:
-        _left_alone.add(path)
-        log.warning("%s is not Addenda's own and is left alone.", path)
+    log.warning("%s is not Addenda's own and is left alone.", path)

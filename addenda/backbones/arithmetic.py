@@ -67,12 +67,7 @@ def product(rows: Float[Tensor, "*n B k"], matrices: Float[Tensor, "*n k w"]) ->
 
 
 class Adapter(NamedTuple):
-    """Updates of one linear layer for S slots: its f(x) becomes f(x) + (x @ down.T) @ up.T.
-
-    Attributes:
-        down: Float[S, r, in].
-        up: Float[S, out, r].
-    """
+    """Updates of one linear layer for S slots: its f(x) becomes f(x) + (x @ down.T) @ up.T."""
 
     down: Float[Tensor, "S r in"]
     up: Float[Tensor, "S out r"]

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from timm.layers import AttentionRope, apply_rot_embed_cat
 from timm.models.eva import Eva, EvaAttention, EvaBlock, checkpoint_filter_fn
+from timm.models.vision_transformer import LayerScale
 from torch import Tensor, nn
 
 from addenda.backbones.arithmetic import MIN_ROWS
@@ -16,11 +17,10 @@ from addenda.backbones.family import Family, KeyValue, Reading
 
 
 class EvaFamily(Family):
-    """Models of timm's Eva, of its pre-norm blocks.
+    """Models of timm's Eva, of its pre-norm blocks, written out: timm calls no layer that a hook could read.
 
-    timm's attention here calls no layer that a hook could read keys and values from, so the blocks are written out, in
-    timm's own operations and order. Class token and registers are not turned, as timm has it, and neither are tasks'
-    tokens and memory, which stand nowhere in the image.
+    Class token and registers are not turned, as timm has it, and neither are tasks' tokens and memory, which stand
+    nowhere in the image.
     """
 
     TIMM_CLASS = Eva
@@ -71,23 +71,27 @@ class EvaFamily(Family):
 
     def run(self, block: Any, tokens: Float[Tensor, "B P D"]) -> tuple[Tensor, KeyValue]:
         """Written out: timm's forward pass."""
-        queries, keys, values = self.project(block, tokens)
-        offered = KeyValue(self.place(block, keys), values)
-        return self._attend(block, tokens, self.place(block, queries), offered), offered
+        return self.last(block, tokens, "tokens")
 
     def last(self, block: Any, tokens: Float[Tensor, "B P D"], reading: Reading) -> tuple[Tensor, KeyValue]:
-        """Less than `run` where the class token is all that is read of the block, or nothing.
+        """Stops at keys and values where nothing is read, and goes on with few tokens where only the class token is.
 
         The class token, which is never turned, goes in the company of the next three, since a product with one row has
         other bits.
         """
-        if reading == "tokens" or (reading == "pooled" and self.model.global_pool != "token"):
-            return self.run(block, tokens)
         queries, keys, values = self.project(block, tokens)
         offered = KeyValue(self.place(block, keys), values)
-        if reading == "pooled":
-            tokens = self._attend(block, tokens[:, :MIN_ROWS], queries[:, :, :MIN_ROWS], offered)
-        return tokens, offered
+        if reading == "nothing":
+            return tokens, offered
+        if reading == "pooled" and self.model.global_pool == "token":
+            tokens, queries = tokens[:, :MIN_ROWS], queries[:, :, :MIN_ROWS]
+        else:
+            queries = self.place(block, queries)
+        if block.attn.fused_attn:
+            read = F.scaled_dot_product_attention(queries, *offered)
+        else:
+            read = (queries * block.attn.scale @ offered.keys.transpose(-2, -1)).softmax(dim=-1) @ values
+        return self.finish(block, tokens, read.transpose(1, 2).flatten(2)), offered
 
     def place(self, block: Any, heads: Float[Tensor, "B H N d"]) -> Float[Tensor, "B H N d"]:
         """The patches' turned, as timm turns them; all others as they are."""
@@ -99,14 +103,6 @@ class EvaFamily(Family):
         turned = apply_rot_embed_cat(patches, block.rotation, half=block.attn.rotate_half)
         return torch.cat([first, turned, behind], dim=2).type_as(heads)
 
-    def _attend(self, block: Any, tokens: Tensor, queries: Tensor, offered: KeyValue) -> Tensor:
-        """A block from its queries on."""
-        if block.attn.fused_attn:
-            read = F.scaled_dot_product_attention(queries, *offered)
-        else:
-            read = (queries * block.attn.scale @ offered.keys.transpose(-2, -1)).softmax(dim=-1) @ offered.values
-        return self.finish(block, tokens, read.transpose(1, 2).flatten(2))
-
 
 class _StandIn(nn.Module):
     """An EvaBlock's own layers by the names of timm's standard Block; `rotation` is None where nothing is turned."""
@@ -115,7 +111,7 @@ class _StandIn(nn.Module):
         super().__init__()
         self.norm1, self.norm2, self.mlp = block.norm1, block.norm2, block.mlp
         self.attn = _Attention(block.attn)
-        self.ls1, self.ls2 = (nn.Identity() if g is None else _Scale(g) for g in (block.gamma_1, block.gamma_2))
+        self.ls1, self.ls2 = _layer_scale(block.gamma_1), _layer_scale(block.gamma_2)
         self.rotation = rotation
 
 
@@ -127,6 +123,14 @@ class _Attention(nn.Module):
         self.num_heads, self.head_dim = attn.num_heads, attn.head_dim
         self.scale, self.fused_attn = attn.scale, attn.fused_attn
         self.rotate_half = getattr(attn, "rotate_half", False)
+
+
+def _layer_scale(gamma: nn.Parameter | None) -> nn.Module:
+    if gamma is None:
+        return nn.Identity()
+    scale = LayerScale(len(gamma))
+    scale.gamma = gamma
+    return scale
 
 
 def _qkv(attn: Any) -> nn.Module:
@@ -160,12 +164,3 @@ class _Shift(nn.Module):
 
     def forward(self, rows: Float[Tensor, "*b n"]) -> Float[Tensor, "*b n"]:
         return rows + self.bias
-
-
-class _Scale(nn.Module):
-    def __init__(self, gamma: Float[Tensor, " n"]) -> None:
-        super().__init__()
-        self.gamma = gamma
-
-    def forward(self, rows: Float[Tensor, "*b n"]) -> Float[Tensor, "*b n"]:
-        return self.gamma * rows

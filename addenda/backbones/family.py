@@ -28,23 +28,12 @@ class Family(ABC):
 
     Everything above asks for nothing else. `project` and `finish` are written for the layers of timm's standard Block,
     by its names: norm1, attn (qkv, q_norm, k_norm, norm, proj), ls1, norm2, mlp, ls2. A family of other blocks gives
-    stand-ins that have these layers and share the weights, or overrides the two.
-
-    Args:
-        model: one that has no `obstacle`, frozen, on its device and in its precision.
-
-    Attributes:
-        blocks: what the methods below are given; `attn` has num_heads, head_dim, scale and fused_attn too.
+    stand-ins that have these layers and share the weights; `attn` has num_heads, head_dim, scale and fused_attn too.
     """
 
-    TIMM_CLASS: ClassVar[type]
-    """The class of its models: this one, no subclass."""
-
-    LAST_PROJECTIONS: ClassVar[int] = 3
-    """Of queries, keys and values, those that `last` computes for all tokens where little is read."""
-
-    convert: ClassVar[Callable[..., dict[str, Tensor]]]
-    """Gives a checkpoint's tensors the names of the model's own: timm's `checkpoint_filter_fn` for the class."""
+    TIMM_CLASS: ClassVar[type]  # of its models: this one, no subclass
+    LAST_PROJECTIONS: ClassVar[int] = 3  # of q, k and v, those that `last` computes for all tokens where little is read
+    convert: ClassVar[Callable[..., dict[str, Tensor]]]  # gives a checkpoint's tensors the names of the model's own
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -84,10 +73,7 @@ class Family(ABC):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of some tokens at a block's input, each [B, H, N, d], turned by no position.
 
-        Args:
-            block: one of `blocks`.
-            tokens: with adapters, those of B slots, N images of each.
-            adapters: updates of B slots; of them `q` changes the queries, before q_norm.
+        With adapters the tokens are those of B slots, N images of each; their `q` changes the queries, before q_norm.
         """
         normed = block.norm1(tokens)
         qkv = block.attn.qkv(normed)
@@ -103,20 +89,19 @@ class Family(ABC):
         read: Float[Tensor, "B N D"],
         adapters: BlockAdapters | None = None,
     ) -> Float[Tensor, "B N D"]:
-        """The rest of a block after attention: projection, residuals, LayerScale and MLP.
-
-        Args:
-            block: one of `blocks`.
-            tokens: at the block's input; with adapters, those of B slots, N images of each.
-            read: what their queries read, heads side by side.
-            adapters: updates of B slots; of them `proj`, `fc1` and `fc2` act here.
-        """
+        """The rest of a block for tokens at its input and what their queries read: projection, residuals and MLP."""
         normed = block.attn.norm(read)
         projected = block.attn.proj(normed)
         if adapters is not None:
             projected = projected + adapters.proj(normed)
         tokens = tokens + block.ls1(projected)
-        result: Tensor = tokens + block.ls2(_mlp(block.mlp, block.norm2(tokens), adapters))
+        normed, mlp = block.norm2(tokens), block.mlp
+        if adapters is None:
+            update = mlp(normed)
+        else:  # timm's plain Mlp, written out
+            hidden = mlp.norm(mlp.act(mlp.fc1(normed) + adapters.fc1(normed)))
+            update = mlp.fc2(hidden) + adapters.fc2(hidden)
+        result: Tensor = tokens + block.ls2(update)
         return result
 
     @staticmethod
@@ -126,13 +111,3 @@ class Family(ABC):
         parts = qkv.unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
         queries, keys, values = parts.unbind(0)
         return attn.q_norm(queries), attn.k_norm(keys), values
-
-
-def _mlp(mlp: Any, tokens: Tensor, adapters: BlockAdapters | None) -> Tensor:
-    """A block's MLP; with adapters it is timm's plain Mlp, whose forward pass is written out."""
-    if adapters is None:
-        result: Tensor = mlp(tokens)
-        return result
-    hidden = mlp.norm(mlp.act(mlp.fc1(tokens) + adapters.fc1(tokens)))
-    adapted: Tensor = mlp.fc2(hidden) + adapters.fc2(hidden)
-    return adapted

@@ -38,28 +38,27 @@ def is_hidden(name: str) -> bool:
 
 
 def image_files(folder: Path, deep: bool = True) -> tuple[list[Path], dict[str, list[Path]]]:
-    """The image files in a folder, and what else is there.
+    """The image files in a folder in the order of their names, and all that was left out, folders as one.
 
     What is named as an image is taken for one, whatever it is: reading it will tell. Links to files are followed,
-    links to folders are not.
-
-    Args:
-        folder: where to look.
-        deep: whether the folders in it are looked into, at every depth; if not, only a system's own are reported.
-
-    Returns:
-        The files in the order of their names; and all that was left out, a folder that was not entered as one.
+    links to folders are not. Unless `deep`, no folder in it is entered, and only a system's own are reported.
 
     Raises:
         DataError: a folder cannot be read.
     """
     images: list[Path] = []
     left_out: dict[str, list[Path]] = {}
-    suffixes = _suffixes()
-
+    known = Image.registered_extensions().items()  # with what plugins have added
+    suffixes = {suffix for suffix, kind in known if kind in Image.OPEN and kind not in APART}
     places = [folder]
     while places:
-        for entry in _entries(places.pop()):
+        place = places.pop()
+        try:
+            with os.scandir(place) as found:
+                entries = list(found)
+        except OSError as error:
+            raise DataError(f"The folder {str(place)!r} cannot be read: {error.strerror}.") from error
+        for entry in entries:
             path, is_folder, is_file = Path(entry.path), os.path.isdir(entry), os.path.isfile(entry)
             named = path.suffix.lower() in suffixes
             if is_hidden(entry.name):
@@ -77,15 +76,6 @@ def image_files(folder: Path, deep: bool = True) -> tuple[list[Path], dict[str, 
             else:
                 left_out.setdefault("not_images", []).append(path)
     return sorted(images), {kind: sorted(left_out[kind]) for kind in LEFT_OUT if kind in left_out}
-
-
-def _entries(place: Path) -> list[os.DirEntry[str]]:
-    """What is in a folder; DataError where it cannot be read."""
-    try:
-        with os.scandir(place) as found:
-            return list(found)
-    except OSError as error:
-        raise DataError(f"The folder {str(place)!r} cannot be read: {error.strerror}.") from error
 
 
 def joined(parts: Iterable[LeftOut]) -> dict[str, list[Path]]:
@@ -107,13 +97,6 @@ def in_words(left_out: LeftOut, folder: Path) -> str:
         named = ", ".join(os.path.relpath(path, folder) for path in paths[:NAMED])
         said.append(f"{len(paths)} {LEFT_OUT[kind][len(paths) > 1]} ({named}{', …' if len(paths) > NAMED else ''})")
     return "; ".join(said)
-
-
-def _suffixes() -> set[str]:
-    """Ends of the names of images that Pillow decodes here, with what plugins have added."""
-    return {
-        suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN and kind not in APART
-    }
 
 
 def _begins_as_image(path: Path) -> bool:

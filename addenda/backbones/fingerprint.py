@@ -46,8 +46,7 @@ _APART = {"fused_attn"}
 class Wiring:
     """What of a model's modules decides bits beside the values of weights: what they are, hold and call.
 
-    Args:
-        model: as it was loaded.
+    Asked before every pass: so what is compared then lies in few flat lists, and module by module only in `where`.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from copy import copy, deepcopy
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from PIL import Image
-from timm.data import MaybeToTensor, create_transform, resolve_model_data_config
+from timm.data import create_transform, resolve_model_data_config
+from timm.layers import Mlp
 from torch import Tensor, nn
-from torchvision.transforms import Normalize
-from torchvision.transforms.functional import normalize, pil_to_tensor
+from torchvision.transforms.functional import normalize
 
 from addenda.backbones.arithmetic import building, plain
 from addenda.backbones.family import Family, KeyValue, Reading
 from addenda.backbones.fingerprint import Wiring, fingerprint, hash_state
 from addenda.backbones.images import prepared
-from addenda.backbones.scope import adapter_obstacle, family_of, obstacle
+from addenda.backbones.scope import FAMILIES, obstacle
 from addenda.backbones.vit import VisionTransformerFamily
 from addenda.exceptions import BackboneError, IntegrityError
 
@@ -37,8 +37,13 @@ class FrozenBackbone:
 
     Attributes:
         fingerprint: sha256 over architecture, input size, weights (as loaded, before any cast) and preprocessing.
+        precision_name: `"float32"` or `"bfloat16"`.
         preprocessing: timm's data configuration: input_size, interpolation, mean, std, crop_pct, crop_mode.
         num_tokens: P, the frozen tokens: class token, registers, patches.
+        grid_size: rows and columns of patches, which are the last of the frozen tokens.
+        patch_size: pixels of a patch's height.
+        patch_operations: multiply-adds that make the patches of one image.
+        pools_class_token: whether the pooled feature is the class token, and no patch of the last block is read.
         family: how models of its class compute.
         blocks: for the task stream to pass its own tokens through: timm's, or stand-ins of theirs.
         memo: what others have found out about it, kept as long as it lives.
@@ -57,8 +62,8 @@ class FrozenBackbone:
         precision: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        why, family = obstacle(model), family_of(model)
-        if why is not None or family is None:
+        why = obstacle(model)
+        if why is not None:
             raise BackboneError(f"Backbone {name!r} cannot carry task tokens: {why}.")
         config = resolve_model_data_config(model)
         self.preprocessing: dict[str, Any] = {
@@ -74,6 +79,8 @@ class FrozenBackbone:
                 raise BackboneError(f"Weight {what!r} of backbone {name!r} ({source}) holds NaN or infinity.")
         self.name, self.source = name, source
         self.precision, self.device = precision, torch.device(device)
+        self.precision_name = str(precision).removeprefix("torch.")
+        family = FAMILIES[type(model)]
         self.fingerprint = fingerprint(model, family, self.preprocessing)
         with building():
             # timm's module attributes have no static types; the scope check has made sure of what they are.
@@ -83,9 +90,16 @@ class FrozenBackbone:
         self.embed_dim: int = model.embed_dim
         self.depth: int = len(model.blocks)
         self.num_heads: int = model.blocks[0].attn.num_heads
-        self.num_tokens: int = model.num_prefix_tokens + model.patch_embed.num_patches
+        patches = model.patch_embed
+        self.num_tokens: int = model.num_prefix_tokens + patches.num_patches
         self.num_parameters: int = sum(p.numel() for p in model.parameters())
-        self._resize_and_crop = _resize_and_crop(self.preprocessing)
+        self.grid_size: tuple[int, int] = tuple(patches.grid_size)
+        self.patch_size: int = patches.patch_size[0]
+        self.patch_operations: int = patches.num_patches * patches.proj.weight.numel()
+        self.pools_class_token: bool = model.global_pool == "token"
+        # Without its last step, which would make tensors of torch's default dtype.
+        settings: Any = {key: tuple(v) if isinstance(v, list) else v for key, v in self.preprocessing.items()}
+        self._resize_and_crop: Any = create_transform(**settings, is_training=False, normalize=False)
         self._contents = hash_state(self.model)
         self._wiring = Wiring(self.model)
         self.memo: dict[Any, Any] = {}
@@ -96,12 +110,8 @@ class FrozenBackbone:
         Raises:
             DataError: pixel values of no known scale.
         """
-        return self.normalised(self._resize_and_crop(prepared(image)))
-
-    def normalised(self, image: Image.Image) -> Float[Tensor, "3 H W"]:
-        """An RGB image of the model's own size as a tensor, in float32 whatever torch's default dtype is."""
         with plain(torch.device("cpu")):
-            pixels = pil_to_tensor(image).float() / 255
+            pixels = self._resize_and_crop(prepared(image)).float() / 255
             found: Tensor = normalize(pixels, self.preprocessing["mean"], self.preprocessing["std"])
         return found
 
@@ -207,31 +217,12 @@ class FrozenBackbone:
         """What the first block meets, as timm's forward_features makes it."""
         return self.family.embed(images.detach().to(self.device, self.precision))
 
-    @property
-    def grid_size(self) -> tuple[int, int]:
-        """Rows and columns of patches, which are the last of the frozen tokens."""
-        rows, columns = self.model.patch_embed.grid_size
-        return rows, columns
-
-    @property
-    def patch_size(self) -> int:
-        """Pixels of a patch's height."""
-        return int(self.model.patch_embed.patch_size[0])
-
-    @property
-    def patch_operations(self) -> int:
-        """Multiply-adds that make the patches of one image."""
-        embed = self.model.patch_embed
-        return int(embed.num_patches * embed.proj.weight.numel())
-
-    @property
-    def pools_class_token(self) -> bool:
-        """Whether the pooled feature is the class token, and no patch of the last block is read."""
-        return bool(self.model.global_pool == "token")
-
     def adapter_obstacle(self) -> str | None:
         """Says which property keeps this backbone's blocks from carrying adapters; None if nothing does."""
-        return adapter_obstacle(self.model)
+        for block in self.model.blocks:
+            if type(block.mlp) is not Mlp:
+                return f"its MLPs are {type(block.mlp).__name__}, not timm's plain Mlp of fc1 and fc2"
+        return None
 
     def adapter_shapes(self) -> dict[str, tuple[int, int]]:
         """Inputs and outputs of each linear layer of a block that adapters update, by its name in BlockAdapters.
@@ -275,7 +266,6 @@ class FrozenBackbone:
         return trainable
 
     def _unhooked(self) -> Any:
-        """A copy of the timm model alone."""
         model: Any = deepcopy(self.model, {id(self.family): self.family})  # a family's hooks are bound to it
         for module in model.modules():
             module._forward_hooks.clear()
@@ -283,18 +273,15 @@ class FrozenBackbone:
 
     def __getstate__(self) -> dict[str, Any]:
         """What a deep copy or a pickle is made of: all but what is bound to this very model."""
-        bound = ("model", "family", "blocks", "memo", "_wiring", "_resize_and_crop")
+        bound = ("model", "family", "blocks", "memo", "_wiring")
         return {"model": self._unhooked()} | {name: held for name, held in vars(self).items() if name not in bound}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Binds a copy to its own model."""
         vars(self).update(state)
         with building():
-            family = family_of(self.model)
-            assert family is not None
-            self.family = family(self.model)
+            self.family = FAMILIES[type(self.model)](self.model)
         self.blocks = self.family.blocks[: self.depth]
-        self._resize_and_crop = _resize_and_crop(self.preprocessing)
         self._wiring, self.memo = Wiring(self.model), {}
 
     def record(self) -> dict[str, Any]:
@@ -303,7 +290,7 @@ class FrozenBackbone:
             "fingerprint": self.fingerprint,
             "name": self.name,
             "source": self.source,
-            "precision": str(self.precision).removeprefix("torch."),
+            "precision": self.precision_name,
             "preprocessing": self.preprocessing,
             "embed_dim": self.embed_dim,
             "depth": self.depth,
@@ -345,21 +332,3 @@ class FrozenStream:
         """The backbone's own pooled feature, which its head reads."""
         assert self._tokens is not None, "asked for before the stream was read to its end, or reading nothing"
         return self._backbone.pool(self._tokens)
-
-
-def _resize_and_crop(preprocessing: dict[str, Any]) -> Callable[[Image.Image], Image.Image]:
-    """Timm's transform up to the image: its last two steps would make tensors of torch's default dtype."""
-    settings: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in preprocessing.items()
-    }
-    transform: Any = create_transform(**settings, is_training=False)
-    *steps, to_tensor, normalise = transform.transforms
-    assert isinstance(to_tensor, MaybeToTensor), to_tensor
-    assert isinstance(normalise, Normalize), normalise
-
-    def resize_and_crop(image: Image.Image) -> Image.Image:
-        for step in steps:
-            image = step(image)
-        return image
-
-    return resize_and_crop

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 
@@ -17,7 +19,6 @@ CUT = "addenda: 16-bit colours cut to 8"
 PNG = b"\x89PNG\r\n\x1a\n"
 TEXTS = frozenset({b"tEXt", b"zTXt", b"iTXt", b"iCCP"})
 """Chunks of a PNG file that Pillow bounds."""
-ORIENTATION = ExifTags.Base.Orientation
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -52,14 +53,31 @@ def read_image(
         DataError: the file is missing, truncated, too large to be safe, no image, or of no known scale.
     """
     called = f"Image {str(source)!r}" if name is None else name
-    try:
+
+    def read(file: str | Path | BytesIO) -> Image.Image:
+        with Image.open(file, formats=formats) as image:
+            found = f"{called} has {image.width} x {image.height} pixels"
+            if max_pixels is not None and image.width * image.height > max_pixels:
+                raise TooLargeError(f"{found}; at most {max_pixels} are taken.")
+            if max_pixels is not None and max(image.size) > ASPECT * min(image.size):
+                raise TooLargeError(f"{found}; a side may be {ASPECT} times as long as the other at most.")
+            return prepared(image, called)
+
+    with _readable(called, formats):
         try:
-            return _read(source, called, formats, max_pixels)
+            return read(source)
         except ValueError:  # Pillow's own bounds for texts and colour profiles, which are not the picture
             bare = _without_texts(source.getvalue() if isinstance(source, BytesIO) else Path(source).read_bytes())
             if bare is None:
                 raise
-            return _read(BytesIO(bare), called, formats, max_pixels)
+            return read(BytesIO(bare))
+
+
+@contextmanager
+def _readable(called: str, formats: tuple[str, ...] | None = None) -> Iterator[None]:
+    """What goes wrong as Pillow reads an image, as a DataError."""
+    try:
+        yield
     except DataError:
         raise
     except FileNotFoundError as error:
@@ -69,15 +87,6 @@ def read_image(
         raise DataError(f"{called} cannot be read: it is {kinds}.") from error
     except Exception as error:  # Pillow lets through what a damaged file makes its readers stumble over, of any kind
         raise DataError(f"{called} cannot be read: {error}") from error
-
-
-def _read(
-    source: str | Path | BytesIO, called: str, formats: tuple[str, ...] | None, max_pixels: int | None
-) -> Image.Image:
-    with Image.open(source, formats=formats) as image:
-        if max_pixels is not None:
-            _check_size(called, image, max_pixels)
-        return prepared(image, called)
 
 
 def _without_texts(content: bytes) -> bytes | None:
@@ -93,64 +102,42 @@ def _without_texts(content: bytes) -> bytes | None:
     return b"".join(kept)
 
 
-def _check_size(called: str, image: Image.Image, max_pixels: int) -> None:
-    found = f"{called} has {image.width} x {image.height} pixels"
-    if image.width * image.height > max_pixels:
-        raise TooLargeError(f"{found}; at most {max_pixels} are taken.")
-    if max(image.size) > ASPECT * min(image.size):
-        raise TooLargeError(f"{found}; a side may be {ASPECT} times as long as the other at most.")
-
-
 def prepared(image: Image.Image, called: str = "An image") -> Image.Image:
     """An image as every model sees it, whether it was read from a file or given as a PIL image: RGB and upright.
 
     It is turned as its EXIF orientation says, transparent pixels are laid on white, and values that are not 8-bit are
     scaled: floats from 0 to 1, and the fewest of 8, 12 or 16 bits that hold the largest value.
 
-    Args:
-        image: of any mode.
-        called: its name in messages.
-
     Raises:
         DataError: pixel values of no known scale, a mode that has no RGB, or a file that is damaged.
     """
+    with _readable(called):
+        if ";16" in str(getattr(image, "tile", "")) and len(image.getbands()) > 1:
+            image.info[CUT] = True  # once it is loaded nothing else tells
+        image.load()
+        if CUT in image.info and int(np.asarray(image.convert("RGB")).max()) < 16:
+            raise DataError(
+                f"{called} has 16-bit colours of 12 bits or fewer, of which Pillow keeps the upper 8: it would be "
+                "nearly black. Save it with 8 bits for each channel."
+            )
+        image = _upright(image)
+        if image.mode == "F" or image.mode.startswith("I"):
+            image = _eight_bit(image, called)
+        elif image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+            with_alpha = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", with_alpha.size, "white"), with_alpha)
+        found = image.convert("RGB")
+        found.info = {}  # its orientation is done with
+        return found
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF orientation says; as it is where the metadata is damaged."""
     try:
-        return _rgb(image, called)
-    except DataError:
-        raise
-    except Exception as error:  # Pillow lets through what a damaged file makes its readers stumble over, of any kind
-        raise DataError(f"{called} cannot be read: {error}") from error
-
-
-def _rgb(image: Image.Image, called: str) -> Image.Image:
-    if ";16" in str(getattr(image, "tile", "")) and len(image.getbands()) > 1:
-        image.info[CUT] = True  # once it is loaded nothing else tells
-    image.load()
-    if CUT in image.info and int(np.asarray(image.convert("RGB")).max()) < 16:
-        raise DataError(
-            f"{called} has 16-bit colours of 12 bits or fewer, of which Pillow keeps the upper 8: it would be nearly "
-            "black. Save it with 8 bits for each channel."
-        )
-    turn = TURNS.get(_orientation(image) or 1)
-    if turn is not None:
-        image = image.transpose(turn)
-    if image.mode == "F" or image.mode.startswith("I"):
-        image = _eight_bit(image, called)
-    elif image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
-        with_alpha = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", with_alpha.size, "white"), with_alpha)
-    found = image.convert("RGB")
-    found.info = {}  # its orientation is done with
-    return found
-
-
-def _orientation(image: Image.Image) -> int | None:
-    """The EXIF orientation; None where there is none or the metadata is damaged."""
-    try:
-        found: int | None = image.getexif().get(ORIENTATION)
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # whatever stands beside the pixels is not the picture
-        return None
-    return found
+        turn = None
+    return image if turn is None else image.transpose(turn)
 
 
 def _eight_bit(image: Image.Image, called: str) -> Image.Image:

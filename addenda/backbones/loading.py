@@ -18,7 +18,7 @@ from timm.models import load_state_dict
 from addenda.backbones import glyphs
 from addenda.backbones.arithmetic import building
 from addenda.backbones.frozen import FrozenBackbone
-from addenda.backbones.scope import WORKING, family_of, obstacle
+from addenda.backbones.scope import FAMILIES, WORKING, obstacle
 from addenda.exceptions import BackboneError
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -70,8 +70,7 @@ def load_backbone(
         if name == "glyphs":
             if weights is not None:
                 raise BackboneError("Backbone 'glyphs' carries its own weights; leave the weights out.")
-            model, source = _embedded(), "embedded"
-            mean, std = mean or glyphs.MEAN, std or glyphs.STD
+            model, source = glyphs.model(), "embedded"
         elif weights is None:
             model, source = _from_hub(name), "hub"
         else:
@@ -98,10 +97,7 @@ def _dtype(precision: str) -> torch.dtype:
 
 
 def _device(device: str | torch.device) -> torch.device:
-    """The device asked for, tried; CUDA set up, for the whole process, so that bits can be kept.
-
-    Matrix products get one workspace; convolutions do without TF32 and without a search for the fastest kernel.
-    """
+    """The device asked for, tried; CUDA is set up, for the whole process, so that bits can be kept."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     try:
         chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
@@ -113,14 +109,6 @@ def _device(device: str | torch.device) -> torch.device:
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True
     return chosen
-
-
-def _embedded() -> Any:
-    state = load_state_dict(str(glyphs.WEIGHTS), device="cpu")
-    model: Any = glyphs.architecture(num_classes=len(state["head.bias"]))
-    model.pretrained_cfg = {"input_size": (3, 32, 32), "crop_pct": 1.0, "interpolation": "bicubic"}
-    model.load_state_dict(state)
-    return model
 
 
 def _in_scope(name: str, **options: Any) -> Any:
@@ -173,18 +161,14 @@ def _from_file(name: str, path: Path) -> Any:
         ) from error
     model = _in_scope(name, num_classes=len(state["head.weight"]) if "head.weight" in state else 0)
     own = model.state_dict()
-    for key in ("patch_embed.proj.weight", "pos_embed"):
-        if (
-            key in state and key in own and state[key].shape != own[key].shape
-        ):  # timm would resample it: another model, silently
+    for key in ("patch_embed.proj.weight", "pos_embed"):  # timm would resample it: another model, silently
+        if key in state and key in own and state[key].shape != own[key].shape:
             raise BackboneError(
                 f"Weights file {str(path)!r} does not fit {name!r}: {key} is {list(state[key].shape)}, not "
                 f"{list(own[key].shape)}. It is of another patch or input size."
             )
-    family = family_of(model)
-    assert family is not None
     try:
-        model.load_state_dict(family.convert(state, model))
+        model.load_state_dict(FAMILIES[type(model)].convert(state, model))
     except (RuntimeError, KeyError, AttributeError, IndexError) as error:
         reasons = [line.strip() for line in str(error).splitlines()]
         raise BackboneError(

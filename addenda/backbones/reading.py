@@ -31,14 +31,8 @@ def read_ahead(
 ) -> Iterator[tuple[Row, Found | DataError]]:
     """Reads rows in their order while the caller is at work on those before.
 
-    Args:
-        rows: which.
-        read: gives what is wanted of a row, or raises DataError.
-        ahead: rows that may be read and not yet asked for: all that is in memory beside the caller's own.
-        threads: that read.
-
-    Raises:
-        UnsteadyError: as `read` raises it; any other DataError is given in place of what was wanted.
+    At most `ahead` rows are read and not yet asked for: all that is in memory beside the caller's own. A DataError of
+    `read` is given in place of what was wanted, but an UnsteadyError is raised.
     """
 
     def attempt(row: Row) -> Found | DataError:
@@ -63,17 +57,11 @@ def read_ahead(
 
 @dataclass(frozen=True)
 class Files(Generic[Name]):
-    """Some image files that were read together.
+    """Some image files that were read together."""
 
-    Attributes:
-        asked: all of them, in their order.
-        images: what a model takes of each that could be read.
-        bad: what is wrong with each of the others.
-    """
-
-    asked: list[Name]
-    images: Float[Tensor, "B 3 H W"]
-    bad: dict[Name, str]
+    asked: list[Name]  # all of them, in their order
+    images: Float[Tensor, "B 3 H W"]  # what a model takes of each that could be read
+    bad: dict[Name, str]  # what is wrong with each of the others
 
     @property
     def paths(self) -> list[Name]:
@@ -84,16 +72,10 @@ class Files(Generic[Name]):
 def read_files(
     backbone: FrozenBackbone, paths: Sequence[Name], size: int, skip_bad: bool = False
 ) -> Iterator[Files[Name]]:
-    """Reads image files as a backbone takes them: each is opened and decoded once.
-
-    Args:
-        backbone: whose transform is applied.
-        paths: the files.
-        size: files in a batch; the last may have fewer.
-        skip_bad: leave out those that cannot be read.
+    """Reads image files as a backbone takes them, in batches of a size: each is opened and decoded once.
 
     Raises:
-        DataError: a file that is not a readable image, unless `skip_bad`.
+        DataError: a file that is not a readable image, unless `skip_bad` leaves these out.
     """
     reading = read_ahead(paths, lambda path: backbone.transform(read_image(path)), size)
     nothing = torch.empty(0, *backbone.preprocessing["input_size"], dtype=torch.float32, device="cpu")

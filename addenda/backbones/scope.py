@@ -8,21 +8,15 @@ from typing import Any
 import timm
 import torch
 from huggingface_hub import try_to_load_from_cache
-from timm.layers import Mlp, PatchEmbed
+from timm.layers import PatchEmbed
 
 from addenda.backbones.eva import EvaFamily
 from addenda.backbones.family import Family
 from addenda.backbones.vit import VisionTransformerFamily
 
-FAMILIES: tuple[type[Family], ...] = (VisionTransformerFamily, EvaFamily)
-"""Every family of models that can be backbones."""
-
+FAMILIES: dict[type, type[Family]] = {family.TIMM_CLASS: family for family in (VisionTransformerFamily, EvaFamily)}
+"""By the class of their models, and no subclass of it."""
 WORKING = ("vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2")
-
-
-def family_of(model: Any) -> type[Family] | None:
-    """The family of a model, by its class and no subclass; None if it has none."""
-    return next((family for family in FAMILIES if type(model) is family.TIMM_CLASS), None)
 
 
 def obstacle(model: Any) -> str | None:
@@ -31,9 +25,9 @@ def obstacle(model: Any) -> str | None:
     A task's stream is the backbone's own blocks with one query token, so every block has to be a pre-norm one of plain
     attention: other blocks mix tokens in ways that the shared-prefix attention does not reproduce.
     """
-    family = family_of(model)
+    family = FAMILIES.get(type(model))
     if family is None:
-        known = " or ".join(one.TIMM_CLASS.__name__ for one in FAMILIES)
+        known = " or ".join(one.__name__ for one in FAMILIES)
         return f"it is a {type(model).__name__}, not timm's {known}"
     if model.cls_token is None:
         return "it has no class token, whose place the task's own token takes"
@@ -48,14 +42,6 @@ def obstacle(model: Any) -> str | None:
     return family.obstacle(model)
 
 
-def adapter_obstacle(model: Any) -> str | None:
-    """Says which property keeps a backbone's blocks from carrying adapters; None if nothing does."""
-    for block in model.blocks:
-        if type(block.mlp) is not Mlp:
-            return f"its MLPs are {type(block.mlp).__name__}, not timm's plain Mlp of fc1 and fc2"
-    return None
-
-
 def catalogue(pattern: str = "vit_*_patch16_224") -> list[tuple[str, str | None]]:
     """Checks every timm model of a family of backbones whose name matches a pattern, without weights or memory.
 
@@ -65,7 +51,7 @@ def catalogue(pattern: str = "vit_*_patch16_224") -> list[tuple[str, str | None]
     Returns:
         (name, None) for a model that works, (name, what is missing) for one that does not.
     """
-    modules = [family.TIMM_CLASS.__module__.rpartition(".")[2] for family in FAMILIES]
+    modules = [timm_class.__module__.rpartition(".")[2] for timm_class in FAMILIES]
     names = [name for module in modules for name in timm.list_models(pattern, module=module)]
     return [(name, obstacle(timm.create_model(name, device="meta"))) for name in names]
 

@@ -25,7 +25,7 @@ class VisionTransformerFamily(Family):
     def __init__(self, model: Any) -> None:
         super().__init__(model)
         # A hook on the qkv projection sees what timm computes without changing a bit of it or computing it twice.
-        self._captured = threading.local()  # the output of a projection, from the hook to `_offered`
+        self._captured = threading.local()  # the output of a projection, from the hook to `run`
         for block in self.blocks:
             block.attn.qkv.register_forward_hook(self._capture)
 
@@ -53,32 +53,21 @@ class VisionTransformerFamily(Family):
         """As it stands: timm's forward pass."""
         self._captured.wanted = True
         tokens = block(tokens)
-        return tokens, self._offered(block)
+        _, keys, values = self.split_qkv(block, vars(self._captured).pop("qkv"))
+        return tokens, KeyValue(keys, values)
 
     def last(self, block: Any, tokens: Float[Tensor, "B P D"], reading: Reading) -> tuple[Tensor, KeyValue]:
-        """Less than `run` where the class token is all that is read of the block, or nothing."""
-        if reading != "tokens" and self.model.global_pool == "token":
-            return self._lean(block, tokens, reading)
-        if reading == "nothing":
-            self._captured.wanted = True
-            block.attn.qkv(block.norm1(tokens))
-            return tokens, self._offered(block)
-        return self.run(block, tokens)
+        """Less than `run` where nothing is read of the block, or only its class token.
 
-    def _capture(self, module: nn.Module, inputs: object, output: Tensor) -> None:
-        if getattr(self._captured, "wanted", False):  # else it is timm's own pass, and nobody would let it go
-            self._captured.qkv, self._captured.wanted = output, False
-
-    def _offered(self, block: Any) -> KeyValue:
-        """Keys and values that the block's own qkv projection has just computed."""
-        _, keys, values = self.split_qkv(block, vars(self._captured).pop("qkv"))
-        return KeyValue(keys, values)
-
-    def _lean(self, block: Any, tokens: Tensor, reading: Reading) -> tuple[Tensor, KeyValue]:
-        """A block of which only the class token goes on: no patch asks or passes the MLP, all offer keys and values.
-
-        The class token goes in the company of the next three, since a product with one row has other bits.
+        Then no patch asks or passes the MLP, and all offer keys and values. The class token goes in the company of the
+        next three, since a product with one row has other bits.
         """
+        pools_class_token = self.model.global_pool == "token"
+        if reading == "nothing" and not pools_class_token:
+            _, keys, values = self.project(block, tokens)
+            return tokens, KeyValue(keys, values)
+        if reading == "tokens" or not pools_class_token:
+            return self.run(block, tokens)
         attn, width = block.attn, self.model.embed_dim
         # Detached: torch multiplies rows that lie apart in another way by a weight that requires gradients.
         weight, bias = attn.qkv.weight.detach(), None if attn.qkv.bias is None else attn.qkv.bias.detach()
@@ -92,3 +81,7 @@ class VisionTransformerFamily(Family):
             read = F.scaled_dot_product_attention(queries, keys, values, scale=attn.scale)
             tokens = self.finish(block, tokens[:, :MIN_ROWS], read.transpose(1, 2).flatten(2))
         return tokens, KeyValue(keys, values)
+
+    def _capture(self, module: nn.Module, inputs: object, output: Tensor) -> None:
+        if getattr(self._captured, "wanted", False):  # else it is timm's own pass, and nobody would let it go
+            self._captured.qkv, self._captured.wanted = output, False

@@ -14,24 +14,12 @@ from addenda.backbones import FrozenBackbone, KeyValue, product
 def attend(
     scale: float,
     queries: Float[Tensor, "S H B d"],
-    frozen: KeyValue,
-    tokens: KeyValue,
-    memory: KeyValue,
-    bias: Float[Tensor, "S w"] | None = None,
+    frozen: KeyValue,  # [B, H, P, d], seen by every task
+    tokens: KeyValue,  # each task's own and its ancestors', [S, H, B, t, d]
+    memory: KeyValue,  # each task's own and its ancestors', [S, H, m, d]: of no image
+    bias: Float[Tensor, "S w"] | None = None,  # -inf where a private key only fills its size class; w = t + m
 ) -> Float[Tensor, "S B D"]:
-    """Each task's query over the keys that it sees, in one softmax (the paper's Table 1, never built as a mask).
-
-    Args:
-        scale: d ** -0.5.
-        queries: one for each of S tasks and each of B images.
-        frozen: the backbone's keys and values, [B, H, P, d], seen by every task.
-        tokens: each task's own token and its ancestors', [S, H, B, t, d].
-        memory: each task's memory and its ancestors', [S, H, m, d]: of no image.
-        bias: 0 where a private key is real and -inf where it only fills its size class, w = t + m.
-
-    Returns:
-        What each task's query read, heads side by side.
-    """
+    """What each task's query reads of the keys that it sees (the paper's Table 1, never built as a mask)."""
     num_tasks, num_heads, batch, _ = queries.shape
     num_frozen = frozen.keys.shape[-2]
     weights = attention_weights(scale, queries, frozen, tokens, memory, bias)
@@ -49,7 +37,7 @@ def attention_weights(
     memory: KeyValue,
     bias: Float[Tensor, "S w"] | None = None,
 ) -> Float[Tensor, "B H S K"]:
-    """How much each task's query attends to each of its K = P + w keys: frozen ones, then private. Args as `attend`."""
+    """How much each task's query attends to each of its K = P + w keys, frozen ones, then private, in one softmax."""
     _, num_heads, batch, _ = queries.shape
     queries = (queries * scale).contiguous()
     by_image = queries.permute(2, 1, 0, 3).flatten(0, 1)  # [B H, S, d]: an image's frozen keys serve all tasks

@@ -6,24 +6,17 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from addenda.backbones import FrozenBackbone
+from addenda.backbones import MIN_ROWS, FrozenBackbone
 from addenda.combined.model import CombinedModel
-from addenda.combined.shapes import MIN_ROWS
 
 
 @dataclass(frozen=True)
 class TaskCost:
-    """The price of one task that extends none, without its head and the padding of a last tile.
+    """The price of one task that extends none, without its head and the padding of a last tile."""
 
-    Attributes:
-        token_bytes: its class token, memory and adapters, stored in float32.
-        operations: multiply-adds for one image.
-        backbone_operations: multiply-adds of the backbone's own pass over one image.
-    """
-
-    token_bytes: int
-    operations: int
-    backbone_operations: int
+    token_bytes: int  # of its class token, memory and adapters, stored in float32
+    operations: int  # multiply-adds for one image
+    backbone_operations: int  # those of the backbone's own pass over one image
 
     @property
     def relative_operations(self) -> float:
@@ -44,12 +37,8 @@ def task_cost(backbone: FrozenBackbone, num_memory_tokens: int, adapter_rank: in
     """
     adapters = backbone.depth * _updates(backbone, adapter_rank)
     width, tokens = backbone.embed_dim, backbone.num_tokens
-    linear = sum(
-        module.weight.numel()
-        for block in backbone.blocks
-        for module in block.modules()
-        if isinstance(module, nn.Linear)
-    )
+    modules = [module for block in backbone.blocks for module in block.modules()]
+    linear = sum(module.weight.numel() for module in modules if isinstance(module, nn.Linear))
     seen = tokens + 1 + num_memory_tokens
     return TaskCost(
         token_bytes=4 * (width * (1 + backbone.depth * num_memory_tokens) + adapters),

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from addenda.backbones import FrozenBackbone, KeyValue, plain
+from addenda.backbones import FrozenBackbone, FrozenStream, KeyValue, plain
 from addenda.combined.attention import attend, attention_weights
 from addenda.combined.shapes import batch_size, micro_batch
 from addenda.combined.tiles import Layout, Tile, TileStore
@@ -29,15 +29,10 @@ Read = Callable[[Tensor, Tensor | None], Tensor]
 
 
 class Passed(NamedTuple):
-    """What came of a pass.
+    """What came of a pass."""
 
-    Attributes:
-        answers: what each head gave, by its task's sha256, Float[B, C].
-        pooled: the backbone's own feature in its precision, Float[B, D], where it was asked for.
-    """
-
-    answers: dict[str, Tensor]
-    pooled: Tensor | None
+    answers: dict[str, Tensor]  # what each head gave, by its task's sha256, Float[B, C]
+    pooled: Tensor | None  # the backbone's own feature in its precision, Float[B, D], where it was asked for
 
 
 def forward_pass(
@@ -74,9 +69,9 @@ def forward_pass(
     # A traced pass is inside such a context already.
     with nullcontext() if torch.compiler.is_compiling() else plain(backbone.device):
         for batch, count in _batches(backbone, images, sizes) if isinstance(images, Tensor) else ((images, None),):
-            frozen = backbone.stream(batch, "pooled" if reading else "nothing") if isinstance(batch, Tensor) else None
-            tiles = _task_streams(backbone, batch if frozen is None else frozen, layout, observe, look)
-            feature = frozen.pooled if frozen is not None and reading else None
+            stream = backbone.stream(batch, "pooled" if reading else "nothing") if isinstance(batch, Tensor) else batch
+            tiles = _task_streams(backbone, stream, layout, observe, look)
+            feature = stream.pooled if reading and isinstance(stream, FrozenStream) else None
             for sha256, head in heads.items():
                 own = feature
                 if sha256 in layout.slot:
@@ -120,11 +115,7 @@ def _task_streams(
     observe: Observer | None,
     look: Onlooker | None,
 ) -> list[Float[Tensor, "S B D"]]:
-    """Runs a frozen stream to its end and all the task streams of a layout with it.
-
-    Returns:
-        For each tile its slots' final features, through the backbone's final norms.
-    """
+    """Runs a frozen stream to its end with all the task streams of a layout: for each tile its slots' features."""
     hidden: list[Tensor] = []
     for layer, frozen in enumerate(stream):
         batch, num_heads, _, head_dim = frozen.keys.shape

@@ -19,29 +19,17 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-1}
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of one task's golden probe.
+    """What became of one task's golden probe."""
 
-    Attributes:
-        task: its reference.
-        ok: digests equal under the same numerics fingerprint, or within tolerance under another.
-        compared: what was recomputed.
-        numerics_fingerprint: under which it was recomputed.
-        recorded_under: under which the golden probe was made.
-        same_numerics: whether these two are equal.
-        identical: whether the logits are equal, byte for byte.
-        max_difference: largest |difference| of a logit; None where the probe cannot be compared.
-        detail: one line for a person.
-    """
-
-    task: str
-    ok: bool
-    compared: str
-    numerics_fingerprint: str
-    recorded_under: str
-    same_numerics: bool
-    identical: bool
-    max_difference: float | None
-    detail: str
+    task: str  # its reference
+    ok: bool  # digests equal under the same numerics fingerprint, or within tolerance under another
+    compared: str  # what was recomputed
+    numerics_fingerprint: str  # under which it was recomputed
+    recorded_under: str  # the numerics fingerprint under which the golden probe was made
+    same_numerics: bool  # whether these two are equal
+    identical: bool  # whether the logits are equal, byte for byte
+    max_difference: float | None  # largest |difference| of a logit; None where the probe cannot be compared
+    detail: str  # one line for a person
 
 
 def golden(backbone: FrozenBackbone, task: Task) -> Golden:
@@ -101,7 +89,7 @@ def _verdict(task: Task, probe: Golden | None, logits: Tensor, now: str, backbon
     if probe is not None and probe.logits.shape == logits.shape and tensor_digest(probe.logits) == probe.digest:
         same, identical = now == probe.numerics_fingerprint, tensor_digest(logits) == probe.digest
         difference = (logits - probe.logits).abs().max().item()
-        bound = TOLERANCE[str(backbone.precision).removeprefix("torch.")] * probe.logits.abs().max().item()
+        bound = TOLERANCE[backbone.precision_name] * probe.logits.abs().max().item()
     finite = is_finite(logits, task.objective, task.temperature)
     if not finite:
         detail = "gives logits or probabilities that are NaN or infinite"

@@ -13,15 +13,7 @@ from addenda.registry import Task, check_unwritten
 
 
 class Head:
-    """Computes in float32 at least, whatever the backbone's precision; weights are filled up to HEAD_ROWS.
-
-    Args:
-        backbone: says where and how precisely.
-        task: whose head it is.
-
-    Raises:
-        IntegrityError: the task's tensors have been written to.
-    """
+    """Computes in float32 at least, whatever the backbone's precision; weights are filled up to HEAD_ROWS."""
 
     def __init__(self, backbone: FrozenBackbone, task: Task) -> None:
         check_unwritten(task)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -21,7 +21,7 @@ from addenda.combined.selftest import prove
 from addenda.combined.shapes import TILE, Shapes, micro_batch
 from addenda.combined.tiles import Layout, TileStore
 from addenda.exceptions import BackboneError, ExactnessError, RegistryError, UnknownTaskError
-from addenda.registry import LowRank, Task
+from addenda.registry import Task
 
 
 class Answers(dict[str, Tensor]):
@@ -69,7 +69,7 @@ class CombinedModel:
         self.micro_batch = micro_batch(backbone.device)
         self._store = TileStore(backbone)
         self._heads: dict[str, Head] = {}
-        self._arithmetic, self._touch = arithmetic(backbone), touch()
+        self._settings = arithmetic(backbone), touch()
         self._load(tasks)
 
     def with_tasks(self, tasks: Sequence[Task]) -> CombinedModel:
@@ -105,11 +105,12 @@ class CombinedModel:
                 raise RegistryError(
                     f"Two different tasks are named {task.name!r}; a combined model answers one of them."
                 )
-        if (arithmetic(self.backbone), touch()) != (self._arithmetic, self._touch):  # other settings, other bits
-            self._arithmetic, self._touch = arithmetic(self.backbone), touch()
-            self._store, self._heads = TileStore(self.backbone), {}
-        known = self._heads
-        self._heads = {task.sha256: known.get(task.sha256) or Head(self.backbone, task) for task in self.tasks.values()}
+        now = arithmetic(self.backbone), touch()
+        if now != self._settings:  # other settings, other bits
+            self._settings, self._store, self._heads = now, TileStore(self.backbone), {}
+        self._heads = {
+            task.sha256: self._heads.get(task.sha256) or Head(self.backbone, task) for task in self.tasks.values()
+        }
         self.shapes = Shapes((self.micro_batch,), (TILE,))
         if self.exact and tasks:
             self.shapes = prove(self.backbone, tasks)
@@ -160,15 +161,12 @@ class CombinedModel:
 
     def _check_settings(self) -> None:
         self.backbone.check_as_loaded()
-        now = arithmetic(self.backbone)
-        if now != self._arithmetic:
-            before = self._arithmetic
-            pairs = {name: (before.get(name, "the default"), now.get(name, "the default")) for name in before | now}
-            changed = ", ".join(f"{name} was {was}, now {is_}" for name, (was, is_) in pairs.items() if was != is_)
-        elif touch() != self._touch:
-            changed = "one that has no name here: some of torch's own operations give other bits than then"
-        else:
+        (before, bits), now = self._settings, arithmetic(self.backbone)
+        if now == before and touch() == bits:
             return
+        pairs = {name: (before.get(name, "the default"), now.get(name, "the default")) for name in before | now}
+        named = ", ".join(f"{name} was {was}, now {is_}" for name, (was, is_) in pairs.items() if was != is_)
+        changed = named or "one that has no name here: some of torch's own operations give other bits than then"
         raise ExactnessError(
             f"A setting that moves bits has changed since this model was made: {changed}. Set it back, or make the "
             "model anew (model.with_tasks)."
@@ -262,16 +260,12 @@ def _check_fits(task: Task, backbone: FrozenBackbone) -> None:
             f"Task {task.ref!r} has memory {list(task.memory.shape)}; backbone {backbone.name!r} has {backbone.depth} "
             f"layers of {backbone.embed_dim} dimensions."
         )
-    if task.adapters:
-        _check_adapters_fit(task, task.adapters, backbone)
-
-
-def _check_adapters_fit(task: Task, adapters: Mapping[str, LowRank], backbone: FrozenBackbone) -> None:
-    """Raises an error that names the task unless the backbone's blocks can carry its adapters."""
+    if not task.adapters:
+        return
     why = backbone.adapter_obstacle()
     if why is not None:
         raise BackboneError(f"Task {task.ref!r} has adapters, which backbone {backbone.name!r} cannot carry: {why}.")
-    found = {site: (len(down), down.shape[-1], up.shape[1]) for site, (down, up) in adapters.items()}
+    found = {site: (len(down), down.shape[-1], up.shape[1]) for site, (down, up) in task.adapters.items()}
     expected = {site: (backbone.depth, *ends) for site, ends in backbone.adapter_shapes().items()}
     if found != expected:
         raise RegistryError(

@@ -32,34 +32,42 @@ def arithmetic(backbone: FrozenBackbone) -> dict[str, Any]:
         matmul = torch.get_float32_matmul_precision()
     except RuntimeError:  # set by torch's older and its newer way, differently
         matmul = "mixed"
-    switches = _switches() | (_cuda_switches() if backbone.device.type == "cuda" else {})
     return {
         "threads": torch.get_num_threads(),
         "mkldnn": torch.backends.mkldnn.enabled,
         "float32_matmul_precision": matmul,
         "fused_attention": backbone.fused_attention,
-        **{name: found for name, (found, default) in switches.items() if found != default},
+        **{name: found for name, (found, *defaults) in _switches(backbone.device).items() if found not in defaults},
     }
 
 
-def _switches() -> dict[str, tuple[Any, Any]]:
-    """Settings that move bits on a CPU: as they are, and torch's default."""
+def _switches(device: torch.device) -> dict[str, tuple[Any, ...]]:
+    """Settings that move bits: as they are, and torch's default or what loading a backbone on a GPU sets."""
     mkldnn, sdp = torch.backends.mkldnn, torch.backends.cuda
-    precisions = {  # torch has had them since 2.9
-        "fp32_precision": torch.backends,
-        "mkldnn_fp32_precision": mkldnn,
-        "conv_fp32_precision": getattr(mkldnn, "conv", None),
-        "matmul_fp32_precision": getattr(mkldnn, "matmul", None),
-    }
-    return {
+    full = ("none", "ieee")  # torch names it in two ways
+    found: dict[str, tuple[Any, ...]] = {
         "default_dtype": (str(torch.get_default_dtype()), "torch.float32"),
-        "flush_denormal": (_flushes_denormals(), False),
+        "flush_denormal": (not _SMALL.mul(0.5).count_nonzero(), False),
         "flash_sdp": (sdp.flash_sdp_enabled(), True),
         "mem_efficient_sdp": (sdp.mem_efficient_sdp_enabled(), True),
         "math_sdp": (sdp.math_sdp_enabled(), True),
         "cudnn_sdp": (sdp.cudnn_sdp_enabled(), True),
-        **{name: (_full(getattr(part, "fp32_precision", "none")), "none") for name, part in precisions.items()},
+        # torch has had these since 2.9
+        "fp32_precision": (getattr(torch.backends, "fp32_precision", "none"), *full),
+        "mkldnn_fp32_precision": (getattr(mkldnn, "fp32_precision", "none"), *full),
+        "conv_fp32_precision": (getattr(getattr(mkldnn, "conv", None), "fp32_precision", "none"), *full),
+        "matmul_fp32_precision": (getattr(getattr(mkldnn, "matmul", None), "fp32_precision", "none"), *full),
     }
+    if device.type == "cuda":
+        cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+        found |= {
+            "cudnn_tf32": (cudnn.allow_tf32, False),
+            "cudnn_benchmark": (cudnn.benchmark, False),
+            "cudnn_deterministic": (cudnn.deterministic, True),
+            "bf16_reduction": (matmul.allow_bf16_reduced_precision_reduction, True),
+            "fp16_reduction": (matmul.allow_fp16_reduced_precision_reduction, True),
+        }
+    return found
 
 
 def lowered(described: Mapping[str, Any]) -> list[str]:
@@ -69,28 +77,6 @@ def lowered(described: Mapping[str, Any]) -> list[str]:
         for name, value in described.items()
         if name.endswith("precision") and name != "precision" and value not in ("highest", "none")
     ]
-
-
-def _full(precision: str) -> str:
-    """Full float32, which torch names in two ways, in one."""
-    return "none" if precision == "ieee" else precision
-
-
-def _cuda_switches() -> dict[str, tuple[Any, Any]]:
-    """The same on a GPU, beside what loading a backbone there sets."""
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    return {
-        "cudnn_tf32": (cudnn.allow_tf32, False),
-        "cudnn_benchmark": (cudnn.benchmark, False),
-        "cudnn_deterministic": (cudnn.deterministic, True),
-        "bf16_reduction": (matmul.allow_bf16_reduced_precision_reduction, True),
-        "fp16_reduction": (matmul.allow_fp16_reduced_precision_reduction, True),
-    }
-
-
-def _flushes_denormals() -> bool:
-    """Whether this thread takes numbers too small for their exponent as 0."""
-    return not bool(_SMALL.mul(0.5).count_nonzero())
 
 
 _SMALL = torch.full((1,), 1e-39, dtype=torch.float32, device="cpu")
@@ -120,7 +106,7 @@ def settings(backbone: FrozenBackbone) -> dict[str, Any]:
         "timm": version("timm"),
         "device": f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}" if cuda else _cpu(),
         **arithmetic(backbone),
-        "precision": str(backbone.precision).removeprefix("torch."),
+        "precision": backbone.precision_name,
         "tile": TILE,
         "micro_batch": micro_batch(device),
     }

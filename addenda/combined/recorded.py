@@ -14,15 +14,7 @@ def recorded_backbone(
 ) -> FrozenBackbone:
     """Loads the registry's one backbone, or that of a fingerprint or name, and checks its fingerprint.
 
-    Args:
-        registry: the registry that names it.
-        weights: a local file of its weights. Default: where they were when it was recorded.
-        device: cpu, cuda, cuda:1, or auto.
-        fingerprint: the fingerprint of the one that is meant.
-        name: the name of the one that is meant.
-
-    Returns:
-        The backbone, loaded.
+    Its weights are read from a local file, by default from where they were when it was recorded.
 
     Raises:
         BackboneError: the registry has none such, or several; or its weights are gone.

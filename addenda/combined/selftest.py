@@ -51,14 +51,7 @@ def prove(backbone: FrozenBackbone, tasks: Iterable[Task]) -> Shapes:
 
 
 class SelfTest:
-    """The self-test of one backbone under one set of settings, as far as it was needed.
-
-    Args:
-        backbone: the backbone.
-
-    Raises:
-        ExactnessError: the frozen stream itself gives an image other bits at another place in the batch.
-    """
+    """The self-test of one backbone under one set of settings, as far as it was needed; what fails it raises."""
 
     def __init__(self, backbone: FrozenBackbone) -> None:
         described = settings(backbone)
@@ -77,9 +70,7 @@ class SelfTest:
         self._widths: dict[SizeClass, Shapes] = {}
         self._heads: set[tuple[int, bool]] = set()
         shape = (self._micro_batch, *backbone.preprocessing["input_size"])
-        batch = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu").to(
-            backbone.device
-        )
+        batch = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
         order = torch.arange(self._micro_batch, dtype=torch.int64, device="cpu")
         # For each batch size: the images' places in the canonical batch, and their frozen stream.
         self._streams = {self._micro_batch: [self._frozen(batch, order), self._frozen(batch, order.roll(1))]}
@@ -95,11 +86,7 @@ class SelfTest:
         self.images = tuple(sorted(self._streams))
 
     def head(self, task: Task) -> None:
-        """Tests a head's shape.
-
-        Raises:
-            ExactnessError: an image's logits depend on its place.
-        """
+        """Tests that an image's logits do not depend on its place, for each shape of a head once."""
         head = Head(self._backbone, task)
         rows = len(head.weight)
         kind = (rows, head.pooled_weight is not None)
@@ -115,32 +102,29 @@ class SelfTest:
         self._heads.add(kind)
 
     def width(self, width: SizeClass) -> Shapes:
-        """Tests the tiles and batches of a size class; those that are not canonical may fail and are left out.
-
-        Raises:
-            ExactnessError: a canonical shape gives a task other bits in another slot, place or company.
-        """
-        if width not in self._widths:
-            task, largest = probe_task(self._backbone, width), self._tile_sizes[-1]
-            twins = [replace(task, labels=(f"twin {i}", "other")) for i in range(largest)]
-            others = [probe_task(self._backbone, width, seed) for seed in range(1, largest // 2 + 1)]
-            mixed = [others[i // 2] if i % 2 else twin for i, twin in enumerate(twins)]
-            store = TileStore(self._backbone)
-            (reference,) = self._features(Layout(store, [task]), [task], self._streams[self._micro_batch][0])
-            # All made before any is used: the tiles of one size lend their memory to the next.
-            layouts = {
-                size: (Layout(store, twins[:size], (size,)), Layout(store, mixed[:size], (size,)))
-                for size in self._tile_sizes[::-1]
-            }
-            held = {size: self._held(*pair, twins[:size], reference) for size, pair in layouts.items()}
-            if self._micro_batch not in held[TILE]:
-                rank = f", rank {width.rank}" if width.rank else ""
-                raise self._refusal(
-                    f"a task's bits depend on its slot, its neighbours or the image's place: tiles of {TILE} slots by "
-                    f"{self._micro_batch} images, {width.tokens} private tokens and {width.memory} memory keys{rank}"
-                )
-            slots = tuple(size for size in self._tile_sizes if held[size] >= held[TILE])
-            self._widths[width] = Shapes(tuple(sorted(held[TILE])), slots)
+        """Tests the tiles and batches of a size class; those that are not canonical may fail and are left out."""
+        if width in self._widths:
+            return self._widths[width]
+        task, largest = probe_task(self._backbone, width), self._tile_sizes[-1]
+        twins = [replace(task, labels=(f"twin {i}", "other")) for i in range(largest)]
+        others = [probe_task(self._backbone, width, seed) for seed in range(1, largest // 2 + 1)]
+        mixed = [others[i // 2] if i % 2 else twin for i, twin in enumerate(twins)]
+        store = TileStore(self._backbone)
+        (reference,) = self._features(Layout(store, [task]), [task], self._streams[self._micro_batch][0])
+        # All made before any is used: the tiles of one size lend their memory to the next.
+        layouts = {
+            size: (Layout(store, twins[:size], (size,)), Layout(store, mixed[:size], (size,)))
+            for size in self._tile_sizes[::-1]
+        }
+        held = {size: self._held(*pair, twins[:size], reference) for size, pair in layouts.items()}
+        if self._micro_batch not in held[TILE]:
+            rank = f", rank {width.rank}" if width.rank else ""
+            raise self._refusal(
+                f"a task's bits depend on its slot, its neighbours or the image's place: tiles of {TILE} slots by "
+                f"{self._micro_batch} images, {width.tokens} private tokens and {width.memory} memory keys{rank}"
+            )
+        slots = tuple(size for size in self._tile_sizes if held[size] >= held[TILE])
+        self._widths[width] = Shapes(tuple(sorted(held[TILE])), slots)
         return self._widths[width]
 
     def _held(self, full: Layout, mixed: Layout, twins: Sequence[Task], reference: Tensor) -> set[int]:
@@ -158,19 +142,14 @@ class SelfTest:
 
     def _frozen(self, batch: Tensor, places: Tensor) -> Frozen:
         layers: list[KeyValue] = []
-        found = forward_pass(
-            self._backbone, batch[places], pooled=True, observe=lambda _, frozen, __: layers.append(frozen)
-        ).pooled
-        assert found is not None
-        return places, [*layers, KeyValue(found, found)]
+        passed = forward_pass(self._backbone, batch[places], pooled=True, observe=lambda *seen: layers.append(seen[1]))
+        assert passed.pooled is not None
+        return places, [*layers, KeyValue(passed.pooled, passed.pooled)]
 
     def _same(self, found: Frozen, reference: Frozen) -> bool:
         places, layers = found
-        return all(
-            _equal(part, whole[places])
-            for pair, wholes in zip(layers, reference[1], strict=True)
-            for part, whole in zip(pair, wholes, strict=True)
-        )
+        parts, wholes = ([part for pair in one for part in pair] for one in (layers, reference[1]))
+        return all(_equal(part, whole[places]) for part, whole in zip(parts, wholes, strict=True))
 
     def _refusal(self, what: str) -> ExactnessError:
         return ExactnessError(

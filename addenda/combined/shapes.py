@@ -7,29 +7,11 @@ few shapes, filled up with zeros, which the task alone decides or which were pro
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from addenda.backbones import MIN_ROWS
 from addenda.registry import Task
-
-__all__ = [
-    "BATCH_SIZES",
-    "HEAD_ROWS",
-    "MIN_MEMORY",
-    "MIN_RANK",
-    "MIN_ROWS",
-    "TILE",
-    "TILE_SIZES",
-    "Shapes",
-    "SizeClass",
-    "batch_size",
-    "micro_batch",
-    "size_class",
-    "tile_sizes",
-]
 
 TILE = 16
 """Slots of the canonical tile. A product's bits may depend on its number of rows, so a tile is never cut to fit."""
@@ -62,17 +44,11 @@ class SizeClass(NamedTuple):
     rank: int = 0
 
 
-@dataclass(frozen=True)
-class Shapes:
-    """The shapes that give every task the bits of the canonical ones.
+class Shapes(NamedTuple):
+    """The shapes that give every task the bits of the canonical ones."""
 
-    Attributes:
-        images: batch sizes, ascending; the last is the canonical micro-batch.
-        slots: tile sizes, ascending, the canonical one among them.
-    """
-
-    images: tuple[int, ...]
-    slots: tuple[int, ...]
+    images: tuple[int, ...]  # batch sizes, ascending; the last is the canonical micro-batch
+    slots: tuple[int, ...]  # tile sizes, ascending, the canonical one among them
 
 
 def micro_batch(device: torch.device) -> int:
@@ -107,14 +83,11 @@ def _power_of_two(count: int) -> int:
 
 def tile_sizes(count: int, sizes: Sequence[int] | None) -> list[int]:
     """Slots of the tiles for some tasks of one class: few slots, few tiles. None has no slot empty."""
-    if count == 0:
-        return []
-    if sizes is None:
-        return [min(count, TILE_SIZES[-1]), *tile_sizes(max(0, count - TILE_SIZES[-1]), None)]
-    full, rest = [], count
-    while rest > sizes[-1]:
-        full.append(sizes[-1])
-        rest -= sizes[-1]
+    largest = (sizes or TILE_SIZES)[-1]
+    num_full, rest = divmod(count, largest)
+    full = [largest] * num_full
+    if rest == 0 or sizes is None:
+        return [*full, rest] if rest else full
     whole = next(size for size in sizes if size >= rest)
     smaller = [size for size in sizes if size < rest]
     if smaller:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from threading import Lock
@@ -27,26 +27,16 @@ class Tile:
 
     Its memory and adapters are its own, or are those of slots of other tiles: then they are copied layer by layer as
     they pass, and never kept.
-
-    Attributes:
-        class_tokens: the slots' first tokens, position and norm_pre included.
-        ancestors: for each slot the rows of the offered tokens that it sees; row 0 is none.
-        bias: 0 for a real private key, -inf for filling; own token, ancestors, memory.
-        rank: of its adapters, filling included; 0 without.
-        slots: the slot of each of its tasks, by sha256.
-        memories: for each layer the keys and values of what the slots see of memory, [S, H, m, d].
-        updates: for each layer the slots' adapters, filled up to `rank` with zeros; empty where it is 0.
-        sources: of a tile that is drawn from others: these, the slots drawn from each, and where they stand here.
     """
 
-    class_tokens: Float[Tensor, "S D"]
-    ancestors: Int[Tensor, "S a"]
-    bias: Float[Tensor, "S w"]
-    rank: int
-    slots: dict[str, int]
-    memories: tuple[KeyValue, ...] = ()
-    updates: tuple[BlockAdapters, ...] = ()
-    sources: tuple[tuple[Tile, Tensor, Tensor], ...] = ()
+    class_tokens: Float[Tensor, "S D"]  # the slots' first tokens, position and norm_pre included
+    ancestors: Int[Tensor, "S a"]  # for each slot the rows of the offered tokens that it sees; row 0 is none
+    bias: Float[Tensor, "S w"]  # 0 for a real private key, -inf for filling; own token, ancestors, memory
+    rank: int  # of its adapters, filling included; 0 without
+    slots: dict[str, int]  # the slot of each of its tasks, by sha256
+    memories: tuple[KeyValue, ...] = ()  # of each layer, [S, H, m, d]
+    updates: tuple[BlockAdapters, ...] = ()  # of each layer, filled up to `rank` with zeros; none where it is 0
+    sources: tuple[tuple[Tile, Tensor, Tensor], ...] = ()  # other tiles, the slots drawn from each, and those here
 
     def memory(self, layer: int) -> KeyValue:
         """The keys and values of what each slot sees of memory in one layer, [S, H, m, d]."""
@@ -71,11 +61,7 @@ class Tile:
 
 
 class TileStore:
-    """The tiles on a device, each built once for the layouts and models that share it, kept while one of them lives.
-
-    Args:
-        backbone: the backbone that all tasks were learned on.
-    """
+    """The tiles on a device, each built once for the layouts and models that share it, kept while one of them lives."""
 
     def __init__(self, backbone: FrozenBackbone) -> None:
         self.backbone = backbone
@@ -103,12 +89,9 @@ class TileStore:
         return tuple(KeyValue(keys[0], values[0]) for keys, values in layers)
 
     def tile(self, size: int, tasks: Sequence[Task], offered: dict[str, int]) -> Tile:
-        """A tile of some tasks of one size class, the rest of its slots empty: one that is held already, or a new one.
+        """A tile of at most `size` tasks of one size class, other slots empty: one that is held already, or a new one.
 
-        Args:
-            size: its slots.
-            tasks: at most as many.
-            offered: row of each offered token, by its task's sha256.
+        `offered` gives the row of each offered token, by its task's sha256.
         """
         rows = tuple(offered[kin.sha256] for task in tasks for kin in task.closure)
         key = (size, tuple(task.sha256 for task in tasks), rows)
@@ -133,12 +116,11 @@ class TileStore:
         )
         for slot, task in enumerate(tasks):
             assert task.class_token is not None
-            for member in (task, *task.closure):
-                check_unwritten(member)
             class_tokens[slot] = task.class_token
             bias[slot, : 1 + len(task.closure)] = 0
             start = 0
             for member in (task, *task.closure):
+                check_unwritten(member)
                 end = start + member.num_memory_tokens
                 if end > start:
                     for into, rows in zip(layers, self.memory(member), strict=True):
@@ -206,9 +188,7 @@ class Layout:
             for size in tile_sizes(len(waiting), sizes):
                 self.tiles.append(source.tile(size, waiting[:size], self.offered))
                 waiting = waiting[size:]
-        self.slot = {
-            sha256: (number, slot) for number, tile in enumerate(self.tiles) for sha256, slot in tile.slots.items()
-        }
+        self.slot = {sha256: (i, slot) for i, tile in enumerate(self.tiles) for sha256, slot in tile.slots.items()}
         # The slots of each tile whose tokens others see, and their rows.
         self.offers = [
             [(slot, self.offered[sha256]) for sha256, slot in tile.slots.items() if sha256 in self.offered]
@@ -227,7 +207,7 @@ class Layout:
         bias[:, 0] = 0
         sources = []
         for number, pairs in drawn.items():
-            theirs, here = (_numbers(column).to(bias.device) for column in zip(*pairs, strict=True))
+            theirs, here = torch.tensor(pairs, dtype=torch.int64, device="cpu").to(bias.device).unbind(1)
             class_tokens[here], bias[here] = self.tiles[number].class_tokens[theirs], self.tiles[number].bias[theirs]
             sources.append((self.tiles[number], theirs, here))
         return Tile(
@@ -242,11 +222,7 @@ class Layout:
 
 def _ancestors(size: int, tasks: Sequence[Task], offered: dict[str, int]) -> Int[Tensor, "S a"]:
     """For each slot the rows of the offered tokens that it sees, as wide as its size class."""
-    found = torch.zeros(size, size_class(tasks[0]).tokens - 1, dtype=torch.int64, device="cpu")
-    for slot, task in enumerate(tasks):
-        found[slot, : len(task.closure)] = _numbers(offered[kin.sha256] for kin in task.closure)
-    return found
-
-
-def _numbers(values: Iterable[int]) -> Int[Tensor, " n"]:
-    return torch.tensor(list(values), dtype=torch.int64, device="cpu")
+    width = size_class(tasks[0]).tokens - 1
+    rows = [[offered[kin.sha256] for kin in task.closure] for task in tasks]
+    filled = [row + [0] * (width - len(row)) for row in rows] + [[0] * width] * (size - len(rows))
+    return torch.tensor(filled, dtype=torch.int64, device="cpu")

@@ -22,23 +22,20 @@ from addenda.exporting.formats import FORMATS, INPUT, Run
 from addenda.files import written
 from addenda.registry import Golden, Registry, Task
 
+OF_A_TASK = ("ref", "sha256", "labels", "objective", "temperature", "extends")
+"""What a file says of each of its tasks."""
+
 
 @dataclass(frozen=True)
 class Exported:
-    """A model that was exported and checked.
-
-    Attributes:
-        tasks: references of the tasks that it answers.
-        deviation: the largest |difference| from a golden probe's logits, as a share of the largest |logit| of its task.
-        tolerance: what the deviation may be.
-    """
+    """A model that was exported and checked."""
 
     path: str
     format: str
-    tasks: tuple[str, ...]
+    tasks: tuple[str, ...]  # references of the tasks that it answers
     size_bytes: int
-    deviation: float
-    tolerance: float
+    deviation: float  # the largest |difference| from a golden logit, as a share of the largest |logit| of its task
+    tolerance: float  # what the deviation may be
 
 
 def export_model(
@@ -67,13 +64,16 @@ def export_model(
     path = Path(path)
     _check_request(backbone, tasks, path, format)
     chosen, model = FORMATS[format], CombinedModel(backbone, tasks, exact=False)
-    tasks, tolerance = list(model.tasks.values()), TOLERANCE[_precision(backbone)]
-    chosen.check(list(model.tasks), _precision(backbone))
+    tasks, tolerance = list(model.tasks.values()), TOLERANCE[backbone.precision_name]
+    chosen.check(list(model.tasks), backbone.precision_name)
     goldens = {task.name: registry.goldens(task.ref)[0] for task in tasks}
     metadata = json.dumps(_metadata(registry, backbone, tasks, tolerance), indent=2, ensure_ascii=False)
     try:
         with plain(backbone.device), written(path, registry.file_mode, replace=False) as unfinished:
-            chosen.write(trace(model), list(model.tasks), metadata, unfinished)
+            shapes = ({0: torch.export.Dim("batch", min=1)},)
+            traced = TracedPass(model).eval(), (probe_images(backbone),)
+            program = torch.export.export(*traced, dynamic_shapes=shapes, strict=False)
+            chosen.write(program, list(model.tasks), metadata, unfinished)
             deviation = _deviation(chosen.load(unfinished), backbone, goldens)
             if not deviation <= tolerance:  # nor where it is no number
                 raise ExactnessError(
@@ -124,34 +124,16 @@ def _metadata(registry: Registry, backbone: FrozenBackbone, tasks: Sequence[Task
         "addenda": addenda.__version__,
         "torch": torch.__version__,
         "generation": registry.generation,
-        "backbone": {"name": backbone.name, "fingerprint": backbone.fingerprint, "precision": _precision(backbone)},
+        "backbone": {key: backbone.record()[key] for key in ("name", "fingerprint", "precision")},
         "input": INPUT,
         "preprocessing": backbone.preprocessing,
-        "tasks": {
-            task.name: {
-                "ref": task.ref,
-                "sha256": task.sha256,
-                "labels": task.labels,
-                "objective": task.objective,
-                "temperature": task.temperature,
-                "extends": task.extends,
-            }
-            for task in tasks
-        },
+        "tasks": {task.name: {key: getattr(task, key) for key in OF_A_TASK} for task in tasks},
         "tolerance": tolerance,
     }
 
 
-def _precision(backbone: FrozenBackbone) -> str:
-    return str(backbone.precision).removeprefix("torch.")
-
-
 class TracedPass(nn.Module):
-    """The combined pass without its fixed shapes.
-
-    Args:
-        model: the tasks on their backbone, inexact: no slot of its tiles is empty.
-    """
+    """The pass of an inexact combined model, which has no fixed shapes: no slot of its tiles is empty."""
 
     def __init__(self, model: CombinedModel) -> None:
         super().__init__()
@@ -166,12 +148,3 @@ class TracedPass(nn.Module):
         answers = forward_pass(self._backbone, images, self._layout, self._heads).answers
         # Two names may have one content: each is an output of its own.
         return {name: answers[sha256].clone() for name, sha256 in self._contents.items()}
-
-
-def trace(model: CombinedModel) -> torch.export.ExportedProgram:
-    """Traces the pass of a model for any number of images."""
-    images = probe_images(model.backbone)
-    with torch.no_grad():
-        return torch.export.export(
-            TracedPass(model).eval(), (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},), strict=False
-        )

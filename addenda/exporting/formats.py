@@ -25,23 +25,12 @@ Run = Callable[[Float[Tensor, "B 3 H W"]], Mapping[str, Tensor]]
 
 
 class Format(NamedTuple):
-    """A format that a traced program can be written in.
-
-    Attributes:
-        suffix: of its files.
-        check: raises AddendaError where it cannot be written here, or not with outputs of some names or in a precision.
-        write: writes a program, the names of its outputs and its metadata to a file.
-        load: reads a file, to be run on images without Addenda.
-    """
+    """A format that a traced program can be written in."""
 
     suffix: str
-    check: Callable[[Sequence[str], str], None]
-    write: Callable[[ExportedProgram, Sequence[str], str, Path], None]
-    load: Callable[[Path], Run]
-
-
-def _check_torch(names: Sequence[str], precision: str) -> None:
-    """Torch itself writes it, whatever it is."""
+    check: Callable[[Sequence[str], str], None]  # raises AddendaError unless outputs' names and a precision can be had
+    write: Callable[[ExportedProgram, Sequence[str], str, Path], None]  # a program, its outputs' names, its metadata
+    load: Callable[[Path], Run]  # to be run on images without Addenda
 
 
 def _write_torch(program: ExportedProgram, names: Sequence[str], metadata: str, path: Path) -> None:
@@ -82,19 +71,15 @@ def _write_onnx(program: ExportedProgram, names: Sequence[str], metadata: str, p
         warnings.simplefilter("ignore")  # what the exporter says of its own insides
         made = torch.onnx.export(program, input_names=[INPUT], dynamo=True, verbose=False)
     assert made is not None
-    _name_outputs(made.model.graph, names)
-    made.model.metadata_props[METADATA] = metadata
-    made.save(path)
-
-
-def _name_outputs(graph: Any, names: Sequence[str]) -> None:
-    """Names the outputs after the tasks; a value within the graph that is called like one is called otherwise."""
-    taken = {INPUT, *names}
+    graph: Any = made.model.graph
+    # Outputs are named after the tasks; a value within the graph that is called like one is called otherwise.
     for value in [*graph.initializers.values(), *(value for node in graph for value in node.outputs)]:
-        if value.name in taken:
+        if value.name in {INPUT, *names}:
             value.name = f"{value.name}.inner"  # no task's name has a dot
     for value, name in zip(graph.outputs, names, strict=True):
         value.name = name
+    made.model.metadata_props[METADATA] = metadata
+    made.save(path)
 
 
 def _load_onnx(path: Path) -> Run:
@@ -111,6 +96,6 @@ def _load_onnx(path: Path) -> Run:
 
 
 FORMATS = {
-    "torch-export": Format(".pt2", _check_torch, _write_torch, _load_torch),
+    "torch-export": Format(".pt2", lambda names, precision: None, _write_torch, _load_torch),
     "onnx": Format(".onnx", _check_onnx, _write_onnx, _load_onnx),
 }

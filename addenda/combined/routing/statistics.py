@@ -22,21 +22,14 @@ SAMPLE = 64
 def feature_statistics(
     pooled: Float[Tensor, "N D"], targets: Int64[Tensor, " N"], num_classes: int
 ) -> FeatureStatistics:
-    """Sums up the features of a task's images, in float64, for routers to come.
-
-    Args:
-        pooled: the backbone's own feature of each image.
-        targets: their classes.
-        num_classes: C.
-    """
+    """Sums up the backbone's own features of a task's images and their classes, in float64, for routers to come."""
     features = expand(pooled)
     one_hot = F.one_hot(targets, num_classes).double()
     counts = targets.bincount(minlength=num_classes)
     rows: list[int] = []
     left = counts.tolist()
-    for row in torch.randperm(
-        len(targets), generator=torch.Generator().manual_seed(0), dtype=torch.int64, device="cpu"
-    ).tolist():
+    random = torch.Generator().manual_seed(0)
+    for row in torch.randperm(len(targets), generator=random, dtype=torch.int64, device="cpu").tolist():
         if len(rows) < min(SAMPLE, len(targets) // 5) and left[targets[row]] > 1:  # without them each class has one
             rows.append(row)
             left[targets[row]] -= 1
