@@ -1,7 +1,7 @@
 """A timm ViT or Eva, frozen: loading, fingerprint, preprocessing, layer-by-layer keys and values."""
 
 from addenda.backbones.arithmetic import MIN_ROWS, Adapter, BlockAdapters, plain, product, uncompiled
-from addenda.backbones.family import KeyValue
+from addenda.backbones.family import KeyValue, Reading
 from addenda.backbones.finding import LeftOut, counted, image_files, in_words, joined
 from addenda.backbones.frozen import FrozenBackbone, FrozenStream
 from addenda.backbones.images import PREPARATION, prepared, read_image
@@ -20,6 +20,7 @@ __all__ = [
     "FrozenStream",
     "KeyValue",
     "LeftOut",
+    "Reading",
     "cached_weights",
     "catalogue",
     "counted",

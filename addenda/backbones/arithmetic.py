@@ -66,6 +66,20 @@ def product(rows: Float[Tensor, "*n B k"], matrices: Float[Tensor, "*n k w"]) ->
     return products[..., :count, :]
 
 
+def layer_statistics(normed: Float[Tensor, "B P D"], num_patches: int) -> Float[Tensor, "B n"]:
+    """What a block's output says of an image: its class token, and mean and standard deviation over the patches.
+
+    Tokens are read as the next block's first norm gives them. Deviations are taken from the mean in a second pass: the
+    mean of squares less the squared mean cancels where patches hardly differ, and torch's `var_mean` over this axis
+    takes twenty times as long (docs/performance.md). In float32 at least; n is 3 D.
+    """
+    tokens = normed.to(torch.promote_types(normed.dtype, torch.float32))
+    patches = tokens[:, -num_patches:]
+    mean = patches.mean(1)
+    deviation = (patches - mean.unsqueeze(1)).square().mean(1).sqrt()
+    return torch.cat([tokens[:, 0], mean, deviation], dim=1)
+
+
 class Adapter(NamedTuple):
     """Updates of one linear layer for S slots: its f(x) becomes f(x) + (x @ down.T) @ up.T."""
 

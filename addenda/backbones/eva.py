@@ -69,20 +69,21 @@ class EvaFamily(Family):
         embedded: Tensor = self.model.norm_pre(tokens)
         return embedded
 
-    def run(self, block: Any, tokens: Float[Tensor, "B P D"]) -> tuple[Tensor, KeyValue]:
+    def run(self, block: Any, tokens: Float[Tensor, "B P D"]) -> tuple[Tensor, KeyValue, Tensor]:
         """Written out: timm's forward pass."""
         return self.last(block, tokens, "tokens")
 
-    def last(self, block: Any, tokens: Float[Tensor, "B P D"], reading: Reading) -> tuple[Tensor, KeyValue]:
+    def last(self, block: Any, tokens: Float[Tensor, "B P D"], reading: Reading) -> tuple[Tensor, KeyValue, Tensor]:
         """Stops at keys and values where nothing is read, and goes on with few tokens where only the class token is.
 
         The class token, which is never turned, goes in the company of the next three, since a product with one row has
         other bits.
         """
-        queries, keys, values = self.project(block, tokens)
+        normed = block.norm1(tokens)
+        queries, keys, values = self.project_normed(block, normed)
         offered = KeyValue(self.place(block, keys), values)
         if reading == "nothing":
-            return tokens, offered
+            return tokens, offered, normed
         if reading == "pooled" and self.model.global_pool == "token":
             tokens, queries = tokens[:, :MIN_ROWS], queries[:, :, :MIN_ROWS]
         else:
@@ -91,7 +92,7 @@ class EvaFamily(Family):
             read = F.scaled_dot_product_attention(queries, *offered)
         else:
             read = (queries * block.attn.scale @ offered.keys.transpose(-2, -1)).softmax(dim=-1) @ values
-        return self.finish(block, tokens, read.transpose(1, 2).flatten(2)), offered
+        return self.finish(block, tokens, read.transpose(1, 2).flatten(2)), offered, normed
 
     def place(self, block: Any, heads: Float[Tensor, "B H N d"]) -> Float[Tensor, "B H N d"]:
         """The patches' turned, as timm turns them; all others as they are."""

@@ -54,12 +54,16 @@ class Family(ABC):
         """What the first block meets, as timm's forward_features makes it."""
 
     @abstractmethod
-    def run(self, block: Any, tokens: Float[Tensor, "B P D"]) -> tuple[Tensor, KeyValue]:
-        """A block over the frozen tokens, bit for bit as timm runs it, and the keys and values within it."""
+    def run(self, block: Any, tokens: Float[Tensor, "B P D"]) -> tuple[Tensor, KeyValue, Tensor]:
+        """A block over the frozen tokens, bit for bit as timm runs it.
+
+        Returns:
+            Its output, its keys and values, and what it computed them from: its input, normalised, Float[B, P, D].
+        """
 
     @abstractmethod
-    def last(self, block: Any, tokens: Float[Tensor, "B P D"], reading: Reading) -> tuple[Tensor, KeyValue]:
-        """The last block, of which only what is read need be computed, and its keys and values."""
+    def last(self, block: Any, tokens: Float[Tensor, "B P D"], reading: Reading) -> tuple[Tensor, KeyValue, Tensor]:
+        """As `run`, for the last block: of its output only what is read need be computed."""
 
     def place(self, block: Any, heads: Float[Tensor, "B H N d"]) -> Float[Tensor, "B H N d"]:
         """Queries or keys of a sequence that begins with the frozen tokens, turned as these tokens' positions say.
@@ -75,7 +79,12 @@ class Family(ABC):
 
         With adapters the tokens are those of B slots, N images of each; their `q` changes the queries, before q_norm.
         """
-        normed = block.norm1(tokens)
+        return self.project_normed(block, block.norm1(tokens), adapters)
+
+    def project_normed(
+        self, block: Any, normed: Float[Tensor, "B N D"], adapters: BlockAdapters | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of tokens that have passed the block's first norm."""
         qkv = block.attn.qkv(normed)
         if adapters is not None:
             queries, offered = qkv.tensor_split((qkv.shape[-1] // 3,), dim=-1)

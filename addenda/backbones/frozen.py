@@ -14,7 +14,7 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 from torchvision.transforms.functional import normalize
 
-from addenda.backbones.arithmetic import building, plain
+from addenda.backbones.arithmetic import building, layer_statistics, plain
 from addenda.backbones.family import Family, KeyValue, Reading
 from addenda.backbones.fingerprint import Wiring, fingerprint, hash_state
 from addenda.backbones.images import prepared
@@ -163,7 +163,7 @@ class FrozenBackbone:
         """This backbone cut off after some blocks, sharing its weights: for computations where the depth is nothing."""
         return self._with(blocks=self.blocks[:depth], depth=len(self.blocks[:depth]), memo={})
 
-    def stream(self, images: Tensor, reading: Reading = "tokens") -> FrozenStream:
+    def stream(self, images: Tensor, reading: Reading = "tokens", layers: bool = False) -> FrozenStream:
         """The frozen pass, layer by layer: iterate for each layer's keys and values.
 
         Args:
@@ -171,12 +171,13 @@ class FrozenBackbone:
             reading: what is wanted of the last block. `"tokens"` runs it as timm does, bit for bit; `"pooled"`
                 computes only what the pooled feature needs (where that is the class token), `"nothing"` only keys and
                 values.
+            layers: whether the layer features are wanted too.
 
         Raises:
             BackboneError: images of another shape.
         """
         self.check_images(images)
-        return FrozenStream(self, images, reading)
+        return FrozenStream(self, images, reading, layers)
 
     def backbone_logits(self, images: Tensor) -> Float[Tensor, "B C"]:
         """Stock timm's own forward pass over images Float[B, 3, H, W], head included."""
@@ -196,6 +197,11 @@ class FrozenBackbone:
             class_tokens = class_tokens + position[0, 0]
         tokens: Tensor = self.model.norm_pre(class_tokens)
         return tokens
+
+    @property
+    def num_layer_features(self) -> int:
+        """n, the numbers that layer heads read: three vectors of each block's output but the last."""
+        return 3 * self.embed_dim * (self.depth - 1)
 
     @property
     def class_token(self) -> Float[Tensor, " D"]:
@@ -301,24 +307,41 @@ class FrozenBackbone:
 
 
 class FrozenStream:
-    """One frozen pass over one batch. Iterate once; then `pooled` is the backbone's own feature."""
+    """One frozen pass over one batch. Iterate once; then `pooled` and `layers` are what heads read of it."""
 
-    def __init__(self, backbone: FrozenBackbone, images: Tensor, reading: Reading) -> None:
+    def __init__(self, backbone: FrozenBackbone, images: Tensor, reading: Reading, layers: bool) -> None:
         self._backbone = backbone
         self._images = images
         self._reading = reading
         self._tokens: Tensor | None = None
+        self._layers: list[Tensor] | None = [] if layers else None
 
     def __iter__(self) -> Iterator[KeyValue]:
         """Yields each layer's keys and values, Float[B, H, P, d]."""
         family, (*blocks, last) = self._backbone.family, self._backbone.blocks
         tokens = self._backbone.embed(self._images)
-        for block in blocks:
-            tokens, offered = family.run(block, tokens)
+        for number, block in enumerate(blocks):
+            tokens, offered, normed = family.run(block, tokens)
+            if number:
+                self._read(normed)
             yield offered
-        tokens, offered = family.last(last, tokens, self._reading)
+        tokens, offered, normed = family.last(last, tokens, self._reading)
         self._tokens = None if self._reading == "nothing" else tokens
+        if blocks:
+            self._read(normed)
         yield offered
+
+    def _read(self, normed: Float[Tensor, "B P D"]) -> None:
+        """Takes the statistics of a block's output where it is still in the processor's caches: in the next block."""
+        if self._layers is not None:
+            rows, columns = self._backbone.grid_size
+            self._layers.append(layer_statistics(normed, rows * columns))
+
+    @property
+    def layers(self) -> Float[Tensor, "B n"]:
+        """The layer features: statistics of every block's output but the last, in float32 at least."""
+        assert self._layers, "asked for before the stream was read to its end, not wanted, or of a single block"
+        return torch.cat(self._layers, dim=1)
 
     @property
     def tokens(self) -> Float[Tensor, "B P D"]:

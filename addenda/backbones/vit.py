@@ -25,7 +25,7 @@ class VisionTransformerFamily(Family):
     def __init__(self, model: Any) -> None:
         super().__init__(model)
         # A hook on the qkv projection sees what timm computes without changing a bit of it or computing it twice.
-        self._captured = threading.local()  # the output of a projection, from the hook to `run`
+        self._captured = threading.local()  # the input and output of a projection, from the hook to `run`
         for block in self.blocks:
             block.attn.qkv.register_forward_hook(self._capture)
 
@@ -49,29 +49,30 @@ class VisionTransformerFamily(Family):
         embedded: Tensor = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
         return embedded
 
-    def run(self, block: Any, tokens: Float[Tensor, "B P D"]) -> tuple[Tensor, KeyValue]:
+    def run(self, block: Any, tokens: Float[Tensor, "B P D"]) -> tuple[Tensor, KeyValue, Tensor]:
         """As it stands: timm's forward pass."""
         self._captured.wanted = True
         tokens = block(tokens)
-        _, keys, values = self.split_qkv(block, vars(self._captured).pop("qkv"))
-        return tokens, KeyValue(keys, values)
+        normed, qkv = vars(self._captured).pop("seen")
+        _, keys, values = self.split_qkv(block, qkv)
+        return tokens, KeyValue(keys, values), normed
 
-    def last(self, block: Any, tokens: Float[Tensor, "B P D"], reading: Reading) -> tuple[Tensor, KeyValue]:
+    def last(self, block: Any, tokens: Float[Tensor, "B P D"], reading: Reading) -> tuple[Tensor, KeyValue, Tensor]:
         """Less than `run` where nothing is read of the block, or only its class token.
 
         Then no patch asks or passes the MLP, and all offer keys and values. The class token goes in the company of the
         next three, since a product with one row has other bits.
         """
         pools_class_token = self.model.global_pool == "token"
-        if reading == "nothing" and not pools_class_token:
-            _, keys, values = self.project(block, tokens)
-            return tokens, KeyValue(keys, values)
-        if reading == "tokens" or not pools_class_token:
+        if reading == "tokens" or (reading == "pooled" and not pools_class_token):
             return self.run(block, tokens)
+        normed = block.norm1(tokens)
+        if not pools_class_token:
+            _, keys, values = self.project_normed(block, normed)
+            return tokens, KeyValue(keys, values), normed
         attn, width = block.attn, self.model.embed_dim
         # Detached: torch multiplies rows that lie apart in another way by a weight that requires gradients.
         weight, bias = attn.qkv.weight.detach(), None if attn.qkv.bias is None else attn.qkv.bias.detach()
-        normed = block.norm1(tokens)
         offered = F.linear(normed, weight[width:], None if bias is None else bias[width:])
         keys, values = offered.unflatten(-1, (2, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
         keys = attn.k_norm(keys)
@@ -80,8 +81,8 @@ class VisionTransformerFamily(Family):
             queries = attn.q_norm(queries.unflatten(-1, (attn.num_heads, attn.head_dim)).transpose(1, 2))
             read = F.scaled_dot_product_attention(queries, keys, values, scale=attn.scale)
             tokens = self.finish(block, tokens[:, :MIN_ROWS], read.transpose(1, 2).flatten(2))
-        return tokens, KeyValue(keys, values)
+        return tokens, KeyValue(keys, values), normed
 
-    def _capture(self, module: nn.Module, inputs: object, output: Tensor) -> None:
+    def _capture(self, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
         if getattr(self._captured, "wanted", False):  # else it is timm's own pass, and nobody would let it go
-            self._captured.qkv, self._captured.wanted = output, False
+            self._captured.seen, self._captured.wanted = (inputs[0], output), False

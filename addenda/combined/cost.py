@@ -83,6 +83,7 @@ def pass_operations(model: CombinedModel, filled: bool = True) -> int:
     for head in model.heads:
         rows = len(head.weight) if filled else head.num_labels
         operations += rows * width * (1 if head.pooled_weight is None else 2)
+        operations += sum(part.numel() for part in (head.layer_weight, head.layer_down) if part is not None)
     return operations
 
 
@@ -94,5 +95,5 @@ def loaded_bytes(model: CombinedModel) -> int:
         tensors += [part for layer in tile.memories for part in layer]
         tensors += [part for layer in tile.updates for adapter in layer for part in adapter]
     for head in model.heads:
-        tensors += [head.weight, head.bias, head.pooled_weight]
+        tensors += [head.weight, head.bias, head.pooled_weight, head.layer_weight, head.layer_down]
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)

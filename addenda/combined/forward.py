@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from addenda.backbones import FrozenBackbone, FrozenStream, KeyValue, plain
+from addenda.backbones import FrozenBackbone, FrozenStream, KeyValue, Reading, plain
 from addenda.combined.attention import attend, attention_weights
 from addenda.combined.shapes import batch_size, micro_batch
 from addenda.combined.tiles import Layout, Tile, TileStore
@@ -24,8 +24,9 @@ Observer = Callable[[int, KeyValue, KeyValue], None]
 that the layout offers [B, H, 1 + N, d]; row 0 is zeros."""
 Onlooker = Callable[[int, int, Tensor], None]
 """Called in each batch at each layer and tile with their numbers, and how its slots attend, [B, H, S, P + w]."""
-Read = Callable[[Tensor, Tensor | None], Tensor]
-"""A `Head`, or another function of a task's feature [B, D] (of a head-only task the pooled one) and the pooled one."""
+Read = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
+"""A `Head`, or another function of a task's feature [B, D] (without a token the pooled one), the pooled one, and the
+layer features [B, n]."""
 
 
 class Passed(NamedTuple):
@@ -33,6 +34,7 @@ class Passed(NamedTuple):
 
     answers: dict[str, Tensor]  # what each head gave, by its task's sha256, Float[B, C]
     pooled: Tensor | None  # the backbone's own feature in its precision, Float[B, D], where it was asked for
+    layers: Tensor | None  # the layer features, Float[B, n], likewise
 
 
 def forward_pass(
@@ -42,6 +44,7 @@ def forward_pass(
     heads: Mapping[str, Read] | None = None,
     sizes: Sequence[int] | None = None,
     pooled: bool = False,
+    layers: bool = False,
     observe: Observer | None = None,
     look: Onlooker | None = None,
 ) -> Passed:
@@ -56,6 +59,7 @@ def forward_pass(
         sizes: images that a batch may have, ascending, of which the last is the micro-batch; each batch is filled up
             with zeros to one of them. None fills up none.
         pooled: whether the pooled feature is wanted beside what the heads read.
+        layers: whether the layer features are.
         observe: see `Observer`.
         look: see `Onlooker`.
 
@@ -63,26 +67,33 @@ def forward_pass(
         BackboneError: images of another shape.
     """
     layout, heads = layout or Layout(TileStore(backbone), ()), heads or {}
-    reading = pooled or any(task.reads_pooled for task in layout.tasks if task.sha256 in heads)
+    asked = [task for task in layout.tasks if task.sha256 in heads]
+    reading: Reading = "pooled" if pooled or any(task.reads_pooled for task in asked) else "nothing"
+    read_layers = layers or any(task.num_layer_features for task in asked)
     answers: dict[str, list[Tensor]] = {sha256: [] for sha256 in heads}
-    features: list[Tensor] = []
+    features: dict[str, list[Tensor]] = {"pooled": [], "layers": []}
     # A traced pass is inside such a context already.
     with nullcontext() if torch.compiler.is_compiling() else plain(backbone.device):
         for batch, count in _batches(backbone, images, sizes) if isinstance(images, Tensor) else ((images, None),):
-            stream = backbone.stream(batch, "pooled" if reading else "nothing") if isinstance(batch, Tensor) else batch
+            stream = backbone.stream(batch, reading, read_layers) if isinstance(batch, Tensor) else batch
             tiles = _task_streams(backbone, stream, layout, observe, look)
-            feature = stream.pooled if reading and isinstance(stream, FrozenStream) else None
+            feature, of_layers = None, None
+            if isinstance(stream, FrozenStream):
+                feature = stream.pooled if reading == "pooled" else None
+                of_layers = stream.layers if read_layers else None
             for sha256, head in heads.items():
                 own = feature
                 if sha256 in layout.slot:
                     tile, slot = layout.slot[sha256]
                     own = tiles[tile][slot]
                 assert own is not None
-                answers[sha256].append(head(own, feature)[:count])
+                answers[sha256].append(head(own, feature, of_layers)[:count])
             if pooled and feature is not None:
-                features.append(feature[:count])
+                features["pooled"].append(feature[:count])
+            if layers and of_layers is not None:
+                features["layers"].append(of_layers[:count])
         joined = {sha256: torch.cat(parts) for sha256, parts in answers.items()}
-        return Passed(joined, torch.cat(features) if features else None)
+        return Passed(joined, *(torch.cat(parts) if parts else None for parts in features.values()))
 
 
 def backbone_logits(backbone: FrozenBackbone, images: Tensor) -> Float[Tensor, "B C"]:

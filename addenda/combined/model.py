@@ -155,7 +155,7 @@ class CombinedModel:
         layout = self.layout if len(asked) == len(self.tasks) else self._some(*asked)
         heads = {task.sha256: self._heads[task.sha256] for task in asked}
         sizes = self.shapes.images if self.exact else None
-        answers, feature = forward_pass(self.backbone, images, layout, heads, sizes, pooled)
+        answers, feature, _ = forward_pass(self.backbone, images, layout, heads, sizes, pooled)
         logits = {task.name: answers[task.sha256] for task in asked}
         return Answers(logits, self.exact, None if feature is None else feature.float())
 
@@ -249,6 +249,11 @@ def _check_fits(task: Task, backbone: FrozenBackbone) -> None:
         raise RegistryError(
             f"Task {task.ref!r} reads features of {task.head_weight.shape[1]} dimensions; backbone {backbone.name!r} "
             f"has {backbone.embed_dim}."
+        )
+    if task.num_layer_features not in (0, backbone.num_layer_features):
+        raise RegistryError(
+            f"Task {task.ref!r} reads {task.num_layer_features} layer features; backbone {backbone.name!r} has "
+            f"{backbone.num_layer_features}."
         )
     for parent in task.parents:
         if parent.class_token is None:

@@ -133,13 +133,13 @@ def _probe(backbone: FrozenBackbone) -> str:
     ranks = (0, 8) if backbone.adapter_obstacle() is None else (0,)
     tasks = [probe_task(backbone, SizeClass(tokens=2, memory=8, rank=rank)) for rank in ranks]
     reads = {task.sha256: _feature_and_logits(Head(backbone, task)) for task in tasks}
-    answers, pooled = forward_pass(backbone, images, Layout(TileStore(backbone), tasks), reads, pooled=True)
+    answers, pooled, _ = forward_pass(backbone, images, Layout(TileStore(backbone), tasks), reads, pooled=True)
     assert pooled is not None
     return tensor_digest(torch.cat([pooled.float(), *answers.values()], dim=1))
 
 
 def _feature_and_logits(head: Head) -> Read:
-    return lambda feature, pooled: torch.cat([feature.float(), head(feature, pooled).float()], dim=1)
+    return lambda feature, *read: torch.cat([feature.float(), head(feature, *read).float()], dim=1)
 
 
 def numerics_fingerprint(described: Mapping[str, Any]) -> str:

@@ -19,7 +19,8 @@ from addenda.exceptions import ExactnessError
 from addenda.registry import Task, canonical_json
 
 Frozen = tuple[Tensor, list[KeyValue]]
-"""Places in the canonical batch, and what the frozen stream offers for these images; last its pooled feature, twice."""
+"""Places in the canonical batch, and what the frozen stream offers for these images; last its pooled feature and layer
+features."""
 
 
 def prove(backbone: FrozenBackbone, tasks: Iterable[Task]) -> Shapes:
@@ -68,7 +69,7 @@ class SelfTest:
         self._backbone = backbone.first_blocks(2)
         self._micro_batch = micro_batch(backbone.device)
         self._widths: dict[SizeClass, Shapes] = {}
-        self._heads: set[tuple[int, bool]] = set()
+        self._heads: set[tuple[int, ...]] = set()
         shape = (self._micro_batch, *backbone.preprocessing["input_size"])
         batch = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
         order = torch.arange(self._micro_batch, dtype=torch.int64, device="cpu")
@@ -89,15 +90,19 @@ class SelfTest:
         """Tests that an image's logits do not depend on its place, for each shape of a head once."""
         head = Head(self._backbone, task)
         rows = len(head.weight)
-        kind = (rows, head.pooled_weight is not None)
+        read = [part.shape[1] for part in (head.layer_down, head.layer_weight) if part is not None]
+        kind = (rows, head.pooled_weight is not None, *read)
         if kind in self._heads:
             return
         random = torch.Generator().manual_seed(rows)
-        features = torch.randn(
-            self._micro_batch, self._backbone.embed_dim, generator=random, dtype=torch.float32, device="cpu"
-        ).to(self._backbone.device)
-        logits, turned = head(features, features), features.roll(1, 0)
-        if not _equal(head(turned, turned).roll(-1, 0), logits):
+        features, layers = (
+            torch.randn(self._micro_batch, width, generator=random, dtype=torch.float32, device="cpu").to(
+                self._backbone.device
+            )
+            for width in (self._backbone.embed_dim, read[0] if read else 0)
+        )
+        logits, turned = head(features, features, layers), features.roll(1, 0)
+        if not _equal(head(turned, turned, layers.roll(1, 0)).roll(-1, 0), logits):
             raise self._refusal(f"logits depend on an image's place: a head of {rows} rows on {len(features)} images")
         self._heads.add(kind)
 
@@ -137,14 +142,17 @@ class SelfTest:
         return held
 
     def _features(self, layout: Layout, asked: Sequence[Task], frozen: Frozen) -> list[Tensor]:
-        reads = {task.sha256: lambda feature, _: feature for task in asked}
+        reads = {task.sha256: lambda feature, *_: feature for task in asked}
         return list(forward_pass(self._backbone, frozen[1][:-1], layout, reads).answers.values())
 
     def _frozen(self, batch: Tensor, places: Tensor) -> Frozen:
-        layers: list[KeyValue] = []
-        passed = forward_pass(self._backbone, batch[places], pooled=True, observe=lambda *seen: layers.append(seen[1]))
-        assert passed.pooled is not None
-        return places, [*layers, KeyValue(passed.pooled, passed.pooled)]
+        offered: list[KeyValue] = []
+        _, pooled, layers = forward_pass(
+            self._backbone, batch[places], pooled=True, layers=True, observe=lambda *seen: offered.append(seen[1])
+        )
+        assert pooled is not None
+        assert layers is not None
+        return places, [*offered, KeyValue(pooled, layers)]
 
     def _same(self, found: Frozen, reference: Frozen) -> bool:
         places, layers = found

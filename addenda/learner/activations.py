@@ -248,7 +248,7 @@ class Activations:
         filled = F.pad(half, (0, 0) * 5 + (0, self._micro_batch - len(half)))
         layers = filled.to(self.backbone.device, self.backbone.precision)
         stream = [KeyValue(layers[:, layer, 0], layers[:, layer, 1]) for layer in range(self.backbone.depth)]
-        reads = {task.sha256: lambda feature, _: feature for task in layout.tasks}
+        reads = {task.sha256: lambda feature, *_: feature for task in layout.tasks}
         return forward_pass(self.backbone, stream, layout, reads, observe=observe).answers
 
 

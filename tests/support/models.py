@@ -66,7 +66,7 @@ def head_only(task: Task) -> Task:
 
 @cache
 def family(on: FrozenBackbone) -> dict[str, Task]:
-    """Thirteen tasks of nine size classes: alone, without memory, one label, head only, a chain, a diamond, adapted.
+    """Tasks of nine size classes: alone, no memory, one label, head only, a chain, a diamond, adapted, layer heads.
 
     On a backbone that cannot carry adapters the adapted ones have none, and the size classes are fewer.
     """
@@ -88,6 +88,9 @@ def family(on: FrozenBackbone) -> dict[str, Task]:
     task("adapted", 5, rank=8)
     task("adapted-child", 0, ["adapted"], rank=3)
     task("sees-adapted", 4, ["adapted"], pooled=False)
+    task("layers", 5, layers=0)
+    task("low-rank-layers", 0, ["five"], layers=5, classes=12, pooled=False)
+    known["layers-only"] = head_only(random_task(on, "layers-only", seed=98, layers=0))
     known["head-only"] = head_only(random_task(on, "head-only", seed=99))
     return known
 
@@ -116,7 +119,7 @@ def threads(count: int) -> Iterator[None]:
 def random_registry(on: FrozenBackbone, count: int, seed: int) -> list[Task]:
     """Tasks of 0 to 40 memory tokens and 2 to 1,000 classes; a third extend up to three others, some are head-only.
 
-    Three in ten have adapters, of rank 1, 4 or 8.
+    Three in ten have adapters, of rank 1, 4 or 8; three in ten a layer head, some of low rank.
     """
     choose = random.Random(seed)
     tasks: list[Task] = []
@@ -126,7 +129,9 @@ def random_registry(on: FrozenBackbone, count: int, seed: int) -> list[Task]:
         memory = choose.choice((0, 5, 5, choose.randint(0, 40)))
         classes = round(2 * 500 ** choose.random())
         rank = choose.choice((0, 0, 0, 0, 0, 0, 0, 1, 4, 8))
-        task = random_task(on, f"task-{number}", memory, classes, tuple(parents), choose.getrandbits(30), rank=rank)
+        layers = choose.choice((None, None, None, None, None, None, None, 0, 0, 3))
+        kin, seed = tuple(parents), choose.getrandbits(30)
+        task = random_task(on, f"task-{number}", memory, classes, kin, seed, rank=rank, layers=layers)
         if choose.random() < 0.3:
             task = dataclasses.replace(task, pooled_weight=None)
         tasks.append(head_only(task) if choose.random() < 0.05 else task)

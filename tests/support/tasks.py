@@ -17,16 +17,23 @@ def random_task(
     seed: int = 0,
     pooled: bool = True,
     rank: int = 0,
+    layers: int | None = None,
 ) -> Task:
     """A task with random tensors, at the scale that trained ones have; lively adapters of a rank that is not 0.
 
-    A backbone that cannot carry adapters gets the task without.
+    A backbone that cannot carry adapters gets the task without. A layer head is whole (0) or of low rank.
     """
     random = torch.Generator().manual_seed(seed)
     width = backbone.embed_dim
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=random)
+
+    def layer_head() -> dict[str, torch.Tensor]:
+        read = backbone.num_layer_features
+        if not layers:
+            return {"layer_weight": normal(classes, read) * read**-0.5}
+        return {"layer_weight": normal(classes, layers), "layer_down": normal(layers, read) * read**-0.5}
 
     return Task(
         name=name,
@@ -39,6 +46,7 @@ def random_task(
         pooled_weight=normal(classes, width) if pooled else None,
         adapters=adapters(backbone, rank, seed) if rank and backbone.adapter_obstacle() is None else None,
         parents=parents,
+        **({} if layers is None else layer_head()),
     )
 
 

@@ -17,8 +17,9 @@ from addenda.registry.store.hashing import canonical_json, digest
 from addenda.registry.store.header import end, parts
 from addenda.registry.store.objectives import OBJECTIVES
 
-FORMAT = 1
-TENSORS = ("class_token", "memory", "head_weight", "head_bias", "pooled_weight")
+FORMATS = {False: 1, True: 2}
+"""An artifact's format, by whether its task reads layer features: version 0.1, which reads 1, knows nothing of them."""
+TENSORS = ("class_token", "memory", "head_weight", "head_bias", "pooled_weight", "layer_weight", "layer_down")
 
 ADAPTED = ("q", "proj", "fc1", "fc2")
 """The linear layers of a block that a task's adapters update, by timm's names; `q` is a third of its `qkv`."""
@@ -47,7 +48,8 @@ def pack(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], header: byt
         return header + b"".join(tensors[name].numpy().tobytes() for name in order)
     _check(manifest, tensors)
     # One metadata value: several are saved in random order.
-    return bytes(save(dict(tensors), metadata={"addenda": canonical_json({"format": FORMAT, **manifest})}))
+    described = {"format": FORMATS["layer_weight" in tensors], **manifest}
+    return bytes(save(dict(tensors), metadata={"addenda": canonical_json(described)}))
 
 
 def read(data: bytes, sha256: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -66,8 +68,10 @@ def read(data: bytes, sha256: str) -> tuple[dict[str, Any], dict[str, Any]]:
             raise IntegrityError("its artifact's labels and parents are no lists of texts")
         if not isinstance(manifest["backbone"], str):
             raise IntegrityError("its artifact's backbone is no text")
-        if manifest["format"] != FORMAT:
-            raise IntegrityError(f"its artifact has format {manifest['format']}; this version reads {FORMAT}")
+        if manifest["format"] not in FORMATS.values():
+            raise IntegrityError(f"its artifact has format {manifest['format']}; this version reads 1 and 2")
+        if manifest["format"] != FORMATS["layer_weight" in tensors]:
+            raise IntegrityError(f"its artifact has format {manifest['format']} and the tensors {sorted(tensors)}")
         _check(manifest, tensors)
         return manifest, tensors
     except RecursionError as error:
@@ -93,6 +97,7 @@ def _check(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         raise IntegrityError(f"its artifact holds the tensors {sorted(tensors)}; known are {sorted(known_tensors)}")
     head, bias, token = tensors["head_weight"], tensors["head_bias"], tensors.get("class_token")
     memory, pooled = tensors.get("memory"), tensors.get("pooled_weight")
+    layers, down = tensors.get("layer_weight"), tensors.get("layer_down")
     width = head.shape[-1] if head.ndim else 0
     fits = (
         head.ndim == 2
@@ -101,6 +106,8 @@ def _check(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         and (token is None or tuple(token.shape) == (width,))
         and (memory is None or (memory.ndim == 3 and memory.shape[2] == width))
         and (pooled is None or (token is not None and pooled.shape == head.shape))
+        and (layers is None or (layers.ndim == 2 and len(layers) == len(labels)))
+        and (down is None or (layers is not None and down.ndim == 2 and layers.shape[1] == len(down) > 0))
     )
     if not fits:
         shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}

@@ -33,6 +33,9 @@ class Task:
         memory: memory tokens E of each layer, before norm1 (paper, Fig. 2); m may be 0; None in a head-only task.
         pooled_weight: a second head matrix, which reads the backbone's own pooled feature beside the token's. The
             paper has none; with it, training starts exactly at the logistic regression on that feature.
+        layer_weight: a third head matrix, which reads the backbone's layer features, their standardisation folded in;
+            or, where there is a `layer_down`, what this makes of them. None in a task that reads the last layer alone.
+        layer_down: the first factor of a `layer_weight` of low rank.
         adapters: low-rank updates of its own token's way through the blocks, one for each of ADAPTED, of one rank; most
             tasks have None. Keys and values, its own token's too, come from the backbone's own weights.
         parents: the tasks it extends, in order: it sees their tokens and memory, and what they extend.
@@ -52,6 +55,8 @@ class Task:
     class_token: Float[Tensor, " D"] | None = None
     memory: Float[Tensor, "L m D"] | None = None
     pooled_weight: Float[Tensor, "C D"] | None = None
+    layer_weight: Float[Tensor, "C _"] | None = None
+    layer_down: Float[Tensor, "r n"] | None = None
     adapters: Mapping[str, LowRank] | None = None
     parents: tuple[Task, ...] = ()
     objective: str = "single-label"
@@ -92,6 +97,12 @@ class Task:
     def reads_pooled(self) -> bool:
         """Whether its head reads the backbone's own pooled feature."""
         return self.class_token is None or self.pooled_weight is not None
+
+    @property
+    def num_layer_features(self) -> int:
+        """n, the layer features that its head reads; 0 where it reads none."""
+        read = self.layer_weight if self.layer_down is None else self.layer_down
+        return 0 if read is None else read.shape[1]
 
     @property
     def num_parameters(self) -> int:
