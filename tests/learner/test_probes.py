@@ -1,0 +1,156 @@
+"""Probes: discriminants in closed form, the folds that choose their shrinkage, and heads that are added."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from addenda.learner import probes
+from addenda.learner.objectives import MultiLabel, SingleLabel
+from addenda.learner.probes import LinearHead, Space, best_weight, discriminants, folds, out_of_fold, sharpness
+
+
+def data(num_images: int = 40, num_features: int = 60, num_classes: int = 3, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Features about class means that can be told apart, some of them large, and one that is constant."""
+    random = torch.Generator().manual_seed(seed)
+    targets = torch.arange(num_images) % num_classes
+    means = torch.randn(num_classes, num_features, generator=random)
+    features = means[targets] + torch.randn(num_images, num_features, generator=random)
+    features[:, 0], features[:, 1] = 7.0, 1000 * features[:, 1]
+    return features, targets
+
+
+def standardised(features: Tensor) -> Tensor:
+    x = features.double()
+    variance = x.var(0, correction=0)
+    return (x - x.mean(0)) / (variance + 1e-6 * variance.mean()).sqrt() / x.shape[1] ** 0.5
+
+
+def test_coordinates_keep_every_inner_product() -> None:
+    features, _ = data()
+    z = Space.of(features).coordinates(features)
+    assert z.shape[1] <= len(features)
+    torch.testing.assert_close(z @ z.T, standardised(features) @ standardised(features).T, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("num_images", [40, 200])  # fewer and more than there are features
+@pytest.mark.parametrize("shrinkage", [0.05, 0.5, 0.95])
+def test_a_discriminant_is_that_of_the_whole_shrunken_covariance(num_images: int, shrinkage: float) -> None:
+    features, targets = data(num_images)
+    x, space = standardised(features), Space.of(features)
+    means = torch.stack([x[targets == label].mean(0) for label in range(3)])
+    rest = x - means[targets]
+    covariance = rest.T @ rest / len(x)
+    identity = torch.eye(x.shape[1], dtype=torch.float64) * covariance.trace() / x.shape[1]
+    weight = torch.linalg.solve((1 - shrinkage) * covariance + shrinkage * identity, means.T).T
+    expected = x @ weight.T - 0.5 * (weight * means).sum(1)
+    ((own, bias),) = discriminants(space.coordinates(features), targets, 3, x.shape[1], [shrinkage])
+    found = space.head(own, bias)(torch.zeros(len(x), 1), features)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6 * expected.abs().max().item())
+
+
+def test_many_images_are_fitted_in_the_space_that_some_of_them_span(monkeypatch: pytest.MonkeyPatch) -> None:
+    features, targets = data(400)
+    monkeypatch.setattr(probes, "MAX_ROWS", 30)
+    space = Space.of(features)
+    z = space.coordinates(features)
+    assert z.shape[1] <= 30
+    ((weight, bias),) = discriminants(z, targets, 3, features.shape[1], [0.1])
+    logits = space.head(weight, bias)(torch.zeros(len(features), 1), features)
+    torch.testing.assert_close(logits, z @ weight.T + bias, rtol=0, atol=1e-6)
+    assert SingleLabel().accuracy(logits, targets) > 0.95
+
+
+@pytest.mark.parametrize("targets", [[0, 1, 2], [0, 0, 0, 1], [2, 2, 2, 2]])
+def test_a_class_of_one_image_or_none_makes_no_nan(targets: list[int]) -> None:
+    features, _ = data(len(targets))
+    z = Space.of(features).coordinates(features)
+    for weight, bias in discriminants(z, torch.tensor(targets), 3, 60):
+        assert weight.isfinite().all()
+        assert bias.isfinite().all()
+
+
+def test_one_image_of_each_class_is_told_by_the_nearest_mean() -> None:
+    features, targets = data(3)
+    z = Space.of(features).coordinates(features)
+    ((weight, bias), *_) = discriminants(z, targets, 3, 60)
+    assert (z @ weight.T + bias).argmax(1).tolist() == [0, 1, 2]
+
+
+def test_features_that_are_all_alike_make_no_nan() -> None:
+    space = Space.of(torch.ones(6, 5))
+    z = space.coordinates(torch.ones(6, 5))
+    for weight, bias in discriminants(z, torch.tensor([0, 1] * 3), 2, 5):
+        assert space.head(weight, bias)(torch.zeros(6, 1), torch.ones(6, 5)).isfinite().all()
+
+
+def test_folds_deal_out_each_class_evenly() -> None:
+    classes = torch.tensor([0] * 23 + [1] * 11 + [2])
+    fold = folds(classes, seed=3)
+    for label, most in ((0, 5), (1, 3), (2, 1)):
+        counts = fold[classes == label].bincount(minlength=5)
+        assert counts.max() <= most
+        assert counts.max() - counts.min() <= 1
+    assert torch.equal(fold, folds(classes, seed=3))
+    assert not torch.equal(fold, folds(classes, seed=4))
+
+
+def test_a_group_stands_in_one_fold() -> None:
+    groups = [f"video {i // 4}" for i in range(80)]
+    fold = folds(torch.arange(80) % 3, seed=0, groups=groups)
+    assert fold.unique().tolist() == [0, 1, 2, 3, 4]
+    assert {len(fold[i : i + 4].unique()) for i in range(0, 80, 4)} == {1}
+
+
+def test_every_image_is_answered_by_a_fit_that_did_not_see_it() -> None:
+    fold = folds(torch.zeros(12, dtype=torch.int64), seed=0)
+    seen: list[set[int]] = []
+
+    def fit(rows: Tensor, held_out: Tensor) -> list[Tensor]:
+        assert not set(rows.tolist()) & set(held_out.tolist())
+        assert len(rows) + len(held_out) == 12
+        seen.append(set(held_out.tolist()))
+        return [held_out.double().unsqueeze(1), -held_out.double().unsqueeze(1)]
+
+    first, second = out_of_fold(fold, 1, fit)
+    assert torch.equal(first[:, 0], torch.arange(12).double())
+    assert torch.equal(second, -first)
+    assert len(seen) == 5
+
+
+def test_heads_are_added_and_scaled_as_their_logits_are() -> None:
+    random = torch.Generator().manual_seed(0)
+    pooled, layers = torch.randn(7, 4, generator=random), torch.randn(7, 9, generator=random)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random, dtype=torch.float64)
+
+    one = LinearHead(drawn(3), drawn(3, 4))
+    other = LinearHead(drawn(3), None, drawn(3, 9))
+    expected = 0.25 * one(pooled, layers) + 0.75 * other(pooled, layers)
+    torch.testing.assert_close((one * 0.25 + other * 0.75)(pooled, layers), expected)
+
+
+@pytest.mark.parametrize("objective", [SingleLabel(), MultiLabel()])
+def test_the_better_of_two_heads_gets_the_weight(objective: SingleLabel | MultiLabel) -> None:
+    random = torch.Generator().manual_seed(1)
+    targets = torch.arange(60) % 3
+    truth = torch.eye(3, dtype=torch.float64)[targets]
+    good, noise = 4 * truth - 2, torch.randn(60, 3, generator=random, dtype=torch.float64)
+    if isinstance(objective, MultiLabel):
+        targets = truth.bool()
+    assert best_weight(objective, good, 3 * noise, targets) == 0
+    assert best_weight(objective, 3 * noise, good, targets) == 1
+    assert 0 < best_weight(objective, good / 2 + 2 * noise, good / 2 - 2 * noise, targets) < 1
+
+
+def test_logits_are_sharpened_to_the_least_loss() -> None:
+    random = torch.Generator().manual_seed(1)
+    targets = torch.arange(300) % 3
+    logits = torch.eye(3, dtype=torch.float64)[targets] + torch.randn(300, 3, generator=random, dtype=torch.float64)
+    objective = SingleLabel()
+    factor = sharpness(objective, 1e-3 * logits, targets)
+    losses = [objective.loss(1e-3 * logits * factor * change, targets).item() for change in (0.9, 1, 1.1)]
+    assert losses[1] == min(losses)
+    assert sharpness(objective, logits, targets) == pytest.approx(factor / 1000, rel=1e-3)
