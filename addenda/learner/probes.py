@@ -96,7 +96,7 @@ def discriminants(
     Source: Friedman, "Regularized Discriminant Analysis", JASA 1989, equation 18; there with a covariance a class.
     """
     counts = targets.bincount(minlength=num_classes)
-    means = torch.zeros(num_classes, z.shape[1], dtype=z.dtype).index_add_(0, targets, z)
+    means = torch.zeros(num_classes, z.shape[1], dtype=z.dtype, device="cpu").index_add_(0, targets, z)
     means = torch.where(counts.unsqueeze(1) > 0, means / counts.clamp(min=1).unsqueeze(1), z.mean(0))
     rest = z - means[targets]
     values, vectors = torch.linalg.eigh(rest.T @ rest / len(z))
@@ -139,10 +139,12 @@ def folds(
     rows: dict[str, list[int]] = {}
     for row, name in enumerate(names):
         rows.setdefault(name, []).append(row)
-    of_group = torch.tensor([classes[some].mode().values.item() for some in rows.values()], dtype=torch.int64)
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    common = [classes[some].mode().values.item() for some in rows.values()]
+    of_group = torch.tensor(common, dtype=torch.int64, device="cpu")
+    random = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(rows), generator=random, dtype=torch.int64, device="cpu")
     order = order[of_group[order].argsort(stable=True)]
-    found = torch.empty(len(classes), dtype=torch.int64)
+    found = torch.empty(len(classes), dtype=torch.int64, device="cpu")
     members = list(rows.values())
     for place, group in enumerate(order.tolist()):
         found[members[group]] = place % min(count, len(rows))
@@ -163,7 +165,7 @@ def out_of_fold(
     for number in fold.unique().tolist():
         held_out = (fold == number).nonzero()[:, 0]
         answers = fit((fold != number).nonzero()[:, 0], held_out)
-        found = found or [torch.zeros(len(fold), num_classes, dtype=torch.float64) for _ in answers]
+        found = found or [torch.zeros(len(fold), num_classes, dtype=torch.float64, device="cpu") for _ in answers]
         for whole, part in zip(found, answers, strict=True):
             whole[held_out] = part
     return found

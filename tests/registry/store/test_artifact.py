@@ -188,9 +188,9 @@ def test_an_artifact_that_is_none_is_refused():
 
 def test_an_artifact_of_another_format_is_refused():
     data = encode(a_task())
-    other = data.replace(b'\\"format\\":1', b'\\"format\\":2')
+    other = data.replace(b'\\"format\\":1', b'\\"format\\":3')
     assert other != data
-    with pytest.raises(IntegrityError, match="has format 2; this version reads 1"):
+    with pytest.raises(IntegrityError, match="has format 3; this version reads 1 and 2"):
         decode(other, digest(other), lambda sha256: a_task(), {"name": "any"})
 
 
