@@ -339,9 +339,11 @@ class FrozenStream:
 
     @property
     def layers(self) -> Float[Tensor, "B n"]:
-        """The layer features: statistics of every block's output but the last, in float32 at least."""
-        assert self._layers, "asked for before the stream was read to its end, not wanted, or of a single block"
-        return torch.cat(self._layers, dim=1)
+        """The layer features: statistics of every block but the last, in float32 at least; of one block none."""
+        assert self._layers is not None, "not wanted"
+        assert len(self._layers) == self._backbone.depth - 1, "asked for before the stream was read to its end"
+        none = torch.zeros(len(self._images), 0, dtype=torch.float32, device=self._backbone.device)
+        return torch.cat(self._layers or [none], dim=1)
 
     @property
     def tokens(self) -> Float[Tensor, "B P D"]:

@@ -35,6 +35,7 @@ from tests.support.models import (
     lively_vit,
 )
 from tests.support.tasks import random_task
+from tests.support.tiny import tiny_vit
 
 
 def expected_features(variant: str, pictures: Tensor) -> Tensor:
@@ -70,6 +71,12 @@ def test_layer_features_are_statistics_of_every_block_but_the_last(variant: str)
     found = features(on, pictures)
     assert found.shape == (4, on.num_layer_features) == (4, 3 * on.embed_dim * (on.depth - 1))
     torch.testing.assert_close(found.double(), expected_features(variant, pictures), rtol=1e-4, atol=1e-4)
+
+
+def test_a_backbone_of_one_block_has_none_and_answers_its_tasks() -> None:
+    on = FrozenBackbone(tiny_vit(depth=1), "one block", "hub")
+    assert features(on, images(3)).shape == (3, 0)
+    assert_company_moves_no_bit(on, random_task(on, "task"), [random_task(on, "other", seed=1)])
 
 
 def without_a_patch(normed: Tensor, num_patches: int) -> Tensor:
