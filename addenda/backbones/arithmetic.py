@@ -71,7 +71,7 @@ def layer_statistics(normed: Float[Tensor, "B P D"], num_patches: int) -> Float[
 
     Tokens are read as the next block's first norm gives them. Deviations are taken from the mean in a second pass: the
     mean of squares less the squared mean cancels where patches hardly differ, and torch's `var_mean` over this axis
-    takes twenty times as long (docs/performance.md). In float32 at least; n is 3 D.
+    takes far longer (docs/performance.md). In float32 at least; n is 3 D.
     """
     tokens = normed.to(torch.promote_types(normed.dtype, torch.float32))
     patches = tokens[:, -num_patches:]

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Float64, Int
-from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from addenda.learner.objectives import Objective, Targets
@@ -113,12 +112,7 @@ def discriminants(
 
 def sharpness(objective: Objective, logits: Float64[Tensor, "N C"], targets: Targets) -> float:
     """What logits are multiplied by for the least log loss on images that they were not fitted to."""
-
-    def loss(log_factor: float) -> float:
-        return objective.loss(logits * math.exp(log_factor), targets).item()
-
-    found = minimize_scalar(loss, bounds=(math.log(1e-6), math.log(1e6)), method="bounded", options={"xatol": 1e-6})
-    return math.exp(found.x)
+    return 1 / objective.least_loss_temperature(logits, targets, (1e-6, 1e6))
 
 
 def best_weight(

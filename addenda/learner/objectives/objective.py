@@ -122,15 +122,20 @@ class Objective(ABC):
         if not len(targets):
             return 1.0
         exact, answers = logits.double().cpu(), targets.cpu()
-
-        def negative_log_likelihood(log_temperature: float) -> float:  # convex in 1 / temperature: it has one valley
-            return self.loss(exact / math.exp(log_temperature), answers).item()
-
-        bounds = tuple(map(math.log, TEMPERATURES))
-        found = minimize_scalar(negative_log_likelihood, bounds=bounds, method="bounded", options={"xatol": 1e-6})
-        temperature = round(math.exp(found.x), 3)
-        better = negative_log_likelihood(math.log(temperature)) < negative_log_likelihood(0.0)
+        temperature = round(self.least_loss_temperature(exact, answers, TEMPERATURES), 3)
+        better = self.loss(exact / temperature, answers) < self.loss(exact, answers)
         return temperature if better else 1.0
+
+    def least_loss_temperature(
+        self, logits: Float[Tensor, "N C"], targets: Targets, bounds: tuple[float, float]
+    ) -> float:
+        """What logits are divided by for the least loss, between two bounds."""
+
+        def loss(log_temperature: float) -> float:  # convex in 1 / temperature: it has one valley
+            return self.loss(logits / math.exp(log_temperature), targets).item()
+
+        within = tuple(map(math.log, bounds))
+        return math.exp(minimize_scalar(loss, bounds=within, method="bounded", options={"xatol": 1e-6}).x)
 
     def choose_strength(self, features: Float[Tensor, "N D"], targets: Targets, seed: int) -> float:
         """The C of least cross-validated log loss, in 5 folds or as many as the images allow."""
