@@ -342,7 +342,8 @@ class FrozenStream:
         """The layer features: statistics of every block but the last, in float32 at least; of one block none."""
         assert self._layers is not None, "not wanted"
         assert len(self._layers) == self._backbone.depth - 1, "asked for before the stream was read to its end"
-        none = torch.zeros(len(self._images), 0, dtype=torch.float32, device=self._backbone.device)
+        count = self._images.shape[0]  # not len(), which would fix the size of a traced batch
+        none = torch.zeros(count, 0, dtype=torch.float32, device=self._backbone.device)
         return torch.cat(self._layers or [none], dim=1)
 
     @property
