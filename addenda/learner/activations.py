@@ -36,8 +36,9 @@ class Activations:
     """Activations of every view of some images; view 0 is the image as it is.
 
     A view's activations are the same bits whether they are kept or computed anew: images pass the frozen stream in the
-    canonical micro-batch, and what comes is rounded to half precision. `targets`, and `pooled`, the backbone's own
-    feature, are those of the readable images as they are; `skipped` says what was wrong with the others.
+    canonical micro-batch, and keys and values are rounded to half precision. `targets`, `pooled` (the backbone's own
+    feature) and `layers` (the layer features) are those of the readable images as they are; `skipped` says what was
+    wrong with the others. Without tokens there are no keys and values, and no view but the image as it is.
     """
 
     def __init__(
@@ -48,24 +49,29 @@ class Activations:
         cache: ActivationCache,
         parents: Sequence[Task] = (),
         context: RunContext = QUIET,
+        tokens: bool = True,
     ) -> None:
         prove(backbone, [])
         self.backbone = backbone
         digests = images.digests or tuple(images.digest(index) for index in range(len(images)))
         self._images, self._num_images = replace(images, digests=digests), len(digests)
-        self._augmentation, self._micro_batch = augmentation, micro_batch(backbone.device)
+        self._augmentation = augmentation if tokens else Augmentation(views=0)
+        self._micro_batch, self._tokens = micro_batch(backbone.device), tokens
         num_heads, head_dim = backbone.num_heads, backbone.embed_dim // backbone.num_heads
         self._shape = backbone.depth, 2, num_heads, backbone.num_tokens, head_dim  # of one view's keys and values
         keys = self._keys(digests)
         self._store = self._open(cache, list(dict.fromkeys(keys)))
         place = {} if self._store is None else self._store.place
         self._place = torch.tensor([place.get(key, -1) for key in keys], dtype=torch.int64, device="cpu")
-        pooled = torch.zeros(len(keys), backbone.embed_dim, dtype=torch.float32, device="cpu")
-        bad = self._fill(pooled, context)
+        pooled, layers = (
+            torch.zeros(count, width, dtype=torch.float32, device="cpu")
+            for count, width in ((len(keys), backbone.embed_dim), (len(digests), backbone.num_layer_features))
+        )
+        bad = self._fill(pooled, layers, context)
         self.skipped = tuple(dict.fromkeys(bad.values()))
         readable = [i for i in range(len(digests)) if i not in bad]
         self._readable = torch.tensor(readable, dtype=torch.long, device="cpu")
-        self._pooled, self.pooled = pooled, pooled[self._readable]
+        self._pooled, self.pooled, self.layers = pooled, pooled[self._readable], layers[self._readable]
         self.labels, self.targets, self.objective = images.labels, images.targets[self._readable], images.objective
         self.num_classes = len(images.labels)
         self._resident = self._to_device()
@@ -116,7 +122,8 @@ class Activations:
     def _open(self, cache: ActivationCache, keys: Sequence[str]) -> Store | None:
         """The cache's store of as many rows as it has room for."""
         extra = self._augmentation.num_views
-        row_bytes = 2 * torch.Size(self._shape).numel() + 4 * self.backbone.embed_dim
+        features = self.backbone.embed_dim + self.backbone.num_layer_features
+        row_bytes = 2 * torch.Size(self._shape).numel() * self._tokens + 4 * features
         capacity = cache.capacity(row_bytes, len(keys))
         whole, held = len(keys) * row_bytes / 1e9, capacity * row_bytes / 1e9
         views = f", {1 + extra} views of each," if extra else ""
@@ -125,21 +132,30 @@ class Activations:
             f"they are kept in {cache.folder}" if capacity == len(keys)
             else f"{held:.2f} GB are kept in {cache.folder}, the rest is computed anew in each epoch",
         )  # fmt: skip
-        return cache.open(self.backbone, keys[:capacity]) if capacity else None
+        return cache.open(self.backbone, keys[:capacity], self._tokens) if capacity else None
 
-    def _fill(self, features: Float[Tensor, "R D"], context: RunContext) -> dict[int, str]:
-        """Computes what is not kept yet, and every row's pooled feature; gives what is wrong with which images."""
+    def _fill(self, pooled: Float[Tensor, "R D"], layers: Float[Tensor, "N n"], context: RunContext) -> dict[int, str]:
+        """Computes what is not kept yet, with every row's pooled feature and the layer features of images as they are.
+
+        Gives what is wrong with which images.
+        """
+        width, count = pooled.shape[1], len(layers)
+
+        def note(rows: Tensor, features: Float[Tensor, "n F"]) -> None:
+            pooled[rows] = features[:, :width]
+            layers[rows[rows < count]] = features[rows < count, width:]
+
         store, places = self._store, self._place.tolist()
         held = set() if store is None else store.held([place for place in places if place >= 0])
         todo = [row for row, place in enumerate(places) if place not in held]
         bad: dict[int, str] = {}
         flushed = time.monotonic()
         try:
-            for taken, key_values, pooled in self._compute(todo, context, bad):
-                features[taken] = pooled
+            for taken, key_values, features in self._compute(todo, context, bad):
+                note(torch.tensor(taken, dtype=torch.int64, device="cpu"), features)
                 kept = [i for i, row in enumerate(taken) if places[row] >= 0]
                 if store is not None and kept:
-                    store.put([places[taken[i]] for i in kept], key_values[kept], pooled[kept])
+                    store.put([places[taken[i]] for i in kept], key_values[kept], features[kept])
                 if store is not None and time.monotonic() - flushed > FLUSH_S:
                     store.flush()
                     flushed = time.monotonic()
@@ -147,8 +163,8 @@ class Activations:
             if store is not None:
                 store.flush()
         if store is not None:
-            there = self._place >= 0
-            features[there] = store.pooled[self._place[there]]
+            for rows in (self._place >= 0).nonzero()[:, 0].split(256):
+                note(rows, store.features[self._place[rows]])
         return bad
 
     def _gather(self, rows: Tensor, place: Tensor) -> tuple[Float16[Tensor, "n L 2 H P d"], Float[Tensor, "n D"]]:
@@ -158,17 +174,18 @@ class Activations:
         pooled = torch.empty(len(rows), self.backbone.embed_dim, dtype=torch.float32, device="cpu")
         if kept.any():
             assert self._store is not None
-            key_values[kept], pooled[kept] = self._store.key_values[place[kept]], self._store.pooled[place[kept]]
+            key_values[kept] = self._store.key_values[place[kept]]
+            pooled[kept] = self._store.features[place[kept], : self.backbone.embed_dim]
         position = {int(rows[i]): i for i in (~kept).nonzero()[:, 0].tolist()}
-        for taken, found, feature in self._compute(list(position), QUIET, {}):
+        for taken, found, features in self._compute(list(position), QUIET, {}):
             into = [position[row] for row in taken]
-            key_values[into], pooled[into] = found, feature
+            key_values[into], pooled[into] = found, features[:, : self.backbone.embed_dim]
         return key_values, pooled
 
     def _compute(
         self, rows: Sequence[int], context: RunContext, bad: dict[int, str]
-    ) -> Iterator[tuple[list[int], Float16[Tensor, "n L 2 H P d"], Float[Tensor, "n D"]]]:
-        """Runs the frozen stream over some rows: gives, batch by batch, rows, keys and values, and pooled features.
+    ) -> Iterator[tuple[list[int], Float16[Tensor, "n ..."], Float[Tensor, "n F"]]]:
+        """Runs the frozen stream over some rows: batch by batch rows, keys and values, pooled and layer features.
 
         All that is wanted of an image is made of one reading; what is wrong with which images is noted in `bad`.
         """
@@ -180,23 +197,28 @@ class Activations:
             return self._views(item, of_image[image])
 
         for batch in read_in_batches(images, list(of_image), views, self._micro_batch, "reading images", context, bad):
-            half = torch.empty(len(batch), *self._shape, dtype=torch.float16, device="cpu")
+            shape = self._shape if self._tokens else (0,)
+            half = torch.empty(len(batch), *shape, dtype=torch.float16, device="cpu")
 
             def keep(layer: int, frozen: KeyValue, offered: KeyValue, half: Tensor = half) -> None:
                 for which, part in enumerate(frozen):
                     half[:, layer, which] = part[: len(half)]
 
             pixels = torch.stack([view for _, view in batch])
-            feature = forward_pass(self.backbone, pixels, sizes=(self._micro_batch,), pooled=True, observe=keep).pooled
-            assert feature is not None
-            pooled = feature.float().cpu()
-            for (row, _), one in zip(batch, pooled, strict=True):
+            observe = keep if self._tokens else None
+            _, pooled, layers = forward_pass(
+                self.backbone, pixels, sizes=(self._micro_batch,), pooled=True,
+                layers=self.backbone.num_layer_features > 0, observe=observe,
+            )  # fmt: skip
+            assert pooled is not None
+            read = torch.cat([part.float() for part in (pooled, layers) if part is not None], dim=1).cpu()
+            for (row, _), one in zip(batch, read, strict=True):
                 if not one.isfinite().all():
                     raise DataError(
                         f"{images.item(row % self._num_images).called} gives the backbone a feature that holds NaN or "
                         "infinity. Tensors must be normalised as `backbone.transform` does it."
                     )
-            yield [row for row, _ in batch], half, pooled
+            yield [row for row, _ in batch], half, read
 
     def _views(self, item: Item, rows: Sequence[int]) -> list[tuple[int, Tensor]]:
         """The rows of one image, each with its view."""

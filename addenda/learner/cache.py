@@ -11,7 +11,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import platformdirs
 from filelock import FileLock
 
@@ -20,9 +19,20 @@ from addenda.combined import numerics, numerics_fingerprint
 from addenda.exceptions import TrainingError
 from addenda.files import claim, is_claimed, is_unfinished, leave_alone
 from addenda.learner.context import Checkpoint, discard_run
-from addenda.learner.store import ENTRY, ENTRY_MARKER, ENTRY_TEXT, Kept, Store, create, described, evict, load
+from addenda.learner.store import (
+    ENTRY,
+    ENTRY_MARKER,
+    ENTRY_TEXT,
+    Kept,
+    Store,
+    create,
+    described,
+    evict,
+    load,
+    row_bytes,
+)
 
-FORMAT = 2
+FORMAT = 3
 NAME = "addenda-activations-v1"
 """The cache's own folder, within the one that a user names: nothing outside it is looked at."""
 RUNS = "runs"
@@ -134,12 +144,13 @@ class ActivationCache:
             )
         return int(min(num_rows, budget / row_bytes))
 
-    def open(self, backbone: FrozenBackbone, keys: Sequence[str]) -> Store:
+    def open(self, backbone: FrozenBackbone, keys: Sequence[str], tokens: bool = True) -> Store:
         """A store that has a row for each key: one that is kept, or a new one with what others have already done.
 
         Args:
             backbone: the frozen backbone.
             keys: sha256 of each row's content and view.
+            tokens: whether rows have keys and values too, which only the training of tokens reads.
 
         Raises:
             TrainingError: the disk has no room, or the folder is not the user's own.
@@ -152,8 +163,8 @@ class ActivationCache:
             "backbone": backbone.fingerprint,
             "numerics": numerics_fingerprint(numerics(backbone)),
             "num_rows": len(keys),
-            "shape": [backbone.depth, 2, backbone.num_heads, backbone.num_tokens, head_dim],
-            "width": backbone.embed_dim,
+            "shape": [backbone.depth, 2, backbone.num_heads, backbone.num_tokens, head_dim] if tokens else [],
+            "width": backbone.embed_dim + backbone.num_layer_features,
         }
         self.claim()
         with self._lock():
@@ -165,7 +176,7 @@ class ActivationCache:
                     return store
             for _, store in stores:
                 store.release()
-            self._make_room(len(keys) * (2 * int(np.prod(meta["shape"])) + 4 * meta["width"]))
+            self._make_room(len(keys) * row_bytes(meta))
             made = create(self.folder, meta, keys)
             for _, store in stores:
                 made.take_over(store)

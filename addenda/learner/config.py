@@ -60,7 +60,8 @@ class LearnConfig:
     Attributes:
         optimizer: `"adamw"`, or `"sgd"` with momentum (the paper).
         num_memory_tokens: m, memory tokens of each layer; 0 leaves the class token alone.
-        head_only: no token at all: the task is the logistic regression on the backbone's own feature.
+        head_only: no token at all: the task is the layer probe, or without a layer head the linear probe.
+        layer_head: whether the head reads statistics of every block's output too, where they help.
         extends: references of registered tasks whose tokens and memory this one sees; `"auto"` tries those that look
             promising and takes those that validation says pay.
         adapter_rank: r of low-rank updates of the task's own stream; 0 has none, the paper's form. `"auto"` tries
@@ -92,6 +93,7 @@ class LearnConfig:
     optimizer: Literal["adamw", "sgd"] = "adamw"
     num_memory_tokens: OneOrMore[Annotated[int, Field(ge=0, le=1024)]] = 5
     head_only: bool = False
+    layer_head: bool = True
     adapter_rank: OneOrMore[Annotated[int, Field(ge=0, le=256)]] | Literal["auto"] = 0
     extends: tuple[str, ...] | Literal["auto"] = ()
     epochs: Annotated[int, Field(ge=1)] = 30

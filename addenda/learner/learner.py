@@ -140,7 +140,9 @@ class Learner:
             test_images, skipped = self._checked(test_images, context)
             test_data["test"] = {"skipped": skipped, "left_out": counted(test_images.left_out)}
         pool = [task for task in self.registry.load(self.backbone) if task.class_token is not None] if auto else None
-        activations = Activations(self.backbone, images, config.augmentation, self.cache, parents, context)
+        tokens = not config.head_only
+        seen = parents if tokens else ()
+        activations = Activations(self.backbone, images, config.augmentation, self.cache, seen, context, tokens)
         kept = replace(images, targets=activations.targets)
         check_learnable(kept)  # those left out may have been a class's last
         told = {"name": name, "backbone": self.backbone.fingerprint, "skipped": activations.skipped}
@@ -154,9 +156,13 @@ class Learner:
             raise
         metrics, scorings = dict(task.metrics), []
         if test_images is not None:
-            scored, _, _ = self._score([task, started.rival], test_images, RunContext(report=context.report))
-            (metrics["test"], logits_digest), (of_rival, _) = scored
-            metrics["regression"] = metrics["regression"] | {"test": of_rival}
+            every = [task, *started.baselines]
+            ((metrics["test"], logits_digest), *probes), _, _ = self._score(
+                every, test_images, RunContext(report=context.report)
+            )
+            for baseline, (scores, _) in zip(started.baselines, probes, strict=True):
+                key = baseline.name.replace(" ", "_")
+                metrics[key] = metrics[key] | {"test": scores}
             scorings.append(Scoring(test_images.fingerprint(), here, metrics["test"], logits_digest))
         repeated = repeats(images, test_images)
         _warn_of(repeated, test_images)

@@ -10,11 +10,9 @@ import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
-from addenda.learner.objectives import Objective, Targets
+from addenda.learner.objectives import Objective, Regression, Targets
 
 NUM_FOLDS = 5
-SHRINKAGES = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95)
-"""How far the covariance is drawn towards a multiple of the identity, to choose from."""
 EIGHTHS = tuple(i / 8 for i in range(9))
 """Weights of one of two heads in their sum, to choose from."""
 MAX_ROWS = 4096
@@ -82,34 +80,6 @@ class Space:
         return LinearHead(bias - whole @ self.mean, None, whole)
 
 
-def discriminants(
-    z: Float64[Tensor, "N k"], targets: Int[Tensor, " N"], num_classes: int, num_features: int,
-    shrinkages: Sequence[float] = SHRINKAGES,
-) -> list[tuple[Float64[Tensor, "C k"], Float64[Tensor, " C"]]]:  # fmt: skip
-    """A linear discriminant for each shrinkage s, as weight and bias: classes of equal prior, of one covariance.
-
-    It is (1 - s) S + s tr(S) / n I, with S the covariance within classes and n the features that the coordinates stand
-    for. A class without images, as in a fold, has the mean of all; where no class has two images S is 0, and the
-    discriminant is that of the nearest mean.
-
-    Source: Friedman, "Regularized Discriminant Analysis", JASA 1989, equation 18; there with a covariance a class.
-    """
-    counts = targets.bincount(minlength=num_classes)
-    means = torch.zeros(num_classes, z.shape[1], dtype=z.dtype, device="cpu").index_add_(0, targets, z)
-    means = torch.where(counts.unsqueeze(1) > 0, means / counts.clamp(min=1).unsqueeze(1), z.mean(0))
-    rest = z - means[targets]
-    values, vectors = torch.linalg.eigh(rest.T @ rest / len(z))
-    values = values.clamp(min=0)
-    spread = values.sum() / num_features
-    turned = means @ vectors
-    found = []
-    for shrinkage in shrinkages:
-        covariance = (1 - shrinkage) * values + shrinkage * spread if spread > 0 else torch.ones_like(values)
-        weight = turned / covariance
-        found.append((weight @ vectors.T, -0.5 * (weight * turned).sum(1)))
-    return found
-
-
 def sharpness(objective: Objective, logits: Float64[Tensor, "N C"], targets: Targets) -> float:
     """What logits are multiplied by for the least log loss on images that they were not fitted to."""
     return 1 / objective.least_loss_temperature(logits, targets, (1e-6, 1e6))
@@ -163,3 +133,65 @@ def out_of_fold(
         for whole, part in zip(found, answers, strict=True):
             whole[held_out] = part
     return found
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a layer probe is fitted: chosen by cross-validation on some images, and good for more of them."""
+
+    strength: float  # C of the linear probe
+    fit: int  # which of the objective's fits to the layer features
+    sharpness: tuple[float, float]  # of the linear probe's logits, and of that fit's
+    weight: float  # of that fit's logits in the sum
+
+
+def choose(
+    objective: Objective, pooled: Float[Tensor, "N D"], layers: Float[Tensor, "N n"], targets: Targets,
+    num_classes: int, seed: int, groups: Sequence[str] | None = None,
+) -> Recipe:  # fmt: skip
+    """Chooses how the layer probe of some images is fitted, by the log loss on images that a fit did not see."""
+    strength = objective.choose_strength(pooled, targets, seed)
+    fold = folds(objective.strata(targets), seed, groups)
+    z, width = Space.of(layers).coordinates(layers), layers.shape[1]
+
+    def linear(rows: Tensor, held_out: Tensor) -> list[Tensor]:
+        head = of_regression(objective.fit_regression(pooled[rows], targets[rows], strength))
+        return [head(pooled[held_out], layers[held_out])]
+
+    def fits(rows: Tensor, held_out: Tensor) -> list[Tensor]:
+        found = objective.fit_layers(z[rows], targets[rows], num_classes, width)
+        return [z[held_out] @ weight.T + bias for weight, bias in found]
+
+    (final,), tried = out_of_fold(fold, num_classes, linear), out_of_fold(fold, num_classes, fits)
+    final_sharpness = sharpness(objective, final, targets)
+    sharp = [sharpness(objective, logits, targets) for logits in tried]
+    losses = [objective.loss(logits * own, targets).item() for logits, own in zip(tried, sharp, strict=True)]
+    best = losses.index(min(losses))
+    weight = best_weight(objective, final * final_sharpness, tried[best] * sharp[best], targets)
+    return Recipe(strength, best, (final_sharpness, sharp[best]), weight)
+
+
+def layer_probe(
+    recipe: Recipe, objective: Objective, pooled: Float[Tensor, "N D"], layers: Float[Tensor, "N n"],
+    targets: Targets, num_classes: int,
+) -> LinearHead:  # fmt: skip
+    """The linear probe and a fit to the layer features of some images, each calibrated, added as a recipe says."""
+    final, read = recipe.sharpness
+    linear = of_regression(objective.fit_regression(pooled, targets, recipe.strength)) * (final * (1 - recipe.weight))
+    if not recipe.weight:
+        return linear
+    space = Space.of(layers)
+    fits = objective.fit_layers(space.coordinates(layers), targets, num_classes, layers.shape[1])
+    return linear + space.head(*fits[recipe.fit]) * (read * recipe.weight)
+
+
+def of_regression(fitted: Regression) -> LinearHead:
+    """A linear probe as a head."""
+    return LinearHead(fitted.bias.double(), fitted.weight.double())
+
+
+def as_tensors(head: LinearHead) -> dict[str, Tensor]:
+    """A head as the tensors of a task without a token, in float32."""
+    assert head.pooled_weight is not None
+    found = {"head_weight": head.pooled_weight, "head_bias": head.bias, "layer_weight": head.layer_weight}
+    return {name: part.float() for name, part in found.items() if part is not None}

@@ -15,17 +15,18 @@ from torch import Tensor
 
 from addenda.exceptions import TrainingError
 from addenda.learner.activations import Activations
-from addenda.learner.candidates import Candidate, Tensors, as_fields, silenced
+from addenda.learner.candidates import HEAD, Candidate, Tensors, as_fields, silenced
 from addenda.learner.config import LearnConfig
 from addenda.learner.context import Epoch, RunContext
 from addenda.learner.objectives import Regression
+from addenda.learner.probes import LinearHead, as_tensors, best_weight, choose, layer_probe, of_regression
 from addenda.learner.training import Trainer
 from addenda.registry import Task, digest
 
 TRIED = 3
 """Tasks to extend that are tried by training, at most."""
-RIVAL = "logistic regression"
-"""What the rival is called beside the task; no task can have this name."""
+LINEAR_PROBE, LAYER_PROBE = "linear probe", "layer probe"
+"""What the baselines are called beside the task; no task can have these names."""
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class Sweep:
 
 
 class Run:
-    """One learning run; `rival` is the logistic regression on the same images, as a task."""
+    """One learning run; `baselines` are the linear and the layer probe on the same images, as tasks."""
 
     def __init__(self, name: str, activations: Activations, config: LearnConfig, context: RunContext) -> None:
         self._name, self._activations, self._config, self._context = name, activations, config, context
@@ -56,34 +57,39 @@ class Run:
         strength = objective.choose_strength(pooled, targets, config.first_seed)
         self._fitted = objective.fit_regression(pooled[self._train], targets[self._train], strength)
         self._last = objective.fit_regression(pooled, targets, strength) if config.refit else self._fitted
-        logits = F.linear(pooled[self._validation], self._fitted.weight, self._fitted.bias)
-        temperature, scores = self._judge(logits)
-        self._rival_losses = objective.losses(logits / temperature, self._truth)
-        self.rival = Task(
-            name=RIVAL,
-            backbone=activations.backbone.fingerprint,
-            labels=activations.labels,
-            objective=objective.name,
-            temperature=temperature,
-            config=config.to_json(),
-            metrics={"regression": {"strength": strength, "validation": scores}, "validation": scores},
-            head_weight=self._last.weight,
-            head_bias=self._last.bias,
-        )
+        heads = {LINEAR_PROBE: (of_regression(self._fitted), of_regression(self._last))}
+        self._metrics: dict[str, Any] = {"linear_probe": {"strength": strength}}
+        settled = objective.is_settled(activations.num_classes)
+        if config.layer_head and activations.layers.shape[1] and not settled:
+            heads[LAYER_PROBE] = self._layer_probe()
+        self.baselines = []
+        for name, (fitted, last) in heads.items():
+            logits = fitted(pooled[self._validation], activations.layers[self._validation])
+            temperature, scores = self._judge(logits)
+            self._metrics[name.replace(" ", "_")]["validation"] = self._metrics["validation"] = scores
+            task = Task(
+                name=name, backbone=activations.backbone.fingerprint, labels=activations.labels,
+                objective=objective.name, temperature=temperature, config=config.to_json(), **as_tensors(last),
+            )  # fmt: skip
+            self.baselines.append(task)
+        self._head, self._head_logits = last, logits  # of the better probe: what a token must add something to
+        self._head_losses = objective.losses(logits / temperature, self._truth)
 
     def task(self, parents: tuple[Task, ...], pool: Sequence[Task] | None = None) -> Task:
         """Learns the task, with what was measured on the validation part; TrainingError where all diverged.
 
         It extends `parents`, which the activations hold; or of a pool, where there is one, those that help.
         """
+        probe, metrics = self.baselines[-1], dict(self._metrics)
         if self._config.head_only or self._objective.is_settled(self._activations.num_classes):
-            return replace(self.rival, name=self._name)
-        metrics = dict(self.rival.metrics)
+            return replace(probe, name=self._name, metrics=metrics)
         best = self._sweep(self._activations, parents)
         if pool is not None:
             best, metrics["extensions"] = self._extend(best, pool)
         metrics |= _record(best)
-        temperature = self.rival.temperature
+        if len(self.baselines) > 1:
+            return self._fused(best, metrics)
+        temperature = probe.temperature
         if best.chosen is None:
             settings, std = self._config.candidates[0], self._config.memory_std
             tensors = silenced(self._activations.backbone, self._last, settings, std)
@@ -92,8 +98,45 @@ class Run:
             temperature, metrics["validation"] = self._judge(best.trainer.logits(tensors, self._validation))
             if self._config.refit:
                 tensors = self._refit(best.trainer, best.chosen)
-        whole = replace(self.rival, name=self._name, parents=best.parents, temperature=temperature, metrics=metrics)
+        whole = replace(probe, name=self._name, parents=best.parents, temperature=temperature, metrics=metrics)
         return replace(whole, **as_fields(tensors))
+
+    def _layer_probe(self) -> tuple[LinearHead, LinearHead]:
+        """Fitted to the images to learn from, and to all: the recipe is chosen on the former."""
+        objective, classes = self._objective, self._activations.num_classes
+        pooled, layers, targets = self._activations.pooled, self._activations.layers, self._activations.targets
+        some = pooled[self._train], layers[self._train], targets[self._train]
+        recipe = choose(objective, *some, classes, self._config.first_seed)
+        self._metrics["layer_probe"] = {"fit": recipe.fit, "weight": recipe.weight}
+        fitted = layer_probe(recipe, objective, *some, classes)
+        if not self._config.refit:
+            return fitted, fitted
+        return fitted, layer_probe(recipe, objective, pooled, layers, targets, classes)
+
+    def _fused(self, best: Sweep, metrics: dict[str, Any]) -> Task:
+        """The layer probe and the best token, each calibrated, their logits added where validation says that it pays.
+
+        Where the token's weight is 0 the task has none.
+        """
+        probe, weight, tensors = self.baselines[-1], 0.0, dict[str, Tensor]()
+        share = 1 / probe.temperature
+        if best.chosen is not None:
+            own = best.trainer.logits(best.chosen.best.tensors, self._validation).double()
+            own_temperature, _ = self._judge(own)
+            base = self._head_logits * share
+            weight = best_weight(self._objective, base, own / own_temperature, self._truth)
+        metrics["token_weight"] = weight
+        if not weight:
+            return replace(probe, name=self._name, metrics=metrics)
+        tensors = self._refit(best.trainer, best.chosen) if self._config.refit else best.chosen.best.tensors
+        logits = (1 - weight) * base + weight * own / own_temperature
+        temperature, metrics["validation"] = self._judge(logits)
+        of_probe = as_tensors(self._head * (share * (1 - weight)))
+        scaled = {name: tensors[name] * (weight / own_temperature) for name in HEAD}
+        scaled["pooled_weight"] = scaled["pooled_weight"] + of_probe.pop("head_weight")
+        scaled["head_bias"] = scaled["head_bias"] + of_probe.pop("head_bias")
+        whole = replace(probe, name=self._name, parents=best.parents, temperature=temperature, metrics=metrics)
+        return replace(whole, **as_fields({**tensors, **scaled}), **of_probe)
 
     def _judge(self, logits: Tensor) -> tuple[float, dict[str, Any]]:
         """The temperature that validation logits ask for, and their scores under it."""
@@ -123,8 +166,8 @@ class Run:
             without = trainer.losses(leanest.best.tensors, self._validation)
             if not pays(losses, without):
                 chosen, losses = leanest, without
-        if config.fall_back and chosen.best.loss >= self._rival_losses.mean().item():
-            return Sweep(parents, trainer, candidates, history, None, self._rival_losses)
+        if config.fall_back and len(self.baselines) == 1 and chosen.best.loss >= self._head_losses.mean():
+            return Sweep(parents, trainer, candidates, history, None, self._head_losses)
         return Sweep(parents, trainer, candidates, history, chosen, losses)
 
     def _extend(self, best: Sweep, pool: Sequence[Task]) -> tuple[Sweep, list[dict[str, Any]]]:

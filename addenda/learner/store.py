@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Iterable, Sequence
@@ -26,7 +27,7 @@ from addenda.files import Hold, check_private, claim, discard, is_claimed
 ENTRY = r"[0-9a-f]{16}"
 ENTRY_MARKER, ENTRY_TEXT = "addenda-entry", "Activations of some images, made by Addenda.\n"
 """A file in an entry, which says whose it is and is held by those who have it open."""
-FILES = r"(keys|key_values|pooled|digests)\.npy|meta\.json"
+FILES = r"(keys|key_values|features|pooled|digests)\.npy|meta\.json"
 IDENTITY = ("format", "preparation", "backbone", "numerics", "shape", "width")
 """What decides, beside the images, which entry it is."""
 THREADS = 4
@@ -59,9 +60,11 @@ class Store:
         count = meta["num_rows"]
         wanted: dict[str, tuple[Any, tuple[int, ...]]] = {
             "key_values": (np.float16, (count, *meta["shape"])),
-            "pooled": (np.float32, (count, meta["width"])),
+            "features": (np.float32, (count, meta["width"])),
             "digests": (np.uint8, (count, 32)),
         }
+        if not meta["shape"]:  # of a run that trains no token
+            del wanted["key_values"]
         self._maps: list[Any] = []
         for name, (dtype, expected) in wanted.items():
             path = folder / f"{name}.npy"
@@ -72,19 +75,19 @@ class Store:
             if found.shape != expected or found.dtype != dtype:
                 raise ValueError(f"{path.name} holds {found.dtype} {found.shape}")
             self._maps.append(np.lib.format.open_memmap(path, mode))
-        self._keys, self._digests = keys, self._maps[2]
-        self.key_values: Float16[Tensor, "K L 2 H P d"] = torch.from_numpy(self._maps[0])
-        self.pooled: Float32[Tensor, "K D"] = torch.from_numpy(self._maps[1])
+        self._keys, self._digests = keys, self._maps[-1]
+        self.key_values: Float16[Tensor, "K ..."] = (
+            torch.from_numpy(self._maps[0]) if meta["shape"] else _nothing(count)
+        )
+        self.features: Float32[Tensor, "K F"] = torch.from_numpy(self._maps[-2])
         self.place = {row.tobytes().hex(): i for i, row in enumerate(keys)}
         self._checked: set[int] = set()
         self._in_use = Hold(folder / ENTRY_MARKER, shared=True)
 
-    def put(
-        self, rows: Sequence[int], key_values: Float16[Tensor, "n L 2 H P d"], pooled: Float32[Tensor, "n D"]
-    ) -> None:
+    def put(self, rows: Sequence[int], key_values: Float16[Tensor, "n ..."], features: Float32[Tensor, "n F"]) -> None:
         """Writes some rows, and then their digests."""
-        for row, layers, feature in zip(rows, key_values, pooled, strict=True):
-            self.key_values[row], self.pooled[row] = layers, feature
+        for row, offered, read in zip(rows, key_values, features, strict=True):
+            self.key_values[row], self.features[row] = offered, read
         for row, digest in zip(rows, self._hashed(rows), strict=True):
             self._digests[row] = np.frombuffer(digest, np.uint8)
         self._checked.update(rows)
@@ -105,7 +108,7 @@ class Store:
         for key, row in self.place.items():
             theirs = other.place.get(key)
             if theirs is not None and other._digests[theirs].any() and not self._digests[row].any():
-                self.key_values[row], self.pooled[row] = other.key_values[theirs], other.pooled[theirs]
+                self.key_values[row], self.features[row] = other.key_values[theirs], other.features[theirs]
                 self._digests[row] = other._digests[theirs]
 
     def release(self) -> None:
@@ -133,12 +136,16 @@ class Store:
     def _hashed(self, rows: Sequence[int]) -> list[bytes]:
         def hashed(row: int) -> bytes:
             found = hashlib.sha256(self._keys[row])
-            for mapped in self._maps[:2]:
+            for mapped in self._maps[:-1]:
                 found.update(mapped[row])
             return found.digest()
 
         with ThreadPoolExecutor(THREADS) as pool:
             return list(pool.map(hashed, rows))
+
+
+def _nothing(count: int) -> Float16[Tensor, "K 0"]:
+    return torch.empty(count, 0, dtype=torch.float16, device="cpu")
 
 
 def create(cache: Path, meta: dict[str, Any], keys: Sequence[str]) -> Store:
@@ -157,7 +164,7 @@ def create(cache: Path, meta: dict[str, Any], keys: Sequence[str]) -> Store:
         if is_claimed(folder, ENTRY_MARKER, ENTRY_TEXT):
             discard(folder, FILES, ENTRY_MARKER)
         raise TrainingError(
-            f"The activations of {len(keys)} images take {len(keys) * np.prod(meta['shape']) * 2 / 1e9:.2f} GB, "
+            f"The activations of {len(keys)} images take {len(keys) * row_bytes(meta) / 1e9:.2f} GB, "
             f"and {cache} cannot hold them ({error.strerror or error}). Free some space, keep less of them "
             "(--cache-gb), or set ADDENDA_CACHE to a folder on a larger disk."
         ) from error
@@ -183,6 +190,11 @@ def load(folder: Path, meta: dict[str, Any]) -> Store | None:
         log.warning("Discarding the damaged cache entry %s (%s); recomputing.", folder, str(error))
         evict(folder)
         return None
+
+
+def row_bytes(meta: dict[str, Any]) -> int:
+    """What a row takes on the disk, its digest and key aside."""
+    return (2 * math.prod(meta["shape"]) if meta["shape"] else 0) + 4 * int(meta["width"])
 
 
 def _name(meta: dict[str, Any], keys: UInt8[np.ndarray, "K 32"]) -> str:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from addenda.learner import probes
 from addenda.learner.objectives import MultiLabel, SingleLabel
-from addenda.learner.probes import LinearHead, Space, best_weight, discriminants, folds, out_of_fold, sharpness
+from addenda.learner.objectives.single_label import discriminants
+from addenda.learner.probes import LinearHead, Space, best_weight, folds, out_of_fold, sharpness
 
 
 def data(num_images: int = 40, num_features: int = 60, num_classes: int = 3, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Float64, Int
 from numpy.typing import NDArray
 from sklearn.model_selection import KFold
 from torch import Tensor
@@ -19,6 +19,9 @@ from torchmetrics.functional.classification import binary_average_precision, bin
 from addenda.combined.predictions import LIKELY
 from addenda.learner.objectives.objective import STRENGTHS, Array, ClassWeights, Objective, converged, logistic
 from addenda.registry import probabilities
+
+LAYER_STRENGTHS = (1.0, 10.0, 100.0, 1000.0)
+"""Values of scikit-learn's C for regressions on layer features, whose rows have lengths of about 1."""
 
 
 class MultiLabel(Objective):
@@ -138,6 +141,23 @@ class MultiLabel(Objective):
             "per_class": precision,
             "num_images": len(targets),
         }
+
+    def strata(self, targets: Bool[Tensor, "N C"]) -> Int[Tensor, " N"]:
+        """Nothing: an image may have several labels."""
+        return torch.zeros(len(targets), dtype=torch.int64, device="cpu")
+
+    def fit_layers(
+        self, z: Float64[Tensor, "N k"], targets: Bool[Tensor, "N C"], num_classes: int, num_features: int
+    ) -> list[tuple[Float64[Tensor, "C k"], Float64[Tensor, " C"]]]:
+        """A logistic regression for each label, one for each of LAYER_STRENGTHS."""
+        x, models, found = z.numpy(), [_Binary(LAYER_STRENGTHS[0]) for _ in range(num_classes)], []
+        for strength in LAYER_STRENGTHS:
+            for model, column in zip(models, targets.numpy().T, strict=True):
+                model.strength = strength
+                model.fit(x, column)
+            weight, bias = np.stack([model.weight for model in models]), np.array([model.bias for model in models])
+            found.append((torch.from_numpy(weight), torch.from_numpy(bias)))
+        return found
 
     def _fold_losses(self, x: Array, y: NDArray[Any], seed: int) -> Iterator[float]:
         """One C for all labels, by the mean of all their answers; each fit starts from the last one's solution."""

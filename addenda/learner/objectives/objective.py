@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Float64, Int
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from sklearn.exceptions import ConvergenceWarning
@@ -151,6 +151,23 @@ class Objective(ABC):
         """The honest rival, fitted to convergence: an L2 logistic regression, by scikit-learn."""
         weight, bias = self._fit(features.double().numpy(), targets.numpy(), strength)
         return Regression(torch.from_numpy(weight).float(), torch.from_numpy(bias).float(), strength)
+
+    @abstractmethod
+    def strata(self, targets: Targets) -> Int[Tensor, " N"]:
+        """What folds deal out evenly: the class of each image, or 0 where an image may have several."""
+
+    @abstractmethod
+    def fit_layers(
+        self, z: Float64[Tensor, "N k"], targets: Targets, num_classes: int, num_features: int
+    ) -> list[tuple[Float64[Tensor, "C k"], Float64[Tensor, " C"]]]:
+        """Heads on layer features in coordinates, as weight and bias, from the least to the most cautious or back.
+
+        Args:
+            z: coordinates of standardised features, in which inner products are theirs.
+            targets: of the images.
+            num_classes: C.
+            num_features: n, the features that the coordinates stand for.
+        """
 
     @abstractmethod
     def _fold_losses(self, x: Array, y: NDArray[Any], seed: int) -> Iterator[float]:

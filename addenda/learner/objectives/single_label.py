@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
 from numpy.typing import NDArray
 from sklearn.model_selection import StratifiedKFold, cross_val_score, train_test_split
 from torch import Tensor
@@ -20,6 +20,9 @@ from torchmetrics.functional.classification import (
 
 from addenda.learner.objectives.objective import STRENGTHS, Array, ClassWeights, Objective, converged, logistic
 from addenda.registry import probabilities
+
+SHRINKAGES = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95)
+"""How far the covariance is drawn towards a multiple of the identity, to choose from."""
 
 
 class SingleLabel(Objective):
@@ -117,6 +120,16 @@ class SingleLabel(Objective):
         """Where there is one class, any would do."""
         return super().choose_strength(features, targets, seed) if targets.any() else 1.0
 
+    def strata(self, targets: Int[Tensor, " N"]) -> Int[Tensor, " N"]:
+        """Each image's class."""
+        return targets
+
+    def fit_layers(
+        self, z: Float64[Tensor, "N k"], targets: Int[Tensor, " N"], num_classes: int, num_features: int
+    ) -> list[tuple[Float64[Tensor, "C k"], Float64[Tensor, " C"]]]:
+        """Linear discriminants, one for each of SHRINKAGES."""
+        return discriminants(z, targets, num_classes, num_features)
+
     def _fold_losses(self, x: Array, y: NDArray[Any], seed: int) -> Iterator[float]:
         """As many folds as the smallest class allows."""
         splitter = StratifiedKFold(min(5, int(np.bincount(y).min())), shuffle=True, random_state=seed)
@@ -132,3 +145,31 @@ class SingleLabel(Objective):
         if len(weight) == 1:  # two classes are fitted as one: half of the margin to each gives the same probabilities
             weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
         return weight, bias
+
+
+def discriminants(
+    z: Float64[Tensor, "N k"], targets: Int[Tensor, " N"], num_classes: int, num_features: int,
+    shrinkages: Sequence[float] = SHRINKAGES,
+) -> list[tuple[Float64[Tensor, "C k"], Float64[Tensor, " C"]]]:  # fmt: skip
+    """A linear discriminant for each shrinkage s, as weight and bias: classes of equal prior, of one covariance.
+
+    It is (1 - s) S + s tr(S) / n I, with S the covariance within classes and n the features that the coordinates stand
+    for. A class without images, as in a fold, has the mean of all; where no class has two images S is 0, and the
+    discriminant is that of the nearest mean.
+
+    Source: Friedman, "Regularized Discriminant Analysis", JASA 1989, equation 18; there with a covariance a class.
+    """
+    counts = targets.bincount(minlength=num_classes)
+    means = torch.zeros(num_classes, z.shape[1], dtype=z.dtype, device="cpu").index_add_(0, targets, z)
+    means = torch.where(counts.unsqueeze(1) > 0, means / counts.clamp(min=1).unsqueeze(1), z.mean(0))
+    rest = z - means[targets]
+    values, vectors = torch.linalg.eigh(rest.T @ rest / len(z))
+    values = values.clamp(min=0)
+    spread = values.sum() / num_features
+    turned = means @ vectors
+    found = []
+    for shrinkage in shrinkages:
+        covariance = (1 - shrinkage) * values + shrinkage * spread if spread > 0 else torch.ones_like(values)
+        weight = turned / covariance
+        found.append((weight @ vectors.T, -0.5 * (weight * turned).sum(1)))
+    return found
