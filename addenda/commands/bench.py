@@ -221,7 +221,7 @@ def bench_paper(
     limit: Annotated[int | None, Option(min=4, help="Training images of a set. Default: all.")] = None,
     regimes: Annotated[str | None, Option(help=REGIMES)] = None,
     epochs: Annotated[int, Option(min=1, help="Passes over the training images, at most: ours.")] = 30,
-    rival_epochs: Annotated[int, Option(min=1, help="The same of full, lora and unmasked.")] = 8,
+    rival_epochs: Annotated[int, Option(min=1, help="The same of full, lora and unmasked.")] = 30,
     views: Annotated[int, Option(min=0, help="Random views of each image to learn from; 0: as it is.")] = 3,
     bf16: Annotated[bool, Option("--bf16", help="Train full, lora and unmasked in bfloat16 autocast.")] = False,
     backbone: BackboneOption = options.DEFAULT_BACKBONE,

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from addenda.benchmarks.baselines.method import Baseline, Scores
-from addenda.benchmarks.baselines.regimes import Rival, RivalConfig, rival_logits, train_rival
+from addenda.benchmarks.baselines.regimes import Rate, Rival, RivalConfig, rival_logits, train_rival
 from addenda.benchmarks.continual.stream import Experience
 from addenda.learner import Augmentation
 from addenda.learner.data import LabelledImages, check_learnable
@@ -66,7 +66,8 @@ class RivalPerTask(PerTask):
         how = self.settings
         config = RivalConfig(
             epochs=how.epochs, batch_size=how.batch_size, warmup_steps=how.warmup_steps, clip_norm=how.clip_norm,
-            learning_rate=how.full_rates if self.name == "full" else how.lora_rates, weight_decay=how.weight_decay,
+            rates=tuple(Rate("adamw", rate) for rate in (how.full_rates if self.name == "full" else how.lora_rates)),
+            weight_decay=how.weight_decay,
             augmentation=Augmentation(views=how.views if images.can_vary else 0), autocast=how.autocast, seed=self.seed,
         )  # fmt: skip
         return train_rival(self.name, self.backbone, images, config=config)

@@ -23,11 +23,12 @@ from addenda.benchmarks.baselines.regimes import (
     batches,
     is_rival,
     joined_accuracies,
+    rates_of,
     regime_config,
-    train_rival,
+    train_rivals,
 )
 from addenda.benchmarks.continual.stream import in_turn
-from addenda.benchmarks.paper.report import COLLAPSE, PAIRS, write_report
+from addenda.benchmarks.paper.report import COLLAPSE, PAIRS, best_of_rates, write_report
 from addenda.benchmarks.report.jsonl import append_line, read_lines
 from addenda.combined import CombinedModel
 from addenda.exceptions import DataError, TrainingError
@@ -66,7 +67,7 @@ class Comparison:
         """All that a cell's figures depend on beside its place, as JSON gives it back."""
         common = {"backbone": self.backbone.fingerprint, "limit": self.limit}
         if regime != PAIRS and (regime == COLLAPSE or is_rival(regime)):
-            return common | {"config": json.loads(json.dumps(asdict(self.rivals)))}
+            return common | {"config": json.loads(json.dumps(asdict(replace(self.rivals, rates=()))))}
         ours = regime_config(regime, self.ours) if regime in AS_SHIPPED else self.ours
         return common | {"config": ours.to_json()}
 
@@ -115,7 +116,7 @@ def run_paper(
             if COLLAPSE in regimes:
                 for count in range(2, len(sets) + 1):
                     run.collapse(sets[:count], seed)
-    cells = [cell for cell in run.cells if cell["settings"] == comparison.settings(cell["regime"])]
+    cells = run.comparable()
     write_report(cells, comparison.backbone, comparison.data, comparison.limit, out)
     return cells
 
@@ -151,26 +152,35 @@ class _Run:
             )  # fmt: skip
 
     def train(self, name: str, seed: int, regime: str) -> None:
-        """Trains and scores a rival."""
-        learned = self._learned(name, seed)
-        if self._cell(name, seed, regime) and (regime != UNMASKED or learned.exists()):
+        """Trains and scores a rival with each rate; a cell for each, which of them is chosen the report says."""
+        rivals = self.comparison.rivals
+        missing = [
+            rate
+            for rate in rates_of(regime, rivals)
+            if not self._cell(name, seed, regime, rate=str(rate))
+            or (regime == UNMASKED and not self._learned(name, seed, rate).exists())
+        ]
+        if not missing:
             return
-        images = open_images(self._subset(name, seed))
-        config = replace(self.comparison.rivals, seed=seed)
-        start = time.monotonic()
+        images, start = open_images(self._subset(name, seed)), time.monotonic()
+        config = replace(rivals, seed=seed, rates=tuple(missing))
         with progress() as report:
-            rival = train_rival(
+            for rival in train_rivals(
                 regime, self.backbone, images, self._test(name, images.labels), config, self.learner.cache,
                 lambda what, done, total: report(f"{name} seed {seed}: {what}", done, total),
-            )  # fmt: skip
-        if regime == UNMASKED:
-            learned.parent.mkdir(exist_ok=True)
-            save_file(rival.tensors, learned)
-        self._keep(
-            name, seed, regime, seconds=time.monotonic() - start, num_images=rival.num_images,
-            chosen={"learning_rate": rival.learning_rate, "epoch": rival.epoch},
-            validation=rival.validation_accuracy, test=rival.test_accuracy,
-        )  # fmt: skip
+            ):  # fmt: skip
+                if regime == UNMASKED:
+                    learned = self._learned(name, seed, rival.rate)
+                    learned.parent.mkdir(exist_ok=True)
+                    save_file(rival.tensors, learned)
+                self._keep(
+                    name, seed, regime, rate=str(rival.rate), seconds=time.monotonic() - start,
+                    num_images=rival.num_images, chosen={"rate": str(rival.rate), "epoch": rival.epoch},
+                    validation=rival.validation_accuracy, validation_loss=rival.validation_loss,
+                    test=rival.test_accuracy, last_validation=rival.last_validation_accuracy,
+                    last_test=rival.last_test_accuracy,
+                )  # fmt: skip
+                start = time.monotonic()
 
     def pair(self, one: str, other: str, seed: int) -> None:
         """Learns a set as an extension of another; answers both, and the extension, together and each alone."""
@@ -203,9 +213,13 @@ class _Run:
         for name in names:
             self.train(name, seed, UNMASKED)
         tests = {name: self._test(name, open_images(self._subset(name, seed)).labels) for name in names}
-        tensors = {name: load_file(self._learned(name, seed)) for name in names}
+        mine = [
+            cell for cell in best_of_rates(self.comparable()) if cell["regime"] == UNMASKED and cell["seed"] == seed
+        ]
+        best = {cell["set"]: cell for cell in mine}
+        tensors = {name: load_file(self._learned(name, seed, best[name]["rate"])) for name in names}
         together = joined_accuracies(self.backbone, tensors, tests, self.comparison.rivals.autocast)
-        alone = [self._cell(name, seed, UNMASKED)["test"] for name in names]
+        alone = [best[name]["test"] for name in names]
         seconds = time.monotonic() - start
         self._keep(place, seed, COLLAPSE, seconds=seconds, alone=alone, together=[together[name] for name in names])
 
@@ -237,8 +251,8 @@ class _Run:
                 writer.writerow((item.resolve(), images.labels[images.targets[row]]))
         return file
 
-    def _learned(self, name: str, seed: int) -> Path:
-        return self.out / "unmasked" / f"{name}-seed{seed}.safetensors"
+    def _learned(self, name: str, seed: int, rate: object) -> Path:
+        return self.out / "unmasked" / f"{name}-seed{seed}-{str(rate).replace(' ', '-')}.safetensors"
 
     def _test(self, name: str, labels: tuple[str, ...]) -> LabelledImages:
         return check_same_labels(labels, open_images(self.comparison.data / name / "test"), "single-label")
@@ -249,9 +263,13 @@ class _Run:
         parts = [model(part) for part in batches(test, self.backbone, model.micro_batch)]
         return {task.name: torch.cat([part[task.name].cpu() for part in parts]) for task in tasks}
 
-    def _cell(self, place: str, seed: int, regime: str) -> dict[str, Any]:
+    def comparable(self) -> list[dict[str, Any]]:
+        """All cells of these settings."""
+        return [cell for cell in self.cells if cell["settings"] == self.comparison.settings(cell["regime"])]
+
+    def _cell(self, place: str, seed: int, regime: str, **more: str) -> dict[str, Any]:
         """What is known of a cell under these settings; nothing yet is empty."""
-        key = {"set": place, "seed": seed, "regime": regime, "settings": self.comparison.settings(regime)}
+        key = {"set": place, "seed": seed, "regime": regime, "settings": self.comparison.settings(regime), **more}
         return next((cell for cell in self.cells if cell.items() >= key.items()), {})
 
     def _keep(self, place: str, seed: int, regime: str, **found: Any) -> None:
