@@ -30,7 +30,19 @@ def learn(
         Path | None, Option(help="Test images, scored once: a folder or listing. Default: the test part of DATA.")
     ] = None,
     memory: Annotated[list[int] | None, Option(help="Memory tokens in each layer, to try; may be given again.")] = None,
-    head_only: Annotated[bool | None, Option("--head-only", help="No token: the regression alone.")] = None,
+    head_only: Annotated[
+        bool | None, Option("--head-only", help="No token: the better probe of the frozen network alone.")
+    ] = None,
+    layer_head: Annotated[
+        bool | None, Option("--layer-head/--no-layer-head", help="Read every block's output too. Default: yes.")
+    ] = None,
+    group_by: Annotated[
+        str | None,
+        Option(
+            help="A regular expression that finds in a file's path what the image belongs to, such as its video; what "
+            "belongs together is held out together."
+        ),
+    ] = None,
     adapter_rank: Annotated[
         list[str] | None,
         Option(
@@ -82,7 +94,7 @@ def learn(
         "adapter_learning_rate": single(adapter_lr), "extends": "auto" if extends == ["auto"] else extends,
         "epochs": epochs, "seed": single(seed), "batch_size": batch_size, "learning_rate": single(lr),
         "weight_decay": single(weight_decay), "optimizer": optimizer, "label_smoothing": label_smoothing,
-        "class_weights": class_weights, "refit": refit,
+        "class_weights": class_weights, "refit": refit, "layer_head": layer_head, "group_by": group_by,
     }  # fmt: skip
     settings = options.learn_settings(config, given, {"views": views, "fresh": fresh})
     check_new_name(name)

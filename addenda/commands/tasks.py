@@ -16,7 +16,7 @@ from addenda.terminal import SCORES, answer, console, minute, percent, plural, p
 if TYPE_CHECKING:
     from addenda.registry import Kin, TaskRecord
 
-HEADLINES = ("score", "val %", "test %", "regr. %")
+HEADLINES = ("score", "val %", "test %", "probe %")
 
 app = typer.Typer(no_args_is_help=True, help="The registered tasks.")
 
@@ -49,7 +49,7 @@ def tasks_list(
     if as_json:
         print_json([_record_json(record) for record in records])
         return
-    kinds, _, tests, regressions = zip(*map(headlines, records), strict=True) if records else [()] * 4
+    kinds, _, tests, probes = zip(*map(headlines, records), strict=True) if records else [()] * 4
     columns = {
         "task": [r.ref + (" (retired)" if r.retired is not None else "") for r in records],
         "also": [_also(r) for r in records],
@@ -58,12 +58,12 @@ def tasks_list(
         "score": kinds if len(set(kinds)) > 1 else [],
         "val %": [headlines(r)[1] for r in records] if "–" in tests else [],
         "test %": tests,
-        "regr. %": regressions,
+        "probe %": probes,
         "learned": [r.created_at[:10] for r in records],
     }
     shown = {key: values for key, values in columns.items() if set(values) - {"", "–"}}
     title = f"{plural(len(records), 'task')} in {opened.location}, generation {generation}"
-    right = ("classes", "val %", "test %", "regr. %")
+    right = ("classes", *HEADLINES[1:])
     rows = zip(*shown.values(), strict=True)
     console.print(table(title, list(shown), rows, right, whole=("task", "learned", *right)) if records else title)
     if more:
@@ -101,7 +101,9 @@ def _also(record: TaskRecord) -> str:
 
 
 def show_task(record: TaskRecord) -> None:
-    """A task for people: what it is, how good beside its rival, where it came from."""
+    """A task for people: what it is, how good beside the probes of the frozen network, where it came from."""
+    from addenda.registry import baselines
+
     labels = ", ".join(record.labels[:12]) + (", …" if len(record.labels) > 12 else "")
     weight = f"{record.num_parameters:,} parameters, {size(record.size_bytes)}"
     kept = f"{size(record.statistics_bytes)}, for choosing the task" if record.statistics_bytes else "none"
@@ -109,7 +111,8 @@ def show_task(record: TaskRecord) -> None:
     rows = [
         ("classes", f"{len(record.labels)}: {labels}"),
         ("objective", record.objective),
-        ("memory tokens", f"{record.num_memory_tokens} in each layer; {weight}"),
+        ("reads", record.reads),
+        ("weight", weight),
         ("extends", ", ".join(record.extends) or "nothing"),
         ("temperature", "damaged" if record.temperature is None else f"{record.temperature:.3g}"),
         ("statistics", kept),
@@ -119,38 +122,40 @@ def show_task(record: TaskRecord) -> None:
         ("sha256", record.sha256),
         ("registered", f"{when} UTC by {record.created_by}, generation {record.generation}"),
     ]
-    if record.adapter_rank:
-        rows.insert(3, ("adapters", f"of rank {record.adapter_rank}"))
     metrics = record.metrics
     if "candidates" in metrics:
-        chosen, text = metrics["chosen"], "the regression was better on validation: the token adds nothing"
+        chosen, text = metrics["chosen"], "no token: beside the probe none pays by the validation images"
         if chosen is not None:
             used = {key: value for key, value in chosen.items() if record.adapter_rank or not key.startswith("adapter")}
             settings = ", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in used.items())
             text = f"{settings}; of {len(metrics['candidates'])} candidates"
+            if "token_weight" in metrics:
+                text += f"; the token weighs {metrics['token_weight']:g}, the probe the rest"
         rows.insert(-3, ("chosen", text))
     if record.retired is not None:
         rows.append(("retired", record.retired or "yes"))
     console.print(table(record.ref, ("", "value"), rows))
-    rival, shown = metrics.get("regression", {}), SCORES[record.objective]
-    scores = []
-    for part in ("validation", "test"):
-        if part in metrics:
-            pair = (metrics[part], rival.get(part, {}))
-            figures = [percent(one.get(kind)) for kind in shown for one in pair]
-            scores.append((f"{part} ({pair[0].get('num_images', '?')})", *figures))
+    shown = SCORES[record.objective]
+    scores = [
+        (f"{part} ({metrics[part].get('num_images', '?')})", who, *(percent(of[part].get(kind)) for kind in shown))
+        for part in ("validation", "test")
+        if part in metrics
+        for who, of in {**baselines(metrics), "task": metrics}.items()
+        if part in of
+    ]
     if scores:
-        columns = ("part", *(column for called in shown.values() for column in (called, "regression")))
-        title = "Scores in %, beside the logistic regression on the same images"
-        console.print(table(title, columns, scores, right=columns[1:]))
+        columns = ("part", "of the", *shown.values())
+        title = "Scores in %, beside probes of the frozen network on the same images"
+        console.print(table(title, columns, scores, right=columns[2:]))
 
 
 def headlines(record: TaskRecord, metrics: Mapping[str, Any] | None = None) -> tuple[str, ...]:
     """The figures that stand for a task, as HEADLINES names them; of `metrics`, by default the record's."""
-    from addenda.registry import headline
+    from addenda.registry import baselines, headline
 
     kind, metrics = headline(record.objective), record.metrics if metrics is None else metrics
-    parts = (metrics.get("validation", {}), metrics.get("test", {}), metrics.get("regression", {}).get("test", {}))
+    probe = baselines(metrics).get("linear probe", {})
+    parts = (metrics.get("validation", {}), metrics.get("test", {}), probe.get("test", {}))
     return SCORES[record.objective][kind], *(percent(part.get(kind)) for part in parts)
 
 

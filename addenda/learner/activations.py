@@ -37,8 +37,8 @@ class Activations:
 
     A view's activations are the same bits whether they are kept or computed anew: images pass the frozen stream in the
     canonical micro-batch, and keys and values are rounded to half precision. `targets`, `pooled` (the backbone's own
-    feature) and `layers` (the layer features) are those of the readable images as they are; `skipped` says what was
-    wrong with the others. Without tokens there are no keys and values, and no view but the image as it is.
+    feature), `layers` (the layer features) and `groups` are those of the readable images as they are; `skipped` says
+    what was wrong with the others. Without tokens there are no keys and values, and no view but the image as it is.
     """
 
     def __init__(
@@ -73,6 +73,7 @@ class Activations:
         self._readable = torch.tensor(readable, dtype=torch.long, device="cpu")
         self._pooled, self.pooled, self.layers = pooled, pooled[self._readable], layers[self._readable]
         self.labels, self.targets, self.objective = images.labels, images.targets[self._readable], images.objective
+        self.groups = None if images.groups is None else [images.groups[i] or f"\0{i}" for i in readable]
         self.num_classes = len(images.labels)
         self._resident = self._to_device()
         self._look_at(parents, context.report)

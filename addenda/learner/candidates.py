@@ -65,14 +65,6 @@ def as_fields(tensors: Tensors) -> dict[str, Any]:
     return fields
 
 
-def silenced(backbone: FrozenBackbone, regression: Regression, settings: Settings, memory_std: float) -> Tensors:
-    """A token that adds nothing: exactly the regression, for where validation prefers that."""
-    tensors = first_tensors(backbone, regression, settings._replace(adapter_rank=0), memory_std)
-    tensors["head_weight"] = torch.zeros_like(regression.weight)
-    tensors["pooled_weight"] = regression.weight.clone()
-    return tensors
-
-
 def schedule(step: int, warmup_steps: int, steps: int) -> float:
     """Linear warm-up, then a cosine to zero, as a factor of the learning rate; steps count from 0."""
     if step < warmup_steps:
@@ -83,7 +75,7 @@ def schedule(step: int, warmup_steps: int, steps: int) -> float:
 
 @dataclass
 class Best:
-    """The epoch of least validation loss so far; without validation, the latest."""
+    """The epoch of least validation loss so far; of few validation images, or none, the latest."""
 
     epoch: int = 0  # from 1; 0 before any
     loss: float = math.inf
@@ -131,11 +123,14 @@ class Candidate:
         self.optimizer.step()
         self._steps += 1
 
-    def judge(self, epoch: int, train_loss: float, loss: float | None, patience: int) -> None:
-        """Notes the end of an epoch: keeps the tensors if they are the best yet, stops what gets nowhere."""
+    def judge(self, epoch: int, train_loss: float, loss: float | None, patience: int | None) -> None:
+        """Notes the end of an epoch: keeps the tensors if they are the best yet, stops what gets nowhere.
+
+        Without patience the latest are the best: too few images, or none, say more than chance of an epoch.
+        """
         if not math.isfinite(train_loss) or (loss is not None and not math.isfinite(loss)):
             self.stopped = "diverged"
-        elif loss is None or loss < self.best.loss:
+        elif loss is None or patience is None or loss < self.best.loss:
             self.best = Best(epoch, self.best.loss if loss is None else loss, self.snapshot())
         elif epoch - self.best.epoch >= patience:
             self.stopped = "no better"

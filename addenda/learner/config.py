@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import field
 from itertools import product
@@ -60,13 +61,13 @@ class LearnConfig:
     Attributes:
         optimizer: `"adamw"`, or `"sgd"` with momentum (the paper).
         num_memory_tokens: m, memory tokens of each layer; 0 leaves the class token alone.
-        head_only: no token at all: the task is the layer probe, or without a layer head the linear probe.
+        head_only: no token at all: the task is the better of linear and layer probe.
         layer_head: whether the head reads statistics of every block's output too, where they help.
         extends: references of registered tasks whose tokens and memory this one sees; `"auto"` tries those that look
             promising and takes those that validation says pay.
         adapter_rank: r of low-rank updates of the task's own stream; 0 has none, the paper's form. `"auto"` tries
             AUTO_RANK beside 0 and takes it where validation says that it pays.
-        epochs: passes over the training part, at most; validation picks the best.
+        epochs: passes over the training part, at most.
         batch_size: images in an optimiser step.
         learning_rate: for the token and the memory, at its highest.
         adapter_learning_rate: for the adapters, at its highest.
@@ -78,13 +79,15 @@ class LearnConfig:
         clip_norm: largest norm of a candidate's gradient.
         warmup_steps: steps of linear warm-up before the cosine.
         memory_std: standard deviation of the memory's first values (the paper: 0.02).
-        patience: epochs without a lower validation loss after which a candidate stops.
+        patience: epochs without a lower validation loss after which a candidate stops. With fewer than 200 validation
+            images, which choose an epoch badly, all stay until their last.
         augmentation: random views of the training images.
         validation_fraction: the share of the training images held out, class by class, to choose by.
+        group_by: a regular expression that finds in an image file's name, or path within DATA, what it belongs to: the
+            video of a frame, the patient of a scan. Images of one group are held out together or not at all.
         calibrate: whether a temperature for the probabilities is fitted on the validation part; candidates are then
             compared as calibrated.
-        fall_back: whether a token whose validation loss is above the regression's is silenced: its head weights
-            become 0, and the task answers as the regression.
+        fall_back: whether a token is left out that does not pay beside the probe, by the loss on validation images.
         refit: whether the winner is trained again on training and validation images together.
         seed: of the split, the memory's first values and the order of images; of several, the first decides split and
             order for all.
@@ -115,6 +118,7 @@ class LearnConfig:
     patience: Annotated[int, Field(ge=1)] = 8
     augmentation: Augmentation = field(default_factory=Augmentation)
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    group_by: str | None = None
     calibrate: bool = True
     fall_back: bool = True
     refit: bool = True
@@ -125,6 +129,15 @@ class LearnConfig:
     def _not_empty(cls, value: OneOrMore[Any]) -> OneOrMore[Any]:
         if value == ():
             raise ValueError("give one value at least")
+        return value
+
+    @field_validator("group_by")
+    @classmethod
+    def _is_pattern(cls, value: str | None) -> str | None:
+        try:
+            re.compile(value or "")
+        except re.error as error:
+            raise ValueError(f"{value!r} is no regular expression ({error})") from error
         return value
 
     @property

@@ -24,6 +24,7 @@ from addenda.learner.data.opening import repeats
 from addenda.learner.objectives import OBJECTIVES
 from addenda.learner.run import Run
 from addenda.registry import (
+    BASELINES,
     EvaluationRecord,
     Registry,
     Scoring,
@@ -123,6 +124,8 @@ class Learner:
             _remark_on(part)
         varied = config.augmentation.resolved(images.can_vary and not config.head_only)
         config = replace(config, augmentation=varied)
+        if config.group_by is not None:
+            images = images.grouped_by(config.group_by)
         images = images.hashed()
         here = numerics_fingerprint(numerics(self.backbone))
         run = {
@@ -149,6 +152,8 @@ class Learner:
         identity = digest(canonical_json(run | told).encode())
         checkpoint = self.cache.checkpoint(identity)
         started = Run(name, activations, config, replace(context, checkpoint=checkpoint))
+        for remark in started.remarks():
+            log.warning("%s", remark)
         try:
             task = started.task(parents, pool)
         except TrainingError:
@@ -173,6 +178,7 @@ class Learner:
             "skipped": [shown(text) for text in (*images.lost, *activations.skipped)],
             "left_out": counted(images.left_out),
             "repeated": repeated,
+            "near_duplicates": started.near_duplicates,
         }
         finished = replace(task, metrics=metrics, data=data | test_data)
         statistics = None
@@ -219,10 +225,13 @@ class Learner:
         if images.lost or images.fingerprint() not in known:
             images, skipped = self._checked(images, context)
         found = known.get(images.fingerprint()) or self._evaluate(task, images, RunContext(report=context.report))
-        asked, regression = copy(task), dict(task.metrics.get("regression", {}))
+        asked = copy(task)
         if found.metrics != task.metrics.get("test"):
-            regression.pop("test", None)  # that of the test set of then
-            vars(asked)["metrics"] = {**task.metrics, "test": found.metrics, "regression": regression}
+            others = {  # the probes' are of the test set of then
+                key: {part: held for part, held in task.metrics[key].items() if part != "test"}
+                for key in BASELINES.keys() & task.metrics.keys()
+            }
+            vars(asked)["metrics"] = {**task.metrics, **others, "test": found.metrics}
         of_test = {"skipped": skipped, "left_out": counted(images.left_out)}
         vars(asked)["data"] = {**task.data, "test": of_test}
         return asked

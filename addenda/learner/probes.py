@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Float64, Int
@@ -12,7 +13,6 @@ from torch import Tensor
 
 from addenda.learner.objectives import Objective, Regression, Targets
 
-NUM_FOLDS = 5
 EIGHTHS = tuple(i / 8 for i in range(9))
 """Weights of one of two heads in their sum, to choose from."""
 MAX_ROWS = 4096
@@ -86,33 +86,11 @@ def sharpness(objective: Objective, logits: Float64[Tensor, "N C"], targets: Tar
 
 
 def best_weight(
-    objective: Objective, first: Float64[Tensor, "N C"], second: Float64[Tensor, "N C"], targets: Targets
-) -> float:
-    """Of EIGHTHS the weight of the second, the first's being the rest, whose sum has the least log loss."""
-    return min(EIGHTHS, key=lambda w: objective.loss((1 - w) * first + w * second, targets).item())
-
-
-def folds(
-    classes: Int[Tensor, " N"], seed: int, groups: Sequence[str] | None = None, count: int = NUM_FOLDS
-) -> Int[Tensor, " N"]:
-    """The fold of each image: classes are dealt out evenly, and the images of a group stand in one fold.
-
-    `classes` are all 0 where there is nothing to deal out evenly. A group goes by the class of most of its images.
-    """
-    names = [str(row) for row in range(len(classes))] if groups is None else list(groups)
-    rows: dict[str, list[int]] = {}
-    for row, name in enumerate(names):
-        rows.setdefault(name, []).append(row)
-    common = [classes[some].mode().values.item() for some in rows.values()]
-    of_group = torch.tensor(common, dtype=torch.int64, device="cpu")
-    random = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(rows), generator=random, dtype=torch.int64, device="cpu")
-    order = order[of_group[order].argsort(stable=True)]
-    found = torch.empty(len(classes), dtype=torch.int64, device="cpu")
-    members = list(rows.values())
-    for place, group in enumerate(order.tolist()):
-        found[members[group]] = place % min(count, len(rows))
-    return found
+    objective: Objective, first: Float64[Tensor, "N C"], second: Float64[Tensor, "N C"], targets: Targets,
+    weights: Sequence[float] = EIGHTHS,
+) -> float:  # fmt: skip
+    """The weight of the second, the first's being the rest, whose sum has the least log loss."""
+    return min(weights, key=lambda w: objective.loss((1 - w) * first + w * second, targets).item())
 
 
 def out_of_fold(
@@ -150,12 +128,12 @@ def choose(
     num_classes: int, seed: int, groups: Sequence[str] | None = None,
 ) -> Recipe:  # fmt: skip
     """Chooses how the layer probe of some images is fitted, by the log loss on images that a fit did not see."""
-    strength = objective.choose_strength(pooled, targets, seed)
-    fold = folds(objective.strata(targets), seed, groups)
+    strength = objective.choose_strength(pooled, targets, seed, groups)
+    fold = objective.folds(targets, seed, groups)
     z, width = Space.of(layers).coordinates(layers), layers.shape[1]
 
     def linear(rows: Tensor, held_out: Tensor) -> list[Tensor]:
-        head = of_regression(objective.fit_regression(pooled[rows], targets[rows], strength))
+        head = of_regression(objective.fit_regression(pooled[rows], targets[rows], strength, num_classes))
         return [head(pooled[held_out], layers[held_out])]
 
     def fits(rows: Tensor, held_out: Tensor) -> list[Tensor]:
@@ -190,7 +168,7 @@ def of_regression(fitted: Regression) -> LinearHead:
     return LinearHead(fitted.bias.double(), fitted.weight.double())
 
 
-def as_tensors(head: LinearHead) -> dict[str, Tensor]:
+def as_tensors(head: LinearHead) -> dict[str, Any]:
     """A head as the tensors of a task without a token, in float32."""
     assert head.pooled_weight is not None
     found = {"head_weight": head.pooled_weight, "head_bias": head.bias, "layer_weight": head.layer_weight}

@@ -6,29 +6,50 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from addenda.exceptions import TrainingError
 from addenda.learner.activations import Activations
-from addenda.learner.candidates import HEAD, Candidate, Tensors, as_fields, silenced
+from addenda.learner.candidates import HEAD, Candidate, Tensors, as_fields
 from addenda.learner.config import LearnConfig
 from addenda.learner.context import Epoch, RunContext
 from addenda.learner.objectives import Regression
-from addenda.learner.probes import LinearHead, as_tensors, best_weight, choose, layer_probe, of_regression
+from addenda.learner.probes import (
+    EIGHTHS,
+    MAX_ROWS,
+    LinearHead,
+    as_tensors,
+    best_weight,
+    choose,
+    layer_probe,
+    of_regression,
+)
 from addenda.learner.training import Trainer
 from addenda.registry import Task, digest
 
 TRIED = 3
 """Tasks to extend that are tried by training, at most."""
-LINEAR_PROBE, LAYER_PROBE = "linear probe", "layer probe"
-"""What the baselines are called beside the task; no task can have these names."""
+LINEAR_PROBE, LAYER_PROBE = "linear_probe", "layer_probe"
+"""What the baselines are called in metrics; their tasks' names have a space instead, which no other's has."""
+
+NEAR, FEW = 0.2, 0.05
+"""Of the mean squared distance within a class, what near-duplicates are within; and the share of them that is told."""
 
 log = logging.getLogger(__name__)
+
+
+class Fusion(NamedTuple):
+    """A token's logits added to the probe's, each calibrated, as validation weighs them."""
+
+    weight: float  # of the token's; the probe's is the rest
+    temperature: float  # of the token's own
+    logits: Float64[Tensor, "V C"]  # of the sum, on the validation images
+    losses: Float64[Tensor, " V"]
 
 
 @dataclass(frozen=True)
@@ -39,104 +60,114 @@ class Sweep:
     trainer: Trainer
     candidates: list[Candidate]
     history: list[Epoch]
-    chosen: Candidate | None  # the best by validation; None where the regression is better
-    losses: Float[Tensor, " V"]  # of the best on each validation image; the regression's where that is better
+    chosen: Candidate
+    fusion: Fusion
 
 
 class Run:
-    """One learning run; `baselines` are the linear and the layer probe on the same images, as tasks."""
+    """One learning run; `baselines` are the linear probe and, with a layer head, the layer probe, as tasks."""
 
     def __init__(self, name: str, activations: Activations, config: LearnConfig, context: RunContext) -> None:
         self._name, self._activations, self._config, self._context = name, activations, config, context
         self._objective = objective = activations.objective
-        pooled, targets = activations.pooled, activations.targets
+        pooled, targets, groups = activations.pooled, activations.targets, activations.groups
         self._train, self._validation = objective.split(
-            targets, activations.num_classes, config.validation_fraction, config.first_seed
+            targets, activations.num_classes, config.validation_fraction, config.first_seed, groups
         )
         self._truth = targets[self._validation]
-        strength = objective.choose_strength(pooled, targets, config.first_seed)
+        read = activations.layers if activations.layers.shape[1] else pooled
+        self.near_duplicates = near_duplicates(read, objective.strata(targets), self._train, self._validation)
+        strength = objective.choose_strength(pooled, targets, config.first_seed, groups)
         self._fitted = objective.fit_regression(pooled[self._train], targets[self._train], strength)
         self._last = objective.fit_regression(pooled, targets, strength) if config.refit else self._fitted
         heads = {LINEAR_PROBE: (of_regression(self._fitted), of_regression(self._last))}
-        self._metrics: dict[str, Any] = {"linear_probe": {"strength": strength}}
+        self._metrics: dict[str, Any] = {LINEAR_PROBE: {"strength": strength}}
         settled = objective.is_settled(activations.num_classes)
         if config.layer_head and activations.layers.shape[1] and not settled:
             heads[LAYER_PROBE] = self._layer_probe()
         self.baselines = []
-        for name, (fitted, last) in heads.items():
+        for called, (fitted, last) in heads.items():
             logits = fitted(pooled[self._validation], activations.layers[self._validation])
             temperature, scores = self._judge(logits)
-            self._metrics[name.replace(" ", "_")]["validation"] = self._metrics["validation"] = scores
+            self._metrics[called]["validation"] = self._metrics["validation"] = scores
             task = Task(
-                name=name, backbone=activations.backbone.fingerprint, labels=activations.labels,
+                name=called.replace("_", " "), backbone=activations.backbone.fingerprint, labels=activations.labels,
                 objective=objective.name, temperature=temperature, config=config.to_json(), **as_tensors(last),
             )  # fmt: skip
             self.baselines.append(task)
-        self._head, self._head_logits = last, logits  # of the better probe: what a token must add something to
-        self._head_losses = objective.losses(logits / temperature, self._truth)
+        self._probe = last * (1 / temperature)
+        self._probe_logits = logits / temperature
+
+    def remarks(self) -> list[str]:
+        """What a person should know of how the images were held out."""
+        said, count, kept = [], len(self._validation), self._activations.objective.counts
+        if self.near_duplicates > FEW * count:
+            said.append(
+                f"{self.near_duplicates} of {count} validation images have near-duplicates among the images learned "
+                "from, as frames of one video and crops of one photo are: their score flatters. Say what belongs "
+                "together with --group-by (in Python: group_by), or in a listing's column `group`."
+            )
+        missing = (kept(self._truth, self._activations.num_classes) == 0).nonzero()[:, 0].tolist()
+        if missing and self._activations.groups is not None:
+            named = ", ".join(repr(self._activations.labels[label]) for label in missing[:3])
+            said.append(
+                f"No image of {named}{' and others' if len(missing) > 3 else ''} was held out, since all are of one "
+                "group, or of groups that other classes need."
+            )
+        return said
 
     def task(self, parents: tuple[Task, ...], pool: Sequence[Task] | None = None) -> Task:
         """Learns the task, with what was measured on the validation part; TrainingError where all diverged.
 
-        It extends `parents`, which the activations hold; or of a pool, where there is one, those that help.
+        It extends `parents`, which the activations hold; or of a pool, where there is one, those that help. Where
+        validation finds that a token does not pay beside the probe, the task has none, and extends nothing.
         """
-        probe, metrics = self.baselines[-1], dict(self._metrics)
+        probe, metrics = replace(self.baselines[-1], name=self._name), dict(self._metrics)
         if self._config.head_only or self._objective.is_settled(self._activations.num_classes):
-            return replace(probe, name=self._name, metrics=metrics)
+            return replace(probe, metrics=metrics)
         best = self._sweep(self._activations, parents)
         if pool is not None:
             best, metrics["extensions"] = self._extend(best, pool)
         metrics |= _record(best)
-        if len(self.baselines) > 1:
-            return self._fused(best, metrics)
-        temperature = probe.temperature
-        if best.chosen is None:
-            settings, std = self._config.candidates[0], self._config.memory_std
-            tensors = silenced(self._activations.backbone, self._last, settings, std)
-        else:
-            tensors = best.chosen.best.tensors
-            temperature, metrics["validation"] = self._judge(best.trainer.logits(tensors, self._validation))
-            if self._config.refit:
-                tensors = self._refit(best.trainer, best.chosen)
-        whole = replace(probe, name=self._name, parents=best.parents, temperature=temperature, metrics=metrics)
-        return replace(whole, **as_fields(tensors))
+        weight, own_temperature, logits, _ = best.fusion
+        if not weight:
+            return replace(probe, metrics=metrics)
+        tensors = self._refit(best.trainer, best.chosen) if self._config.refit else best.chosen.best.tensors
+        temperature, metrics["validation"] = self._judge(logits)
+        rest: dict[str, Any] = as_tensors(self._probe * (1 - weight)) if weight < 1 else {}
+        for name in HEAD:
+            tensors[name] = tensors[name] * (weight / own_temperature)
+        if rest:
+            tensors["pooled_weight"] = tensors["pooled_weight"] + rest.pop("head_weight")
+            tensors["head_bias"] = tensors["head_bias"] + rest.pop("head_bias")
+        whole = replace(probe, parents=best.parents, temperature=temperature, metrics=metrics, layer_weight=None)
+        return replace(whole, **as_fields(tensors), **rest)
 
     def _layer_probe(self) -> tuple[LinearHead, LinearHead]:
         """Fitted to the images to learn from, and to all: the recipe is chosen on the former."""
-        objective, classes = self._objective, self._activations.num_classes
+        objective, classes, groups = self._objective, self._activations.num_classes, self._activations.groups
         pooled, layers, targets = self._activations.pooled, self._activations.layers, self._activations.targets
         some = pooled[self._train], layers[self._train], targets[self._train]
-        recipe = choose(objective, *some, classes, self._config.first_seed)
-        self._metrics["layer_probe"] = {"fit": recipe.fit, "weight": recipe.weight}
+        of_train = None if groups is None else [groups[row] for row in self._train.tolist()]
+        recipe = choose(objective, *some, classes, self._config.first_seed, of_train)
+        self._metrics[LAYER_PROBE] = {"fit": recipe.fit, "weight": recipe.weight}
         fitted = layer_probe(recipe, objective, *some, classes)
         if not self._config.refit:
             return fitted, fitted
         return fitted, layer_probe(recipe, objective, pooled, layers, targets, classes)
 
-    def _fused(self, best: Sweep, metrics: dict[str, Any]) -> Task:
-        """The layer probe and the best token, each calibrated, their logits added where validation says that it pays.
-
-        Where the token's weight is 0 the task has none.
-        """
-        probe, weight, tensors = self.baselines[-1], 0.0, dict[str, Tensor]()
-        share = 1 / probe.temperature
-        if best.chosen is not None:
-            own = best.trainer.logits(best.chosen.best.tensors, self._validation).double()
-            own_temperature, _ = self._judge(own)
-            base = self._head_logits * share
-            weight = best_weight(self._objective, base, own / own_temperature, self._truth)
-        metrics["token_weight"] = weight
-        if not weight:
-            return replace(probe, name=self._name, metrics=metrics)
-        tensors = self._refit(best.trainer, best.chosen) if self._config.refit else best.chosen.best.tensors
-        logits = (1 - weight) * base + weight * own / own_temperature
-        temperature, metrics["validation"] = self._judge(logits)
-        of_probe = as_tensors(self._head * (share * (1 - weight)))
-        scaled = {name: tensors[name] * (weight / own_temperature) for name in HEAD}
-        scaled["pooled_weight"] = scaled["pooled_weight"] + of_probe.pop("head_weight")
-        scaled["head_bias"] = scaled["head_bias"] + of_probe.pop("head_bias")
-        whole = replace(probe, name=self._name, parents=best.parents, temperature=temperature, metrics=metrics)
-        return replace(whole, **as_fields({**tensors, **scaled}), **of_probe)
+    def _fuse(self, trainer: Trainer, candidate: Candidate) -> Fusion:
+        """What a candidate's token adds to the probe; without a layer head it stands for itself, or is left out."""
+        objective, config = self._objective, self._config
+        own = trainer.logits(candidate.best.tensors, self._validation).double()
+        temperature, _ = self._judge(own)
+        weights = [weight for weight in (EIGHTHS if config.layer_head else (0.0, 1.0)) if weight or config.fall_back]
+        weight = best_weight(objective, self._probe_logits, own / temperature, self._truth, weights)
+        logits = (1 - weight) * self._probe_logits + weight * own / temperature
+        losses, without = (objective.losses(found, self._truth) for found in (logits, self._probe_logits))
+        if weight and config.fall_back and not pays(losses, without):
+            return Fusion(0.0, temperature, self._probe_logits, without)
+        return Fusion(weight, temperature, logits, losses)
 
     def _judge(self, logits: Tensor) -> tuple[float, dict[str, Any]]:
         """The temperature that validation logits ask for, and their scores under it."""
@@ -159,16 +190,14 @@ class Run:
         if not reached:
             raise TrainingError("Every candidate's loss became infinite or NaN. Try smaller learning rates.")
         chosen = min(reached, key=lambda candidate: candidate.best.loss)
-        losses = trainer.losses(chosen.best.tensors, self._validation)
+        fusion = self._fuse(trainer, chosen)
         lean = [candidate for candidate in reached if not candidate.settings.adapter_rank]
         if config.adapter_rank == "auto" and chosen not in lean and lean:
             leanest = min(lean, key=lambda candidate: candidate.best.loss)
-            without = trainer.losses(leanest.best.tensors, self._validation)
-            if not pays(losses, without):
-                chosen, losses = leanest, without
-        if config.fall_back and len(self.baselines) == 1 and chosen.best.loss >= self._head_losses.mean():
-            return Sweep(parents, trainer, candidates, history, None, self._head_losses)
-        return Sweep(parents, trainer, candidates, history, chosen, losses)
+            without = self._fuse(trainer, leanest)
+            if not pays(fusion.losses, without.losses):
+                chosen, fusion = leanest, without
+        return Sweep(parents, trainer, candidates, history, chosen, fusion)
 
     def _extend(self, best: Sweep, pool: Sequence[Task]) -> tuple[Sweep, list[dict[str, Any]]]:
         """Tries the most promising tasks of a pool one after another, and keeps those that pay; with what was tried."""
@@ -176,8 +205,8 @@ class Run:
         for task in promising(self._activations, pool, self._fitted, self._train, self._validation):
             parents = (*best.parents, task)
             found = self._sweep(self._activations.seeing(parents, self._context.report), parents)
-            taken = found.chosen is not None and pays(found.losses, best.losses)
-            tried.append({"task": task.ref, "validation_loss": found.losses.mean().item(), "taken": taken})
+            taken = found.fusion.weight > 0 and pays(found.fusion.losses, best.fusion.losses)
+            tried.append({"task": task.ref, "validation_loss": found.fusion.losses.mean().item(), "taken": taken})
             best = found if taken else best
         return best, tried
 
@@ -188,6 +217,24 @@ class Run:
             self._last, [chosen.settings], everything, everything[:0], chosen.best.epoch, "refit"
         )
         return chosen.best.tensors if refitted.stopped else refitted.best.tensors
+
+
+def near_duplicates(
+    features: Float[Tensor, "N n"], classes: Int[Tensor, " N"], train: Int[Tensor, " T"], validation: Int[Tensor, " V"]
+) -> int:
+    """How many of the validation images have a near-duplicate among those to learn from.
+
+    It is one where the squared distance of their standardised features is under NEAR of what it is on average between
+    images of a class. In docs/results.md: unlike pictures, and slightly shifted, cropped or compressed ones.
+    """
+    rows = train[:: -(-len(train) // MAX_ROWS)]
+    scale = features[rows].std(0).clamp(min=torch.finfo(features.dtype).tiny)
+    z = (features - features[rows].mean(0)) / scale
+    means = torch.stack([z[rows][classes[rows] == one].mean(0) for one in classes[rows].unique()])
+    rest = z[rows] - means[classes[rows].unique(return_inverse=True)[1]]
+    expected = 2 * rest.square().sum(1).mean()
+    nearest = torch.cat([torch.cdist(z[some], z[rows]).min(1).values for some in validation.split(256)])
+    return int((nearest.square() < NEAR * expected).sum())
 
 
 def pays(dear: Float[Tensor, " N"], cheap: Float[Tensor, " N"]) -> bool:
@@ -241,9 +288,8 @@ def _record(sweep: Sweep) -> dict[str, Any]:
         {"train_loss": _finite(epoch.train_loss), "validation_loss": _finite(epoch.validation_loss)}
         for epoch in sweep.history
     ]
-    chosen = sweep.chosen
-    picked = None if chosen is None else chosen.settings._asdict() | {"epoch": chosen.best.epoch}
-    return {"candidates": rows, "curves": curves, "chosen": picked}
+    picked = sweep.chosen.settings._asdict() | {"epoch": sweep.chosen.best.epoch} if sweep.fusion.weight else None
+    return {"candidates": rows, "curves": curves, "chosen": picked, "token_weight": sweep.fusion.weight}
 
 
 def _finite(values: Sequence[float]) -> list[float | None]:

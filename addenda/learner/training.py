@@ -24,6 +24,9 @@ from addenda.registry import Task
 
 EVALUATION_BATCH = 64
 
+ENOUGH_TO_CHOOSE_AN_EPOCH = 200
+"""Validation images; by fewer, the epoch that looks best is worse than the last (docs/results.md)."""
+
 T = TypeVar("T")
 
 
@@ -214,6 +217,7 @@ class Trainer:
         """Scores the candidates that are left on the validation part, and lets each draw its conclusion."""
         live = [candidate for candidate in candidates if candidate.stopped is None]
         targets = self._activations.targets[validation]
+        patience = self._config.patience if len(validation) >= ENOUGH_TO_CHOOSE_AN_EPOCH else None
         scores: dict[int, tuple[float, float]] = {}
         for group in _by_shape(live) if len(validation) else ():
             logits = self._evaluate([candidate.tensors for candidate in group], validation)
@@ -223,7 +227,7 @@ class Trainer:
         for candidate, train_loss in zip(candidates, train_losses, strict=True):
             if candidate in live:
                 reached = scores[id(candidate)][0] if scores else None
-                candidate.judge(epoch, train_loss, reached, self._config.patience)
+                candidate.judge(epoch, train_loss, reached, patience)
         shown = [scores.get(id(candidate), (math.nan, math.nan)) for candidate in candidates] if scores else []
         return tuple(loss for loss, _ in shown), tuple(accuracy for _, accuracy in shown)
 

@@ -14,7 +14,7 @@ from addenda.registry.registry import Registry
 from addenda.registry.store.hashing import canonical_json, digest
 from addenda.registry.store.lineage import Kin, Lineage
 from addenda.registry.store.names import LABELS, check_labels, check_name, check_new_name
-from addenda.registry.store.objectives import OBJECTIVES, headline
+from addenda.registry.store.objectives import BASELINES, OBJECTIVES, baselines, headline
 from addenda.registry.store.queries import TaskFilter
 from addenda.registry.store.records import EvaluationRecord, Event, Scoring, TaskRecord
 
@@ -36,6 +36,7 @@ _NAMES = {
 }
 __all__ = [
     "ADAPTED",
+    "BASELINES",
     "LABELS",
     "OBJECTIVES",
     "Difference",
@@ -55,6 +56,7 @@ __all__ = [
     "Task",
     "TaskFilter",
     "TaskRecord",
+    "baselines",
     "canonical_json",
     "check_labels",
     "check_name",

@@ -41,7 +41,7 @@ class Curves(NamedTuple):
     lines: list[Line]  # the chosen candidate's last, so that they lie on top
     across: list[tuple[float, str]]  # epochs to name, and where they stand
     up: list[tuple[float, str]]  # losses to name, and where they stand
-    best: float | None  # where the chosen epoch stands; None where the regression was better
+    best: float | None  # where the chosen epoch stands; None where no token was taken
     epoch: int | None
     num_candidates: int
 

@@ -18,7 +18,7 @@ from addenda.learner import Epoch
 from addenda.learner.activations import Activations
 from addenda.learner.augmentation import DEFAULT_VIEWS, Augmentation
 from addenda.learner.cache import ActivationCache
-from addenda.learner.candidates import first_tensors, silenced
+from addenda.learner.candidates import first_tensors
 from addenda.learner.data import Data, open_images
 from addenda.learner.objectives import objective_of
 from addenda.learner.stream import stream_features
@@ -227,17 +227,6 @@ def test_where_the_regression_is_better_the_token_is_silenced_unless_told_not_to
     kept = learner.learn("kept", CountingDataset(images, targets), config=config)
     assert (kept.metrics["chosen"]["learning_rate"], kept.metrics["chosen"]["epoch"]) == (1.0, 1)
     assert kept.head_weight.any()
-
-
-def test_a_token_that_adds_nothing_is_exactly_the_regression(tiny: FrozenBackbone) -> None:
-    images, targets = noise()
-    activations = activations_of(tiny, CountingDataset(images, targets))
-    regression = objective_of(targets).fit_regression(activations.pooled, targets, 0.1)
-    config = LearnConfig()
-    plain = silenced(tiny, regression, config.candidates[0], config.memory_std)
-    logits = Trainer(activations, [], config).logits(plain, torch.arange(24))
-    expected = activations.pooled @ regression.weight.T + regression.bias
-    assert torch.allclose(logits, expected, atol=1e-5)
 
 
 def test_the_training_stream_is_the_combined_models_stream(tiny: FrozenBackbone) -> None:

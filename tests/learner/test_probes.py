@@ -9,7 +9,7 @@ from torch import Tensor
 from addenda.learner import probes
 from addenda.learner.objectives import MultiLabel, SingleLabel
 from addenda.learner.objectives.single_label import discriminants
-from addenda.learner.probes import LinearHead, Space, best_weight, folds, out_of_fold, sharpness
+from addenda.learner.probes import LinearHead, Space, best_weight, out_of_fold, sharpness
 
 
 def data(num_images: int = 40, num_features: int = 60, num_classes: int = 3, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -88,24 +88,24 @@ def test_features_that_are_all_alike_make_no_nan() -> None:
 
 def test_folds_deal_out_each_class_evenly() -> None:
     classes = torch.tensor([0] * 23 + [1] * 11 + [2])
-    fold = folds(classes, seed=3)
+    fold = SingleLabel().folds(classes, seed=3)
     for label, most in ((0, 5), (1, 3), (2, 1)):
         counts = fold[classes == label].bincount(minlength=5)
         assert counts.max() <= most
         assert counts.max() - counts.min() <= 1
-    assert torch.equal(fold, folds(classes, seed=3))
-    assert not torch.equal(fold, folds(classes, seed=4))
+    assert torch.equal(fold, SingleLabel().folds(classes, seed=3))
+    assert not torch.equal(fold, SingleLabel().folds(classes, seed=4))
 
 
 def test_a_group_stands_in_one_fold() -> None:
     groups = [f"video {i // 4}" for i in range(80)]
-    fold = folds(torch.arange(80) % 3, seed=0, groups=groups)
+    fold = SingleLabel().folds(torch.arange(80) % 3, seed=0, groups=groups)
     assert fold.unique().tolist() == [0, 1, 2, 3, 4]
     assert {len(fold[i : i + 4].unique()) for i in range(0, 80, 4)} == {1}
 
 
 def test_every_image_is_answered_by_a_fit_that_did_not_see_it() -> None:
-    fold = folds(torch.zeros(12, dtype=torch.int64), seed=0)
+    fold = SingleLabel().folds(torch.zeros(12, dtype=torch.int64), seed=0)
     seen: list[set[int]] = []
 
     def fit(rows: Tensor, held_out: Tensor) -> list[Tensor]:

@@ -31,11 +31,13 @@ from addenda.learner.data import LabelledImages
 from addenda.learner.objectives import Regression, accuracy
 from addenda.registry import Task
 
-REGISTRABLE = ("head", "head+class", "memory-M", "adapters-R", "regression", "default", "default+adapters")
 AS_SHIPPED: Mapping[str, Mapping[str, Any]] = {
-    "regression": {"head_only": True}, "default": {}, "default+adapters": {"adapter_rank": "auto"},
+    "linear-probe": {"head_only": True, "layer_head": False}, "layer-probe": {"head_only": True},
+    "default": {}, "default+adapters": {"adapter_rank": "auto"},
 }  # fmt: skip
 """What a user gets, by the settings that are asked for."""
+
+REGISTRABLE = ("head", "head+class", "memory-M", "adapters-R", *AS_SHIPPED)
 
 RIVALS = {
     "full": "it changes the backbone's own weights",

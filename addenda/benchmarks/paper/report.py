@@ -24,7 +24,8 @@ PAIRS, COLLAPSE = "pairs", "collapse"
 """The two that are no regimes of one set."""
 
 ORDER = (
-    "full", "head", "head+class", "memory", "adapters", "unmasked", "lora", "regression", "default", "default+adapters"
+    "full", "head", "head+class", "memory", "adapters", "unmasked", "lora", "linear-probe", "layer-probe",
+    "default", "default+adapters",
 )  # fmt: skip
 PAPER: Mapping[str, Mapping[str, float]] = {
     name: dict(zip(("full", "head", "head+class", "memory-1", "memory-5", "memory-10", "memory-20"), row, strict=True))

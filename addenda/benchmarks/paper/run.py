@@ -49,7 +49,7 @@ KNOWN = ("full", "lora-R", "unmasked-M", *REGISTRABLE, PAIRS, COLLAPSE)
 MASKED, UNMASKED = "memory-5", "unmasked-5"
 """The regimes of which pairs and the collapse are made."""
 
-OURS = LearnConfig(batch_size=16, calibrate=False, fall_back=False, refit=False)
+OURS = LearnConfig(batch_size=16, layer_head=False, calibrate=False, fall_back=False, refit=False)
 """As the rivals: all learn from the training part alone, in as many steps an epoch, and stand for themselves."""
 
 
@@ -146,7 +146,7 @@ class _Run:
             metrics = task.metrics
             self._keep(
                 name, seed, regime, seconds=seconds, num_images=num_images,
-                chosen=metrics.get("chosen") or {"strength": metrics["regression"]["strength"]},
+                chosen=metrics.get("chosen") or {"strength": metrics["linear_probe"]["strength"]},
                 validation=metrics["validation"]["accuracy"],
                 test=accuracy(answers[task.name], test.targets), num_test=len(test),
             )  # fmt: skip

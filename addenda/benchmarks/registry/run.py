@@ -163,9 +163,10 @@ def _disk_alone(folder: Path, num_bytes: int) -> list[float]:
 def _told() -> dict[str, Any]:
     """What a learned task's row tells of it, as wide as that of a real one."""
     measured = SingleLabel().score(_normal(0, IMAGES, len(LABELS)), TARGETS, LABELS)
+    both = {"validation": measured, "test": measured}
     return {
         "config": LearnConfig().to_json(),
-        "metrics": {"regression": {"validation": measured, "test": measured}, "validation": measured, "test": measured},
+        "metrics": dict.fromkeys(("linear_probe", "layer_probe"), both) | both,
         "data": {"num_images": IMAGES, "counts": dict.fromkeys(LABELS, IMAGES // len(LABELS)), "skipped": []},
     }
 

@@ -231,7 +231,7 @@ def _memory(setting: Setting, several: LearnConfig, batch: Tensor, rows: Tensor)
 def _kept(activations: Activations) -> list[Tensor]:
     store = activations._store
     assert store is not None
-    return [store.key_values, store.pooled]
+    return [store.key_values, store.features]
 
 
 def _accuracies(setting: Setting, test: LabelledImages, found: dict[str, dict[str, Tensor]]) -> dict[str, float]:

@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
+import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -119,6 +122,7 @@ class LabelledImages:
     folder: Path | None = None  # where the class folders are, of images that lie in such
     left_out: LeftOut = field(default_factory=dict)  # what else is in that folder
     deeper: tuple[str, ...] = ()  # folders inside class folders that hold images
+    groups: tuple[str, ...] | None = None  # of each image; "" is a group of its own
     lost: tuple[str, ...] = ()  # what is wrong with items of which not even the targets could be had
 
     def __len__(self) -> int:
@@ -157,6 +161,33 @@ class LabelledImages:
             said.append(f"images in folders inside class folders count as their class's ({listed})")
         return f"{self.where}: {'; '.join(said)}." if said else ""
 
+    def grouped_by(self, pattern: str) -> LabelledImages:
+        """The same images in groups: what a regular expression finds in each file's path, or its first group if any.
+
+        The path is that within the folder of the images or of the listing, with slashes; of other files it is whole.
+
+        Raises:
+            DataError: these are no files, they have groups already, or in some the expression finds nothing.
+        """
+        if self.groups is not None:
+            raise DataError(f"{self.where} has a column 'group' already; leave out group_by, or the column.")
+        if not isinstance(self.items, list):
+            raise DataError(f"group_by reads the names of image files; {self.where} has images without.")
+        found, missed = [], []
+        for item in self.items:
+            name = Path(item if self.folder is None else os.path.relpath(item, self.folder)).as_posix()
+            match = re.search(pattern, name)
+            if match is None:
+                missed.append(f"{name!r}")
+            else:
+                found.append(match[1] or "" if match.re.groups else match[0])
+        if missed:
+            raise DataError(
+                f"group_by, {pattern!r}, finds nothing in the names of {len(missed)} of {len(self)} images in "
+                f"{self.where}:{ten_of(missed)}\nA group may be empty: such an image stands for itself."
+            )
+        return replace(self, groups=tuple(found))
+
     def check_whole(self, skip_bad: bool) -> LabelledImages:
         """The same images; DataError where some cannot be had and are not to be left out."""
         if self.lost and not skip_bad:
@@ -180,7 +211,8 @@ class LabelledImages:
     def in_order(self, digests: Mapping[int, str]) -> tuple[LabelledImages, list[int]]:
         """Those images whose digests are given, by their rows, with them in the order of `hashed`; and these rows."""
         targets = self.targets.tolist()
-        order = sorted(digests, key=lambda row: (self.answer(targets[row]), digests[row], row))
+        groups = self.groups or [""] * len(self)
+        order = sorted(digests, key=lambda row: (self.answer(targets[row]), digests[row], groups[row], row))
         return replace(self.select(order), digests=tuple(digests[row] for row in order)), order
 
     def select(self, rows: Sequence[int]) -> LabelledImages:
@@ -192,6 +224,7 @@ class LabelledImages:
             items=[items[row] for row in rows] if isinstance(items, list) else Subset(items, rows),
             places=tuple(rows if self.places is None else (self.places[row] for row in rows)),
             digests=None if self.digests is None else tuple(self.digests[row] for row in rows),
+            groups=None if self.groups is None else tuple(self.groups[row] for row in rows),
         )
 
     def digest(self, index: int) -> str:
@@ -237,8 +270,10 @@ class LabelledImages:
         return torch.stack([self.read(index, backbone) for index in range(len(self))])
 
     def fingerprint(self) -> str:
-        """sha256 over the contents and labels of all images, whatever their order and names."""
+        """sha256 over the contents, labels and groups of all images, whatever their order and names."""
         lines = [f"{self.digest(index)} {self.answer(target)}" for index, target in enumerate(self.targets.tolist())]
+        if self.groups is not None:
+            lines = [f"{line} {json.dumps(group)}" for line, group in zip(lines, self.groups, strict=True)]
         return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
     def answer(self, target: int | list[bool]) -> str:

@@ -14,7 +14,7 @@ from addenda.learner.data.folders import class_name, part_named
 from addenda.learner.data.labelled import LabelledImages, encoded, ten_of
 
 SUFFIXES = (".csv", ".parquet")
-COLUMNS = ("path", "label", "labels", "split")
+COLUMNS = ("path", "label", "labels", "split", "group")
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class _Row:
     path: Path
     labels: tuple[str, ...]
     split: str | None
+    group: str
     place: str
 
 
@@ -30,8 +31,9 @@ def open_listing(file: Path, part: str) -> LabelledImages:
 
     Its columns are `path`, relative to the listing's folder, and `label`; or `labels`, of which an image may have any
     number: in CSV with `|` between them, in Parquet so too or as a list. A column `split` says train or test; without
-    one all rows are the part. Further columns are left alone. An image listed twice alike counts once. The classes are
-    those of all rows, in the order of their names.
+    one all rows are the part. Images of one `group` are held out together or not at all; where it is empty, an image is
+    one of its own. Further columns are left alone. An image listed twice alike counts once. The classes are those of
+    all rows, in the order of their names.
     """
     columns, lines = _read(file)
     multi = "labels" in columns
@@ -48,7 +50,10 @@ def open_listing(file: Path, part: str) -> LabelledImages:
         raise DataError(f"The listing {str(file)!r} names no file that there is: {lost[0]}")
     number = {label: i for i, label in enumerate(labels)}
     targets = encoded([[number[label] for label in row.labels] for row in chosen], len(labels), multi)
-    return LabelledImages(f"{str(file)!r}", labels, targets, [row.path for row in chosen], lost=lost)
+    return LabelledImages(
+        f"{str(file)!r}", labels, targets, [row.path for row in chosen], folder=file.parent,
+        groups=tuple(row.group for row in chosen) if "group" in columns else None, lost=lost,
+    )  # fmt: skip
 
 
 def listing_has_test_part(file: Path) -> bool:
@@ -141,6 +146,8 @@ def _check_rows(file: Path, columns: Sequence[str], lines: Lines, multi: bool) -
                 raise DataError(f"{str(row.path)!r} is on {first.place} too, with other labels")
             if first.split != row.split:
                 raise DataError(f"{str(row.path)!r} is on {first.place} too, for another part")
+            if first.group != row.group:
+                raise DataError(f"{str(row.path)!r} is on {first.place} too, in another group")
         except DataError as error:
             problems.append(f"{place}: {error}")
     if not lines:
@@ -172,7 +179,7 @@ def _row(folder: Path, columns: Sequence[str], values: Sequence[Any], multi: boo
         )
     if split is not None and part is None:
         raise DataError(f"its split is {split!r}; it must be train or test")
-    return _Row(path, labels, part, place)
+    return _Row(path, labels, part, _text(fields.get("group")), place)
 
 
 def _labels(value: Any) -> tuple[str, ...]:
@@ -185,9 +192,9 @@ def _labels(value: Any) -> tuple[str, ...]:
 
 
 def _text(value: Any) -> str:
-    """A label or split as text without spaces around it; nothing is an empty text."""
+    """A label, split or group as text without spaces around it; nothing is an empty text."""
     if value is None:
         return ""
     if not isinstance(value, str | int):
-        raise DataError(f"its label {value!r} is neither a text nor a whole number")
+        raise DataError(f"{value!r} in it is neither a text nor a whole number")
     return class_name(str(value).strip())

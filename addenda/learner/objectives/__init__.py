@@ -9,12 +9,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from addenda.learner.objectives.multi_label import MultiLabel
-from addenda.learner.objectives.objective import ClassWeights, Objective, Regression, Targets
+from addenda.learner.objectives.objective import ClassWeights, Groups, Objective, Regression, Targets
 from addenda.learner.objectives.single_label import SingleLabel
 
 __all__ = [
     "OBJECTIVES",
     "ClassWeights",
+    "Groups",
     "MultiLabel",
     "Objective",
     "Regression",

@@ -12,12 +12,11 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Float64, Int
 from numpy.typing import NDArray
-from sklearn.model_selection import KFold
 from torch import Tensor
 from torchmetrics.functional.classification import binary_average_precision, binary_calibration_error, binary_f1_score
 
 from addenda.combined.predictions import LIKELY
-from addenda.learner.objectives.objective import STRENGTHS, Array, ClassWeights, Objective, converged, logistic
+from addenda.learner.objectives.objective import STRENGTHS, Array, ClassWeights, Objective, Splits, converged, logistic
 from addenda.registry import probabilities
 
 LAYER_STRENGTHS = (1.0, 10.0, 100.0, 1000.0)
@@ -58,7 +57,7 @@ class MultiLabel(Objective):
         """Never: an image may be without the one label."""
         return False
 
-    def split(
+    def _split(
         self, targets: Bool[Tensor, "N C"], num_classes: int, fraction: float, seed: int
     ) -> tuple[Int[Tensor, " T"], Int[Tensor, " V"]]:
         """Shared out label by label, the rarest first, each image to the part that still lacks most of that label.
@@ -142,6 +141,10 @@ class MultiLabel(Objective):
             "num_images": len(targets),
         }
 
+    def reads(self, targets: Bool[Tensor, "N C"], label: int) -> Bool[Tensor, " N"]:
+        """Those that have it, among others maybe."""
+        return targets[:, label]
+
     def strata(self, targets: Bool[Tensor, "N C"]) -> Int[Tensor, " N"]:
         """Nothing: an image may have several labels."""
         return torch.zeros(len(targets), dtype=torch.int64, device="cpu")
@@ -159,13 +162,12 @@ class MultiLabel(Objective):
             found.append((torch.from_numpy(weight), torch.from_numpy(bias)))
         return found
 
-    def _fold_losses(self, x: Array, y: NDArray[Any], seed: int) -> Iterator[float]:
+    def _fold_losses(self, x: Array, y: NDArray[Any], splits: Splits) -> Iterator[float]:
         """One C for all labels, by the mean of all their answers; each fit starts from the last one's solution."""
-        folds = list(KFold(min(5, len(y)), shuffle=True, random_state=seed).split(x))
-        models = [[_Binary(STRENGTHS[0]) for _ in range(y.shape[1])] for _ in folds]
+        models = [[_Binary(STRENGTHS[0]) for _ in range(y.shape[1])] for _ in splits]
         for strength in STRENGTHS:
             total = 0.0
-            for (train, held_out), row in zip(folds, models, strict=True):
+            for (train, held_out), row in zip(splits, models, strict=True):
                 for label, model in enumerate(row):
                     model.strength = strength
                     model.fit(x[train], y[train, label])
@@ -173,7 +175,7 @@ class MultiLabel(Objective):
                     total += np.logaddexp(0, np.where(y[held_out, label], -margin, margin)).sum()
             yield total / y.size
 
-    def _fit(self, x: Array, y: NDArray[Any], strength: float) -> tuple[Array, Array]:
+    def _fit(self, x: Array, y: NDArray[Any], strength: float, num_classes: int | None) -> tuple[Array, Array]:
         """One regression for each label against the rest."""
         rows = [_Binary(strength).fit(x, column) for column in y.T]
         return np.stack([row.weight for row in rows]), np.array([row.bias for row in rows])

@@ -18,6 +18,8 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
+from addenda.exceptions import DataError
+
 Targets = Int[Tensor, " N"] | Bool[Tensor, "N C"]
 """The class of each image; or, of a multi-label task, whether each image has each label."""
 
@@ -27,10 +29,18 @@ ClassWeights = Float[Tensor, " C"] | Float[Tensor, "2 C"]
 STRENGTHS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Values of scikit-learn's C to choose from."""
 
+NUM_FOLDS = 5
+"""Of cross-validation, where the images allow as many."""
+
 TEMPERATURES = (0.2, 5.0)
 """The least and the largest temperature. Images that are all answered rightly would ask for 0."""
 
 Array = NDArray[np.float64]
+Splits = Sequence[tuple[NDArray[np.bool_], NDArray[np.bool_]]]
+"""Of each fold, which images a fit sees, and which it does not."""
+
+Groups = Sequence[str] | None
+"""The group of each image: those of one stand on one side of every split. None: each image is one of its own."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +82,60 @@ class Objective(ABC):
     def is_settled(self, num_classes: int) -> bool:
         """Whether there is nothing to learn: every image has the one answer."""
 
-    @abstractmethod
     def split(
+        self, targets: Targets, num_classes: int, fraction: float, seed: int, groups: Groups = None
+    ) -> tuple[Int[Tensor, " T"], Int[Tensor, " V"]]:
+        """Rows to learn from and rows to validate on, a fraction of each class; of one on two images, one at least.
+
+        The images of a group stand on one side: of a class that is in one group alone, on the first.
+
+        Raises:
+            DataError: no group can be held out, since each has the last images of a class.
+        """
+        if groups is None:
+            return self._split(targets, num_classes, fraction, seed)
+        held_out = self.folds(targets, seed, groups, max(2, round(1 / fraction))) == 0
+        there = self.counts(targets, num_classes) > 0
+        while (lost := there & (self.counts(targets[~held_out], num_classes) == 0)).any():
+            has = self.reads(targets, int(lost.nonzero()[0])) & held_out
+            back = groups[int(has.nonzero()[0])]
+            held_out &= torch.tensor([group != back for group in groups], device="cpu")
+        if not held_out.any():
+            raise DataError(
+                f"The images form {len(set(groups))} group{'' if len(set(groups)) == 1 else 's'}, and none can be held "
+                "out to validate on: each has the last images of a class. Make smaller groups, or none."
+            )
+        return (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
+
+    @abstractmethod
+    def _split(
         self, targets: Targets, num_classes: int, fraction: float, seed: int
     ) -> tuple[Int[Tensor, " T"], Int[Tensor, " V"]]:
-        """Rows to learn from and rows to validate on, a fraction of each class; of one on two images, one at least."""
+        """As `split`, where each image is a group of its own."""
+
+    @abstractmethod
+    def reads(self, targets: Targets, label: int) -> Bool[Tensor, " N"]:
+        """Which images have a label."""
+
+    def folds(self, targets: Targets, seed: int, groups: Groups = None, count: int = NUM_FOLDS) -> Int[Tensor, " N"]:
+        """The fold of each image: classes are dealt out evenly, and the images of a group stand in one fold.
+
+        A group goes by the class of most of its images.
+        """
+        names = [str(row) for row in range(len(targets))] if groups is None else list(groups)
+        rows: dict[str, list[int]] = {}
+        for row, name in enumerate(names):
+            rows.setdefault(name, []).append(row)
+        classes = self.strata(targets)
+        of_group = torch.stack([classes[some].mode().values for some in rows.values()])
+        random = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(rows), generator=random, dtype=torch.int64, device="cpu")
+        order = order[of_group[order].argsort(stable=True)]
+        found = torch.empty(len(targets), dtype=torch.int64, device="cpu")
+        members = list(rows.values())
+        for place, group in enumerate(order.tolist()):
+            found[members[group]] = place % min(count, len(rows))
+        return found
 
     @abstractmethod
     def losses(
@@ -137,19 +196,27 @@ class Objective(ABC):
         within = tuple(map(math.log, bounds))
         return math.exp(minimize_scalar(loss, bounds=within, method="bounded", options={"xatol": 1e-6}).x)
 
-    def choose_strength(self, features: Float[Tensor, "N D"], targets: Targets, seed: int) -> float:
-        """The C of least cross-validated log loss, in 5 folds or as many as the images allow."""
-        tried: list[float] = []
+    def choose_strength(
+        self, features: Float[Tensor, "N D"], targets: Targets, seed: int, groups: Groups = None
+    ) -> float:
+        """The C of least cross-validated log loss."""
+        fold, tried = self.folds(targets, seed, groups).numpy(), list[float]()
+        splits = [(fold != number, fold == number) for number in range(fold.max() + 1)]
         # From the strongest penalty on; past the best, weaker ones only get slower and worse.
-        for mean_loss in self._fold_losses(features.double().numpy(), targets.numpy(), seed):
+        for mean_loss in self._fold_losses(features.double().numpy(), targets.numpy(), splits):
             tried.append(mean_loss)
             if len(tried) > 2 and tried[-1] > tried[-2] > tried[-3]:
                 break
         return STRENGTHS[int(np.argmin(tried))]
 
-    def fit_regression(self, features: Float[Tensor, "N D"], targets: Targets, strength: float) -> Regression:
-        """The honest rival, fitted to convergence: an L2 logistic regression, by scikit-learn."""
-        weight, bias = self._fit(features.double().numpy(), targets.numpy(), strength)
+    def fit_regression(
+        self, features: Float[Tensor, "N D"], targets: Targets, strength: float, num_classes: int | None = None
+    ) -> Regression:
+        """An L2 logistic regression, fitted to convergence by scikit-learn.
+
+        Without `num_classes`, there are as many classes as the targets have.
+        """
+        weight, bias = self._fit(features.double().numpy(), targets.numpy(), strength, num_classes)
         return Regression(torch.from_numpy(weight).float(), torch.from_numpy(bias).float(), strength)
 
     @abstractmethod
@@ -170,11 +237,11 @@ class Objective(ABC):
         """
 
     @abstractmethod
-    def _fold_losses(self, x: Array, y: NDArray[Any], seed: int) -> Iterator[float]:
-        """Mean log loss over the folds, for one of STRENGTHS after another."""
+    def _fold_losses(self, x: Array, y: NDArray[Any], splits: Splits) -> Iterator[float]:
+        """Mean log loss on the images that a fit did not see, for one of STRENGTHS after another."""
 
     @abstractmethod
-    def _fit(self, x: Array, y: NDArray[Any], strength: float) -> tuple[Array, Array]:
+    def _fit(self, x: Array, y: NDArray[Any], strength: float, num_classes: int | None) -> tuple[Array, Array]:
         """Weight, one row for each class, and bias."""
 
 

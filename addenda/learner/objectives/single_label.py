@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Float64, Int
+from jaxtyping import Bool, Float, Float64, Int
 from numpy.typing import NDArray
-from sklearn.model_selection import StratifiedKFold, cross_val_score, train_test_split
+from scipy.special import logsumexp
+from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torchmetrics.functional.classification import (
     multiclass_accuracy,
@@ -18,7 +20,16 @@ from torchmetrics.functional.classification import (
     multiclass_confusion_matrix,
 )
 
-from addenda.learner.objectives.objective import STRENGTHS, Array, ClassWeights, Objective, converged, logistic
+from addenda.learner.objectives.objective import (
+    STRENGTHS,
+    Array,
+    ClassWeights,
+    Groups,
+    Objective,
+    Splits,
+    converged,
+    logistic,
+)
 from addenda.registry import probabilities
 
 SHRINKAGES = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95)
@@ -55,7 +66,7 @@ class SingleLabel(Objective):
         """Where there is one class."""
         return num_classes == 1
 
-    def split(
+    def _split(
         self, targets: Int[Tensor, " N"], num_classes: int, fraction: float, seed: int
     ) -> tuple[Int[Tensor, " T"], Int[Tensor, " V"]]:
         """Stratified by scikit-learn, as many images as classes at least on either side."""
@@ -116,9 +127,15 @@ class SingleLabel(Objective):
             "num_images": len(targets),
         }
 
-    def choose_strength(self, features: Float[Tensor, "N D"], targets: Int[Tensor, " N"], seed: int) -> float:
+    def choose_strength(
+        self, features: Float[Tensor, "N D"], targets: Int[Tensor, " N"], seed: int, groups: Groups = None
+    ) -> float:
         """Where there is one class, any would do."""
-        return super().choose_strength(features, targets, seed) if targets.any() else 1.0
+        return super().choose_strength(features, targets, seed, groups) if targets.any() else 1.0
+
+    def reads(self, targets: Int[Tensor, " N"], label: int) -> Bool[Tensor, " N"]:
+        """Those of the class."""
+        return targets == label
 
     def strata(self, targets: Int[Tensor, " N"]) -> Int[Tensor, " N"]:
         """Each image's class."""
@@ -130,20 +147,31 @@ class SingleLabel(Objective):
         """Linear discriminants, one for each of SHRINKAGES."""
         return discriminants(z, targets, num_classes, num_features)
 
-    def _fold_losses(self, x: Array, y: NDArray[Any], seed: int) -> Iterator[float]:
-        """As many folds as the smallest class allows."""
-        splitter = StratifiedKFold(min(5, int(np.bincount(y).min())), shuffle=True, random_state=seed)
+    def _fold_losses(self, x: Array, y: NDArray[Any], splits: Splits) -> Iterator[float]:
+        """One regression for each fold and strength."""
         for strength in STRENGTHS:
-            yield -cross_val_score(logistic(strength), x, y, cv=splitter, scoring="neg_log_loss").mean()
+            total = 0.0
+            for train, held_out in splits:
+                weight, bias = self._fit(x[train], y[train], strength, int(y.max()) + 1)
+                logits = x[held_out] @ weight.T + bias
+                total += (logsumexp(logits, axis=1) - np.take_along_axis(logits, y[held_out, None], 1)[:, 0]).sum()
+            yield total / len(y)
 
-    def _fit(self, x: Array, y: NDArray[Any], strength: float) -> tuple[Array, Array]:
-        """One multinomial regression; where there is one class it says nothing, and its weight is 0."""
-        if not y.any():
-            return np.zeros((1, x.shape[1])), np.zeros(1)
-        fitted = converged(logistic(strength), x, y)
-        weight, bias = fitted.coef_, fitted.intercept_
-        if len(weight) == 1:  # two classes are fitted as one: half of the margin to each gives the same probabilities
-            weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+    def _fit(self, x: Array, y: NDArray[Any], strength: float, num_classes: int | None) -> tuple[Array, Array]:
+        """One multinomial regression; where there is one class it says nothing, and its weight is 0.
+
+        A class without images, as in a fold, is as likely as one image more would have made it, whatever is shown.
+        """
+        there = np.unique(y)
+        count = int(y.max()) + 1 if num_classes is None else num_classes
+        weight, bias = np.zeros((count, x.shape[1])), np.full(count, -math.log(len(y)))
+        bias[there] = 0.0
+        if len(there) > 1:
+            fitted = converged(logistic(strength), x, y)
+            found, level = fitted.coef_, fitted.intercept_
+            if len(found) == 1:  # two classes are fitted as one: half of the margin to each has the same probabilities
+                found, level = np.concatenate([-found, found]) / 2, np.concatenate([-level, level]) / 2
+            weight[there], bias[there] = found, level
         return weight, bias
 
 

@@ -144,7 +144,7 @@ class _Scores(_Shaped):
     confusion: list[list[int]] = []
 
 
-class _Regression(_Shaped):
+class _Measured(_Shaped):
     validation: _Scores = _Scores()
     test: _Scores = _Scores()
 
@@ -154,8 +154,10 @@ class _Epoch(_Shaped):
     validation_loss: Loss
 
 
-class _Metrics(_Regression):
-    regression: _Regression = _Regression()
+class _Metrics(_Measured):
+    linear_probe: _Measured = _Measured()
+    layer_probe: _Measured = _Measured()
+    regression: _Measured = _Measured()
     candidates: list[dict[str, Any]] = []
     chosen: dict[str, Any] | None = None
     curves: list[_Epoch] = []

@@ -21,6 +21,8 @@ class Inside(NamedTuple):
 
     adapter_rank: int | None = None
     temperature: float | None = None
+    has_token: bool | None = None
+    num_layer_features: int | None = None
 
 
 def end(data: bytes) -> int:
@@ -35,12 +37,15 @@ def parts(header: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def inside(header: bytes) -> Inside:
-    """The rank of a task's adapters and its temperature; of a damaged header neither."""
+    """What a header says of its task; of a damaged one nothing."""
     try:
         manifest, places = parts(header)
         rank = int(places["adapters.q.down"]["shape"][1]) if "adapters.q.down" in places else 0
         temperature = float(manifest.get("temperature", 1.0))
-        return Inside(rank, temperature) if 0 < temperature < math.inf else Inside()
+        read = places.get("layer_down") or places.get("layer_weight")
+        num_layer_features = int(read["shape"][1]) if read else 0
+        found = Inside(rank, temperature, "class_token" in places, num_layer_features)
+        return found if 0 < temperature < math.inf else Inside()
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, RecursionError):
         return Inside()
 

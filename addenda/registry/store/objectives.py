@@ -24,6 +24,15 @@ def headline(objective: str) -> str:
     return OBJECTIVES[objective].headline
 
 
+BASELINES = {"linear_probe": "linear probe", "layer_probe": "layer probe", "regression": "linear probe"}
+"""What is measured beside a task on the same images, by its name in metrics; the last is version 0.1's."""
+
+
+def baselines(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """What was measured beside a task, by what it is called."""
+    return {called: metrics[key] for key, called in BASELINES.items() if metrics.get(key)}
+
+
 def score_of(objective: str, metrics: Mapping[str, Any]) -> float | None:
     """The headline metric on the test images, else on the validation part; None where neither was measured."""
     for part in ("test", "validation"):

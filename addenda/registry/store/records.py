@@ -69,6 +69,8 @@ class TaskRecord(TaskColumns):
         size_bytes: its artifact's size.
         adapter_rank: r, the rank of its adapters, 0 without; None where the stored artifact is damaged.
         temperature: what its logits are divided by to become probabilities; None likewise.
+        has_token: whether it has a class token of its own; None likewise.
+        num_layer_features: n, the layer features that its head reads, 0 without a layer head; None likewise.
         statistics_bytes: the size of what a router knows of its images; 0 where it knows nothing.
         extends: references of its parents, in order.
         aliases: the aliases that point at this version.
@@ -81,6 +83,8 @@ class TaskRecord(TaskColumns):
     size_bytes: int
     adapter_rank: int | None
     temperature: float | None
+    has_token: bool | None
+    num_layer_features: int | None
     statistics_bytes: int
     extends: tuple[str, ...]
     aliases: tuple[str, ...]
@@ -92,6 +96,19 @@ class TaskRecord(TaskColumns):
     def ref(self) -> str:
         """`name:version`."""
         return f"{self.name}:{self.version}"
+
+    @property
+    def reads(self) -> str:
+        """What its head reads of the frozen network, in words."""
+        if self.has_token is None:
+            return "damaged"
+        parts = ["the pooled feature"]
+        if self.has_token:
+            memory = f"{self.num_memory_tokens} memory token{'' if self.num_memory_tokens == 1 else 's'} in each layer"
+            parts = [f"a class token with {memory}"]
+            parts += [f"adapters of rank {self.adapter_rank}"] if self.adapter_rank else []
+        parts += [f"{self.num_layer_features:,} layer features"] if self.num_layer_features else []
+        return ", ".join(parts)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from addenda.benchmarks.baselines.finetuning import Classifier, FineTuning, Reci
 from addenda.benchmarks.baselines.frozen_features import RIDGES, choose_ridge
 from addenda.benchmarks.baselines.method import BaselineSettings, Method, Scores
 from addenda.benchmarks.baselines.methods import BASELINES, baseline
-from addenda.benchmarks.baselines.regimes import RivalConfig, rival_logits, train_rival
+from addenda.benchmarks.baselines.regimes import Rate, RivalConfig, rival_logits, train_rival
 from addenda.benchmarks.continual.stream import Experience, Stream
 from addenda.benchmarks.strategy import NEVER
 from addenda.exceptions import TrainingError
@@ -188,7 +188,7 @@ def test_prices_count_what_is_kept(tiny: FrozenBackbone) -> None:
 def test_a_rival_answers_other_images_as_it_was_scored(regime: str, tiny: FrozenBackbone) -> None:
     experience = stream([(0, 1, 2, 3, 4, 5)]).experiences[0]
     train, test = experience.own(experience.train), experience.own(experience.test)
-    rival = train_rival(regime, tiny, train, test, RivalConfig(epochs=2, batch_size=8, learning_rate=(3e-3,)))
+    rival = train_rival(regime, tiny, train, test, RivalConfig(epochs=2, batch_size=8, rates=(Rate("adamw", 3e-3),)))
     logits = rival_logits(tiny, rival, test.read_all(tiny))
     assert accuracy(logits, test.targets) == rival.test_accuracy
     assert rival.test_accuracy < 1 or torch.unique(logits, dim=0).shape[0] == len(test)

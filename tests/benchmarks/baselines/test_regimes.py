@@ -14,7 +14,14 @@ import torch.nn.functional as F
 from addenda import FrozenBackbone, LearnConfig
 from addenda.benchmarks.baselines import regimes
 from addenda.benchmarks.baselines.dense_mask import DenseMask
-from addenda.benchmarks.baselines.regimes import RivalConfig, is_rival, joined_accuracies, regime_config, train_rival
+from addenda.benchmarks.baselines.regimes import (
+    Rate,
+    RivalConfig,
+    is_rival,
+    joined_accuracies,
+    regime_config,
+    train_rival,
+)
 from addenda.exceptions import BackboneError, TrainingError
 from addenda.learner import Augmentation
 from addenda.learner.activations import Activations
@@ -104,8 +111,9 @@ def test_a_rival_learns_and_leaves_the_backbone_as_it_was(
 ) -> None:
     rival = train_rival(regime, tiny, train, test, QUICK)
     assert rival.epoch in (1, 2)
-    assert rival.learning_rate in regimes.LEARNING_RATES[regime.partition("-")[0]]
-    assert rival.num_images == 2 * 2 * 19  # learning rates, epochs, four fifths of the images
+    assert rival.rate in regimes.RATES[regime.partition("-")[0]]
+    assert rival.num_images == 2 * 19  # epochs, four fifths of the images
+    assert rival.last_test_accuracy is not None
     assert rival.test_accuracy is not None
     assert rival.test_accuracy > 0.8
     tiny.check_unchanged()
@@ -121,7 +129,7 @@ def test_a_rival_starts_as_the_regression_of_the_same_split(
     fitted = train.objective.fit_regression(activations.pooled[rows], train.targets[rows], strength)
     logits = F.linear(activations.pooled[validation], fitted.weight, fitted.bias)
     expected = F.cross_entropy(logits, train.targets[validation]).item()
-    still = RivalConfig(epochs=1, learning_rate=(1e-9,))
+    still = RivalConfig(epochs=1, rates=(Rate("adamw", 1e-9),))
     loss = train_rival(regime, tiny, train, config=still).validation_loss
     near = 0.01 if "unmasked" in regime else 1e-5  # a token that sees memory is near the class token, not equal to it
     assert loss == pytest.approx(expected, abs=near)
@@ -133,7 +141,7 @@ def test_a_rival_is_the_same_for_the_same_seed_whatever_was_drawn_before(
 ) -> None:
     def learned(draws: int, **options: object) -> dict[str, torch.Tensor]:
         torch.rand(draws)
-        config = RivalConfig(epochs=1, batch_size=8, learning_rate=(1e-3,), **options)
+        config = RivalConfig(epochs=1, batch_size=8, rates=(Rate("adamw", 1e-3),), **options)
         return train_rival(regime, tiny, train, config=config).tensors
 
     once, again, other = learned(1), learned(2), learned(3, seed=1)
@@ -144,14 +152,14 @@ def test_a_rival_is_the_same_for_the_same_seed_whatever_was_drawn_before(
 def test_validation_chooses_and_the_test_images_do_not(
     tiny: FrozenBackbone, train: LabelledImages, test: LabelledImages
 ) -> None:
-    config = RivalConfig(epochs=2, learning_rate=(1e-3, 1e-9, 30.0))
+    config = RivalConfig(epochs=2, rates=(Rate("adamw", 1e-3), Rate("adamw", 1e-9), Rate("adamw", 30.0)))
     alone = {
-        rate: train_rival("unmasked-2", tiny, train, test, RivalConfig(epochs=2, learning_rate=(rate,)))
-        for rate in config.learning_rate
+        rate: train_rival("unmasked-2", tiny, train, test, RivalConfig(epochs=2, rates=(rate,)))
+        for rate in config.rates
     }
     best = min(alone.values(), key=lambda rival: (-rival.validation_accuracy, rival.validation_loss))
     swept = train_rival("unmasked-2", tiny, train, test, config)
-    assert (swept.learning_rate, swept.epoch) == (best.learning_rate, best.epoch)
+    assert (swept.rate, swept.epoch) == (best.rate, best.epoch)
     assert swept.validation_loss == best.validation_loss
     assert swept.test_accuracy == best.test_accuracy  # scored with its tensors, not those of the last one trained
     blind = train_rival("unmasked-2", tiny, train, config=config)
@@ -160,8 +168,8 @@ def test_validation_chooses_and_the_test_images_do_not(
 
 
 def test_a_rival_that_diverges_everywhere_says_so(tiny: FrozenBackbone, train: LabelledImages) -> None:
-    config = RivalConfig(epochs=1, batch_size=4, learning_rate=(1e30,))
-    with pytest.raises(TrainingError, match=r"'full' diverged with every learning rate of \(1e\+30,\)"):
+    config = RivalConfig(epochs=1, batch_size=4, rates=(Rate("adamw", 1e30),))
+    with pytest.raises(TrainingError, match=r"'full' diverged with each of adamw 1e\+30"):
         train_rival("full", tiny, train, config=config)
 
 
@@ -174,9 +182,9 @@ def test_a_rival_learns_from_the_very_views_that_a_task_does(tiny: FrozenBackbon
         for row in (0, 13):
             ((_, seen),) = activations._views(train.item(row), [view * 24 + row])
             assert torch.equal(views[view, row], seen)
-    config = RivalConfig(epochs=1, learning_rate=(1e-3,))
+    config = RivalConfig(epochs=1, rates=(Rate("adamw", 1e-3),))
     varied = train_rival(
-        "unmasked-2", tiny, train, config=RivalConfig(epochs=1, learning_rate=(1e-3,), augmentation=how)
+        "unmasked-2", tiny, train, config=RivalConfig(epochs=1, rates=(Rate("adamw", 1e-3),), augmentation=how)
     )
     plain = train_rival("unmasked-2", tiny, train, config=config)
     assert not torch.equal(varied.tensors["memory.0"], plain.tensors["memory.0"])

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from addenda import FrozenBackbone, LearnConfig, Learner, Registry
-from addenda.benchmarks.baselines.regimes import RivalConfig, regime_config
+from addenda.benchmarks.baselines.regimes import Rate, RivalConfig, regime_config
 from addenda.benchmarks.paper import run as paper
 from addenda.benchmarks.paper.report import COLLAPSE, PAIRS, PAPER, write_report
 from addenda.benchmarks.paper.run import OURS, Comparison, balanced_rows, run_paper
@@ -35,7 +35,7 @@ def two_sets(folder: Path) -> Path:
 
 def quick(backbone: FrozenBackbone, data: Path, limit: int | None = 18) -> Comparison:
     ours = replace(OURS, epochs=1, learning_rate=(0.3,))
-    return Comparison(backbone, data, limit, ours, RivalConfig(epochs=1, learning_rate=(1e-3,)))
+    return Comparison(backbone, data, limit, ours, RivalConfig(epochs=1, rates=(Rate("adamw", 1e-3),)))
 
 
 @pytest.fixture(scope="module")
