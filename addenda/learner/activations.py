@@ -29,6 +29,9 @@ from addenda.registry import Task
 FLUSH_S = 10.0
 """Seconds of work that a power cut may cost while the cache is filled."""
 
+MOST_BYTES_OF_VIEWS = 2**31
+"""Of layer features: where those of all views are more, only those of the images as they are are held in memory."""
+
 log = logging.getLogger(__name__)
 
 
@@ -36,9 +39,10 @@ class Activations:
     """Activations of every view of some images; view 0 is the image as it is.
 
     A view's activations are the same bits whether they are kept or computed anew: images pass the frozen stream in the
-    canonical micro-batch, and keys and values are rounded to half precision. `targets`, `pooled` (the backbone's own
-    feature), `layers` (the layer features) and `groups` are those of the readable images as they are; `skipped` says
-    what was wrong with the others. Without tokens there are no keys and values, and no view but the image as it is.
+    canonical micro-batch, and keys and values are rounded to half precision. `targets`, `groups` and `pooled` (the
+    backbone's own feature) are those of the readable images as they are; `layers`, the layer features, of their views
+    too, where memory has room. `skipped` says what was wrong with the others. Without tokens there are no keys and
+    values.
     """
 
     def __init__(
@@ -55,7 +59,7 @@ class Activations:
         self.backbone = backbone
         digests = images.digests or tuple(images.digest(index) for index in range(len(images)))
         self._images, self._num_images = replace(images, digests=digests), len(digests)
-        self._augmentation = augmentation if tokens else Augmentation(views=0)
+        self._augmentation = augmentation
         self._micro_batch, self._tokens = micro_batch(backbone.device), tokens
         num_heads, head_dim = backbone.num_heads, backbone.embed_dim // backbone.num_heads
         self._shape = backbone.depth, 2, num_heads, backbone.num_tokens, head_dim  # of one view's keys and values
@@ -63,15 +67,16 @@ class Activations:
         self._store = self._open(cache, list(dict.fromkeys(keys)))
         place = {} if self._store is None else self._store.place
         self._place = torch.tensor([place.get(key, -1) for key in keys], dtype=torch.int64, device="cpu")
-        pooled, layers = (
-            torch.zeros(count, width, dtype=torch.float32, device="cpu")
-            for count, width in ((len(keys), backbone.embed_dim), (len(digests), backbone.num_layer_features))
-        )
+        pooled = torch.zeros(len(keys), backbone.embed_dim, dtype=torch.float32, device="cpu")
+        views, width = 1 + augmentation.num_views, backbone.num_layer_features
+        if 4 * len(keys) * width > MOST_BYTES_OF_VIEWS:
+            views = 1
+        layers = torch.zeros(views, len(digests), width, dtype=torch.float32, device="cpu")
         bad = self._fill(pooled, layers, context)
         self.skipped = tuple(dict.fromkeys(bad.values()))
         readable = [i for i in range(len(digests)) if i not in bad]
         self._readable = torch.tensor(readable, dtype=torch.long, device="cpu")
-        self._pooled, self.pooled, self.layers = pooled, pooled[self._readable], layers[self._readable]
+        self._pooled, self.pooled, self.layers = pooled, pooled[self._readable], layers[:, self._readable]
         self.labels, self.targets, self.objective = images.labels, images.targets[self._readable], images.objective
         self.groups = None if images.groups is None else [images.groups[i] or f"\0{i}" for i in readable]
         self.num_classes = len(images.labels)
@@ -135,16 +140,16 @@ class Activations:
         )  # fmt: skip
         return cache.open(self.backbone, keys[:capacity], self._tokens) if capacity else None
 
-    def _fill(self, pooled: Float[Tensor, "R D"], layers: Float[Tensor, "N n"], context: RunContext) -> dict[int, str]:
-        """Computes what is not kept yet, with every row's pooled feature and the layer features of images as they are.
-
-        Gives what is wrong with which images.
-        """
-        width, count = pooled.shape[1], len(layers)
+    def _fill(
+        self, pooled: Float[Tensor, "R D"], layers: Float[Tensor, "V N n"], context: RunContext
+    ) -> dict[int, str]:
+        """Computes what is not kept yet, and every row's pooled and layer features; gives what is wrong with which."""
+        width, flat = pooled.shape[1], layers.flatten(0, 1)
 
         def note(rows: Tensor, features: Float[Tensor, "n F"]) -> None:
             pooled[rows] = features[:, :width]
-            layers[rows[rows < count]] = features[rows < count, width:]
+            wanted = rows < len(flat)
+            flat[rows[wanted]] = features[wanted, width:]
 
         store, places = self._store, self._place.tolist()
         held = set() if store is None else store.held([place for place in places if place >= 0])

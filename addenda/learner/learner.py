@@ -122,7 +122,7 @@ class Learner:
         images, test_images = open_parts(train, test, context.skip_bad)
         for part in filter(None, (images, test_images)):
             _remark_on(part)
-        varied = config.augmentation.resolved(images.can_vary and not config.head_only)
+        varied = config.augmentation.resolved(images.can_vary and not (config.head_only and not config.layer_head))
         config = replace(config, augmentation=varied)
         if config.group_by is not None:
             images = images.grouped_by(config.group_by)

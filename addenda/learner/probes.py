@@ -124,21 +124,24 @@ class Recipe:
 
 
 def choose(
-    objective: Objective, pooled: Float[Tensor, "N D"], layers: Float[Tensor, "N n"], targets: Targets,
+    objective: Objective, pooled: Float[Tensor, "N D"], layers: Float[Tensor, "V N n"], targets: Targets,
     num_classes: int, seed: int, groups: Sequence[str] | None = None,
 ) -> Recipe:  # fmt: skip
-    """Chooses how the layer probe of some images is fitted, by the log loss on images that a fit did not see."""
+    """Chooses how the layer probe of some images is fitted, by the log loss on images that a fit did not see.
+
+    Of V views the first are the images as they are, by which it is judged; a view stands in the fold of its image.
+    """
     strength = objective.choose_strength(pooled, targets, seed, groups)
     fold = objective.folds(targets, seed, groups)
-    z, width = Space.of(layers).coordinates(layers), layers.shape[1]
+    z = Space.of(layers.flatten(0, 1)).coordinates(layers.flatten(0, 1)).unflatten(0, layers.shape[:2])
 
     def linear(rows: Tensor, held_out: Tensor) -> list[Tensor]:
         head = of_regression(objective.fit_regression(pooled[rows], targets[rows], strength, num_classes))
-        return [head(pooled[held_out], layers[held_out])]
+        return [head(pooled[held_out], layers[0, held_out])]
 
     def fits(rows: Tensor, held_out: Tensor) -> list[Tensor]:
-        found = objective.fit_layers(z[rows], targets[rows], num_classes, width)
-        return [z[held_out] @ weight.T + bias for weight, bias in found]
+        found = _fits(objective, z[:, rows], targets[rows], num_classes, layers.shape[2])
+        return [z[0, held_out] @ weight.T + bias for weight, bias in found]
 
     (final,), tried = out_of_fold(fold, num_classes, linear), out_of_fold(fold, num_classes, fits)
     final_sharpness = sharpness(objective, final, targets)
@@ -149,8 +152,19 @@ def choose(
     return Recipe(strength, best, (final_sharpness, sharp[best]), weight)
 
 
+def _fits(
+    objective: Objective, z: Float64[Tensor, "V N k"], targets: Targets, num_classes: int, num_features: int
+) -> list[tuple[Float64[Tensor, "C k"], Float64[Tensor, " C"]]]:
+    """The objective's fits to the images as they are, then those to all views of them."""
+    found = []
+    for views in sorted({1, len(z) if objective.learns_from_views else 1}):
+        whole = torch.cat([targets] * views)
+        found += objective.fit_layers(z[:views].flatten(0, 1), whole, num_classes, num_features)
+    return found
+
+
 def layer_probe(
-    recipe: Recipe, objective: Objective, pooled: Float[Tensor, "N D"], layers: Float[Tensor, "N n"],
+    recipe: Recipe, objective: Objective, pooled: Float[Tensor, "N D"], layers: Float[Tensor, "V N n"],
     targets: Targets, num_classes: int,
 ) -> LinearHead:  # fmt: skip
     """The linear probe and a fit to the layer features of some images, each calibrated, added as a recipe says."""
@@ -158,8 +172,10 @@ def layer_probe(
     linear = of_regression(objective.fit_regression(pooled, targets, recipe.strength)) * (final * (1 - recipe.weight))
     if not recipe.weight:
         return linear
-    space = Space.of(layers)
-    fits = objective.fit_layers(space.coordinates(layers), targets, num_classes, layers.shape[1])
+    every = layers.flatten(0, 1)
+    space = Space.of(every)
+    z = space.coordinates(every).unflatten(0, layers.shape[:2])
+    fits = _fits(objective, z, targets, num_classes, layers.shape[2])
     return linear + space.head(*fits[recipe.fit]) * (read * recipe.weight)
 
 

@@ -75,7 +75,8 @@ class Run:
             targets, activations.num_classes, config.validation_fraction, config.first_seed, groups
         )
         self._truth = targets[self._validation]
-        read = activations.layers if activations.layers.shape[1] else pooled
+        layers = activations.layers
+        read = layers[0] if layers.shape[2] else pooled
         self.near_duplicates = near_duplicates(read, objective.strata(targets), self._train, self._validation)
         strength = objective.choose_strength(pooled, targets, config.first_seed, groups)
         self._fitted = objective.fit_regression(pooled[self._train], targets[self._train], strength)
@@ -83,11 +84,11 @@ class Run:
         heads = {LINEAR_PROBE: (of_regression(self._fitted), of_regression(self._last))}
         self._metrics: dict[str, Any] = {LINEAR_PROBE: {"strength": strength}}
         settled = objective.is_settled(activations.num_classes)
-        if config.layer_head and activations.layers.shape[1] and not settled:
+        if config.layer_head and layers.shape[2] and not settled:
             heads[LAYER_PROBE] = self._layer_probe()
         self.baselines = []
         for called, (fitted, last) in heads.items():
-            logits = fitted(pooled[self._validation], activations.layers[self._validation])
+            logits = fitted(pooled[self._validation], layers[0, self._validation])
             temperature, scores = self._judge(logits)
             self._metrics[called]["validation"] = self._metrics["validation"] = scores
             task = Task(
@@ -147,7 +148,7 @@ class Run:
         """Fitted to the images to learn from, and to all: the recipe is chosen on the former."""
         objective, classes, groups = self._objective, self._activations.num_classes, self._activations.groups
         pooled, layers, targets = self._activations.pooled, self._activations.layers, self._activations.targets
-        some = pooled[self._train], layers[self._train], targets[self._train]
+        some = pooled[self._train], layers[:, self._train], targets[self._train]
         of_train = None if groups is None else [groups[row] for row in self._train.tolist()]
         recipe = choose(objective, *some, classes, self._config.first_seed, of_train)
         self._metrics[LAYER_PROBE] = {"fit": recipe.fit, "weight": recipe.weight}

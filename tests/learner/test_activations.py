@@ -31,9 +31,9 @@ from tests.support.places import ROOT
 from tests.support.tasks import random_task
 from tests.support.tiny import tiny_vit
 
-ROW_GB = (2 * 2 * 3 * 17 * 48 + 4 * 48) / 1e9
-"""Of one image on `tiny`: keys and values of 3 layers of 17 tokens of 48 dimensions, and its pooled feature."""
-FILES = ["key_values.npy", "pooled.npy", "digests.npy", "keys.npy", "meta.json"]
+ROW_GB = (2 * 2 * 3 * 17 * 48 + 4 * 48 * (1 + 3 * 2)) / 1e9
+"""Of one image on `tiny`: keys and values of 3 layers of 17 tokens of 48 dimensions, and its features."""
+FILES = ["key_values.npy", "features.npy", "digests.npy", "keys.npy", "meta.json"]
 
 VARIED = Augmentation(views=2, color_jitter=0.3)
 
@@ -69,6 +69,7 @@ def test_the_budget_changes_no_bit(tiny: FrozenBackbone, folder: Path, tmp_path:
     for view in range(3):
         assert torch.equal(fetched(whole, view), fetched(part, view))
     assert torch.equal(whole.pooled, part.pooled)
+    assert torch.equal(whole.layers, part.layers)
 
 
 def test_the_budget_changes_no_task(tiny: FrozenBackbone, folder: Path, tmp_path: Path) -> None:
@@ -346,9 +347,9 @@ def test_no_link_is_followed(tiny: FrozenBackbone, folder: Path, tmp_path: Path)
     activations(tiny, folder, cache)
     (entry,) = cache.sets()
     (cache.folder / "00112233445566aa").symlink_to(thesis)
-    pooled = cache.folder / entry.name / "pooled.npy"
-    pooled.rename(thesis / "pooled.npy")
-    pooled.symlink_to(thesis / "pooled.npy")
+    features = cache.folder / entry.name / "features.npy"
+    features.rename(thesis / "features.npy")
+    features.symlink_to(thesis / "features.npy")
     before = tree(thesis)
     cache.clear()
     assert tree(thesis) == before
@@ -397,7 +398,7 @@ def flip(rows: np.ndarray) -> None:
     rows.view(np.uint8).reshape(-1)[7] ^= 1
 
 
-@pytest.mark.parametrize("file", ["key_values.npy", "pooled.npy", "digests.npy"])
+@pytest.mark.parametrize("file", ["key_values.npy", "features.npy", "digests.npy"])
 @pytest.mark.parametrize("harm", [swap, flip])
 def test_rows_that_were_exchanged_or_damaged_are_computed_again(
     tiny: FrozenBackbone, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture,
@@ -419,7 +420,7 @@ def test_rows_that_were_exchanged_with_their_digests_are_computed_again(
 ) -> None:
     cache = ActivationCache(tmp_path / "cache")
     first = fetched(activations(tiny, folder, cache))
-    for file in ("key_values.npy", "pooled.npy", "digests.npy"):
+    for file in ("key_values.npy", "features.npy", "digests.npy"):
         rows = np.load(cache.folder / cache.sets()[0].name / file, mmap_mode="r+")
         swap(rows)
         rows.flush()
@@ -432,7 +433,7 @@ def test_two_runs_on_one_entry_keep_each_others_marks(tiny: FrozenBackbone, tmp_
     one, other = cache.open(tiny, keys), cache.open(tiny, keys)
     row = torch.ones(1, *one.key_values.shape[1:], dtype=torch.float16)
     for number in range(6):
-        (one if number % 2 else other).put([number], number * row, torch.zeros(1, 48))
+        (one if number % 2 else other).put([number], number * row, torch.zeros(1, one.features.shape[1]))
     one.flush()
     other.flush()
     assert cache.sets()[0].num_done == 6

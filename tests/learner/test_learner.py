@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from addenda import CombinedModel, FrozenBackbone, LearnConfig, Learner, Registry
 from addenda.combined import Router, verify
 from addenda.exceptions import BackboneError, NameTakenError, RegistryError, TrainingError
-from addenda.learner import Epoch
+from addenda.learner import Epoch, training
 from addenda.learner.activations import Activations
 from addenda.learner.augmentation import DEFAULT_VIEWS, Augmentation
 from addenda.learner.cache import ActivationCache
@@ -29,8 +29,10 @@ from tests.support.tasks import random_task
 from tests.support.tiny import tiny_eva, tiny_vit
 
 QUICK = LearnConfig(
-    optimizer="sgd", epochs=2, learning_rate=(0.1, 0.3), batch_size=8, augmentation=Augmentation(views=0)
-)
+    optimizer="sgd", epochs=2, learning_rate=(0.1, 0.3), batch_size=8, augmentation=Augmentation(views=0),
+    fall_back=False,
+)  # fmt: skip
+"""Of few images that are plain to see, a token is kept all the same."""
 
 
 @pytest.fixture
@@ -45,13 +47,13 @@ def learner(tiny: FrozenBackbone, registry: Registry) -> Learner:
     return Learner(tiny, registry)
 
 
-def test_a_learned_task_is_registered_with_its_scores_beside_the_regressions(learner: Learner, colours: Path) -> None:
+def test_a_learned_task_is_registered_with_its_scores_beside_the_probes(learner: Learner, colours: Path) -> None:
     task = learner.learn("colours", colours, config=QUICK)
     assert (task.ref, task.labels) == ("colours:1", ("blue", "green", "red"))
     assert task.memory is not None
     assert task.memory.shape == (3, 5, 48)
     for part, count in (("validation", 5), ("test", 12)):
-        for scores in (task.metrics[part], task.metrics["regression"][part]):
+        for scores in (task.metrics[part], task.metrics["linear_probe"][part], task.metrics["layer_probe"][part]):
             assert scores["num_images"] == count
             assert sum(map(sum, scores["confusion"])) == count
             assert set(scores["per_class"]) == {"blue", "green", "red"}
@@ -94,9 +96,15 @@ def test_adapters_that_an_evas_gated_mlp_cannot_carry_are_refused(registry: Regi
     assert task.adapter_rank == 4
 
 
-def test_the_longest_name_leaves_room_for_the_rival(learner: Learner, colours: Path) -> None:
+def test_the_longest_name_leaves_room_for_the_probes(learner: Learner, colours: Path) -> None:
     name = "n" * 63
-    assert learner.learn(name, colours, config=QUICK).metrics["regression"]["test"]["num_images"] == 12
+    metrics = learner.learn(name, colours, config=QUICK).metrics
+    assert metrics["linear_probe"]["test"]["num_images"] == metrics["layer_probe"]["test"]["num_images"] == 12
+
+
+@pytest.mark.parametrize("name", ["linear_probe", "layer_probe"])
+def test_a_task_may_be_called_as_a_probe_is(learner: Learner, colours: Path, name: str) -> None:
+    assert learner.learn(name, colours, config=QUICK).metrics[name]["test"]["num_images"] == 12
 
 
 def test_the_test_score_is_the_combined_models(learner: Learner, tiny: FrozenBackbone, colours: Path) -> None:
@@ -160,7 +168,7 @@ def test_a_name_taken_is_refused_before_any_work_unless_a_new_version_is_asked_f
     learner: Learner, colours: Path
 ) -> None:
     learner.learn("colours", colours, config=QUICK)
-    other = LearnConfig(epochs=1, seed=1)
+    other = LearnConfig(epochs=1, seed=1, fall_back=False)
     seen: list[str] = []
     with pytest.raises(NameTakenError, match=r"'colours' is already registered.*--new-version"):
         learner.learn("colours", colours, config=other, report=lambda what, done, total: seen.append(what))
@@ -171,7 +179,7 @@ def test_a_name_taken_is_refused_before_any_work_unless_a_new_version_is_asked_f
 def test_seed_data_and_numerics_fix_the_artifact(tiny: FrozenBackbone, colours: Path, tmp_path: Path) -> None:
     digests = []
     for number, seed in enumerate((0, 0, 1)):
-        config = LearnConfig(epochs=2, learning_rate=(0.1, 0.3), seed=seed)
+        config = LearnConfig(epochs=2, learning_rate=(0.1, 0.3), seed=seed, fall_back=False)
         with Registry.open(tmp_path / f"{number}.db") as registry:
             learner = Learner(tiny, registry, ActivationCache(tmp_path / f"cache-{number}"))
             digests.append(learner.learn("colours", colours, config=config).sha256)
@@ -213,19 +221,20 @@ def test_training_lowers_the_loss_and_moves_every_part(tiny: FrozenBackbone) -> 
         assert not torch.equal(before, candidate.best.tensors[name])
 
 
-def test_where_the_regression_is_better_the_token_is_silenced_unless_told_not_to(
-    tiny: FrozenBackbone, registry: Registry
+@pytest.mark.parametrize("layer_head", [True, False])
+def test_a_token_that_does_not_pay_is_left_out_unless_told_not_to(
+    tiny: FrozenBackbone, registry: Registry, layer_head: bool
 ) -> None:
     images, targets = noise(48)
-    images[:, 0] += 20 * targets[:, None, None]  # plain to see for the regression; one bad epoch cannot beat it
-    learner = Learner(tiny, registry)
-    config = LearnConfig(optimizer="sgd", epochs=1, learning_rate=(1.0,), refit=False)
-    silenced = learner.learn("silenced", CountingDataset(images, targets), config=config)
-    assert silenced.metrics["chosen"] is None
-    assert not silenced.head_weight.any()
-    config = LearnConfig(optimizer="sgd", epochs=1, learning_rate=(1.0,), refit=False, fall_back=False)
-    kept = learner.learn("kept", CountingDataset(images, targets), config=config)
+    images[:, 0] += 20 * targets[:, None, None]  # plain to see for the probe; one bad epoch cannot beat it
+    learner, data = Learner(tiny, registry), CountingDataset(images, targets)
+    config = LearnConfig(optimizer="sgd", epochs=1, learning_rate=(1.0,), refit=False, layer_head=layer_head)
+    without = learner.learn("without", data, config=config)
+    assert (without.metrics["chosen"], without.metrics["token_weight"]) == (None, 0)
+    assert without.class_token is None
+    kept = learner.learn("kept", data, config=replace(config, fall_back=False))
     assert (kept.metrics["chosen"]["learning_rate"], kept.metrics["chosen"]["epoch"]) == (1.0, 1)
+    assert kept.metrics["token_weight"] == (0.125 if layer_head else 1)
     assert kept.head_weight.any()
 
 
@@ -248,7 +257,9 @@ def test_the_training_stream_is_the_combined_models_stream(tiny: FrozenBackbone)
 
 def test_an_extension_names_what_it_extends_and_stays_exact(learner: Learner, colours: Path) -> None:
     parent = learner.learn("parent", colours, config=QUICK)
-    config = LearnConfig(optimizer="sgd", epochs=1, learning_rate=(0.1,), extends=("parent",), num_memory_tokens=0)
+    config = LearnConfig(
+        optimizer="sgd", epochs=1, learning_rate=(0.1,), extends=("parent",), num_memory_tokens=0, fall_back=False
+    )
     child = learner.learn("child", colours, config=config)
     assert child.extends == ("parent:1",)
     images = noise(5)[0]
@@ -269,10 +280,14 @@ def test_two_versions_of_one_name_can_both_be_extended(learner: Learner, colours
     assert learner.evaluate("child", colours).metrics["num_images"] == 12
 
 
-def test_a_head_only_task_is_the_regression_and_cannot_be_extended(learner: Learner, colours: Path) -> None:
+def test_a_head_only_task_is_the_better_probe_and_cannot_be_extended(learner: Learner, colours: Path) -> None:
     task = learner.learn("head", colours, config=LearnConfig(head_only=True))
     assert task.class_token is None
-    assert task.metrics["test"] == task.metrics["regression"]["test"]
+    assert task.metrics["test"] == task.metrics["layer_probe"]["test"]
+    linear = learner.learn("linear", colours, config=LearnConfig(head_only=True, layer_head=False))
+    assert linear.metrics["test"] == linear.metrics["linear_probe"]["test"] == task.metrics["linear_probe"]["test"]
+    assert linear.layer_weight is None
+    assert "layer_probe" not in linear.metrics
     with pytest.raises(RegistryError, match="'head:1' is head-only"):
         learner.learn("child", colours, config=LearnConfig(extends=("head",)))
 
@@ -303,7 +318,10 @@ def test_all_candidates_lost_is_a_clear_failure(learner: Learner, colours: Path)
     assert learner.registry.tasks() == []
 
 
-def test_candidates_that_stop_or_diverge_are_in_the_record(learner: Learner, colours: Path) -> None:
+def test_candidates_that_stop_or_diverge_are_in_the_record(
+    learner: Learner, colours: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "ENOUGH_TO_CHOOSE_AN_EPOCH", 5)
     config = LearnConfig(
         epochs=12, learning_rate=(0.1, 3.0, 1e30), optimizer="adamw", clip_norm=1e30, batch_size=8, patience=1
     )
@@ -314,7 +332,7 @@ def test_candidates_that_stop_or_diverge_are_in_the_record(learner: Learner, col
     assert metrics["curves"][-1]["train_loss"][2] is None
 
 
-def test_images_are_varied_unless_they_are_ready_tensors_or_only_the_head_is_learned(
+def test_images_are_varied_unless_they_are_ready_tensors_or_only_the_linear_probe_is_learned(
     learner: Learner, colours: Path
 ) -> None:
     quick = {"epochs": 1, "learning_rate": 0.001}
@@ -323,11 +341,12 @@ def test_images_are_varied_unless_they_are_ready_tensors_or_only_the_head_is_lea
         ("files", colours, quick),
         ("tensors", CountingDataset(*noise()), quick),
         ("head", colours, quick | {"head_only": True}),
+        ("linear", colours, quick | {"head_only": True, "layer_head": False}),
         ("asked", colours, quick | {"augmentation": {"views": 1}}),
     ):
         task = learner.learn(name, data, config=LearnConfig.parse(settings))
         views[name] = task.config["augmentation"]["views"]
-    assert views == {"files": DEFAULT_VIEWS, "tensors": 0, "head": 0, "asked": 1}
+    assert views == {"files": DEFAULT_VIEWS, "tensors": 0, "head": DEFAULT_VIEWS, "linear": 0, "asked": 1}
 
 
 def test_every_evaluation_is_recorded_the_first_when_a_task_is_learned(learner: Learner, colours: Path) -> None:

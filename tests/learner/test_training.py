@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from addenda import FrozenBackbone, LearnConfig
-from addenda.learner import ActivationCache, Augmentation
+from addenda.learner import ActivationCache, Augmentation, training
 from addenda.learner.activations import Activations
 from addenda.learner.candidates import HEAD, Candidate
 from addenda.learner.context import Epoch
@@ -88,7 +88,19 @@ def test_a_candidate_that_diverges_is_dropped_and_the_others_go_on(learned: tupl
     assert len(history) == 3
 
 
-def test_a_candidate_stops_when_it_gets_no_better(learned: tuple[Activations, Regression]) -> None:
+def test_by_few_validation_images_no_epoch_is_chosen(learned: tuple[Activations, Regression]) -> None:
+    config = LearnConfig(optimizer="sgd", epochs=6, batch_size=16, learning_rate=(0.01, 3.0), patience=1)
+    candidates, history, _ = run(learned, config)
+    assert [candidate.best.epoch for candidate in candidates] == [6, 6]
+    assert [candidate.best.loss for candidate in candidates] == list(history[-1].validation_loss)
+    losses = [epoch.validation_loss[1] for epoch in history]
+    assert losses != sorted(losses, reverse=True)  # patience would have stopped it
+
+
+def test_a_candidate_stops_when_it_gets_no_better(
+    learned: tuple[Activations, Regression], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "ENOUGH_TO_CHOOSE_AN_EPOCH", 10)
     config = LearnConfig(optimizer="sgd", epochs=30, batch_size=16, learning_rate=(0.01, 3.0), patience=2)
     candidates, history, _ = run(learned, config)
     stopped = [c for c in candidates if c.stopped == "no better"]

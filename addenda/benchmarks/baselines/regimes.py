@@ -15,11 +15,12 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from addenda.backbones import FrozenBackbone
 from addenda.benchmarks.baselines.dense_mask import DENSE_NAMES, DenseMask
+from addenda.combined import forward_pass, micro_batch
 from addenda.exceptions import TrainingError
 from addenda.learner.activations import Activations
 from addenda.learner.augmentation import Augmentation, augment, view_seed
@@ -43,6 +44,7 @@ RIVALS = {
     "full": "it changes the backbone's own weights",
     "lora": "its updates change what the backbone's own tokens become",
     "unmasked": "without the mask the frozen tokens see the task's",
+    "attentive": "a task has no such head",
 }
 """Why each cannot be registered."""
 
@@ -65,6 +67,7 @@ RATES: Mapping[str, tuple[Rate, ...]] = {
     "full": (*(Rate("adamw", rate) for rate in (1e-5, 3e-5, 1e-4)), *(Rate("sgd", rate) for rate in (0.003, 0.01))),
     "lora": (Rate("adamw", 3e-4), Rate("adamw", 1e-3)),
     "unmasked": (Rate("adamw", 1e-3), Rate("adamw", 3e-3)),
+    "attentive": (Rate("adamw", 3e-4), Rate("adamw", 1e-3)),
 }
 """What a rival is tried with, unless told."""
 
@@ -101,9 +104,10 @@ class Rival:
     epoch: int = 0  # from 1; 0 where it diverged before the end of the first
     validation_loss: float = math.inf
     validation_accuracy: float = 0.0
-    test_accuracy: float | None = None
     last_validation_accuracy: float = 0.0
-    last_test_accuracy: float | None = None
+    # Whether each test image is answered rightly, at its best epoch and after its last; None without a test set.
+    right: Bool[Tensor, " N"] | None = None
+    last_right: Bool[Tensor, " N"] | None = None
     tensors: Tensors = field(default_factory=dict)  # what was learned, by name
 
     @property
@@ -232,9 +236,8 @@ def train_rivals(
         if test is not None and scored_on is not None and best.epoch:
             last = _logits(answer, scored_on, backbone, config.autocast)
             chosen = rival_logits(backbone, best, scored_on, config.autocast)
-            best = replace(
-                best, last_test_accuracy=accuracy(last, test.targets), test_accuracy=accuracy(chosen, test.targets)
-            )  # fmt: skip
+            right, last_right = (logits.argmax(1) == test.targets for logits in (chosen, last))
+            best = replace(best, right=right, last_right=last_right)
         yield best
 
 
@@ -267,15 +270,15 @@ def joined_accuracies(
 
 def _parse(regime: str) -> tuple[str, int]:
     """The kind of a regime, and its number of memory tokens or its rank."""
-    if regime in ("full", "head", *AS_SHIPPED):
+    if regime in ("full", "head", "attentive", *AS_SHIPPED):
         return regime, 0
     if regime == "head+class":
         return "memory", 0
     kind, _, size = regime.partition("-")
     if kind not in ("memory", "adapters", "unmasked", "lora") or not size.isdecimal() or int(size) < 1:
         raise TrainingError(
-            f"Regime {regime!r} is not known. Known: {', '.join(REGISTRABLE)}, full, lora-R, unmasked-M; M memory "
-            "tokens in each layer, R the rank, 1 or more."
+            f"Regime {regime!r} is not known. Known: {', '.join(REGISTRABLE)}, full, lora-R, unmasked-M, attentive; M "
+            "memory tokens in each layer, R the rank, 1 or more."
         )
     return kind, int(size)
 
@@ -300,6 +303,11 @@ def _build(
         start = first_tensors(backbone, regression, config.candidates[0], config.memory_std)
         dense = DenseMask(backbone, [_unmasked_task("rival", backbone, labels, start)], masked=False)
         return dense, lambda pixels: dense(pixels)["rival"]
+    if kind == "attentive":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            probe = AttentiveProbe(backbone, len(labels)).to(backbone.device)
+        return probe, probe
     model: Any = backbone.trainable_copy(len(labels))
     with torch.no_grad():
         model.head.weight.copy_(regression.weight)
@@ -310,6 +318,38 @@ def _build(
             model = _low_rank(model, size)
         model.head.requires_grad_(True)
     return model, model
+
+
+class AttentiveProbe(nn.Module):
+    """A learned query attends to the class token and the mean patch of every block; a linear head reads what it takes.
+
+    Source: Ciernik, Morik et al., "Beyond the Final Layer", arXiv 2601.09322. Ours reads the layer features' own
+    normalisation, one query and as many heads as the backbone has, and of the last block the pooled feature.
+    """
+
+    def __init__(self, backbone: FrozenBackbone, num_classes: int) -> None:
+        super().__init__()
+        width = backbone.embed_dim
+        self._backbone = [backbone]  # no part of what is learned
+        self.query = nn.Parameter(torch.randn(1, 1, width) * width**-0.5)
+        self.norm = nn.LayerNorm(width)
+        self.attention = nn.MultiheadAttention(width, backbone.num_heads, batch_first=True)
+        self.head = nn.Linear(width, num_classes)
+
+    def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C"]:
+        """Logits; the backbone is run without gradients."""
+        (backbone,) = self._backbone
+        with torch.no_grad():
+            _, pooled, layers = forward_pass(
+                backbone, pixels, sizes=(micro_batch(backbone.device),), pooled=True, layers=True
+            )  # fmt: skip
+        assert pooled is not None
+        assert layers is not None
+        means = layers.view(len(pixels), -1, 3, backbone.embed_dim)[:, :, :2].flatten(1, 2)  # not the deviations
+        seen = self.norm(torch.cat([means, pooled.unsqueeze(1).to(means.dtype)], dim=1))
+        taken, _ = self.attention(self.query.expand(len(pixels), -1, -1), seen, seen, need_weights=False)
+        logits: Tensor = self.head(taken[:, 0])
+        return logits
 
 
 def _low_rank(model: nn.Module, rank: int) -> nn.Module:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -40,14 +41,17 @@ from addenda.registry import Registry, Task
 from addenda.terminal import console, progress
 
 REGIMES = (
-    "full", "head", "head+class", "memory-1", "memory-5", "memory-10", "memory-20",
-    "unmasked-5", "adapters-8", "lora-8", PAIRS, COLLAPSE,
+    "full", "lora-8", "attentive", "head", "head+class", "memory-1", "memory-5", "memory-10", "memory-20",
+    "unmasked-5", "adapters-8", "linear-probe", "layer-probe", "default", "default+adapters", PAIRS, COLLAPSE,
 )  # fmt: skip
-KNOWN = ("full", "lora-R", "unmasked-M", *REGISTRABLE, PAIRS, COLLAPSE)
+KNOWN = ("full", "lora-R", "unmasked-M", "attentive", *REGISTRABLE, PAIRS, COLLAPSE)
 """Every regime; M is a number of memory tokens, R a rank."""
 
 MASKED, UNMASKED = "memory-5", "unmasked-5"
 """The regimes of which pairs and the collapse are made."""
+
+HIDDEN = ("num_images", "right", "last_right")
+"""Of a cell, what is not printed."""
 
 OURS = LearnConfig(batch_size=16, layer_head=False, calibrate=False, fall_back=False, refit=False)
 """As the rivals: all learn from the training part alone, in as many steps an epoch, and stand for themselves."""
@@ -144,11 +148,12 @@ class _Run:
         answers = self._answer(tasks, test)
         for regime, (task, seconds, num_images) in found.items():
             metrics = task.metrics
+            right = answers[task.name].argmax(1) == test.targets
             self._keep(
                 name, seed, regime, seconds=seconds, num_images=num_images,
                 chosen=metrics.get("chosen") or {"strength": metrics["linear_probe"]["strength"]},
                 validation=metrics["validation"]["accuracy"],
-                test=accuracy(answers[task.name], test.targets), num_test=len(test),
+                **_scored(right, ""),
             )  # fmt: skip
 
     def train(self, name: str, seed: int, regime: str) -> None:
@@ -177,8 +182,8 @@ class _Run:
                     name, seed, regime, rate=str(rival.rate), seconds=time.monotonic() - start,
                     num_images=rival.num_images, chosen={"rate": str(rival.rate), "epoch": rival.epoch},
                     validation=rival.validation_accuracy, validation_loss=rival.validation_loss,
-                    test=rival.test_accuracy, last_validation=rival.last_validation_accuracy,
-                    last_test=rival.last_test_accuracy,
+                    last_validation=rival.last_validation_accuracy, **_scored(rival.right, ""),
+                    **_scored(rival.last_right, "last_"),
                 )  # fmt: skip
                 start = time.monotonic()
 
@@ -276,7 +281,7 @@ class _Run:
         cell = {"set": place, "seed": seed, "regime": regime, **found, "settings": self.comparison.settings(regime)}
         self.cells.append(cell)
         append_line(self._file, cell)
-        said = ", ".join(f"{key} {_shown(value)}" for key, value in found.items() if not key.startswith("num_"))
+        said = ", ".join(f"{key} {_shown(value)}" for key, value in found.items() if key not in HIDDEN)
         console.print(f"{place}, seed {seed}, {regime}: {said}", markup=False, highlight=False)
 
 
@@ -285,6 +290,13 @@ def balanced_rows(targets: Tensor, limit: int, seed: int) -> list[int]:
     random = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(targets), generator=random, dtype=torch.int64, device="cpu").tolist()
     return in_turn(order, targets.tolist(), limit)
+
+
+def _scored(right: Bool[Tensor, " N"] | None, prefix: str) -> dict[str, Any]:
+    """The share of test images that are answered rightly, and as a text of 0 and 1 which; None where there is none."""
+    if right is None:
+        return {f"{prefix}test": None, f"{prefix}right": None}
+    return {f"{prefix}test": right.float().mean().item(), f"{prefix}right": "".join(map(str, right.int().tolist()))}
 
 
 def _shown(value: Any) -> str:

@@ -27,6 +27,7 @@ class MultiLabel(Objective):
     """Targets say of each label whether an image has it, Bool[N, C]."""
 
     name = "multi-label"
+    learns_from_views = False  # a label's regression takes far longer than all classes' discriminants
     routable = False
 
     def has_form(self, targets: Tensor) -> bool:

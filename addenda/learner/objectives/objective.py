@@ -56,6 +56,7 @@ class Objective(ABC):
     """How targets of one form are learned and scored; what the logits mean, for ever, is in `addenda.registry`."""
 
     name: ClassVar[str]  # as tasks are registered under it
+    learns_from_views: ClassVar[bool]  # whether its fits to layer features are tried on random views too
     routable: ClassVar[bool]  # whether a router can tell a task's images by their classes
 
     @abstractmethod

@@ -40,6 +40,7 @@ class SingleLabel(Objective):
     """Targets are numbers of classes, Int[N]."""
 
     name = "single-label"
+    learns_from_views = True
     routable = True
 
     def has_form(self, targets: Tensor) -> bool:

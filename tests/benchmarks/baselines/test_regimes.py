@@ -71,7 +71,7 @@ def test_a_registrable_regime_is_no_more_than_settings(regime: str, settings: di
 def test_what_a_user_gets_takes_the_seed_alone_of_what_is_compared() -> None:
     compared = LearnConfig(epochs=3, seed=2, refit=False)
     assert regime_config("default", compared) == LearnConfig(seed=2)
-    assert regime_config("regression", compared) == LearnConfig(seed=2, head_only=True)
+    assert regime_config("layer-probe", compared) == LearnConfig(seed=2, head_only=True)
     assert regime_config("default+adapters", compared) == LearnConfig(seed=2, adapter_rank="auto")
 
 
@@ -89,8 +89,9 @@ def test_a_rival_cannot_be_registered_and_the_error_says_why(regime: str, why: s
         regime_config(regime, LearnConfig())
     message = f"Regime {regime!r} cannot be registered: {why}, so tasks learned before would not keep their bits."
     assert str(raised.value).startswith(message)
-    assert "Registrable: head, head+class, memory-M, adapters-R, regression, default, default+adapters." in str(
-        raised.value
+    assert (
+        "Registrable: head, head+class, memory-M, adapters-R, linear-probe, layer-probe, default, default+adapters."
+        in str(raised.value)
     )
 
 
@@ -113,9 +114,10 @@ def test_a_rival_learns_and_leaves_the_backbone_as_it_was(
     assert rival.epoch in (1, 2)
     assert rival.rate in regimes.RATES[regime.partition("-")[0]]
     assert rival.num_images == 2 * 19  # epochs, four fifths of the images
-    assert rival.last_test_accuracy is not None
-    assert rival.test_accuracy is not None
-    assert rival.test_accuracy > 0.8
+    assert rival.right is not None
+    assert rival.last_right is not None
+    assert rival.right.shape == rival.last_right.shape == (len(test),)
+    assert rival.right.float().mean() > 0.8
     tiny.check_unchanged()
 
 
@@ -161,9 +163,9 @@ def test_validation_chooses_and_the_test_images_do_not(
     swept = train_rival("unmasked-2", tiny, train, test, config)
     assert (swept.rate, swept.epoch) == (best.rate, best.epoch)
     assert swept.validation_loss == best.validation_loss
-    assert swept.test_accuracy == best.test_accuracy  # scored with its tensors, not those of the last one trained
+    assert torch.equal(swept.right, best.right)  # scored with its tensors, not those of the last one trained
     blind = train_rival("unmasked-2", tiny, train, config=config)
-    assert blind.test_accuracy is None
+    assert blind.right is None
     assert all(torch.equal(tensor, blind.tensors[name]) for name, tensor in swept.tensors.items())
 
 

@@ -14,7 +14,7 @@ import torch
 from addenda import FrozenBackbone, LearnConfig, Learner, Registry
 from addenda.benchmarks.baselines.regimes import Rate, RivalConfig, regime_config
 from addenda.benchmarks.paper import run as paper
-from addenda.benchmarks.paper.report import COLLAPSE, PAIRS, PAPER, write_report
+from addenda.benchmarks.paper.report import COLLAPSE, PAIRS, PAPER, paired_gain, write_report
 from addenda.benchmarks.paper.run import OURS, Comparison, balanced_rows, run_paper
 from addenda.exceptions import DataError, TrainingError
 from addenda.files import output_folder
@@ -187,23 +187,49 @@ def test_figures_are_means_and_spreads_over_seeds(tiny: FrozenBackbone, tmp_path
     assert "| head | 50.0 | 2 | 4 | epoch 0 (2); epoch 1 (2) |" in text  # equals as they came first
 
 
-def test_what_a_user_gets_stands_beside_the_regression_with_the_error_of_the_difference(
-    tiny: FrozenBackbone, tmp_path: Path
-) -> None:
+def answered(regime: str, right: str, name: str = "a", seed: int = 0, **more: Any) -> dict[str, Any]:
+    """A cell of four test images, each answered rightly or not."""
+    return {
+        "set": name, "seed": seed, "regime": regime, "validation": 0.5, "seconds": 2.0, "num_images": 8,
+        "test": right.count("1") / 4, "right": right, "chosen": {"epoch": 1}, **more,
+    }  # fmt: skip
+
+
+def test_what_a_user_gets_stands_beside_the_strongest_rival(tiny: FrozenBackbone, tmp_path: Path) -> None:
     made = [
-        {"set": "a", "seed": seed, "regime": regime, "validation": 0.5, "test": test, "seconds": 2.0, "num_images": 8,
-         "num_test": 100, "chosen": {"adapter_rank": rank}}
-        for regime, tests, rank in (
-            ("regression", (0.7, 0.6), 0), ("default", (0.7, 0.8), 0), ("default+adapters", (0.8, 0.7), 8),
+        cell
+        for name in ("a", "b")
+        for cell in (
+            answered("full", "1000", name, rate="adamw 1e-05", validation_loss=1.0, last_validation=0.4, last_test=0.25,
+                     last_right="0001"),
+            answered("full", "0000", name, rate="sgd 0.01", validation_loss=2.0, last_validation=0.6, last_test=0.5,
+                     last_right="1100"),
+            answered("attentive", "0000", name, rate="adamw 0.001", validation_loss=1.0, last_validation=0.4,
+                     last_test=0.0, last_right="0000"),
+            answered("linear-probe", "1000", name), answered("default", "1110", name),
         )
-        for seed, test in enumerate(tests)
     ]  # fmt: skip
     write_report(made, tiny, tmp_path, 100, tmp_path)
     text = (tmp_path / "paper.md").read_text()
-    # Seed by seed: 0 and 20 points; then 10 and 10, though each alone varies by 7.
-    assert "| a | 65.0 ± 7.1 | 75.0 ± 7.1 | +10.0 | 10.0 | 75.0 ± 7.1 | +10.0 | 0.0 | 2 of 2 |" in text
-    assert "of the way" not in text
-    assert not (tmp_path / "paper.png").exists()
+    # Of equals by validation accuracy the less loss: 1e-05 at its best epoch, and after the last one 0.01.
+    head = "| set | full | full (last) | attentive | attentive (last) | linear-probe | default |"
+    assert f"{head} linear-probe above full (last) | default above full (last) |" in text
+    assert "| a | 25.0 | 50.0 | 0.0 | 0.0 | 25.0 | 75.0 | -25.0 ±" in text
+    assert "| **mean** | 25.0 | 50.0 | 0.0 | 0.0 | 25.0 | 75.0 | -25.0 ±" in text
+
+
+def test_a_paired_gain_is_that_of_the_same_images_with_its_error() -> None:
+    half = "1100" * 100
+    cells = [answered("full", half), answered("default", half, seed=0), answered("default", "1" * 400, seed=1)]
+    assert paired_gain(cells, ["a"], "default", "full") == (0.0, 0.0)  # of seeds that both have, image by image
+    cells[1] = answered("default", "1110" * 100)
+    gain, error = paired_gain(cells, ["a"], "default", "full") or (0, 0)
+    assert gain == 25
+    assert error == pytest.approx(100 * (0.25 * 0.75 / 400) ** 0.5, rel=0.1)
+    cells += [answered("full", "0000" * 100, "b"), answered("default", "0000" * 100, "b")]
+    gain, halved = paired_gain(cells, ["a", "b"], "default", "full") or (0, 0)
+    assert (gain, halved) == (12.5, pytest.approx(error / 2, rel=0.1))
+    assert paired_gain(cells, ["a", "c"], "default", "full") is None
 
 
 def test_the_way_from_head_to_full_is_that_of_the_means(tiny: FrozenBackbone, tmp_path: Path) -> None:
@@ -237,5 +263,5 @@ def test_ours_are_trained_as_the_rivals_are() -> None:
         rivals.clip_norm, rivals.warmup_steps, rivals.validation_fraction,
     )  # fmt: skip
     assert regime_config("head", OURS) == LearnConfig(
-        head_only=True, batch_size=OURS.batch_size, refit=False, fall_back=False, calibrate=False
+        head_only=True, layer_head=False, batch_size=OURS.batch_size, refit=False, fall_back=False, calibrate=False
     )

@@ -252,7 +252,7 @@ def test_a_listing_in_which_no_image_has_a_label_is_refused(folder: Path) -> Non
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"path": "red/0.png", "label": 0.5}, "0.5 is neither a text nor a whole number"),
+        ({"path": "red/0.png", "label": 0.5}, "0.5 in it is neither a text nor a whole number"),
         ({"path": 3, "label": "red"}, "its path is 3"),
         ({"path": "red/0.png", "labels": 3}, "its labels are 3, which is neither a text nor a list"),
     ],

@@ -397,7 +397,9 @@ def test_another_test_set_is_scored_though_the_task_was_learned_before(tmp_path:
     assert "was learned before from these images with these settings; it was scored on this test set now" in again.out
     scored = json.loads(run("evaluate", "any", other, "--json").out)["metrics"]["accuracy"]
     asked = json.loads(run("learn", "any", train, *LEARN, "--test", other, "--json").out)
-    assert asked["metrics"]["test"]["accuracy"] == scored < json.loads(before.out)["metrics"]["test"]["accuracy"]
+    assert asked["metrics"]["test"]["accuracy"] == scored
+    assert asked["metrics"]["test"]["confusion"] != json.loads(before.out)["metrics"]["test"]["confusion"]
+    assert not any("test" in asked["metrics"][probe] for probe in ("linear_probe", "layer_probe"))
     assert asked["already"]
     assert "nothing was done" in run("learn", "any", train, *LEARN, "--test", test).out
     assert "nothing was done" in run("learn", "any", train, *LEARN, "--test", other).out
