@@ -11,11 +11,11 @@ import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
-from addenda.learner.objectives import Objective, Regression, Targets
+from addenda.learner.objectives import Groups, Objective, Regression, Targets
 
 EIGHTHS = tuple(i / 8 for i in range(9))
 """Weights of one of two heads in their sum, to choose from."""
-MAX_ROWS = 4096
+MAX_ROWS = 1536
 """Images whose features span the space that a fit is made in: it takes their number cubed."""
 LEAST_SHARE = 1e-6
 """Of the mean variance, added to that of each feature: one that is constant says nothing, and divides by nothing."""
@@ -125,13 +125,12 @@ class Recipe:
 
 def choose(
     objective: Objective, pooled: Float[Tensor, "N D"], layers: Float[Tensor, "V N n"], targets: Targets,
-    num_classes: int, seed: int, groups: Sequence[str] | None = None,
+    num_classes: int, strength: float, seed: int, groups: Groups = None,
 ) -> Recipe:  # fmt: skip
     """Chooses how the layer probe of some images is fitted, by the log loss on images that a fit did not see.
 
     Of V views the first are the images as they are, by which it is judged; a view stands in the fold of its image.
     """
-    strength = objective.choose_strength(pooled, targets, seed, groups)
     fold = objective.folds(targets, seed, groups)
     z = Space.of(layers.flatten(0, 1)).coordinates(layers.flatten(0, 1)).unflatten(0, layers.shape[:2])
 

@@ -85,7 +85,7 @@ class Run:
         self._metrics: dict[str, Any] = {LINEAR_PROBE: {"strength": strength}}
         settled = objective.is_settled(activations.num_classes)
         if config.layer_head and layers.shape[2] and not settled:
-            heads[LAYER_PROBE] = self._layer_probe()
+            heads[LAYER_PROBE] = self._layer_probe(strength)
         self.baselines = []
         for called, (fitted, last) in heads.items():
             logits = fitted(pooled[self._validation], layers[0, self._validation])
@@ -144,13 +144,13 @@ class Run:
         whole = replace(probe, parents=best.parents, temperature=temperature, metrics=metrics, layer_weight=None)
         return replace(whole, **as_fields(tensors), **rest)
 
-    def _layer_probe(self) -> tuple[LinearHead, LinearHead]:
+    def _layer_probe(self, strength: float) -> tuple[LinearHead, LinearHead]:
         """Fitted to the images to learn from, and to all: the recipe is chosen on the former."""
         objective, classes, groups = self._objective, self._activations.num_classes, self._activations.groups
         pooled, layers, targets = self._activations.pooled, self._activations.layers, self._activations.targets
         some = pooled[self._train], layers[:, self._train], targets[self._train]
         of_train = None if groups is None else [groups[row] for row in self._train.tolist()]
-        recipe = choose(objective, *some, classes, self._config.first_seed, of_train)
+        recipe = choose(objective, *some, classes, strength, self._config.first_seed, of_train)
         self._metrics[LAYER_PROBE] = {"fit": recipe.fit, "weight": recipe.weight}
         fitted = layer_probe(recipe, objective, *some, classes)
         if not self._config.refit:

@@ -89,9 +89,9 @@ def test_a_candidate_that_diverges_is_dropped_and_the_others_go_on(learned: tupl
 
 
 def test_by_few_validation_images_no_epoch_is_chosen(learned: tuple[Activations, Regression]) -> None:
-    config = LearnConfig(optimizer="sgd", epochs=6, batch_size=16, learning_rate=(0.01, 3.0), patience=1)
+    config = LearnConfig(optimizer="sgd", epochs=30, batch_size=16, learning_rate=(0.01, 3.0), patience=2)
     candidates, history, _ = run(learned, config)
-    assert [candidate.best.epoch for candidate in candidates] == [6, 6]
+    assert [candidate.best.epoch for candidate in candidates] == [30, 30]
     assert [candidate.best.loss for candidate in candidates] == list(history[-1].validation_loss)
     losses = [epoch.validation_loss[1] for epoch in history]
     assert losses != sorted(losses, reverse=True)  # patience would have stopped it

@@ -149,7 +149,9 @@ def shipped_table(plain: Cells) -> Table:
         row: list[str] = [shown_name]
         for regime in (*rivals, *ours):
             mean = _mean_of_sets([cell for cell in plain if cell["set"] in names], regime)
-            row.append(_test(plain, names[0], regime) if len(names) == 1 else f"{mean:.1f}" if mean else NOTHING)
+            row.append(
+                _test(plain, names[0], regime) if len(names) == 1 else NOTHING if mean is None else f"{mean:.1f}"
+            )
         for regime in ours if best else ():
             gain = paired_gain(plain, names, regime, best or "")
             row.append(NOTHING if gain is None else f"{gain[0]:+.1f} ± {gain[1]:.1f}")
