@@ -17,6 +17,7 @@ class TaskCost:
     token_bytes: int  # of its class token, memory and adapters, stored in float32
     operations: int  # multiply-adds for one image
     backbone_operations: int  # those of the backbone's own pass over one image
+    num_layer_features: int  # which a layer head reads; for each class it has as many weights, and multiply-adds
 
     @property
     def relative_operations(self) -> float:
@@ -44,6 +45,7 @@ def task_cost(backbone: FrozenBackbone, num_memory_tokens: int, adapter_rank: in
         token_bytes=4 * (width * (1 + backbone.depth * num_memory_tokens) + adapters),
         operations=linear + adapters + 2 * backbone.depth * seen * width,
         backbone_operations=tokens * (linear + 2 * backbone.depth * tokens * width) + backbone.patch_operations,
+        num_layer_features=backbone.num_layer_features,
     )
 
 

@@ -58,5 +58,10 @@ def backbones_show(
     rows += [
         (f"one task with {memory} memory tokens{adapted}", f"{size(cost.token_bytes)}, its head apart"),
         ("its arithmetic", f"{100 * cost.relative_operations:.2f} % of the backbone's pass"),
+        (
+            "a layer head's row",
+            f"{cost.num_layer_features:,} layer features, {size(4 * cost.num_layer_features)} a class; "
+            f"{100 * cost.num_layer_features / cost.backbone_operations:.4f} % of the pass",
+        ),
     ]
     answer(as_json, record | {"task_cost": vars(cost)}, table(name, ("", "value"), rows))

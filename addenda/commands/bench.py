@@ -25,9 +25,10 @@ METHODS = (
     "linear-probe, full, lora-R of any rank R. Default: the file's, else all, lora-8 among them."
 )
 REGIMES = (
-    "Names with commas: full, head, head+class, memory-M, unmasked-M, adapters-R, lora-R, linear-probe, "
-    "layer-probe, default, default+adapters, pairs, collapse; M memory tokens, R the rank. Default: full, head, "
-    "head+class, memory-1, memory-5, memory-10, memory-20, unmasked-5, adapters-8, lora-8, pairs, collapse."
+    "Names with commas: full, lora-R, unmasked-M, attentive, head, head+class, memory-M, adapters-R, linear-probe, "
+    "layer-probe, default, default+adapters, pairs, collapse; M memory tokens, R the rank. Default: full, lora-8, "
+    "attentive, head, head+class, memory-1, memory-5, memory-10, memory-20, unmasked-5, adapters-8, linear-probe, "
+    "layer-probe, default, default+adapters, pairs, collapse."
 )
 
 

@@ -17,6 +17,8 @@ EIGHTHS = tuple(i / 8 for i in range(9))
 """Weights of one of two heads in their sum, to choose from."""
 MAX_ROWS = 1536
 """Images whose features span the space that a fit is made in: it takes their number cubed."""
+MAX_RANK = 64
+"""Of a layer head: with more classes it is kept, and computed, in two factors."""
 LEAST_SHARE = 1e-6
 """Of the mean variance, added to that of each feature: one that is constant says nothing, and divides by nothing."""
 
@@ -81,8 +83,11 @@ class Space:
 
 
 def sharpness(objective: Objective, logits: Float64[Tensor, "N C"], targets: Targets) -> float:
-    """What logits are multiplied by for the least log loss on images that they were not fitted to."""
-    return 1 / objective.least_loss_temperature(logits, targets, (1e-6, 1e6))
+    """What logits are multiplied by for the least log loss on images that they were not fitted to.
+
+    As if one image in all had been labelled by chance: where all are answered rightly, no factor were too large else.
+    """
+    return 1 / objective.least_loss_temperature(logits, targets, (1e-6, 1e6), 1 / len(logits))
 
 
 def best_weight(
@@ -174,8 +179,14 @@ def layer_probe(
     every = layers.flatten(0, 1)
     space = Space.of(every)
     z = space.coordinates(every).unflatten(0, layers.shape[:2])
-    fits = _fits(objective, z, targets, num_classes, layers.shape[2])
-    return linear + space.head(*fits[recipe.fit]) * (read * recipe.weight)
+    weight, bias = _fits(objective, z, targets, num_classes, layers.shape[2])[recipe.fit]
+    if num_classes > MAX_RANK:  # the directions in which its logits vary most among these images
+        logits = z[0] @ weight.T
+        _, _, directions = torch.linalg.svd(logits - logits.mean(0), full_matrices=False)
+        shared = directions[:MAX_RANK].T @ directions[:MAX_RANK]
+        bias = bias + (weight - shared @ weight) @ z[0].mean(0)
+        weight = shared @ weight
+    return linear + space.head(weight, bias) * (read * recipe.weight)
 
 
 def of_regression(fitted: Regression) -> LinearHead:
@@ -184,7 +195,11 @@ def of_regression(fitted: Regression) -> LinearHead:
 
 
 def as_tensors(head: LinearHead) -> dict[str, Any]:
-    """A head as the tensors of a task without a token, in float32."""
+    """A head as the tensors of a task without a token, in float32; its layer weight in two factors of MAX_RANK."""
     assert head.pooled_weight is not None
     found = {"head_weight": head.pooled_weight, "head_bias": head.bias, "layer_weight": head.layer_weight}
+    if head.layer_weight is not None and len(head.bias) > MAX_RANK:
+        left, values, right = torch.linalg.svd(head.layer_weight, full_matrices=False)
+        roots = values[:MAX_RANK].sqrt()
+        found["layer_weight"], found["layer_down"] = left[:, :MAX_RANK] * roots, roots.unsqueeze(1) * right[:MAX_RANK]
     return {name: part.float() for name, part in found.items() if part is not None}

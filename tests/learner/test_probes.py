@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
 from addenda.learner import probes
 from addenda.learner.objectives import MultiLabel, SingleLabel
-from addenda.learner.objectives.single_label import discriminants
-from addenda.learner.probes import LinearHead, Space, best_weight, out_of_fold, sharpness
+from addenda.learner.objectives.single_label import SHRINKAGES, discriminants
+from addenda.learner.probes import (
+    LinearHead,
+    Recipe,
+    Space,
+    as_tensors,
+    best_weight,
+    choose,
+    layer_probe,
+    of_regression,
+    out_of_fold,
+    sharpness,
+)
 
 
 def data(num_images: int = 40, num_features: int = 60, num_classes: int = 3, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -146,12 +159,75 @@ def test_the_better_of_two_heads_gets_the_weight(objective: SingleLabel | MultiL
     assert 0 < best_weight(objective, good / 2 + 2 * noise, good / 2 - 2 * noise, targets) < 1
 
 
+@pytest.mark.parametrize("views", [1, 3])
+def test_a_layer_probe_is_fitted_as_its_recipe_says(views: int) -> None:
+    features, targets = data(60)
+    random = torch.Generator().manual_seed(2)
+    layers = features + 0.5 * torch.randn(views, *features.shape, generator=random)
+    pooled, objective = torch.randn(60, 4, generator=random), SingleLabel()
+    recipe = choose(objective, pooled, layers, targets, 3, 0.1, 0)
+    assert recipe.weight > 0.5  # the pooled feature is noise
+    head = layer_probe(recipe, objective, pooled, layers, targets, 3)
+    seen = layers if recipe.fit >= len(SHRINKAGES) else layers[:1]
+    assert recipe.fit < len(SHRINKAGES) * min(views, 2)
+    space = Space.of(layers.flatten(0, 1))
+    z = space.coordinates(seen.flatten(0, 1))
+    shrinkage = [SHRINKAGES[recipe.fit % len(SHRINKAGES)]]
+    (fit,) = discriminants(z, targets.repeat(len(seen)), 3, features.shape[1], shrinkage)
+    linear = of_regression(objective.fit_regression(pooled, targets, 0.1)) * recipe.sharpness[0]
+    expected = linear * (1 - recipe.weight) + space.head(*fit) * (recipe.sharpness[1] * recipe.weight)
+    torch.testing.assert_close(head(pooled, features), expected(pooled, features))
+
+
+@pytest.mark.parametrize("num_images", [30, 300])
+def test_answers_that_are_all_right_are_as_sure_as_their_number_allows(num_images: int) -> None:
+    targets = torch.arange(num_images) % 3
+    right = torch.eye(3, dtype=torch.float64)[targets]
+    chance = (sharpness(SingleLabel(), right, targets) * right).softmax(1).max(1).values
+    assert chance.mean().item() == pytest.approx(1 - 2 / 3 / num_images, abs=1e-4)
+
+
+def test_views_are_learned_from_where_they_help_on_images_as_they_are() -> None:
+    features, targets = data(60)
+    random = torch.Generator().manual_seed(2)
+    pooled = torch.zeros(60, 4)
+    helpful = torch.stack([features, *(data(60, seed=0)[0] + 0.8 * torch.randn(60, 60, generator=random),) * 3])
+    harmful = torch.stack([features, features[torch.randperm(60, generator=random)]])
+    assert choose(SingleLabel(), pooled, helpful, targets, 3, 0.1, 0).fit >= len(SHRINKAGES)
+    assert choose(SingleLabel(), pooled, harmful, targets, 3, 0.1, 0).fit < len(SHRINKAGES)
+
+
+def test_with_many_classes_a_layer_head_is_kept_in_two_factors() -> None:
+    features, targets = data(400, 300, 80)
+    layers, pooled, objective = features.unsqueeze(0), features[:, 2:7], SingleLabel()
+    recipe = Recipe(0.1, 3, (0.1, 1.0), 0.75)
+    head = layer_probe(recipe, objective, pooled, layers, targets, 80)
+    tensors = as_tensors(head)
+    assert tensors["layer_weight"].shape == (80, 64)
+    assert tensors["layer_down"].shape == (64, 300)
+    both = tensors["layer_weight"].double() @ tensors["layer_down"].double()
+    torch.testing.assert_close(both, head.layer_weight, rtol=0, atol=1e-5 * both.abs().max().item())
+    assert objective.accuracy(head(pooled, features), targets) > 0.95
+    assert "layer_down" not in as_tensors(LinearHead(torch.zeros(3).double(), both[:3, :4], both[:3]))
+
+
+@pytest.mark.parametrize("num_classes", [2, 3])
+def test_a_regression_answers_classes_that_it_has_not_seen(num_classes: int) -> None:
+    features, targets = data(30)
+    some = targets < num_classes - 1
+    fitted = SingleLabel().fit_regression(features[some], targets[some], 0.1, num_classes)
+    logits = features @ fitted.weight.T + fitted.bias
+    assert logits.shape == (30, num_classes)
+    assert (logits[some].argmax(1) == targets[some]).all()
+    assert fitted.bias[-1] == pytest.approx(-math.log(int(some.sum())))
+
+
 def test_logits_are_sharpened_to_the_least_loss() -> None:
     random = torch.Generator().manual_seed(1)
     targets = torch.arange(300) % 3
     logits = torch.eye(3, dtype=torch.float64)[targets] + torch.randn(300, 3, generator=random, dtype=torch.float64)
     objective = SingleLabel()
     factor = sharpness(objective, 1e-3 * logits, targets)
-    losses = [objective.loss(1e-3 * logits * factor * change, targets).item() for change in (0.9, 1, 1.1)]
+    losses = [objective.loss(1e-3 * logits * factor * change, targets, 1 / 300).item() for change in (0.9, 1, 1.1)]
     assert losses[1] == min(losses)
     assert sharpness(objective, logits, targets) == pytest.approx(factor / 1000, rel=1e-3)

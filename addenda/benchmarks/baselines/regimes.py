@@ -331,7 +331,7 @@ class AttentiveProbe(nn.Module):
         super().__init__()
         width = backbone.embed_dim
         self._backbone = [backbone]  # no part of what is learned
-        self.query = nn.Parameter(torch.randn(1, 1, width) * width**-0.5)
+        self.query = nn.Parameter(torch.randn(1, 1, width, dtype=torch.float32, device="cpu") * width**-0.5)
         self.norm = nn.LayerNorm(width)
         self.attention = nn.MultiheadAttention(width, backbone.num_heads, batch_first=True)
         self.head = nn.Linear(width, num_classes)

@@ -102,7 +102,7 @@ class Objective(ABC):
         while (lost := there & (self.counts(targets[~held_out], num_classes) == 0)).any():
             has = self.reads(targets, int(lost.nonzero()[0])) & held_out
             back = groups[int(has.nonzero()[0])]
-            held_out &= torch.tensor([group != back for group in groups], device="cpu")
+            held_out &= torch.tensor([group != back for group in groups], dtype=torch.bool, device="cpu")
         if not held_out.any():
             raise DataError(
                 f"The images form {len(set(groups))} group{'' if len(set(groups)) == 1 else 's'}, and none can be held "
@@ -189,12 +189,12 @@ class Objective(ABC):
         return temperature if better else 1.0
 
     def least_loss_temperature(
-        self, logits: Float[Tensor, "N C"], targets: Targets, bounds: tuple[float, float]
+        self, logits: Float[Tensor, "N C"], targets: Targets, bounds: tuple[float, float], label_smoothing: float = 0.0
     ) -> float:
         """What logits are divided by for the least loss, between two bounds."""
 
         def loss(log_temperature: float) -> float:  # convex in 1 / temperature: it has one valley
-            return self.loss(logits / math.exp(log_temperature), targets).item()
+            return self.loss(logits / math.exp(log_temperature), targets, label_smoothing).item()
 
         within = tuple(map(math.log, bounds))
         return math.exp(minimize_scalar(loss, bounds=within, method="bounded", options={"xatol": 1e-6}).x)
