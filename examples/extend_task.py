@@ -1,7 +1,8 @@
 """A task that extends another sees its token and memory in every layer; the one that is seen never notices.
 
 Many digits are there to tell all ten apart, and only a few that somebody has marked as even or odd. Whether sight of
-the first task helps the second is for data to say: `extends="auto"` takes only what validation says pays.
+the first task helps the second is for data to say: `extends="auto"` takes only what validation says pays. Whether a
+token does beside the probe too: here `fall_back=False` keeps it in any case, since without one there is none to see.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def even_or_odd(test: bool, limit: int | None) -> Digits:
     return replace(drawn, targets=tuple(target % 2 for target in drawn.targets), classes=("even", "odd"))
 
 
-backbone, config = load_backbone("glyphs"), LearnConfig(epochs=3)
+backbone, config = load_backbone("glyphs"), LearnConfig(epochs=3, fall_back=False)
 few, test = even_or_odd(test=False, limit=60), even_or_odd(test=True, limit=100)
 images = torch.stack([backbone.transform(image) for image in test.images])
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from addenda import load_backbone
-from addenda.benchmarks.baselines.regimes import RivalConfig
+from addenda.benchmarks.baselines.regimes import Rate, RivalConfig
 from addenda.benchmarks.demo import digits
 from addenda.benchmarks.paper.run import OURS, REGIMES, Comparison, run_paper
 
@@ -28,7 +28,7 @@ else:
         for part in ("train", "test"):
             digits(keep, part == "test", limit=90).save(data / name / part)
     regimes = ("full", "head", "head+class", "memory-1", "memory-5", "unmasked-5", "pairs", "collapse")
-    ours, rivals = replace(OURS, epochs=2, learning_rate=(0.003,)), RivalConfig(epochs=1, learning_rate=(1e-3,))
+    ours, rivals = replace(OURS, epochs=2, learning_rate=(0.003,)), RivalConfig(epochs=1, rates=(Rate("adamw", 1e-3),))
     comparison = Comparison(load_backbone("glyphs"), data, limit=45, ours=ours, rivals=rivals)
 
 sets = sorted(folder.name for folder in data.iterdir() if folder.is_dir())

@@ -136,10 +136,10 @@ def way() -> str:
     """From a folder of images to a served answer."""
     steps = (
         ("folder", "a folder for each class,", "every image by its sha256", "box"),
-        ("keep", "the frozen stream's keys", "and values, once an image", "frozen"),
-        ("rival", "logistic regression on the", "backbone's own feature", "box"),
-        ("sweep", "candidates side by side;", "validation chooses", "one"),
-        ("refit", "the winner on all images,", "then calibrated", "one"),
+        ("keep", "what the frozen stream", "offers, once an image", "frozen"),
+        ("probes", "linear, and of every", "layer, in closed form", "box"),
+        ("sweep", "tokens side by side, added", "to the probe if they pay", "one"),
+        ("refit", "what was chosen, on all", "images; then calibrated", "one"),
         ("register", "artifact, golden probe,", "event: all or nothing", "two"),
         ("prove", "self-test; the probe again,", "as it will be served", "two"),
         ("serve", "every task from one pass;", "old bits as they were", "three"),

@@ -21,7 +21,7 @@ from markupsafe import Markup
 from addenda.benchmarks.continual.results import Results
 from addenda.benchmarks.continual.tables import FORGETTING_UNTOLD, PRICE, QUALITY, exactness
 from addenda.benchmarks.cost.run import COLUMNS, Row
-from addenda.benchmarks.paper.report import COLLAPSE, PAIRS, accuracy_table, shipped_table
+from addenda.benchmarks.paper.report import COLLAPSE, PAIRS, accuracy_table, best_of_rates, shipped_table
 from addenda.benchmarks.report.tables import Figure, Table, markdown, table_of
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -35,10 +35,9 @@ def main() -> None:
     if len(sys.argv) > 1:
         kind, name, file = sys.argv[1:]
         known, text = record(kind), Path(file).read_text(encoding="utf-8")
-        if kind == "paper":  # a set's number of images stands in no cell
-            cells = [{key: value for key, value in json.loads(line).items() if key != "settings"}
-                     for line in text.splitlines()]  # fmt: skip
-            run = {"images": known.get(name, {}).get("images", {}), "rows": cells}
+        if kind == "paper":
+            cells = map(json.loads, text.splitlines())
+            run = {"rows": [{key: value for key, value in cell.items() if key != "settings"} for cell in cells]}
         else:
             run = json.loads(text)
         (RECORDS / f"{kind}.json").write_text(compact({**known, name: run}), encoding="utf-8")
@@ -219,15 +218,8 @@ def registry_table() -> str:
 
 
 def learn_table() -> str:
-    """What `addenda learn` gives beside the regression, with the number of images of each set."""
-    run = record("paper")["learn"]
-    table = shipped_table(run["rows"])
-    sizes = [" / ".join(map(str, run["images"][row[0]])) for row in table.rows]
-    rows = [
-        [row[0], size, *row[1:-1], f"{run['taken'][row[0]]} of 3" if "taken" in run else row[-1]]
-        for row, size in zip(table.rows, sizes, strict=True)
-    ]
-    return markdown(Table([table.columns[0], "train / test", *table.columns[1:]], rows))
+    """What `addenda learn` gives beside the probes and the rivals, where there are any."""
+    return markdown(shipped_table(best_of_rates(record("paper")["learn"]["rows"])))
 
 
 def paper_table() -> str:

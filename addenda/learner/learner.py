@@ -118,7 +118,10 @@ class Learner:
         parents = () if auto else tuple(self.registry.get(ref) for ref in config.extends)
         for parent in parents:
             if parent.class_token is None:
-                raise RegistryError(f"Task {parent.ref!r} is head-only: it has no token that {name!r} could see.")
+                raise RegistryError(
+                    f"Task {parent.ref!r} is head-only: it has no token that {name!r} could see. Learned again with "
+                    "`fall_back: false` in its settings it keeps one."
+                )
         images, test_images = open_parts(train, test, context.skip_bad)
         for part in filter(None, (images, test_images)):
             _remark_on(part)
