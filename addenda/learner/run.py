@@ -32,6 +32,8 @@ from addenda.learner.probes import (
 from addenda.learner.training import Trainer
 from addenda.registry import Task, digest
 
+TOKEN_ERRORS = 2
+"""By how many standard errors a token must pay: its weight is chosen by the very images that say so."""
 TRIED = 3
 """Tasks to extend that are tried by training, at most."""
 LINEAR_PROBE, LAYER_PROBE = "linear_probe", "layer_probe"
@@ -166,7 +168,7 @@ class Run:
         weight = best_weight(objective, self._probe_logits, own / temperature, self._truth, weights)
         logits = (1 - weight) * self._probe_logits + weight * own / temperature
         losses, without = (objective.losses(found, self._truth) for found in (logits, self._probe_logits))
-        if weight and config.fall_back and not pays(losses, without):
+        if weight and config.fall_back and not pays(losses, without, TOKEN_ERRORS):
             return Fusion(0.0, temperature, self._probe_logits, without)
         return Fusion(weight, temperature, logits, losses)
 
@@ -238,10 +240,10 @@ def near_duplicates(
     return int((nearest.square() < NEAR * expected).sum())
 
 
-def pays(dear: Float[Tensor, " N"], cheap: Float[Tensor, " N"]) -> bool:
-    """Whether what costs more is better by more than a standard error: of the mean difference between their losses."""
+def pays(dear: Float[Tensor, " N"], cheap: Float[Tensor, " N"], errors: int = 1) -> bool:
+    """Whether what costs more is better by more than so many standard errors of their losses' mean difference."""
     gain = cheap - dear
-    return len(gain) > 1 and bool(gain.mean() > gain.std() / math.sqrt(len(gain)))
+    return len(gain) > 1 and bool(gain.mean() > errors * gain.std() / math.sqrt(len(gain)))
 
 
 def promising(
