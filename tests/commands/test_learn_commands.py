@@ -12,9 +12,9 @@ from tests.support.commands import Result, Run
 
 def test_learn_prints_the_task_beside_both_probes(learned: Result) -> None:
     assert "ones:1" in learned.out
-    for part in ("validation (15)", "test (24)"):
+    for part in (r"validation \(\d+\)", r"test \(24\)"):
         for who in ("linear probe", "layer probe", "task"):
-            assert re.search(rf"{re.escape(part)} +{who} ", learned.out)
+            assert re.search(rf"{part} +{who} ", learned.out)
 
 
 def test_learning_the_same_again_says_so_and_does_nothing(run: Run, learned: Result, digits_folder: Path) -> None:
