@@ -88,6 +88,7 @@ class LearnConfig:
         calibrate: whether a temperature for the probabilities is fitted on the validation part; candidates are then
             compared as calibrated.
         fall_back: whether a token is left out that does not pay beside the probe, by the loss on validation images.
+            That of a task which names others to extend is kept in any case.
         refit: whether the winner is trained again on training and validation images together.
         seed: of the split, the memory's first values and the order of images; of several, the first decides split and
             order for all.
@@ -148,6 +149,11 @@ class LearnConfig:
         swept: tuple[Any, ...] = self.learning_rate, self.weight_decay, self.num_memory_tokens, ranks, rates, self.seed
         combined = (Settings(*values) for values in product(*map(_several, swept)))
         return tuple(s for s in combined if s.adapter_rank or s.adapter_learning_rate == rates[0])
+
+    @property
+    def keeps_token(self) -> bool:
+        """Whether the token is kept even where it does not pay."""
+        return not self.fall_back or self.extends not in ((), "auto")
 
     @property
     def first_seed(self) -> int:

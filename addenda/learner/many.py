@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -94,7 +94,8 @@ def read_rows(file: Path, registry: Registry, skip_bad: bool = False) -> list[Ro
     """Reads and checks a YAML file of tasks to learn; images are not read yet.
 
     It holds `tasks`, a list whose entries have `name` and `data` and may have `test`, `extends` and `config`; and may
-    hold `config` for all of them, of which a task's own settings win. Paths are relative to the file's folder.
+    hold `config` for all of them, of which a task's own settings win. Paths are relative to the file's folder. A task
+    that a later one extends keeps its token, whether or not it pays: there must be one to see.
 
     Args:
         file: the YAML file.
@@ -121,7 +122,9 @@ def read_rows(file: Path, registry: Registry, skip_bad: bool = False) -> list[Ro
         rows.append(row)
     if problems:
         raise DataError(f"Nothing was learned. {str(file)!r} has mistakes:\n  " + "\n  ".join(problems))
-    return [row for row in rows if row is not None]
+    kept = [row for row in rows if row is not None]
+    seen = {name for row in kept for name in named(row.config)}
+    return [replace(row, config=replace(row.config, fall_back=False)) if row.name in seen else row for row in kept]
 
 
 def learn_many(

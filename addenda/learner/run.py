@@ -164,11 +164,13 @@ class Run:
         objective, config = self._objective, self._config
         own = trainer.logits(candidate.best.tensors, self._validation).double()
         temperature, _ = self._judge(own)
-        weights = [weight for weight in (EIGHTHS if config.layer_head else (0.0, 1.0)) if weight or config.fall_back]
+        weights = [
+            weight for weight in (EIGHTHS if config.layer_head else (0.0, 1.0)) if weight or not config.keeps_token
+        ]
         weight = best_weight(objective, self._probe_logits, own / temperature, self._truth, weights)
         logits = (1 - weight) * self._probe_logits + weight * own / temperature
         losses, without = (objective.losses(found, self._truth) for found in (logits, self._probe_logits))
-        if weight and config.fall_back and not pays(losses, without, TOKEN_ERRORS):
+        if weight and not config.keeps_token and not pays(losses, without, TOKEN_ERRORS):
             return Fusion(0.0, temperature, self._probe_logits, without)
         return Fusion(weight, temperature, logits, losses)
 

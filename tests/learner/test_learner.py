@@ -269,6 +269,18 @@ def test_an_extension_names_what_it_extends_and_stays_exact(learner: Learner, co
     )
 
 
+def test_a_token_that_is_to_see_others_is_kept_whether_or_not_it_pays(learner: Learner, colours: Path) -> None:
+    images, targets = noise(48)
+    images[:, 0] += 20 * targets[:, None, None]  # plain to see for the probe
+    data, config = CountingDataset(images, targets), LearnConfig(optimizer="sgd", epochs=1, learning_rate=(1.0,))
+    learner.learn("parent", colours, config=QUICK)
+    assert learner.learn("alone", data, config=config).class_token is None
+    child = learner.learn("child", data, config=replace(config, extends=("parent",)))
+    assert child.extends == ("parent:1",)
+    assert child.class_token is not None
+    assert child.metrics["token_weight"] > 0
+
+
 def test_two_versions_of_one_name_can_both_be_extended(learner: Learner, colours: Path) -> None:
     for seed in (0, 1):
         config = LearnConfig(optimizer="sgd", epochs=1, learning_rate=(0.1,), seed=seed, fall_back=False)

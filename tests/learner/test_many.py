@@ -50,11 +50,13 @@ def test_rows_take_the_files_settings_then_their_own_and_paths_beside_the_file(
     )
     monkeypatch.chdir(colours)
     first, second, third = read_rows(file, registry)
-    assert first == Row("first", colours, None, LearnConfig(epochs=3, momentum=0.5))
+    kept = LearnConfig(epochs=3, momentum=0.5, fall_back=False)  # there must be a token to see
+    assert first == Row("first", colours, None, kept)
     assert (second.data, second.test) == (colours / "train", colours / "test")
-    assert second.config == LearnConfig(epochs=4, momentum=0.5, extends=("first",))
+    assert second.config == LearnConfig(epochs=4, momentum=0.5, extends=("first",), fall_back=False)
     assert third.data == colours
     assert third.config.extends == ("first", "second")
+    assert third.config.fall_back
 
 
 def test_every_mistake_is_named_at_once(registry: Registry, colours: Path) -> None:
