@@ -22,7 +22,7 @@ from addenda.learner.augmentation import Augmentation
 from addenda.learner.cache import ActivationCache
 from addenda.learner.context import QUIET, Report, RunContext, silent
 from addenda.learner.data.labelled import Item, LabelledImages, read_in_batches
-from addenda.learner.store import Store
+from addenda.learner.store import Store, row_bytes
 from addenda.learner.stream import Batch
 from addenda.registry import Task
 
@@ -129,9 +129,9 @@ class Activations:
         """The cache's store of as many rows as it has room for."""
         extra = self._augmentation.num_views
         features = self.backbone.embed_dim + self.backbone.num_layer_features
-        row_bytes = 2 * torch.Size(self._shape).numel() * self._tokens + 4 * features
-        capacity = cache.capacity(row_bytes, len(keys))
-        whole, held = len(keys) * row_bytes / 1e9, capacity * row_bytes / 1e9
+        of_row = row_bytes(self._shape if self._tokens else (), features)
+        capacity = cache.capacity(of_row, len(keys))
+        whole, held = len(keys) * of_row / 1e9, capacity * of_row / 1e9
         views = f", {1 + extra} views of each," if extra else ""
         log.info(
             "Activations of %d images%s take %.2f GB; %s.", self._num_images, views, whole,

@@ -176,7 +176,7 @@ class ActivationCache:
                     return store
             for _, store in stores:
                 store.release()
-            self._make_room(len(keys) * row_bytes(meta))
+            self._make_room(len(keys) * row_bytes(meta["shape"], meta["width"]))
             made = create(self.folder, meta, keys)
             for _, store in stores:
                 made.take_over(store)

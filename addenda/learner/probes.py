@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Float64, Int
+from jaxtyping import Float, Float64, Int, Shaped
 from torch import Tensor
 
 from addenda.learner.objectives import Groups, Objective, Regression, Targets
@@ -67,7 +67,7 @@ class Space:
         mean, variance = x.mean(0), x.var(0, correction=0)
         scale = (variance + LEAST_SHARE * variance.mean()).sqrt().clamp(min=torch.finfo(torch.float64).tiny)
         scale = scale * math.sqrt(len(scale))
-        some = (x[:: -(-len(x) // MAX_ROWS)] - mean) / scale
+        some = (some_of(x) - mean) / scale
         values, vectors = torch.linalg.eigh(some @ some.T)
         kept = values > values[-1].clamp(min=1e-300) * 1e-12
         return cls(mean, scale, (vectors[:, kept] / values[kept].sqrt()).T @ some)
@@ -80,6 +80,11 @@ class Space:
         """A head of coordinates as one of the layer features."""
         whole = weight @ self.basis / self.scale
         return LinearHead(bias - whole @ self.mean, None, whole)
+
+
+def some_of(rows: Shaped[Tensor, "N ..."]) -> Shaped[Tensor, "M ..."]:
+    """All rows, or where they are more than MAX_ROWS every second, third or further one."""
+    return rows[:: -(-len(rows) // MAX_ROWS)]
 
 
 def sharpness(objective: Objective, logits: Float64[Tensor, "N C"], targets: Targets) -> float:
@@ -122,7 +127,6 @@ def out_of_fold(
 class Recipe:
     """How a layer probe is fitted: chosen by cross-validation on some images, and good for more of them."""
 
-    strength: float  # C of the linear probe
     fit: int  # which of the objective's fits to the layer features
     sharpness: tuple[float, float]  # of the linear probe's logits, and of that fit's
     weight: float  # of that fit's logits in the sum
@@ -137,7 +141,7 @@ def choose(
     Of V views the first are the images as they are, by which it is judged; a view stands in the fold of its image.
     """
     fold = objective.folds(targets, seed, groups)
-    z = Space.of(layers.flatten(0, 1)).coordinates(layers.flatten(0, 1)).unflatten(0, layers.shape[:2])
+    _, z = _placed(layers)
 
     def linear(rows: Tensor, held_out: Tensor) -> list[Tensor]:
         head = of_regression(objective.fit_regression(pooled[rows], targets[rows], strength, num_classes))
@@ -153,7 +157,14 @@ def choose(
     losses = [objective.loss(logits * own, targets).item() for logits, own in zip(tried, sharp, strict=True)]
     best = losses.index(min(losses))
     weight = best_weight(objective, final * final_sharpness, tried[best] * sharp[best], targets)
-    return Recipe(strength, best, (final_sharpness, sharp[best]), weight)
+    return Recipe(best, (final_sharpness, sharp[best]), weight)
+
+
+def _placed(layers: Float[Tensor, "V N n"]) -> tuple[Space, Float64[Tensor, "V N k"]]:
+    """The space of all views of some images, and where each stands in it."""
+    every = layers.flatten(0, 1)
+    space = Space.of(every)
+    return space, space.coordinates(every).unflatten(0, layers.shape[:2])
 
 
 def _fits(
@@ -168,17 +179,15 @@ def _fits(
 
 
 def layer_probe(
-    recipe: Recipe, objective: Objective, pooled: Float[Tensor, "N D"], layers: Float[Tensor, "V N n"],
-    targets: Targets, num_classes: int,
+    recipe: Recipe, objective: Objective, linear: LinearHead, layers: Float[Tensor, "V N n"], targets: Targets,
+    num_classes: int,
 ) -> LinearHead:  # fmt: skip
-    """The linear probe and a fit to the layer features of some images, each calibrated, added as a recipe says."""
+    """The linear probe of some images and a fit to their layer features, each calibrated, added as a recipe says."""
     final, read = recipe.sharpness
-    linear = of_regression(objective.fit_regression(pooled, targets, recipe.strength)) * (final * (1 - recipe.weight))
+    linear = linear * (final * (1 - recipe.weight))
     if not recipe.weight:
         return linear
-    every = layers.flatten(0, 1)
-    space = Space.of(every)
-    z = space.coordinates(every).unflatten(0, layers.shape[:2])
+    space, z = _placed(layers)
     weight, bias = _fits(objective, z, targets, num_classes, layers.shape[2])[recipe.fit]
     if num_classes > MAX_RANK:  # the directions in which its logits vary most among these images
         logits = z[0] @ weight.T

@@ -21,13 +21,13 @@ from addenda.learner.context import Epoch, RunContext
 from addenda.learner.objectives import Regression
 from addenda.learner.probes import (
     EIGHTHS,
-    MAX_ROWS,
     LinearHead,
     as_tensors,
     best_weight,
     choose,
     layer_probe,
     of_regression,
+    some_of,
 )
 from addenda.learner.training import Trainer
 from addenda.registry import Task, digest
@@ -87,7 +87,7 @@ class Run:
         self._metrics: dict[str, Any] = {LINEAR_PROBE: {"strength": strength}}
         settled = objective.is_settled(activations.num_classes)
         if config.layer_head and layers.shape[2] and not settled:
-            heads[LAYER_PROBE] = self._layer_probe(strength)
+            heads[LAYER_PROBE] = self._layer_probe(strength, *heads[LINEAR_PROBE])
         self.baselines = []
         for called, (fitted, last) in heads.items():
             logits = fitted(pooled[self._validation], layers[0, self._validation])
@@ -103,14 +103,14 @@ class Run:
 
     def remarks(self) -> list[str]:
         """What a person should know of how the images were held out."""
-        said, count, kept = [], len(self._validation), self._activations.objective.counts
+        said, count = [], len(self._validation)
         if self.near_duplicates > FEW * count:
             said.append(
                 f"{self.near_duplicates} of {count} validation images have near-duplicates among the images learned "
                 "from, as frames of one video and crops of one photo are: their score flatters. Say what belongs "
                 "together with --group-by (in Python: group_by), or in a listing's column `group`."
             )
-        missing = (kept(self._truth, self._activations.num_classes) == 0).nonzero()[:, 0].tolist()
+        missing = (self._objective.counts(self._truth, self._activations.num_classes) == 0).nonzero()[:, 0].tolist()
         if missing and self._activations.groups is not None:
             named = ", ".join(repr(self._activations.labels[label]) for label in missing[:3])
             said.append(
@@ -135,7 +135,7 @@ class Run:
         weight, own_temperature, logits, _ = best.fusion
         if not weight:
             return replace(probe, metrics=metrics)
-        tensors = self._refit(best.trainer, best.chosen) if self._config.refit else best.chosen.best.tensors
+        tensors = dict(self._refit(best.trainer, best.chosen) if self._config.refit else best.chosen.best.tensors)
         temperature, metrics["validation"] = self._judge(logits)
         rest: dict[str, Any] = as_tensors(self._probe * (1 - weight)) if weight < 1 else {}
         for name in HEAD:
@@ -143,21 +143,22 @@ class Run:
         if rest:
             tensors["pooled_weight"] = tensors["pooled_weight"] + rest.pop("head_weight")
             tensors["head_bias"] = tensors["head_bias"] + rest.pop("head_bias")
-        whole = replace(probe, parents=best.parents, temperature=temperature, metrics=metrics, layer_weight=None)
+        without_layers = replace(probe, layer_weight=None, layer_down=None)
+        whole = replace(without_layers, parents=best.parents, temperature=temperature, metrics=metrics)
         return replace(whole, **as_fields(tensors), **rest)
 
-    def _layer_probe(self, strength: float) -> tuple[LinearHead, LinearHead]:
-        """Fitted to the images to learn from, and to all: the recipe is chosen on the former."""
+    def _layer_probe(self, strength: float, fitted: LinearHead, last: LinearHead) -> tuple[LinearHead, LinearHead]:
+        """Of the images to learn from and of all, whose linear probes are given: the recipe is chosen on the former."""
         objective, classes, groups = self._objective, self._activations.num_classes, self._activations.groups
         pooled, layers, targets = self._activations.pooled, self._activations.layers, self._activations.targets
-        some = pooled[self._train], layers[:, self._train], targets[self._train]
+        some = layers[:, self._train], targets[self._train], classes
         of_train = None if groups is None else [groups[row] for row in self._train.tolist()]
-        recipe = choose(objective, *some, classes, strength, self._config.first_seed, of_train)
+        recipe = choose(objective, pooled[self._train], *some, strength, self._config.first_seed, of_train)
         self._metrics[LAYER_PROBE] = {"fit": recipe.fit, "weight": recipe.weight}
-        fitted = layer_probe(recipe, objective, *some, classes)
+        found = layer_probe(recipe, objective, fitted, *some)
         if not self._config.refit:
-            return fitted, fitted
-        return fitted, layer_probe(recipe, objective, pooled, layers, targets, classes)
+            return found, found
+        return found, layer_probe(recipe, objective, last, layers, targets, classes)
 
     def _fuse(self, trainer: Trainer, candidate: Candidate) -> Fusion:
         """What a candidate's token adds to the probe; without a layer head it stands for itself, or is left out."""
@@ -232,13 +233,14 @@ def near_duplicates(
     It is one where the squared distance of their standardised features is under NEAR of what it is on average between
     images of a class. In docs/results.md: unlike pictures, and slightly shifted, cropped or compressed ones.
     """
-    rows = train[:: -(-len(train) // MAX_ROWS)]
-    scale = features[rows].std(0).clamp(min=torch.finfo(features.dtype).tiny)
-    z = (features - features[rows].mean(0)) / scale
-    means = torch.stack([z[rows][classes[rows] == one].mean(0) for one in classes[rows].unique()])
-    rest = z[rows] - means[classes[rows].unique(return_inverse=True)[1]]
-    expected = 2 * rest.square().sum(1).mean()
-    nearest = torch.cat([torch.cdist(z[some], z[rows]).min(1).values for some in validation.split(256)])
+    rows = some_of(train)
+    learned = features[rows]
+    mean, scale = learned.mean(0), learned.std(0).clamp(min=torch.finfo(features.dtype).tiny)
+    z, (there, place) = (learned - mean) / scale, classes[rows].unique(return_inverse=True)
+    means = torch.stack([z[place == number].mean(0) for number in range(len(there))])
+    expected = 2 * (z - means[place]).square().sum(1).mean()
+    held_out = ((features[some] - mean) / scale for some in validation.split(256))
+    nearest = torch.cat([torch.cdist(some, z).min(1).values for some in held_out])
     return int((nearest.square() < NEAR * expected).sum())
 
 

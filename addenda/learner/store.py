@@ -163,8 +163,9 @@ def create(cache: Path, meta: dict[str, Any], keys: Sequence[str]) -> Store:
     except OSError as error:
         if is_claimed(folder, ENTRY_MARKER, ENTRY_TEXT):
             discard(folder, FILES, ENTRY_MARKER)
+        whole = len(keys) * row_bytes(meta["shape"], meta["width"])
         raise TrainingError(
-            f"The activations of {len(keys)} images take {len(keys) * row_bytes(meta) / 1e9:.2f} GB, "
+            f"The activations of {len(keys)} images take {whole / 1e9:.2f} GB, "
             f"and {cache} cannot hold them ({error.strerror or error}). Free some space, keep less of them "
             "(--cache-gb), or set ADDENDA_CACHE to a folder on a larger disk."
         ) from error
@@ -192,9 +193,9 @@ def load(folder: Path, meta: dict[str, Any]) -> Store | None:
         return None
 
 
-def row_bytes(meta: dict[str, Any]) -> int:
-    """What a row takes on the disk, its digest and key aside."""
-    return (2 * math.prod(meta["shape"]) if meta["shape"] else 0) + 4 * int(meta["width"])
+def row_bytes(shape: Sequence[int], width: int) -> int:
+    """What a row takes on the disk, its digest and key aside; without keys and values their shape is empty."""
+    return 2 * math.prod(shape) * bool(shape) + 4 * width
 
 
 def _name(meta: dict[str, Any], keys: UInt8[np.ndarray, "K 32"]) -> str:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from addenda import CombinedModel, FrozenBackbone, LearnConfig, Learner, Registry
 from addenda.combined import Router, verify
 from addenda.exceptions import BackboneError, NameTakenError, RegistryError, TrainingError
-from addenda.learner import Epoch, training
+from addenda.learner import Epoch, probes, run, training
 from addenda.learner.activations import Activations
 from addenda.learner.augmentation import DEFAULT_VIEWS, Augmentation
 from addenda.learner.cache import ActivationCache
@@ -267,6 +267,19 @@ def test_an_extension_names_what_it_extends_and_stays_exact(learner: Learner, co
     assert torch.equal(
         alone, CombinedModel(learner.backbone, learner.registry.load(learner.backbone))(images)["parent"]
     )
+
+
+def test_a_token_of_whole_weight_leaves_nothing_of_the_layer_probe(
+    learner: Learner, colours: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probes, "MAX_RANK", 2)  # so that the layer weight of three classes is in two factors
+    monkeypatch.setattr(run, "best_weight", lambda *_: 1.0)
+    monkeypatch.setattr(run, "choose", lambda *_: probes.Recipe(0, (1.0, 1.0), 0.5))
+    probe = learner.learn("probe", colours, config=replace(QUICK, head_only=True))
+    assert probe.layer_down is not None
+    task = learner.learn("token", colours, config=QUICK)
+    assert task.metrics["token_weight"] == 1
+    assert (task.layer_weight, task.layer_down) == (None, None)
 
 
 def test_a_token_that_is_to_see_others_is_kept_whether_or_not_it_pays(learner: Learner, colours: Path) -> None:

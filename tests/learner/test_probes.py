@@ -167,14 +167,15 @@ def test_a_layer_probe_is_fitted_as_its_recipe_says(views: int) -> None:
     pooled, objective = torch.randn(60, 4, generator=random), SingleLabel()
     recipe = choose(objective, pooled, layers, targets, 3, 0.1, 0)
     assert recipe.weight > 0.5  # the pooled feature is noise
-    head = layer_probe(recipe, objective, pooled, layers, targets, 3)
+    probe = of_regression(objective.fit_regression(pooled, targets, 0.1))
+    head = layer_probe(recipe, objective, probe, layers, targets, 3)
     seen = layers if recipe.fit >= len(SHRINKAGES) else layers[:1]
     assert recipe.fit < len(SHRINKAGES) * min(views, 2)
     space = Space.of(layers.flatten(0, 1))
     z = space.coordinates(seen.flatten(0, 1))
     shrinkage = [SHRINKAGES[recipe.fit % len(SHRINKAGES)]]
     (fit,) = discriminants(z, targets.repeat(len(seen)), 3, features.shape[1], shrinkage)
-    linear = of_regression(objective.fit_regression(pooled, targets, 0.1)) * recipe.sharpness[0]
+    linear = probe * recipe.sharpness[0]
     expected = linear * (1 - recipe.weight) + space.head(*fit) * (recipe.sharpness[1] * recipe.weight)
     torch.testing.assert_close(head(pooled, features), expected(pooled, features))
 
@@ -200,8 +201,9 @@ def test_views_are_learned_from_where_they_help_on_images_as_they_are() -> None:
 def test_with_many_classes_a_layer_head_is_kept_in_two_factors() -> None:
     features, targets = data(400, 300, 80)
     layers, pooled, objective = features.unsqueeze(0), features[:, 2:7], SingleLabel()
-    recipe = Recipe(0.1, 3, (0.1, 1.0), 0.75)
-    head = layer_probe(recipe, objective, pooled, layers, targets, 80)
+    recipe = Recipe(3, (0.1, 1.0), 0.75)
+    linear = of_regression(objective.fit_regression(pooled, targets, 0.1))
+    head = layer_probe(recipe, objective, linear, layers, targets, 80)
     tensors = as_tensors(head)
     assert tensors["layer_weight"].shape == (80, 64)
     assert tensors["layer_down"].shape == (64, 300)
