@@ -79,6 +79,17 @@ def test_a_class_of_one_group_is_learned_from_and_not_validated() -> None:
         assert len(validation) == 4
 
 
+def test_a_label_of_one_group_is_learned_from_where_images_have_several() -> None:
+    targets = torch.ones(25, 2, dtype=torch.bool)
+    targets[:20, 1] = False
+    groups = [f"a{row // 4}" for row in range(20)] + ["b"] * 5
+    seeds = range(10)
+    assert any((MultiLabel().folds(targets, seed, groups)[20] == 0).item() for seed in seeds)  # else nothing is tested
+    for seed in seeds:
+        train, _ = MultiLabel().split(targets, 2, 0.2, seed, groups)
+        assert targets[train].any(0).all()
+
+
 def test_groups_of_which_none_can_be_held_out_are_refused() -> None:
     with pytest.raises(DataError, match="The images form 2 groups, and none can be held out to validate on"):
         SingleLabel().split(torch.tensor([0] * 5 + [1] * 5), 2, 0.2, 0, ["a"] * 5 + ["b"] * 5)
