@@ -85,7 +85,10 @@ def pass_operations(model: CombinedModel, filled: bool = True) -> int:
     for head in model.heads:
         rows = len(head.weight) if filled else head.num_labels
         operations += rows * width * (1 if head.pooled_weight is None else 2)
-        operations += sum(part.numel() for part in (head.layer_weight, head.layer_down) if part is not None)
+        if head.layer_weight is not None:
+            operations += rows * head.layer_weight.shape[1]
+        if head.layer_down is not None:
+            operations += head.layer_down.numel()
     return operations
 
 

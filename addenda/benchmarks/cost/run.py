@@ -30,6 +30,7 @@ CLASSES = 10
 SEPARATE = 10
 STOCK, STOCK_ONE = "stock timm", "stock timm, one image"
 DENSE, DENSE_PRECOMPUTED = "dense mask", "dense mask, precomputed"
+LAYER_HEADS = "layer heads, exact"
 
 Run = Callable[[], object]
 Way = tuple[str, int, int, str]
@@ -81,6 +82,8 @@ def _measure_backbone(
     combined = {count: CombinedModel(backbone, tasks[:count]) for count in counts}
     single = [CombinedModel(backbone, [task]) for task in tasks[:SEPARATE]]
     loose = CombinedModel(backbone, tasks[:10], exact=False)
+    heads = [layer_head_task(backbone, number) for number in range(max(counts))]
+    layer_heads = {count: CombinedModel(backbone, heads[:count]) for count in counts}
     ways: dict[Way, Run] = {
         (STOCK, 0, batch, STOCK): lambda: backbone.backbone_logits(images),
         (STOCK_ONE, 0, 1, STOCK_ONE): lambda: backbone.backbone_logits(images[:1]),
@@ -89,6 +92,8 @@ def _measure_backbone(
     }
     for count, model in combined.items():
         ways["combined, exact", count, batch, STOCK] = partial(model, images)
+    for count, model in layer_heads.items():
+        ways[LAYER_HEADS, count, batch, STOCK] = partial(model, images)
     ways["combined, inexact", 10, batch, STOCK] = partial(loose, images)
     for count in dense:
         for what, precomputed in ((DENSE_PRECOMPUTED, True), (DENSE, False)):
@@ -102,8 +107,8 @@ def _measure_backbone(
     for (what, num_tasks, num_images, reference), times in seconds.items():
         low, median, high = statistics.quantiles(times, n=4)
         counted: dict[str, Any] = {"giga_operations": stock / 1e9} if what in (STOCK, STOCK_ONE) else {}
-        if what.startswith(("combined", "one image")):
-            model = loose if "inexact" in what else combined[num_tasks]
+        if what.startswith((LAYER_HEADS, "combined", "one image")):
+            model = loose if "inexact" in what else (layer_heads if what == LAYER_HEADS else combined)[num_tasks]
             counted = {
                 "giga_operations": pass_operations(model) / 1e9,
                 "limit": pass_operations(model, filled=False) / stock,
@@ -170,6 +175,20 @@ def random_task(backbone: FrozenBackbone, number: int) -> Task:
         head_weight=draw(CLASSES, width),
         head_bias=torch.zeros(CLASSES, dtype=torch.float32, device="cpu"),
         pooled_weight=draw(CLASSES, width),
+    )
+
+
+def layer_head_task(backbone: FrozenBackbone, number: int) -> Task:
+    """A task without a token of random numbers, which reads the pooled feature and the layer features."""
+    noise = torch.Generator().manual_seed(number)
+    draw = partial(torch.randn, generator=noise, dtype=torch.float32, device="cpu")
+    return Task(
+        name=f"layers-{number}",
+        backbone=backbone.fingerprint,
+        labels=tuple(map(str, range(CLASSES))),
+        head_weight=draw(CLASSES, backbone.embed_dim),
+        head_bias=torch.zeros(CLASSES, dtype=torch.float32, device="cpu"),
+        layer_weight=draw(CLASSES, backbone.num_layer_features),
     )
 
 

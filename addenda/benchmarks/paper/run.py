@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import time
 from collections.abc import Sequence
@@ -29,11 +28,12 @@ from addenda.benchmarks.baselines.regimes import (
     train_rivals,
 )
 from addenda.benchmarks.continual.stream import in_turn
+from addenda.benchmarks.listing import write_listing
 from addenda.benchmarks.paper.report import COLLAPSE, PAIRS, best_of_rates, write_report
 from addenda.benchmarks.report.jsonl import append_line, read_lines
 from addenda.combined import CombinedModel
 from addenda.exceptions import DataError, TrainingError
-from addenda.files import output_folder, written
+from addenda.files import output_folder
 from addenda.learner import LearnConfig, Learner
 from addenda.learner.data import LabelledImages, check_same_labels, open_images
 from addenda.learner.objectives import accuracy
@@ -246,15 +246,7 @@ class _Run:
         images = open_images(self.comparison.data / name / "train")
         rows = balanced_rows(images.targets, self.comparison.limit or len(images), seed)
         file.parent.mkdir(exist_ok=True)
-        # another process may be reading the listing
-        with written(file) as unfinished, unfinished.open("w", newline="") as stream:
-            writer = csv.writer(stream)
-            writer.writerow(("path", "label"))
-            for row in rows:
-                item = images.items[row]
-                assert isinstance(item, Path)  # of a folder
-                writer.writerow((item.resolve(), images.labels[images.targets[row]]))
-        return file
+        return write_listing(file, images, rows)
 
     def _learned(self, name: str, seed: int, rate: object) -> Path:
         return self.out / "unmasked" / f"{name}-seed{seed}-{str(rate).replace(' ', '-')}.safetensors"

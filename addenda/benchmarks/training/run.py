@@ -19,18 +19,20 @@ from torch import Tensor
 from addenda.backbones import FrozenBackbone
 from addenda.benchmarks.baselines.regimes import batches
 from addenda.benchmarks.cost.run import Run, interleave
+from addenda.benchmarks.listing import write_listing
 from addenda.benchmarks.report.tables import Figure, write
 from addenda.benchmarks.training.dense import DenseTraining, Setting, as_task, peak_bytes
 from addenda.combined import CombinedModel, forward_pass, micro_batch, numerics, prove, task_cost
 from addenda.exceptions import DataError
 from addenda.files import output_folder
-from addenda.learner import ActivationCache, Augmentation, LearnConfig
+from addenda.learner import ActivationCache, Augmentation, LearnConfig, Learner
 from addenda.learner.activations import Activations
 from addenda.learner.candidates import first_tensors
 from addenda.learner.context import RunContext
 from addenda.learner.data import LabelledImages, check_same_labels, has_test_part, open_images
 from addenda.learner.objectives import accuracy
 from addenda.learner.training import Trainer
+from addenda.registry import Registry
 from addenda.terminal import console, progress, size
 
 MEMORY = 5
@@ -132,6 +134,8 @@ def _measure(setting: Setting, test: LabelledImages, details: dict[str, Any], re
     reached = _accuracies(setting, test, trained)
     memory = _memory(setting, several, batch, rows)
     filling = measure_filling(backbone, setting.images.select(range(min(STOCK_IMAGES, count))), rounds=rounds)
+    layer_head_s = measure_layer_head(backbone, setting.images)
+    passes_s = count * (1 + VIEWS.num_views) / filling["pass_images_per_s"]
 
     cost, through = task_cost(backbone, MEMORY), _dense_operations(backbone)
     token = 2 * cost.operations  # forward, and backward with respect to its inputs
@@ -139,7 +143,7 @@ def _measure(setting: Setting, test: LabelledImages, details: dict[str, Any], re
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     details |= {
         "pass_s": medians["stock"], "epoch_s": medians["one"], "sweep_epoch_s": medians["eight"],
-        "dense_epoch_s": medians["dense"], "train_s": train_s, "filling": filling,
+        "dense_epoch_s": medians["dense"], "train_s": train_s, "filling": filling, "layer_head_s": layer_head_s,
         "accuracy": reached, "peak_bytes": memory, "cache_bytes": sum(t.nbytes for t in _kept(activations)),
         "side_by_side": all(eight._together.values()),
         "operations_per_image": {"token": token, "dense": through, "backbone": cost.backbone_operations},
@@ -153,6 +157,7 @@ def _measure(setting: Setting, test: LabelledImages, details: dict[str, Any], re
         of_rounds("epoch of 8 / epoch of 1", "x", sweeps, 2, limit=len(RATES)),
         of_rounds(name, "x", slower, 40, limit=EPOCHS * through / both, more=True),
         of_rounds("filling from files / frozen pass", "x", filling["ratios"], 1.1, limit=1),
+        Figure(GROUP, "layer-head task / frozen pass", "x", layer_head_s / passes_s, target=1.3, limit=1),
         Figure(GROUP, "accuracy, |dense - cached|", "points", apart, target=0.5),
         Figure(GROUP, "memory, full fine-tuning / 1", "x", memory["full"] / memory["one"], target=10, more=True),
         Figure(GROUP, "memory, full fine-tuning / 8", "x", memory["full"] / memory["eight"], more=True),
@@ -187,6 +192,17 @@ def measure_filling(
         "pass_images_per_s": count / statistics.median(pass_s),
         "ratios": [fill / alone for fill, alone in zip(fill_s, pass_s, strict=True)],
     }
+
+
+def measure_layer_head(backbone: FrozenBackbone, images: LabelledImages, how: Augmentation = VIEWS) -> float:
+    """Seconds of learning and registering a task without a token from files, with a new cache."""
+    prove(backbone, [])
+    with tempfile.TemporaryDirectory() as folder, Registry.open(f"{folder}/tasks.db") as registry:
+        data = write_listing(Path(folder) / "images.csv", images, range(len(images)))
+        learner = Learner(backbone, registry, ActivationCache(f"{folder}/cache"))
+        start = time.perf_counter()
+        learner.learn("layers", data, config=LearnConfig(head_only=True, augmentation=how))
+        return time.perf_counter() - start
 
 
 def _dense_operations(backbone: FrozenBackbone) -> int:

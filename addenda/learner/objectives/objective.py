@@ -206,7 +206,7 @@ class Objective(ABC):
         fold, tried = self.folds(targets, seed, groups).numpy(), list[float]()
         splits = [(fold != number, fold == number) for number in range(fold.max() + 1)]
         # From the strongest penalty on; past the best, weaker ones only get slower and worse.
-        for mean_loss in self._fold_losses(features.double().numpy(), targets.numpy(), splits):
+        for mean_loss in self._fold_losses(_centred(features)[0], targets.numpy(), splits):
             tried.append(mean_loss)
             if len(tried) > 2 and tried[-1] > tried[-2] > tried[-3]:
                 break
@@ -219,8 +219,9 @@ class Objective(ABC):
 
         Without `num_classes`, there are as many classes as the targets have.
         """
-        weight, bias = self._fit(features.double().numpy(), targets.numpy(), strength, num_classes)
-        return Regression(torch.from_numpy(weight).float(), torch.from_numpy(bias).float(), strength)
+        x, mean = _centred(features)
+        weight, bias = self._fit(x, targets.numpy(), strength, num_classes)
+        return Regression(torch.from_numpy(weight).float(), torch.from_numpy(bias - weight @ mean).float(), strength)
 
     @abstractmethod
     def strata(self, targets: Targets) -> Int[Tensor, " N"]:
@@ -246,6 +247,13 @@ class Objective(ABC):
     @abstractmethod
     def _fit(self, x: Array, y: NDArray[Any], strength: float, num_classes: int | None) -> tuple[Array, Array]:
         """Weight, one row for each class, and bias."""
+
+
+def _centred(features: Float[Tensor, "N D"]) -> tuple[Array, Array]:
+    """Features less their mean, and the mean. No bias is penalised, so the fit is the same, in a third of the steps."""
+    x = features.double().numpy()
+    mean = x.mean(0)
+    return x - mean, mean
 
 
 @cache

@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from addenda.benchmarks.baselines.dense_mask import DenseMask
-from addenda.benchmarks.cost.run import DENSE, DENSE_PRECOMPUTED, STOCK, run_cost
+from addenda.benchmarks.cost.run import DENSE, DENSE_PRECOMPUTED, LAYER_HEADS, STOCK, run_cost
 from addenda.combined import CombinedModel, loaded_bytes, pass_operations, task_cost
 from tests.support import dense_mask as reference
 from tests.support.models import backbone, images, lively_vit
@@ -81,6 +81,7 @@ def test_bench_cost_measures_every_way_and_writes_it_down(tmp_path: Path) -> Non
     rows = run_cost(["test_vit"], tmp_path, quick=True, batch=4)
     ways = {(row.what, row.num_tasks) for row in rows}
     assert {("combined, exact", 1), ("combined, exact", 10), ("combined, exact", 100)} < ways
+    assert {(LAYER_HEADS, 1), (LAYER_HEADS, 10), (LAYER_HEADS, 100)} < ways
     assert {(DENSE_PRECOMPUTED, 100), (DENSE, 100)} < ways
     assert {("separate passes", 10), ("one image, exact", 10), ("vit-pytorch's adapter", 1), (STOCK, 0)} < ways
     for row in rows:
