@@ -11,7 +11,7 @@ import typer
 from typer import Option
 
 from addenda import __version__
-from addenda.commands import backbones, bench, cache, database, serve, tasks
+from addenda.commands import backbones, bench, cache, db, serve, tasks
 from addenda.commands.learn import evaluate, learn, learn_many
 from addenda.commands.predict import predict
 from addenda.commands.verify import doctor, verify
@@ -22,9 +22,9 @@ INTERRUPTED = 130  # typer's exit code after Ctrl-C
 TRACEBACK = "--traceback"
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
-for command in (learn, learn_many, evaluate, predict, verify, database.export_model, serve.serve, bench.demo, doctor):
+for command in (learn, learn_many, evaluate, predict, verify, db.export_model, serve.serve, bench.demo, doctor):
     app.command()(command)
-groups = {"tasks": tasks, "backbones": backbones, "bench": bench, "cache": cache, "db": database, "keys": serve}
+groups = {"tasks": tasks, "backbones": backbones, "bench": bench, "cache": cache, "db": db, "keys": serve}
 for name, group in groups.items():
     app.add_typer(group.app, name=name)
 

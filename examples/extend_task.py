@@ -12,12 +12,12 @@ from dataclasses import replace
 import torch
 
 from addenda import CombinedModel, LearnConfig, Learner, Registry, load_backbone
-from addenda.benchmarks.demo import Digits, digits
+from addenda.benchmarks.demo import DigitImages, digits
 
 TEN = tuple(range(10))
 
 
-def even_or_odd(test: bool, limit: int | None) -> Digits:
+def even_or_odd(test: bool, limit: int | None) -> DigitImages:
     """Digits, of which only this is told."""
     drawn = digits(TEN, test, limit=limit)
     return replace(drawn, targets=tuple(target % 2 for target in drawn.targets), classes=("even", "odd"))

@@ -13,23 +13,26 @@ from dataclasses import replace
 from pathlib import Path
 
 from addenda import load_backbone
-from addenda.benchmarks.baselines.regimes import Rate, RivalConfig
+from addenda.benchmarks.baselines.paper_methods import BaselineConfig, Rate
 from addenda.benchmarks.demo import digits
-from addenda.benchmarks.paper.run import OURS, REGIMES, Comparison, run_paper
+from addenda.benchmarks.paper.paper_grid import METHODS, OURS, PaperConfig, run_paper
 
 OUT = Path("paper-table")
 
 if len(sys.argv) > 1:
-    data, regimes, seeds = Path(sys.argv[1]), REGIMES, 3
-    comparison = Comparison(load_backbone("vit_base_patch32_224.augreg_in21k"), data)
+    data, methods, seeds = Path(sys.argv[1]), METHODS, 3
+    comparison = PaperConfig(load_backbone("vit_base_patch32_224.augreg_in21k"), data)
 else:
     data, seeds = Path("paper-images"), 1
     for name, keep in {"low": (0, 1, 2), "high": (7, 8, 9)}.items():
         for part in ("train", "test"):
             digits(keep, part == "test", limit=90).save(data / name / part)
-    regimes = ("full", "head", "head+class", "memory-1", "memory-5", "unmasked-5", "pairs", "collapse")
-    ours, rivals = replace(OURS, epochs=2, learning_rate=(0.003,)), RivalConfig(epochs=1, rates=(Rate("adamw", 1e-3),))
-    comparison = Comparison(load_backbone("glyphs"), data, limit=45, ours=ours, rivals=rivals)
+    methods = ("full", "head", "head+class", "memory-1", "memory-5", "unmasked-5", "pairs", "collapse")
+    ours, baselines = (
+        replace(OURS, epochs=2, learning_rate=(0.003,)),
+        BaselineConfig(epochs=1, rates=(Rate("adamw", 1e-3),)),
+    )
+    comparison = PaperConfig(load_backbone("glyphs"), data, limit=45, ours=ours, baselines=baselines)
 
 sets = sorted(folder.name for folder in data.iterdir() if folder.is_dir())
-cells = run_paper(comparison, sets, seeds, regimes, OUT)
+cells = run_paper(comparison, sets, seeds, methods, OUT)

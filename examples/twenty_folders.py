@@ -16,7 +16,7 @@ from urllib.request import urlopen
 
 from addenda import LearnConfig, Learner, Registry, load_backbone
 from addenda.benchmarks.demo import digits
-from addenda.learner import Row, learn_many
+from addenda.learner import LearnRow, learn_many
 
 PHOTOS = Path("photos")
 SERVE = ("serve", "--registry", "photos.db", "--port", "0", "--drain", "0")
@@ -27,7 +27,7 @@ if not PHOTOS.exists():
         for part in ("train", "test"):
             digits(pair, part == "test", limit=60).save(PHOTOS / "digits-{}{}".format(*pair) / part)
 
-rows = [Row(folder.name, folder, config=LearnConfig(epochs=2)) for folder in sorted(PHOTOS.iterdir())]
+rows = [LearnRow(folder.name, folder, config=LearnConfig(epochs=2)) for folder in sorted(PHOTOS.iterdir())]
 with Registry.open("photos.db") as registry:
     for outcome in learn_many(Learner(load_backbone("glyphs"), registry), rows):
         print(f"{outcome.name}: {outcome.reason or outcome.state}")

@@ -179,7 +179,7 @@ def stages() -> str:
         parts += [text(x + (j + 0.5) * cell, 80, name, "small middle") for j, name in enumerate(names)]
         for i in range(len(names)):
             for j in range(i + 1):
-                accuracy = sum(one["told"][i][j] for one in seeds) / len(seeds)
+                accuracy = sum(one["task_incremental"][i][j] for one in seeds) / len(seeds)
                 at_x, at_y = x + j * cell, top + i * cell
                 strength = f' fill-opacity="{max(0.0, 2 * accuracy - 1):.2f}"'
                 parts.append(rectangle(at_x, at_y, cell - 3, cell - 3, "two", strength))

@@ -61,7 +61,7 @@ EXTRAS: Mapping[str, Extra] = {
     "parquet": Extra(("learn", "x", "listing.parquet", "--backbone", "glyphs"), "pyarrow.parquet"),
     "ray": Extra(
         ("predict", "digits", "--registry", "demo.db", "--ray", "local", "--out", "answers"),
-        "ray.data ray.serve addenda.distributed.learning addenda.distributed.prediction",
+        "ray.data ray.serve addenda.distributed.ray_learner addenda.distributed.prediction",
     ),
 }
 

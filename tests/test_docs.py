@@ -220,21 +220,20 @@ def test_required_options_are_marked() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # Avalanche and what it imports warn while they load
-def test_the_names_of_methods_and_regimes_are_those_that_the_commands_take() -> None:
+def test_the_names_of_methods_are_those_that_the_commands_take() -> None:
     from addenda.benchmarks.baselines.methods import BASELINES
     from addenda.benchmarks.continual.cell import OURS
-    from addenda.benchmarks.paper.run import KNOWN, REGIMES
-    from addenda.commands.bench import METHODS
-    from addenda.commands.bench import REGIMES as REGIMES_HELP
+    from addenda.benchmarks.paper import paper_grid
+    from addenda.commands.bench import METHODS, PAPER_METHODS
 
     methods = [*OURS, *(name.replace("lora-8", "lora-R") for name in BASELINES)]
     listed = re.findall(r"^\| `([\w+-]+)` \|", (DOCS / "avalanche.md").read_text(), re.MULTILINE)
-    assert listed == [*methods, *KNOWN]
+    assert listed == [*methods, *paper_grid.KNOWN]
     offered = METHODS.partition(": ")[2].partition(" of any rank")[0].split(", ")
     assert sorted(offered) == sorted(methods)
-    kinds, _, defaults = REGIMES_HELP.partition(": ")[2].partition("; M memory tokens, R the rank. Default: ")
-    assert sorted(kinds.split(", ")) == sorted(KNOWN)
-    assert defaults.rstrip(".").split(", ") == list(REGIMES)
+    kinds, _, defaults = PAPER_METHODS.partition(": ")[2].partition("; M memory tokens, R the rank. Default: ")
+    assert sorted(kinds.split(", ")) == sorted(paper_grid.KNOWN)
+    assert defaults.rstrip(".").split(", ") == list(paper_grid.METHODS)
 
 
 def test_every_make_target_that_the_documents_name_exists() -> None:

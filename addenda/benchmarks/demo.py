@@ -29,7 +29,7 @@ PAIRS = ((0, 1), (2, 3), (4, 5), (6, 7), (8, 9))
 
 
 @dataclass(frozen=True, eq=False)
-class Digits:
+class DigitImages:
     """Some digits as a torch Dataset of 8 x 8 px PIL images; `targets` count from 0 within `classes`."""
 
     images: tuple[Image.Image, ...]
@@ -50,14 +50,14 @@ class Digits:
             image.save(place / f"{number}.png")
 
 
-def digits(keep: tuple[int, ...], test: bool, seed: int = 0, limit: int | None = None) -> Digits:
+def digits(keep: tuple[int, ...], test: bool, seed: int = 0, limit: int | None = None) -> DigitImages:
     """The training or the test part (a fifth, stratified, seeded) of some digits; the first `limit` of them."""
     data = load_digits()
     parts = train_test_split(np.arange(len(data.target)), test_size=0.2, stratify=data.target, random_state=seed)
     rows = [int(i) for i in parts[1 if test else 0] if int(data.target[i]) in keep][:limit]
     images = tuple(Image.fromarray((data.images[i] * 255 / 16).astype(np.uint8)) for i in rows)
     targets = tuple(keep.index(int(data.target[i])) for i in rows)
-    return Digits(images, targets, tuple(map(str, keep)))
+    return DigitImages(images, targets, tuple(map(str, keep)))
 
 
 def run_demo() -> bool:

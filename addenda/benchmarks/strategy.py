@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from addenda.backbones import FrozenBackbone
 from addenda.benchmarks.plugins import check_plugin
-from addenda.combined import Answers, CombinedModel, Router
+from addenda.combined import CombinedModel, Router, TaskLogits
 from addenda.exceptions import DataError, RegistryError
 from addenda.learner import ActivationCache, LearnConfig, Learner
 from addenda.registry import FeatureStatistics, Registry, Task
@@ -63,7 +63,7 @@ class TaskAnswers(nn.Module):
         return self.score(self.combined(images, pooled=True), task_labels, num_classes).to(images.device)
 
     def score(
-        self, answers: Answers, task_labels: Int[Tensor, " B"] | None = None, num_classes: int = 0
+        self, answers: TaskLogits, task_labels: Int[Tensor, " B"] | None = None, num_classes: int = 0
     ) -> Float[Tensor, "B C"]:
         """The same from what the combined model answered, with the backbone's own feature, on the CPU."""
         assert answers.pooled is not None

@@ -10,7 +10,7 @@ from torch import Tensor
 from addenda.backbones import FrozenBackbone
 from addenda.combined.model import CombinedModel
 from addenda.combined.numerics import numerics, numerics_fingerprint, tensor_digest
-from addenda.combined.probes import NUM_PROBES, probe_images
+from addenda.combined.probe_inputs import NUM_PROBES, probe_images
 from addenda.registry import Golden, Task, is_finite
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-1}

@@ -24,7 +24,7 @@ from addenda.exceptions import BackboneError, ExactnessError, RegistryError, Unk
 from addenda.registry import Task
 
 
-class Answers(dict[str, Tensor]):
+class TaskLogits(dict[str, Tensor]):
     """Logits Float[B, C] of each task by name.
 
     Attributes:
@@ -128,7 +128,7 @@ class CombinedModel:
         return tuple(self.tasks) if tasks is None else tuple(dict.fromkeys(tasks))
 
     @uncompiled
-    def __call__(self, images: Tensor, tasks: Sequence[str] | None = None, pooled: bool = False) -> Answers:
+    def __call__(self, images: Tensor, tasks: Sequence[str] | None = None, pooled: bool = False) -> TaskLogits:
         """Logits of every task, or of some, in float32 on the backbone's device.
 
         Args:
@@ -150,14 +150,14 @@ class CombinedModel:
             self._check_settings()
         names = self._select(tasks)
         if not names and not pooled:
-            return Answers({}, self.exact)
+            return TaskLogits({}, self.exact)
         asked = [self.tasks[name] for name in names]
         layout = self.layout if len(asked) == len(self.tasks) else self._some(*asked)
         heads = {task.sha256: self._heads[task.sha256] for task in asked}
         sizes = self.shapes.images if self.exact else None
         answers, feature, _ = forward_pass(self.backbone, images, layout, heads, sizes, pooled)
         logits = {task.name: answers[task.sha256] for task in asked}
-        return Answers(logits, self.exact, None if feature is None else feature.float())
+        return TaskLogits(logits, self.exact, None if feature is None else feature.float())
 
     def _check_settings(self) -> None:
         self.backbone.check_as_loaded()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from addenda.backbones import FrozenBackbone, plain
 from addenda.combined.forward import Read, forward_pass
 from addenda.combined.heads import Head
-from addenda.combined.probes import probe_images, probe_task
+from addenda.combined.probe_inputs import probe_images, probe_task
 from addenda.combined.shapes import TILE, SizeClass, micro_batch
 from addenda.combined.tiles import Layout, TileStore
 from addenda.registry import canonical_json, digest

@@ -12,7 +12,7 @@ from addenda.backbones import FrozenBackbone, KeyValue, plain
 from addenda.combined.forward import forward_pass
 from addenda.combined.heads import Head
 from addenda.combined.numerics import lowered, settings, touch
-from addenda.combined.probes import probe_task
+from addenda.combined.probe_inputs import probe_task
 from addenda.combined.shapes import BATCH_SIZES, TILE, TILE_SIZES, Shapes, SizeClass, micro_batch, size_class
 from addenda.combined.tiles import Layout, TileStore
 from addenda.exceptions import ExactnessError

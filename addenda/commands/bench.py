@@ -24,7 +24,7 @@ METHODS = (
     "Names with commas: addenda, addenda-adapters, naive, joint, ewc, lwf, replay, slda, nearest-mean, ranpac, "
     "linear-probe, full, lora-R of any rank R. Default: the file's, else all, lora-8 among them."
 )
-REGIMES = (
+PAPER_METHODS = (
     "Names with commas: full, lora-R, unmasked-M, attentive, head, head+class, memory-M, adapters-R, linear-probe, "
     "layer-probe, default, default+adapters, pairs, collapse; M memory tokens, R the rank. Default: full, lora-8, "
     "attentive, head, head+class, memory-1, memory-5, memory-10, memory-20, unmasked-5, adapters-8, linear-probe, "
@@ -77,8 +77,8 @@ def bench_continual(
     Exits with 1 if a logit of an old task of ours has moved by a bit.
     """
     from addenda.benchmarks.continual.config import read_config
+    from addenda.benchmarks.continual.experiment import check_run, run_continual
     from addenda.benchmarks.continual.report import print_report
-    from addenda.benchmarks.continual.run import check_run, run_continual
 
     if split is not None and not hasattr(read_config(stream).data, "num_experiences"):
         raise AddendaError(f"--split is for a folder, or a stream of one set; {stream!r} has experiences of its own.")
@@ -139,7 +139,7 @@ def bench_cost(
     device: options.Device = "auto",
 ) -> None:
     """Times the combined pass of many tasks beside the backbone alone, the paper's dense mask and separate passes."""
-    from addenda.benchmarks.cost.run import FULL, QUICK, run_cost
+    from addenda.benchmarks.cost import FULL, QUICK, run_cost
 
     names = backbones.split(",") if backbones else list(QUICK if quick else FULL)
     run_cost(names, out, quick, batch, rounds, precision or "float32", device)
@@ -158,7 +158,7 @@ def bench_registry(
 ) -> None:
     """Times the registry: registering, reading and hashing, pages of a long list, and how soon a change is noticed."""
     from addenda.backbones import untrained_backbone
-    from addenda.benchmarks.registry.run import run_registry
+    from addenda.benchmarks.registry.registry_timings import run_registry
 
     run_registry(untrained_backbone(backbone), registry or (), out, quick, tasks, listed)
 
@@ -178,7 +178,7 @@ def bench_serving(
     device: options.Device = "auto",
 ) -> None:
     """Loads a server of 1 to 1,000 tasks from another process: throughput beside the bare model, latency, changes."""
-    from addenda.benchmarks.serving.run import run_serving
+    from addenda.benchmarks.serving.serving_timings import run_serving
 
     counts = None if tasks is None else _counts("--tasks", tasks)
     loaded = addenda.load_backbone(backbone, weights, device=device)
@@ -207,7 +207,7 @@ def bench_training(
     device: options.Device = "auto",
 ) -> None:
     """Times and weighs learning beside stock timm's pass, the paper's dense mask and full fine-tuning."""
-    from addenda.benchmarks.training.run import run_training
+    from addenda.benchmarks.training.learning_cost import run_training
 
     loaded = options.load_backbone(backbone, weights, mean, std, precision, device)
     run_training(loaded, data, out, quick, limit, rounds, dense_epochs)
@@ -220,9 +220,9 @@ def bench_paper(
     sets: Annotated[str, Option(help="Names of the sets, with commas, in order.")],
     seeds: Annotated[int, Option(min=1, help="How many seeds.")] = 3,
     limit: Annotated[int | None, Option(min=4, help="Training images of a set. Default: all.")] = None,
-    regimes: Annotated[str | None, Option(help=REGIMES)] = None,
+    methods: Annotated[str | None, Option(help=PAPER_METHODS)] = None,
     epochs: Annotated[int, Option(min=1, help="Passes over the training images, at most: ours.")] = 30,
-    rival_epochs: Annotated[int, Option(min=1, help="The same of full, lora and unmasked.")] = 30,
+    baseline_epochs: Annotated[int, Option(min=1, help="The same of full, lora and unmasked.")] = 30,
     views: Annotated[int, Option(min=0, help="Random views of each image to learn from; 0: as it is.")] = 3,
     bf16: Annotated[bool, Option("--bf16", help="Train full, lora and unmasked in bfloat16 autocast.")] = False,
     backbone: BackboneOption = options.DEFAULT_BACKBONE,
@@ -232,18 +232,18 @@ def bench_paper(
     device: options.Device = "auto",
 ) -> None:
     """Compares the paper's regimes, masked and not, with LoRA and full fine-tuning on any sets, over several seeds."""
-    from addenda.benchmarks.baselines.regimes import RivalConfig
-    from addenda.benchmarks.paper import run as paper
+    from addenda.benchmarks.baselines.paper_methods import BaselineConfig
+    from addenda.benchmarks.paper import paper_grid
 
-    names, chosen = sets.split(","), regimes.split(",") if regimes else paper.REGIMES
-    paper.check_run(data, names, chosen)
+    names, chosen = sets.split(","), methods.split(",") if methods else paper_grid.METHODS
+    paper_grid.check_run(data, names, chosen)
     varied = addenda.Augmentation(views=views)
-    comparison = paper.Comparison(
+    comparison = paper_grid.PaperConfig(
         options.load_backbone(backbone, weights, mean, std, None, device), data, limit,
-        replace(paper.OURS, epochs=epochs, augmentation=varied),
-        RivalConfig(epochs=rival_epochs, augmentation=varied, autocast=bf16),
+        replace(paper_grid.OURS, epochs=epochs, augmentation=varied),
+        BaselineConfig(epochs=baseline_epochs, augmentation=varied, autocast=bf16),
     )  # fmt: skip
-    cells = paper.run_paper(comparison, names, seeds, chosen, out)
+    cells = paper_grid.run_paper(comparison, names, seeds, chosen, out)
     if not all(cell.get("identical", True) for cell in cells):
         raise typer.Exit(1)
 

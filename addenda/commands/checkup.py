@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from addenda import FrozenBackbone, Registry, Task, __version__, load_backbone
 from addenda.backbones import cached_weights
 from addenda.combined import prove, recorded_backbone
-from addenda.combined.probes import probe_task
+from addenda.combined.probe_inputs import probe_task
 from addenda.combined.shapes import SizeClass
 from addenda.commands import options
 from addenda.exceptions import AddendaError, RegistryError

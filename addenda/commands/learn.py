@@ -170,10 +170,10 @@ def learn_many(
                 outcomes = list(learning.learn_many(learner, rows, new_version, skip_bad, report))
             else:
                 from addenda.distributed.cluster import connected
-                from addenda.distributed.learning import Job, learn_on_cluster
+                from addenda.distributed.ray_learner import LearningJob, learn_on_cluster
 
                 place = options.workplace(registry, opened, weights, device, gpus, loaded.fingerprint)
-                job = Job(place, cpus or 1, gpus or 0, new_version, skip_bad, cache_gb)
+                job = LearningJob(place, cpus or 1, gpus or 0, new_version, skip_bad, cache_gb)
                 with connected(ray):
                     opened.add_backbone(loaded.record())
                     outcomes = learn_on_cluster(job, rows, opened, report)

@@ -122,7 +122,7 @@ def _shown(value: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Job:
+class PredictionJob:
     """What every worker is told: what it opens, and on how many threads it writes parts of which folder."""
 
     folder: Path
@@ -159,7 +159,7 @@ class PartWriter:
     or half.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: PredictionJob) -> None:
         self._job, manifest = job, job.manifest
         torch.set_num_threads(job.threads)
         with job.place.opened() as (registry, backbone):

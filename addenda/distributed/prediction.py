@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from addenda.distributed.cluster import Workplace, check_shared, fetched, room
-from addenda.distributed.parts import Job, Manifest, PartWriter, choose, contents, kept, paths_digest, read_manifest
+from addenda.distributed.parts import (
+    Manifest,
+    PartWriter,
+    PredictionJob,
+    choose,
+    contents,
+    kept,
+    paths_digest,
+    read_manifest,
+)
 from addenda.exceptions import AddendaError
 from addenda.registry import Registry
 
@@ -113,7 +122,7 @@ def predict_many(
     computed, at_work = 0, set[str]()
     earlier = len(paths) - sum(len(part["images"]) for part in missing)
     place = replace(place, backbone=manifest.backbone)
-    job = Job(folder, place, manifest, crew.cpus, question.skip_bad)
+    job = PredictionJob(folder, place, manifest, crew.cpus, question.skip_bad)
     for outcome in _outcomes(job, missing, crew, crew.workers or places):
         if outcome["problem"]:
             raise AddendaError(f"{outcome['problem'].rstrip('.')}. What is done stays done: the same again goes on.")
@@ -135,7 +144,7 @@ def predict_many(
     )
 
 
-def _outcomes(job: Job, parts: list[dict[str, Any]], crew: Crew, workers: int) -> Iterator[dict[str, Any]]:
+def _outcomes(job: PredictionJob, parts: list[dict[str, Any]], crew: Crew, workers: int) -> Iterator[dict[str, Any]]:
     """What the workers say of each part, as they finish it."""
     import ray
 
@@ -173,7 +182,7 @@ def _quiet() -> Iterator[None]:
 class _Worker:
     """A `PartWriter` as Ray Data's actors hold it."""
 
-    def __init__(self, job: ray.ObjectRef[Job]) -> None:
+    def __init__(self, job: ray.ObjectRef[PredictionJob]) -> None:
         self._job = job
 
     @cached_property

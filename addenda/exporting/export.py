@@ -16,7 +16,7 @@ import addenda
 from addenda.backbones import FrozenBackbone, plain
 from addenda.combined import CombinedModel, forward_pass
 from addenda.combined.golden import TOLERANCE
-from addenda.combined.probes import probe_images
+from addenda.combined.probe_inputs import probe_images
 from addenda.exceptions import AddendaError, BackboneError, DataError, ExactnessError
 from addenda.exporting.formats import FORMATS, INPUT, Run
 from addenda.files import written

@@ -18,12 +18,12 @@ from torch import Tensor
 from addenda.backbones import FrozenBackbone, KeyValue
 from addenda.combined import Layout, Observer, TileStore, forward_pass, micro_batch, prove
 from addenda.exceptions import DataError
+from addenda.learner.activation_cache import ActivationCache
 from addenda.learner.augmentation import Augmentation
-from addenda.learner.cache import ActivationCache
 from addenda.learner.context import QUIET, Report, RunContext, silent
 from addenda.learner.data.labelled import Item, LabelledImages, read_in_batches
 from addenda.learner.store import Store, row_bytes
-from addenda.learner.stream import Batch
+from addenda.learner.token_stream import Batch
 from addenda.registry import Task
 
 FLUSH_S = 10.0

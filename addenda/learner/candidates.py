@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from addenda.backbones import FrozenBackbone
-from addenda.learner.config import LearnConfig, Settings
-from addenda.learner.objectives import Regression
+from addenda.learner.learn_config import LearnConfig, Settings
+from addenda.learner.objectives import LinearProbe
 from addenda.registry import ADAPTED, LowRank
 
 Tensors = dict[str, Tensor]
@@ -29,7 +29,9 @@ def adapter_name(site: str, part: str) -> str:
     return f"adapters.{site}.{part}"
 
 
-def first_tensors(backbone: FrozenBackbone, regression: Regression, settings: Settings, memory_std: float) -> Tensors:
+def first_tensors(
+    backbone: FrozenBackbone, linear_probe: LinearProbe, settings: Settings, memory_std: float
+) -> Tensors:
     """Where training starts (design, section 1): the backbone's class token, memory from N(0, memory_std), no adapters.
 
     The head reads the token's feature and the backbone's pooled one. It starts as the regression, shared in halves
@@ -48,9 +50,9 @@ def first_tensors(backbone: FrozenBackbone, regression: Regression, settings: Se
     return {
         "class_token": backbone.class_token.float().cpu().clone(),
         "memory": noise(depth, settings.num_memory_tokens, backbone.embed_dim) * memory_std,
-        "head_weight": regression.weight / 2,
-        "pooled_weight": regression.weight / 2,
-        "head_bias": regression.bias.clone(),
+        "head_weight": linear_probe.weight / 2,
+        "pooled_weight": linear_probe.weight / 2,
+        "head_bias": linear_probe.bias.clone(),
         **adapters,
     }
 

@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from addenda.files import Hold, discard, written
-from addenda.learner.config import Settings
+from addenda.learner.learn_config import Settings
 
 MARKER = "run"
 """In a run's folder: held by the runs that are at it."""

@@ -14,20 +14,20 @@ from torch import Tensor
 from addenda.backbones import FrozenBackbone, counted, plain
 from addenda.combined import CombinedModel, feature_statistics, golden, numerics, numerics_fingerprint, tensor_digest
 from addenda.exceptions import NameTakenError, RegistryError, RetiredError, TrainingError
+from addenda.learner.activation_cache import ActivationCache
 from addenda.learner.activations import Activations
-from addenda.learner.cache import ActivationCache
-from addenda.learner.config import LearnConfig
 from addenda.learner.context import OnEpoch, Report, RunContext, silent
 from addenda.learner.data import Data, LabelledImages, check_learnable, check_same_labels, open_images, open_parts
 from addenda.learner.data.labelled import Item, read_in_batches, unreadable
-from addenda.learner.data.opening import repeats
+from addenda.learner.data.openers import repeats
+from addenda.learner.learn_config import LearnConfig
+from addenda.learner.learning_run import LearningRun
 from addenda.learner.objectives import OBJECTIVES
-from addenda.learner.run import Run
 from addenda.registry import (
     BASELINES,
+    Evaluation,
     EvaluationRecord,
     Registry,
-    Scoring,
     Task,
     TaskFilter,
     TaskRecord,
@@ -154,7 +154,7 @@ class Learner:
         told = {"name": name, "backbone": self.backbone.fingerprint, "skipped": activations.skipped}
         identity = digest(canonical_json(run | told).encode())
         checkpoint = self.cache.checkpoint(identity)
-        started = Run(name, activations, config, replace(context, checkpoint=checkpoint))
+        started = LearningRun(name, activations, config, replace(context, checkpoint=checkpoint))
         for remark in started.remarks():
             log.warning("%s", remark)
         try:
@@ -162,7 +162,7 @@ class Learner:
         except TrainingError:
             checkpoint.clear()
             raise
-        metrics, scorings = dict(task.metrics), []
+        metrics, evaluations = dict(task.metrics), []
         if test_images is not None:
             every = [task, *started.baselines]
             ((metrics["test"], logits_digest), *probes), _, _ = self._score(
@@ -171,7 +171,7 @@ class Learner:
             for baseline, (scores, _) in zip(started.baselines, probes, strict=True):
                 key = baseline.name.replace(" ", "_")
                 metrics[key] = metrics[key] | {"test": scores}
-            scorings.append(Scoring(test_images.fingerprint(), here, metrics["test"], logits_digest))
+            evaluations.append(Evaluation(test_images.fingerprint(), here, metrics["test"], logits_digest))
         repeated = repeats(images, test_images)
         _warn_of(repeated, test_images)
         data = {
@@ -192,7 +192,7 @@ class Learner:
                 statistics = None
         self.registry.add_backbone(self.backbone.record())
         probe = golden(self.backbone, finished)
-        registered = self.registry.register(finished, probe, statistics, new_version, scorings)
+        registered = self.registry.register(finished, probe, statistics, new_version, evaluations)
         checkpoint.clear()
         return registered
 

@@ -14,9 +14,9 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from addenda.exceptions import AddendaError, DataError
-from addenda.learner.config import LearnConfig, read_mapping
 from addenda.learner.context import Report
 from addenda.learner.data import Data, open_parts
+from addenda.learner.learn_config import LearnConfig, read_mapping
 from addenda.learner.learner import Learner
 from addenda.registry import Registry, Task, TaskFilter, check_new_name
 
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Row:
+class LearnRow:
     """One task to learn: the arguments of `Learner.learn`.
 
     Attributes:
@@ -90,7 +90,7 @@ class _Entry(BaseModel):
     extends: Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = []
 
 
-def read_rows(file: Path, registry: Registry, skip_bad: bool = False) -> list[Row]:
+def read_rows(file: Path, registry: Registry, skip_bad: bool = False) -> list[LearnRow]:
     """Reads and checks a YAML file of tasks to learn; images are not read yet.
 
     It holds `tasks`, a list whose entries have `name` and `data` and may have `test`, `extends` and `config`; and may
@@ -129,7 +129,7 @@ def read_rows(file: Path, registry: Registry, skip_bad: bool = False) -> list[Ro
 
 def learn_many(
     learner: Learner,
-    rows: Sequence[Row],
+    rows: Sequence[LearnRow],
     new_version: bool = False,
     skip_bad: bool = False,
     report: Report | None = None,
@@ -145,7 +145,7 @@ def learn_many(
         skip_bad: leave out images that cannot be read.
         report: told of the progress.
     """
-    results = Results(learner.registry, rows)
+    results = LearnManyResults(learner.registry, rows)
     for row in rows:
         started, place = time.perf_counter(), results.place(row)
 
@@ -159,24 +159,24 @@ def learn_many(
         yield results.add(row, time.perf_counter() - started, became)
 
 
-class Results:
+class LearnManyResults:
     """What became of rows so far; a task that the registry has already was learned before."""
 
-    def __init__(self, registry: Registry, rows: Sequence[Row]) -> None:
+    def __init__(self, registry: Registry, rows: Sequence[LearnRow]) -> None:
         self._before = {record.ref for record in registry.tasks(TaskFilter(retired=True))}
         self._places = {row.name: f"{row.name}, {number} of {len(rows)}" for number, row in enumerate(rows, start=1)}
         self._lost: dict[str, str] = {}
 
-    def place(self, row: Row) -> str:
+    def place(self, row: LearnRow) -> str:
         """A row's name, and which one it is."""
         return self._places[row.name]
 
-    def obstacle(self, row: Row) -> str:
+    def obstacle(self, row: LearnRow) -> str:
         """Why a row cannot be learned, of those that it extends by name; empty where nothing is known against it."""
         parent = next((ref for ref in named(row.config) if ref in self._lost), None)
         return "" if parent is None else f"it extends {parent!r}, which {self._lost[parent]}"
 
-    def add(self, row: Row, seconds: float, became: Became) -> Outcome:
+    def add(self, row: LearnRow, seconds: float, became: Became) -> Outcome:
         """Keeps and logs what became of a row."""
         state: State
         if became.ref is not None:
@@ -208,7 +208,7 @@ def named(config: LearnConfig) -> Sequence[str]:
 
 def _row(
     entry: Any, shared: dict[str, Any], earlier: Sequence[Any], folder: Path, registry: Registry, skip_bad: bool
-) -> tuple[list[str], Row | None]:
+) -> tuple[list[str], LearnRow | None]:
     """What is wrong with an entry, and its row where nothing is."""
     problems = _problems(_Entry, entry)
     if problems:
@@ -230,7 +230,7 @@ def _row(
         with _noting(problems, "it extends no task above it, nor one in the registry: "):
             if ref not in earlier:
                 registry.record(ref)
-    return problems, Row(given.name, data, test, config)
+    return problems, LearnRow(given.name, data, test, config)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Float64, Int, Shaped
 from torch import Tensor
 
-from addenda.learner.objectives import Groups, Objective, Regression, Targets
+from addenda.learner.objectives import Groups, LinearProbe, Objective, Targets
 
 EIGHTHS = tuple(i / 8 for i in range(9))
 """Weights of one of two heads in their sum, to choose from."""
@@ -124,7 +124,7 @@ def out_of_fold(
 
 
 @dataclass(frozen=True)
-class Recipe:
+class ProbeRecipe:
     """How a layer probe is fitted: chosen by cross-validation on some images, and good for more of them."""
 
     fit: int  # which of the objective's fits to the layer features
@@ -135,7 +135,7 @@ class Recipe:
 def choose(
     objective: Objective, pooled: Float[Tensor, "N D"], layers: Float[Tensor, "V N n"], targets: Targets,
     num_classes: int, strength: float, seed: int, groups: Groups = None,
-) -> Recipe:  # fmt: skip
+) -> ProbeRecipe:  # fmt: skip
     """Chooses how the layer probe of some images is fitted, by the log loss on images that a fit did not see.
 
     Of V views the first are the images as they are, by which it is judged; a view stands in the fold of its image.
@@ -144,7 +144,7 @@ def choose(
     _, z = _placed(layers)
 
     def linear(rows: Tensor, held_out: Tensor) -> list[Tensor]:
-        head = of_regression(objective.fit_regression(pooled[rows], targets[rows], strength, num_classes))
+        head = of_linear_probe(objective.fit_linear_probe(pooled[rows], targets[rows], strength, num_classes))
         return [head(pooled[held_out], layers[0, held_out])]
 
     def fits(rows: Tensor, held_out: Tensor) -> list[Tensor]:
@@ -157,7 +157,7 @@ def choose(
     losses = [objective.loss(logits * own, targets).item() for logits, own in zip(tried, sharp, strict=True)]
     best = losses.index(min(losses))
     weight = best_weight(objective, final * final_sharpness, tried[best] * sharp[best], targets)
-    return Recipe(best, (final_sharpness, sharp[best]), weight)
+    return ProbeRecipe(best, (final_sharpness, sharp[best]), weight)
 
 
 def _placed(layers: Float[Tensor, "V N n"]) -> tuple[Space, Float64[Tensor, "V N k"]]:
@@ -179,7 +179,7 @@ def _fits(
 
 
 def layer_probe(
-    recipe: Recipe, objective: Objective, linear: LinearHead, layers: Float[Tensor, "V N n"], targets: Targets,
+    recipe: ProbeRecipe, objective: Objective, linear: LinearHead, layers: Float[Tensor, "V N n"], targets: Targets,
     num_classes: int,
 ) -> LinearHead:  # fmt: skip
     """The linear probe of some images and a fit to their layer features, each calibrated, added as a recipe says."""
@@ -198,7 +198,7 @@ def layer_probe(
     return linear + space.head(weight, bias) * (read * recipe.weight)
 
 
-def of_regression(fitted: Regression) -> LinearHead:
+def of_linear_probe(fitted: LinearProbe) -> LinearHead:
     """A linear probe as a head."""
     return LinearHead(fitted.bias.double(), fitted.weight.double())
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from sqlalchemy import Engine, or_, select
 
-from addenda.registry.audit.history import Difference, Scored, compare, history
+from addenda.registry.audit.history import Scored, VersionDifference, compare, history
 from addenda.registry.store import ledger, schema
 from addenda.registry.store.database import database_errors, described, mode, reading
 from addenda.registry.store.ledger import wait
@@ -19,8 +19,8 @@ from addenda.registry.store.upgrade import revision, schema_faults
 
 if TYPE_CHECKING:
     from addenda.registry.audit.integrity import Integrity
-    from addenda.registry.store.loading import FeatureStatistics
     from addenda.registry.store.task import Golden, Task
+    from addenda.registry.store.task_reader import FeatureStatistics
 
 
 @runtime_checkable
@@ -98,14 +98,14 @@ class Reader:
 
     def get(self, ref: str) -> Task:
         """Loads a task and what it extends; bytes that are not what was registered are an IntegrityError."""
-        from addenda.registry.store.loading import load_task
+        from addenda.registry.store.task_reader import load_task
 
         with reading(self._engine) as connection:
             return load_task(connection, find(connection, ref))
 
     def load(self, backbone: HasFingerprint, alias: str | None = None) -> list[Task]:
         """Loads, as `get` does, the newest active version of each name on a backbone, or those of an alias."""
-        from addenda.registry.store.loading import load_tasks
+        from addenda.registry.store.task_reader import load_tasks
 
         with reading(self._engine) as connection:
             return load_tasks(connection, current(connection, backbone.fingerprint, alias))
@@ -125,14 +125,14 @@ class Reader:
 
     def goldens(self, ref: str) -> list[Golden]:
         """A task's golden probes, one for each numerics fingerprint it was recorded under, newest first."""
-        from addenda.registry.store.loading import load_goldens
+        from addenda.registry.store.task_reader import load_goldens
 
         with reading(self._engine) as connection:
             return load_goldens(connection, find(connection, ref))
 
     def statistics(self, ref: str) -> FeatureStatistics | None:
         """What a router knows of a task's images; None where nothing was kept."""
-        from addenda.registry.store.loading import load_statistics
+        from addenda.registry.store.task_reader import load_statistics
 
         with reading(self._engine) as connection:
             return load_statistics(connection, find(connection, ref))
@@ -152,7 +152,7 @@ class Reader:
         with reading(self._engine) as connection:
             return lineage(connection, ref)
 
-    def compare(self, one: str, other: str) -> list[Difference]:
+    def compare(self, one: str, other: str) -> list[VersionDifference]:
         """What differs between two versions, section by section."""
         return compare(self.record(one), self.record(other))
 
@@ -219,7 +219,7 @@ class Reader:
             RegistryError: the file exists, or cannot be written.
         """
         from addenda.registry.exchange import bundle
-        from addenda.registry.exchange.gathering import gather
+        from addenda.registry.exchange.selection import gather
 
         with reading(self._engine) as connection:
             contents, read, _ = gather(connection, refs)

@@ -16,13 +16,13 @@ from addenda.registry.store.database import connect, database_errors, reading, w
 from addenda.registry.store.ledger import Writer, generation, next_id, stamp
 from addenda.registry.store.names import check_name, check_tag, check_text
 from addenda.registry.store.queries import find, ref_of
-from addenda.registry.store.records import EvaluationRecord, Scoring
+from addenda.registry.store.records import Evaluation, EvaluationRecord
 from addenda.registry.store.upgrade import check_readable, upgrade
 
 if TYPE_CHECKING:
-    from addenda.registry.exchange.receiving import Received
-    from addenda.registry.store.loading import FeatureStatistics
+    from addenda.registry.exchange.receiver import Received
     from addenda.registry.store.task import Golden, Task
+    from addenda.registry.store.task_reader import FeatureStatistics
 
 
 class Registry(Reader):
@@ -100,7 +100,7 @@ class Registry(Reader):
         golden: Golden,
         statistics: FeatureStatistics | None = None,
         new_version: bool = False,
-        evaluations: Sequence[Scoring] = (),
+        evaluations: Sequence[Evaluation] = (),
     ) -> Task:
         """Registers a task, in one transaction: wholly or not at all.
 
@@ -135,8 +135,8 @@ class Registry(Reader):
         Raises:
             RegistryError: the probe is not one of this task, or does not hash to its digest.
         """
-        from addenda.registry.store.loading import load_task
         from addenda.registry.store.registration import add_golden, golden_row
+        from addenda.registry.store.task_reader import load_task
 
         with self._changing(f"Task {ref!r}: no probe was recorded") as to:
             row, of = find(to.connection, ref), schema.golden.c
@@ -170,7 +170,7 @@ class Registry(Reader):
             RegistryError: a version number holds other content here; all of these are named.
         """
         from addenda.registry.exchange import bundle
-        from addenda.registry.exchange.receiving import receive
+        from addenda.registry.exchange.receiver import receive
 
         failed = f"Bundle {str(path)!r} was not taken in"
         with bundle.opened(Path(path)) as (arrived, source), self._changing(failed, dry_run, source=source) as to:
@@ -190,8 +190,8 @@ class Registry(Reader):
             IntegrityError: stored bytes there are not what was registered.
             RegistryError: a version number holds other content here; all of these are named.
         """
-        from addenda.registry.exchange.gathering import gather
-        from addenda.registry.exchange.receiving import receive
+        from addenda.registry.exchange.receiver import receive
+        from addenda.registry.exchange.selection import gather
 
         failed = f"Registry {other.location!r} was not taken in"
         with reading(other._engine) as connection:
@@ -283,10 +283,10 @@ class Registry(Reader):
         self, ref: str, data_fingerprint: str, numerics_fingerprint: str, metrics: Mapping[str, Any], logits_digest: str
     ) -> EvaluationRecord:
         """Records one scoring of a task."""
-        scoring = vars(Scoring(data_fingerprint, numerics_fingerprint, dict(metrics), logits_digest))
+        evaluation = vars(Evaluation(data_fingerprint, numerics_fingerprint, dict(metrics), logits_digest))
         with self._changing(f"The evaluation of {ref!r} was not recorded") as to:
             row, number = find(to.connection, ref), generation(to.connection) + 1
-            values = {**scoring, **to.who, "generation": number}
+            values = {**evaluation, **to.who, "generation": number}
             numbers = {"id": next_id(to.connection, schema.evaluation), "task_id": row.id}
             to.add(schema.evaluation, numbers | values, "evaluated", ref_of(row), data=data_fingerprint)
             return EvaluationRecord(task=ref_of(row), event_id=number, **values)

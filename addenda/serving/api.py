@@ -19,7 +19,7 @@ from addenda.exceptions import DataError
 from addenda.serving.access import Served, needs
 from addenda.serving.bodies import BINARY, read_images, takes, while_connected
 from addenda.serving.problems import documents
-from addenda.serving.service import Answered
+from addenda.serving.service import ServedPrediction
 
 AUTO = "auto"
 LOOK_S = 0.2
@@ -38,7 +38,7 @@ class Label(BaseModel):
     probability: float
 
 
-class Answer(BaseModel):
+class TaskPrediction(BaseModel):
     """A task's answer about an image, and which task it is to the byte."""
 
     ref: str
@@ -61,7 +61,7 @@ class Prediction(BaseModel):
     generation: int
     exact: bool
     chosen: Chosen | None = None
-    tasks: dict[str, Answer]
+    tasks: dict[str, TaskPrediction]
 
 
 class Status(BaseModel):
@@ -141,7 +141,7 @@ async def _image(request: Request, body: bytes) -> bytes:
         await form.close()
 
 
-def _prediction(answered: Answered, top: int | None) -> Prediction:
+def _prediction(answered: ServedPrediction, top: int | None) -> Prediction:
     choice = answered.choices[0] if answered.choices else None
     names = [choice.task] if choice else list(answered.logits)
     asked = {name: answered.snapshot.model.tasks[name] for name in names}
@@ -149,7 +149,7 @@ def _prediction(answered: Answered, top: int | None) -> Prediction:
     tasks = {}
     for name, found in asked.items():
         labels = [Label(label=label, probability=probability) for label, probability in best[name][0]]
-        tasks[name] = Answer(ref=found.ref, sha256=found.sha256, objective=found.objective, labels=labels)
+        tasks[name] = TaskPrediction(ref=found.ref, sha256=found.sha256, objective=found.objective, labels=labels)
     return Prediction(
         generation=answered.snapshot.generation,
         exact=answered.logits.exact,

@@ -30,7 +30,7 @@ class TaskState(BaseModel):
     record: dict[str, Any]
 
 
-class Page(BaseModel):
+class TaskPage(BaseModel):
     """Some tasks, the newest last; `next` is what `before` must be for the page before them."""
 
     tasks: list[TaskState]
@@ -50,11 +50,13 @@ def list_tasks(
     retired: bool = False,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     before: Annotated[str | None, Query(max_length=100)] = None,
-) -> Page:
+) -> TaskPage:
     """Every version that the conditions let through, a page at a time, from the newest back."""
     chosen = TaskFilter(name, backbone, tag, extends, min_score, since, until, retired)
     found = service.registry.tasks(chosen, limit, before)
-    return Page(tasks=[_state(service, record) for record in found], next=found[0].ref if len(found) == limit else None)
+    return TaskPage(
+        tasks=[_state(service, record) for record in found], next=found[0].ref if len(found) == limit else None
+    )
 
 
 @router.get("/{name}", **PREDICT, summary="A task as it is served")

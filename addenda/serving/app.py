@@ -15,10 +15,10 @@ from addenda import __version__
 from addenda.serving import api, api_changes, api_tasks, inference, page, problems, telemetry
 from addenda.serving.keys import KeyFile
 from addenda.serving.service import Limits, Service
-from addenda.serving.telemetry import Metrics, Telemetry
+from addenda.serving.telemetry import ServerMetrics, Telemetry
 
 
-def make_app(start: Callable[[Metrics], Service], keys: KeyFile | None = None, loopback: bool = True) -> FastAPI:
+def make_app(start: Callable[[ServerMetrics], Service], keys: KeyFile | None = None, loopback: bool = True) -> FastAPI:
     """The application of a service, made by `start` on the loop that uses it; `loopback`: for this machine alone."""
 
     @asynccontextmanager
@@ -30,7 +30,7 @@ def make_app(start: Callable[[Metrics], Service], keys: KeyFile | None = None, l
         finally:
             await service.close()
 
-    metrics = Metrics()
+    metrics = ServerMetrics()
     app = FastAPI(
         title="Addenda",
         version=__version__,

@@ -23,7 +23,7 @@ from addenda.serving import tensors
 from addenda.serving.access import Served, needs
 from addenda.serving.bodies import read_images, while_connected
 from addenda.serving.problems import ProblemError, documents
-from addenda.serving.service import Answered, Service
+from addenda.serving.service import ServedPrediction, Service
 from addenda.serving.snapshot import Snapshot
 from addenda.serving.telemetry import check_ready
 
@@ -279,7 +279,7 @@ def _timeout_s(asked: tensors.Request) -> float | None:
 
 
 def _encoded(
-    model: _Model, asked: tensors.Request, outputs: Sequence[_Output], answered: Answered
+    model: _Model, asked: tensors.Request, outputs: Sequence[_Output], answered: ServedPrediction
 ) -> tuple[bytes, int | None]:
     head: dict[str, Any] = {"id": asked.id} if asked.id else {}
     head |= {

@@ -42,7 +42,7 @@ MOST_EVENTS = 50
 MOST_VERSIONS = 100
 
 
-class Page(APIRoute):
+class PageRoute(APIRoute):
     """A route for browsers: its errors are pages too, who has no key is sent to the login, and CSP stands on all."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -64,7 +64,7 @@ class Page(APIRoute):
         return answer
 
 
-router, plain = APIRouter(tags=["page"], route_class=Page), APIRouter(tags=["page"])
+router, plain = APIRouter(tags=["page"], route_class=PageRoute), APIRouter(tags=["page"])
 _PREDICT = [needs("predict")]
 _ANYBODY = [Depends(check_origin)]
 _PAGE: dict[str, Any] = {
@@ -76,39 +76,41 @@ _KEY_FORM = {"type": "object", "properties": {"key": {"type": "string"}}, "requi
 _TASK_PAGE = {**_PAGE, "responses": _PAGE["responses"] | _WRONG}
 
 
-@router.get("/", dependencies=_PREDICT, summary="Page: what is served", **_PAGE)
+@router.get("/", dependencies=_PREDICT, summary="PageRoute: what is served", **_PAGE)
 def home(request: Request) -> Response:
     """All tasks that are served, and a place for an image."""
     return _render(request, "home.html")
 
 
-@router.get("/page/tasks", dependencies=_PREDICT, summary="Page: the part of it that lists the tasks", **_PAGE)
+@router.get("/page/tasks", dependencies=_PREDICT, summary="PageRoute: the part of it that lists the tasks", **_PAGE)
 def tasks(request: Request) -> Response:
     """The part of the page that changes with the generation."""
     return _render(request, "tasks.html")
 
 
-@router.get("/tasks/{name}", dependencies=_PREDICT, summary="Page: a task", **_TASK_PAGE)
+@router.get("/tasks/{name}", dependencies=_PREDICT, summary="PageRoute: a task", **_TASK_PAGE)
 def task(request: Request, service: Served, name: str) -> Response:
     """The version of a task that is served, else its newest."""
     served = service.snapshot.records.get(name)
     return _task_page(request, service, name, served.version if served else None)
 
 
-@router.get("/tasks/{name}/versions/{version}", dependencies=_PREDICT, summary="Page: a task's version", **_TASK_PAGE)
+@router.get(
+    "/tasks/{name}/versions/{version}", dependencies=_PREDICT, summary="PageRoute: a task's version", **_TASK_PAGE
+)
 def task_version(request: Request, service: Served, name: str, version: int) -> Response:
     """One version of a task."""
     return _task_page(request, service, name, version)
 
 
-@router.get("/exactness", dependencies=_PREDICT, summary="Page: whether the promise is kept", **_PAGE)
+@router.get("/exactness", dependencies=_PREDICT, summary="PageRoute: whether the promise is kept", **_PAGE)
 def exactness(request: Request, service: Served) -> Response:
     """The promise, its verification, and what bits depend on here."""
     described = numerics(service.backbone)
     return _render(request, "exactness.html", numerics=described, fingerprint=numerics_fingerprint(described))
 
 
-@router.get("/login", dependencies=_ANYBODY, summary="Page: the way in", **_PAGE)
+@router.get("/login", dependencies=_ANYBODY, summary="PageRoute: the way in", **_PAGE)
 def login(request: Request) -> Response:
     """Asks for a key, where keys are used."""
     if open_to_all(request):
@@ -119,7 +121,7 @@ def login(request: Request) -> Response:
 @router.post(
     "/login",
     dependencies=_ANYBODY,
-    summary="Page: keeps a key in a cookie",
+    summary="PageRoute: keeps a key in a cookie",
     response_class=HTMLResponse,
     responses={303: {"description": "To the tasks."}, 403: {"description": "It is no valid key."}},
     openapi_extra=takes({"application/x-www-form-urlencoded": _KEY_FORM}),
@@ -140,7 +142,7 @@ async def enter(request: Request) -> Response:
 @router.post(
     "/logout",
     dependencies=_ANYBODY,
-    summary="Page: forgets the key",
+    summary="PageRoute: forgets the key",
     status_code=303,
     response_class=RedirectResponse,
     responses={303: {"description": "To the login."}},
@@ -155,7 +157,7 @@ async def leave(request: Request) -> Response:
 @router.get(
     "/static/{asset}",
     dependencies=_ANYBODY,
-    summary="Page: its style, script and icon",
+    summary="PageRoute: its style, script and icon",
     response_class=Response,
     responses={404: {"description": "There is no such asset."}},
 )

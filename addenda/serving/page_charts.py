@@ -88,7 +88,7 @@ def _round_step(least: float) -> float:
 
 
 @dataclass(frozen=True)
-class Cell:
+class ConfusionCell:
     """Images of some true and some predicted classes; `level`, 0 to 10, is their share of the true classes' images."""
 
     row: int
@@ -103,7 +103,7 @@ class Confusion(NamedTuple):
 
     labels: Sequence[str]
     in_numbers: bool
-    rows: list[list[Cell]]
+    rows: list[list[ConfusionCell]]
     pairs: Sequence[tuple[str, str, int, float]]
     """What is taken for something else most often: true label, predicted label, images, share of the true's."""
 
@@ -124,7 +124,7 @@ def confusion(scores: Mapping[str, Any], labels: Sequence[str]) -> Confusion | N
     starts = [-(-number * len(labels) // num_bins) for number in range(num_bins)]
     sums = np.add.reduceat(np.add.reduceat(counts, starts, axis=0), starts, axis=1).tolist()
     rows = [
-        [Cell(i, j, n, math.ceil(10 * n / (sum(row) or 1)), i == j) for j, n in enumerate(row)]
+        [ConfusionCell(i, j, n, math.ceil(10 * n / (sum(row) or 1)), i == j) for j, n in enumerate(row)]
         for i, row in enumerate(sums)
     ]
     return Confusion(labels, len(labels) <= TABLE, rows, tuple(wrong[:PAIRS]))

@@ -16,10 +16,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from addenda.backbones import FrozenBackbone, read_image
-from addenda.combined import Answers, Choice, Router, Verdict, attention_map, can_be_routed, not_finite, verdicts
+from addenda.combined import Choice, Router, TaskLogits, Verdict, attention_map, can_be_routed, not_finite, verdicts
 from addenda.exceptions import DataError, DeadlineError, RegistryError, TooLargeError, UnknownTaskError
 from addenda.registry import Registry, is_finite
-from addenda.serving.batching import Batcher, Report
+from addenda.serving.batcher import Batcher, Report
 from addenda.serving.snapshot import Follower, Snapshot
 
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -41,11 +41,11 @@ class Limits:
 
 
 @dataclass(frozen=True, eq=False)
-class Answered:
+class ServedPrediction:
     """Answers about some images, all from one snapshot; where a router was asked to, its choice for each image."""
 
     snapshot: Snapshot
-    logits: Answers
+    logits: TaskLogits
     choices: list[Choice] | None = None
 
 
@@ -86,7 +86,7 @@ class Service:
         tasks: Sequence[str] | None = None,
         timeout_s: float | None = None,
         snapshot: Snapshot | None = None,
-    ) -> Answered:
+    ) -> ServedPrediction:
         """Answers encoded image files, or images as the backbone's transform gives them; all tasks, or the named."""
         snapshot = snapshot or self.snapshot
         names = self._served(snapshot, tasks)
@@ -99,16 +99,16 @@ class Service:
                 raise DataError("These pixel values give logits that are not finite.")
             if wrong:
                 raise not_finite(wrong[0])
-        return Answered(snapshot, answers)
+        return ServedPrediction(snapshot, answers)
 
-    async def route(self, images: Sequence[bytes], timeout_s: float | None = None) -> Answered:
+    async def route(self, images: Sequence[bytes], timeout_s: float | None = None) -> ServedPrediction:
         """Lets a router choose a task for each image; answers of all tasks that it knows are there."""
         snapshot = self.snapshot
         async with self._routing:
             router = await asyncio.to_thread(self._router_of, snapshot)
         logits = await self._pass(snapshot, images, router.tasks, timeout_s, pooled=True)
         assert logits.pooled is not None
-        return Answered(snapshot, logits, await asyncio.to_thread(router.choose, logits.pooled))
+        return ServedPrediction(snapshot, logits, await asyncio.to_thread(router.choose, logits.pooled))
 
     async def look(self, image: bytes, task: str) -> tuple[Snapshot, Float[Tensor, "rows columns"], tuple[int, int]]:
         """Where a task's token looks, a weight of each patch, one image at a time; and the image's width and height."""
@@ -142,7 +142,7 @@ class Service:
         names: tuple[str, ...],
         timeout_s: float | None,
         pooled: bool,
-    ) -> Answers:
+    ) -> TaskLogits:
         if not 0 < len(images) <= self.limits.images:
             raise DataError(f"A request is of 1 to {self.limits.images} images, not {len(images)}.")
         if len(images) > self.limits.waiting:

@@ -28,7 +28,7 @@ IMAGES = (1, 2, 4, 8, 16, 32, 64)
 log = logging.getLogger("addenda.serving.requests")
 
 
-class Metrics:
+class ServerMetrics:
     """The metrics of one server, in a registry of prometheus_client's."""
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ class Metrics:
 class Telemetry:
     """ASGI middleware: gives each request an id, counts it and writes a line about it; never a header or a query."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: ServerMetrics) -> None:
         self.app, self.metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -278,7 +278,7 @@ def test_a_task_keeps_statistics_of_the_images_it_was_learned_from(tiny: FrozenB
     assert isinstance(registry.get("experience-000"), Task)
 
 
-class Digits:
+class DigitImages:
     """Every fourth image of some digits, with targets as Avalanche asks for them."""
 
     def __init__(self, chosen: tuple[int, ...], test: bool) -> None:
@@ -300,7 +300,7 @@ def digits_stream(backbone: FrozenBackbone, digits: tuple[int, ...] = (0, 1, 2, 
     from avalanche.benchmarks import nc_benchmark
 
     return nc_benchmark(
-        Digits(digits, False), Digits(digits, True), n_experiences=2, shuffle=False, train_transform=None,
+        DigitImages(digits, False), DigitImages(digits, True), n_experiences=2, shuffle=False, train_transform=None,
         **{"task_labels": True, "eval_transform": backbone.transform} | options,
     )  # fmt: skip
 

@@ -302,7 +302,7 @@ print(*(golden(on, task).digest for task in random_registry(on, 8, seed=4)))
 @pytest.mark.slow
 def test_a_task_keeps_its_bits_in_another_process() -> None:
     from addenda.combined import tensor_digest
-    from addenda.combined.probes import probe_images
+    from addenda.combined.probe_inputs import probe_images
 
     on = backbone("dinov2")
     tasks = random_registry(on, 8, seed=4)

@@ -19,7 +19,7 @@ from addenda.exceptions import IntegrityError, RegistryError
 from addenda.exporting.export import export_model
 from addenda.registry import Registry, Task
 from addenda.registry.store import artifact
-from addenda.registry.store.hashing import digest
+from addenda.registry.store.digests import digest
 from addenda.registry.store.header import parts
 from tests.support.models import (
     PRECISIONS,

@@ -14,7 +14,7 @@ from addenda.combined.routing.router import REJECTED
 from addenda.combined.routing.statistics import SAMPLE
 from addenda.exceptions import RegistryError, UnknownTaskError
 from addenda.registry import FeatureStatistics
-from addenda.registry.store.loading import MAX_BYTES
+from addenda.registry.store.task_reader import MAX_BYTES
 from tests.support.tasks import random_task
 
 WIDTH = 16

@@ -13,7 +13,7 @@ import pytest
 
 from addenda import FrozenBackbone, Registry
 from addenda.combined import verify
-from addenda.learner.cache import NAME
+from addenda.learner.activation_cache import NAME
 from addenda.registry import TaskFilter
 from tests.support.images import colour_folder
 from tests.support.kill import Commands

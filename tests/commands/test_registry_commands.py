@@ -84,12 +84,12 @@ def test_a_parent_is_retired_with_all_its_children_or_not_at_all(run: Run, locat
 
 def test_a_history_names_what_changed_and_an_unexplained_change_fails(run: Run, location: str) -> None:
     with Registry.open(location) as book:
-        scoring = ("d" * 64, "n" * 64, {"accuracy": 0.75})
-        book.add_evaluation("digits", *scoring, "l" * 64)
+        evaluation = ("d" * 64, "n" * 64, {"accuracy": 0.75})
+        book.add_evaluation("digits", *evaluation, "l" * 64)
         fine = run("tasks", "history", "digits")
         assert fine.code == 0
         assert "equal: to the last digit and bit" in fine.out
-        book.add_evaluation("digits", *scoring, "x" * 64)
+        book.add_evaluation("digits", *evaluation, "x" * 64)
     changed = run("tasks", "history", "digits")
     assert changed.code == 1
     assert "unexplained: other logits under the same numerics" in changed.out

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from addenda import FrozenBackbone
-from addenda.benchmarks.serving.run import run_serving
+from addenda.benchmarks.serving.serving_timings import run_serving
 
 pytestmark = pytest.mark.ray
 

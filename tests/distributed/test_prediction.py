@@ -18,7 +18,7 @@ import pytest
 from addenda.backbones import FrozenBackbone
 from addenda.combined import CombinedModel, golden
 from addenda.distributed.cluster import Workplace, connected
-from addenda.distributed.parts import Job, Manifest, PartWriter, choose, read_manifest
+from addenda.distributed.parts import Manifest, PartWriter, PredictionJob, choose, read_manifest
 from addenda.distributed.prediction import Crew, Question, Summary, predict_many
 from addenda.exceptions import AddendaError, DataError, ExactnessError, IntegrityError
 from addenda.registry import Registry
@@ -280,13 +280,13 @@ def test_an_unreadable_image_ends_the_run_or_is_left_out(
 
 
 @pytest.fixture
-def job(tasks: Registry, tmp_path: Path) -> Job:
+def job(tasks: Registry, tmp_path: Path) -> PredictionJob:
     place = Workplace(tasks.location, device="cpu")
     manifest = Manifest(images=1, images_sha256="", part_size=1, top=None, **choose(place, (), True, 1))
-    return Job(tmp_path, place, manifest, 1, skip_bad=False)
+    return PredictionJob(tmp_path, place, manifest, 1, skip_bad=False)
 
 
-def test_a_worker_of_other_numerics_or_content_is_refused(job: Job) -> None:
+def test_a_worker_of_other_numerics_or_content_is_refused(job: PredictionJob) -> None:
     PartWriter(job)
     with threads(1), pytest.raises(ExactnessError, match=r"other numerics than the manifest's.* threads was 1, now 2"):
         PartWriter(dataclasses.replace(job, threads=2))

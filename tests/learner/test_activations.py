@@ -22,8 +22,8 @@ from PIL import Image
 from addenda import FrozenBackbone, LearnConfig, Learner, Registry
 from addenda.exceptions import DataError, TrainingError
 from addenda.learner import ActivationCache, Augmentation
+from addenda.learner.activation_cache import NAME
 from addenda.learner.activations import Activations
-from addenda.learner.cache import NAME
 from addenda.learner.context import Checkpoint
 from addenda.learner.data import open_images
 from tests.support.images import colour_folder

@@ -13,8 +13,8 @@ from PIL import Image
 from addenda import FrozenBackbone, LearnConfig, Learner, Registry
 from addenda.exceptions import DataError, TrainingError
 from addenda.learner.data import LabelledImages, open_images
+from addenda.learner.learning_run import near_duplicates
 from addenda.learner.objectives import MultiLabel, SingleLabel
-from addenda.learner.run import near_duplicates
 
 CONFIG = LearnConfig(head_only=True)
 VIDEOS, FRAMES = 6, 4

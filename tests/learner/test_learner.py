@@ -14,15 +14,16 @@ import torch.nn.functional as F
 from addenda import CombinedModel, FrozenBackbone, LearnConfig, Learner, Registry
 from addenda.combined import Router, verify
 from addenda.exceptions import BackboneError, NameTakenError, RegistryError, TrainingError
-from addenda.learner import Epoch, probes, run, training
+from addenda.learner import Epoch, learning_run, probes
+from addenda.learner import trainer as trainer_module
+from addenda.learner.activation_cache import ActivationCache
 from addenda.learner.activations import Activations
 from addenda.learner.augmentation import DEFAULT_VIEWS, Augmentation
-from addenda.learner.cache import ActivationCache
 from addenda.learner.candidates import first_tensors
 from addenda.learner.data import Data, open_images
 from addenda.learner.objectives import objective_of
-from addenda.learner.stream import stream_features
-from addenda.learner.training import Trainer, parent_memory
+from addenda.learner.token_stream import stream_features
+from addenda.learner.trainer import Trainer, parent_memory
 from tests.support.images import colour_folder
 from tests.support.places import ROOT
 from tests.support.tasks import random_task
@@ -211,11 +212,11 @@ def test_training_lowers_the_loss_and_moves_every_part(tiny: FrozenBackbone) -> 
     images, targets = noise(48)
     activations = activations_of(tiny, CountingDataset(images, targets))
     rows = torch.arange(48)
-    regression = objective_of(targets).fit_regression(activations.pooled, targets, 0.01)
+    linear_probe = objective_of(targets).fit_linear_probe(activations.pooled, targets, 0.01)
     config = LearnConfig(optimizer="sgd", epochs=20, learning_rate=0.03, batch_size=16, patience=20)
     trainer = Trainer(activations, [], config)
-    (candidate,), history = trainer.run(regression, config.candidates, rows, rows, 20, "sweep")
-    start = first_tensors(tiny, regression, candidate.settings, config.memory_std)
+    (candidate,), history = trainer.run(linear_probe, config.candidates, rows, rows, 20, "sweep")
+    start = first_tensors(tiny, linear_probe, candidate.settings, config.memory_std)
     assert history[-1].validation_loss[0] < F.cross_entropy(trainer.logits(start, rows), targets).item()
     for name, before in start.items():
         assert not torch.equal(before, candidate.best.tensors[name])
@@ -273,8 +274,8 @@ def test_a_token_of_whole_weight_leaves_nothing_of_the_layer_probe(
     learner: Learner, colours: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(probes, "MAX_RANK", 2)  # so that the layer weight of three classes is in two factors
-    monkeypatch.setattr(run, "best_weight", lambda *_: 1.0)
-    monkeypatch.setattr(run, "choose", lambda *_: probes.Recipe(0, (1.0, 1.0), 0.5))
+    monkeypatch.setattr(learning_run, "best_weight", lambda *_: 1.0)
+    monkeypatch.setattr(learning_run, "choose", lambda *_: probes.ProbeRecipe(0, (1.0, 1.0), 0.5))
     probe = learner.learn("probe", colours, config=replace(QUICK, head_only=True))
     assert probe.layer_down is not None
     task = learner.learn("token", colours, config=QUICK)
@@ -346,7 +347,7 @@ def test_all_candidates_lost_is_a_clear_failure(learner: Learner, colours: Path)
 def test_candidates_that_stop_or_diverge_are_in_the_record(
     learner: Learner, colours: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "ENOUGH_TO_CHOOSE_AN_EPOCH", 5)
+    monkeypatch.setattr(trainer_module, "ENOUGH_TO_CHOOSE_AN_EPOCH", 5)
     config = LearnConfig(
         epochs=12, learning_rate=(0.1, 3.0, 1e30), optimizer="adamw", clip_norm=1e30, batch_size=8, patience=1
     )

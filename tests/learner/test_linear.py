@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from addenda import FrozenBackbone
-from addenda.learner.stream import training_blocks
+from addenda.learner.token_stream import training_blocks
 from tests.support.models import backbone
 from tests.support.tiny import EVA
 

@@ -10,7 +10,7 @@ import torch
 
 from addenda import FrozenBackbone, LearnConfig, Learner, Registry
 from addenda.exceptions import DataError
-from addenda.learner import Outcome, Row, learn_many, read_rows
+from addenda.learner import LearnRow, Outcome, learn_many, read_rows
 from tests.support.images import colour_folder
 
 QUICK = LearnConfig(epochs=1, learning_rate=0.3, fall_back=False)
@@ -51,7 +51,7 @@ def test_rows_take_the_files_settings_then_their_own_and_paths_beside_the_file(
     monkeypatch.chdir(colours)
     first, second, third = read_rows(file, registry)
     kept = LearnConfig(epochs=3, momentum=0.5, fall_back=False)  # there must be a token to see
-    assert first == Row("first", colours, None, kept)
+    assert first == LearnRow("first", colours, None, kept)
     assert (second.data, second.test) == (colours / "train", colours / "test")
     assert second.config == LearnConfig(epochs=4, momentum=0.5, extends=("first",), fall_back=False)
     assert third.data == colours
@@ -137,14 +137,14 @@ def test_a_registered_task_can_be_extended(learner: Learner, colours: Path) -> N
 
 def test_tasks_are_learned_in_order_and_again_without_being_learned(learner: Learner, colours: Path) -> None:
     child = LearnConfig(epochs=1, learning_rate=0.3, fall_back=False, extends=("first",))
-    rows = [Row("first", colours, None, QUICK), Row("child", colours, None, child)]
+    rows = [LearnRow("first", colours, None, QUICK), LearnRow("child", colours, None, child)]
     told: set[str] = set()
     outcomes = list(learn_many(learner, rows, report=lambda what, done, total: told.add(what)))
     assert [(o.state, o.ref, o.reason) for o in outcomes] == [("learned", "first:1", ""), ("learned", "child:1", "")]
     assert learner.registry.record("child").extends == ("first:1",)
     assert {what.rpartition(", child")[2] for what in told if "child" in what} == {", 2 of 2"}
     generation = learner.registry.generation
-    again = list(learn_many(learner, [*rows, Row("third", colours, None, QUICK)]))
+    again = list(learn_many(learner, [*rows, LearnRow("third", colours, None, QUICK)]))
     assert states(again) == {"first": "learned before", "child": "learned before", "third": "learned"}
     assert learner.registry.generation == generation + 1
 
@@ -159,11 +159,11 @@ def test_a_task_that_fails_is_named_and_takes_only_those_with_it_that_extend_it(
         return LearnConfig(epochs=1, learning_rate=0.3, fall_back=False, extends=names)
 
     rows = [
-        Row("bad", bad, None, QUICK),
-        Row("child", colours, None, extending("bad")),
-        Row("grandchild", colours, None, extending("child")),
-        Row("good", colours, None, QUICK),
-        Row("good-child", colours, None, extending("good")),
+        LearnRow("bad", bad, None, QUICK),
+        LearnRow("child", colours, None, extending("bad")),
+        LearnRow("grandchild", colours, None, extending("child")),
+        LearnRow("good", colours, None, QUICK),
+        LearnRow("good-child", colours, None, extending("good")),
     ]
     outcomes = list(learn_many(learner, rows))
     assert [o.state for o in outcomes] == ["failed", "skipped", "skipped", "learned", "learned"]
@@ -184,7 +184,9 @@ def test_an_error_that_no_input_explains_is_logged_whole_and_the_others_are_lear
             raise RuntimeError("the disk went")
 
     broken = Broken(torch.zeros(12, 3, 32, 32), torch.arange(12) % 2)
-    outcomes = list(learn_many(learner, [Row("broken", broken, None, QUICK), Row("good", colours, None, QUICK)]))
+    outcomes = list(
+        learn_many(learner, [LearnRow("broken", broken, None, QUICK), LearnRow("good", colours, None, QUICK)])
+    )
     assert [(o.state, o.reason) for o in outcomes] == [("failed", "RuntimeError: the disk went"), ("learned", "")]
     assert "Traceback" in caplog.text
 
@@ -194,7 +196,7 @@ def test_a_name_taken_fails_unless_a_further_version_is_asked_for(
 ) -> None:
     caplog.set_level(logging.ERROR)
     learner.learn("first", colours, config=QUICK)
-    rows = [Row("first", colours, None, LearnConfig(epochs=1, learning_rate=0.1, fall_back=False))]
+    rows = [LearnRow("first", colours, None, LearnConfig(epochs=1, learning_rate=0.1, fall_back=False))]
     (taken,) = learn_many(learner, rows)
     assert "--new-version" in taken.reason
     (added,) = learn_many(learner, rows, new_version=True)

@@ -13,13 +13,13 @@ from addenda.learner.objectives import MultiLabel, SingleLabel
 from addenda.learner.objectives.single_label import SHRINKAGES, discriminants
 from addenda.learner.probes import (
     LinearHead,
-    Recipe,
+    ProbeRecipe,
     Space,
     as_tensors,
     best_weight,
     choose,
     layer_probe,
-    of_regression,
+    of_linear_probe,
     out_of_fold,
     sharpness,
 )
@@ -167,7 +167,7 @@ def test_a_layer_probe_is_fitted_as_its_recipe_says(views: int) -> None:
     pooled, objective = torch.randn(60, 4, generator=random), SingleLabel()
     recipe = choose(objective, pooled, layers, targets, 3, 0.1, 0)
     assert recipe.weight > 0.5  # the pooled feature is noise
-    probe = of_regression(objective.fit_regression(pooled, targets, 0.1))
+    probe = of_linear_probe(objective.fit_linear_probe(pooled, targets, 0.1))
     head = layer_probe(recipe, objective, probe, layers, targets, 3)
     seen = layers if recipe.fit >= len(SHRINKAGES) else layers[:1]
     assert recipe.fit < len(SHRINKAGES) * min(views, 2)
@@ -201,8 +201,8 @@ def test_views_are_learned_from_where_they_help_on_images_as_they_are() -> None:
 def test_with_many_classes_a_layer_head_is_kept_in_two_factors() -> None:
     features, targets = data(400, 300, 80)
     layers, pooled, objective = features.unsqueeze(0), features[:, 2:7], SingleLabel()
-    recipe = Recipe(3, (0.1, 1.0), 0.75)
-    linear = of_regression(objective.fit_regression(pooled, targets, 0.1))
+    recipe = ProbeRecipe(3, (0.1, 1.0), 0.75)
+    linear = of_linear_probe(objective.fit_linear_probe(pooled, targets, 0.1))
     head = layer_probe(recipe, objective, linear, layers, targets, 80)
     tensors = as_tensors(head)
     assert tensors["layer_weight"].shape == (80, 64)
@@ -217,7 +217,7 @@ def test_with_many_classes_a_layer_head_is_kept_in_two_factors() -> None:
 def test_a_regression_answers_classes_that_it_has_not_seen(num_classes: int) -> None:
     features, targets = data(30)
     some = targets < num_classes - 1
-    fitted = SingleLabel().fit_regression(features[some], targets[some], 0.1, num_classes)
+    fitted = SingleLabel().fit_linear_probe(features[some], targets[some], 0.1, num_classes)
     logits = features @ fitted.weight.T + fitted.bias
     assert logits.shape == (30, num_classes)
     assert (logits[some].argmax(1) == targets[some]).all()

@@ -14,18 +14,18 @@ import torch
 
 from addenda import FrozenBackbone, Registry, Task
 from addenda.backbones import KeyValue
-from addenda.combined import Answers, golden, tiles
+from addenda.combined import TaskLogits, golden, tiles
 from addenda.combined.attention import memory_key_values
 from addenda.exceptions import DataError, DeadlineError, OverloadedError
-from addenda.serving.batching import Batcher
-from addenda.serving.service import Answered, Limits, Service
+from addenda.serving.batcher import Batcher
+from addenda.serving.service import Limits, ServedPrediction, Service
 from addenda.serving.snapshot import Snapshot, first, following
 from tests.support.databases import tamper
 from tests.support.servers import client_of
 from tests.support.tasks import random_task
 
 Register = Callable[..., Task]
-Found = TypeVar("Found", Answers, Answered)
+Found = TypeVar("Found", TaskLogits, ServedPrediction)
 
 
 def test_a_server_without_a_task_is_ready(tiny: FrozenBackbone, registry: Registry) -> None:
@@ -182,7 +182,7 @@ def test_images_of_many_requests_pass_together_with_the_bits_that_they_have_alon
     registered("strokes", seed=2)
     snapshot, passes = snapshot_of(registry, tiny), []
 
-    async def ask() -> list[Answers]:
+    async def ask() -> list[TaskLogits]:
         batcher = Batcher(64, lambda images, seconds: passes.append(images))
         with held(batcher):
             names = [["digits"], ["strokes"], ["digits", "strokes"]]
@@ -206,7 +206,7 @@ def test_a_pass_never_holds_two_snapshots(tiny: FrozenBackbone, registry: Regist
     registered("digits", new_version=True, seed=2)
     after = following(before, registry)
 
-    async def ask() -> list[Answers]:
+    async def ask() -> list[TaskLogits]:
         batcher = Batcher(64, lambda images, seconds: passes.append(images))
         with held(batcher):
             await started(*(batcher.answer(before, images_of(1), ["digits"]) for _ in range(1)))
@@ -233,7 +233,7 @@ def test_a_large_request_lets_small_ones_pass_in_their_turn(
     async def ask() -> None:
         batcher = Batcher(256)
 
-        async def one(name: str, count: int) -> Answers:
+        async def one(name: str, count: int) -> TaskLogits:
             answers = await batcher.answer(snapshot, images_of(count), ["digits"])
             order.append(name)
             return answers

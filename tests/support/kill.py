@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from addenda.learner.cache import NAME
+from addenda.learner.activation_cache import NAME
 from tests.support.places import ROOT
 
 

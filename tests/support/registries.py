@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from sqlalchemy import select
 
-from addenda.registry import FeatureStatistics, Golden, LowRank, Registry, Scoring, Task, digest
+from addenda.registry import Evaluation, FeatureStatistics, Golden, LowRank, Registry, Task, digest
 from addenda.registry.store import ledger, schema
 from addenda.registry.store.database import connect, reading
 
@@ -27,7 +27,7 @@ BACKBONE = {
 }
 HERE = SimpleNamespace(fingerprint=FINGERPRINT)
 TENSORS = ("class_token", "memory", "head_weight", "head_bias", "pooled_weight")
-SCORING = Scoring("d" * 64, "n" * 64, {"accuracy": 0.75}, "l" * 64)
+EVALUATION = Evaluation("d" * 64, "n" * 64, {"accuracy": 0.75}, "l" * 64)
 
 
 def a_task(name: str = "digits", seed: int = 0, **changes: Any) -> Task:
@@ -90,7 +90,7 @@ def fill(registry: Registry) -> None:
     keep(registry, a_task("old", 3))
     registry.retire("old", "superseded")
     registry.set_alias("digits", "production", 1)
-    registry.add_evaluation("digits", *vars(SCORING).values())
+    registry.add_evaluation("digits", *vars(EVALUATION).values())
     registry.add_golden("digits", probe(parent, "m" * 64))
     registry.tag("digits", "shop")
 

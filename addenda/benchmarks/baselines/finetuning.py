@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from addenda.backbones import FrozenBackbone
 from addenda.benchmarks.baselines.method import BaselineSettings, OneHead, quiet_evaluator
-from addenda.benchmarks.baselines.regimes import EVALUATION_BATCH, batches
+from addenda.benchmarks.baselines.paper_methods import EVALUATION_BATCH, batches
 from addenda.benchmarks.strategy import NEVER
 from addenda.learner.augmentation import Augmentation, augment
 from addenda.learner.candidates import schedule
@@ -48,7 +48,7 @@ class FineTuning(OneHead):
         self._strategy = strategy(
             model=self._model, criterion=nn.CrossEntropyLoss(), device=self.backbone.device,
             optimizer=torch.optim.AdamW(weights, how.finetuning_rate, weight_decay=how.weight_decay),
-            train_mb_size=how.batch_size, train_epochs=how.epochs, plugins=[Recipe(how)],
+            train_mb_size=how.batch_size, train_epochs=how.epochs, plugins=[SchedulePlugin(how)],
             evaluator=quiet_evaluator(), **options,
         )  # fmt: skip
         # LwF alone asks for task labels; elsewhere they would split each batch evenly among tasks.
@@ -149,7 +149,7 @@ class Classifier(nn.Module):
         return logits
 
 
-class Recipe(SupervisedPlugin):  # type: ignore[misc]
+class SchedulePlugin(SupervisedPlugin):  # type: ignore[misc]
     """Warm-up and cosine over the steps of one experience, and clipped gradients."""
 
     def __init__(self, settings: BaselineSettings) -> None:

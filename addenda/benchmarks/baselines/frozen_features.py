@@ -28,14 +28,14 @@ class FeatureMethod(OneHead):
         self._fit(self.pooled(images)[order], images.targets[order])
 
     def _logits(self, images: LabelledImages) -> Float[Tensor, "N C"]:
-        return self._answer(self.pooled(images)).float()
+        return self._predict(self.pooled(images)).float()
 
     @abstractmethod
     def _fit(self, features: Float[Tensor, "N D"], targets: Int[Tensor, " N"]) -> None:
         """Learns from one experience's images, in random order."""
 
     @abstractmethod
-    def _answer(self, features: Float[Tensor, "N D"]) -> Float[Tensor, "N C"]: ...
+    def _predict(self, features: Float[Tensor, "N D"]) -> Float[Tensor, "N C"]: ...
 
 
 class NearestMean(FeatureMethod):
@@ -51,7 +51,7 @@ class NearestMean(FeatureMethod):
     def _fit(self, features: Float[Tensor, "N D"], targets: Int[Tensor, " N"]) -> None:
         self._sums.index_add_(0, targets, features)
 
-    def _answer(self, features: Float[Tensor, "N D"]) -> Float[Tensor, "N C"]:
+    def _predict(self, features: Float[Tensor, "N D"]) -> Float[Tensor, "N C"]:
         return F.normalize(features, dim=1) @ F.normalize(self._sums, dim=1).T
 
     def _stored_bytes(self) -> float:
@@ -77,7 +77,7 @@ class StreamingDiscriminant(FeatureMethod):
         for feature, target in zip(features.split(1), targets.split(1), strict=True):
             self._slda.fit(feature, target)
 
-    def _answer(self, features: Float[Tensor, "N D"]) -> Float[Tensor, "N C"]:
+    def _predict(self, features: Float[Tensor, "N D"]) -> Float[Tensor, "N C"]:
         scores: Tensor = self._slda.predict(features) * self._slda.shrinkage_param
         return scores
 
@@ -111,7 +111,7 @@ class RanPAC(FeatureMethod):
         identity = torch.eye(len(self._gram), dtype=torch.float32, device="cpu")
         self._weight = torch.linalg.solve(self._gram + ridge * identity, self._sums)
 
-    def _answer(self, features: Float[Tensor, "N D"]) -> Float[Tensor, "N C"]:
+    def _predict(self, features: Float[Tensor, "N D"]) -> Float[Tensor, "N C"]:
         return self._hidden(features) @ self._weight
 
     def _hidden(self, features: Float[Tensor, "N D"]) -> Float[Tensor, "N M"]:

@@ -51,8 +51,8 @@ class BaselineSettings:
 class Scores(NamedTuple):
     """A method's scores of all C classes of the stream on N images; the highest is its answer."""
 
-    told: Float[Tensor, "N C"]  # where the task is known: NEVER for the classes of other tasks
-    untold: Float[Tensor, "N C"]  # where it is not: NEVER only for classes that were never met
+    task_incremental: Float[Tensor, "N C"]  # where the task is known: NEVER for the classes of other tasks
+    class_incremental: Float[Tensor, "N C"]  # where it is not: NEVER only for classes that were never met
 
 
 class Price(NamedTuple):
@@ -134,13 +134,13 @@ class OneHead(Baseline):
 
     def scores(self, experience: Experience) -> Scores:
         """Scores the test images of an experience, whether it was learned yet or not."""
-        untold, told = self.nothing(experience.test), self.nothing(experience.test)
+        class_incremental, task_incremental = self.nothing(experience.test), self.nothing(experience.test)
         if self.num_learned:
             learned = self.stream.experiences[: self.num_learned]
             met = sorted({number for one in learned for number in one.classes})
-            untold[:, met] = self._logits(experience.test)[:, met]
-            told[:, list(experience.classes)] = untold[:, list(experience.classes)]
-        return Scores(told, untold)
+            class_incremental[:, met] = self._logits(experience.test)[:, met]
+            task_incremental[:, list(experience.classes)] = class_incremental[:, list(experience.classes)]
+        return Scores(task_incremental, class_incremental)
 
     @abstractmethod
     def _logits(self, images: LabelledImages) -> Float[Tensor, "N C"]:

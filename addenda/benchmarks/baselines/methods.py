@@ -9,7 +9,7 @@ from typing import NamedTuple
 from addenda.benchmarks.baselines.finetuning import FineTuning, Joint
 from addenda.benchmarks.baselines.frozen_features import NearestMean, RanPAC, StreamingDiscriminant
 from addenda.benchmarks.baselines.method import Baseline
-from addenda.benchmarks.baselines.per_task import LinearProbe, RivalPerTask
+from addenda.benchmarks.baselines.per_task import LinearProbePerTask, TrainedPerTask
 from addenda.exceptions import TrainingError
 
 
@@ -21,11 +21,14 @@ class Known(NamedTuple):
     note: str = ""
 
 
-_PER_TASK = "forgets nothing either when the task is told: see its price; untold, the most confident task answers"
+_PER_TASK = (
+    "no forgetting in the task-incremental setting, at the price shown; in the class-incremental setting the most "
+    "confident task predicts"
+)
 
 
 def _lora(rank: int) -> Known:
-    return Known(RivalPerTask, "a LoRA per task", f"of rank {rank}, by PEFT; {_PER_TASK}")
+    return Known(TrainedPerTask, "a LoRA per task", f"of rank {rank}, by PEFT; {_PER_TASK}")
 
 
 BASELINES: Mapping[str, Known] = MappingProxyType({
@@ -42,10 +45,10 @@ BASELINES: Mapping[str, Known] = MappingProxyType({
         RanPAC, "RanPAC", "ridge regression on random features of the frozen one, no first-session adaptation"
     ),
     "linear-probe": Known(
-        LinearProbe, "linear probes", f"one logistic regression on the frozen feature for each task; {_PER_TASK}"
+        LinearProbePerTask, "linear probes", f"one logistic regression on the frozen feature for each task; {_PER_TASK}"
     ),
     "lora-8": _lora(8),
-    "full": Known(RivalPerTask, "a model per task", f"fully fine-tuned; {_PER_TASK}"),
+    "full": Known(TrainedPerTask, "a model per task", f"fully fine-tuned; {_PER_TASK}"),
 })  # fmt: skip
 """All of them; `baseline` knows LoRA of every rank."""
 

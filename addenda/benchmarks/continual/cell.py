@@ -43,7 +43,7 @@ DONE = "done"
 
 
 @dataclass
-class Run:
+class MethodRun:
     """One method with one seed, which is the stream's too; `out` is the folder of the whole run."""
 
     config: StreamConfig
@@ -109,8 +109,8 @@ class Run:
         return Cell(
             method=self.name,
             seed=self.seed,
-            told=matrices.told,
-            untold=matrices.untold,
+            task_incremental=matrices.task_incremental,
+            class_incremental=matrices.class_incremental,
             comparisons=matrices.comparisons,
             identical=matrices.identical,
             max_difference=matrices.max_difference,
@@ -118,8 +118,8 @@ class Run:
             train_seconds=seconds,
             stored_bytes=price.stored_bytes,
             relative_inference=price.relative_inference,
-            told_metrics=measure(matrices.told),
-            untold_metrics=measure(matrices.untold),
+            task_incremental_metrics=measure(matrices.task_incremental),
+            class_incremental_metrics=measure(matrices.class_incremental),
             extra=method.extra(),
         )
 
@@ -137,23 +137,25 @@ class _Matrices:
     """Accuracies, and what becomes of old experiences' scores."""
 
     def __init__(self, count: int) -> None:
-        self.told: Matrix = [[None] * count for _ in range(count)]
-        self.untold: Matrix = [[None] * count for _ in range(count)]
+        self.task_incremental: Matrix = [[None] * count for _ in range(count)]
+        self.class_incremental: Matrix = [[None] * count for _ in range(count)]
         self.comparisons, self.max_difference = 0, 0.0
         self.identical: bool | None = None  # None where no score was compared
         self.changed_decisions: float | None = None  # of untold answers on old experiences; None where there are none
         self._first: dict[int, tuple[Tensor, Tensor]] = {}
         self._decided, self._changed = 0, 0
 
-    def add(self, after: int, on: int, experience: Experience, told: Tensor, untold: Tensor) -> None:
+    def add(
+        self, after: int, on: int, experience: Experience, task_incremental: Tensor, class_incremental: Tensor
+    ) -> None:
         """Scores on an experience after another was learned; where none of its classes is offered, nothing is noted."""
-        if (untold == NEVER).all():
+        if (class_incremental == NEVER).all():
             return
         classes, targets = list(experience.classes), experience.test.targets
-        for matrix, scores in ((self.told, told), (self.untold, untold)):
+        for matrix, scores in ((self.task_incremental, task_incremental), (self.class_incremental, class_incremental)):
             if (scores[:, classes] > NEVER).any():
                 matrix[after][on] = (scores.argmax(1) == targets).float().mean().item()
-        logits, decisions = told[:, classes], untold.argmax(1)
+        logits, decisions = task_incremental[:, classes], class_incremental.argmax(1)
         if on == after:
             self._first[on] = logits, decisions
         elif on < after and on in self._first:
@@ -163,7 +165,7 @@ class _Matrices:
             self.identical = same and self.identical is not False
             if not same:
                 self.max_difference = largest((self.max_difference, (before - logits).abs().max().item()))
-            if after == len(self.told) - 1:
+            if after == len(self.task_incremental) - 1:
                 self._decided += len(decisions)
                 self._changed += int((decided != decisions).sum())
                 self.changed_decisions = self._changed / self._decided

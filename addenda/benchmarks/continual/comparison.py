@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from addenda.benchmarks.continual.columns import PRICE, QUALITY, exactness, flat
 from addenda.benchmarks.continual.results import Results, read_results
-from addenda.benchmarks.continual.tables import PRICE, QUALITY, exactness, flat
 from addenda.benchmarks.report.tables import NOTHING, Spread, Table, number, show, shown
 from addenda.exceptions import DataError
 from addenda.terminal import console
@@ -17,7 +17,7 @@ COLUMNS = {column.key: column for column in (*QUALITY, *PRICE)}
 
 
 @dataclass(frozen=True)
-class Difference:
+class MetricChange:
     """One figure of a method in both runs, accuracies and forgetting as fractions; `change` is B less A."""
 
     method: str
@@ -28,13 +28,13 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ResultsComparison:
     """Run B beside run A."""
 
     stream: str
     a: str  # where run A was read
     b: str
-    differences: tuple[Difference, ...]  # in the headline figures of every method in both
+    differences: tuple[MetricChange, ...]  # in the headline figures of every method in both
     exactness: Mapping[str, tuple[str, str]]  # of every method in both, what became of old tasks' logits in A and in B
     only_a: tuple[str, ...]  # methods that B lacks
     only_b: tuple[str, ...]
@@ -45,7 +45,7 @@ class Comparison:
         return asdict(self)
 
 
-def compare_reports(a: Path, b: Path) -> Comparison:
+def compare_reports(a: Path, b: Path) -> ResultsComparison:
     """Compares two runs of one stream, each a report's folder or its results.json; differences are b less a."""
     first, second = read_results(a), read_results(b)
     made = [(one.stream, one.labels, [(e.name, e.classes) for e in one.experiences]) for one in (first, second)]
@@ -65,8 +65,8 @@ def compare_reports(a: Path, b: Path) -> Comparison:
         for key, column in COLUMNS.items():
             before, after = column.spread(first.of(name)), column.spread(second.of(name))
             change = None if before is None or after is None else after.mean - before.mean
-            differences.append(Difference(name, key, before, after, change))
-    return Comparison(
+            differences.append(MetricChange(name, key, before, after, change))
+    return ResultsComparison(
         first.stream, str(a), str(b), tuple(differences),
         {name: (exactness(first.of(name)), exactness(second.of(name))) for name in both},
         tuple(name for name in ours if name not in both), tuple(name for name in theirs if name not in both),
@@ -74,7 +74,7 @@ def compare_reports(a: Path, b: Path) -> Comparison:
     )  # fmt: skip
 
 
-def print_comparison(comparison: Comparison) -> None:
+def print_comparison(comparison: ResultsComparison) -> None:
     """Prints the figures of every method in both, then what else differs."""
     rows: list[tuple[str, ...]] = []
     for name, logits in comparison.exactness.items():

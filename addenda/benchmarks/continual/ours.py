@@ -8,10 +8,10 @@ from torch import Tensor
 
 from addenda.backbones import FrozenBackbone
 from addenda.benchmarks.baselines.method import Method, Price, Scores, quiet_evaluator
-from addenda.benchmarks.baselines.regimes import batches
+from addenda.benchmarks.baselines.paper_methods import batches
 from addenda.benchmarks.continual.stream import Experience, Stream
 from addenda.benchmarks.strategy import NEVER, MaskedMemory
-from addenda.combined import Answers, Router, pass_operations, task_cost
+from addenda.combined import Router, TaskLogits, pass_operations, task_cost
 from addenda.learner import LearnConfig
 from addenda.registry import Registry
 
@@ -25,22 +25,22 @@ class Masked(Method):
             backbone=backbone, registry=registry, config=config, prefix=stream.name, evaluator=quiet_evaluator()
         )
         self._experiences = stream.benchmark(None, backbone.transform).train_stream
-        self._answers: dict[str, Answers] = {}
+        self._predictions: dict[str, TaskLogits] = {}
 
     def learn(self, number: int) -> None:
         """Learns experience `number` as one more task."""
         self._strategy.train(self._experiences[number])
-        self._answers.clear()
+        self._predictions.clear()
 
     def scores(self, experience: Experience) -> Scores:
         """Told: the bare logits of the experience's own task. Untold: the router's choice times the heads' answers."""
-        answers = self._answer(experience)
+        answers = self._predict(experience)
         width = len(self._stream.labels)
-        told = torch.full((len(experience.test), width), NEVER, dtype=torch.float32, device="cpu")
+        task_incremental = torch.full((len(experience.test), width), NEVER, dtype=torch.float32, device="cpu")
         for name, learned in self._strategy.model.learned.items():
             if learned.number == self._stream.experiences.index(experience):
-                told[:, list(learned.classes)] = answers[name].cpu()
-        return Scores(told, self._strategy.model.score(answers, num_classes=width))
+                task_incremental[:, list(learned.classes)] = answers[name].cpu()
+        return Scores(task_incremental, self._strategy.model.score(answers, num_classes=width))
 
     def price(self) -> Price:
         """Artifacts and statistics in the registry, and the combined pass with all tasks."""
@@ -64,7 +64,7 @@ class Masked(Method):
         router = self._router(len(learned))
         right: dict[str, list[float]] = {}
         for experience in self._stream.experiences:
-            answers = self._answer(experience)
+            answers = self._predict(experience)
             logits = {name: answers[name].cpu() / one.task.temperature for name, one in learned.items()}
             heads = torch.stack([classes[name][one.argmax(1)] for name, one in logits.items()], dim=1)
             found = {
@@ -82,7 +82,7 @@ class Masked(Method):
         return {how: sum(values) / len(values) for how, values in right.items()}
 
     def _auroc(self) -> float:
-        features = [_pooled(self._answer(experience)) for experience in self._stream.experiences]
+        features = [_pooled(self._predict(experience)) for experience in self._stream.experiences]
         found: list[float] = []
         for known in range(1, len(features)):
             router = self._router(known)
@@ -96,16 +96,18 @@ class Masked(Method):
         learned = list(self._strategy.model.learned.items())[:count]
         return Router({name: one.statistics for name, one in learned if one.statistics is not None})
 
-    def _answer(self, experience: Experience) -> Answers:
+    def _predict(self, experience: Experience) -> TaskLogits:
         """All tasks' logits on an experience's test images, from one pass."""
-        if experience.name not in self._answers:
+        if experience.name not in self._predictions:
             model, images = self._strategy.model.combined, experience.test
             parts = [model(part, pooled=True) for part in batches(images, self._backbone, model.micro_batch)]
             logits = {name: torch.cat([part[name] for part in parts]) for name in model.tasks}
-            self._answers[experience.name] = Answers(logits, model.exact, torch.cat([_pooled(part) for part in parts]))
-        return self._answers[experience.name]
+            self._predictions[experience.name] = TaskLogits(
+                logits, model.exact, torch.cat([_pooled(part) for part in parts])
+            )
+        return self._predictions[experience.name]
 
 
-def _pooled(answers: Answers) -> Tensor:
+def _pooled(answers: TaskLogits) -> Tensor:
     assert answers.pooled is not None
     return answers.pooled

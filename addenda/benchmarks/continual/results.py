@@ -31,7 +31,7 @@ Matrix = list[list[Share | None]]
 
 
 @dataclass(frozen=True, config=STRICT)
-class Metrics:
+class ContinualMetrics:
     """Avalanche's figures of one accuracy matrix, as fractions; None where there is nothing to measure them by."""
 
     average_accuracy: Share  # after the last experience
@@ -47,8 +47,8 @@ class Cell:
 
     method: str
     seed: int
-    told: Matrix  # the task being known; None where no class of the experience is offered
-    untold: Matrix
+    task_incremental: Matrix  # the task being known; None where no class of the experience is offered
+    class_incremental: Matrix
     comparisons: Annotated[int, Field(ge=0)]  # of an old experience's told logits with those when it was learned
     identical: bool | None  # whether they were the same, byte for byte, each time; None where nothing was compared
     max_difference: float
@@ -56,13 +56,16 @@ class Cell:
     train_seconds: list[Amount]  # of each experience
     stored_bytes: Amount  # for one task, in the mean
     relative_inference: Amount  # arithmetic of one image's answer, over one pass of the backbone
-    told_metrics: Metrics
-    untold_metrics: Metrics
+    task_incremental_metrics: ContinualMetrics
+    class_incremental_metrics: ContinualMetrics
     extra: dict[str, float | dict[str, float]]  # what only some methods have: a figure, or several by name
 
     @model_validator(mode="after")
     def _consistent(self) -> Cell:
-        for name, matrix in (("told", self.told), ("untold", self.untold)):
+        for name, matrix in (
+            ("task_incremental", self.task_incremental),
+            ("class_incremental", self.class_incremental),
+        ):
             if any(len(row) != len(self.train_seconds) for row in matrix) or len(matrix) != len(self.train_seconds):
                 raise ValueError(f"{name} is not a square of as many experiences as train_seconds has")
             met = [{value is None for value in row[: i + 1]} for i, row in enumerate(matrix)]
@@ -117,7 +120,7 @@ class Results:
             raise ValueError("methods are not those of the cells, each once")
         if len({(cell.method, cell.seed) for cell in self.cells}) < len(self.cells):
             raise ValueError("a method has two cells of one seed")
-        if any(len(cell.told) != len(self.experiences) for cell in self.cells):
+        if any(len(cell.task_incremental) != len(self.experiences) for cell in self.cells):
             raise ValueError("a cell has another number of experiences")
         if any(not 0 <= number < len(self.labels) for one in self.experiences for number in one.classes):
             raise ValueError("an experience has a class without a label")
@@ -163,7 +166,7 @@ def read_results(place: Path) -> Results:
     return Results.from_json(text, f"The file {str(file)!r}")
 
 
-def measure(matrix: Sequence[Sequence[float | None]]) -> Metrics:
+def measure(matrix: Sequence[Sequence[float | None]]) -> ContinualMetrics:
     """The figures of one matrix.
 
     Every experience weighs the same, however many test images it has. Before anything is learned nothing is answered,
@@ -180,7 +183,7 @@ def measure(matrix: Sequence[Sequence[float | None]]) -> Metrics:
                 forward.update(on, 0.0, initial=True)
                 forward.update(on, accuracy)
     means = [_mean(row[: after + 1]) for after, row in enumerate(matrix)]
-    return Metrics(
+    return ContinualMetrics(
         average_accuracy=means[-1] or 0.0,
         average_incremental_accuracy=_mean(means),
         forgetting=_mean(map(forgetting.result_key, range(count - 1))),

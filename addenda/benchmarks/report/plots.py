@@ -88,9 +88,9 @@ def curves(
     height = max(4.2, 1.2 + 0.27 * len(lines))
     with _drawing(scheme, (3.7, 3.4 + 0.23 * len(lines)) if narrow else (7.4, height)) as (figure, axes):
         stages, last = range(1, len(names) + 1), len(names)
-        ends, rivals = [], count()
+        ends, baselines = [], count()
         for name, (label, found) in lines.items():
-            style = OURS_STYLE if name == ours else _style(next(rivals))
+            style = OURS_STYLE if name == ours else _style(next(baselines))
             answered = [(stage, spread) for stage, spread in zip(stages, found, strict=True) if spread is not None]
             at = [stage for stage, _ in answered]
             means, edges = 100 * np.array([(spread.mean, spread.deviation or 0) for _, spread in answered]).T
@@ -98,7 +98,7 @@ def curves(
             axes.fill_between(at, means - edges, means + edges, color=style["color"], alpha=0.16, linewidth=0)
             ends.append((means[-1], label, style["color"]))
         axes.set(xlim=(0.95 - 0.03 * last, 1.03 * last + 0.05), ylim=(0, 103))
-        axes.set(xlabel="after learning", ylabel="accuracy, task untold, %")
+        axes.set(xlabel="after learning", ylabel="class-incremental accuracy, %")
         shown = names if not narrow or last <= 6 else ["" if i % 2 else name for i, name in enumerate(names)]
         axes.set_xticks(stages, map(_short, shown), **SLANTED)
         axes.grid(axis="y", color=SCHEMES[scheme]["faint"], linewidth=0.8)
@@ -184,13 +184,13 @@ def paper_panels(
     Gains are points, by set and regime. What is joined is in %, by its label and the number of tasks in the sequence;
     what is masked, a label and its accuracy in %.
     """
-    regimes = [list(dict.fromkeys(regime for gains in sets.values() for regime in gains)) for sets in (here, paper)]
+    methods = [list(dict.fromkeys(method for gains in sets.values() for method in gains)) for sets in (here, paper)]
     figure = Figure(figsize=(15, 5.2), layout="constrained")
-    *gained, collapse = panels = figure.subplots(1, 3, width_ratios=(max(3, len(regimes[0])), 7, 4))
+    *gained, collapse = panels = figure.subplots(1, 3, width_ratios=(max(3, len(methods[0])), 7, 4))
     titles = "here", "the paper (ViT-B/32)"
-    for axis, sets, columns, title in zip(gained, (here, paper), regimes, titles, strict=True):
+    for axis, sets, columns, title in zip(gained, (here, paper), methods, titles, strict=True):
         for i, (name, gains) in enumerate(sets.items()):
-            places = [columns.index(regime) + 0.07 * (i - (len(sets) - 1) / 2) for regime in gains]
+            places = [columns.index(method) + 0.07 * (i - (len(sets) - 1) / 2) for method in gains]
             means, errors = [one.mean for one in gains.values()], [one.deviation or 0.0 for one in gains.values()]
             axis.errorbar(places, means, errors, label=name, color=INKS[i % len(INKS)], marker="os"[sets is paper],
                           linestyle="none", capsize=2, markersize=5)  # fmt: skip

@@ -18,8 +18,8 @@ from addenda.learner import LearnConfig
 from addenda.learner.activations import Activations
 from addenda.learner.candidates import HEAD_WEIGHTS, Candidate, as_fields, first_tensors
 from addenda.learner.data import LabelledImages
-from addenda.learner.objectives import Regression
-from addenda.learner.training import Trainer
+from addenda.learner.objectives import LinearProbe
+from addenda.learner.trainer import Trainer
 from addenda.registry import Task
 
 
@@ -30,14 +30,14 @@ class Setting:
     backbone: FrozenBackbone
     images: LabelledImages
     activations: Activations
-    regression: Regression
+    linear_probe: LinearProbe
     config: LearnConfig
 
     def train(self, trainer: Trainer, config: LearnConfig, epochs: int, count: int | None = None) -> list[Candidate]:
         """Trains the candidates of a config for some epochs of its schedule, on all images or the first few."""
         rows = torch.arange(count or len(self.activations), dtype=torch.int64, device="cpu")
         nothing = torch.empty(0, dtype=torch.long, device="cpu")
-        return trainer.run(self.regression, config.candidates, rows, nothing, epochs, "refit")[0]
+        return trainer.run(self.linear_probe, config.candidates, rows, nothing, epochs, "refit")[0]
 
     def pixels(self, rows: Sequence[int]) -> Tensor:
         """Some of the images as the backbone takes them."""
@@ -50,10 +50,10 @@ class DenseTraining:
     def __init__(self, setting: Setting) -> None:
         backbone, config = setting.backbone, setting.config
         (settings,) = config.candidates
-        first = first_tensors(backbone, setting.regression, settings, config.memory_std)
+        first = first_tensors(backbone, setting.linear_probe, settings, config.memory_std)
         self._setting = setting
         self._order = Trainer(setting.activations, [], config)._order
-        self._penalty = 1 / (setting.regression.strength * len(setting.activations))  # as the Trainer weighs it
+        self._penalty = 1 / (setting.linear_probe.strength * len(setting.activations))  # as the Trainer weighs it
         num_steps = -(-len(setting.activations) // config.batch_size) * config.epochs
         self._candidate = Candidate(settings, first, config, num_steps, backbone.device)
         self._model = DenseMask(backbone, [as_task(setting, "dense", first)])

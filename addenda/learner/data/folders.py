@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from addenda.backbones.finding import LeftOut, image_files, in_words, is_hidden, joined
+from addenda.backbones.image_files import LeftOut, image_files, in_words, is_hidden, joined
 from addenda.exceptions import DataError
 from addenda.learner.data.labelled import LabelledImages
 

@@ -9,16 +9,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from addenda.learner.objectives.multi_label import MultiLabel
-from addenda.learner.objectives.objective import ClassWeights, Groups, Objective, Regression, Targets
+from addenda.learner.objectives.objective import ClassWeights, Groups, LinearProbe, Objective, Targets
 from addenda.learner.objectives.single_label import SingleLabel
 
 __all__ = [
     "OBJECTIVES",
     "ClassWeights",
     "Groups",
+    "LinearProbe",
     "MultiLabel",
     "Objective",
-    "Regression",
     "SingleLabel",
     "Targets",
     "accuracy",

@@ -46,7 +46,7 @@ Groups = Sequence[str] | None
 
 
 @dataclass(frozen=True)
-class Regression:
+class LinearProbe:
     """A fitted logistic regression on the backbone's own feature: logits are feature @ weight.T + bias."""
 
     weight: Float[Tensor, "C D"]
@@ -212,16 +212,16 @@ class Objective(ABC):
                 break
         return STRENGTHS[int(np.argmin(tried))]
 
-    def fit_regression(
+    def fit_linear_probe(
         self, features: Float[Tensor, "N D"], targets: Targets, strength: float, num_classes: int | None = None
-    ) -> Regression:
+    ) -> LinearProbe:
         """An L2 logistic regression, fitted to convergence by scikit-learn.
 
         Without `num_classes`, there are as many classes as the targets have.
         """
         x, mean = _centred(features)
         weight, bias = self._fit(x, targets.numpy(), strength, num_classes)
-        return Regression(torch.from_numpy(weight).float(), torch.from_numpy(bias - weight @ mean).float(), strength)
+        return LinearProbe(torch.from_numpy(weight).float(), torch.from_numpy(bias - weight @ mean).float(), strength)
 
     @abstractmethod
     def strata(self, targets: Targets) -> Int[Tensor, " N"]:

@@ -12,10 +12,10 @@ from addenda.exceptions import IntegrityError
 from addenda.registry.audit.faults import PAGE, Fault, any_text, pages, readable, rows_alone
 from addenda.registry.store import schema
 from addenda.registry.store.artifact import read
-from addenda.registry.store.hashing import digest
-from addenda.registry.store.loading import FeatureStatistics
+from addenda.registry.store.digests import digest
 from addenda.registry.store.names import NAME
 from addenda.registry.store.queries import ref_column
+from addenda.registry.store.task_reader import FeatureStatistics
 
 
 def content_faults(connection: Connection) -> Iterator[Fault]:

@@ -16,7 +16,7 @@ from addenda.registry.store.records import EvaluationRecord, TaskRecord
 _PER_CLASS = "per_class"
 
 
-class Difference(NamedTuple):
+class VersionDifference(NamedTuple):
     """One thing that two versions do not share.
 
     Attributes:
@@ -32,11 +32,11 @@ class Difference(NamedTuple):
     other: Any
 
 
-def compare(one: TaskRecord, other: TaskRecord) -> list[Difference]:
+def compare(one: TaskRecord, other: TaskRecord) -> list[VersionDifference]:
     """What differs between two versions, section by section; nothing where all is shared but who, when and number."""
     others = _sections(other)
     return [
-        Difference(section, *found)
+        VersionDifference(section, *found)
         for section, ours in _sections(one).items()
         for found in _differing(ours, others[section])
     ]
@@ -146,9 +146,9 @@ def _scored(before: list[EvaluationRecord], now: EvaluationRecord, numerics: _Nu
     return Scored(now, earlier.event_id, "unexplained", f"{what} under the same numerics: {changed}")
 
 
-def _method(scoring: EvaluationRecord) -> str:
+def _method(evaluation: EvaluationRecord) -> str:
     """How its logits were hashed: what stands before the colon of the digest, where version 0.1 has none."""
-    return scoring.logits_digest.rpartition(":")[0]
+    return evaluation.logits_digest.rpartition(":")[0]
 
 
 def _close(one: Any, other: Any) -> bool:

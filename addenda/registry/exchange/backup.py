@@ -16,7 +16,7 @@ from addenda.files import Hold, discard, is_claimed, put, written
 from addenda.registry.audit.integrity import Integrity, check_rows
 from addenda.registry.store import schema
 from addenda.registry.store.database import connect, database_errors, described, mode, reading, writing
-from addenda.registry.store.hashing import digest
+from addenda.registry.store.digests import digest
 from addenda.registry.store.ledger import tell
 from addenda.registry.store.upgrade import check_readable, upgrade
 

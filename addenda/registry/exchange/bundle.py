@@ -18,9 +18,9 @@ from safetensors.numpy import save
 
 from addenda.exceptions import IntegrityError, RegistryError
 from addenda.files import written
-from addenda.registry.exchange.gathering import Arrived, Read
 from addenda.registry.exchange.manifest import Contents, fault
-from addenda.registry.store.hashing import blamed, canonical_json, digest
+from addenda.registry.exchange.selection import Arrived, Read
+from addenda.registry.store.digests import blamed, canonical_json, digest
 
 FORMAT = 1
 _KEY, _MANIFEST = "addenda", "manifest"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, create_model
 
 from addenda.exceptions import IntegrityError
-from addenda.registry.store.hashing import canonical_json
+from addenda.registry.store.digests import canonical_json
 from addenda.registry.store.names import check_name, check_tag, check_text
 from addenda.registry.store.records import ROWS, default_of
 
@@ -95,7 +95,7 @@ class Entry(_Part):
             yield self.statistics
 
 
-class Alias(_Part):
+class BundledAlias(_Part):
     """`name@alias` points at a version."""
 
     name: Name

@@ -13,7 +13,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from addenda.exceptions import IntegrityError
-from addenda.registry.store.hashing import canonical_json, digest
+from addenda.registry.store.digests import canonical_json, digest
 from addenda.registry.store.header import end, parts
 from addenda.registry.store.objectives import OBJECTIVES
 

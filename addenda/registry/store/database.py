@@ -19,7 +19,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from addenda.exceptions import RegistryError, RegistryFaultError, RegistryUnavailableError
 from addenda.files import permissions
-from addenda.registry.store.hashing import canonical_json
+from addenda.registry.store.digests import canonical_json
 
 OUTAGES = frozenset({
     sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL,

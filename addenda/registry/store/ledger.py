@@ -17,7 +17,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine, Select, Table, func, insert, select, text
 
 from addenda.registry.store import schema
-from addenda.registry.store.hashing import canonical_json, digest
+from addenda.registry.store.digests import canonical_json, digest
 from addenda.registry.store.records import ROWS, defaults
 
 POLL_S = 0.2

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 
-class Objective(NamedTuple):
+class ObjectiveMeaning(NamedTuple):
     """What an objective means, wherever logits are read."""
 
     headline: str  # a key of what the learner's objective scores
@@ -14,8 +14,8 @@ class Objective(NamedTuple):
 
 
 OBJECTIVES = {
-    "single-label": Objective("accuracy", exclusive=True),
-    "multi-label": Objective("mean_average_precision", exclusive=False),
+    "single-label": ObjectiveMeaning("accuracy", exclusive=True),
+    "multi-label": ObjectiveMeaning("mean_average_precision", exclusive=False),
 }
 
 

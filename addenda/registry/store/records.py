@@ -121,7 +121,7 @@ class GoldenRow(Stamped):
 
 
 @dataclass(frozen=True)
-class Scoring:
+class Evaluation:
     """One scoring of a task: on what, under which numerics, and what came out.
 
     Attributes:
@@ -139,7 +139,7 @@ class Scoring:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationRow(Stamped, Scoring):
+class EvaluationRow(Stamped, Evaluation):
     """A scoring as it was recorded, at a generation of the registry where it was made."""
 
     generation: int

@@ -14,14 +14,14 @@ from sqlalchemy import Connection, Row, insert, select
 import addenda
 from addenda.exceptions import IntegrityError, NameTakenError, RegistryError, RetiredError
 from addenda.registry.store import ledger, schema
-from addenda.registry.store.hashing import digest
+from addenda.registry.store.digests import digest
 from addenda.registry.store.ledger import Writer, next_id
-from addenda.registry.store.loading import FeatureStatistics, load_task
 from addenda.registry.store.names import check_labels, check_new_name
 from addenda.registry.store.objectives import score_of
 from addenda.registry.store.queries import find, ref_of
-from addenda.registry.store.records import Scoring
+from addenda.registry.store.records import Evaluation
 from addenda.registry.store.task import Golden, Task, check_unwritten, is_finite
+from addenda.registry.store.task_reader import FeatureStatistics, load_task
 
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "safetensors")
 
@@ -42,7 +42,7 @@ def register(
     probe: Mapping[str, Any],
     statistics: FeatureStatistics | None,
     new_version: bool,
-    evaluations: Sequence[Scoring],
+    evaluations: Sequence[Evaluation],
 ) -> Task:
     """Adds a task as `Registry.register` says, with its golden probe's row."""
     connection = to.connection

@@ -21,7 +21,7 @@ from sqlalchemy import (
     text,
 )
 
-from addenda.registry.store.hashing import canonical_json
+from addenda.registry.store.digests import canonical_json
 from addenda.registry.store.records import ROWS, Event, columns_of, defaults
 
 metadata = MetaData(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from addenda.exceptions import IntegrityError
 from addenda.registry.store.artifact import TENSORS, LowRank, adapters, pack, read
-from addenda.registry.store.hashing import digest
+from addenda.registry.store.digests import digest
 from addenda.registry.store.header import end
 from addenda.registry.store.objectives import OBJECTIVES
 

@@ -13,7 +13,7 @@ from addenda.benchmarks.baselines.dense_mask import DenseMask
 from addenda.learner import ActivationCache, Augmentation
 from addenda.learner.activations import Activations
 from addenda.learner.data import open_images
-from addenda.learner.stream import stream_features
+from addenda.learner.token_stream import stream_features
 from tests.learner.test_learner import noise
 from tests.support.tasks import random_task
 from tests.support.tiny import tiny_eva, tiny_vit

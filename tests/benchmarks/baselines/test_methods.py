@@ -15,11 +15,11 @@ from PIL import Image
 from pydantic import ValidationError
 
 from addenda import FrozenBackbone
-from addenda.benchmarks.baselines.finetuning import Classifier, FineTuning, Recipe
+from addenda.benchmarks.baselines.finetuning import Classifier, FineTuning, SchedulePlugin
 from addenda.benchmarks.baselines.frozen_features import RIDGES, choose_ridge
 from addenda.benchmarks.baselines.method import BaselineSettings, Method, Scores
 from addenda.benchmarks.baselines.methods import BASELINES, baseline
-from addenda.benchmarks.baselines.regimes import Rate, RivalConfig, rival_logits, train_rival
+from addenda.benchmarks.baselines.paper_methods import BaselineConfig, Rate, baseline_logits, train_baseline
 from addenda.benchmarks.continual.stream import Experience, Stream
 from addenda.benchmarks.strategy import NEVER
 from addenda.exceptions import TrainingError
@@ -90,45 +90,45 @@ def test_told_the_task_every_method_learns_and_classes_not_met_are_never_offered
     name: str, tiny: FrozenBackbone
 ) -> None:
     method = make(name, tiny)
-    assert columns(method.scores(STREAM.experiences[0]).untold) == set()
+    assert columns(method.scores(STREAM.experiences[0]).class_incremental) == set()
     before = tiny.backbone_logits(torch.ones(1, 3, 32, 32))
     for number, experience in enumerate(STREAM.experiences):
         method.learn(number)
         scores = method.scores(experience)
         if name == "joint" and number < 2:
-            assert columns(scores.untold) == columns(scores.told) == set()
+            assert columns(scores.class_incremental) == columns(scores.task_incremental) == set()
             continue
-        assert columns(scores.told) == set(experience.classes)
-        assert columns(scores.untold) == set(range(2 * number + 2))
-        assert right(scores.told, experience) >= 0.8
+        assert columns(scores.task_incremental) == set(experience.classes)
+        assert columns(scores.class_incremental) == set(range(2 * number + 2))
+        assert right(scores.task_incremental, experience) >= 0.8
         if number < 2:
-            assert columns(method.scores(STREAM.experiences[2]).told) == set()
+            assert columns(method.scores(STREAM.experiences[2]).task_incremental) == set()
     assert torch.equal(tiny.backbone_logits(torch.ones(1, 3, 32, 32)), before)
     tiny.check_unchanged()
 
 
 @pytest.mark.parametrize("name", BASELINES)
 def test_the_same_seed_gives_the_same_scores(name: str, tiny: FrozenBackbone) -> None:
-    def untold(method: Method) -> torch.Tensor:
-        return torch.cat([method.scores(one).untold for one in STREAMS["two"].experiences])
+    def class_incremental(method: Method) -> torch.Tensor:
+        return torch.cat([method.scores(one).class_incremental for one in STREAMS["two"].experiences])
 
-    first = untold(learned(name, tiny, "two", epochs=1))
+    first = class_incremental(learned(name, tiny, "two", epochs=1))
     torch.rand(5)  # what others draw does not matter
-    assert torch.equal(first, untold(learned.__wrapped__(name, tiny, "two", epochs=1)))
+    assert torch.equal(first, class_incremental(learned.__wrapped__(name, tiny, "two", epochs=1)))
     if name not in ("nearest-mean", *PER_TASK):
-        assert not torch.equal(first, untold(learned(name, tiny, "two", epochs=1, seed=4)))
+        assert not torch.equal(first, class_incremental(learned(name, tiny, "two", epochs=1, seed=4)))
 
 
 @pytest.mark.slow
 def test_naive_fine_tuning_forgets_and_what_holds_it_back_changes_it(tiny: FrozenBackbone) -> None:
     first = STREAM.experiences[0]
-    assert right(learned("naive", tiny, count=1).scores(first).untold, first) >= 0.9
-    left = learned("naive", tiny).scores(first).untold
+    assert right(learned("naive", tiny, count=1).scores(first).class_incremental, first) >= 0.9
+    left = learned("naive", tiny).scores(first).class_incremental
     assert right(left, first) <= 0.2
-    replayed = learned("replay", tiny).scores(first).untold
+    replayed = learned("replay", tiny).scores(first).class_incremental
     assert right(replayed, first) >= 0.8
     for name in ("ewc", "lwf"):
-        assert not torch.equal(learned(name, tiny).scores(first).untold, left)
+        assert not torch.equal(learned(name, tiny).scores(first).class_incremental, left)
 
 
 @pytest.mark.parametrize("name", PER_TASK)
@@ -136,9 +136,9 @@ def test_a_method_per_task_keeps_every_byte_told_the_task(name: str, tiny: Froze
     first = STREAM.experiences[0]
     alone = learned(name, tiny, "two", count=1, epochs=1).scores(first)
     among = learned.__wrapped__(name, tiny, "two", epochs=1).scores(first)  # it is asked now for the first time
-    assert alone.told.numpy().tobytes() == among.told.numpy().tobytes()
-    assert torch.equal(among.untold[:, :2], among.told[:, :2])
-    assert (among.untold[:, 2:4] > NEVER).all()
+    assert alone.task_incremental.numpy().tobytes() == among.task_incremental.numpy().tobytes()
+    assert torch.equal(among.class_incremental[:, :2], among.task_incremental[:, :2])
+    assert (among.class_incremental[:, 2:4] > NEVER).all()
 
 
 @pytest.mark.parametrize("name", BASELINES)
@@ -146,14 +146,14 @@ def test_classes_may_be_shared_by_all_experiences(name: str, tiny: FrozenBackbon
     domains = STREAMS["domains"]
     assert domains.shares_classes
     method = learned(name, tiny, "domains")
-    told, untold = zip(*(method.scores(one) for one in domains.experiences), strict=True)
-    assert columns(torch.cat(untold)) == columns(torch.cat(told)) == {0, 2, 4}
-    assert all(right(scores, one) >= 0.8 for scores, one in zip(told, domains.experiences, strict=True))
+    task_incremental, class_incremental = zip(*(method.scores(one) for one in domains.experiences), strict=True)
+    assert columns(torch.cat(class_incremental)) == columns(torch.cat(task_incremental)) == {0, 2, 4}
+    assert all(right(scores, one) >= 0.8 for scores, one in zip(task_incremental, domains.experiences, strict=True))
     if name in ONE_HEAD:
-        assert all(torch.equal(*pair) for pair in zip(told, untold, strict=True))
+        assert all(torch.equal(*pair) for pair in zip(task_incremental, class_incremental, strict=True))
     else:
-        assert all((pair[1] >= pair[0]).all() for pair in zip(told, untold, strict=True))
-        assert any((pair[1] > pair[0]).any() for pair in zip(told, untold, strict=True))
+        assert all((pair[1] >= pair[0]).all() for pair in zip(task_incremental, class_incremental, strict=True))
+        assert any((pair[1] > pair[0]).any() for pair in zip(task_incremental, class_incremental, strict=True))
 
 
 def test_prices_count_what_is_kept(tiny: FrozenBackbone) -> None:
@@ -184,21 +184,23 @@ def test_prices_count_what_is_kept(tiny: FrozenBackbone) -> None:
     assert 4 * 8 * 3 * 2 * width < lora.stored_bytes < full.stored_bytes
 
 
-@pytest.mark.parametrize("regime", ["full", "lora-4"])
-def test_a_rival_answers_other_images_as_it_was_scored(regime: str, tiny: FrozenBackbone) -> None:
+@pytest.mark.parametrize("method", ["full", "lora-4"])
+def test_a_rival_answers_other_images_as_it_was_scored(method: str, tiny: FrozenBackbone) -> None:
     experience = stream([(0, 1, 2, 3, 4, 5)]).experiences[0]
     train, test = experience.own(experience.train), experience.own(experience.test)
-    rival = train_rival(regime, tiny, train, test, RivalConfig(epochs=2, batch_size=8, rates=(Rate("adamw", 3e-3),)))
-    logits = rival_logits(tiny, rival, test.read_all(tiny))
-    assert torch.equal(logits.argmax(1) == test.targets, rival.right)
-    assert not rival.right.all() or torch.unique(logits, dim=0).shape[0] == len(test)
+    baseline = train_baseline(
+        method, tiny, train, test, BaselineConfig(epochs=2, batch_size=8, rates=(Rate("adamw", 3e-3),))
+    )
+    logits = baseline_logits(tiny, baseline, test.read_all(tiny))
+    assert torch.equal(logits.argmax(1) == test.targets, baseline.right)
+    assert not baseline.right.all() or torch.unique(logits, dim=0).shape[0] == len(test)
 
 
 @pytest.mark.parametrize("name", ["naive", "lwf", "replay", "joint"])
 def test_each_experience_has_a_whole_schedule_of_its_own(name: str, tiny: FrozenBackbone) -> None:
     method = learned(name, tiny, "two", epochs=1)
     assert isinstance(method, FineTuning)
-    recipe = next(plugin for plugin in method._strategy.plugins if isinstance(plugin, Recipe))
+    recipe = next(plugin for plugin in method._strategy.plugins if isinstance(plugin, SchedulePlugin))
     steps = 4 if name == "joint" else 2  # 16 images an experience, 8 in a batch
     assert recipe._step == steps
     last = QUICK.finetuning_rate * schedule(steps - 1, QUICK.warmup_steps, steps)
@@ -213,7 +215,7 @@ def test_avalanches_deprecations_are_not_the_users(tiny: FrozenBackbone) -> None
 
 def test_fine_tuning_sees_other_views_where_it_augments(tiny: FrozenBackbone) -> None:
     plain, varied = (
-        learned("naive", tiny, "two", count=1, epochs=1, augment=augment).scores(STREAM.experiences[0]).told
+        learned("naive", tiny, "two", count=1, epochs=1, augment=augment).scores(STREAM.experiences[0]).task_incremental
         for augment in (False, True)
     )
     assert not torch.equal(plain, varied)
@@ -260,17 +262,17 @@ def test_a_setting_that_does_not_exist_is_refused() -> None:
 
 def test_every_baseline_has_a_line() -> None:
     assert len({known.label for known in BASELINES.values()}) == len(BASELINES)
-    assert baseline("lora-3").note.startswith("of rank 3, by PEFT; forgets nothing either when the task is told")
+    assert baseline("lora-3").note.startswith("of rank 3, by PEFT; no forgetting in the task-incremental setting")
     for unknown in ("lora-0", "lora", "der"):
         with pytest.raises(TrainingError, match=rf"Baseline '{unknown}' is not known. Known: naive, joint"):
             baseline(unknown)
 
 
 def test_autocast_changes_passes_but_not_the_heads_precision(tiny: FrozenBackbone) -> None:
-    def told(name: str, autocast: bool) -> Scores:
+    def task_incremental(name: str, autocast: bool) -> Scores:
         return learned(name, tiny, count=1, epochs=1, autocast=autocast).scores(STREAM.experiences[0])
 
     for name in ("naive", "full"):
-        half, whole = told(name, True), told(name, False)
-        assert half.told.dtype == torch.float32
-        assert not torch.equal(half.told, whole.told)
+        half, whole = task_incremental(name, True), task_incremental(name, False)
+        assert half.task_incremental.dtype == torch.float32
+        assert not torch.equal(half.task_incremental, whole.task_incremental)

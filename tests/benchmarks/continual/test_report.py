@@ -12,16 +12,23 @@ from typing import Any
 import pytest
 import torch
 
+from addenda.benchmarks.continual.columns import exactness, verdict
 from addenda.benchmarks.continual.comparison import compare_reports, print_comparison
 from addenda.benchmarks.continual.report import accuracy_so_far, mean_matrix, write_report
-from addenda.benchmarks.continual.results import Cell, ExperienceNote, MethodNote, Metrics, Results, read_results
-from addenda.benchmarks.continual.tables import exactness, verdict
+from addenda.benchmarks.continual.results import (
+    Cell,
+    ContinualMetrics,
+    ExperienceNote,
+    MethodNote,
+    Results,
+    read_results,
+)
 from addenda.exceptions import DataError
 from addenda.terminal import console
 
 HOSTILE = "<script>document.title = 'broken'</script> | $\\frac"
 NOTES = {
-    "addenda": MethodNote("addenda", "addenda", "forgets nothing when told the task", verified=True),
+    "addenda": MethodNote("addenda", "addenda", "no forgetting, task-incremental", verified=True),
     "finetune": MethodNote("finetune", "full fine-tuning", "", verified=True),
     "prompt": MethodNote("prompt", f"prompts {HOSTILE}", "a port", verified=False),
 }
@@ -30,38 +37,39 @@ LOST = {"addenda": 0.0, "finetune": 0.35, "prompt": 0.1}
 
 
 def cell(method: str, seed: int, num_experiences: int = 3) -> Cell:
-    """Accuracy is lost at one rate with each later experience, and a little more when the task is untold."""
+    """Accuracy is lost at one rate with each later experience, and a little more class-incrementally."""
     many = range(num_experiences)
 
     def matrix(less: float) -> list[list[float | None]]:
         learned, lost = LEARNED[method][seed] - less, LOST[method] + less / 2
         return [[learned - lost * (i - j) if j <= i else 0.125 if j == i + 1 else None for j in many] for i in many]
 
-    def metrics(rows: list[list[float | None]]) -> Metrics:
+    def metrics(rows: list[list[float | None]]) -> ContinualMetrics:
         met = torch.tensor([[value or 0.0 for value in row] for row in rows], dtype=torch.float64).tril()
         forgetting = (met.diagonal() - met[-1])[:-1].mean().item() if num_experiences > 1 else None
         means = met.sum(1) / torch.arange(1, num_experiences + 1)
-        return Metrics(
+        return ContinualMetrics(
             means[-1].item(), means.mean().item(), forgetting, None if forgetting is None else -forgetting, None
         )
 
-    told, untold = matrix(0.0), matrix(0.08)
+    task_incremental, class_incremental = matrix(0.0), matrix(0.08)
     return Cell(
-        method=method, seed=seed, told=told, untold=untold,
+        method=method, seed=seed, task_incremental=task_incremental, class_incremental=class_incremental,
         comparisons=num_experiences * (num_experiences - 1) // 2,
         identical=method == "addenda" if num_experiences > 1 else None,
         max_difference=0.0 if method == "addenda" else 0.31 + seed,
         changed_decisions=0.02 + 0.01 * seed if method == "addenda" else None,
         train_seconds=[10.0 + seed + i for i in many], stored_bytes=23_456.0 * (1 + len(method)),
         relative_inference=1.0 if method != "prompt" else 2.25,
-        told_metrics=metrics(told), untold_metrics=metrics(untold),
+        task_incremental_metrics=metrics(task_incremental), class_incremental_metrics=metrics(class_incremental),
         extra={"routers": {"nearest mean": 0.8 + 0.1 * seed}, "auroc": 0.875} if method == "addenda" else {},
     )  # fmt: skip
 
 
 def run(num_experiences: int = 3, seeds: tuple[int, ...] = (0, 1)) -> Results:
     return Results(
-        stream="shapes", command="addenda bench continual shapes.yaml", hardware="two cores", expected={"told": 0.92},
+        stream="shapes", command="addenda bench continual shapes.yaml", hardware="two cores",
+        expected={"task_incremental": 0.92},
         experiences=[ExperienceNote(f"shapes_{i}", [2 * i, 2 * i + 1], 40 + i, 20 + i) for i in range(num_experiences)],
         labels=[HOSTILE, *(f"shape {i}" for i in range(1, 2 * num_experiences))],
         config={"seeds": list(seeds), "methods": {"addenda": {"epochs": 30}}},
@@ -103,13 +111,16 @@ def test_every_figure_of_the_table_is_the_inputs(results: Results, folder: Path,
     cells = [one for one in results.cells if one.method == name]
     label = {"addenda": "addenda", "finetune": "full fine-tuning", "prompt": "prompts &lt;script"}[name]
     shown = row_of((folder / "report.md").read_text(), label)
-    told, untold = [one.told_metrics for one in cells], [one.untold_metrics for one in cells]
+    task_incremental, class_incremental = (
+        [one.task_incremental_metrics for one in cells],
+        [one.class_incremental_metrics for one in cells],
+    )
     assert shown[1:6] == [
-        over_seeds([m.average_accuracy for m in told], 100, 1),
-        over_seeds([m.average_accuracy for m in untold], 100, 1),
-        over_seeds([m.average_incremental_accuracy for m in untold], 100, 1),
-        over_seeds([m.forgetting for m in told], 100, 1),
-        over_seeds([m.forgetting for m in untold], 100, 1),
+        over_seeds([m.average_accuracy for m in task_incremental], 100, 1),
+        over_seeds([m.average_accuracy for m in class_incremental], 100, 1),
+        over_seeds([m.average_incremental_accuracy for m in class_incremental], 100, 1),
+        over_seeds([m.forgetting for m in task_incremental], 100, 1),
+        over_seeds([m.forgetting for m in class_incremental], 100, 1),
     ]
     assert shown[6] == ("identical" if name == "addenda" else "moves by 1.3")
     assert shown[7] == {"addenda": "187.6 kB", "finetune": "211.1 kB", "prompt": "164.2 kB"}[name]
@@ -125,14 +136,14 @@ def test_one_seed_has_no_spread(tmp_path: Path) -> None:
 
 
 def test_the_verdict_says_what_was_measured(results: Results) -> None:
-    lost = "forgetting 0.0 ± 0.0 points told, 6.0 ± 0.0 untold."
+    lost = "forgetting 0.0 ± 0.0 points task-incremental, 6.0 ± 0.0 class-incremental."
     assert verdict(results) == f"addenda: old tasks' logits identical, byte for byte, in all 2 seeds; {lost}"
     broken = [replace(one, identical=False, max_difference=3e-5) if one.method == "addenda" and one.seed else one
               for one in results.cells]  # fmt: skip
     moved = verdict(replace(results, cells=broken))
     assert moved == f"addenda: old tasks' logits MOVED in 1 of 2 seeds (moves by 3e-05); {lost}"
     others = replace(results, methods=results.methods[1:], cells=results.cells[2:])
-    assert verdict(others) == "prompts " + HOSTILE + ": the highest average accuracy, untold, 63.5 ± 2.1 %."
+    assert verdict(others) == "prompts " + HOSTILE + ": the highest class-incremental average accuracy, 63.5 ± 2.1 %."
 
 
 def test_one_experience_proves_nothing(tmp_path: Path) -> None:
@@ -156,7 +167,7 @@ def test_the_proof_counts_each_old_task_after_each_later_experience(folder: Path
 
 def test_the_notes_say_what_the_table_cannot(folder: Path) -> None:
     text = (folder / "report.md").read_text()
-    assert "those given when learned: addenda 2.5 ± 0.7 %." in text
+    assert "old experiences: addenda 2.5 ± 0.7 %." in text
     assert "code not checked against a published figure" in text
     assert "| addenda | routers: nearest mean | 85.0 ± 7.1 % |" in text
     assert "| addenda | auroc | 0.875 |" in text
@@ -173,16 +184,19 @@ def test_before_it_is_learned_an_experience_has_figures_only_where_it_can_be_ans
     new = [
         replace(one, **{
             setting: [[v if j <= i else None for j, v in enumerate(row)] for i, row in enumerate(getattr(one, setting))]
-            for setting in ("told", "untold")
+            for setting in ("task_incremental", "class_incremental")
         }) for one in results.cells
     ]  # fmt: skip
     write_report(replace(results, cells=new), tmp_path)
     assert not any("in italics" in (tmp_path / name).read_text() for name in ("report.md", "report.html"))
-    some = [replace(one, untold_metrics=replace(one.untold_metrics, forward_transfer=0.25)) for one in results.cells]
+    some = [
+        replace(one, class_incremental_metrics=replace(one.class_incremental_metrics, forward_transfer=0.25))
+        for one in results.cells
+    ]
     write_report(replace(results, cells=some), tmp_path)
     text = (tmp_path / "report.md").read_text().partition("All of Avalanche's figures")[2]
-    assert row_of(text, "full fine-tuning | told")[-1] == "–"
-    assert row_of(text, "full fine-tuning | untold")[-1] == "25.0 ± 0.0"
+    assert row_of(text, "full fine-tuning | task-incremental")[-1] == "–"
+    assert row_of(text, "full fine-tuning | class-incremental")[-1] == "25.0 ± 0.0"
 
 
 def test_what_the_file_expects_is_said_to_be_the_files_and_left_out_where_there_is_none(
@@ -198,11 +212,11 @@ def test_what_the_file_expects_is_said_to_be_the_files_and_left_out_where_there_
 
 def test_pictures_show_means_over_seeds_and_over_what_was_met(results: Results) -> None:
     cells = results.of("finetune")
-    told = mean_matrix(cells, "told")
-    assert told[1] == pytest.approx([0.955 - 0.35, 0.955, 0.125])
-    assert told[0][2] is None
+    task_incremental = mean_matrix(cells, "task_incremental")
+    assert task_incremental[1] == pytest.approx([0.955 - 0.35, 0.955, 0.125])
+    assert task_incremental[0][2] is None
     second = accuracy_so_far(cells)[1]
-    each = [(one.untold[1][0] + one.untold[1][1]) / 2 for one in cells]
+    each = [(one.class_incremental[1][0] + one.class_incremental[1][1]) / 2 for one in cells]
     assert second.mean == pytest.approx(sum(each) / 2)
     assert second.deviation == pytest.approx(torch.tensor(each, dtype=torch.float64).std().item())
 
@@ -239,11 +253,11 @@ def damaged(values: dict[str, Any], change: str) -> str:
     if change == "unknown key":
         values["surprise"] = 1
     elif change == "an accuracy of 91":
-        values["cells"][0]["told"][0][0] = 91
+        values["cells"][0]["task_incremental"][0][0] = 91
     elif change == "a short row":
-        values["cells"][0]["untold"][1].pop()
+        values["cells"][0]["class_incremental"][1].pop()
     elif change == "a hole":
-        values["cells"][0]["told"][2][0] = None
+        values["cells"][0]["task_incremental"][2][0] = None
     elif change == "identical, but not":
         values["cells"][0]["max_difference"] = 0.5
     elif change == "a cell twice":
@@ -264,8 +278,8 @@ def damaged(values: dict[str, Any], change: str) -> str:
         ("cut off", "Invalid JSON: EOF while parsing"),
         ("unknown key", "surprise"),
         ("an accuracy of 91", "less than or equal to 1"),
-        ("a short row", "untold is not a square"),
-        ("a hole", "told has no accuracy on an experience that was learned"),
+        ("a short row", "class_incremental is not a square"),
+        ("a hole", "task_incremental has no accuracy on an experience that was learned"),
         ("identical, but not", "identical, yet max_difference is 0.5"),
         ("a cell twice", "a method has two cells of one seed"),
         ("a method without cells", "methods are not those of the cells"),
@@ -293,13 +307,14 @@ def test_results_that_are_missing_or_foreign_are_refused_by_name(tmp_path: Path)
 
 
 def test_a_comparison_gives_b_less_a_with_both_spreads(results: Results, tmp_path: Path) -> None:
-    better = [replace(one, told_metrics=replace(one.told_metrics, average_accuracy=0.96 + 0.02 * one.seed))
+    better = [replace(one, task_incremental_metrics=replace(one.task_incremental_metrics,
+                                                            average_accuracy=0.96 + 0.02 * one.seed))
               for one in results.cells if one.method != "prompt"]  # fmt: skip
     other = replace(results, cells=better, methods=results.methods[:2], environment={"torch": "3.0", "threads": 1})
     a, b = kept(results, tmp_path / "a"), kept(other, tmp_path / "b")
     comparison = compare_reports(a, b / "results.json")
     first = comparison.to_json()["differences"][0]
-    assert (first["method"], first["figure"]) == ("addenda", "average_accuracy_told")
+    assert (first["method"], first["figure"]) == ("addenda", "average_accuracy_task_incremental")
     assert (first["a"]["mean"], first["b"]["mean"], first["change"]) == pytest.approx((0.92, 0.97, 0.05))
     assert first["a"]["deviation"] == first["b"]["deviation"] == pytest.approx(0.02 / 2**0.5)
     assert {one.method for one in comparison.differences} == {"addenda", "finetune"}
@@ -310,7 +325,10 @@ def test_a_comparison_gives_b_less_a_with_both_spreads(results: Results, tmp_pat
     with console.capture() as capture:
         print_comparison(comparison)
     lines = capture.get().splitlines()
-    assert any(re.search(r"addenda.*told, % .* 92\.0 ± 1\.4 .* 97\.0 ± 1\.4 .* \+5\.0", line) for line in lines)
+    assert any(
+        re.search(r"addenda.*task-incremental accuracy, % .* 92\.0 ± 1\.4 .* 97\.0 ± 1\.4 .* \+5\.0", line)
+        for line in lines
+    )
     assert any(line.endswith("a; only there: prompt") for line in lines)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from addenda import FrozenBackbone
-from addenda.benchmarks.training.run import measure_filling
+from addenda.benchmarks.training.learning_cost import measure_filling
 from addenda.learner import Augmentation
 from addenda.learner.data import open_images
 from tests.support.images import colour_folder

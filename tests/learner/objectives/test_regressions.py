@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from sklearn.model_selection import KFold
 
-from addenda.learner.objectives import Regression, objective_of
+from addenda.learner.objectives import LinearProbe, objective_of
 from addenda.learner.objectives.objective import STRENGTHS
 
 
@@ -19,8 +19,8 @@ def choose_strength(features: torch.Tensor, targets: torch.Tensor, seed: int) ->
     return objective_of(targets).choose_strength(features, targets, seed)
 
 
-def fit_regression(features: torch.Tensor, targets: torch.Tensor, strength: float) -> Regression:
-    return objective_of(targets).fit_regression(features, targets, strength)
+def fit_linear_probe(features: torch.Tensor, targets: torch.Tensor, strength: float) -> LinearProbe:
+    return objective_of(targets).fit_linear_probe(features, targets, strength)
 
 
 def test_the_regression_is_converged_and_agrees_with_another_solver() -> None:
@@ -30,7 +30,7 @@ def test_the_regression_is_converged_and_agrees_with_another_solver() -> None:
     for classes in (3, 2):
         kept = targets < classes
         x, y = features[kept], targets[kept]
-        fitted = fit_regression(x, y, 0.3)
+        fitted = fit_linear_probe(x, y, 0.3)
         assert fitted.weight.shape == (classes, 6)
         ours = (x @ fitted.weight.T + fitted.bias).softmax(1)
         other = LogisticRegression(C=0.3, solver="newton-cg", tol=1e-8).fit(x.double().numpy(), y.numpy())
@@ -54,7 +54,7 @@ def tagged(count: int = 120, width: int = 6, seed: int = 0) -> tuple[torch.Tenso
 
 def test_each_label_is_fitted_against_the_rest() -> None:
     features, targets = tagged()
-    fitted = fit_regression(features, targets, 0.3)
+    fitted = fit_linear_probe(features, targets, 0.3)
     assert fitted.weight.shape == (3, 6)
     ours = (features @ fitted.weight.T + fitted.bias).sigmoid()
     for i in range(3):
@@ -67,7 +67,7 @@ def test_a_label_of_one_value_is_answered_by_how_often_it_was_seen() -> None:
     features, targets = tagged(8)
     targets[:, 0], targets[:, 2] = True, False
     targets[:4, 1], targets[4:, 1] = True, False
-    fitted = fit_regression(features, targets, 1.0)
+    fitted = fit_linear_probe(features, targets, 1.0)
     assert not fitted.weight[[0, 2]].any()
     assert fitted.weight[1].any()
     assert fitted.bias[[0, 2]].sigmoid().tolist() == pytest.approx([0.9, 0.1])

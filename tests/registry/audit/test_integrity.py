@@ -17,13 +17,13 @@ from sqlalchemy import exc as sql
 from sqlalchemy.engine import make_url
 from sqlalchemy.event import listen
 
-from addenda.registry import Registry, Scoring
+from addenda.registry import Evaluation, Registry
 from addenda.registry.audit import faults
 from addenda.registry.audit.integrity import Integrity, check_rows
 from addenda.registry.store import schema
-from addenda.registry.store.loading import load_task
 from addenda.registry.store.queries import find
 from addenda.registry.store.schema import statements
+from addenda.registry.store.task_reader import load_task
 from tests.support.databases import Database, Postgres, raw, rows, tamper, without_triggers
 from tests.support.registries import BACKBONE, FINGERPRINT, a_statistic, a_task, keep, probe
 
@@ -39,8 +39,8 @@ def fill(location: str | Path) -> None:
         keep(book, a_task("bystander", 1))
         parent = keep(book, a_task("strokes", 2, metrics=metrics, data={"count": 12}))
         child = a_task("digits", 3, parents=(parent,), config={"epochs": 20, "seed": None}, metrics=metrics)
-        scoring = Scoring("d" * 64, "n" * 64, {"accuracy": 0.875}, "l" * 64)
-        book.register(child, probe(child), a_statistic(), evaluations=[scoring])
+        evaluation = Evaluation("d" * 64, "n" * 64, {"accuracy": 0.875}, "l" * 64)
+        book.register(child, probe(child), a_statistic(), evaluations=[evaluation])
         keep(book, a_task("old", 4))
         book.register(a_task("twin", 3, parents=(parent,)), probe(child))
         book.set_alias("strokes", "production", 1)

@@ -20,7 +20,7 @@ from tests.support.databases import ON_SQLITE, everything, rows
 from tests.support.processes import FORKS, KILLED, killed_at_each_statement
 from tests.support.registries import (
     BACKBONE,
-    SCORING,
+    EVALUATION,
     a_large_task,
     a_statistic,
     a_task,
@@ -42,7 +42,7 @@ def registers(location: str) -> None:
     """A large task with all that can belong to one."""
     with Registry.open(location) as registry:
         task = a_large_task(parents=(registry.get("strokes"), registry.get("digits")))
-        registry.register(task, probe(task), a_statistic(), evaluations=[SCORING, SCORING])
+        registry.register(task, probe(task), a_statistic(), evaluations=[EVALUATION, EVALUATION])
 
 
 def registers_a_version(location: str) -> None:
@@ -57,7 +57,7 @@ def adds_a_probe(location: str) -> None:
 
 def adds_an_evaluation(location: str) -> None:
     with Registry.open(location) as registry:
-        registry.add_evaluation("digits:1", *vars(SCORING).values())
+        registry.add_evaluation("digits:1", *vars(EVALUATION).values())
 
 
 def sets_an_alias(location: str) -> None:

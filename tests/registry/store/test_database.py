@@ -19,7 +19,7 @@ from addenda.registry import Registry
 from addenda.registry.store import database as databases
 from tests.support.databases import ON_POSTGRESQL, address, everything, raw, rows
 from tests.support.places import ROOT
-from tests.support.registries import BACKBONE, HERE, SCORING, a_task, keep, probe
+from tests.support.registries import BACKBONE, EVALUATION, HERE, a_task, keep, probe
 
 
 def test_a_registry_stays_when_it_is_closed_and_opened_again(full_book, database):
@@ -153,7 +153,7 @@ def test_a_postgresql_role_with_a_writers_rights_of_the_documents_does_all_but_a
         writer.tag("birds", "new")
         writer.untag("birds", "new")
         writer.note("birds", "seen")
-        writer.add_evaluation("birds", *vars(SCORING).values())
+        writer.add_evaluation("birds", *vars(EVALUATION).values())
         writer.add_golden("birds", probe(a_task("birds", 8), "o" * 64))
         writer.retire("birds")
         assert writer.check_integrity().ok

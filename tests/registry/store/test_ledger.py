@@ -12,14 +12,14 @@ from addenda.registry import Registry
 from addenda.registry.store import ledger, schema
 from addenda.registry.store.database import reading
 from tests.support.databases import address, rows, tamper
-from tests.support.registries import BACKBONE, HERE, SCORING, a_task, keep, probe, verify_ledger
+from tests.support.registries import BACKBONE, EVALUATION, HERE, a_task, keep, probe, verify_ledger
 
 Change = Callable[[Registry], object]
 CHANGES: dict[str, Change] = {
     "backbone": lambda book: book.add_backbone({**BACKBONE, "fingerprint": "c" * 64}),
     "registered": lambda book: keep(book, a_task("birds", 8)),
     "golden": lambda book: book.add_golden("digits", probe(a_task(), "other")),
-    "evaluated": lambda book: book.add_evaluation("digits", *vars(SCORING).values()),
+    "evaluated": lambda book: book.add_evaluation("digits", *vars(EVALUATION).values()),
     "alias": lambda book: book.set_alias("digits", "staging", 1),
     "alias removed": lambda book: book.remove_alias("digits", "production"),
     "tagged": lambda book: book.tag("digits", "new"),

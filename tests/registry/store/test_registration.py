@@ -14,7 +14,7 @@ from addenda.exceptions import NameTakenError, RegistryError, UnknownTaskError
 from addenda.registry import Registry, check_name
 from addenda.registry.store import registration
 from tests.support.databases import rows
-from tests.support.registries import BACKBONE, FINGERPRINT, HERE, SCORING, a_task, keep, probe, same_content
+from tests.support.registries import BACKBONE, EVALUATION, FINGERPRINT, HERE, a_task, keep, probe, same_content
 
 
 def test_a_registered_task_comes_back_bit_for_bit(book):
@@ -69,17 +69,17 @@ def test_the_score_is_the_headline_of_the_test_images_else_of_the_validation_par
 
 
 def test_scorings_made_while_a_task_was_learned_are_registered_with_it(book):
-    task, other = a_task(), replace(SCORING, metrics={"accuracy": 0.25})
-    book.register(task, probe(task), evaluations=[SCORING, other])
+    task, other = a_task(), replace(EVALUATION, metrics={"accuracy": 0.25})
+    book.register(task, probe(task), evaluations=[EVALUATION, other])
     found = book.evaluations("digits")
     assert [(e.task, e.metrics, e.generation, e.event_id) for e in found] == [
         ("digits:1", {"accuracy": 0.75}, 2, 2),
         ("digits:1", {"accuracy": 0.25}, 2, 2),
     ]
     assert (found[0].data_fingerprint, found[0].numerics_fingerprint, found[0].logits_digest) == (
-        SCORING.data_fingerprint,
-        SCORING.numerics_fingerprint,
-        SCORING.logits_digest,
+        EVALUATION.data_fingerprint,
+        EVALUATION.numerics_fingerprint,
+        EVALUATION.logits_digest,
     )
     assert book.generation == 2
 
@@ -162,7 +162,9 @@ def test_a_valid_name_is_taken(book, name):
     assert keep(book, a_task(name)).name == name
 
 
-@pytest.mark.parametrize("name", ["", "Digits", "-a", "_a", "a b", "a:1", "a@b", "a/b", "é", "x" * 64, "a\n", "a\x00"])
+@pytest.mark.parametrize(
+    "name", ["", "DigitImages", "-a", "_a", "a b", "a:1", "a@b", "a/b", "é", "x" * 64, "a\n", "a\x00"]
+)
 def test_a_name_out_of_pattern_is_refused(shared_book, name):
     keep(shared_book, a_task("digits"))
     before = rows(shared_book)

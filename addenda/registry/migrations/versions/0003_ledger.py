@@ -6,7 +6,7 @@ from typing import Any
 import sqlalchemy as sa
 from alembic import op
 
-from addenda.registry.store.hashing import canonical_json, digest
+from addenda.registry.store.digests import canonical_json, digest
 from addenda.registry.store.ledger import stamp, tell
 from addenda.registry.store.objectives import score_of
 from addenda.registry.store.schema import create_triggers, drop_triggers
