@@ -1,4 +1,4 @@
-"""Learning many tasks at once: each row of a file is a task of a Ray cluster, after those that it builds on."""
+"""Parallel `learn-many` on a Ray cluster: each row of the file is a Ray task, run after the rows that it extends."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from addenda.backbones import FrozenBackbone
-from addenda.distributed.cluster import Workplace, check_shared, room
+from addenda.distributed.cluster import Workplace, check_shared, worker_capacity
 from addenda.exceptions import AddendaError, DataError
 from addenda.learner import ActivationCache, Learner, LearnRow, Outcome
 from addenda.learner.context import Report
@@ -25,25 +25,25 @@ from addenda.learner.many import Became, LearnManyResults, attempt, named
 from addenda.registry import Registry, Task
 
 RETRIES = 3
-"""How often a row is begun again because its worker, or the node under it, was lost."""
-SHOWN = 3
-"""Rows whose progress is shown in words."""
+"""How often a row is restarted after its worker or its node was lost."""
+MAX_SHOWN = 3
+"""Most rows whose progress is shown by name."""
 REFRESH_S = 1.0
-"""How often a worker says how far it is, and how often that is read."""
+"""Seconds between progress updates, both written by a worker and read by the driver."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class LearningJob:
-    """How rows are learned by the workers."""
+    """How the workers learn rows."""
 
-    place: Workplace
-    cpus: int = 1  # of a row: that many threads compute it, which is part of the numerics fingerprint
-    gpus: float = 0  # a row's share of one, at most 1
+    workplace: Workplace
+    cpus: int = 1  # per row, and its threads, which are part of the numerics fingerprint
+    gpus: float = 0  # per row, at most 1
     new_version: bool = False
     skip_bad: bool = False
-    cache_gb: float | None = None  # the most that kept activations take on a node's disk; as for `ActivationCache`
+    cache_gb: float | None = None  # budget of the activation cache on each node, as in `ActivationCache`
 
 
 def learn_on_cluster(
@@ -51,21 +51,21 @@ def learn_on_cluster(
 ) -> list[Outcome]:
     """Learns tasks, each after those that it extends, on the cluster that this process is connected to.
 
-    Their artifacts are those of `learn_many`. A row whose worker is lost is begun again elsewhere. A run that was
-    interrupted is taken up by another with the same rows.
+    The artifacts equal those of `learn_many`. A row whose worker is lost is restarted on another one. An interrupted
+    run is resumed by calling this again with the same rows.
     """
     import ray
 
     check_shared(registry)
-    if not room(job.cpus, job.gpus):  # a row would wait for ever
+    if not worker_capacity(job.cpus, job.gpus):  # a row would wait forever
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        largest = ", ".join(f"{node.get('CPU', 0):g} and {node.get('GPU', 0):g}" for node in nodes)
+        resources = ", ".join(f"{node.get('CPU', 0):g} and {node.get('GPU', 0):g}" for node in nodes)
         raise AddendaError(
-            f"A task takes {job.cpus} CPUs and {job.gpus:g} GPUs of one node; the nodes have {largest}. Ask for less: "
-            "--cpus, --gpus."
+            f"A task needs {job.cpus} CPUs and {job.gpus:g} GPUs of one node; the nodes have {resources}. Lower --cpus "
+            "or --gpus."
         )
     learn: Any = ray.remote(num_cpus=job.cpus, num_gpus=job.gpus, max_retries=RETRIES)(_learn)
-    board, results = Board(), LearnManyResults(registry, rows)
+    board, results = ProgressBoard(), LearnManyResults(registry, rows)
     outcomes: dict[int, Outcome] = {}
     running: dict[Any, int] = {}
     order = TopologicalSorter(predecessors(rows))
@@ -82,28 +82,29 @@ def learn_on_cluster(
                 finish(index, 0.0, Became(reason=obstacle))
             else:
                 running[learn.options(name=f"learn {row.name}").remote(job, row, board)] = index
-        for answer in ray.wait(list(running), timeout=REFRESH_S)[0] if running else ():
-            index = running.pop(answer)
-            finish(index, *_received(answer, rows[index]))
+        for reference in ray.wait(list(running), timeout=REFRESH_S)[0] if running else ():
+            index = running.pop(reference)
+            finish(index, *_result(reference, rows[index]))
         if report is not None:
-            at = board.read()
-            begun = [f"{name}: {at[name]}" for name in (rows[index].name for index in running.values()) if name in at]
-            more = [f"and {len(begun) - SHOWN} more"] if len(begun) > SHOWN else []
-            report(", ".join(["learning tasks", *begun[:SHOWN], *more]), len(outcomes), len(rows))
+            notes = board.read()
+            names = (rows[index].name for index in running.values())
+            started = [f"{name}: {notes[name]}" for name in names if name in notes]
+            more = [f"and {len(started) - MAX_SHOWN} more"] if len(started) > MAX_SHOWN else []
+            report(", ".join(["learning tasks", *started[:MAX_SHOWN], *more]), len(outcomes), len(rows))
     return [outcomes[index] for index in range(len(rows))]
 
 
 def predecessors(rows: Sequence[LearnRow]) -> dict[int, set[int]]:
-    """The earlier rows that each waits for, by their numbers from 0, so that it sees what it would see in order.
+    """The indices of the earlier rows that each row waits for, so that it sees the same tasks as in sequence.
 
-    It waits for those that it extends, and for those that extend an older task of its own name. One that extends
-    `"auto"` waits for all, and all later ones wait for it.
+    A row waits for the rows that it extends, and for rows that extend an older task of its own name. A row with
+    `extends="auto"` waits for all earlier rows, and all later rows wait for it.
     """
-    found: dict[int, set[int]] = {}
+    waits_for: dict[int, set[int]] = {}
     start = 0
     for index, row in enumerate(rows):
         auto = row.config.extends == "auto"
-        found[index] = {
+        waits_for[index] = {
             earlier
             for earlier in range(start, index)
             if auto
@@ -113,43 +114,43 @@ def predecessors(rows: Sequence[LearnRow]) -> dict[int, set[int]]:
         }
         if auto:
             start = index
-    return found
+    return waits_for
 
 
-def _received(answer: Any, row: LearnRow) -> tuple[float, Became]:
-    """How long a row took its worker, and what became of it."""
+def _result(reference: Any, row: LearnRow) -> tuple[float, Became]:
+    """Seconds that a row took and its result; logs the warnings of its worker."""
     import ray
     from ray.exceptions import RayError, RayTaskError
 
     try:
-        seconds, became, said = ray.get(answer)
-    except RayTaskError as error:  # before the row was begun: the worker lacks the package, say
+        seconds, became, warnings = ray.get(reference)
+    except RayTaskError as error:  # before the row started, for example because the worker lacks the package
         log.debug("Task %r:", row.name, exc_info=True)
-        return 0.0, Became(reason=f"its worker could not begin: {str(error.cause).strip().splitlines()[-1]}")
+        return 0.0, Became(reason=f"its worker could not start: {str(error.cause).strip().splitlines()[-1]}")
     except RayError as error:
-        return 0.0, Became(reason=f"{RETRIES + 1} workers were lost over it ({type(error).__name__})")
-    for level, message in said:
+        return 0.0, Became(reason=f"its worker was lost {RETRIES + 1} times ({type(error).__name__})")
+    for level, message in warnings:
         log.log(level, "%s: %s", row.name, message)
     return seconds, became
 
 
-def _learn(job: LearningJob, row: LearnRow, board: Board) -> tuple[float, Became, list[tuple[int, str]]]:
-    """Learns a row, on a worker: what `_received` gives, and what was warned of meanwhile."""
+def _learn(job: LearningJob, row: LearnRow, board: ProgressBoard) -> tuple[float, Became, list[tuple[int, str]]]:
+    """Learns a row on a worker: seconds, result, and the warnings logged meanwhile."""
     import ray
 
     started = time.perf_counter()
     report = board.reporter(row.name)
-    report("beginning", 0, 1)
+    report("starting", 0, 1)
     torch.set_num_threads(job.cpus)
 
     def learn() -> Task:
         for data in (row.data, row.test):
             if isinstance(data, str | Path) and not Path(data).exists():
                 raise DataError(
-                    f"Node {ray.util.get_node_ip_address()} does not see {str(data)!r}: every node must see the data, "
-                    "at the same path."
+                    f"{str(data)!r} does not exist on node {ray.util.get_node_ip_address()}; the data must be at the "
+                    "same path on every node."
                 )
-        _, registry, backbone = _opened(job.place)
+        _, registry, backbone = _opened(job.workplace)
         learner = Learner(backbone, registry, ActivationCache(budget_gb=job.cache_gb))
         return learner.learn(row.name, row.data, row.test, row.config, job.new_version, job.skip_bad, report=report)
 
@@ -160,60 +161,60 @@ def _learn(job: LearningJob, row: LearnRow, board: Board) -> tuple[float, Became
         became = attempt(row.name, learn)
     finally:
         logger.removeHandler(warnings)
-    said = [(record.levelno, warnings.format(record)) for record in warnings.buffer]
-    return time.perf_counter() - started, became, said
+    messages = [(record.levelno, warnings.format(record)) for record in warnings.buffer]
+    return time.perf_counter() - started, became, messages
 
 
 @lru_cache(maxsize=1)
-def _opened(place: Workplace) -> tuple[ExitStack, Registry, FrozenBackbone]:
-    """The registry and the backbone of a worker, kept from one row to the next for as long as the first is."""
+def _opened(workplace: Workplace) -> tuple[ExitStack, Registry, FrozenBackbone]:
+    """A worker's registry and backbone, reused from row to row; they stay open as long as the stack is referenced."""
     stack = ExitStack()
-    return stack, *stack.enter_context(place.opened())
+    return stack, *stack.enter_context(workplace.opened())
 
 
-class Notes:
-    """What each name is at: the state of an actor."""
+class ProgressNotes:
+    """Actor state: the latest progress note of each row."""
 
     def __init__(self) -> None:
         self._notes: dict[str, str] = {}
 
     def write(self, name: str, note: str) -> None:
-        """Notes what a name is at now."""
+        """Replaces the note of a row."""
         self._notes[name] = note
 
     def read(self) -> dict[str, str]:
-        """What each was at last."""
+        """The latest note of each row."""
         return self._notes
 
 
-class Board:
-    """Notes that all nodes can write, kept beside the driver; where they are lost, the work goes on unseen."""
+class ProgressBoard:
+    """Progress notes that all nodes can write, in an actor on the driver's node; learning continues if it is lost."""
 
     def __init__(self) -> None:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self._actor: Any = ray.remote(Notes).options(num_cpus=0, scheduling_strategy=here).remote()
+        self._actor: Any = ray.remote(ProgressNotes).options(num_cpus=0, scheduling_strategy=here).remote()
 
     def read(self) -> dict[str, str]:
-        """What each was at last; nothing where the notes cannot be had in time."""
+        """The latest note of each row; empty if the actor does not respond in time."""
         import ray
 
         try:
-            found: dict[str, str] = ray.get(self._actor.read.remote(), timeout=REFRESH_S)
+            notes: dict[str, str] = ray.get(self._actor.read.remote(), timeout=REFRESH_S)
         except ray.exceptions.RayError:
             return {}
-        return found
+        return notes
 
     def reporter(self, name: str) -> Report:
-        """A report of progress that notes, now and then, what a name is at."""
-        said = -REFRESH_S
+        """A progress callback that writes the row's note at most once in `REFRESH_S` seconds."""
+        last_s = -REFRESH_S
 
         def report(what: str, done: int, total: int) -> None:
-            nonlocal said
-            if time.monotonic() - said >= REFRESH_S:
-                said = time.monotonic()
+            nonlocal last_s
+            if time.monotonic() - last_s >= REFRESH_S:
+                last_s = time.monotonic()
                 self._actor.write.remote(name, f"{what.partition(',')[0]} {done}/{total}")
 
         return report

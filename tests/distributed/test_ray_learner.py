@@ -1,4 +1,4 @@
-"""Many tasks learned on a cluster of two nodes: the artifacts of one machine, whatever is lost in between."""
+"""Learning many tasks on a cluster of two nodes gives the artifacts of one machine, whatever is lost meanwhile."""
 
 from __future__ import annotations
 
@@ -43,32 +43,32 @@ GLYPHS = ("--backbone", "glyphs", "--device", "cpu")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images, and two files of tasks: the first of them extend others by name, and one more whatever helps."""
-    made = tmp_path_factory.mktemp("many")
+    """Images and two task files: in the first, a task extends others by name; the second adds one with `auto`."""
+    root = tmp_path_factory.mktemp("many")
     for seed, name in ((0, "first"), (1, "second"), (3, "third")):
-        colour_folder(made / name, per_class=8, seed=seed)
-    (made / "named.yaml").write_text(NAMED)
-    (made / "tasks.yaml").write_text(NAMED + AUTO)
-    return made
+        colour_folder(root / name, per_class=8, seed=seed)
+    (root / "named.yaml").write_text(NAMED)
+    (root / "tasks.yaml").write_text(NAMED + AUTO)
+    return root
 
 
 @pytest.fixture(scope="module")
-def whole(folder: Path) -> list[dict[str, Any]]:
-    """What one process learns of it, one task after another, on one thread."""
-    return one_after_another(folder / "alone", folder / "tasks.yaml", 1)
+def sequential(folder: Path) -> list[dict[str, Any]]:
+    """The outcomes of learning the tasks in sequence, in one process on one thread."""
+    return learn_in_sequence(folder / "alone", folder / "tasks.yaml", 1)
 
 
 @pytest.fixture(scope="module")
 def server(postgres: str) -> Iterator[Postgres]:
-    made = Postgres(postgres)
-    yield made
-    made.close()
+    database = Postgres(postgres)
+    yield database
+    database.close()
 
 
-def one_after_another(place: Path, file: Path, threads: int) -> list[dict[str, Any]]:
+def learn_in_sequence(path: Path, file: Path, threads: int) -> list[dict[str, Any]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", str(threads))
-        return Commands(place).run("learn-many", file, *GLYPHS)
+        return Commands(path).run("learn-many", file, *GLYPHS)
 
 
 def artifacts(outcomes: list[dict[str, Any]]) -> list[tuple[str, str]]:
@@ -76,7 +76,7 @@ def artifacts(outcomes: list[dict[str, Any]]) -> list[tuple[str, str]]:
 
 
 def registered(location: str) -> list[str]:
-    """What was registered, in order; and that the events are those of these tasks and their backbone, no more."""
+    """The registered tasks in order; checks that there are no events but those of the tasks and their backbone."""
     with Registry.open(location, create=False) as registry:
         events = [(event.kind, event.subject) for event in registry.events()]
         refs = [record.ref for record in registry.tasks(TaskFilter(retired=True))]
@@ -87,9 +87,9 @@ def registered(location: str) -> list[str]:
 
 
 def at_work(node: Any) -> dict[str, int]:
-    """The rows that the workers of a node learn at this moment, and the process of each."""
+    """The rows that the workers of a node are learning now, and the process id of each."""
     (raylet,) = node.all_processes["raylet"]
-    found = {}
+    pids = {}
     for process in Path("/proc").glob("[0-9]*"):
         try:
             title = (process / "cmdline").read_text().rstrip("\0 ")
@@ -97,32 +97,32 @@ def at_work(node: Any) -> dict[str, int]:
         except OSError:  # it has ended meanwhile
             continue
         if parent == raylet.process.pid and title.startswith("ray::learn "):
-            found[title.removeprefix("ray::learn ")] = int(process.name)
-    return found
+            pids[title.removeprefix("ray::learn ")] = int(process.name)
+    return pids
 
 
-def test_artifacts_are_those_of_one_after_another(
-    cluster: tuple[Any, str], server: Postgres, folder: Path, whole: list[dict[str, Any]], run: Run
+def test_artifacts_are_those_of_learning_in_sequence(
+    cluster: tuple[Any, str], server: Postgres, folder: Path, sequential: list[dict[str, Any]], run: Run
 ) -> None:
     location = server.new()
     done = run("learn-many", folder / "tasks.yaml", *GLYPHS, "--ray", cluster[1], "--registry", location, "--json")
     assert done.code == 0, done.err
     outcomes = json.loads(done.out)
-    assert artifacts(outcomes) == artifacts(whole)
-    assert [outcome["metrics"] for outcome in outcomes] == [outcome["metrics"] for outcome in whole]
+    assert artifacts(outcomes) == artifacts(sequential)
+    assert [outcome["metrics"] for outcome in outcomes] == [outcome["metrics"] for outcome in sequential]
     assert {outcome["state"] for outcome in outcomes} == {"learned"}
-    assert outcomes[-1]["metrics"]["extensions"], "a choice of no task would prove nothing"
+    assert outcomes[-1]["metrics"]["extensions"], "a task that extends nothing would prove nothing"
     order = registered(location)
     assert order.index("child:1") > max(order.index("bear:1"), order.index("zebra:1"))
     assert order[-1] == "chooser:1"
 
 
 @pytest.mark.parametrize("lost", ["worker", "node"])
-def test_what_is_lost_is_learned_again_to_the_same_artifact_and_registered_once(
+def test_a_task_on_a_lost_worker_is_learned_again_to_the_same_artifact_and_registered_once(
     cluster: tuple[Any, str],
     server: Postgres,
     folder: Path,
-    whole: list[dict[str, Any]],
+    sequential: list[dict[str, Any]],
     run: Run,
     cache_folder: Path,
     lost: str,
@@ -132,10 +132,10 @@ def test_what_is_lost_is_learned_again_to_the_same_artifact_and_registered_once(
     rows, victims = {}, []
 
     def all_train() -> bool:
-        there = at_work(other)
+        on_other = at_work(other)
         rows.clear()
-        rows.update(at_work(nodes.head_node) | there)
-        return bool(there) and len(rows) > 1 and len(list(cache_folder.glob(f"{NAME}/runs/*"))) == len(rows)
+        rows.update(at_work(nodes.head_node) | on_other)
+        return bool(on_other) and len(rows) > 1 and len(list(cache_folder.glob(f"{NAME}/runs/*"))) == len(rows)
 
     def lose() -> None:
         victims.extend(at_work(other).values())
@@ -144,7 +144,7 @@ def test_what_is_lost_is_learned_again_to_the_same_artifact_and_registered_once(
         else:
             nodes.remove_node(other, allow_graceful=False)
 
-    for _ in range(5):  # Ray may give all rows to one node, and then nothing is lost
+    for _ in range(5):  # if Ray schedules all rows on one node, nothing is lost
         location = server.new()
         with meanwhile(all_train, lose):
             done = run("learn-many", folder / "named.yaml", *GLYPHS, "--ray", address, "--registry", location, "--json")
@@ -153,13 +153,13 @@ def test_what_is_lost_is_learned_again_to_the_same_artifact_and_registered_once(
         assert done.code == 0, done.err
         if victims:
             break
-    assert victims, "nothing was lost while rows were learned side by side on both nodes"
-    assert artifacts(json.loads(done.out)) == artifacts(whole[:-1])
+    assert victims, "nothing was lost while both nodes learned rows"
+    assert artifacts(json.loads(done.out)) == artifacts(sequential[:-1])
     assert sorted(registered(location)) == ["ape:1", "bear:1", "child:1", "zebra:1"]
     assert list(cache_folder.glob(f"{NAME}/runs/*")) == []
 
 
-def test_one_that_fails_is_named_and_the_next_run_learns_what_is_missing(
+def test_a_failed_task_is_named_and_the_next_run_learns_the_missing_tasks(
     cluster: tuple[Any, str], server: Postgres, folder: Path, tmp_path: Path, run: Run
 ) -> None:
     bad = colour_folder(tmp_path / "bad")
@@ -183,47 +183,47 @@ def test_one_that_fails_is_named_and_the_next_run_learns_what_is_missing(
     assert "RayTaskError" not in first.out + first.err
     assert registered(command[-1]) == ["free:1"]
     image.write_bytes(good)
-    again = run(*command, "--json")
-    assert again.code == 0, again.err
-    assert [row["state"] for row in json.loads(again.out)] == ["learned", "learned", "learned before"]
+    second = run(*command, "--json")
+    assert second.code == 0, second.err
+    assert [row["state"] for row in json.loads(second.out)] == ["learned", "learned", "learned before"]
     assert registered(command[-1]) == ["free:1", "bad:1", "child:1"]
 
 
 def test_the_cpus_of_a_task_are_its_threads(cluster: tuple[Any, str], tmp_path: Path, folder: Path, run: Run) -> None:
     file = tmp_path / "tasks.yaml"
     file.write_text(f"tasks: [{{name: wide, data: {folder / 'first'}, config: {{epochs: 2, learning_rate: 0.1}}}}]")
-    expected = one_after_another(tmp_path / "alone", file, 2)
+    expected = learn_in_sequence(tmp_path / "alone", file, 2)
     done = run("learn-many", file, *GLYPHS, "--ray", cluster[1], "--cpus", 2, "--json")
     assert artifacts(json.loads(done.out)) == artifacts(expected)
     with Registry.open(tmp_path / "tasks.db") as here, Registry.open(tmp_path / "alone" / "tasks.db") as alone:
         assert here.record("wide").data["run"] == alone.record("wide").data["run"], "the numerics are in it"
 
 
-def test_what_cannot_be_done_is_said(
+def test_impossible_requests_are_refused_with_a_reason(
     cluster: tuple[Any, str], tmp_path: Path, folder: Path, run: Run, glyphs: FrozenBackbone
 ) -> None:
     file = tmp_path / "tasks.yaml"
     file.write_text(f"tasks: [{{name: one, data: {folder / 'first'}}}]")
     many = ("learn-many", file, *GLYPHS)
-    for options, said in (
+    for options, message in (
         (("--cpus", 2), "Error: --cpus and --gpus are what a task takes of a cluster: say which, with --ray."),
-        (("--ray", cluster[1], "--cpus", 64), "Error: A task takes 64 CPUs and 0 GPUs of one node; the nodes have 2 a"),
-        (("--ray", "somewhere"), "Error: No Ray cluster answers at 'somewhere': Invalid address format"),
-        (("--ray", "127.0.0.1:9"), "Error: No Ray cluster answers at '127.0.0.1:9': [Errno 111] Connection refused."),
+        (("--ray", cluster[1], "--cpus", 64), "Error: A task needs 64 CPUs and 0 GPUs of one node; the nodes have 2 a"),
+        (("--ray", "somewhere"), "Error: No Ray cluster is reachable at 'somewhere': Invalid address format"),
+        (("--ray", "127.0.0.1:9"), "Error: No Ray cluster is reachable at '127.0.0.1:9': [Errno 111] Connection ref"),
     ):
         refused = run(*many, *options)
-        assert (refused.code, said in refused.err, "Traceback" in refused.err) == (2, True, False), refused.err
+        assert (refused.code, message in refused.err, "Traceback" in refused.err) == (2, True, False), refused.err
     with connected(cluster[1]), Registry.open(tmp_path / "tasks.db") as registry:
         rows = [LearnRow("unseen", tmp_path / "gone"), LearnRow("seen", folder / "first", None, LearnConfig(epochs=1))]
         registry.add_backbone(glyphs.record())
         job = LearningJob(Workplace(registry.location, device="cpu"))
         unseen, seen = learn_on_cluster(job, rows, registry)
-    where = f"'{tmp_path / 'gone'}'"
-    assert unseen.reason == f"Node 127.0.0.1 does not see {where}: every node must see the data, at the same path."
+    path = f"'{tmp_path / 'gone'}'"
+    assert unseen.reason == f"{path} does not exist on node 127.0.0.1; the data must be at the same path on every node."
     assert (seen.state, seen.ref) == ("learned", "seen:1")
 
 
-def test_what_ray_says_from_beginning_to_end_is_not_on_standard_output(
+def test_what_ray_prints_is_not_on_standard_output(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv(LOOPBACK_ONLY, "0")
@@ -235,7 +235,7 @@ def test_what_ray_says_from_beginning_to_end_is_not_on_standard_output(
 
 
 @given(st.data())
-def test_in_whatever_order_rows_are_done_each_sees_what_it_sees_in_theirs(data: st.DataObject) -> None:
+def test_in_any_order_of_completion_each_row_sees_what_it_sees_in_sequence(data: st.DataObject) -> None:
     names = "abcde"
     named = st.lists(st.sampled_from(names), unique=True, max_size=2).map(tuple)
     extended = data.draw(st.lists(st.just("auto") | named, min_size=len(names), max_size=len(names)))
