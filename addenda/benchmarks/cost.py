@@ -1,4 +1,4 @@
-"""`addenda bench cost`: what many tasks cost beside the backbone alone, in time, operations and bytes."""
+"""`addenda bench cost`: the cost of many tasks relative to the backbone alone, in time, operations and bytes."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ DENSE, DENSE_PRECOMPUTED = "dense mask", "dense mask, precomputed"
 LAYER_HEADS = "layer heads, exact"
 
 Run = Callable[[], object]
-Way = tuple[str, int, int, str]
-"""What it is, the tasks answered, the images in a call, and the name of what it is measured against."""
+Variant = tuple[str, int, int, str]
+"""A method, its number of tasks, the images per call, and the method that it is compared with."""
 
 K = TypeVar("K")
 
@@ -48,10 +48,10 @@ def run_cost(
     precision: str = "float32",
     device: str = "auto",
 ) -> list[CostRow]:
-    """Measures all ways interleaved, on the same images, threads and weights, and prints a table.
+    """Times all methods, interleaved, on the same images, threads and weights, and prints a table.
 
-    The backbones' weights are random, which no time depends on. Fewer images in a call (`batch`) than the canonical
-    micro-batch, 64 on a GPU, are filled up to it.
+    The backbones have random weights, which does not affect the times. A `batch` below the canonical micro-batch (64 on
+    a GPU) is padded to it.
     """
     if out is not None:
         output_folder(out)
@@ -62,12 +62,12 @@ def run_cost(
     for name in backbones:
         backbone = untrained_backbone(name, precision=precision, device=device)
         described = {key: value for key, value in numerics(backbone).items() if key != "probe"}
-        found = _measure_backbone(backbone, counts, dense, batch, rounds)
-        rows += found
+        measured = _measure_backbone(backbone, counts, dense, batch, rounds)
+        rows += measured
         console.print(f"{name}: {described['device']}, {described['threads']} threads, {described['precision']}")
-        title = "ratio: to stock timm (one image: of one image; vit-pytorch: to its own ViT)"
-        cells = [[row.cells()[place] for place in NARROW] for row in found]
-        show(title, Table([COLUMNS[place] for place in NARROW], cells))
+        title = "ratio to stock timm (one image: to one image; vit-pytorch: to its own ViT)"
+        cells = [[row.cells()[column] for column in NARROW] for row in measured]
+        show(title, Table([COLUMNS[column] for column in NARROW], cells))
     if out is not None:
         _write(rows, {"numerics": described, "rounds": rounds}, out)
     return rows
@@ -81,50 +81,51 @@ def _measure_backbone(
     images = torch.randn(shape, generator=noise, dtype=torch.float32, device="cpu").to(backbone.device)
     combined = {count: CombinedModel(backbone, tasks[:count]) for count in counts}
     single = [CombinedModel(backbone, [task]) for task in tasks[:SEPARATE]]
-    loose = CombinedModel(backbone, tasks[:10], exact=False)
+    inexact = CombinedModel(backbone, tasks[:10], exact=False)
     heads = [layer_head_task(backbone, number) for number in range(max(counts))]
     layer_heads = {count: CombinedModel(backbone, heads[:count]) for count in counts}
-    ways: dict[Way, Run] = {
+    variants: dict[Variant, Run] = {
         (STOCK, 0, batch, STOCK): lambda: backbone.backbone_logits(images),
         (STOCK_ONE, 0, 1, STOCK_ONE): lambda: backbone.backbone_logits(images[:1]),
         ("one image, exact", 10, 1, STOCK_ONE): lambda: combined[10](images[:1]),
         ("separate passes", SEPARATE, batch, STOCK): lambda: [model(images) for model in single],
     }
     for count, model in combined.items():
-        ways["combined, exact", count, batch, STOCK] = partial(model, images)
+        variants["combined, exact", count, batch, STOCK] = partial(model, images)
     for count, model in layer_heads.items():
-        ways[LAYER_HEADS, count, batch, STOCK] = partial(model, images)
-    ways["combined, inexact", 10, batch, STOCK] = partial(loose, images)
+        variants[LAYER_HEADS, count, batch, STOCK] = partial(model, images)
+    variants["combined, inexact", 10, batch, STOCK] = partial(inexact, images)
     for count in dense:
-        for what, precomputed in ((DENSE_PRECOMPUTED, True), (DENSE, False)):
+        for method, precomputed in ((DENSE_PRECOMPUTED, True), (DENSE, False)):
             baseline = torch.no_grad()(DenseMask(backbone, tasks[:count], precomputed=precomputed))
-            ways[what, count, batch, STOCK] = partial(baseline, images)
-    ways |= _adapter(backbone, images)
-    seconds = interleave(ways, rounds, backbone.device, thrice={way for way in ways if way[0] == way[-1]})
-    medians = {way[0]: statistics.median(times) for way, times in seconds.items()}  # references have names of their own
+            variants[method, count, batch, STOCK] = partial(baseline, images)
+    variants |= _adapter(backbone, images)
+    references = {variant for variant in variants if variant[0] == variant[-1]}
+    seconds = interleave(variants, rounds, backbone.device, thrice=references)
+    medians = {variant[0]: statistics.median(seconds[variant]) for variant in references}
     stock = task_cost(backbone, MEMORY).backbone_operations
     rows = []
-    for (what, num_tasks, num_images, reference), times in seconds.items():
+    for (method, num_tasks, num_images, reference), times in seconds.items():
         low, median, high = statistics.quantiles(times, n=4)
-        counted: dict[str, Any] = {"giga_operations": stock / 1e9} if what in (STOCK, STOCK_ONE) else {}
-        if what.startswith((LAYER_HEADS, "combined", "one image")):
-            model = loose if "inexact" in what else (layer_heads if what == LAYER_HEADS else combined)[num_tasks]
-            counted = {
+        costs: dict[str, Any] = {"giga_operations": stock / 1e9} if method in (STOCK, STOCK_ONE) else {}
+        if method.startswith((LAYER_HEADS, "combined", "one image")):
+            model = inexact if "inexact" in method else (layer_heads if method == LAYER_HEADS else combined)[num_tasks]
+            costs = {
                 "giga_operations": pass_operations(model) / 1e9,
                 "limit": pass_operations(model, filled=False) / stock,
                 "task_bytes": loaded_bytes(model),
             }
         ratio = median / medians[reference]
-        rows.append(CostRow(backbone.name, what, num_tasks, num_images, median, low, high, ratio, reference, **counted))
+        rows.append(CostRow(backbone.name, method, num_tasks, num_images, median, low, high, ratio, reference, **costs))
     return rows
 
 
-def _adapter(backbone: FrozenBackbone, images: Tensor) -> dict[Way, Run]:
-    """vit-pytorch's learnable-memory adapter, one task, beside its own ViT of the same sizes."""
+def _adapter(backbone: FrozenBackbone, images: Tensor) -> dict[Variant, Run]:
+    """vit-pytorch's learnable-memory adapter with one task, and its own ViT of the same size."""
     try:
         from vit_pytorch.learnable_memory_vit import Adapter, ViT
     except ModuleNotFoundError as error:
-        raise AddendaError(f"{error}. It comes with: pip install 'addenda[bench]'") from error
+        raise AddendaError(f"{error}. Install it with: pip install 'addenda[bench]'") from error
     vit = ViT(
         image_size=images.shape[-1], patch_size=backbone.patch_size, num_classes=1000, dim=backbone.embed_dim,
         depth=backbone.depth, heads=backbone.num_heads, mlp_dim=4 * backbone.embed_dim,
@@ -132,38 +133,39 @@ def _adapter(backbone: FrozenBackbone, images: Tensor) -> dict[Way, Run]:
     )  # fmt: skip
     adapter = Adapter(vit=vit, num_classes=CLASSES, num_memories_per_layer=MEMORY)
     adapter = adapter.to(backbone.device, backbone.precision).eval()
-    moved, own = images.to(backbone.precision), "vit-pytorch's own ViT"
+    inputs, reference = images.to(backbone.precision), "vit-pytorch's own ViT"
     without_gradients = torch.no_grad()
     return {
-        (own, 0, len(images), own): without_gradients(lambda: vit(moved)),
-        ("vit-pytorch's adapter", 1, len(images), own): without_gradients(lambda: adapter(moved)),
+        (reference, 0, len(images), reference): without_gradients(lambda: vit(inputs)),
+        ("vit-pytorch's adapter", 1, len(images), reference): without_gradients(lambda: adapter(inputs)),
     }
 
 
 def interleave(
-    ways: Mapping[K, Run], rounds: int, device: torch.device, thrice: Collection[K] = ()
+    variants: Mapping[K, Run], rounds: int, device: torch.device, thrice: Collection[K] = ()
 ) -> dict[K, list[float]]:
-    """Seconds of every way, some `thrice` a round, in another order each round; a first round warms up.
+    """Times each variant once per round, those in `thrice` three times; returns the seconds of every call.
 
-    So what the machine does meanwhile falls on all of them. The device is waited for after each call.
+    The order is shuffled in every round, so that other load on the machine affects all variants. A first round warms
+    up. After each call the device is synchronized.
     """
-    order = [way for way in ways for _ in range(3 if way in thrice else 1)]
-    seconds: dict[K, list[float]] = {way: [] for way in ways}
+    order = [variant for variant in variants for _ in range(3 if variant in thrice else 1)]
+    seconds: dict[K, list[float]] = {variant: [] for variant in variants}
     shuffle = random.Random(0)
     for number in range(rounds + 1):
         shuffle.shuffle(order)
-        for way in order:
+        for variant in order:
             start = time.perf_counter()
-            ways[way]()
+            variants[variant]()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             if number:
-                seconds[way].append(time.perf_counter() - start)
+                seconds[variant].append(time.perf_counter() - start)
     return seconds
 
 
 def random_task(backbone: FrozenBackbone, number: int) -> Task:
-    """A task of random numbers, the same for each number."""
+    """A task with random weights, seeded by its number."""
     noise, width = torch.Generator().manual_seed(number), backbone.embed_dim
     draw = partial(torch.randn, generator=noise, dtype=torch.float32, device="cpu")
     return Task(
@@ -179,7 +181,7 @@ def random_task(backbone: FrozenBackbone, number: int) -> Task:
 
 
 def layer_head_task(backbone: FrozenBackbone, number: int) -> Task:
-    """A task without a token of random numbers, which reads the pooled feature and the layer features."""
+    """A head-only task with random weights, seeded by its number; it reads the pooled and the layer features."""
     noise = torch.Generator().manual_seed(number)
     draw = partial(torch.randn, generator=noise, dtype=torch.float32, device="cpu")
     return Task(
@@ -192,31 +194,31 @@ def layer_head_task(backbone: FrozenBackbone, number: int) -> Task:
     )
 
 
-COLUMNS = ("way", "tasks", "images", "ms", "quartiles", "ratio", "limit", "G op/image", "G op/s", "tasks weigh")
+COLUMNS = ("method", "tasks", "images", "ms", "quartiles", "ratio", "limit", "G op/image", "G op/s", "task bytes")
 NARROW = (0, 1, 3, 4, 5, 6, 8)
-"""The columns that fit 80 characters; the files hold the rest."""
+"""Indices of the columns that are printed in 80 characters; the files have all columns."""
 
 
 @dataclass(frozen=True)
 class CostRow:
-    """One way to answer, measured."""
+    """The measurement of one variant."""
 
     backbone: str
-    what: str
+    what: str  # the method
     num_tasks: int
-    num_images: int  # in the call
+    num_images: int  # per call
     seconds: float  # median time of a call
     low: float  # first quartile
     high: float  # third quartile
-    ratio: float  # median over that of its reference
+    ratio: float  # of the median to that of the reference
     reference: str
-    giga_operations: float | None = None  # multiply-adds counted for one image; None where they are not ours to count
-    limit: float | None = None  # these without any filling, over the backbone's own: what arithmetic allows
-    task_bytes: int | None = None  # what the tasks' keys, values, tokens and heads weigh on the device
+    giga_operations: float | None = None  # multiply-adds per image, padding included; None for third-party models
+    limit: float | None = None  # multiply-adds without padding over the backbone's: the ratio by operations
+    task_bytes: int | None = None  # of the tasks' keys, values, tokens and heads on the device
 
     def cells(self) -> tuple[str, ...]:
-        """The row of the table, as COLUMNS."""
-        operations, limit, weight = self.giga_operations, self.limit, self.task_bytes
+        """The table row, in the order of COLUMNS."""
+        operations, limit, num_bytes = self.giga_operations, self.limit, self.task_bytes
         return (
             self.what,
             str(self.num_tasks),
@@ -227,7 +229,7 @@ class CostRow:
             "" if limit is None else f"{limit:.2f}",
             "" if operations is None else f"{operations:.2f}",
             "" if operations is None else f"{operations * self.num_images / self.seconds:.0f}",
-            "" if weight is None else size(weight),
+            "" if num_bytes is None else size(num_bytes),
         )
 
 
@@ -235,8 +237,9 @@ def _write(rows: Sequence[CostRow], details: Mapping[str, Any], out: Path) -> No
     from addenda.benchmarks.report.plots import cost_curves
 
     write_json(out / "cost.json", {**details, "rows": [asdict(row) for row in rows]})
-    of = {name: [row for row in rows if row.backbone == name] for name in dict.fromkeys(row.backbone for row in rows)}
-    parts = [f"**{name}**\n\n{markdown(Table(COLUMNS, [row.cells() for row in found]))}" for name, found in of.items()]
-    (out / "cost.md").write_text("\n".join(parts))
-    cost_curves({name: [asdict(row) for row in found] for name, found in of.items()}, out / "cost.png")
+    names = dict.fromkeys(row.backbone for row in rows)
+    by_name = {name: [row for row in rows if row.backbone == name] for name in names}
+    tables = {name: markdown(Table(COLUMNS, [row.cells() for row in group])) for name, group in by_name.items()}
+    (out / "cost.md").write_text("\n".join(f"**{name}**\n\n{table}" for name, table in tables.items()))
+    cost_curves({name: [asdict(row) for row in group] for name, group in by_name.items()}, out / "cost.png")
     console.print(f"Written to {out}: cost.json, cost.md, cost.png.")

@@ -489,7 +489,7 @@ def test_a_new_strategy_cannot_evaluate_before_training(glyphs: FrozenBackbone, 
     from addenda.exceptions import DataError
 
     benchmark = digits_stream(glyphs)
-    with pytest.raises(DataError, match="nothing to evaluate. Call train first; it reuses registered tasks"):
+    with pytest.raises(DataError, match=r"nothing to evaluate\. Call train first; it reuses registered tasks"):
         masked_memory(glyphs, registry).eval(benchmark.test_stream)
     strategy = masked_memory(glyphs, registry)
     strategy.train(benchmark.train_stream[0])
