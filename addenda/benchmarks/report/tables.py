@@ -163,7 +163,7 @@ def write(
 
 def table_of(figures: Sequence[Figure]) -> Table:
     """The figures of a group as a table; the last column is omitted if it would be empty."""
-    columns = ("what", "measured", "quartiles", "target", "met", "by operations")
+    columns = ("metric", "measured", "quartiles", "target", "met", "by operations")
     end = len(columns) if any(figure.limit is not None for figure in figures) else -1
     return Table(columns[:end], [_cells(figure)[:end] for figure in figures])
 
