@@ -1,4 +1,4 @@
-"""`addenda bench registry`: what a registry takes to register, load, list and tell of a change, on each database."""
+"""`addenda bench registry`: time to register, load and list tasks and to notice a change, on each database."""
 
 from __future__ import annotations
 
@@ -35,8 +35,9 @@ IMAGES, PAGE = 500, 100
 LABELS = tuple(f"class {number}" for number in range(10))
 TARGETS = torch.arange(IMAGES, dtype=torch.int64, device="cpu") % len(LABELS)
 REGISTER_PER_S, LOAD_MS_EACH, PAGE_MS = 100, 2, 50
+"""Targets."""
 CHUNKS = 20
-"""Parts of a series of registrations, each of which gives a rate."""
+"""Number of chunks of a series of registrations; the rate of each chunk is one measurement."""
 
 
 def run_registry(
@@ -47,10 +48,10 @@ def run_registry(
     num_tasks: int = 1000,
     num_listed: int = 100_000,
 ) -> list[Figure]:
-    """Measures a new SQLite file, then the empty databases given, which stay filled, and prints a table.
+    """Measures a new SQLite file and the given empty databases, which remain filled, and prints a table.
 
-    Half of the `num_tasks`, 40 at least, have statistics. The SQLite file lies in `out` while it is measured, else
-    where temporary files do, which may be no disk.
+    Half of the `num_tasks` (at least 40) have routing statistics. The SQLite file is created in `out`; without `out`, in
+    the folder for temporary files, which may not be on a disk.
     """
     if quick:
         num_tasks, num_listed = min(num_tasks, 100), min(num_listed, 5000)
@@ -58,16 +59,16 @@ def run_registry(
         output_folder(out)
     figures: list[Figure] = []
     with tempfile.TemporaryDirectory(dir=out) as folder, ExitStack() as stack, progress() as report:
-        places = [f"{folder}/registry.db", *locations]
-        opened = [stack.enter_context(Registry.open(place)) for place in places]
-        for registry in opened:
+        all_locations = [f"{folder}/registry.db", *locations]
+        registries = [stack.enter_context(Registry.open(location)) for location in all_locations]
+        for registry in registries:
             if registry.generation:
                 raise RegistryError(
-                    f"{registry.location!r} holds a registry at generation {registry.generation}, and the benchmark "
-                    "fills it: give an empty database."
+                    f"{registry.location!r} has a registry at generation {registry.generation}, but the benchmark would "
+                    "fill it; give an empty database."
                 )
-        for registry, place in zip(opened, places, strict=True):
-            figures += _measure(registry, place, backbone, num_tasks, num_listed, 5 if quick else 20, report)
+        for registry, location in zip(registries, all_locations, strict=True):
+            figures += _measure(registry, location, backbone, num_tasks, num_listed, 5 if quick else 20, report)
     device = numerics(backbone)["device"]
     details = {
         "command": f"addenda bench registry --tasks {num_tasks} --listed {num_listed}"
@@ -91,7 +92,7 @@ def _measure(
     rounds: int,
     report: Callable[[str, int, int], None],
 ) -> Iterator[Figure]:
-    """All of one database, in order: the tasks registered first are those that are loaded and listed."""
+    """All measurements of one database, in this order: the tasks registered first are then loaded and listed."""
     dialect = registry._engine.dialect
     group = {"sqlite": "SQLite", "postgresql": "PostgreSQL"}[dialect.name]
     group = f"{group} {'.'.join(map(str, dialect.server_version_info or ()))}"
@@ -99,21 +100,21 @@ def _measure(
     others = [f"{number:064x}" for number in range(1, 5)]
     for fingerprint in (backbone.fingerprint, *others):
         registry.add_backbone({**backbone.record(), "fingerprint": fingerprint})
-    sums = feature_statistics(_normal(0, IMAGES, backbone.embed_dim), TARGETS, len(LABELS))
-    for what, kept in (("registered without statistics", None), ("registered with statistics", sums)):
+    routing = feature_statistics(_normal(0, IMAGES, backbone.embed_dim), TARGETS, len(LABELS))
+    for what, statistics in (("registered without statistics", None), ("registered with statistics", routing)):
         before, seconds = disk_bytes(registry), []
-        for done, new in enumerate(_new(backbone, count, kept), 1):
+        for done, arguments in enumerate(_registrations(backbone, count, statistics), 1):
             start = time.perf_counter()
-            registry.register(*new)
+            registry.register(*arguments)
             seconds.append(time.perf_counter() - start)
-            report(f"{group}: registering, statistics {kept is not None}", done, count)
-        weight = (disk_bytes(registry) - before) / count / 1000
+            report(f"{group}: tasks {what}", done, count)
+        task_kb = (disk_bytes(registry) - before) / count / 1000
         size = -(-count // CHUNKS)
         chunks = [seconds[start : start + size] for start in range(0, count, size)]
         yield figure(what, "per s", [len(chunk) / sum(chunk) for chunk in chunks], REGISTER_PER_S, more=True)
-        yield Figure(group, f"a task {what}, on disk", "kB", weight)
-        if "://" not in location:  # what no database can beat that logs each change before it makes it
-            rates = _disk_alone(Path(location).parent, int(1000 * weight))
+        yield Figure(group, f"a task {what}, on disk", "kB", task_kb)
+        if "://" not in location:  # an upper bound for any database with a write-ahead log
+            rates = _disk_rates(Path(location).parent, int(1000 * task_kb))
             yield figure("these bytes twice, the disk alone", "per s", rates)
     report(f"{group}: filling the list", 0, 1)
     fill(registry, _small_task(), others, num_listed)
@@ -123,36 +124,36 @@ def _measure(
     for page, seconds in interleave(_pages(registry, others[1], num_listed), rounds, CPU).items():
         yield figure(f"page: {page}", "ms", [1000 * value for value in seconds], PAGE_MS)
     report(f"{group}: waiting for changes", 0, 1)
-    noticed = [1000 * value for value in _notice(registry, location, rounds)]
+    delays = [1000 * value for value in _notice_delays(registry, location, rounds)]
     report(f"{group}: waiting for changes", 1, 1)
-    yield figure("a change noticed by wait()", "ms", noticed)
+    yield figure("a change noticed by wait()", "ms", delays)
 
 
-def _new(
-    backbone: FrozenBackbone, count: int, kept: FeatureStatistics | None
+def _registrations(
+    backbone: FrozenBackbone, count: int, statistics: FeatureStatistics | None
 ) -> Iterator[tuple[Task, Golden, FeatureStatistics | None]]:
-    """What `register` takes of tasks, of content that nothing was computed of before."""
+    """Arguments of `register` for new tasks, whose digests are not cached yet."""
     described = numerics(backbone)
-    under = numerics_fingerprint(described)
+    fingerprint = numerics_fingerprint(described)
     for number in range(count):
-        name, seed = (f"plain-{number}", number) if kept is None else (f"known-{number}", 2 * count + number)
-        task = replace(random_task(backbone, seed), name=name, labels=LABELS, **_told())
+        name, seed = (f"plain-{number}", number) if statistics is None else (f"known-{number}", 2 * count + number)
+        task = replace(random_task(backbone, seed), name=name, labels=LABELS, **_details())
         logits = _normal(seed, NUM_PROBES, len(LABELS))
-        statistics = None if kept is None else replace(kept, sums=_normal(seed, *kept.sums.shape))
-        yield task, Golden(described, under, logits, tensor_digest(logits)), statistics
+        own = None if statistics is None else replace(statistics, sums=_normal(seed, *statistics.sums.shape))
+        yield task, Golden(described, fingerprint, logits, tensor_digest(logits)), own
 
 
 def _normal(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32, device="cpu")
 
 
-def _disk_alone(folder: Path, num_bytes: int) -> list[float]:
-    """How often in a second so many bytes are written to two files, and are on the disk."""
+def _disk_rates(folder: Path, num_bytes: int) -> list[float]:
+    """How many times per second `num_bytes` can be written to two files and synced to disk."""
     data, rates = random.Random(0).randbytes(num_bytes), []
-    with tempfile.TemporaryFile(dir=folder) as one, tempfile.TemporaryFile(dir=folder) as two:
+    with tempfile.TemporaryFile(dir=folder) as log, tempfile.TemporaryFile(dir=folder) as database:
         for _ in range(CHUNKS):
             start = time.perf_counter()
-            for file in (one, two):
+            for file in (log, database):
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -160,32 +161,32 @@ def _disk_alone(folder: Path, num_bytes: int) -> list[float]:
     return rates
 
 
-def _told() -> dict[str, Any]:
-    """What a learned task's row tells of it, as wide as that of a real one."""
-    measured = SingleLabel().score(_normal(0, IMAGES, len(LABELS)), TARGETS, LABELS)
-    both = {"validation": measured, "test": measured}
+def _details() -> dict[str, Any]:
+    """Config, metrics and data of a task, of the size that they have for a learned task."""
+    metrics = SingleLabel().score(_normal(0, IMAGES, len(LABELS)), TARGETS, LABELS)
+    splits = {"validation": metrics, "test": metrics}
     return {
         "config": LearnConfig().to_json(),
-        "metrics": dict.fromkeys(("linear_probe", "layer_probe"), both) | both,
+        "metrics": dict.fromkeys(("linear_probe", "layer_probe"), splits) | splits,
         "data": {"num_images": IMAGES, "counts": dict.fromkeys(LABELS, IMAGES // len(LABELS)), "skipped": []},
     }
 
 
 def _small_task() -> Task:
-    """Of few numbers, since a list reads none of them."""
+    """A task with small tensors, because listing does not read them."""
     weight, bias, token, memory = (
         _normal(0, len(LABELS), 8),
         _normal(0, len(LABELS)),
         _normal(0, 8),
         _normal(0, 1, 1, 8),
     )
-    return Task("line", "", LABELS, weight, bias, token, memory, **_told())
+    return Task("line", "", LABELS, weight, bias, token, memory, **_details())
 
 
 def _pages(registry: Registry, fingerprint: str, num_listed: int) -> dict[str, Run]:
-    """Pages of the list that `fill` makes, by what they are chosen by; some find many tasks, some few or none."""
+    """Queries for a page of the list that `fill` makes, by filter; some match many tasks, others few or none."""
     middle = f"line-00-{num_listed // 400}:1"
-    asked = {
+    queries = {
         "first": (TaskFilter(), None),
         "from the middle": (TaskFilter(), middle),
         "name": (TaskFilter(name="line-00-0"), None),
@@ -202,12 +203,12 @@ def _pages(registry: Registry, fingerprint: str, num_listed: int) -> dict[str, R
         "extends": (TaskFilter(extends="line-00-0:1"), None),
         "extends, tag, score": (TaskFilter(extends="line-00-0:1", tag="audited", min_score=0.9), None),
     }
-    return {what: partial(registry.tasks, chosen, PAGE, before) for what, (chosen, before) in asked.items()}
+    return {name: partial(registry.tasks, chosen, PAGE, before) for name, (chosen, before) in queries.items()}
 
 
-def _notice(registry: Registry, location: str, rounds: int) -> Iterator[float]:
-    """Seconds from a change until somebody who waits for it, with connections of their own, knows."""
-    shuffle = random.Random(0)
+def _notice_delays(registry: Registry, location: str, rounds: int) -> Iterator[float]:
+    """Seconds from a change until `wait` returns in another registry object with its own connections."""
+    noise = random.Random(0)
     with Registry.open(location) as other, ThreadPoolExecutor(1) as pool:
 
         def wait(after: int) -> float:
@@ -216,7 +217,7 @@ def _notice(registry: Registry, location: str, rounds: int) -> Iterator[float]:
 
         for _ in range(rounds):
             waiting = pool.submit(wait, registry.generation)
-            time.sleep(0.3 + shuffle.random() / 5)  # it waits by now, and is anywhere in one of its pauses
+            time.sleep(0.3 + noise.random() / 5)  # by now it waits, at a random point of its polling interval
             registry.note("plain-0", "a change")
-            told = time.perf_counter()
-            yield max(0.0, waiting.result() - told)
+            changed = time.perf_counter()
+            yield max(0.0, waiting.result() - changed)

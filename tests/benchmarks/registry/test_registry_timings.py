@@ -1,4 +1,4 @@
-"""The benchmark of the registry: it measures a file and the databases given, and writes down what it measured."""
+"""`addenda bench registry` measures a SQLite file and the given databases, and records the results."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from tests.support.databases import Database, Postgres
 
 @pytest.fixture
 def server(postgres: str) -> Iterator[str]:
-    """An empty database of PostgreSQL."""
-    made = Postgres(postgres)
-    yield made.new()
-    made.close()
+    """An empty PostgreSQL database."""
+    database = Postgres(postgres)
+    yield database.new()
+    database.close()
 
 
 @pytest.mark.slow
-def test_bench_registry_measures_and_writes_it_down(tiny: FrozenBackbone, server: str, tmp_path: Path) -> None:
+def test_bench_registry_measures_and_records(tiny: FrozenBackbone, server: str, tmp_path: Path) -> None:
     figures = run_registry(tiny, [server], tmp_path, quick=True, num_tasks=40, num_listed=800)
-    of = {name: [figure for figure in figures if name in figure.group] for name in ("SQLite", "PostgreSQL")}
-    shown = {name: {figure.what: figure for figure in found} for name, found in of.items()}
-    assert len(of["SQLite"]) + len(of["PostgreSQL"]) == len(figures)
-    assert len(of["PostgreSQL"]) > 15
-    assert set(shown["SQLite"]) - set(shown["PostgreSQL"]) == {"these bytes twice, the disk alone"}
+    groups = {name: [figure for figure in figures if name in figure.group] for name in ("SQLite", "PostgreSQL")}
+    by_name = {name: {figure.what: figure for figure in group} for name, group in groups.items()}
+    assert len(groups["SQLite"]) + len(groups["PostgreSQL"]) == len(figures)
+    assert len(groups["PostgreSQL"]) > 15
+    assert set(by_name["SQLite"]) - set(by_name["PostgreSQL"]) == {"these bytes twice, the disk alone"}
     for figure in figures:
         assert figure.measured >= 0
         assert figure.low is None or figure.low <= figure.measured <= figure.high
-    for found in shown.values():
-        assert found["40 tasks read and hashed"].target == 0.08
-        assert found["page: first"].target == 50
-        assert found["registered with statistics"].target == 100
+    for measured in by_name.values():
+        assert measured["40 tasks read and hashed"].target == 0.08
+        assert measured["page: first"].target == 50
+        assert measured["registered with statistics"].target == 100
     written = json.loads((tmp_path / "registry.json").read_text())
     assert [row["what"] for row in written["figures"]] == [figure.what for figure in figures]
     assert {row["met"] for row in written["figures"]} <= {True, False, None}
@@ -59,12 +59,12 @@ def test_a_registry_in_use_is_not_filled(tiny: FrozenBackbone, database: Databas
     location = database.new()
     with Registry.open(location) as registry:
         registry.add_backbone(tiny.record())
-        with pytest.raises(RegistryError, match=r"holds a registry at generation 1, .* give an empty database"):
+        with pytest.raises(RegistryError, match=r"has a registry at generation 1, .* give an empty database"):
             run_registry(tiny, [location], quick=True, num_tasks=40, num_listed=800)
         assert registry.generation == 1
 
 
-def test_a_target_is_met_from_its_own_side() -> None:
+def test_a_target_is_a_minimum_or_a_maximum() -> None:
     assert Figure("any", "rate", "per s", 100, target=100, more=True).met
     assert not Figure("any", "rate", "per s", 99, target=100, more=True).met
     assert Figure("any", "page", "ms", 50, target=50).met

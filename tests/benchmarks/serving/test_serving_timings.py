@@ -1,4 +1,4 @@
-"""The benchmark of serving: its load is what was asked for, and it writes down what it measured."""
+"""`addenda bench serving`: the load generator sends the requested load, and the results are recorded."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from addenda.benchmarks.serving.serving_timings import run_serving
 
 
 async def loaded(status: bytes, open_loop: bool) -> tuple[Measured, list[bytes]]:
-    """A load on a server that answers everything with one status, and what it was sent."""
+    """The result of a load on a server that responds with one status, and the requests that it received."""
     heads = []
 
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def respond(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while head := await reader.read(5):
             heads.append(head)
             await asyncio.sleep(0.01)
             writer.write(b"HTTP/1.1 " + status + b" Any\r\nContent-Length: 3\r\n\r\nyes")
         writer.close()
 
-    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+    async with await asyncio.start_server(respond, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
-        how = {"rate": 100, "seconds": 0.5} if open_loop else {"clients": 2, "seconds": 0.3}
-        return await load("127.0.0.1", port, [b"one--", b"two--"], **how), heads
+        options = {"rate": 100, "seconds": 0.5} if open_loop else {"clients": 2, "seconds": 0.3}
+        return await load("127.0.0.1", port, [b"one--", b"two--"], **options), heads
 
 
 @pytest.mark.parametrize("open_loop", [True, False])
-def test_each_request_is_counted_once_and_sent_whole(open_loop: bool) -> None:
+def test_each_request_is_sent_completely_and_counted_once(open_loop: bool) -> None:
     measured, heads = asyncio.run(loaded(b"200", open_loop))
     assert len(measured.latencies_s) == len(heads) > 4
     assert not measured.failed
@@ -42,24 +42,24 @@ def test_each_request_is_counted_once_and_sent_whole(open_loop: bool) -> None:
     assert abs(heads.count(b"one--") - heads.count(b"two--")) <= 1
 
 
-def test_what_is_not_answered_with_200_is_a_failure() -> None:
+def test_a_status_other_than_200_is_a_failure() -> None:
     measured, heads = asyncio.run(loaded(b"503", open_loop=False))
     assert not measured.latencies_s
     assert measured.failed == {"503": len(heads)}
 
 
-def test_what_failed_comes_back_from_the_process_that_makes_the_load() -> None:
-    nobody = SimpleNamespace(host="127.0.0.1", port=1)
-    with generator([b"image"]) as loaded_by:
-        measured = loaded_by(nobody, seconds=0.2, clients=1)
+def test_failures_are_returned_by_the_process_of_the_load_generator() -> None:
+    closed = SimpleNamespace(host="127.0.0.1", port=1)
+    with generator([b"image"]) as send_load:
+        measured = send_load(closed, seconds=0.2, clients=1)
     assert not measured.latencies_s
     assert measured.failed["ConnectionRefusedError"] > 1
 
 
 @pytest.mark.slow
-def test_bench_serving_measures_and_writes_it_down(glyphs: FrozenBackbone, tmp_path: Path) -> None:
+def test_bench_serving_measures_and_records(glyphs: FrozenBackbone, tmp_path: Path) -> None:
     figures = run_serving(glyphs, None, tmp_path, quick=True, seconds=1, cycles=10)
-    groups = {name: [one for one in figures if one.group == name] for name in dict.fromkeys(f.group for f in figures)}
+    groups = dict.fromkeys(figure.group for figure in figures)
     assert [*groups] == ["1 tasks", "10 tasks", "10 tasks, changing"]
     assert all(math.isfinite(figure.measured) for figure in figures)
     failed = [figure for figure in figures if figure.what.startswith("failed requests")]
