@@ -50,8 +50,8 @@ def run_registry(
 ) -> list[Figure]:
     """Measures a new SQLite file and the given empty databases, which remain filled, and prints a table.
 
-    Half of the `num_tasks` (at least 40) have routing statistics. The SQLite file is created in `out`; without `out`, in
-    the folder for temporary files, which may not be on a disk.
+    Half of the `num_tasks` (at least 40) have routing statistics. The SQLite file is created in `out`, or else in the
+    folder for temporary files, which may not be on a disk.
     """
     if quick:
         num_tasks, num_listed = min(num_tasks, 100), min(num_listed, 5000)
@@ -64,8 +64,8 @@ def run_registry(
         for registry in registries:
             if registry.generation:
                 raise RegistryError(
-                    f"{registry.location!r} has a registry at generation {registry.generation}, but the benchmark would "
-                    "fill it; give an empty database."
+                    f"{registry.location!r} has a registry at generation {registry.generation}, and the benchmark "
+                    "would fill it; give an empty database."
                 )
         for registry, location in zip(registries, all_locations, strict=True):
             figures += _measure(registry, location, backbone, num_tasks, num_listed, 5 if quick else 20, report)

@@ -1,4 +1,4 @@
-"""`addenda bench training`: what learning costs beside the backbone's own pass, the dense mask and full fine-tuning."""
+"""`addenda bench training`: cost of learning relative to a forward pass, the dense mask and full fine-tuning."""
 
 from __future__ import annotations
 
@@ -54,18 +54,18 @@ def run_training(
 ) -> list[Figure]:
     """Measures one candidate, eight, the dense mask and full fine-tuning on the same images, threads and weights.
 
-    Epochs, stock timm's pass and the dense mask's step are interleaved, round by round, and ratios are taken within a
-    round. Filling the cache and the whole of cached training are timed once, as they run. The dense mask trains
-    `dense_epochs`; its 100 are extrapolated.
+    Epochs, stock timm's forward pass and the dense mask's step are interleaved, and ratios are computed within a round.
+    Filling the cache and the complete cached training are timed once, as they run. The dense mask trains for
+    `dense_epochs`; the time of its 100 epochs is extrapolated.
     """
     if out is not None:
         output_folder(out)
     if not has_test_part(data):
-        raise DataError(f"{str(data)!r} has not both train/ and test/ in it.")
+        raise DataError(f"{str(data)!r} must contain both train/ and test/.")
     test = open_images(data, "test")
     if quick:
-        limit, rounds, dense_epochs, test = min(limit, 200), min(rounds, 3), 1, _some(test, 100)
-    images = _some(open_images(data, "train"), limit)
+        limit, rounds, dense_epochs, test = min(limit, 200), min(rounds, 3), 1, _subset(test, 100)
+    images = _subset(open_images(data, "train"), limit)
     test = check_same_labels(images.labels, test, images.objective.name)
     config = LearnConfig(num_memory_tokens=MEMORY, learning_rate=RATE, epochs=EPOCHS)
     details: dict[str, Any] = {
@@ -102,89 +102,93 @@ def run_training(
 
 
 def _measure(setting: Setting, test: LabelledImages, details: dict[str, Any], report: Any) -> list[Figure]:
-    """Measures everything, and adds to the details what the figures come from."""
+    """Makes all measurements, and adds the underlying values to the details."""
     backbone, activations, config = setting.backbone, setting.activations, setting.config
     count, rounds, dense_epochs = len(activations), details["rounds"], details["dense_epochs"]
-    several, dense, timed = replace(config, learning_rate=RATES), DenseTraining(setting), DenseTraining(setting)
-    one, eight = Trainer(activations, [], config), Trainer(activations, [], several)
+    sweep, dense, timed_dense = replace(config, learning_rate=RATES), DenseTraining(setting), DenseTraining(setting)
+    one, eight = Trainer(activations, [], config), Trainer(activations, [], sweep)
     sample, rows = setting.pixels(range(min(STOCK_IMAGES, count))), next(dense.batches(1))
     batch = setting.pixels(rows.tolist())
-    ways: dict[str, Run] = {
-        "stock": lambda: [backbone.backbone_logits(part) for part in sample.split(micro_batch(backbone.device))],
+    variants: dict[str, Run] = {
+        "stock": lambda: [backbone.backbone_logits(chunk) for chunk in sample.split(micro_batch(backbone.device))],
         "one": lambda: setting.train(one, config, 1),
-        "eight": lambda: setting.train(eight, several, 1),
-        "dense": lambda: timed.step(batch, rows),
+        "eight": lambda: setting.train(eight, sweep, 1),
+        "dense": lambda: timed_dense.step(batch, rows),
     }
-    report("timing epochs and passes", 0, 1)
-    seconds = interleave(ways, rounds, backbone.device)
+    report("timing epochs and forward passes", 0, 1)
+    seconds = interleave(variants, rounds, backbone.device)
     seconds["stock"] = [value * count / len(sample) for value in seconds["stock"]]
     seconds["dense"] = [value * count / len(rows) for value in seconds["dense"]]
-    report("timing epochs and passes", 1, 1)
+    report("timing epochs and forward passes", 1, 1)
 
     start = time.perf_counter()
     (learned,) = setting.train(one, config, EPOCHS)
     train_s = time.perf_counter() - start
-    (equal,) = setting.train(one, config, dense_epochs)
-    steps = [of_step for epoch in range(dense_epochs) for of_step in dense.batches(epoch + 1)]
-    for number, of_step in enumerate(steps, 1):
-        dense.step(setting.pixels(of_step.tolist()), of_step)
+    (cached,) = setting.train(one, config, dense_epochs)
+    steps = [step_rows for epoch in range(dense_epochs) for step_rows in dense.batches(epoch + 1)]
+    for number, step_rows in enumerate(steps, 1):
+        dense.step(setting.pixels(step_rows.tolist()), step_rows)
         report("training through the dense mask", number, len(steps))
-    first = first_tensors(backbone, setting.linear_probe, config.candidates[0], config.memory_std)
-    trained = {"start": first, "cached": equal.snapshot(), "dense": dense.tensors, "learned": learned.snapshot()}
-    reached = _accuracies(setting, test, trained)
-    memory = _memory(setting, several, batch, rows)
+    start_tensors = first_tensors(backbone, setting.linear_probe, config.candidates[0], config.memory_std)
+    trained = {
+        "start": start_tensors, "cached": cached.snapshot(), "dense": dense.tensors, "learned": learned.snapshot(),
+    }  # fmt: skip
+    accuracies = _accuracies(setting, test, trained)
+    memory = _memory(setting, sweep, batch, rows)
     filling = measure_filling(backbone, setting.images.select(range(min(STOCK_IMAGES, count))), rounds=rounds)
     layer_head_s = measure_layer_head(backbone, setting.images)
     passes_s = count * (1 + VIEWS.num_views) / filling["pass_images_per_s"]
 
-    cost, through = task_cost(backbone, MEMORY), _dense_operations(backbone)
+    cost, dense_operations = task_cost(backbone, MEMORY), _dense_operations(backbone)
     token = 2 * cost.operations  # forward, and backward with respect to its inputs
-    both, cached_s = cost.backbone_operations + EPOCHS * token, details["fill_s"] + train_s
+    cached_operations, cached_s = cost.backbone_operations + EPOCHS * token, details["fill_s"] + train_s
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     details |= {
         "pass_s": medians["stock"], "epoch_s": medians["one"], "sweep_epoch_s": medians["eight"],
         "dense_epoch_s": medians["dense"], "train_s": train_s, "filling": filling, "layer_head_s": layer_head_s,
-        "accuracy": reached, "peak_bytes": memory, "cache_bytes": sum(t.nbytes for t in _kept(activations)),
+        "accuracy": accuracies, "peak_bytes": memory, "cache_bytes": sum(t.nbytes for t in _cached(activations)),
         "side_by_side": all(eight._together.values()),
-        "operations_per_image": {"token": token, "dense": through, "backbone": cost.backbone_operations},
+        "operations_per_image": {"token": token, "dense": dense_operations, "backbone": cost.backbone_operations},
     }  # fmt: skip
-    of_rounds, apart = partial(Figure.of_rounds, GROUP), 100 * abs(reached["cached"] - reached["dense"])
+    of_rounds = partial(Figure.of_rounds, GROUP)
+    difference = 100 * abs(accuracies["cached"] - accuracies["dense"])
     epochs = [100 * a / b for a, b in zip(seconds["one"], seconds["stock"], strict=True)]
     sweeps = [a / b for a, b in zip(seconds["eight"], seconds["one"], strict=True)]
-    slower, name = [EPOCHS * value / cached_s for value in seconds["dense"]], f"dense mask / cached, {EPOCHS} epochs"
+    name, speedups = f"dense mask / cached, {EPOCHS} epochs", [EPOCHS * value / cached_s for value in seconds["dense"]]
     return [
         of_rounds("epoch / stock timm's pass", "%", epochs, 4, limit=100 * token / cost.backbone_operations),
         of_rounds("epoch of 8 / epoch of 1", "x", sweeps, 2, limit=len(RATES)),
-        of_rounds(name, "x", slower, 40, limit=EPOCHS * through / both, more=True),
+        of_rounds(name, "x", speedups, 40, limit=EPOCHS * dense_operations / cached_operations, more=True),
         of_rounds("filling from files / frozen pass", "x", filling["ratios"], 1.1, limit=1),
         Figure(GROUP, "layer-head task / frozen pass", "x", layer_head_s / passes_s, target=1.3, limit=1),
-        Figure(GROUP, "accuracy, |dense - cached|", "points", apart, target=0.5),
+        Figure(GROUP, "accuracy, |dense - cached|", "points", difference, target=0.5),
         Figure(GROUP, "memory, full fine-tuning / 1", "x", memory["full"] / memory["one"], target=10, more=True),
         Figure(GROUP, "memory, full fine-tuning / 8", "x", memory["full"] / memory["eight"], more=True),
     ]
 
 
 def measure_filling(
-    backbone: FrozenBackbone, images: LabelledImages, how: Augmentation = VIEWS, rounds: int = 3
+    backbone: FrozenBackbone, images: LabelledImages, augmentation: Augmentation = VIEWS, rounds: int = 3
 ) -> dict[str, Any]:
-    """Fills a new cache from files and passes as many images and views in memory, one after the other in each round.
+    """Times filling a new cache from files, and forward passes over as many images and views in memory.
 
-    Images are hashed before, as every run does it. The ratios are filling by the pass, 1 where it hides all reading.
+    Images are hashed beforehand, because every run does so. A ratio of 1 between filling and forward passes means that
+    all reading is hidden.
     """
     prove(backbone, [])
-    images, num_views = images.hashed(), 1 + how.num_views
+    images, num_views = images.hashed(), 1 + augmentation.num_views
     pixels, count = images.read_all(backbone), len(images) * num_views
     fill_s, pass_s = [], []
     for _ in range(rounds):
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
-            Activations(backbone, images, how, ActivationCache(folder))
+            Activations(backbone, images, augmentation, ActivationCache(folder))
             fill_s.append(time.perf_counter() - start)
         start = time.perf_counter()
         for _ in range(num_views):
-            found = forward_pass(backbone, pixels, sizes=(micro_batch(backbone.device),), pooled=True)
-            assert found.pooled is not None
-            found.pooled.cpu()
+            outputs = forward_pass(backbone, pixels, sizes=(micro_batch(backbone.device),), pooled=True)
+            assert outputs.pooled is not None
+            outputs.pooled.cpu()
         pass_s.append(time.perf_counter() - start)
     return {
         "num_images": count,
@@ -194,21 +198,21 @@ def measure_filling(
     }
 
 
-def measure_layer_head(backbone: FrozenBackbone, images: LabelledImages, how: Augmentation = VIEWS) -> float:
-    """Seconds of learning and registering a task without a token from files, with a new cache."""
+def measure_layer_head(backbone: FrozenBackbone, images: LabelledImages, augmentation: Augmentation = VIEWS) -> float:
+    """Seconds of learning and registering a head-only task from files, with a new cache."""
     prove(backbone, [])
     with tempfile.TemporaryDirectory() as folder, Registry.open(f"{folder}/tasks.db") as registry:
         data = write_listing(Path(folder) / "images.csv", images, range(len(images)))
         learner = Learner(backbone, registry, ActivationCache(f"{folder}/cache"))
         start = time.perf_counter()
-        learner.learn("layers", data, config=LearnConfig(head_only=True, augmentation=how))
+        learner.learn("layers", data, config=LearnConfig(head_only=True, augmentation=augmentation))
         return time.perf_counter() - start
 
 
 def _dense_operations(backbone: FrozenBackbone) -> int:
-    """Multiply-adds of the dense mask, forward and backward, for one image; the memory's own products are left out.
+    """Multiply-adds of the dense mask, forward and backward, for one image, without the linear layers of the memory.
 
-    Backward, each linear layer has one product, attention twice its own two, and the patch embedding none.
+    In the backward pass each linear layer has one product, attention four, and the patch embedding none.
     """
     cost, width = task_cost(backbone, 0), backbone.embed_dim
     tokens = backbone.num_tokens + 1
@@ -217,18 +221,18 @@ def _dense_operations(backbone: FrozenBackbone) -> int:
     return tokens * 2 * linear + 3 * attention + backbone.patch_operations
 
 
-def _memory(setting: Setting, several: LearnConfig, batch: Tensor, rows: Tensor) -> dict[str, int]:
-    """Peak bytes of two steps: of one candidate, of eight, and of full fine-tuning with AdamW on the same batch."""
+def _memory(setting: Setting, sweep: LearnConfig, batch: Tensor, rows: Tensor) -> dict[str, int]:
+    """Peak bytes of two training steps: one candidate, eight, and full fine-tuning with AdamW on the same batch."""
     backbone, activations = setting.backbone, setting.activations
-    two = 2 * setting.config.batch_size
-    there = [*backbone.weights.state_dict().values(), *_kept(activations), batch]
+    two_batches = 2 * setting.config.batch_size
+    existing = [*backbone.weights.state_dict().values(), *_cached(activations), batch]
 
     def cached(config: LearnConfig) -> None:
-        setting.train(Trainer(activations, [], config), config, 1, min(two, len(activations)))
+        setting.train(Trainer(activations, [], config), config, 1, min(two_batches, len(activations)))
 
     peaks = {
-        name: peak_bytes(partial(cached, config), there, backbone.device)
-        for name, config in {"one": setting.config, "eight": several}.items()
+        name: peak_bytes(partial(cached, config), existing, backbone.device)
+        for name, config in {"one": setting.config, "eight": sweep}.items()
     }
     model = backbone.trainable_copy(activations.num_classes)
     images, targets = batch.to(backbone.device), activations.targets[rows].to(backbone.device)
@@ -244,37 +248,38 @@ def _memory(setting: Setting, several: LearnConfig, batch: Tensor, rows: Tensor)
     return peaks
 
 
-def _kept(activations: Activations) -> list[Tensor]:
+def _cached(activations: Activations) -> list[Tensor]:
     store = activations._store
     assert store is not None
     return [store.key_values, store.features]
 
 
-def _accuracies(setting: Setting, test: LabelledImages, found: dict[str, dict[str, Tensor]]) -> dict[str, float]:
-    """Share of the test images that each set of tensors answers rightly, by the combined model."""
-    model = CombinedModel(setting.backbone, [as_task(setting, name, tensors) for name, tensors in found.items()])
-    parts = [model(part) for part in batches(test, setting.backbone, model.micro_batch)]
-    return {name: accuracy(torch.cat([part[name].cpu() for part in parts]), test.targets) for name in found}
+def _accuracies(setting: Setting, test: LabelledImages, trained: dict[str, dict[str, Tensor]]) -> dict[str, float]:
+    """Test accuracy of each set of trained tensors, by the combined model."""
+    model = CombinedModel(setting.backbone, [as_task(setting, name, tensors) for name, tensors in trained.items()])
+    outputs = [model(batch) for batch in batches(test, setting.backbone, model.micro_batch)]
+    return {name: accuracy(torch.cat([logits[name].cpu() for logits in outputs]), test.targets) for name in trained}
 
 
-def _some(images: LabelledImages, count: int) -> LabelledImages:
-    """A few of the images, drawn at random but always the same."""
-    drawn = torch.randperm(len(images), generator=torch.Generator().manual_seed(0), dtype=torch.int64, device="cpu")
-    return images.select(drawn[:count].tolist())
+def _subset(images: LabelledImages, count: int) -> LabelledImages:
+    """A random subset of the images, always the same."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0), dtype=torch.int64, device="cpu")
+    return images.select(order[:count].tolist())
 
 
 def _summary(details: Mapping[str, Any]) -> str:
-    """Below the table: seconds, accuracies and bytes in sentences."""
-    accuracy, memory = details["accuracy"], details["peak_bytes"]
-    num, few, kept = details["epochs"], details["dense_epochs"], size(details["cache_bytes"])
-    beside = "side by side" if details["side_by_side"] else "one by one, since their bits differ side by side"
+    """The text below the table: seconds, accuracies and bytes."""
+    accuracies, memory = details["accuracy"], details["peak_bytes"]
+    num, num_dense, cache_size = details["epochs"], details["dense_epochs"], size(details["cache_bytes"])
+    joint = "trained jointly" if details["side_by_side"] else "trained one by one, because joint training changes bits"
     return (
         f"An epoch of one candidate takes {details['epoch_s']:.2f} s, of eight {details['sweep_epoch_s']:.2f} s "
-        f"({beside}); stock timm passes the images in {details['pass_s']:.1f} s. Cached, filling takes "
-        f"{details['fill_s']:.1f} s and {num} epochs {details['train_s']:.1f} s; the dense mask takes "
-        f"{details['dense_epoch_s']:.1f} s an epoch, {num} of them extrapolated from steps. On "
-        f"{details['test_images']} held-out images, epochs: {few}: cached {100 * accuracy['cached']:.1f} %, dense "
-        f"{100 * accuracy['dense']:.1f} % (at the start {100 * accuracy['start']:.1f} %; cached after {num} epochs "
-        f"{100 * accuracy['learned']:.1f} %). Live tensors at most: one candidate {size(memory['one'])}, eight "
-        f"{size(memory['eight'])}, full fine-tuning {size(memory['full'])}; the cache is {kept}."
+        f"({joint}); stock timm's forward pass over the images takes {details['pass_s']:.1f} s. Filling the cache "
+        f"takes {details['fill_s']:.1f} s and {num} cached epochs {details['train_s']:.1f} s; the dense mask takes "
+        f"{details['dense_epoch_s']:.1f} s per epoch, {num} of them extrapolated from steps. Test accuracy on "
+        f"{details['test_images']} images after {num_dense} epochs: cached {100 * accuracies['cached']:.1f} %, dense "
+        f"{100 * accuracies['dense']:.1f} % (before training {100 * accuracies['start']:.1f} %; cached after {num} "
+        f"epochs {100 * accuracies['learned']:.1f} %). Peak memory of live tensors: one candidate "
+        f"{size(memory['one'])}, eight {size(memory['eight'])}, full fine-tuning {size(memory['full'])}; the cache has "
+        f"{cache_size}."
     )

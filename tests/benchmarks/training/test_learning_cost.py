@@ -1,4 +1,4 @@
-"""The benchmark of training: it measures, it compares like with like, and it writes both down."""
+"""`addenda bench training` makes fair comparisons and records its measurements."""
 
 from __future__ import annotations
 
@@ -26,28 +26,29 @@ from tests.support.tasks import random_task
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    for seed, part in enumerate(("train", "test")):
-        colour_folder(tmp_path / "data" / part, per_class=8, seed=seed)
+    for seed, split in enumerate(("train", "test")):
+        colour_folder(tmp_path / "data" / split, per_class=8, seed=seed)
     return tmp_path / "data"
 
 
-def test_training_by_the_dense_mask_goes_where_cached_training_goes(
+def test_training_through_the_dense_mask_equals_cached_training(
     tiny: FrozenBackbone, data: Path, tmp_path: Path
 ) -> None:
-    shown = open_images(data)
-    found = Activations(tiny, shown, Augmentation(), ActivationCache(tmp_path / "cache"))
+    labelled = open_images(data)
+    activations = Activations(tiny, labelled, Augmentation(), ActivationCache(tmp_path / "cache"))
     config = LearnConfig(num_memory_tokens=3, learning_rate=0.3, epochs=4, batch_size=5, warmup_steps=2)
-    setting = Setting(tiny, shown, found, found.objective.fit_linear_probe(found.pooled, found.targets, 0.1), config)
-    (cached,) = setting.train(Trainer(found, [], config), config, 3)
+    linear_probe = activations.objective.fit_linear_probe(activations.pooled, activations.targets, 0.1)
+    setting = Setting(tiny, labelled, activations, linear_probe, config)
+    (cached,) = setting.train(Trainer(activations, [], config), config, 3)
     dense = DenseTraining(setting)
     start = dense.tensors
     for epoch in (1, 2, 3):
         for rows in dense.batches(epoch):
             dense.step(setting.pixels(rows.tolist()), rows)
     for name, tensor in dense.tensors.items():
-        moved = (tensor - start[name]).abs().max()
-        assert moved > 0
-        assert (tensor - cached.snapshot()[name]).abs().max() < 0.05 * moved, name  # kept in half precision
+        change = (tensor - start[name]).abs().max()
+        assert change > 0
+        assert (tensor - cached.snapshot()[name]).abs().max() < 0.05 * change, name  # cached in half precision
 
 
 def test_the_dense_masks_operations_are_those_that_torch_counts() -> None:
@@ -62,12 +63,12 @@ def test_the_dense_masks_operations_are_those_that_torch_counts() -> None:
         if str(name) in ("aten.addmm", "aten.mm", "aten.convolution")
     )
     attention = 3 * 2 * on.depth * on.embed_dim * (on.num_tokens + 1) * (on.num_tokens + 1 + learning_cost.MEMORY)
-    found = learning_cost._dense_operations(on) - attention
-    assert found == pytest.approx(linear / 2 / 4, rel=0.2)  # the memory's rows are left out: 5 of 23 in one of 4 layers
+    counted = learning_cost._dense_operations(on) - attention
+    assert counted == pytest.approx(linear / 2 / 4, rel=0.2)  # without the memory's rows: 5 of 23 in one of 4 layers
 
 
 @pytest.mark.slow
-def test_bench_training_measures_and_writes_it_down(
+def test_bench_training_measures_and_records(
     tiny: FrozenBackbone, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(learning_cost, "EPOCHS", 3)
@@ -89,14 +90,14 @@ def test_bench_training_measures_and_writes_it_down(
     assert (tmp_path / "out" / "training.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_folder_without_a_test_part_is_refused(tiny: FrozenBackbone, data: Path) -> None:
-    with pytest.raises(DataError, match="has not both train/ and test/ in it"):
+def test_a_folder_without_a_test_split_is_refused(tiny: FrozenBackbone, data: Path) -> None:
+    with pytest.raises(DataError, match="must contain both train/ and test/"):
         run_training(tiny, data / "train", None)
 
 
-def test_few_images_are_drawn_at_random_but_always_the_same(data: Path) -> None:
-    shown = open_images(data)
-    some = learning_cost._some(shown, 10)
-    assert list(some.items) == list(learning_cost._some(shown, 10).items)
-    assert [shown.targets[shown.items.index(item)] for item in some.items] == some.targets.tolist()
-    assert len(torch.unique(some.targets)) > 1
+def test_a_subset_is_random_but_always_the_same(data: Path) -> None:
+    labelled = open_images(data)
+    subset = learning_cost._subset(labelled, 10)
+    assert list(subset.items) == list(learning_cost._subset(labelled, 10).items)
+    assert [labelled.targets[labelled.items.index(item)] for item in subset.items] == subset.targets.tolist()
+    assert len(torch.unique(subset.targets)) > 1
