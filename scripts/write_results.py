@@ -116,15 +116,15 @@ def streams_table() -> str:
 
 
 def routers_table() -> str:
-    """Class-incremental accuracy by each way to choose the task."""
-    ways = ("max softmax", "energy", "nearest mean", "mahalanobis", "ridge", "the router")
+    """Class-incremental accuracy of each method of choosing the task."""
+    methods = ("max softmax", "energy", "nearest mean", "mahalanobis", "ridge", "the router")
     rows = []
     for name in STREAMS:
         extra = [cell.extra for cell in stream(name).of("addenda")]
-        means = (statistics.mean(one["routers"][way] for one in extra) for way in ways)
-        auroc = statistics.mean(one["auroc"] for one in extra)
+        means = (statistics.mean(values["routers"][method] for values in extra) for method in methods)
+        auroc = statistics.mean(values["auroc"] for values in extra)
         rows.append([name, *(f"{100 * mean:.1f}" for mean in means), f"{auroc:.3f}"])
-    return markdown(Table(["stream", *ways[:3], "Mahalanobis", "ridge", "pooled (ships)", "AUROC"], rows))
+    return markdown(Table(["stream", *methods[:3], "Mahalanobis", "ridge", "pooled (ships)", "AUROC"], rows))
 
 
 def measured(kind: str, name: str) -> list[Figure]:
@@ -151,7 +151,7 @@ def cost_rows() -> list[CostRow]:
 
 
 def whole_cost_table() -> str:
-    """Every way on every backbone."""
+    """Every method on every backbone."""
     rows = cost_rows()
     names = dict.fromkeys(row.backbone for row in rows)
     return "\n".join(

@@ -139,8 +139,10 @@ def _registrations(
         name, seed = (f"plain-{number}", number) if statistics is None else (f"known-{number}", 2 * count + number)
         task = replace(random_task(backbone, seed), name=name, labels=LABELS, **_details())
         logits = _normal(seed, NUM_PROBES, len(LABELS))
-        own = None if statistics is None else replace(statistics, sums=_normal(seed, *statistics.sums.shape))
-        yield task, Golden(described, fingerprint, logits, tensor_digest(logits)), own
+        task_statistics = (
+            None if statistics is None else replace(statistics, sums=_normal(seed, *statistics.sums.shape))
+        )
+        yield task, Golden(described, fingerprint, logits, tensor_digest(logits)), task_statistics
 
 
 def _normal(seed: int, *shape: int) -> Tensor:
