@@ -1,4 +1,4 @@
-"""What `make release-check` finds wrong, on archives and metadata made for it; all of it runs before a release."""
+"""The checks of `make release-check` on generated archives and metadata; a release runs the script itself."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def script() -> ModuleType:
 
 
 def archived(folder: Path, name: str, files: dict[str, int]) -> Path:
-    """An archive of files of so many bytes."""
+    """Creates an archive with files of the given sizes."""
     path = folder / name
     if path.suffix == ".whl":
         with zipfile.ZipFile(path, "w") as wheel:
