@@ -1,4 +1,4 @@
-"""Every example is run as it stands, in an empty folder, and what it says is looked into."""
+"""Every example runs unchanged in an empty folder and prints what it should."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Example = Callable[[str], tuple[dict[str, Any], list[str]]]
 
 @pytest.fixture
 def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Example:
-    """Runs an example and gives its names, and the lines that it printed."""
+    """Runs an example and returns its globals and the lines that it printed."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "240")
 
@@ -37,7 +37,7 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
 
 def curves(epochs: list[dict[str, list[float]]], name: str, candidate: int) -> list[float]:
-    """A candidate's curve as the registry keeps it: until it stopped."""
+    """A candidate's curve as stored in the registry, up to its last epoch."""
     return [found for epoch in epochs if (found := epoch[name][candidate]) is not None]
 
 
@@ -64,7 +64,7 @@ def test_twenty_folders_become_tasks_of_one_server(example: Example, glyphs: Any
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # Avalanche and what it imports warn while they load
+@pytest.mark.filterwarnings("ignore")  # Avalanche and its imports emit warnings
 def test_addenda_drops_into_an_avalanche_script(example: Example) -> None:
     names, said = example("drop_into_avalanche.py")
     assert [line.partition(":")[0] for line in said] == ["naive", "addenda"]
@@ -128,7 +128,7 @@ def test_the_papers_table_is_made_in_small(example: Example) -> None:
     assert "*SUN-397* (paper)" in "\n".join(said)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # tensorboard's own
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised by tensorboard
 def test_curves_are_written_for_tensorboard(example: Example) -> None:
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     names, said = example("log_to_tensorboard.py")
@@ -148,8 +148,8 @@ def test_curves_are_written_for_tensorboard(example: Example) -> None:
     assert [each.name for each in Path("refit").iterdir() if each.is_dir()] == ["refit_train_loss_0_lr_0.001"]
 
 
-@pytest.mark.slow  # MLflow makes its database in some hundred steps
-@pytest.mark.filterwarnings("ignore")  # what MLflow asks of SQLAlchemy is deprecated there
+@pytest.mark.slow  # MLflow creates its database in about a hundred migrations
+@pytest.mark.filterwarnings("ignore")  # MLflow uses deprecated functions of SQLAlchemy
 def test_a_run_is_logged_to_mlflow(example: Example) -> None:
     import mlflow
 

@@ -20,7 +20,7 @@ from torchvision.datasets import ImageFolder
 from addenda import FrozenBackbone, LearnConfig, Learner, Registry, load_backbone
 from addenda.backbones import read_image
 from addenda.exceptions import BackboneError, DataError, NameTakenError, RegistryError, RetiredError, UnsteadyError
-from addenda.learner import Row, learn_many
+from addenda.learner import LearnRow, learn_many
 from addenda.learner.data import open_images, open_parts
 from addenda.learner.data.folders import part_named
 from addenda.learner.data.labelled import LabelledImages
@@ -433,7 +433,7 @@ def test_a_retired_version_is_no_answer_and_comes_back_as_a_new_one(learner: Lea
         learner.learn("any", folder, config=HEAD_ONLY)
     with pytest.raises(RetiredError, match=said):
         learner.registry.register(first, probe)
-    (outcome,) = learn_many(learner, [Row("any", folder, None, HEAD_ONLY)])
+    (outcome,) = learn_many(learner, [LearnRow("any", folder, None, HEAD_ONLY)])
     assert outcome.state == "failed"
     with pytest.raises(NameTakenError):
         learner.learn("any", folder, config=LearnConfig(head_only=True, seed=1))
