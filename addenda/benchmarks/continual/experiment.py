@@ -58,9 +58,7 @@ def run_continual(
         command=command,
         hardware=f"{environment['device']}, {processes}{threads} thread{'' if threads == 1 else 's'}",
         expected=config.expected,
-        experiences=[
-            ExperienceNote(e.name, list(e.classes), len(e.train), len(e.test)) for e in stream.experiences
-        ],
+        experiences=[ExperienceNote(e.name, list(e.classes), len(e.train), len(e.test)) for e in stream.experiences],
         labels=list(stream.labels),
         config=json.loads(config.model_dump_json(exclude=REFERENCE_RUN)),
         environment=environment | {"backbone": backbone.fingerprint},

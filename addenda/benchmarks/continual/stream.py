@@ -68,7 +68,7 @@ class Stream:
         eval_transform: Callable[[Any], Tensor],
         task_labels: bool = True,
     ) -> Any:
-        """The training images as an Avalanche benchmark; without `train_transform` images stay as stored, mostly PIL."""
+        """The training images as an Avalanche benchmark; without `train_transform` they stay as stored, mostly PIL."""
         from avalanche.benchmarks import benchmark_from_datasets, with_classes_timeline, with_task_labels
         from avalanche.benchmarks.utils.classification_dataset import (
             ClassificationDataset,
