@@ -128,7 +128,7 @@ class Joint(FineTuning):
 class Classifier(nn.Module):
     """A trainable copy of a backbone with a single head; the logits of classes not seen yet are NEVER.
 
-    The head is Avalanche's. It has all classes from the start, since the optimiser is created before a head grows.
+    The head is Avalanche's. It has all classes from the start, since the optimizer is created before a head grows.
     """
 
     def __init__(self, backbone: FrozenBackbone, num_classes: int, autocast: bool) -> None:

@@ -30,7 +30,7 @@ class BaselineSettings:
     """Settings of the baselines."""
 
     epochs: Count = 4  # per experience
-    batch_size: Count = 16  # new images per optimiser step; replay adds as many old ones
+    batch_size: Count = 16  # new images per optimizer step; replay adds as many old ones
     warmup_steps: NonNegativeInt = 5  # linear warm-up before the cosine schedule, in each experience
     clip_norm: PositiveFloat = 1.0  # maximum gradient norm
     weight_decay: NonNegativeFloat = 0.05  # for AdamW

@@ -71,7 +71,7 @@ class MethodRun:
         self._key = hashlib.sha256(canonical_json(dependencies).encode()).hexdigest()[:16]
 
     def cell(self, report: Report) -> Cell:
-        """The stored cell, or else computed and stored now."""
+        """Return the stored cell, or compute and store it."""
         cells = TypeAdapter(Cell)
         for line in read_lines(self.out / CELLS):
             if line["key"] == self._key:

@@ -68,7 +68,7 @@ def _content(results: Results, values: dict[str, Any]) -> dict[str, Any]:
     return {
         "results": results,
         "verdict": columns.verdict(results),
-        "kept": all(cell.identical for cell in results.of(OURS)),
+        "exact": all(cell.identical for cell in results.of(OURS)),
         "comparison": columns.comparison_table(results),
         "footnotes": columns.footnotes(results),
         "curves": _drawn("curves.png", curves_caption, draw, partial(draw, narrow=True)),

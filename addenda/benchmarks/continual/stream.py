@@ -37,7 +37,7 @@ class Experience(ImageSet):
         return tuple(sorted(set(self.train.targets.tolist())))
 
     def relabelled(self, images: LabelledImages) -> LabelledImages:
-        """Images of this experience with targets as indices into `classes`, and no other labels."""
+        """Images of this experience with only its own labels; targets are indices into `classes`."""
         index = {number: i for i, number in enumerate(self.classes)}
         targets = torch.tensor([index[number] for number in images.targets.tolist()], dtype=torch.long, device="cpu")
         return replace(images, labels=tuple(images.labels[number] for number in self.classes), targets=targets)
@@ -191,7 +191,7 @@ def _relabelled(images: LabelledImages, labels: tuple[str, ...], names: Sequence
 
 
 def _num_classes(name: str, num_classes: int, num_experiences: int, first: int | None) -> list[int]:
-    """Number of classes of each experience; DataError with what would fit, where they do not divide evenly."""
+    """Number of classes of each experience; raises DataError with suggestions if they do not divide evenly."""
     others = num_experiences - 1
     per_experience = num_classes // num_experiences if first is None else (num_classes - first) // others
     sizes = [first or per_experience, *[per_experience] * others]
