@@ -116,15 +116,15 @@ def test_tritons_client_calls_a_server_that_takes_in_a_task(example: Example) ->
 @pytest.mark.slow
 def test_the_papers_table_is_made_in_small(example: Example) -> None:
     names, said = example("paper_table.py")
-    plain = {(cell["set"], cell["regime"]) for cell in names["cells"]}
-    of_one_set = names["regimes"][:-2]
-    assert plain == {(place, regime) for place in ("high", "low") for regime in of_one_set} | {
+    plain = {(cell["set"], cell["method"]) for cell in names["cells"]}
+    of_one_set = names["methods"][:-2]
+    assert plain == {(name, method) for name in ("high", "low") for method in of_one_set} | {
         ("high+low", "pairs"), ("high+low", "collapse"),
     }  # fmt: skip
-    assert all(cell["identical"] for cell in names["cells"] if cell["regime"] == "pairs")
+    assert all(cell["identical"] for cell in names["cells"] if cell["method"] == "pairs")
     report = Path("paper-table/paper.md").read_text()
     assert report.startswith("`paper_table.py`\n")
-    assert "| set | full | full (last) | head | head+class | memory-1 | memory-5 |" in report
+    assert "| dataset | full | full (last) | head | head+class | memory-1 | memory-5 |" in report
     assert "*SUN-397* (paper)" in "\n".join(said)
 
 

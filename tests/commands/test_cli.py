@@ -141,7 +141,7 @@ DATA = "the folder to learn from"
         (("learn", "a", ".", "--config", "none.yaml"), "The file 'none.yaml' cannot be read: No such file"),
         (("learn-many", "none.yaml"), "The file 'none.yaml' cannot be read: No such file"),
         (("bench", "continual", "nothing"), "There is no stream 'nothing'. Known: "),
-        (("bench", "continual", "digits", "--methods", "magic"), "Method 'magic' is not known. Known: addenda, "),
+        (("bench", "continual", "digits", "--methods", "magic"), "Unknown method 'magic'. Known: addenda, "),
         (("bench", "compare", "none", "none"), "There is no report at 'none'. "),
         (("backbones", "show", "vit_tiny_patch16_224", "--weights", "none.pth"), "'none.pth' does not exist"),
         (("tasks", "list", "--registry", "."), "is a folder, and a registry is a file"),

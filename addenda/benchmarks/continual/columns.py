@@ -1,4 +1,4 @@
-"""The columns that methods are compared by, and the tables of a report with the notes below the first of them."""
+"""Columns, tables and notes of the report of `addenda bench continual`."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from addenda.benchmarks.continual.results import Cell, ContinualMetrics, Results
 from addenda.benchmarks.report.tables import Spread, Table, Unit, shown
 
 OURS = "addenda"
-"""The method whose promise the report is about."""
+"""The method whose exactness the report verifies."""
 
 Setting = Literal["task_incremental", "class_incremental"]
 SETTINGS: tuple[Setting, ...] = ("task_incremental", "class_incremental")
 UNVERIFIED = "†"
 NOT_OFFERED = (
-    "Forward transfer, and accuracy on an experience before it is learned, are given only where a method can already "
-    "answer with a class of that experience; in a stream of new classes, nowhere."
+    "Forward transfer, and accuracy on an experience before it is learned, are shown only where a method can already "
+    "predict a class of that experience; with new classes in every experience it never can."
 )
 
 
 @dataclass(frozen=True)
 class Column:
-    """One figure of a cell: its key for programs, its title for people, its unit, and how a cell gives it."""
+    """A metric of a cell: its JSON key, its title, its unit and how to read it from a cell."""
 
     key: str
     title: str
@@ -31,11 +31,11 @@ class Column:
     of: Callable[[Cell], float | None]
 
     def spread(self, cells: Iterable[Cell]) -> Spread | None:
-        """Over a method's cells."""
+        """Mean and standard deviation over a method's cells."""
         return Spread.of(map(self.of, cells))
 
     def text(self, cells: Iterable[Cell]) -> str:
-        """The same, as people read it."""
+        """Mean ± standard deviation as text."""
         return shown(self.spread(cells), self.unit)
 
 
@@ -55,55 +55,60 @@ QUALITY = (
 )
 PRICE = (
     Column("stored_bytes", "stored per task", "bytes", lambda cell: cell.stored_bytes),
-    Column("train_seconds", "training seconds", "s", lambda cell: sum(cell.train_seconds)),
-    Column("relative_inference", "inference, passes", "passes", lambda cell: cell.relative_inference),
+    Column("train_seconds", "training, s", "s", lambda cell: sum(cell.train_seconds)),
+    Column("relative_inference", "forward passes per image", "passes", lambda cell: cell.relative_inference),
 )
 
 
 def exactness(cells: Sequence[Cell]) -> str:
-    """Whether old tasks' logits kept every byte in all seeds, or the most that one moved."""
+    """Whether old tasks' logits are identical in all seeds, or their largest change."""
     if not any(cell.comparisons for cell in cells):
         return "nothing to compare"
     if all(cell.identical for cell in cells):
         return "identical"
-    return f"moves by {largest(cell.max_difference for cell in cells):.2g}"
+    return f"change by {_largest_change(cells)}"
+
+
+def _largest_change(cells: Sequence[Cell]) -> str:
+    return f"{largest(cell.max_difference for cell in cells):.2g}"
 
 
 def verdict(results: Results) -> str:
-    """One sentence: whether our method kept its promise; without it, the method of highest accuracy."""
+    """One sentence on Addenda's exactness and forgetting; without Addenda, on the method with the highest accuracy."""
     cells = results.of(OURS)
     if not cells:
         means = ((AVERAGE_CLASS_INCREMENTAL.spread(results.of(note.name)), note.label) for note in results.methods)
         spread, label = max((spread, label) for spread, label in means if spread is not None)
         value = shown(spread, AVERAGE_CLASS_INCREMENTAL.unit)
-        return f"{label}: the highest class-incremental average accuracy, {value} %."
+        return f"{label} has the highest class-incremental average accuracy, {value} %."
     label = next(note.label for note in results.methods if note.name == OURS)
-    seeds = "the one seed" if len(cells) == 1 else f"all {len(cells)} seeds"
-    moved = sum(not cell.identical for cell in cells)
+    seeds = "the single seed" if len(cells) == 1 else f"all {len(cells)} seeds"
+    num_changed = sum(not cell.identical for cell in cells)
     task_incremental, class_incremental = (
         column.text(cells) for column in (FORGETTING_TASK_INCREMENTAL, FORGETTING_CLASS_INCREMENTAL)
     )
-    kept = {
-        "nothing to compare": "one experience alone, so no old task's logits to compare",
+    changed = f"old tasks' logits CHANGED in {num_changed} of {len(cells)} seeds (by up to {_largest_change(cells)})"
+    logits = {
+        "nothing to compare": "no old task's logits to compare, since there is only one experience",
         "identical": f"old tasks' logits identical, byte for byte, in {seeds}",
-    }.get(exactness(cells), f"old tasks' logits MOVED in {moved} of {len(cells)} seeds ({exactness(cells)})")
+    }.get(exactness(cells), changed)
     forgetting = f"forgetting {task_incremental} points task-incremental, {class_incremental} class-incremental"
-    return f"{label}: {kept}; {forgetting}."
+    return f"{label}: {logits}; {forgetting}."
 
 
 def comparison_table(results: Results) -> Table:
-    """How the methods compare: mean ± standard deviation over seeds."""
+    """The main metrics of all methods, as mean ± standard deviation over seeds."""
     rows = []
     for note in results.methods:
         cells = results.of(note.name)
-        quality, price = ([column.text(cells) for column in part] for part in (QUALITY, PRICE))
+        quality, price = ([column.text(cells) for column in group] for group in (QUALITY, PRICE))
         rows.append([note.label + ("" if note.verified else f" {UNVERIFIED}"), *quality, exactness(cells), *price])
     titles = ["method", *(c.title for c in QUALITY), "old tasks' logits", *(c.title for c in PRICE)]
     return Table(titles, rows, ours=next((i for i, note in enumerate(results.methods) if note.name == OURS), None))
 
 
 def footnotes(results: Results) -> list[str]:
-    """What must be known to read the table rightly."""
+    """Notes below the comparison table."""
     labels = {note.name: note.label for note in results.methods}
     notes = [f"{note.label}: {note.note.rstrip('.')}." for note in results.methods if note.note]
     if unverified := [note.label for note in results.methods if not note.verified]:
@@ -111,24 +116,23 @@ def footnotes(results: Results) -> list[str]:
     baselines = [labels[name] for name in labels if name != OURS and exactness(results.of(name)) == "identical"]
     if baselines:
         notes.append(
-            f"With {', '.join(baselines)} no old logit moves either in the task-incremental setting: compare accuracy "
-            "and price."
+            f"Old task-incremental logits do not change with {', '.join(baselines)} either: compare accuracy and cost."
         )
     changed = {label: Spread.of(cell.changed_decisions for cell in results.of(name)) for name, label in labels.items()}
-    if said := [f"{label} {shown(spread)} %" for label, spread in changed.items() if spread]:
+    if shares := [f"{label} {shown(spread)} %" for label, spread in changed.items() if spread]:
         notes.append(
-            "Class-incremental predictions can change when classes join, even where no logit moves. Share of changed "
-            f"predictions on the test images of old experiences: {', '.join(said)}."
+            "Class-incremental predictions can change when classes are added, even if no logit does. Share of changed "
+            f"predictions on the test images of old experiences: {', '.join(shares)}."
         )
     return notes
 
 
 def proof_table(results: Results) -> Table | None:
-    """What was compared byte by byte, seed by seed; None where there was nothing to compare, or nothing of ours."""
-    cells, many = results.of(OURS), len(results.experiences)
-    if not cells or many == 1:
+    """The bytewise comparisons of Addenda's logits for each seed; None if there were none."""
+    cells, num_experiences = results.of(OURS), len(results.experiences)
+    if not cells or num_experiences == 1:
         return None
-    images = sum((many - 1 - place) * one.num_test for place, one in enumerate(results.experiences))
+    images = sum((num_experiences - 1 - i) * note.num_test for i, note in enumerate(results.experiences))
     rows = [
         (str(c.seed), str(c.comparisons), str(images), "yes" if c.identical else "NO", f"{c.max_difference:.2g}")
         for c in cells
@@ -137,7 +141,7 @@ def proof_table(results: Results) -> Table | None:
 
 
 def extra_table(results: Results) -> Table | None:
-    """Routers, in percent, and whatever else only some methods have."""
+    """Accuracy of routers, and other metrics that only some methods have."""
     rows = []
     for note in results.methods:
         extras = [dict(flat(cell.extra)) for cell in results.of(note.name)]
@@ -145,11 +149,11 @@ def extra_table(results: Results) -> Table | None:
             spread = Spread.of(extra.get(name) for extra in extras)
             text = f"{shown(spread)} %" if name.startswith("routers.") else shown(spread, "plain")
             rows.append([note.label, name.replace(".", ": ", 1), text])
-    return Table(["method", "figure", "value"], rows, num_left=2) if rows else None
+    return Table(["method", "metric", "value"], rows, num_left=2) if rows else None
 
 
 def flat(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value of nested mappings by its dotted name."""
+    """The values of nested mappings by dotted name."""
     for name, value in values.items():
         if isinstance(value, Mapping) and value:
             yield from flat(value, f"{path}{name}.")
@@ -158,14 +162,14 @@ def flat(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]
 
 
 def metrics_table(results: Results) -> Table:
-    """All of Avalanche's figures that any method has."""
-    every = [
+    """All of Avalanche's metrics that at least one method has."""
+    all_metrics = [
         metrics for cell in results.cells for metrics in (cell.task_incremental_metrics, cell.class_incremental_metrics)
     ]
     names = [
         name
         for name in ContinualMetrics.__dataclass_fields__
-        if any(getattr(metrics, name) is not None for metrics in every)
+        if any(getattr(metrics, name) is not None for metrics in all_metrics)
     ]
     rows = [
         [
@@ -180,9 +184,9 @@ def metrics_table(results: Results) -> Table:
 
 
 def experience_table(results: Results) -> Table:
-    """The stream's experiences, their classes and how many images each has."""
+    """The stream's experiences with their classes and numbers of images."""
     rows = [
-        [one.name, ", ".join(results.labels[i] for i in one.classes), str(one.num_train), str(one.num_test)]
-        for one in results.experiences
+        [note.name, ", ".join(results.labels[i] for i in note.classes), str(note.num_train), str(note.num_test)]
+        for note in results.experiences
     ]
     return Table(["experience", "classes", "training images", "test images"], rows, num_left=2)

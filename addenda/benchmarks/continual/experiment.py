@@ -1,4 +1,4 @@
-"""`addenda bench continual`: every method learns a stream with every seed, and the report is written."""
+"""`addenda bench continual`: run every method with every seed on a stream, and write the report."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from addenda.combined import numerics
 from addenda.exceptions import DataError, TrainingError
 from addenda.files import output_folder
 
-OF_THE_FILE = {"command", "hardware", "minutes", "expected", "expected_with"}
-"""What a stream's file says of a run that was made before."""
+REFERENCE_RUN = {"command", "hardware", "minutes", "expected", "expected_with"}
+"""Fields of a stream's file that describe an earlier run; results leave them out of their configuration."""
 
 
 def check_run(config: StreamConfig, data_root: Path | None) -> None:
-    """Finds what would stop a run, before weights are looked for: missing images, or a method that is not known."""
+    """Raise DataError for missing images or unknown methods, before any weights are loaded."""
     _methods(config)
     build_stream(config, data_root)
 
@@ -35,34 +35,32 @@ def check_run(config: StreamConfig, data_root: Path | None) -> None:
 def run_continual(
     config: StreamConfig, backbone: FrozenBackbone, out: Path, data_root: Path | None, report: Report, command: str = ""
 ) -> Results:
-    """Runs what `out` does not hold yet of cells, and of Addenda's registered tasks, and writes the report there."""
+    """Run the benchmark into the folder `out` and write its report; cells and tasks already there are reused."""
     notes = _methods(config)
     output_folder(out)
     if config.jobs > 1:
-        _compute_side_by_side(config, str(backbone.device), out, data_root, [note.name for note in notes], report)
+        _compute_in_parallel(config, str(backbone.device), out, data_root, [note.name for note in notes], report)
     cells = []
     for seed in range(config.seeds):
         stream = build_stream(config, data_root, seed)
-        for place, note in enumerate(notes):
+        for index, note in enumerate(notes):
             run = MethodRun(config, backbone, stream, note.name, seed, out)
 
-            def tell(what: str, done: int, total: int, run: MethodRun = run, start: int = place) -> None:
-                report(f"seed {run.seed}: {run.name}, {what}", start * total + done, len(notes) * total)
+            def report_cell(what: str, done: int, total: int, run: MethodRun = run, index: int = index) -> None:
+                report(f"seed {run.seed}: {run.name}, {what}", index * total + done, len(notes) * total)
 
-            cells.append(run.cell(tell))
+            cells.append(run.cell(report_cell))
     environment = numerics(backbone)
-    threads = _threads_each(config.jobs) if config.jobs > 1 else environment["threads"]
+    threads = _threads_per_process(config.jobs) if config.jobs > 1 else environment["threads"]
     processes = f"{config.jobs} processes of " if config.jobs > 1 else ""
     results = Results(
         stream=config.name,
         command=command,
         hardware=f"{environment['device']}, {processes}{threads} thread{'' if threads == 1 else 's'}",
         expected=config.expected,
-        experiences=[
-            ExperienceNote(one.name, list(one.classes), len(one.train), len(one.test)) for one in stream.experiences
-        ],
+        experiences=[ExperienceNote(e.name, list(e.classes), len(e.train), len(e.test)) for e in stream.experiences],
         labels=list(stream.labels),
-        config=json.loads(config.model_dump_json(exclude=OF_THE_FILE)),
+        config=json.loads(config.model_dump_json(exclude=REFERENCE_RUN)),
         environment=environment | {"backbone": backbone.fingerprint},
         methods=notes,
         cells=cells,
@@ -71,12 +69,13 @@ def run_continual(
     return results
 
 
-def _compute_side_by_side(
+def _compute_in_parallel(
     config: StreamConfig, device: str, out: Path, data_root: Path | None, names: Sequence[str], report: Report
 ) -> None:
-    """Has `config.jobs` processes, which share the cores, compute every cell that `out` does not hold, and keep it."""
+    """Compute and store the cells missing from `out` in `config.jobs` processes that share the CPU cores."""
     cell = partial(_compute, config, device, out, data_root)
-    pool = ProcessPoolExecutor(config.jobs, get_context("spawn"), torch.set_num_threads, (_threads_each(config.jobs),))
+    threads = _threads_per_process(config.jobs)
+    pool = ProcessPoolExecutor(config.jobs, get_context("spawn"), torch.set_num_threads, (threads,))
     try:
         cells = [pool.submit(cell, seed, name) for seed in range(config.seeds) for name in names]
         for done, future in enumerate(as_completed(cells), start=1):
@@ -89,30 +88,30 @@ def _compute_side_by_side(
 def _compute(
     config: StreamConfig, device: str, out: Path, data_root: Path | None, seed: int, name: str
 ) -> tuple[int, str]:
-    chosen, stream = config.backbone, build_stream(config, data_root, seed)
-    backbone = _load(chosen.name, chosen.weights, chosen.mean, chosen.std, device=device)
+    settings, stream = config.backbone, build_stream(config, data_root, seed)
+    backbone = _load(settings.name, settings.weights, settings.mean, settings.std, device=device)
     MethodRun(config, backbone, stream, name, seed, out).cell(lambda *_: None)
     return seed, name
 
 
-_load = cache(load_backbone)  # once in each process
+_load = cache(load_backbone)  # once per process
 
 
-def _threads_each(jobs: int) -> int:
+def _threads_per_process(jobs: int) -> int:
     return max(1, (os.cpu_count() or 1) // jobs)
 
 
 def _methods(config: StreamConfig) -> list[MethodNote]:
-    """Who runs, in order."""
+    """The methods to run, in order, with their labels and notes."""
     names = config.methods or (*OURS, *BASELINES)
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise DataError(f"Method {min(twice)!r} is named twice.")
+    if repeated := {name for name in names if names.count(name) > 1}:
+        raise DataError(f"Method {min(repeated)!r} is given twice.")
     notes = []
     for name in names:
         try:
             label, note = OURS[name][:2] if name in OURS else baseline(name)[1:]
         except TrainingError as error:
             known = ", ".join((*OURS, *BASELINES))
-            raise DataError(f"Method {name!r} is not known. Known: {known}, or lora-R with another rank R.") from error
+            raise DataError(f"Unknown method {name!r}. Known: {known}, and lora-R with any other rank R.") from error
         notes.append(MethodNote(name, label, note))
     return notes

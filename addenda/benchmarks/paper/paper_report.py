@@ -1,4 +1,4 @@
-"""What `addenda bench paper` found, as Markdown, CSV and a plot, beside the paper's own figures."""
+"""Report of `addenda bench paper` as Markdown, CSV and a plot, with the paper's results for comparison."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from addenda.benchmarks.report.tables import NOTHING, Spread, Table, markdown, s
 from addenda.terminal import console
 
 PAIRS, COLLAPSE = "pairs", "collapse"
-"""The two that are no regimes of one set."""
+"""The two methods that combine several datasets."""
 
 ORDER = (
     "full", "head", "head+class", "memory", "adapters", "unmasked", "lora", "attentive", "linear-probe", "layer-probe",
@@ -37,77 +37,77 @@ PAPER: Mapping[str, Mapping[str, float]] = {
         "Places-365": (55.9, 50.9, 52.4, 53.3, 53.8, 53.9, 54.1),
     }.items()
 }
-"""Top-1 %, ViT-B/32 of ImageNet-21k (Sandler et al., CVPR 2022, Table 2)."""
+"""Top-1 accuracy in %, ViT-B/32 pretrained on ImageNet-21k (Sandler et al., CVPR 2022, Table 2)."""
 
 PAPER_COLLAPSE = (50.0, 28.1, 27.8, 17.3)
-"""iNaturalist alone, then with one, two and three tasks more in the sequence and no mask."""
+"""iNaturalist alone, and with one, two and three more tasks in the sequence without a mask."""
 
 SHOWN = ("rate", "learning_rate", "epoch", "strength")
 
 STRONG = ("full", "lora", "attentive")
-"""Kinds of rivals that ours are measured against."""
+"""Kinds of baselines in the table of `addenda learn`."""
 
 RESAMPLES = 2000
-"""Of the bootstrap."""
+"""Number of bootstrap resamples."""
 
 LAST = " (last)"
-"""After a rival's regime, where it stands after its last epoch."""
+"""Suffix of a baseline's results after its last epoch."""
 
 Cells = Sequence[Mapping[str, Any]]
 
 
 def best_of_rates(cells: Cells) -> list[Mapping[str, Any]]:
-    """Of the cells of a set, seed and regime that differ by their rate, the one that validation chooses.
+    """Select one of the cells that differ only in their rate, by validation.
 
-    It is there twice: at its best epoch, and the best of all after their last.
+    Each selection gives two cells: the best at its best epoch, and the best after the last epoch.
     """
-    found: list[Mapping[str, Any]] = [cell for cell in cells if "rate" not in cell]
-    places: dict[object, list[Mapping[str, Any]]] = {}
+    selected: list[Mapping[str, Any]] = [cell for cell in cells if "rate" not in cell]
+    groups: dict[object, list[Mapping[str, Any]]] = {}
     for cell in cells:
         if cell.get("test") is not None and "rate" in cell:
-            places.setdefault((cell["set"], cell["seed"], cell["method"]), []).append(cell)
-    for some in places.values():
-        whole = {key: sum(cell[key] for cell in some) for key in ("seconds", "num_images")}
-        found.append({**min(some, key=lambda cell: (-cell["validation"], cell["validation_loss"])), **whole})
-        last = max(some, key=lambda cell: cell["last_validation"])
+            groups.setdefault((cell["set"], cell["seed"], cell["method"]), []).append(cell)
+    for group in groups.values():
+        totals = {key: sum(cell[key] for cell in group) for key in ("seconds", "num_images")}
+        selected.append({**min(group, key=lambda cell: (-cell["validation"], cell["validation_loss"])), **totals})
+        last = max(group, key=lambda cell: cell["last_validation"])
         at_last = {
             "validation": last["last_validation"], "test": last["last_test"], "right": last["last_right"],
             "chosen": {"rate": last["rate"]},
         }  # fmt: skip
-        found.append({**last, **whole, **at_last, "method": last["method"] + LAST})
-    return found
+        selected.append({**last, **totals, **at_last, "method": last["method"] + LAST})
+    return selected
 
 
 def write_report(cells: Cells, backbone: FrozenBackbone, data: Path, limit: int | None, out: Path) -> None:
-    """Writes paper.md, paper.csv and paper.png, and prints the first."""
+    """Write paper.md, paper.csv and paper.png, and print paper.md."""
     plain = [cell for cell in best_of_rates(cells) if cell["method"] not in (PAIRS, COLLAPSE)]
     compared = [cell for cell in plain if cell["method"] not in AS_SHIPPED]
     pairs, joined = _of(cells, method=PAIRS), _of(cells, method=COLLAPSE)
-    sizes = "all training images of a set" if limit is None else f"{limit} training images of a set, drawn by the seed"
+    sizes = "all training images" if limit is None else f"{limit} training images, drawn by the seed,"
     seeds = len({cell["seed"] for cell in cells})
     text = (
         f"`{' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])}`\n\n"
-        f"Backbone {backbone.name} ({backbone.fingerprint[:12]}); {sizes} from "
-        f"{data.name}/, a fifth of them held out to choose learning rate and epoch by; {seeds} seed"
-        f"{'' if seeds == 1 else 's'}; whole test sets. torch {torch.__version__}, {platform.machine()}, "
-        f"{os.cpu_count()} CPUs, {torch.get_num_threads()} threads.\n"
+        f"Backbone {backbone.name} ({backbone.fingerprint[:12]}); {sizes} of each dataset in {data.name}/, a fifth of "
+        f"them held out for validation; {seeds} seed{'' if seeds == 1 else 's'}; full test splits. torch "
+        f"{torch.__version__}, {platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads.\n"
     )
-    parts: Sequence[tuple[Cells, Callable[[Cells], Table], str, str]] = (
-        (compared, accuracy_table, "Test accuracy, %, mean ± standard deviation over seeds.",
-         "full, unmasked and lora move the frozen tokens: trained for comparison, never registrable as exact. "
-         "Validation chooses their epoch and learning rate by accuracy, those of the others by loss. The paper's rows: "
-         "ViT-B/32 of ImageNet-21k."),
-        (plain, shipped_table, "What `addenda learn` gives, test accuracy in %, beside the strongest rivals.",
-         "Ours as a user gets them: learned from all the images, the validation part too. Differences are from the "
-         "rival that is best in the mean over the sets; ± is their standard error, by a bootstrap over the test "
-         "images, the same for both and for all seeds."),
-        (plain, _training_table, "How they were trained, means over sets and seeds.",
-         "images/s: those that training passed, all learning rates together, by the whole time of a cell."),
-        (pairs, _extension_table, "Extension: memory-5, with and without sight of an earlier task.", ""),
-        (pairs, _concatenation_table, "Concatenation under the mask: both tasks and the extension in one pass.", ""),
-        (joined, _collapse_table, "Concatenation WITHOUT the mask, of unmasked-5 trained apart.", ""),
+    sections: Sequence[tuple[Cells, Callable[[Cells], Table], str, str]] = (
+        (compared, accuracy_table, "Test accuracy in %, mean ± standard deviation over seeds.",
+         "full, unmasked and lora change the frozen tokens; they are baselines for comparison and cannot be "
+         "registered. Validation selects their epoch and learning rate by accuracy, those of the other methods by "
+         "loss. The paper's rows are for ViT-B/32 pretrained on ImageNet-21k."),
+        (plain, shipped_table, "`addenda learn` as shipped and the strongest baselines, test accuracy in %.",
+         "`addenda learn` trains on all images, including the validation split. Differences are to the baseline with "
+         "the best mean over datasets; ± is their standard error, from a paired bootstrap over the test images, shared "
+         "by all seeds."),
+        (plain, _training_table, "Training, means over datasets and seeds.",
+         "images/s: images processed in training, over all learning rates, divided by the cell's total time."),
+        (pairs, _extension_table, "Extension: memory-5, with and without access to an earlier task.", ""),
+        (pairs, _concatenation_table,
+         "Concatenation under the mask: both tasks and the extension in one forward pass.", ""),
+        (joined, _collapse_table, "Concatenation WITHOUT the mask, of separately trained unmasked-5.", ""),
     )  # fmt: skip
-    for group, table, title, note in parts:
+    for group, table, title, note in sections:
         if group:
             text += f"\n{title}\n\n{markdown(table(group))}" + f"\n{note}\n" * bool(note)
     (out / "paper.md").write_text(text)
@@ -119,7 +119,7 @@ def write_report(cells: Cells, backbone: FrozenBackbone, data: Path, limit: int 
 
 
 def accuracy_table(plain: Cells) -> Table:
-    """Test accuracy of every regime on every set, with the paper's own rows below."""
+    """Test accuracy of every method on every dataset, with the paper's rows below."""
     methods, sets = _methods(plain), _sets(plain)
     rows: list[list[str]] = [[name, *(_test(plain, name, method) for method in methods)] for name in sets]
     if len(rows) > 1:
@@ -128,25 +128,25 @@ def accuracy_table(plain: Cells) -> Table:
         rows.append([Markup("**mean**"), *bold])
         full, head = means.get("full"), means.get("head")
         if full is not None and head is not None:
-            way = (NOTHING if m is None else f"{100 * (m - head) / (full - head):.0f} %" for m in means.values())
-            rows.append(["of the way from head to full", *way])
+            shares = (NOTHING if m is None else f"{100 * (m - head) / (full - head):.0f} %" for m in means.values())
+            rows.append(["share of the gap from head to full", *shares])
     for name, row in PAPER.items():
-        rows.append([Markup(f"*{name}* (paper)"), *(f"{row[r]:.1f}" if r in row else "" for r in methods)])
-    return Table(("set", *methods), rows)
+        rows.append([Markup(f"*{name}* (paper)"), *(f"{row[m]:.1f}" if m in row else "" for m in methods)])
+    return Table(("dataset", *methods), rows)
 
 
 def shipped_table(plain: Cells) -> Table:
-    """What a user gets beside the rivals that were not kept from being strong, and how far above the best of them."""
-    known = _methods(plain)
-    baselines = [method for method in known if method.removesuffix(LAST).partition("-")[0] in STRONG]
-    ours, sets = [method for method in known if method in AS_SHIPPED], _sets(plain)
+    """`addenda learn` as shipped next to strong baselines, with the paired difference to the best of these."""
+    methods = _methods(plain)
+    baselines = [method for method in methods if method.removesuffix(LAST).partition("-")[0] in STRONG]
+    ours, sets = [method for method in methods if method in AS_SHIPPED], _sets(plain)
     means = {method: _mean_of_sets(plain, method) for method in baselines}
-    whole = {method: mean for method, mean in means.items() if mean is not None}
-    best = max(whole, key=whole.__getitem__) if whole else None
+    complete = {method: mean for method, mean in means.items() if mean is not None}
+    best = max(complete, key=complete.__getitem__) if complete else None
     rows = []
     for names in (*([name] for name in sets), *([sets] if len(sets) > 1 else [])):
-        shown_name = names[0] if len(names) == 1 else Markup("**mean**")
-        row: list[str] = [shown_name]
+        title = names[0] if len(names) == 1 else Markup("**mean**")
+        row: list[str] = [title]
         for method in (*baselines, *ours):
             mean = _mean_of_sets([cell for cell in plain if cell["set"] in names], method)
             row.append(
@@ -156,115 +156,117 @@ def shipped_table(plain: Cells) -> Table:
             gain = paired_gain(plain, names, method, best or "")
             row.append(NOTHING if gain is None else f"{gain[0]:+.1f} ± {gain[1]:.1f}")
         rows.append(row)
-    above = [f"{method} above {best}" for method in ours] if best else []
-    return Table(("set", *baselines, *ours, *above), rows)
+    differences = [f"{method} minus {best}" for method in ours] if best else []
+    return Table(("dataset", *baselines, *ours, *differences), rows)
 
 
 def paired_gain(cells: Cells, names: Sequence[str], method: str, over: str) -> tuple[float, float] | None:
-    """Points of one regime above another, in the mean over some sets and the seeds that both have; and its error.
+    """Mean difference between two methods in points, over datasets and common seeds, and its standard error.
 
-    None where a set has no seed of both.
+    None if a dataset has no seed with both methods.
     """
-    random, drawn, found = np.random.default_rng(0), np.zeros(RESAMPLES), []
+    random, resampled, means = np.random.default_rng(0), np.zeros(RESAMPLES), []
     for name in names:
-        one, other = ({cell["seed"]: cell for cell in _of(cells, set=name, method=what)} for what in (method, over))
-        seeds = [seed for seed in one if seed in other and one[seed].get("right") and other[seed].get("right")]
+        ours, base = ({cell["seed"]: cell for cell in _of(cells, set=name, method=m)} for m in (method, over))
+        seeds = [seed for seed in ours if seed in base and ours[seed].get("right") and base[seed].get("right")]
         if not seeds:
             return None
-        right, base = (np.array([list(map(int, some[seed]["right"])) for seed in seeds]) for some in (one, other))
-        gains = 100 * (right - base).mean(0)  # of each test image, over the seeds
-        found.append(gains.mean())
-        drawn += gains[random.integers(len(gains), size=(RESAMPLES, len(gains)))].mean(1) / len(names)
-    return float(np.mean(found)), float(drawn.std())
+        correct, base_correct = (
+            np.array([list(map(int, by_seed[seed]["right"])) for seed in seeds]) for by_seed in (ours, base)
+        )
+        gains = 100 * (correct - base_correct).mean(0)  # per test image, averaged over seeds
+        means.append(gains.mean())
+        resampled += gains[random.integers(len(gains), size=(RESAMPLES, len(gains)))].mean(1) / len(names)
+    return float(np.mean(means)), float(resampled.std())
 
 
 def _training_table(plain: Cells) -> Table:
     rows = []
     for method in _methods(plain):
-        mine = _of(plain, method=method)
+        cells = _of(plain, method=method)
         chosen = Counter(
             " ".join(f"{key.replace('_', ' ')} {value}" for key, value in cell["chosen"].items() if key in SHOWN)
-            for cell in mine
+            for cell in cells
         )
-        often = "; ".join(f"{text} ({count})" for text, count in chosen.most_common(3))
-        seconds, images = (sum(cell[key] for cell in mine) for key in ("seconds", "num_images"))
-        validation = f"{100 * statistics.mean(cell['validation'] for cell in mine):.1f}"
+        most_common = "; ".join(f"{text} ({count})" for text, count in chosen.most_common(3))
+        seconds, images = (sum(cell[key] for cell in cells) for key in ("seconds", "num_images"))
+        validation = f"{100 * statistics.mean(cell['validation'] for cell in cells):.1f}"
         rate = f"{images / seconds:.0f}" if images else NOTHING
-        rows.append([method, validation, f"{seconds / len(mine):.0f}", rate, often])
-    return Table(("method", "validation, %", "seconds", "images/s", "most often chosen"), rows)
+        rows.append([method, validation, f"{seconds / len(cells):.0f}", rate, most_common])
+    return Table(("method", "validation, %", "seconds", "images/s", "most frequent selection"), rows)
 
 
 def _extension_table(pairs: Cells) -> Table:
     rows = []
-    for place in _sets(pairs):
-        mine, (one, other) = _of(pairs, set=place), place.split("+")
-        beside = _beside([cell["alone"][1] for cell in mine], [cell["extended"] for cell in mine])
-        rows.append([other, one, *beside, _yes(cell["identical"] for cell in mine)])
-    return Table(("set", "extends", "alone, %", "extending, %", "difference", "old logits keep their bits"), rows)
+    for pair in _sets(pairs):
+        cells, (first, second) = _of(pairs, set=pair), pair.split("+")
+        spreads = _difference([cell["alone"][1] for cell in cells], [cell["extended"] for cell in cells])
+        rows.append([second, first, *spreads, _yes(cell["identical"] for cell in cells)])
+    return Table(("dataset", "extends", "alone, %", "extending, %", "difference", "old logits identical"), rows)
 
 
 def _concatenation_table(pairs: Cells) -> Table:
     rows = []
-    for mine, place, name, alone, together in _members(pairs):
-        kept = _yes(cell["identical"] for cell in mine)
-        rows.append([place, name, *_beside(alone, together)[:2], _yes([alone == together]), kept])
-    head = ("pair", "set", "alone, %", "together, %", "equal to the last digit", "all logits keep their bits")
-    return Table(head, rows)
+    for cells, pair, name, alone, together in _members(pairs):
+        identical = _yes(cell["identical"] for cell in cells)
+        rows.append([pair, name, *_difference(alone, together)[:2], _yes([alone == together]), identical])
+    columns = ("pair", "dataset", "alone, %", "together, %", "same accuracy", "all logits identical")
+    return Table(columns, rows)
 
 
 def _collapse_table(joined: Cells) -> Table:
     rows = [
-        [place.replace("+", " + "), name, *_beside(alone, together)]
-        for _, place, name, alone, together in _members(joined)
+        [group.replace("+", " + "), name, *_difference(alone, together)]
+        for _, group, name, alone, together in _members(joined)
     ]
     for i, value in enumerate(PAPER_COLLAPSE[1:], 1):
         name = Markup(f"*iNaturalist* and {i} more")
         rows.append(["(paper)", name, "50.0", f"{value:.1f}", f"{value - PAPER_COLLAPSE[0]:+.1f}"])
-    return Table(("joined", "set", "alone, %", "joined, %", "difference"), rows)
+    return Table(("joined", "dataset", "alone, %", "joined, %", "difference"), rows)
 
 
 def _members(cells: Cells) -> Iterator[tuple[Cells, str, str, list[float], list[float]]]:
-    """Of sets that were answered together, the smallest company first: each with its accuracies alone and in it."""
-    for place in sorted(_sets(cells), key=lambda place: place.count("+")):
-        mine = _of(cells, set=place)
-        for i, name in enumerate(place.split("+")):
-            alone, together = ([cell[key][i] for cell in mine] for key in ("alone", "together"))
-            yield mine, place, name, alone, together
+    """The datasets of each group, smallest group first, with their accuracies alone and together."""
+    for group in sorted(_sets(cells), key=lambda group: group.count("+")):
+        of_group = _of(cells, set=group)
+        for i, name in enumerate(group.split("+")):
+            alone, together = ([cell[key][i] for cell in of_group] for key in ("alone", "together"))
+            yield of_group, group, name, alone, together
 
 
 def _write_csv(cells: Cells, file: Path) -> None:
-    """A line for each accuracy of each cell."""
+    """Write one line per accuracy of each cell."""
     with file.open("w", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(("set", "seed", "method", "what", "accuracy", "seconds"))
         for cell in cells:
-            for what in ("validation", "test", "alone", "together", "extended"):
-                values = cell.get(what, [])
+            for key in ("validation", "test", "alone", "together", "extended"):
+                values = cell.get(key, [])
                 for value in values if isinstance(values, list) else [values]:
-                    writer.writerow((cell["set"], cell["seed"], cell["method"], what, value, f"{cell['seconds']:.1f}"))
+                    writer.writerow((cell["set"], cell["seed"], cell["method"], key, value, f"{cell['seconds']:.1f}"))
 
 
 def _plot(joined: Cells, plain: Cells, file: Path) -> None:
     from addenda.benchmarks.report.plots import paper_panels
 
-    here = {}
+    gains = {}
     for name in _sets(plain):
         spreads = {method: Spread.of(_gains(plain, name, method, "head")) for method in _methods(plain)}
         if known := {method: spread for method, spread in spreads.items() if spread is not None}:
-            here[name] = known
-    paper = {name: {r: Spread(value - row["head"], None) for r, value in row.items()} for name, row in PAPER.items()}
+            gains[name] = known
+    paper = {name: {m: Spread(value - row["head"], None) for m, value in row.items()} for name, row in PAPER.items()}
     first = _sets(plain)[0]
     lines = {"iNaturalist, no mask (paper)": dict(enumerate(PAPER_COLLAPSE, 1))}
-    reached: dict[int, list[float]] = {}
+    accuracies: dict[int, list[float]] = {}  # by number of joined tasks
     for cell in joined:
         if cell["set"].split("+")[0] == first:
-            reached.setdefault(1, []).append(cell["alone"][0])
-            reached.setdefault(len(cell["together"]), []).append(cell["together"][0])
-    if reached:
-        lines[f"{first}, no mask"] = {n: 100 * statistics.mean(reached[n]) for n in sorted(reached)}
+            accuracies.setdefault(1, []).append(cell["alone"][0])
+            accuracies.setdefault(len(cell["together"]), []).append(cell["together"][0])
+    if accuracies:
+        lines[f"{first}, no mask"] = {n: 100 * statistics.mean(accuracies[n]) for n in sorted(accuracies)}
     masked = Spread.of(cell["test"] for cell in _of(plain, set=first, method="memory-5"))
-    level = None if masked is None else (f"{first}, masked: bits do not move", 100 * masked.mean)
-    paper_panels(here, paper, lines, level, file)
+    level = None if masked is None else (f"{first}, masked: logits identical", 100 * masked.mean)
+    paper_panels(gains, paper, lines, level, file)
 
 
 def _of(cells: Cells, **key: str) -> list[Mapping[str, Any]]:
@@ -272,14 +274,14 @@ def _of(cells: Cells, **key: str) -> list[Mapping[str, Any]]:
 
 
 def _gains(cells: Cells, name: str, method: str, over: str) -> list[float]:
-    """Points of a regime above another of the same seed, on one set."""
+    """Difference between two methods on a dataset in points, for each common seed."""
     base = {cell["seed"]: cell["test"] for cell in _of(cells, set=name, method=over)}
-    mine = _of(cells, set=name, method=method)
-    return [100 * (cell["test"] - base[cell["seed"]]) for cell in mine if cell["seed"] in base]
+    of_method = _of(cells, set=name, method=method)
+    return [100 * (cell["test"] - base[cell["seed"]]) for cell in of_method if cell["seed"] in base]
 
 
 def _methods(plain: Cells) -> list[str]:
-    """In the paper's order, the smaller first."""
+    """The methods in the paper's order, smaller sizes first."""
 
     def order(method: str) -> tuple[int, int, bool]:
         kind = method.removesuffix(LAST)
@@ -298,16 +300,16 @@ def _test(plain: Cells, name: str, method: str) -> str:
 
 
 def _mean_of_sets(plain: Cells, method: str) -> float | None:
-    """Over all sets, in %; None where one has none."""
-    found = [[cell["test"] for cell in _of(plain, set=name, method=method)] for name in _sets(plain)]
-    return 100 * statistics.mean(map(statistics.mean, found)) if all(found) else None
+    """Mean accuracy over datasets in %; None if the method is missing for one."""
+    accuracies = [[cell["test"] for cell in _of(plain, set=name, method=method)] for name in _sets(plain)]
+    return 100 * statistics.mean(map(statistics.mean, accuracies)) if all(accuracies) else None
 
 
-def _beside(before: Sequence[float], after: Sequence[float]) -> list[str]:
-    """The spreads of two, and of their difference."""
+def _difference(before: Sequence[float], after: Sequence[float]) -> list[str]:
+    """Mean ± standard deviation before, after and of the difference."""
     change = [new - old for old, new in zip(before, after, strict=True)]
     return [shown(Spread.of(before)), shown(Spread.of(after)), shown(Spread.of(change), sign="+")]
 
 
-def _yes(found: Iterable[bool]) -> str:
-    return "yes" if all(found) else Markup("**NO**")
+def _yes(values: Iterable[bool]) -> str:
+    return "yes" if all(values) else Markup("**NO**")

@@ -1,4 +1,4 @@
-"""`bench continual`: what it measures, that it goes on where it was stopped, and that it sees a broken promise."""
+"""`bench continual`: what it measures, that an interrupted run resumes, and that changed logits are detected."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def test_a_run_measures_every_method_on_the_same_images(tiny: FrozenBackbone, tm
     assert [(cell.method, cell.seed) for cell in results.cells] == [
         (name, seed) for seed in (0, 1) for name in ("addenda", "naive", "nearest-mean", "joint")
     ]
-    assert [(one.num_train, one.num_test) for one in results.experiences] == [(20, 10)] * 5
+    assert [(note.num_train, note.num_test) for note in results.experiences] == [(20, 10)] * 5
     for cell in results.of("addenda"):
         assert cell.identical
         assert (cell.comparisons, cell.max_difference) == (10, 0)
         assert cell.task_incremental_metrics.forgetting == 0
         assert all(cell.task_incremental[i][j] == cell.task_incremental[j][j] for i in range(5) for j in range(i + 1))
-        assert all(cell.class_incremental[i][j] is None for i in range(5) for j in range(i + 1, 5))  # classes not met
+        assert all(cell.class_incremental[i][j] is None for i in range(5) for j in range(i + 1, 5))  # unseen classes
         assert cell.task_incremental_metrics.forward_transfer is cell.class_incremental_metrics.forward_transfer is None
         assert set(cell.extra["routers"]) == {
             "max softmax", "energy", "the router", "nearest mean", "mahalanobis", "ridge",
@@ -76,7 +76,7 @@ def test_a_run_measures_every_method_on_the_same_images(tiny: FrozenBackbone, tm
     assert (tmp_path / "report.html").exists()
 
 
-def test_where_classes_come_again_accuracy_before_learning_is_measured(tiny: FrozenBackbone, tmp_path: Path) -> None:
+def test_accuracy_before_learning_is_measured_if_classes_recur(tiny: FrozenBackbone, tmp_path: Path) -> None:
     for number, name in enumerate(("day", "night")):
         colour_folder(tmp_path / name / "train", 8, ("red", "blue"), number)
         colour_folder(tmp_path / name / "test", 4, ("red", "blue"), number + 10)
@@ -89,50 +89,50 @@ def test_where_classes_come_again_accuracy_before_learning_is_measured(tiny: Fro
 
 @pytest.mark.slow
 def test_a_report_states_its_own_command_and_machine(run: Command, tmp_path: Path) -> None:
-    given = ("bench", "continual", "digits", "--limit", "20", "--methods", "slda", "--seeds", "1", "--jobs", "1")
-    ran = run(*given, "--device", "cpu", "--out", tmp_path / "a b")
-    assert ran.code == 0, ran.err
+    arguments = ("bench", "continual", "digits", "--limit", "20", "--methods", "slda", "--seeds", "1", "--jobs", "1")
+    first = run(*arguments, "--device", "cpu", "--out", tmp_path / "a b")
+    assert first.code == 0, first.err
     results = read_results(tmp_path / "a b")
-    assert results.command == f"addenda {' '.join(given)} --device cpu --out '{tmp_path}/a b'"
-    described = numerics(load_backbone("glyphs", device="cpu"))
-    count = described["threads"]
-    assert results.hardware == f"{described['device']}, {count} thread{'' if count == 1 else 's'}"
+    assert results.command == f"addenda {' '.join(arguments)} --device cpu --out '{tmp_path}/a b'"
+    fingerprint = numerics(load_backbone("glyphs", device="cpu"))
+    count = fingerprint["threads"]
+    assert results.hardware == f"{fingerprint['device']}, {count} thread{'' if count == 1 else 's'}"
     assert results.expected == {}
     assert not {"command", "hardware", "minutes", "expected"} & set(results.config)
-    assert ran.err.splitlines()[-1] == "seed 0: slda, done"  # standard error is no terminal here
-    again = run(*given, "--device", "cpu", "--out", tmp_path / "a b", "--json")
+    assert first.err.splitlines()[-1] == "seed 0: slda, done"  # standard error is not a terminal here
+    again = run(*arguments, "--device", "cpu", "--out", tmp_path / "a b", "--json")
     assert (again.code, again.err) == (0, "")
 
 
-def test_what_a_run_lacks_is_told_before_weights_are_looked_for(
+def test_missing_data_and_unknown_methods_are_reported_before_weights_are_loaded(
     run: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("addenda.load_backbone", lambda *args, **more: pytest.fail("weights were looked for"))
-    for given, said in (
+    monkeypatch.setattr("addenda.load_backbone", lambda *args, **more: pytest.fail("weights were loaded"))
+    for arguments, message in (
         (("continual", "split-cifar10", "--data", tmp_path), f"There is no folder {str(tmp_path / 'cifar10')!r}."),
         (("continual", "digits", "--split", "3"), "--split is for a folder, or a stream of one set; 'digits' has"),
-        (("continual", "digits", "--methods", "addenda,foo"), "Method 'foo' is not known. Known: addenda, addenda-"),
-        (("paper", tmp_path, "--out", tmp_path / "out", "--sets", "a"), "has no set 'a' with train/ and test/"),
+        (("continual", "digits", "--methods", "addenda,foo"), "Unknown method 'foo'. Known: addenda, addenda-"),
+        (("paper", tmp_path, "--out", tmp_path / "out", "--sets", "a"), "has no dataset 'a' with train/ and test/"),
     ):
-        found = run("bench", *given)
-        assert found.code == 2
-        assert said in found.err
+        result = run("bench", *arguments)
+        assert result.code == 2
+        assert message in result.err
 
 
 @pytest.mark.slow
-def test_processes_side_by_side_find_what_one_finds(
+def test_parallel_processes_compute_the_same_results(
     glyphs: FrozenBackbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     methods = ["nearest-mean", "slda"]
-    alone = run(quick(methods=methods, seeds=2), glyphs, tmp_path / "alone")
+    sequential = run(quick(methods=methods, seeds=2), glyphs, tmp_path / "sequential")
     monkeypatch.setattr(MethodRun, "_compute", None)  # nothing is left for this process to compute
-    together = run(quick(methods=methods, seeds=2, jobs=2), glyphs, tmp_path / "together")
-    untimed = [[replace(cell, train_seconds=[0.0] * 5) for cell in found.cells] for found in (alone, together)]
+    parallel = run(quick(methods=methods, seeds=2, jobs=2), glyphs, tmp_path / "parallel")
+    untimed = [[replace(cell, train_seconds=[0.0] * 5) for cell in runs.cells] for runs in (sequential, parallel)]
     assert untimed[0] == untimed[1]
 
 
 @pytest.mark.slow
-def test_what_goes_wrong_in_a_process_is_told(glyphs: FrozenBackbone, tmp_path: Path) -> None:
+def test_an_error_in_a_process_is_raised(glyphs: FrozenBackbone, tmp_path: Path) -> None:
     output_folder(tmp_path)
     (tmp_path / CELLS).mkdir()
     with pytest.raises(IsADirectoryError):
@@ -140,19 +140,19 @@ def test_what_goes_wrong_in_a_process_is_told(glyphs: FrozenBackbone, tmp_path: 
 
 
 @pytest.mark.slow
-def test_a_run_that_is_done_is_not_computed_again(tiny: FrozenBackbone, tmp_path: Path) -> None:
+def test_a_finished_run_is_not_computed_again(tiny: FrozenBackbone, tmp_path: Path) -> None:
     config = quick(methods=["addenda", "nearest-mean"])
     first = run(config, tiny, tmp_path)
-    kept = (tmp_path / CELLS).read_bytes()
+    cells = (tmp_path / CELLS).read_bytes()
     assert run(config, tiny, tmp_path) == first
-    assert (tmp_path / CELLS).read_bytes() == kept
-    other = run(quick(methods=["addenda", "nearest-mean"], limit=24), tiny, tmp_path)  # other images: another cell
+    assert (tmp_path / CELLS).read_bytes() == cells
+    other = run(quick(methods=["addenda", "nearest-mean"], limit=24), tiny, tmp_path)  # other images, so other cells
     assert len((tmp_path / CELLS).read_text().splitlines()) == 4
     assert other.experiences[0].num_train == 24
 
 
 @pytest.mark.slow
-def test_a_cell_that_was_cut_short_is_computed_again(tiny: FrozenBackbone, tmp_path: Path) -> None:
+def test_a_truncated_cell_is_computed_again(tiny: FrozenBackbone, tmp_path: Path) -> None:
     config = quick(methods=["nearest-mean"])
     first = run(config, tiny, tmp_path)
     file = tmp_path / CELLS
@@ -163,7 +163,7 @@ def test_a_cell_that_was_cut_short_is_computed_again(tiny: FrozenBackbone, tmp_p
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_the_tasks_that_are_registered(
+def test_a_run_resumes_with_the_registered_tasks(
     tiny: FrozenBackbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from addenda.benchmarks.continual import ours
@@ -183,20 +183,20 @@ def test_a_run_goes_on_with_the_tasks_that_are_registered(
     with Registry.open(database) as registry:
         before = [(record.ref, record.sha256, record.created_at) for record in registry.tasks()]
     assert len(before) == 3
-    found = run(config, tiny, tmp_path / "stopped").cells[0]
+    resumed = run(config, tiny, tmp_path / "stopped").cells[0]
     with Registry.open(database) as registry:
         assert [(r.ref, r.sha256, r.created_at) for r in registry.tasks()][:3] == before
-    whole = run(config, tiny, tmp_path / "whole").cells[0]
-    assert (found.task_incremental, found.class_incremental, found.extra) == (
-        whole.task_incremental,
-        whole.class_incremental,
-        whole.extra,
+    expected = run(config, tiny, tmp_path / "uninterrupted").cells[0]
+    assert (resumed.task_incremental, resumed.class_incremental, resumed.extra) == (
+        expected.task_incremental,
+        expected.class_incremental,
+        expected.extra,
     )
-    assert found.train_seconds[0] > 0.01  # of the run that learned it, not of the one that found it
+    assert resumed.train_seconds[0] > 0.01  # from the run that learned the task
 
 
 @pytest.mark.slow
-def test_a_broken_mask_ends_in_a_verdict_and_exit_code_1(
+def test_a_broken_mask_gives_a_verdict_and_exit_code_1(
     tiny: FrozenBackbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     break_the_mask(monkeypatch)
@@ -208,46 +208,46 @@ def test_a_broken_mask_ends_in_a_verdict_and_exit_code_1(
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 1
-    assert "MOVED in 1 of 1 seeds" in " ".join(capsys.readouterr().out.split())
+    assert "CHANGED in 1 of 1 seeds" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
-        ({"methods": ["addenda", "magic"]}, "Method 'magic' is not known. Known: addenda, addenda-adapters, naive, "),
-        ({"methods": ["naive", "naive"]}, "Method 'naive' is named twice"),
+        ({"methods": ["addenda", "magic"]}, "Unknown method 'magic'. Known: addenda, addenda-adapters, naive, "),
+        ({"methods": ["naive", "naive"]}, "Method 'naive' is given twice"),
         ({"baselines": {"epoch": 1}}, "baselines.epoch: "),
         ({"learn": {"epochs": 0}}, "epochs"),
     ],
 )
-def test_what_is_not_known_is_refused_before_anything_runs(
-    tiny: FrozenBackbone, tmp_path: Path, settings: dict[str, Any], said: str
+def test_unknown_methods_and_settings_are_refused_before_anything_runs(
+    tiny: FrozenBackbone, tmp_path: Path, settings: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(AddendaError, match=re.escape(said)):
+    with pytest.raises(AddendaError, match=re.escape(message)):
         run(quick(**settings), tiny, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_figures_are_those_of_the_matrix() -> None:
-    found = measure([[1.0, 0.2, None], [0.8, 0.9, 0.1], [0.7, 0.5, 0.6]])
-    assert found.average_accuracy == pytest.approx(0.6)
-    assert found.average_incremental_accuracy == pytest.approx((1.0 + 0.85 + 0.6) / 3)
-    assert found.forgetting == pytest.approx((0.3 + 0.4) / 2)
-    assert found.backward_transfer == pytest.approx(-0.35)
-    assert found.forward_transfer == pytest.approx(0.15)
-    alone = measure([[0.5]])
-    assert (alone.forgetting, alone.backward_transfer, alone.forward_transfer) == (None, None, None)
+def test_metrics_follow_from_the_accuracy_matrix() -> None:
+    metrics = measure([[1.0, 0.2, None], [0.8, 0.9, 0.1], [0.7, 0.5, 0.6]])
+    assert metrics.average_accuracy == pytest.approx(0.6)
+    assert metrics.average_incremental_accuracy == pytest.approx((1.0 + 0.85 + 0.6) / 3)
+    assert metrics.forgetting == pytest.approx((0.3 + 0.4) / 2)
+    assert metrics.backward_transfer == pytest.approx(-0.35)
+    assert metrics.forward_transfer == pytest.approx(0.15)
+    single = measure([[0.5]])
+    assert (single.forgetting, single.backward_transfer, single.forward_transfer) == (None, None, None)
     late = measure([[None, None], [0.5, 0.7]])
     assert (late.average_accuracy, late.average_incremental_accuracy) == (pytest.approx(0.6), None)
 
 
-def test_one_moved_bit_is_seen(tmp_path: Path) -> None:
+def test_a_change_of_one_bit_is_detected(tmp_path: Path) -> None:
     experience = build_stream(quick(), None, 0).experiences[0]
     task_incremental = torch.full((10, 10), NEVER)
     task_incremental[:, list(experience.classes)] = torch.randn(10, 2)
-    moved = task_incremental.clone()
-    moved[3, experience.classes[0]] = moved[3, experience.classes[0]].nextafter(torch.tensor(9.0))
-    for again, same in ((task_incremental.clone(), True), (moved, False)):
+    changed = task_incremental.clone()
+    changed[3, experience.classes[0]] = changed[3, experience.classes[0]].nextafter(torch.tensor(9.0))
+    for again, same in ((task_incremental.clone(), True), (changed, False)):
         matrices = _Matrices(2)
         matrices.add(0, 0, experience, task_incremental, task_incremental)
         matrices.add(1, 0, experience, again, again)
@@ -257,10 +257,10 @@ def test_one_moved_bit_is_seen(tmp_path: Path) -> None:
         assert matrices.changed_decisions == 0
 
 
-def test_scores_that_diverge_later_move_by_nan_and_those_that_stay_nan_do_not_move() -> None:
+def test_scores_that_become_nan_differ_and_scores_that_stay_nan_do_not() -> None:
     experience = build_stream(quick(), None, 0).experiences[0]
-    task_incremental, gone = torch.zeros(10, 10), torch.full((10, 10), torch.nan)
-    for first, again, same in ((task_incremental, gone, False), (gone, gone, True)):
+    task_incremental, nan = torch.zeros(10, 10), torch.full((10, 10), torch.nan)
+    for first, again, same in ((task_incremental, nan, False), (nan, nan, True)):
         matrices = _Matrices(2)
         matrices.add(0, 0, experience, first, task_incremental)
         matrices.add(1, 0, experience, again, task_incremental)
@@ -269,7 +269,7 @@ def test_scores_that_diverge_later_move_by_nan_and_those_that_stay_nan_do_not_mo
 
 
 @pytest.mark.slow
-def test_a_stream_killed_at_any_moment_ends_in_the_same_figures(tmp_path: Path) -> None:
+def test_a_stream_killed_at_any_moment_resumes_to_the_same_results(tmp_path: Path) -> None:
     settings = tmp_path / "stream.yaml"
     settings.write_text(json.dumps({
         "name": "digits", "data": {"source": "digits"}, "backbone": {"name": "glyphs"}, "seeds": 1, "limit": 20,
@@ -279,18 +279,18 @@ def test_a_stream_killed_at_any_moment_ends_in_the_same_figures(tmp_path: Path) 
     def command(out: Path) -> tuple[object, ...]:
         return ("bench", "continual", settings, "--out", out, "--device", "cpu")
 
-    whole = Commands(tmp_path / "a", registry=False).run(*command(tmp_path / "whole"))
+    expected = Commands(tmp_path / "a", registry=False).run(*command(tmp_path / "uninterrupted"))
     killed, out = Commands(tmp_path / "b", registry=False), tmp_path / "killed"
 
     def registered(count: int) -> bool:
-        found = list((out / REGISTRIES).glob("*.db"))
-        if not found:
+        databases = list((out / REGISTRIES).glob("*.db"))
+        if not databases:
             return False
-        with Registry.open(found[0]) as registry:
+        with Registry.open(databases[0]) as registry:
             return len(registry.tasks()) >= count
 
     for count in (0, 1, 3):
         killed.kill(lambda count=count: registered(count), *command(out))
     again = killed.run(*command(out))
-    shown = ("task_incremental", "class_incremental", "comparisons", "identical", "extra")
-    assert [again["cells"][0][key] for key in shown] == [whole["cells"][0][key] for key in shown]
+    keys = ("task_incremental", "class_incremental", "comparisons", "identical", "extra")
+    assert [again["cells"][0][key] for key in keys] == [expected["cells"][0][key] for key in keys]
