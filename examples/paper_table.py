@@ -1,9 +1,11 @@
-"""The paper's table: full fine-tuning, heads, memory of several sizes, masked and not; as `addenda bench paper` has it.
+"""Reproduces the table of the paper (arXiv 2203.15243), like `addenda bench paper`.
 
-    python paper_table.py IMAGES        # a folder of data sets, each with train/ and test/; a ViT-B/32 of ImageNet-21k
+The methods are full fine-tuning, heads, and memory of several sizes, masked and unmasked.
 
-Without a folder it is a table in small: two sets of scikit-learn's digits on the backbone `glyphs`, in a minute or two.
-The report is written to `paper-table/`; a run that was stopped goes on. arXiv 2203.15243.
+    python paper_table.py IMAGES        # a folder of datasets, each with train/ and test/; ViT-B/32 of ImageNet-21k
+
+Without a folder it runs on two small datasets of scikit-learn's digits and the backbone `glyphs`, in a minute or two.
+The report is written to `paper-table/`; an interrupted run resumes.
 """
 
 from __future__ import annotations
@@ -24,9 +26,9 @@ if len(sys.argv) > 1:
     comparison = PaperConfig(load_backbone("vit_base_patch32_224.augreg_in21k"), data)
 else:
     data, seeds = Path("paper-images"), 1
-    for name, keep in {"low": (0, 1, 2), "high": (7, 8, 9)}.items():
-        for part in ("train", "test"):
-            digits(keep, part == "test", limit=90).save(data / name / part)
+    for name, classes in {"low": (0, 1, 2), "high": (7, 8, 9)}.items():
+        for split in ("train", "test"):
+            digits(classes, split == "test", limit=90).save(data / name / split)
     methods = ("full", "head", "head+class", "memory-1", "memory-5", "unmasked-5", "pairs", "collapse")
     ours, baselines = (
         replace(OURS, epochs=2, learning_rate=(0.003,)),
@@ -34,5 +36,5 @@ else:
     )
     comparison = PaperConfig(load_backbone("glyphs"), data, limit=45, ours=ours, baselines=baselines)
 
-sets = sorted(folder.name for folder in data.iterdir() if folder.is_dir())
-cells = run_paper(comparison, sets, seeds, methods, OUT)
+datasets = sorted(folder.name for folder in data.iterdir() if folder.is_dir())
+cells = run_paper(comparison, datasets, seeds, methods, OUT)

@@ -143,7 +143,7 @@ def cost_rows() -> list[CostRow]:
 
 
 def whole_cost_table() -> str:
-    """Every way on every backbone."""
+    """Every method on every backbone."""
     rows = cost_rows()
     names = dict.fromkeys(row.backbone for row in rows)
     return "\n".join(

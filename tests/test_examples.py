@@ -53,7 +53,7 @@ def test_each_example_is_short_listed_and_run_by_a_test() -> None:
 def test_twenty_folders_become_tasks_of_one_server(example: Example, glyphs: Any) -> None:
     _, said = example("twenty_folders.py")
     assert said[:20] == [f"{folder.name}: learned" for folder in sorted(Path("photos").iterdir())]
-    found = re.fullmatch(r"20 tasks answered each of 20 photos; .* (\d+) are right\.", said[-1])
+    found = re.fullmatch(r"20 tasks predicted for each of 20 photos; .* (\d+) are correct\.", said[-1])
     assert found is not None
     assert int(found[1]) >= 16
     with Registry.open("photos.db") as registry:
@@ -68,8 +68,8 @@ def test_twenty_folders_become_tasks_of_one_server(example: Example, glyphs: Any
 def test_addenda_drops_into_an_avalanche_script(example: Example) -> None:
     names, said = example("drop_into_avalanche.py")
     assert [line.partition(":")[0] for line in said] == ["naive", "addenda"]
-    assert said[0].endswith("old logits moved")
-    assert said[1].endswith("old logits kept every bit")
+    assert said[0].endswith("old logits changed")
+    assert said[1].endswith("old logits are bitwise identical")
     naive, ours = (float(re.findall(r"([\d.]+) %", line)[0]) for line in said)
     assert naive < 50 < ours
     assert names["strategies"]["addenda"].learner.registry.location == str(Path("avalanche.db").resolve())
@@ -82,8 +82,8 @@ def test_two_teams_registries_become_one(example: Example) -> None:
     assert "'marks:1'" in said[0]
     assert said[1:3] == ["south's late:1 is late:1 here: added", "south's marks:1 is marks-south:1 here: added"]
     assert said[3:] == [
-        "late, learned by south: every bit as before",
-        "marks-south, learned by south: every bit as before",
+        "late, learned by south: logits bitwise identical",
+        "marks-south, learned by south: logits bitwise identical",
     ]
     with Registry.open("north.db") as north, Registry.open("south.db") as south:
         assert [record.ref for record in north.tasks()] == ["early:1", "marks:1", "late:1", "marks-south:1"]
@@ -99,7 +99,7 @@ def test_a_task_extends_another_that_does_not_move(example: Example) -> None:
         scored = [registry.record(name).metrics["test"] for name in ("parity", "parity-on-ten")]
     assert scored[0] != scored[1]
     assert [line.partition(":1 extends ")[0] for line in said[:2]] == ["parity", "parity-on-ten"]
-    assert said[2:] == ["ten:1 is seen by parity-on-ten:1", "ten:1 gives the same bits as before"]
+    assert said[2:] == ["ten:1 is extended by parity-on-ten:1", "ten:1's logits are bitwise identical"]
 
 
 @pytest.mark.slow
@@ -107,10 +107,10 @@ def test_tritons_client_calls_a_server_that_takes_in_a_task(example: Example) ->
     _, said = example("serve_and_call.py")
     label, outputs, bits = said
     assert re.fullmatch(r"labels:( [01]){8}", label)
-    assert outputs == "outputs of one pass: " + " ".join(
+    assert outputs == "outputs of one request: " + " ".join(
         f"{task}.{kind}" for task in ("high", "low") for kind in ("label", "logits", "probs")
     )
-    assert bits == "low's logits: the same bits as before"
+    assert bits == "low's logits: bitwise identical"
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""How a task is learned: every setting, checked, with the defaults that the real sets chose."""
+"""Settings of a learning run: validated, with defaults chosen on real datasets."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ Positive = Annotated[float, Field(gt=0)]
 OneOrMore: TypeAlias = T | tuple[T, ...]
 
 AUTO_RANK = 8
-"""The rank of adapters that `adapter_rank="auto"` tries."""
+"""Adapter rank that `adapter_rank="auto"` tries."""
 
 
 class Rates(NamedTuple):
-    """One optimiser's learning rates, for token and memory, for adapters and for the head, and its weight decay."""
+    """Default learning rates and weight decay for one optimiser."""
 
     token: tuple[float, ...]
     adapters: tuple[float, ...]
@@ -41,7 +41,7 @@ DEFAULTS = {
 
 
 class Settings(NamedTuple):
-    """What one candidate is trained with, of what a sweep can vary."""
+    """Hyperparameters of one candidate that a sweep can vary."""
 
     learning_rate: float
     weight_decay: float
@@ -53,45 +53,45 @@ class Settings(NamedTuple):
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class LearnConfig:
-    """Settings of one learning run; docs/results.md has the measurements that chose the defaults.
+    """Settings of one learning run; docs/results.md has the measurements behind the defaults.
 
-    Settings of type OneOrMore take one value or several. All combinations are trained side by side, and validation
-    picks the best. Learning rates and weight decay have defaults for each optimiser; the paper publishes none.
+    Settings of type OneOrMore take one value or several. All combinations are trained side by side, and the validation
+    split selects the best. Learning rates and weight decay have defaults for each optimiser; the paper publishes none.
 
     Attributes:
-        optimizer: `"adamw"`, or `"sgd"` with momentum (the paper).
-        num_memory_tokens: m, memory tokens of each layer; 0 leaves the class token alone.
-        head_only: no token at all: the task is the better of linear and layer probe.
-        layer_head: whether the head reads statistics of every block's output too, where they help.
-        extends: references of registered tasks whose tokens and memory this one sees; `"auto"` tries those that look
-            promising and takes those that validation says pay.
-        adapter_rank: r of low-rank updates of the task's own stream; 0 has none, the paper's form. `"auto"` tries
-            AUTO_RANK beside 0 and takes it where validation says that it pays.
-        epochs: passes over the training part, at most.
-        batch_size: images in an optimiser step.
-        learning_rate: for the token and the memory, at its highest.
-        adapter_learning_rate: for the adapters, at its highest.
-        head_learning_rate: for the head, the same in all candidates.
-        weight_decay: of token, memory and adapters; the head has the regression's own penalty instead.
-        momentum: of SGD.
-        label_smoothing: share of each target that all classes get alike.
-        class_weights: `"balanced"` gives each class's images the same sum of weights.
-        clip_norm: largest norm of a candidate's gradient.
-        warmup_steps: steps of linear warm-up before the cosine.
-        memory_std: standard deviation of the memory's first values (the paper: 0.02).
-        patience: epochs without a lower validation loss after which a candidate stops. With fewer than 200 validation
-            images, which choose an epoch badly, all stay until their last.
+        optimizer: `"adamw"`, or `"sgd"` with momentum as in the paper.
+        num_memory_tokens: m, the number of memory tokens per layer; 0 trains the class token without memory.
+        head_only: train no token; the task is the better of the linear probe and the layer probe.
+        layer_head: whether the head may also read layer features, which are statistics of every block's output.
+        extends: references of registered tasks whose class and memory tokens this task attends to. `"auto"` tries the
+            most promising tasks and extends those that lower the validation loss by more than one standard error.
+        adapter_rank: rank of the low-rank adapters in the task's own stream; 0 trains none, as in the paper. `"auto"`
+            also tries AUTO_RANK and uses it if it lowers the validation loss by more than one standard error.
+        epochs: maximum number of epochs.
+        batch_size: number of images in an optimiser step.
+        learning_rate: peak learning rate of class token and memory tokens.
+        adapter_learning_rate: peak learning rate of the adapters.
+        head_learning_rate: peak learning rate of the head, the same for all candidates.
+        weight_decay: weight decay of tokens and adapters; the head has the linear probe's L2 penalty instead.
+        momentum: momentum of SGD.
+        label_smoothing: share of each target that is spread evenly over all classes.
+        class_weights: `"balanced"` weights classes inversely to their frequency.
+        clip_norm: maximum norm of a candidate's gradient.
+        warmup_steps: number of linear warm-up steps before cosine decay.
+        memory_std: standard deviation of the initial memory tokens (the paper: 0.02).
+        patience: early stopping after this many epochs without a lower validation loss. With fewer than 200 validation
+            images, too few to choose an epoch, every candidate trains for all epochs.
         augmentation: random views of the training images.
-        validation_fraction: the share of the training images held out, class by class, to choose by.
-        group_by: a regular expression that finds in an image file's name, or path within DATA, what it belongs to: the
-            video of a frame, the patient of a scan. Images of one group are held out together or not at all.
-        calibrate: whether a temperature for the probabilities is fitted on the validation part; candidates are then
-            compared as calibrated.
-        fall_back: whether a token is left out that does not pay beside the probe, by the loss on validation images.
-            That of a task which names others to extend is kept in any case.
-        refit: whether the winner is trained again on training and validation images together.
-        seed: of the split, the memory's first values and the order of images; of several, the first decides split and
-            order for all.
+        validation_fraction: share of the training images in the validation split, which is stratified by class.
+        group_by: regular expression that extracts an image's group from its file name or path within DATA, such as the
+            video of a frame or the patient of a scan. A group is never divided between training and validation.
+        calibrate: whether to fit a temperature on the validation split; candidates are then compared after temperature
+            scaling.
+        fall_back: whether to drop a token that does not lower the probe's validation loss by more than two standard
+            errors. The token of a task that extends named tasks is never dropped.
+        refit: whether to train the selected candidate again on training and validation images together.
+        seed: seed of the split, the initial memory tokens and the order of images; the first of several determines
+            split and order for all.
     """
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
@@ -129,7 +129,7 @@ class LearnConfig:
     @classmethod
     def _not_empty(cls, value: OneOrMore[Any]) -> OneOrMore[Any]:
         if value == ():
-            raise ValueError("give one value at least")
+            raise ValueError("give at least one value")
         return value
 
     @field_validator("group_by")
@@ -138,12 +138,12 @@ class LearnConfig:
         try:
             re.compile(value or "")
         except re.error as error:
-            raise ValueError(f"{value!r} is no regular expression ({error})") from error
+            raise ValueError(f"{value!r} is not a valid regular expression ({error})") from error
         return value
 
     @property
     def candidates(self) -> tuple[Settings, ...]:
-        """Every combination of the settings that have several values; without adapters their learning rate is one."""
+        """Every combination of the swept settings; rank 0 is combined with one adapter learning rate only."""
         ranks = (0, AUTO_RANK) if self.adapter_rank == "auto" else _several(self.adapter_rank)
         rates = _several(self.adapter_learning_rate)
         swept: tuple[Any, ...] = self.learning_rate, self.weight_decay, self.num_memory_tokens, ranks, rates, self.seed
@@ -152,30 +152,31 @@ class LearnConfig:
 
     @property
     def keeps_token(self) -> bool:
-        """Whether the token is kept even where it does not pay."""
+        """Whether the token is kept even if it does not lower the validation loss."""
         return not self.fall_back or self.extends not in ((), "auto")
 
     @property
     def first_seed(self) -> int:
-        """What split and order are drawn with."""
+        """Seed of the split and of the order of images."""
         return _several(self.seed)[0]
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> LearnConfig:
-        """Builds a configuration from plain values and reports every mistake at once.
+        """Builds a configuration from plain values and reports all errors at once.
 
         Raises:
-            TrainingError: unknown keys, or values out of range.
+            TrainingError: a key is unknown, or a value is out of range.
         """
         try:
             return TypeAdapter(cls).validate_python(dict(values))
         except ValidationError as error:
-            found = [e for e in error.errors() if e["type"] != "default_factory_not_called"]  # those follow from others
-            problems = "; ".join(filter(None, map(_problem, found)))
+            # default_factory_not_called only follows from another error.
+            errors = [e for e in error.errors() if e["type"] != "default_factory_not_called"]
+            problems = "; ".join(filter(None, map(_describe, errors)))
             raise TrainingError(f"The configuration is not valid: {problems}.") from error
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, as stored with the task."""
+        """Returns plain values, as stored with the task."""
         values: dict[str, Any] = TypeAdapter(type(self)).dump_python(self, mode="json")
         return values
 
@@ -184,25 +185,25 @@ def _several(value: T | tuple[T, ...]) -> tuple[T, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
-def _problem(error: ErrorDetails) -> str | None:
-    """What is wrong with which setting; None where pydantic tried one value for several, or several for one."""
+def _describe(error: ErrorDetails) -> str | None:
+    """Describes an error; returns None for the branch of a OneOrMore union that the value was not meant for."""
     name, *inside = error["loc"]
     several = isinstance(error["input"], list | tuple)
     if inside and (error["type"] == "tuple_type" or (several and error["type"].endswith("_type"))):
         return None
     unknown = error["type"] == "unexpected_keyword_argument"
-    place = [part for part in inside if unknown or isinstance(part, int) or part in Augmentation.__dataclass_fields__]
-    said = "there is no such setting" if unknown else error["msg"].replace("a valid tuple", "a valid list")
+    path = [part for part in inside if unknown or isinstance(part, int) or part in Augmentation.__dataclass_fields__]
+    message = "there is no such setting" if unknown else error["msg"].replace("a valid tuple", "a valid list")
     if name == "extends" and error["type"] == "literal_error":
-        said = "Input should be a list of tasks, or 'auto'"
-    return f"{'.'.join(map(str, [name, *place]))}: {said}"
+        message = "Input should be a list of tasks, or 'auto'"
+    return f"{'.'.join(map(str, [name, *path]))}: {message}"
 
 
 def read_mapping(file: Path) -> dict[str, Any]:
-    """What a YAML file says; of an empty one, nothing.
+    """Reads a YAML file that holds a mapping; an empty file gives an empty mapping.
 
     Raises:
-        DataError: it cannot be read, or is no mapping.
+        DataError: the file cannot be read or holds no mapping.
     """
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -211,13 +212,13 @@ def read_mapping(file: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise DataError(f"The file {str(file)!r} is not UTF-8 ({error.reason}). Save it as UTF-8.") from error
     except yaml.MarkedYAMLError as error:
-        place = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
-        raise DataError(f"The file {str(file)!r} is not valid YAML{place}: {error.problem}.") from error
+        line = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
+        raise DataError(f"The file {str(file)!r} is not valid YAML{line}: {error.problem}.") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise DataError(f"The file {str(file)!r} is not valid YAML: {error}") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
-        found = "a list" if isinstance(values, list) else "one value"
-        raise DataError(f"The file {str(file)!r} holds {found}; it must be a mapping, of lines such as `epochs: 20`.")
+        kind = "a list" if isinstance(values, list) else "a single value"
+        raise DataError(f"The file {str(file)!r} holds {kind}; it must hold a mapping, such as `epochs: 20`.")
     return values

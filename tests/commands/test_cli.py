@@ -130,7 +130,7 @@ DATA = "the folder to learn from"
         (("learn", "a", DATA, "--backbone", "glyphs", "--mean", "x"), "'x' is not one number"),
         (("learn", "a", DATA, "--backbone", "glyphs", "--device", "nonsense"), "Device 'nonsense'"),
         (("learn", "a", "x" * 300, "--backbone", "glyphs"), "File name too long"),
-        (("learn", "a", DATA, "--backbone", "glyphs", "--cache-gb", "nan"), "A cache cannot take nan GB"),
+        (("learn", "a", DATA, "--backbone", "glyphs", "--cache-gb", "nan"), "A cache budget of nan GB is invalid"),
         (
             ("learn", "a", ".", "--adapter-rank", "auto", "--adapter-rank", "4"),
             "give whole numbers, or the one word auto",

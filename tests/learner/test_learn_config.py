@@ -1,4 +1,4 @@
-"""The settings of a run: their defaults, and every mistake in them said once."""
+"""The settings of a run: their defaults, and every error in them reported once."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ def test_each_optimiser_has_learning_rates_of_its_own() -> None:
     with pytest.raises(TrainingError) as caught:
         LearnConfig.parse({"optimizer": "adam"})
     assert str(caught.value).count("optimizer") == 1
-    assert "learning_rate" not in str(caught.value)  # its default follows from the optimiser: no second mistake
+    assert "learning_rate" not in str(caught.value)  # its default depends on the optimiser: no second error
 
 
-def test_the_configuration_reports_every_mistake_at_once() -> None:
+def test_the_configuration_reports_all_errors_at_once() -> None:
     with pytest.raises(TrainingError) as caught:
         LearnConfig.parse({"epochs": 0, "memory": 5, "learning_rate": [-1]})
     for name in ("epochs", "memory", "learning_rate"):
         assert name in str(caught.value)
 
 
-def test_a_mistake_in_a_setting_of_one_value_or_several_is_said_once_in_the_form_given() -> None:
+def test_an_error_in_a_setting_of_one_value_or_several_is_reported_once() -> None:
     wrong = {
         "seed": -1,
         "learning_rate": [0.1, "x"],
@@ -39,8 +39,8 @@ def test_a_mistake_in_a_setting_of_one_value_or_several_is_said_once_in_the_form
     }
     with pytest.raises(TrainingError) as caught:
         LearnConfig.parse(wrong)
-    said = str(caught.value).removeprefix("The configuration is not valid: ").removesuffix(".").split("; ")
-    assert sorted(said) == [
+    errors = str(caught.value).removeprefix("The configuration is not valid: ").removesuffix(".").split("; ")
+    assert sorted(errors) == [
         "augmentation.view: there is no such setting",
         "augmentation.views: Input should be greater than or equal to 0",
         "epoch: there is no such setting",

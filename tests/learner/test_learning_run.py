@@ -1,4 +1,4 @@
-"""A learning run: what validation chooses, and which tasks are extended, or none."""
+"""A learning run: what the validation split selects, and which tasks are extended."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from addenda.learner import ActivationCache, Augmentation
 from addenda.learner.activations import Activations
 from addenda.learner.data import open_images
 from addenda.learner.learn_config import AUTO_RANK
-from addenda.learner.learning_run import TRIED, pays, promising
+from addenda.learner.learning_run import MAX_TRIED_PARENTS, pays, promising
 from addenda.learner.objectives import objective_of
 from tests.learner.test_learner import CountingDataset, noise
 from tests.support.tasks import random_task
 
 
-def keep(registry: Registry, backbone: FrozenBackbone, *tasks: Task) -> None:
+def register(registry: Registry, backbone: FrozenBackbone, *tasks: Task) -> None:
     registry.add_backbone(backbone.record())
     for task in tasks:
         registry.register(task, golden(backbone, task))
 
 
-def told_by(backbone: FrozenBackbone, teller: Task, count: int = 320) -> CountingDataset:
-    """Images of noise whose class is the sign of what one task's token sees, and no more."""
+def labelled_by(backbone: FrozenBackbone, teacher: Task, count: int = 320) -> CountingDataset:
+    """Images of noise whose class is whether a logit of one task is above its median."""
     images = noise(count)[0] - 0.0
-    feature = CombinedModel(backbone, [teller])(images)[teller.name]
+    feature = CombinedModel(backbone, [teacher])(images)[teacher.name]
     return CountingDataset(images, (feature[:, 0] > feature[:, 0].median()).long())
 
 
@@ -47,61 +47,62 @@ def test_a_tasks_features_over_the_images_are_those_of_the_combined_model(
     images, targets = noise(21)
     tasks = [random_task(tiny, f"task-{i}", memory=i, seed=i, pooled=False) for i in range(3)]
     tasks.append(random_task(tiny, "child", parents=(tasks[0],), pooled=False))
-    found = activations_of(tiny, CountingDataset(images, targets), tmp_path, budget_gb).features(tasks)
+    features = activations_of(tiny, CountingDataset(images, targets), tmp_path, budget_gb).features(tasks)
     expected = CombinedModel(tiny, tasks)(images)
-    for task, feature in zip(tasks, found, strict=True):
+    for task, feature in zip(tasks, features, strict=True):
         logits = feature @ task.head_weight.T + task.head_bias
-        assert (logits - expected[task.name]).abs().max() < 5e-3 * expected[task.name].abs().max()  # kept in half
+        # The activations are cached in half precision.
+        assert (logits - expected[task.name]).abs().max() < 5e-3 * expected[task.name].abs().max()
 
 
-def test_tasks_are_ranked_by_what_their_features_add_to_the_regression(tiny: FrozenBackbone, tmp_path: Path) -> None:
+def test_tasks_are_ranked_by_what_their_features_add_to_the_linear_probe(tiny: FrozenBackbone, tmp_path: Path) -> None:
     pool = [random_task(tiny, f"task-{i}", seed=10 + i) for i in range(6)]
-    found = activations_of(tiny, told_by(tiny, random_task(tiny, "teller", seed=3, pooled=False)), tmp_path, None)
+    data = labelled_by(tiny, random_task(tiny, "teacher", seed=3, pooled=False))
+    activations = activations_of(tiny, data, tmp_path, None)
+    pooled, targets = activations.pooled, activations.targets
     train, validation = torch.arange(240), torch.arange(240, 320)
-    fitted = objective_of(found.targets[train]).fit_linear_probe(found.pooled[train], found.targets[train], 1.0)
+    probe = objective_of(targets[train]).fit_linear_probe(pooled[train], targets[train], 1.0)
 
-    def reached(features: torch.Tensor) -> float:
-        x, y = features.double().numpy(), found.targets.numpy()
-        other = LogisticRegression(C=1.0, solver="newton-cg", tol=1e-8).fit(x[:240], y[:240])
-        return log_loss(y[240:], other.predict_proba(x[240:]))
+    def validation_loss(features: torch.Tensor) -> float:
+        x, y = features.double().numpy(), targets.numpy()
+        reference = LogisticRegression(C=1.0, solver="newton-cg", tol=1e-8).fit(x[:240], y[:240])
+        return log_loss(y[240:], reference.predict_proba(x[240:]))
 
-    losses = [reached(torch.cat([found.pooled, feature], dim=1)) for feature in found.features(pool)]
-    better = sorted(loss for loss in losses if loss < reached(found.pooled))
-    assert len(better) > TRIED
-    ranked = promising(found, pool, fitted, train, validation)
-    assert [losses[pool.index(task)] for task in ranked] == better[:TRIED]
-    assert promising(found, [], fitted, train, validation) == []
+    losses = [validation_loss(torch.cat([pooled, feature], dim=1)) for feature in activations.features(pool)]
+    better = sorted(loss for loss in losses if loss < validation_loss(pooled))
+    assert len(better) > MAX_TRIED_PARENTS
+    ranked = promising(activations, pool, probe, train, validation)
+    assert [losses[pool.index(task)] for task in ranked] == better[:MAX_TRIED_PARENTS]
+    assert promising(activations, [], probe, train, validation) == []
 
 
 @pytest.mark.slow
-def test_extends_auto_takes_the_task_that_helps_and_says_what_was_tried(
+def test_extends_auto_takes_the_task_that_helps_and_records_what_was_tried(
     tiny: FrozenBackbone, registry: Registry
 ) -> None:
-    teller = random_task(tiny, "teller", memory=8, seed=3, pooled=False, classes=2)
-    keep(registry, tiny, random_task(tiny, "other", seed=10), teller)
+    teacher = random_task(tiny, "teacher", memory=8, seed=3, pooled=False, classes=2)
+    register(registry, tiny, random_task(tiny, "other", seed=10), teacher)
     config = LearnConfig(epochs=6, batch_size=16, extends="auto", refit=False)
-    task = Learner(tiny, registry).learn("new", told_by(tiny, teller), config=config)
+    task = Learner(tiny, registry).learn("new", labelled_by(tiny, teacher), config=config)
     tried = task.metrics["extensions"]
     assert [row["task"] for row in tried if row["taken"]] == list(task.extends)
-    assert "teller:1" in [row["task"] for row in tried]
+    assert "teacher:1" in [row["task"] for row in tried]
     assert task.config["extends"] == "auto"
 
 
-def test_extends_auto_takes_nothing_where_nothing_is_registered_or_helps(
-    tiny: FrozenBackbone, registry: Registry
-) -> None:
+def test_extends_auto_takes_nothing_if_nothing_is_registered_or_helps(tiny: FrozenBackbone, registry: Registry) -> None:
     images, targets = noise(48)
-    images[:, 0] += 20 * targets[:, None, None]  # plain to see without any other task
+    images[:, 0] += 20 * targets[:, None, None]  # easy without any other task
     learner = Learner(tiny, registry)
     config = LearnConfig(optimizer="sgd", epochs=1, extends="auto", learning_rate=0.1)
     first = learner.learn("first", CountingDataset(images, targets), config=config)
     assert (first.extends, first.metrics["extensions"]) == ((), [])
-    keep(registry, tiny, random_task(tiny, "other", seed=10))
+    register(registry, tiny, random_task(tiny, "other", seed=10))
     second = learner.learn("second", CountingDataset(images.flip(0), targets.flip(0)), config=config)
     assert second.extends == ()
     generation = registry.generation
     assert learner.learn("first", CountingDataset(images, targets), config=config).sha256 == first.sha256
-    assert registry.generation == generation  # more tasks to extend do not make it another run
+    assert registry.generation == generation  # further tasks in the pool do not make it another run
 
 
 @pytest.mark.parametrize("fall_back", [True, False])
@@ -117,7 +118,7 @@ def test_adapter_rank_auto_tries_adapters_beside_none(
     assert task.adapter_rank == (0 if chosen is None else chosen["adapter_rank"])
 
 
-def test_what_costs_more_must_be_better_by_more_than_chance() -> None:
+def test_a_costlier_option_must_win_by_more_than_a_standard_error() -> None:
     cheap = torch.tensor([1.0, 2.0, 3.0, 4.0])
     assert pays(cheap - 0.5, cheap)
     assert not pays(cheap, cheap)
@@ -125,7 +126,7 @@ def test_what_costs_more_must_be_better_by_more_than_chance() -> None:
     assert not pays(cheap[:1] - 1, cheap[:1])
 
 
-def test_a_silenced_token_carries_no_adapters(tiny: FrozenBackbone, registry: Registry) -> None:
+def test_a_dropped_token_leaves_no_adapters(tiny: FrozenBackbone, registry: Registry) -> None:
     images, targets = noise(48)
     images[:, 0] += 20 * targets[:, None, None]
     config = LearnConfig(optimizer="sgd", epochs=1, learning_rate=1.0, adapter_rank=4)

@@ -214,7 +214,7 @@ def test_bad_pictures_are_refused_before_training_or_left_out_and_counted(
     place = divided(tmp_path / "data", "train", "test")
     bad = spoil(place / part / "red")
     with monkeypatch.context() as broken:
-        broken.setattr("addenda.learner.learner.Run", lambda *_: pytest.fail("it was trained first"))
+        broken.setattr("addenda.learner.learner.LearningRun", lambda *_: pytest.fail("it was trained first"))
         refused = run("learn", "any", place, *LEARN)
     assert refused.code == 2
     assert f"{bad} of 13 images in {str(place / part)!r} cannot be read" in refused.err
@@ -361,7 +361,7 @@ def test_a_class_alone_can_be_learned_and_is_every_answer(
 
     task = learner.learn("red", colour_folder(tmp_path / "one", classes=("red",)), config=LearnConfig(epochs=1))
     assert task.labels == ("red",)
-    assert "has one class: the answer will be 'red' whatever an image shows" in caplog.text
+    assert "has one class: every prediction will be 'red'" in caplog.text
     assert task.metrics["validation"]["accuracy"] == 1.0
     assert not task.head_weight.any()
     model = CombinedModel(learner.backbone, [learner.registry.get("red")])
@@ -474,7 +474,7 @@ def test_a_pixel_that_is_no_number_is_named_or_left_out(learner: Learner, value:
 def test_numbers_that_no_backbone_can_take_are_told_by_their_item(learner: Learner) -> None:
     images = torch.randn(8, 3, 32, 32)
     images[5] = 3e38
-    with pytest.raises(DataError, match=r"Item 5 of .* gives the backbone a feature that holds NaN or infinity"):
+    with pytest.raises(DataError, match=r"Item 5 of .* has a backbone feature with NaN or infinity"):
         learner.learn("any", TensorDataset(images, torch.arange(8) % 2), config=HEAD_ONLY)
 
 

@@ -442,9 +442,9 @@ def test_pictures_in_both_parts_and_in_two_classes_are_counted(
         task = Learner(tiny, registry).learn("colours", tmp_path / "set", config=LearnConfig(head_only=True))
     assert task.data["repeated"] == {"classes": 2, "test": 2}
     assert registry.record("colours").data["repeated"] == {"classes": 2, "test": 2}
-    (said,) = [record.getMessage() for record in caplog.records if "Byte for byte" in record.getMessage()]
-    assert "2 training images occur with other labels too" in said
-    assert "2 of 26 test images are training images too" in said
+    (said,) = [record.getMessage() for record in caplog.records if "Byte-identical images" in record.getMessage()]
+    assert "2 training images also occur with other labels" in said
+    assert "2 of 26 test images are also training images" in said
 
 
 def test_without_repeats_nothing_is_said(
@@ -453,7 +453,7 @@ def test_without_repeats_nothing_is_said(
     with caplog.at_level(logging.WARNING):
         task = Learner(tiny, registry).learn("colours", pictures, config=LearnConfig(head_only=True))
     assert task.data["repeated"] == {"classes": 0, "test": 0}
-    assert "Byte for byte" not in caplog.text
+    assert "Byte-identical images" not in caplog.text
 
 
 def test_repeats_are_in_the_json_too(run: Run, tmp_path: Path) -> None:
@@ -461,4 +461,4 @@ def test_repeats_are_in_the_json_too(run: Run, tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "set" / "train", tmp_path / "set" / "test")
     result = run("learn", "colours", tmp_path / "set", "--backbone", "glyphs", "--head-only", "--json")
     assert json.loads(result.out)["repeated"] == {"classes": 0, "test": 24}
-    assert "24 of 24 test images are training images too: their score flatters" in result.err
+    assert "24 of 24 test images are also training images, which inflates the test score" in result.err
