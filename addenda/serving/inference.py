@@ -263,7 +263,7 @@ def _images(request: tensors.Request) -> list[bytes] | Tensor:
     datatype, rank, shape = ("BYTES", 1, "[B]") if name == "image" else ("FP32", 4, "[B, 3, H, W]")
     actual = "FP32" if values.dtype == np.float32 else "BYTES"
     if (actual, values.ndim) != (datatype, rank):
-        raise DataError(f"Input {name!r} must be {datatype} {shape}; this one is {actual} {list(values.shape)}.")
+        raise DataError(f"Input {name!r} must be {datatype} {shape}, not {actual} {list(values.shape)}.")
     if name == "image":
         return list(values)
     if not np.isfinite(values).all():

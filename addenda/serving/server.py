@@ -81,7 +81,7 @@ class _Protocol(H11Protocol):
             self._send_timer = self.loop.call_later(READ_S, self._watch_sending, unsent)
 
     def _watch_receiving(self) -> None:
-        """Runs a timer while headers are incomplete, or while the body of an already answered request is."""
+        """Runs a timer while a request's headers, or its body after the response, are incomplete."""
         rejected = self.cycle is not None and self.cycle.response_complete and self.conn.their_state is h11.SEND_BODY
         incomplete = (rejected or self.conn.their_state is h11.IDLE) and not self.transport.is_closing()
         if incomplete and self._receive_timer is None:

@@ -92,7 +92,7 @@ class Service:
         names = self._check_served(snapshot, tasks)
         logits = await self._predict(snapshot, images, names, timeout_s, pooled=False)
         flat = [values.flatten() for values in logits.values()]
-        if flat and not (torch.cat(flat).abs() < SMALL).all():  # also true for NaN; one check for all tasks is faster
+        if flat and not (torch.cat(flat).abs() < SMALL).all():  # NaN fails this too; one check covers all tasks
             requested = [snapshot.model.tasks[name] for name in names]
             invalid = [task for task in requested if not is_finite(logits[task.name], task.objective, task.temperature)]
             if invalid and len(invalid) == len(names) and isinstance(images, Tensor):

@@ -42,7 +42,7 @@ function announce(text, visible = false) {
 
 // ---- Predictions ---------------------------------------------------------------------------------------------------
 
-const image = { file: null, bitmap: null, attendingTask: null, pending: null, predictions: null };
+const image = { file: null, bitmap: null, attentionTask: null, pending: null, predictions: null };
 
 function openImages() {
   const drop = find("drop");
@@ -66,7 +66,7 @@ async function load(file) {
   if (!file) return;
   image.file = file;
   image.bitmap = await createImageBitmap(file).catch(() => null);
-  image.attendingTask = null;
+  image.attentionTask = null;
   draw();
   await predict();
   if (image.predictions) announce(`Predictions of ${Object.keys(image.predictions.tasks).length} tasks are shown.`);
@@ -83,7 +83,7 @@ async function predict() {
     image.predictions = await request("/api/v1/predict", options);
     show(image.predictions);
     find("caption").textContent = "";
-    if (image.attendingTask) await showAttention(image.attendingTask);
+    if (image.attentionTask) await showAttention(image.attentionTask);
   } catch (error) {
     if (error.name === "AbortError") return;
     find("predictions").replaceChildren();
@@ -102,7 +102,7 @@ function show({ generation, exact, tasks }) {
     const row = document.querySelector(`#tasks tr[data-task="${CSS.escape(name)}"]`);
     const button = make("button", { class: "quiet", "aria-pressed": "false", "data-attention": name }, "Show attention");
     button.setAttribute("aria-label", `Show attention of ${name}`);
-    button.addEventListener("click", () => showAttention(image.attendingTask === name ? null : name));
+    button.addEventListener("click", () => showAttention(image.attentionTask === name ? null : name));
     const head = make("h3", {}, make("a", { href: `/tasks/${encodeURIComponent(name)}` }, name));
     const buttons = row?.dataset.hasToken === "no" ? [] : [button];
     return make("article", { class: "prediction" }, make("header", {}, head, ...buttons), make("ul", {}, ...labels));
@@ -115,7 +115,7 @@ function show({ generation, exact, tasks }) {
 
 /** Draws the attention map of a task's class token; null draws the image only. */
 async function showAttention(name) {
-  image.attendingTask = name;
+  image.attentionTask = name;
   for (const button of document.querySelectorAll("[data-attention]")) {
     button.setAttribute("aria-pressed", String(button.dataset.attention === name));
   }
@@ -126,12 +126,12 @@ async function showAttention(name) {
   try {
     const options = { method: "POST", body: file, headers: { "Content-Type": file.type || "image/png" } };
     const map = await request(`/page/attention?task=${encodeURIComponent(name)}`, options);
-    if (image.attendingTask !== name || image.file !== file) return;
+    if (image.attentionTask !== name || image.file !== file) return;
     draw(map);
     const share = map.weights.reduce((sum, weight) => sum + weight, 0);
     find("caption").textContent =
-      `In the last layer the class token of ${map.ref} puts ${percent(share)} of its attention on image patches ` +
-      "(heat map: where the token attends) and the rest on its memory and other tokens.";
+      `In the last layer, the class token of ${map.ref} puts ${percent(share)} of its attention on the image; ` +
+      "the heat map shows where. The rest is on its memory tokens and other tokens.";
   } catch (error) {
     find("caption").textContent = error.message;
   }
