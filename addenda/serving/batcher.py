@@ -35,7 +35,7 @@ class _Chunk:
 
 
 class Batcher:
-    """Computes queued images first in, first out, each forward pass with all that are queued, up to a micro-batch.
+    """Computes queued images in order of arrival, in forward passes of up to a micro-batch.
 
     There is no batching delay: the next batch fills up while a forward pass runs. Results do not depend on the rest of
     the batch, since the model pads every batch to a shape that its self-test has verified. Create, use and close it on

@@ -113,7 +113,7 @@ class Service:
     async def attention(
         self, image: bytes, task: str
     ) -> tuple[Snapshot, Float[Tensor, "rows columns"], tuple[int, int]]:
-        """The attention of a task's class token over an image's patches, and the image's width and height."""
+        """The attention of a task's class token over an image's patches, and the image's size; runs one at a time."""
         snapshot = self.snapshot
         self._check_served(snapshot, [task])
 

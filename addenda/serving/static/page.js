@@ -131,7 +131,7 @@ async function showAttention(name) {
     const share = map.weights.reduce((sum, weight) => sum + weight, 0);
     find("caption").textContent =
       `In the last layer, the class token of ${map.ref} puts ${percent(share)} of its attention on the image; ` +
-      "the heat map shows where. The rest is on its memory tokens and other tokens.";
+      "the heat map shows where. The rest is on its memory and other tokens.";
   } catch (error) {
     find("caption").textContent = error.message;
   }
