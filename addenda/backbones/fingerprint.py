@@ -31,7 +31,7 @@ def fingerprint(model: Any, family: type[Family], preprocessing: dict[str, Any])
 
 
 def hash_state(model: Any, start: bytes = b"") -> str:
-    """sha256 of the names and bytes of all tensors of a model."""
+    """sha256 over the name, dtype, shape and bytes of every tensor of a model."""
     digest = hashlib.sha256(start)
     for key, tensor in sorted(model.state_dict().items()):
         digest.update(f"{key}:{tensor.dtype}:{list(tensor.shape)}".encode())

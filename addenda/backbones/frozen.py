@@ -135,7 +135,8 @@ class FrozenBackbone:
             )
         if hash_state(self.model) != self._contents:
             raise IntegrityError(
-                f"The weights of backbone {self.name!r} in memory have changed since they were loaded. Reload it."
+                f"The weights of backbone {self.name!r} in memory have changed since they were loaded. "
+                "Reload the backbone."
             )
 
     def check_as_loaded(self) -> None:
