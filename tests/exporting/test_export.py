@@ -171,7 +171,7 @@ def test_a_bfloat16_backbone_is_exported_for_torch_within_its_own_tolerance(regi
     made = export_model(registry, backbone, tasks, tmp_path / "one.pt2")
     assert made.deviation <= made.tolerance == 1e-1
     with pytest.raises(
-        AddendaError, match="computes in bfloat16, which ONNX runtimes do not support. Use --format torch-export"
+        AddendaError, match=r"computes in bfloat16, which ONNX runtimes do not support\. Use --format torch-export"
     ):
         export_model(registry, backbone, tasks, tmp_path / "one.onnx", "onnx")
 
