@@ -84,5 +84,5 @@ class VisionTransformerFamily(Family):
         return tokens, KeyValue(keys, values), normed
 
     def _capture(self, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        if getattr(self._captured, "wanted", False):  # otherwise nothing would release the tensors
+        if getattr(self._captured, "wanted", False):  # otherwise nothing would free the tensors
             self._captured.projection, self._captured.wanted = (inputs[0], output), False

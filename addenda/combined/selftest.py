@@ -27,7 +27,7 @@ def prove(backbone: FrozenBackbone, tasks: Iterable[Task]) -> Shapes:
     """Tests the shapes that some tasks need, each once per process and settings, and returns the proven ones.
 
     The order of additions in a product depends on shapes and settings, not on values. So random inputs and two blocks,
-    the second as the lean last block, represent the whole model. In float32, another order changes nearly every sum; in
+    the second as the reduced last block, represent the model. In float32, another order changes nearly every sum; in
     bfloat16 it changes one in thousands, which a test cannot detect reliably, so only the canonical shapes are used.
 
     Raises:
