@@ -1,4 +1,4 @@
-"""A timm ViT or Eva, frozen: loading, fingerprint, preprocessing, layer-by-layer keys and values."""
+"""Frozen timm backbones: loading, fingerprints, preprocessing, and the keys and values of each layer."""
 
 from addenda.backbones.arithmetic import MIN_ROWS, Adapter, BlockAdapters, plain, product, uncompiled
 from addenda.backbones.family import KeyValue, Reading

@@ -1,4 +1,4 @@
-"""The one reader: images are read ahead of the model, on several threads and in order, and a bad one is told of."""
+"""Reads images ahead of the model, on several threads and in order, and reports unreadable ones."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from addenda.backbones.images import read_image
 from addenda.exceptions import DataError, UnsteadyError
 
 THREADS = 2
-"""That read, decode and transform: Pillow frees Python's lock, and two keep up with a ViT-Ti on two cores."""
+"""Threads that read, decode and transform; Pillow releases the GIL, and two keep up with a ViT-Ti on two cores."""
 
 Row = TypeVar("Row")
-Found = TypeVar("Found")
+Value = TypeVar("Value")
 Name = TypeVar("Name", bound=str | Path)
 
 
 def read_ahead(
-    rows: Sequence[Row], read: Callable[[Row], Found], ahead: int, threads: int = THREADS
-) -> Iterator[tuple[Row, Found | DataError]]:
-    """Reads rows in their order while the caller is at work on those before.
+    rows: Sequence[Row], read: Callable[[Row], Value], ahead: int, threads: int = THREADS
+) -> Iterator[tuple[Row, Value | DataError]]:
+    """Reads rows in order in the background while the caller processes earlier ones.
 
-    At most `ahead` rows are read and not yet asked for: all that is in memory beside the caller's own. A DataError of
-    `read` is given in place of what was wanted, but an UnsteadyError is raised.
+    At most `ahead` rows are read before they are requested, which bounds the memory. A DataError of `read` is yielded
+    in place of the value; an UnsteadyError is raised.
     """
 
-    def attempt(row: Row) -> Found | DataError:
+    def attempt(row: Row) -> Value | DataError:
         try:
             return read(row)
         except UnsteadyError:
@@ -43,49 +43,49 @@ def read_ahead(
         except DataError as error:
             return error
 
-    left, pool = iter(rows), ThreadPoolExecutor(threads)
+    remaining, pool = iter(rows), ThreadPoolExecutor(threads)
     try:
-        begun = deque((row, pool.submit(attempt, row)) for row in islice(left, max(ahead, threads)))
-        while begun:
-            row, future = begun.popleft()
-            found = future.result()
-            begun.extend((following, pool.submit(attempt, following)) for following in islice(left, 1))
-            yield row, found
+        pending = deque((row, pool.submit(attempt, row)) for row in islice(remaining, max(ahead, threads)))
+        while pending:
+            row, future = pending.popleft()
+            value = future.result()
+            pending.extend((following, pool.submit(attempt, following)) for following in islice(remaining, 1))
+            yield row, value
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 @dataclass(frozen=True)
 class Files(Generic[Name]):
-    """Some image files that were read together."""
+    """A batch of image files."""
 
-    asked: list[Name]  # all of them, in their order
-    images: Float[Tensor, "B 3 H W"]  # what a model takes of each that could be read
-    bad: dict[Name, str]  # what is wrong with each of the others
+    asked: list[Name]  # all files of the batch, in order
+    images: Float[Tensor, "B 3 H W"]  # model inputs of the readable files
+    bad: dict[Name, str]  # error messages of the unreadable files
 
     @property
     def paths(self) -> list[Name]:
-        """Those that could be read."""
+        """The readable files."""
         return [path for path in self.asked if path not in self.bad]
 
 
 def read_files(
     backbone: FrozenBackbone, paths: Sequence[Name], size: int, skip_bad: bool = False
 ) -> Iterator[Files[Name]]:
-    """Reads image files as a backbone takes them, in batches of a size: each is opened and decoded once.
+    """Reads image files in batches of `size`, transformed for a backbone.
 
     Raises:
-        DataError: a file that is not a readable image, unless `skip_bad` leaves these out.
+        DataError: a file is not a readable image, and `skip_bad` is False.
     """
     reading = read_ahead(paths, lambda path: backbone.transform(read_image(path)), size)
-    nothing = torch.empty(0, *backbone.preprocessing["input_size"], dtype=torch.float32, device="cpu")
-    while some := list(islice(reading, size)):
-        bad = {path: found for path, found in some if isinstance(found, DataError)}
+    empty = torch.empty(0, *backbone.preprocessing["input_size"], dtype=torch.float32, device="cpu")
+    while batch := list(islice(reading, size)):
+        bad = {path: error for path, error in batch if isinstance(error, DataError)}
         if bad and not skip_bad:
             raise next(iter(bad.values()))
-        images = [found for _, found in some if isinstance(found, Tensor)]
+        images = [image for _, image in batch if isinstance(image, Tensor)]
         yield Files(
-            [path for path, _ in some],
-            torch.stack(images) if images else nothing,
+            [path for path, _ in batch],
+            torch.stack(images) if images else empty,
             {path: str(error) for path, error in bad.items()},
         )

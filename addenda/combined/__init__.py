@@ -1,4 +1,4 @@
-"""One pass for all tasks: shared-prefix attention, tiles, exactness."""
+"""One forward pass for all tasks: shared-prefix attention, tiles, exactness, routing."""
 
 from addenda.combined.attention_maps import attention_map
 from addenda.combined.cost import TaskCost, loaded_bytes, pass_operations, task_cost

@@ -1,4 +1,4 @@
-"""Where a task's token looks: its attention over an image's patches."""
+"""Attention maps: the attention of a task's class token over an image's patches."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from addenda.registry import Task
 def attention_map(
     backbone: FrozenBackbone, task: Task, images: Float[Tensor, "N 3 H W"]
 ) -> Float[Tensor, "N rows columns"]:
-    """How much a task's token attends to each patch in the last layer, the mean over heads.
+    """Attention weights of a task's class token over the patches in the last layer, averaged over heads.
 
-    One softmax goes over all that the token sees; an image's map sums to less than 1, since the rest goes to the
-    backbone's class token and registers, the task's own token and memory, and those that it extends.
+    An image's map sums to less than 1: the softmax also covers the backbone's class token and registers, and the tokens
+    and memory of the task and of the tasks that it extends.
 
     Args:
         backbone: the backbone that the task was learned on.
-        task: the task; it is computed alone with what it extends.
-        images: as the backbone's transform gives them.
+        task: the task, which is computed with only the tasks that it extends.
+        images: images from the backbone's transform.
 
     Raises:
-        RegistryError: the task is head-only: it has no token.
+        RegistryError: the task is head-only, without a class token.
     """
     if task.class_token is None:
-        raise RegistryError(f"Task {task.ref!r} is head-only: it has no token of its own that could look anywhere.")
+        raise RegistryError(f"Task {task.ref!r} is head-only: it has no class token, so it has no attention map.")
     layout = Layout(TileStore(backbone), [task], sizes=None)
-    at = layout.slot[task.sha256]
-    kept: list[Tensor] = []
+    task_tile, slot = layout.slot[task.sha256]
+    batches: list[Tensor] = []
 
-    def look(layer: int, tile: int, weights: Float[Tensor, "N heads S K"]) -> None:
-        if (layer, tile) == (backbone.depth - 1, at[0]):
-            kept.append(weights[:, :, at[1]].float().mean(1))
+    def observe_attention(layer: int, tile: int, weights: Float[Tensor, "N heads S K"]) -> None:
+        if (layer, tile) == (backbone.depth - 1, task_tile):
+            batches.append(weights[:, :, slot].float().mean(1))
 
-    forward_pass(backbone, images, layout, look=look)
+    forward_pass(backbone, images, layout, observe_attention=observe_attention)
     rows, columns = backbone.grid_size
     patches = slice(backbone.num_tokens - rows * columns, backbone.num_tokens)
-    found: Tensor = torch.cat(kept)[:, patches].unflatten(-1, (rows, columns)).cpu()
-    return found
+    maps: Tensor = torch.cat(batches)[:, patches].unflatten(-1, (rows, columns)).cpu()
+    return maps

@@ -1,4 +1,4 @@
-"""Fixed seeded images and tasks, the same on every machine: what golden probes, fingerprint and self-test compute."""
+"""Fixed images and tasks for golden probes, numerics fingerprint and self-test, the same on every machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NUM_PROBES = 4
 
 
 def probe_images(backbone: FrozenBackbone) -> Float[Tensor, "N 3 H W"]:
-    """NUM_PROBES images: blocks of colour with noise on them."""
+    """NUM_PROBES images of coloured blocks with noise."""
     _, height, width = backbone.preprocessing["input_size"]
     random = np.random.RandomState(2203)
     blocks = random.uniform(-1, 1, (NUM_PROBES, 3, 8, 8)).repeat(-(-height // 8), 2).repeat(-(-width // 8), 3)
@@ -23,10 +23,10 @@ def probe_images(backbone: FrozenBackbone) -> Float[Tensor, "N 3 H W"]:
     return torch.from_numpy((blocks[:, :, :height, :width] + noise).astype(np.float32))
 
 
-def probe_task(backbone: FrozenBackbone, width: SizeClass, seed: int = 0) -> Task:
-    """A task that fills its size class: a token, all its memory and adapters, with ancestors that have only tokens."""
-    ancestors = tuple(_task(backbone, 0, 0, (), seed=1000 + i) for i in range(width.tokens - 1))
-    return _task(backbone, width.memory, width.rank, ancestors, seed)
+def probe_task(backbone: FrozenBackbone, size: SizeClass, seed: int = 0) -> Task:
+    """A task that fills its size class; its ancestors have class tokens only."""
+    ancestors = tuple(_task(backbone, 0, 0, (), seed=1000 + i) for i in range(size.tokens - 1))
+    return _task(backbone, size.memory, size.rank, ancestors, seed)
 
 
 def _task(backbone: FrozenBackbone, num_memory: int, rank: int, parents: tuple[Task, ...], seed: int) -> Task:

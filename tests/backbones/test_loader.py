@@ -1,4 +1,4 @@
-"""Weights from files and from the package: what does not fit is refused, and nothing in them is run."""
+"""Weights from files and from the package: files that do not fit are refused, and nothing in them is executed."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_mean_std_and_precision_are_taken(tmp_path, weights):
 
 
 class Bomb:
-    """Pickles to a call that makes a folder: were it unpickled, the folder would stand."""
+    """Pickles to a call that creates a folder, which would reveal that it was unpickled."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -84,9 +84,9 @@ class Bomb:
         return os.mkdir, (str(self.folder),)
 
 
-def test_a_pickled_object_is_refused_and_never_run(tmp_path, weights):
+def test_a_pickled_object_is_refused_and_never_executed(tmp_path, weights):
     torch.save({**weights, "extra": Bomb(tmp_path / "boom")}, tmp_path / "w.pth")
-    with pytest.raises(BackboneError, match=r"w\.pth' cannot be read: .*torch checkpoint that holds tensors only"):
+    with pytest.raises(BackboneError, match=r"w\.pth' cannot be read: .*torch checkpoint that contains only tensors"):
         load_backbone("test_vit", tmp_path / "w.pth", device="cpu")
     assert not (tmp_path / "boom").exists()
     torch.load(tmp_path / "w.pth", weights_only=False)
@@ -113,7 +113,7 @@ def test_weights_that_timm_would_resample_are_refused(tmp_path, options):
     [[1, 2], torch.zeros(3), {"model": "x"}, {"head.weight": 5}, {1: 2}, {"pos_embed": torch.zeros(3)}, {}],
     ids=["list", "tensor", "text", "number", "key", "shape", "nothing"],
 )
-def test_a_checkpoint_that_holds_something_else_is_refused(tmp_path, content):
+def test_a_checkpoint_with_other_content_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "w.pth")
     with pytest.raises(BackboneError, match=r"Weights file '.*w\.pth' (cannot be read|does not fit)"):
         load_backbone("test_vit", tmp_path / "w.pth", device="cpu")
@@ -121,7 +121,7 @@ def test_a_checkpoint_that_holds_something_else_is_refused(tmp_path, content):
 
 @pytest.mark.parametrize("name", ["w.safetensors", "w.pth", "w.npz"])
 @pytest.mark.parametrize("data", [b"", b"hello", b"\x00" * 64], ids=["empty", "text", "zeros"])
-def test_a_file_that_is_no_weights_file_is_refused(tmp_path, name, data):
+def test_a_file_that_is_not_a_weights_file_is_refused(tmp_path, name, data):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(BackboneError, match=rf"Weights file '.*{name}' cannot be read: .*It must be a safetensors"):
         load_backbone("test_vit", tmp_path / name, device="cpu")
@@ -164,15 +164,15 @@ def test_pretrained_weights_that_are_not_cached_offline_ask_for_a_file(tmp_path,
         ({"precision": "float16"}, "Precision 'float16' is not known. Known: float32, bfloat16."),
         ({"device": "warp"}, "Device 'warp' cannot be used: "),
         ({"device": "cuda:99"}, "Device 'cuda:99' cannot be used: "),
-        ({"mean": (0.5, 0.5)}, "mean takes one number or three, one for each channel; got 2."),
-        ({"std": (0.5,) * 4}, "std takes one number or three, one for each channel; got 4."),
+        ({"mean": (0.5, 0.5)}, "mean takes one number, or three for the channels; got 2."),
+        ({"std": (0.5,) * 4}, "std takes one number, or three for the channels; got 4."),
         ({"std": (0.5, 0.0, 0.5)}, "std must be positive; got (0.5, 0.0, 0.5)."),
         ({"std": (0.5, -1.0, 0.5)}, "std must be positive"),
         ({"std": (0.5, float("nan"), 0.5)}, "std "),
         ({"mean": (0.5, float("nan"), 0.5)}, "mean "),
     ],
 )
-def test_an_argument_that_is_not_valid_is_refused(options, message):
+def test_an_invalid_argument_is_refused(options, message):
     with pytest.raises(BackboneError) as refusal:
         load_backbone("glyphs", **{"device": "cpu", **options})
     assert str(refusal.value).startswith(message)
@@ -184,7 +184,7 @@ def test_glyphs_is_embedded_and_has_one_fingerprint(glyphs):
     assert load_backbone("glyphs", device="cpu", precision="bfloat16").fingerprint == glyphs.fingerprint
 
 
-def test_glyphs_takes_32_px_pictures_whole(glyphs):
+def test_glyphs_does_not_crop_32_px_images(glyphs):
     assert glyphs.preprocessing["input_size"] == [3, 32, 32]
     assert glyphs.preprocessing["crop_pct"] == 1.0
     assert glyphs.transform(Image.new("RGB", (32, 32), "white")).unique().tolist() == [1.0]
@@ -197,10 +197,10 @@ def test_glyphs_takes_another_mean_and_std(glyphs):
 
 
 def test_one_number_is_the_mean_or_std_of_every_channel():
-    found = load_backbone("glyphs", mean=0.5, std=0.25, device="cpu").preprocessing
-    assert (found["mean"], found["std"]) == ([0.5] * 3, [0.25] * 3)
+    preprocessing = load_backbone("glyphs", mean=0.5, std=0.25, device="cpu").preprocessing
+    assert (preprocessing["mean"], preprocessing["std"]) == ([0.5] * 3, [0.25] * 3)
 
 
 def test_glyphs_takes_no_weights(tmp_path):
-    with pytest.raises(BackboneError, match="'glyphs' carries its own weights"):
+    with pytest.raises(BackboneError, match="'glyphs' includes its weights"):
         load_backbone("glyphs", tmp_path / "w.safetensors", device="cpu")

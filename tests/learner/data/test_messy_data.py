@@ -84,8 +84,8 @@ def test_a_validation_folder_is_named_and_so_is_what_else_lies_beside_the_parts(
     assert open_parts(place)[1] is None
     result = run("learn", "any", place, *LEARN)
     assert result.code == 0
-    assert "1 validation folder, since Addenda draws its own part from train (Validation)" in result.err
-    assert "1 folder beside the parts (unsup)" in result.err
+    assert "1 validation folder, because Addenda draws its own validation split from train (Validation)" in result.err
+    assert "1 folder beside the splits (unsup)" in result.err
     assert json.loads(run("learn", "any", place, *LEARN, "--json").out)["left_out"] == {
         "beside_parts": 1, "validation": 1,
     }  # fmt: skip
@@ -551,7 +551,7 @@ def test_parts_that_an_archive_wrapped_twice_are_unwrapped(tmp_path: Path) -> No
     Image.new("RGB", (8, 8)).save(tmp_path / "data" / "seg_pred" / "1.png")
     images, scored = open_parts(tmp_path / "data")
     assert (images.labels, len(images), scored is None) == (("blue", "red"), 8, False)
-    assert "1 folder beside the parts (seg_pred)" in images.remarks
+    assert "1 folder beside the splits (seg_pred)" in images.remarks
 
 
 def test_folders_that_all_hold_the_same_are_no_classes(tmp_path: Path) -> None:

@@ -305,7 +305,7 @@ def test_values_that_are_not_8_bit_are_scaled_by_what_they_say(tmp_path: Path, v
 def test_values_of_no_known_scale_are_refused_by_name(tmp_path: Path, values: list[float]) -> None:
     kind = np.int32 if all(isinstance(value, int) for value in values) else np.float32
     Image.fromarray(np.array([values], kind)).save(tmp_path / "a.tif")
-    with pytest.raises(DataError, match=r"a\.tif' has pixel values from .* of no known scale: 8, 12 or 16 bits"):
+    with pytest.raises(DataError, match=r"a\.tif' has pixel values from .* of unknown scale: 8, 12 or 16 bits"):
         read_image(tmp_path / "a.tif")
 
 
@@ -315,7 +315,7 @@ def test_colours_of_16_bits_that_pillow_would_make_black_are_refused(tmp_path: P
     assert np.asarray(read_image(tmp_path / "light.png")).max() == 255
     image = Image.open(tmp_path / "dark.png")
     for again in (lambda: read_image(tmp_path / "dark.png"), lambda: prepared(image), lambda: prepared(image)):
-        with pytest.raises(DataError, match=r"has 16-bit colours of 12 bits or fewer"):
+        with pytest.raises(DataError, match=r"has 16-bit colours that use 12 bits or fewer"):
             again()
 
 
