@@ -167,7 +167,7 @@ def test_a_bundle_is_served_when_its_registration_is_answered(client: AppClient,
     there = client.post("/api/v1/tasks", content=bundle)
     assert (there.status_code, there.json()["tasks"][0]["outcome"]) == (200, "there already")
     problem(client.post("/api/v1/tasks", content=b"other", headers={"Idempotency-Key": "one"}), 422, "'one' came with")
-    problem(client.post("/api/v1/tasks", content=bundle[:300]), 422, "Bundle cannot be taken in")
+    problem(client.post("/api/v1/tasks", content=bundle[:300]), 422, "Bundle cannot be imported")
     changed = bundle[:-1] + bytes([bundle[-1] ^ 1])
     problem(client.post("/api/v1/tasks", content=changed), 422, "has changed")
 

@@ -208,12 +208,12 @@ def test_a_prediction_that_is_no_number_is_no_answer(tiny: FrozenBackbone) -> No
 
 
 def test_a_task_that_sees_too_many_is_refused(tiny: FrozenBackbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registration, "ANCESTORS", 2)
+    monkeypatch.setattr(registration, "MAX_ANCESTORS", 2)
     line = [random_task(tiny, "a0", memory=0)]
     for number in range(1, 4):
         line.append(random_task(tiny, f"a{number}", memory=0, parents=(line[-1],)))
     registration.check_bounds(line[2])
-    with pytest.raises(RegistryError, match=r"Task 'a3' has 3 tasks that it sees; 2 is the most"):
+    with pytest.raises(RegistryError, match=r"Task 'a3' has 3 ancestors; the maximum is 2"):
         registration.check_bounds(line[3])
 
 
@@ -254,7 +254,9 @@ def test_notes_reasons_and_labels_hide_nothing_in_a_terminal_and_json_keeps_them
 def test_what_no_database_can_keep_is_refused_as_a_note_or_a_reason(full_book: Registry, text: str) -> None:
     generation = full_book.generation
     for change in (lambda: full_book.note("digits", text), lambda: full_book.retire("digits", text)):
-        with pytest.raises(RegistryError, match=r"The (note|reason) (holds a NUL character|is not UTF-8)"):
+        with pytest.raises(
+            RegistryError, match=r"The (note|reason) (contains a NUL character|cannot be encoded as UTF-8)"
+        ):
             change()
     assert full_book.generation == generation
 
@@ -264,7 +266,7 @@ def test_a_name_that_no_task_can_have_is_found_where_rows_are_copied_or_verified
 ) -> None:
     tamper(full_book, "task", "UPDATE task SET name = '../strokes' WHERE name = 'strokes'")
     found = full_book.check_integrity()
-    assert Fault("../strokes:1", "has a name that no task can have") in found.faults
+    assert Fault("../strokes:1", "has an invalid name") in found.faults
     with pytest.raises(IntegrityError, match=r"damaged"):
         full_book.backup(tmp_path / "copy.db")
 
@@ -312,7 +314,10 @@ def test_a_register_key_adds_to_its_own_names_and_to_nobody_elses(
 
         refused = send("ann", theirs("birds", 2, seed=5))
         assert refused.status_code == 403
-        assert "'birds:2' would be a version of a name that key ann did not make" in refused.json()["detail"]
+        assert (
+            "'birds:2' cannot be imported: key ann did not register all versions of this name"
+            in refused.json()["detail"]
+        )
         assert client.get("/api/v1/tasks/birds", headers=heads["ann"]).json()["ref"] == "birds:1"
         assert send("ann", theirs("fish")).status_code == 201
         assert send("ann", theirs("fish", 2)).status_code == 201
@@ -348,7 +353,7 @@ def test_a_register_key_brings_no_backbone(
     with client_of(tiny, registry, keys) as client:
         answers = [client.post("/api/v1/tasks", content=theirs("fish"), headers=head) for head in heads]
     assert [answer.status_code for answer in answers] == [403, 201]
-    assert "is not known here, and key register may not add one" in answers[0].json()["detail"]
+    assert "is not registered, and key register may not add backbones" in answers[0].json()["detail"]
 
 
 def test_an_idempotency_key_is_its_callers_own(
@@ -413,7 +418,7 @@ def test_a_name_that_is_not_there_costs_a_look_at_a_few(
 ) -> None:
     for number in range(30):
         registered(f"task-{number:02d}", memory=0, classes=2)
-    monkeypatch.setattr(queries, "SEEN", 4)
+    monkeypatch.setattr(queries, "MAX_CANDIDATES", 4)
     with client_of(tiny, registry) as client:
         snapshot = client.app.state.service.snapshot
         looked_at: list[str] = []
@@ -641,7 +646,7 @@ def test_a_place_that_is_none_is_refused_and_nothing_is_made(
     location: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(RegistryError, match=r"is no place for a registry|has settings behind its path"):
+    with pytest.raises(RegistryError, match=r"cannot be a registry|An SQLite URL takes no query parameters"):
         Registry.open(location)
     assert list(tmp_path.iterdir()) == []
 

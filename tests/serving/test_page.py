@@ -151,7 +151,7 @@ def test_a_version_s_page_tells_all_that_is_known(tiny: FrozenBackbone, full: Re
     assert "version 2" in new.split("</h1>")[0]
     for said in (
         "Measured on 30 validation images", "looks good", "taken from epoch 2", "strokes:1</text>",
-        '<td class="wrong h5">5</td>', full.record("digits:1").sha256, "the first scoring on this data",
+        '<td class="wrong h5">5</td>', full.record("digits:1").sha256, "the first evaluation on this data",
     ):  # fmt: skip
         assert said in old, said
     assert re.search(

@@ -167,7 +167,7 @@ def test_golden_probes_that_differ_under_the_same_numerics_are_told_of(here, hom
     here.register(task, replace(probe(task), logits=other, digest=digest(other.numpy().tobytes())))
     before = rows(here.location)
     [received] = here.import_bundle(tmp_path / "one.addenda")
-    assert received.detail == "its golden probes DIFFER under the same numerics (nnnnnnnnnnnn…): addenda verify"
+    assert received.detail == "golden probes DIFFER under the same numerics (nnnnnnnnnnnn…); see: addenda verify"
     assert rows(here.location) == before
 
 
@@ -189,7 +189,7 @@ def test_all_conflicts_are_named_and_nothing_is_imported(here, sent):
         add(here, a_task(name, seed))
     here.retire("bare:1")
     before = rows(here.location)
-    with pytest.raises(RegistryError, match=r"nothing was changed.*--rename OLD=NEW") as refusal:
+    with pytest.raises(RegistryError, match=r"Nothing was changed.*--rename OLD=NEW") as refusal:
         here.import_bundle(sent)
     assert [f"'{name}:1'" in str(refusal.value) for name in ("bare", "digits", "strokes")] == [True] * 3
     assert "tip" not in str(refusal.value)
@@ -214,10 +214,13 @@ def test_renamed_tasks_arrive_with_their_children(here, home, sent):
 @pytest.mark.parametrize(
     ("renames", "message"),
     [
-        ({"cats": "dogs"}, "There is no 'cats' to rename: the tasks are adapted, bare, digits, old, strokes, tip"),
+        ({"cats": "dogs"}, "There is no task 'cats' to rename. Tasks: adapted, bare, digits, old, strokes, tip"),
         ({"tip": "Tip"}, "'Tip' is not a valid name"),
         ({"tip": "../tip"}, "'../tip' is not a valid name"),
-        ({"tip": "digits"}, r"'digits:1' \(.*… is not .*…\)\. Take tasks in under another name"),
+        (
+            {"tip": "digits"},
+            r"'digits:1' \(.*… is not .*…\)\. Nothing was changed; import the tasks under another name",
+        ),
     ],
 )
 def test_renames_that_cannot_be_are_refused(here, sent, renames, message):

@@ -49,7 +49,7 @@ def test_merged_twice_adds_nothing_and_the_generation_stays(home, here):
 
 def damaged(received: list[Received]) -> list[str]:
     """The tasks that are said to be."""
-    return [each.ref for each in received if "its stored bytes here are DAMAGED" in each.detail]
+    return [each.ref for each in received if "its stored bytes in this registry are DAMAGED" in each.detail]
 
 
 def test_damaged_bytes_that_are_there_already_are_told_and_nothing_is_built_on_them(home, here):
@@ -59,7 +59,7 @@ def test_damaged_bytes_that_are_there_already_are_told_and_nothing_is_built_on_t
     tamper(here, "artifact", "UPDATE artifact SET data = :data WHERE sha256 = :sha256", data=b"other", sha256=sha256)
     assert damaged(here.merge(home)) == ["strokes:1"]
     before = rows(here.location)
-    with pytest.raises(IntegrityError, match=f"sha256 {sha256[:12]}… that are stored already have changed"):
+    with pytest.raises(IntegrityError, match=f"The stored artifact with sha256 {sha256[:12]}… has changed"):
         here.merge(home, renames={"strokes": "lines"})
     assert rows(here.location) == before
 
@@ -154,7 +154,7 @@ def test_a_task_retired_there_alone_stays_active_here_and_is_told_of(home, here)
     home.retire("bare", "no use")
     before = rows(here.location)
     told = {each.ref: each.detail for each in here.merge(home)}
-    assert told["bare:1"] == "retired there (no use), active here"
+    assert told["bare:1"] == "retired in the source (no use), active here"
     assert told["old:1"] == ""
     assert rows(here.location) == before
 
@@ -163,7 +163,7 @@ def test_a_task_damaged_there_is_named_and_nothing_is_merged(home, here):
     sql = "UPDATE artifact SET data = :data WHERE sha256 = :sha256"
     tamper(home.location, "artifact", sql, data=b"1234", sha256=home.get("tip").sha256)
     before = rows(here.location)
-    with pytest.raises(IntegrityError, match=r"Task 'tip:1' was not taken in: its artifact's stored bytes are missing"):
+    with pytest.raises(IntegrityError, match=r"Task 'tip:1' was not imported: its artifact's stored bytes are missing"):
         here.merge(home)
     assert rows(here.location) == before
 
@@ -171,7 +171,7 @@ def test_a_task_damaged_there_is_named_and_nothing_is_merged(home, here):
 def test_a_row_damaged_there_is_named_and_nothing_is_merged(home, here):
     tamper(home.location, "task", "UPDATE task SET num_parameters = 1 WHERE name = 'tip'")
     before = rows(here.location)
-    with pytest.raises(IntegrityError, match=r"Task 'tip:1' .* says otherwise than .*: num_parameters"):
+    with pytest.raises(IntegrityError, match=r"Task 'tip:1' .* does not match .*: num_parameters"):
         here.merge(home)
     tamper(home.location, "task", "UPDATE task SET created_at = 'then' WHERE name = 'tip'")
     with pytest.raises(IntegrityError, match=r"Task 'tip:1' has a damaged record: task\.created_at: String"):
@@ -184,7 +184,7 @@ def test_a_parent_lost_there_is_told_of_and_nothing_is_merged(home, here):
         without_triggers(connection, "task")
         connection.execute(text("DELETE FROM task WHERE name = 'strokes'"))
     before = rows(here.location)
-    with pytest.raises(IntegrityError, match=r"Task '(digits|tip):1' extends one that is missing"):
+    with pytest.raises(IntegrityError, match=r"Task '(digits|tip):1' extends a task that is missing"):
         here.merge(home)
     assert rows(here.location) == before
 

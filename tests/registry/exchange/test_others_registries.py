@@ -155,8 +155,8 @@ def test_an_older_registry_is_refused_and_not_upgraded(
     before = everything(tmp_path / "old")
     result = run("db", "merge", tmp_path / "old" / "tasks.db", *options)
     assert result.code == 2
-    assert "has the schema '0002' and this version reads" in result.err
-    assert "Copy it, and open the copy with `addenda db upgrade`." in result.err
+    assert "has schema '0002', this version of Addenda reads" in result.err
+    assert "Copy it, and upgrade the copy with `addenda db upgrade`." in result.err
     assert everything(tmp_path / "old") == before
 
 
@@ -173,7 +173,7 @@ def test_a_schema_with_somebodys_own_views_or_triggers_is_not_read(theirs: Path,
     with sqlite3.connect(theirs) as connection:
         connection.executescript(FOREIGN[kind])
     connection.close()
-    with pytest.raises(RegistryError, match="which no registry has: it is not read"):
+    with pytest.raises(RegistryError, match="that is not part of a registry; it is not read"):
         Registry.open(theirs, read_only=True)
 
 
@@ -181,7 +181,7 @@ def test_a_view_in_the_place_of_a_table_runs_nothing(theirs: Path) -> None:
     with sqlite3.connect(theirs) as connection:
         connection.executescript("ALTER TABLE tag RENAME TO tag_of_old; CREATE VIEW tag AS SELECT load_extension('x');")
     connection.close()
-    with pytest.raises(RegistryError, match="holds 'tag', which no registry has"):
+    with pytest.raises(RegistryError, match="contains 'tag', a view, virtual table or trigger"):
         Registry.open(theirs, read_only=True)
 
 
@@ -245,7 +245,7 @@ def test_a_backup_is_put_in_no_ones_place(theirs: Path, tmp_path: Path, monkeypa
     target = tmp_path / "safe.db"
     target.symlink_to(tmp_path / "nowhere")
     with Registry.open(theirs) as registry:
-        with pytest.raises(RegistryError, match="exists already: a backup overwrites nothing"):
+        with pytest.raises(RegistryError, match="exists; a backup does not overwrite"):
             registry.backup(target)
         assert target.is_symlink()
         late = tmp_path / "late.db"
@@ -256,7 +256,7 @@ def test_a_backup_is_put_in_no_ones_place(theirs: Path, tmp_path: Path, monkeypa
             link(*paths)
 
         monkeypatch.setattr("os.link", somebody_is_quicker)
-        with pytest.raises(RegistryError, match="exists already: a backup overwrites nothing"):
+        with pytest.raises(RegistryError, match="exists; a backup does not overwrite"):
             registry.backup(late)
     assert late.read_text() == "theirs"
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".backup")] == []

@@ -36,7 +36,7 @@ def test_an_alias_moves_only_from_where_it_was_expected(versions):
 @pytest.mark.parametrize(("given", "options"), [(("production", "digits:1"), {}), (("a", "digits"), {"expected": 0})])
 def test_the_order_of_before_alias_and_reference_is_refused(versions, given, options):
     before = rows(versions)
-    with pytest.raises(RegistryError, match=r"names no version: it takes name, alias and version in this order, as in"):
+    with pytest.raises(RegistryError, match=r"has no version\. Its arguments are name, alias and version, as in"):
         versions.set_alias(*given, **options)
     with pytest.raises(RegistryError, match="'digits:1' is not a valid name"):
         versions.set_alias("production", "digits:1", 1)
@@ -76,7 +76,7 @@ def test_tags_are_put_on_a_version_and_taken_off(versions):
     assert versions.record("digits:2").tags == ()
     versions.untag("digits:1", "night")
     assert versions.record("digits:1").tags == ("shop",)
-    with pytest.raises(RegistryError, match="Task 'digits:1' does not carry the tag 'night'"):
+    with pytest.raises(RegistryError, match="Task 'digits:1' does not have the tag 'night'"):
         versions.untag("digits:1", "night")
 
 
@@ -101,13 +101,13 @@ def test_a_note_is_a_part_of_the_history(versions):
 @pytest.mark.parametrize("text", ["", " \n"])
 def test_a_note_that_says_nothing_is_refused(versions, text):
     before = rows(versions)
-    with pytest.raises(RegistryError, match="A note says something"):
+    with pytest.raises(RegistryError, match="The note is empty"):
         versions.note("digits", text)
     assert rows(versions) == before
 
 
 def test_a_note_that_no_database_can_hold_is_refused(versions):
     before = rows(versions)
-    with pytest.raises(RegistryError, match=r"The note is not UTF-8"):
+    with pytest.raises(RegistryError, match=r"The note cannot be encoded as UTF-8"):
         versions.note("digits", "half a letter: \ud800")
     assert rows(versions) == before

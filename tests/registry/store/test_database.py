@@ -35,7 +35,7 @@ def test_a_registry_stays_when_it_is_closed_and_opened_again(full_book, database
 
 def test_a_registry_is_not_made_where_none_was_asked_for(database):
     location = database.new()
-    with pytest.raises(RegistryError, match=r"There is no registry at '.*': check the .*`addenda learn` makes one"):
+    with pytest.raises(RegistryError, match=r"There is no registry at '.*'; check the .*`addenda learn` creates one"):
         Registry.open(location, create=False)
     if database.kind == "sqlite":
         assert not Path(location).exists()
@@ -75,9 +75,9 @@ NEITHER = "A registry is an SQLite file or a PostgreSQL database: give a path, s
 @pytest.mark.parametrize(
     ("location", "message"),
     [
-        ("{}/no/tasks.db", "The folder '{}/no' of the registry does not exist"),
-        ("sqlite:///{}/no/tasks.db", "The folder '{}/no' of the registry does not exist"),
-        ("{}", "'{}' is a folder, and a registry is a file: '{}/addenda.db', say."),
+        ("{}/no/tasks.db", "The registry's folder '{}/no' does not exist"),
+        ("sqlite:///{}/no/tasks.db", "The registry's folder '{}/no' does not exist"),
+        ("{}", "'{}' is a folder; give a file, such as '{}/addenda.db'."),
         ("sqlite://", NEITHER),
         ("mysql://me:secret@host/db", f"{NEITHER}USER@HOST/DATABASE, not 'mysql://me:***@host/db'"),
         ("mysql://host/db?password=secret", f"{NEITHER}USER@HOST/DATABASE, not 'mysql://host/db'"),
@@ -101,7 +101,7 @@ def test_a_location_that_cannot_be_opened_is_refused(tmp_path, location, message
 
 def test_without_psycopg_a_postgresql_registry_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "psycopg", None)
-    with pytest.raises(RegistryError, match=r"needs psycopg: pip install 'addenda\[postgres\]'"):
+    with pytest.raises(RegistryError, match=r"requires psycopg: pip install 'addenda\[postgres\]'"):
         Registry.open("postgresql://me@127.0.0.1:1/db")
 
 
@@ -180,5 +180,5 @@ def test_nothing_is_written_to_a_file_that_was_removed_or_replaced(registry, tmp
     if how == "replaced":
         with Registry.open(tmp_path / "tasks.db") as other:
             other.add_backbone(BACKBONE)
-    with pytest.raises(RegistryError, match=r"'.*tasks\.db' was removed or replaced since it was opened: nothing was"):
+    with pytest.raises(RegistryError, match=r"'.*tasks\.db' was removed or replaced after it was opened\. Nothing was"):
         keep(registry, a_task())

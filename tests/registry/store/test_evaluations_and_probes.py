@@ -69,6 +69,6 @@ def test_a_probe_under_further_numerics_stands_beside_the_first(book):
     before = rows(book)
     with pytest.raises(RegistryError, match="'digits:1' has 3 labels; its golden probe has 2 columns"):
         book.add_golden("digits", replace(probe(a_task(), "o" * 64), logits=torch.zeros(4, 2)))
-    with pytest.raises(RegistryError, match="does not hash to its digest"):
+    with pytest.raises(RegistryError, match="does not match its digest"):
         book.add_golden("digits", replace(probe(a_task(), "o" * 64), digest="0" * 64))
     assert rows(book) == before

@@ -64,8 +64,8 @@ def test_a_ladder_of_diamonds_takes_no_longer_than_it_has_tasks(book):
 
 
 def test_a_wide_and_a_deep_family_say_how_much_they_leave_out(book, monkeypatch):
-    monkeypatch.setattr(lineage, "MOST", 4)
-    monkeypatch.setattr(lineage, "DEEPEST", 2)
+    monkeypatch.setattr(lineage, "MAX_EDGES", 4)
+    monkeypatch.setattr(lineage, "MAX_DEPTH", 2)
     family(book, a="", **dict.fromkeys("bcdefg", "a"), h="b", i="h", j="i")
     assert drawn(book.lineage("a").extended_by) == "a(b(+1) c d e +2)"
     assert drawn(book.lineage("j").extends) == "j(i(h(+1)))"

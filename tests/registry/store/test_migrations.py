@@ -125,7 +125,7 @@ def test_a_registry_of_a_newer_version_is_refused_untouched(full_book):
     with raw(full_book) as connection:
         connection.execute(text(f"UPDATE {VERSION_TABLE} SET version_num = '9999'"))
     before = everything(full_book)
-    with pytest.raises(RegistryError, match=r"schema is '9999', from a newer version of Addenda\. Upgrade"):
+    with pytest.raises(RegistryError, match=r"has schema '9999', from a newer version of Addenda\. Upgrade"):
         Registry.open(address(full_book))
     assert everything(full_book) == before
 

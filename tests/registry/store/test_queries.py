@@ -9,7 +9,7 @@ import torch
 
 from addenda.exceptions import RegistryError, UnknownTaskError
 from addenda.registry import Registry, TaskFilter
-from addenda.registry.store.header import Inside
+from addenda.registry.store.header import ArtifactHeader
 from tests.support.databases import tamper
 from tests.support.registries import BACKBONE, a_task, adapters, keep, probe
 
@@ -133,7 +133,7 @@ def test_a_damaged_artifact_leaves_the_rest_of_a_record_as_it_is(full_book, data
     before = full_book.record("digits")
     tamper(full_book, "artifact", "UPDATE artifact SET data = :data WHERE sha256 = :of", data=data, of=before.sha256)
     after = full_book.record("digits")
-    known = {name: getattr(before, name) for name in Inside._fields}
+    known = {name: getattr(before, name) for name in ArtifactHeader._fields}
     assert {name: getattr(after, name) for name in known} == dict.fromkeys(known)
     assert after.reads == "damaged"
     assert replace(after, **known, size_bytes=before.size_bytes) == before

@@ -125,7 +125,7 @@ def test_a_trigger_that_was_dropped_is_named(full_book, database):
     sql = {"sqlite": "DROP TRIGGER task_no_update", "postgresql": "DROP TRIGGER task_no_change ON task"}
     name = {"sqlite": "task_no_update", "postgresql": "task_no_change"}
     assert faults_after(full_book, sql[database.kind]) == [
-        f"trigger: {name[database.kind]} is missing, changed, or not ours"
+        f"trigger: {name[database.kind]} is missing, changed or unexpected"
     ]
 
 
@@ -134,7 +134,7 @@ def test_a_trigger_that_was_added_is_named(full_book, database):
         "sqlite": "CREATE TRIGGER other AFTER INSERT ON event BEGIN DELETE FROM alias; END",
         "postgresql": "CREATE TRIGGER other AFTER INSERT ON event EXECUTE FUNCTION addenda_refuse()",
     }
-    assert faults_after(full_book, sql[database.kind]) == ["trigger: other is missing, changed, or not ours"]
+    assert faults_after(full_book, sql[database.kind]) == ["trigger: other is missing, changed or unexpected"]
 
 
 @ON_SQLITE
@@ -144,7 +144,7 @@ def test_an_sqlite_trigger_that_was_changed_is_named(full_book):
         "DROP TRIGGER task_no_update",
         "CREATE TRIGGER task_no_update BEFORE UPDATE ON task WHEN NEW.id > 9 BEGIN SELECT RAISE(ABORT, 'no'); END",
     )
-    assert faults == ["trigger: task_no_update is missing, changed, or not ours"]
+    assert faults == ["trigger: task_no_update is missing, changed or unexpected"]
 
 
 @ON_POSTGRESQL
@@ -157,7 +157,7 @@ def test_an_sqlite_trigger_that_was_changed_is_named(full_book):
     ],
 )
 def test_a_postgresql_trigger_that_was_switched_off_or_added_is_named(full_book, sql, names):
-    assert faults_after(full_book, sql) == [f"trigger: {name} is missing, changed, or not ours" for name in names]
+    assert faults_after(full_book, sql) == [f"trigger: {name} is missing, changed or unexpected" for name in names]
 
 
 @ON_POSTGRESQL

@@ -61,7 +61,7 @@ def test_a_postgresql_server_that_hangs_up_on_a_waiting_registry_is_answered_in_
             connection.execute(text(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {WAITS}"))
 
     location = address(full_book)
-    told = "The registry cannot be waited for: the connection is lost"
+    told = "Cannot wait for the registry: the connection is lost"
     with meanwhile(waits, hang_up), pytest.raises(RegistryError, match=told):
         full_book.wait(9, LONG_S)
     assert full_book.generation == 9
