@@ -326,7 +326,7 @@ def test_a_child_of_a_damaged_task_is_named_and_says_why(copied):
            "(SELECT artifact FROM task WHERE name = 'strokes')", data=b"short")  # fmt: skip
     with Registry.open(copied) as book:
         integrity = book.check_integrity()
-        assert "hashes to" in integrity.of("strokes:1")[0].said
+        assert "now has sha256" in integrity.of("strokes:1")[0].said
         for child in ("digits:1", "twin:1"):
             assert [fault.said for fault in integrity.of(child)] == ["it extends 'strokes:1', which is damaged"]
         assert integrity.of("bystander:1") == integrity.of("old:1") == []

@@ -1,4 +1,4 @@
-"""Retiring hides a version and deletes nothing; tasks that extend it go with it or keep it."""
+"""Retiring hides a version and deletes nothing; its active descendants must be retired with it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_a_retired_task_is_hidden_but_stays(book):
     assert len(book.goldens("digits:1")) == 1
 
 
-def test_what_an_alias_serves_is_not_retired_and_what_is_retired_gets_no_alias(book):
+def test_a_version_with_an_alias_is_not_retired_and_a_retired_version_gets_no_alias(book):
     for seed in range(2):
         keep(book, a_task(seed=seed), new_version=True)
     keep(book, a_task("child", parents=(book.get("digits:2"),)))
@@ -87,7 +87,7 @@ def test_a_task_with_active_children_is_not_retired(book):
 
 @pytest.fixture
 def family(book: Registry) -> Registry:
-    """A root with two children and a grandchild of both, and a stranger."""
+    """A root with two children and a common grandchild, and an unrelated task."""
     root = keep(book, a_task("root", 1))
     left, right = (keep(book, a_task(name, seed, parents=(root,))) for seed, name in enumerate(("left", "right"), 2))
     keep(book, a_task("tip", 4, parents=(left, right)))

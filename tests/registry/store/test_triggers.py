@@ -1,4 +1,4 @@
-"""The database itself refuses to change what was registered, whoever asks."""
+"""Triggers of the database itself reject changes of registered rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.registries import a_task, keep
 
 
 def refused(registry: Registry, sql: str, pragma: str = "") -> None:
-    """Runs a statement from a foreign connection and expects the database itself to say no."""
+    """Runs a statement on another connection and expects the database to reject it."""
     with raw(registry) as connection:
         if pragma:
             connection.execute(text(pragma))
@@ -24,19 +24,19 @@ def refused(registry: Registry, sql: str, pragma: str = "") -> None:
 
 
 def changes(registry: Registry) -> list[str]:
-    """Statements that would change each column of each table, drop its rows, or write over them."""
+    """Statements that would change each column of each table, delete its rows, or overwrite them."""
     assert len(schema.IMMUTABLE) == 9
-    found = []
+    statements = []
     for table in schema.IMMUTABLE:
-        found += [f"UPDATE {table.name} SET {column.name} = {column.name}" for column in table.columns]
-        found.append(f"DELETE FROM {table.name}")
+        statements += [f"UPDATE {table.name} SET {column.name} = {column.name}" for column in table.columns]
+        statements.append(f"DELETE FROM {table.name}")
         keys = [column.name for column in table.primary_key]
-        found.append(
+        statements.append(
             f"INSERT INTO {table.name} SELECT * FROM {table.name} WHERE true "
             f"ON CONFLICT ({', '.join(keys)}) DO UPDATE SET {keys[0]} = {table.name}.{keys[0]}"
         )
-    assert len(found) > 80
-    return found
+    assert len(statements) > 80
+    return statements
 
 
 def test_the_database_refuses_to_change_any_row(full_book):
@@ -103,7 +103,7 @@ def test_rows_can_still_be_added_and_aliases_still_move(full_book):
     assert full_book.get("birds").version == 1
 
 
-def test_every_table_but_aliases_and_tags_has_its_triggers(full_book, database):
+def test_every_table_but_aliases_and_tags_has_triggers(full_book, database):
     assert {t.name for t in schema.metadata.sorted_tables} - {t.name for t in schema.IMMUTABLE} == {"alias", "tag"}
     names = [name for name, _ in everything(full_book)["triggers"]]
     kinds = {"sqlite": ("delete", "replace", "update"), "postgresql": ("change", "truncate")}[database.kind]
@@ -116,9 +116,9 @@ def faults_after(registry: Registry, *statements: str) -> list[str]:
         for sql in statements:
             connection.execute(text(sql))
     before = everything(registry)
-    found = schema_faults(registry._engine)
-    assert everything(registry) == before, "looking changed something"
-    return found
+    faults = schema_faults(registry._engine)
+    assert everything(registry) == before, "the check changed something"
+    return faults
 
 
 def test_a_trigger_that_was_dropped_is_named(full_book, database):
