@@ -24,7 +24,7 @@ def content_faults(connection: Connection) -> Iterator[Fault]:
     with lenient_text(connection):
         fingerprints = connection.scalars(select(fingerprint)).all()
     readable = readable_rows(connection, select(schema.backbone), fingerprint, fingerprints)
-    yield from (Fault(unreadable, "cannot be read") for unreadable in fingerprints if unreadable not in readable)
+    yield from (Fault(subject, "cannot be read") for subject in fingerprints if subject not in readable)
     damaged: dict[int, str] = {}
     for ids in pages(connection, task.id):
         rows = readable_rows(connection, select(schema.task), task.id, ids)
@@ -48,7 +48,7 @@ def check_stored(connection: Connection, row: Mapping[str, Any], damaged: Mappin
     """Checks a task's stored bytes and its parents; raises IntegrityError.
 
     Args:
-        connection: to the registry.
+        connection: a connection to the registry.
         row: the task's row.
         damaged: references of the tasks known to be damaged, by id; a task that extends one is damaged too.
     """

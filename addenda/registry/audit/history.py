@@ -150,7 +150,7 @@ def _compare(before: list[EvaluationRecord], now: EvaluationRecord, numerics: _N
 
 
 def _hash_version(evaluation: EvaluationRecord) -> str:
-    """The prefix of the logits digest, which says in which order logits were hashed; empty for version 0.1."""
+    """The prefix of the logits digest, which identifies the order of hashing; empty for version 0.1."""
     return evaluation.logits_digest.rpartition(":")[0]
 
 
@@ -161,7 +161,7 @@ def _close(first: Any, second: Any) -> bool:
 
 
 def _numerics_change(first: str, second: str, numerics: _Numerics) -> str:
-    """A description of the difference between two numerics, by their fingerprints."""
+    """Describes a numerics change, given two numerics fingerprints."""
     before, after = numerics[first], numerics[second]
     if before is None or after is None:
         unknown = " and ".join(f"{f[:12]}…" for f in (first, second) if numerics[f] is None)

@@ -157,14 +157,16 @@ def _check_event(
         The event's recomputed digest for each candidate, and its fault, or None.
     """
     if event is None or rows is None:
-        return [], "or a row that it wrote cannot be read"
+        return [], "cannot be read, or a row that it wrote cannot be read"
     try:
         seals = [ledger.seal(digest, event, rows) for digest in before]
     except VALUE_ERRORS:
         return [], "contains invalid values"
     if not before:
         return [], "cannot be checked without the event before it"
-    return seals, None if event["digest"] in seals else "or a row that it wrote does not match its digest"
+    return seals, None if event[
+        "digest"
+    ] in seals else "does not match its digest: it or a row that it wrote was changed"
 
 
 def _event_faults(event_id: int, event: Mapping[str, Any] | None, rows: _Rows | None, said: str) -> Iterator[Fault]:

@@ -124,7 +124,7 @@ def _copy(source: Engine, target: Engine) -> Integrity:
     """Copies every row into an empty registry, in one transaction that is rolled back if the copy has faults."""
     upgrade(target, create=True)
     location = display_location(target)
-    with reading(source) as read, database_errors(f"{location!r} was not restored"), writing(target) as write:
+    with reading(source) as read, database_errors(f"{location!r} was not written"), writing(target) as write:
         for table in schema.metadata.sorted_tables:
             if write.execute(select(table).limit(1)).first() is not None:
                 raise RegistryError(f"The registry {location!r} is not empty; restore into an empty one.")

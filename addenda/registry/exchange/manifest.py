@@ -192,4 +192,4 @@ def check_arrival(entry: Entry) -> None:
     for scores in metrics:
         matrix = scores.get("confusion") or []
         if matrix and [len(line) for line in matrix] != [num_classes] * num_classes:
-            raise IntegrityError(f"its metrics are not valid: a confusion matrix is not of {num_classes} classes")
+            raise IntegrityError(f"its metrics are not valid: a confusion matrix is not {num_classes} x {num_classes}")

@@ -110,7 +110,7 @@ class _Receiver:
         self._sizes: dict[str, tuple[int, int]] = {}  # width and depth of each backbone
 
     def add_backbones(self, contents: Contents, owner: str | None) -> None:
-        """Adds new backbones. Their sizes cannot be verified, so an owner of a few names may not add any."""
+        """Adds new backbones. Their sizes cannot be verified, so users limited to their own names may not add any."""
         columns, used = schema.backbone.c, {entry.task.backbone for entry in contents.tasks}
         for row in self._connection.execute(select(columns.fingerprint, columns.embed_dim, columns.depth)):
             self._sizes[row.fingerprint] = row.embed_dim, row.depth

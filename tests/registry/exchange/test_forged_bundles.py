@@ -233,7 +233,7 @@ FORGERIES: dict[str, tuple[Callable[[dict[str, Any], dict[str, bytes]], Any], st
     "curves that are none": (
         lambda m, b: of(m, "old:1")["task"].update(metrics={"curves": [{"x": 1}]}), "not valid: curves.0.train_loss"),
     "a confusion of other classes": (
-        lambda m, b: of(m, "old:1")["task"].update(metrics={"test": {"confusion": [[1]]}}), "is not of 3 classes"),
+        lambda m, b: of(m, "old:1")["task"].update(metrics={"test": {"confusion": [[1]]}}), "is not 3 x 3"),
     "evaluations that are none": (
         lambda m, b: of(m, "digits:1")["evaluations"][0].update(metrics={"accuracy": -5.0}), "not valid: accuracy"),
     "a configuration of 2 MB": (
