@@ -89,7 +89,7 @@ def test_what_cannot_be_answered_is_a_problem_that_says_why(client: AppClient) -
     problem(post("/api/v1/predict", content=b"x", headers={"Content-Encoding": "br"}), 415, "'br'")
     problem(post("/api/v1/predict", content=b"x", headers={"Content-Encoding": "gzip"}), 400, "gzip")
     problem(client.get("/api/v1/tasks?limit=0"), 422, "limit")
-    problem(client.get("/api/v1/tasks?since=never"), 400, "'never' is no time")
+    problem(client.get("/api/v1/tasks?since=never"), 400, "'never' is not an ISO 8601 time")
     problem(client.get("/api/v1/tasks/other"), 404, "Known: 'digits'")
     problem(client.get("/api/v1/tasks/digits:1"), 404, "names hold no ':'")
     problem(client.get("/api/v1/nothing"), 404, "Not Found")
