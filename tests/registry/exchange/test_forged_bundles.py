@@ -170,9 +170,9 @@ FORGERIES: dict[str, tuple[Callable[[dict[str, Any], dict[str, bytes]], Any], st
     "a blob too few": (lambda m, b: b.pop(of(m, "bare:1")["task"]["artifact"]) and None, "it lacks the blob '"),
     "a path for a name": (lambda m, b: of(m, "tip:1")["task"].update(name="../tip"), "'../tip' is not a valid name"),
     "a path for a sha256": (lambda m, b: of(m, "tip:1")["task"].update(artifact="../x"), "tasks.6.task.artifact: St"),
-    "a tag that is none": (lambda m, b: of(m, "tip:1")["tags"].append("\x1b[31m"), "is not a valid tag"),
-    "a version that is none": (lambda m, b: of(m, "tip:1")["task"].update(version=0), "greater than or equal to 1"),
-    "a time that is none": (lambda m, b: of(m, "tip:1")["task"].update(created_at="now"), "created_at: String should"),
+    "an invalid tag": (lambda m, b: of(m, "tip:1")["tags"].append("\x1b[31m"), "is not a valid tag"),
+    "an invalid version": (lambda m, b: of(m, "tip:1")["task"].update(version=0), "greater than or equal to 1"),
+    "an invalid time": (lambda m, b: of(m, "tip:1")["task"].update(created_at="now"), "created_at: String should"),
     "no golden probe": (lambda m, b: of(m, "tip:1")["goldens"].clear(), "goldens: List should have at least 1 item"),
     "two alike": (lambda m, b: of(m, "tip:1")["tags"].extend(["a", "a"]), "Bundle .* was not imported: .*tag"),
     "NaN": (lambda m, b: of(m, "tip:1")["task"]["config"].update(x=1) or canonical_json(m).replace('"x":1', '"x":NaN')
@@ -193,16 +193,16 @@ FORGERIES: dict[str, tuple[Callable[[dict[str, Any], dict[str, bytes]], Any], st
     "another backbone": (lambda m, b: of(m, "tip:1")["task"].update(backbone="c" * 64), "does not match .*backbone"),
     "another score": (lambda m, b: of(m, "tip:1")["task"].update(score=1.0), "row does not match .*: score"),
     "another size": (lambda m, b: of(m, "tip:1")["task"].update(num_parameters=1), "does not match .*num_parameters"),
-    "metrics that are none": (lambda m, b: of(m, "tip:1")["task"].update(metrics={"test": 1}), "metrics are not valid"),
+    "invalid metrics": (lambda m, b: of(m, "tip:1")["task"].update(metrics={"test": 1}), "metrics are not valid"),
     "no backbone": (lambda m, b: m["backbones"].clear(), "do not fit its backbone, or its backbone is missing"),
     "a backbone of other sizes": (lambda m, b: m["backbones"][0].update(depth=3), "tensors do not fit its backbone"),
     "a number too large": (lambda m, b: m["backbones"][0].update(depth=2**31), "depth: Input should be less than"),
-    "an artifact that is none": (lambda m, b: swap(m, b, "tip:1", b"\x80\x04."), "'tip:1' .*: its artifact is not val"),
+    "an invalid artifact": (lambda m, b: swap(m, b, "tip:1", b"\x80\x04."), "'tip:1' .*: its artifact is not val"),
     "a golden probe too short": (lambda m, b: probe_of(m, b, b"1234"), "its golden probe does not have 3 logits"),
     "an empty golden probe": (lambda m, b: probe_of(m, b, b""), "its golden probe does not have 3 logits"),
     "probes that are infinite": (
         lambda m, b: probe_of(m, b, np.full(3, np.inf, np.float32).tobytes()), "'old:1' .*probe .* NaN or infin"),
-    "probes that are no numbers": (
+    "probes with NaN": (
         lambda m, b: probe_of(m, b, np.full(3, np.nan, np.float32).tobytes()), "golden probe has .* NaN or infinite"),
     "a temperature that makes infinities": (
         lambda m, b: retask(m, b, "old:1", a_task("old", 7, temperature=1e-300)), "it must be between 1e-06 and 1e"),
@@ -217,12 +217,12 @@ FORGERIES: dict[str, tuple[Callable[[dict[str, Any], dict[str, bytes]], Any], st
         lambda m, b: retask(m, b, "old:1", a_task("old", 7, memory=torch.zeros(2, 3000, 8))),
         "has 3,000 memory tokens per layer; the maximum is 1,024"),
     "a reason with NUL": (lambda m, b: of(m, "old:1")["retirement"].update(reason="a\0b"), "contains a NUL character"),
-    "a word for a name": (lambda m, b: of(m, "old:1")["task"].update(name="auto"), "The name 'auto' is reserved"),
+    "a reserved name": (lambda m, b: of(m, "old:1")["task"].update(name="auto"), "The name 'auto' is reserved"),
     "brackets": (lambda m, b: deep(m, 100_000), "recursion limit|nested too deeply"),
     "fewer brackets": (lambda m, b: deep(m, 5_000), "recursion limit|nested too deeply"),
     "brackets within an artifact": (
         lambda m, b: swap(m, b, "old:1", nested(100_000)), "'old:1' .*its manifest is nested too deeply"),
-    "a day that is none": (
+    "an invalid date": (
         lambda m, b: of(m, "old:1")["task"].update(created_at="2026-02-30T00:00:00+00:00"), "created_at: Value error"),
     "a score of text": (
         lambda m, b: of(m, "old:1")["task"].update(metrics={"test": {"f1_micro": "0.9"}}), "not valid: test.f1_micro"),
@@ -230,15 +230,15 @@ FORGERIES: dict[str, tuple[Callable[[dict[str, Any], dict[str, bytes]], Any], st
         lambda m, b: of(m, "old:1")["task"].update(metrics={"test": {"exact_match": 1e300}}), "valid: test.exact_m"),
     "a score beyond all floats": (
         lambda m, b: of(m, "old:1")["task"].update(metrics={"test": {"accuracy": 10**400}}), "valid"),
-    "curves that are none": (
+    "invalid curves": (
         lambda m, b: of(m, "old:1")["task"].update(metrics={"curves": [{"x": 1}]}), "not valid: curves.0.train_loss"),
     "a confusion of other classes": (
         lambda m, b: of(m, "old:1")["task"].update(metrics={"test": {"confusion": [[1]]}}), "is not 3 x 3"),
-    "evaluations that are none": (
+    "invalid evaluations": (
         lambda m, b: of(m, "digits:1")["evaluations"][0].update(metrics={"accuracy": -5.0}), "not valid: accuracy"),
     "a configuration of 2 MB": (
         lambda m, b: of(m, "old:1")["task"].update(config={"x": [[]] * 700_000}), "its config has 2,.* the maximum is"),
-    "a person of 20 MB": (
+    "an author of 20 MB": (
         lambda m, b: of(m, "old:1")["task"].update(created_by="a" * 20_000_000), "texts has 20,000,000 char"),
     "2,000 tags": (
         lambda m, b: of(m, "old:1")["tags"].extend(map(str, range(2000))), "it has 2,000 tags; the maximum is 1,000"),
@@ -256,7 +256,7 @@ FORGERIES: dict[str, tuple[Callable[[dict[str, Any], dict[str, bytes]], Any], st
         lambda m, b: statistics_of(m, b, a_statistic(counts=torch.zeros(3).to(torch.complex64)).data), "must be int64"),
     "labels that are one text": (
         lambda m, b: swap(m, b, "old:1", artifact_of(labels="abc")), "labels and parents must be lists of strings"),
-    "statistics that are none": (lambda m, b: statistics_of(m, b, b"\x80\x04."), "its statistics are not valid"),
+    "invalid statistics": (lambda m, b: statistics_of(m, b, b"\x80\x04."), "its statistics are not valid"),
 }  # fmt: skip
 BARE: Task = a_task("bare", 5, class_token=None, memory=None, pooled_weight=None)
 
