@@ -1,6 +1,6 @@
-"""The database of tasks: records, artifacts, lineage, history.
+"""The task registry: records, artifacts, lineage and history.
 
-What needs torch is imported when it is first used: a look at records starts no framework.
+Names that need torch are imported on first use, so that reading records does not import torch.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from addenda.registry.audit.faults import Fault
-from addenda.registry.audit.history import Scored, VersionDifference
+from addenda.registry.audit.history import ComparedEvaluation, VersionDifference
 from addenda.registry.registry import Registry
 from addenda.registry.store.digests import canonical_json, digest
 from addenda.registry.store.lineage import Kin, Lineage
@@ -39,6 +39,7 @@ __all__ = [
     "BASELINES",
     "LABELS",
     "OBJECTIVES",
+    "ComparedEvaluation",
     "Evaluation",
     "EvaluationRecord",
     "Event",
@@ -51,7 +52,6 @@ __all__ = [
     "LowRank",
     "Received",
     "Registry",
-    "Scored",
     "Task",
     "TaskFilter",
     "TaskRecord",
@@ -71,7 +71,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    for home, names in _NAMES.items():
+    for module, names in _NAMES.items():
         if name in names:
-            return getattr(import_module(f"addenda.registry.{home}"), name)
+            return getattr(import_module(f"addenda.registry.{module}"), name)
     raise AttributeError(f"module 'addenda.registry' has no attribute {name!r}")

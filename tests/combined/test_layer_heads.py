@@ -20,7 +20,7 @@ from addenda.exporting.export import export_model
 from addenda.registry import Registry, Task
 from addenda.registry.store import artifact
 from addenda.registry.store.digests import digest
-from addenda.registry.store.header import parts
+from addenda.registry.store.header import parse_header
 from tests.support.models import (
     PRECISIONS,
     VARIANTS,
@@ -174,7 +174,7 @@ def test_a_task_with_another_number_of_layer_features_is_refused_by_name() -> No
 
 def manifest(task: Task) -> dict[str, object]:
     size = 8 + int.from_bytes(task.artifact[:8], "little")
-    return parts(task.artifact[:size])[0]
+    return parse_header(task.artifact[:size])[0]
 
 
 def test_only_an_artifact_with_a_layer_head_has_the_newer_format() -> None:

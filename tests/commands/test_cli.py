@@ -144,7 +144,7 @@ DATA = "the folder to learn from"
         (("bench", "continual", "digits", "--methods", "magic"), "Unknown method 'magic'. Known: addenda, "),
         (("bench", "compare", "none", "none"), "There is no report at 'none'. "),
         (("backbones", "show", "vit_tiny_patch16_224", "--weights", "none.pth"), "'none.pth' does not exist"),
-        (("tasks", "list", "--registry", "."), "is a folder, and a registry is a file"),
+        (("tasks", "list", "--registry", "."), "is a folder; give a file, such as"),
         (("predict", "x.png", "--json", "--csv"), "give one of them"),
         (("predict", "x.png", "--task", "auto", "--task", "a"), "--task auto chooses among all tasks: give it alone"),
         (("serve", "--metrics-port", "65536"), "Invalid value for '--metrics-port'"),

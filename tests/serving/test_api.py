@@ -89,7 +89,7 @@ def test_an_invalid_request_gets_a_problem_document_with_the_reason(client: AppC
     problem(post("/api/v1/predict", content=b"x", headers={"Content-Encoding": "br"}), 415, "'br'")
     problem(post("/api/v1/predict", content=b"x", headers={"Content-Encoding": "gzip"}), 400, "gzip")
     problem(client.get("/api/v1/tasks?limit=0"), 422, "limit")
-    problem(client.get("/api/v1/tasks?since=never"), 400, "'never' is no time")
+    problem(client.get("/api/v1/tasks?since=never"), 400, "'never' is not an ISO 8601 time")
     problem(client.get("/api/v1/tasks/other"), 404, "Known: 'digits'")
     problem(client.get("/api/v1/tasks/digits:1"), 404, "a name has no ':'")
     problem(client.get("/api/v1/nothing"), 404, "Not Found")
@@ -171,7 +171,7 @@ def test_registering_a_bundle_responds_once_it_is_served(client: AppClient, bund
         422,
         "'one' was already used",
     )
-    problem(client.post("/api/v1/tasks", content=bundle[:300]), 422, "Bundle cannot be taken in")
+    problem(client.post("/api/v1/tasks", content=bundle[:300]), 422, "Bundle cannot be imported")
     changed = bundle[:-1] + bytes([bundle[-1] ^ 1])
     problem(client.post("/api/v1/tasks", content=changed), 422, "has changed")
 

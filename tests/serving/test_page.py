@@ -151,7 +151,7 @@ def test_a_version_page_shows_all_details(tiny: FrozenBackbone, full: Registry) 
     assert "version 2" in new.split("</h1>")[0]
     for text in (
         "Evaluated on 30 validation images", "looks good", "selected epoch 2", "strokes:1</text>",
-        '<td class="wrong h5">5</td>', full.record("digits:1").sha256, "the first scoring on this data",
+        '<td class="wrong h5">5</td>', full.record("digits:1").sha256, "the first evaluation on this data",
     ):  # fmt: skip
         assert text in old, text
     assert re.search(

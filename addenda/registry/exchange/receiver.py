@@ -1,4 +1,4 @@
-"""Receiving what comes from another registry: everything is checked, nothing that is here is altered."""
+"""Importing tasks from another registry: everything is checked, and existing tasks are not altered."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from sqlalchemy import Connection, Row, select
 
 from addenda.exceptions import IntegrityError, OwnershipError, RegistryError
 from addenda.registry.audit.contents import check_stored
-from addenda.registry.exchange.manifest import PROBES, BundledAlias, Contents, Entry, Parent, check_arrival
-from addenda.registry.exchange.selection import Arrived, Read
+from addenda.registry.exchange.manifest import MAX_PROBE_IMAGES, BundledAlias, Contents, Entry, Parent, check_arrival
+from addenda.registry.exchange.selection import ReadBlob, Transfer
 from addenda.registry.store import changes, schema
-from addenda.registry.store.digests import blamed
+from addenda.registry.store.digests import integrity_errors
 from addenda.registry.store.ledger import Writer
 from addenda.registry.store.names import RESERVED, check_new_name
 from addenda.registry.store.queries import find, is_retired
 from addenda.registry.store.records import GoldenRow, TaskRow
 from addenda.registry.store.registration import add_golden, check_bounds, derived, insert_task
 from addenda.registry.store.task import Task, decode, is_finite
-from addenda.registry.store.task_reader import FeatureStatistics, load_task, load_tasks, stored_in
+from addenda.registry.store.task_reader import FeatureStatistics, load_task, load_tasks, row_fields
 
 
 @dataclass(frozen=True)
 class Received:
-    """What became of a task, or of an alias, that came from another registry.
+    """The result of importing one task or alias.
 
     Attributes:
-        ref: what it is called here: `name:version` or `name@alias`.
-        origin: what it was called there.
-        state: "added"; "there already", left as it was; "kept": an alias that points elsewhere here.
-        detail: what else there is to say, in one line.
-        generation: the generation that began with it; None where it was not added.
+        ref: its reference in this registry: `name:version` or `name@alias`.
+        origin: its reference in the source.
+        state: "added"; "there already": it exists; "kept": this registry's alias points elsewhere and was not moved.
+        detail: further information, in one line.
+        generation: the generation after it was added; None if it was not.
     """
 
     ref: str
@@ -43,133 +43,133 @@ class Received:
     generation: int | None = None
 
 
-def receive(to: Writer, arrived: Arrived, renames: Mapping[str, str], owner: str | None = None) -> list[Received]:
-    """Adds what is not here yet, as `Registry.import_bundle` and `Registry.merge` say, under its version numbers."""
-    contents, read, aliases = arrived
-    arrivals = _plan(to.connection, contents.tasks, renames)
-    names = {ref.partition(":")[0] for _, ref, _ in arrivals}
-    foreign = {name for name in names if owner is not None and not _is_owned(to.connection, name, owner)}
-    if taken := sorted({ref for _, ref, new in arrivals if new and ref.partition(":")[0] in foreign}):
+def receive(writer: Writer, transfer: Transfer, renames: Mapping[str, str], owner: str | None = None) -> list[Received]:
+    """Imports tasks under their version numbers; see `Registry.import_bundle` and `Registry.merge`."""
+    contents, read, aliases = transfer
+    plan = _plan(writer.connection, contents.tasks, renames)
+    names = {ref.partition(":")[0] for _, ref, _ in plan}
+    foreign = {name for name in names if owner is not None and not _is_owned(writer.connection, name, owner)}
+    if refused := sorted({ref for _, ref, new in plan if new and ref.partition(":")[0] in foreign}):
         raise OwnershipError(
-            f"{taken[0]!r} would be a version of a name that {owner} did not make. Whoever made it can add to it, or "
-            "an admin; under another name it can be taken in."
+            f"{refused[0]!r} cannot be imported: {owner} did not register all versions of this name. Import it under "
+            "another name, or ask its owner or an admin."
         )
-    receiver = _Receiver(to, read, foreign)
+    receiver = _Receiver(writer, read, foreign)
     receiver.add_backbones(contents, owner)
-    received = [receiver.take(entry, ref, new) for entry, ref, new in arrivals]
-    return received + [receiver.point(alias, renames.get(alias.name, alias.name)) for alias in aliases]
+    received = [receiver.add_task(entry, ref, new) for entry, ref, new in plan]
+    return received + [receiver.add_alias(alias, renames.get(alias.name, alias.name)) for alias in aliases]
 
 
 def _is_owned(connection: Connection, name: str, owner: str) -> bool:
-    """Whether all versions of a name were registered or imported in one name."""
+    """Whether all versions of a name were registered or imported by one user."""
     event = schema.event.c
-    made = event.kind.in_(("registered", "imported")) & event.subject.startswith(f"{name}:", autoescape=True)
-    return set(connection.scalars(select(event.created_by).where(made).distinct())) <= {owner}
+    added = event.kind.in_(("registered", "imported")) & event.subject.startswith(f"{name}:", autoescape=True)
+    return set(connection.scalars(select(event.created_by).where(added).distinct())) <= {owner}
 
 
 def _plan(
     connection: Connection, entries: Sequence[Entry], renames: Mapping[str, str]
 ) -> list[tuple[Entry, str, bool]]:
-    """What each task is called here, and whether it is new."""
+    """Each task's reference in this registry, and whether it is new."""
     names = {entry.task.name for entry in entries}
-    if strangers := sorted(renames.keys() - names):
-        raise RegistryError(f"There is no {strangers[0]!r} to rename: the tasks are {', '.join(sorted(names))}.")
+    if unknown := sorted(renames.keys() - names):
+        raise RegistryError(f"There is no task {unknown[0]!r} to rename. Tasks: {', '.join(sorted(names))}.")
     for name in renames.values():
         check_new_name(name)
-    task, held, versions, conflicts = schema.task.c, {}, {}, []
+    task, stored, versions, conflicts = schema.task.c, {}, {}, []
     for name in sorted({renames.get(name, name) for name in names}):
         query = select(task.version, task.artifact).where(task.name == name)
         for version, sha256 in connection.execute(query):
-            held[name, version], versions[name, sha256] = sha256, version
+            stored[name, version], versions[name, sha256] = sha256, version
     plan = []
     for entry in entries:
         name, sha256 = renames.get(entry.task.name, entry.task.name), entry.task.artifact
         version = versions.setdefault((name, sha256), entry.task.version)
-        found = held.get((name, version))
-        if found is not None and found != sha256:
-            conflicts.append(f"'{name}:{version}' ({found[:12]}… is not {sha256[:12]}…)")
-        if found is None and name in RESERVED:
-            raise RegistryError(f"No task can be called {name!r}: {RESERVED[name]}. Rename it: --rename {name}=NEW.")
-        held[name, version] = found or sha256
-        plan.append((entry, f"{name}:{version}", found is None))
+        stored_sha256 = stored.get((name, version))
+        if stored_sha256 is not None and stored_sha256 != sha256:
+            conflicts.append(f"'{name}:{version}' ({stored_sha256[:12]}… is not {sha256[:12]}…)")
+        if stored_sha256 is None and name in RESERVED:
+            raise RegistryError(f"The name {name!r} is reserved: {RESERVED[name]}. Rename it: --rename {name}=NEW.")
+        stored[name, version] = stored_sha256 or sha256
+        plan.append((entry, f"{name}:{version}", stored_sha256 is None))
     if conflicts:
         raise RegistryError(
-            f"Names clash, so nothing was changed; these hold other content: {', '.join(conflicts)}. Take tasks in "
+            f"These versions exist with other content: {', '.join(conflicts)}. Nothing was changed; import the tasks "
             "under another name with --rename OLD=NEW (in Python: renames={OLD: NEW})."
         )
     return plan
 
 
 class _Receiver:
-    """Writes to one transaction what comes from one source."""
+    """Imports from one source, in one transaction."""
 
-    def __init__(self, to: Writer, read: Read, foreign: Set[str]) -> None:
-        self._to, self._read, self._connection = to, read, to.connection
-        self._foreign = foreign  # names to which nothing is added
-        self._rows: dict[tuple[str, int], Row[Any]] = {}  # by what they are called there
+    def __init__(self, writer: Writer, read: ReadBlob, foreign: Set[str]) -> None:
+        self._writer, self._read, self._connection = writer, read, writer.connection
+        self._foreign = foreign  # names of other owners, which are not changed
+        self._rows: dict[tuple[str, int], Row[Any]] = {}  # by name and version in the source
         self._sizes: dict[str, tuple[int, int]] = {}  # width and depth of each backbone
 
     def add_backbones(self, contents: Contents, owner: str | None) -> None:
-        """Records those that are not known; their sizes are what they say, so it takes one who may be believed."""
-        of, used = schema.backbone.c, {entry.task.backbone for entry in contents.tasks}
-        for row in self._connection.execute(select(of.fingerprint, of.embed_dim, of.depth)):
+        """Adds new backbones. Their sizes cannot be verified, so users limited to their own names may not add any."""
+        columns, used = schema.backbone.c, {entry.task.backbone for entry in contents.tasks}
+        for row in self._connection.execute(select(columns.fingerprint, columns.embed_dim, columns.depth)):
             self._sizes[row.fingerprint] = row.embed_dim, row.depth
         for backbone in contents.backbones:
             if backbone.fingerprint not in used:
-                raise IntegrityError(f"It brings backbone {backbone.name!r}, on which none of its tasks was learned.")
+                raise IntegrityError(f"It contains backbone {backbone.name!r}, which none of its tasks uses.")
             if backbone.fingerprint not in self._sizes:
                 if owner is not None:
                     raise OwnershipError(
-                        f"Backbone {backbone.name!r} ({backbone.fingerprint[:12]}…) is not known here, and {owner} "
-                        "may not add one. An admin can."
+                        f"Backbone {backbone.name!r} ({backbone.fingerprint[:12]}…) is not registered, and {owner} "
+                        "may not add backbones. Ask an admin."
                     )
-                self._to.add(schema.backbone, vars(backbone), "backbone", backbone.fingerprint)
+                self._writer.add(schema.backbone, vars(backbone), "backbone", backbone.fingerprint)
                 self._sizes[backbone.fingerprint] = backbone.embed_dim, backbone.depth
 
-    def take(self, entry: Entry, ref: str, new: bool) -> Received:
-        """Adds a task, or to a task what it lacks."""
-        said, generation, name = [], None, ref.partition(":")[0]
-        with blamed(f"Task {entry.ref!r} was not taken in"):
+    def add_task(self, entry: Entry, ref: str, new: bool) -> Received:
+        """Adds a task, or adds missing golden probes and tags to an existing one."""
+        details, generation, name = [], None, ref.partition(":")[0]
+        with integrity_errors(f"Task {entry.ref!r} was not imported"):
             if new:
-                generation = self._add(entry, name)
+                generation = self._insert(entry, name)
             row = self._rows[entry.task.name, entry.task.version] = find(self._connection, ref)
             if not new:
-                said += self._damage(row)
-                said += [] if name in self._foreign else self._add_goldens(entry, row)
+                details += self._damage(row)
+                details += [] if name in self._foreign else self._add_goldens(entry, row)
         if name not in self._foreign:
-            known = changes.tags_of(self._connection, row)
-            for tag in (tag for tag in entry.tags if tag not in known):  # one that comes twice is refused
-                changes.tag(self._to, row, tag)
-                said += [] if new else [f"tagged {tag!r}"]
+            present = changes.tags_of(self._connection, row)
+            for tag in (tag for tag in entry.tags if tag not in present):  # the database rejects duplicates
+                changes.tag(self._writer, row, tag)
+                details += [] if new else [f"tagged {tag!r}"]
         if entry.retirement is not None and new:
-            changes.retire(self._to, row, entry.retirement.reason)
-            said.append(f"retired: {entry.retirement.reason}")
-        elif entry.retirement is not None and not is_retired(self._connection, row):  # somebody may use it
-            said.append(f"retired there ({entry.retirement.reason}), active here")
-        return Received(ref, entry.ref, "added" if new else "there already", "; ".join(said), generation)
+            changes.retire(self._writer, row, entry.retirement.reason)
+            details.append(f"retired: {entry.retirement.reason}")
+        elif entry.retirement is not None and not is_retired(self._connection, row):  # it may be in use here
+            details.append(f"retired in the source ({entry.retirement.reason}), active here")
+        return Received(ref, entry.ref, "added" if new else "there already", "; ".join(details), generation)
 
-    def point(self, alias: BundledAlias, name: str) -> Received:
-        """Points an alias as it points there, if it is free here."""
-        here, there = f"{name}@{alias.alias}", f"{alias.name}@{alias.alias}"
+    def add_alias(self, alias: BundledAlias, name: str) -> Received:
+        """Sets an alias as in the source, unless it is in use here."""
+        ref, origin = f"{name}@{alias.alias}", f"{alias.name}@{alias.alias}"
         row = self._rows[alias.name, alias.version]
-        wanted, pointed = f"'{name}:{row.version}'", changes.pointed(self._connection, name, alias.alias)
-        if pointed == row.version:
-            return Received(here, there, "there already")
-        if pointed:
-            return Received(here, there, "kept", f"points at '{name}:{pointed}' here, not at {wanted}")
+        target, current = f"'{name}:{row.version}'", changes.alias_version(self._connection, name, alias.alias)
+        if current == row.version:
+            return Received(ref, origin, "there already")
+        if current:
+            return Received(ref, origin, "kept", f"points at '{name}:{current}' here, not at {target}")
         if is_retired(self._connection, row):
-            return Received(here, there, "kept", f"points at nothing here, where {wanted} is retired")
-        generation = changes.point(self._to, row, alias.alias)
-        return Received(here, there, "added", f"points at {wanted}", generation)
+            return Received(ref, origin, "kept", f"not set, since {target} is retired here")
+        generation = changes.set_alias(self._writer, row, alias.alias)
+        return Received(ref, origin, "added", f"points at {target}", generation)
 
-    def _add(self, entry: Entry, name: str) -> int:
-        """Adds a task whose every part was checked."""
+    def _insert(self, entry: Entry, name: str) -> int:
+        """Checks and inserts a task; returns the event's id."""
         parents = [self._parent(parent) for parent in entry.parents]
         check_arrival(entry)
         artifact = self._read(entry.task.artifact)
         task = self._check(entry.task, artifact, parents)
         return insert_task(
-            self._to,
+            self._writer,
             "imported",
             {**vars(entry.task), "name": name},
             artifact,
@@ -187,27 +187,27 @@ class _Receiver:
         return row
 
     def _check(self, row: TaskRow, artifact: bytes, parents: Sequence[Row[Any]]) -> Task:
-        """The task of an artifact; raises IntegrityError unless it fits its row, its parents and its backbone."""
-        kin = {task.sha256: task for task in load_tasks(self._connection, parents)}
+        """Decodes an artifact; raises IntegrityError unless it fits its row, parents and backbone."""
+        loaded = {task.sha256: task for task in load_tasks(self._connection, parents)}
 
         def parent(sha256: str) -> Task:
-            if sha256 not in kin:
-                raise IntegrityError("its artifact names a parent that its row does not")
-            return kin[sha256]
+            if sha256 not in loaded:
+                raise IntegrityError("its artifact has a parent that its row lacks")
+            return loaded[sha256]
 
-        task = decode(artifact, row.artifact, parent, stored_in(row))
-        named = [parent.sha256 for parent in task.parents]
-        if named != [row.artifact for row in parents] or any(parent.class_token is None for parent in task.parents):
-            raise IntegrityError("its row names other parents than its artifact, or one without a token")
+        task = decode(artifact, row.artifact, parent, row_fields(row))
+        hashes = [parent.sha256 for parent in task.parents]
+        if hashes != [row.artifact for row in parents] or any(parent.class_token is None for parent in task.parents):
+            raise IntegrityError("its row and its artifact disagree on its parents, or a parent has no class token")
         try:
-            facts = derived(task)
+            expected = derived(task)
         except (AttributeError, TypeError, ValueError, OverflowError) as error:
             raise IntegrityError(f"its metrics are not valid: {error}") from error
-        if wrong := [column for column, value in facts.items() if getattr(row, column) != value]:
-            raise IntegrityError(f"its row says otherwise than its artifact or its metrics: {', '.join(wrong)}")
+        if mismatches := [column for column, value in expected.items() if getattr(row, column) != value]:
+            raise IntegrityError(f"its row does not match its artifact or metrics: {', '.join(mismatches)}")
         width, depth = self._sizes.get(row.backbone, (0, 0))
         if task.head_weight.shape[1] != width or (task.memory is not None and len(task.memory) != depth):
-            raise IntegrityError("its tensors do not fit its backbone, or this is not there")
+            raise IntegrityError("its tensors do not fit its backbone, or its backbone is missing")
         try:
             check_bounds(task)
         except RegistryError as error:
@@ -215,47 +215,51 @@ class _Receiver:
         return task
 
     def _statistics(self, entry: Entry) -> dict[str, Any] | None:
-        """What a router knows of a task's images, as a row, where it does."""
+        """The row of a task's routing statistics, if it has any."""
         if entry.statistics is None:
             return None
         data = self._read(entry.statistics)
-        found = FeatureStatistics.decode(data, entry.statistics, len(entry.task.labels))
+        statistics = FeatureStatistics.decode(data, entry.statistics, len(entry.task.labels))
         width, _ = self._sizes[entry.task.backbone]
-        if found.sample.shape[1] != width:
-            raise IntegrityError(f"its statistics are of {found.sample.shape[1]} dimensions, its backbone of {width}")
-        if found.excess:
-            raise IntegrityError(f"its {found.excess}")
+        if statistics.sample.shape[1] != width:
+            raise IntegrityError(
+                f"its statistics have {statistics.sample.shape[1]} dimensions, but its backbone has {width}"
+            )
+        if statistics.excess:
+            raise IntegrityError(f"its {statistics.excess}")
         return {"sha256": entry.statistics, "data": data}
 
     def _golden(self, task: Task, golden: GoldenRow) -> dict[str, Any]:
-        """A golden probe as a row."""
-        logits, count = self._read(golden.digest), len(task.labels)
-        if not logits or len(logits) % (4 * count) or len(logits) > 4 * count * PROBES:
-            raise IntegrityError(f"its golden probe is not of {count} labels")
-        values = torch.frombuffer(bytearray(logits), dtype=torch.float32).view(-1, count)
+        """The row of a golden probe."""
+        logits, num_labels = self._read(golden.digest), len(task.labels)
+        if not logits or len(logits) % (4 * num_labels) or len(logits) > 4 * num_labels * MAX_PROBE_IMAGES:
+            raise IntegrityError(
+                f"its golden probe does not have {num_labels} logits for each of 1 to {MAX_PROBE_IMAGES} images"
+            )
+        values = torch.frombuffer(bytearray(logits), dtype=torch.float32).view(-1, num_labels)
         if not is_finite(values, task.objective, task.temperature):
             raise IntegrityError("its golden probe has logits or probabilities that are NaN or infinite")
         return {**vars(golden), "logits": logits}
 
     def _damage(self, row: Row[Any]) -> list[str]:
-        """Says where a task that is here is damaged."""
+        """A message if an existing task is damaged."""
         try:
             check_stored(self._connection, row._asdict(), {})
         except IntegrityError:
-            return ["its stored bytes here are DAMAGED, and a merge does not mend them: addenda verify --deep"]
+            return ["its stored bytes in this registry are DAMAGED and are not repaired; see: addenda verify --deep"]
         return []
 
     def _add_goldens(self, entry: Entry, row: Row[Any]) -> list[str]:
-        """Adds golden probes of numerics that a task has none of; says where two of the same numerics differ."""
-        of, said = schema.golden.c, []
-        query = select(of.numerics_fingerprint, of.digest).where(of.task_id == row.id)
-        known = dict(self._connection.execute(query).all())
+        """Adds golden probes under new numerics; returns messages, also if probes differ under the same numerics."""
+        columns, messages = schema.golden.c, []
+        query = select(columns.numerics_fingerprint, columns.digest).where(columns.task_id == row.id)
+        stored = dict(self._connection.execute(query).all())
         for golden in entry.goldens:
             numerics = golden.numerics_fingerprint
-            if numerics not in known:
+            if numerics not in stored:
                 probe = self._golden(load_task(self._connection, row), golden)
-                add_golden(self._to, row, probe)
-                said.append(f"golden probe added (numerics {numerics[:12]}…)")
-            elif known[numerics] != golden.digest:
-                said.append(f"its golden probes DIFFER under the same numerics ({numerics[:12]}…): addenda verify")
-        return said
+                add_golden(self._writer, row, probe)
+                messages.append(f"golden probe added (numerics {numerics[:12]}…)")
+            elif stored[numerics] != golden.digest:
+                messages.append(f"golden probes DIFFER under the same numerics ({numerics[:12]}…); see: addenda verify")
+        return messages

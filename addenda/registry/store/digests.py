@@ -1,4 +1,4 @@
-"""What a value is known by: one text for it, and the sha256 of its bytes."""
+"""Canonical JSON and sha256 digests."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from addenda.exceptions import IntegrityError
 
 
 def digest(data: bytes) -> str:
-    """The sha256 of some bytes, in hexadecimal."""
+    """The sha256 of bytes, in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
 
 
 def canonical_json(value: Any) -> str:
-    """One text for one value: sorted keys, no spaces, no NaN."""
+    """JSON with sorted keys and no spaces, so that equal values give equal text; raises ValueError for NaN."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 @contextmanager
-def blamed(what: str) -> Iterator[None]:
-    """Has an IntegrityError begin with what cannot be done, or trusted."""
+def integrity_errors(context: str) -> Iterator[None]:
+    """Prefixes the message of an IntegrityError."""
     try:
         yield
     except IntegrityError as error:
-        raise IntegrityError(f"{what}: {str(error).rstrip('.')}.") from error
+        raise IntegrityError(f"{context}: {str(error).rstrip('.')}.") from error

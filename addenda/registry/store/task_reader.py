@@ -1,4 +1,4 @@
-"""Reading tasks with their tensors; every stored byte is checked against its sha256."""
+"""Loading tasks, golden probes and routing statistics, checked against their digests."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from torch import Tensor
 
 from addenda.exceptions import IntegrityError
 from addenda.registry.store import schema
-from addenda.registry.store.digests import blamed, digest
+from addenda.registry.store.digests import digest, integrity_errors
 from addenda.registry.store.queries import ref_of, with_ancestors
 from addenda.registry.store.task import Golden, Task, decode
 
-MAX_BYTES = 5_000_000  # most that one task's statistics may weigh
+MAX_BYTES = 5_000_000  # maximum size of one task's statistics
 
 
 @dataclass(frozen=True, eq=False)
 class FeatureStatistics:
-    """Sums over the features of the N images that a task was learned from; no image, and of features but a sample.
+    """Routing statistics: sums over the features of a task's training images, and a sample of the features.
 
-    They may be a stranger's: `decode` and `check` say in words what does not fit, so no shape is promised before.
+    They contain no images. Imported statistics are untrusted: no shape is guaranteed before `check`.
 
     Attributes:
-        counts: images of each class, Int64[C].
-        sums: features added up, for each class, Float32[C, F].
-        gram: the upper triangle, row by row, of the sum of each feature's product with itself, Float32[F (F + 1) / 2].
-        sample: the backbone's own features of some of the images, Float32[K, D].
-        sample_targets: the classes of these, Int64[K].
+        counts: number of images per class, Int64[C].
+        sums: sum of the features per class, Float32[C, F].
+        gram: upper triangle, row by row, of the sum of the features' outer products, Float32[F (F + 1) / 2].
+        sample: frozen features of some of the images, Float32[K, D].
+        sample_targets: classes of the sample, Int64[K].
     """
 
     counts: Tensor
@@ -45,36 +45,36 @@ class FeatureStatistics:
 
     @cached_property
     def data(self) -> bytes:
-        """The statistics as safetensors; equal content gives equal bytes."""
+        """The statistics as safetensors bytes; equal content gives equal bytes."""
         return bytes(save({field.name: getattr(self, field.name).contiguous() for field in fields(self)}))
 
     @property
     def excess(self) -> str | None:
-        """Why they may not be kept, if they weigh too much."""
+        """A message if the statistics are too large, or None."""
         if len(self.data) <= MAX_BYTES:
             return None
-        found = f"statistics of {len(self.counts)} classes weigh {len(self.data):,} bytes"
-        return f"{found}, and a task may have {MAX_BYTES:,}"
+        size = f"statistics of {len(self.counts)} classes have {len(self.data):,} bytes"
+        return f"{size}; the maximum is {MAX_BYTES:,}"
 
     @cached_property
     def sha256(self) -> str:
-        """The identity of the content."""
+        """The sha256 of `data`."""
         return digest(self.data)
 
     @classmethod
     def decode(cls, data: bytes, sha256: str, num_classes: int) -> FeatureStatistics:
-        """Reads stored statistics of so many classes; IntegrityError where the bytes are none, or others."""
+        """Decodes stored statistics; raises IntegrityError if they are not valid for the number of classes."""
         if digest(data) != sha256:
             raise IntegrityError("its statistics' stored bytes have changed")
         try:
-            found = cls(**load(data))
+            statistics = cls(**load(data))
         except (SafetensorError, TypeError) as error:
             raise IntegrityError(f"its statistics are not valid: {error}") from error
-        found.check(num_classes)
-        return found
+        statistics.check(num_classes)
+        return statistics
 
     def check(self, num_classes: int) -> None:
-        """Raises IntegrityError unless the tensors fit each other and the number of classes, and are finite."""
+        """Raises IntegrityError unless the tensors are finite and fit each other and the number of classes."""
         width = self.sums.shape[-1] if self.sums.ndim else 0
         fits = (
             self.counts.shape == (num_classes,)
@@ -88,78 +88,78 @@ class FeatureStatistics:
             raise IntegrityError(f"its statistics do not fit {num_classes} classes or each other: {shapes}")
         for name in ("counts", "sample_targets"):
             if (tensor := getattr(self, name)).dtype != torch.int64:
-                raise IntegrityError(f"its statistics' {name} must be int64; it is {tensor.dtype}")
+                raise IntegrityError(f"its statistics' {name} must be int64, not {tensor.dtype}")
         for name in ("sums", "gram", "sample"):
             tensor = getattr(self, name)
             if tensor.dtype != torch.float32 or not tensor.isfinite().all():
                 raise IntegrityError(
-                    f"its statistics' {name} must be finite float32; it is {tensor.dtype}, or holds NaN"
+                    f"its statistics' {name} must be finite float32; it is {tensor.dtype}, or contains NaN or infinity"
                 )
         if not ((self.sample_targets >= 0) & (self.sample_targets < num_classes)).all() or (self.counts < 0).any():
-            raise IntegrityError("its statistics count or name classes that do not exist")
+            raise IntegrityError("its statistics have negative counts or classes out of range")
 
 
-_ARTIFACTS = 16  # most that one query asks for: one with adapters weighs some megabytes
+_BATCH = 16  # artifacts per query; an artifact with adapters has some megabytes
 
 
 def load_task(connection: Connection, row: Row[Any]) -> Task:
-    """Decodes a task and its ancestors, as `load_tasks` does."""
+    """Loads a task and its ancestors; see `load_tasks`."""
     return load_tasks(connection, [row])[0]
 
 
 def load_tasks(connection: Connection, rows: Sequence[Row[Any]]) -> list[Task]:
-    """Decodes tasks and their ancestors, each once, with few queries and few artifacts in memory at a time."""
-    wanted, parents = with_ancestors(connection, rows)
+    """Loads tasks and their ancestors, each once, with few queries and few artifacts in memory at a time."""
+    task_rows, parents = with_ancestors(connection, rows)
     artifact = schema.artifact.c
-    found: dict[int, Task | IntegrityError] = {}
-    ids = sorted(wanted)  # parents have smaller numbers than their children
-    for start in range(0, len(ids), _ARTIFACTS):
-        some = ids[start : start + _ARTIFACTS]
+    loaded: dict[int, Task | IntegrityError] = {}
+    ids = sorted(task_rows)  # parents have smaller ids than their children
+    for start in range(0, len(ids), _BATCH):
+        batch = ids[start : start + _BATCH]
         query = select(artifact.sha256, artifact.data)
-        hashes = {wanted[task_id].artifact for task_id in some}
+        hashes = {task_rows[task_id].artifact for task_id in batch}
         stored = dict(connection.execute(query.where(artifact.sha256.in_(hashes))).all())
-        for task_id in some:
-            row = wanted[task_id]
-            known = {wanted[parent].artifact: found[parent] for parent in parents[task_id] if parent in found}
+        for task_id in batch:
+            row = task_rows[task_id]
+            known = {task_rows[parent].artifact: loaded[parent] for parent in parents[task_id] if parent in loaded}
             try:
-                with blamed(f"Task {ref_of(row)!r} cannot be trusted"):
-                    task = found[task_id] = _decode(row, stored.get(row.artifact), known)
-                _ = task.closure  # while those of its parents are known: a long line of them would be a deep recursion
-            except IntegrityError as error:  # an ancestor's is told by the task that was asked for
-                found[task_id] = error
-    return [_trusted(found[row.id]) for row in rows]
+                with integrity_errors(f"Task {ref_of(row)!r} cannot be trusted"):
+                    task = loaded[task_id] = _decode(row, stored.get(row.artifact), known)
+                _ = task.closure  # cached parents first: computing a long chain at once would recurse deeply
+            except IntegrityError as error:  # raised only if a requested task depends on it
+                loaded[task_id] = error
+    return [_task_or_raise(loaded[row.id]) for row in rows]
 
 
 def _decode(row: Row[Any], artifact: bytes | None, parents: Mapping[str, Task | IntegrityError]) -> Task:
-    """A task from its row, its artifact, and its parents by sha256."""
+    """Decodes a task from its row, its artifact, and its parents by sha256."""
 
     def parent(sha256: str) -> Task:
-        found = parents.get(sha256)
-        if found is None:
+        task = parents.get(sha256)
+        if task is None:
             raise IntegrityError(f"it extends a task with sha256 {sha256[:16]}… that is missing")
-        return _trusted(found)
+        return _task_or_raise(task)
 
     if artifact is None:
         raise IntegrityError("its artifact is missing")
-    task = decode(artifact, row.artifact, parent, stored_in(row))
+    task = decode(artifact, row.artifact, parent, row_fields(row))
     if (task.backbone, list(task.labels), task.objective) != (row.backbone, row.labels, row.objective):
-        raise IntegrityError("its row and its artifact name different backbones, labels or objectives")
+        raise IntegrityError("its row and its artifact disagree on backbone, labels or objective")
     return task
 
 
-def stored_in(row: Any) -> dict[str, Any]:
-    """What a task's row holds that its artifact does not."""
+def row_fields(row: Any) -> dict[str, Any]:
+    """The fields of a task that are in its row but not in its artifact."""
     return {name: getattr(row, name) for name in ("name", "version", "config", "metrics", "data")}
 
 
-def _trusted(found: Task | IntegrityError) -> Task:
-    if isinstance(found, IntegrityError):
-        raise found
-    return found
+def _task_or_raise(task: Task | IntegrityError) -> Task:
+    if isinstance(task, IntegrityError):
+        raise task
+    return task
 
 
 def load_goldens(connection: Connection, row: Row[Any]) -> list[Golden]:
-    """A task's golden probes, newest first; IntegrityError for logits that do not hash to their digest."""
+    """A task's golden probes, newest first; raises IntegrityError if logits do not match their digest."""
     query = select(schema.golden).where(schema.golden.c.task_id == row.id)
     stored = connection.execute(query.order_by(schema.golden.c.created_at.desc())).all()
     for probe in stored:
@@ -177,9 +177,9 @@ def load_goldens(connection: Connection, row: Row[Any]) -> list[Golden]:
 
 
 def load_statistics(connection: Connection, row: Row[Any]) -> FeatureStatistics | None:
-    """What a router knows of a task's images; None where nothing was kept, IntegrityError where it has changed."""
+    """A task's routing statistics, or None; raises IntegrityError if they have changed."""
     stored = connection.execute(select(schema.statistics).where(schema.statistics.c.task_id == row.id)).first()
     if stored is None:
         return None
-    with blamed(f"Task {ref_of(row)!r} cannot be routed to"):
+    with integrity_errors(f"Task {ref_of(row)!r} cannot be used for routing"):
         return FeatureStatistics.decode(stored.data, stored.sha256, len(row.labels))

@@ -448,12 +448,12 @@ def test_a_retired_version_is_no_answer_and_comes_back_as_a_new_one(learner: Lea
 def test_words_that_mean_something_else_are_no_names_for_tasks(
     learner: Learner, folder: Path, run: Run, name: str
 ) -> None:
-    with pytest.raises(RegistryError, match=f"No task can be called '{name}'"):
+    with pytest.raises(RegistryError, match=f"The name '{name}' is reserved"):
         learner.learn(name, folder, config=HEAD_ONLY)
-    assert f"No task can be called '{name}'" in run("learn", name, folder, *LEARN).err
+    assert f"The name '{name}' is reserved" in run("learn", name, folder, *LEARN).err
     task = learner.learn("any", folder, config=HEAD_ONLY)
     renamed = replace(task, name=name, version=None)
-    with pytest.raises(RegistryError, match=f"No task can be called '{name}'"):
+    with pytest.raises(RegistryError, match=f"The name '{name}' is reserved"):
         learner.registry.register(renamed, learner.registry.goldens("any")[0])
 
 

@@ -1,4 +1,4 @@
-"""Loading many tasks: few queries, and each stored byte is checked as if a task were loaded alone."""
+"""Loading many tasks takes few queries, and checks each artifact."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ON_FIRST, ON_SECOND = (SimpleNamespace(fingerprint=fingerprint) for fingerprint 
 
 
 @pytest.fixture(scope="module")
-def whole(database: Database) -> str:
+def filled(database: Database) -> str:
     return fill_registry(database.new(), 400)
 
 
@@ -31,22 +31,22 @@ def flip(location: str, kind: str, ref: str) -> None:
     tamper(location, "artifact", f"UPDATE artifact SET data = {FLIP[kind]} WHERE sha256 = :sha256", sha256=sha256)
 
 
-def test_a_hundred_tasks_and_their_parents_are_read_by_few_queries(whole: str) -> None:
-    said = []
-    with Registry.open(whole) as registry:
-        event.listen(registry._engine, "before_cursor_execute", lambda *call: said.append(call[2]))
+def test_a_hundred_tasks_and_their_parents_are_read_by_few_queries(filled: str) -> None:
+    queries = []
+    with Registry.open(filled) as registry:
+        event.listen(registry._engine, "before_cursor_execute", lambda *call: queries.append(call[2]))
         tasks = registry.load(ON_FIRST)
     assert len(tasks) == 100
     assert [task.ref for task in tasks if task.parents] == [
-        f"line-{number:02}-{rest}:1" for rest in (0, 1) for number in range(0, 100, 10)
+        f"line-{number:02}-{suffix}:1" for suffix in (0, 1) for number in range(0, 100, 10)
     ][1:]
     assert len({id(parent) for task in tasks for parent in task.parents}) == 1
-    assert len([query for query in said if query.startswith("SELECT")]) < 15
+    assert len([query for query in queries if query.startswith("SELECT")]) < 15
 
 
 @pytest.mark.parametrize("ref", ["line-02-0:1", "line-98-0:1", "line-98-1:1"])
-def test_a_flipped_byte_of_one_task_of_many_is_found_and_named(whole: str, database: Database, ref: str) -> None:
-    location = database.copy(whole)
+def test_a_flipped_byte_of_one_task_of_many_is_found_and_named(filled: str, database: Database, ref: str) -> None:
+    location = database.copy(filled)
     flip(location, database.kind, ref)
     with Registry.open(location) as registry:
         with pytest.raises(
@@ -57,8 +57,8 @@ def test_a_flipped_byte_of_one_task_of_many_is_found_and_named(whole: str, datab
         assert registry.get("line-00-0:1").version == 1
 
 
-def test_a_flipped_byte_of_a_parent_is_told_by_the_task_that_was_asked_for(whole: str, database: Database) -> None:
-    location = database.copy(whole)
+def test_a_flipped_byte_of_a_parent_is_reported_for_the_requested_task(filled: str, database: Database) -> None:
+    location = database.copy(filled)
     flip(location, database.kind, "line-00-0:1")
     with Registry.open(location) as registry:
         with pytest.raises(
