@@ -206,7 +206,7 @@ def test_what_cannot_be_done_is_said(
     file.write_text(f"tasks: [{{name: one, data: {folder / 'first'}}}]")
     many = ("learn-many", file, *GLYPHS)
     for options, said in (
-        (("--cpus", 2), "Error: --cpus and --gpus are what a task takes of a cluster: say which, with --ray."),
+        (("--cpus", 2), "Error: --cpus and --gpus require --ray."),
         (("--ray", cluster[1], "--cpus", 64), "Error: A task takes 64 CPUs and 0 GPUs of one node; the nodes have 2 a"),
         (("--ray", "somewhere"), "Error: No Ray cluster answers at 'somewhere': Invalid address format"),
         (("--ray", "127.0.0.1:9"), "Error: No Ray cluster answers at '127.0.0.1:9': [Errno 111] Connection refused."),

@@ -110,7 +110,7 @@ def test_what_a_run_lacks_is_told_before_weights_are_looked_for(
     monkeypatch.setattr("addenda.load_backbone", lambda *args, **more: pytest.fail("weights were looked for"))
     for given, said in (
         (("continual", "split-cifar10", "--data", tmp_path), f"There is no folder {str(tmp_path / 'cifar10')!r}."),
-        (("continual", "digits", "--split", "3"), "--split is for a folder, or a stream of one set; 'digits' has"),
+        (("continual", "digits", "--split", "3"), "--split requires a folder or a stream of one dataset; 'digits' has"),
         (("continual", "digits", "--methods", "addenda,foo"), "Method 'foo' is not known. Known: addenda, addenda-"),
         (("paper", tmp_path, "--out", tmp_path / "out", "--sets", "a"), "has no set 'a' with train/ and test/"),
     ):
