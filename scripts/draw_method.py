@@ -49,7 +49,7 @@ def main() -> None:
 
 def drawings() -> dict[str, str]:
     """The text of each SVG file, by name."""
-    return {"mask.svg": mask(), "pass.svg": shared_pass(), "way.svg": way(), "stages.svg": stages()}
+    return {"mask.svg": mask(), "pass.svg": shared_pass(), "way.svg": steps(), "stages.svg": stages()}
 
 
 def mask() -> str:
@@ -134,9 +134,9 @@ def shared_pass() -> str:
     return svg(920, 422, "The shared-prefix forward pass: one frozen stream, and one class token per task", parts)
 
 
-def way() -> str:
+def steps() -> str:
     """The steps from a folder of images to served predictions."""
-    steps = (
+    boxes = (
         ("folder", "one folder per class;", "images known by sha256", "box"),
         ("keep", "frozen activations, cached", "once per image", "frozen"),
         ("probes", "linear probe, layer probe:", "convex or in closed form", "box"),
@@ -148,7 +148,7 @@ def way() -> str:
     )
     parts = []
     width, height, gap = 204, 92, 32
-    for number, (name, first, second, colour) in enumerate(steps):
+    for number, (name, first, second, colour) in enumerate(boxes):
         row, column = divmod(number, 4)
         column = column if row == 0 else 3 - column
         x, y = 24 + column * (width + gap), 24 + row * (height + 50)

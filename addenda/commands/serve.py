@@ -86,13 +86,15 @@ def serve(
     key_file = KeyFile(keys)
     if host not in LOOPBACK and not key_file.keys():
         raise KeyFileError(
-            f"Listening on {host!r} requires an API key. Create one: addenda keys create NAME --scope predict "
-            f"--keys {keys}"
+            f"Listening on {host!r} requires API keys, and {str(keys)!r} has none. Create one: addenda keys create "
+            f"NAME --scope predict --keys {keys}"
         )
     limits = Limits(waiting=max_waiting, timeout_s=timeout)
     if ray is not None:
         if metrics_port is not None:
-            raise AddendaError("--metrics-port cannot be used with --ray; docs/scale.md describes its metrics.")
+            raise AddendaError(
+                "--metrics-port cannot be used with --ray; docs/scale.md describes the metrics of replicas."
+            )
         from addenda.distributed.cluster import Workplace, connected
         from addenda.distributed.replicas import Serving, serve_replicas
 

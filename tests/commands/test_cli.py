@@ -22,9 +22,9 @@ def test_tasks_are_listed_and_shown(run: Run, learned: Result) -> None:
     listed = run("tasks", "list")
     assert "1 task in" in listed.out
     assert "ones:1" in listed.out
-    shown = json.loads(run("tasks", "show", "ones", "--json").out)
-    assert shown["ref"] == "ones:1"
-    assert shown["labels"] == ["0", "1"]
+    record = json.loads(run("tasks", "show", "ones", "--json").out)
+    assert record["ref"] == "ones:1"
+    assert record["labels"] == ["0", "1"]
     assert [t["ref"] for t in json.loads(run("tasks", "list", "--json").out)] == ["ones:1"]
 
 
@@ -193,10 +193,10 @@ def test_backbones_are_listed_and_shown_with_the_cost_of_a_task(run: Run, learne
     refused = json.loads(run("backbones", "list", "vit_base_patch16_gap*", "--json").out)
     assert any(row["status"] == "refused" and "class token" in row["detail"] for row in refused)
     assert "No timm model matches 'vit_huuge*'" in run("backbones", "list", "vit_huuge*").err
-    shown = json.loads(run("backbones", "show", "glyphs", "--json").out)
-    assert shown["task_cost"]["token_bytes"] == 4 * 128 * (1 + 5 * 5)
+    plain = json.loads(run("backbones", "show", "glyphs", "--json").out)["task_cost"]
+    assert plain["token_bytes"] == 4 * 128 * (1 + 5 * 5)
     adapted = json.loads(run("backbones", "show", "glyphs", "--adapter-rank", "8", "--json").out)["task_cost"]
-    assert adapted["token_bytes"] > 10 * shown["task_cost"]["token_bytes"]
+    assert adapted["token_bytes"] > 10 * plain["token_bytes"]
     assert "5 memory tokens and adapters of rank 8" in run("backbones", "show", "glyphs", "--adapter-rank", "8").out
 
 

@@ -286,7 +286,7 @@ def test_one_replica_on_this_machine_alone_answers_grows_under_load_and_stops(
         (("--ray", "local", "--replicas", 2, "--max-replicas", 3), "Give --replicas N, or --min-replicas A"),
         (("--ray", "local", "--min-replicas", 3, "--max-replicas", 2), "Give --replicas N, or --min-replicas A"),
         (("--ray", "local", "--metrics-port", 9000), "--metrics-port cannot be used with --ray"),
-        (("--ray", "local", "--host", "0.0.0.0"), "Listening on '0.0.0.0' requires an API key"),
+        (("--ray", "local", "--host", "0.0.0.0"), "Listening on '0.0.0.0' requires API keys"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(options: tuple[object, ...], said: str, run: Run) -> None:
