@@ -1,9 +1,9 @@
 """Writes the figures of docs/results/*.json into the pages that quote them, between two HTML comments.
 
-    python scripts/write_results.py                                     # the pages, from what is on record
-    python scripts/write_results.py continual digits out/results.json   # puts a run on record first, under a name
+    python scripts/write_results.py                                     # updates the pages from the recorded results
+    python scripts/write_results.py continual digits out/results.json   # records a run under a name first
 
-A run is what a benchmark wrote with `--out`, but for `paper`, whose rows are those of its cells.jsonl.
+A run is the JSON file that a benchmark wrote to `--out`; for `paper` it is cells.jsonl.
 """
 
 from __future__ import annotations
@@ -31,39 +31,39 @@ DIGITS = 9
 
 
 def main() -> None:
-    """Puts a run on record where one is given, then writes every page."""
+    """Records a run if one is given, then writes every page."""
     if len(sys.argv) > 1:
         kind, name, file = sys.argv[1:]
-        known, text = record(kind), Path(file).read_text(encoding="utf-8")
+        recorded, text = record(kind), Path(file).read_text(encoding="utf-8")
         if kind == "paper":
             cells = map(json.loads, text.splitlines())
             run = {"rows": [{key: value for key, value in cell.items() if key != "settings"} for cell in cells]}
         else:
             run = json.loads(text)
-        (RECORDS / f"{kind}.json").write_text(compact({**known, name: run}), encoding="utf-8")
+        (RECORDS / f"{kind}.json").write_text(compact({**recorded, name: run}), encoding="utf-8")
     for path, text in pages().items():
         path.write_text(text, encoding="utf-8")
 
 
 def record(kind: str) -> dict[str, Any]:
-    """All runs of a benchmark on record, by name."""
-    found: dict[str, Any] = json.loads((RECORDS / f"{kind}.json").read_text(encoding="utf-8"))
-    return found
+    """All recorded runs of a benchmark, by name."""
+    runs: dict[str, Any] = json.loads((RECORDS / f"{kind}.json").read_text(encoding="utf-8"))
+    return runs
 
 
 def pages() -> dict[Path, str]:
     """The text of each page that quotes results."""
-    made = {}
+    updated = {}
     for path in [*DOCS.glob("*.md"), *RECORDS.glob("*.md")]:
         text = path.read_text(encoding="utf-8")
-        written = REGION.sub(lambda found: f"{found[1]}\n{REGIONS[found[2]]()}\n{found[4]}", text)
+        new_text = REGION.sub(lambda match: f"{match[1]}\n{REGIONS[match[2]]()}\n{match[4]}", text)
         if REGION.search(text):
-            made[path] = written
-    return made
+            updated[path] = new_text
+    return updated
 
 
 def compact(value: Any, depth: int = 0) -> str:
-    """JSON with a line for each row of a list of rows, and nine digits of each number."""
+    """JSON with one line per row of a list of rows, and numbers with nine digits."""
     if isinstance(value, dict) and depth < 2:
         parts = [f"{json.dumps(key)}: {compact(below, depth + 1).strip()}" for key, below in value.items()]
         return "{\n" + ",\n".join(parts) + "\n}" + "\n" * (depth == 0)
@@ -120,25 +120,25 @@ def routers_table() -> str:
 
 
 def measured(kind: str, name: str) -> list[Figure]:
-    """The figures of a run, as it was put on record."""
+    """The figures of a recorded run."""
     rows = record(kind)[name]["figures"]
     return [Figure(**{key: value for key, value in row.items() if key != "met"}) for row in rows]
 
 
 def figures_table(kind: str, *names: str) -> str:
-    """Whole runs, a table for each group."""
+    """Complete runs, with a table for each group of figures."""
     parts = []
     for name in names:
         parts.append(f"`{record(kind)[name]['command']}`\n")
-        found = measured(kind, name)
-        for group in dict.fromkeys(figure.group for figure in found):
-            table = table_of([figure for figure in found if figure.group == group])
+        figures = measured(kind, name)
+        for group in dict.fromkeys(figure.group for figure in figures):
+            table = table_of([figure for figure in figures if figure.group == group])
             parts.append(f"**{group}**\n\n{markdown(table)}")
     return "\n".join(parts)
 
 
 def cost_rows() -> list[CostRow]:
-    """Of the run on two CPU cores."""
+    """The rows of the run on two CPU cores."""
     return [CostRow(**row) for row in record("cost")["cpu"]["rows"]]
 
 
@@ -153,15 +153,15 @@ def whole_cost_table() -> str:
 
 
 def cost_table() -> str:
-    """Ratios beside their targets."""
-    found = {(row.backbone, row.what, row.num_tasks): row.ratio for row in cost_rows()}
+    """Cost ratios and their targets."""
+    ratio = {(row.backbone, row.what, row.num_tasks): row.ratio for row in cost_rows()}
     names = list(dict.fromkeys(row.backbone for row in cost_rows()))
 
     def over(what: str) -> list[str]:
-        return [f"{found[name, what, 256] / found[name, 'combined, exact', 256]:.1f}" for name in names]
+        return [f"{ratio[name, what, 256] / ratio[name, 'combined, exact', 256]:.1f}" for name in names]
 
     def ratios(what: str, count: int) -> list[str]:
-        return [f"{found[name, what, count]:.2f}" for name in names]
+        return [f"{ratio[name, what, count]:.2f}" for name in names]
 
     rows = [
         ["10 tasks", "1.10 (Ti 1.27)", *ratios("combined, exact", 10)],
@@ -176,16 +176,18 @@ def cost_table() -> str:
 
 
 def serving_table() -> str:
-    """Throughput beside the bare model."""
+    """Throughput relative to the bare model."""
     rows = []
     for group in dict.fromkeys(figure.group for figure in measured("serving", "one-process")):
-        of = {figure.what: figure for figure in measured("serving", "one-process") if figure.group == group}
-        if "stock timm alone" in of:
-            share = of["served / the combined model"]
+        by_name = {figure.what: figure for figure in measured("serving", "one-process") if figure.group == group}
+        if "stock timm alone" in by_name:
+            share = by_name["served / the combined model"]
             rates = ("stock timm alone", "the combined model alone", "served, 24 clients")
             quartiles = f"{share.measured:.2f} ({share.low:.2f}–{share.high:.2f})"
             met = "met" if share.met else f"≥ {share.target}: missed"
-            rows.append([group.removesuffix(" tasks"), *(f"{of[rate].measured:.1f}" for rate in rates), quartiles, met])
+            rows.append(
+                [group.removesuffix(" tasks"), *(f"{by_name[rate].measured:.1f}" for rate in rates), quartiles, met]
+            )
     columns = (
         "tasks", "stock timm alone, images/s", "combined model alone", "served, 24 clients",
         "of the combined model alone (quartiles)", "target",
@@ -195,18 +197,18 @@ def serving_table() -> str:
 
 def registry_table() -> str:
     """Registry timings: registration, reading, listing and change notification."""
-    found = measured("registry", "two-databases")
-    groups = list(dict.fromkeys(figure.group for figure in found))
+    figures = measured("registry", "two-databases")
+    groups = list(dict.fromkeys(figure.group for figure in figures))
 
     def of(what: str, group: str) -> Figure:
-        return next(figure for figure in found if (figure.what, figure.group) == (what, group))
+        return next(figure for figure in figures if (figure.what, figure.group) == (what, group))
 
     def cells(what: str, unit: str = "") -> list[str]:
-        figures = [of(what, group) for group in groups]
+        row = [of(what, group) for group in groups]
         return [f"{figure.measured:.{0 if figure.measured >= 20 else 1 if figure.measured >= 2 else 2}f}{unit}"
-                for figure in figures]  # fmt: skip
+                for figure in row]  # fmt: skip
 
-    slowest = [max(f.measured for f in found if f.group == group and f.what.startswith("page")) for group in groups]
+    slowest = [max(f.measured for f in figures if f.group == group and f.what.startswith("page")) for group in groups]
     rows = [
         ["registering, without routing statistics", "≥ 100 per s", *cells("registered without statistics")],
         ["registering, with routing statistics", "≥ 100 per s", *cells("registered with statistics")],

@@ -216,7 +216,7 @@ def test_the_page_of_all_commands_is_what_they_say_of_themselves() -> None:
 def test_required_options_are_marked() -> None:
     text = (DOCS / "commands.md").read_text()
     assert "\naddenda bench paper DATA --out VALUE --sets VALUE [OPTIONS]\n" in text
-    assert "| `--sets VALUE` | Names of the sets, with commas, in order. Required. |" in text
+    assert "| `--sets VALUE` | Names of the datasets, separated by commas, in order. Required. |" in text
 
 
 @pytest.mark.filterwarnings("ignore")  # Avalanche and its imports emit warnings
@@ -231,7 +231,7 @@ def test_the_names_of_methods_are_those_that_the_commands_take() -> None:
     assert listed == [*methods, *paper_grid.KNOWN]
     offered = METHODS.partition(": ")[2].partition(" of any rank")[0].split(", ")
     assert sorted(offered) == sorted(methods)
-    kinds, _, defaults = PAPER_METHODS.partition(": ")[2].partition("; M memory tokens, R the rank. Default: ")
+    kinds, _, defaults = PAPER_METHODS.partition(": ")[2].partition("; M memory tokens per layer, rank R. Default: ")
     assert sorted(kinds.split(", ")) == sorted(paper_grid.KNOWN)
     assert defaults.rstrip(".").split(", ") == list(paper_grid.METHODS)
 

@@ -109,7 +109,7 @@ def test_only_what_matches_is_discarded(tmp_path: Path, caplog: pytest.LogCaptur
         assert not discard(ours, r"sweep|[0-9]{4}")
     assert sorted(path.name for path in ours.rglob("*")) == ["0011", "0022", "0033", "poem"]
     assert outside.read_text() == "far away"
-    assert caplog.text.count("poem is not Addenda's own and is left alone.") == 1
+    assert caplog.text.count("poem was not created by Addenda and is left alone.") == 1
     (ours / "0011" / "poem").unlink()
     (ours / "0022").unlink()
     (ours / "0033").unlink()
@@ -142,7 +142,7 @@ def test_a_folder_is_claimed_once_and_known_again(tmp_path: Path) -> None:
     assert not is_claimed(tmp_path / "link", "MARKER", "ours")
     with pytest.raises(PermissionError, match="is a link or a file"):
         claim(tmp_path / "link", "MARKER", "ours")
-    with pytest.raises(FileExistsError, match="files in it that are not Addenda's"):
+    with pytest.raises(FileExistsError, match="holds files that are not Addenda's"):
         claim(folder, "OTHER", "ours")
 
 
@@ -160,13 +160,13 @@ def test_a_folder_that_is_held_is_seen_to_be(tmp_path: Path) -> None:
 
 def test_a_report_replaces_no_file_of_somebody_else(tmp_path: Path) -> None:
     (tmp_path / "report.md").write_text("the year in numbers")
-    with pytest.raises(DataError, match="not the marker of a benchmark's folder"):
+    with pytest.raises(DataError, match="is not the output folder of a benchmark"):
         output_folder(tmp_path)
     assert contents(tmp_path) == {"report.md": "the year in numbers"}
     output_folder(tmp_path / "new")
     (tmp_path / "new" / "report.md").write_text("ours")
     output_folder(tmp_path / "new")
-    with pytest.raises(DataError, match="Nothing can be written to"):
+    with pytest.raises(DataError, match="is not writable"):
         output_folder(tmp_path / "report.md")
 
 

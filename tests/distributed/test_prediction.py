@@ -298,10 +298,10 @@ def test_a_worker_with_other_numerics_or_content_is_refused(job: PredictionJob) 
 
 def test_bad_input_is_one_line(run: Run) -> None:
     refused = {
-        ("--ray", "auto"): "--ray takes --out FOLDER",
-        ("--ray", "auto", "--out", "x", "--csv"): "--csv is not for --ray",
-        ("--ray", "auto", "--out", "x", "--task", "auto"): "--task auto is not for --ray",
-        ("--out", "x", "--gpus", "1"): "--out, --gpus: only with --ray",
+        ("--ray", "auto"): "--ray requires --out FOLDER",
+        ("--ray", "auto", "--out", "x", "--csv"): "--csv cannot be used with --ray",
+        ("--ray", "auto", "--out", "x", "--task", "auto"): "--task auto cannot be used with --ray",
+        ("--out", "x", "--gpus", "1"): "--out, --gpus require --ray.",
     }
     for options, message in refused.items():
         result = run("predict", "a.png", *options)

@@ -206,7 +206,7 @@ def test_impossible_requests_are_refused_with_a_reason(
     file.write_text(f"tasks: [{{name: one, data: {folder / 'first'}}}]")
     many = ("learn-many", file, *GLYPHS)
     for options, message in (
-        (("--cpus", 2), "Error: --cpus and --gpus are what a task takes of a cluster: say which, with --ray."),
+        (("--cpus", 2), "Error: --cpus and --gpus require --ray."),
         (("--ray", cluster[1], "--cpus", 64), "Error: A task needs 64 CPUs and 0 GPUs of one node; the nodes have 2 a"),
         (("--ray", "somewhere"), "Error: No Ray cluster is reachable at 'somewhere': Invalid address format"),
         (("--ray", "127.0.0.1:9"), "Error: No Ray cluster is reachable at '127.0.0.1:9': [Errno 111] Connection ref"),

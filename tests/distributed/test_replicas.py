@@ -282,11 +282,11 @@ def test_one_replica_on_this_machine_serves_scales_up_under_load_and_stops(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--replicas", 2), "--replicas is for replicas on a Ray cluster: say where with --ray"),
-        (("--ray", "local", "--replicas", 2, "--max-replicas", 3), "Give --replicas N, or else"),
-        (("--ray", "local", "--min-replicas", 3, "--max-replicas", 2), "Give --replicas N, or else"),
-        (("--ray", "local", "--metrics-port", 9000), "--metrics-port is one process's"),
-        (("--ray", "local", "--host", "0.0.0.0"), "Without keys, answering on '0.0.0.0' would let everybody in"),
+        (("--replicas", 2), "--replicas requires --ray."),
+        (("--ray", "local", "--replicas", 2, "--max-replicas", 3), "Give --replicas N, or --min-replicas A"),
+        (("--ray", "local", "--min-replicas", 3, "--max-replicas", 2), "Give --replicas N, or --min-replicas A"),
+        (("--ray", "local", "--metrics-port", 9000), "--metrics-port cannot be used with --ray"),
+        (("--ray", "local", "--host", "0.0.0.0"), "Listening on '0.0.0.0' requires API keys"),
     ],
 )
 def test_incompatible_options_are_refused(options: tuple[object, ...], message: str, run: Run) -> None:

@@ -201,7 +201,7 @@ def test_an_image_that_changes_under_a_run_is_noticed(tiny: FrozenBackbone, fold
     images = open_images(folder).hashed()
     changed = folder / "green" / "1.png"
     Image.new("RGB", (40, 40), (1, 2, 3)).save(changed)
-    with pytest.raises(DataError, match=r"green/1\.png changed while it was being read"):
+    with pytest.raises(DataError, match=r"green/1\.png changed during the run"):
         Activations(tiny, images, Augmentation(), ActivationCache(tmp_path / "cache"))
 
 
@@ -215,7 +215,7 @@ def test_views_differ_repeat_and_depend_on_content_alone(tiny: FrozenBackbone, f
 
 def test_random_views_of_tensors_are_refused(tiny: FrozenBackbone, tmp_path: Path) -> None:
     dataset = torch.utils.data.TensorDataset(torch.randn(6, 3, 32, 32), torch.arange(6) % 2)
-    with pytest.raises(DataError, match="random views are made of PIL images only"):
+    with pytest.raises(DataError, match="random views require PIL images"):
         Activations(tiny, open_images(dataset), VARIED, ActivationCache(tmp_path / "cache"))
 
 
@@ -340,7 +340,7 @@ def test_files_that_are_no_entry_are_left_alone_and_named_once(
     assert (entry_folder / "keys.npy").exists()
     assert (entry_folder / "diary.txt").read_text() == "within an entry"
     for stranger in (*strangers, cache.folder / entry.name / "diary.txt"):
-        assert caplog.text.count(f"{stranger} is not Addenda's own and is left alone") == 1
+        assert caplog.text.count(f"{stranger} was not created by Addenda and is left alone") == 1
 
 
 def test_no_link_is_followed(tiny: FrozenBackbone, folder: Path, tmp_path: Path) -> None:
@@ -371,7 +371,7 @@ def test_a_folder_of_its_name_that_is_not_its_own_is_refused(
     taken = tmp_path / "cache" / NAME
     taken.mkdir(parents=True)
     (taken / "novel.txt").write_text("chapter one")
-    with pytest.raises(TrainingError, match="has files in it that are not Addenda's"):
+    with pytest.raises(TrainingError, match="holds files that are not Addenda's"):
         activations(tiny, folder, ActivationCache(tmp_path / "cache"))
     assert [path.name for path in taken.iterdir()] == ["novel.txt"]
 
@@ -386,7 +386,7 @@ def test_a_folder_that_others_may_write_to_is_refused(
     for path in (cache.folder, cache.folder / entry.name):
         assert stat.S_IMODE(path.stat().st_mode) == 0o700
         path.chmod(0o777)
-        with pytest.raises(TrainingError, match="others may write to"):
+        with pytest.raises(TrainingError, match="is writable by other users"):
             activations(tiny, folder, cache)
         path.chmod(0o700)
     monkeypatch.setattr("os.geteuid", lambda: os.getuid() + 1)

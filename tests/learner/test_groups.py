@@ -90,7 +90,7 @@ def test_a_label_of_one_group_is_in_the_training_split_of_a_multi_label_task() -
 
 
 def test_groups_of_which_none_can_be_held_out_are_refused() -> None:
-    with pytest.raises(DataError, match="The images form 2 groups, and none can be held out to validate on"):
+    with pytest.raises(DataError, match="The images form 2 groups, and none can be held out for validation"):
         SingleLabel().split(torch.tensor([0] * 5 + [1] * 5), 2, 0.2, 0, ["a"] * 5 + ["b"] * 5)
 
 
@@ -130,18 +130,18 @@ def test_an_image_without_a_group_is_one_of_its_own(frames: Path, tiny: FrozenBa
 
 def test_images_that_cannot_be_grouped_are_refused(frames: Path, tiny: FrozenBackbone, registry: Registry) -> None:
     learner = Learner(tiny, registry)
-    with pytest.raises(DataError, match=r"group_by, 'film', finds nothing in the names of 48 of 48 images"):
+    with pytest.raises(DataError, match=r"group_by 'film' does not match the paths of 48 of 48 images"):
         learner.learn("any", frames, config=LearnConfig(group_by="film"))
-    with pytest.raises(DataError, match="has a column 'group' already"):
+    with pytest.raises(DataError, match="already has a column 'group'"):
         learner.learn("any", listing(frames), config=LearnConfig(group_by="video"))
     data = torch.utils.data.TensorDataset(torch.zeros(8, 3, 32, 32), torch.arange(8) % 2)
-    with pytest.raises(DataError, match="group_by reads the names of image files"):
+    with pytest.raises(DataError, match="group_by matches the paths of image files"):
         learner.learn("any", data, config=LearnConfig(group_by="video"))
     with pytest.raises(TrainingError, match=r"group_by: .*'\(video' is not a valid regular expression"):
         LearnConfig.parse({"group_by": "(video"})
     file = listing(frames)
     file.write_text(file.read_text() + "frames/cat/cat-video0/0.png,cat,other\n")
-    with pytest.raises(DataError, match="is on line 2 too, in another group"):
+    with pytest.raises(DataError, match="is also on line 2, in another group"):
         open_images(file)
 
 

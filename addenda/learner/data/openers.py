@@ -1,4 +1,4 @@
-"""What can be learned from: a folder of class folders, a listing, a torch Dataset, or a Hugging Face one."""
+"""Opens and checks training and test data: folders of class folders, listings, torch and Hugging Face datasets."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 
 from addenda.exceptions import DataError
-from addenda.learner.data.folders import Part, class_name, open_folder, parts_of
+from addenda.learner.data.folders import Split, class_name, open_folder, split_folders
 from addenda.learner.data.hub import HubDataset, open_hub_dataset
 from addenda.learner.data.labelled import UNREADABLE, ImageDataset, LabelledImages
-from addenda.learner.data.listings import SUFFIXES, listing_has_test_part, open_listing
+from addenda.learner.data.listings import SUFFIXES, listing_has_test_split, open_listing
 from addenda.learner.data.torch_datasets import open_torch_dataset
 from addenda.registry import check_labels
 
@@ -24,111 +24,111 @@ Data = str | Path | ImageDataset | HubDataset
 def open_parts(
     train: Data, test: Data | None = None, skip_bad: bool = False
 ) -> tuple[LabelledImages, LabelledImages | None]:
-    """Opens what to learn from and what to score on, and checks both without reading an image.
+    """Opens training and test data, and checks both without reading an image.
 
     Args:
-        train: what to learn from.
-        test: what to score on; None takes the test part of `train` where there is one.
-        skip_bad: whether images that cannot be had are to be left out.
+        train: the training data.
+        test: the test data; None takes the test split of `train`, if it has one.
+        skip_bad: skip images that cannot be loaded.
 
     Raises:
-        DataError: either cannot be opened, or cannot be learned from, or they have other classes.
+        DataError: the data cannot be opened or learned from, or training and test classes differ.
     """
     images = open_images(train).check_whole(skip_bad)
     check_learnable(images)
     test = train if test is None and has_test_part(train) else test
     if test is None:
         return images, None
-    scored_on = open_images(test, "test").check_whole(skip_bad)
-    return images, check_same_labels(images.labels, scored_on, images.objective.name)
+    test_images = open_images(test, "test").check_whole(skip_bad)
+    return images, check_same_labels(images.labels, test_images, images.objective.name)
 
 
-def open_images(data: Data, part: Part = "train") -> LabelledImages:
-    """Opens a data set, or the part of data that has its own, without reading its images.
+def open_images(data: Data, split: Split = "train") -> LabelledImages:
+    """Opens a dataset, or the given split of data that has splits, without reading its images.
 
-    Parts are train/ and test/ in a folder, a column `split` of a listing, those of a DatasetDict.
+    Splits are train/ and test/ in a folder, a column `split` of a listing, or the keys of a DatasetDict.
     """
     if isinstance(data, HubDataset):
-        return open_hub_dataset(data, part)
+        return open_hub_dataset(data, split)
     if not isinstance(data, str | Path):
         return open_torch_dataset(data)
-    place = Path(data)
-    if _is_listing(place):
-        return open_listing(place, part)
-    if os.path.isfile(place):
+    path = Path(data)
+    if _is_listing(path):
+        return open_listing(path, split)
+    if os.path.isfile(path):
         raise DataError(
-            f"{str(place)!r} is a file. Give a folder with one folder of images for each class, or a listing that ends "
-            f"in {' or '.join(SUFFIXES)}."
+            f"{str(path)!r} is not a folder or listing. Pass a folder with one folder of images per class, or a "
+            f"listing that ends in {' or '.join(SUFFIXES)}."
         )
-    return open_folder(place, part)
+    return open_folder(path, split)
 
 
 def has_test_part(data: Data) -> bool:
-    """Whether data has a test part of its own beside the part to learn from."""
+    """Whether data has a test split beside the training split."""
     if isinstance(data, HubDataset):
         return isinstance(data, Mapping) and "test" in data
     if not isinstance(data, str | Path):
         return False
-    place = Path(data)
-    if _is_listing(place):
-        return listing_has_test_part(place)
-    return place.is_dir() and {"train", "test"} <= parts_of(place).keys()
+    path = Path(data)
+    if _is_listing(path):
+        return listing_has_test_split(path)
+    return path.is_dir() and {"train", "test"} <= split_folders(path).keys()
 
 
-def _is_listing(place: Path) -> bool:
-    return place.suffix.lower() in SUFFIXES and not os.path.isdir(place)
+def _is_listing(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and not os.path.isdir(path)
 
 
 def check_learnable(images: LabelledImages) -> None:
-    """Raises DataError where there are too few classes or images to learn and validate from."""
+    """Raises DataError if there are too few classes, or too few images of a class for training and validation."""
     check_labels(images.labels)
     repeated = sorted(label for label, count in Counter(images.labels).items() if count > 1)
     if repeated:
-        raise DataError(f"{images.where} has several classes named {repeated[0]!r}; each needs a name of its own.")
+        raise DataError(f"{images.where} has several classes named {repeated[0]!r}; class names must be unique.")
     counts = images.counts
     short = [(label, count) for label, count in zip(images.labels, counts, strict=True) if count < 2]
     if short:
         label, count = short[0]
-        more = f", and {len(short) - 1} more classes like it" if len(short) > 1 else ""
+        more = f", and {len(short) - 1} more classes have fewer than two" if len(short) > 1 else ""
         raise DataError(
             f"Class {label!r} in {images.where} has {count} image{'' if count == 1 else 's'}{more}: each class needs "
-            "two at least, one to learn from and one to validate on."
+            "at least two, one for training and one for validation."
         )
     common = [images.labels[label] for label in images.objective.too_common(counts, len(images))]
     if common:
         more = f", and so are {len(common) - 1} more labels" if len(common) > 1 else ""
         raise DataError(
-            f"Label {common[0]!r} in {images.where} is on every image, or on all but one{more}: two at least must be "
-            "without it, one to learn from and one to validate on."
+            f"Label {common[0]!r} in {images.where} is on every image, or on all but one{more}: at least two images "
+            "must lack it, one for training and one for validation."
         )
 
 
 def check_same_labels(labels: Sequence[str], images: LabelledImages, objective: str) -> LabelledImages:
-    """The images with targets in the order of a task's labels; they may lack some, which no image has."""
+    """The images with their targets in the order of a task's labels. Not every label needs an image."""
     if images.objective.name != objective:
         raise DataError(f"{images.where} is {images.objective.name}; the task is {objective}.")
-    wanted = [class_name(label) for label in labels]
-    missing, extra = sorted(set(wanted) - set(images.labels)), sorted(set(images.labels) - set(wanted))
+    expected = [class_name(label) for label in labels]
+    missing, extra = sorted(set(expected) - set(images.labels)), sorted(set(images.labels) - set(expected))
     if extra:
-        parts = [f"it lacks {', '.join(map(repr, missing))}"] if missing else []
-        parts += [f"it has {', '.join(map(repr, extra))} besides"]
-        raise DataError(f"{images.where} does not have the task's classes: {' and '.join(parts)}.")
-    order = torch.tensor([wanted.index(label) for label in images.labels], dtype=torch.long, device="cpu")
+        differences = [f"it lacks {', '.join(map(repr, missing))}"] if missing else []
+        differences += [f"it also has {', '.join(map(repr, extra))}"]
+        raise DataError(f"{images.where} does not have the classes of the task: {' and '.join(differences)}.")
+    order = torch.tensor([expected.index(label) for label in images.labels], dtype=torch.long, device="cpu")
     targets = images.objective.reordered(images.targets, order, len(labels))
     return replace(images, labels=tuple(labels), targets=targets)
 
 
 def repeats(train: LabelledImages, test: LabelledImages | None) -> dict[str, int]:
-    """Counts hashed images that are byte for byte the same and should not be.
+    """Counts identical images, byte for byte, among hashed images.
 
-    `classes`: images to learn from that have other labels too; `test`: images to score on that are learned from.
+    `classes`: training images that also occur with other labels; `test`: test images that are training images too.
     """
     assert train.digests is not None
-    answers: dict[str, set[str]] = {}
+    labels: dict[str, set[str]] = {}
     for digest, target in zip(train.digests, train.targets.tolist(), strict=True):
         if digest != UNREADABLE:
-            answers.setdefault(digest, set()).add(train.answer(target))
+            labels.setdefault(digest, set()).add(train.label_text(target))
     return {
-        "classes": sum(len(answers.get(digest, ())) > 1 for digest in train.digests),
-        "test": 0 if test is None else sum(test.digest(index) in answers for index in range(len(test))),
+        "classes": sum(len(labels.get(digest, ())) > 1 for digest in train.digests),
+        "test": 0 if test is None else sum(test.digest(index) in labels for index in range(len(test))),
     }

@@ -1,4 +1,4 @@
-"""What the learner says about images that it cannot learn from."""
+"""Opening and checking training and test data: what is accepted, and the errors for everything else."""
 
 from __future__ import annotations
 
@@ -34,32 +34,32 @@ def refused(learner: Learner, train: object, **options: object) -> str:
     return str(caught.value)
 
 
-def test_a_missing_folder_is_named(learner: Learner, tmp_path: Path) -> None:
+def test_a_missing_folder_is_reported(learner: Learner, tmp_path: Path) -> None:
     assert "There is no folder" in refused(learner, tmp_path / "nowhere")
 
 
-def test_an_empty_folder_is_told_how_a_data_set_looks(learner: Learner, tmp_path: Path) -> None:
+def test_an_empty_folder_is_refused_with_the_expected_layout(learner: Learner, tmp_path: Path) -> None:
     message = refused(learner, tmp_path)
     assert "no class folders" in message
-    assert "no image was found" in message
+    assert "no images were found" in message
     assert f"{tmp_path.name}/cat/1.jpg" in message
 
 
-def test_images_side_by_side_are_told_apart_from_none(learner: Learner, tmp_path: Path) -> None:
+def test_images_outside_class_folders_are_reported(learner: Learner, tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    assert "its images lie side by side" in refused(learner, tmp_path)
+    assert "its images are not in class folders" in refused(learner, tmp_path)
 
 
-def test_a_folder_of_data_sets_is_not_taken_for_one(learner: Learner, tmp_path: Path) -> None:
+def test_a_folder_of_datasets_is_refused(learner: Learner, tmp_path: Path) -> None:
     for name in ("first", "second"):
         colour_folder(tmp_path / name / "train")
         colour_folder(tmp_path / name / "test")
     message = refused(learner, tmp_path)
-    assert "holds data sets, not classes: 'first' in it has train/ of its own" in message
+    assert "contains datasets, not classes: 'first' has splits of its own, such as train/" in message
     assert "learn-many" in message
 
 
-def test_a_class_with_one_image_is_named(learner: Learner, tmp_path: Path) -> None:
+def test_a_class_with_one_image_is_refused(learner: Learner, tmp_path: Path) -> None:
     folder = colour_folder(tmp_path / "data")
     for number in range(1, 8):
         (folder / "green" / f"{number}.png").unlink()
@@ -68,17 +68,17 @@ def test_a_class_with_one_image_is_named(learner: Learner, tmp_path: Path) -> No
     assert "has 1 image:" in message
 
 
-def test_an_empty_class_folder_is_named(learner: Learner, tmp_path: Path) -> None:
+def test_an_empty_class_folder_is_refused(learner: Learner, tmp_path: Path) -> None:
     folder = colour_folder(tmp_path / "data")
     (folder / "violet").mkdir()
     assert "Class folder 'violet'" in refused(learner, folder)
 
 
-def test_unreadable_images_are_all_named_and_counted(learner: Learner, tmp_path: Path) -> None:
+def test_unreadable_images_are_all_listed_and_counted(learner: Learner, tmp_path: Path) -> None:
     folder = colour_folder(tmp_path / "data")
     (folder / "red" / "0.png").write_bytes(b"no image")
-    whole = (folder / "blue" / "3.png").read_bytes()
-    (folder / "blue" / "3.png").write_bytes(whole[: len(whole) // 2])
+    content = (folder / "blue" / "3.png").read_bytes()
+    (folder / "blue" / "3.png").write_bytes(content[: len(content) // 2])
     message = refused(learner, folder)
     assert "2 of 24 images" in message
     assert str(folder / "red" / "0.png") in message
@@ -86,7 +86,7 @@ def test_unreadable_images_are_all_named_and_counted(learner: Learner, tmp_path:
     assert "--skip-bad" in message
 
 
-def test_unreadable_images_are_left_out_only_when_asked(learner: Learner, tmp_path: Path) -> None:
+def test_unreadable_images_are_skipped_on_request(learner: Learner, tmp_path: Path) -> None:
     folder = colour_folder(tmp_path / "data")
     (folder / "red" / "0.png").write_bytes(b"no image")
     task = learner.learn("colours", folder, config=QUICK, skip_bad=True)
@@ -95,7 +95,7 @@ def test_unreadable_images_are_left_out_only_when_asked(learner: Learner, tmp_pa
     assert str(folder / "red" / "0.png") in task.data["skipped"][0]
 
 
-def test_a_class_that_loses_its_images_as_bad_ones_is_named(learner: Learner, tmp_path: Path) -> None:
+def test_a_class_left_with_one_readable_image_is_refused(learner: Learner, tmp_path: Path) -> None:
     folder = colour_folder(tmp_path / "data", per_class=3)
     for number in range(2):
         (folder / "red" / f"{number}.png").write_bytes(b"no image")
@@ -104,7 +104,7 @@ def test_a_class_that_loses_its_images_as_bad_ones_is_named(learner: Learner, tm
     assert "has 1 image:" in message
 
 
-def test_a_folder_of_nothing_but_bad_images_is_refused_even_so(learner: Learner, tmp_path: Path) -> None:
+def test_a_folder_of_unreadable_images_only_is_always_refused(learner: Learner, tmp_path: Path) -> None:
     folder = colour_folder(tmp_path / "data", per_class=2)
     for path in folder.rglob("*.png"):
         path.write_bytes(b"no image")
@@ -112,7 +112,7 @@ def test_a_folder_of_nothing_but_bad_images_is_refused_even_so(learner: Learner,
 
 
 @pytest.mark.parametrize(
-    ("images", "found"),
+    ("images", "message"),
     [
         (torch.zeros(6, 1, 32, 32), "[1, 32, 32]"),
         (torch.zeros(6, 3, 16, 32), "[3, 16, 32]"),
@@ -120,11 +120,11 @@ def test_a_folder_of_nothing_but_bad_images_is_refused_even_so(learner: Learner,
     ],
 )
 def test_tensors_of_the_wrong_channels_size_or_type_are_refused(
-    learner: Learner, images: torch.Tensor, found: str
+    learner: Learner, images: torch.Tensor, message: str
 ) -> None:
-    message = refused(learner, TensorDataset(images, torch.tensor([0, 0, 0, 1, 1, 1])))
-    assert found in message
-    assert "[3, 32, 32]" in message
+    error = refused(learner, TensorDataset(images, torch.tensor([0, 0, 0, 1, 1, 1])))
+    assert message in error
+    assert "[3, 32, 32]" in error
 
 
 def test_an_empty_dataset_is_refused(learner: Learner) -> None:
@@ -141,15 +141,15 @@ def test_train_and_test_must_have_the_same_classes(learner: Learner, tmp_path: P
     test = colour_folder(tmp_path / "test", classes=("red", "green", "pink"))
     message = refused(learner, train, test=test)
     assert "it lacks 'blue'" in message
-    assert "it has 'pink' besides" in message
+    assert "it also has 'pink'" in message
 
 
-def test_a_test_set_with_its_classes_in_another_order_is_put_in_order() -> None:
+def test_the_classes_of_test_images_are_reordered() -> None:
     images = LabelledImages("x", ("b", "a"), torch.tensor([0, 1, 1]), [])
     assert check_same_labels(["a", "b"], images, "single-label").targets.tolist() == [1, 0, 0]
 
 
-def test_the_fingerprint_sees_content_and_labels_but_neither_names_nor_order(tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_content_and_labels_but_not_on_names_or_order(tmp_path: Path) -> None:
     folder = colour_folder(tmp_path / "data")
     before = open_images(folder).fingerprint()
     (folder / "red" / "0.png").rename(folder / "red" / "zzz.png")
@@ -158,10 +158,10 @@ def test_the_fingerprint_sees_content_and_labels_but_neither_names_nor_order(tmp
     assert open_images(folder).fingerprint() != before
 
 
-def test_a_folder_of_train_and_test_gives_the_part_asked_for(tmp_path: Path) -> None:
+def test_a_folder_of_train_and_test_gives_the_requested_split(tmp_path: Path) -> None:
     colour_folder(tmp_path / "train", per_class=3)
     assert not has_test_part(tmp_path)
-    with pytest.raises(DataError, match=r"has train/ in it and no test/"):
+    with pytest.raises(DataError, match=r"contains train/ but no test/"):
         open_images(tmp_path, "test")
     colour_folder(tmp_path / "test", per_class=1)
     assert has_test_part(tmp_path)
@@ -170,7 +170,7 @@ def test_a_folder_of_train_and_test_gives_the_part_asked_for(tmp_path: Path) -> 
     assert len(open_images(tmp_path / "test", "train")) == 3
 
 
-def test_a_file_that_cannot_be_opened_is_named_when_images_are_fingerprinted(tmp_path: Path) -> None:
+def test_the_fingerprint_of_a_missing_file_is_an_error(tmp_path: Path) -> None:
     images = LabelledImages("x", ("a", "b"), torch.tensor([0]), [tmp_path / "gone.png"])
     with pytest.raises(DataError, match=r"gone\.png' cannot be read"):
         images.fingerprint()
@@ -182,14 +182,14 @@ HOT = [[1, 0, 1], [0, 0, 0], [0, 1, 0], [1, 1, 0], [0, 0, 1]]
 
 
 class Tagged:
-    """A Dataset of tensors with the targets given; in `targets` too, if wanted."""
+    """A Dataset of tensors with the given targets; optionally with the attribute `targets`."""
 
-    def __init__(self, targets: list[object], classes: tuple[str, ...] = (), in_advance: object = None) -> None:
+    def __init__(self, targets: list[object], classes: tuple[str, ...] = (), attribute: object = None) -> None:
         self._targets = targets
         if classes:
             self.classes = classes
-        if in_advance is not None:
-            self.targets = in_advance
+        if attribute is not None:
+            self.targets = attribute
 
     def __len__(self) -> int:
         return len(self._targets)
@@ -218,32 +218,32 @@ def test_targets_of_zeros_and_ones_are_multi_label(data: Tagged) -> None:
     assert images.counts == [2, 2, 2]
 
 
-def test_labels_without_names_are_called_by_their_number() -> None:
+def test_labels_without_names_are_named_by_number() -> None:
     assert open_images(Tagged(HOT)).labels == ("0", "1", "2")
 
 
-def test_one_number_in_a_vector_is_a_class_all_the_same() -> None:
+def test_a_vector_of_one_number_is_a_class_index() -> None:
     images = open_images(Tagged([torch.tensor([2]), np.array([0]), [1], 1]))
     assert (images.objective.name, images.targets.tolist(), images.counts) == ("single-label", [2, 0, 1, 1], [1, 2, 1])
 
 
 @pytest.mark.parametrize(
-    ("targets", "classes", "said"),
+    ("targets", "classes", "message"),
     [
-        ([[0, 2], [1, 0]], (), "several numbers that are not 0 or 1"),
-        ([[0.5, 0.5], [1, 0]], (), "several numbers that are not 0 or 1"),
-        ([[0, 1], [1, 0, 0]], (), "not vectors of one length"),
-        ([[0, 1], 1], (), "not vectors of one length"),
+        ([[0, 2], [1, 0]], (), "vector targets with values other than 0 and 1"),
+        ([[0.5, 0.5], [1, 0]], (), "vector targets with values other than 0 and 1"),
+        ([[0, 1], [1, 0, 0]], (), "not vectors of equal length"),
+        ([[0, 1], 1], (), "not vectors of equal length"),
         ([1, [0, 1]], (), "a target that is not a whole number"),
         ([torch.tensor(1), torch.tensor([0, 1])], (), "a target that is not a whole number"),
-        ([[0, 1], [1, 0]], ("a", "b", "c"), "targets of 2 labels and 3 classes"),
+        ([[0, 1], [1, 0]], ("a", "b", "c"), "targets for 2 labels but 3 classes"),
         (["cat", "dog"], (), "a target that is not a whole number"),
         ([[[0, 1]], [[1, 0]]], (), "a target that is not a whole number"),
-        ([[[0], [1]], [[1], [0]]], (), "several numbers that are not 0 or 1"),
+        ([[[0], [1]], [[1], [0]]], (), "vector targets with values other than 0 and 1"),
     ],
 )
-def test_targets_that_are_neither_are_refused(targets: list[object], classes: tuple[str, ...], said: str) -> None:
-    with pytest.raises(DataError, match=said):
+def test_other_targets_are_refused(targets: list[object], classes: tuple[str, ...], message: str) -> None:
+    with pytest.raises(DataError, match=message):
         open_images(Tagged(targets, classes))
 
 
@@ -254,7 +254,7 @@ def tagged(hot: list[list[int]], labels: tuple[str, ...] = ("a", "b", "c")) -> L
 
 def test_a_label_needs_two_images_with_it_and_two_without() -> None:
     check_learnable(tagged(HOT))
-    with pytest.raises(DataError, match="Class 'c' in the tags has 1 image: each class needs two"):
+    with pytest.raises(DataError, match="Class 'c' in the tags has 1 image: each class needs at least two"):
         check_learnable(tagged([*HOT[:4], [0, 0, 0]]))
     for common in ([[1, 0, 0], [1, 1, 0], [1, 1, 1], [1, 0, 1]], [[0, 0, 0], [1, 1, 0], [1, 1, 1], [1, 0, 1]]):
         with pytest.raises(DataError, match="Label 'a' in the tags is on every image, or on all but one"):
@@ -262,7 +262,7 @@ def test_a_label_needs_two_images_with_it_and_two_without() -> None:
     check_learnable(tagged([[1], [1], [0], [0]], ("alone",)))
 
 
-def test_two_classes_of_one_name_are_refused() -> None:
+def test_duplicate_class_names_are_refused() -> None:
     for images in (tagged(HOT, ("a", "b", "a")), LabelledImages("x", ("a", "b", "a"), torch.arange(6) % 3, [])):
         with pytest.raises(DataError, match="several classes named 'a'"):
             check_learnable(images)
@@ -272,7 +272,7 @@ def test_multi_label_images_may_lack_labels_of_the_task_and_have_no_others() -> 
     images = check_same_labels(["c", "x", "a", "b"], tagged(HOT), "multi-label")
     assert images.labels == ("c", "x", "a", "b")
     assert images.targets.int().tolist() == [[row[2], 0, row[0], row[1]] for row in HOT]
-    with pytest.raises(DataError, match="it has 'b', 'c' besides"):
+    with pytest.raises(DataError, match="it also has 'b', 'c'"):
         check_same_labels(["a"], tagged(HOT), "multi-label")
 
 
@@ -284,7 +284,7 @@ def test_images_of_the_other_objective_are_refused() -> None:
         check_same_labels(["a", "b"], single, "multi-label")
 
 
-def test_the_fingerprint_of_several_labels_sees_which_and_not_their_order() -> None:
+def test_the_fingerprint_of_multi_label_images_depends_on_labels_but_not_on_their_order() -> None:
     before = tagged(HOT).fingerprint()
     assert check_same_labels(["c", "a", "b"], tagged(HOT), "multi-label").fingerprint() == before
     assert tagged([[0, 0, 1], *HOT[1:]]).fingerprint() != before
@@ -292,7 +292,7 @@ def test_the_fingerprint_of_several_labels_sees_which_and_not_their_order() -> N
     assert tagged(HOT, ("a", "b", "d")).fingerprint() != before
 
 
-def test_the_fingerprint_of_a_folder_is_what_it_always_was(tmp_path: Path) -> None:
+def test_the_fingerprint_of_a_folder_is_stable(tmp_path: Path) -> None:
     for label, content in (("a", b"1"), ("b", b"2")):
         (tmp_path / label).mkdir()
         (tmp_path / label / "0.png").write_bytes(content)

@@ -284,7 +284,7 @@ def test_remains_are_named_by_check_and_removed_by_the_next_backup(
         assert registry.remains() == [left]
     result = run("db", "check", "--registry", theirs)
     assert (result.code, result.err.count(str(left))) == (0, 1)
-    assert "A backup that was killed left" in result.err
+    assert "A killed backup left" in result.err
     (left / "note.txt").write_text("put there by a person")
     with Registry.open(theirs) as registry:
         registry.backup(folder / "safe.db")

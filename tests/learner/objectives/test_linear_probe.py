@@ -1,4 +1,4 @@
-"""The rival: one regression of a single-label task, one for each label of a multi-label one."""
+"""The linear probe: one logistic regression for a single-label task, one per label for a multi-label task."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def fit_linear_probe(features: torch.Tensor, targets: torch.Tensor, strength: fl
     return objective_of(targets).fit_linear_probe(features, targets, strength)
 
 
-def test_the_regression_is_converged_and_agrees_with_another_solver() -> None:
+def test_the_linear_probe_is_converged_and_agrees_with_another_solver() -> None:
     random = torch.Generator().manual_seed(0)
     features, targets = torch.randn(90, 6, generator=random), torch.arange(90) % 3
     features[:, 0] += targets
     for classes in (3, 2):
-        kept = targets < classes
-        x, y = features[kept], targets[kept]
+        rows = targets < classes
+        x, y = features[rows], targets[rows]
         fitted = fit_linear_probe(x, y, 0.3)
         assert fitted.weight.shape == (classes, 6)
         ours = (x @ fitted.weight.T + fitted.bias).softmax(1)
@@ -52,7 +52,7 @@ def tagged(count: int = 120, width: int = 6, seed: int = 0) -> tuple[torch.Tenso
     return features, targets
 
 
-def test_each_label_is_fitted_against_the_rest() -> None:
+def test_each_label_has_its_own_logistic_regression() -> None:
     features, targets = tagged()
     fitted = fit_linear_probe(features, targets, 0.3)
     assert fitted.weight.shape == (3, 6)
@@ -63,7 +63,7 @@ def test_each_label_is_fitted_against_the_rest() -> None:
         assert torch.allclose(ours[:, i], expected, atol=1e-4)
 
 
-def test_a_label_of_one_value_is_answered_by_how_often_it_was_seen() -> None:
+def test_a_constant_label_gets_its_smoothed_frequency_as_probability() -> None:
     features, targets = tagged(8)
     targets[:, 0], targets[:, 2] = True, False
     targets[:4, 1], targets[4:, 1] = True, False
@@ -73,8 +73,8 @@ def test_a_label_of_one_value_is_answered_by_how_often_it_was_seen() -> None:
     assert fitted.bias[[0, 2]].sigmoid().tolist() == pytest.approx([0.9, 0.1])
 
 
-def losses_by_the_book(features: torch.Tensor, targets: torch.Tensor, seed: int) -> list[float]:
-    """Mean binary log loss for each strength, each fit from scratch."""
+def reference_losses(features: torch.Tensor, targets: torch.Tensor, seed: int) -> list[float]:
+    """Mean binary log loss for each strength, with every fit from scratch."""
     x, y = features.double().numpy(), targets.numpy()
     means = []
     for strength in STRENGTHS:
@@ -92,20 +92,20 @@ def losses_by_the_book(features: torch.Tensor, targets: torch.Tensor, seed: int)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_strength_is_that_of_least_mean_binary_log_loss(seed: int) -> None:
+def test_the_strength_minimises_the_mean_binary_log_loss(seed: int) -> None:
     features, targets = tagged(60, width=12, seed=seed)
-    expected = losses_by_the_book(features, targets, seed)
+    expected = reference_losses(features, targets, seed)
     assert choose_strength(features, targets, seed) == STRENGTHS[int(np.argmin(expected))]
 
 
-def test_labels_that_are_lost_from_a_fold_neither_stop_the_choice_nor_make_it_infinite() -> None:
+def test_labels_missing_from_a_fold_keep_the_loss_finite() -> None:
     features, targets = tagged(40)
     targets[:, 2] = False
     targets[[0, 1], 2] = True
-    expected = losses_by_the_book(features, targets, 0)
+    expected = reference_losses(features, targets, 0)
     assert all(map(math.isfinite, expected))
     assert choose_strength(features, targets, 0) == STRENGTHS[int(np.argmin(expected))]
-    targets[1, 2] = False  # in one fold it is only held out: seen by none that answers for it
+    targets[1, 2] = False  # its only image is held out in one fold
     assert choose_strength(features, targets, 0) in STRENGTHS
 
 
