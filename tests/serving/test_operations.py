@@ -302,7 +302,7 @@ def test_tasks_registered_under_load_are_served_and_no_response_mixes_generation
 
 def test_the_start_up_line_has_the_alias_and_the_metrics_port(location: str, tmp_path: Path) -> None:
     with ServedProcess(location, tmp_path, "--alias", "production", "--metrics-port", 0) as server:
-        match = re.search(r"\(only what 'production' points at; metrics on port (\d+)\)", server.log.read_text())
+        match = re.search(r"\(only the versions of alias 'production'; metrics on port (\d+)\)", server.log.read_text())
         assert match is not None
         response = httpx2.get(f"http://127.0.0.1:{match[1]}/metrics", timeout=10)
     assert "addenda_" in response.text
