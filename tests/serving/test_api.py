@@ -74,8 +74,8 @@ def test_tasks_and_the_number_of_labels_are_selected(client: AppClient) -> None:
 
 def test_an_invalid_request_gets_a_problem_document_with_the_reason(client: AppClient) -> None:
     post = client.post
-    problem(post("/api/v1/predict", content=b"GIF89a"), 400, "no JPEG, PNG, WEBP file")
-    problem(post("/api/v1/predict", content=picture(kind="GIF")), 400, "no JPEG, PNG, WEBP file")
+    problem(post("/api/v1/predict", content=b"GIF89a"), 400, "not a JPEG, PNG, WEBP file")
+    problem(post("/api/v1/predict", content=picture(kind="GIF")), 400, "not a JPEG, PNG, WEBP file")
     problem(post("/api/v1/predict", content=picture()[:200]), 400, "cannot be read")
     problem(post("/api/v1/predict", content=b""), 400, "cannot be read")
     problem(post("/api/v1/predict?tasks=other", content=picture()), 404, "'other' is not served. Served: 'digits'")
@@ -108,7 +108,7 @@ def test_requests_over_the_size_limits_are_rejected(tiny: FrozenBackbone, regist
         two = gzip.compress(picture()) + gzip.compress(picture())
         response = client.post("/api/v1/predict", content=two, headers={"Content-Encoding": "gzip"})
         problem(response, 400, "one valid gzip stream")
-        problem(client.post("/api/v1/predict", content=picture(size=(101, 100))), 413, "at most 10000")
+        problem(client.post("/api/v1/predict", content=picture(size=(101, 100))), 413, "the maximum is 10000")
         problem(client.post("/api/v1/tasks", content=b"x" * 30_001), 413, "exceeds 30000 bytes")
 
 
