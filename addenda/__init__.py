@@ -39,8 +39,8 @@ _NAMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a public name when it is first used, so that `import addenda` starts no framework."""
-    for home, names in _NAMES.items():
+    """Imports a public name on first use, so that `import addenda` loads no framework."""
+    for module, names in _NAMES.items():
         if name in names:
-            return getattr(import_module(f"addenda.{home}"), name)
+            return getattr(import_module(f"addenda.{module}"), name)
     raise AttributeError(f"module 'addenda' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The command line: the commands put together, and errors as one line."""
+"""The `addenda` command line: all commands, and errors printed as one line."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import typer
 from typer import Option
 
 from addenda import __version__
-from addenda.commands import backbones, bench, cache, database, serve, tasks
+from addenda.commands import backbones, bench, cache, db, serve, tasks
 from addenda.commands.learn import evaluate, learn, learn_many
 from addenda.commands.predict import predict
 from addenda.commands.verify import doctor, verify
 from addenda.exceptions import AddendaError
 from addenda.text import shown, shown_lines
 
-INTERRUPTED = 130  # typer's exit code after Ctrl-C
+INTERRUPTED = 130  # exit code of typer after Ctrl-C
 TRACEBACK = "--traceback"
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
-for command in (learn, learn_many, evaluate, predict, verify, database.export_model, serve.serve, bench.demo, doctor):
+for command in (learn, learn_many, evaluate, predict, verify, db.export_model, serve.serve, bench.demo, doctor):
     app.command()(command)
-groups = {"tasks": tasks, "backbones": backbones, "bench": bench, "cache": cache, "db": database, "keys": serve}
+groups = {"tasks": tasks, "backbones": backbones, "bench": bench, "cache": cache, "db": db, "keys": serve}
 for name, group in groups.items():
     app.add_typer(group.app, name=name)
 
@@ -33,7 +33,7 @@ for name, group in groups.items():
 def root(
     version: Annotated[bool, Option("--version", help="Print the version.")] = False,
     traceback: Annotated[
-        bool, Option(TRACEBACK, help="Show where an unexpected error came from. May stand anywhere.")
+        bool, Option(TRACEBACK, help="Print the traceback of an unexpected error. Accepted at any position.")
     ] = False,
 ) -> None:
     """Adds vision tasks to a frozen Vision Transformer; every earlier task keeps its outputs, bit for bit."""
@@ -42,40 +42,42 @@ def root(
         raise typer.Exit
 
 
-def _worth_showing(record: logging.LogRecord) -> bool:
-    """False for the traceback that a library logs because Ctrl-C came while it closed a connection."""
+def _is_not_interrupt(record: logging.LogRecord) -> bool:
+    """False for the traceback that a library logs when Ctrl-C interrupts it while it closes a connection."""
     return not (record.exc_info and isinstance(record.exc_info[1], KeyboardInterrupt))
 
 
 def main() -> None:
-    """Runs the command line; bad input is one line and exit code 2, never a traceback."""
+    """Runs the command line. Bad input prints one line and exits with 2, without a traceback."""
     if logging.lastResort:
-        logging.lastResort.addFilter(_worth_showing)
+        logging.lastResort.addFilter(_is_not_interrupt)
     if isinstance(sys.stdout, TextIOWrapper) and (
         sys.stdout.errors == "strict" or sys.stdout.encoding.lower() != "utf-8"
     ):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a name or a dash that the terminal has no letters for
+        sys.stdout.reconfigure(errors="backslashreplace")  # for file names and dashes outside the encoding
     with_traceback = TRACEBACK in sys.argv[1:]
-    arguments = [word for word in sys.argv[1:] if word != TRACEBACK]  # wherever it stands
+    arguments = [word for word in sys.argv[1:] if word != TRACEBACK]
     try:
         app(arguments)
     except Exception as error:
         if with_traceback and not isinstance(error, AddendaError):
             raise
         if isinstance(error, AddendaError):
-            said = shown_lines(str(error))
-        elif isinstance(error, OSError):  # a place that may not be read or written, or whose name cannot be one
-            said = f"{shown(str(error)[:500])}."
+            message = shown_lines(str(error))
+        elif isinstance(error, OSError):  # an unreadable or unwritable path, or an invalid file name
+            message = f"{shown(str(error)[:500])}."
         else:
-            said = (
-                f"{type(error).__name__}: {shown(str(error))[:500] or 'no message'}. This is unexpected: a fault of "
-                f"Addenda's, or of a package that it uses. The same command with {TRACEBACK} shows where it came from."
+            message = (
+                f"{type(error).__name__}: {shown(str(error))[:500] or 'no message'}. This is a bug in Addenda or in a "
+                f"package that it uses. Run the same command with {TRACEBACK} to see where the error was raised."
             )
-        typer.echo(f"Error: {said}", err=True)
+        typer.echo(f"Error: {message}", err=True)
         sys.exit(2 if isinstance(error, AddendaError | OSError) else 1)
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
-            typer.echo("Interrupted. Nothing half done was registered: give the same command again to go on.", err=True)
+            typer.echo(
+                "Interrupted. No incomplete task was registered; run the same command again to continue.", err=True
+            )
         raise
 
 

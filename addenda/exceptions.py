@@ -1,46 +1,46 @@
-"""The errors a user can meet. Each message says what was asked, what was found, and what to do."""
+"""The exceptions of Addenda. A message says what was asked, what was found, and what to do."""
 
 from __future__ import annotations
 
 
 class AddendaError(Exception):
-    """Every error that bad input can cause; the command line prints it as one line and exits with 2."""
+    """Base class of all errors caused by bad input; the command line prints them as one line and exits with 2."""
 
 
 class BackboneError(AddendaError):
-    """A backbone that is unknown, out of scope, without weights, or not the one that a task was learned on."""
+    """The backbone is unknown, unsupported, has no weights, or is not the one that a task was learned on."""
 
 
 class DataError(AddendaError):
-    """A data set that cannot be learned from or scored: empty, unreadable, or with the wrong labels."""
+    """A dataset cannot be used for training or evaluation: it is empty, unreadable, or has the wrong labels."""
 
 
 class UnsteadyError(DataError):
-    """Data that are not what they were, or not what they say: all are in doubt, so that nothing is left out."""
+    """Data changed while they were read, or contradict their own labels. They are never skipped as bad images."""
 
 
 class TooLargeError(DataError):
-    """An image of more pixels, or a file of more bytes, than is taken."""
+    """An image has more pixels, or a file more bytes, than the limit."""
 
 
 class RegistryError(AddendaError):
-    """A registry that cannot be opened, or that refuses a change."""
+    """A registry cannot be opened, or refuses a change."""
 
 
 class RegistryUnavailableError(RegistryError):
-    """A database that does not answer now; what was asked may work later."""
+    """The database does not answer; the same request may succeed later."""
 
 
 class RegistryFaultError(RegistryError):
-    """A database that refuses what is asked of every registry: its schema is damaged, or there is a fault of ours."""
+    """The database rejects a valid statement: its schema is damaged, or Addenda has a bug."""
 
 
 class UnknownTaskError(RegistryError):
-    """A name, version or alias that the registry does not hold."""
+    """The registry has no such name, version or alias."""
 
 
 class NameTakenError(RegistryError):
-    """A task name that is already registered with other content."""
+    """The task name is already registered with other content."""
 
     def __init__(self, name: str, version: int) -> None:
         super().__init__(
@@ -50,45 +50,45 @@ class NameTakenError(RegistryError):
 
 
 class OwnershipError(RegistryError):
-    """A change to what somebody else made, by who may change only their own."""
+    """The caller may change only what they created themselves."""
 
 
 class RetiredError(RegistryError):
-    """What is asked for is there already, in a version that was retired."""
+    """The same task is already registered in a version that was retired."""
 
     def __init__(self, ref: str, reason: str) -> None:
         why = f" ({reason})" if reason else ""
         super().__init__(
-            f"{ref!r} is the same task, and it was retired{why}. To have it active again, add it as a further version: "
+            f"{ref!r} is the same task and was retired{why}. To reactivate it, add it as a new version with "
             "--new-version (in Python: new_version=True)."
         )
 
 
 class ConflictError(RegistryError):
-    """A change that was asked for on the condition that something is as it no longer is."""
+    """A conditional update whose precondition failed."""
 
 
 class IntegrityError(RegistryError):
-    """Stored bytes that no longer hash to what was recorded, or do not describe a valid task."""
+    """Stored bytes do not match their recorded hash, or do not describe a valid task."""
 
 
 class ExactnessError(AddendaError):
-    """The device's arithmetic broke the exactness contract: a result depended on what it must not depend on."""
+    """The device violates the exactness contract: a result depended on something that it must not depend on."""
 
 
 class TrainingError(AddendaError):
-    """A run that gave no usable task."""
+    """A training run has invalid settings or produced no usable task."""
 
 
 class KeyFileError(AddendaError):
-    """A file of API keys that cannot be read or changed, or a key that it lacks."""
+    """A file of API keys cannot be read or changed, or lacks a key."""
 
 
 class OverloadedError(AddendaError):
-    """More images wait for an answer than the server lets wait.
+    """The request queue is full.
 
     Attributes:
-        retry_after_s: after how many seconds there may be room.
+        retry_after_s: seconds after which to retry.
     """
 
     def __init__(self, message: str, retry_after_s: int) -> None:
@@ -97,4 +97,4 @@ class OverloadedError(AddendaError):
 
 
 class DeadlineError(AddendaError):
-    """An answer that was not ready when its time was over."""
+    """The request timed out."""

@@ -1,4 +1,4 @@
-"""Whose files: writing a file whole or not at all, and deleting only what Addenda made itself."""
+"""Atomic writes, file locks, and folders that belong to Addenda, from which only its own files are deleted."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def written(path: Path, mode: int | None = None, replace: bool = True) -> Iterator[Path]:
-    """Gives a place beside a file to write it in; it gets the file's name once it is on the disk, or is deleted.
+    """Writes a file atomically: yields a temporary path beside it, which gets its name after fsync or is deleted.
 
-    A process that is killed leaves what `is_unfinished` knows by its name. The file has its permissions, less the
-    umask, from the start: by default those of the file that it replaces.
+    A killed process leaves a temporary file that `is_unfinished` recognises. The file is created with its final
+    permissions, less the umask; by default those of the file that it replaces.
     """
-    name = path.name.encode()[:200].decode(errors="ignore")  # a name has 255 bytes at most
+    name = path.name.encode()[:200].decode(errors="ignore")  # names are limited to 255 bytes
     unfinished = path.with_name(f".{name}.{secrets.token_hex(8)}{UNFINISHED}")
     if mode is None:
         mode = permissions(path) if path.exists() else 0o666
@@ -46,7 +46,7 @@ def written(path: Path, mode: int | None = None, replace: bool = True) -> Iterat
 
 
 def put(unfinished: Path, path: Path, replace: bool) -> None:
-    """Gives a file on the same file system its name once it is on the disk; FileExistsError if it may not replace."""
+    """Syncs a temporary file and renames it to `path`; without `replace`, raises FileExistsError if that exists."""
     with unfinished.open("rb") as file:
         os.fsync(file.fileno())
     if replace:
@@ -54,11 +54,11 @@ def put(unfinished: Path, path: Path, replace: bool) -> None:
     else:
         try:
             os.link(unfinished, path)
-        except OSError as error:  # it is there, or the file system has no hard links
+        except OSError as error:  # the path exists, or the file system has no hard links
             if os.path.lexists(path):
-                raise FileExistsError(f"{str(path)!r} exists already") from error
+                raise FileExistsError(f"{str(path)!r} already exists") from error
             unfinished.replace(path)
-    with suppress(OSError):  # not every file system has it; the file is whole all the same
+    with suppress(OSError):  # some file systems cannot sync a folder; the file itself is complete
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -67,32 +67,32 @@ def put(unfinished: Path, path: Path, replace: bool) -> None:
 
 
 def is_unfinished(path: Path, of: str) -> bool:
-    """Whether a file is one that `written` was making, of a target whose whole name matches a pattern."""
+    """Whether a file is a temporary file of `written`, for a target whose full name matches the pattern `of`."""
     return re.fullmatch(rf"\.(?:{of})\.[0-9a-f]{{16}}{re.escape(UNFINISHED)}", path.name) is not None
 
 
 def permissions(path: Path) -> int:
-    """Who may read and write a file, as `written` takes it."""
+    """The read and write permissions of a file, as `written` takes them."""
     return stat.S_IMODE(path.stat().st_mode) & 0o666
 
 
 def claim(folder: Path, marker: str, text: str) -> None:
-    """Makes a folder that is Addenda's own, for this user alone, or finds it; a marker file in it says whose it is.
+    """Creates a folder with a marker file, private to this user, or accepts an existing one that has the marker.
 
     Raises:
-        PermissionError: it is a link, another user owns it, or others may write to it.
-        FileExistsError: it holds files and has no such marker.
+        PermissionError: the folder is a link, belongs to another user, or is writable by others.
+        FileExistsError: the folder holds files but no such marker.
     """
     with suppress(FileExistsError):
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(mode=0o700)
     check_private(folder)
     if not _marked(folder, marker, text):
-        raise FileExistsError(f"{str(folder)!r} has files in it that are not Addenda's")
+        raise FileExistsError(f"{str(folder)!r} holds files that are not Addenda's")
 
 
 def _marked(folder: Path, marker: str, text: str) -> bool:
-    """Whether a folder has a marker, which it gets now if nothing else is in it."""
+    """Whether a folder has the marker; an empty folder gets it now."""
     if is_claimed(folder, marker, text):
         return True
     if any(path.name != marker and not is_unfinished(path, re.escape(marker)) for path in folder.iterdir()):
@@ -103,7 +103,7 @@ def _marked(folder: Path, marker: str, text: str) -> bool:
 
 
 def is_claimed(folder: Path, marker: str, text: str) -> bool:
-    """Whether a folder has the marker of Addenda's own; a link to one has not."""
+    """Whether a folder has the marker and is not a link."""
     try:
         return not folder.is_symlink() and (folder / marker).read_text() == text
     except (OSError, ValueError):
@@ -111,42 +111,42 @@ def is_claimed(folder: Path, marker: str, text: str) -> bool:
 
 
 def check_private(folder: Path) -> None:
-    """Raises PermissionError where a folder is a link, or somebody else could have put files into it."""
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode):
+    """Raises PermissionError if a folder is a link, or if other users could have put files into it."""
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode):
         raise PermissionError(f"{str(folder)!r} is a link or a file, not a folder")
-    if not hasattr(os, "geteuid"):  # Windows has other permissions
+    if not hasattr(os, "geteuid"):  # Windows has no such permissions
         return
-    if found.st_uid != os.geteuid():
-        raise PermissionError(f"{str(folder)!r} belongs to another user (uid {found.st_uid})")
-    if found.st_mode & 0o022:
-        raise PermissionError(f"others may write to {str(folder)!r} (chmod go-w would end that)")
+    if status.st_uid != os.geteuid():
+        raise PermissionError(f"{str(folder)!r} belongs to another user (uid {status.st_uid})")
+    if status.st_mode & 0o022:
+        raise PermissionError(f"{str(folder)!r} is writable by other users; run chmod go-w on it")
 
 
 def output_folder(folder: Path) -> None:
-    """Makes a folder for what a benchmark finds, or finds one that it made: nobody else's report is overwritten."""
+    """Creates the output folder of a benchmark, or accepts one that a benchmark created; raises DataError otherwise."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not _marked(folder, OUTPUT, OUTPUT_TEXT):
             raise DataError(
-                f"{str(folder)!r} has files in it and not the marker of a benchmark's folder ({OUTPUT}): name a new or "
-                "empty folder (--out)."
+                f"{str(folder)!r} holds files and is not the output folder of a benchmark (no {OUTPUT}). Pass a new or "
+                "empty folder with --out."
             )
     except OSError as error:
         raise DataError(
-            f"Nothing can be written to {str(folder)!r} ({error.strerror}): name another folder (--out)."
+            f"The folder {str(folder)!r} is not writable ({error.strerror}). Pass another folder with --out."
         ) from error
 
 
 class Hold:
-    """A lock on a file, by which processes see that its folder is in use; it goes with the object or the process.
+    """A lock on a file that marks its folder as in use; released with the object or the process.
 
-    BlockingIOError where somebody else holds it; where the file system knows no locks, everybody gets one.
+    Raises BlockingIOError if another process holds it. On a file system without locks it always succeeds.
     """
 
     def __init__(self, path: Path, shared: bool) -> None:
         self._file = -1
-        self._file = os.open(path, os.O_RDONLY if shared else os.O_RDWR)  # as locks over NFS ask for
+        self._file = os.open(path, os.O_RDONLY if shared else os.O_RDWR)  # locks over NFS require these modes
         try:
             if fcntl is not None:
                 fcntl.flock(self._file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
@@ -156,7 +156,7 @@ class Hold:
                 raise BlockingIOError(error.errno, os.strerror(error.errno), str(path)) from error
 
     def close(self) -> None:
-        """Gives it up."""
+        """Releases the lock."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
@@ -171,22 +171,25 @@ class Hold:
 
 
 def discard(folder: Path, ours: str, marker: str | None = None) -> bool:
-    """Deletes what Addenda made in a folder, and the folder where nothing else is left in it: whether it is gone.
+    """Deletes Addenda's own files in a folder, and the folder if it is then empty.
 
     Args:
-        folder: the folder; a link to one is left alone.
-        ours: a pattern that the whole names of Addenda's own files and folders match; links are left alone.
-        marker: the name of the file that says whose the folder is: it stays as long as anything else does.
+        folder: the folder; a link to a folder is left alone.
+        ours: pattern of the full names of Addenda's own files and folders; links are left alone.
+        marker: name of the folder's marker file, which is deleted last.
+
+    Returns:
+        Whether the folder is gone.
     """
     if folder.is_symlink() or not folder.is_dir():
         return not os.path.lexists(folder)
     empty = True
-    with suppress(FileNotFoundError):  # another process may be at it too
+    with suppress(FileNotFoundError):  # another process may be deleting it too
         for path in sorted(folder.iterdir()):
             if path.name == marker:
                 continue
-            own = re.fullmatch(ours, path.name) is not None or is_unfinished(path, ours)
-            if path.is_symlink() or not own:
+            is_ours = re.fullmatch(ours, path.name) is not None or is_unfinished(path, ours)
+            if path.is_symlink() or not is_ours:
                 leave_alone(path)
                 empty = False
             elif path.is_dir():
@@ -204,5 +207,5 @@ def discard(folder: Path, ours: str, marker: str | None = None) -> bool:
 
 @cache
 def leave_alone(path: Path) -> None:
-    """Says, once, that a file or folder is not Addenda's own and stays."""
-    log.warning("%s is not Addenda's own and is left alone.", path)
+    """Logs once that a file or folder was not created by Addenda and stays."""
+    log.warning("%s was not created by Addenda and is left alone.", path)

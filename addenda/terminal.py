@@ -1,4 +1,4 @@
-"""What the command line shows: tables for people, JSON for programs, progress with the time left."""
+"""Terminal output: tables for people, JSON for programs, progress bars with the remaining time."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from addenda.text import shown, shown_lines
 
 console = Console()
 WORD = 16
+"""Length up to which a table does not break words, in characters."""
 
 SCORES = {
     "single-label": {"accuracy": "accuracy", "balanced_accuracy": "balanced", "calibration_error": "calibration error"},
@@ -30,40 +31,40 @@ SCORES = {
         "calibration_error": "calibration error",
     },
 }
-"""What is shown of the metrics of each objective, and what it is called."""
+"""The displayed metrics of each objective, and their titles."""
 
 PER_CLASS = {"single-label": ("accuracy", "class"), "multi-label": ("average precision", "label")}
-"""What `per_class` of the metrics of each objective holds, and for each of what."""
+"""The metric in `per_class` for each objective, and what it is listed by."""
 
 
 def print_json(value: Any) -> None:
-    """Prints a value as JSON on standard output, nothing else with it."""
+    """Prints a value as JSON on standard output."""
     text = json.dumps(value, indent=2, ensure_ascii=False)
     try:
         text.encode(sys.stdout.encoding or "utf-8")
-    except UnicodeEncodeError:  # a file name that is not UTF-8, or a terminal that has fewer letters
+    except UnicodeEncodeError:  # a file name that is not UTF-8, or another encoding of the terminal
         text = json.dumps(value, indent=2)
     sys.stdout.write(text + "\n")
 
 
-def answer(as_json: bool, value: Any, *shown: RenderableType) -> None:
-    """Prints a value as JSON for programs, or else what is shown to people."""
+def print_result(as_json: bool, value: Any, *views: RenderableType) -> None:
+    """Prints a value as JSON, or else its views for people."""
     if as_json:
         print_json(value)
         return
-    for one in shown:
-        console.print(one)
+    for view in views:
+        console.print(view)
 
 
 def table(
     title: str, columns: Sequence[str], rows: Iterable[Sequence[object]],
     right: Sequence[str] = (), whole: Sequence[str] = (),
 ) -> Group:  # fmt: skip
-    """A table of plain texts; columns in `right` are aligned to the right, those in `whole` never broken.
+    """A table of plain text. Columns in `right` are right-aligned; cells of columns in `whole` are never wrapped.
 
-    Where the terminal is narrow, words of up to WORD characters stay whole if it is not too narrow for that.
+    Other columns wrap between words of up to WORD characters, unless the terminal is too narrow for that.
     """
-    made = Table(header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    grid = Table(header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     cells = [[cell if isinstance(cell, Text) else Text(shown(str(cell))) for cell in row] for row in rows]
     widths = []
     for number, column in enumerate(columns):
@@ -72,43 +73,43 @@ def table(
     fits = sum(widths) + 2 * len(widths) <= console.width
     for column, width in zip(columns, widths, strict=True):
         side: Literal["left", "right"] = "right" if column in right else "left"
-        least = width if fits else None
-        made.add_column(column, justify=side, overflow="fold", no_wrap=column in whole, min_width=least)
+        min_width = width if fits else None
+        grid.add_column(column, justify=side, overflow="fold", no_wrap=column in whole, min_width=min_width)
     for row in cells:
-        made.add_row(*row)
-    return Group(Text(shown(title), "bold"), made)  # a title of the table's own would be as narrow as the table
+        grid.add_row(*row)
+    return Group(Text(shown(title), "bold"), grid)  # rich would wrap the table's own title to the table's width
 
 
 def percent(value: float | None) -> str:
-    """0.8412 -> 84.1; nothing measured -> a dash."""
+    """A fraction in percent: 0.8412 -> 84.1; None -> a dash."""
     return "–" if value is None else f"{100 * value:.1f}"
 
 
 def plural(number: int, noun: str) -> str:
-    """1, "task" -> 1 task; 2 -> 2 tasks."""
+    """A number with its noun: 1, "task" -> 1 task; 2, "task" -> 2 tasks."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def minute(time: str) -> str:
-    """A time of the registry's as tables show it: 2026-01-31T12:00:59.123456 -> 2026-01-31 12:00."""
+    """A registry timestamp to the minute: 2026-01-31T12:00:59.123456 -> 2026-01-31 12:00."""
     return time[:16].replace("T", " ")
 
 
 def size(num_bytes: float) -> str:
-    """Bytes in the unit that reads best."""
+    """A number of bytes with a readable unit."""
     return decimal(round(num_bytes)).replace("bytes", "B").replace("byte", "B")
 
 
-class _Shown(logging.Formatter):
+class _EscapingFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return shown_lines(super().format(record))
 
 
 @contextmanager
 def show_log(quiet: bool = False) -> Iterator[None]:
-    """Shows what the package logs on standard error, a line each; only warnings where it should be quiet."""
+    """Prints the package's log on standard error, only warnings if `quiet`."""
     logger, handler = logging.getLogger("addenda"), logging.StreamHandler()
-    handler.setFormatter(_Shown("%(message)s"))
+    handler.setFormatter(_EscapingFormatter("%(message)s"))
     before = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.WARNING if quiet else logging.INFO)
@@ -121,7 +122,7 @@ def show_log(quiet: bool = False) -> Iterator[None]:
 
 @contextmanager
 def progress(quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
-    """Shows one bar for each thing being done; gives the function to call with (what, done, total)."""
+    """Shows a progress bar per activity; yields the function to call with (activity, done, total)."""
     bars = Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -131,16 +132,16 @@ def progress(quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
         console=Console(stderr=True),
         disable=quiet,
     )
-    known: dict[str, Any] = {}
+    bar_of: dict[str, Any] = {}
 
-    def report(what: str, done: int, total: int) -> None:
-        key = what.partition(",")[0]
+    def report(activity: str, done: int, total: int) -> None:
+        key = activity.partition(",")[0]
         bars.start()
-        if key not in known:
-            known[key] = bars.add_task(what, total=total)
-        elif done < bars.tasks[known[key]].completed:
-            bars.reset(known[key], total=total)
-        bars.update(known[key], description=what, completed=done, total=total)
+        if key not in bar_of:
+            bar_of[key] = bars.add_task(activity, total=total)
+        elif done < bars.tasks[bar_of[key]].completed:
+            bars.reset(bar_of[key], total=total)
+        bars.update(bar_of[key], description=activity, completed=done, total=total)
 
     try:
         yield report

@@ -1,6 +1,6 @@
-"""An Avalanche script, and what has to change in it to try Addenda: one strategy takes the place of another.
+"""Addenda as a strategy in an Avalanche script, beside Avalanche's own Naive.
 
-The strategies see the digits two classes at a time, and nobody tells them which two when they are tested.
+The strategies learn two digits per experience and are tested without task labels.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ benchmark = nc_benchmark(
 
 
 def evaluator() -> EvaluationPlugin:
-    """What is measured: accuracy on all ten digits, and whether an old experience's logits kept their bits."""
+    """Measures accuracy on all ten digits, and whether the logits of earlier experiences kept their bits."""
     return EvaluationPlugin(accuracy_metrics(stream=True), LogitBits(), loggers=[])
 
 
@@ -50,5 +50,5 @@ with Registry.open("avalanche.db") as registry:
 
 for name, strategy in strategies.items():
     (accuracy,) = (value for key, value in results[name].items() if key.startswith("Top1_Acc_Stream"))
-    bits = "kept every bit" if strategy.evaluator.metrics[-1].identical else "moved"
-    print(f"{name}: {100 * accuracy:.1f} % of all digits after five experiences; old logits {bits}")
+    bits = "are bitwise identical" if strategy.evaluator.metrics[-1].identical else "changed"
+    print(f"{name}: {100 * accuracy:.1f} % accuracy on all digits after five experiences; old logits {bits}")

@@ -1,8 +1,8 @@
-"""A task that extends another sees its token and memory in every layer; the one that is seen never notices.
+"""A task that extends another: it attends to the other's tokens in every layer, and the other's logits never change.
 
-Many digits are there to tell all ten apart, and only a few that somebody has marked as even or odd. Whether sight of
-the first task helps the second is for data to say: `extends="auto"` takes only what validation says pays. Whether a
-token does beside the probe too: here `fall_back=False` keeps it in any case, since without one there is none to see.
+There are many images to tell ten digits apart, but few that are labelled as even or odd. Whether extending the first
+task helps the second depends on the data: `extends="auto"` would decide on the validation split. `fall_back=False`
+keeps each task's token even if it is not better than the probe; a task without a token cannot be extended.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from dataclasses import replace
 import torch
 
 from addenda import CombinedModel, LearnConfig, Learner, Registry, load_backbone
-from addenda.benchmarks.demo import Digits, digits
+from addenda.benchmarks.demo import DigitImages, digits
 
 TEN = tuple(range(10))
 
 
-def even_or_odd(test: bool, limit: int | None) -> Digits:
-    """Digits, of which only this is told."""
-    drawn = digits(TEN, test, limit=limit)
-    return replace(drawn, targets=tuple(target % 2 for target in drawn.targets), classes=("even", "odd"))
+def even_or_odd(test: bool, limit: int | None) -> DigitImages:
+    """Digits labelled only as even or odd."""
+    images = digits(TEN, test, limit=limit)
+    return replace(images, targets=tuple(target % 2 for target in images.targets), classes=("even", "odd"))
 
 
 backbone, config = load_backbone("glyphs"), LearnConfig(epochs=3, fall_back=False)
@@ -34,9 +34,9 @@ with Registry.open("extend.db") as registry:
 
     for name, extends in {"parity": (), "parity-on-ten": ("ten",)}.items():
         task = learner.learn(name, few, test, replace(config, extends=extends))
-        print(f"{task.ref} extends {task.extends}: {100 * task.metrics['test']['accuracy']:.1f} % even or odd")
+        print(f"{task.ref} extends {task.extends}: {100 * task.metrics['test']['accuracy']:.1f} % test accuracy")
 
     after = CombinedModel(backbone, registry.load(backbone))(images)["ten"]
-    print("ten:1 is seen by", *(kin.ref for kin in registry.lineage("ten").extended_by.kin))
+    print("ten:1 is extended by", *(child.ref for child in registry.lineage("ten").extended_by.kin))
 
-print("ten:1 gives", "the same bits as before" if torch.equal(before, after) else "OTHER LOGITS")
+print("ten:1's logits are", "bitwise identical" if torch.equal(before, after) else "DIFFERENT")

@@ -1,6 +1,6 @@
-"""A learning run as an MLflow run: settings, curves of each candidate, final scores, and which task came of it.
+"""Logs a learning run to MLflow: settings, each candidate's curves, test metrics, and the registered task.
 
-`pip install mlflow-skinny sqlalchemy`; look with MLflow's own page: `mlflow ui --backend-store-uri sqlite:///mlflow.db`
+Run `pip install mlflow-skinny sqlalchemy` first; `mlflow ui --backend-store-uri sqlite:///mlflow.db` shows the result.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from addenda.learner import Epoch
 
 
 def log(epoch: Epoch) -> None:
-    """Logs what is known after an epoch, candidate by candidate."""
+    """Logs the results of an epoch for each candidate."""
     for name in ("train_loss", "validation_loss", "validation_accuracy"):
-        for number, value in enumerate(getattr(epoch, name)):  # of validation there is none in the refit
+        for number, value in enumerate(getattr(epoch, name)):  # the refit has no validation
             if math.isfinite(value):  # NaN once a candidate has stopped
                 mlflow.log_metric(f"{epoch.phase}/{name}/{number}", value, step=epoch.epoch)
 
@@ -27,7 +27,8 @@ mlflow.set_experiment("digits")
 config = LearnConfig(epochs=4)
 with Registry.open("mlflow-tasks.db") as registry, mlflow.start_run(run_name="three-or-eight"):
     mlflow.log_params(config.to_json())
-    mlflow.log_dict({str(number): each._asdict() for number, each in enumerate(config.candidates)}, "candidates.json")
+    candidates = {str(number): settings._asdict() for number, settings in enumerate(config.candidates)}
+    mlflow.log_dict(candidates, "candidates.json")
     learner = Learner(load_backbone("glyphs"), registry)
     train, test = (digits((3, 8), test, limit=80) for test in (False, True))
     task = learner.learn("three-or-eight", train, test, config, on_epoch=log)

@@ -1,6 +1,6 @@
-"""Curves of a learning run in TensorBoard: a chart for each figure, and in it a line for each candidate.
+"""Logs the curves of a learning run to TensorBoard: one chart per metric, with one line per candidate.
 
-`pip install tensorboard`, and afterwards `tensorboard --logdir curves`
+Run `pip install tensorboard` first; `tensorboard --logdir curves` shows the result.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from addenda.learner import Epoch
 
 
 def write(writer: SummaryWriter, epoch: Epoch) -> None:
-    """Writes what is known after an epoch."""
+    """Logs the results of an epoch."""
     for name in ("train_loss", "validation_loss", "validation_accuracy"):
-        values = getattr(epoch, name)  # of validation there is none in the refit
+        values = getattr(epoch, name)  # the refit has no validation
         lines = {
             f"{number}_lr_{settings.learning_rate:g}": value
             for number, (settings, value) in enumerate(zip(epoch.candidates, values, strict=False))

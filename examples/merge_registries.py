@@ -1,6 +1,6 @@
-"""Two teams learned tasks on the same backbone, each in a registry of its own; one takes in the other's.
+"""Merges the registries of two teams that learned tasks on the same backbone.
 
-Both have a task `marks`: nothing is merged until the name is resolved, and then no answer moves by a bit.
+Both have a task `marks`: nothing is merged until the conflict is resolved, and then no task's logits change by a bit.
 """
 
 from __future__ import annotations
@@ -36,5 +36,5 @@ with Registry.open("north.db", user="north") as north, Registry.open("south.db",
 
 for name, logits in before.items():
     name_here = RENAMES.get(name, name)
-    kept = torch.equal(logits, after[name_here])
-    print(f"{name_here}, learned by {learned_by[f'{name_here}:1']}: {'every bit as before' if kept else 'MOVED'}")
+    result = "logits bitwise identical" if torch.equal(logits, after[name_here]) else "LOGITS CHANGED"
+    print(f"{name_here}, learned by {learned_by[f'{name_here}:1']}: {result}")

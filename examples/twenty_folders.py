@@ -1,7 +1,7 @@
-"""Twenty folders of photos become twenty tasks, and one server answers them all from one pass over an image.
+"""Learns a task from each of twenty folders of photos; one server then predicts all tasks in one forward pass.
 
-Where there is no folder `photos`, it is drawn: twenty pairs of scikit-learn's digits. With photos of your own take
-`load_backbone("vit_base_patch16_224.augreg_in21k")`, and leave `config` out.
+Without a folder `photos`, it is created from twenty pairs of scikit-learn's digits. For your own photos use
+`load_backbone("vit_base_patch16_224.augreg_in21k")` and leave out `config`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from urllib.request import urlopen
 
 from addenda import LearnConfig, Learner, Registry, load_backbone
 from addenda.benchmarks.demo import digits
-from addenda.learner import Row, learn_many
+from addenda.learner import LearnRow, learn_many
 
 PHOTOS = Path("photos")
 SERVE = ("serve", "--registry", "photos.db", "--port", "0", "--drain", "0")
@@ -24,27 +24,27 @@ SERVE = ("serve", "--registry", "photos.db", "--port", "0", "--drain", "0")
 
 if not PHOTOS.exists():
     for pair in islice(combinations(range(10), 2), 20):
-        for part in ("train", "test"):
-            digits(pair, part == "test", limit=60).save(PHOTOS / "digits-{}{}".format(*pair) / part)
+        for split in ("train", "test"):
+            digits(pair, split == "test", limit=60).save(PHOTOS / "digits-{}{}".format(*pair) / split)
 
-rows = [Row(folder.name, folder, config=LearnConfig(epochs=2)) for folder in sorted(PHOTOS.iterdir())]
+rows = [LearnRow(folder.name, folder, config=LearnConfig(epochs=2)) for folder in sorted(PHOTOS.iterdir())]
 with Registry.open("photos.db") as registry:
     for outcome in learn_many(Learner(load_backbone("glyphs"), registry), rows):
         print(f"{outcome.name}: {outcome.reason or outcome.state}")
 
-right = 0
+num_correct = 0
 with subprocess.Popen([sys.executable, "-m", "addenda.cli", *SERVE], stdout=subprocess.PIPE, text=True) as server:
     try:
         for line in server.stdout:
-            if found := re.search(r"Serving .* on (http://\S+)", line):
+            if address := re.search(r"Serving .* on (http://\S+)", line):
                 break
         else:
             sys.exit(line)
         for row in rows:
             photo = next((row.data / "test").rglob("*.png"))
-            with urlopen(f"{found[1]}/api/v1/predict", data=photo.read_bytes()) as answer:
-                tasks = json.load(answer)["tasks"]
-            right += tasks[row.name]["labels"][0]["label"] == photo.parent.name
+            with urlopen(f"{address[1]}/api/v1/predict", data=photo.read_bytes()) as response:
+                tasks = json.load(response)["tasks"]
+            num_correct += tasks[row.name]["labels"][0]["label"] == photo.parent.name
     finally:
         server.terminate()
-print(f"{len(tasks)} tasks answered each of {len(rows)} photos; of its own task's answers {right} are right.")
+print(f"{len(tasks)} tasks predicted for each of {len(rows)} photos; in its own task, {num_correct} are correct.")

@@ -1,4 +1,4 @@
-"""What mkdocs.yml needs beside its plugins: the folders outside docs/ that the pages link are a part of the site."""
+"""A hook for mkdocs.yml: adds the folders outside docs/ that the pages link to."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FOLDERS = ("deploy", "examples")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the folders' files as they are."""
+    """Adds the files of the folders unchanged."""
     for folder in FOLDERS:
         for path in sorted(path for path in (ROOT / folder).iterdir() if path.is_file()):
             files.append(File.generated(config, f"{folder}/{path.name}", abs_src_path=str(path)))
@@ -21,7 +21,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Links of docs/*.md to ../deploy/, as a clone has it, lead to the site's own deploy/; so for each folder."""
+    """Rewrites links to ../deploy/ and the like, which are right in a clone, to deploy/ on the site."""
     for folder in FOLDERS:
         markdown = markdown.replace(f"](../{folder}/", f"]({folder}/")
     return markdown

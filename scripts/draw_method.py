@@ -1,4 +1,4 @@
-"""Draws docs/images: the mask, the shared-prefix pass, a task's way, and the README's picture of kept results."""
+"""Draws docs/images: the attention mask, the shared-prefix forward pass, the steps of learning, recorded results."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from xml.sax.saxutils import escape
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 IMAGES = DOCS / "images"
 
-# Each drawing has a card of its own under it, so that it reads on any page; its colours follow the reader's system.
+# A card behind each drawing makes it readable on any page; its colours follow the system's light or dark mode.
 STYLE = """
 text { font: 15px system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif; fill: #1f2530; }
 .small { font-size: 13px; fill: #596274; }
@@ -48,49 +48,49 @@ def main() -> None:
 
 
 def drawings() -> dict[str, str]:
-    """Each file's name and text."""
-    return {"mask.svg": mask(), "pass.svg": shared_pass(), "way.svg": way(), "stages.svg": stages()}
+    """The text of each SVG file, by name."""
+    return {"mask.svg": mask(), "pass.svg": shared_pass(), "way.svg": steps(), "stages.svg": stages()}
 
 
 def mask() -> str:
-    """Who attends to whom: the rows ask, the columns are seen."""
-    columns = ("frozen tokens", "token 1", "memory 1", "token 2", "memory 2")
+    """The attention mask: rows are queries, columns are keys."""
+    columns = ("frozen tokens", "class 1", "memory 1", "class 2", "memory 2")
     rows = (
         ("frozen tokens", "frozen", "10000"),
-        ("token of task 1", "one", "11100"),
-        ("token of task 2, on its own", "two", "10011"),
-        ("token of task 2, extending 1", "three", "11111"),
+        ("class token 1", "one", "11100"),
+        ("class token 2", "two", "10011"),
+        ("class token 2, extending 1", "three", "11111"),
     )
     left, top, width, height = 280, 78, 112, 46
-    parts = [text(left - 16, 58, "asks  \\  is seen", "small end")]
+    parts = [text(left - 16, 58, "query  \\  key", "small end")]
     parts += [text(left + (i + 0.5) * width, 58, name, "bold middle") for i, name in enumerate(columns)]
-    for row, (name, colour, seen) in enumerate(rows):
+    for row, (name, colour, mask_row) in enumerate(rows):
         y = top + row * height
         parts.append(text(left - 16, y + height / 2 + 2, name, "bold end"))
-        for column, sees in enumerate(seen):
+        for column, attends in enumerate(mask_row):
             x = left + column * width
-            parts.append(rectangle(x + 3, y, width - 6, height - 6, colour if sees == "1" else "none"))
-            parts.append(text(x + width / 2, y + height / 2 + 2, "sees" if sees == "1" else "–", "middle small"))
+            parts.append(rectangle(x + 3, y, width - 6, height - 6, colour if attends == "1" else "none"))
+            parts.append(text(x + width / 2, y + height / 2 + 2, "attends" if attends == "1" else "–", "middle small"))
     parts.append(
         text(
             32,
             290,
-            "Memory never asks. No row but a task's own, and those that extend it, sees what is a task's.",
+            "Memory tokens are keys only. A task's tokens are visible to its class token and to those extending it.",
             "small",
         )
     )
-    return svg(862, 316, "The attention mask: frozen tokens see frozen tokens only", parts)
+    return svg(862, 316, "The attention mask: frozen tokens attend to frozen tokens only", parts)
 
 
 def shared_pass() -> str:
-    """The frozen stream above, tasks' streams below: arrows go down only."""
+    """The frozen stream above, the task streams below; arrows only point down."""
     layers = ((190, "block 1"), (350, "block 2"), (560, "block L"))
     parts = [
         rectangle(24, 58, 104, 52, "box"),
         text(76, 80, "image", "bold middle"),
         text(76, 99, "patches", "small middle"),
         arrow(128, 84, 190, 84),
-        text(150, 36, "frozen stream: stock timm, computed once, sees no task", "small"),
+        text(150, 36, "frozen stream: stock timm, computed once, attends to no task", "small"),
         text(504, 89, "…", "middle"),
         arrow(310, 84, 350, 84),
         arrow(516, 84, 560, 84),
@@ -120,33 +120,35 @@ def shared_pass() -> str:
             arrow(782, y, 816, y),
             text(824, y + 5, labels),
         ]
-    parts.append(text(32, 376, "● a task's token    ▮ its memory in that layer, discarded after it.", "small"))
+    parts.append(
+        text(32, 376, "● class token of a task    ▮ its memory tokens in that layer, discarded after it.", "small")
+    )
     parts.append(
         text(
             32,
             398,
-            "All tasks' tokens pass a block's own weights together, in tiles of a fixed shape; nothing points upward.",
+            "All tasks' tokens go through a block's frozen weights together, in fixed-shape tiles; no arrow points up.",
             "small",
         )
     )
-    return svg(920, 422, "The shared-prefix pass: one frozen stream, one token a task beside it", parts)
+    return svg(920, 422, "The shared-prefix forward pass: one frozen stream, and one class token per task", parts)
 
 
-def way() -> str:
-    """From a folder of images to a served answer."""
-    steps = (
-        ("folder", "a folder for each class,", "every image by its sha256", "box"),
-        ("keep", "what the frozen stream", "offers, once an image", "frozen"),
-        ("probes", "linear, and of every", "layer, in closed form", "box"),
-        ("sweep", "tokens side by side, added", "to the probe if they pay", "one"),
-        ("refit", "what was chosen, on all", "images; then calibrated", "one"),
-        ("register", "artifact, golden probe,", "event: all or nothing", "two"),
-        ("prove", "self-test; the probe again,", "as it will be served", "two"),
-        ("serve", "every task from one pass;", "old bits as they were", "three"),
+def steps() -> str:
+    """The steps from a folder of images to served predictions."""
+    boxes = (
+        ("folder", "one folder per class;", "images known by sha256", "box"),
+        ("keep", "frozen activations, cached", "once per image", "frozen"),
+        ("probes", "linear probe, layer probe:", "convex or in closed form", "box"),
+        ("sweep", "candidates in parallel; a", "token if validation improves", "one"),
+        ("refit", "best candidate on all", "images; then calibration", "one"),
+        ("register", "artifact, golden probe and", "event in one transaction", "two"),
+        ("prove", "self-test; golden probe on", "the model as served", "two"),
+        ("serve", "all tasks in one forward", "pass; old bits unchanged", "three"),
     )
     parts = []
     width, height, gap = 204, 92, 32
-    for number, (name, first, second, colour) in enumerate(steps):
+    for number, (name, first, second, colour) in enumerate(boxes):
         row, column = divmod(number, 4)
         column = column if row == 0 else 3 - column
         x, y = 24 + column * (width + gap), 24 + row * (height + 50)
@@ -158,11 +160,11 @@ def way() -> str:
             parts.append(arrow(x + width, y + height / 2, x + width + gap, y + height / 2))
         elif number < 7:
             parts.append(arrow(x, y + height / 2, x - gap, y + height / 2))
-    return svg(960, 282, "A task's way from a folder of images to a served answer", parts)
+    return svg(960, 282, "The steps from a folder of images to served predictions", parts)
 
 
 def stages() -> str:
-    """Accuracy on each pair of digits after each was learned, by four methods, from the results that the docs keep."""
+    """Accuracy on each pair of digits after each task, for four methods, from docs/results."""
     results = json.loads((DOCS / "results" / "continual.json").read_text(encoding="utf-8"))["digits"]
     names = [experience["name"].removeprefix("digits-") for experience in results["experiences"]]
     cell, step, left, top = 39, 222, 74, 92
@@ -170,16 +172,16 @@ def stages() -> str:
     for panel, (method, title) in enumerate(
         (("addenda", "Addenda"), ("replay", "experience replay"), ("ewc", "EWC"), ("naive", "fine-tuning"))
     ):
-        seeds = [one for one in results["cells"] if one["method"] == method]
-        moved = max(one["max_difference"] for one in seeds)
-        kept = all(one["identical"] for one in seeds)
+        cells = [entry for entry in results["cells"] if entry["method"] == method]  # one for each seed
+        difference = max(entry["max_difference"] for entry in cells)
+        identical = all(entry["identical"] for entry in cells)
         x = left + panel * step
         parts += [text(x, 32, title, "bold")]
-        parts += [text(x, 53, "old logits: " + ("identical" if kept else f"move by {moved:.2g}"), "small")]
+        parts += [text(x, 53, "old logits: " + ("identical" if identical else f"change by {difference:.2g}"), "small")]
         parts += [text(x + (j + 0.5) * cell, 80, name, "small middle") for j, name in enumerate(names)]
         for i in range(len(names)):
             for j in range(i + 1):
-                accuracy = sum(one["told"][i][j] for one in seeds) / len(seeds)
+                accuracy = sum(entry["task_incremental"][i][j] for entry in cells) / len(cells)
                 at_x, at_y = x + j * cell, top + i * cell
                 strength = f' fill-opacity="{max(0.0, 2 * accuracy - 1):.2f}"'
                 parts.append(rectangle(at_x, at_y, cell - 3, cell - 3, "two", strength))
@@ -188,20 +190,20 @@ def stages() -> str:
 
 
 def svg(width: int, height: int, title: str, parts: Iterable[str]) -> str:
-    """A drawing of width x height units on a card of its own."""
+    """An SVG of width x height units on a card."""
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" width="{width}">'
     card = f'<rect x="1" y="1" width="{width - 2}" height="{height - 2}" rx="10" class="card"/>'
     return "\n".join([head, f"<title>{escape(title)}</title>", f"<style>{STYLE}</style>", card, *parts, "</svg>", ""])
 
 
-def rectangle(x: float, y: float, width: float, height: float, colour: str, more: str = "") -> str:
+def rectangle(x: float, y: float, width: float, height: float, colour: str, attributes: str = "") -> str:
     """A rectangle with its upper left corner at x, y."""
-    return f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="4" class="{colour}"{more}/>'
+    return f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="4" class="{colour}"{attributes}/>'
 
 
-def text(x: float, y: float, words: str, looks: str = "") -> str:
-    """Words on the baseline y, from x on unless they are `middle` or `end`."""
-    return f'<text x="{x:g}" y="{y:g}" class="{looks}">{escape(words)}</text>'
+def text(x: float, y: float, words: str, classes: str = "") -> str:
+    """Text on the baseline y, starting at x; the classes `middle` and `end` align it otherwise."""
+    return f'<text x="{x:g}" y="{y:g}" class="{classes}">{escape(words)}</text>'
 
 
 def arrow(x: float, y: float, to_x: float, to_y: float) -> str:

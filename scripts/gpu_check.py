@@ -1,4 +1,4 @@
-"""`make gpu-check`: the exactness tests, the cost benchmark and a timed learning run on a GPU, in one report file."""
+"""`make gpu-check`: exactness tests, the cost benchmark and a timed training run on a GPU, in one report."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 
 
 def learning(name: str, device: str, num_images: int = 1024) -> str:
-    """Learns one task on random images of two brightnesses; says what an epoch costs beside the frozen pass."""
+    """Times learning one task on random images of two brightnesses: the first epoch, and a further epoch."""
     backbone = untrained_backbone(name, device=device)
     _, height, width = backbone.preprocessing["input_size"]
     targets = torch.arange(num_images) % 2
@@ -40,12 +40,12 @@ def learning(name: str, device: str, num_images: int = 1024) -> str:
     epoch = min(after - before for before, after in pairwise(ends))
     return (
         f"{name}, {num_images} images in memory, one candidate: {ends[0] - start:.2f} s to the end of the first "
-        f"epoch (the frozen pass, the regression, one epoch); {epoch:.3f} s for a further epoch, validation included."
+        f"epoch (frozen forward pass, linear probe, one epoch); {epoch:.3f} s for each further epoch, with validation."
     )
 
 
 def run(*command: str, limit_s: float = 60) -> tuple[int, str]:
-    """A command's exit code, 1 if it was stopped at the limit, and all that it printed."""
+    """Runs a command; returns its exit code, 1 after a timeout, and its output."""
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=limit_s)
     except subprocess.TimeoutExpired as stopped:
@@ -54,9 +54,9 @@ def run(*command: str, limit_s: float = 60) -> tuple[int, str]:
 
 
 def main() -> int:
-    """Runs everything and writes docs/results/gpu-DATE.md; returns what the tests returned."""
+    """Runs everything and writes docs/results/gpu-DATE.md; returns the exit code of the tests."""
     if not torch.cuda.is_available():
-        print("No CUDA device is at hand: nothing to check.", file=sys.stderr)
+        print("No CUDA device is available.", file=sys.stderr)
         return 2
     _, driver = run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     failed, tests = run(
@@ -79,8 +79,8 @@ def main() -> int:
         cost = (sys.executable, "-m", "addenda.cli", "bench", "cost", "--quick", "--backbones", NAMES)
         _, output = run(*cost, "--batch", "64", "--device", "cuda", "--out", folder, limit_s=120)
         table = Path(folder) / "cost.md"
-        shown = table.read_text() if table.exists() else f"```\n{output[-3000:]}```"
-    sections.append(f"## Cost, batch 64\n\n{shown}")
+        section = table.read_text() if table.exists() else f"```\n{output[-3000:]}```"
+    sections.append(f"## Cost, batch 64\n\n{section}")
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"gpu-{datetime.now(UTC):%Y-%m-%d}.md"
     path.write_text("\n\n".join(sections) + "\n")

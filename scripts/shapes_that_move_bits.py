@@ -1,4 +1,4 @@
-"""Which shapes move bits on this machine: the measurements behind docs/exactness.md. Prints one line each."""
+"""Tests which shapes change bits on this machine; docs/exactness.md refers to it. Prints one line per comparison."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import Tensor
 DIM, HEADS, HEAD_DIM, TOKENS, IMAGES = 192, 3, 64, 197, 4
 
 
-def report(what: str, found: Tensor, expected: Tensor) -> None:
-    """Says whether two results are equal, and by how much they differ beside the largest."""
-    if torch.equal(found, expected):
+def report(what: str, result: Tensor, expected: Tensor) -> None:
+    """Prints whether two results are equal, or their largest difference relative to the largest value."""
+    if torch.equal(result, expected):
         print(f"  equal    {what}")
     else:
-        difference = ((found - expected).abs().max() / expected.abs().max()).item()
+        difference = ((result - expected).abs().max() / expected.abs().max()).item()
         print(f"  MOVES    {what}: {difference:.1e} of the largest")
 
 
 @torch.no_grad()
 def main() -> None:
-    """Runs all comparisons in float32 and bfloat16 with one and two threads."""
+    """Runs all comparisons in float32 and bfloat16, with one and two threads."""
     for dtype in (torch.float32, torch.bfloat16):
         for num_threads in (1, 2):
             torch.set_num_threads(num_threads)
@@ -32,7 +32,7 @@ def main() -> None:
 
 
 def compare(dtype: torch.dtype) -> None:
-    """The comparisons under one dtype."""
+    """Runs the comparisons in one dtype."""
     queries, keys, values = (torch.randn(IMAGES, HEADS, TOKENS, HEAD_DIM, dtype=dtype) for _ in range(3))
     frozen = F.scaled_dot_product_attention(queries, keys, values)
     for more in (6, 600):
@@ -48,15 +48,15 @@ def compare(dtype: torch.dtype) -> None:
     for count in (1, 2, 3, 4, 5, 6, 7, 8, 16, 64, 197):
         report(f"linear layer on {count} rows, not 1024", linear(rows[:count].clone()), all_rows[:count])
 
-    # Sums that cancel: all that is left of them is rounding, so another order of additions cannot be rounded away.
+    # In sums that cancel, only rounding errors are left, so another order of additions always shows.
     half, weights = torch.randn(2 * DIM) * 2.0 ** torch.randint(-6, 7, (2 * DIM,)), torch.randn(DIM, 2 * DIM)
     order = torch.randperm(4 * DIM)
     row = torch.cat([half, half])[order].to(dtype)
     matrix = torch.cat([weights, -weights], 1)[:, order].to(dtype)
     left = F.linear(row.expand(1024, -1).contiguous(), matrix)
     for count in (1, 4, 17, 64, 197):
-        found = F.linear(row.expand(count, -1).contiguous(), matrix)
-        report(f"sums that cancel, from {4 * DIM} dimensions, on {count} rows, not 1024", found, left[:count])
+        result = F.linear(row.expand(count, -1).contiguous(), matrix)
+        report(f"sums that cancel, from {4 * DIM} dimensions, on {count} rows, not 1024", result, left[:count])
 
     memory = torch.randn(20, 5, DIM, dtype=dtype)
     together = linear(memory.flatten(0, 1))

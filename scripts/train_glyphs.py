@@ -1,12 +1,12 @@
-"""Trains `glyphs`, the backbone that the package carries: a small ViT that knows letters and no digits.
+"""Trains `glyphs`, the bundled backbone: a small ViT trained on letters, without digits.
 
-Every glyph is drawn from freely licensed fonts (the Debian packages in glyphs_fonts.txt, all of Debian's "main")
-and changed at random: affine, stroke width, blur, resolution, colours, noise. Nothing else is seen. Run:
+The training data are glyphs of freely licensed fonts only (the Debian packages in glyphs_fonts.txt, all from Debian's
+"main"), with random augmentation: affine, stroke width, blur, resolution, colours, noise. Run:
 
     apt-get install --no-install-recommends $(cat scripts/glyphs_fonts.txt)
     python scripts/train_glyphs.py --out addenda/backbones/glyphs.safetensors --report scripts/glyphs_report.json
 
-The same seed, fonts, library versions and thread count give the same file. About 85 minutes on one busy core.
+The same seed, fonts, library versions and thread count give the same file. Takes about 85 minutes on one busy core.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from safetensors.torch import save_file
 
 from addenda.backbones.glyphs import architecture
 
-# One letter for each shape: a lower-case letter that is its capital made small has no class of its own, nor has a
-# Greek or Cyrillic letter that looks Latin.
+# One letter per shape: lower-case letters that look like small capitals are left out, and so are Greek and Cyrillic
+# letters that look Latin.
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabdefghijlmnqrtuyΓΔΘΛΞΠΣΦΨΩαβγδεζηθλμξπσφψωБДЖЗИЛУЦЧШЩЪЫЭЮЯбвдж"
 BANK_PX = 48
 IMAGE_PX = 32
@@ -37,8 +37,8 @@ def draw_bank(folder: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, d
     """Draws each letter of each font once.
 
     Returns:
-        The masks, uint8 [N, BANK_PX, BANK_PX]; their letters, int64 [N]; their fonts, int64 [N]; and the sha256 of
-        each font file used, by file name.
+        Masks, uint8 [N, BANK_PX, BANK_PX]; letter indices, int64 [N]; font indices, int64 [N]; and the sha256 of each
+        font file, by name.
     """
     masks, letters, fonts, digests = [], [], [], {}
     for path in sorted(p for p in folder.rglob("*") if p.suffix.lower() in {".ttf", ".otf"}):
@@ -73,9 +73,9 @@ def draw_bank(folder: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, d
 
 
 def augment(masks: torch.Tensor, generator: torch.Generator, strength: float = 1.0) -> torch.Tensor:
-    """Changes each glyph at random and paints it: uint8 [B, BANK_PX, BANK_PX] -> float [B, 3, IMAGE_PX, IMAGE_PX].
+    """Augments and colours glyphs: uint8 [B, BANK_PX, BANK_PX] -> float [B, 3, IMAGE_PX, IMAGE_PX].
 
-    A strength below 1 shrinks the geometric changes, the share of coarse rasters and the noise.
+    A strength below 1 reduces the geometric changes, the share of low resolutions and the noise.
     """
     count = len(masks)
 
@@ -83,11 +83,11 @@ def augment(masks: torch.Tensor, generator: torch.Generator, strength: float = 1
         return torch.rand(count, *shape, generator=generator) * (high - low) + low
 
     x = masks.float().div(255).unsqueeze(1)
-    # Stroke: a third thicker, a third thinner.
+    # Stroke width: a third thicker, a third thinner.
     stroke = uniform(0, 1, 1, 1, 1)
     thick, thin = F.max_pool2d(x, 3, 1, 1), -F.max_pool2d(-x, 3, 1, 1)
     x = torch.where(stroke < 1 / 3, thick, torch.where(stroke < 2 / 3, (thin + x) / 2, x))
-    # Affine and a smooth local warp.
+    # An affine transform and a smooth local warp.
     angle, shear = strength * uniform(-0.35, 0.35), strength * uniform(-0.3, 0.3)
     zoom_x, zoom_y = 1 + strength * uniform(-0.15, 0.6), 1 + strength * uniform(-0.15, 0.4)
     cos, sin = angle.cos(), angle.sin()
@@ -101,14 +101,14 @@ def augment(masks: torch.Tensor, generator: torch.Generator, strength: float = 1
     grid = F.affine_grid(affine, [count, 1, IMAGE_PX, IMAGE_PX], align_corners=False)
     warp = F.interpolate(uniform(-0.12, 0.12, 2, 5, 5), size=IMAGE_PX, mode="bicubic", align_corners=True)
     x = F.grid_sample(x, grid + strength * warp.permute(0, 2, 3, 1), align_corners=False)
-    # Resolution: three in five pass through a coarser raster.
+    # Resolution: three in five are downsampled and upsampled.
     coarse = torch.randint(0, 5, (count,), generator=generator)
     coarse[uniform(0, 1) > strength] = 4
     for choice, size in ((0, 8), (1, 12), (2, 18)):
         rows = coarse == choice
         small = F.interpolate(x[rows], size=size, mode="area" if size == 8 else "bilinear", antialias=size != 8)
         x[rows] = F.interpolate(small, size=IMAGE_PX, mode="bicubic").clamp(0, 1)
-    # Ink and paper: colours at least 0.35 apart in brightness, half of them grey; then noise.
+    # Ink and paper colours that differ by at least 0.35 in brightness, half of them grey; then noise.
     paper, ink = uniform(0, 1, 3, 1, 1), uniform(0, 1, 3, 1, 1)
     grey = uniform(0, 1, 1, 1, 1) < 0.5
     paper, ink = (torch.where(grey, c.mean(1, keepdim=True), c) for c in (paper, ink))
@@ -123,7 +123,7 @@ def augment(masks: torch.Tensor, generator: torch.Generator, strength: float = 1
 
 
 def main() -> None:
-    """Draws, trains, writes the weights (fp16) and a report of what was seen and how good it is."""
+    """Draws the glyphs, trains, and writes the fp16 weights and a report on data and accuracy."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fonts", type=Path, default=Path("/usr/share/fonts"))
     parser.add_argument("--out", type=Path, required=True)
@@ -149,7 +149,7 @@ def main() -> None:
     start = time.monotonic()
     for step in range(arguments.steps):
         rows = train[torch.randint(len(train), (arguments.batch,), generator=generator)]
-        # Easy letters first: from full strength on, a ViT this small sits on its starting plateau for long.
+        # A curriculum: at full strength from the start, a ViT this small stays on the initial plateau for long.
         images = augment(masks[rows], generator, strength=min(1.0, 0.1 + step / (0.4 * arguments.steps)))
         loss = F.cross_entropy(model(images), letters[rows], label_smoothing=0.1)
         optimizer.zero_grad()
@@ -160,7 +160,7 @@ def main() -> None:
         if step % 100 == 0:
             print(f"step {step} loss {loss.item():.3f} {time.monotonic() - start:.0f} s", flush=True)
 
-    model.half().float().eval()  # what is measured is what is stored
+    model.half().float().eval()  # evaluate the stored precision
     with torch.no_grad():
         hits = torch.cat(
             [(model(augment(masks[rows], generator)).argmax(1) == letters[rows]) for rows in test.split(256)]

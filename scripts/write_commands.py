@@ -1,4 +1,4 @@
-"""Writes docs/commands.md: every command with its arguments and options, from what it says of itself."""
+"""Writes docs/commands.md: every command with its arguments and options, from the help texts."""
 
 from __future__ import annotations
 
@@ -13,59 +13,59 @@ from addenda import cli
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "commands.md"
 HEAD = """# Commands
 
-What each command says of itself with `--help`, on one page, made by `scripts/write_commands.py`. Exit codes: 0; 1 where
-a command ran and found a failure; 2 for bad usage or input, told in one line; 130 after Ctrl-C. `addenda --version`
-prints the version, and `addenda --install-completion` has your shell complete all of this.
+The `--help` of every command on one page, written by `scripts/write_commands.py`. Exit codes: 0 for success, 1 if a
+command ran and found a failure, 2 for invalid usage or input, which prints one line, and 130 after Ctrl-C.
+`addenda --version` prints the version, and `addenda --install-completion` installs shell completion.
 """
 
 
 def main() -> None:
-    """Writes the page."""
+    """Writes docs/commands.md."""
     PAGE.write_text(page(), encoding="utf-8")
 
 
 def page() -> str:
-    """The page's text."""
+    """The text of the page."""
     root: Any = typer.main.get_command(cli.app)
     return "\n".join([HEAD, *sections(root, "addenda")])
 
 
-def sections(group: Any, words: str) -> Iterator[str]:
-    """A section for each command of a group, in the order of its help; a group within has a heading of its own."""
+def sections(group: Any, prefix: str) -> Iterator[str]:
+    """A section for each command of a group, in the order of its help; subgroups have their own heading."""
     for name, command in group.commands.items():
-        full = f"{words} {name}"
-        below = hasattr(command, "commands")
-        yield f"{'##' if below or words == 'addenda' else '###'} {full}\n\n{command.help}\n"
-        yield from sections(command, full) if below else usage(command, full)
+        words = f"{prefix} {name}"
+        is_group = hasattr(command, "commands")
+        yield f"{'##' if is_group or prefix == 'addenda' else '###'} {words}\n\n{command.help}\n"
+        yield from sections(command, words) if is_group else usage(command, words)
 
 
 def usage(command: Any, words: str) -> Iterator[str]:
-    """How a command is called, and a table of what it takes."""
-    arguments = [one for one in command.params if one.param_type_name == "argument"]
-    options = [one for one in command.params if one.param_type_name == "option"]
-    call = [placeholder(one) for one in arguments]
-    call += [f"{one.opts[0]} VALUE" for one in options if one.required] + ["[OPTIONS]"] * bool(options)
+    """The usage line of a command, and a table of its arguments and options."""
+    arguments = [param for param in command.params if param.param_type_name == "argument"]
+    options = [param for param in command.params if param.param_type_name == "option"]
+    call = [placeholder(argument) for argument in arguments]
+    call += [f"{option.opts[0]} VALUE" for option in options if option.required] + ["[OPTIONS]"] * bool(options)
     yield f"```text\n{' '.join([words, *call])}\n```\n"
-    rows = [(placeholder(one), described(one)) for one in arguments]
-    for one in options:
-        names = ", ".join([*one.opts, *one.secondary_opts])
-        rows.append((names if one.is_flag else f"{names} VALUE", described(one)))
+    rows = [(placeholder(argument), described(argument)) for argument in arguments]
+    for option in options:
+        names = ", ".join([*option.opts, *option.secondary_opts])
+        rows.append((names if option.is_flag else f"{names} VALUE", described(option)))
     if rows:
         yield "\n".join(["| | |", "|---|---|", *(f"| `{name}` | {text} |" for name, text in rows)]) + "\n"
 
 
 def placeholder(argument: Any) -> str:
-    """An argument as a call shows it: in brackets where it may be left out, with dots where it may be repeated."""
+    """An argument in the usage line: brackets if it is optional, dots if it may be repeated."""
     name = argument.name.upper() + ("..." if argument.nargs == -1 else "")
     return name if argument.required else f"[{name}]"
 
 
 def described(parameter: Any) -> str:
-    """A parameter's help, its default, and the environment variable that stands for it."""
+    """The help of a parameter, with its default and its environment variable."""
     notes = [parameter.help]
     if parameter.required and parameter.param_type_name == "option":
         notes.append("Required.")
-    if parameter.default is not None and not getattr(parameter, "is_flag", False):
+    if parameter.default not in (None, "") and not getattr(parameter, "is_flag", False):
         notes.append(f"Default: `{parameter.default}`.")
     if parameter.envvar:
         notes.append(f"Environment: `{parameter.envvar}`.")

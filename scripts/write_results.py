@@ -1,9 +1,9 @@
 """Writes the figures of docs/results/*.json into the pages that quote them, between two HTML comments.
 
-    python scripts/write_results.py                                     # the pages, from what is on record
-    python scripts/write_results.py continual digits out/results.json   # puts a run on record first, under a name
+    python scripts/write_results.py                                     # updates the pages from the recorded results
+    python scripts/write_results.py continual digits out/results.json   # records a run under a name first
 
-A run is what a benchmark wrote with `--out`, but for `paper`, whose rows are those of its cells.jsonl.
+A run is the JSON file that a benchmark wrote to `--out`; for `paper` it is cells.jsonl.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import Any
 
 from markupsafe import Markup
 
+from addenda.benchmarks.continual.columns import FORGETTING_CLASS_INCREMENTAL, PRICE, QUALITY, exactness
 from addenda.benchmarks.continual.results import Results
-from addenda.benchmarks.continual.tables import FORGETTING_UNTOLD, PRICE, QUALITY, exactness
-from addenda.benchmarks.cost.run import COLUMNS, Row
-from addenda.benchmarks.paper.report import COLLAPSE, PAIRS, accuracy_table, best_of_rates, shipped_table
+from addenda.benchmarks.cost import COLUMNS, CostRow
+from addenda.benchmarks.paper.paper_report import COLLAPSE, PAIRS, accuracy_table, best_of_rates, shipped_table
 from addenda.benchmarks.report.tables import Figure, Table, markdown, table_of
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -31,39 +31,39 @@ DIGITS = 9
 
 
 def main() -> None:
-    """Puts a run on record where one is given, then writes every page."""
+    """Records a run if one is given, then writes every page."""
     if len(sys.argv) > 1:
         kind, name, file = sys.argv[1:]
-        known, text = record(kind), Path(file).read_text(encoding="utf-8")
+        recorded, text = record(kind), Path(file).read_text(encoding="utf-8")
         if kind == "paper":
             cells = map(json.loads, text.splitlines())
             run = {"rows": [{key: value for key, value in cell.items() if key != "settings"} for cell in cells]}
         else:
             run = json.loads(text)
-        (RECORDS / f"{kind}.json").write_text(compact({**known, name: run}), encoding="utf-8")
+        (RECORDS / f"{kind}.json").write_text(compact({**recorded, name: run}), encoding="utf-8")
     for path, text in pages().items():
         path.write_text(text, encoding="utf-8")
 
 
 def record(kind: str) -> dict[str, Any]:
-    """All runs of a benchmark on record, by name."""
-    found: dict[str, Any] = json.loads((RECORDS / f"{kind}.json").read_text(encoding="utf-8"))
-    return found
+    """All recorded runs of a benchmark, by name."""
+    runs: dict[str, Any] = json.loads((RECORDS / f"{kind}.json").read_text(encoding="utf-8"))
+    return runs
 
 
 def pages() -> dict[Path, str]:
     """The text of each page that quotes results."""
-    made = {}
+    updated = {}
     for path in [*DOCS.glob("*.md"), *RECORDS.glob("*.md")]:
         text = path.read_text(encoding="utf-8")
-        written = REGION.sub(lambda found: f"{found[1]}\n{REGIONS[found[2]]()}\n{found[4]}", text)
+        new_text = REGION.sub(lambda match: f"{match[1]}\n{REGIONS[match[2]]()}\n{match[4]}", text)
         if REGION.search(text):
-            made[path] = written
-    return made
+            updated[path] = new_text
+    return updated
 
 
 def compact(value: Any, depth: int = 0) -> str:
-    """JSON with a line for each row of a list of rows, and nine digits of each number."""
+    """JSON with one line per row of a list of rows, and numbers with nine digits."""
     if isinstance(value, dict) and depth < 2:
         parts = [f"{json.dumps(key)}: {compact(below, depth + 1).strip()}" for key, below in value.items()]
         return "{\n" + ",\n".join(parts) + "\n}" + "\n" * (depth == 0)
@@ -81,68 +81,69 @@ def _rounded(value: Any) -> Any:
 
 
 def stream(name: str) -> Results:
-    """A run of `addenda bench continual`."""
+    """The recorded run of `addenda bench continual` on a stream."""
     return Results.from_json(json.dumps(record("continual")[name]), f"continual.json, {name},")
 
 
 def stream_table(name: str) -> str:
-    """Every method of a stream."""
+    """All methods on a stream."""
     results = stream(name)
-    told, untold = QUALITY[:2]
+    settings = ("with task labels", "without") if name in DOMAINS else ("task-incremental", "class-incremental")
+    task_incremental, class_incremental = QUALITY[:2]
     rows = []
     for note in results.methods:
         cells = results.of(note.name)
-        before = (column.text(cells) for column in (told, untold, FORGETTING_UNTOLD))
-        rows.append([note.label, *before, exactness(cells), *(column.text(cells) for column in PRICE)])
-    heads = ("method", "told", "untold", "forgetting untold", "old logits", "stored per task", "training s", "passes")
-    return markdown(Table(heads, rows))
+        quality = (column.text(cells) for column in (task_incremental, class_incremental, FORGETTING_CLASS_INCREMENTAL))
+        rows.append([note.label, *quality, exactness(cells), *(column.text(cells) for column in PRICE)])
+    columns = ("method", *settings, "forgetting", "old logits", "stored per task", "training, s", "forward passes")
+    return markdown(Table(columns, rows))
 
 
 def streams_table() -> str:
-    """The methods that every stream was run with and that leave the backbone alone, untold."""
+    """Accuracy without task labels of the methods on a frozen backbone that were run on every stream."""
     names = ("addenda", "ranpac", "nearest-mean", "slda")
     rows = [[name, *(QUALITY[1].text(stream(name).of(method)) for method in names)] for name in STREAMS]
     labels = {note.name: note.label for note in stream(STREAMS[0]).methods}
-    return markdown(Table(["untold, %", *(labels[name] for name in names)], rows))
+    return markdown(Table(["without task labels, %", *(labels[name] for name in names)], rows))
 
 
 def routers_table() -> str:
-    """Untold accuracy by each way to choose the task."""
-    ways = ("max softmax", "energy", "nearest mean", "mahalanobis", "ridge", "the router")
+    """Accuracy without task labels of each router, and the AUROC for unknown tasks."""
+    routers = ("max softmax", "energy", "nearest mean", "mahalanobis", "ridge", "the router")
     rows = []
     for name in STREAMS:
-        extra = [cell.extra for cell in stream(name).of("addenda")]
-        means = (statistics.mean(one["routers"][way] for one in extra) for way in ways)
-        auroc = statistics.mean(one["auroc"] for one in extra)
+        extras = [cell.extra for cell in stream(name).of("addenda")]
+        means = (statistics.mean(extra["routers"][router] for extra in extras) for router in routers)
+        auroc = statistics.mean(extra["auroc"] for extra in extras)
         rows.append([name, *(f"{100 * mean:.1f}" for mean in means), f"{auroc:.3f}"])
-    return markdown(Table(["stream", *ways[:3], "Mahalanobis", "ridge", "pooled (ships)", "AUROC"], rows))
+    return markdown(Table(["stream", *routers[:3], "Mahalanobis", "ridge", "pooled (default)", "AUROC"], rows))
 
 
 def measured(kind: str, name: str) -> list[Figure]:
-    """The figures of a run, as it was put on record."""
+    """The figures of a recorded run."""
     rows = record(kind)[name]["figures"]
     return [Figure(**{key: value for key, value in row.items() if key != "met"}) for row in rows]
 
 
 def figures_table(kind: str, *names: str) -> str:
-    """Whole runs, a table for each group."""
+    """Complete runs, with a table for each group of figures."""
     parts = []
     for name in names:
         parts.append(f"`{record(kind)[name]['command']}`\n")
-        found = measured(kind, name)
-        for group in dict.fromkeys(figure.group for figure in found):
-            table = table_of([figure for figure in found if figure.group == group])
+        figures = measured(kind, name)
+        for group in dict.fromkeys(figure.group for figure in figures):
+            table = table_of([figure for figure in figures if figure.group == group])
             parts.append(f"**{group}**\n\n{markdown(table)}")
     return "\n".join(parts)
 
 
-def cost_rows() -> list[Row]:
-    """Of the run on two CPU cores."""
-    return [Row(**row) for row in record("cost")["cpu"]["rows"]]
+def cost_rows() -> list[CostRow]:
+    """The rows of the run on two CPU cores."""
+    return [CostRow(**row) for row in record("cost")["cpu"]["rows"]]
 
 
 def whole_cost_table() -> str:
-    """Every way on every backbone."""
+    """Every method on every backbone."""
     rows = cost_rows()
     names = dict.fromkeys(row.backbone for row in rows)
     return "\n".join(
@@ -152,15 +153,15 @@ def whole_cost_table() -> str:
 
 
 def cost_table() -> str:
-    """Ratios beside their targets."""
-    found = {(row.backbone, row.what, row.num_tasks): row.ratio for row in cost_rows()}
+    """Cost ratios and their targets."""
+    ratio = {(row.backbone, row.what, row.num_tasks): row.ratio for row in cost_rows()}
     names = list(dict.fromkeys(row.backbone for row in cost_rows()))
 
     def over(what: str) -> list[str]:
-        return [f"{found[name, what, 256] / found[name, 'combined, exact', 256]:.1f}" for name in names]
+        return [f"{ratio[name, what, 256] / ratio[name, 'combined, exact', 256]:.1f}" for name in names]
 
     def ratios(what: str, count: int) -> list[str]:
-        return [f"{found[name, what, count]:.2f}" for name in names]
+        return [f"{ratio[name, what, count]:.2f}" for name in names]
 
     rows = [
         ["10 tasks", "1.10 (Ti 1.27)", *ratios("combined, exact", 10)],
@@ -175,16 +176,18 @@ def cost_table() -> str:
 
 
 def serving_table() -> str:
-    """Throughput beside the bare model."""
+    """Throughput relative to the bare model."""
     rows = []
     for group in dict.fromkeys(figure.group for figure in measured("serving", "one-process")):
-        of = {figure.what: figure for figure in measured("serving", "one-process") if figure.group == group}
-        if "stock timm alone" in of:
-            share = of["served / the combined model"]
+        by_name = {figure.what: figure for figure in measured("serving", "one-process") if figure.group == group}
+        if "stock timm alone" in by_name:
+            share = by_name["served / the combined model"]
             rates = ("stock timm alone", "the combined model alone", "served, 24 clients")
             quartiles = f"{share.measured:.2f} ({share.low:.2f}–{share.high:.2f})"
             met = "met" if share.met else f"≥ {share.target}: missed"
-            rows.append([group.removesuffix(" tasks"), *(f"{of[rate].measured:.1f}" for rate in rates), quartiles, met])
+            rows.append(
+                [group.removesuffix(" tasks"), *(f"{by_name[rate].measured:.1f}" for rate in rates), quartiles, met]
+            )
     columns = (
         "tasks", "stock timm alone, images/s", "combined model alone", "served, 24 clients",
         "of the combined model alone (quartiles)", "target",
@@ -193,42 +196,44 @@ def serving_table() -> str:
 
 
 def registry_table() -> str:
-    """What stands on the page of the registry's figures: one page of the list, and the slowest."""
-    found = measured("registry", "two-databases")
-    groups = list(dict.fromkeys(figure.group for figure in found))
+    """Registry timings: registration, reading, listing and change notification."""
+    figures = measured("registry", "two-databases")
+    groups = list(dict.fromkeys(figure.group for figure in figures))
 
     def of(what: str, group: str) -> Figure:
-        return next(figure for figure in found if (figure.what, figure.group) == (what, group))
+        return next(figure for figure in figures if (figure.what, figure.group) == (what, group))
 
     def cells(what: str, unit: str = "") -> list[str]:
-        figures = [of(what, group) for group in groups]
+        row = [of(what, group) for group in groups]
         return [f"{figure.measured:.{0 if figure.measured >= 20 else 1 if figure.measured >= 2 else 2}f}{unit}"
-                for figure in figures]  # fmt: skip
+                for figure in row]  # fmt: skip
 
-    slowest = [max(f.measured for f in found if f.group == group and f.what.startswith("page")) for group in groups]
+    slowest = [max(f.measured for f in figures if f.group == group and f.what.startswith("page")) for group in groups]
     rows = [
-        ["registered, without statistics", "≥ 100 per s", *cells("registered without statistics")],
-        ["registered, with statistics", "≥ 100 per s", *cells("registered with statistics")],
-        ["1,000 tasks read and hashed", "≤ 2 s", *cells("1,000 tasks read and hashed")],
-        ["a page of 100 in a list of 100,000", "≤ 50 ms", *cells("page: first")],
-        ["the slowest of its filters", "≤ 50 ms", *(f"{value:.0f}" for value in slowest)],
-        [Markup("a change noticed by `wait`"), "", *cells("a change noticed by wait()", " ms")],
+        ["registering, without routing statistics", "≥ 100 per s", *cells("registered without statistics")],
+        ["registering, with routing statistics", "≥ 100 per s", *cells("registered with statistics")],
+        ["reading and hashing 1,000 tasks", "≤ 2 s", *cells("1,000 tasks read and hashed")],
+        ["listing a page of 100 from 100,000 tasks", "≤ 50 ms", *cells("page: first")],
+        ["the same with the slowest filter", "≤ 50 ms", *(f"{value:.0f}" for value in slowest)],
+        [Markup("change noticed by `wait`"), "", *cells("a change noticed by wait()", " ms")],
     ]
     return markdown(Table(["", "target", *(group.split()[0] for group in groups)], rows))
 
 
 def learn_table() -> str:
-    """What `addenda learn` gives beside the probes and the rivals, where there are any."""
+    """`addenda learn` as shipped, next to the probes and, where there are any, baselines."""
     return markdown(shipped_table(best_of_rates(record("paper")["learn"]["rows"])))
 
 
 def paper_table() -> str:
-    """The regimes of the paper on sets of our own."""
+    """The paper's methods on our own datasets."""
     rows = record("paper")["table"]["rows"]
-    return markdown(accuracy_table([row for row in rows if row["regime"] not in (PAIRS, COLLAPSE)]))
+    return markdown(accuracy_table([row for row in rows if row["method"] not in (PAIRS, COLLAPSE)]))
 
 
 STREAMS: Sequence[str] = ("digits", "mixed", "split-cifar10", "pacs")
+DOMAINS = ("pacs",)
+"""Domain-incremental streams."""
 
 REGIONS: Mapping[str, Callable[[], str]] = {
     "learn": learn_table,

@@ -1,4 +1,4 @@
-"""Shared fixtures: tiny seeded backbones and tasks, on the CPU, without the network."""
+"""Shared fixtures: tiny seeded backbones and tasks, on the CPU and without network access."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-# The models are tiny: on a busy machine threads only wait for each other, scikit-learn's like torch's, and turn while
-# they wait unless told not to.
+# The models are tiny: on a busy machine several threads of torch or scikit-learn mostly wait for each other, and by
+# default they wait actively.
 os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-os.environ.pop("COLUMNS", None)  # a test sets its own; one of pytest-xdist's would be fixed when the console is made
+os.environ.pop("COLUMNS", None)  # set per test; pytest-xdist's value would be fixed when the console is created
 
 import pytest
 import torch
@@ -37,12 +37,12 @@ CHROMIUM = Path("/usr/bin/chromium")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "realdata" in item.keywords and not SHARED.is_dir():
-            item.add_marker(pytest.mark.skip(reason="the real weights and images are not beside this checkout"))
+            item.add_marker(pytest.mark.skip(reason="the real weights and images are not next to this checkout"))
 
 
 @pytest.fixture(autouse=True, scope="session")
 def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Nothing is kept in the user's own cache."""
+    """A temporary activation cache, so that no test writes to the user's own."""
     folder = tmp_path_factory.mktemp("activations")
     os.environ["ADDENDA_CACHE"] = str(folder)
     yield folder
@@ -51,7 +51,7 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[str]:
-    """The URL of a PostgreSQL server, started at its first use."""
+    """The URL of a PostgreSQL server, started on first use."""
     with postgres_server() as url:
         yield url
 
@@ -60,39 +60,39 @@ def _database(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     if request.param == "sqlite":
         yield Sqlite(tmp_path_factory.mktemp("registries"))
         return
-    made = Postgres(request.getfixturevalue("postgres"))
-    yield made
-    made.close()
+    databases = Postgres(request.getfixturevalue("postgres"))
+    yield databases
+    databases.close()
 
 
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])
 def database(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Database]:
-    """Each of the two databases, where a module's registries are made."""
+    """SQLite, then PostgreSQL, for a module's registries."""
     yield from _database(request, tmp_path_factory)
 
 
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])
 def elsewhere(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Database]:
-    """Each of them again, for tasks that travel from one to the other."""
+    """SQLite, then PostgreSQL, for the registry from which tasks are transferred."""
     yield from _database(request, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def their_full_registry(elsewhere: Database) -> str:
-    """Where a registry with a row in every table is, which nobody has open."""
+    """The location of a closed registry with a row in every table."""
     return travel.fill(elsewhere.new())
 
 
 @pytest.fixture
 def there(their_full_registry: str, elsewhere: Database) -> Iterator[Registry]:
-    """A registry of its own with a row in every table, whose tasks travel to `here`."""
+    """A new copy of a registry with a row in every table, whose tasks are transferred to `here`."""
     with Registry.open(elsewhere.copy(their_full_registry), user="ada") as opened:
         yield opened
 
 
 @pytest.fixture(scope="module")
 def sent(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle of all the tasks of a full registry on SQLite."""
+    """A bundle with all tasks of a SQLite registry that has a row in every table."""
     folder = tmp_path_factory.mktemp("sent")
     with Registry.open(travel.fill(str(folder / "tasks.db"))) as registry:
         registry.export(sorted(travel.FULL), folder / "all.addenda")
@@ -107,54 +107,54 @@ def an_empty_registry(database: Database) -> str:
 
 @pytest.fixture
 def here(an_empty_registry: str, database: Database) -> Iterator[Registry]:
-    """An empty registry of somebody else."""
+    """An empty registry of another user."""
     with Registry.open(database.copy(an_empty_registry), user="bob") as opened:
         yield opened
 
 
 @pytest.fixture(scope="module")
 def shelf(database: Database) -> dict[str, str]:
-    """A registry that only knows the backbone, and one with a row in every table; for copies to be made of."""
-    made = {"book": database.new()}
-    with Registry.open(made["book"]) as registry:
+    """Templates to copy: a registry that has only the backbone, and one with a row in every table."""
+    templates = {"book": database.new()}
+    with Registry.open(templates["book"]) as registry:
         registry.add_backbone(BACKBONE)
-    made["full"] = database.copy(made["book"])
-    with Registry.open(made["full"]) as registry:
+    templates["full"] = database.copy(templates["book"])
+    with Registry.open(templates["full"]) as registry:
         fill(registry)
-    assert all(rows(made["full"]).values()), "a table without a row would prove nothing"
-    return made
+    assert all(rows(templates["full"]).values()), "a table without a row would prove nothing"
+    return templates
 
 
 @pytest.fixture
 def book(shelf: dict[str, str], database: Database) -> Iterator[Registry]:
-    """A registry of its own that knows the backbone and no task."""
+    """A new registry that has the backbone and no task."""
     with Registry.open(database.copy(shelf["book"])) as opened:
         yield opened
 
 
 @pytest.fixture(scope="module")
 def shared_book(shelf: dict[str, str], database: Database) -> Iterator[Registry]:
-    """A registry that knows the backbone, for tests of what is refused: one for them all."""
+    """A registry that has the backbone, shared by the tests of rejected changes."""
     with Registry.open(database.copy(shelf["book"])) as opened:
         yield opened
 
 
 @pytest.fixture
 def full_book(shelf: dict[str, str], database: Database) -> Iterator[Registry]:
-    """A registry of its own with a row in every table."""
+    """A new registry with a row in every table."""
     with Registry.open(database.copy(shelf["full"])) as opened:
         yield opened
 
 
 @pytest.fixture(scope="session")
 def another_interpreter() -> None:
-    """For tests that start processes of their own functions."""
+    """Starts the interpreter that runs functions of a test module in other processes."""
     start_another_interpreter()
 
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
-    """Runs `addenda` on a registry of the test's own."""
+    """Runs `addenda` on a temporary registry."""
     monkeypatch.setenv("COLUMNS", "240")
     monkeypatch.setenv("ADDENDA_REGISTRY", str(tmp_path / "tasks.db"))
     return addenda
@@ -162,44 +162,44 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
 
 @pytest.fixture(scope="session")
 def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
-    """Where the digits 0 and 1 are as a folder with train/ and test/, and the registry of a task learned from them."""
-    place = tmp_path_factory.mktemp("first")
-    for part, test in (("train", False), ("test", True)):
+    """A folder with the digits 0 and 1 in train/ and test/ and the registry of a task learned from them; its output."""
+    folder = tmp_path_factory.mktemp("first")
+    for split, test in (("train", False), ("test", True)):
         data = digits((0, 1), test)
         for number in range(24):
-            folder = place / "digits" / part / data.classes[data.targets[number]]
-            folder.mkdir(parents=True, exist_ok=True)
-            data.images[number].save(folder / f"{number}.png")
+            class_folder = folder / "digits" / split / data.classes[data.targets[number]]
+            class_folder.mkdir(parents=True, exist_ok=True)
+            data.images[number].save(class_folder / f"{number}.png")
     quick = ("--backbone", "glyphs", "--epochs", "2", "--lr", "0.3")
-    result = addenda("learn", "ones", place / "digits", *quick, "--registry", place / "tasks.db")
+    result = addenda("learn", "ones", folder / "digits", *quick, "--registry", folder / "tasks.db")
     assert result.code == 0, result.err
-    return place, result
+    return folder, result
 
 
 @pytest.fixture
 def digits_folder(first: tuple[Path, Result], tmp_path: Path) -> Path:
-    """The digits 0 and 1, to be changed."""
+    """A copy of the digits 0 and 1 that a test may change."""
     return shutil.copytree(first[0] / "digits", tmp_path / "digits")
 
 
 @pytest.fixture
 def learned(first: tuple[Path, Result], tmp_path: Path) -> Result:
-    """What was said when the task was learned, which is in the test's own registry."""
+    """The output of learning a task, which is copied into the test's registry."""
     shutil.copy(first[0] / "tasks.db", tmp_path)
     return first[1]
 
 
 @pytest.fixture
 def tagged(tmp_path: Path) -> Path:
-    """Digits as a listing with several labels: 0 has none, 1 is odd, 2 is even, 3 is odd and high."""
+    """A multi-label listing of digits: 0 has no label, 1 is odd, 2 is even, 3 is odd and high."""
     lines = ["path,labels,split"]
     (tmp_path / "tagged").mkdir()
-    for part, test in (("train", False), ("test", True)):
+    for split, test in (("train", False), ("test", True)):
         data = digits((0, 1, 2, 3), test)
-        for number in range(48 if part == "train" else 12):
+        for number in range(48 if split == "train" else 12):
             labels = ("", "odd", "even", "high|odd")[data.targets[number]]
-            data.images[number].save(tmp_path / "tagged" / f"{part}-{number}.png")
-            lines.append(f"tagged/{part}-{number}.png,{labels},{part}")
+            data.images[number].save(tmp_path / "tagged" / f"{split}-{number}.png")
+            lines.append(f"tagged/{split}-{number}.png,{labels},{split}")
     (tmp_path / "tags.csv").write_text("\n".join(lines))
     return tmp_path / "tags.csv"
 
@@ -208,14 +208,14 @@ def tagged(tmp_path: Path) -> Path:
 def browser() -> Iterator[Any]:
     required = os.environ.get("ADDENDA_TEST_BROWSER") == "required"
     if required and not CHROMIUM.exists():
-        pytest.fail(f"ADDENDA_TEST_BROWSER is 'required', and there is no {CHROMIUM}")
+        pytest.fail(f"ADDENDA_TEST_BROWSER is 'required', but {CHROMIUM} does not exist")
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     if not CHROMIUM.exists():
-        pytest.skip(f"there is no {CHROMIUM}")
+        pytest.skip(f"{CHROMIUM} does not exist")
     with playwright.sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
-        yield opened
-        opened.close()
+        chromium = started.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
 
 
 @pytest.fixture(scope="session")
@@ -236,7 +236,7 @@ def registry(tmp_path: Path) -> Iterator[Registry]:
 
 @pytest.fixture
 def registered(registry: Registry, tiny: FrozenBackbone) -> Callable[..., Task]:
-    """Registers a random task on `tiny` and gives it back with its version."""
+    """Registers a random task on `tiny` and returns it with its version."""
     from addenda.combined import golden
 
     registry.add_backbone(tiny.record())

@@ -1,4 +1,4 @@
-"""What the documents say is so: examples run, commands and files exist."""
+"""The documentation is correct: examples run, and the commands, options, files and names in it exist."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.rglob("*.md"
 COMMANDS: Any = typer.main.get_command(cli.app)
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 OTHERS = {"--node-ip-address", "--include-dashboard"}
-"""Options of other programs that the pages name without the program."""
+"""Options of other programs that pages mention without the program's name."""
 
 
 def script(name: str) -> ModuleType:
-    """A script of scripts/, as a module."""
+    """Imports a script of scripts/ as a module."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
@@ -47,7 +47,7 @@ def script(name: str) -> ModuleType:
 
 
 def command_lines(page: Path) -> list[list[str]]:
-    """The words after `addenda` of each whole command line in a page's blocks."""
+    """The arguments of each complete `addenda` command line in a page's code blocks."""
     lines = []
     for language, block in BLOCK.findall(page.read_text()):
         if language == "":
@@ -57,7 +57,7 @@ def command_lines(page: Path) -> list[list[str]]:
 
 
 def found(words: list[str]) -> tuple[Any, list[str]]:
-    """The command that words begin with, and the words after it."""
+    """Splits arguments into the command that they start with and its own arguments."""
     command = COMMANDS
     while words and not words[0].startswith("-") and getattr(command, "commands", {}):
         assert words[0] in command.commands, f"There is no command {' '.join(words)!r}"
@@ -66,12 +66,12 @@ def found(words: list[str]) -> tuple[Any, list[str]]:
 
 
 def options(command: Any) -> set[str]:
-    """The options of a command."""
+    """The options of one command."""
     return {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
 
 
 def all_options(command: Any) -> set[str]:
-    """The options of a command and of those below it."""
+    """The options of a command and of all its subcommands."""
     below = getattr(command, "commands", {}).values()
     return options(command).union({"--help"}, *(all_options(child) for child in below))
 
@@ -103,7 +103,7 @@ def test_the_engineers_file_of_many_tasks_is_one(tmp_path: Path, registry: Regis
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # Avalanche and what it imports warn while they load
+@pytest.mark.filterwarnings("ignore")  # Avalanche and its imports emit warnings
 def test_the_avalanche_page_runs_in_a_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     match = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "avalanche.md").read_text(), re.DOTALL)
     assert match is not None
@@ -119,7 +119,7 @@ def test_the_avalanche_page_runs_in_a_script(tmp_path: Path, monkeypatch: pytest
 
 
 def digit_benchmark(eval_transform: Callable[[Any], Any], train_transform: Callable[[Any], Any] | None = None) -> Any:
-    """What a script of someone's own has: Avalanche's nc_benchmark on PIL images."""
+    """A user's benchmark: Avalanche's nc_benchmark on PIL images."""
     from avalanche.benchmarks import nc_benchmark
 
     data = [digits(tuple(range(10)), test, limit=100) for test in (False, True)]
@@ -134,7 +134,7 @@ def digit_benchmark(eval_transform: Callable[[Any], Any], train_transform: Calla
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # Avalanche and what it imports warn while they load
+@pytest.mark.filterwarnings("ignore")  # Avalanche and its imports emit warnings
 def test_the_researchers_examples_print_what_they_say(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -176,7 +176,7 @@ def test_a_walk_through_a_page_works_as_written(
         here = [
             w.replace("/backups/", f"{tmp_path}/").replace("vit_base_patch16_224.augreg_in21k", "glyphs") for w in words
         ]
-        if here[0] != "serve":  # it ends when it is told to; tests/test_serving.py has it
+        if here[0] != "serve":  # runs until stopped; tested in tests/serving
             result = run(*here)
             assert result.code == 0, (words, result.err)
             walked += 1
@@ -188,7 +188,7 @@ def test_every_command_line_in_the_documents_is_one() -> None:
     assert len(lines) > 50
     for page, words in lines:
         command, rest = found(words)
-        command.make_context(page.name, rest)  # raises where the command would refuse the line
+        command.make_context(page.name, rest)  # raises an error if the command rejects the arguments
 
 
 def test_every_command_and_option_that_a_sentence_names_exists() -> None:
@@ -216,25 +216,24 @@ def test_the_page_of_all_commands_is_what_they_say_of_themselves() -> None:
 def test_required_options_are_marked() -> None:
     text = (DOCS / "commands.md").read_text()
     assert "\naddenda bench paper DATA --out VALUE --sets VALUE [OPTIONS]\n" in text
-    assert "| `--sets VALUE` | Names of the sets, with commas, in order. Required. |" in text
+    assert "| `--sets VALUE` | Names of the datasets, separated by commas, in order. Required. |" in text
 
 
-@pytest.mark.filterwarnings("ignore")  # Avalanche and what it imports warn while they load
-def test_the_names_of_methods_and_regimes_are_those_that_the_commands_take() -> None:
+@pytest.mark.filterwarnings("ignore")  # Avalanche and its imports emit warnings
+def test_the_names_of_methods_are_those_that_the_commands_take() -> None:
     from addenda.benchmarks.baselines.methods import BASELINES
     from addenda.benchmarks.continual.cell import OURS
-    from addenda.benchmarks.paper.run import KNOWN, REGIMES
-    from addenda.commands.bench import METHODS
-    from addenda.commands.bench import REGIMES as REGIMES_HELP
+    from addenda.benchmarks.paper import paper_grid
+    from addenda.commands.bench import METHODS, PAPER_METHODS
 
     methods = [*OURS, *(name.replace("lora-8", "lora-R") for name in BASELINES)]
     listed = re.findall(r"^\| `([\w+-]+)` \|", (DOCS / "avalanche.md").read_text(), re.MULTILINE)
-    assert listed == [*methods, *KNOWN]
+    assert listed == [*methods, *paper_grid.KNOWN]
     offered = METHODS.partition(": ")[2].partition(" of any rank")[0].split(", ")
     assert sorted(offered) == sorted(methods)
-    kinds, _, defaults = REGIMES_HELP.partition(": ")[2].partition("; M memory tokens, R the rank. Default: ")
-    assert sorted(kinds.split(", ")) == sorted(KNOWN)
-    assert defaults.rstrip(".").split(", ") == list(REGIMES)
+    kinds, _, defaults = PAPER_METHODS.partition(": ")[2].partition("; M memory tokens per layer, rank R. Default: ")
+    assert sorted(kinds.split(", ")) == sorted(paper_grid.KNOWN)
+    assert defaults.rstrip(".").split(", ") == list(paper_grid.METHODS)
 
 
 def test_every_make_target_that_the_documents_name_exists() -> None:
@@ -278,7 +277,7 @@ def test_the_drawings_are_what_their_script_draws() -> None:
 def test_every_figure_of_the_readme_and_the_limits_stands_on_another_page() -> None:
     for page in (ROOT / "README.md", DOCS / "limits.md"):
         figures = set(re.findall(r"(?<![\w.:])\d+\.\d+(?![\w.])", BLOCK.sub("", page.read_text())))
-        figures -= {"3.11", "2203.15243", "2.0"}  # a Python, a paper, a licence
+        figures -= {"3.11", "2203.15243", "2.0"}  # version of Python, number of a paper, version of a licence
         assert len(figures) >= 5
         others = " ".join(other.read_text() for other in PAGES if other.name not in ("README.md", "limits.md"))
         for figure in figures:
@@ -329,7 +328,7 @@ def test_no_digits_are_drawn_for_glyphs_and_a_drawing_is_an_image() -> None:
     assert torch.equal(first, drawing.augment(masks, torch.Generator().manual_seed(1)))
 
 
-@pytest.mark.filterwarnings("ignore")  # Avalanche and what it imports warn while they load
+@pytest.mark.filterwarnings("ignore")  # Avalanche and its imports emit warnings
 def test_the_figures_of_the_pages_are_those_on_record() -> None:
     written = script("write_results").pages()
     assert {"results.md", "performance.md"} <= {path.name for path in written}

@@ -1,4 +1,4 @@
-"""The site that `make docs` builds: every link leads somewhere, and nothing is fetched from elsewhere."""
+"""The site that `make docs` builds: no link is broken, and no page loads anything from another host."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.places import ROOT
 
 
 class References(HTMLParser):
-    """What a page loads, and what it links to."""
+    """The resources that a page loads and the links that it has."""
 
     def __init__(self, page: Path) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ def test_the_site_is_read_without_a_network(site: Path) -> None:
 def test_every_link_of_the_site_leads_to_a_file_in_it(site: Path) -> None:
     found = 0
     for page in site.rglob("*.html"):
-        if page.name == "404.html":  # it is for servers: its links begin at their root
+        if page.name == "404.html":  # only for servers: its links are relative to their root
             continue
         references = References(page)
         for link in (*references.linked, *references.loaded):
@@ -75,5 +75,5 @@ def test_every_link_of_the_site_leads_to_a_file_in_it(site: Path) -> None:
 @pytest.mark.slow
 def test_the_reference_shows_what_the_docstrings_say(site: Path) -> None:
     text = (site / "api.html").read_text(encoding="utf-8")
-    for said in ("Learns tasks on one backbone and registers them", "memory tokens of each layer", "UnknownTaskError"):
+    for said in ("Learns tasks on one backbone and registers them", "number of memory tokens per layer", "UnknownTaskError"):
         assert said in text, said

@@ -1,4 +1,4 @@
-"""Every example is run as it stands, in an empty folder, and what it says is looked into."""
+"""Every example runs unchanged in an empty folder and prints what it should."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Example = Callable[[str], tuple[dict[str, Any], list[str]]]
 
 @pytest.fixture
 def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Example:
-    """Runs an example and gives its names, and the lines that it printed."""
+    """Runs an example and returns its globals and the lines that it printed."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "240")
 
@@ -37,7 +37,7 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
 
 def curves(epochs: list[dict[str, list[float]]], name: str, candidate: int) -> list[float]:
-    """A candidate's curve as the registry keeps it: until it stopped."""
+    """A candidate's curve as stored in the registry, up to its last epoch."""
     return [found for epoch in epochs if (found := epoch[name][candidate]) is not None]
 
 
@@ -53,7 +53,7 @@ def test_each_example_is_short_listed_and_run_by_a_test() -> None:
 def test_twenty_folders_become_tasks_of_one_server(example: Example, glyphs: Any) -> None:
     _, said = example("twenty_folders.py")
     assert said[:20] == [f"{folder.name}: learned" for folder in sorted(Path("photos").iterdir())]
-    found = re.fullmatch(r"20 tasks answered each of 20 photos; .* (\d+) are right\.", said[-1])
+    found = re.fullmatch(r"20 tasks predicted for each of 20 photos; .* (\d+) are correct\.", said[-1])
     assert found is not None
     assert int(found[1]) >= 16
     with Registry.open("photos.db") as registry:
@@ -64,12 +64,12 @@ def test_twenty_folders_become_tasks_of_one_server(example: Example, glyphs: Any
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # Avalanche and what it imports warn while they load
+@pytest.mark.filterwarnings("ignore")  # Avalanche and its imports emit warnings
 def test_addenda_drops_into_an_avalanche_script(example: Example) -> None:
     names, said = example("drop_into_avalanche.py")
     assert [line.partition(":")[0] for line in said] == ["naive", "addenda"]
-    assert said[0].endswith("old logits moved")
-    assert said[1].endswith("old logits kept every bit")
+    assert said[0].endswith("old logits changed")
+    assert said[1].endswith("old logits are bitwise identical")
     naive, ours = (float(re.findall(r"([\d.]+) %", line)[0]) for line in said)
     assert naive < 50 < ours
     assert names["strategies"]["addenda"].learner.registry.location == str(Path("avalanche.db").resolve())
@@ -82,8 +82,8 @@ def test_two_teams_registries_become_one(example: Example) -> None:
     assert "'marks:1'" in said[0]
     assert said[1:3] == ["south's late:1 is late:1 here: added", "south's marks:1 is marks-south:1 here: added"]
     assert said[3:] == [
-        "late, learned by south: every bit as before",
-        "marks-south, learned by south: every bit as before",
+        "late, learned by south: logits bitwise identical",
+        "marks-south, learned by south: logits bitwise identical",
     ]
     with Registry.open("north.db") as north, Registry.open("south.db") as south:
         assert [record.ref for record in north.tasks()] == ["early:1", "marks:1", "late:1", "marks-south:1"]
@@ -99,7 +99,7 @@ def test_a_task_extends_another_that_does_not_move(example: Example) -> None:
         scored = [registry.record(name).metrics["test"] for name in ("parity", "parity-on-ten")]
     assert scored[0] != scored[1]
     assert [line.partition(":1 extends ")[0] for line in said[:2]] == ["parity", "parity-on-ten"]
-    assert said[2:] == ["ten:1 is seen by parity-on-ten:1", "ten:1 gives the same bits as before"]
+    assert said[2:] == ["ten:1 is extended by parity-on-ten:1", "ten:1's logits are bitwise identical"]
 
 
 @pytest.mark.slow
@@ -107,28 +107,28 @@ def test_tritons_client_calls_a_server_that_takes_in_a_task(example: Example) ->
     _, said = example("serve_and_call.py")
     label, outputs, bits = said
     assert re.fullmatch(r"labels:( [01]){8}", label)
-    assert outputs == "outputs of one pass: " + " ".join(
+    assert outputs == "outputs of one request: " + " ".join(
         f"{task}.{kind}" for task in ("high", "low") for kind in ("label", "logits", "probs")
     )
-    assert bits == "low's logits: the same bits as before"
+    assert bits == "low's logits: bitwise identical"
 
 
 @pytest.mark.slow
 def test_the_papers_table_is_made_in_small(example: Example) -> None:
     names, said = example("paper_table.py")
-    plain = {(cell["set"], cell["regime"]) for cell in names["cells"]}
-    of_one_set = names["regimes"][:-2]
-    assert plain == {(place, regime) for place in ("high", "low") for regime in of_one_set} | {
+    plain = {(cell["set"], cell["method"]) for cell in names["cells"]}
+    of_one_set = names["methods"][:-2]
+    assert plain == {(name, method) for name in ("high", "low") for method in of_one_set} | {
         ("high+low", "pairs"), ("high+low", "collapse"),
     }  # fmt: skip
-    assert all(cell["identical"] for cell in names["cells"] if cell["regime"] == "pairs")
+    assert all(cell["identical"] for cell in names["cells"] if cell["method"] == "pairs")
     report = Path("paper-table/paper.md").read_text()
     assert report.startswith("`paper_table.py`\n")
-    assert "| set | full | full (last) | head | head+class | memory-1 | memory-5 |" in report
+    assert "| dataset | full | full (last) | head | head+class | memory-1 | memory-5 |" in report
     assert "*SUN-397* (paper)" in "\n".join(said)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # tensorboard's own
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised by tensorboard
 def test_curves_are_written_for_tensorboard(example: Example) -> None:
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     names, said = example("log_to_tensorboard.py")
@@ -148,8 +148,8 @@ def test_curves_are_written_for_tensorboard(example: Example) -> None:
     assert [each.name for each in Path("refit").iterdir() if each.is_dir()] == ["refit_train_loss_0_lr_0.001"]
 
 
-@pytest.mark.slow  # MLflow makes its database in some hundred steps
-@pytest.mark.filterwarnings("ignore")  # what MLflow asks of SQLAlchemy is deprecated there
+@pytest.mark.slow  # MLflow creates its database in about a hundred migrations
+@pytest.mark.filterwarnings("ignore")  # MLflow uses deprecated functions of SQLAlchemy
 def test_a_run_is_logged_to_mlflow(example: Example) -> None:
     import mlflow
 

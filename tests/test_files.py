@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, and only what Addenda made is ever deleted."""
+"""Files are written completely or not at all, and Addenda deletes only files that it created."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_file_that_comes_meanwhile_is_not_replaced(tmp_path: Path, monkeypatch
         with pytest.raises(FileExistsError):
             write_late(path)
         assert contents(tmp_path) == {"a.addenda": "somebody else's"}
-        monkeypatch.setattr("os.link", no_links)  # as on a USB stick
+        monkeypatch.setattr("os.link", no_links)  # as on a file system without hard links
     path.unlink()
     with written(path, replace=False) as unfinished:
         unfinished.write_text("ours")
@@ -55,7 +55,7 @@ def test_a_file_that_comes_meanwhile_is_not_replaced(tmp_path: Path, monkeypatch
 
 
 def write_late(path: Path) -> None:
-    """While the file is written another one of its name comes."""
+    """Writes a file while another process creates one with the same name."""
     with written(path, replace=False) as unfinished:
         unfinished.write_text("ours")
         path.write_text("somebody else's")
@@ -109,7 +109,7 @@ def test_only_what_matches_is_discarded(tmp_path: Path, caplog: pytest.LogCaptur
         assert not discard(ours, r"sweep|[0-9]{4}")
     assert sorted(path.name for path in ours.rglob("*")) == ["0011", "0022", "0033", "poem"]
     assert outside.read_text() == "far away"
-    assert caplog.text.count("poem is not Addenda's own and is left alone.") == 1
+    assert caplog.text.count("poem was not created by Addenda and is left alone.") == 1
     (ours / "0011" / "poem").unlink()
     (ours / "0022").unlink()
     (ours / "0033").unlink()
@@ -142,7 +142,7 @@ def test_a_folder_is_claimed_once_and_known_again(tmp_path: Path) -> None:
     assert not is_claimed(tmp_path / "link", "MARKER", "ours")
     with pytest.raises(PermissionError, match="is a link or a file"):
         claim(tmp_path / "link", "MARKER", "ours")
-    with pytest.raises(FileExistsError, match="files in it that are not Addenda's"):
+    with pytest.raises(FileExistsError, match="holds files that are not Addenda's"):
         claim(folder, "OTHER", "ours")
 
 
@@ -160,36 +160,36 @@ def test_a_folder_that_is_held_is_seen_to_be(tmp_path: Path) -> None:
 
 def test_a_report_replaces_no_file_of_somebody_else(tmp_path: Path) -> None:
     (tmp_path / "report.md").write_text("the year in numbers")
-    with pytest.raises(DataError, match="not the marker of a benchmark's folder"):
+    with pytest.raises(DataError, match="is not the output folder of a benchmark"):
         output_folder(tmp_path)
     assert contents(tmp_path) == {"report.md": "the year in numbers"}
     output_folder(tmp_path / "new")
     (tmp_path / "new" / "report.md").write_text("ours")
     output_folder(tmp_path / "new")
-    with pytest.raises(DataError, match="Nothing can be written to"):
+    with pytest.raises(DataError, match="is not writable"):
         output_folder(tmp_path / "report.md")
 
 
 LOOKED_AT = {
-    "files.py": "the one place",
+    "files.py": "implements `written`",
     "registry/exchange/backup.py": "the marker of its own folder",
-    "registry/exchange/bundle.py": "a place that `written` gives",
-    "serving/keys.py": "a place that `written` gives",
-    "exporting/formats.py": "a place that `written` gives",
-    "distributed/parts.py": "a place that `written` gives; deletes what it left unfinished",
-    "benchmarks/paper/run.py": "a place that `written` gives",
-    "learner/store.py": "in an entry of its own",
-    "learner/context.py": "a place that `written` gives",
-    "benchmarks/paper/report.py": "in an output_folder",
-    "benchmarks/cost/run.py": "in an output_folder",
+    "registry/exchange/bundle.py": "a path from `written`",
+    "serving/keys.py": "a path from `written`",
+    "exporting/formats.py": "a path from `written`",
+    "distributed/parts.py": "a path from `written`; deletes its own unfinished files",
+    "benchmarks/listing.py": "a path from `written`",
+    "learner/store.py": "in its own cache entry",
+    "learner/context.py": "a path from `written`",
+    "benchmarks/paper/paper_report.py": "in an output_folder",
+    "benchmarks/cost.py": "in an output_folder",
     "benchmarks/continual/report.py": "in an output_folder",
     "benchmarks/report/tables.py": "in an output_folder",
-    "benchmarks/report/jsonl.py": "adds a line to results in an output_folder",
+    "benchmarks/report/jsonl.py": "appends results in an output_folder",
     "benchmarks/demo.py": "in a temporary folder",
-    "benchmarks/serving/server.py": "in a temporary folder",
+    "benchmarks/serving/processes.py": "in a temporary folder",
     "serving/bodies.py": "a bundle, in the temporary folder of its request",
 }
-"""Modules that write or delete files, each of which was looked at: is it Addenda's own, whole, and no link's end?"""
+"""Modules that write or delete files, each reviewed: the files are Addenda's own, complete, and no link's target."""
 
 TOUCHES = re.compile(
     r"\.unlink\(|os\.remove\(|\.rmdir\(|write_text\(|write_bytes\(|os\.rename|mkdtemp\(|os\.link\(|"

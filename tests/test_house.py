@@ -1,4 +1,4 @@
-"""The house: what only one place may do is done nowhere else."""
+"""House rules: some operations are allowed in a single module or folder only."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from tests.support.places import ROOT
 PACKAGE = ROOT / "addenda"
 
 ONLY = {
-    # The method or attribute, as it is written, and the only modules and folders that have it.
+    # The attribute as written in the source, and the only modules and folders that may use it.
     "backbone.model": ("backbones",),
     "backbone.stream": ("combined/forward.py",),
     "family.last": ("backbones",),
     "torch.autocast": ("backbones/arithmetic.py", "benchmarks/baselines"),
     "torch.inference_mode": ("backbones/arithmetic.py",),
 }
-"""timm's own module; the frozen stream; its lean last block; autocast, which baselines may use on what is theirs."""
+"""timm's module; the frozen stream; its reduced last block; autocast, which baselines may use on their own models."""
 
 
 def written(tree: ast.AST) -> Iterator[str]:
-    """Each attribute with the name that it is asked of: `a._backbone.model` gives "backbone.model"."""
+    """Each attribute with the name before it: `a._backbone.model` yields "backbone.model"."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
             of = getattr(node.value, "attr", getattr(node.value, "id", ""))

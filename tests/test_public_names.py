@@ -1,4 +1,4 @@
-"""What `import addenda` offers: every public name where a user looks first, and no framework before one is used."""
+"""`import addenda` provides every public name and loads no framework until one is used."""
 
 from __future__ import annotations
 

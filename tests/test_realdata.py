@@ -1,4 +1,4 @@
-"""On the real ImageNet ViT-Ti and real images, where they lie beside the checkout."""
+"""Tests with the ImageNet ViT-Ti and real images, if they are next to the checkout."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WEIGHTS = SHARED / "weights" / "vit_tiny_patch16_224.augreg_in21k_ft_in1k.safete
 
 
 def subset(name: str, folder: Path, per_class: int, part: str) -> Path:
-    """A folder of links to the first images of each class."""
+    """Creates a folder of links to the first images of each class."""
     for place in sorted((SHARED / "images" / name / part).iterdir()):
         (folder / part / place.name).mkdir(parents=True)
         for image in sorted(place.iterdir())[:per_class]:

@@ -1,4 +1,4 @@
-"""What `make release-check` finds wrong, on archives and metadata made for it; all of it runs before a release."""
+"""The checks of `make release-check` on generated archives and metadata; a release runs the script itself."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def script() -> ModuleType:
 
 
 def archived(folder: Path, name: str, files: dict[str, int]) -> Path:
-    """An archive of files of so many bytes."""
+    """Creates an archive with files of the given sizes."""
     path = folder / name
     if path.suffix == ".whl":
         with zipfile.ZipFile(path, "w") as wheel:
@@ -146,6 +146,6 @@ def test_a_licence_is_told_as_the_metadata_tells_it(script: ModuleType, headers:
 
 def test_the_page_of_licences_has_a_table_for_the_core_and_one_for_each_extra(script: ModuleType) -> None:
     page = script.licence_page({"core": {"torch": ("2.6", "BSD")}, "ray": {"ray": ("2.60", "Apache-2.0")}})
-    assert re.findall(r"^## .*", page, re.MULTILINE) == ["## core", "## `addenda[ray]`, beside the core"]
+    assert re.findall(r"^## .*", page, re.MULTILINE) == ["## core", "## `addenda[ray]`, in addition to the core"]
     assert "| torch | 2.6 | BSD |" in page
     assert "| ray | 2.60 | Apache-2.0 |" in page

@@ -1,4 +1,4 @@
-"""Arithmetic as the fixed shapes need it, whatever context the caller's own code runs in."""
+"""Arithmetic with fixed shapes and modes, whatever torch contexts the caller has set."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ Function = TypeVar("Function", bound=Callable[..., object])
 
 
 def uncompiled(function: Function) -> Function:
-    """Keeps a function out of whatever its caller compiles: compiled, a forward pass has other bits."""
+    """Excludes a function from torch.compile: a compiled forward pass gives different bits."""
     return cast(Function, torch.compiler.disable(function))
 
 
 @contextmanager
 def plain(device: torch.device, grad: bool = False) -> Iterator[None]:
-    """Computes without autocast, inference mode or another default device, which a caller may have turned on.
+    """Disables autocast, inference mode and any default device that the caller has set.
 
     Args:
-        device: where the work is done; autocast is off there and on the CPU.
+        device: device of the computation; autocast is disabled there and on the CPU.
         grad: whether gradients are recorded.
     """
     with ExitStack() as stack:
@@ -32,16 +32,16 @@ def plain(device: torch.device, grad: bool = False) -> Iterator[None]:
         stack.enter_context(torch.set_grad_enabled(grad))
         for kind in {"cpu", device.type}:
             stack.enter_context(torch.autocast(kind, enabled=False))
-        if torch.get_default_device().type != "cpu":  # timm's own code makes tensors there
+        if torch.get_default_device().type != "cpu":  # timm creates tensors on the default device
             stack.enter_context(torch.device("cpu"))
         yield
 
 
 @contextmanager
-def building() -> Iterator[None]:
-    """Builds modules in float32 on the CPU, whatever torch's default dtype and device are.
+def float32_on_cpu() -> Iterator[None]:
+    """Makes float32 and the CPU the defaults while modules are built.
 
-    The default dtype belongs to the whole process: threads that make tensors meanwhile see float32 too.
+    The default dtype is process-wide: other threads also see float32 meanwhile.
     """
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
@@ -53,25 +53,25 @@ def building() -> Iterator[None]:
 
 
 MIN_ROWS = 4
-"""Fewest rows of a matrix product whose bits are promised: with one row it takes another path, with other bits."""
+"""Minimum rows of a matrix product with reproducible bits: one row takes another code path, with different bits."""
 
 
 def product(rows: Float[Tensor, "*n B k"], matrices: Float[Tensor, "*n k w"]) -> Float[Tensor, "*n B w"]:
-    """Rows by matrices, each with its own; a few rows are filled up to MIN_ROWS with zeros."""
-    if torch.compiler.is_compiling():  # a traced pass takes any number of rows, and no bits are promised of it
+    """Batched matrix product; fewer than MIN_ROWS rows are padded with zeros."""
+    if torch.compiler.is_compiling():  # traced for export: any number of rows, no promise about bits
         return rows @ matrices
     count = rows.shape[-2]
-    filled = F.pad(rows, (0, 0, 0, max(0, MIN_ROWS - count)))
-    products: Tensor = filled @ matrices
+    padded = F.pad(rows, (0, 0, 0, max(0, MIN_ROWS - count)))
+    products: Tensor = padded @ matrices
     return products[..., :count, :]
 
 
 def layer_statistics(normed: Float[Tensor, "B P D"], num_patches: int) -> Float[Tensor, "B n"]:
-    """What a block's output says of an image: its class token, and mean and standard deviation over the patches.
+    """Layer features of one block: its class token, and the mean and standard deviation over its patches (n = 3 D).
 
-    Tokens are read as the next block's first norm gives them. Deviations are taken from the mean in a second pass: the
-    mean of squares less the squared mean cancels where patches hardly differ, and torch's `var_mean` over this axis
-    takes far longer (docs/performance.md). In float32 at least; n is 3 D.
+    `normed` is the block's output after the next block's first norm. The variance takes two passes, in float32 or
+    higher: E[x^2] - E[x]^2 cancels where patches hardly differ, and torch's `var_mean` is far slower over this axis
+    (docs/performance.md).
     """
     tokens = normed.to(torch.promote_types(normed.dtype, torch.float32))
     patches = tokens[:, -num_patches:]
@@ -81,21 +81,20 @@ def layer_statistics(normed: Float[Tensor, "B P D"], num_patches: int) -> Float[
 
 
 class Adapter(NamedTuple):
-    """Updates of one linear layer for S slots: its f(x) becomes f(x) + (x @ down.T) @ up.T."""
+    """Low-rank updates of one linear layer for S slots: f(x) becomes f(x) + (x @ down.T) @ up.T."""
 
     down: Float[Tensor, "S r in"]
     up: Float[Tensor, "S out r"]
 
     def __call__(self, inputs: Float[Tensor, "S B in"]) -> Float[Tensor, "S B out"]:
-        """What it adds to the layer's output, in the inputs' dtype."""
+        """Returns the update of the layer's output, in the inputs' dtype."""
         return product(product(inputs, self.down.mT), self.up.mT)
 
 
 class BlockAdapters(NamedTuple):
-    """Updates of the linear layers of one block, by timm's names; `q` is the queries' part of timm's `qkv`.
+    """Low-rank updates of one block's linear layers, by timm's names; `q` is the query rows of timm's `qkv`.
 
-    They act on the tokens of their slots alone. Keys and values, those of the slot's own token too, come from the
-    backbone's own `qkv`.
+    Each slot's updates apply to its own token only. All keys and values come from the backbone's unmodified `qkv`.
     """
 
     q: Adapter

@@ -1,4 +1,4 @@
-"""What a family of timm models gives: how its frozen pass computes, and blocks for tasks' tokens to pass."""
+"""The interface to one class of timm models: its frozen forward pass, and the blocks that task tokens run through."""
 
 from __future__ import annotations
 
@@ -13,27 +13,29 @@ from torch import Tensor
 from addenda.backbones.arithmetic import BlockAdapters
 
 Reading = Literal["tokens", "pooled", "nothing"]
-"""What is read of the last block's output."""
+"""What the caller reads from the last block's output."""
 
 
 class KeyValue(NamedTuple):
-    """Keys and values of one layer, each Float[B, H, P, d]; keys as attention meets them: k_norm and rotation done."""
+    """Keys and values of one layer, each Float[B, H, P, d]; k_norm and rotation are already applied to the keys."""
 
     keys: Tensor
     values: Tensor
 
 
 class Family(ABC):
-    """One timm model, as the frozen pass and tasks' tokens compute with it; a subclass for each class of timm models.
+    """Computes the frozen forward pass and the task stream with one timm model; one subclass per timm class.
 
-    Everything above asks for nothing else. `project` and `finish` are written for the layers of timm's standard Block,
-    by its names: norm1, attn (qkv, q_norm, k_norm, norm, proj), ls1, norm2, mlp, ls2. A family of other blocks gives
-    stand-ins that have these layers and share the weights; `attn` has num_heads, head_dim, scale and fused_attn too.
+    `project` and `finish` use the layers of timm's standard Block by name: norm1, attn (qkv, q_norm, k_norm, norm,
+    proj, and num_heads, head_dim, scale, fused_attn), ls1, norm2, mlp, ls2. A family with other blocks wraps them in
+    views that have these layers and share the weights.
     """
 
-    TIMM_CLASS: ClassVar[type]  # of its models: this one, no subclass
-    LAST_PROJECTIONS: ClassVar[int] = 3  # of q, k and v, those that `last` computes for all tokens where little is read
-    convert: ClassVar[Callable[..., dict[str, Tensor]]]  # gives a checkpoint's tensors the names of the model's own
+    TIMM_CLASS: ClassVar[type]  # the exact class of its models; subclasses do not qualify
+    LAST_PROJECTIONS: ClassVar[int] = (
+        3  # how many of q, k and v `last` computes for all tokens unless reading is "tokens"
+    )
+    convert: ClassVar[Callable[..., dict[str, Tensor]]]  # renames a checkpoint's tensors to the model's names
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -42,64 +44,64 @@ class Family(ABC):
     @staticmethod
     @abstractmethod
     def obstacle(model: Any) -> str | None:
-        """Says which property of its own keeps a model of the class from being a backbone; None if nothing does."""
+        """Returns why a model of this class cannot be a backbone, or None if it can."""
 
     @staticmethod
     def structure(model: Any) -> dict[str, Any]:
-        """What a feature's bits depend on beside weights and what every family's models have."""
+        """Settings of this family, besides the weights and the common ones, on which the bits of a feature depend."""
         return {}
 
     @abstractmethod
     def embed(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B P D"]:
-        """What the first block meets, as timm's forward_features makes it."""
+        """The first block's input, computed as in timm's forward_features."""
 
     @abstractmethod
     def run(self, block: Any, tokens: Float[Tensor, "B P D"]) -> tuple[Tensor, KeyValue, Tensor]:
-        """A block over the frozen tokens, bit for bit as timm runs it.
+        """Runs a block over the frozen tokens, bit for bit as timm does.
 
         Returns:
-            Its output, its keys and values, and what it computed them from: its input, normalised, Float[B, P, D].
+            Its output, its keys and values, and its normalised input, Float[B, P, D].
         """
 
     @abstractmethod
     def last(self, block: Any, tokens: Float[Tensor, "B P D"], reading: Reading) -> tuple[Tensor, KeyValue, Tensor]:
-        """As `run`, for the last block: of its output only what is read need be computed."""
+        """Like `run`, for the last block, which need only compute the outputs that are read."""
 
     def place(self, block: Any, heads: Float[Tensor, "B H N d"]) -> Float[Tensor, "B H N d"]:
-        """Queries or keys of a sequence that begins with the frozen tokens, turned as these tokens' positions say.
+        """Applies rotary positions to queries or keys of a sequence that begins with the frozen tokens.
 
-        Tokens behind the frozen ones have no position. Where positions are added to the tokens, nothing is turned.
+        Tokens after the frozen ones have no position. Models without rotary positions return `heads` unchanged.
         """
         return heads
 
     def project(
         self, block: Any, tokens: Float[Tensor, "B N D"], adapters: BlockAdapters | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of some tokens at a block's input, each [B, H, N, d], turned by no position.
+        """Queries, keys and values of a block's input tokens, each [B, H, N, d], without rotary positions.
 
-        With adapters the tokens are those of B slots, N images of each; their `q` changes the queries, before q_norm.
+        With adapters, B counts slots and N images; the adapters' `q` updates the queries, before q_norm.
         """
         return self.project_normed(block, block.norm1(tokens), adapters)
 
     def project_normed(
         self, block: Any, normed: Float[Tensor, "B N D"], adapters: BlockAdapters | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The same of tokens that have passed the block's first norm."""
+        """Like `project`, for tokens after the block's first norm."""
         qkv = block.attn.qkv(normed)
         if adapters is not None:
-            queries, offered = qkv.tensor_split((qkv.shape[-1] // 3,), dim=-1)
-            qkv = torch.cat([queries + adapters.q(normed), offered], dim=-1)
+            queries, keys_values = qkv.tensor_split((qkv.shape[-1] // 3,), dim=-1)
+            qkv = torch.cat([queries + adapters.q(normed), keys_values], dim=-1)
         return self.split_qkv(block, qkv)
 
     def finish(
         self,
         block: Any,
         tokens: Float[Tensor, "B N D"],
-        read: Float[Tensor, "B N D"],
+        attended: Float[Tensor, "B N D"],
         adapters: BlockAdapters | None = None,
     ) -> Float[Tensor, "B N D"]:
-        """The rest of a block for tokens at its input and what their queries read: projection, residuals and MLP."""
-        normed = block.attn.norm(read)
+        """The remainder of a block, given its input and the attention output: projection, residuals and MLP."""
+        normed = block.attn.norm(attended)
         projected = block.attn.proj(normed)
         if adapters is not None:
             projected = projected + adapters.proj(normed)
@@ -107,7 +109,7 @@ class Family(ABC):
         normed, mlp = block.norm2(tokens), block.mlp
         if adapters is None:
             update = mlp(normed)
-        else:  # timm's plain Mlp, written out
+        else:  # timm's plain Mlp, with the updates added
             hidden = mlp.norm(mlp.act(mlp.fc1(normed) + adapters.fc1(normed)))
             update = mlp.fc2(hidden) + adapters.fc2(hidden)
         result: Tensor = tokens + block.ls2(update)

@@ -1,4 +1,4 @@
-"""What a backbone is, as one digest: architecture, input size, weights and preprocessing."""
+"""Backbone fingerprint: one digest of architecture, input size, weights and preprocessing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from addenda.backbones.family import Family
 
 
 def fingerprint(model: Any, family: type[Family], preprocessing: dict[str, Any]) -> str:
-    """Hashes what the bits of a feature depend on, by content: never a file's name or a library's version."""
+    """Hashes the content that determines the bits of a feature; file names and library versions are excluded."""
     block = model.blocks[0]
     structure = {
         "class": type(model).__name__,
@@ -31,7 +31,7 @@ def fingerprint(model: Any, family: type[Family], preprocessing: dict[str, Any])
 
 
 def hash_state(model: Any, start: bytes = b"") -> str:
-    """sha256 over every tensor of a model, by name."""
+    """sha256 over the name, dtype, shape and bytes of every tensor of a model."""
     digest = hashlib.sha256(start)
     for key, tensor in sorted(model.state_dict().items()):
         digest.update(f"{key}:{tensor.dtype}:{list(tensor.shape)}".encode())
@@ -39,86 +39,97 @@ def hash_state(model: Any, start: bytes = b"") -> str:
     return digest.hexdigest()
 
 
-_APART = {"fused_attn"}
-"""What of a module's own numbers and words is part of the numerics instead, and may be set before a model is made."""
+_NUMERICS_SETTINGS = {"fused_attn"}
+"""Module attributes that belong to the numerics settings, and may be set before a model is made."""
 
 
-class Wiring:
-    """What of a model's modules decides bits beside the values of weights: what they are, hold and call.
+class ModuleState:
+    """Detects changes of a model's modules that can change bits: classes, settings, hooks, children, weight memory.
 
-    Asked before every pass: so what is compared then lies in few flat lists, and module by module only in `where`.
+    It is checked before every forward pass, so it compares a few flat lists; only `where` goes module by module.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._names, self._modules = zip(*model.named_modules(), strict=True)
-        self._held = [vars(module) for module in self._modules]
+        self._attributes = [vars(module) for module in self._modules]
         self._settings = [
-            (held, name)
-            for held in self._held
-            for name in ("forward", "_compiled_call_impl", *(n for n, value in held.items() if _is_setting(n, value)))
+            (attributes, name)
+            for attributes in self._attributes
+            for name in (
+                "forward",
+                "_compiled_call_impl",
+                *(n for n, value in attributes.items() if _is_setting(n, value)),
+            )
         ]
-        # Lists of dictionaries that modules keep for life.
-        self._hooks = [held[kind] for kind in ("_forward_hooks", "_forward_pre_hooks") for held in self._held]
-        self._children = [held["_modules"] for held in self._held]
-        self._tensors = [held[kind] for kind in ("_parameters", "_buffers") for held in self._held if held[kind]]
-        self.note()
+        # A module never replaces these dictionaries.
+        self._hooks = [
+            attributes[kind] for kind in ("_forward_hooks", "_forward_pre_hooks") for attributes in self._attributes
+        ]
+        self._children = [attributes["_modules"] for attributes in self._attributes]
+        self._tensors = [
+            attributes[kind]
+            for kind in ("_parameters", "_buffers")
+            for attributes in self._attributes
+            if attributes[kind]
+        ]
+        self.record()
 
-    def note(self) -> None:
-        """Takes the model as it is now for what was loaded."""
-        self._kept = self._all()  # no other tensor gets the id of one of these
-        self._before, self._weights, self._details = self._state(), self._written(), self._detailed()
-        self._layouts = self._laid_out()
+    def record(self) -> None:
+        """Records the present state as the reference."""
+        self._recorded_tensors = self._all_tensors()  # referenced, so that no other tensor can get the same id
+        self._recorded_state, self._recorded_versions = self._state(), self._versions()
+        self._recorded_layouts, self._recorded_modules = self._layouts(), self._state_by_module()
 
     @property
     def changed(self) -> bool:
-        """Whether a module is no longer what it was: replaced, set otherwise, hooked, compiled, moved or cast."""
-        return self._state() != self._before or (self.written and self._laid_out() != self._layouts)
+        """Whether a module was replaced, reconfigured, hooked, compiled, moved or cast."""
+        return self._state() != self._recorded_state or (self.written and self._layouts() != self._recorded_layouts)
 
     @property
     def written(self) -> bool:
-        """Whether a weight may have been written to, or its memory exchanged."""
-        return self._written() != self._weights
+        """Whether a weight may have been written to or its memory replaced."""
+        return self._versions() != self._recorded_versions
 
     def where(self) -> str:
-        """The name of the first module that is no longer as it was."""
-        pairs = zip(self._names, self._details, self._detailed(), strict=True)
+        """The name of the first module that has changed."""
+        pairs = zip(self._names, self._recorded_modules, self._state_by_module(), strict=True)
         return next((name for name, before, now in pairs if before != now), "") or "model"
 
     def _state(self) -> tuple[list[Any], ...]:
         return (
             [module.__class__ for module in self._modules],
-            [held.get(name) for held, name in self._settings],
+            [attributes.get(name) for attributes, name in self._settings],
             list(map(len, self._hooks)),
             [id(child) for children in self._children for child in children.values()],
         )
 
-    def _written(self) -> list[tuple[int, ...]]:
-        return [_memory(tensor) for tensor in self._all()]
+    def _versions(self) -> list[tuple[int, ...]]:
+        return [_version(tensor) for tensor in self._all_tensors()]
 
-    def _laid_out(self) -> list[tuple[Any, ...]]:
-        return [_layout(tensor) for tensor in self._all()]
+    def _layouts(self) -> list[tuple[Any, ...]]:
+        return [_layout(tensor) for tensor in self._all_tensors()]
 
-    def _all(self) -> list[Tensor]:
-        return [tensor for held in self._tensors for tensor in held.values() if tensor is not None]
+    def _all_tensors(self) -> list[Tensor]:
+        return [tensor for tensors in self._tensors for tensor in tensors.values() if tensor is not None]
 
-    def _detailed(self) -> list[tuple[Any, ...]]:
-        """The same, module by module."""
-        own: dict[int, list[Any]] = {id(held): [] for held in self._held}
-        for held, name in self._settings:
-            own[id(held)].append(held.get(name))
-        found = []
-        for module, held in zip(self._modules, self._held, strict=True):
-            tensors = [one for kind in ("_parameters", "_buffers") for one in held[kind].values() if one is not None]
-            found.append((
-                module.__class__, own[id(held)], len(held["_forward_hooks"]), len(held["_forward_pre_hooks"]),
-                list(map(id, held["_modules"].values())),
-                [(_layout(one), _memory(one)) for one in tensors],
+    def _state_by_module(self) -> list[tuple[Any, ...]]:
+        settings: dict[int, list[Any]] = {id(attributes): [] for attributes in self._attributes}
+        for attributes, name in self._settings:
+            settings[id(attributes)].append(attributes.get(name))
+        states = []
+        for module, attributes in zip(self._modules, self._attributes, strict=True):
+            tensors = [t for kind in ("_parameters", "_buffers") for t in attributes[kind].values() if t is not None]
+            states.append((
+                module.__class__, settings[id(attributes)],
+                len(attributes["_forward_hooks"]), len(attributes["_forward_pre_hooks"]),
+                list(map(id, attributes["_modules"].values())),
+                [(_layout(tensor), _version(tensor)) for tensor in tensors],
             ))  # fmt: skip
-        return found
+        return states
 
 
-def _memory(tensor: Tensor) -> tuple[int, ...]:
-    """Where a tensor's numbers are, and how often they were written to; one of inference mode does not count that."""
+def _version(tensor: Tensor) -> tuple[int, ...]:
+    """A tensor's identity, memory and number of writes, which inference tensors do not count."""
     return id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
@@ -127,4 +138,4 @@ def _layout(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _is_setting(name: str, value: object) -> bool:
-    return not name.startswith("_") and name not in _APART and isinstance(value, int | float | str | tuple)
+    return not name.startswith("_") and name not in _NUMERICS_SETTINGS and isinstance(value, int | float | str | tuple)

@@ -1,6 +1,6 @@
-"""`glyphs`: the small letter-reading ViT that the package carries, for the demo and the tests.
+"""The `glyphs` backbone: a small letter-recognition ViT included in the package, for the demo and the tests.
 
-Made by scripts/train_glyphs.py; docs/glyphs.md says how, and how good it is.
+It is trained by scripts/train_glyphs.py; docs/glyphs.md describes training and accuracy.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ PREPROCESSING = {
 
 
 def architecture(num_classes: int) -> VisionTransformer:
-    """A ViT of 1.0 M parameters for 32 px images in patches of 4 (timm's own class)."""
+    """A timm ViT with 1.0 M parameters for 32 px images and patches of 4 px."""
     return VisionTransformer(img_size=32, patch_size=4, embed_dim=128, depth=5, num_heads=4, num_classes=num_classes)
 
 
 def model() -> Any:
-    """The trained one."""
+    """The trained model."""
     state = load_state_dict(str(WEIGHTS), device="cpu")
     trained: Any = architecture(num_classes=len(state["head.bias"]))
     trained.pretrained_cfg = PREPROCESSING

@@ -1,4 +1,4 @@
-"""Which timm models can carry task tokens, and why the others cannot."""
+"""Which timm models are supported as backbones, and why others are not."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from addenda.backbones.family import Family
 from addenda.backbones.vit import VisionTransformerFamily
 
 FAMILIES: dict[type, type[Family]] = {family.TIMM_CLASS: family for family in (VisionTransformerFamily, EvaFamily)}
-"""By the class of their models, and no subclass of it."""
-WORKING = ("vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2")
+"""Families by timm class; subclasses are not supported."""
+SUPPORTED_EXAMPLES = ("vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2")
 
 
 def obstacle(model: Any) -> str | None:
-    """Says which property keeps a model from being a backbone; None if nothing does.
+    """Returns why a model cannot be a backbone, or None if it can.
 
-    A task's stream is the backbone's own blocks with one query token, so every block has to be a pre-norm one of plain
-    attention: other blocks mix tokens in ways that the shared-prefix attention does not reproduce.
+    The task stream runs one query token through the backbone's blocks, so every block must be pre-norm with plain
+    attention. Shared-prefix attention does not reproduce other ways of mixing tokens.
     """
     family = FAMILIES.get(type(model))
     if family is None:
-        known = " or ".join(one.__name__ for one in FAMILIES)
-        return f"it is a {type(model).__name__}, not timm's {known}"
+        supported = " or ".join(timm_class.__name__ for timm_class in FAMILIES)
+        return f"it is a {type(model).__name__}, not timm's {supported}"
     if model.cls_token is None:
-        return "it has no class token, whose place the task's own token takes"
+        return "it has no class token, whose position task tokens take"
     if model.attn_pool is not None or model.global_pool not in ("token", "avg"):
         return (
-            f"it pools by {model.global_pool!r}; only 'token' and 'avg' give a feature that a task token can give too"
+            f"it pools by {model.global_pool!r}; only 'token' and 'avg' give a feature that task tokens can provide too"
         )
     if type(model.patch_embed) is not PatchEmbed:
         return f"its patches come from a {type(model.patch_embed).__name__}, not timm's PatchEmbed"
@@ -43,13 +43,13 @@ def obstacle(model: Any) -> str | None:
 
 
 def catalogue(pattern: str = "vit_*_patch16_224") -> list[tuple[str, str | None]]:
-    """Checks every timm model of a family of backbones whose name matches a pattern, without weights or memory.
+    """Checks every timm ViT and Eva whose name matches a pattern, without loading weights or allocating memory.
 
     Args:
         pattern: a shell-style pattern over timm's architecture names.
 
     Returns:
-        (name, None) for a model that works, (name, what is missing) for one that does not.
+        (name, None) for a supported model, (name, reason) for an unsupported one.
     """
     modules = [timm_class.__module__.rpartition(".")[2] for timm_class in FAMILIES]
     names = [name for module in modules for name in timm.list_models(pattern, module=module)]
@@ -60,7 +60,7 @@ HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 def cached_weights(name: str) -> Path | None:
-    """Where timm would find the pretrained weights of a model without a network; None where nowhere, or it has none.
+    """Path of a model's pretrained weights in the local cache; None if they are not cached or do not exist.
 
     Args:
         name: a timm model name, with or without its pretrained tag.
@@ -70,10 +70,10 @@ def cached_weights(name: str) -> Path | None:
         return None
     if config.hf_hub_id:
         for file in (config.hf_hub_filename,) if config.hf_hub_filename else HUB_FILES:
-            found = try_to_load_from_cache(config.hf_hub_id, file)
-            if isinstance(found, str):
-                return Path(found)
+            cached = try_to_load_from_cache(config.hf_hub_id, file)
+            if isinstance(cached, str):
+                return Path(cached)
     elif isinstance(config.url, str):
-        fetched = Path(torch.hub.get_dir()) / "checkpoints" / Path(config.url).name
-        return fetched if fetched.is_file() else None
+        path = Path(torch.hub.get_dir()) / "checkpoints" / Path(config.url).name
+        return path if path.is_file() else None
     return None

@@ -1,4 +1,4 @@
-"""timm's VisionTransformer: the stock blocks run, and a hook reads their keys and values."""
+"""timm's VisionTransformer: runs the stock blocks, with a hook that reads their keys and values."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from addenda.backbones.family import Family, KeyValue, Reading
 
 
 class VisionTransformerFamily(Family):
-    """Models of timm's VisionTransformer, of its standard blocks."""
+    """timm's VisionTransformer models with standard blocks."""
 
     TIMM_CLASS = VisionTransformer
     LAST_PROJECTIONS = 2
@@ -24,14 +24,14 @@ class VisionTransformerFamily(Family):
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
-        # A hook on the qkv projection sees what timm computes without changing a bit of it or computing it twice.
-        self._captured = threading.local()  # the input and output of a projection, from the hook to `run`
+        # A hook on the qkv projection reads what timm computes, without changing bits or computing it twice.
+        self._captured = threading.local()  # passes the projection's input and output from the hook to `run`
         for block in self.blocks:
             block.attn.qkv.register_forward_hook(self._capture)
 
     @staticmethod
     def obstacle(model: Any) -> str | None:
-        """Pooling and blocks of other kinds than timm's standard ones."""
+        """Rejects pooling with prefix tokens, and blocks other than timm's standard ones."""
         if model.pool_include_prefix:
             return "its pooling includes the prefix tokens"
         for block in model.blocks:
@@ -44,24 +44,24 @@ class VisionTransformerFamily(Family):
         return None
 
     def embed(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B P D"]:
-        """Patches, class token and registers, with their positions."""
+        """Patches, class token and registers, with position embeddings."""
         model = self.model
         embedded: Tensor = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
         return embedded
 
     def run(self, block: Any, tokens: Float[Tensor, "B P D"]) -> tuple[Tensor, KeyValue, Tensor]:
-        """As it stands: timm's forward pass."""
+        """Runs timm's own block."""
         self._captured.wanted = True
         tokens = block(tokens)
-        normed, qkv = vars(self._captured).pop("seen")
+        normed, qkv = vars(self._captured).pop("projection")
         _, keys, values = self.split_qkv(block, qkv)
         return tokens, KeyValue(keys, values), normed
 
     def last(self, block: Any, tokens: Float[Tensor, "B P D"], reading: Reading) -> tuple[Tensor, KeyValue, Tensor]:
-        """Less than `run` where nothing is read of the block, or only its class token.
+        """Computes less than `run` for "nothing", and for "pooled" with class-token pooling.
 
-        Then no patch asks or passes the MLP, and all offer keys and values. The class token goes in the company of the
-        next three, since a product with one row has other bits.
+        Keys and values are computed for all tokens, but patches need neither queries nor the MLP. The class token is
+        computed together with the next three tokens, because a product with one row gives different bits.
         """
         pools_class_token = self.model.global_pool == "token"
         if reading == "tokens" or (reading == "pooled" and not pools_class_token):
@@ -71,18 +71,18 @@ class VisionTransformerFamily(Family):
             _, keys, values = self.project_normed(block, normed)
             return tokens, KeyValue(keys, values), normed
         attn, width = block.attn, self.model.embed_dim
-        # Detached: torch multiplies rows that lie apart in another way by a weight that requires gradients.
+        # Detached: with non-contiguous rows, torch uses another kernel if the weight requires gradients.
         weight, bias = attn.qkv.weight.detach(), None if attn.qkv.bias is None else attn.qkv.bias.detach()
-        offered = F.linear(normed, weight[width:], None if bias is None else bias[width:])
-        keys, values = offered.unflatten(-1, (2, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
+        projected = F.linear(normed, weight[width:], None if bias is None else bias[width:])
+        keys, values = projected.unflatten(-1, (2, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
         keys = attn.k_norm(keys)
         if reading == "pooled":
             queries = F.linear(normed[:, :MIN_ROWS], weight[:width], None if bias is None else bias[:width])
             queries = attn.q_norm(queries.unflatten(-1, (attn.num_heads, attn.head_dim)).transpose(1, 2))
-            read = F.scaled_dot_product_attention(queries, keys, values, scale=attn.scale)
-            tokens = self.finish(block, tokens[:, :MIN_ROWS], read.transpose(1, 2).flatten(2))
+            attended = F.scaled_dot_product_attention(queries, keys, values, scale=attn.scale)
+            tokens = self.finish(block, tokens[:, :MIN_ROWS], attended.transpose(1, 2).flatten(2))
         return tokens, KeyValue(keys, values), normed
 
     def _capture(self, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        if getattr(self._captured, "wanted", False):  # else it is timm's own pass, and nobody would let it go
-            self._captured.seen, self._captured.wanted = (inputs[0], output), False
+        if getattr(self._captured, "wanted", False):  # otherwise nothing would free the tensors
+            self._captured.projection, self._captured.wanted = (inputs[0], output), False

@@ -1,4 +1,4 @@
-"""Avalanche streams, strategies and metrics; measurements and the demo."""
+"""Benchmarks, the demo, and the Avalanche strategy and metric."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from addenda.benchmarks.exactness import LogitBits
     from addenda.benchmarks.strategy import MaskedMemory
 
-# What Avalanche imports says so at every start, of methods that nothing here uses.
+# A dependency of Avalanche warns at import about methods that are not used here.
 warnings.filterwarnings("ignore", "no QP solver found")
 
 __all__ = ["LogitBits", "MaskedMemory"]
@@ -19,10 +19,10 @@ _HOME = {"LogitBits": "addenda.benchmarks.exactness", "MaskedMemory": "addenda.b
 
 
 def __getattr__(name: str) -> Any:
-    """Imports Avalanche, which takes seconds, when a name that needs it is first used."""
+    """Imports Avalanche, which takes seconds, only when a name that needs it is first used."""
     if name not in _HOME:
         raise AttributeError(f"module 'addenda.benchmarks' has no attribute {name!r}")
     try:
         return getattr(import_module(_HOME[name]), name)
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{error}. Avalanche comes with: pip install 'addenda[bench]'") from error
+        raise ModuleNotFoundError(f"{error}. Install Avalanche with: pip install 'addenda[bench]'") from error

@@ -1,4 +1,4 @@
-"""Exactness as an Avalanche metric: did any old task's logits move by a bit?"""
+"""Exactness as an Avalanche metric: are the logits of all earlier tasks unchanged, bit for bit?"""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from addenda.benchmarks.strategy import MaskedMemory, TaskAnswers, task_label
+from addenda.benchmarks.strategy import MaskedMemory, StreamClassifier, task_label
 from addenda.exceptions import DataError
 
 
 class LogitBits(PluginMetric[float]):  # type: ignore[misc]
-    """After each experience: compares every old one's logits with what they were when it was learned, byte for byte.
+    """After each experience, compares the logits of every earlier one with those when it was learned, byte for byte.
 
-    Works with every strategy. It emits for each old experience `LogitsIdentical` (1 or 0) and `MaxLogitDifference`, on
-    some of the images that it was learned from, through the evaluation transform. `identical` and `max_difference` sum
-    up the whole stream. Of `MaskedMemory` they are the bare logits of the task's head, of other strategies what their
-    model gives in evaluation mode; columns that a later experience adds are left out.
+    Works with every strategy. For each earlier experience it emits `LogitsIdentical` (1 or 0) and `MaxLogitDifference`,
+    computed on some of its training images with the evaluation transform. `identical` and `max_difference` aggregate
+    over the stream. For `MaskedMemory` the logits are those of the task's head; for other strategies, the model's
+    output in evaluation mode, without columns that later experiences added.
 
     Args:
-        num_images: of each experience, at most.
+        num_images: maximum number of images per experience.
     """
 
     def __init__(self, num_images: int = 16) -> None:
@@ -35,18 +35,18 @@ class LogitBits(PluginMetric[float]):  # type: ignore[misc]
         self.reset()
 
     def reset(self) -> None:
-        """Forgets the verdict, not the logits that later ones are compared with."""
+        """Resets the result, but keeps the reference logits."""
         self.identical = True
         self.max_difference = 0.0
 
     def result(self) -> float:
-        """Largest difference of any old logit so far."""
+        """Largest absolute change of any earlier logit so far."""
         return self.max_difference
 
     def after_training_exp(self, strategy: Any) -> list[MetricValue]:
-        """Compares the old experiences, then remembers the new one."""
+        """Compares the earlier experiences, then stores the logits of the new one."""
         experience = strategy.experience
-        emitted: list[MetricValue] = []
+        values: list[MetricValue] = []
         for number, (images, label, before) in self._before.items():
             if number == experience.current_experience:
                 continue
@@ -55,37 +55,37 @@ class LogitBits(PluginMetric[float]):  # type: ignore[misc]
             difference = (now - before).abs().max().item()
             self.identical = self.identical and same
             self.max_difference = max(self.max_difference, difference)
-            at, place = strategy.clock.train_iterations, f"Exp{number:03d}"
-            for what, value in (("LogitsIdentical", float(same)), ("MaxLogitDifference", difference)):
-                emitted.append(MetricValue(self, f"{what}/{place}", value, at))
+            step = strategy.clock.train_iterations
+            for name, value in (("LogitsIdentical", float(same)), ("MaxLogitDifference", difference)):
+                values.append(MetricValue(self, f"{name}/Exp{number:03d}", value, step))
         dataset = experience.dataset.eval()
         images = torch.stack([_tensor(strategy, dataset[i][0]) for i in range(min(self._num_images, len(dataset)))])
         label = task_label(experience)
         before = _logits(strategy, images, label, experience.current_experience)
         self._before[experience.current_experience] = (images, label, before)
-        return emitted
+        return values
 
     def __str__(self) -> str:
         return "LogitBits"
 
 
 def _tensor(strategy: Any, image: Any) -> Tensor:
-    """An image as the strategy's model takes it: of PIL images `MaskedMemory` knows how."""
+    """An image as model input; the backbone of `MaskedMemory` transforms PIL images."""
     if isinstance(strategy, MaskedMemory) and isinstance(image, Image.Image):
         return strategy.learner.backbone.transform(image)
     if not isinstance(image, Tensor):
         raise DataError(
-            f"LogitBits compares tensors, and the training datasets give {type(image).__name__} in evaluation. Give "
-            "them an evaluation transform (`eval_transform`)."
+            f"LogitBits needs tensors, but the training datasets give {type(image).__name__} in evaluation mode; give "
+            "the benchmark an `eval_transform` that returns tensors."
         )
     return image
 
 
 @torch.no_grad()
 def _logits(strategy: Any, images: Float[Tensor, "B 3 H W"], label: int, number: int) -> Float[Tensor, "B C"]:
-    """Logits of an experience's images, as the strategy's model gives them now."""
+    """Current logits of the strategy's model on images of an experience."""
     model, training = strategy.model, strategy.model.training
-    if isinstance(model, TaskAnswers):
+    if isinstance(model, StreamClassifier):
         return model.logits(images, number)
     model.eval()
     labels = torch.full((len(images),), label, device=strategy.device, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""Some images of a folder as a listing, which anything that learns can open."""
+"""CSV listings of a subset of a folder's images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from addenda.learner.data import LabelledImages
 
 
 def write_listing(file: Path, images: LabelledImages, rows: Iterable[int]) -> Path:
-    """Writes absolute paths and labels of some images of a folder, whole or not at all; returns the file."""
+    """Atomically writes the absolute paths and the labels of the given rows of a folder dataset; returns the file."""
     with written(file) as unfinished, unfinished.open("w", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(("path", "label"))

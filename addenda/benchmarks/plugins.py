@@ -1,4 +1,4 @@
-"""Avalanche's plugins: which may look on while `MaskedMemory` learns, and which would change how a strategy trains."""
+"""Check of Avalanche plugins: `MaskedMemory` accepts observers and refuses plugins that change training."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ LOOP = tuple(
     for what in ("training_epoch", "training_iteration", "forward", "backward", "update")
     for when in ("before", "after")
 )
-"""Hooks of Avalanche's own training loop, which is not run here."""
+"""Hooks of Avalanche's training loop, which `MaskedMemory` does not run."""
 
 BASES = tuple(vars(strategy_plugin).values())
-"""What plugins are made from."""
+"""Base classes of plugins."""
 
 
 def check_plugin(plugin: Any) -> None:
-    """Raises DataError for a plugin that would change how a strategy trains, or waits for what never comes."""
+    """Raises DataError if a plugin would change training or uses a hook that is never called."""
     if isinstance(plugin, EvaluationPlugin | Clock):
         return
-    kind, named = type(plugin), type(plugin).__name__
-    if any(one.__module__.startswith("avalanche.training.plugins.") and one not in BASES for one in kind.mro()):
+    kind, name = type(plugin), type(plugin).__name__
+    if any(base.__module__.startswith("avalanche.training.plugins.") and base not in BASES for base in kind.mro()):
         raise DataError(
-            f"{named} changes how a strategy trains, and MaskedMemory trains in one way of its own: earlier tasks "
-            "cannot be forgotten. Leave it out."
+            f"{name} changes how a strategy trains. MaskedMemory has its own training and does not forget earlier "
+            "tasks; remove the plugin."
         )
     for hook in LOOP:
         if getattr(kind, hook, None) is not getattr(SupervisedPlugin, hook):
             raise DataError(
-                f"{named} waits for `{hook}`, which never comes: MaskedMemory's learner has no epochs, iterations or "
-                "backward passes of Avalanche's. Leave it out."
+                f"{name} uses the hook `{hook}`, which MaskedMemory never calls because it does not run Avalanche's "
+                "training loop; remove the plugin."
             )

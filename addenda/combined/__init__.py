@@ -1,10 +1,10 @@
-"""One pass for all tasks: shared-prefix attention, tiles, exactness."""
+"""One forward pass for all tasks: shared-prefix attention, tiles, exactness, routing."""
 
+from addenda.combined.attention_maps import attention_map
 from addenda.combined.cost import TaskCost, loaded_bytes, pass_operations, task_cost
 from addenda.combined.forward import Observer, forward_pass
 from addenda.combined.golden import Verdict, golden, verdicts, verify
-from addenda.combined.looking import attention_map
-from addenda.combined.model import Answers, CombinedModel
+from addenda.combined.model import CombinedModel, TaskLogits
 from addenda.combined.numerics import numerics, numerics_fingerprint, tensor_digest
 from addenda.combined.predictions import not_finite, predictions, predictions_of
 from addenda.combined.recorded import recorded_backbone
@@ -14,13 +14,13 @@ from addenda.combined.shapes import micro_batch
 from addenda.combined.tiles import Layout, TileStore
 
 __all__ = [
-    "Answers",
     "Choice",
     "CombinedModel",
     "Layout",
     "Observer",
     "Router",
     "TaskCost",
+    "TaskLogits",
     "TileStore",
     "Verdict",
     "attention_map",

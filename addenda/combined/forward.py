@@ -1,7 +1,6 @@
-"""The one forward pass: the frozen stream, the tasks' streams beside it, and their heads. Nothing else runs these.
+"""The combined forward pass: the frozen stream, the task streams and the heads.
 
-Whatever context a caller's code is in (autocast, gradients, inference mode, another default device), it computes as it
-must for the bits that are promised.
+Nothing else runs these. The caller's contexts (autocast, gradients, inference mode, default device) do not change bits.
 """
 
 from __future__ import annotations
@@ -20,103 +19,103 @@ from addenda.combined.shapes import batch_size, micro_batch
 from addenda.combined.tiles import Layout, Tile, TileStore
 
 Observer = Callable[[int, KeyValue, KeyValue], None]
-"""Called in each batch at each layer with its number, the frozen keys and values [B, H, P, d], and those of the tokens
-that the layout offers [B, H, 1 + N, d]; row 0 is zeros."""
-Onlooker = Callable[[int, int, Tensor], None]
-"""Called in each batch at each layer and tile with their numbers, and how its slots attend, [B, H, S, P + w]."""
-Read = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
-"""A `Head`, or another function of a task's feature [B, D] (without a token the pooled one), the pooled one, and the
-layer features [B, n]."""
+"""Called per batch and layer with the layer's index, the frozen keys and values [B, H, P, d], and those of the layout's
+offered tokens [B, H, 1 + N, d], whose row 0 is zeros."""
+AttentionObserver = Callable[[int, int, Tensor], None]
+"""Called per batch, layer and tile with the indices of both and the slots' attention weights [B, H, S, P + w]."""
+HeadFunction = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
+"""A `Head` or another function of a task's feature [B, D] (the pooled one for head-only tasks), the pooled feature and
+the layer features [B, n]."""
 
 
-class Passed(NamedTuple):
-    """What came of a pass."""
+class ForwardResult(NamedTuple):
+    """Outputs of a forward pass."""
 
-    answers: dict[str, Tensor]  # what each head gave, by its task's sha256, Float[B, C]
-    pooled: Tensor | None  # the backbone's own feature in its precision, Float[B, D], where it was asked for
-    layers: Tensor | None  # the layer features, Float[B, n], likewise
+    answers: dict[str, Tensor]  # the output of each head, Float[B, C], by its task's sha256
+    pooled: Tensor | None  # the pooled feature in the backbone's precision, Float[B, D], if requested
+    layers: Tensor | None  # the layer features, Float[B, n], if requested
 
 
 def forward_pass(
     backbone: FrozenBackbone,
     images: Tensor | Iterable[KeyValue],
     layout: Layout | None = None,
-    heads: Mapping[str, Read] | None = None,
+    heads: Mapping[str, HeadFunction] | None = None,
     sizes: Sequence[int] | None = None,
     pooled: bool = False,
     layers: bool = False,
     observe: Observer | None = None,
-    look: Onlooker | None = None,
-) -> Passed:
+    observe_attention: AttentionObserver | None = None,
+) -> ForwardResult:
     """Runs images through the backbone and the tasks of a layout.
 
     Args:
         backbone: the frozen backbone.
-        images: Float[B, 3, H, W] of its input size, as its transform gives them; or what each layer offered for one
-            batch of them, once more.
-        layout: the slots of the tasks; None runs the frozen stream alone.
-        heads: what answers for some of the layout's tasks, by their sha256.
-        sizes: images that a batch may have, ascending, of which the last is the micro-batch; each batch is filled up
-            with zeros to one of them. None fills up none.
-        pooled: whether the pooled feature is wanted beside what the heads read.
-        layers: whether the layer features are.
+        images: Float[B, 3, H, W] from the backbone's transform, or the frozen keys and values of each layer, computed
+            earlier for one batch.
+        layout: the tasks' slots; None runs only the frozen stream.
+        heads: functions that compute the outputs of some of the layout's tasks, by sha256.
+        sizes: allowed batch sizes, ascending, ending with the micro-batch; each batch is padded with zeros to one of
+            them. None pads nothing.
+        pooled: whether to return the pooled feature.
+        layers: whether to return the layer features.
         observe: see `Observer`.
-        look: see `Onlooker`.
+        observe_attention: see `AttentionObserver`.
 
     Raises:
-        BackboneError: images of another shape.
+        BackboneError: the images have another shape.
     """
     layout, heads = layout or Layout(TileStore(backbone), ()), heads or {}
-    asked = [task for task in layout.tasks if task.sha256 in heads]
-    reading: Reading = "pooled" if pooled or any(task.reads_pooled for task in asked) else "nothing"
-    read_layers = layers or any(task.num_layer_features for task in asked)
+    requested = [task for task in layout.tasks if task.sha256 in heads]
+    reading: Reading = "pooled" if pooled or any(task.reads_pooled for task in requested) else "nothing"
+    needs_layers = layers or any(task.num_layer_features for task in requested)
     answers: dict[str, list[Tensor]] = {sha256: [] for sha256 in heads}
     features: dict[str, list[Tensor]] = {"pooled": [], "layers": []}
-    # A traced pass is inside such a context already.
+    # When traced for export, the caller has already entered `plain`.
     with nullcontext() if torch.compiler.is_compiling() else plain(backbone.device):
         for batch, count in _batches(backbone, images, sizes) if isinstance(images, Tensor) else ((images, None),):
-            stream = backbone.stream(batch, reading, read_layers) if isinstance(batch, Tensor) else batch
-            tiles = _task_streams(backbone, stream, layout, observe, look)
-            feature, of_layers = None, None
+            stream = backbone.stream(batch, reading, needs_layers) if isinstance(batch, Tensor) else batch
+            tiles = _task_streams(backbone, stream, layout, observe, observe_attention)
+            pooled_feature, layer_features = None, None
             if isinstance(stream, FrozenStream):
-                feature = stream.pooled if reading == "pooled" else None
-                of_layers = stream.layers if read_layers else None
+                pooled_feature = stream.pooled if reading == "pooled" else None
+                layer_features = stream.layers if needs_layers else None
             for sha256, head in heads.items():
-                own = feature
+                feature = pooled_feature
                 if sha256 in layout.slot:
                     tile, slot = layout.slot[sha256]
-                    own = tiles[tile][slot]
-                assert own is not None
-                answers[sha256].append(head(own, feature, of_layers)[:count])
-            if pooled and feature is not None:
-                features["pooled"].append(feature[:count])
-            if layers and of_layers is not None:
-                features["layers"].append(of_layers[:count])
-        joined = {sha256: torch.cat(parts) for sha256, parts in answers.items()}
-        return Passed(joined, *(torch.cat(parts) if parts else None for parts in features.values()))
+                    feature = tiles[tile][slot]
+                assert feature is not None
+                answers[sha256].append(head(feature, pooled_feature, layer_features)[:count])
+            if pooled and pooled_feature is not None:
+                features["pooled"].append(pooled_feature[:count])
+            if layers and layer_features is not None:
+                features["layers"].append(layer_features[:count])
+        joined = {sha256: torch.cat(batches) for sha256, batches in answers.items()}
+        return ForwardResult(joined, *(torch.cat(batches) if batches else None for batches in features.values()))
 
 
 def backbone_logits(backbone: FrozenBackbone, images: Tensor) -> Float[Tensor, "B C"]:
-    """Stock timm's own logits of images Float[B, 3, H, W], computed in the canonical micro-batch."""
+    """Logits of timm's own forward pass for images Float[B, 3, H, W], computed in canonical micro-batches."""
     with plain(backbone.device):
-        cut = _batches(backbone, images, (micro_batch(backbone.device),))
-        return torch.cat([backbone.backbone_logits(batch)[:count] for batch, count in cut])
+        batches = _batches(backbone, images, (micro_batch(backbone.device),))
+        return torch.cat([backbone.backbone_logits(batch)[:count] for batch, count in batches])
 
 
 def _batches(
     backbone: FrozenBackbone, images: Tensor, sizes: Sequence[int] | None
 ) -> Iterator[tuple[Tensor, int | None]]:
-    """Cuts images into micro-batches, the last filled up with zeros to one of some sizes; each with its count."""
+    """Splits images into micro-batches, padded with zeros to one of `sizes`; yields each with its number of images."""
     backbone.check_images(images)
     if torch.compiler.is_compiling():
         yield images, None
         return
-    for part in images.detach().as_subclass(Tensor).split(micro_batch(backbone.device)):
-        # One memory layout, whatever the caller's is: strides decide which kernel computes.
-        shape = (batch_size(len(part), sizes), *part.shape[1:])
+    for chunk in images.detach().as_subclass(Tensor).split(micro_batch(backbone.device)):
+        # Copied into one memory layout, because strides decide which kernel runs.
+        shape = (batch_size(len(chunk), sizes), *chunk.shape[1:])
         batch = torch.zeros(shape, dtype=backbone.precision, device=backbone.device)
-        batch[: len(part)] = part
-        yield batch, len(part)
+        batch[: len(chunk)] = chunk
+        yield batch, len(chunk)
 
 
 def _task_streams(
@@ -124,9 +123,9 @@ def _task_streams(
     stream: Iterable[KeyValue],
     layout: Layout,
     observe: Observer | None,
-    look: Onlooker | None,
+    observe_attention: AttentionObserver | None,
 ) -> list[Float[Tensor, "S B D"]]:
-    """Runs a frozen stream to its end with all the task streams of a layout: for each tile its slots' features."""
+    """Runs a frozen stream with all task streams of a layout; returns the features of each tile's slots."""
     hidden: list[Tensor] = []
     for layer, frozen in enumerate(stream):
         batch, num_heads, _, head_dim = frozen.keys.shape
@@ -137,7 +136,7 @@ def _task_streams(
             offered = KeyValue(zeros, zeros.clone())
         if layout.tiles:
             prefix = KeyValue(frozen.keys.contiguous(), frozen.values.contiguous())
-        # What others see is offered before any task attends: a child may stand in an earlier tile than its parent.
+        # Offered tokens are projected before any task attends: a child's tile may come before its parent's.
         updates = [tile.adapters(layer) for tile in layout.tiles]
         projected = {}
         for i, pairs in enumerate(layout.offers):
@@ -148,21 +147,23 @@ def _task_streams(
                 offered.keys[:, :, rows] = keys[slots].permute(2, 1, 0, 3)
                 offered.values[:, :, rows] = values[slots].permute(2, 1, 0, 3)
         for i, tile in enumerate(layout.tiles):
-            parts = projected.pop(i) if i in projected else backbone.family.project(block, hidden[i], updates[i])
-            seen = _seen(tile, KeyValue(*parts[1:]), offered)
-            attention = block.attn.scale, parts[0], prefix, seen, tile.memory(layer), tile.bias
-            if look is not None:
-                look(layer, i, attention_weights(*attention))
+            if i not in projected:
+                projected[i] = backbone.family.project(block, hidden[i], updates[i])
+            queries, keys, values = projected.pop(i)
+            visible = _visible_tokens(tile, KeyValue(keys, values), offered)
+            attention = block.attn.scale, queries, prefix, visible, tile.memory(layer), tile.bias
+            if observe_attention is not None:
+                observe_attention(layer, i, attention_weights(*attention))
             hidden[i] = backbone.family.finish(block, hidden[i], attend(*attention), updates[i])
         if observe is not None:
             observe(layer, frozen, offered)
     return [backbone.final_norm(tokens) for tokens in hidden]
 
 
-def _seen(tile: Tile, own: KeyValue, offered: KeyValue) -> KeyValue:
-    """The tokens that each slot of a tile sees in one layer beside the frozen ones: its own and its ancestors'."""
-    seen = KeyValue(own.keys.unsqueeze(3), own.values.unsqueeze(3))  # [S, H, B, t, d]
+def _visible_tokens(tile: Tile, own: KeyValue, offered: KeyValue) -> KeyValue:
+    """Keys and values of the task tokens that each slot sees in one layer: its own and its ancestors'."""
+    visible = KeyValue(own.keys.unsqueeze(3), own.values.unsqueeze(3))  # [S, H, B, t, d]
     if tile.ancestors.shape[1]:
-        kin = (part[:, :, tile.ancestors].permute(2, 1, 0, 3, 4) for part in offered)  # from [B, H, S, a, d]
-        seen = KeyValue(*(torch.cat(pair, dim=3) for pair in zip(seen, kin, strict=True)))
-    return seen
+        ancestors = (tensor[:, :, tile.ancestors].permute(2, 1, 0, 3, 4) for tensor in offered)  # from [B, H, S, a, d]
+        visible = KeyValue(*(torch.cat(pair, dim=3) for pair in zip(visible, ancestors, strict=True)))
+    return visible

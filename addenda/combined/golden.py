@@ -1,4 +1,4 @@
-"""Golden probes: a task's logits on fixed images, made at registration and recomputed by `verify`."""
+"""Golden probes: a task's logits on fixed images, recorded at registration and recomputed by `verify`."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ from torch import Tensor
 from addenda.backbones import FrozenBackbone
 from addenda.combined.model import CombinedModel
 from addenda.combined.numerics import numerics, numerics_fingerprint, tensor_digest
-from addenda.combined.probes import NUM_PROBES, probe_images
+from addenda.combined.probe_inputs import NUM_PROBES, probe_images
 from addenda.registry import Golden, Task, is_finite
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-1}
-"""What max |difference| / max |logit| may be under another numerics fingerprint (docs/exactness.md)."""
+"""Largest allowed max |difference| / max |logit| under another numerics fingerprint (docs/exactness.md)."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of one task's golden probe."""
+    """Result of verifying one task's golden probe."""
 
     task: str  # its reference
-    ok: bool  # digests equal under the same numerics fingerprint, or within tolerance under another
-    compared: str  # what was recomputed
-    numerics_fingerprint: str  # under which it was recomputed
-    recorded_under: str  # the numerics fingerprint under which the golden probe was made
+    ok: bool  # identical, or within tolerance under another numerics fingerprint
+    compared: str  # how many logits were recomputed
+    numerics_fingerprint: str  # of the recomputation
+    recorded_under: str  # numerics fingerprint of the recorded golden probe
     same_numerics: bool  # whether these two are equal
-    identical: bool  # whether the logits are equal, byte for byte
-    max_difference: float | None  # largest |difference| of a logit; None where the probe cannot be compared
-    detail: str  # one line for a person
+    identical: bool  # whether the logits are byte-identical
+    max_difference: float | None  # largest |difference| of a logit; None if the probe cannot be compared
+    detail: str  # one-line explanation
 
 
 def golden(backbone: FrozenBackbone, task: Task) -> Golden:
-    """Computes a task's golden probe, alone with what it extends.
+    """Computes a task's golden probe, with only the tasks that it extends.
 
     Raises:
         BackboneError: the task was learned on another backbone.
-        ExactnessError: this machine's arithmetic does not keep the promise.
+        ExactnessError: the self-test failed on this machine.
         IntegrityError: the backbone's weights in memory have changed since they were loaded.
     """
     backbone.check_unchanged()
@@ -52,34 +52,34 @@ def golden(backbone: FrozenBackbone, task: Task) -> Golden:
 
 
 def verify(backbone: FrozenBackbone, recorded: Sequence[tuple[Task, Sequence[Golden]]]) -> list[Verdict]:
-    """Recomputes golden probes, of all tasks in one pass, as they are served, and compares.
+    """Recomputes the golden probes of all tasks in one combined forward pass and compares them.
 
     Args:
-        backbone: the backbone as it is now.
-        recorded: tasks as they are stored now, each with its golden probes, newest first. The one made under the
-            present numerics fingerprint is compared, or else the newest; a task without one fails.
+        backbone: the backbone.
+        recorded: stored tasks, each with its golden probes, newest first. A task is compared with its probe of the
+            current numerics fingerprint, or else with its newest probe; a task without a probe fails.
 
     Raises:
         BackboneError: a task was learned on another backbone.
-        ExactnessError: this machine's arithmetic does not keep the promise.
+        ExactnessError: the self-test failed on this machine.
         IntegrityError: the backbone's weights in memory have changed since they were loaded.
     """
     backbone.check_unchanged()
-    # By reference: versions of one name are verified side by side.
+    # Renamed to their references, so that several versions of one name can be verified together.
     named = [(replace(task, name=task.ref, version=None), probes) for task, probes in recorded]
     return verdicts(CombinedModel(backbone, [task for task, _ in named]), named)
 
 
 def verdicts(model: CombinedModel, recorded: Sequence[tuple[Task, Sequence[Golden]]]) -> list[Verdict]:
-    """As `verify`, on a model as it is and some of its tasks; whether the weights have changed is not looked at."""
+    """Like `verify`, for an existing model and some of its tasks, without hashing the backbone's weights."""
     now = numerics_fingerprint(numerics(model.backbone))
-    answers = model(probe_images(model.backbone), [task.name for task, _ in recorded])
-    found = []
+    logits = model(probe_images(model.backbone), [task.name for task, _ in recorded])
+    results = []
     for task, probes in recorded:
-        # Sorting is stable: the one of the present numerics first, then the newest.
+        # The sort is stable: the probe of the current numerics first, then the newest.
         probe = next(iter(sorted(probes, key=lambda probe: probe.numerics_fingerprint != now)), None)
-        found.append(_verdict(task, probe, answers[task.name].cpu(), now, model.backbone))
-    return found
+        results.append(_verdict(task, probe, logits[task.name].cpu(), now, model.backbone))
+    return results
 
 
 def _verdict(task: Task, probe: Golden | None, logits: Tensor, now: str, backbone: FrozenBackbone) -> Verdict:
@@ -92,17 +92,17 @@ def _verdict(task: Task, probe: Golden | None, logits: Tensor, now: str, backbon
         bound = TOLERANCE[backbone.precision_name] * probe.logits.abs().max().item()
     finite = is_finite(logits, task.objective, task.temperature)
     if not finite:
-        detail = "gives logits or probabilities that are NaN or infinite"
+        detail = "logits or probabilities are NaN or infinite"
     elif probe is None:
         detail = "no golden probe is recorded"
     elif difference is None:
-        detail = "its golden probe does not fit it, or has been changed"
+        detail = "the golden probe has another shape or does not match its digest"
     elif identical:
         detail = "identical, byte for byte" + ("" if same else ", under another numerics fingerprint")
     elif same:
         detail = f"DIFFERS under the same numerics fingerprint, by up to {difference:.3g}"
     else:
-        detail = f"new epoch (numerics {now[:12]}…): differs by up to {difference:.3g}, allowed {bound:.3g}"
+        detail = f"numerics change (now {now[:12]}…): differs by up to {difference:.3g}, allowed {bound:.3g}"
     return Verdict(
         task=task.ref,
         ok=finite and difference is not None and (identical or (not same and difference <= bound)),

@@ -1,4 +1,4 @@
-"""The combined model: one frozen pass, and every task's answer from it."""
+"""The combined model: the logits of every task from one frozen forward pass."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from addenda.backbones import FrozenBackbone, read_files, uncompiled
 from addenda.combined.forward import backbone_logits, forward_pass
 from addenda.combined.heads import Head
-from addenda.combined.numerics import arithmetic, touch
+from addenda.combined.numerics import operations_sample, runtime_settings
 from addenda.combined.predictions import Prediction, predictions_of
 from addenda.combined.routing import Choice, Router
 from addenda.combined.selftest import prove
@@ -24,12 +24,12 @@ from addenda.exceptions import BackboneError, ExactnessError, RegistryError, Unk
 from addenda.registry import Task
 
 
-class Answers(dict[str, Tensor]):
-    """Logits Float[B, C] of each task by name.
+class TaskLogits(dict[str, Tensor]):
+    """Logits Float[B, C] of each task, by name.
 
     Attributes:
-        exact: whether the bits are those that each task has in any company and batch.
-        pooled: the backbone's own pooled feature of each image, Float[B, D], where it was asked for.
+        exact: whether the exactness promise holds for these logits.
+        pooled: the backbone's pooled feature of each image, Float[B, D], if requested.
     """
 
     def __init__(self, logits: dict[str, Tensor], exact: bool, pooled: Tensor | None = None) -> None:
@@ -39,21 +39,21 @@ class Answers(dict[str, Tensor]):
 
 
 class CombinedModel:
-    """Answers every task from one pass over an image; a task's bits depend on no other task that it does not extend.
+    """Computes all tasks in one forward pass; a task's bits depend on no other tasks than those that it extends.
 
-    Images run in batches of proven shapes, filled up with zeros; task tokens in tiles of fixed size; heads one by one.
-    docs/exactness.md says why. Before it computes anything, a self-test proves the shapes on this machine.
+    Images run in zero-padded batches of proven sizes, task tokens in tiles of fixed size, and heads one by one, as
+    docs/exactness.md explains. A self-test proves these shapes on this machine before anything is computed.
 
     Args:
         backbone: the frozen backbone.
-        tasks: the tasks to answer, each learned on this backbone. Those that they extend are computed too.
-        exact: False fills up neither tiles nor batches and tests nothing: a little faster for few tasks or images, and
-            bits may depend on the company.
+        tasks: the tasks to predict, learned on this backbone. Tasks that they extend are computed too.
+        exact: False skips the self-test and all padding: slightly faster for few tasks or images, but bits may depend
+            on the other tasks and on the batch.
 
     Raises:
         BackboneError: a task was learned on another backbone.
-        ExactnessError: this machine's arithmetic does not keep the promise.
-        RegistryError: two different tasks of one name.
+        ExactnessError: the self-test failed on this machine.
+        RegistryError: two different tasks have the same name.
 
     Examples:
         >>> from addenda import load_backbone
@@ -69,30 +69,30 @@ class CombinedModel:
         self.micro_batch = micro_batch(backbone.device)
         self._store = TileStore(backbone)
         self._heads: dict[str, Head] = {}
-        self._settings = arithmetic(backbone), touch()
+        self._settings = runtime_settings(backbone), operations_sample()
         self._load(tasks)
 
     def with_tasks(self, tasks: Sequence[Task]) -> CombinedModel:
-        """A model of other tasks that shares with this one what both need; only what is new is computed and moved.
+        """A model of other tasks that shares tiles and heads with this one; only new tasks are loaded.
 
         Args:
-            tasks: all that the new model answers.
+            tasks: all tasks of the new model.
 
         Raises:
-            BackboneError, ExactnessError, RegistryError: as for a model made anew.
+            BackboneError, ExactnessError, RegistryError: as in the constructor.
         """
-        made = object.__new__(type(self))
-        vars(made).update(vars(self))
-        made._load(tasks)
-        return made
+        model = object.__new__(type(self))
+        vars(model).update(vars(self))
+        model._load(tasks)
+        return model
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A deep copy, or one from a pickle, is made anew of what it answers for."""
+        """Deep copies and pickles are rebuilt from the backbone and the tasks."""
         return CombinedModel, (self.backbone, list(self.tasks.values()), self.exact)
 
     @property
     def heads(self) -> list[Head]:
-        """Its tasks' heads, in their order."""
+        """The heads of the tasks, in order."""
         return [self._heads[task.sha256] for task in self.tasks.values()]
 
     @uncompiled
@@ -103,10 +103,10 @@ class CombinedModel:
                 _check_fits(member, self.backbone)
             if self.tasks.setdefault(task.name, task).sha256 != task.sha256:
                 raise RegistryError(
-                    f"Two different tasks are named {task.name!r}; a combined model answers one of them."
+                    f"Two different tasks are named {task.name!r}; a combined model can hold only one of them."
                 )
-        now = arithmetic(self.backbone), touch()
-        if now != self._settings:  # other settings, other bits
+        now = runtime_settings(self.backbone), operations_sample()
+        if now != self._settings:  # bits may differ: share nothing
             self._settings, self._store, self._heads = now, TileStore(self.backbone), {}
         self._heads = {
             task.sha256: self._heads.get(task.sha256) or Head(self.backbone, task) for task in self.tasks.values()
@@ -115,9 +115,9 @@ class CombinedModel:
         if self.exact and tasks:
             self.shapes = prove(self.backbone, tasks)
         slots = self.shapes.slots if self.exact else None
-        self.layout = whole = Layout(self._store, list(self.tasks.values()), slots)
-        # Without a reference to this model, which would keep what lies on the device until a garbage collection.
-        self._some = lru_cache(maxsize=8)(lambda *tasks: Layout(whole, tasks, slots))
+        self.layout = layout = Layout(self._store, list(self.tasks.values()), slots)
+        # The closure must not reference the model: that cycle would keep device memory until a garbage collection.
+        self._subset_layout = lru_cache(maxsize=8)(lambda *tasks: Layout(layout, tasks, slots))
 
     def _select(self, tasks: Sequence[str] | None) -> tuple[str, ...]:
         unknown = [name for name in tasks or () if name not in self.tasks]
@@ -128,101 +128,101 @@ class CombinedModel:
         return tuple(self.tasks) if tasks is None else tuple(dict.fromkeys(tasks))
 
     @uncompiled
-    def __call__(self, images: Tensor, tasks: Sequence[str] | None = None, pooled: bool = False) -> Answers:
-        """Logits of every task, or of some, in float32 on the backbone's device.
+    def __call__(self, images: Tensor, tasks: Sequence[str] | None = None, pooled: bool = False) -> TaskLogits:
+        """Logits of all or some tasks, in float32 on the backbone's device.
 
         Args:
-            images: Float[B, 3, H, W], of the backbone's input size, normalised, as `backbone.transform` gives them.
-            tasks: names of the tasks to answer; None answers all.
-            pooled: whether the backbone's own feature is wanted too, for a `Router`.
+            images: Float[B, 3, H, W] from `backbone.transform`.
+            tasks: names of the tasks to compute; None computes all.
+            pooled: whether to return the pooled feature too, for a `Router`.
 
         Returns:
-            Float[B, C] for each task, by name; its `exact` says whether the promise holds.
+            Float[B, C] for each task, by name.
 
         Raises:
-            BackboneError: images of another shape.
-            ExactnessError: a setting that moves bits has been changed since the model was made; it is named.
-            IntegrityError: a module or weight of the backbone is no longer what was loaded.
-            UnknownTaskError: a name that this model does not hold.
+            BackboneError: the images have another shape.
+            ExactnessError: a setting that can change bits was changed since the model was made.
+            IntegrityError: a module or weight of the backbone has changed since it was loaded.
+            UnknownTaskError: a name is not a task of this model.
         """
         self.backbone.check_images(images)
         if self.exact:
             self._check_settings()
         names = self._select(tasks)
         if not names and not pooled:
-            return Answers({}, self.exact)
-        asked = [self.tasks[name] for name in names]
-        layout = self.layout if len(asked) == len(self.tasks) else self._some(*asked)
-        heads = {task.sha256: self._heads[task.sha256] for task in asked}
+            return TaskLogits({}, self.exact)
+        requested = [self.tasks[name] for name in names]
+        layout = self.layout if len(requested) == len(self.tasks) else self._subset_layout(*requested)
+        heads = {task.sha256: self._heads[task.sha256] for task in requested}
         sizes = self.shapes.images if self.exact else None
-        answers, feature, _ = forward_pass(self.backbone, images, layout, heads, sizes, pooled)
-        logits = {task.name: answers[task.sha256] for task in asked}
-        return Answers(logits, self.exact, None if feature is None else feature.float())
+        outputs, feature, _ = forward_pass(self.backbone, images, layout, heads, sizes, pooled)
+        logits = {task.name: outputs[task.sha256] for task in requested}
+        return TaskLogits(logits, self.exact, None if feature is None else feature.float())
 
     def _check_settings(self) -> None:
         self.backbone.check_as_loaded()
-        (before, bits), now = self._settings, arithmetic(self.backbone)
-        if now == before and touch() == bits:
+        (before, sample), now = self._settings, runtime_settings(self.backbone)
+        if now == before and operations_sample() == sample:
             return
         pairs = {name: (before.get(name, "the default"), now.get(name, "the default")) for name in before | now}
-        named = ", ".join(f"{name} was {was}, now {is_}" for name, (was, is_) in pairs.items() if was != is_)
-        changed = named or "one that has no name here: some of torch's own operations give other bits than then"
+        named = ", ".join(f"{name} was {old}, now {new}" for name, (old, new) in pairs.items() if old != new)
+        changed = named or "an unknown one, since basic torch operations now give different bits"
         raise ExactnessError(
-            f"A setting that moves bits has changed since this model was made: {changed}. Set it back, or make the "
-            "model anew (model.with_tasks)."
+            f"A setting that can change bits has changed since this model was made: {changed}. Restore it, or make a "
+            "new model with model.with_tasks."
         )
 
     @uncompiled
     def backbone_logits(self, images: Tensor) -> Float[Tensor, "B C"]:
-        """Stock timm's own logits of images Float[B, 3, H, W], computed in the canonical micro-batch."""
+        """Logits of timm's own forward pass for images Float[B, 3, H, W], computed in canonical micro-batches."""
         return backbone_logits(self.backbone, images)
 
     def predict(
         self, paths: Sequence[str | Path], top: int | None = None, tasks: Sequence[str] | None = None
     ) -> dict[str, list[Prediction]]:
-        """Reads image files and answers every task.
+        """Reads image files and predicts every task.
 
         Args:
             paths: image files.
-            top: at most so many labels for each image, best first. None gives 3 of a single-label task, and of a
-                multi-label one every label of probability 0.5 and more.
-            tasks: names of the tasks to answer; None answers all.
+            top: maximum number of labels per image, best first. None gives 3 for a single-label task, and every label
+                with probability 0.5 or more for a multi-label task.
+            tasks: names of the tasks to predict; None predicts all.
 
         Returns:
-            For each task and each path, (label, probability) pairs.
+            For each task and path, (label, probability) pairs.
 
         Raises:
-            DataError: a file that is not a readable image.
+            DataError: a file is not a readable image.
         """
-        answers: dict[str, list[Prediction]] = {name: [] for name in self._select(tasks)}
+        results: dict[str, list[Prediction]] = {name: [] for name in self._select(tasks)}
         for files in read_files(self.backbone, paths, self.micro_batch):
-            for name, labels in self.predict_images(files.images, top, tasks).items():
-                answers[name] += labels
-        return answers
+            for name, batch in self.predict_images(files.images, top, tasks).items():
+                results[name] += batch
+        return results
 
     def predict_images(
         self, images: Float[Tensor, "B 3 H W"], top: int | None = None, tasks: Sequence[str] | None = None
     ) -> dict[str, list[Prediction]]:
-        """Answers every task about images as `backbone.transform` gives them; see `predict`."""
-        found = self(images, tasks)
-        return predictions_of(map(self.tasks.__getitem__, found), found, top)
+        """Like `predict`, for images from `backbone.transform`."""
+        logits = self(images, tasks)
+        return predictions_of(map(self.tasks.__getitem__, logits), logits, top)
 
     def route(
         self, paths: Sequence[str | Path], router: Router, top: int | None = None
     ) -> list[tuple[Choice, Prediction]]:
-        """Reads image files, lets a router choose a task for each, and gives that task's answer.
+        """Reads image files, chooses a task for each with a router, and returns that task's prediction.
 
         Args:
             paths: image files.
-            router: knows tasks of this model.
-            top: at most so many labels for each image; None gives 3.
+            router: a router over tasks of this model.
+            top: maximum number of labels per image; None gives 3.
 
         Returns:
-            For each path the choice, and (label, probability) pairs within the chosen task.
+            For each path, the choice and (label, probability) pairs of the chosen task.
 
         Raises:
-            DataError: a file that is not a readable image.
-            UnknownTaskError: a task that this model does not hold.
+            DataError: a file is not a readable image.
+            UnknownTaskError: the router has a task that is not in this model.
         """
         batches = read_files(self.backbone, paths, self.micro_batch)
         return [routed for files in batches for routed in self.route_images(files.images, router, top)]
@@ -230,20 +230,20 @@ class CombinedModel:
     def route_images(
         self, images: Float[Tensor, "B 3 H W"], router: Router, top: int | None = None
     ) -> list[tuple[Choice, Prediction]]:
-        """Lets a router choose a task for each of some images as `backbone.transform` gives them; see `route`."""
-        answers = self(images, router.tasks, pooled=True)
-        assert answers.pooled is not None
-        labels = predictions_of(map(self.tasks.__getitem__, answers), answers, top)
-        return [(choice, labels[choice.task][i]) for i, choice in enumerate(router.choose(answers.pooled))]
+        """Like `route`, for images from `backbone.transform`."""
+        logits = self(images, router.tasks, pooled=True)
+        assert logits.pooled is not None
+        results = predictions_of(map(self.tasks.__getitem__, logits), logits, top)
+        return [(choice, results[choice.task][i]) for i, choice in enumerate(router.choose(logits.pooled))]
 
 
 def _check_fits(task: Task, backbone: FrozenBackbone) -> None:
-    """Raises an error that names the task unless it can run on this backbone."""
+    """Raises an error unless the task can run on this backbone."""
     if task.backbone != backbone.fingerprint:
         raise BackboneError(
             f"Task {task.ref!r} was learned on the backbone with fingerprint {task.backbone[:12]}…; "
             f"{backbone.name!r} as loaded has {backbone.fingerprint[:12]}…. Weights, input size and preprocessing must "
-            "be the same."
+            "match."
         )
     if task.head_weight.shape[1] != backbone.embed_dim:
         raise RegistryError(
@@ -258,7 +258,7 @@ def _check_fits(task: Task, backbone: FrozenBackbone) -> None:
     for parent in task.parents:
         if parent.class_token is None:
             raise RegistryError(
-                f"Task {task.ref!r} extends {parent.ref!r}, which is head-only: it has no token to see."
+                f"Task {task.ref!r} extends {parent.ref!r}, which is head-only: it has no class token to attend to."
             )
     if task.memory is not None and (len(task.memory), task.memory.shape[2]) != (backbone.depth, backbone.embed_dim):
         raise RegistryError(
@@ -267,13 +267,13 @@ def _check_fits(task: Task, backbone: FrozenBackbone) -> None:
         )
     if not task.adapters:
         return
-    why = backbone.adapter_obstacle()
-    if why is not None:
-        raise BackboneError(f"Task {task.ref!r} has adapters, which backbone {backbone.name!r} cannot carry: {why}.")
-    found = {site: (len(down), down.shape[-1], up.shape[1]) for site, (down, up) in task.adapters.items()}
+    reason = backbone.adapter_obstacle()
+    if reason is not None:
+        raise BackboneError(f"Task {task.ref!r} has adapters, which backbone {backbone.name!r} cannot carry: {reason}.")
+    shapes = {site: (len(down), down.shape[-1], up.shape[1]) for site, (down, up) in task.adapters.items()}
     expected = {site: (backbone.depth, *ends) for site, ends in backbone.adapter_shapes().items()}
-    if found != expected:
+    if shapes != expected:
         raise RegistryError(
-            f"Task {task.ref!r} has adapters of (layers, inputs, outputs) {found}; backbone {backbone.name!r} takes "
-            f"{expected}."
+            f"Task {task.ref!r} has adapters of (layers, inputs, outputs) {shapes}; backbone {backbone.name!r} "
+            f"requires {expected}."
         )

@@ -1,4 +1,4 @@
-"""What the bits of a result depend on beside its content: the numerics fingerprint."""
+"""The numerics fingerprint: everything besides its inputs on which the bits of a result depend."""
 
 from __future__ import annotations
 
@@ -14,45 +14,45 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from addenda.backbones import FrozenBackbone, plain
-from addenda.combined.forward import Read, forward_pass
+from addenda.combined.forward import HeadFunction, forward_pass
 from addenda.combined.heads import Head
-from addenda.combined.probes import probe_images, probe_task
+from addenda.combined.probe_inputs import probe_images, probe_task
 from addenda.combined.shapes import TILE, SizeClass, micro_batch
 from addenda.combined.tiles import Layout, TileStore
 from addenda.registry import canonical_json, digest
 
 
-def arithmetic(backbone: FrozenBackbone) -> dict[str, Any]:
-    """Settings of this process and of the backbone's blocks that move bits and that a caller may change at any time.
+def runtime_settings(backbone: FrozenBackbone) -> dict[str, Any]:
+    """Settings that can change bits and that a caller may change at any time.
 
-    Beside the first four a setting is named only where it is not torch's own default, so that a fingerprint made before
-    the setting was known is still that of the default.
+    The first four are always included. Others are included only if they differ from their default, so that
+    fingerprints recorded before a setting was known stay valid.
     """
     try:
         matmul = torch.get_float32_matmul_precision()
-    except RuntimeError:  # set by torch's older and its newer way, differently
+    except RuntimeError:  # torch's older and newer settings disagree
         matmul = "mixed"
     return {
         "threads": torch.get_num_threads(),
         "mkldnn": torch.backends.mkldnn.enabled,
         "float32_matmul_precision": matmul,
         "fused_attention": backbone.fused_attention,
-        **{name: found for name, (found, *defaults) in _switches(backbone.device).items() if found not in defaults},
+        **{name: value for name, (value, *defaults) in _switches(backbone.device).items() if value not in defaults},
     }
 
 
 def _switches(device: torch.device) -> dict[str, tuple[Any, ...]]:
-    """Settings that move bits: as they are, and torch's default or what loading a backbone on a GPU sets."""
+    """Current value of each setting, followed by its defaults: torch's, or those set when a GPU backbone is loaded."""
     mkldnn, sdp = torch.backends.mkldnn, torch.backends.cuda
-    full = ("none", "ieee")  # torch names it in two ways
-    found: dict[str, tuple[Any, ...]] = {
+    full = ("none", "ieee")  # torch's two names for full precision
+    switches: dict[str, tuple[Any, ...]] = {
         "default_dtype": (str(torch.get_default_dtype()), "torch.float32"),
-        "flush_denormal": (not _SMALL.mul(0.5).count_nonzero(), False),
+        "flush_denormal": (not _DENORMAL.mul(0.5).count_nonzero(), False),
         "flash_sdp": (sdp.flash_sdp_enabled(), True),
         "mem_efficient_sdp": (sdp.mem_efficient_sdp_enabled(), True),
         "math_sdp": (sdp.math_sdp_enabled(), True),
         "cudnn_sdp": (sdp.cudnn_sdp_enabled(), True),
-        # torch has had these since 2.9
+        # Since torch 2.9.
         "fp32_precision": (getattr(torch.backends, "fp32_precision", "none"), *full),
         "mkldnn_fp32_precision": (getattr(mkldnn, "fp32_precision", "none"), *full),
         "conv_fp32_precision": (getattr(getattr(mkldnn, "conv", None), "fp32_precision", "none"), *full),
@@ -60,52 +60,53 @@ def _switches(device: torch.device) -> dict[str, tuple[Any, ...]]:
     }
     if device.type == "cuda":
         cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-        found |= {
+        switches |= {
             "cudnn_tf32": (cudnn.allow_tf32, False),
             "cudnn_benchmark": (cudnn.benchmark, False),
             "cudnn_deterministic": (cudnn.deterministic, True),
             "bf16_reduction": (matmul.allow_bf16_reduced_precision_reduction, True),
             "fp16_reduction": (matmul.allow_fp16_reduced_precision_reduction, True),
         }
-    return found
+    return switches
 
 
-def lowered(described: Mapping[str, Any]) -> list[str]:
-    """The settings among some of `arithmetic` that let float32 be computed in less than float32."""
+def reduced_precision(settings: Mapping[str, Any]) -> list[str]:
+    """Those of some settings that allow float32 to be computed in lower precision."""
     return [
         f"{name} {value}"
-        for name, value in described.items()
+        for name, value in settings.items()
         if name.endswith("precision") and name != "precision" and value not in ("highest", "none")
     ]
 
 
-_SMALL = torch.full((1,), 1e-39, dtype=torch.float32, device="cpu")
-_SQUARE = torch.linspace(-1, 1, 256, dtype=torch.float32, device="cpu").reshape(1, 1, 16, 16)
-_LAYER = nn.Linear(16, 16, bias=False, device="meta")  # a hook on all modules listens to it too
-_LAYER.weight = nn.Parameter(_SQUARE[0, 0].flip(0), requires_grad=False)
+_DENORMAL = torch.full((1,), 1e-39, dtype=torch.float32, device="cpu")
+_SAMPLE = torch.linspace(-1, 1, 256, dtype=torch.float32, device="cpu").reshape(1, 1, 16, 16)
+_SAMPLE_LAYER = nn.Linear(16, 16, bias=False, device="meta")  # a module, so that global module hooks apply too
+_SAMPLE_LAYER.weight = nn.Parameter(_SAMPLE[0, 0].flip(0), requires_grad=False)
 
 
-def touch() -> bytes:
-    """The bytes of a few microseconds' work by the operations of a forward pass.
+def operations_sample() -> bytes:
+    """Result bytes of the operations of a forward pass on a tiny fixed input, in a few microseconds.
 
-    No list of settings is complete: what replaces an operation or moves its bits otherwise shows here, unless it
-    matters to large shapes alone.
+    No list of settings is complete: this also detects replaced operations and unlisted settings, unless they affect
+    only large shapes.
     """
     with plain(torch.device("cpu")):
-        read = F.scaled_dot_product_attention(_SQUARE, _SQUARE, _SQUARE)
-        found = F.gelu(F.layer_norm(_LAYER(F.linear(read[0, 0], _SQUARE[0, 0])), (16,))).softmax(-1) @ _SQUARE[0, 0]
-        return found.numpy().tobytes()
+        matrix = _SAMPLE[0, 0]
+        attended = F.scaled_dot_product_attention(_SAMPLE, _SAMPLE, _SAMPLE)[0, 0]
+        hidden = F.gelu(F.layer_norm(_SAMPLE_LAYER(F.linear(attended, matrix)), (16,)))
+        return (hidden.softmax(-1) @ matrix).numpy().tobytes()
 
 
-def settings(backbone: FrozenBackbone) -> dict[str, Any]:
-    """Versions, device and settings that can move a bit."""
+def numerics_settings(backbone: FrozenBackbone) -> dict[str, Any]:
+    """Versions, device and settings that can change bits."""
     device = backbone.device
     cuda = device.type == "cuda"
     return {
         "torch": torch.__version__,
         "timm": version("timm"),
         "device": f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}" if cuda else _cpu(),
-        **arithmetic(backbone),
+        **runtime_settings(backbone),
         "precision": backbone.precision_name,
         "tile": TILE,
         "micro_batch": micro_batch(device),
@@ -113,48 +114,47 @@ def settings(backbone: FrozenBackbone) -> dict[str, Any]:
 
 
 def numerics(backbone: FrozenBackbone) -> dict[str, Any]:
-    """Everything that can move a bit without a change of content, and the digest of a fixed computation.
+    """The versions, device and settings that can change bits, and the digest of a fixed computation.
 
-    Versions and settings alone missed changes that moved bits, so the frozen stream, tasks' streams (without adapters,
-    and with them where the backbone can carry them) and heads run over the probe images too; once for each backbone and
-    its settings.
+    Versions and settings alone have missed changes of bits. So the frozen stream, task streams (without adapters, and
+    with them if the backbone can carry them) and heads are also run on the probe images, and cached in the backbone.
     """
-    described = settings(backbone)
-    key = ("probe", canonical_json(described), touch())
+    settings = numerics_settings(backbone)
+    key = ("probe", canonical_json(settings), operations_sample())
     if key not in backbone.memo:
-        backbone.memo[key] = _probe(backbone)
-    return described | {"probe": backbone.memo[key]}
+        backbone.memo[key] = _probe_digest(backbone)
+    return settings | {"probe": backbone.memo[key]}
 
 
-def _probe(backbone: FrozenBackbone) -> str:
+def _probe_digest(backbone: FrozenBackbone) -> str:
     backbone.check_as_loaded()
     images = probe_images(backbone)
     images = images[torch.arange(micro_batch(backbone.device), dtype=torch.int64, device="cpu") % len(images)]
     ranks = (0, 8) if backbone.adapter_obstacle() is None else (0,)
     tasks = [probe_task(backbone, SizeClass(tokens=2, memory=8, rank=rank)) for rank in ranks]
-    reads = {task.sha256: _feature_and_logits(Head(backbone, task)) for task in tasks}
-    answers, pooled, _ = forward_pass(backbone, images, Layout(TileStore(backbone), tasks), reads, pooled=True)
+    heads = {task.sha256: _feature_and_logits(Head(backbone, task)) for task in tasks}
+    outputs, pooled, _ = forward_pass(backbone, images, Layout(TileStore(backbone), tasks), heads, pooled=True)
     assert pooled is not None
-    return tensor_digest(torch.cat([pooled.float(), *answers.values()], dim=1))
+    return tensor_digest(torch.cat([pooled.float(), *outputs.values()], dim=1))
 
 
-def _feature_and_logits(head: Head) -> Read:
-    return lambda feature, *read: torch.cat([feature.float(), head(feature, *read).float()], dim=1)
+def _feature_and_logits(head: Head) -> HeadFunction:
+    return lambda feature, *rest: torch.cat([feature.float(), head(feature, *rest).float()], dim=1)
 
 
-def numerics_fingerprint(described: Mapping[str, Any]) -> str:
-    """sha256 over a description that `numerics` gave."""
-    return digest(canonical_json(dict(described)).encode())
+def numerics_fingerprint(numerics: Mapping[str, Any]) -> str:
+    """sha256 of the result of `numerics`."""
+    return digest(canonical_json(dict(numerics)).encode())
 
 
 def tensor_digest(tensor: Tensor) -> str:
-    """sha256 over a float32 tensor's bytes."""
+    """sha256 of a float32 tensor's bytes."""
     return digest(tensor.detach().cpu().contiguous().numpy().tobytes())
 
 
 @cache
 def _cpu() -> str:
-    """The CPU's model and the instruction set that torch uses on it."""
+    """CPU model and the instruction set that torch uses."""
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():

@@ -1,4 +1,4 @@
-"""What a task says about images: labels and probabilities, from its logits."""
+"""Predictions: labels and probabilities from a task's logits."""
 
 from __future__ import annotations
 
@@ -12,58 +12,58 @@ from addenda.exceptions import IntegrityError
 from addenda.registry import OBJECTIVES, Task, probabilities
 
 Prediction = list[tuple[str, float]]
-"""What a task says about an image: (label, probability) pairs, best first."""
+"""A task's prediction for one image: (label, probability) pairs, best first."""
 
 TOP = 3
-"""Labels that a single-label task gives for each image, unless told."""
+"""Default number of labels in a single-label prediction."""
 LIKELY = 0.5
-"""The probability from which a multi-label task gives a label."""
+"""Minimum probability of a label in a multi-label prediction."""
 
 
 def not_finite(task: Task) -> IntegrityError:
-    """The error of a task whose answers are no numbers."""
+    """The error for a task whose logits or probabilities are NaN or infinite."""
     return IntegrityError(
-        f"Task {task.ref!r} gives logits or probabilities that are NaN or infinite for these images. Ask for other "
-        f"tasks by name, or have it retired: addenda tasks retire {task.ref}"
+        f"Task {task.ref!r} gives logits or probabilities that are NaN or infinite for these images. Request other "
+        f"tasks by name, or retire it: addenda tasks retire {task.ref}"
     )
 
 
 def predictions(task: Task, logits: Float[Tensor, "B C"], top: int | None = None) -> list[Prediction]:
-    """Reads a task's logits as labels; `predictions_of` with one task."""
+    """Converts one task's logits to predictions; see `predictions_of`."""
     return predictions_of([task], {task.name: logits}, top)[task.name]
 
 
 def predictions_of(
     tasks: Iterable[Task], logits: Mapping[str, Float[Tensor, "B C"]], top: int | None = None
 ) -> dict[str, list[Prediction]]:
-    """Reads logits as labels; tasks of one kind and number of classes together, since each call of torch costs as much.
+    """Converts logits to predictions, batching tasks with equal objective, temperature and number of classes.
 
     Args:
-        tasks: which, of those whose logits there are.
-        logits: of each task by its name, as the combined model gives them, of the same images.
-        top: at most so many labels for each image. None gives 3 of a single-label task, and of a multi-label one all
-            that are likely.
+        tasks: the tasks to convert.
+        logits: logits of the same images by task name, from the combined model.
+        top: maximum number of labels per image. None gives TOP for a single-label task, and every label above the
+            threshold for a multi-label task.
 
     Returns:
-        By task, for each image (label, probability) pairs, best first. A multi-label task gives the labels of
-        probability 0.5 and more: none, where no label has it.
+        For each task and image, (label, probability) pairs, best first. A multi-label prediction contains only labels
+        with a probability of at least LIKELY, possibly none.
     """
-    alike: dict[tuple[str, float, int], list[Task]] = {}
+    groups: dict[tuple[str, float, int], list[Task]] = {}
     for task in tasks:
-        alike.setdefault((task.objective, task.temperature, len(task.labels)), []).append(task)
-    found: dict[str, list[Prediction]] = {}
-    for (objective, temperature, _), group in alike.items():
+        groups.setdefault((task.objective, task.temperature, len(task.labels)), []).append(task)
+    results: dict[str, list[Prediction]] = {}
+    for (objective, temperature, _), group in groups.items():
         single = OBJECTIVES[objective].exclusive
         count = TOP if top is None and single else top
-        together = torch.stack([logits[task.name].cpu() for task in group])
-        best = probabilities(together, objective, temperature).sort(dim=-1, descending=True, stable=True)
+        stacked = torch.stack([logits[task.name].cpu() for task in group])
+        best = probabilities(stacked, objective, temperature).sort(dim=-1, descending=True, stable=True)
         if not best.values.isfinite().all():
-            wrong = next(task for task, one in zip(group, best.values, strict=True) if not one.isfinite().all())
-            raise not_finite(wrong)
-        values, indices = best.values[..., :count].tolist(), best.indices[..., :count].tolist()
-        for task, values_of, indices_of in zip(group, values, indices, strict=True):
-            found[task.name] = [
+            values_by_task = zip(group, best.values, strict=True)
+            raise not_finite(next(task for task, values in values_by_task if not values.isfinite().all()))
+        top_values, top_indices = best.values[..., :count].tolist(), best.indices[..., :count].tolist()
+        for task, task_values, task_indices in zip(group, top_values, top_indices, strict=True):
+            results[task.name] = [
                 [(task.labels[i], value) for i, value in zip(*pairs, strict=True) if single or value >= LIKELY]
-                for pairs in zip(indices_of, values_of, strict=True)
+                for pairs in zip(task_indices, task_values, strict=True)
             ]
-    return found
+    return results

@@ -1,4 +1,4 @@
-"""The backbone that a registry's tasks were learned on."""
+"""Loads the backbone recorded in a registry."""
 
 from __future__ import annotations
 
@@ -12,39 +12,46 @@ from addenda.registry import Registry
 def recorded_backbone(
     registry: Registry, weights: str | Path | None, device: str, fingerprint: str | None = None, name: str | None = None
 ) -> FrozenBackbone:
-    """Loads the registry's one backbone, or that of a fingerprint or name, and checks its fingerprint.
+    """Loads the registry's only backbone, or the one with a given fingerprint or name, and checks its fingerprint.
 
-    Its weights are read from a local file, by default from where they were when it was recorded.
+    `weights` is a local file; None uses the recorded source.
 
     Raises:
-        BackboneError: the registry has none such, or several; or its weights are gone.
-        IntegrityError: it has other weights or another preprocessing than it was recorded with.
+        BackboneError: no backbone or several match, or the recorded weights file no longer exists.
+        IntegrityError: weights or preprocessing differ from the record.
     """
     records = [b for b in registry.backbones() if fingerprint in (None, b["fingerprint"]) and name in (None, b["name"])]
     if not records:
-        raise BackboneError(f"The registry {registry.location!r} holds no task yet. `addenda learn` adds one.")
+        raise BackboneError(f"The registry {registry.location!r} has no tasks yet. Add one with `addenda learn`.")
     if len(records) > 1:
         names = ", ".join(b["name"] for b in records)
         raise BackboneError(
-            f"The registry holds tasks on several backbones ({names}): name a task, or for `learn` one with --backbone."
+            f"The registry has tasks on several backbones ({names}). Name a task or, with `learn`, pass --backbone."
         )
     (record,) = records
-    given = record["source"] if record["source"] not in ("hub", "embedded") else None
-    if weights is None and given is not None and not Path(given).exists():
-        raise BackboneError(f"The weights of {record['name']!r} are no longer at {given!r}. Say where: --weights FILE.")
+    recorded_path = record["source"] if record["source"] not in ("hub", "embedded") else None
+    if weights is None and recorded_path is not None and not Path(recorded_path).exists():
+        raise BackboneError(
+            f"The weights of {record['name']!r} are no longer at {recorded_path!r}. Pass --weights FILE."
+        )
     preprocessing = record["preprocessing"]
     loaded = load_backbone(
-        record["name"], weights or given, preprocessing["mean"], preprocessing["std"], record["precision"], device
+        record["name"],
+        weights or recorded_path,
+        preprocessing["mean"],
+        preprocessing["std"],
+        record["precision"],
+        device,
     )
     if loaded.preprocessing != preprocessing:
         raise IntegrityError(
-            f"The backbone {record['name']!r} as loaded prepares images by {loaded.preprocessing}; "
+            f"Backbone {record['name']!r} as loaded has preprocessing {loaded.preprocessing}; "
             f"the registry's tasks were learned with {preprocessing}."
         )
     if loaded.fingerprint != record["fingerprint"]:
         raise IntegrityError(
-            f"The backbone {record['name']!r} as loaded from {str(weights or record['source'])!r} has fingerprint "
+            f"Backbone {record['name']!r} as loaded from {str(weights or record['source'])!r} has fingerprint "
             f"{loaded.fingerprint[:12]}…; the registry's tasks were learned on {record['fingerprint'][:12]}…. "
-            "These are other weights."
+            "The weights differ."
         )
     return loaded

@@ -1,4 +1,4 @@
-"""Does this machine keep the promise? Run before a model calls itself exact, on the very shapes that it will use."""
+"""The self-test: checks, on the shapes that a model will use, that this machine computes exact results."""
 
 from __future__ import annotations
 
@@ -11,40 +11,40 @@ from torch import Tensor
 from addenda.backbones import FrozenBackbone, KeyValue, plain
 from addenda.combined.forward import forward_pass
 from addenda.combined.heads import Head
-from addenda.combined.numerics import lowered, settings, touch
-from addenda.combined.probes import probe_task
+from addenda.combined.numerics import numerics_settings, operations_sample, reduced_precision
+from addenda.combined.probe_inputs import probe_task
 from addenda.combined.shapes import BATCH_SIZES, TILE, TILE_SIZES, Shapes, SizeClass, micro_batch, size_class
 from addenda.combined.tiles import Layout, TileStore
 from addenda.exceptions import ExactnessError
 from addenda.registry import Task, canonical_json
 
-Frozen = tuple[Tensor, list[KeyValue]]
-"""Places in the canonical batch, and what the frozen stream offers for these images; last its pooled feature and layer
-features."""
+FrozenOutputs = tuple[Tensor, list[KeyValue]]
+"""Positions of images in the canonical batch, and their keys and values of each layer; the last pair is the pooled
+feature and the layer features."""
 
 
 def prove(backbone: FrozenBackbone, tasks: Iterable[Task]) -> Shapes:
-    """Tests whatever some tasks need that was not tested before in this process under these settings.
+    """Tests the shapes that some tasks need, each once per process and settings, and returns the proven ones.
 
-    A product's order of additions depends on shapes and settings, never on the numbers in it: so random numbers in two
-    of the blocks, of which the last is the lean one, stand for all. In float32 another order shows in nearly every
-    number; rounded to bfloat16 it shows in one of thousands, too few to trust. So there nothing but the canonical
-    shapes serves.
+    The order of additions in a product depends on shapes and settings, not on values. So random inputs and two blocks,
+    the second as the reduced last block, represent the model. In float32, another order changes nearly every sum; in
+    bfloat16 it changes one in thousands, which a test cannot detect reliably, so only the canonical shapes are used.
 
     Raises:
-        ExactnessError: a task's bits depend on its slot, its neighbours or the image's place; it names the shape.
+        ExactnessError: a task's bits depend on its slot, its neighbours or the image's position in the batch.
     """
     tasks = list(tasks)
-    everyone = [member for task in tasks for member in (task, *task.closure)]
+    members = [member for task in tasks for member in (task, *task.closure)]
     backbone.check_as_loaded()
     with plain(backbone.device):
-        key = ("self-test", canonical_json(settings(backbone)), touch())
+        key = ("self-test", canonical_json(numerics_settings(backbone)), operations_sample())
         if key not in backbone.memo:
             backbone.memo[key] = SelfTest(backbone)
         test: SelfTest = backbone.memo[key]
         for task in tasks:
-            test.head(task)
-        shapes = [test.width(width) for width in {size_class(t) for t in everyone if t.class_token is not None}]
+            test.check_head(task)
+        sizes = {size_class(member) for member in members if member.class_token is not None}
+        shapes = [test.proven_shapes(size) for size in sizes]
     return Shapes(
         images=tuple(n for n in test.images if all(n in shape.images for shape in shapes)),
         slots=tuple(n for n in TILE_SIZES if all(n in shape.slots for shape in shapes)),
@@ -52,120 +52,135 @@ def prove(backbone: FrozenBackbone, tasks: Iterable[Task]) -> Shapes:
 
 
 class SelfTest:
-    """The self-test of one backbone under one set of settings, as far as it was needed; what fails it raises."""
+    """The self-test of one backbone under fixed settings; shapes are tested on demand."""
 
     def __init__(self, backbone: FrozenBackbone) -> None:
-        described = settings(backbone)
-        self._refused_on = f"{described['device']}, {described['precision']}"
-        if backbone.precision == torch.float32 and (low := lowered(described)):
-            # A golden probe made so would be off by more than any tolerance wherever float32 is float32.
+        settings = numerics_settings(backbone)
+        self._machine = f"{settings['device']}, {settings['precision']}"
+        if backbone.precision == torch.float32 and (reduced := reduced_precision(settings)):
+            # Golden probes made this way would exceed the tolerance under full float32.
             raise self._refusal(
-                f"float32 may be computed in less than float32 ({', '.join(low)}); "
-                "torch.set_float32_matmul_precision('highest') ends that for matrix products"
+                f"settings allow float32 to be computed in lower precision ({', '.join(reduced)}); "
+                "for matrix products, call torch.set_float32_matmul_precision('highest')"
             )
         if backbone.device.type == "cuda" and backbone.precision != torch.float32:
-            # One image of a task in 96 had other bits beside other tasks, rarer than this test can find.
-            raise self._refusal("in this precision a GPU was seen to give a task other bits in company; use float32")
+            # One of 96 results differed with other tasks present, which is too rare for this test to detect.
+            raise self._refusal("in this precision a GPU gave a task different bits beside other tasks; use float32")
         self._backbone = backbone.first_blocks(2)
         self._micro_batch = micro_batch(backbone.device)
-        self._widths: dict[SizeClass, Shapes] = {}
-        self._heads: set[tuple[int, ...]] = set()
+        self._proven: dict[SizeClass, Shapes] = {}
+        self._tested_heads: set[tuple[int, ...]] = set()
         shape = (self._micro_batch, *backbone.preprocessing["input_size"])
         batch = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
         order = torch.arange(self._micro_batch, dtype=torch.int64, device="cpu")
-        # For each batch size: the images' places in the canonical batch, and their frozen stream.
-        self._streams = {self._micro_batch: [self._frozen(batch, order), self._frozen(batch, order.roll(1))]}
+        # For each batch size, two batches of images from the canonical batch.
+        self._streams = {
+            self._micro_batch: [self._frozen_outputs(batch, order), self._frozen_outputs(batch, order.roll(1))]
+        }
         reference, rolled = self._streams[self._micro_batch]
         if not self._same(rolled, reference):
-            raise self._refusal(f"an image's frozen keys and values depend on its place in {self._micro_batch} images")
-        sees_orders = backbone.precision.itemsize >= torch.float32.itemsize
-        self._tile_sizes = TILE_SIZES if sees_orders else (TILE,)
-        for size in BATCH_SIZES if sees_orders else ():
-            parts = [self._frozen(batch, order[:size]), self._frozen(batch, order[size : 2 * size])]
-            if all(self._same(part, reference) for part in parts):
-                self._streams[size] = parts
+            raise self._refusal(
+                f"an image's frozen keys and values depend on its position in a batch of {self._micro_batch}"
+            )
+        can_detect_order = backbone.precision.itemsize >= torch.float32.itemsize
+        self._tile_sizes = TILE_SIZES if can_detect_order else (TILE,)
+        for size in BATCH_SIZES if can_detect_order else ():
+            batches = [self._frozen_outputs(batch, order[i : i + size]) for i in (0, size)]
+            if all(self._same(outputs, reference) for outputs in batches):
+                self._streams[size] = batches
         self.images = tuple(sorted(self._streams))
 
-    def head(self, task: Task) -> None:
-        """Tests that an image's logits do not depend on its place, for each shape of a head once."""
+    def check_head(self, task: Task) -> None:
+        """Tests, once per shape of head, that an image's logits do not depend on its position in the batch."""
         head = Head(self._backbone, task)
         rows = len(head.weight)
-        read = [part.shape[1] for part in (head.layer_down, head.layer_weight) if part is not None]
-        kind = (rows, head.pooled_weight is not None, *read)
-        if kind in self._heads:
+        layer_widths = [weight.shape[1] for weight in (head.layer_down, head.layer_weight) if weight is not None]
+        shape = (rows, head.pooled_weight is not None, *layer_widths)
+        if shape in self._tested_heads:
             return
         random = torch.Generator().manual_seed(rows)
         features, layers = (
             torch.randn(self._micro_batch, width, generator=random, dtype=torch.float32, device="cpu").to(
                 self._backbone.device
             )
-            for width in (self._backbone.embed_dim, read[0] if read else 0)
+            for width in (self._backbone.embed_dim, layer_widths[0] if layer_widths else 0)
         )
-        logits, turned = head(features, features, layers), features.roll(1, 0)
-        if not _equal(head(turned, turned, layers.roll(1, 0)).roll(-1, 0), logits):
-            raise self._refusal(f"logits depend on an image's place: a head of {rows} rows on {len(features)} images")
-        self._heads.add(kind)
+        logits, rolled = head(features, features, layers), features.roll(1, 0)
+        if not _equal(head(rolled, rolled, layers.roll(1, 0)).roll(-1, 0), logits):
+            raise self._refusal(
+                f"logits depend on an image's position in the batch: a head of {rows} rows on {len(features)} images"
+            )
+        self._tested_heads.add(shape)
 
-    def width(self, width: SizeClass) -> Shapes:
-        """Tests the tiles and batches of a size class; those that are not canonical may fail and are left out."""
-        if width in self._widths:
-            return self._widths[width]
-        task, largest = probe_task(self._backbone, width), self._tile_sizes[-1]
+    def proven_shapes(self, size: SizeClass) -> Shapes:
+        """Tests the tile and batch sizes of a size class; non-canonical sizes that fail are left out."""
+        if size in self._proven:
+            return self._proven[size]
+        task, largest = probe_task(self._backbone, size), self._tile_sizes[-1]
         twins = [replace(task, labels=(f"twin {i}", "other")) for i in range(largest)]
-        others = [probe_task(self._backbone, width, seed) for seed in range(1, largest // 2 + 1)]
+        others = [probe_task(self._backbone, size, seed) for seed in range(1, largest // 2 + 1)]
         mixed = [others[i // 2] if i % 2 else twin for i, twin in enumerate(twins)]
         store = TileStore(self._backbone)
         (reference,) = self._features(Layout(store, [task]), [task], self._streams[self._micro_batch][0])
-        # All made before any is used: the tiles of one size lend their memory to the next.
+        # All layouts are built first, so that they share the memory keys and values of the largest tile.
         layouts = {
-            size: (Layout(store, twins[:size], (size,)), Layout(store, mixed[:size], (size,)))
-            for size in self._tile_sizes[::-1]
+            slots: (Layout(store, twins[:slots], (slots,)), Layout(store, mixed[:slots], (slots,)))
+            for slots in self._tile_sizes[::-1]
         }
-        held = {size: self._held(*pair, twins[:size], reference) for size, pair in layouts.items()}
-        if self._micro_batch not in held[TILE]:
-            rank = f", rank {width.rank}" if width.rank else ""
+        batches = {slots: self._exact_batches(*pair, twins[:slots], reference) for slots, pair in layouts.items()}
+        if self._micro_batch not in batches[TILE]:
+            rank = f", rank {size.rank}" if size.rank else ""
             raise self._refusal(
-                f"a task's bits depend on its slot, its neighbours or the image's place: tiles of {TILE} slots by "
-                f"{self._micro_batch} images, {width.tokens} private tokens and {width.memory} memory keys{rank}"
+                "a task's bits depend on its slot, its neighbours or the image's position in the batch: tiles of "
+                f"{TILE} slots by {self._micro_batch} images, {size.tokens} private tokens and {size.memory} memory "
+                f"keys{rank}"
             )
-        slots = tuple(size for size in self._tile_sizes if held[size] >= held[TILE])
-        self._widths[width] = Shapes(tuple(sorted(held[TILE])), slots)
-        return self._widths[width]
+        proven_slots = tuple(slots for slots in self._tile_sizes if batches[slots] >= batches[TILE])
+        self._proven[size] = Shapes(tuple(sorted(batches[TILE])), proven_slots)
+        return self._proven[size]
 
-    def _held(self, full: Layout, mixed: Layout, twins: Sequence[Task], reference: Tensor) -> set[int]:
-        """The batch sizes in which a tile gives a task the bits that it has alone, in every slot and between others."""
-        held: set[int] = set()
-        for num_images, (straight, other) in self._streams.items():
-            runs = ((full, twins, straight), (mixed, twins[::2], straight), (mixed, twins[::2], other))
-            if all(_equal(found, reference[run[2][0]]) for run in runs for found in self._features(*run)):
-                held.add(num_images)
-        return held
+    def _exact_batches(self, full: Layout, mixed: Layout, twins: Sequence[Task], reference: Tensor) -> set[int]:
+        """Batch sizes in which a task has the same bits as alone, in every slot and between other tasks."""
+        exact: set[int] = set()
+        for num_images, (first, second) in self._streams.items():
+            runs = ((full, twins, first), (mixed, twins[::2], first), (mixed, twins[::2], second))
+            if all(
+                _equal(features, reference[frozen[0]])
+                for layout, tasks, frozen in runs
+                for features in self._features(layout, tasks, frozen)
+            ):
+                exact.add(num_images)
+        return exact
 
-    def _features(self, layout: Layout, asked: Sequence[Task], frozen: Frozen) -> list[Tensor]:
-        reads = {task.sha256: lambda feature, *_: feature for task in asked}
-        return list(forward_pass(self._backbone, frozen[1][:-1], layout, reads).answers.values())
+    def _features(self, layout: Layout, tasks: Sequence[Task], frozen: FrozenOutputs) -> list[Tensor]:
+        heads = {task.sha256: lambda feature, *_: feature for task in tasks}
+        return list(forward_pass(self._backbone, frozen[1][:-1], layout, heads).answers.values())
 
-    def _frozen(self, batch: Tensor, places: Tensor) -> Frozen:
-        offered: list[KeyValue] = []
+    def _frozen_outputs(self, batch: Tensor, positions: Tensor) -> FrozenOutputs:
+        key_values: list[KeyValue] = []
         _, pooled, layers = forward_pass(
-            self._backbone, batch[places], pooled=True, layers=True, observe=lambda *seen: offered.append(seen[1])
+            self._backbone,
+            batch[positions],
+            pooled=True,
+            layers=True,
+            observe=lambda layer, frozen, offered: key_values.append(frozen),
         )
         assert pooled is not None
         assert layers is not None
-        return places, [*offered, KeyValue(pooled, layers)]
+        return positions, [*key_values, KeyValue(pooled, layers)]
 
-    def _same(self, found: Frozen, reference: Frozen) -> bool:
-        places, layers = found
-        parts, wholes = ([part for pair in one for part in pair] for one in (layers, reference[1]))
-        return all(_equal(part, whole[places]) for part, whole in zip(parts, wholes, strict=True))
+    def _same(self, outputs: FrozenOutputs, reference: FrozenOutputs) -> bool:
+        positions, pairs = outputs
+        tensors, expected = ([tensor for pair in each for tensor in pair] for each in (pairs, reference[1]))
+        return all(_equal(tensor, whole[positions]) for tensor, whole in zip(tensors, expected, strict=True))
 
-    def _refusal(self, what: str) -> ExactnessError:
+    def _refusal(self, reason: str) -> ExactnessError:
         return ExactnessError(
-            f"Exact mode is refused on this machine ({self._refused_on}): {what}. "
+            f"Exact mode is refused on this machine ({self._machine}): {reason}. "
             "Another number of threads may help; CombinedModel(..., exact=False) computes without the promise."
         )
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are equal byte for byte."""
+    """Whether two tensors are equal, including the sign of zeros."""
     return torch.equal(one, other) and torch.equal(torch.signbit(one), torch.signbit(other))

@@ -1,7 +1,7 @@
-"""Every shape that bits depend on and the rules that choose one: all else reads them here, the self-test tries them.
+"""All shapes that can change bits, and the rules that choose them.
 
-A product's order of additions depends on its shape, never on the numbers in it. So all that a task computes runs in a
-few shapes, filled up with zeros, which the task alone decides or which were proven to give equal bits.
+The order of additions in a product depends on its shape, not on its values. So every task is computed in one of a few
+shapes, padded with zeros, which depend on the task alone or were proven by the self-test to give equal bits.
 """
 
 from __future__ import annotations
@@ -14,30 +14,30 @@ import torch
 from addenda.registry import Task
 
 TILE = 16
-"""Slots of the canonical tile. A product's bits may depend on its number of rows, so a tile is never cut to fit."""
+"""Slots of the canonical tile, which is always padded to this size: bits may depend on a product's number of rows."""
 
 TILE_SIZES = (4, 8, 12, 16, 32, 64)
-"""Slots that a tile may have where the self-test proved the bits to be those of the canonical one."""
+"""Tile sizes that are used if the self-test proves that they give the bits of the canonical one."""
 
 TILE_OVERHEAD = 6
-"""What one more tile costs, in slots: its calls, and the poorer arithmetic of few rows (docs/performance.md)."""
+"""Overhead of one more tile, in slots: its calls, and less efficient products with few rows (docs/performance.md)."""
 
 BATCH_SIZES = (1, 4)
-"""Images of a batch that is smaller than the canonical one, likewise where the self-test proved it."""
+"""Batch sizes below the canonical one that are used if the self-test proves them."""
 
 MIN_MEMORY = 4
-"""Smallest class of memory keys but none: in products with fewer columns an image's bits depend on its place."""
+"""Smallest nonzero size of memory: with fewer columns, an image's bits depend on its position in the batch."""
 
 MIN_RANK = 4
-"""Smallest class of adapters but none: torch takes another path for smaller products, so at rank 2 a narrow one of four
-images has other bits than one of eight."""
+"""Smallest nonzero rank: torch uses another code path for smaller products, so that at rank 2 and a small width,
+batches of four and eight images give different bits."""
 
 HEAD_ROWS = 16
-"""A head is filled up to a multiple of so many rows: in narrower products an image's bits depend on its place."""
+"""Heads are padded to a multiple of this: with fewer rows, an image's bits depend on its position in the batch."""
 
 
 class SizeClass(NamedTuple):
-    """Private token keys, memory keys, and the rank of adapters."""
+    """Numbers of private token keys and memory keys, and adapter rank, including padding."""
 
     tokens: int
     memory: int
@@ -45,27 +45,27 @@ class SizeClass(NamedTuple):
 
 
 class Shapes(NamedTuple):
-    """The shapes that give every task the bits of the canonical ones."""
+    """Shapes that give every task the bits of the canonical ones."""
 
-    images: tuple[int, ...]  # batch sizes, ascending; the last is the canonical micro-batch
-    slots: tuple[int, ...]  # tile sizes, ascending, the canonical one among them
+    images: tuple[int, ...]  # batch sizes, ascending; the last one is the canonical micro-batch
+    slots: tuple[int, ...]  # tile sizes, ascending, including the canonical one
 
 
 def micro_batch(device: torch.device) -> int:
-    """Images in the one canonical batch shape of a device."""
+    """Number of images in a device's canonical micro-batch."""
     return 64 if device.type == "cuda" else 8
 
 
 def batch_size(count: int, sizes: Sequence[int] | None) -> int:
-    """Images of the batch in which some are computed: the smallest of the sizes that holds them; None fills none up."""
+    """Padded size of a batch of `count` images: the smallest sufficient size, or `count` if `sizes` is None."""
     return count if sizes is None else next(size for size in sizes if size >= count)
 
 
 def size_class(task: Task) -> SizeClass:
-    """Private token and memory keys of a task and its adapters' rank, each rounded up to a power of two.
+    """Numbers of private token and memory keys and adapter rank of a task, each rounded up to a power of two.
 
-    Memory and rank are none, or MIN_MEMORY and MIN_RANK at least. The class depends on the task and its ancestors
-    alone, so that a wider task registered later widens no older one. Ancestors' adapters are their own affair.
+    Nonzero memory and rank are at least MIN_MEMORY and MIN_RANK. The size class depends only on the task and its
+    ancestors (but not on the ancestors' adapters), so tasks registered later never change it.
     """
     family = (task, *task.closure)
     num_memory = sum(member.num_memory_tokens for member in family)
@@ -77,21 +77,21 @@ def size_class(task: Task) -> SizeClass:
 
 
 def _power_of_two(count: int) -> int:
-    """The smallest that is not less than a positive count."""
+    """The smallest power of two that is not less than a positive count."""
     return 1 << (count - 1).bit_length()
 
 
 def tile_sizes(count: int, sizes: Sequence[int] | None) -> list[int]:
-    """Slots of the tiles for some tasks of one class: few slots, few tiles. None has no slot empty."""
+    """Tile sizes for `count` tasks of one size class, with little padding and few tiles; None for no padding."""
     largest = (sizes or TILE_SIZES)[-1]
-    num_full, rest = divmod(count, largest)
+    num_full, remainder = divmod(count, largest)
     full = [largest] * num_full
-    if rest == 0 or sizes is None:
-        return [*full, rest] if rest else full
-    whole = next(size for size in sizes if size >= rest)
-    smaller = [size for size in sizes if size < rest]
+    if remainder == 0 or sizes is None:
+        return [*full, remainder] if remainder else full
+    single = next(size for size in sizes if size >= remainder)
+    smaller = [size for size in sizes if size < remainder]
     if smaller:
-        parts = [smaller[-1], *tile_sizes(rest - smaller[-1], sizes)]
-        if sum(parts) + TILE_OVERHEAD * len(parts) < whole + TILE_OVERHEAD:
-            return [*full, *parts]
-    return [*full, whole]
+        several = [smaller[-1], *tile_sizes(remainder - smaller[-1], sizes)]
+        if sum(several) + TILE_OVERHEAD * len(several) < single + TILE_OVERHEAD:
+            return [*full, *several]
+    return [*full, single]

@@ -1,4 +1,4 @@
-"""Where each task stands in the tiles of fixed size: its slot, the keys that it sees, and its adapters."""
+"""Tiles of fixed size: each task's slot, visible private keys and adapters."""
 
 from __future__ import annotations
 
@@ -18,67 +18,68 @@ from addenda.combined.shapes import TILE, size_class, tile_sizes
 from addenda.registry import Task, check_unwritten
 
 _LOCK = Lock()
-"""Held while a store's table is read or added to: a server answers while another thread loads tasks."""
+"""Guards a store's table of tiles: a server predicts while another thread loads tasks."""
 
 
 @dataclass(frozen=True, eq=False)
 class Tile:
-    """Task slots of one size class, which pass every layer together.
+    """Slots for tasks of one size class, which run through every layer together.
 
-    Its memory and adapters are its own, or are those of slots of other tiles: then they are copied layer by layer as
-    they pass, and never kept.
+    A tile stores its memory and adapters, or refers to slots of other tiles; these are then copied for one layer at a
+    time and not stored.
     """
 
-    class_tokens: Float[Tensor, "S D"]  # the slots' first tokens, position and norm_pre included
-    ancestors: Int[Tensor, "S a"]  # for each slot the rows of the offered tokens that it sees; row 0 is none
-    bias: Float[Tensor, "S w"]  # 0 for a real private key, -inf for filling; own token, ancestors, memory
-    rank: int  # of its adapters, filling included; 0 without
-    slots: dict[str, int]  # the slot of each of its tasks, by sha256
-    memories: tuple[KeyValue, ...] = ()  # of each layer, [S, H, m, d]
-    updates: tuple[BlockAdapters, ...] = ()  # of each layer, filled up to `rank` with zeros; none where it is 0
-    sources: tuple[tuple[Tile, Tensor, Tensor], ...] = ()  # other tiles, the slots drawn from each, and those here
+    class_tokens: Float[Tensor, "S D"]  # first-layer inputs of the slots, with position embedding and norm_pre
+    ancestors: Int[Tensor, "S a"]  # for each slot, rows of the offered tokens that it sees; row 0 is padding
+    bias: Float[Tensor, "S w"]  # 0 for a real private key, -inf for padding; own token, ancestors, memory
+    rank: int  # padded adapter rank; 0 without adapters
+    slots: dict[str, int]  # slot of each task, by sha256
+    memories: tuple[KeyValue, ...] = ()  # per layer, [S, H, m, d]
+    updates: tuple[BlockAdapters, ...] = ()  # per layer, padded to `rank` with zeros; empty if `rank` is 0
+    sources: tuple[tuple[Tile, Tensor, Tensor], ...] = ()  # other tiles, slots in each of them, slots in this tile
 
     def memory(self, layer: int) -> KeyValue:
-        """The keys and values of what each slot sees of memory in one layer, [S, H, m, d]."""
+        """Keys and values of the memory visible to each slot in one layer, [S, H, m, d]."""
         if not self.sources:
             return self.memories[layer]
-        return KeyValue(*map(self._draw, zip(*(tile.memory(layer) for tile, _, _ in self.sources), strict=True)))
+        return KeyValue(*map(self._gather, zip(*(tile.memory(layer) for tile, _, _ in self.sources), strict=True)))
 
     def adapters(self, layer: int) -> BlockAdapters | None:
-        """The slots' adapters in one layer; None where `rank` is 0."""
+        """The slots' adapters in one layer; None if `rank` is 0."""
         if not self.rank:
             return None
         if not self.sources:
             return self.updates[layer]
         sites = zip(*(tile.adapters(layer) or () for tile, _, _ in self.sources), strict=True)
-        return BlockAdapters(*(Adapter(*map(self._draw, zip(*of_site, strict=True))) for of_site in sites))
+        return BlockAdapters(*(Adapter(*map(self._gather, zip(*adapters, strict=True))) for adapters in sites))
 
-    def _draw(self, parts: Sequence[Tensor]) -> Tensor:
-        drawn = parts[0].new_zeros(len(self.bias), *parts[0].shape[1:])
-        for part, (_, theirs, here) in zip(parts, self.sources, strict=True):
-            drawn[here] = part[theirs]
-        return drawn
+    def _gather(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Copies slots from one tensor per source tile; unused slots are zeros."""
+        gathered = tensors[0].new_zeros(len(self.bias), *tensors[0].shape[1:])
+        for tensor, (_, source_slots, own_slots) in zip(tensors, self.sources, strict=True):
+            gathered[own_slots] = tensor[source_slots]
+        return gathered
 
 
 class TileStore:
-    """The tiles on a device, each built once for the layouts and models that share it, kept while one of them lives."""
+    """The tiles on a device; each is shared by layouts and models, and freed with the last of them."""
 
     def __init__(self, backbone: FrozenBackbone) -> None:
         self.backbone = backbone
         self._tiles: WeakValueDictionary[object, Tile] = WeakValueDictionary()
 
     def memory(self, task: Task) -> tuple[KeyValue, ...]:
-        """For each layer the keys and values of a task's own memory, [H, m, d].
+        """Keys and values of a task's own memory, [H, m, d], for each layer.
 
-        They depend on no image: they are computed when the task is first loaded, alone, since their bits depend on
-        the rows beside them.
+        They do not depend on images. They are computed once per task and separately, because their bits depend on the
+        number of rows.
         """
         with _LOCK:
             tiles = list(self._tiles.values())
         for tile in tiles:
             if task.sha256 in tile.slots:
-                slot, own = tile.slots[task.sha256], task.num_memory_tokens
-                return tuple(KeyValue(keys[slot, :, :own], values[slot, :, :own]) for keys, values in tile.memories)
+                slot, count = tile.slots[task.sha256], task.num_memory_tokens
+                return tuple(KeyValue(keys[slot, :, :count], values[slot, :, :count]) for keys, values in tile.memories)
         assert task.memory is not None
         memory = task.memory.to(self.backbone.device, self.backbone.precision)
         with plain(self.backbone.device):
@@ -89,11 +90,11 @@ class TileStore:
         return tuple(KeyValue(keys[0], values[0]) for keys, values in layers)
 
     def tile(self, size: int, tasks: Sequence[Task], offered: dict[str, int]) -> Tile:
-        """A tile of at most `size` tasks of one size class, other slots empty: one that is held already, or a new one.
+        """Returns the existing or a new tile with `size` slots for tasks of one size class; unused slots are empty.
 
-        `offered` gives the row of each offered token, by its task's sha256.
+        `offered` maps the sha256 of a task to the row of its offered token.
         """
-        rows = tuple(offered[kin.sha256] for task in tasks for kin in task.closure)
+        rows = tuple(offered[ancestor.sha256] for task in tasks for ancestor in task.closure)
         key = (size, tuple(task.sha256 for task in tasks), rows)
         with _LOCK:
             tile = self._tiles.get(key)
@@ -123,23 +124,23 @@ class TileStore:
                 check_unwritten(member)
                 end = start + member.num_memory_tokens
                 if end > start:
-                    for into, rows in zip(layers, self.memory(member), strict=True):
-                        into.keys[slot, :, start:end] = rows.keys
-                        into.values[slot, :, start:end] = rows.values
+                    for layer, memory in zip(layers, self.memory(member), strict=True):
+                        layer.keys[slot, :, start:end] = memory.keys
+                        layer.values[slot, :, start:end] = memory.values
                 start = end
             bias[slot, num_tokens : num_tokens + start] = 0
         return Tile(
             class_tokens=backbone.first_tokens(class_tokens.to(backbone.device, backbone.precision)),
-            ancestors=_ancestors(size, tasks, offered).to(backbone.device),
+            ancestors=_ancestor_rows(size, tasks, offered).to(backbone.device),
             bias=bias.to(backbone.device, backbone.precision),
             rank=rank,
             slots={task.sha256: slot for slot, task in enumerate(tasks)},
             memories=layers,
-            updates=self._adapters(size, tasks, rank) if rank else (),
+            updates=self._stack_adapters(size, tasks, rank) if rank else (),
         )
 
-    def _adapters(self, size: int, tasks: Sequence[Task], rank: int) -> tuple[BlockAdapters, ...]:
-        """For each layer some tasks' adapters; zeros in what only fills up the rank, and in empty slots."""
+    def _stack_adapters(self, size: int, tasks: Sequence[Task], rank: int) -> tuple[BlockAdapters, ...]:
+        """The tasks' adapters for each layer; padding of the rank and empty slots are zeros."""
         depth, device, dtype = self.backbone.depth, self.backbone.device, self.backbone.precision
         stacked: dict[str, tuple[Tensor, Tensor]] = {}
         for site, (fan_in, fan_out) in self.backbone.adapter_shapes().items():
@@ -157,16 +158,16 @@ class TileStore:
 
 
 class Layout:
-    """The slots and tiles of some tasks and all their ancestors.
+    """Assigns some tasks and all their ancestors to slots of tiles.
 
-    Tasks stand sorted by size class, and within one by the size of their closure, so that those whose tokens others see
-    stand together. A layout is a source of tiles too: one of some of its tasks copies nothing that it keeps.
+    Tasks are sorted by size class, then by number of ancestors, so that tasks extended by others share tiles. A layout
+    is also a source of tiles: a layout of a subset of its tasks stores no copies.
 
     Args:
-        source: a store, or a layout that holds all these tasks.
-        tasks: those asked for.
-        sizes: the slots that a tile may have, ascending; None cuts tiles to their tasks, which is not exact.
-        offered: tasks whose tokens' keys and values are wanted beside those that a task extends.
+        source: a store, or a layout that contains all these tasks.
+        tasks: the tasks.
+        sizes: allowed numbers of slots of a tile, ascending; None uses exactly as many as tasks, which is not exact.
+        offered: tasks whose tokens are offered, in addition to those that a task extends.
     """
 
     def __init__(
@@ -179,40 +180,42 @@ class Layout:
         self.tasks = tuple(tasks)
         needed = {member.sha256: member for task in tasks for member in (*task.closure, task)}
         members = [task for task in needed.values() if task.class_token is not None]
-        seen = dict.fromkeys(kin.sha256 for kin in (*(k for task in members for k in task.closure), *offered))
-        self.offered = {sha256: row for row, sha256 in enumerate(seen, 1)}
+        extended = [ancestor for task in members for ancestor in task.closure]
+        offered_sha256 = dict.fromkeys(task.sha256 for task in (*extended, *offered))
+        self.offered = {sha256: row for row, sha256 in enumerate(offered_sha256, 1)}
         members.sort(key=lambda task: (size_class(task), len(task.closure)))
         self.tiles: list[Tile] = []
         for _, group in groupby(members, key=size_class):
-            waiting = list(group)
-            for size in tile_sizes(len(waiting), sizes):
-                self.tiles.append(source.tile(size, waiting[:size], self.offered))
-                waiting = waiting[size:]
+            remaining = list(group)
+            for size in tile_sizes(len(remaining), sizes):
+                self.tiles.append(source.tile(size, remaining[:size], self.offered))
+                remaining = remaining[size:]
         self.slot = {sha256: (i, slot) for i, tile in enumerate(self.tiles) for sha256, slot in tile.slots.items()}
-        # The slots of each tile whose tokens others see, and their rows.
+        # For each tile, the slots with offered tokens and the rows of these.
         self.offers = [
             [(slot, self.offered[sha256]) for sha256, slot in tile.slots.items() if sha256 in self.offered]
             for tile in self.tiles
         ]
 
     def tile(self, size: int, tasks: Sequence[Task], offered: dict[str, int]) -> Tile:
-        """As `TileStore.tile`, of tasks that are here: its slots are drawn from theirs."""
-        drawn: dict[int, list[tuple[int, int]]] = {}
-        for place, task in enumerate(tasks):
-            number, slot = self.slot[task.sha256]
-            drawn.setdefault(number, []).append((slot, place))
-        first = self.tiles[next(iter(drawn))]
+        """Like `TileStore.tile`, for tasks of this layout; the new tile refers to the slots of its tiles."""
+        slot_pairs: dict[int, list[tuple[int, int]]] = {}
+        for own_slot, task in enumerate(tasks):
+            tile_index, source_slot = self.slot[task.sha256]
+            slot_pairs.setdefault(tile_index, []).append((source_slot, own_slot))
+        first = self.tiles[next(iter(slot_pairs))]
         class_tokens = first.class_tokens.new_zeros(size, first.class_tokens.shape[1])
         bias = torch.full_like(first.bias[:1], float("-inf")).repeat(size, 1)
         bias[:, 0] = 0
         sources = []
-        for number, pairs in drawn.items():
-            theirs, here = torch.tensor(pairs, dtype=torch.int64, device="cpu").to(bias.device).unbind(1)
-            class_tokens[here], bias[here] = self.tiles[number].class_tokens[theirs], self.tiles[number].bias[theirs]
-            sources.append((self.tiles[number], theirs, here))
+        for tile_index, pairs in slot_pairs.items():
+            tile = self.tiles[tile_index]
+            source_slots, own_slots = torch.tensor(pairs, dtype=torch.int64, device="cpu").to(bias.device).unbind(1)
+            class_tokens[own_slots], bias[own_slots] = tile.class_tokens[source_slots], tile.bias[source_slots]
+            sources.append((tile, source_slots, own_slots))
         return Tile(
             class_tokens=class_tokens,
-            ancestors=_ancestors(size, tasks, offered).to(bias.device),
+            ancestors=_ancestor_rows(size, tasks, offered).to(bias.device),
             bias=bias,
             rank=first.rank,
             slots={task.sha256: slot for slot, task in enumerate(tasks)},
@@ -220,9 +223,9 @@ class Layout:
         )
 
 
-def _ancestors(size: int, tasks: Sequence[Task], offered: dict[str, int]) -> Int[Tensor, "S a"]:
-    """For each slot the rows of the offered tokens that it sees, as wide as its size class."""
+def _ancestor_rows(size: int, tasks: Sequence[Task], offered: dict[str, int]) -> Int[Tensor, "S a"]:
+    """For each slot, the rows of its ancestors' offered tokens, padded with 0 to the size class."""
     width = size_class(tasks[0]).tokens - 1
-    rows = [[offered[kin.sha256] for kin in task.closure] for task in tasks]
-    filled = [row + [0] * (width - len(row)) for row in rows] + [[0] * width] * (size - len(rows))
-    return torch.tensor(filled, dtype=torch.int64, device="cpu")
+    rows = [[offered[ancestor.sha256] for ancestor in task.closure] for task in tasks]
+    padded = [row + [0] * (width - len(row)) for row in rows] + [[0] * width] * (size - len(rows))
+    return torch.tensor(padded, dtype=torch.int64, device="cpu")

@@ -1,1 +1,1 @@
-"""The commands: a module for each group, and what they share. They import what is heavy only when they run."""
+"""The commands, one module for each group. They import heavy packages only when they run."""

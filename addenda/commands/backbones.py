@@ -1,4 +1,4 @@
-"""The `backbones` commands: which there are, and what one task on one of them costs."""
+"""The `backbones` commands: the available backbones, and what one task on a backbone costs."""
 
 from __future__ import annotations
 
@@ -10,45 +10,50 @@ from typer import Argument, Option
 
 from addenda.commands import options
 from addenda.exceptions import RegistryError
-from addenda.terminal import answer, size, table
+from addenda.terminal import print_result, size, table
 
-app = typer.Typer(no_args_is_help=True, help="The backbones that tasks can be learned on.")
+app = typer.Typer(no_args_is_help=True, help="Backbones on which tasks can be learned.")
 
 
 @app.command("list")
 def backbones_list(
-    pattern: Annotated[str, Argument(help="Pattern over timm's names.")] = "vit_*_patch16_224",
+    pattern: Annotated[
+        str, Argument(help="Pattern of timm model names; '*' matches any characters.")
+    ] = "vit_*_patch16_224",
     registry: options.Registry = options.DEFAULT_REGISTRY,
     as_json: options.Json = False,
 ) -> None:
-    """Lists backbones: those in the registry, the package's own, and timm's that match a pattern."""
+    """Lists backbones: those in the registry, the bundled one, and the timm models that match a pattern."""
     from addenda.backbones import catalogue
 
     rows: list[tuple[str, str, str]] = []
-    with suppress(RegistryError), options.open_registry(registry) as opened:  # without one, the rest is listed
+    with (
+        suppress(RegistryError),
+        options.open_registry(registry) as opened,
+    ):  # without a registry, only the others are listed
         for b in opened.backbones():
             rows.append((b["name"], "in this registry", f"{b['fingerprint'][:12]}… from {b['source']}"))
-    rows.append(("glyphs", "works", "in the package; for the demo and tests"))
-    timms = catalogue(pattern)
-    if not timms:
-        typer.echo(f"No model of timm's matches {pattern!r}; '*' stands for any characters.", err=True)
-    rows += [(n, "works" if why is None else "refused", why or "") for n, why in timms]
+    rows.append(("glyphs", "works", "bundled; for the demo and tests"))
+    models = catalogue(pattern)
+    if not models:
+        typer.echo(f"No timm model matches {pattern!r}; '*' matches any characters.", err=True)
+    rows += [(name, "works" if reason is None else "refused", reason or "") for name, reason in models]
     columns = ("name", "status", "detail")
-    shown = table(f"Backbones, timm's by the pattern {pattern!r}", columns, rows)
-    answer(as_json, [dict(zip(columns, row, strict=True)) for row in rows], shown)
+    title = f"Backbones in the registry, and timm models that match {pattern!r}"
+    print_result(as_json, [dict(zip(columns, row, strict=True)) for row in rows], table(title, columns, rows))
 
 
 @app.command("show")
 def backbones_show(
-    name: Annotated[str, Argument(help="timm name, or 'glyphs'.")],
-    weights: options.Weights = None,
+    name: Annotated[str, Argument(help="timm model name, or 'glyphs'.")],
+    weights: options.TimmWeights = None,
     mean: options.Mean = None,
     std: options.Std = None,
-    memory: Annotated[int, Option(min=0, help="Memory tokens of the task whose price is shown.")] = 5,
-    adapter_rank: Annotated[int, Option(min=0, help="Rank of its adapters; 0: none, as by default.")] = 0,
+    memory: Annotated[int, Option(min=0, help="Memory tokens per layer of the task whose cost is shown.")] = 5,
+    adapter_rank: Annotated[int, Option(min=0, help="Rank of that task's adapters; 0 for none.")] = 0,
     as_json: options.Json = False,
 ) -> None:
-    """Loads a backbone and shows it, with the price of one task on it."""
+    """Loads a backbone and shows its properties, and the cost of one task on it."""
     from addenda.combined import task_cost
 
     loaded = options.load_backbone(name, weights, mean, std, None, "cpu")
@@ -56,12 +61,12 @@ def backbones_show(
     adapted = f" and adapters of rank {adapter_rank}" if adapter_rank else ""
     rows = [(key, str(value)) for key, value in record.items()]
     rows += [
-        (f"one task with {memory} memory tokens{adapted}", f"{size(cost.token_bytes)}, its head apart"),
-        ("its arithmetic", f"{100 * cost.relative_operations:.2f} % of the backbone's pass"),
+        (f"one task with {memory} memory tokens{adapted}", f"{size(cost.token_bytes)}, without its head"),
+        ("its arithmetic", f"{100 * cost.relative_operations:.2f} % of the backbone's forward pass"),
         (
-            "a layer head's row",
-            f"{cost.num_layer_features:,} layer features, {size(4 * cost.num_layer_features)} a class; "
-            f"{100 * cost.num_layer_features / cost.backbone_operations:.4f} % of the pass",
+            "a layer head, per class",
+            f"{cost.num_layer_features:,} layer features, {size(4 * cost.num_layer_features)}; "
+            f"{100 * cost.num_layer_features / cost.backbone_operations:.4f} % of the forward pass",
         ),
     ]
-    answer(as_json, record | {"task_cost": vars(cost)}, table(name, ("", "value"), rows))
+    print_result(as_json, record | {"task_cost": vars(cost)}, table(name, ("", "value"), rows))

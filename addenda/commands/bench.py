@@ -1,4 +1,4 @@
-"""The `bench` commands: measurements, each with the options that it can be repeated with."""
+"""The `bench` commands: benchmarks, each with the options that reproduce it."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from addenda.commands import options
 from addenda.exceptions import AddendaError
 from addenda.terminal import print_json, progress
 
-BackboneOption = Annotated[str, Option("--backbone", help="timm name, or 'glyphs'.")]
-STREAM_BACKBONE = f"timm name, or 'glyphs'. Default: the stream's, or {options.DEFAULT_BACKBONE}."
+BackboneOption = Annotated[str, Option("--backbone", help="timm model name, or 'glyphs'.")]
+STREAM_BACKBONE = f"timm model name, or 'glyphs'. Default: the stream's, else {options.DEFAULT_BACKBONE}."
 METHODS = (
-    "Names with commas: addenda, addenda-adapters, naive, joint, ewc, lwf, replay, slda, nearest-mean, ranpac, "
-    "linear-probe, full, lora-R of any rank R. Default: the file's, else all, lora-8 among them."
+    "Methods, separated by commas: addenda, addenda-adapters, naive, joint, ewc, lwf, replay, slda, nearest-mean, "
+    "ranpac, linear-probe, full, lora-R of any rank R. Default: the stream's, else all of these, with lora-8."
 )
-REGIMES = (
-    "Names with commas: full, lora-R, unmasked-M, attentive, head, head+class, memory-M, adapters-R, linear-probe, "
-    "layer-probe, default, default+adapters, pairs, collapse; M memory tokens, R the rank. Default: full, lora-8, "
-    "attentive, head, head+class, memory-1, memory-5, memory-10, memory-20, unmasked-5, adapters-8, linear-probe, "
-    "layer-probe, default, default+adapters, pairs, collapse."
+PAPER_METHODS = (
+    "Methods, separated by commas: full, lora-R, unmasked-M, attentive, head, head+class, memory-M, adapters-R, "
+    "linear-probe, layer-probe, default, default+adapters, pairs, collapse; M memory tokens per layer, rank R. "
+    "Default: full, lora-8, attentive, head, head+class, memory-1, memory-5, memory-10, memory-20, unmasked-5, "
+    "adapters-8, linear-probe, layer-probe, default, default+adapters, pairs, collapse."
 )
 
 
-class _Measurements(TyperGroup):
-    """Says what to install where a measurement lacks a package."""
+class _BenchGroup(TyperGroup):
+    """Reports a missing package with the command that installs it."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -41,47 +41,62 @@ class _Measurements(TyperGroup):
         except ModuleNotFoundError as error:
             if (error.name or "addenda").partition(".")[0] == "addenda":
                 raise
-            raise AddendaError(f"This measurement needs {error.name}: pip install 'addenda[bench]'.") from error
+            raise AddendaError(f"This benchmark requires {error.name}: pip install 'addenda[bench]'.") from error
 
 
-app = typer.Typer(cls=_Measurements, no_args_is_help=True, help="Measurements that anyone can repeat.")
+app = typer.Typer(cls=_BenchGroup, no_args_is_help=True, help="Benchmarks that anyone can reproduce.")
 
 
 @app.command("continual")
 def bench_continual(
     stream: Annotated[
-        str, Argument(help="A stream of the package (digits, split-cifar10, …), a YAML file, or a folder to split.")
+        str, Argument(help="A bundled stream (digits, split-cifar10, …), a YAML file, or a folder of classes to split.")
     ] = "digits",
     out: Annotated[
-        Path | None, Option(help="Folder of the report; a run there goes on. Default: continual-STREAM.")
+        Path | None,
+        Option(help="Folder of the report; an interrupted run in it is resumed. Default: continual-STREAM."),
     ] = None,
-    data: Annotated[Path | None, Option(help="Where the stream's folders of images lie.")] = None,
-    split: Annotated[int | None, Option(min=1, help="Experiences to split one set's classes into.")] = None,
+    data: Annotated[
+        Path | None,
+        Option(help="Folder with the stream's images. Default: the folder of the YAML file, else the current one."),
+    ] = None,
+    split: Annotated[
+        int | None,
+        Option(min=1, help="Number of experiences to split a dataset's classes into. Default: the stream's, else 5."),
+    ] = None,
     methods: Annotated[str | None, Option(help=METHODS)] = None,
-    seeds: Annotated[int | None, Option(min=1, help="How many seeds. Default: the file's.")] = None,
-    jobs: Annotated[int | None, Option(min=1, help="Processes side by side. Default: the file's.")] = None,
-    limit: Annotated[int | None, Option(min=4, help="Training images of an experience, at most.")] = None,
-    test_limit: Annotated[int | None, Option(min=1, help="Test images of an experience, at most.")] = None,
-    epochs: Annotated[int | None, Option(min=1, help="Passes over the training images: the baselines'.")] = None,
-    bf16: Annotated[bool | None, Option("--bf16", help="Train the baselines in bfloat16 autocast.")] = None,
-    download: Annotated[bool | None, Option("--download", help="Fetch missing images where that works.")] = None,
+    seeds: Annotated[int | None, Option(min=1, help="Number of seeds. Default: the stream's, else 3.")] = None,
+    jobs: Annotated[int | None, Option(min=1, help="Parallel processes. Default: the stream's, else 1.")] = None,
+    limit: Annotated[
+        int | None, Option(min=4, help="Maximum training images per experience. Default: the stream's, else all.")
+    ] = None,
+    test_limit: Annotated[
+        int | None, Option(min=1, help="Maximum test images per experience. Default: the stream's, else all.")
+    ] = None,
+    epochs: Annotated[
+        int | None, Option(min=1, help="Training epochs of the baselines. Default: the stream's, else 4.")
+    ] = None,
+    bf16: Annotated[bool | None, Option("--bf16", help="Train the baselines under bfloat16 autocast.")] = None,
+    download: Annotated[
+        bool | None, Option("--download", help="Download missing images where a source allows it.")
+    ] = None,
     backbone: Annotated[str | None, Option("--backbone", help=STREAM_BACKBONE)] = None,
-    weights: options.Weights = None,
+    weights: options.TimmWeights = None,
     mean: options.Mean = None,
     std: options.Std = None,
     device: options.Device = "auto",
     as_json: options.Json = False,
 ) -> None:
-    """Runs a stream of tasks, ours beside the methods that the field knows, and writes a report; see docs/avalanche.md.
+    """Runs a stream of tasks with Addenda and with baselines, and writes a report; see docs/avalanche.md.
 
-    Exits with 1 if a logit of an old task of ours has moved by a bit.
+    Exits with 1 if any bit of a logit of an earlier Addenda task changed.
     """
     from addenda.benchmarks.continual.config import read_config
+    from addenda.benchmarks.continual.experiment import check_run, run_continual
     from addenda.benchmarks.continual.report import print_report
-    from addenda.benchmarks.continual.run import check_run, run_continual
 
     if split is not None and not hasattr(read_config(stream).data, "num_experiences"):
-        raise AddendaError(f"--split is for a folder, or a stream of one set; {stream!r} has experiences of its own.")
+        raise AddendaError(f"--split requires a folder or a stream of one dataset; {stream!r} has its own experiences.")
     config = read_config(stream, {
         "backbone": {"name": backbone, "weights": weights, "mean": options.numbers(mean), "std": options.numbers(std)},
         "baselines": {"epochs": epochs, "autocast": bf16}, "seeds": seeds, "jobs": jobs,
@@ -90,11 +105,11 @@ def bench_continual(
         **({"data": {"num_experiences": split}} if split is not None else {}),
     })  # fmt: skip
     check_run(config, data)
-    chosen = config.backbone
-    loaded = addenda.load_backbone(chosen.name, chosen.weights, chosen.mean, chosen.std, device=device)
+    spec = config.backbone
+    loaded = addenda.load_backbone(spec.name, spec.weights, spec.mean, spec.std, device=device)
     folder = out or Path(f"continual-{config.name}")
     with progress(quiet=as_json) as bars:
-        report = bars if as_json or sys.stderr.isatty() else _line
+        report = bars if as_json or sys.stderr.isatty() else _print_finished_cell
         results = run_continual(config, loaded, folder, data, report, shlex.join(["addenda", *sys.argv[1:]]))
     if as_json:
         print_json(results.to_json())
@@ -104,8 +119,8 @@ def bench_continual(
         raise typer.Exit(1)
 
 
-def _line(what: str, done: int, total: int) -> None:
-    """Where standard error is no terminal, a plain line there for each cell that is done."""
+def _print_finished_cell(what: str, done: int, total: int) -> None:
+    """Prints a plain line for each finished cell, for a standard error that is not a terminal."""
     from addenda.benchmarks.continual.cell import DONE
 
     if what.endswith(f", {DONE}"):
@@ -114,14 +129,14 @@ def _line(what: str, done: int, total: int) -> None:
 
 @app.command("compare")
 def bench_compare(
-    one: Annotated[Path, Argument(help="A report of `bench continual`: its folder, or its results.json.")],
-    other: Annotated[Path, Argument(help="Another of the same stream.")],
+    first: Annotated[Path, Argument(help="A report of `bench continual`: its folder, or its results.json.")],
+    second: Annotated[Path, Argument(help="Another report of the same stream.")],
     as_json: options.Json = False,
 ) -> None:
-    """Compares two runs of a stream: what the second has more or less, beside the spread of both."""
+    """Compares two runs of a stream: the change from the first to the second, with the spread of both."""
     from addenda.benchmarks.continual.comparison import compare_reports, print_comparison
 
-    comparison = compare_reports(one, other)
+    comparison = compare_reports(first, second)
     if as_json:
         print_json(comparison.to_json())
     else:
@@ -130,16 +145,24 @@ def bench_compare(
 
 @app.command("cost")
 def bench_cost(
-    backbones: Annotated[str | None, Option(help="timm names, with commas. Default: ViT-Ti, S and B.")] = None,
-    quick: Annotated[bool, Option("--quick", help="ViT-S, up to 100 tasks: under two minutes.")] = False,
-    batch: Annotated[int, Option(min=1, help="Images in a call.")] = 8,
-    rounds: Annotated[int, Option(min=2, help="Measured calls of each way.")] = 7,
-    out: Annotated[Path | None, Option(help="Folder for the table, the plot and the JSON.")] = None,
+    backbones: Annotated[
+        str | None,
+        Option(help="timm model names, separated by commas. Default: ViT-Ti, ViT-S and ViT-B; with --quick ViT-S."),
+    ] = None,
+    quick: Annotated[bool, Option("--quick", help="At most 100 tasks: takes under two minutes.")] = False,
+    batch: Annotated[int, Option(min=1, help="Images per call.")] = 8,
+    rounds: Annotated[int, Option(min=2, help="Timed calls of each variant.")] = 7,
+    out: Annotated[
+        Path | None, Option(help="Folder for the table, the plot and the JSON. Default: print the table only.")
+    ] = None,
     precision: options.Precision = None,
     device: options.Device = "auto",
 ) -> None:
-    """Times the combined pass of many tasks beside the backbone alone, the paper's dense mask and separate passes."""
-    from addenda.benchmarks.cost.run import FULL, QUICK, run_cost
+    """Times the combined forward pass of many tasks.
+
+    Compares it with the backbone alone, the paper's dense mask and one forward pass per task.
+    """
+    from addenda.benchmarks.cost import FULL, QUICK, run_cost
 
     names = backbones.split(",") if backbones else list(QUICK if quick else FULL)
     run_cost(names, out, quick, batch, rounds, precision or "float32", device)
@@ -148,66 +171,86 @@ def bench_cost(
 @app.command("registry")
 def bench_registry(
     registry: Annotated[
-        list[str] | None, Option(help="An empty database to measure too, such as a PostgreSQL URL; it stays full.")
+        list[str] | None,
+        Option(help="An empty database to measure too, such as a PostgreSQL URL; it stays filled. May be given again."),
     ] = None,
-    tasks: Annotated[int, Option(min=40, help="Tasks to register and load.")] = 1000,
-    listed: Annotated[int, Option(min=100, help="Tasks in the list that pages are read of.")] = 100_000,
-    quick: Annotated[bool, Option("--quick", help="100 tasks, a list of 5,000: under two minutes.")] = False,
+    tasks: Annotated[int, Option(min=40, help="Number of tasks to register and load.")] = 1000,
+    listed: Annotated[int, Option(min=100, help="Length of the task list from which pages are read.")] = 100_000,
+    quick: Annotated[bool, Option("--quick", help="100 tasks, a list of 5,000: takes under two minutes.")] = False,
     backbone: BackboneOption = options.DEFAULT_BACKBONE,
-    out: Annotated[Path | None, Option(help="Folder for the table and the JSON.")] = None,
+    out: Annotated[
+        Path | None, Option(help="Folder for the table and the JSON. Default: print the table only.")
+    ] = None,
 ) -> None:
-    """Times the registry: registering, reading and hashing, pages of a long list, and how soon a change is noticed."""
+    """Times the registry: registering tasks, reading and hashing them, paging a long list, and noticing a change."""
     from addenda.backbones import untrained_backbone
-    from addenda.benchmarks.registry.run import run_registry
+    from addenda.benchmarks.registry.registry_timings import run_registry
 
     run_registry(untrained_backbone(backbone), registry or (), out, quick, tasks, listed)
 
 
 @app.command("serving")
 def bench_serving(
-    quick: Annotated[bool, Option("--quick", help="1 and 10 tasks, short loads, 20 cycles.")] = False,
-    tasks: Annotated[str | None, Option(help="Of a server. Default: 1,10,100,1000, and with --ray 10.")] = None,
-    seconds: Annotated[float, Option(min=0.1, help="Of each load.")] = 20,
+    quick: Annotated[bool, Option("--quick", help="1 and 10 tasks, loads of 2 s, 2 rounds, 20 cycles.")] = False,
+    tasks: Annotated[
+        str | None,
+        Option(
+            help="Numbers of served tasks, separated by commas. Default: 1,10,100,1000; with --quick 1,10; with --ray "
+            "10."
+        ),
+    ] = None,
+    seconds: Annotated[float, Option(min=0.1, help="Duration of each load in seconds.")] = 20,
     rounds: Annotated[int, Option(min=2, help="Measured rounds.")] = 5,
-    cycles: Annotated[int, Option(min=10, help="Tasks to register and retire while memory is weighed.")] = 1000,
-    ray: Annotated[str | None, Option(help="Measure replicas on Ray instead: local, auto or HOST:PORT.")] = None,
-    replicas: Annotated[str, Option(help="How many replicas, with commas, with --ray.")] = "1,2",
-    out: Annotated[Path | None, Option(help="Folder for the table and the JSON.")] = None,
+    cycles: Annotated[
+        int, Option(min=10, help="Number of tasks to register and retire while memory use is measured.")
+    ] = 1000,
+    ray: Annotated[
+        str | None,
+        Option(help="Measure replicas on a Ray cluster instead: local, auto or HOST:PORT. Default: one process."),
+    ] = None,
+    replicas: Annotated[str, Option(help="With --ray: numbers of replicas, separated by commas.")] = "1,2",
+    out: Annotated[
+        Path | None, Option(help="Folder for the table and the JSON. Default: print the table only.")
+    ] = None,
     backbone: BackboneOption = options.DEFAULT_BACKBONE,
-    weights: options.Weights = None,
+    weights: options.TimmWeights = None,
     device: options.Device = "auto",
 ) -> None:
-    """Loads a server of 1 to 1,000 tasks from another process: throughput beside the bare model, latency, changes."""
-    from addenda.benchmarks.serving.run import run_serving
+    """Load-tests a server of 1 to 1,000 tasks: throughput relative to the bare model, latency, registry changes."""
+    from addenda.benchmarks.serving.serving_timings import run_serving
 
     counts = None if tasks is None else _counts("--tasks", tasks)
     loaded = addenda.load_backbone(backbone, weights, device=device)
     run_serving(loaded, weights, out, quick, counts, seconds, rounds, cycles, ray, _counts("--replicas", replicas))
 
 
-def _counts(option: str, given: str) -> list[int]:
-    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", given):
-        raise AddendaError(f"{option} {given!r} is no list of numbers with commas, such as 1,2.")
-    return [int(count) for count in given.split(",")]
+def _counts(option: str, text: str) -> list[int]:
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
+        raise AddendaError(f"{option} must be numbers separated by commas, such as 1,2, not {text!r}.")
+    return [int(count) for count in text.split(",")]
 
 
 @app.command("training")
 def bench_training(
-    data: Annotated[Path, Argument(help="A folder with train/ and test/, each of class folders.")],
-    quick: Annotated[bool, Option("--quick", help="200 images, fewer rounds: under two minutes.")] = False,
-    limit: Annotated[int, Option(min=20, help="Training images, drawn at random.")] = 1000,
+    data: Annotated[Path, Argument(help="A folder with train/ and test/, each with class folders.")],
+    quick: Annotated[bool, Option("--quick", help="200 images, fewer rounds: takes under two minutes.")] = False,
+    limit: Annotated[int, Option(min=20, help="Maximum training images, drawn at random.")] = 1000,
     rounds: Annotated[int, Option(min=2, help="Measured rounds.")] = 5,
-    dense_epochs: Annotated[int, Option(min=1, help="Epochs that the dense mask really trains.")] = 2,
-    out: Annotated[Path | None, Option(help="Folder for the table, the plot and the JSON.")] = None,
+    dense_epochs: Annotated[
+        int, Option(min=1, help="Epochs that the dense mask is actually trained for; the rest is extrapolated.")
+    ] = 2,
+    out: Annotated[
+        Path | None, Option(help="Folder for the table, the plot and the JSON. Default: print the table only.")
+    ] = None,
     backbone: BackboneOption = options.DEFAULT_BACKBONE,
-    weights: options.Weights = None,
+    weights: options.TimmWeights = None,
     mean: options.Mean = None,
     std: options.Std = None,
     precision: options.Precision = None,
     device: options.Device = "auto",
 ) -> None:
-    """Times and weighs learning beside stock timm's pass, the paper's dense mask and full fine-tuning."""
-    from addenda.benchmarks.training.run import run_training
+    """Measures time and memory of learning against timm's forward pass, the paper's dense mask and full fine-tuning."""
+    from addenda.benchmarks.training.learning_cost import run_training
 
     loaded = options.load_backbone(backbone, weights, mean, std, precision, device)
     run_training(loaded, data, out, quick, limit, rounds, dense_epochs)
@@ -215,41 +258,48 @@ def bench_training(
 
 @app.command("paper")
 def bench_paper(
-    data: Annotated[Path, Argument(help="A folder of data sets, each with train/ and test/.")],
-    out: Annotated[Path, Option(help="Folder of what is found; a run there goes on where it was stopped.")],
-    sets: Annotated[str, Option(help="Names of the sets, with commas, in order.")],
-    seeds: Annotated[int, Option(min=1, help="How many seeds.")] = 3,
-    limit: Annotated[int | None, Option(min=4, help="Training images of a set. Default: all.")] = None,
-    regimes: Annotated[str | None, Option(help=REGIMES)] = None,
-    epochs: Annotated[int, Option(min=1, help="Passes over the training images, at most: ours.")] = 30,
-    rival_epochs: Annotated[int, Option(min=1, help="The same of full, lora and unmasked.")] = 30,
-    views: Annotated[int, Option(min=0, help="Random views of each image to learn from; 0: as it is.")] = 3,
-    bf16: Annotated[bool, Option("--bf16", help="Train full, lora and unmasked in bfloat16 autocast.")] = False,
+    data: Annotated[Path, Argument(help="A folder of datasets, each with train/ and test/.")],
+    out: Annotated[Path, Option(help="Folder of the results; an interrupted run in it is resumed.")],
+    sets: Annotated[str, Option(help="Names of the datasets, separated by commas, in order.")],
+    seeds: Annotated[int, Option(min=1, help="Number of seeds.")] = 3,
+    limit: Annotated[int | None, Option(min=4, help="Maximum training images per dataset. Default: all.")] = None,
+    methods: Annotated[str | None, Option(help=PAPER_METHODS)] = None,
+    epochs: Annotated[int, Option(min=1, help="Maximum training epochs of Addenda's methods.")] = 30,
+    baseline_epochs: Annotated[
+        int, Option(min=1, help="Maximum training epochs of full, lora, unmasked and attentive.")
+    ] = 30,
+    views: Annotated[int, Option(min=0, help="Random views of each training image; 0 for the image itself only.")] = 3,
+    bf16: Annotated[
+        bool, Option("--bf16", help="Train full, lora, unmasked and attentive under bfloat16 autocast.")
+    ] = False,
     backbone: BackboneOption = options.DEFAULT_BACKBONE,
-    weights: options.Weights = None,
+    weights: options.TimmWeights = None,
     mean: options.Mean = None,
     std: options.Std = None,
     device: options.Device = "auto",
 ) -> None:
-    """Compares the paper's regimes, masked and not, with LoRA and full fine-tuning on any sets, over several seeds."""
-    from addenda.benchmarks.baselines.regimes import RivalConfig
-    from addenda.benchmarks.paper import run as paper
+    """Compares the paper's methods, masked and unmasked, with LoRA and full fine-tuning on any datasets and seeds."""
+    from addenda.benchmarks.baselines.paper_methods import BaselineConfig
+    from addenda.benchmarks.paper import paper_grid
 
-    names, chosen = sets.split(","), regimes.split(",") if regimes else paper.REGIMES
-    paper.check_run(data, names, chosen)
-    varied = addenda.Augmentation(views=views)
-    comparison = paper.Comparison(
+    names, method_names = sets.split(","), methods.split(",") if methods else paper_grid.METHODS
+    paper_grid.check_run(data, names, method_names)
+    augmentation = addenda.Augmentation(views=views)
+    config = paper_grid.PaperConfig(
         options.load_backbone(backbone, weights, mean, std, None, device), data, limit,
-        replace(paper.OURS, epochs=epochs, augmentation=varied),
-        RivalConfig(epochs=rival_epochs, augmentation=varied, autocast=bf16),
+        replace(paper_grid.OURS, epochs=epochs, augmentation=augmentation),
+        BaselineConfig(epochs=baseline_epochs, augmentation=augmentation, autocast=bf16),
     )  # fmt: skip
-    cells = paper.run_paper(comparison, names, seeds, chosen, out)
+    cells = paper_grid.run_paper(config, names, seeds, method_names, out)
     if not all(cell.get("identical", True) for cell in cells):
         raise typer.Exit(1)
 
 
 def demo() -> None:
-    """Learns five tasks one after another and proves that no earlier one moved. Under a minute, no network."""
+    """Learns five tasks one after another and verifies that the logits of earlier ones did not change.
+
+    Takes under a minute and needs no network.
+    """
     from addenda.benchmarks.demo import run_demo
 
     if not run_demo():

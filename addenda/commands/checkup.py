@@ -1,4 +1,4 @@
-"""What works on this machine and what does not: the findings of `addenda doctor`."""
+"""The checks of `addenda doctor`: what works on this machine, what is absent and what is broken."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from addenda import FrozenBackbone, Registry, Task, __version__, load_backbone
 from addenda.backbones import cached_weights
 from addenda.combined import prove, recorded_backbone
-from addenda.combined.probes import probe_task
+from addenda.combined.probe_inputs import probe_task
 from addenda.combined.shapes import SizeClass
 from addenda.commands import options
 from addenda.exceptions import AddendaError, RegistryError
@@ -24,7 +24,7 @@ from addenda.terminal import plural, size
 
 
 class Finding(NamedTuple):
-    """One thing that was looked at: what was found, and what to do about it."""
+    """The result of one check, with what was found or what to do."""
 
     subject: str
     state: Literal["works", "absent", "BROKEN"]
@@ -32,7 +32,7 @@ class Finding(NamedTuple):
 
 
 def checkup(registry: str, device: str) -> Iterator[Finding]:
-    """Looks at what Addenda stands on, and changes nothing but an older registry's schema, as opening it does."""
+    """Runs all checks. Nothing is changed, except that opening an older registry migrates its schema."""
     yield Finding("python", "works", f"{platform.python_version()}, {platform.platform()}")
     yield from package_findings()
     yield from _devices()
@@ -43,20 +43,20 @@ def checkup(registry: str, device: str) -> Iterator[Finding]:
 
 
 def package_findings() -> Iterator[Finding]:
-    """What Addenda itself and each of its extras require, beside what is installed."""
+    """Compares the requirements of Addenda and of each extra with the installed packages."""
     try:
-        known = metadata("addenda")
+        package = metadata("addenda")
     except PackageNotFoundError:
-        yield Finding("addenda", "works", f"{__version__}, run from its source: what is required was not looked at")
+        yield Finding("addenda", "works", f"{__version__}, run from source; requirements were not checked")
         return
-    required = [Requirement(text) for text in known.get_all("Requires-Dist", [])]
-    core = [one for one in required if _applies(one, "")]
-    wrong = _unmet(core)
+    required = [Requirement(text) for text in package.get_all("Requires-Dist", [])]
+    core = [requirement for requirement in required if _applies(requirement, "")]
+    unmet = _unmet(core)
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "timm"))
-    yield Finding("addenda", "BROKEN" if wrong else "works", _advice(wrong, "addenda") or f"{__version__}, {versions}")
-    for extra in sorted({*known.get_all("Provides-Extra", [])} - {"all", "dev"}):  # those are for who works on Addenda
-        wrong = _unmet([one for one in required if _applies(one, extra) and one not in core])
-        yield Finding(f"extra {extra}", "absent" if wrong else "works", _advice(wrong, f"addenda[{extra}]"))
+    yield Finding("addenda", "BROKEN" if unmet else "works", _advice(unmet, "addenda") or f"{__version__}, {versions}")
+    for extra in sorted({*package.get_all("Provides-Extra", [])} - {"all", "dev"}):  # dev is for contributors
+        unmet = _unmet([added for added in required if _applies(added, extra) and added not in core])
+        yield Finding(f"extra {extra}", "absent" if unmet else "works", _advice(unmet, f"addenda[{extra}]"))
 
 
 def _applies(requirement: Requirement, extra: str) -> bool:
@@ -64,47 +64,47 @@ def _applies(requirement: Requirement, extra: str) -> bool:
 
 
 def _unmet(required: Sequence[Requirement]) -> list[str]:
-    """What is missing or of a wrong version, in words."""
-    wrong = []
-    for one in required:
+    """Messages about requirements that are missing or installed in another version."""
+    unmet = []
+    for requirement in required:
         try:
-            found = version(one.name)
+            installed = version(requirement.name)
         except PackageNotFoundError:
-            wrong.append(f"{one.name} is missing")
+            unmet.append(f"{requirement.name} is missing")
             continue
-        if not one.specifier.contains(found, prereleases=True):
-            wrong.append(f"{one.name} is {found}, wanted {one.specifier}")
-    return wrong
+        if not requirement.specifier.contains(installed, prereleases=True):
+            unmet.append(f"{requirement.name} is {installed}, required {requirement.specifier}")
+    return unmet
 
 
-def _advice(wrong: Sequence[str], what: str) -> str:
-    return f"{', '.join(wrong)}: pip install '{what}'" if wrong else ""
+def _advice(unmet: Sequence[str], package: str) -> str:
+    return f"{', '.join(unmet)}: pip install '{package}'" if unmet else ""
 
 
 def _devices() -> Iterator[Finding]:
     threads = plural(torch.get_num_threads(), "thread")
     yield Finding("cpu", "works", f"{os.cpu_count()} processors, {threads}")
     if not torch.cuda.is_available():
-        built = "sees none" if torch.version.cuda else "was built without CUDA"
-        yield Finding("cuda", "absent", f"torch {torch.__version__} {built}")
+        reason = "finds no CUDA device" if torch.version.cuda else "was built without CUDA"
+        yield Finding("cuda", "absent", f"torch {torch.__version__} {reason}")
     for number in range(torch.cuda.device_count()):
-        found = torch.cuda.get_device_properties(number)
-        yield Finding(f"cuda:{number}", "works", f"{found.name}, {size(found.total_memory)}, CUDA {torch.version.cuda}")
+        gpu = torch.cuda.get_device_properties(number)
+        yield Finding(f"cuda:{number}", "works", f"{gpu.name}, {size(gpu.total_memory)}, CUDA {torch.version.cuda}")
 
 
 def _cache() -> Finding:
     cache = ActivationCache()
     existing = next(path for path in (cache.folder, *cache.folder.absolute().parents) if path.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK)):
-        advice = "ADDENDA_CACHE names another folder, `--cache-gb 0` does without"
-        return Finding("activation cache", "BROKEN", f"{existing} is no folder to write to: {advice}")
-    kept = size(sum(one.num_bytes for one in cache.sets()))
-    return Finding("activation cache", "works", f"{kept} kept in {cache.folder}; room for {size(cache.budget_bytes)}")
+        advice = "set ADDENDA_CACHE to another folder, or pass --cache-gb 0"
+        return Finding("activation cache", "BROKEN", f"{existing} is not a writable folder: {advice}")
+    used = size(sum(entry.num_bytes for entry in cache.sets()))
+    return Finding("activation cache", "works", f"{used} in {cache.folder}; budget {size(cache.budget_bytes)}")
 
 
-def self_test(backbone: FrozenBackbone, tasks: Sequence[Task], more: str = "") -> Finding:
-    """Whether a backbone and some tasks, of which more is said, keep their bits here, as an exact model tries first."""
-    subject = f"exactness of {backbone.name}{more}"
+def self_test(backbone: FrozenBackbone, tasks: Sequence[Task], suffix: str = "") -> Finding:
+    """Runs the exactness self-test of an exact model on a backbone and some tasks."""
+    subject = f"exactness of {backbone.name}{suffix}"
     where = f"{backbone.device}, {str(backbone.precision).removeprefix('torch.')}"
     try:
         proven = prove(backbone, tasks)
@@ -112,21 +112,21 @@ def self_test(backbone: FrozenBackbone, tasks: Sequence[Task], more: str = "") -
         return Finding(subject, "BROKEN", str(error))
     images, slots = (", ".join(map(str, sizes)) for sizes in (proven.images, proven.slots))
     shapes = f"batches of {images} images, tiles of {slots} tasks"
-    return Finding(subject, "works", f"{where}: every bit as it should be, in {shapes}")
+    return Finding(subject, "works", f"{where}: bitwise identical in {shapes}")
 
 
 def _registry(location: str, device: str) -> Iterator[Finding]:
-    """The registry, and of each of its backbones the weights and whether its tasks keep their bits."""
+    """Checks the registry, and the weights and the tasks of each of its backbones."""
     if "://" not in location and not Path(location).expanduser().exists():
-        advice = "`addenda learn` makes one, --registry names another"
-        yield Finding("registry", "absent", f"none at {location!r}: {advice}")
+        advice = "`addenda learn` creates one, --registry selects another"
+        yield Finding("registry", "absent", f"not found at {location!r}: {advice}")
         yield _weights({"name": options.DEFAULT_BACKBONE, "source": "hub"})
         return
     try:
         with Registry.open(location, create=False) as opened:
             tasks = plural(len(opened.tasks()), "active task")
             if faults := opened.schema_faults():
-                yield Finding("registry", "BROKEN", f"{len(faults)} faults of its schema, see: addenda db check")
+                yield Finding("registry", "BROKEN", f"{plural(len(faults), 'schema fault')}, see: addenda db check")
             else:
                 yield Finding("registry", "works", f"{opened.location}: {tasks}, generation {opened.generation}")
             for record in opened.backbones():
@@ -139,22 +139,22 @@ def _registry(location: str, device: str) -> Iterator[Finding]:
 
 
 def _weights(record: Mapping[str, Any]) -> Finding:
-    """Whether a backbone's weights lie on this machine."""
+    """Checks that a backbone's weights are on this machine."""
     subject, source = f"weights of {record['name']}", record["source"]
     if source == "embedded":
-        return Finding(subject, "works", "in the package")
+        return Finding(subject, "works", "bundled with the package")
     if source != "hub":
         if Path(source).exists():
             return Finding(subject, "works", source)
-        return Finding(subject, "absent", f"no longer at {source!r}: say where with --weights FILE")
-    found = cached_weights(record["name"])
-    if found is None:
-        return Finding(subject, "absent", "not here yet: timm fetches them when they are needed, or --weights FILE")
-    return Finding(subject, "works", str(found))
+        return Finding(subject, "absent", f"not found at {source!r}: pass --weights FILE")
+    cached = cached_weights(record["name"])
+    if cached is None:
+        return Finding(subject, "absent", "not downloaded yet: timm does so on first use, or pass --weights FILE")
+    return Finding(subject, "works", str(cached))
 
 
 def _recorded(registry: Registry, record: Mapping[str, Any], device: str) -> Finding:
-    """Whether a backbone is still what it was, and its tasks keep their bits on this machine."""
+    """Checks a backbone against its recorded fingerprint, and runs the self-test on its tasks."""
     subject = f"weights of {record['name']}"
     try:
         backbone = recorded_backbone(registry, None, device, record["fingerprint"])

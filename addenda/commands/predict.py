@@ -1,4 +1,4 @@
-"""Predicting: every task about some images, or the one that a router chooses for each."""
+"""The `predict` command: predictions of every task, or of the task that a router chooses for each image."""
 
 from __future__ import annotations
 
@@ -25,202 +25,212 @@ if TYPE_CHECKING:
 
 Best = Sequence[tuple[str, float]]
 """Labels with their probabilities."""
-Shown = tuple[dict[str, Any], list[tuple[Any, ...]], tuple[str, Sequence[str], list[tuple[str, ...]]]]
-"""Answers as they are printed: JSON's images; rows of CSV, the head first; a table's title, columns and rows."""
+Rendered = tuple[dict[str, Any], list[tuple[Any, ...]], tuple[str, Sequence[str], list[tuple[str, ...]]]]
+"""Predictions in each output format: `images` of the JSON; CSV rows with header; title, columns and rows of a table."""
 
 
 def predict(
-    images: Annotated[list[Path], Argument(help="Image files, or folders of them.")],
+    images: Annotated[list[Path], Argument(help="Image files, or folders of images.")],
     task: Annotated[
         list[str] | None,
         Option(
-            help="Answer this task only; may be given again. 'auto' chooses one for each image, or says that it looks "
-            "like none of their images."
+            help="Predict with this task only. May be given again. 'auto' chooses one task for each image, or reports "
+            "that the image resembles none of the tasks. Default: all active tasks."
         ),
     ] = None,
     top: Annotated[
         int | None,
-        Option(min=1, help="Labels for each task, at most. Default: 3; of a multi-label task all likely ones."),
+        Option(min=1, help="Maximum labels per task. Default: 3; multi-label: all with a probability of at least 0.5."),
     ] = None,
     skip_bad: options.SkipBad = False,
     registry: options.Registry = options.DEFAULT_REGISTRY,
     weights: options.Weights = None,
     device: options.Device = "auto",
     as_json: options.Json = False,
-    as_csv: Annotated[bool, Option("--csv", help="Print CSV, a row for each image, task and label given.")] = False,
+    as_csv: Annotated[bool, Option("--csv", help="Print CSV: one row per image, task and predicted label.")] = False,
     inexact: Annotated[
-        bool, Option("--inexact", help="Without the promise of equal bits: no self-test, nothing filled up.")
+        bool,
+        Option(
+            "--inexact",
+            help="Skip the exactness self-test and the padding of batches; bitwise reproducibility is then not "
+            "guaranteed.",
+        ),
     ] = False,
     ray: Annotated[
         str | None,
-        Option(help="Predict on a Ray cluster, into --out: 'local' starts one here, 'auto' is on, or HOST:PORT."),
+        Option(
+            help="Predict on a Ray cluster, into --out: 'local' starts one on this machine, 'auto' joins the running "
+            "one, or HOST:PORT. Default: without Ray."
+        ),
     ] = None,
     out: Annotated[
         Path | None,
-        Option(help="With --ray: folder of Parquet files, seen by all nodes. What is missing in it is computed."),
+        Option(help="With --ray: folder of Parquet files, visible to all nodes. Only missing files are computed."),
     ] = None,
-    part_size: Annotated[int | None, Option(min=1, help="With --ray: images in a file. Default: 1000.")] = None,
+    part_size: Annotated[int | None, Option(min=1, help="With --ray: images per Parquet file. Default: 1000.")] = None,
     workers: Annotated[
-        int | None, Option(min=1, help="With --ray: workers at most. Default: as many as there is room for.")
+        int | None, Option(min=1, help="With --ray: maximum number of workers. Default: as many as fit on the cluster.")
     ] = None,
-    cpus: Annotated[
-        int | None, Option(min=1, help="With --ray: CPUs of each worker, and its threads. Default: 1.")
-    ] = None,
+    cpus: Annotated[int | None, Option(min=1, help="With --ray: CPUs and threads per worker. Default: 1.")] = None,
     gpus: Annotated[
-        float | None, Option(min=0, max=1, help="With --ray: each worker's share of a GPU. Default: 0.")
+        float | None, Option(min=0, max=1, help="With --ray: GPU share per worker, from 0 to 1. Default: 0.")
     ] = None,
 ) -> None:
-    """Answers every registered task about some images, in one pass."""
+    """Predicts with all registered tasks in one forward pass over the images."""
     auto = task == ["auto"]
     if as_json and as_csv:
-        raise AddendaError("--json and --csv are two ways to print one answer: give one of them.")
+        raise AddendaError("--json and --csv exclude each other; give one of them.")
     if task is not None and "auto" in task and not auto:
-        raise AddendaError("--task auto chooses among all tasks: give it alone, or name tasks without it.")
+        raise AddendaError("--task auto chooses among all tasks; give it alone, or give task names without it.")
     if ray is not None:
         if as_csv or auto:
-            wrong = "--csv" if as_csv else "--task auto"
-            raise AddendaError(f"{wrong} is not for --ray, which writes each task's answers to Parquet.")
+            option = "--csv" if as_csv else "--task auto"
+            raise AddendaError(f"{option} cannot be used with --ray, which writes each task's predictions to Parquet.")
         if out is None:
-            raise AddendaError("--ray takes --out FOLDER, where its files go.")
+            raise AddendaError("--ray requires --out FOLDER.")
         from addenda.distributed.cluster import connected
         from addenda.distributed.prediction import PART_SIZE, Crew, Question, predict_many
 
         question = Question(tuple(task or ()), top, not inexact, part_size or PART_SIZE, skip_bad)
         crew, paths = Crew(workers, cpus or 1, gpus or 0.0), _image_files(images)[0]
         with options.open_registry(registry) as opened:
-            place = options.workplace(registry, opened, weights, device, crew.gpus, None)
+            workplace = options.workplace(registry, opened, weights, device, crew.gpus, None)
             with connected(ray), progress(quiet=as_json) as report:
-                summary = predict_many(paths, out, opened, place, question, crew, report)
+                summary = predict_many(paths, out, opened, workplace, question, crew, report)
         _print_summary(summary, as_json)
         return
-    of_ray = {"--out": out, "--part-size": part_size, "--workers": workers, "--cpus": cpus, "--gpus": gpus}
-    if used := [option for option, value in of_ray.items() if value is not None]:
-        raise AddendaError(f"{', '.join(used)}: only with --ray, which says on which cluster.")
+    ray_options = {"--out": out, "--part-size": part_size, "--workers": workers, "--cpus": cpus, "--gpus": gpus}
+    if used := [option for option, value in ray_options.items() if value is not None]:
+        raise AddendaError(f"{', '.join(used)} require{'s' if len(used) == 1 else ''} --ray.")
     from addenda.backbones import counted, read_files
     from addenda.combined import recorded_backbone
 
     paths, left_out = _image_files(images)
     with options.open_registry(registry) as opened:
-        chosen = [opened.get(ref) for ref in task or () if not auto]
-        loaded = recorded_backbone(opened, weights, device, chosen[0].backbone if chosen else None)
-        model = addenda.CombinedModel(loaded, chosen or opened.load(loaded), exact=not inexact)
+        requested = [opened.get(ref) for ref in task or () if not auto]
+        loaded = recorded_backbone(opened, weights, device, requested[0].backbone if requested else None)
+        model = addenda.CombinedModel(loaded, requested or opened.load(loaded), exact=not inexact)
         router = _router(opened, model) if auto and model.tasks else None
     if not model.tasks:
         raise DataError(f"The registry {opened.location!r} holds no active task. `addenda learn` adds one.")
-    answers: dict[str, Any] = {}
-    bad: list[str] = []
+    predictions: dict[str, Any] = {}
+    skipped: list[str] = []
     with progress(quiet=as_json or as_csv or len(paths) < 16) as report:
         try:
             done = 0
             for files in read_files(loaded, paths, model.micro_batch, skip_bad):
                 if files.paths and router is not None:
-                    answers |= zip(map(str, files.paths), model.route_images(files.images, router, top), strict=True)
+                    routed = model.route_images(files.images, router, top)
+                    predictions |= zip(map(str, files.paths), routed, strict=True)
                 elif files.paths:
-                    found = model.predict_images(files.images, top)
+                    by_task = model.predict_images(files.images, top)
                     for i, path in enumerate(files.paths):
-                        answers[str(path)] = {name: best[i] for name, best in found.items()}
-                bad += files.bad.values()
+                        predictions[str(path)] = {name: best[i] for name, best in by_task.items()}
+                skipped += files.bad.values()
                 done += len(files.asked)
                 report("predicting", done, len(paths))
         except DataError as error:
-            raise DataError(f"{error} (--skip-bad leaves out what cannot be read.)") from error
-    for message in bad:
-        typer.echo(f"left out: {shown(message)}", err=True)
-    told, rows, (title, columns, lines) = (_of_all if router is None else _routed)(answers, model)
+            raise DataError(f"{error} Pass --skip-bad to skip unreadable images.") from error
+    for message in skipped:
+        typer.echo(f"skipped: {shown(message)}", err=True)
+    values, rows, (title, columns, lines) = (_render_all if router is None else _render_routed)(predictions, model)
     if as_json:
-        print_json({"exact": model.exact, "images": told, "skipped": bad, "left_out": counted(left_out)})
+        print_json({"exact": model.exact, "images": values, "skipped": skipped, "left_out": counted(left_out)})
     elif as_csv:
         csv.writer(sys.stdout).writerows(map(csv_row, rows))
     else:
-        console.print(table(title + ("" if model.exact else ", not exact"), columns, lines))
+        console.print(table(title + ("" if model.exact else ", inexact"), columns, lines))
 
 
-def _of_all(answers: dict[str, dict[str, Best]], model: addenda.CombinedModel) -> Shown:
-    """Every task's answer about each image."""
-    told = {path: {name: _labels(best) for name, best in one.items()} for path, one in answers.items()}
+def _render_all(predictions: dict[str, dict[str, Best]], model: addenda.CombinedModel) -> Rendered:
+    """Renders every task's labels for each image."""
+    values = {path: {name: _as_json(best) for name, best in tasks.items()} for path, tasks in predictions.items()}
     rows: list[tuple[Any, ...]] = [("image", "task", "label", "probability")]
-    rows += ((path, name, *pair) for path, one in answers.items() for name, best in one.items() for pair in best)
-    lines = [(path, *(_in_words(best) or "none" for best in one.values())) for path, one in answers.items()]
-    return told, rows, (f"{len(answers)} images, {len(model.tasks)} tasks", ("image", *model.tasks), lines)
+    rows += (
+        (path, name, *pair) for path, tasks in predictions.items() for name, best in tasks.items() for pair in best
+    )
+    lines = [(path, *(_as_text(best) or "none" for best in tasks.values())) for path, tasks in predictions.items()]
+    return values, rows, (f"{len(predictions)} images, {len(model.tasks)} tasks", ("image", *model.tasks), lines)
 
 
-def _routed(answers: dict[str, tuple[Choice, Best]], model: addenda.CombinedModel) -> Shown:
-    """The task that was chosen for each image, and its answer."""
-    told: dict[str, Any] = {}
+def _render_routed(predictions: dict[str, tuple[Choice, Best]], model: addenda.CombinedModel) -> Rendered:
+    """Renders the task chosen for each image, and its labels."""
+    values: dict[str, Any] = {}
     rows: list[tuple[Any, ...]] = [("image", "task", "task_probability", "familiar", "label", "probability")]
     lines: list[tuple[str, ...]] = []
-    for path, (choice, best) in answers.items():
-        told[path] = choice._asdict() | {"labels": _labels(best)}
+    for path, (choice, best) in predictions.items():
+        values[path] = choice._asdict() | {"labels": _as_json(best)}
         rows += ((path, *choice, *pair) for pair in best)
         task = choice.task if choice.familiar else f"none; nearest {choice.task}"
-        lines.append((path, task, f"{100 * choice.probability:.0f} %", _in_words(best) if choice.familiar else "–"))
-    title = f"{len(answers)} images, the task chosen among {len(model.tasks)}"
-    return told, rows, (title, ("image", "task", "sure", "labels"), lines)
+        lines.append((path, task, f"{100 * choice.probability:.0f} %", _as_text(best) if choice.familiar else "–"))
+    title = f"{len(predictions)} images, task chosen from {len(model.tasks)}"
+    return values, rows, (title, ("image", "task", "task probability", "labels"), lines)
 
 
-def _labels(best: Best) -> list[dict[str, Any]]:
+def _as_json(best: Best) -> list[dict[str, Any]]:
     return [{"label": label, "probability": probability} for label, probability in best]
 
 
-def _in_words(best: Best) -> str:
+def _as_text(best: Best) -> str:
     return ", ".join(f"{label} {100 * probability:.0f} %" for label, probability in best)
 
 
-def _print_summary(found: Summary, as_json: bool) -> None:
-    """Prints what lies in the folder of a run on a cluster."""
+def _print_summary(summary: Summary, as_json: bool) -> None:
+    """Prints what the output folder of a run on a cluster holds, and what this run computed."""
     if as_json:
-        print_json(vars(found) | {"images_per_second": found.images_per_second})
+        print_json(vars(summary) | {"images_per_second": summary.images_per_second})
         return
-    exact = "" if found.exact else ", not exact"
-    left_out = f", {found.left_out} of them left out (why stands in the column left_out)" if found.left_out else ""
+    exact = "" if summary.exact else ", inexact"
+    skipped = f", {summary.left_out} of them skipped (reasons in the column left_out)" if summary.left_out else ""
     console.print(
-        f"{found.images} images{left_out}, {found.tasks} tasks{exact}: {found.rows} rows in {found.parts} parts, "
-        f"{size(found.size_bytes)}, in {found.folder}",
+        f"{summary.images} images{skipped}, {summary.tasks} tasks{exact}: {summary.rows} rows in {summary.parts} "
+        f"files, {size(summary.size_bytes)}, in {summary.folder}",
         markup=False, highlight=False, soft_wrap=True,
     )  # fmt: skip
-    if found.computed_parts < found.parts:
-        console.print(f"{found.parts - found.computed_parts} parts were there before.")
-    if found.computed_parts:
+    if summary.computed_parts < summary.parts:
+        console.print(f"{summary.parts - summary.computed_parts} files existed already.")
+    if summary.computed_parts:
         console.print(
-            f"{found.computed_images} images in {found.computed_parts} parts were computed on {found.nodes} nodes in "
-            f"{found.seconds:.1f} s, {found.images_per_second:.1f} a second."
+            f"Computed {summary.computed_images} images in {summary.computed_parts} files on {summary.nodes} nodes in "
+            f"{summary.seconds:.1f} s, {summary.images_per_second:.1f} images per second."
         )
 
 
-def _image_files(places: Sequence[Path]) -> tuple[list[Path], LeftOut]:
-    """The images at some places, in their order; and what else is in those that are folders, said on standard error."""
+def _image_files(paths: Sequence[Path]) -> tuple[list[Path], LeftOut]:
+    """The image files under some paths, in order; other files in folders are reported on standard error."""
     from addenda.backbones import image_files, in_words, joined
 
-    paths: list[Path] = []
+    images: list[Path] = []
     left_out: list[LeftOut] = []
-    for place in places:
-        if os.path.isdir(place):
-            found, besides = image_files(place)
-            said = in_words(besides, place)
-            if not found:
-                raise DataError(f"The folder {str(place)!r} holds no images{f', but {said}' if said else ''}.")
-            if said:
-                typer.echo(shown(f"left out of {str(place)!r}: {said}."), err=True)
-            paths += found
-            left_out.append(besides)
+    for path in paths:
+        if os.path.isdir(path):
+            in_folder, others = image_files(path)
+            description = in_words(others, path)
+            if not in_folder:
+                reason = f", but {description}" if description else ""
+                raise DataError(f"The folder {str(path)!r} holds no images{reason}.")
+            if description:
+                typer.echo(shown(f"left out of {str(path)!r}: {description}."), err=True)
+            images += in_folder
+            left_out.append(others)
         else:
-            paths.append(place)
-    return paths, joined(left_out)
+            images.append(path)
+    return images, joined(left_out)
 
 
 def _router(registry: addenda.Registry, model: addenda.CombinedModel) -> Router:
-    """A router of a model's tasks; those that it cannot know of are named on standard error."""
+    """A router over a model's tasks; tasks without routing statistics are named on standard error."""
     from addenda.combined import Router, can_be_routed
 
-    kept = {name: registry.statistics(task.ref) for name, task in model.tasks.items()}
+    stored = {name: registry.statistics(task.ref) for name, task in model.tasks.items()}
     width = model.backbone.embed_dim
-    known = {name: one for name, one in kept.items() if one is not None and can_be_routed(one, width)}
-    if left_out := [name for name in kept if name not in known]:
+    usable = {name: entry for name, entry in stored.items() if entry is not None and can_be_routed(entry, width)}
+    if missing := [name for name in stored if name not in usable]:
         typer.echo(
-            f"Not chosen from, since nothing was kept of their images: {', '.join(left_out)}. (Single-label tasks keep "
-            "statistics when they are learned.)",
+            f"Not considered, without routing statistics: {', '.join(missing)}. Single-label tasks store them when "
+            "they are learned.",
             err=True,
         )
-    if not known:
-        raise DataError("There is no task to choose from: nothing was kept of any task's images.")
-    return Router(known)
+    if not usable:
+        raise DataError("No registered task has routing statistics.")
+    return Router(usable)

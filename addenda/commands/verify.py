@@ -1,4 +1,4 @@
-"""Verifying: tasks by their golden probes, computed again, and this machine by a checkup."""
+"""The commands `verify`, which recomputes golden probes, and `doctor`, which checks this machine."""
 
 from __future__ import annotations
 
@@ -13,52 +13,64 @@ from typer import Argument, Option
 import addenda
 from addenda.commands import options
 from addenda.exceptions import IntegrityError
-from addenda.terminal import answer, console, plural, print_json, table
+from addenda.terminal import console, plural, print_json, print_result, table
 
 
 def verify(
-    names: Annotated[list[str] | None, Argument(help="Tasks to verify. Default: all active ones.")] = None,
-    everything: Annotated[bool, Option("--all", help="Verify retired tasks too.")] = False,
+    names: Annotated[
+        list[str] | None, Argument(help="Tasks to verify: NAME, NAME:VERSION or NAME@ALIAS. Default: all active tasks.")
+    ] = None,
+    include_retired: Annotated[bool, Option("--all", help="Verify retired tasks too.")] = False,
     record: Annotated[
-        bool, Option("--record", help="Keep probes that passed under new numerics, to compare bits from now on.")
+        bool,
+        Option(
+            "--record",
+            help="Store a new golden probe for each task that passed under changed numerics: later runs then compare "
+            "every bit again.",
+        ),
     ] = False,
     deep: Annotated[
-        bool, Option("--deep", help="Also hash every stored byte of the registry and check its whole history.")
+        bool, Option("--deep", help="Also hash every stored byte of the registry and check its complete history.")
     ] = False,
     head: Annotated[
-        str | None, Option(help="A digest that an earlier --deep printed: nothing up to it may be missing.")
+        str | None,
+        Option(help="Ledger digest printed by an earlier --deep run; fail if any history before it was removed."),
     ] = None,
     registry: options.Registry = options.DEFAULT_REGISTRY,
     weights: options.Weights = None,
     device: options.Device = "auto",
     as_json: options.Json = False,
 ) -> None:
-    """Recomputes tasks' golden probes and compares every bit; exits with 1 if one differs."""
+    """Recomputes the golden probes of tasks and compares every bit; exits with 1 if one differs."""
     from addenda.registry import TaskFilter
 
     with options.open_registry(registry) as opened:
         refs = list(dict.fromkeys(opened.record(name).ref for name in names or ()))
-        refs = refs or [r.ref for r in opened.tasks(TaskFilter(retired=everything))]
+        refs = refs or [r.ref for r in opened.tasks(TaskFilter(retired=include_retired))]
         verdicts = _verdicts(opened, refs, weights, device, record)
-        stored = opened.check_integrity(head) if deep or head else None
+        integrity = opened.check_integrity(head) if deep or head else None
     if as_json:
-        print_json(verdicts if stored is None else {"tasks": verdicts, "registry": asdict(stored)})
+        print_json(verdicts if integrity is None else {"tasks": verdicts, "registry": asdict(integrity)})
     else:
         rows = [(v["task"], "ok" if v["ok"] else "FAILED", v.get("compared", "–"), v["detail"]) for v in verdicts]
         title = f"{plural(len(rows), 'task')} verified on golden probes"
         console.print(table(title, ("task", "", "compared", "result"), rows))
-        for now in dict.fromkeys(v["numerics_fingerprint"] for v in verdicts if "numerics_fingerprint" in v):
-            console.print(f"Computed under numerics {now[:12]}….")
+        for fingerprint in dict.fromkeys(v["numerics_fingerprint"] for v in verdicts if "numerics_fingerprint" in v):
+            console.print(f"Numerics fingerprint of this run: {fingerprint[:12]}….")
         if not record and any(v["ok"] and not v["same_numerics"] for v in verdicts):
-            console.print("New numerics: `addenda verify --record` keeps these probes, to compare bits from now on.")
-        if stored is not None:
-            said = "all as they were written." if stored.ok else f"{len(stored.faults)} faults."
-            console.print(f"{stored.num_tasks} versions and {stored.generation} events hashed: {said}")
-            wrong = [*((fault.subject, fault.said) for fault in stored.faults), *(("–", of) for of in stored.unchecked)]
-            if wrong:
-                console.print(table("What is wrong", ("of", "fault"), wrong))
-            typer.echo(f"The last event's digest: {stored.head}")
-    failed = [v["task"] for v in verdicts if not v["ok"]] + ([] if stored is None or stored.ok else ["the registry"])
+            console.print(
+                "Numerics changed: `addenda verify --record` stores these probes for bitwise comparison from now on."
+            )
+        if integrity is not None:
+            outcome = "none was altered." if integrity.ok else plural(len(integrity.faults), "fault") + "."
+            console.print(f"{integrity.num_tasks} versions and {integrity.generation} events hashed: {outcome}")
+            findings = [(fault.subject, fault.said) for fault in integrity.faults]
+            findings += [("–", unchecked) for unchecked in integrity.unchecked]
+            if findings:
+                console.print(table("Integrity findings", ("subject", "finding"), findings))
+            typer.echo(f"Ledger digest: {integrity.head}")
+    failed = [v["task"] for v in verdicts if not v["ok"]]
+    failed += [] if integrity is None or integrity.ok else ["the registry"]
     if failed:
         typer.echo(f"Failed: {', '.join(failed)}.", err=True)
         raise typer.Exit(1)
@@ -67,19 +79,19 @@ def verify(
 def _verdicts(
     registry: addenda.Registry, refs: Sequence[str], weights: Path | None, device: str, record: bool
 ) -> list[dict[str, Any]]:
-    """Each task's verdict; one that cannot be trusted does not keep the others from being verified."""
+    """The verdict on each task; a corrupt task does not prevent the verification of the others."""
     from addenda.combined import golden, recorded_backbone
     from addenda.combined import verify as verify_tasks
 
     verdicts: dict[str, dict[str, Any]] = {}
-    stored: dict[str, list[Any]] = {}  # by backbone
+    by_backbone: dict[str, list[Any]] = {}
     for ref in refs:
         try:
-            found = registry.get(ref), registry.goldens(ref)
-            stored.setdefault(found[0].backbone, []).append(found)
+            task, goldens = registry.get(ref), registry.goldens(ref)
+            by_backbone.setdefault(task.backbone, []).append((task, goldens))
         except IntegrityError as error:
             verdicts[ref] = {"task": ref, "ok": False, "detail": str(error)}
-    for fingerprint, recorded in stored.items():
+    for fingerprint, recorded in by_backbone.items():
         try:
             loaded = recorded_backbone(registry, weights, device, fingerprint)
         except IntegrityError as error:
@@ -97,16 +109,16 @@ def doctor(
     device: options.Device = "auto",
     as_json: options.Json = False,
 ) -> None:
-    """Says what works here and what does not: packages, devices, the registry, weights, and the exactness self-test.
+    """Checks this installation: packages, devices, the registry, weights, and the exactness self-test.
 
-    Exits with 1 if something is broken; what is merely not installed or not there yet is no fault.
+    Exits with 1 if anything is broken. What is not installed or does not exist yet is reported as absent, not broken.
     """
     from addenda.commands.checkup import checkup
 
     findings = list(checkup(registry, device))
     broken = [finding.subject for finding in findings if finding.state == "BROKEN"]
-    shown = table("What works here", ("what", "", "detail"), findings, whole=("what", ""))
-    answer(as_json, [finding._asdict() for finding in findings], shown)
+    checks = table("Checks of this installation", ("subject", "state", "detail"), findings, whole=("subject", "state"))
+    print_result(as_json, [finding._asdict() for finding in findings], checks)
     if broken:
         typer.echo(f"Broken: {', '.join(broken)}.", err=True)
         raise typer.Exit(1)

@@ -1,1 +1,1 @@
-"""Learning, predicting and serving on a Ray cluster."""
+"""Learning, prediction and serving on a Ray cluster."""

@@ -1,4 +1,4 @@
-"""The way to a Ray cluster, and what each of its workers opens for itself."""
+"""Connection to a Ray cluster, and the registry and backbone that each worker opens."""
 
 from __future__ import annotations
 
@@ -16,96 +16,98 @@ from addenda.exceptions import AddendaError, RegistryError
 from addenda.registry import Registry
 
 LOCAL = "local"
-"""The address that starts a cluster of this machine alone, which ends with the process."""
+"""Address that starts a cluster on this machine alone; it ends with the process."""
 NAMESPACE = "addenda"
 TIMEOUT_S = 5
 LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
-"""With 0 in this variable Ray takes 127.0.0.1 as it is on every system; else it takes a public address for it."""
+"""If this variable is 0, Ray uses 127.0.0.1 as given on every system; otherwise it replaces it by a public address."""
 
 
 @dataclass(frozen=True)
 class Workplace:
-    """What every worker opens for itself; nothing that is open travels."""
+    """What every worker opens for itself: locations only, because open handles cannot be sent to it."""
 
     registry: str = field(repr=False)  # its location: a URL may hold a password
-    backbone: str | None = None  # fingerprint of one that the registry has recorded; None means its only one
-    weights: str | None = None  # a file, at the same path on every node; None takes what the registry recorded
+    backbone: str | None = None  # fingerprint of a backbone in the registry; None: the only one there
+    weights: str | None = None  # a file at the same path on every node; None: as recorded in the registry
     device: str = "auto"
 
     @contextmanager
     def opened(self) -> Iterator[tuple[Registry, FrozenBackbone]]:
-        """The registry and the backbone."""
+        """Opens the registry and loads the backbone."""
         with Registry.open(self.registry, create=False) as registry:
             yield registry, recorded_backbone(registry, self.weights, self.device, self.backbone)
 
 
 @contextmanager
 def connected(address: str) -> Iterator[None]:
-    """A connection to a cluster: `local` starts one here alone, `auto` is one that runs here; or HOST:PORT."""
+    """Connects to a cluster: `local` starts one on this machine, `auto` uses the one running here; or HOST:PORT."""
     if address.startswith("ray://"):
-        raise AddendaError(f"{address!r} is Ray's client, which cannot do all of this: run on a node, with 'auto'.")
+        raise AddendaError(
+            f"{address!r} is a Ray Client address, which is not supported; use 'auto' on a cluster node."
+        )
     if address == LOCAL:
         os.environ[LOOPBACK_ONLY] = "0"
     try:
         import ray
     except ImportError as error:
-        raise AddendaError(f"Ray is needed: pip install 'addenda[ray]' ({error}).") from error
-    started: dict[str, Any] = {}
+        raise AddendaError(f"Ray is not installed; run: pip install 'addenda[ray]' ({error}).") from error
+    options: dict[str, Any] = {}
     if address == LOCAL:
-        started = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+        options = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
     else:
-        _check_answers(address)
-    with redirect_stdout(sys.stderr):  # where Ray tells of lost workers, to its end: standard output is the command's
-        ray.init(address, namespace=NAMESPACE, log_to_driver=False, **started)
+        _check_reachable(address)
+    with redirect_stdout(sys.stderr):  # Ray prints about lost workers until it ends; standard output is the command's
+        ray.init(address, namespace=NAMESPACE, log_to_driver=False, **options)
         try:
             yield
         finally:
             ray.shutdown()
 
 
-def _check_answers(address: str) -> None:
-    """Raises AddendaError where nothing listens at an address: Ray itself would try for minutes."""
+def _check_reachable(address: str) -> None:
+    """Raises AddendaError if nothing listens at the address; Ray itself would retry for minutes."""
     from ray._private.services import canonicalize_bootstrap_address
 
     try:
-        found = canonicalize_bootstrap_address(address)
-        if found is None:
-            raise ConnectionError("none runs on this machine")
-        host, _, port = found.rpartition(":")
+        host_port = canonicalize_bootstrap_address(address)
+        if host_port is None:
+            raise ConnectionError("no cluster runs on this machine")
+        host, _, port = host_port.rpartition(":")
         socket.create_connection((host.strip("[]"), int(port)), TIMEOUT_S).close()
     except (OSError, ValueError) as error:
-        raise AddendaError(f"No Ray cluster answers at {address!r}: {error}.") from error
+        raise AddendaError(f"No Ray cluster is reachable at {address!r}: {error}.") from error
 
 
 def check_shared(registry: Registry) -> None:
-    """Raises a RegistryError where a registry in a file cannot be seen by all nodes of the cluster."""
+    """Raises RegistryError if the registry is a file and the cluster has several machines."""
     import ray
 
     hosts = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
     if len(hosts) > 1 and not registry.location.startswith("postgresql"):
         raise RegistryError(
             f"The registry {registry.location!r} is a file, which the {len(hosts)} machines of this cluster do not "
-            "share: use PostgreSQL (addenda db restore copies it there)."
+            "share. Use PostgreSQL; `addenda db restore` copies a registry there."
         )
 
 
-def room(cpus: int, gpus: float) -> int:
-    """How many workers of so many CPUs and GPUs, or a part of one, the nodes have room for together."""
+def worker_capacity(cpus: int, gpus: float) -> int:
+    """How many workers the nodes can hold at once, given the CPUs and (possibly fractional) GPUs of each."""
     import ray
 
-    found = 0
-    for held in (node["Resources"] for node in ray.nodes() if node["Alive"]):
-        fits = held.get("CPU", 0) / cpus
-        found += int(min(fits, held.get("GPU", 0) / gpus + 1e-6) if gpus else fits)
-    return found
+    capacity = 0
+    for resources in (node["Resources"] for node in ray.nodes() if node["Alive"]):
+        fits = resources.get("CPU", 0) / cpus
+        capacity += int(min(fits, resources.get("GPU", 0) / gpus + 1e-6) if gpus else fits)
+    return capacity
 
 
-def fetched(answer: Any) -> Any:
-    """What a Ray task gives; an error of ours that it met is raised as it was there, not wrapped in Ray's."""
+def fetch(reference: Any) -> Any:
+    """Returns the result of a Ray task; re-raises an AddendaError as itself, without Ray's wrapper."""
     import ray
 
     try:
-        return ray.get(answer)
+        return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, AddendaError):
             raise error.cause from None

@@ -1,4 +1,4 @@
-"""Batch prediction on a Ray cluster: images in, Parquet of all tasks' answers out, part by part."""
+"""Batch prediction on a Ray cluster: reads images and writes the predictions of all tasks as Parquet part files."""
 
 from __future__ import annotations
 
@@ -11,8 +11,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from addenda.distributed.cluster import Workplace, check_shared, fetched, room
-from addenda.distributed.parts import Job, Manifest, PartWriter, choose, contents, kept, paths_digest, read_manifest
+from addenda.distributed.cluster import Workplace, check_shared, fetch, worker_capacity
+from addenda.distributed.parts import (
+    Manifest,
+    PartWriter,
+    PredictionJob,
+    ensure_manifest,
+    finish_folder,
+    paths_digest,
+    read_manifest,
+    resolve_tasks,
+)
 from addenda.exceptions import AddendaError
 from addenda.registry import Registry
 
@@ -20,46 +29,43 @@ if TYPE_CHECKING:
     import ray
 
 PART_SIZE = 1000
-"""Images in a part, unless told."""
+"""Default number of images per part file."""
 
 Report = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked about the images."""
+    """What to predict."""
 
-    refs: Sequence[str] = ()  # the tasks; none means all that are active when the folder's manifest is written
-    top: int | None = None  # as `CombinedModel.predict` takes it
+    refs: Sequence[str] = ()  # the tasks; empty: all tasks active when the manifest is written
+    top: int | None = None  # as in `CombinedModel.predict`
     exact: bool = True
     part_size: int = PART_SIZE
-    skip_bad: bool = False  # whether images that cannot be read are left out, rather than end the run
+    skip_bad: bool = False  # whether to skip unreadable images instead of ending the run
 
 
 @dataclass(frozen=True)
 class Crew:
-    """The workers of a run: how many at most (None: as many as there is room for), and what each takes.
+    """The workers of a run and their resources."""
 
-    Each computes on as many threads as it has CPUs; with a part of a GPU several share one.
-    """
-
-    workers: int | None = None
-    cpus: int = 1
-    gpus: float = 0.0
+    workers: int | None = None  # at most; None: as many as the cluster can hold
+    cpus: int = 1  # of each worker, and its threads
+    gpus: float = 0.0  # of each worker; below 1 several share a GPU
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What lies in the folder when a run is over, in numbers."""
+    """Counts of a finished folder and of the run that finished it."""
 
     images: int
-    left_out: int  # images that could not be read
+    left_out: int  # unreadable images
     tasks: int
     exact: bool
-    rows: int  # labels given
+    rows: int  # predicted labels
     size_bytes: int
     parts: int
-    computed_parts: int  # by this run, of `computed_images`, on `nodes`, in `seconds`
+    computed_parts: int  # by this run, as are the following
     computed_images: int
     nodes: int
     seconds: float
@@ -67,7 +73,7 @@ class Summary:
 
     @property
     def images_per_second(self) -> float:
-        """Images that this run computed, by its time, the start of its workers included."""
+        """Throughput of this run, including the start of its workers."""
         return self.computed_images / self.seconds
 
 
@@ -75,52 +81,57 @@ def predict_many(
     images: Sequence[Path],
     folder: Path,
     registry: Registry,
-    place: Workplace,
+    workplace: Workplace,
     question: Question,
     crew: Crew,
     report: Report | None = None,
 ) -> Summary:
-    """Answers tasks about many images, on the cluster that this process is connected to.
+    """Predicts many images on the cluster that this process is connected to.
 
-    The images, sorted, are cut into parts; each becomes `part-00000.parquet` and so on, of the columns image, task,
-    ref, label and probability, as `CombinedModel.predict` gives them, bit for bit. In a row with `left_out` stands why
-    an image could not be read. `manifest.json` says what the parts are of: a run that was cut short goes on with the
-    parts that are missing, with the same tasks, and is refused where anything differs. All nodes see the images and the
-    folder at the same paths.
+    The images are sorted and divided into `part-00000.parquet` and so on, with the columns image, task, ref, label and
+    probability; the values are those of `CombinedModel.predict`, bit for bit. For an unreadable image, `left_out` holds
+    the reason. `manifest.json` records what the files depend on: an interrupted run is resumed with the same tasks and
+    computes only the missing files; a run that differs is refused. All nodes need the images and the folder at the same
+    paths.
     """
     import ray
 
     started, folder = time.perf_counter(), folder.absolute()
     paths = sorted({str(path.absolute()) for path in images})
     check_shared(registry)
-    places, before = room(crew.cpus, crew.gpus), read_manifest(folder)
-    if not places:
+    capacity, before = worker_capacity(crew.cpus, crew.gpus), read_manifest(folder)
+    if not capacity:
         nodes, gpus = sum(node["Alive"] for node in ray.nodes()), f" and {crew.gpus:g} GPUs" if crew.gpus else ""
-        raise AddendaError(f"None of the cluster's {nodes} nodes has the {crew.cpus} CPUs{gpus} of a worker.")
+        raise AddendaError(
+            f"A worker needs {crew.cpus} CPUs{gpus}, which none of the cluster's {nodes} nodes has; lower --cpus or "
+            "--gpus."
+        )
     refs = question.refs or (() if before is None else tuple(before.tasks))
     if refs:
-        place = replace(place, backbone=registry.record(refs[0]).backbone)
-    choosing = ray.remote(num_cpus=crew.cpus, num_gpus=crew.gpus)(choose)  # this node may have no GPU
-    asked = Manifest(
+        workplace = replace(workplace, backbone=registry.record(refs[0]).backbone)
+    resolve: Any = ray.remote(num_cpus=crew.cpus, num_gpus=crew.gpus)(resolve_tasks)  # this node may have no GPU
+    requested = Manifest(
         images=len(paths),
         images_sha256=paths_digest(paths),
         part_size=question.part_size,
         top=question.top,
-        **fetched(choosing.remote(place, refs, question.exact, crew.cpus)),
+        **fetch(resolve.remote(workplace, refs, question.exact, crew.cpus)),
     )
-    manifest = kept(folder, before, asked)
+    manifest = ensure_manifest(folder, before, requested)
     missing = manifest.missing(folder, paths)
-    computed, at_work = 0, set[str]()
-    earlier = len(paths) - sum(len(part["images"]) for part in missing)
-    place = replace(place, backbone=manifest.backbone)
-    job = Job(folder, place, manifest, crew.cpus, question.skip_bad)
-    for outcome in _outcomes(job, missing, crew, crew.workers or places):
+    computed, nodes_used = 0, set[str]()
+    done_before = len(paths) - sum(len(part["images"]) for part in missing)
+    workplace = replace(workplace, backbone=manifest.backbone)
+    job = PredictionJob(folder, workplace, manifest, crew.cpus, question.skip_bad)
+    for outcome in _outcomes(job, missing, crew, crew.workers or capacity):
         if outcome["problem"]:
-            raise AddendaError(f"{outcome['problem'].rstrip('.')}. What is done stays done: the same again goes on.")
+            raise AddendaError(
+                f"{outcome['problem'].rstrip('.')}. Finished part files are kept; repeat the command to continue."
+            )
         computed += outcome["images"]
-        at_work.add(outcome["node"])
+        nodes_used.add(outcome["node"])
         if report is not None:
-            report("predicting", earlier + computed, len(paths))
+            report("predicting", done_before + computed, len(paths))
     return Summary(
         images=len(paths),
         tasks=len(manifest.tasks),
@@ -128,32 +139,34 @@ def predict_many(
         parts=manifest.num_parts,
         computed_parts=len(missing),
         computed_images=computed,
-        nodes=len(at_work),
+        nodes=len(nodes_used),
         folder=str(folder),
-        **contents(folder, manifest),
+        **finish_folder(folder, manifest),
         seconds=time.perf_counter() - started,
     )
 
 
-def _outcomes(job: Job, parts: list[dict[str, Any]], crew: Crew, workers: int) -> Iterator[dict[str, Any]]:
-    """What the workers say of each part, as they finish it."""
+def _outcomes(job: PredictionJob, parts: list[dict[str, Any]], crew: Crew, workers: int) -> Iterator[dict[str, Any]]:
+    """The outcome of each part, as the workers finish them."""
     import ray
 
     if not parts:
         return
-    worker: Any = _Worker  # Ray's types know of functions only
-    hidden = (ray.put(job),)  # its text would be shown, and a registry's URL has a password
+    worker: Any = _Worker  # Ray's annotations accept functions only
+    arguments = (ray.put(job),)  # a reference: Ray would show the job's text, and a registry URL may have a password
     with _quiet():
-        # One part in a block, and one block at a worker: a worker that dies has lost one part.
+        # One part per block and one block per worker, so that a worker that dies loses one part.
         pool = ray.data.ActorPoolStrategy(size=min(workers, len(parts)), max_tasks_in_flight_per_actor=1)
         items = ray.data.from_items(parts, override_num_blocks=len(parts))
-        asked = items.map(worker, fn_constructor_args=hidden, compute=pool, num_cpus=crew.cpus, num_gpus=crew.gpus)
-        yield from asked.iter_rows()
+        outcomes = items.map(
+            worker, fn_constructor_args=arguments, compute=pool, num_cpus=crew.cpus, num_gpus=crew.gpus
+        )
+        yield from outcomes.iter_rows()
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Ray Data says what it does in its log file alone, and draws no bars."""
+    """Restricts Ray Data to its log file, without progress bars."""
     from ray.data import DataContext
 
     context = DataContext.get_current()
@@ -171,24 +184,24 @@ def _quiet() -> Iterator[None]:
 
 
 class _Worker:
-    """A `PartWriter` as Ray Data's actors hold it."""
+    """A `PartWriter` in an actor of Ray Data."""
 
-    def __init__(self, job: ray.ObjectRef[Job]) -> None:
+    def __init__(self, job: ray.ObjectRef[PredictionJob]) -> None:
         self._job = job
 
     @cached_property
-    def _parts(self) -> PartWriter:
+    def _writer(self) -> PartWriter:
         import ray
 
         return PartWriter(ray.get(self._job))
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Writes a part; an error is told as text, since Ray's would have a traceback around it."""
+        """Writes a part. Returns an error as text, because Ray would wrap an exception in a traceback."""
         import ray
 
         part, images, problem = int(row["part"]), [str(image) for image in row["images"]], ""
         try:
-            self._parts.write(part, images)
+            self._writer.write(part, images)
         except (AddendaError, OSError) as error:
             problem = str(error)
         return {"images": len(images), "node": ray.get_runtime_context().get_node_id(), "problem": problem}

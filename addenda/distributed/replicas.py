@@ -1,4 +1,4 @@
-"""Serving on Ray Serve: replicas of the application, each of which follows the registry by itself."""
+"""Serving on Ray Serve: replicas of the application, each following the registry independently."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 
 from addenda.backbones import FrozenBackbone
 from addenda.combined import numerics, numerics_fingerprint
-from addenda.distributed.cluster import Workplace, check_shared, fetched
+from addenda.distributed.cluster import Workplace, check_shared, fetch
 from addenda.exceptions import AddendaError, ExactnessError, KeyFileError
 from addenda.registry import Registry
 from addenda.serving.app import make_app
@@ -25,72 +25,73 @@ from addenda.serving.service import Limits, Service
 
 NAME = "addenda"
 ROUTER = "ray.serve.experimental.round_robin_router:RoundRobinRouter"
-"""In turn: by default the proxy fills the replicas of its own node before it thinks of others."""
+"""Round robin; the default router fills the replicas on the proxy's own node first."""
 EVERYWHERE = ("0.0.0.0", "::")
 STOP_S = 30
-"""Seconds that what was begun may still take when a replica is to stop."""
+"""Seconds that requests in progress may still take when a replica stops."""
 HEALTH_S = 2
-"""Between questions whether a replica lives."""
+"""Seconds between health checks of a replica."""
 UPSCALE_S = 10
-"""Seconds of load after which there are more replicas."""
+"""Seconds of load before replicas are added."""
 PATIENCE_S = 20
-"""Seconds until it is said what is waited for."""
+"""Seconds of waiting for a node before a message says so."""
 
 
 @dataclass(frozen=True)
 class Serving:
-    """What each replica serves, and with what; nothing that is open travels."""
+    """The settings of every replica; picklable, so without open handles."""
 
     workplace: Workplace
     keys: Path  # at the same path on every node
-    guarded: bool  # whether that file is there, so that a node without it lets nobody in
-    loopback: bool  # whether the proxy is bound to one machine alone
+    require_keys: bool  # whether the key file exists, so that a node without it refuses to start a replica
+    loopback: bool  # whether the proxy listens on loopback only
     alias: str | None
     limits: Limits
-    cpus: int  # of each replica, and threads on which it computes
-    gpus: float  # a part of one lets several replicas share it
+    cpus: int  # of each replica, and its threads
+    gpus: float  # of each replica; below 1 several share a GPU
     log_level: str
 
     @contextmanager
     def opened(self) -> Iterator[tuple[Registry, FrozenBackbone, dict[str, Any]]]:
-        """The registry, the backbone, and what bits depend on where it is opened."""
+        """Opens the registry and the backbone, and describes the numerics of this process."""
         torch.set_num_threads(self.cpus)
         with self.workplace.opened() as (registry, backbone):
             yield registry, backbone, numerics(backbone)
 
 
 class Replica:
-    """One replica: an application with a service of its own, which is there before a request comes."""
+    """One replica: an application with its own service, started before its first request."""
 
     def __init__(self, serving: Serving, expected: Mapping[str, Any]) -> None:
         log_as_json(serving.log_level)
         keep_memory()
         self._open = ExitStack()
-        registry, backbone, found = self._open.enter_context(serving.opened())
-        one, other = numerics_fingerprint(found), numerics_fingerprint(expected)
-        if one != other:
-            differing = [key for key in expected if found.get(key) != expected[key]]
+        registry, backbone, described = self._open.enter_context(serving.opened())
+        fingerprint, wanted = numerics_fingerprint(described), numerics_fingerprint(expected)
+        if fingerprint != wanted:
+            differing = [key for key in expected if described.get(key) != expected[key]]
             raise ExactnessError(
-                f"A replica is refused: its numerics are {one[:12]}…, those of the first one {other[:12]}…, so its "
-                f"answers would be other bytes. They differ in {', '.join(differing)}. Serve on nodes that are alike."
+                f"A replica was refused: its numerics fingerprint is {fingerprint[:12]}…, the deployment's is "
+                f"{wanted[:12]}…, so its outputs would differ in bits. They differ in {', '.join(differing)}. Serve on "
+                "nodes of one kind."
             )
         keys = KeyFile(serving.keys)
-        if serving.guarded and not keys.guards:
+        if serving.require_keys and not keys.guards:
             raise KeyFileError(
-                f"The file of keys {str(serving.keys)!r} is not on this node: it must be on all of them."
+                f"The key file {str(serving.keys)!r} does not exist on this node; it must be on every node."
             )
-        self._made = make_app(
+        self._app = make_app(
             lambda metrics: Service(backbone, registry, serving.alias, serving.limits, metrics.report),
             keys,
             serving.loopback,
         )
 
     def __serve_build_asgi_app__(self) -> object:
-        return self._made
+        return self._app
 
     def drain(self) -> None:
-        """Says from now on that it is not ready, and still answers."""
-        self._made.state.draining = True
+        """Reports not ready from now on, and still serves requests."""
+        self._app.state.draining = True
 
     def __del__(self) -> None:
         self._open.close()
@@ -101,8 +102,8 @@ def serve_replicas(
 ) -> None:
     """Serves on the cluster that this process is connected to, until SIGTERM or SIGINT; SIGHUP restarts the replicas.
 
-    Ray Serve scales where the least and the most `replicas` differ. The head node's proxy answers on the address; on
-    0.0.0.0 and :: one does on every node with a replica.
+    `replicas` are the minimum and maximum; Ray Serve autoscales if they differ. The head node's proxy listens on the
+    address; with 0.0.0.0 or ::, a proxy listens on every node with a replica.
     """
     from ray import serve
 
@@ -111,38 +112,38 @@ def serve_replicas(
         check_shared(registry)
         location = registry.location
     if serve.status().proxies:
-        raise AddendaError("Ray Serve runs on this cluster already, with a port of its own. End it, or take another.")
-    expected = _numerics_of_a_worker(serving, say)
+        raise AddendaError("Ray Serve is already running on this cluster; shut it down, or use another cluster.")
+    expected = _worker_numerics(serving, say)
     with bind(host, port) as listening:
         port = listening.getsockname()[1]
     serve.start(
         proxy_location="EveryNode" if host in EVERYWHERE else "HeadOnly", http_options={"host": host, "port": port}
     )
     try:
-        target, what = _target(serving, expected, *replicas), f"Serving {location} on http://{host}:{port}"
-        _serve_until_stopped(target, drain_s, say, what)
+        target, status = _target(serving, expected, *replicas), f"Serving {location} on http://{host}:{port}"
+        _serve_until_stopped(target, drain_s, say, status)
     finally:
         serve.delete(NAME)
         serve.shutdown()
 
 
-def _numerics_of_a_worker(serving: Serving, say: Callable[[str], None]) -> dict[str, Any]:
-    """Numerics of a worker with a replica's share; it finds too whether registry and backbone can be opened there."""
+def _worker_numerics(serving: Serving, say: Callable[[str], None]) -> dict[str, Any]:
+    """The numerics of a worker with a replica's resources; fails if it cannot open the registry and the backbone."""
     import ray
 
-    def find() -> dict[str, Any]:
-        with serving.opened() as (_, _, found):
-            return found
+    def describe() -> dict[str, Any]:
+        with serving.opened() as (_, _, described):
+            return described
 
-    finding = ray.remote(num_cpus=serving.cpus, num_gpus=serving.gpus, max_calls=1)(find).remote()
-    if not ray.wait([finding], timeout=PATIENCE_S)[0]:
-        say(f"Waiting for a node with {serving.cpus} CPUs and {serving.gpus:g} GPUs to spare.")
-    found: dict[str, Any] = fetched(finding)
-    return found
+    reference = ray.remote(num_cpus=serving.cpus, num_gpus=serving.gpus, max_calls=1)(describe).remote()
+    if not ray.wait([reference], timeout=PATIENCE_S)[0]:
+        say(f"Waiting for a node with {serving.cpus} free CPUs and {serving.gpus:g} free GPUs.")
+    described: dict[str, Any] = fetch(reference)
+    return described
 
 
-def _serve_until_stopped(target: Any, drain_s: float, say: Callable[[str], None], what: str) -> None:
-    """Deploys the application, again on SIGHUP, and says how it goes, until it is told to stop and has drained."""
+def _serve_until_stopped(target: Any, drain_s: float, say: Callable[[str], None], status: str) -> None:
+    """Deploys the application, redeploys it on SIGHUP, and reports its state; drains on SIGTERM or SIGINT."""
     from ray import serve
     from ray.serve.exceptions import RayServeException
 
@@ -153,25 +154,25 @@ def _serve_until_stopped(target: Any, drain_s: float, say: Callable[[str], None]
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda received, frame: signals.put(received))
     deploy()
-    told: tuple[int, str] = (0, "")
+    reported: tuple[int, str] = (0, "")
     while True:
-        running, why, failed = _state()
+        running, problem, failed = _state()
         if failed and not running:
-            raise AddendaError(f"No replica can serve. {why}")
-        if why not in ("", told[1]):
-            say(why)
-        if running != told[0]:
-            say(f"{what} with {running} replica{'s' * (running != 1)}")
-        told = running, why
+            raise AddendaError(f"No replica could be started. {problem}")
+        if problem not in ("", reported[1]):
+            say(problem)
+        if running != reported[0]:
+            say(f"{status} with {running} replica{'s' * (running != 1)}")
+        reported = running, problem
         try:
             received = signals.get(timeout=1)
         except Empty:
             continue
         if received != signal.SIGHUP:
             break
-        say("Restarting the replicas, one after another")
+        say("Restarting the replicas, one at a time")
         deploy()
-    say(f"Stopping: not ready any more, answering for {drain_s:g} s")
+    say(f"Draining for {drain_s:g} s: requests are served while /readyz answers 503")
     if running:
         with suppress(TimeoutError, RayServeException):
             serve.get_app_handle(NAME).broadcast("drain").results(timeout_s=5, return_exceptions=True)
@@ -179,15 +180,17 @@ def _serve_until_stopped(target: Any, drain_s: float, say: Callable[[str], None]
             signals.get(timeout=drain_s)
 
 
-def _target(serving: Serving, expected: Mapping[str, Any], least: int, most: int) -> Any:
-    """The application as Ray Serve takes it."""
+def _target(serving: Serving, expected: Mapping[str, Any], minimum: int, maximum: int) -> Any:
+    """The application as Ray Serve deploys it."""
     from ray import serve
 
-    scale: dict[str, Any] = {"num_replicas": least}
-    if least != most:
-        passes = 2 * expected["micro_batch"]  # the one that runs and the one that fills up meanwhile
-        bounds = {"min_replicas": least, "max_replicas": most}
-        scale = {"autoscaling_config": {**bounds, "target_ongoing_requests": passes, "upscale_delay_s": UPSCALE_S}}
+    scale: dict[str, Any] = {"num_replicas": minimum}
+    if minimum != maximum:
+        target_requests = 2 * expected["micro_batch"]  # the batch that runs and the one that fills meanwhile
+        scale = {"autoscaling_config": {
+            "min_replicas": minimum, "max_replicas": maximum,
+            "target_ongoing_requests": target_requests, "upscale_delay_s": UPSCALE_S,
+        }}  # fmt: skip
     deployment: Any = serve.deployment(
         name=Replica.__name__,
         ray_actor_options={"num_cpus": serving.cpus, "num_gpus": serving.gpus},
@@ -203,14 +206,14 @@ def _target(serving: Serving, expected: Mapping[str, Any], least: int, most: int
 
 
 def _state() -> tuple[int, str, bool]:
-    """How many replicas serve, what Ray Serve says of them, and whether it has given up."""
+    """Number of running replicas, Ray Serve's message about the others, and whether the deployment failed."""
     from ray import serve
 
     application = serve.status().applications[NAME]
-    found = application.deployments.get(Replica.__name__)
-    if found is None:
+    deployment = application.deployments.get(Replica.__name__)
+    if deployment is None:
         return 0, "", False
-    lines = [line.strip() for line in found.message.splitlines() if line.strip()]
-    why = lines[-1].partition("Error: ")[2] or lines[-1] if lines else ""
-    states: dict[Any, int] = found.replica_states  # whose keys are texts too
-    return states.get("RUNNING", 0), why, application.status == "DEPLOY_FAILED"
+    lines = [line.strip() for line in deployment.message.splitlines() if line.strip()]
+    problem = lines[-1].partition("Error: ")[2] or lines[-1] if lines else ""
+    states: dict[Any, int] = deployment.replica_states  # its enum keys equal strings
+    return states.get("RUNNING", 0), problem, application.status == "DEPLOY_FAILED"

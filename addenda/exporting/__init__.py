@@ -1,4 +1,4 @@
-"""The combined model of some tasks as one file, for programs without Addenda: torch.export or ONNX (only ONNX here)."""
+"""Exports the combined model of some tasks to one file that runs without Addenda (torch.export or ONNX)."""
 
 from addenda.exporting.export import Exported, export_model
 from addenda.exporting.formats import FORMATS

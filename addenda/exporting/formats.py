@@ -1,4 +1,4 @@
-"""The formats of an exported model: how each is written, and how it is run without Addenda."""
+"""File formats of exported models: writing them, and loading them without Addenda."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from torch.export import ExportedProgram
 from addenda.exceptions import AddendaError
 
 METADATA = "addenda.json"
-"""Under this name a file carries what it is: an extra file of the archive, or a key of ONNX's own metadata."""
+"""Name of the metadata: an extra file in a .pt2 archive, or a key of the ONNX metadata."""
 INPUT = "images"
 MAX_ONNX_BYTES = 1_600_000_000
-"""Weights of one ONNX file, at most: the format ends at 2 GiB, and torch puts larger ones into a second file."""
+"""Maximum weights of one ONNX file: the format is limited to 2 GiB, and torch writes a second file for more."""
 
 Run = Callable[[Float[Tensor, "B 3 H W"]], Mapping[str, Tensor]]
 
 
 class Format(NamedTuple):
-    """A format that a traced program can be written in."""
+    """A file format for traced programs."""
 
     suffix: str
-    check: Callable[[Sequence[str], str], None]  # raises AddendaError unless outputs' names and a precision can be had
-    write: Callable[[ExportedProgram, Sequence[str], str, Path], None]  # a program, its outputs' names, its metadata
-    load: Callable[[Path], Run]  # to be run on images without Addenda
+    check: Callable[[Sequence[str], str], None]  # raises AddendaError for unsupported output names or precision
+    write: Callable[[ExportedProgram, Sequence[str], str, Path], None]  # program, output names, metadata, file
+    load: Callable[[Path], Run]
 
 
 def _write_torch(program: ExportedProgram, names: Sequence[str], metadata: str, path: Path) -> None:
-    program.example_inputs = None  # the one part that torch would pickle
-    constants = program.constants  # slices of one storage would be written as one
-    constants.update({name: one.clone() for name, one in constants.items() if isinstance(one, Tensor)})
+    program.example_inputs = None  # torch would pickle them
+    constants = program.constants  # cloned, because slices of one storage would be written as one
+    constants.update({name: value.clone() for name, value in constants.items() if isinstance(value, Tensor)})
     with path.open("wb") as file:
         torch.export.save(program, file, extra_files={METADATA: metadata})
 
@@ -50,36 +50,38 @@ def _load_torch(path: Path) -> Run:
 def _check_onnx(names: Sequence[str], precision: str) -> None:
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
     if missing:
-        raise AddendaError(f"Export to ONNX needs {missing[0]}: pip install 'addenda[export]'.")
+        raise AddendaError(f"Export to ONNX requires {missing[0]}: pip install 'addenda[export]'.")
     if precision != "float32":
-        raise AddendaError(f"The backbone computes in {precision}, which ONNX runtimes do not: --format torch-export.")
+        raise AddendaError(
+            f"The backbone computes in {precision}, which ONNX runtimes do not support. Use --format torch-export."
+        )
     if INPUT in names:
         raise AddendaError(
-            f"Task {INPUT!r} has the name of the model's input, which ONNX does not allow: --format torch-export does."
+            f"Task {INPUT!r} has the name of the model's input, which ONNX does not allow. Use --format torch-export."
         )
 
 
 def _write_onnx(program: ExportedProgram, names: Sequence[str], metadata: str, path: Path) -> None:
     weights = (*program.state_dict.values(), *program.constants.values())
-    num_bytes = sum(one.nbytes for one in weights if isinstance(one, Tensor))
+    num_bytes = sum(weight.nbytes for weight in weights if isinstance(weight, Tensor))
     if num_bytes > MAX_ONNX_BYTES:
         raise AddendaError(
-            f"{num_bytes / 1e9:.1f} GB of weights do not fit into one ONNX file, which takes "
-            f"{MAX_ONNX_BYTES / 1e9:.1f} GB: --format torch-export has no such limit."
+            f"{num_bytes / 1e9:.1f} GB of weights do not fit into one ONNX file, which holds at most "
+            f"{MAX_ONNX_BYTES / 1e9:.1f} GB. Use --format torch-export."
         )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what the exporter says of its own insides
-        made = torch.onnx.export(program, input_names=[INPUT], dynamo=True, verbose=False)
-    assert made is not None
-    graph: Any = made.model.graph
-    # Outputs are named after the tasks; a value within the graph that is called like one is called otherwise.
+        warnings.simplefilter("ignore")  # about the exporter's internals
+        exported = torch.onnx.export(program, input_names=[INPUT], dynamo=True, verbose=False)
+    assert exported is not None
+    graph: Any = exported.model.graph
+    # Outputs are named after the tasks; inner values with these names are renamed.
     for value in [*graph.initializers.values(), *(value for node in graph for value in node.outputs)]:
         if value.name in {INPUT, *names}:
-            value.name = f"{value.name}.inner"  # no task's name has a dot
+            value.name = f"{value.name}.inner"  # task names contain no dots
     for value, name in zip(graph.outputs, names, strict=True):
         value.name = name
-    made.model.metadata_props[METADATA] = metadata
-    made.save(path)
+    exported.model.metadata_props[METADATA] = metadata
+    exported.save(path)
 
 
 def _load_onnx(path: Path) -> Run:
@@ -89,8 +91,8 @@ def _load_onnx(path: Path) -> Run:
     names = [output.name for output in session.get_outputs()]
 
     def run(images: Tensor) -> Mapping[str, Tensor]:
-        found = session.run(names, {INPUT: images.numpy()})
-        return {name: torch.from_numpy(logits) for name, logits in zip(names, found, strict=True)}
+        outputs = session.run(names, {INPUT: images.numpy()})
+        return {name: torch.from_numpy(logits) for name, logits in zip(names, outputs, strict=True)}
 
     return run
 

@@ -1,4 +1,4 @@
-"""What training reads of images: constants of the frozen stream, kept as far as the budget goes, else computed anew."""
+"""Frozen activations of the training images: cached on disk as far as the budget allows, otherwise recomputed."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from torch import Tensor
 from addenda.backbones import FrozenBackbone, KeyValue
 from addenda.combined import Layout, Observer, TileStore, forward_pass, micro_batch, prove
 from addenda.exceptions import DataError
+from addenda.learner.activation_cache import ActivationCache
 from addenda.learner.augmentation import Augmentation
-from addenda.learner.cache import ActivationCache
 from addenda.learner.context import QUIET, Report, RunContext, silent
 from addenda.learner.data.labelled import Item, LabelledImages, read_in_batches
 from addenda.learner.store import Store, row_bytes
-from addenda.learner.stream import Batch
+from addenda.learner.token_stream import Batch
 from addenda.registry import Task
 
 FLUSH_S = 10.0
-"""Seconds of work that a power cut may cost while the cache is filled."""
+"""Seconds between flushes while the cache is filled, and so the most work that a power cut can cost."""
 
-MOST_BYTES_OF_VIEWS = 2**31
-"""Of layer features: where those of all views are more, only those of the images as they are are held in memory."""
+MAX_LAYER_FEATURE_BYTES = 2**31
+"""Above this size, layer features are held in memory for the unaugmented images only, not for their random views."""
 
 log = logging.getLogger(__name__)
 
 
 class Activations:
-    """Activations of every view of some images; view 0 is the image as it is.
+    """Frozen activations of every view of a dataset; view 0 is the unaugmented image.
 
-    A view's activations are the same bits whether they are kept or computed anew: images pass the frozen stream in the
-    canonical micro-batch, and keys and values are rounded to half precision. `targets`, `groups` and `pooled` (the
-    backbone's own feature) are those of the readable images as they are; `layers`, the layer features, of their views
-    too, where memory has room. `skipped` says what was wrong with the others. Without tokens there are no keys and
-    values.
+    A view's activations have the same bits whether they are cached or recomputed: images run through the frozen stream
+    in the canonical micro-batch, and keys and values are rounded to half precision. `targets`, `groups` and `pooled`
+    (the backbone's own feature) cover the unaugmented readable images; `layers`, the layer features, covers their views
+    too if memory allows. `skipped` says why the other images could not be read. With `tokens=False` there are no keys
+    and values.
     """
 
     def __init__(
@@ -65,11 +65,12 @@ class Activations:
         self._shape = backbone.depth, 2, num_heads, backbone.num_tokens, head_dim  # of one view's keys and values
         keys = self._keys(digests)
         self._store = self._open(cache, list(dict.fromkeys(keys)))
-        place = {} if self._store is None else self._store.place
-        self._place = torch.tensor([place.get(key, -1) for key in keys], dtype=torch.int64, device="cpu")
+        row_of = {} if self._store is None else self._store.row_of
+        # The cache row of each view, or -1 if it is not cached.
+        self._cache_row = torch.tensor([row_of.get(key, -1) for key in keys], dtype=torch.int64, device="cpu")
         pooled = torch.zeros(len(keys), backbone.embed_dim, dtype=torch.float32, device="cpu")
         views, width = 1 + augmentation.num_views, backbone.num_layer_features
-        if 4 * len(keys) * width > MOST_BYTES_OF_VIEWS:
+        if 4 * len(keys) * width > MAX_LAYER_FEATURE_BYTES:
             views = 1
         layers = torch.zeros(views, len(digests), width, dtype=torch.float32, device="cpu")
         bad = self._fill(pooled, layers, context)
@@ -81,87 +82,94 @@ class Activations:
         self.groups = None if images.groups is None else [images.groups[i] or f"\0{i}" for i in readable]
         self.num_classes = len(images.labels)
         self._resident = self._to_device()
-        self._look_at(parents, context.report)
+        self._set_parents(parents, context.report)
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def batch(self, images: Int[Tensor, " B"], views: Int[Tensor, " B"] | int = 0) -> Batch:
-        """What training reads of some of the readable images, in one view each; what is not kept is computed now."""
+        """Returns the activations of some readable images, in one view each; recomputes what is not cached."""
         rows = self._readable[images] + views * self._num_images
-        known = rows < len(self._place)
-        place = torch.where(known, self._place[rows.clamp(max=len(self._place) - 1)], -1)
-        kept = place >= 0
-        if kept.all() and self._resident is not None:
-            return Batch(self.backbone, self._resident, place, self._kin[place], self._pooled[rows])
-        key_values, pooled = self._gather(rows, place)
-        kin = self._no_kin(len(rows))
-        if kept.any():
-            kin[kept] = self._kin[place[kept]]
-        for missing in (~kept).nonzero()[:, 0].split(self._micro_batch):
-            kin[missing] = self._kin_of(key_values[missing])
-        whole = key_values.to(self.backbone.device)
-        return Batch(self.backbone, whole, torch.arange(len(rows), dtype=torch.int64, device="cpu"), kin, pooled)
+        known = rows < len(self._cache_row)
+        cache_rows = torch.where(known, self._cache_row[rows.clamp(max=len(self._cache_row) - 1)], -1)
+        cached = cache_rows >= 0
+        if cached.all() and self._resident is not None:
+            return Batch(
+                self.backbone, self._resident, cache_rows, self._parent_key_values[cache_rows], self._pooled[rows]
+            )
+        key_values, pooled = self._gather(rows, cache_rows)
+        parent_key_values = self._empty_parent_key_values(len(rows))
+        if cached.any():
+            parent_key_values[cached] = self._parent_key_values[cache_rows[cached]]
+        for missing in (~cached).nonzero()[:, 0].split(self._micro_batch):
+            parent_key_values[missing] = self._run_parents(key_values[missing])
+        on_device = key_values.to(self.backbone.device)
+        positions = torch.arange(len(rows), dtype=torch.int64, device="cpu")
+        return Batch(self.backbone, on_device, positions, parent_key_values, pooled)
 
-    def seeing(self, parents: Sequence[Task], report: Report = silent) -> Activations:
-        """The same for a task with these parents; nothing of the frozen stream is redone."""
+    def with_parents(self, parents: Sequence[Task], report: Report = silent) -> Activations:
+        """Returns the same activations for a task with these parents, without running the frozen stream again."""
         other = copy(self)
-        other._look_at(parents, report)
+        other._set_parents(parents, report)
         return other
 
     def features(self, tasks: Sequence[Task]) -> list[Float[Tensor, "N D"]]:
-        """The final feature of each of some tasks' tokens over every readable image as it is, in float32."""
+        """Returns each task token's final feature of every readable image, unaugmented and in float32."""
         layout = Layout(TileStore(self.backbone), tasks)
-        found: list[list[Tensor]] = [[] for _ in tasks]
+        batches: list[list[Tensor]] = [[] for _ in tasks]
         for rows in self._readable.split(self._micro_batch):
-            features = self._run_tasks(self._gather(rows, self._place[rows])[0], layout)
-            for parts, task in zip(found, tasks, strict=True):
-                parts.append(features[task.sha256][: len(rows)].float().cpu())
-        return [torch.cat(parts) for parts in found]
+            features = self._run_tasks(self._gather(rows, self._cache_row[rows])[0], layout)
+            for of_task, task in zip(batches, tasks, strict=True):
+                of_task.append(features[task.sha256][: len(rows)].float().cpu())
+        return [torch.cat(of_task) for of_task in batches]
 
     def _keys(self, digests: Sequence[str]) -> list[str]:
-        """What each row is found by: its image's content and its view; first every image as it is."""
+        """Returns each row's cache key, a hash of image content and view; the rows of view 0 come first."""
         recipe = json.dumps(asdict(replace(self._augmentation, views=0, fresh=False)), sort_keys=True)
         views = ["plain", *(f"{recipe} {number}" for number in range(1, 1 + self._augmentation.num_views))]
         return [hashlib.sha256(f"{digest} {view}".encode()).hexdigest() for view in views for digest in digests]
 
     def _open(self, cache: ActivationCache, keys: Sequence[str]) -> Store | None:
-        """The cache's store of as many rows as it has room for."""
-        extra = self._augmentation.num_views
-        features = self.backbone.embed_dim + self.backbone.num_layer_features
-        of_row = row_bytes(self._shape if self._tokens else (), features)
+        """Opens a cache entry for as many rows as the budget allows."""
+        num_views = self._augmentation.num_views
+        num_features = self.backbone.embed_dim + self.backbone.num_layer_features
+        of_row = row_bytes(self._shape if self._tokens else (), num_features)
         capacity = cache.capacity(of_row, len(keys))
-        whole, held = len(keys) * of_row / 1e9, capacity * of_row / 1e9
-        views = f", {1 + extra} views of each," if extra else ""
+        total_gb, cached_gb = len(keys) * of_row / 1e9, capacity * of_row / 1e9
+        views = f" in {1 + num_views} views each" if num_views else ""
         log.info(
-            "Activations of %d images%s take %.2f GB; %s.", self._num_images, views, whole,
-            f"they are kept in {cache.folder}" if capacity == len(keys)
-            else f"{held:.2f} GB are kept in {cache.folder}, the rest is computed anew in each epoch",
+            "Activations of %d images%s take %.2f GB; %s.", self._num_images, views, total_gb,
+            f"all are cached in {cache.folder}" if capacity == len(keys)
+            else f"{cached_gb:.2f} GB are cached in {cache.folder}, the others are recomputed in each epoch",
         )  # fmt: skip
         return cache.open(self.backbone, keys[:capacity], self._tokens) if capacity else None
 
     def _fill(
         self, pooled: Float[Tensor, "R D"], layers: Float[Tensor, "V N n"], context: RunContext
     ) -> dict[int, str]:
-        """Computes what is not kept yet, and every row's pooled and layer features; gives what is wrong with which."""
+        """Computes what is not cached, and sets every row's pooled and layer features.
+
+        Returns:
+            The error message of each image that cannot be read, by its index.
+        """
         width, flat = pooled.shape[1], layers.flatten(0, 1)
 
-        def note(rows: Tensor, features: Float[Tensor, "n F"]) -> None:
+        def set_features(rows: Tensor, features: Float[Tensor, "n F"]) -> None:
             pooled[rows] = features[:, :width]
-            wanted = rows < len(flat)
-            flat[rows[wanted]] = features[wanted, width:]
+            in_memory = rows < len(flat)
+            flat[rows[in_memory]] = features[in_memory, width:]
 
-        store, places = self._store, self._place.tolist()
-        held = set() if store is None else store.held([place for place in places if place >= 0])
-        todo = [row for row, place in enumerate(places) if place not in held]
+        store, cache_rows = self._store, self._cache_row.tolist()
+        valid = set() if store is None else store.valid_rows([row for row in cache_rows if row >= 0])
+        missing = [row for row, cache_row in enumerate(cache_rows) if cache_row not in valid]
         bad: dict[int, str] = {}
         flushed = time.monotonic()
         try:
-            for taken, key_values, features in self._compute(todo, context, bad):
-                note(torch.tensor(taken, dtype=torch.int64, device="cpu"), features)
-                kept = [i for i, row in enumerate(taken) if places[row] >= 0]
-                if store is not None and kept:
-                    store.put([places[taken[i]] for i in kept], key_values[kept], features[kept])
+            for rows, key_values, features in self._compute(missing, context, bad):
+                set_features(torch.tensor(rows, dtype=torch.int64, device="cpu"), features)
+                to_cache = [i for i, row in enumerate(rows) if cache_rows[row] >= 0]
+                if store is not None and to_cache:
+                    store.put([cache_rows[rows[i]] for i in to_cache], key_values[to_cache], features[to_cache])
                 if store is not None and time.monotonic() - flushed > FLUSH_S:
                     store.flush()
                     flushed = time.monotonic()
@@ -169,118 +177,123 @@ class Activations:
             if store is not None:
                 store.flush()
         if store is not None:
-            for rows in (self._place >= 0).nonzero()[:, 0].split(256):
-                note(rows, store.features[self._place[rows]])
+            for cached in (self._cache_row >= 0).nonzero()[:, 0].split(256):
+                set_features(cached, store.features[self._cache_row[cached]])
         return bad
 
-    def _gather(self, rows: Tensor, place: Tensor) -> tuple[Float16[Tensor, "n L 2 H P d"], Float[Tensor, "n D"]]:
-        """Keys and values of some rows on the CPU, and their pooled features: what is kept, and the rest computed."""
-        kept = place >= 0
+    def _gather(self, rows: Tensor, cache_rows: Tensor) -> tuple[Float16[Tensor, "n L 2 H P d"], Float[Tensor, "n D"]]:
+        """Returns keys and values, on the CPU, and pooled features of some rows; recomputes what is not cached."""
+        cached = cache_rows >= 0
         key_values = torch.empty(len(rows), *self._shape, dtype=torch.float16, device="cpu")
         pooled = torch.empty(len(rows), self.backbone.embed_dim, dtype=torch.float32, device="cpu")
-        if kept.any():
+        if cached.any():
             assert self._store is not None
-            key_values[kept] = self._store.key_values[place[kept]]
-            pooled[kept] = self._store.features[place[kept], : self.backbone.embed_dim]
-        position = {int(rows[i]): i for i in (~kept).nonzero()[:, 0].tolist()}
-        for taken, found, features in self._compute(list(position), QUIET, {}):
-            into = [position[row] for row in taken]
-            key_values[into], pooled[into] = found, features[:, : self.backbone.embed_dim]
+            key_values[cached] = self._store.key_values[cache_rows[cached]]
+            pooled[cached] = self._store.features[cache_rows[cached], : self.backbone.embed_dim]
+        position = {int(rows[i]): i for i in (~cached).nonzero()[:, 0].tolist()}
+        for computed, batch_key_values, features in self._compute(list(position), QUIET, {}):
+            into = [position[row] for row in computed]
+            key_values[into], pooled[into] = batch_key_values, features[:, : self.backbone.embed_dim]
         return key_values, pooled
 
     def _compute(
         self, rows: Sequence[int], context: RunContext, bad: dict[int, str]
     ) -> Iterator[tuple[list[int], Float16[Tensor, "n ..."], Float[Tensor, "n F"]]]:
-        """Runs the frozen stream over some rows: batch by batch rows, keys and values, pooled and layer features.
+        """Runs the frozen stream over some rows; yields row numbers, keys and values, and features batch by batch.
 
-        All that is wanted of an image is made of one reading; what is wrong with which images is noted in `bad`.
+        The features are the pooled feature, then the layer features. Each image is read once for all its views. Errors
+        of unreadable images are added to `bad`.
         """
-        images, of_image = self._images, dict[int, list[int]]()
+        images, rows_of = self._images, dict[int, list[int]]()
         for row in rows:
-            of_image.setdefault(row % self._num_images, []).append(row)
+            rows_of.setdefault(row % self._num_images, []).append(row)
 
         def views(image: int, item: Item) -> list[tuple[int, Tensor]]:
-            return self._views(item, of_image[image])
+            return self._views(item, rows_of[image])
 
-        for batch in read_in_batches(images, list(of_image), views, self._micro_batch, "reading images", context, bad):
+        for batch in read_in_batches(images, list(rows_of), views, self._micro_batch, "reading images", context, bad):
             shape = self._shape if self._tokens else (0,)
             half = torch.empty(len(batch), *shape, dtype=torch.float16, device="cpu")
 
-            def keep(layer: int, frozen: KeyValue, offered: KeyValue, half: Tensor = half) -> None:
-                for which, part in enumerate(frozen):
-                    half[:, layer, which] = part[: len(half)]
+            def store_half(layer: int, frozen: KeyValue, offered: KeyValue, half: Tensor = half) -> None:
+                for which, values in enumerate(frozen):
+                    half[:, layer, which] = values[: len(half)]
 
             pixels = torch.stack([view for _, view in batch])
-            observe = keep if self._tokens else None
+            observe = store_half if self._tokens else None
             _, pooled, layers = forward_pass(
                 self.backbone, pixels, sizes=(self._micro_batch,), pooled=True,
                 layers=self.backbone.num_layer_features > 0, observe=observe,
             )  # fmt: skip
             assert pooled is not None
-            read = torch.cat([part.float() for part in (pooled, layers) if part is not None], dim=1).cpu()
-            for (row, _), one in zip(batch, read, strict=True):
-                if not one.isfinite().all():
+            features = torch.cat([part.float() for part in (pooled, layers) if part is not None], dim=1).cpu()
+            for (row, _), of_row in zip(batch, features, strict=True):
+                if not of_row.isfinite().all():
                     raise DataError(
-                        f"{images.item(row % self._num_images).called} gives the backbone a feature that holds NaN or "
-                        "infinity. Tensors must be normalised as `backbone.transform` does it."
+                        f"{images.item(row % self._num_images).called} has a backbone feature with NaN or infinity. "
+                        "Tensors must be normalised as `backbone.transform` does it."
                     )
-            yield [row for row, _ in batch], half, read
+            yield [row for row, _ in batch], half, features
 
     def _views(self, item: Item, rows: Sequence[int]) -> list[tuple[int, Tensor]]:
-        """The rows of one image, each with its view."""
+        """Returns the views of one image that some rows stand for, each with its row."""
         numbers = [row // self._num_images for row in rows]
-        made = self._augmentation.transforms(item.digest, numbers, self.backbone.preprocessing)
-        return list(zip(rows, item.views(self.backbone, made), strict=True))
+        transforms = self._augmentation.transforms(item.digest, numbers, self.backbone.preprocessing)
+        return list(zip(rows, item.views(self.backbone, transforms), strict=True))
 
     def _to_device(self) -> Tensor | None:
-        """The kept keys and values where training reads them; None where each batch has to be brought there."""
+        """Returns the cached keys and values on the training device; None if each batch has to be copied there."""
         if self._store is None:
             return None
-        kept, device = self._store.key_values, self.backbone.device
+        key_values, device = self._store.key_values, self.backbone.device
         if device.type == "cpu":
-            return kept
-        return kept.to(device) if kept.nbytes < torch.cuda.mem_get_info(device)[0] / 2 else None
+            return key_values
+        return key_values.to(device) if key_values.nbytes < torch.cuda.mem_get_info(device)[0] / 2 else None
 
-    def _look_at(self, parents: Sequence[Task], report: Report) -> None:
-        """Keys and values of the parents' tokens for every kept row, from what is kept."""
-        self._parents = seen = family(parents)
-        self._layout = Layout(TileStore(self.backbone), seen, offered=seen)
-        self._kin = self._no_kin(0 if self._store is None else len(self._store.key_values))
+    def _set_parents(self, parents: Sequence[Task], report: Report) -> None:
+        """Computes keys and values of the parents' tokens for every cached row."""
+        self._parents = extended = extended_tasks(parents)
+        self._layout = Layout(TileStore(self.backbone), extended, offered=extended)
+        num_rows = 0 if self._store is None else len(self._store.key_values)
+        self._parent_key_values = self._empty_parent_key_values(num_rows)
         if self._store is None or not parents:
             return
-        for part in torch.arange(len(self._kin), dtype=torch.int64, device="cpu").split(self._micro_batch):
-            self._kin[part] = self._kin_of(self._store.key_values[part])
-            report("running the tasks to extend", int(part[-1]) + 1, len(self._kin))
+        for rows in torch.arange(num_rows, dtype=torch.int64, device="cpu").split(self._micro_batch):
+            self._parent_key_values[rows] = self._run_parents(self._store.key_values[rows])
+            report("running the tasks to extend", int(rows[-1]) + 1, num_rows)
 
-    def _no_kin(self, count: int) -> Float16[Tensor, "n L 2 H a d"]:
+    def _empty_parent_key_values(self, count: int) -> Float16[Tensor, "n L 2 H a d"]:
         depth, two, num_heads, _, head_dim = self._shape
         shape = count, depth, two, num_heads, len(self._parents), head_dim
         return torch.empty(shape, dtype=torch.float16, device="cpu")
 
-    def _kin_of(self, half: Float16[Tensor, "n L 2 H P d"]) -> Float16[Tensor, "n L 2 H a d"]:
-        """The parents' tokens over one micro-batch or less, in the shapes that keep their bits."""
-        kin = self._no_kin(len(half))
+    def _run_parents(self, half: Float16[Tensor, "n L 2 H P d"]) -> Float16[Tensor, "n L 2 H a d"]:
+        """Returns the parents' tokens over at most one micro-batch, in the shapes that preserve their bits."""
+        key_values = self._empty_parent_key_values(len(half))
         if not self._parents:
-            return kin
+            return key_values
         rows = [self._layout.offered[parent.sha256] for parent in self._parents]
 
         def observe(layer: int, frozen: KeyValue, offered: KeyValue) -> None:
-            for which, part in enumerate(offered):
-                kin[:, layer, which] = part[: len(half), :, rows]
+            for which, values in enumerate(offered):
+                key_values[:, layer, which] = values[: len(half), :, rows]
 
         self._run_tasks(half, self._layout, observe)
-        return kin
+        return key_values
 
     def _run_tasks(self, half: Tensor, layout: Layout, observe: Observer | None = None) -> dict[str, Tensor]:
-        """The tasks' features over the kept activations of one micro-batch or less, filled up to it, by sha256."""
-        filled = F.pad(half, (0, 0) * 5 + (0, self._micro_batch - len(half)))
-        layers = filled.to(self.backbone.device, self.backbone.precision)
+        """Returns the tasks' features, by sha256, over the activations of at most one micro-batch, padded to it."""
+        padded = F.pad(half, (0, 0) * 5 + (0, self._micro_batch - len(half)))
+        layers = padded.to(self.backbone.device, self.backbone.precision)
         stream = [KeyValue(layers[:, layer, 0], layers[:, layer, 1]) for layer in range(self.backbone.depth)]
         reads = {task.sha256: lambda feature, *_: feature for task in layout.tasks}
         return forward_pass(self.backbone, stream, layout, reads, observe=observe).answers
 
 
-def family(parents: Sequence[Task]) -> list[Task]:
-    """All that a task with these parents sees, by content: among ancestors there may be two versions of one name."""
-    seen = {task.sha256: task for parent in parents for task in (*parent.closure, parent)}
-    return list(seen.values())
+def extended_tasks(parents: Sequence[Task]) -> list[Task]:
+    """Returns all tasks that a task with these parents extends, directly or not.
+
+    They are told apart by content, since two versions of one name may be among them.
+    """
+    tasks = {task.sha256: task for parent in parents for task in (*parent.closure, parent)}
+    return list(tasks.values())

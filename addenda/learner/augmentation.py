@@ -1,4 +1,4 @@
-"""Random views of an image: each a function of its content and the view's number, in timm's terms."""
+"""Random views of an image, each a function of its content and the view's number; the settings are named as in timm."""
 
 from __future__ import annotations
 
@@ -29,16 +29,17 @@ Ratio = Annotated[float, Field(gt=0)]
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Augmentation:
-    """How the training images are varied.
+    """Augmentation of the training images.
 
     Attributes:
-        views: random views of each image, kept beside the plain one and drawn from in every epoch; 0 takes images as
-            they are. None means DEFAULT_VIEWS; of ready tensors, which cannot be varied, none.
-        fresh: a new view for each epoch instead, computed anew every time: as many passes over the images as epochs.
-        scale: smallest and largest share of the area that a random crop keeps.
-        ratio: smallest and largest aspect ratio of it.
-        hflip: probability of a mirror image.
-        color_jitter: brightness, contrast and saturation each by a factor of 1 ± this.
+        views: number of random views of each image that are cached beside the unaugmented one; each epoch draws one of
+            them all for each image. 0 disables augmentation. None means DEFAULT_VIEWS, or 0 for tensors, which cannot
+            be augmented.
+        fresh: draw a new view in each epoch instead; this costs a forward pass over all images in every epoch.
+        scale: minimum and maximum area of a random crop, as a share of the image's.
+        ratio: minimum and maximum aspect ratio of a random crop.
+        hflip: probability of a horizontal flip.
+        color_jitter: brightness, contrast and saturation are each scaled by a random factor in 1 ± this.
     """
 
     views: Annotated[int, Field(ge=0, le=64)] | None = None
@@ -50,11 +51,11 @@ class Augmentation:
 
     @property
     def num_views(self) -> int:
-        """Random views that are kept of each image."""
+        """Number of random views that are cached of each image."""
         return self.views or 0
 
     def resolved(self, variable: bool) -> Augmentation:
-        """With the number of views settled, for images that can be varied or that cannot."""
+        """Replaces `views=None` by a number, given whether the images can be augmented."""
         if self.views is not None:
             return self
         return replace(self, views=DEFAULT_VIEWS if variable and not self.fresh else 0)
@@ -62,22 +63,22 @@ class Augmentation:
     def transforms(
         self, digest: str, numbers: Sequence[int], preprocessing: Mapping[str, Any]
     ) -> list[Callable[[Image.Image], Tensor] | None]:
-        """What makes some views, by their numbers, of the image that has this digest; None takes it as it is."""
+        """Returns the transform of each numbered view of the image with this digest; None is the unaugmented image."""
         make = partial(augment, how=self, preprocessing=preprocessing)
         return [partial(make, seed=view_seed(digest, number)) if number else None for number in numbers]
 
 
 def view_seed(digest: str, number: int) -> int:
-    """The seed of one view of an image, by its content and the view's number, from 1."""
+    """Returns the seed of one view from the image's digest and the view's number, which counts from 1."""
     return int(hashlib.sha256(f"{digest} {number}".encode()).hexdigest()[:16], 16)
 
 
 def augment(
     image: Image.Image, how: Augmentation, seed: int, preprocessing: Mapping[str, Any]
 ) -> Float[Tensor, "3 H W"]:
-    """One random view of an RGB image, normalised as the backbone's preprocessing says.
+    """Returns one random view of an RGB image, normalised for the backbone.
 
-    Source: the crop of Szegedy et al. 2015 (Inception), as timm and torchvision draw it.
+    Source: the crop of Szegedy et al. 2015 (Inception), drawn as in timm and torchvision.
     """
     random = np.random.default_rng(seed)
     top, left, height, width = _crop(image, how, random)
@@ -97,11 +98,11 @@ def augment(
     return normalised
 
 
-def _crop(image: Image.Image, how: Augmentation, random: np.random.Generator) -> tuple[int, int, int, int]:
-    """Top, left, height and width of a random crop; the whole image where ten draws do not fit."""
+def _crop(image: Image.Image, augmentation: Augmentation, random: np.random.Generator) -> tuple[int, int, int, int]:
+    """Draws top, left, height and width of a random crop; returns the whole image if ten draws do not fit into it."""
     for _ in range(10):
-        area = image.width * image.height * random.uniform(*how.scale)
-        ratio = math.exp(random.uniform(math.log(how.ratio[0]), math.log(how.ratio[1])))
+        area = image.width * image.height * random.uniform(*augmentation.scale)
+        ratio = math.exp(random.uniform(math.log(augmentation.ratio[0]), math.log(augmentation.ratio[1])))
         width, height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < width <= image.width and 0 < height <= image.height:
             top, left = random.integers(image.height - height + 1), random.integers(image.width - width + 1)

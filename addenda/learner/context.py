@@ -1,4 +1,4 @@
-"""What a whole run is told once: what to leave out, whom to tell how it stands, and where it is noted to be resumed."""
+"""What all stages of a run share: handling of unreadable images, progress callbacks, and the checkpoint."""
 
 from __future__ import annotations
 
@@ -14,31 +14,32 @@ from safetensors.torch import save
 from torch import Tensor
 
 from addenda.files import Hold, discard, written
-from addenda.learner.config import Settings
+from addenda.learner.learn_config import Settings
 
 MARKER = "run"
-"""In a run's folder: held by the runs that are at it."""
+"""Lock file in a run's folder, held by every process that works on the run."""
 FILES = rf"(sweep|refit)\.safetensors|[0-9a-f]{{16}}|{MARKER}"
-"""What a run's folder holds: checkpoints of its phases, and folders of further sweeps."""
+"""Pattern of the names in a run's folder: checkpoints of its phases, and a folder for each sweep."""
 
 Report = Callable[[str, int, int], None]
-"""Called with what is being done, how much is done, and how much there is."""
+"""Progress callback, called with a description, the number of units done, and their total."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """What is known after an epoch; `on_epoch` gets it. A candidate that trains no more has NaN.
+    """Results of one epoch, passed to `on_epoch`. A candidate that has stopped has NaN.
 
     Attributes:
         phase: `"sweep"` or `"refit"`.
-        epoch: from 1.
-        epochs: how many there will be at most.
-        train_loss: mean loss of each candidate on the training part.
-        validation_loss: of each candidate on the validation part, calibrated; empty in the refit.
-        validation_accuracy: likewise, 0..1; of a multi-label task the share of answers that are right.
-        candidates: what each is trained with.
+        epoch: number of the epoch, from 1.
+        epochs: maximum number of epochs.
+        train_loss: mean training loss of each candidate.
+        validation_loss: mean validation loss of each candidate after temperature scaling; empty in the refit.
+        validation_accuracy: validation accuracy of each candidate, 0..1, over all labels if the task is multi-label;
+            empty in the refit.
+        candidates: settings of each candidate.
     """
 
     phase: str
@@ -54,10 +55,10 @@ OnEpoch = Callable[[Epoch], None]
 
 
 class Checkpoint:
-    """The standing of one run by phase: killed, it goes on from there to the same artifact.
+    """Checkpoint of one run, with a file for each phase; a run that was killed resumes to the same artifact.
 
-    `prepare` makes the folder that the run's own is in, before anything is written. `run` is the checkpoint of the
-    whole run, where this is of a part.
+    `prepare` creates the parent folder before the first write. `run` is the checkpoint of the whole run if this is the
+    checkpoint of one of its sweeps.
     """
 
     def __init__(self, folder: Path, prepare: Callable[[], None] = lambda: None, run: Checkpoint | None = None) -> None:
@@ -65,41 +66,41 @@ class Checkpoint:
         self._hold: Hold | None = None
 
     def within(self, name: str) -> Checkpoint:
-        """The standing of a part of the run, which goes when the run's does."""
+        """Returns the checkpoint of one sweep of the run; it is deleted with the run's."""
         return Checkpoint(self._folder / name, self._prepare, self._run)
 
-    def save(self, phase: str, tensors: Mapping[str, Tensor], standing: Mapping[str, Any]) -> None:
-        """Replaces what was saved of a phase, whole or not at all."""
+    def save(self, phase: str, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Replaces the checkpoint of a phase atomically."""
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        data = save(contiguous, metadata={"standing": json.dumps(standing)})
+        data = save(contiguous, metadata={"standing": json.dumps(values)})
         self._prepare()
-        self._run._take()
+        self._run._lock()
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with written(self._folder / f"{phase}.safetensors") as unfinished:
             unfinished.write_bytes(data)
 
-    def _take(self) -> None:
-        """Makes the run's folder and holds it, so that `cache clear` leaves it."""
+    def _lock(self) -> None:
+        """Creates the run's folder and locks it against `addenda cache clear`."""
         if self._hold is None or not (self._folder / MARKER).exists():
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             (self._folder / MARKER).touch()
             self._hold = Hold(self._folder / MARKER, shared=True)
 
     def load(self, phase: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """What was saved of a phase; None where there is nothing, or nothing that can be read."""
+        """Loads the checkpoint of a phase; returns None if there is none or it cannot be read."""
         path = self._folder / f"{phase}.safetensors"
         if not path.is_file():
             return None
         try:
             with safe_open(path, "pt") as file:
-                standing: dict[str, Any] = json.loads(file.metadata()["standing"])
-                return {name: file.get_tensor(name) for name in file.keys()}, standing  # noqa: SIM118
+                values: dict[str, Any] = json.loads(file.metadata()["standing"])
+                return {name: file.get_tensor(name) for name in file.keys()}, values  # noqa: SIM118
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            log.warning("The standing of an earlier run in %s cannot be read (%s); it starts anew.", path, str(error))
+            log.warning("Checkpoint %s cannot be read (%s); training starts over.", path, str(error))
             return None
 
     def clear(self) -> None:
-        """Forgets the run, unless another is at it too."""
+        """Deletes the run's checkpoints, unless another process works on the same run."""
         if self._hold is not None:
             self._hold.close()
             self._hold = None
@@ -107,12 +108,12 @@ class Checkpoint:
 
 
 def discard_run(folder: Path) -> None:
-    """Deletes a run's checkpoints, unless a run is at it."""
+    """Deletes a run's checkpoints, unless a process works on the run."""
     try:
         hold = Hold(folder / MARKER, shared=False)
     except BlockingIOError:
         return
-    except OSError:  # nothing was ever saved there
+    except OSError:  # nothing was saved
         hold = None
     discard(folder, FILES, MARKER)
     if hold is not None:
@@ -120,12 +121,12 @@ def discard_run(folder: Path) -> None:
 
 
 def silent(*_: object) -> None:
-    """Tells nobody."""
+    """Callback that does nothing."""
 
 
 @dataclass(frozen=True)
 class RunContext:
-    """How a run treats images that cannot be read, whom it tells of its progress, and where it notes each epoch."""
+    """Whether a run skips unreadable images, its callbacks, and its checkpoint."""
 
     skip_bad: bool = False
     report: Report = silent
@@ -134,4 +135,4 @@ class RunContext:
 
 
 QUIET = RunContext()
-"""Refuses what cannot be read, tells nobody of its progress, and notes nothing."""
+"""Context of a run that fails on unreadable images and has neither callbacks nor a checkpoint."""

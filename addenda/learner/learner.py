@@ -1,4 +1,4 @@
-"""The learner: images in, a registered task out."""
+"""The learner trains a task on images and registers it."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from torch import Tensor
 from addenda.backbones import FrozenBackbone, counted, plain
 from addenda.combined import CombinedModel, feature_statistics, golden, numerics, numerics_fingerprint, tensor_digest
 from addenda.exceptions import NameTakenError, RegistryError, RetiredError, TrainingError
+from addenda.learner.activation_cache import ActivationCache
 from addenda.learner.activations import Activations
-from addenda.learner.cache import ActivationCache
-from addenda.learner.config import LearnConfig
 from addenda.learner.context import OnEpoch, Report, RunContext, silent
 from addenda.learner.data import Data, LabelledImages, check_learnable, check_same_labels, open_images, open_parts
 from addenda.learner.data.labelled import Item, read_in_batches, unreadable
-from addenda.learner.data.opening import repeats
+from addenda.learner.data.openers import repeats
+from addenda.learner.learn_config import LearnConfig
+from addenda.learner.learning_run import LearningRun
 from addenda.learner.objectives import OBJECTIVES
-from addenda.learner.run import Run
 from addenda.registry import (
     BASELINES,
+    Evaluation,
     EvaluationRecord,
     Registry,
-    Scoring,
     Task,
     TaskFilter,
     TaskRecord,
@@ -38,7 +38,7 @@ from addenda.registry import (
 from addenda.text import shown
 
 BY_CONTENT = "2:"
-"""Before the digest of logits in the order of the images' contents; version 0.1 hashed them in that of the files."""
+"""Prefix of a digest of logits ordered by image content; version 0.1 ordered them by file."""
 
 log = logging.getLogger(__name__)
 
@@ -47,9 +47,9 @@ class Learner:
     """Learns tasks on one backbone and registers them.
 
     Args:
-        backbone: the frozen backbone; it says on which device all happens.
-        registry: where the tasks go.
-        cache: where activations are kept for later runs on the same images.
+        backbone: the frozen backbone; everything runs on its device.
+        registry: the registry that receives the tasks.
+        cache: the activation cache. Default: `ActivationCache()`.
 
     Examples:
         >>> import torch
@@ -80,31 +80,33 @@ class Learner:
         on_epoch: OnEpoch | None = None,
         report: Report | None = None,
     ) -> Task:
-        """Learns a task and registers it, or registers nothing.
+        """Learns a task and registers it; on an error, nothing is registered.
 
-        A validation part is held out of `train` to choose the learning rate and the number of epochs. The test set is
-        scored once, by the combined model, after everything is chosen. Order and names of the images decide nothing.
+        Hyperparameters and the number of epochs are chosen on a validation split of `train`. The test split is
+        evaluated once, by the combined model, after everything is chosen. File names and the order of images have no
+        influence on the result.
 
         Args:
-            name: the task's name; not one of "auto", "combined" and "none", which mean something else.
-            train: a folder of class folders, a CSV or Parquet listing, a torch Dataset or a Hugging Face one; a folder,
-                listing or DatasetDict may hold train and test.
-            test: likewise; None takes the test part of `train` where there is one.
+            name: the task's name; "auto", "combined" and "none" are reserved.
+            train: a folder of class folders, a CSV or Parquet listing, a torch Dataset or a Hugging Face dataset. A
+                folder, listing or DatasetDict may hold train and test splits.
+            test: data to evaluate on, likewise. Default: the test split of `train`, if it has one.
             config: the settings.
-            new_version: whether a name already taken gets a further version.
-            skip_bad: leave out images that cannot be had or read, of either part.
+            new_version: register a new version if the name is already taken.
+            skip_bad: skip missing and unreadable images in both splits.
             on_epoch: called after each epoch.
-            report: told of the progress: what is done, how much, of how much.
+            report: progress callback.
 
         Returns:
-            The registered task. The same name, data, settings and numerics as a registered version give that version;
-            a test set that it was not scored on is scored, and `metrics["test"]` is of the set that was given.
+            The registered task. If a registered version has the same name, data, settings and numerics, that version
+            is returned; it is evaluated on the given test split if it was not before, and `metrics["test"]` is of
+            that split.
 
         Raises:
-            DataError: the images cannot be learned from.
-            NameTakenError: the name is taken by other content.
-            RetiredError: it was learned before and retired; `new_version` has it active again.
-            TrainingError: no candidate stayed finite.
+            DataError: the images cannot be used for training.
+            NameTakenError: the name is registered with other content.
+            RetiredError: the same task was learned before and retired; pass `new_version` to register it again.
+            TrainingError: every candidate diverged.
         """
         with plain(self.backbone.device, grad=True):
             context = RunContext(skip_bad, report or silent, on_epoch or silent)
@@ -119,87 +121,86 @@ class Learner:
         for parent in parents:
             if parent.class_token is None:
                 raise RegistryError(
-                    f"Task {parent.ref!r} is head-only: it has no token that {name!r} could see. Learned again with "
-                    "`fall_back: false` in its settings it keeps one."
+                    f"Task {parent.ref!r} is head-only: it has no token that {name!r} could extend. To give it one, "
+                    "learn it again with `fall_back: false`."
                 )
         images, test_images = open_parts(train, test, context.skip_bad)
-        for part in filter(None, (images, test_images)):
-            _remark_on(part)
-        varied = config.augmentation.resolved(images.can_vary and not (config.head_only and not config.layer_head))
-        config = replace(config, augmentation=varied)
+        for split in filter(None, (images, test_images)):
+            _log_remarks(split)
+        augments = images.can_vary and not (config.head_only and not config.layer_head)
+        config = replace(config, augmentation=config.augmentation.resolved(augments))
         if config.group_by is not None:
             images = images.grouped_by(config.group_by)
         images = images.hashed()
-        here = numerics_fingerprint(numerics(self.backbone))
+        fingerprint = numerics_fingerprint(numerics(self.backbone))
         run = {
             "data": images.fingerprint(),
             "config": config.to_json(),
             "extends": "auto" if auto else [parent.sha256 for parent in parents],
-            "numerics": here,
+            "numerics": fingerprint,
         }
-        known = self._known(name, images, run, new_version, context.skip_bad)
-        if known is not None:
-            return self._again(known.ref, test_images, context)
+        registered = self._find_registered(name, images, run, new_version, context.skip_bad)
+        if registered is not None:
+            return self._reuse(registered.ref, test_images, context)
 
         test_data: dict[str, Any] = {}
-        if test_images is not None:  # all that can be found out before hours of training
-            test_images, skipped = self._checked(test_images, context)
+        if test_images is not None:  # fail on bad test images before hours of training
+            test_images, skipped = self._check_readable(test_images, context)
             test_data["test"] = {"skipped": skipped, "left_out": counted(test_images.left_out)}
         pool = [task for task in self.registry.load(self.backbone) if task.class_token is not None] if auto else None
         tokens = not config.head_only
-        seen = parents if tokens else ()
-        activations = Activations(self.backbone, images, config.augmentation, self.cache, seen, context, tokens)
-        kept = replace(images, targets=activations.targets)
-        check_learnable(kept)  # those left out may have been a class's last
-        told = {"name": name, "backbone": self.backbone.fingerprint, "skipped": activations.skipped}
-        identity = digest(canonical_json(run | told).encode())
-        checkpoint = self.cache.checkpoint(identity)
-        started = Run(name, activations, config, replace(context, checkpoint=checkpoint))
-        for remark in started.remarks():
-            log.warning("%s", remark)
+        extended = parents if tokens else ()
+        activations = Activations(self.backbone, images, config.augmentation, self.cache, extended, context, tokens)
+        readable = replace(images, targets=activations.targets)
+        check_learnable(readable)  # a class may have lost its last image
+        identity = run | {"name": name, "backbone": self.backbone.fingerprint, "skipped": activations.skipped}
+        checkpoint = self.cache.checkpoint(digest(canonical_json(identity).encode()))
+        learning_run = LearningRun(name, activations, config, replace(context, checkpoint=checkpoint))
+        for warning in learning_run.warnings():
+            log.warning("%s", warning)
         try:
-            task = started.task(parents, pool)
+            task = learning_run.task(parents, pool)
         except TrainingError:
             checkpoint.clear()
             raise
-        metrics, scorings = dict(task.metrics), []
+        metrics, evaluations = dict(task.metrics), []
         if test_images is not None:
-            every = [task, *started.baselines]
+            evaluated = [task, *learning_run.baselines]
             ((metrics["test"], logits_digest), *probes), _, _ = self._score(
-                every, test_images, RunContext(report=context.report)
+                evaluated, test_images, RunContext(report=context.report)
             )
-            for baseline, (scores, _) in zip(started.baselines, probes, strict=True):
+            for baseline, (scores, _) in zip(learning_run.baselines, probes, strict=True):
                 key = baseline.name.replace(" ", "_")
                 metrics[key] = metrics[key] | {"test": scores}
-            scorings.append(Scoring(test_images.fingerprint(), here, metrics["test"], logits_digest))
+            evaluations.append(Evaluation(test_images.fingerprint(), fingerprint, metrics["test"], logits_digest))
         repeated = repeats(images, test_images)
-        _warn_of(repeated, test_images)
+        _warn_of_duplicates(repeated, test_images)
         data = {
             "run": run,
-            "num_images": len(kept),
-            "counts": kept.counts,
+            "num_images": len(readable),
+            "counts": readable.counts,
             "skipped": [shown(text) for text in (*images.lost, *activations.skipped)],
             "left_out": counted(images.left_out),
             "repeated": repeated,
-            "near_duplicates": started.near_duplicates,
+            "near_duplicates": learning_run.near_duplicates,
         }
         finished = replace(task, metrics=metrics, data=data | test_data)
         statistics = None
         if activations.objective.routable:
             statistics = feature_statistics(activations.pooled, activations.targets, activations.num_classes)
             if statistics.excess is not None:
-                log.warning("No router will know of this task: %s.", statistics.excess)
+                log.warning("A router cannot choose this task: %s.", statistics.excess)
                 statistics = None
         self.registry.add_backbone(self.backbone.record())
-        probe = golden(self.backbone, finished)
-        registered = self.registry.register(finished, probe, statistics, new_version, scorings)
+        golden_probe = golden(self.backbone, finished)
+        registered_task = self.registry.register(finished, golden_probe, statistics, new_version, evaluations)
         checkpoint.clear()
-        return registered
+        return registered_task
 
-    def _known(
+    def _find_registered(
         self, name: str, images: LabelledImages, run: Mapping[str, Any], new_version: bool, skip_bad: bool
     ) -> TaskRecord | None:
-        """The active version that the same run made; refuses a name that is taken, unless by a further version."""
+        """Finds the active version that the same run registered; raises if the name is taken by another task."""
         versions = self.registry.tasks(TaskFilter(name=name, retired=True))
         same = [
             record
@@ -218,74 +219,77 @@ class Learner:
             raise NameTakenError(name, versions[-1].version)
         return None
 
-    def _again(self, ref: str, test: LabelledImages | None, context: RunContext) -> Task:
-        """A version that was learned before; on a test set that it was not scored on it is scored now."""
+    def _reuse(self, ref: str, test: LabelledImages | None, context: RunContext) -> Task:
+        """Returns a registered version with its metrics on `test`, which is evaluated now if it was not before."""
         task = self.registry.get(ref)
         if test is None:
             return task
         images, skipped = test.hashed(), list[str]()
-        known = {record.data_fingerprint: record for record in self.registry.evaluations(ref)}
-        if images.lost or images.fingerprint() not in known:
-            images, skipped = self._checked(images, context)
-        found = known.get(images.fingerprint()) or self._evaluate(task, images, RunContext(report=context.report))
-        asked = copy(task)
-        if found.metrics != task.metrics.get("test"):
-            others = {  # the probes' are of the test set of then
-                key: {part: held for part, held in task.metrics[key].items() if part != "test"}
+        evaluations = {record.data_fingerprint: record for record in self.registry.evaluations(ref)}
+        if images.lost or images.fingerprint() not in evaluations:
+            images, skipped = self._check_readable(images, context)
+        record = evaluations.get(images.fingerprint()) or self._evaluate(
+            task, images, RunContext(report=context.report)
+        )
+        result = copy(task)
+        if record.metrics != task.metrics.get("test"):
+            probes = {  # without their test metrics, which are of the earlier test split
+                key: {split: metrics for split, metrics in task.metrics[key].items() if split != "test"}
                 for key in BASELINES.keys() & task.metrics.keys()
             }
-            vars(asked)["metrics"] = {**task.metrics, **others, "test": found.metrics}
-        of_test = {"skipped": skipped, "left_out": counted(images.left_out)}
-        vars(asked)["data"] = {**task.data, "test": of_test}
-        return asked
+            vars(result)["metrics"] = {**task.metrics, **probes, "test": record.metrics}
+        test_data = {"skipped": skipped, "left_out": counted(images.left_out)}
+        vars(result)["data"] = {**task.data, "test": test_data}
+        return result
 
     def evaluate(self, ref: str, data: Data, skip_bad: bool = False, report: Report | None = None) -> EvaluationRecord:
-        """Scores a registered task and records the result.
+        """Evaluates a registered task and records the result.
 
         Args:
             ref: the task.
-            data: as for `learn`; of data that holds train and test, the test part.
-            skip_bad: leave out images that cannot be had or read; `metrics["skipped"]` says how many.
-            report: told of the progress.
+            data: data as for `learn`; its test split, if it has train and test splits.
+            skip_bad: skip missing and unreadable images; `metrics["skipped"]` counts them.
+            report: progress callback.
 
         Raises:
-            DataError: the images cannot be scored, or have other classes.
-            UnknownTaskError: there is no such task.
+            DataError: the images cannot be read, or their classes differ from the task's.
+            UnknownTaskError: the task is not registered.
         """
         task = self.registry.get(ref)
         with plain(self.backbone.device):
             images = check_same_labels(task.labels, open_images(data, "test"), task.objective).check_whole(skip_bad)
-            _remark_on(images)
-            if not isinstance(images.items, list):  # twice, which finds out a Dataset that gives other images each time
+            _log_remarks(images)
+            if not isinstance(images.items, list):  # read twice, to detect a Dataset whose images change
                 images = images.hashed()
             return self._evaluate(task, images, RunContext(skip_bad, report or silent))
 
     def _evaluate(self, task: Task, images: LabelledImages, context: RunContext) -> EvaluationRecord:
-        """Scores a registered task on some images, and records that."""
-        ((metrics, logits_digest),), seen, bad = self._score([task], images, context)
-        more = {"skipped": len(seen.lost) + len(bad), "left_out": counted(seen.left_out)}
-        metrics |= {key: value for key, value in more.items() if value}
-        here = numerics_fingerprint(numerics(self.backbone))
-        return self.registry.add_evaluation(task.ref, seen.fingerprint(), here, metrics, logits_digest)
+        """Evaluates a task on some images and records the result."""
+        ((metrics, logits_digest),), scored, bad = self._score([task], images, context)
+        counts = {"skipped": len(scored.lost) + len(bad), "left_out": counted(scored.left_out)}
+        metrics |= {key: value for key, value in counts.items() if value}
+        fingerprint = numerics_fingerprint(numerics(self.backbone))
+        return self.registry.add_evaluation(task.ref, scored.fingerprint(), fingerprint, metrics, logits_digest)
 
-    def _checked(self, images: LabelledImages, context: RunContext) -> tuple[LabelledImages, list[str]]:
-        """The images that can be read, hashed and in order, and what is wrong with the others; no pixels are kept."""
+    def _check_readable(self, images: LabelledImages, context: RunContext) -> tuple[LabelledImages, list[str]]:
+        """Decodes every image; returns the readable ones, hashed and ordered, and the errors of the others."""
         bad: dict[int, str] = {}
 
-        def look(row: int, item: Item) -> list[tuple[int, str]]:
+        def decode(row: int, item: Item) -> list[tuple[int, str]]:
             item.views(self.backbone)
             return [(row, item.digest)]
 
-        reading = read_in_batches(images, range(len(images)), look, 1, "checking test images", context, bad)
-        seen, _ = images.in_order(dict(one for batch in reading for one in batch))
-        return seen, [shown(text) for text in (*images.lost, *bad.values())]
+        batches = read_in_batches(images, range(len(images)), decode, 1, "checking test images", context, bad)
+        readable, _ = images.in_order(dict(row_digest for batch in batches for row_digest in batch))
+        return readable, [shown(text) for text in (*images.lost, *bad.values())]
 
     def _score(
         self, tasks: Sequence[Task], images: LabelledImages, context: RunContext
     ) -> tuple[list[tuple[dict[str, Any], str]], LabelledImages, dict[int, str]]:
-        """Runs the combined model of some tasks over every image, once: each one's metrics and digest of its logits.
+        """Evaluates several tasks in one forward pass per image.
 
-        Also gives the images that it saw, hashed, and what was wrong with the others.
+        Returns:
+            Metrics and logits digest of each task, the readable images, hashed, and the errors of the others by row.
         """
         model = CombinedModel(self.backbone, tasks)
         logits: dict[str, dict[int, Tensor]] = {task.name: {} for task in tasks}
@@ -295,36 +299,38 @@ class Learner:
         def view(row: int, item: Item) -> list[tuple[int, str, Tensor]]:
             return [(row, item.digest, item.views(self.backbone)[0])]
 
-        every, what = range(len(images)), "scoring test images"
-        for batch in read_in_batches(images, every, view, model.micro_batch, what, context, bad):
-            rows, found, pixels = zip(*batch, strict=True)
-            digests |= zip(rows, found, strict=True)
-            for name, part in model(torch.stack(pixels)).items():
-                logits[name] |= zip(rows, part.cpu(), strict=True)
-        seen, order = images.in_order(digests)
-        scored = []
+        all_rows, what = range(len(images)), "evaluating test images"
+        for batch in read_in_batches(images, all_rows, view, model.micro_batch, what, context, bad):
+            rows, batch_digests, pixels = zip(*batch, strict=True)
+            digests |= zip(rows, batch_digests, strict=True)
+            for name, batch_logits in model(torch.stack(pixels)).items():
+                logits[name] |= zip(rows, batch_logits.cpu(), strict=True)
+        readable, order = images.in_order(digests)
+        scores = []
         for task in tasks:
             joined = torch.stack([logits[task.name][row] for row in order])
-            metrics = OBJECTIVES[task.objective].score(joined / task.temperature, seen.targets, images.labels)
-            scored.append((metrics, f"{BY_CONTENT}{tensor_digest(joined)}"))
-        return scored, seen, bad
+            metrics = OBJECTIVES[task.objective].score(joined / task.temperature, readable.targets, images.labels)
+            scores.append((metrics, f"{BY_CONTENT}{tensor_digest(joined)}"))
+        return scores, readable, bad
 
 
-def _remark_on(images: LabelledImages) -> None:
-    """Says what a person should know of images before anything is done with them."""
+def _log_remarks(images: LabelledImages) -> None:
+    """Logs what was left out of a dataset, and warns if it has only one class."""
     if images.remarks:
         only_hidden = images.left_out.keys() <= {"hidden"} and not images.deeper
         log.log(logging.INFO if only_hidden else logging.WARNING, "%s", images.remarks)
     if images.objective.is_settled(len(images.labels)):
-        log.warning("%s has one class: the answer will be %r whatever an image shows.", images.where, images.labels[0])
+        log.warning("%s has one class: every prediction will be %r.", images.where, images.labels[0])
 
 
-def _warn_of(repeated: Mapping[str, int], test: LabelledImages | None) -> None:
-    """One warning where images stand twice that should not; with counts."""
-    said = []
+def _warn_of_duplicates(repeated: Mapping[str, int], test: LabelledImages | None) -> None:
+    """Warns of identical images with different labels, or in both training and test split."""
+    remarks = []
     if repeated["classes"]:
-        said.append(f"{repeated['classes']} training images occur with other labels too")
+        remarks.append(f"{repeated['classes']} training images also occur with other labels")
     if repeated["test"] and test is not None:
-        said.append(f"{repeated['test']} of {len(test)} test images are training images too: their score flatters")
-    if said:
-        log.warning("Byte for byte the same: %s.", "; ".join(said))
+        remarks.append(
+            f"{repeated['test']} of {len(test)} test images are also training images, which inflates the test score"
+        )
+    if remarks:
+        log.warning("Byte-identical images: %s.", "; ".join(remarks))

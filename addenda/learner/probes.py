@@ -1,4 +1,4 @@
-"""Probes: heads fitted in closed form or by convex optimisation on what the frozen network says of images."""
+"""Probes: heads on frozen features, fitted in closed form or by convex optimisation."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ import torch
 from jaxtyping import Float, Float64, Int, Shaped
 from torch import Tensor
 
-from addenda.learner.objectives import Groups, Objective, Regression, Targets
+from addenda.learner.objectives import Groups, LinearProbe, Objective, Targets
 
 EIGHTHS = tuple(i / 8 for i in range(9))
-"""Weights of one of two heads in their sum, to choose from."""
+"""Candidate weights for the second of two heads in their sum."""
 MAX_ROWS = 1536
-"""Images whose features span the space that a fit is made in: it takes their number cubed."""
+"""Maximum number of images whose features span the space of a fit; the cost is cubic in it."""
 MAX_RANK = 64
-"""Of a layer head: with more classes it is kept, and computed, in two factors."""
-LEAST_SHARE = 1e-6
-"""Of the mean variance, added to that of each feature: one that is constant says nothing, and divides by nothing."""
+"""Maximum rank of a layer head; with more classes it is stored and computed as two factors."""
+VARIANCE_FLOOR = 1e-6
+"""Share of the mean variance added to every feature's variance; it avoids division by zero for constant features."""
 
 
 @dataclass(frozen=True)
 class LinearHead:
-    """Logits are pooled @ pooled_weight.T + layers @ layer_weight.T + bias; a weight that is None is zero."""
+    """A linear head: pooled @ pooled_weight.T + layers @ layer_weight.T + bias; a weight of None counts as zero."""
 
     bias: Float64[Tensor, " C"]
     pooled_weight: Float64[Tensor, "C D"] | None = None
     layer_weight: Float64[Tensor, "C n"] | None = None
 
     def __call__(self, pooled: Float[Tensor, "N D"], layers: Float[Tensor, "N n"]) -> Float64[Tensor, "N C"]:
-        """Logits of some images, in float64."""
+        """Computes logits in float64."""
         logits = self.bias.expand(len(pooled), -1)
         for features, weight in ((pooled, self.pooled_weight), (layers, self.layer_weight)):
             if weight is not None:
@@ -40,7 +40,7 @@ class LinearHead:
         return logits
 
     def __mul__(self, factor: float) -> LinearHead:
-        scaled = (None if part is None else factor * part for part in (self.pooled_weight, self.layer_weight))
+        scaled = (None if weight is None else factor * weight for weight in (self.pooled_weight, self.layer_weight))
         return LinearHead(factor * self.bias, *scaled)
 
     def __add__(self, other: LinearHead) -> LinearHead:
@@ -50,10 +50,10 @@ class LinearHead:
 
 @dataclass(frozen=True)
 class Space:
-    """Standardised features in coordinates: x @ basis.T, where x = (features - mean) / scale.
+    """Low-dimensional coordinates of standardised features: x @ basis.T, where x = (features - mean) / scale.
 
-    What is fitted in it is what is fitted on all of x, for penalties that do not change under rotation: shrinkage
-    towards the identity, and the L2 penalty of a regression.
+    The basis is orthonormal, so a fit to the coordinates equals a fit to x for rotation-invariant penalties such as
+    shrinkage towards the identity and the L2 penalty of logistic regression.
     """
 
     mean: Float64[Tensor, " n"]
@@ -62,35 +62,36 @@ class Space:
 
     @classmethod
     def of(cls, features: Float[Tensor, "N n"]) -> Space:
-        """Of some images' features, whose rows are in an order that content decides."""
+        """Builds the space that the features of some images span; their rows must be ordered by image content."""
         x = features.double()
         mean, variance = x.mean(0), x.var(0, correction=0)
-        scale = (variance + LEAST_SHARE * variance.mean()).sqrt().clamp(min=torch.finfo(torch.float64).tiny)
+        scale = (variance + VARIANCE_FLOOR * variance.mean()).sqrt().clamp(min=torch.finfo(torch.float64).tiny)
         scale = scale * math.sqrt(len(scale))
-        some = (some_of(x) - mean) / scale
-        values, vectors = torch.linalg.eigh(some @ some.T)
-        kept = values > values[-1].clamp(min=1e-300) * 1e-12
-        return cls(mean, scale, (vectors[:, kept] / values[kept].sqrt()).T @ some)
+        sample = (subsample(x) - mean) / scale
+        values, vectors = torch.linalg.eigh(sample @ sample.T)
+        nonzero = values > values[-1].clamp(min=1e-300) * 1e-12
+        return cls(mean, scale, (vectors[:, nonzero] / values[nonzero].sqrt()).T @ sample)
 
     def coordinates(self, features: Float[Tensor, "N n"]) -> Float64[Tensor, "N k"]:
-        """Where some images stand."""
-        return torch.cat([((part.double() - self.mean) / self.scale) @ self.basis.T for part in features.split(1024)])
+        """Computes the coordinates of some images."""
+        return torch.cat([((chunk.double() - self.mean) / self.scale) @ self.basis.T for chunk in features.split(1024)])
 
     def head(self, weight: Float64[Tensor, "C k"], bias: Float64[Tensor, " C"]) -> LinearHead:
-        """A head of coordinates as one of the layer features."""
-        whole = weight @ self.basis / self.scale
-        return LinearHead(bias - whole @ self.mean, None, whole)
+        """Converts a head on the coordinates to a head on the layer features."""
+        layer_weight = weight @ self.basis / self.scale
+        return LinearHead(bias - layer_weight @ self.mean, None, layer_weight)
 
 
-def some_of(rows: Shaped[Tensor, "N ..."]) -> Shaped[Tensor, "M ..."]:
-    """All rows, or where they are more than MAX_ROWS every second, third or further one."""
+def subsample(rows: Shaped[Tensor, "N ..."]) -> Shaped[Tensor, "M ..."]:
+    """Takes every k-th row, with the smallest k that leaves at most MAX_ROWS."""
     return rows[:: -(-len(rows) // MAX_ROWS)]
 
 
 def sharpness(objective: Objective, logits: Float64[Tensor, "N C"], targets: Targets) -> float:
-    """What logits are multiplied by for the least log loss on images that they were not fitted to.
+    """Returns the factor (inverse temperature) that minimises the log loss of out-of-fold logits.
 
-    As if one image in all had been labelled by chance: where all are answered rightly, no factor were too large else.
+    The targets are smoothed as if one image of all had a random label; otherwise the factor would be unbounded when
+    every prediction is correct.
     """
     return 1 / objective.least_loss_temperature(logits, targets, (1e-6, 1e6), 1 / len(logits))
 
@@ -99,116 +100,118 @@ def best_weight(
     objective: Objective, first: Float64[Tensor, "N C"], second: Float64[Tensor, "N C"], targets: Targets,
     weights: Sequence[float] = EIGHTHS,
 ) -> float:  # fmt: skip
-    """The weight of the second, the first's being the rest, whose sum has the least log loss."""
+    """Returns the weight w that minimises the log loss of (1 - w) * first + w * second."""
     return min(weights, key=lambda w: objective.loss((1 - w) * first + w * second, targets).item())
 
 
 def out_of_fold(
     fold: Int[Tensor, " N"], num_classes: int, fit: Callable[[Tensor, Tensor], Sequence[Float64[Tensor, "M C"]]]
 ) -> list[Float64[Tensor, "N C"]]:
-    """Logits of every image under fits to the other folds' images.
+    """Returns cross-validated logits: each image's logits are from a fit that did not see its fold.
 
     Args:
-        fold: of each image.
+        fold: the fold of each image.
         num_classes: C.
-        fit: given rows to fit to and rows to answer, the answers of one or more fits, always as many.
+        fit: function of the rows to fit to and the held-out rows that returns the held-out logits of one or more
+            models, the same number for each fold.
     """
-    found: list[Tensor] = []
+    logits: list[Tensor] = []
     for number in fold.unique().tolist():
         held_out = (fold == number).nonzero()[:, 0]
-        answers = fit((fold != number).nonzero()[:, 0], held_out)
-        found = found or [torch.zeros(len(fold), num_classes, dtype=torch.float64, device="cpu") for _ in answers]
-        for whole, part in zip(found, answers, strict=True):
-            whole[held_out] = part
-    return found
+        fold_logits = fit((fold != number).nonzero()[:, 0], held_out)
+        logits = logits or [torch.zeros(len(fold), num_classes, dtype=torch.float64, device="cpu") for _ in fold_logits]
+        for of_model, of_fold in zip(logits, fold_logits, strict=True):
+            of_model[held_out] = of_fold
+    return logits
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How a layer probe is fitted: chosen by cross-validation on some images, and good for more of them."""
+class ProbeRecipe:
+    """How to fit a layer probe: chosen by cross-validation, then used for the training split and for all images."""
 
-    fit: int  # which of the objective's fits to the layer features
-    sharpness: tuple[float, float]  # of the linear probe's logits, and of that fit's
-    weight: float  # of that fit's logits in the sum
+    fit: int  # index into the objective's fits to the layer features
+    sharpness: tuple[float, float]  # factors of the linear probe's logits and of the fit's
+    weight: float  # of the fit's logits in the sum
 
 
-def choose(
+def choose_recipe(
     objective: Objective, pooled: Float[Tensor, "N D"], layers: Float[Tensor, "V N n"], targets: Targets,
     num_classes: int, strength: float, seed: int, groups: Groups = None,
-) -> Recipe:  # fmt: skip
-    """Chooses how the layer probe of some images is fitted, by the log loss on images that a fit did not see.
+) -> ProbeRecipe:  # fmt: skip
+    """Chooses the recipe of a layer probe by cross-validated log loss on unaugmented images.
 
-    Of V views the first are the images as they are, by which it is judged; a view stands in the fold of its image.
+    View 0 of the V views is the unaugmented image; all views of an image are in the same fold.
     """
     fold = objective.folds(targets, seed, groups)
-    _, z = _placed(layers)
+    _, z = _coordinates(layers)
 
-    def linear(rows: Tensor, held_out: Tensor) -> list[Tensor]:
-        head = of_regression(objective.fit_regression(pooled[rows], targets[rows], strength, num_classes))
+    def fit_linear(rows: Tensor, held_out: Tensor) -> list[Tensor]:
+        head = from_linear_probe(objective.fit_linear_probe(pooled[rows], targets[rows], strength, num_classes))
         return [head(pooled[held_out], layers[0, held_out])]
 
-    def fits(rows: Tensor, held_out: Tensor) -> list[Tensor]:
-        found = _fits(objective, z[:, rows], targets[rows], num_classes, layers.shape[2])
-        return [z[0, held_out] @ weight.T + bias for weight, bias in found]
+    def fit_layers(rows: Tensor, held_out: Tensor) -> list[Tensor]:
+        heads = _fits(objective, z[:, rows], targets[rows], num_classes, layers.shape[2])
+        return [z[0, held_out] @ weight.T + bias for weight, bias in heads]
 
-    (final,), tried = out_of_fold(fold, num_classes, linear), out_of_fold(fold, num_classes, fits)
-    final_sharpness = sharpness(objective, final, targets)
-    sharp = [sharpness(objective, logits, targets) for logits in tried]
-    losses = [objective.loss(logits * own, targets).item() for logits, own in zip(tried, sharp, strict=True)]
+    (linear,), tried = out_of_fold(fold, num_classes, fit_linear), out_of_fold(fold, num_classes, fit_layers)
+    linear_factor = sharpness(objective, linear, targets)
+    factors = [sharpness(objective, logits, targets) for logits in tried]
+    losses = [objective.loss(logits * factor, targets).item() for logits, factor in zip(tried, factors, strict=True)]
     best = losses.index(min(losses))
-    weight = best_weight(objective, final * final_sharpness, tried[best] * sharp[best], targets)
-    return Recipe(best, (final_sharpness, sharp[best]), weight)
+    weight = best_weight(objective, linear * linear_factor, tried[best] * factors[best], targets)
+    return ProbeRecipe(best, (linear_factor, factors[best]), weight)
 
 
-def _placed(layers: Float[Tensor, "V N n"]) -> tuple[Space, Float64[Tensor, "V N k"]]:
-    """The space of all views of some images, and where each stands in it."""
-    every = layers.flatten(0, 1)
-    space = Space.of(every)
-    return space, space.coordinates(every).unflatten(0, layers.shape[:2])
+def _coordinates(layers: Float[Tensor, "V N n"]) -> tuple[Space, Float64[Tensor, "V N k"]]:
+    """Returns the space that all views of some images span, and their coordinates in it."""
+    flat = layers.flatten(0, 1)
+    space = Space.of(flat)
+    return space, space.coordinates(flat).unflatten(0, layers.shape[:2])
 
 
 def _fits(
     objective: Objective, z: Float64[Tensor, "V N k"], targets: Targets, num_classes: int, num_features: int
 ) -> list[tuple[Float64[Tensor, "C k"], Float64[Tensor, " C"]]]:
-    """The objective's fits to the images as they are, then those to all views of them."""
-    found = []
-    for views in sorted({1, len(z) if objective.learns_from_views else 1}):
-        whole = torch.cat([targets] * views)
-        found += objective.fit_layers(z[:views].flatten(0, 1), whole, num_classes, num_features)
-    return found
+    """Returns the objective's fits to the unaugmented images, then its fits to all views."""
+    fits = []
+    for num_views in sorted({1, len(z) if objective.learns_from_views else 1}):
+        view_targets = torch.cat([targets] * num_views)
+        fits += objective.fit_layers(z[:num_views].flatten(0, 1), view_targets, num_classes, num_features)
+    return fits
 
 
 def layer_probe(
-    recipe: Recipe, objective: Objective, linear: LinearHead, layers: Float[Tensor, "V N n"], targets: Targets,
+    recipe: ProbeRecipe, objective: Objective, linear: LinearHead, layers: Float[Tensor, "V N n"], targets: Targets,
     num_classes: int,
 ) -> LinearHead:  # fmt: skip
-    """The linear probe of some images and a fit to their layer features, each calibrated, added as a recipe says."""
-    final, read = recipe.sharpness
-    linear = linear * (final * (1 - recipe.weight))
+    """Adds a linear probe and a fit to the layer features, with the factors and the weight of a recipe."""
+    linear_factor, layer_factor = recipe.sharpness
+    linear = linear * (linear_factor * (1 - recipe.weight))
     if not recipe.weight:
         return linear
-    space, z = _placed(layers)
+    space, z = _coordinates(layers)
     weight, bias = _fits(objective, z, targets, num_classes, layers.shape[2])[recipe.fit]
-    if num_classes > MAX_RANK:  # the directions in which its logits vary most among these images
+    if num_classes > MAX_RANK:  # project onto the directions in which the logits of these images vary most
         logits = z[0] @ weight.T
         _, _, directions = torch.linalg.svd(logits - logits.mean(0), full_matrices=False)
-        shared = directions[:MAX_RANK].T @ directions[:MAX_RANK]
-        bias = bias + (weight - shared @ weight) @ z[0].mean(0)
-        weight = shared @ weight
-    return linear + space.head(weight, bias) * (read * recipe.weight)
+        projection = directions[:MAX_RANK].T @ directions[:MAX_RANK]
+        bias = bias + (weight - projection @ weight) @ z[0].mean(0)
+        weight = projection @ weight
+    return linear + space.head(weight, bias) * (layer_factor * recipe.weight)
 
 
-def of_regression(fitted: Regression) -> LinearHead:
-    """A linear probe as a head."""
-    return LinearHead(fitted.bias.double(), fitted.weight.double())
+def from_linear_probe(probe: LinearProbe) -> LinearHead:
+    """Converts a linear probe to a head in float64."""
+    return LinearHead(probe.bias.double(), probe.weight.double())
 
 
 def as_tensors(head: LinearHead) -> dict[str, Any]:
-    """A head as the tensors of a task without a token, in float32; its layer weight in two factors of MAX_RANK."""
+    """Converts a head to a task's float32 tensors; with over MAX_RANK classes the layer weight becomes two factors."""
     assert head.pooled_weight is not None
-    found = {"head_weight": head.pooled_weight, "head_bias": head.bias, "layer_weight": head.layer_weight}
+    tensors = {"head_weight": head.pooled_weight, "head_bias": head.bias, "layer_weight": head.layer_weight}
     if head.layer_weight is not None and len(head.bias) > MAX_RANK:
         left, values, right = torch.linalg.svd(head.layer_weight, full_matrices=False)
         roots = values[:MAX_RANK].sqrt()
-        found["layer_weight"], found["layer_down"] = left[:, :MAX_RANK] * roots, roots.unsqueeze(1) * right[:MAX_RANK]
-    return {name: part.float() for name, part in found.items() if part is not None}
+        tensors["layer_weight"] = left[:, :MAX_RANK] * roots
+        tensors["layer_down"] = roots.unsqueeze(1) * right[:MAX_RANK]
+    return {name: tensor.float() for name, tensor in tensors.items() if tensor is not None}

@@ -1,4 +1,4 @@
-"""An entry of the activation cache: memory-mapped rows, each with a digest that says it is there and whole."""
+"""One entry of the activation cache: memory-mapped rows, each with a digest that proves it complete."""
 
 from __future__ import annotations
 
@@ -26,97 +26,100 @@ from addenda.files import Hold, check_private, claim, discard, is_claimed
 
 ENTRY = r"[0-9a-f]{16}"
 ENTRY_MARKER, ENTRY_TEXT = "addenda-entry", "Activations of some images, made by Addenda.\n"
-"""A file in an entry, which says whose it is and is held by those who have it open."""
+"""A file that marks an entry as Addenda's; every process that has the entry open holds a lock on it."""
 FILES = r"(keys|key_values|features|pooled|digests)\.npy|meta\.json"
 IDENTITY = ("format", "preparation", "backbone", "numerics", "shape", "width")
-"""What decides, beside the images, which entry it is."""
+"""Metadata keys that, with the image keys, identify an entry."""
 THREADS = 4
-"""That hash rows at once: Python's lock is free meanwhile."""
+"""Threads that hash rows; hashing releases the GIL."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Kept:
-    """One cache entry, as `addenda cache list` shows it."""
+class CacheEntry:
+    """Summary of one cache entry, as listed by `addenda cache list`."""
 
     name: str  # its folder
     backbone: str  # timm's name
-    num_images: int  # images or views there is room for
-    num_done: int  # of them computed
+    num_images: int  # rows allocated, one for each view of an image
+    num_done: int  # rows computed
     num_bytes: int
     used_at: datetime  # when it was last opened, UTC
 
 
 class Store:
-    """Memory-mapped rows of one entry, which is not evicted while a store of it is open; `place` has each key's.
+    """Memory-mapped rows of one open entry, which is not evicted meanwhile; `row_of` maps each key to its row.
 
-    Each row has a digest of its key and values. It is written after the row and is what says that the row is there; so
-    two runs may fill one entry at once, and what a kill or a fault of the disk leaves is computed again.
+    The digest of a row covers its key and its values and is written after them, so its presence marks the row as
+    complete. Hence two runs may fill one entry at once, and rows that a crash or a disk fault left incomplete or
+    damaged are recomputed.
     """
 
     def __init__(self, folder: Path, mode: Any, meta: dict[str, Any], keys: UInt8[np.ndarray, "K 32"]) -> None:
-        """ValueError where a file is not the size that its header says."""
+        """Maps the files; raises ValueError if one does not have the shape and dtype that `meta` implies."""
         count = meta["num_rows"]
-        wanted: dict[str, tuple[Any, tuple[int, ...]]] = {
+        layout: dict[str, tuple[Any, tuple[int, ...]]] = {
             "key_values": (np.float16, (count, *meta["shape"])),
             "features": (np.float32, (count, meta["width"])),
             "digests": (np.uint8, (count, 32)),
         }
-        if not meta["shape"]:  # of a run that trains no token
-            del wanted["key_values"]
+        if not meta["shape"]:  # created by a run that trains no token
+            del layout["key_values"]
         self._maps: list[Any] = []
-        for name, (dtype, expected) in wanted.items():
+        for name, (dtype, shape) in layout.items():
             path = folder / f"{name}.npy"
             if mode == "w+":
-                self._maps.append(np.lib.format.open_memmap(path, mode, dtype, expected))
+                self._maps.append(np.lib.format.open_memmap(path, mode, dtype, shape))
                 continue
-            found = np.load(path, mmap_mode="r")  # refuses a file that is too short; opened to write it would grow
-            if found.shape != expected or found.dtype != dtype:
-                raise ValueError(f"{path.name} holds {found.dtype} {found.shape}")
+            array = np.load(path, mmap_mode="r")  # rejects a truncated file, which opening for writing would extend
+            if array.shape != shape or array.dtype != dtype:
+                raise ValueError(f"{path.name} holds {array.dtype} {array.shape}")
             self._maps.append(np.lib.format.open_memmap(path, mode))
         self._keys, self._digests = keys, self._maps[-1]
-        self.key_values: Float16[Tensor, "K ..."] = (
-            torch.from_numpy(self._maps[0]) if meta["shape"] else _nothing(count)
-        )
+        self.key_values: Float16[Tensor, "K ..."] = torch.from_numpy(self._maps[0]) if meta["shape"] else _empty(count)
         self.features: Float32[Tensor, "K F"] = torch.from_numpy(self._maps[-2])
-        self.place = {row.tobytes().hex(): i for i, row in enumerate(keys)}
+        self.row_of = {key.tobytes().hex(): row for row, key in enumerate(keys)}
         self._checked: set[int] = set()
         self._in_use = Hold(folder / ENTRY_MARKER, shared=True)
 
     def put(self, rows: Sequence[int], key_values: Float16[Tensor, "n ..."], features: Float32[Tensor, "n F"]) -> None:
-        """Writes some rows, and then their digests."""
-        for row, offered, read in zip(rows, key_values, features, strict=True):
-            self.key_values[row], self.features[row] = offered, read
-        for row, digest in zip(rows, self._hashed(rows), strict=True):
+        """Writes rows, then their digests."""
+        for row, row_key_values, row_features in zip(rows, key_values, features, strict=True):
+            self.key_values[row], self.features[row] = row_key_values, row_features
+        for row, digest in zip(rows, self._row_digests(rows), strict=True):
             self._digests[row] = np.frombuffer(digest, np.uint8)
         self._checked.update(rows)
 
-    def held(self, rows: Iterable[int]) -> set[int]:
-        """Those of some rows that were written and are as they were: each is hashed when it is first asked about."""
+    def valid_rows(self, rows: Iterable[int]) -> set[int]:
+        """Returns those of `rows` that are complete and undamaged; hashes each row the first time it is asked for."""
         written = {row for row in rows if row in self._checked or self._digests[row].any()}
-        unseen = sorted(written - self._checked)
-        hashed = zip(unseen, self._hashed(unseen), strict=True)
-        damaged = {row for row, digest in hashed if self._digests[row].tobytes() != digest}
+        unchecked = sorted(written - self._checked)
+        digests = zip(unchecked, self._row_digests(unchecked), strict=True)
+        damaged = {row for row, digest in digests if self._digests[row].tobytes() != digest}
         if damaged:
-            log.warning("%d cached rows are damaged or were exchanged; recomputing.", len(damaged))
+            log.warning("Recomputing %d cached rows whose digests do not match.", len(damaged))
         self._checked.update(written - damaged)
         return written - damaged
 
-    def take_over(self, other: Store) -> None:
-        """Copies the rows that another entry has of the same images and views, with their digests."""
-        for key, row in self.place.items():
-            theirs = other.place.get(key)
-            if theirs is not None and other._digests[theirs].any() and not self._digests[row].any():
-                self.key_values[row], self.features[row] = other.key_values[theirs], other.features[theirs]
-                self._digests[row] = other._digests[theirs]
+    def copy_from(self, other: Store) -> None:
+        """Copies rows with the same keys, and their digests, from another entry."""
+        for key, row in self.row_of.items():
+            source = other.row_of.get(key)
+            if source is not None and other._digests[source].any() and not self._digests[row].any():
+                self.key_values[row], self.features[row] = other.key_values[source], other.features[source]
+                self._digests[row] = other._digests[source]
 
     def release(self) -> None:
-        """Lets the entry be evicted; what it held can still be read here."""
+        """Allows the entry to be evicted; this store can still read its rows."""
         self._in_use.close()
 
     def reserve(self) -> None:
-        """Takes the whole size on the disk, where a full one would kill the run later; OSError where it is full."""
+        """Allocates all disk space now, so that a full disk cannot kill the run later.
+
+        Raises:
+            OSError: the disk is full.
+        """
         for path in (Path(mapped.filename) for mapped in self._maps):
             size = path.stat().st_size
             try:
@@ -125,35 +128,39 @@ class Store:
             except (AttributeError, OSError) as error:
                 if isinstance(error, OSError) and error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
                     raise
-                if shutil.disk_usage(path).free < size:  # macOS, and file systems that cannot reserve
+                if shutil.disk_usage(path).free < size:  # macOS, and file systems that cannot reserve space
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
 
     def flush(self) -> None:
-        """Writes rows and digests to the disk."""
+        """Flushes rows and digests to disk."""
         for mapped in self._maps:
             mapped.flush()
 
-    def _hashed(self, rows: Sequence[int]) -> list[bytes]:
-        def hashed(row: int) -> bytes:
-            found = hashlib.sha256(self._keys[row])
+    def _row_digests(self, rows: Sequence[int]) -> list[bytes]:
+        def digest(row: int) -> bytes:
+            sha256 = hashlib.sha256(self._keys[row])
             for mapped in self._maps[:-1]:
-                found.update(mapped[row])
-            return found.digest()
+                sha256.update(mapped[row])
+            return sha256.digest()
 
         with ThreadPoolExecutor(THREADS) as pool:
-            return list(pool.map(hashed, rows))
+            return list(pool.map(digest, rows))
 
 
-def _nothing(count: int) -> Float16[Tensor, "K 0"]:
+def _empty(count: int) -> Float16[Tensor, "K 0"]:
     return torch.empty(count, 0, dtype=torch.float16, device="cpu")
 
 
 def create(cache: Path, meta: dict[str, Any], keys: Sequence[str]) -> Store:
-    """A new entry; what was there of its name goes. TrainingError where the disk has no room."""
+    """Creates an entry, replacing one of the same name.
+
+    Raises:
+        TrainingError: the disk is full.
+    """
     packed = np.frombuffer(bytes.fromhex("".join(keys)), np.uint8).reshape(-1, 32)
     folder = cache / _name(meta, packed)
     try:
-        if is_claimed(folder, ENTRY_MARKER, ENTRY_TEXT):  # another run may still read the files that go
+        if is_claimed(folder, ENTRY_MARKER, ENTRY_TEXT):  # another run may still have the old files mapped
             discard(folder, FILES, ENTRY_MARKER)
         claim(folder, ENTRY_MARKER, ENTRY_TEXT)
         np.save(folder / "keys.npy", packed)
@@ -163,28 +170,28 @@ def create(cache: Path, meta: dict[str, Any], keys: Sequence[str]) -> Store:
     except OSError as error:
         if is_claimed(folder, ENTRY_MARKER, ENTRY_TEXT):
             discard(folder, FILES, ENTRY_MARKER)
-        whole = len(keys) * row_bytes(meta["shape"], meta["width"])
+        num_bytes = len(keys) * row_bytes(meta["shape"], meta["width"])
         raise TrainingError(
-            f"The activations of {len(keys)} images take {whole / 1e9:.2f} GB, "
-            f"and {cache} cannot hold them ({error.strerror or error}). Free some space, keep less of them "
+            f"The activations of {len(keys)} images take {num_bytes / 1e9:.2f} GB, "
+            f"and {cache} cannot hold them ({error.strerror or error}). Free some space, lower the cache budget "
             "(--cache-gb), or set ADDENDA_CACHE to a folder on a larger disk."
         ) from error
     return store
 
 
 def load(folder: Path, meta: dict[str, Any]) -> Store | None:
-    """An entry of this backbone and these numerics; one that is damaged is discarded, and said to be."""
-    found = _read_meta(folder)
-    if found is not None and any(found[k] != meta[k] for k in IDENTITY):
+    """Opens an entry if its backbone, numerics and shapes match `meta`; discards a damaged one with a warning."""
+    stored = _read_meta(folder)
+    if stored is not None and any(stored[key] != meta[key] for key in IDENTITY):
         return None
     try:
-        if found is None:
-            raise ValueError("its description cannot be read")
+        if stored is None:
+            raise ValueError("meta.json cannot be read")
         check_private(folder)
         keys = np.load(folder / "keys.npy")
-        if folder.name != _name(found, keys):
-            raise ValueError("it is not what its name says")
-        return Store(folder, "r+", found, keys)
+        if folder.name != _name(stored, keys):
+            raise ValueError("its name does not match its content")
+        return Store(folder, "r+", stored, keys)
     except PermissionError as error:
         raise TrainingError(f"A cache entry cannot be trusted: {error}.") from error
     except (OSError, ValueError, KeyError, EOFError) as error:
@@ -194,12 +201,12 @@ def load(folder: Path, meta: dict[str, Any]) -> Store | None:
 
 
 def row_bytes(shape: Sequence[int], width: int) -> int:
-    """What a row takes on the disk, its digest and key aside; without keys and values their shape is empty."""
+    """Returns a row's size on disk without its digest and key; `shape` is empty if keys and values are not stored."""
     return 2 * math.prod(shape) * bool(shape) + 4 * width
 
 
 def _name(meta: dict[str, Any], keys: UInt8[np.ndarray, "K 32"]) -> str:
-    identity = json.dumps([meta[k] for k in IDENTITY])
+    identity = json.dumps([meta[key] for key in IDENTITY])
     return hashlib.sha256(identity.encode() + keys.tobytes()).hexdigest()[:16]
 
 
@@ -211,8 +218,8 @@ def _read_meta(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def described(folder: Path) -> Kept:
-    """An entry for the list."""
+def describe(folder: Path) -> CacheEntry:
+    """Summarises an entry for listing."""
     meta = _read_meta(folder) or {"name": "(damaged)", "num_rows": 0}
     try:
         num_done = int(np.load(folder / "digests.npy").any(axis=1).sum())
@@ -220,11 +227,11 @@ def described(folder: Path) -> Kept:
         num_done = 0
     num_bytes = sum(path.lstat().st_size for path in folder.iterdir())
     used_at = datetime.fromtimestamp(folder.stat().st_mtime, UTC)
-    return Kept(folder.name, meta["name"], meta["num_rows"], num_done, num_bytes, used_at)
+    return CacheEntry(folder.name, meta["name"], meta["num_rows"], num_done, num_bytes, used_at)
 
 
 def evict(folder: Path) -> bool:
-    """Deletes an entry unless a run has it open, which is then said to stay."""
+    """Deletes an entry; returns False if a run has it open."""
     try:
         with Hold(folder / ENTRY_MARKER, shared=False):
             discard(folder, FILES, ENTRY_MARKER)

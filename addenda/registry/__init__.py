@@ -1,6 +1,6 @@
-"""The database of tasks: records, artifacts, lineage, history.
+"""The task registry: records, artifacts, lineage and history.
 
-What needs torch is imported when it is first used: a look at records starts no framework.
+Names that need torch are imported on first use, so that reading records does not import torch.
 """
 
 from __future__ import annotations
@@ -9,29 +9,29 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from addenda.registry.audit.faults import Fault
-from addenda.registry.audit.history import Difference, Scored
+from addenda.registry.audit.history import ComparedEvaluation, VersionDifference
 from addenda.registry.registry import Registry
-from addenda.registry.store.hashing import canonical_json, digest
+from addenda.registry.store.digests import canonical_json, digest
 from addenda.registry.store.lineage import Kin, Lineage
 from addenda.registry.store.names import LABELS, check_labels, check_name, check_new_name
 from addenda.registry.store.objectives import BASELINES, OBJECTIVES, baselines, headline
 from addenda.registry.store.queries import TaskFilter
-from addenda.registry.store.records import EvaluationRecord, Event, Scoring, TaskRecord
+from addenda.registry.store.records import Evaluation, EvaluationRecord, Event, TaskRecord
 
 if TYPE_CHECKING:
     from addenda.registry.audit.integrity import Integrity
     from addenda.registry.exchange.backup import restore
-    from addenda.registry.exchange.receiving import Received
+    from addenda.registry.exchange.receiver import Received
     from addenda.registry.store.artifact import ADAPTED, LowRank
-    from addenda.registry.store.loading import FeatureStatistics
     from addenda.registry.store.task import Golden, Task, check_unwritten, is_finite, probabilities
+    from addenda.registry.store.task_reader import FeatureStatistics
 
 _NAMES = {
     "audit.integrity": ("Integrity",),
     "exchange.backup": ("restore",),
-    "exchange.receiving": ("Received",),
+    "exchange.receiver": ("Received",),
     "store.artifact": ("ADAPTED", "LowRank"),
-    "store.loading": ("FeatureStatistics",),
+    "store.task_reader": ("FeatureStatistics",),
     "store.task": ("Golden", "Task", "check_unwritten", "is_finite", "probabilities"),
 }
 __all__ = [
@@ -39,7 +39,8 @@ __all__ = [
     "BASELINES",
     "LABELS",
     "OBJECTIVES",
-    "Difference",
+    "ComparedEvaluation",
+    "Evaluation",
     "EvaluationRecord",
     "Event",
     "Fault",
@@ -51,11 +52,10 @@ __all__ = [
     "LowRank",
     "Received",
     "Registry",
-    "Scored",
-    "Scoring",
     "Task",
     "TaskFilter",
     "TaskRecord",
+    "VersionDifference",
     "baselines",
     "canonical_json",
     "check_labels",
@@ -71,7 +71,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    for home, names in _NAMES.items():
+    for module, names in _NAMES.items():
         if name in names:
-            return getattr(import_module(f"addenda.registry.{home}"), name)
+            return getattr(import_module(f"addenda.registry.{module}"), name)
     raise AttributeError(f"module 'addenda.registry' has no attribute {name!r}")

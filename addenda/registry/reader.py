@@ -1,4 +1,4 @@
-"""Reading a registry: every question that changes nothing."""
+"""The read-only half of the registry."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from sqlalchemy import Engine, or_, select
 
-from addenda.registry.audit.history import Difference, Scored, compare, history
+from addenda.registry.audit.history import ComparedEvaluation, VersionDifference, compare, history
 from addenda.registry.store import ledger, schema
-from addenda.registry.store.database import database_errors, described, mode, reading
+from addenda.registry.store.database import database_errors, display_location, file_mode, reading
 from addenda.registry.store.ledger import wait
 from addenda.registry.store.lineage import Lineage, lineage
 from addenda.registry.store.queries import TaskFilter, current, evaluations, find, listing, records
@@ -19,13 +19,13 @@ from addenda.registry.store.upgrade import revision, schema_faults
 
 if TYPE_CHECKING:
     from addenda.registry.audit.integrity import Integrity
-    from addenda.registry.store.loading import FeatureStatistics
     from addenda.registry.store.task import Golden, Task
+    from addenda.registry.store.task_reader import FeatureStatistics
 
 
 @runtime_checkable
 class HasFingerprint(Protocol):
-    """Anything with a backbone's fingerprint; the registry knows nothing else of backbones."""
+    """Anything with a backbone's fingerprint; the registry needs nothing else of a backbone."""
 
     @property
     def fingerprint(self) -> str:
@@ -33,42 +33,42 @@ class HasFingerprint(Protocol):
 
 
 class Reader:
-    """What a registry can be asked; `Registry` adds what changes it.
+    """Read access to a registry; `Registry` adds the methods that change it.
 
-    A version is named by a reference: `name` (its newest active version), `name:version` or `name@alias`. In every
-    method a reference to nothing is an UnknownTaskError.
+    A reference is `name` (the newest active version), `name:version` or `name@alias`. Every method raises
+    UnknownTaskError for a reference that does not resolve.
 
     Attributes:
-        location: where it is, for people: a path, or a URL without its password.
+        location: the registry's location for display: a path, or a URL without its password.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self.location = described(engine)
+        self.location = display_location(engine)
 
     @property
     def generation(self) -> int:
-        """The id of the last event: it grows by one with every change."""
+        """The id of the last event; every change increments it by one."""
         with reading(self._engine) as connection:
             return ledger.generation(connection)
 
     def wait(self, after: int, timeout_s: float) -> int:
-        """Waits until the generation is past `after`, or the time is over; returns the generation."""
-        with database_errors("The registry cannot be waited for"):
+        """Waits until the generation exceeds `after` or the timeout expires; returns the generation."""
+        with database_errors("Cannot wait for the registry"):
             return wait(self._engine, lambda: self.generation, after, timeout_s)
 
     def events(self, name: str | None = None, after: int = 0, limit: int | None = None) -> list[Event]:
-        """Who did what and when, oldest first.
+        """Events, oldest first.
 
         Args:
-            name: only what happened to versions and aliases of this task.
-            after: only events past this generation.
-            limit: only so many, the newest.
+            name: only events of this task's versions and aliases.
+            after: only events after this generation.
+            limit: maximum number of events; the newest are returned.
         """
         event = schema.event.c
         query = select(schema.event).where(event.id > after).order_by(event.id.desc()).limit(limit)
         if name is not None:
-            subjects = (event.subject.startswith(f"{name}{mark}", autoescape=True) for mark in ":@")
+            subjects = (event.subject.startswith(f"{name}{separator}", autoescape=True) for separator in ":@")
             query = query.where(or_(*subjects))
         with reading(self._engine) as connection:
             return [Event(**row) for row in reversed(connection.execute(query).mappings().all())]
@@ -76,15 +76,15 @@ class Reader:
     def tasks(
         self, chosen: TaskFilter | None = None, limit: int | None = None, before: str | None = None
     ) -> list[TaskRecord]:
-        """Every version of every task that a filter lets through, oldest first.
+        """The task versions that match a filter, oldest first.
 
         Args:
-            chosen: the filter; None lets all active tasks through.
-            limit: only so many, the newest.
-            before: only those registered before this one; with `limit` a page after a page.
+            chosen: the filter; None matches all active tasks.
+            limit: maximum number of versions; the newest are returned.
+            before: only versions registered before this one; with `limit`, this pages through the list.
 
         Raises:
-            DataError: a time of the filter is none.
+            DataError: a time in the filter is not ISO 8601.
             UnknownTaskError: the filter or `before` names a task that is not registered.
         """
         with reading(self._engine) as connection:
@@ -92,75 +92,75 @@ class Reader:
             return records(connection, rows[::-1])
 
     def record(self, ref: str) -> TaskRecord:
-        """What is known of one version."""
+        """The record of one version."""
         with reading(self._engine) as connection:
             return records(connection, [find(connection, ref)])[0]
 
     def get(self, ref: str) -> Task:
-        """Loads a task and what it extends; bytes that are not what was registered are an IntegrityError."""
-        from addenda.registry.store.loading import load_task
+        """Loads a task and the tasks it extends; raises IntegrityError if stored bytes have changed."""
+        from addenda.registry.store.task_reader import load_task
 
         with reading(self._engine) as connection:
             return load_task(connection, find(connection, ref))
 
     def load(self, backbone: HasFingerprint, alias: str | None = None) -> list[Task]:
-        """Loads, as `get` does, the newest active version of each name on a backbone, or those of an alias."""
-        from addenda.registry.store.loading import load_tasks
+        """Loads the newest active version of each task on a backbone, or the versions that an alias points at."""
+        from addenda.registry.store.task_reader import load_tasks
 
         with reading(self._engine) as connection:
             return load_tasks(connection, current(connection, backbone.fingerprint, alias))
 
     def current(self, backbone: HasFingerprint, alias: str | None = None) -> tuple[int, list[TaskRecord]]:
-        """The generation, and what is known of the tasks that `load` loads, as both are at one moment."""
+        """The generation, and the records of the tasks that `load` returns, in one consistent snapshot."""
         with reading(self._engine) as connection:
-            chosen = current(connection, backbone.fingerprint, alias)
-            return ledger.generation(connection), records(connection, chosen)
+            rows = current(connection, backbone.fingerprint, alias)
+            return ledger.generation(connection), records(connection, rows)
 
     def backbones(self) -> list[dict[str, Any]]:
-        """The backbones that tasks were learned on, as `FrozenBackbone.record` described them."""
+        """The registered backbones, as `FrozenBackbone.record` described them."""
         with reading(self._engine) as connection:
             rows = connection.execute(select(schema.backbone).order_by(schema.backbone.c.created_at)).mappings()
-            ours = ("created_by", "created_at", "event_id")
-            return [{key: value for key, value in row.items() if key not in ours} for row in rows]
+            internal = ("created_by", "created_at", "event_id")
+            return [{key: value for key, value in row.items() if key not in internal} for row in rows]
 
     def goldens(self, ref: str) -> list[Golden]:
-        """A task's golden probes, one for each numerics fingerprint it was recorded under, newest first."""
-        from addenda.registry.store.loading import load_goldens
+        """A task's golden probes, one per numerics fingerprint, newest first."""
+        from addenda.registry.store.task_reader import load_goldens
 
         with reading(self._engine) as connection:
             return load_goldens(connection, find(connection, ref))
 
     def statistics(self, ref: str) -> FeatureStatistics | None:
-        """What a router knows of a task's images; None where nothing was kept."""
-        from addenda.registry.store.loading import load_statistics
+        """A task's routing statistics; None if it has none."""
+        from addenda.registry.store.task_reader import load_statistics
 
         with reading(self._engine) as connection:
             return load_statistics(connection, find(connection, ref))
 
     def evaluations(self, ref: str) -> list[EvaluationRecord]:
-        """Every recorded scoring of a task, oldest first."""
+        """All evaluations of a task, oldest first."""
         with reading(self._engine) as connection:
             return evaluations(connection, schema.task.c.id == find(connection, ref).id)
 
-    def history(self, name: str) -> list[Scored]:
-        """Every scoring of every version of a name, data by data, each measured against the one before."""
+    def history(self, name: str) -> list[ComparedEvaluation]:
+        """All evaluations of all versions of a name, grouped by data, each compared with the previous one."""
         with reading(self._engine) as connection:
             return history(connection, name)
 
     def lineage(self, ref: str) -> Lineage:
-        """What a version extends and what extends it, as trees."""
+        """The ancestors and descendants of a version, as trees."""
         with reading(self._engine) as connection:
             return lineage(connection, ref)
 
-    def compare(self, one: str, other: str) -> list[Difference]:
-        """What differs between two versions, section by section."""
+    def compare(self, one: str, other: str) -> list[VersionDifference]:
+        """The differences between two versions, section by section."""
         return compare(self.record(one), self.record(other))
 
     def backup(self, path: str | Path) -> Integrity:
-        """Copies the registry, as it is at one moment, into a new SQLite file, and checks the copy.
+        """Copies a consistent snapshot of the registry to a new SQLite file, and checks the copy.
 
         Raises:
-            RegistryError: there is such a file already, or the copy could not be written.
+            RegistryError: the file exists, or cannot be written.
             IntegrityError: the registry is damaged; nothing was written.
         """
         from addenda.registry.exchange.backup import backup
@@ -169,31 +169,30 @@ class Reader:
 
     @property
     def file_mode(self) -> int:
-        """Permissions of files that hold what the registry holds: never more than it has itself."""
-        return mode(self._engine)
+        """Permissions for copies of the registry's contents; never wider than the registry's own."""
+        return file_mode(self._engine)
 
     def remains(self) -> list[Path]:
-        """Folders that killed backups left beside the registry's file."""
+        """Folders that interrupted backups left next to the registry's file."""
         from addenda.registry.exchange.backup import remains
 
         return remains(self._engine)
 
     @property
     def schema_version(self) -> str:
-        """The version of the database's schema."""
+        """The database schema's version."""
         with reading(self._engine) as connection:
             return revision(connection) or "none"
 
     def schema_faults(self) -> list[str]:
-        """What of the tables, indexes and triggers is not as this version makes them, in words."""
+        """Differences between the database's tables, indexes and triggers and those of this version's schema."""
         return schema_faults(self._engine)
 
     def check_integrity(self, head: str | None = None) -> Integrity:
-        """Hashes every stored byte again, and checks every seal, key, alias, tag, trigger and index; it only reads.
+        """Checks all stored digests, references, aliases, tags, triggers and indexes, without writing.
 
         Args:
-            head: the digest of an event that was noted earlier (`Integrity.head`): then no event since can have been
-                cut off unseen.
+            head: an `Integrity.head` recorded earlier; a fault is reported if the history no longer contains it.
 
         Raises:
             RegistryError: the database cannot be read at all.
@@ -203,23 +202,23 @@ class Reader:
         return check_integrity(self._engine, head)
 
     def export(self, refs: Sequence[str], path: str | Path) -> list[str]:
-        """Writes tasks, what they extend and all that belongs to them to one file, which `import_bundle` reads.
+        """Writes tasks and the tasks they extend to a bundle, which `import_bundle` reads.
 
-        The same tasks give the same bytes. Aliases and notes stay at home.
+        The same tasks give the same bytes. Aliases and notes are not exported.
 
         Args:
-            refs: of the tasks.
-            path: the file, by custom NAME.addenda; it must not exist.
+            refs: references of the tasks.
+            path: the bundle, by convention NAME.addenda; it must not exist.
 
         Returns:
-            References of all the tasks in it.
+            References of all tasks in the bundle.
 
         Raises:
-            IntegrityError: stored bytes are not what was registered.
+            IntegrityError: stored bytes have changed.
             RegistryError: the file exists, or cannot be written.
         """
         from addenda.registry.exchange import bundle
-        from addenda.registry.exchange.gathering import gather
+        from addenda.registry.exchange.selection import gather
 
         with reading(self._engine) as connection:
             contents, read, _ = gather(connection, refs)

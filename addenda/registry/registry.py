@@ -1,4 +1,4 @@
-"""The registry: every task ever learned, never altered."""
+"""The task registry: an append-only database of learned tasks."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from addenda.registry.store.database import connect, database_errors, reading, w
 from addenda.registry.store.ledger import Writer, generation, next_id, stamp
 from addenda.registry.store.names import check_name, check_tag, check_text
 from addenda.registry.store.queries import find, ref_of
-from addenda.registry.store.records import EvaluationRecord, Scoring
+from addenda.registry.store.records import Evaluation, EvaluationRecord
 from addenda.registry.store.upgrade import check_readable, upgrade
 
 if TYPE_CHECKING:
-    from addenda.registry.exchange.receiving import Received
-    from addenda.registry.store.loading import FeatureStatistics
+    from addenda.registry.exchange.receiver import Received
     from addenda.registry.store.task import Golden, Task
+    from addenda.registry.store.task_reader import FeatureStatistics
 
 
 class Registry(Reader):
-    """A database of tasks. Open it with `Registry.open`; `Reader` has what it can be asked.
+    """A database of tasks, opened with `Registry.open`; `Reader` has its read methods.
 
     Examples:
         >>> from tempfile import TemporaryDirectory
@@ -43,16 +43,17 @@ class Registry(Reader):
     def open(
         cls, location: str | Path, create: bool = True, user: str | None = None, read_only: bool = False
     ) -> Registry:
-        """Opens a registry, making or upgrading its schema where needed.
+        """Opens a registry; creates or upgrades its schema if needed.
 
         Args:
             location: a path, or a URL: sqlite:///PATH, postgresql://USER@HOST/DATABASE.
-            create: whether to make a new registry where there is none.
-            user: in whose name changes are recorded; None takes the operating system's user.
-            read_only: for somebody else's: nothing is made, upgraded or changed, and what is there is not trusted.
+            create: whether to create the registry if it does not exist.
+            user: the author recorded for changes; None means the operating system's user.
+            read_only: for untrusted registries: nothing is created, upgraded or changed, and unexpected views and
+                triggers are rejected.
 
         Raises:
-            RegistryError: it does not exist, is no registry, cannot be opened, or is of a newer version.
+            RegistryError: it does not exist, is not a registry, cannot be opened, or has a newer schema.
         """
         engine = connect(location, create and not read_only, read_only)
         try:
@@ -66,11 +67,11 @@ class Registry(Reader):
         return cls(engine, user)
 
     def on_behalf_of(self, user: str) -> Registry:
-        """The same registry, by the same connections, whose changes are recorded in another's name."""
+        """The same registry on the same connections, with another author for its changes."""
         return Registry(self._engine, user)
 
     def close(self) -> None:
-        """Closes its connections."""
+        """Closes all connections."""
         self._engine.dispose()
 
     def __enter__(self) -> Registry:
@@ -80,19 +81,19 @@ class Registry(Reader):
         self.close()
 
     @contextmanager
-    def _changing(self, failed: str, dry_run: bool = False, **told: str) -> Iterator[Writer]:
-        """One transaction, wholly or not at all; errors of the database begin with what failed."""
-        with database_errors(failed), writing(self._engine) as connection:
-            yield Writer(connection, stamp(self._user), told)
+    def _changing(self, context: str, dry_run: bool = False, **details: str) -> Iterator[Writer]:
+        """One write transaction. Database errors are prefixed with `context`; `details` go into every event."""
+        with database_errors(context), writing(self._engine) as connection:
+            yield Writer(connection, stamp(self._user), details)
             if dry_run:
                 connection.rollback()
 
     def add_backbone(self, record: Mapping[str, Any]) -> None:
-        """Records a backbone, once; `record` is what `FrozenBackbone.record` gives."""
-        with self._changing(f"Backbone {record['name']!r} cannot be recorded") as to:
+        """Registers a backbone, described by `FrozenBackbone.record`, unless it is registered already."""
+        with self._changing(f"Backbone {record['name']!r} cannot be registered") as writer:
             known = select(schema.backbone.c.fingerprint).where(schema.backbone.c.fingerprint == record["fingerprint"])
-            if to.connection.scalar(known) is None:
-                to.add(schema.backbone, {**record, **to.who}, "backbone", record["fingerprint"])
+            if writer.connection.scalar(known) is None:
+                writer.add(schema.backbone, {**record, **writer.stamp}, "backbone", record["fingerprint"])
 
     def register(
         self,
@@ -100,50 +101,49 @@ class Registry(Reader):
         golden: Golden,
         statistics: FeatureStatistics | None = None,
         new_version: bool = False,
-        evaluations: Sequence[Scoring] = (),
+        evaluations: Sequence[Evaluation] = (),
     ) -> Task:
-        """Registers a task, in one transaction: wholly or not at all.
+        """Registers a task in one transaction.
 
         Args:
-            task: what was learned; its parents must be registered.
+            task: the task; its parents must be registered.
             golden: its golden probe, from `combined.golden`.
-            statistics: of the images it was learned from, from `combined.feature_statistics`; without, no router
-                knows of it.
-            new_version: whether a name already taken gets a further version.
-            evaluations: scorings made while it was learned.
+            statistics: its routing statistics, from `combined.feature_statistics`; routers ignore tasks without.
+            new_version: whether to add a version if the name is taken.
+            evaluations: evaluations made during training.
 
         Returns:
-            The task with its version. Content already registered under this name is not registered again: the active
-            version that holds it is returned.
+            The task with its version. If an active version of this name has the same content, that version is
+            returned and nothing is registered.
 
         Raises:
             NameTakenError: the name is taken by other content.
-            RetiredError: it is taken by the same content, which was retired; as a new version it is active again.
-            IntegrityError: its tensors have been written to since it was made.
-            RegistryError: a parent or the backbone is not registered, its statistics weigh too much, or the database
-                refused.
+            RetiredError: the same content was registered under this name and retired; `new_version` registers it again.
+            IntegrityError: the task's tensors were modified after its creation.
+            RegistryError: a parent or the backbone is not registered, the statistics are too large, or the database
+                rejected the change.
         """
         from addenda.registry.store import registration
 
-        probe, _ = registration.checked(task, golden, statistics), task.artifact
-        with self._changing(f"Task {task.name!r} was not registered") as to:
-            return registration.register(to, task, probe, statistics, new_version, evaluations)
+        probe, _ = registration.check_new_task(task, golden, statistics), task.artifact
+        with self._changing(f"Task {task.name!r} was not registered") as writer:
+            return registration.register(writer, task, probe, statistics, new_version, evaluations)
 
     def add_golden(self, ref: str, golden: Golden) -> None:
-        """Records a golden probe made under further numerics, beside those that are there; a known one is left alone.
+        """Records a task's golden probe under new numerics; does nothing if it has one under these numerics.
 
         Raises:
-            RegistryError: the probe is not one of this task, or does not hash to its digest.
+            RegistryError: the probe is not of this task, or does not match its digest.
         """
-        from addenda.registry.store.loading import load_task
         from addenda.registry.store.registration import add_golden, golden_row
+        from addenda.registry.store.task_reader import load_task
 
-        with self._changing(f"Task {ref!r}: no probe was recorded") as to:
-            row, of = find(to.connection, ref), schema.golden.c
-            probe = golden_row(load_task(to.connection, row), golden)
-            known = select(of.numerics_fingerprint).where(of.task_id == row.id)
-            if golden.numerics_fingerprint not in to.connection.scalars(known).all():
-                add_golden(to, row, {**probe, **to.who})
+        with self._changing(f"Task {ref!r}: no golden probe was recorded") as writer:
+            row, columns = find(writer.connection, ref), schema.golden.c
+            probe = golden_row(load_task(writer.connection, row), golden)
+            recorded = select(columns.numerics_fingerprint).where(columns.task_id == row.id)
+            if golden.numerics_fingerprint not in writer.connection.scalars(recorded).all():
+                add_golden(writer, row, {**probe, **writer.stamp})
 
     def import_bundle(
         self,
@@ -152,141 +152,144 @@ class Registry(Reader):
         dry_run: bool = False,
         owner: str | None = None,
     ) -> list[Received]:
-        """Takes in what `export` wrote, in one transaction: wholly or not at all.
+        """Imports a bundle written by `export`, in one transaction.
 
-        What is here is never altered: content already under its name only gains golden probes of other numerics and
-        tags. Who learned a task and when, with what score, stays as it was; the event tells of the import.
+        Registered tasks are not altered; a task that exists already only gains tags, and golden probes under other
+        numerics. Authors, times and scores are imported as they are; the event records the import.
 
         Args:
-            path: the file.
-            renames: a name there -> its name here.
-            dry_run: only says what would be done.
-            owner: who may touch none but their own names: those whose versions were all registered or imported in
-                this name, and names that are free. None may touch all.
+            path: the bundle.
+            renames: name in the bundle -> name in this registry.
+            dry_run: return what would be done, without changing anything.
+            owner: if given, only free names and names whose versions were all registered or imported by this user
+                may be changed.
 
         Raises:
-            IntegrityError: the file is not a whole bundle.
-            OwnershipError: it brings a version of a name that is not the owner's.
-            RegistryError: a version number holds other content here; all of these are named.
+            IntegrityError: the file is not a valid bundle.
+            OwnershipError: the bundle has a version of a name that is not the owner's.
+            RegistryError: versions exist with other content; the message lists them all.
         """
         from addenda.registry.exchange import bundle
-        from addenda.registry.exchange.receiving import receive
+        from addenda.registry.exchange.receiver import receive
 
-        failed = f"Bundle {str(path)!r} was not taken in"
-        with bundle.opened(Path(path)) as (arrived, source), self._changing(failed, dry_run, source=source) as to:
-            return receive(to, arrived, renames or {}, owner)
+        context = f"Bundle {str(path)!r} was not imported"
+        with (
+            bundle.open_bundle(Path(path)) as (transfer, source),
+            self._changing(context, dry_run, source=source) as writer,
+        ):
+            return receive(writer, transfer, renames or {}, owner)
 
     def merge(self, other: Registry, renames: Mapping[str, str] | None = None, dry_run: bool = False) -> list[Received]:
-        """Takes in every task of another registry, with retirements and aliases, in one transaction.
+        """Imports every task of another registry, with retirements and aliases, in one transaction.
 
-        What is here is never altered, as with `import_bundle`; an alias that points elsewhere here stays.
+        As with `import_bundle`, registered tasks are not altered; an existing alias keeps its version.
 
         Args:
-            other: it is only read.
-            renames: a name there -> its name here.
-            dry_run: only says what would be done.
+            other: the other registry, which is not changed.
+            renames: name in the other registry -> name in this registry.
+            dry_run: return what would be done, without changing anything.
 
         Raises:
-            IntegrityError: stored bytes there are not what was registered.
-            RegistryError: a version number holds other content here; all of these are named.
+            IntegrityError: stored bytes in the other registry have changed.
+            RegistryError: versions exist with other content; the message lists them all.
         """
-        from addenda.registry.exchange.gathering import gather
-        from addenda.registry.exchange.receiving import receive
+        from addenda.registry.exchange.receiver import receive
+        from addenda.registry.exchange.selection import gather
 
-        failed = f"Registry {other.location!r} was not taken in"
+        context = f"Registry {other.location!r} was not merged"
         with reading(other._engine) as connection:
-            arrived = gather(connection, None)
-            with self._changing(failed, dry_run, source=other.location) as to:
-                return receive(to, arrived, renames or {})
+            transfer = gather(connection, None)
+            with self._changing(context, dry_run, source=other.location) as writer:
+                return receive(writer, transfer, renames or {})
 
     def retire(self, ref: str, reason: str = "", along: Sequence[str] = ()) -> None:
-        """Hides a version from `load` and from its bare name; nothing is deleted.
+        """Retires a version: hides it from `load` and from its bare name, without deleting anything.
 
         Args:
             ref: the version.
-            reason: why, for the record.
-            along: active tasks that extend it, directly or not, to retire before it; all of them must be named.
+            reason: recorded with the retirement.
+            along: descendants to retire too; all active descendants must be listed.
 
         Raises:
-            RegistryError: it is retired already, an alias points at it, an active task that is not named extends it, or
-                one that is named does not.
+            RegistryError: it is retired already, an alias points at it, an active descendant is not listed in
+                `along`, or a listed task is not a descendant.
         """
         check_text(reason, "The reason")
-        with self._changing(f"Task {ref!r} was not retired") as to:
-            changes.retire_family(to, ref, reason, along)
+        with self._changing(f"Task {ref!r} was not retired") as writer:
+            changes.retire_family(writer, ref, reason, along)
 
     def set_alias(self, name: str, alias: str, version: int | None = None, *, expected: int | None = None) -> None:
-        """Points `name@alias` at a version; where it pointed before stays in the events.
+        """Points `name@alias` at a version; the events record the previous version.
 
         Args:
-            name: of the task.
-            alias: such as `production`.
-            version: the number under this name.
-            expected: the version that it must point at now, 0 for none; None sets it whatever it is.
+            name: the task's name.
+            alias: the alias, such as `production`.
+            version: the version's number.
+            expected: precondition: the version that the alias points at now, 0 for none; None for no precondition.
 
         Raises:
-            ConflictError: it points elsewhere than expected.
-            RegistryError: the alias is not a valid name, the version is retired, or none is given.
+            ConflictError: the precondition failed.
+            RegistryError: the alias is not a valid name, or the version is retired or missing.
         """
         if version is None:
             raise RegistryError(
-                f"set_alias({name!r}, {alias!r}) names no version: it takes name, alias and version in this order, as "
-                "in set_alias('digits', 'production', 2)."
+                f"set_alias({name!r}, {alias!r}) has no version. Its arguments are name, alias and version, as in "
+                "set_alias('digits', 'production', 2)."
             )
         check_name(alias)
-        with self._changing(f"Alias {alias!r} was not set") as to:
-            changes.point(to, find(to.connection, f"{name}:{version}"), alias, expected)
+        with self._changing(f"Alias {alias!r} was not set") as writer:
+            changes.set_alias(writer, find(writer.connection, f"{name}:{version}"), alias, expected)
 
     def remove_alias(self, name: str, alias: str, *, expected: int | None = None) -> None:
-        """Lets `name@alias` point at nothing; where it pointed stays in the events.
+        """Removes `name@alias`; the events record the version that it pointed at.
 
         Raises:
-            ConflictError: it points elsewhere than expected.
-            RegistryError: it points at nothing already.
+            ConflictError: the alias does not point at the expected version.
+            RegistryError: there is no such alias.
         """
-        with self._changing(f"Alias {alias!r} was not removed") as to:
-            changes.unpoint(to, name, alias, expected)
+        with self._changing(f"Alias {alias!r} was not removed") as writer:
+            changes.remove_alias(writer, name, alias, expected)
 
     def tag(self, ref: str, tag: str) -> None:
-        """Puts a tag on a version; one that it carries already changes nothing.
+        """Adds a tag to a version; does nothing if it has the tag.
 
         Raises:
             RegistryError: the tag is not valid.
         """
         check_tag(tag)
-        with self._changing(f"Task {ref!r} was not tagged") as to:
-            row = find(to.connection, ref)
-            if tag not in changes.tags_of(to.connection, row):
-                changes.tag(to, row, tag)
+        with self._changing(f"Task {ref!r} was not tagged") as writer:
+            row = find(writer.connection, ref)
+            if tag not in changes.tags_of(writer.connection, row):
+                changes.tag(writer, row, tag)
 
     def untag(self, ref: str, tag: str) -> None:
-        """Takes a tag off a version.
+        """Removes a tag from a version.
 
         Raises:
-            RegistryError: it does not carry this tag.
+            RegistryError: the version does not have this tag.
         """
-        with self._changing(f"Task {ref!r} was not untagged") as to:
-            changes.untag(to, find(to.connection, ref), tag)
+        with self._changing(f"Task {ref!r} was not untagged") as writer:
+            changes.untag(writer, find(writer.connection, ref), tag)
 
     def note(self, ref: str, text: str) -> None:
-        """Adds a note to a version's history; a note is an event, so it stays.
+        """Adds a note to a version's history; a note is an event and cannot be removed.
 
         Raises:
-            RegistryError: the note says nothing.
+            RegistryError: the note is empty.
         """
         if not check_text(text, "The note").strip():
-            raise RegistryError("A note says something; this one is empty.")
-        with self._changing(f"Task {ref!r}: no note was added") as to:
-            to.append("noted", ref_of(find(to.connection, ref)), text=text)
+            raise RegistryError("The note is empty.")
+        with self._changing(f"Task {ref!r}: no note was added") as writer:
+            writer.append("noted", ref_of(find(writer.connection, ref)), text=text)
 
     def add_evaluation(
         self, ref: str, data_fingerprint: str, numerics_fingerprint: str, metrics: Mapping[str, Any], logits_digest: str
     ) -> EvaluationRecord:
-        """Records one scoring of a task."""
-        scoring = vars(Scoring(data_fingerprint, numerics_fingerprint, dict(metrics), logits_digest))
-        with self._changing(f"The evaluation of {ref!r} was not recorded") as to:
-            row, number = find(to.connection, ref), generation(to.connection) + 1
-            values = {**scoring, **to.who, "generation": number}
-            numbers = {"id": next_id(to.connection, schema.evaluation), "task_id": row.id}
-            to.add(schema.evaluation, numbers | values, "evaluated", ref_of(row), data=data_fingerprint)
-            return EvaluationRecord(task=ref_of(row), event_id=number, **values)
+        """Records an evaluation of a task."""
+        evaluation = vars(Evaluation(data_fingerprint, numerics_fingerprint, dict(metrics), logits_digest))
+        with self._changing(f"The evaluation of {ref!r} was not recorded") as writer:
+            row, event_id = find(writer.connection, ref), generation(writer.connection) + 1
+            values = {**evaluation, **writer.stamp, "generation": event_id}
+            ids = {"id": next_id(writer.connection, schema.evaluation), "task_id": row.id}
+            writer.add(schema.evaluation, ids | values, "evaluated", ref_of(row), data=data_fingerprint)
+            return EvaluationRecord(task=ref_of(row), event_id=event_id, **values)

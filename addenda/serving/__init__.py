@@ -1,1 +1,1 @@
-"""Serving the combined model of all registered tasks over HTTP."""
+"""HTTP serving of the combined model of all registered tasks."""

@@ -1,4 +1,4 @@
-"""What every route asks first: the service, and who may do what by keys, scopes and origins."""
+"""Dependencies shared by all routes: the service, and authorization by API key, scope and origin."""
 
 from __future__ import annotations
 
@@ -23,47 +23,47 @@ Cookie = Annotated[str | None, Security(APIKeyCookie(name=COOKIE, auto_error=Fal
 
 
 async def check(request: Request, scopes: SecurityScopes, bearer: Bearer, cookie: Cookie) -> None:
-    """Lets a request through whose key allows what the route asks for; without a file of keys all on this machine may.
+    """Rejects a request whose key lacks a required scope; a loopback server without a key file requires no key.
 
-    A cookie, which a browser sends by itself, counts only for requests that come from the server's own pages.
+    Browsers send the cookie by themselves, so requests from other sites' pages are rejected first.
     """
     check_origin(request)
     if open_to_all(request):
         return
-    found = key_of(request, bearer.credentials if bearer else cookie)
-    if found is None:
-        said = "A valid API key is needed: Authorization: Bearer KEY."
-        raise ProblemError(401, said, {"WWW-Authenticate": "Bearer"})
-    request.state.key, request.state.scope = found.name, found.scope
+    key = key_of(request, bearer.credentials if bearer else cookie)
+    if key is None:
+        detail = "A valid API key is required: Authorization: Bearer KEY."
+        raise ProblemError(401, detail, {"WWW-Authenticate": "Bearer"})
+    request.state.key, request.state.scope = key.name, key.scope
     for scope in scopes.scopes:
-        if not found.allows(scope):
-            raise ProblemError(403, f"The key {found.name!r} allows {found.scope!r}; this needs {scope!r}.")
+        if not key.allows(scope):
+            raise ProblemError(403, f"Key {key.name!r} has scope {key.scope!r}; this request requires {scope!r}.")
 
 
 def open_to_all(request: Request) -> bool:
-    """Whether no key is asked for: there never was a file of keys, and only this machine can ask."""
+    """Whether no key is required: the server is on loopback and its key file has never existed."""
     keys: KeyFile | None = request.app.state.keys
     return request.app.state.loopback and (keys is None or not keys.guards)
 
 
 def key_of(request: Request, text: str | None) -> Key | None:
-    """The key that was given, if it is one."""
+    """The record of a key, or None if the key is not valid."""
     keys: KeyFile | None = request.app.state.keys
     return keys.find(text) if text and keys is not None else None
 
 
 def check_origin(request: Request) -> None:
-    """Refuses what a browser sends from another site's page, or by a name that is made to point here."""
+    """Rejects cross-origin requests, and on loopback requests under any other host name (DNS rebinding)."""
     host = request.headers.get("host", "")
-    if request.app.state.loopback and _place(f"//{host}").hostname not in LOOPBACK:
-        raise ProblemError(421, f"This server answers on {', '.join(LOOPBACK)} only, not as {host!r}.")
+    if request.app.state.loopback and _split(f"//{host}").hostname not in LOOPBACK:
+        raise ProblemError(421, f"This server only serves {', '.join(LOOPBACK)}, not {host!r}.")
     origin = request.headers.get("origin")
-    if origin is not None and _place(origin).netloc != host:
-        raise ProblemError(403, f"Requests from pages of {origin!r} are refused.")
+    if origin is not None and _split(origin).netloc != host:
+        raise ProblemError(403, f"Requests from pages of {origin!r} are rejected.")
 
 
-def _place(url: str) -> SplitResult:
-    """The parts of a URL; none where it is not one."""
+def _split(url: str) -> SplitResult:
+    """The parts of a URL; all empty if it cannot be parsed."""
     try:
         return urlsplit(url)
     except ValueError:
@@ -71,7 +71,7 @@ def _place(url: str) -> SplitResult:
 
 
 async def service_of(request: Request) -> Service:
-    """The service that the application answers with."""
+    """The application's service."""
     service: Service = request.app.state.service
     return service
 
@@ -80,5 +80,5 @@ Served = Annotated[Service, Depends(service_of)]
 
 
 def needs(scope: str) -> Any:
-    """The dependency of a route that needs a scope."""
+    """The dependency of a route that requires a key with this scope."""
     return Security(check, scopes=[scope])

@@ -1,4 +1,4 @@
-"""The friendly API about images and about the server: predict, status, verify, events."""
+"""REST API for predictions and for the server: predict, status, verify, events."""
 
 from __future__ import annotations
 
@@ -17,29 +17,32 @@ from addenda import __version__
 from addenda.combined import numerics, numerics_fingerprint, predictions_of
 from addenda.exceptions import DataError
 from addenda.serving.access import Served, needs
-from addenda.serving.bodies import BINARY, read_images, takes, while_connected
-from addenda.serving.problems import documents
-from addenda.serving.service import Answered
+from addenda.serving.bodies import BINARY, body_schema, read_images, while_connected
+from addenda.serving.problems import problem_responses
+from addenda.serving.service import ServedPrediction
 
 AUTO = "auto"
-LOOK_S = 0.2
-"""Between looks for another generation, for those who listen."""
+POLL_S = 0.2
+"""Seconds between checks for a new generation, for event listeners."""
 
-router = APIRouter(prefix="/api/v1", responses=documents(401, 403))
+router = APIRouter(prefix="/api/v1", responses=problem_responses(401, 403))
 _FORM = {"type": "object", "required": ["image"], "properties": {"image": BINARY}}
 _SERVER: dict[str, Any] = {"tags": ["server"], "dependencies": [needs("predict")]}
-_VERIFY: dict[str, Any] = _SERVER | {"dependencies": [needs("admin")], "responses": documents(404, 409, 422, 503)}
+_VERIFY: dict[str, Any] = _SERVER | {
+    "dependencies": [needs("admin")],
+    "responses": problem_responses(404, 409, 422, 503),
+}
 
 
 class Label(BaseModel):
-    """A class, and how probable it is."""
+    """A label and its probability."""
 
     label: str
     probability: float
 
 
-class Answer(BaseModel):
-    """A task's answer about an image, and which task it is to the byte."""
+class TaskPrediction(BaseModel):
+    """A task's prediction for an image; `sha256` is the digest of the task's artifact."""
 
     ref: str
     sha256: str
@@ -47,8 +50,8 @@ class Answer(BaseModel):
     labels: list[Label]
 
 
-class Chosen(BaseModel):
-    """The task that a router chose; not familiar: the image looks like none of their images."""
+class RoutedTask(BaseModel):
+    """The task that the router chose; `familiar` is false if the image resembles no task's training images."""
 
     task: str
     probability: float
@@ -56,16 +59,16 @@ class Chosen(BaseModel):
 
 
 class Prediction(BaseModel):
-    """Answers about one image, all of one generation."""
+    """Predictions for one image, all from one generation."""
 
     generation: int
     exact: bool
-    chosen: Chosen | None = None
-    tasks: dict[str, Answer]
+    chosen: RoutedTask | None = None
+    tasks: dict[str, TaskPrediction]
 
 
 class Status(BaseModel):
-    """What a server is at this moment."""
+    """The current state of the server."""
 
     version: str
     generation: int
@@ -80,8 +83,8 @@ class Status(BaseModel):
     draining: bool
 
 
-class Verified(BaseModel):
-    """What became of the golden probes of the served tasks."""
+class Verification(BaseModel):
+    """The result of recomputing the golden probes of the served tasks."""
 
     at: str
     generation: int
@@ -93,74 +96,76 @@ class Verified(BaseModel):
     "/predict",
     tags=["predict"],
     dependencies=[needs("predict")],
-    summary="Answers an image",
-    responses=documents(400, 404, 408, 409, 413, 415, 422, 503, 504),
+    summary="Predicts for an image",
+    responses=problem_responses(400, 404, 408, 409, 413, 415, 422, 503, 504),
     response_model_exclude_none=True,
-    openapi_extra=takes({"image/*": BINARY, "multipart/form-data": _FORM}),
+    openapi_extra=body_schema({"image/*": BINARY, "multipart/form-data": _FORM}),
 )
 async def predict(
     request: Request,
     service: Served,
-    tasks: Annotated[list[str] | None, Query(description="Names of tasks, also with commas; default: all.")] = None,
-    task: Annotated[
-        str | None, Query(description="A task's name, or 'auto': the one that the image looks like.")
+    tasks: Annotated[
+        list[str] | None, Query(description="Task names, repeated or comma-separated. Default: all.")
     ] = None,
-    top: Annotated[int | None, Query(ge=1, le=1000, description="Labels of each task, at most.")] = None,
+    task: Annotated[str | None, Query(description="A task name, or 'auto' to let the router choose the task.")] = None,
+    top: Annotated[int | None, Query(ge=1, le=1000, description="Maximum number of labels per task.")] = None,
     addenda_timeout_ms: Annotated[int | None, Header(ge=1, le=3_600_000)] = None,
 ) -> Prediction:
-    """Answers a JPEG, PNG or WebP file, sent as it is or as the field `image` of a form."""
+    """Predicts for a JPEG, PNG or WebP file, sent as the body or as the form field `image`."""
     image = await _image(request, await read_images(request, service))
     timeout_s = None if addenda_timeout_ms is None else addenda_timeout_ms / 1000
     if task == AUTO:
         if tasks:
-            raise DataError("'task=auto' chooses among all tasks: leave 'tasks' out.")
-        return _prediction(await while_connected(request, service.route([image], timeout_s)), top)
-    names = [name.strip() for part in tasks or () for name in part.split(",")] + ([] if task is None else [task])
-    return _prediction(await while_connected(request, service.answer([image], names or None, timeout_s)), top)
+            raise DataError("'task=auto' chooses among all tasks and cannot be combined with 'tasks'.")
+        return _response(await while_connected(request, service.route([image], timeout_s)), top)
+    names = [name.strip() for group in tasks or () for name in group.split(",")] + ([] if task is None else [task])
+    return _response(await while_connected(request, service.predict([image], names or None, timeout_s)), top)
 
 
 async def _image(request: Request, body: bytes) -> bytes:
-    """The image of a body: the body itself, or the one file of its form."""
+    """The image file of a request: its body, or the file in its form."""
     if not request.headers.get("content-type", "").lower().startswith("multipart/"):
         return body
 
-    async def once() -> AsyncGenerator[bytes, None]:
+    async def stream() -> AsyncGenerator[bytes, None]:
         yield body
 
     try:
-        form = await MultiPartParser(request.headers, once(), max_files=1, max_fields=8, max_part_size=4096).parse()
+        form = await MultiPartParser(request.headers, stream(), max_files=1, max_fields=8, max_part_size=4096).parse()
     except (MultiPartException, LookupError, ValueError) as error:
-        said = getattr(error, "message", "") or "it is damaged"
-        raise DataError(f"The form cannot be read: {said}.") from error
+        reason = getattr(error, "message", "") or "it is malformed"
+        raise DataError(f"The form cannot be parsed: {reason}.") from error
     try:
         image = form.get("image")
         if not isinstance(image, UploadFile):
-            raise DataError("The form has no file in its field 'image'.")
+            raise DataError("The form has no file in the field 'image'.")
         return await image.read()
     finally:
         await form.close()
 
 
-def _prediction(answered: Answered, top: int | None) -> Prediction:
-    choice = answered.choices[0] if answered.choices else None
-    names = [choice.task] if choice else list(answered.logits)
-    asked = {name: answered.snapshot.model.tasks[name] for name in names}
-    best = predictions_of(asked.values(), answered.logits, top)
-    tasks = {}
-    for name, found in asked.items():
-        labels = [Label(label=label, probability=probability) for label, probability in best[name][0]]
-        tasks[name] = Answer(ref=found.ref, sha256=found.sha256, objective=found.objective, labels=labels)
+def _response(served: ServedPrediction, top: int | None) -> Prediction:
+    choice = served.choices[0] if served.choices else None
+    names = [choice.task] if choice else list(served.logits)
+    tasks = {name: served.snapshot.model.tasks[name] for name in names}
+    predictions = predictions_of(tasks.values(), served.logits, top)
+    task_predictions = {}
+    for name, task in tasks.items():
+        labels = [Label(label=label, probability=probability) for label, probability in predictions[name][0]]
+        task_predictions[name] = TaskPrediction(
+            ref=task.ref, sha256=task.sha256, objective=task.objective, labels=labels
+        )
     return Prediction(
-        generation=answered.snapshot.generation,
-        exact=answered.logits.exact,
-        chosen=None if choice is None else Chosen(**choice._asdict()),
-        tasks=tasks,
+        generation=served.snapshot.generation,
+        exact=served.logits.exact,
+        chosen=None if choice is None else RoutedTask(**choice._asdict()),
+        tasks=task_predictions,
     )
 
 
-@router.get("/status", **_SERVER, summary="What the server is now")
+@router.get("/status", **_SERVER, summary="The server's state")
 def status(request: Request, service: Served) -> Status:
-    """The generation that is served, its tasks, and what bits depend on."""
+    """Returns the served generation, its tasks, and the fingerprints that results depend on."""
     snapshot = service.snapshot
     return Status(
         version=__version__,
@@ -178,38 +183,38 @@ def status(request: Request, service: Served) -> Status:
 
 
 @router.post("/verify", **_VERIFY, summary="Recomputes golden probes")
-def verify(request: Request, service: Served) -> Verified:
-    """Recomputes the golden probes of the served tasks, on the model as it serves, one verification at a time."""
+def verify(request: Request, service: Served) -> Verification:
+    """Recomputes the golden probes of the served tasks on the served model; one verification runs at a time."""
     with request.app.state.verifying:
         snapshot, verdicts = service.verify()
-    found = Verified(
+    verification = Verification(
         at=datetime.now(UTC).isoformat(timespec="seconds"),
         generation=snapshot.generation,
         ok=all(verdict.ok for verdict in verdicts) and not snapshot.quarantined,
         tasks=[vars(verdict) for verdict in verdicts]
         + [{"task": ref, "ok": False, "detail": f"quarantined: {why}"} for ref, why in snapshot.quarantined.items()],
     )
-    request.app.state.verifications.appendleft(found)
-    return found
+    request.app.state.verifications.appendleft(verification)
+    return verification
 
 
-@router.get("/verifications", **_SERVER, summary="Verifications so far")
-def verifications(request: Request) -> list[Verified]:
-    """The last hundred since the server started, newest first."""
+@router.get("/verifications", **_SERVER, summary="Recent verifications")
+def verifications(request: Request) -> list[Verification]:
+    """Lists the last 100 verifications since the server started, newest first."""
     return list(request.app.state.verifications)
 
 
-@router.get("/events", **_SERVER, summary="Says when another generation is served", response_class=EventSourceResponse)
+@router.get("/events", **_SERVER, summary="Streams generation changes", response_class=EventSourceResponse)
 async def events(request: Request, service: Served) -> AsyncIterator[ServerSentEvent]:
-    """A server-sent event `generation` at once, and whenever another one is served; it ends when the server stops."""
-    told = None
+    """Sends a server-sent event `generation` at once and after every change, until the server drains."""
+    sent = None
     while not request.app.state.draining:
         snapshot = service.snapshot
-        if snapshot is not told:
-            told = snapshot
+        if snapshot is not sent:
+            sent = snapshot
             quarantined = dict(snapshot.quarantined)
             data = {"generation": snapshot.generation, "tasks": snapshot.refs, "quarantined": quarantined}
             yield ServerSentEvent(event="generation", id=str(snapshot.generation), data=data)
         if request.state.is_head:
             return
-        await asyncio.sleep(LOOK_S)
+        await asyncio.sleep(POLL_S)

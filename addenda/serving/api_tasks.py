@@ -1,4 +1,4 @@
-"""The friendly API about tasks: what is registered, and what of it is served."""
+"""REST API for tasks: which are registered, and which are served."""
 
 from __future__ import annotations
 
@@ -11,18 +11,15 @@ from pydantic import BaseModel
 from addenda.exceptions import UnknownTaskError
 from addenda.registry import TaskFilter, TaskRecord
 from addenda.serving.access import Served, needs
-from addenda.serving.problems import documents
+from addenda.serving.problems import problem_responses
 from addenda.serving.service import Service
 
-router = APIRouter(prefix="/api/v1/tasks", tags=["tasks"], responses=documents(401, 403, 404, 422, 503))
+router = APIRouter(prefix="/api/v1/tasks", tags=["tasks"], responses=problem_responses(401, 403, 404, 422, 503))
 PREDICT: dict[str, Any] = {"dependencies": [needs("predict")]}
 
 
 class TaskState(BaseModel):
-    """A version, and whether it is served; `record` is what the registry knows of it.
-
-    `state` is "serving", "quarantined" (then `reason` says why) or "not served".
-    """
+    """A task version: its registry record, and its state, "serving", "quarantined" (with a reason) or "not served"."""
 
     ref: str
     state: str
@@ -30,17 +27,17 @@ class TaskState(BaseModel):
     record: dict[str, Any]
 
 
-class Page(BaseModel):
-    """Some tasks, the newest last; `next` is what `before` must be for the page before them."""
+class TaskPage(BaseModel):
+    """A page of tasks, newest last; pass `next` as `before` to get the next older page."""
 
     tasks: list[TaskState]
     next: str | None
 
 
-@router.get("", **PREDICT, summary="Lists tasks", responses=documents(400))
+@router.get("", **PREDICT, summary="Lists tasks", responses=problem_responses(400))
 def list_tasks(
     service: Served,
-    name: Annotated[str | None, Query(max_length=100, description="A name, or a pattern with *.")] = None,
+    name: Annotated[str | None, Query(max_length=100, description="A name or a pattern with *.")] = None,
     backbone: Annotated[str | None, Query(max_length=100)] = None,
     tag: Annotated[str | None, Query(max_length=100)] = None,
     extends: Annotated[str | None, Query(max_length=100)] = None,
@@ -50,60 +47,61 @@ def list_tasks(
     retired: bool = False,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     before: Annotated[str | None, Query(max_length=100)] = None,
-) -> Page:
-    """Every version that the conditions let through, a page at a time, from the newest back."""
-    chosen = TaskFilter(name, backbone, tag, extends, min_score, since, until, retired)
-    found = service.registry.tasks(chosen, limit, before)
-    return Page(tasks=[_state(service, record) for record in found], next=found[0].ref if len(found) == limit else None)
+) -> TaskPage:
+    """Lists the versions that match all filters, in pages, starting with the newest page."""
+    task_filter = TaskFilter(name, backbone, tag, extends, min_score, since, until, retired)
+    records = service.registry.tasks(task_filter, limit, before)
+    next_page = records[0].ref if len(records) == limit else None
+    return TaskPage(tasks=[_state(service, record) for record in records], next=next_page)
 
 
-@router.get("/{name}", **PREDICT, summary="A task as it is served")
+@router.get("/{name}", **PREDICT, summary="A task")
 def show(service: Served, name: str) -> TaskState:
-    """The version that is served, else the newest one that is active."""
+    """Returns the served version, or else the newest active one."""
     return _state(service, service.registry.record(_served_or_newest(service, name)))
 
 
 @router.get("/{name}/versions", **PREDICT, summary="All versions of a task")
 def versions(service: Served, name: str) -> list[TaskState]:
-    """Retired ones too, oldest first; a thousand at most, the newest."""
-    found = service.registry.tasks(TaskFilter(name=plain_name(name), retired=True), 1000)
-    if not found:
+    """Lists the newest 1,000 versions, including retired ones, oldest first."""
+    records = service.registry.tasks(TaskFilter(name=plain_name(name), retired=True), 1000)
+    if not records:
         raise UnknownTaskError(f"Task {name!r} is not registered.")
-    return [_state(service, record) for record in found]
+    return [_state(service, record) for record in records]
 
 
-@router.get("/{name}/lineage", **PREDICT, summary="What a task extends, and what extends it")
+@router.get("/{name}/lineage", **PREDICT, summary="The lineage of a task")
 def lineage(service: Served, name: str) -> dict[str, Any]:
-    """Of the version that is served, else of the newest one that is active."""
+    """Returns what the served version (or else the newest active one) extends, and what extends it."""
     return asdict(service.registry.lineage(_served_or_newest(service, name)))
 
 
 @router.get("/{name}/versions/{version}", **PREDICT, summary="A version of a task")
 def show_version(service: Served, name: str, version: int) -> TaskState:
-    """What the registry knows of it, and whether it is served."""
+    """Returns its registry record, and whether it is served."""
     return _state(service, service.registry.record(_ref_of(name, version)))
 
 
 @router.get("/{name}/versions/{version}/lineage", **PREDICT, summary="The lineage of a version")
 def version_lineage(service: Served, name: str, version: int) -> dict[str, Any]:
-    """What it extends, and what extends it."""
+    """Returns what it extends, and what extends it."""
     return asdict(service.registry.lineage(_ref_of(name, version)))
 
 
 @router.get(
     "/{name}/versions/{version}/artifact",
     **PREDICT,
-    summary="The bytes of a version",
+    summary="The artifact of a version",
     response_class=Response,
     responses={
-        200: {"description": "safetensors; their sha256 is the ETag.", "content": {"application/octet-stream": {}}},
-        304: {"description": "They are those that If-None-Match names."},
+        200: {"description": "A safetensors file; ETag: its SHA-256.", "content": {"application/octet-stream": {}}},
+        304: {"description": "The artifact matches If-None-Match."},
     },
 )
 def artifact(
     service: Served, name: str, version: int, if_none_match: Annotated[str | None, Header()] = None
 ) -> Response:
-    """Its tensors and manifest, as they were registered."""
+    """Returns the tensors and manifest as registered."""
     ref = _ref_of(name, version)
     record = service.registry.record(ref)
     headers = {"ETag": f'"{record.sha256}"', "Cache-Control": "private, immutable"}
@@ -119,9 +117,9 @@ def tags(header: str) -> list[str]:
 
 
 def plain_name(name: str) -> str:
-    """A name that is no other kind of reference."""
+    """Checks that a name is not another kind of reference (version, alias or pattern)."""
     if any(mark in name for mark in ":@*"):
-        raise UnknownTaskError(f"Task {name!r} is not registered: names hold no ':', '@' or '*'.")
+        raise UnknownTaskError(f"Task {name!r} is not registered: a name has no ':', '@' or '*'.")
     return name
 
 

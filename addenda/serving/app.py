@@ -1,4 +1,4 @@
-"""The HTTP application: routes, put together."""
+"""The HTTP application with all routes."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from addenda import __version__
 from addenda.serving import api, api_changes, api_tasks, inference, page, problems, telemetry
 from addenda.serving.keys import KeyFile
 from addenda.serving.service import Limits, Service
-from addenda.serving.telemetry import Metrics, Telemetry
+from addenda.serving.telemetry import ServerMetrics, Telemetry
 
 
-def make_app(start: Callable[[Metrics], Service], keys: KeyFile | None = None, loopback: bool = True) -> FastAPI:
-    """The application of a service, made by `start` on the loop that uses it; `loopback`: for this machine alone."""
+def make_app(start: Callable[[ServerMetrics], Service], keys: KeyFile | None = None, loopback: bool = True) -> FastAPI:
+    """Builds the app; `start` creates its service on the event loop; `loopback`: it serves this machine only."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -30,13 +30,13 @@ def make_app(start: Callable[[Metrics], Service], keys: KeyFile | None = None, l
         finally:
             await service.close()
 
-    metrics = Metrics()
+    metrics = ServerMetrics()
     app = FastAPI(
         title="Addenda",
         version=__version__,
-        summary="Every task's answer about an image, from one pass.",
+        summary="Predictions of every task from one forward pass.",
         lifespan=lifespan,
-        docs_url=None,  # its page loads scripts from elsewhere
+        docs_url=None,  # its page loads scripts from another site
         redoc_url=None,
         exception_handlers=problems.HANDLERS,
         middleware=[Middleware(Telemetry, metrics=metrics)],

@@ -1,4 +1,4 @@
-"""Reading requests: bounded in bytes, in inflated bytes and in time; and noticing that nobody waits any more."""
+"""Reading request bodies with limits on size, decompressed size and time; detecting disconnected clients."""
 
 from __future__ import annotations
 
@@ -18,26 +18,27 @@ from addenda.serving.service import Service
 
 Result = TypeVar("Result")
 BODY_S = 60
-"""Seconds that a body may take to come."""
-GONE = "The client has gone."
+"""Time limit for receiving a body, in seconds."""
+GONE = "The client disconnected."
 BINARY = {"type": "string", "format": "binary"}
-"""The schema of bytes."""
+"""The OpenAPI schema of bytes."""
 _WINDOWS = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 
 
-def takes(schemas: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What OpenAPI says of a body that a route reads itself: a schema for each media type."""
-    return {"requestBody": {"required": True, "content": {kind: {"schema": one} for kind, one in schemas.items()}}}
+def body_schema(schemas: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The OpenAPI request body of a route that reads the body itself, from a schema for each media type."""
+    content = {media_type: {"schema": schema} for media_type, schema in schemas.items()}
+    return {"requestBody": {"required": True, "content": content}}
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """A request's body, inflated where it is compressed; it counts as held in memory until the request is answered."""
-    state, together = request.app.state, request.app.state.service.limits.bodies_bytes
+    """Reads and decompresses a request's body; it counts towards the memory limit of all bodies until the response."""
+    state, total_limit = request.app.state, request.app.state.service.limits.bodies_bytes
     body = bytearray()
-    async for chunk in _pieces(request, limit):
-        if state.body_bytes + len(chunk) > together:
-            said = f"Requests of {together // 2**20} MiB together are being read."
-            raise ProblemError(503, said, {"Retry-After": "1"})
+    async for chunk in _chunks(request, limit):
+        if state.body_bytes + len(chunk) > total_limit:
+            detail = f"The bodies of all current requests exceed {total_limit // 2**20} MiB. Try again later."
+            raise ProblemError(503, detail, {"Retry-After": "1"})
         body += chunk
         state.body_bytes += len(chunk)
         request.state.body_bytes = len(body)
@@ -45,28 +46,28 @@ async def read_body(request: Request, limit: int) -> bytes:
 
 
 async def read_images(request: Request, service: Service) -> bytes:
-    """A body of images; while the queue is full it is refused before it is read for nothing."""
-    with service.batcher.room(1):
+    """Reads a body of images, or rejects the request at once if the queue is full."""
+    with service.batcher.reserve(1):
         pass
     return await read_body(request, service.limits.body_bytes)
 
 
 async def save_body(request: Request, limit: int, path: Path) -> str:
-    """Writes a body to a file, so that a large one takes no memory; gives its sha256."""
-    found = hashlib.sha256()
+    """Streams a body to a file and returns its SHA-256."""
+    sha256 = hashlib.sha256()
     with path.open("wb") as file:
-        async for chunk in _pieces(request, limit):
-            found.update(chunk)
+        async for chunk in _chunks(request, limit):
+            sha256.update(chunk)
             file.write(chunk)
-    return found.hexdigest()
+    return sha256.hexdigest()
 
 
-async def _pieces(request: Request, limit: int) -> AsyncIterator[bytes]:
-    """A request's body as it comes, inflated where it is compressed, of so many bytes at most."""
+async def _chunks(request: Request, limit: int) -> AsyncIterator[bytes]:
+    """The body as it arrives, decompressed; `limit` is in bytes, before and after decompression."""
     encoding = request.headers.get("content-encoding", "identity").lower()
     if encoding not in ("identity", *_WINDOWS):
-        raise ProblemError(415, f"Content-Encoding {encoding!r} is not understood: send {', '.join(_WINDOWS)} or none.")
-    too_large = TooLargeError(f"The request's body has more than the {limit} bytes that are taken.")
+        raise ProblemError(415, f"Content-Encoding {encoding!r} is not supported. Supported: {', '.join(_WINDOWS)}.")
+    too_large = TooLargeError(f"The request's body exceeds {limit} bytes.")
     if int(request.headers.get("content-length", 0)) > limit:
         raise too_large
     inflate = zlib.decompressobj(_WINDOWS[encoding]) if encoding in _WINDOWS else None
@@ -84,21 +85,21 @@ async def _pieces(request: Request, limit: int) -> AsyncIterator[bytes]:
                 raise too_large
             yield chunk
             if inflate is not None and inflate.unused_data:
-                raise zlib.error("more after its end")
+                raise zlib.error("trailing data")
         if inflate is not None and not inflate.eof:
-            raise zlib.error("cut off")
+            raise zlib.error("truncated")
     except TimeoutError as error:
-        raise ProblemError(408, f"The request's body did not come within {BODY_S} s.") from error
+        raise ProblemError(408, f"The request's body did not arrive within {BODY_S} s.") from error
     except ClientDisconnect as error:
-        raise ProblemError(499, GONE) from error  # which nobody reads but the log
+        raise ProblemError(499, GONE) from error  # for the log only
     except zlib.error as error:
-        raise ProblemError(400, f"The request's body is not one stream of {encoding}.") from error
+        raise ProblemError(400, f"The request's body is not one valid {encoding} stream.") from error
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
-    """Does some work for a request whose body has been read; it is cancelled when the client goes away."""
+    """Awaits `work` for a request whose body has been read, and cancels it when the client disconnects."""
     working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_left(request))
+    leaving = asyncio.ensure_future(_disconnected(request))
     try:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
         if working.done():
@@ -110,6 +111,6 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -
         await asyncio.gather(working, leaving, return_exceptions=True)
 
 
-async def _left(request: Request) -> None:
+async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass

@@ -1,4 +1,4 @@
-"""API keys: random, and kept as their SHA-256 in a file that can be changed while the server runs."""
+"""API keys: random, stored as SHA-256 digests in a file that can be edited while the server runs."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from addenda.exceptions import KeyFileError
 from addenda.files import written
 
 SCOPES = ("predict", "register", "admin")
-"""What a key allows; each scope includes those before it."""
+"""Each scope includes those before it."""
 NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}")
 
 
 @dataclass(frozen=True)
 class Key:
-    """An API key as it is kept: who holds it, the most that it allows, and the SHA-256 of what nobody keeps."""
+    """The record of an API key: its name, its scope and its SHA-256; the key itself is not stored."""
 
     name: str
     scope: str
@@ -32,7 +32,7 @@ class Key:
     created_at: str
 
     def allows(self, scope: str) -> bool:
-        """Whether it may do what a scope stands for."""
+        """Whether the key's scope includes `scope`."""
         return SCOPES.index(scope) <= SCOPES.index(self.scope)
 
 
@@ -40,68 +40,73 @@ _KEYS = TypeAdapter(list[Key])
 
 
 class KeyFile:
-    """A JSON file of keys; a change of it counts from the next request on, and one that is missing holds no key."""
+    """A JSON file of keys, reread whenever it changes; a missing file holds no keys."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._seen: object = None
-        self._there = False
+        self._version: object = None
+        self._existed = False
         self._keys: dict[str, Key] = {}
         self.keys()
 
     def keys(self) -> list[Key]:
-        """Its keys, oldest first."""
+        """The records of all keys, oldest first."""
         try:
             stat = self.path.stat()
-            seen = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
-            if seen != self._seen:
-                found = _KEYS.validate_json(self.path.read_bytes(), strict=True)
-                if any(key.scope not in SCOPES for key in found):
-                    raise KeyFileError(f"The keys {str(self.path)!r} name a scope that is none of {', '.join(SCOPES)}.")
-                self._keys, self._seen = {key.sha256: key for key in found}, seen
+            version = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
+            if version != self._version:
+                keys = _KEYS.validate_json(self.path.read_bytes(), strict=True)
+                if any(key.scope not in SCOPES for key in keys):
+                    raise KeyFileError(
+                        f"Key file {str(self.path)!r} has an unknown scope. Scopes: {', '.join(SCOPES)}."
+                    )
+                self._keys, self._version = {key.sha256: key for key in keys}, version
         except FileNotFoundError:
-            self._keys, self._seen = {}, None
+            self._keys, self._version = {}, None
         except (OSError, ValidationError) as error:
-            why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error.strerror
-            raise KeyFileError(f"The keys {str(self.path)!r} cannot be read: {why}.") from error
+            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error.strerror
+            raise KeyFileError(f"Key file {str(self.path)!r} cannot be read: {reason}.") from error
         return list(self._keys.values())
 
     @property
     def guards(self) -> bool:
-        """Whether the file has ever been there: then keys are asked for, even when it is gone."""
-        self._there = self._there or self.path.exists()
-        return self._there
+        """Whether keys are required: the file exists, or has existed since this object was made."""
+        self._existed = self._existed or self.path.exists()
+        return self._existed
 
     def find(self, key: str) -> Key | None:
-        """The key as it is kept, if it is one."""
+        """The record of a key, or None if the key is not valid."""
         self.keys()
         return self._keys.get(_digest(key))
 
     def create(self, name: str, scope: str) -> str:
-        """Adds a key and gives it out, this once."""
+        """Adds a key and returns it; it cannot be read again."""
         if not NAME.fullmatch(name):
-            raise KeyFileError(f"{name!r} is no name of a key: use lower-case letters, digits, '.', '_' and '-'.")
+            raise KeyFileError(
+                f"{name!r} is not a valid key name: use up to 63 lower-case letters, digits, '.', '_' and '-', "
+                "starting with a letter or digit."
+            )
         if scope not in SCOPES:
-            raise KeyFileError(f"There is no scope {scope!r}. Scopes: {', '.join(SCOPES)}.")
+            raise KeyFileError(f"Unknown scope {scope!r}. Scopes: {', '.join(SCOPES)}.")
         key = f"addenda_{secrets.token_urlsafe(32)}"
         with self._changing() as keys:
-            if any(known.name == name for known in keys):
-                raise KeyFileError(f"There is a key {name!r} already. Revoke it first, or choose another name.")
+            if any(record.name == name for record in keys):
+                raise KeyFileError(f"Key {name!r} already exists. Revoke it first, or choose another name.")
             keys.append(Key(name, scope, _digest(key), datetime.now(UTC).isoformat(timespec="seconds")))
         return key
 
     def revoke(self, name: str) -> None:
-        """Takes a key away."""
+        """Removes a key."""
         with self._changing() as keys:
-            left = [key for key in keys if key.name != name]
-            if len(left) == len(keys):
+            remaining = [key for key in keys if key.name != name]
+            if len(remaining) == len(keys):
                 known = ", ".join(repr(key.name) for key in keys) or "none"
                 raise KeyFileError(f"There is no key {name!r}. Known: {known}.")
-            keys[:] = left
+            keys[:] = remaining
 
     @contextmanager
     def _changing(self) -> Iterator[list[Key]]:
-        """The keys, written back as a whole, readable by their owner alone."""
+        """The records, to be changed in place; then the file is replaced atomically, readable by its owner only."""
         try:
             with FileLock(f"{self.path}.lock"):
                 keys = self.keys()
@@ -109,7 +114,7 @@ class KeyFile:
                 with written(self.path, mode=0o600) as unfinished:
                     unfinished.write_bytes(_KEYS.dump_json(keys, indent=2) + b"\n")
         except OSError as error:
-            raise KeyFileError(f"The keys {str(self.path)!r} cannot be written: {error.strerror}.") from error
+            raise KeyFileError(f"Key file {str(self.path)!r} cannot be written: {error.strerror}.") from error
 
 
 def _digest(key: str) -> str:

@@ -1,4 +1,4 @@
-"""The pages: what is served, what each task is, whether it kept its promise, and the way in."""
+"""The web pages: served tasks, task details, exactness and login."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from addenda.exceptions import AddendaError, RegistryError, UnknownTaskError
 from addenda.registry import TaskFilter, TaskRecord, check_name, headline
 from addenda.serving import page_charts
 from addenda.serving.access import COOKIE, Served, check_origin, key_of, needs, open_to_all
-from addenda.serving.bodies import BINARY, read_body, read_images, takes, while_connected
-from addenda.serving.problems import ProblemError, documents, problem_of
+from addenda.serving.bodies import BINARY, body_schema, read_body, read_images, while_connected
+from addenda.serving.problems import ProblemError, problem_of, problem_responses
 from addenda.serving.service import Service
 from addenda.terminal import PER_CLASS, SCORES, percent, size
 
@@ -34,22 +34,22 @@ CSP = (
 HEADERS = {
     "Content-Security-Policy": CSP,
     "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "same-origin",  # under no-referrer browsers send a form with `Origin: null`
+    "Referrer-Policy": "same-origin",  # with no-referrer, browsers submit forms with `Origin: null`
     "Cache-Control": "no-cache",
 }
 ASSETS = {"page.css": "text/css", "page.js": "text/javascript", "icon.svg": "image/svg+xml"}
-MOST_EVENTS = 50
-MOST_VERSIONS = 100
+MAX_EVENTS = 50
+MAX_VERSIONS = 100
 
 
-class Page(APIRoute):
-    """A route for browsers: its errors are pages too, who has no key is sent to the login, and CSP stands on all."""
+class PageRoute(APIRoute):
+    """A route for browsers: it adds a CSP, renders errors as pages and redirects to the login if a key is missing."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """The handler, with all that."""
+        """Wraps the route's handler."""
         handler = super().get_route_handler()
 
-        async def answer(request: Request) -> Response:
+        async def handle(request: Request) -> Response:
             try:
                 response = await handler(request)
             except (ProblemError, AddendaError, RequestValidationError) as error:
@@ -61,77 +61,77 @@ class Page(APIRoute):
             response.headers.update(HEADERS)
             return response
 
-        return answer
+        return handle
 
 
-router, plain = APIRouter(tags=["page"], route_class=Page), APIRouter(tags=["page"])
+router, plain = APIRouter(tags=["page"], route_class=PageRoute), APIRouter(tags=["page"])
 _PREDICT = [needs("predict")]
-_ANYBODY = [Depends(check_origin)]
+_PUBLIC = [Depends(check_origin)]
 _PAGE: dict[str, Any] = {
     "response_class": HTMLResponse,
-    "responses": {303: {"description": "To the login, where a key is needed."}},
+    "responses": {303: {"description": "Redirect to the login, if a key is required."}},
 }
-_WRONG = {404: {"description": "There is no such task."}, 422: {"description": "Its version is no whole number."}}
+_TASK_ERRORS = {404: {"description": "Unknown task."}, 422: {"description": "The version is not an integer."}}
 _KEY_FORM = {"type": "object", "properties": {"key": {"type": "string"}}, "required": ["key"]}
-_TASK_PAGE = {**_PAGE, "responses": _PAGE["responses"] | _WRONG}
+_TASK_PAGE = {**_PAGE, "responses": _PAGE["responses"] | _TASK_ERRORS}
 
 
-@router.get("/", dependencies=_PREDICT, summary="Page: what is served", **_PAGE)
+@router.get("/", dependencies=_PREDICT, summary="Page: served tasks", **_PAGE)
 def home(request: Request) -> Response:
-    """All tasks that are served, and a place for an image."""
+    """Lists the served tasks and takes an image to predict for."""
     return _render(request, "home.html")
 
 
-@router.get("/page/tasks", dependencies=_PREDICT, summary="Page: the part of it that lists the tasks", **_PAGE)
+@router.get("/page/tasks", dependencies=_PREDICT, summary="Page fragment: list of served tasks", **_PAGE)
 def tasks(request: Request) -> Response:
-    """The part of the page that changes with the generation."""
+    """Returns the part of the home page that changes with the generation."""
     return _render(request, "tasks.html")
 
 
 @router.get("/tasks/{name}", dependencies=_PREDICT, summary="Page: a task", **_TASK_PAGE)
 def task(request: Request, service: Served, name: str) -> Response:
-    """The version of a task that is served, else its newest."""
+    """Shows the served version of a task, or else its newest one."""
     served = service.snapshot.records.get(name)
     return _task_page(request, service, name, served.version if served else None)
 
 
-@router.get("/tasks/{name}/versions/{version}", dependencies=_PREDICT, summary="Page: a task's version", **_TASK_PAGE)
+@router.get("/tasks/{name}/versions/{version}", dependencies=_PREDICT, summary="Page: a task version", **_TASK_PAGE)
 def task_version(request: Request, service: Served, name: str, version: int) -> Response:
-    """One version of a task."""
+    """Shows one version of a task."""
     return _task_page(request, service, name, version)
 
 
-@router.get("/exactness", dependencies=_PREDICT, summary="Page: whether the promise is kept", **_PAGE)
+@router.get("/exactness", dependencies=_PREDICT, summary="Page: exactness", **_PAGE)
 def exactness(request: Request, service: Served) -> Response:
-    """The promise, its verification, and what bits depend on here."""
-    described = numerics(service.backbone)
-    return _render(request, "exactness.html", numerics=described, fingerprint=numerics_fingerprint(described))
+    """Shows the exactness guarantee, its verifications, and the numerics of this server."""
+    values = numerics(service.backbone)
+    return _render(request, "exactness.html", numerics=values, fingerprint=numerics_fingerprint(values))
 
 
-@router.get("/login", dependencies=_ANYBODY, summary="Page: the way in", **_PAGE)
+@router.get("/login", dependencies=_PUBLIC, summary="Page: login", **_PAGE)
 def login(request: Request) -> Response:
-    """Asks for a key, where keys are used."""
+    """Asks for an API key, if keys are required."""
     if open_to_all(request):
         return RedirectResponse("/", 303)
-    return _render(request, "login.html", wrong=False)
+    return _render(request, "login.html", invalid=False)
 
 
 @router.post(
     "/login",
-    dependencies=_ANYBODY,
-    summary="Page: keeps a key in a cookie",
+    dependencies=_PUBLIC,
+    summary="Page: log in",
     response_class=HTMLResponse,
-    responses={303: {"description": "To the tasks."}, 403: {"description": "It is no valid key."}},
-    openapi_extra=takes({"application/x-www-form-urlencoded": _KEY_FORM}),
+    responses={303: {"description": "Redirect to the tasks."}, 403: {"description": "Invalid key."}},
+    openapi_extra=body_schema({"application/x-www-form-urlencoded": _KEY_FORM}),
 )
 async def enter(request: Request) -> Response:
-    """A key from a form becomes a cookie that no script sees and that only this server's own pages send."""
+    """Stores the key from the form in an HttpOnly, SameSite=strict cookie."""
     form = parse_qs((await read_body(request, 4096)).decode("utf-8", "replace"))
     key = form.get("key", [""])[0].strip()
     response = RedirectResponse("/", 303)
     if not open_to_all(request):
         if key_of(request, key) is None:
-            return _render(request, "login.html", 403, wrong=True)
+            return _render(request, "login.html", 403, invalid=True)
         secure = request.url.scheme == "https"
         response.set_cookie(COOKIE, key, httponly=True, samesite="strict", secure=secure)
     return response
@@ -139,14 +139,14 @@ async def enter(request: Request) -> Response:
 
 @router.post(
     "/logout",
-    dependencies=_ANYBODY,
-    summary="Page: forgets the key",
+    dependencies=_PUBLIC,
+    summary="Page: log out",
     status_code=303,
     response_class=RedirectResponse,
-    responses={303: {"description": "To the login."}},
+    responses={303: {"description": "Redirect to the login."}},
 )
 async def leave(request: Request) -> Response:
-    """Takes the cookie away."""
+    """Deletes the cookie."""
     response = RedirectResponse("/login", 303)
     response.delete_cookie(COOKIE, httponly=True, samesite="strict", secure=request.url.scheme == "https")
     return response
@@ -154,26 +154,26 @@ async def leave(request: Request) -> Response:
 
 @router.get(
     "/static/{asset}",
-    dependencies=_ANYBODY,
-    summary="Page: its style, script and icon",
+    dependencies=_PUBLIC,
+    summary="Page: stylesheet, script and icon",
     response_class=Response,
-    responses={404: {"description": "There is no such asset."}},
+    responses={404: {"description": "Unknown asset."}},
 )
 def static(request: Request, asset: str) -> Response:
-    """An asset of the pages."""
+    """Returns a static asset of the pages."""
     if asset not in ASSETS:
         raise ProblemError(404, f"There is no asset {asset!r}.")
     return Response((files(__package__) / "static" / asset).read_bytes(), media_type=ASSETS[asset])
 
 
 class Attention(BaseModel):
-    """Where a task's token looked.
+    """The attention of a task's class token over the patches of an image.
 
     Attributes:
-        rows: of patches.
-        columns: of patches.
-        weights: of each patch, row by row; together at most 1.
-        box: what of the image the patches cover, in shares of its width and height: left, top, width, height.
+        rows: number of patch rows.
+        columns: number of patch columns.
+        weights: one weight per patch, in row-major order; their sum is at most 1.
+        box: the image area that the patches cover, as fractions of its width and height: left, top, width, height.
     """
 
     generation: int
@@ -188,16 +188,16 @@ class Attention(BaseModel):
 @plain.post(
     "/page/attention",
     dependencies=[needs("predict")],
-    summary="Where a task's token looked",
-    responses=documents(400, 404, 409, 413, 503, 504),
-    openapi_extra=takes(dict.fromkeys(("image/jpeg", "image/png", "image/webp"), BINARY)),
+    summary="Attention of a task's class token",
+    responses=problem_responses(400, 404, 409, 413, 503, 504),
+    openapi_extra=body_schema(dict.fromkeys(("image/jpeg", "image/png", "image/webp"), BINARY)),
 )
 async def attention(
     request: Request, service: Served, task: Annotated[str, Query(description="The task's name.")]
 ) -> Attention:
-    """Attention of the task's own token over an image's patches in the last layer, the mean over heads."""
+    """Computes the class token's attention over an image's patches in the last layer, averaged over heads."""
     image = await read_images(request, service)
-    snapshot, weights, size = await while_connected(request, service.look(image, task))
+    snapshot, weights, size = await while_connected(request, service.attention(image, task))
     rows, columns = weights.shape
     return Attention(
         generation=snapshot.generation,
@@ -216,12 +216,12 @@ def _task_page(request: Request, service: Service, name: str, version: int | Non
         check_name(name)
     except RegistryError as error:
         raise UnknownTaskError(str(error)) from error
-    versions = registry.tasks(TaskFilter(name=name, retired=True), limit=MOST_VERSIONS)[::-1]
+    versions = registry.tasks(TaskFilter(name=name, retired=True), limit=MAX_VERSIONS)[::-1]
     if version is None and versions:
-        version = next((one.version for one in versions if one.retired is None), versions[0].version)
+        version = next((each.version for each in versions if each.retired is None), versions[0].version)
     record = registry.record(name if version is None else f"{name}:{version}")
-    part = "test" if record.metrics.get("test") else "validation"
-    scores = record.metrics.get(part) or {}
+    split = "test" if record.metrics.get("test") else "validation"
+    scores = record.metrics.get(split) or {}
     served = snapshot.records.get(name)
     return _render(
         request,
@@ -229,8 +229,8 @@ def _task_page(request: Request, service: Service, name: str, version: int | Non
         record=record,
         versions=versions,
         served=served.ref if served else None,
-        why=snapshot.quarantined.get(record.ref),
-        part=part,
+        quarantine_reason=snapshot.quarantined.get(record.ref),
+        split=split,
         scores=scores,
         classes=page_charts.per_class(scores, record.labels),
         per_class=PER_CLASS[record.objective][0],
@@ -238,7 +238,7 @@ def _task_page(request: Request, service: Service, name: str, version: int | Non
         curves=page_charts.curves(record.metrics),
         graph=page_charts.graph(registry.lineage(record.ref)),
         history=registry.history(name)[::-1],
-        events=registry.events(name, limit=MOST_EVENTS)[::-1],
+        events=registry.events(name, limit=MAX_EVENTS)[::-1],
         config=json.dumps(record.config, indent=2, ensure_ascii=False),
     )
 
@@ -250,28 +250,28 @@ def _render(request: Request, template: str, status: int = 200, **values: Any) -
         snapshot=service.snapshot,
         alias=service.alias,
         reachable=service.follower.reachable,
-        keys=not open_to_all(request),
+        keys_required=not open_to_all(request),
         charts=page_charts,
-        names=SCORES,
+        metric_names=SCORES,
         **values,
     )
     return HTMLResponse(page, status)
 
 
 def seen_box(preprocessing: Mapping[str, Any], width: int, height: int) -> tuple[float, float, float, float]:
-    """The box of an image that the backbone sees after timm's resizing; beyond 0 and 1 where the image is padded."""
+    """The area of an image that the backbone sees after timm's resizing; exceeds 0 to 1 where the image is padded."""
     _, rows, columns = preprocessing["input_size"]
-    tall, wide = (math.floor(size / preprocessing["crop_pct"]) for size in (rows, columns))
+    resized_height, resized_width = (math.floor(size / preprocessing["crop_pct"]) for size in (rows, columns))
     if preprocessing["crop_mode"] != "squash":
-        pick = min if preprocessing["crop_mode"] == "border" else max
-        scale = pick(wide / width, tall / height)
-        wide, tall = scale * width, scale * height
-    across, down = columns / wide, rows / tall
-    return (1 - across) / 2, (1 - down) / 2, across, down
+        select = min if preprocessing["crop_mode"] == "border" else max
+        scale = select(resized_width / width, resized_height / height)
+        resized_width, resized_height = scale * width, scale * height
+    box_width, box_height = columns / resized_width, rows / resized_height
+    return (1 - box_width) / 2, (1 - box_height) / 2, box_width, box_height
 
 
 def _score(record: TaskRecord) -> str:
-    """The headline score; its name where it is no accuracy."""
+    """The headline score as text, with its name if it is not accuracy."""
     if record.score is None:
         return "–"
     name = SCORES[record.objective][headline(record.objective)]
@@ -279,10 +279,10 @@ def _score(record: TaskRecord) -> str:
 
 
 def _age(at: str) -> str:
-    """How long ago a time in ISO 8601 was: 40 s, 5 min, 3 h, 12 days."""
+    """The age of an ISO 8601 time: 40 s, 5 min, 3 h, 12 days."""
     try:
         seconds = max(0.0, (datetime.now(UTC) - datetime.fromisoformat(at)).total_seconds())
-    except (ValueError, TypeError):  # from before such were refused
+    except (ValueError, TypeError):  # stored before times were validated
         return at
     for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * length:

@@ -31,13 +31,13 @@ STATUS: dict[type[AddendaError], int] = {
     exceptions.OverloadedError: 503,
     exceptions.DeadlineError: 504,
 }
-"""By the first of an error's classes that stands here."""
+"""HTTP status of an error; the first class in its method resolution order counts."""
 
 log = logging.getLogger(__name__)
 
 
 class ProblemError(Exception):
-    """What a client is told instead of an answer: HTTP's status, the words, headers, more members of the document."""
+    """An error response: HTTP status, detail, headers, and further members of the problem document."""
 
     def __init__(
         self, status: int, detail: str, headers: Mapping[str, str] | None = None, more: Mapping[str, Any] | None = None
@@ -46,19 +46,19 @@ class ProblemError(Exception):
         self.status, self.detail, self.headers, self.more = status, detail, dict(headers or {}), dict(more or {})
 
 
-def documents(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """What OpenAPI says of answers that are problem documents."""
+def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The OpenAPI responses of routes that return problem documents."""
     schema = {"type": "object", "required": ["type", "title", "status", "detail"]}
     content = {MEDIA_TYPE: {"schema": schema}}
     return {status: {"description": responses[status], "content": content} for status in statuses}
 
 
 def problem_of(error: AddendaError | RequestValidationError) -> ProblemError:
-    """The problem that an error of this library is, or of FastAPI's about what was asked."""
+    """Converts an error of this package, or a validation error of FastAPI, to an error response."""
     if isinstance(error, RequestValidationError):
-        faults = [{"at": [str(at) for at in one["loc"]], "said": one["msg"]} for one in error.errors()]
-        said = "; ".join(f"{'.'.join(fault['at'])}: {fault['said']}" for fault in faults)
-        return ProblemError(422, said, more={"errors": faults})
+        faults = [{"at": list(map(str, fault["loc"])), "said": fault["msg"]} for fault in error.errors()]
+        detail = "; ".join(f"{'.'.join(fault['at'])}: {fault['said']}" for fault in faults)
+        return ProblemError(422, detail, more={"errors": faults})
     status = next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), 500)
     headers = {}
     if isinstance(error, exceptions.OverloadedError):
@@ -68,8 +68,8 @@ def problem_of(error: AddendaError | RequestValidationError) -> ProblemError:
     return ProblemError(status, str(error), headers)
 
 
-async def _answer(request: Request, error: Exception) -> JSONResponse:
-    """The problem document; its `error` member is what the Open Inference Protocol calls for."""
+async def _respond(request: Request, error: Exception) -> JSONResponse:
+    """Returns the problem document; its `error` member is required by the Open Inference Protocol."""
     request_id = getattr(request.state, "id", None)
     match error:
         case ProblemError():
@@ -77,20 +77,20 @@ async def _answer(request: Request, error: Exception) -> JSONResponse:
         case HTTPException():
             problem = ProblemError(error.status_code, str(error.detail), error.headers)
         case KeyFileError():
-            log.error("Whoever needs a key is refused: %s", error)
-            problem = ProblemError(503, "The server cannot read its keys; its log says why.")
+            log.error("The key file cannot be read; requests that require a key are rejected: %s", error)
+            problem = ProblemError(503, "The server cannot read its key file. See the server's log.")
         case AddendaError() | RequestValidationError():
             problem = problem_of(error)
             if problem.status == 500:
                 log.error("Request %s failed", request_id, exc_info=error)
         case OSError():
-            log.error("Request %s failed for want of what the system gives", request_id, exc_info=error)
-            said = "The server's system refuses what it needs, a full disk or a folder that is gone; its log says what."
-            problem = ProblemError(503, said, {"Retry-After": "60"})
+            log.error("Request %s failed with a system error", request_id, exc_info=error)
+            detail = "System error on the server, such as a full disk or a missing folder. See its log."
+            problem = ProblemError(503, detail, {"Retry-After": "60"})
         case _:
             log.error("Request %s failed", request_id, exc_info=error)
-            said = "The server failed; its log says how, under this request's id."
-            problem = ProblemError(500, said, {"X-Request-Id": request_id or ""})
+            detail = "Internal server error. The server's log has it under this request's id."
+            problem = ProblemError(500, detail, {"X-Request-Id": request_id or ""})
     document = {
         "type": "about:blank",
         "title": responses.get(problem.status, "Client Closed Request"),
@@ -105,6 +105,6 @@ async def _answer(request: Request, error: Exception) -> JSONResponse:
 
 
 HANDLERS: dict[int | type[Exception], Any] = dict.fromkeys(
-    (ProblemError, AddendaError, RequestValidationError, HTTPException, OSError, Exception), _answer
+    (ProblemError, AddendaError, RequestValidationError, HTTPException, OSError, Exception), _respond
 )
-"""Every error is answered with a problem document."""
+"""Exception handlers: every error becomes a problem document."""

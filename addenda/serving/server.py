@@ -1,4 +1,4 @@
-"""Running the application: signals, slow clients, and stopping without losing a request."""
+"""Running the application: signals, slow clients and graceful shutdown."""
 
 from __future__ import annotations
 
@@ -24,75 +24,77 @@ from addenda.exceptions import AddendaError
 from addenda.serving.telemetry import JsonLines
 
 HEAD_S = 10
-"""Seconds in which a connection must send a request's head, from its first byte on."""
+"""Time limit for receiving a request's headers, in seconds from their first byte."""
 READ_S, READ_BYTES = 20, 2**16
-"""Seconds between looks at what waits to be sent, and bytes that a client must have read meanwhile, or all."""
+"""Seconds between checks of the write buffer, and bytes by which it must shrink each time unless it empties."""
 CONNECTIONS = 256
+"""Concurrent connections; uvicorn rejects more with 503."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-"""Of glibc's mallopt(3)."""
+"""Parameters of glibc's mallopt(3)."""
 
 log = logging.getLogger(__name__)
 
 
 class _Protocol(H11Protocol):
-    """HTTP/1.1 that hangs up on who sends a request's head, or the rest of a refused body, too slowly.
+    """HTTP/1.1 that closes the connections of slow clients.
 
-    And on who does not read an answer: what waits to be sent must get less from one look to the next.
+    Too slow are headers, the remaining body of a rejected request, and reading a response: the write buffer must shrink
+    between two checks.
     """
 
-    _late: asyncio.TimerHandle | None = None
-    _unread: asyncio.TimerHandle | None = None
+    _receive_timer: asyncio.TimerHandle | None = None
+    _send_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._watch()
+        self._watch_receiving()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        self._watch()
+        self._watch_receiving()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        for timer in (self._late, self._unread):
+        for timer in (self._receive_timer, self._send_timer):
             if timer is not None:
                 timer.cancel()
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._watch_reader()
+        self._watch_sending()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self._watch_reader()
+        self._watch_sending()
         if self.conn.their_state is h11.SEND_BODY:
-            self._watch()
+            self._watch_receiving()
 
-    def _watch_reader(self, before: int | None = None) -> None:
-        """Looks again and again at what waits to be sent; `before`: bytes that waited at the last look."""
-        waiting = self.transport.get_write_buffer_size()
-        if before is None and self._unread is not None:
+    def _watch_sending(self, previous: int | None = None) -> None:
+        """Checks the write buffer repeatedly; `previous` is its size in bytes at the last check."""
+        unsent = self.transport.get_write_buffer_size()
+        if previous is None and self._send_timer is not None:
             return
-        self._unread = None
-        if before is not None and waiting and waiting > before - READ_BYTES:
+        self._send_timer = None
+        if previous is not None and unsent and unsent > previous - READ_BYTES:
             self.transport.abort()
-        elif waiting:
-            self._unread = self.loop.call_later(READ_S, self._watch_reader, waiting)
+        elif unsent:
+            self._send_timer = self.loop.call_later(READ_S, self._watch_sending, unsent)
 
-    def _watch(self) -> None:
-        """Has a time run while a head is incomplete, or a body that was answered before it had come."""
-        refused = self.cycle is not None and self.cycle.response_complete and self.conn.their_state is h11.SEND_BODY
-        waiting = (refused or self.conn.their_state is h11.IDLE) and not self.transport.is_closing()
-        if waiting and self._late is None:
-            self._late = self.loop.call_later(HEAD_S, self.transport.close)
-        elif not waiting and self._late is not None:
-            self._late.cancel()
-            self._late = None
+    def _watch_receiving(self) -> None:
+        """Runs a timer while a request's headers, or its body after the response, are incomplete."""
+        rejected = self.cycle is not None and self.cycle.response_complete and self.conn.their_state is h11.SEND_BODY
+        incomplete = (rejected or self.conn.their_state is h11.IDLE) and not self.transport.is_closing()
+        if incomplete and self._receive_timer is None:
+            self._receive_timer = self.loop.call_later(HEAD_S, self.transport.close)
+        elif not incomplete and self._receive_timer is not None:
+            self._receive_timer.cancel()
+            self._receive_timer = None
 
 
 class Server(uvicorn.Server):
-    """Runs an application until SIGTERM or SIGINT; then it drains, and ends with exit code 0.
+    """Runs an application until SIGTERM or SIGINT, then drains it and exits with code 0.
 
-    For `drain_s` it says that it is not ready and still answers; what it has begun may take `stop_s` after that.
+    For `drain_s` seconds it is not ready but still accepts requests; then pending ones have `stop_s` seconds to finish.
     """
 
     def __init__(self, app: FastAPI, listening: socket.socket, drain_s: float, stop_s: int) -> None:
@@ -112,12 +114,12 @@ class Server(uvicorn.Server):
         self._app, self._listening, self._drain_s = app, listening, drain_s
 
     def run_until_stopped(self) -> None:
-        """Serves."""
+        """Runs the server; returns after shutdown."""
         asyncio.run(self.serve([self._listening]))
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Drains on the first signal; a second one stops at once."""
+        """Drains on the first signal; a second one ends the drain."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._drain, loop)
@@ -127,16 +129,16 @@ class Server(uvicorn.Server):
         if self._app.state.draining:
             self.should_exit = True
             return
-        log.info("Stopping: not ready any more, answering for %g s", self._drain_s)
+        log.info("Draining: not ready, still serving requests for %g s", self._drain_s)
         self._app.state.draining = True
         loop.call_later(self._drain_s, setattr, self, "should_exit", True)
 
 
 def keep_memory() -> None:
-    """Has the C library, where it is glibc, keep for the next pass what one pass frees.
+    """Makes glibc, where it is the C library, keep freed memory for the next forward pass.
 
-    Else it gives a model's activations back after every layer, and the system zeroes them again page by page: a tenth
-    of a pass on a CPU.
+    Otherwise it returns activations to the kernel after every layer, which zeroes the pages again: a tenth of the time
+    of a forward pass on a CPU.
     """
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
         library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
@@ -144,33 +146,33 @@ def keep_memory() -> None:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that listens."""
+    """Opens a listening socket; port 0 takes a free one."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address, family=family, backlog=2048)
     except OSError as error:
-        hint = " --port takes another." if error.errno == errno.EADDRINUSE else ""
-        raise AddendaError(f"{host}:{port} cannot be listened on: {error.strerror}.{hint}") from error
+        hint = " Choose another with --port." if error.errno == errno.EADDRINUSE else ""
+        raise AddendaError(f"Cannot listen on {host}:{port}: {error.strerror}.{hint}") from error
 
 
 def serve_metrics(app: FastAPI, host: str, port: int) -> int:
-    """Answers Prometheus on a port of its own, 0 for a free one, where no key is asked for; returns the port."""
+    """Serves metrics without keys on a separate port (0: a free one) and returns the port."""
     try:
         server, _ = start_http_server(port, host, app.state.metrics.registry)
     except OSError as error:
-        raise AddendaError(f"{host}:{port} cannot be listened on for --metrics-port: {error.strerror}.") from error
+        raise AddendaError(f"--metrics-port cannot listen on {host}:{port}: {error.strerror}.") from error
     return server.server_port
 
 
 def log_as_json(level: str) -> None:
-    """Has everything that is logged written to standard error, a JSON document on each line."""
+    """Writes all log records and warnings to standard error as JSON lines."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
     logging.basicConfig(handlers=[handler], level="WARNING", force=True)
     logging.captureWarnings(True)
     threading.excepthook = lambda failed: log.error(
-        "A thread ended", exc_info=(failed.exc_type, failed.exc_value or failed.exc_type(), failed.exc_traceback)
+        "A thread failed", exc_info=(failed.exc_type, failed.exc_value or failed.exc_type(), failed.exc_traceback)
     )
-    sys.unraisablehook = lambda failed: log.error("Something was not cleaned up: %r", failed.exc_value or failed.object)
+    sys.unraisablehook = lambda failed: log.error("Unraisable exception: %r", failed.exc_value or failed.object)
     for name in ("addenda", "uvicorn"):
         logging.getLogger(name).setLevel(level.upper())

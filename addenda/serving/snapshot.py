@@ -1,4 +1,4 @@
-"""What is served at one moment: a generation of the registry, as one reference."""
+"""Snapshots: one registry generation, loaded for serving and replaced as a whole."""
 
 from __future__ import annotations
 
@@ -15,113 +15,113 @@ from addenda.exceptions import AddendaError, RegistryError, RegistryUnavailableE
 from addenda.registry import Golden, Registry, Task, TaskRecord
 
 WAIT_S = 1.0
-"""How long one question for the next change waits: so long may it take to stop."""
+"""Seconds that one wait for a registry change lasts; stopping may take as long."""
 RETRY_S = 1.0
-"""Between questions to a database that does not answer."""
+"""Seconds between retries when the database is unavailable."""
 
 log = logging.getLogger(__name__)
 
-Recorded = tuple[Task, list[Golden]]
+RecordedTask = tuple[Task, list[Golden]]
 
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """One generation, served. An answer comes wholly from one snapshot."""
+    """One registry generation, ready to serve. Every response comes from a single snapshot."""
 
     generation: int
     model: CombinedModel
-    records: Mapping[str, TaskRecord]  # of the tasks that it answers, by name
-    quarantined: Mapping[str, str]  # why a version is not served although it should be, by its reference
+    records: Mapping[str, TaskRecord]  # of the served tasks, by name
+    quarantined: Mapping[str, str]  # reasons by reference, of versions that failed their checks
 
     @property
     def refs(self) -> dict[str, str]:
-        """The versions that it answers, by name."""
+        """The references of the served versions, by task name."""
         return {name: record.ref for name, record in self.records.items()}
 
     def state(self, ref: str) -> tuple[str, str | None]:
-        """Whether a version is "serving", "quarantined" (then with the reason) or "not served"."""
+        """The state of a version, "serving", "quarantined" or "not served", and the reason if quarantined."""
         served = self.records.get(ref.partition(":")[0])
         if served is not None and served.ref == ref:
             return "serving", None
         return ("quarantined" if ref in self.quarantined else "not served"), self.quarantined.get(ref)
 
     def absence(self, name: str, also: Sequence[str] = ()) -> str:
-        """Why a name is not answered, in words to follow it; names to offer beside its tasks may be given."""
-        reasons = {ref.rpartition(":")[0]: why for ref, why in self.quarantined.items()}
+        """Why a name is not served, as the rest of a sentence; `also` are names to list before the served tasks."""
+        reasons = {ref.rpartition(":")[0]: reason for ref, reason in self.quarantined.items()}
         if name in reasons:
             return f"is quarantined. {reasons[name]}"
-        offered = [repr(each) for each in islice(chain(also, self.model.tasks), 10)]
-        rest = len(also) + len(self.model.tasks) - len(offered)
-        return f"is not served. Served: {', '.join(offered) or 'none'}{f' and {rest} more' if rest else ''}."
+        listed = [repr(served) for served in islice(chain(also, self.model.tasks), 10)]
+        num_more = len(also) + len(self.model.tasks) - len(listed)
+        return f"is not served. Served: {', '.join(listed) or 'none'}{f' and {num_more} more' if num_more else ''}."
 
 
-def first(backbone: FrozenBackbone) -> Snapshot:
+def empty_snapshot(backbone: FrozenBackbone) -> Snapshot:
     """The snapshot of a registry without tasks."""
     return Snapshot(0, CombinedModel(backbone, []), {}, {})
 
 
-def following(before: Snapshot, registry: Registry, alias: str | None = None) -> Snapshot:
-    """The snapshot of a registry as it is now; what the one before serves is shared, not loaded or computed again.
+def next_snapshot(previous: Snapshot, registry: Registry, alias: str | None = None) -> Snapshot:
+    """The snapshot of the registry's current generation; it shares the tasks that `previous` already serves.
 
-    A task whose stored bytes are not what was registered, whose golden probe comes out otherwise, or that this machine
-    cannot compute exactly is quarantined: it is named, and the others are served. It is tried again with every change.
+    A task is quarantined if its stored bytes have changed, its golden probe differs, or this machine cannot compute it
+    exactly: it is reported, and the others are served. It is checked again at every registry change.
     """
-    generation, chosen = registry.current(before.model.backbone, alias)
+    generation, current = registry.current(previous.model.backbone, alias)
     quarantined: dict[str, str] = {}
-    known = {(task.ref, task.sha256): task for task in before.model.tasks.values()}
-    passed = {record.ref: known[key] for record in chosen if (key := (record.ref, record.sha256)) in known}
-    fresh = []
-    for record in chosen:
-        if record.ref not in passed:
+    served = {(task.ref, task.sha256): task for task in previous.model.tasks.values()}
+    verified = {record.ref: served[key] for record in current if (key := (record.ref, record.sha256)) in served}
+    new = []
+    for record in current:
+        if record.ref not in verified:
             try:
-                fresh.append((registry.get(record.ref), registry.goldens(record.ref)))
+                new.append((registry.get(record.ref), registry.goldens(record.ref)))
             except RegistryUnavailableError:
                 raise
             except AddendaError as error:
                 quarantined[record.ref] = str(error)
-    passed |= {task.ref: task for task in _passed(before.model, fresh, quarantined)}
-    records = {record.name: record for record in chosen if record.ref in passed}
-    model = before.model.with_tasks([passed[record.ref] for record in records.values()])
+    verified |= {task.ref: task for task in _verified(previous.model, new, quarantined)}
+    records = {record.name: record for record in current if record.ref in verified}
+    model = previous.model.with_tasks([verified[record.ref] for record in records.values()])
     return Snapshot(generation, model, records, quarantined)
 
 
-def _passed(model: CombinedModel, fresh: Sequence[Recorded], quarantined: dict[str, str]) -> list[Task]:
-    """Those tasks whose golden probes come out as they were recorded, computed together as far as possible."""
-    if not fresh:
+def _verified(model: CombinedModel, new: Sequence[RecordedTask], quarantined: dict[str, str]) -> list[Task]:
+    """The tasks whose golden probes match; on an error the batch is bisected, to quarantine only the faulty tasks."""
+    if not new:
         return []
     try:
-        found = verdicts(model.with_tasks([task for task, _ in fresh]), fresh)
-    except Exception as error:  # whatever one task is made of, the others are served
-        if len(fresh) == 1:
-            quarantined[fresh[0][0].ref] = str(error) or type(error).__name__
+        results = verdicts(model.with_tasks([task for task, _ in new]), new)
+    except Exception as error:  # a task of any content must not stop the others from being served
+        if len(new) == 1:
+            quarantined[new[0][0].ref] = str(error) or type(error).__name__
             if not isinstance(error, AddendaError):
-                log.exception("Task %s cannot be computed", fresh[0][0].ref)
+                log.exception("Task %s cannot be computed", new[0][0].ref)
             return []
-        half = len(fresh) // 2
-        return _passed(model, fresh[:half], quarantined) + _passed(model, fresh[half:], quarantined)
-    quarantined |= {verdict.task: f"Its golden probe {verdict.detail}." for verdict in found if not verdict.ok}
-    return [task for (task, _), verdict in zip(fresh, found, strict=True) if verdict.ok]
+        half = len(new) // 2
+        return _verified(model, new[:half], quarantined) + _verified(model, new[half:], quarantined)
+    quarantined |= {verdict.task: f"Its golden probe {verdict.detail}." for verdict in results if not verdict.ok}
+    return [task for (task, _), verdict in zip(new, results, strict=True) if verdict.ok]
 
 
 class Follower:
-    """Keeps a snapshot in step with a registry, in a thread of its own; a database that is down leaves the last one."""
+    """Keeps a snapshot up to date with a registry in a background thread; the last one stays during an outage."""
 
     def __init__(self, backbone: FrozenBackbone, registry: Registry, alias: str | None) -> None:
         self._registry, self._alias = registry, alias
         self._changed, self._stopping = threading.Condition(), threading.Event()
-        self.snapshot: Snapshot = first(backbone)  # what is served now; replaced as a whole, never altered
-        self.reachable = True  # whether the registry answered last
+        self.snapshot: Snapshot = empty_snapshot(backbone)  # replaced as a whole, never mutated
+        self.reachable = True  # whether the last registry query succeeded
         self._follow()
         self._thread = threading.Thread(target=self._run, name="addenda-follower", daemon=True)
         self._thread.start()
 
     def settle(self, generation: int, timeout_s: float) -> bool:
-        """Waits until a generation is served, or the time is over; says whether it is. It blocks its thread."""
+        """Waits until a generation or a later one is served; returns False on timeout. Blocks the calling thread."""
         with self._changed:
             return self._changed.wait_for(lambda: self.snapshot.generation >= generation, timeout_s)
 
     def stop(self) -> None:
-        """Ends the thread."""
+        """Stops the thread."""
         self._stopping.set()
         self._thread.join()
 
@@ -134,24 +134,25 @@ class Follower:
             except RegistryError as error:
                 if self.reachable:
                     generation = self.snapshot.generation
-                    log.error("The registry does not answer; generation %d is served on: %s", generation, error)
+                    log.error("The registry is unavailable; still serving generation %d: %s", generation, error)
                 self.reachable = False
                 self._stopping.wait(RETRY_S)
-            except Exception:  # a thread that ends would serve this generation for ever
-                log.exception("Generation %d is served on", self.snapshot.generation)
+            except Exception:  # if the thread ended, this generation would be served forever
+                log.exception("Loading the new generation failed; still serving %d", self.snapshot.generation)
                 self._stopping.wait(RETRY_S)
 
     def _follow(self) -> None:
-        started, before = time.monotonic(), self.snapshot
-        snapshot = following(before, self._registry, self._alias)
+        started, previous = time.monotonic(), self.snapshot
+        snapshot = next_snapshot(previous, self._registry, self._alias)
         with self._changed:
             self.snapshot = snapshot
             self._changed.notify_all()
-        took_ms = 1000 * (time.monotonic() - started)
-        log.info("Generation %d is served: %d tasks, %.0f ms", snapshot.generation, len(snapshot.records), took_ms)
+        elapsed_ms = 1000 * (time.monotonic() - started)
+        num_tasks = len(snapshot.records)
+        log.info("Serving generation %d: %d tasks, loaded in %.0f ms", snapshot.generation, num_tasks, elapsed_ms)
         if not (snapshot.records or snapshot.quarantined):
-            where = "is registered" if self._alias is None else f"has the alias {self._alias!r}"
-            log.warning("Nothing is answered: no task of backbone %s %s", snapshot.model.backbone.name, where)
-        for ref, why in snapshot.quarantined.items():
-            if before.quarantined.get(ref) != why:
-                log.error("Task %s is quarantined: %s", ref, why)
+            condition = "is registered" if self._alias is None else f"has the alias {self._alias!r}"
+            log.warning("No task is served: no task of backbone %s %s", snapshot.model.backbone.name, condition)
+        for ref, reason in snapshot.quarantined.items():
+            if previous.quarantined.get(ref) != reason:
+                log.error("Task %s is quarantined: %s", ref, reason)

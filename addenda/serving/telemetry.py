@@ -1,4 +1,4 @@
-"""What an operator sees: Prometheus metrics, one JSON line of log for each request, and request ids."""
+"""Prometheus metrics, one JSON log line per request, and request ids."""
 
 from __future__ import annotations
 
@@ -21,51 +21,62 @@ from addenda.serving.service import Service
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"})
-"""What the metrics call by its name: a client may make up any number of others."""
+"""Methods with a label value of their own; any other counts as "other", so clients cannot create labels."""
 SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 IMAGES = (1, 2, 4, 8, 16, 32, 64)
 
 log = logging.getLogger("addenda.serving.requests")
 
 
-class Metrics:
-    """The metrics of one server, in a registry of prometheus_client's."""
+class ServerMetrics:
+    """The metrics of one server, in their own prometheus_client registry."""
 
     def __init__(self) -> None:
-        self.registry = own = CollectorRegistry()
-        ProcessCollector(registry=own)
-        self.requests = Counter("addenda_requests", "Requests answered.", ("method", "route", "status"), registry=own)
-        told = "From a request's head to its answer's end."
-        self.seconds = Histogram("addenda_request_seconds", told, ("route",), buckets=SECONDS, registry=own)
-        self.pass_images = Histogram("addenda_pass_images", "Images of a pass.", buckets=IMAGES, registry=own)
-        self.pass_seconds = Histogram("addenda_pass_seconds", "Of a pass.", buckets=SECONDS, registry=own)
+        self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        self.requests = Counter(
+            "addenda_requests", "Number of requests.", ("method", "route", "status"), registry=registry
+        )
+        self.seconds = Histogram(
+            "addenda_request_seconds",
+            "Latency in seconds from a request's headers to the end of its response.",
+            ("route",),
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self.pass_images = Histogram(
+            "addenda_pass_images", "Number of images in a forward pass.", buckets=IMAGES, registry=registry
+        )
+        self.pass_seconds = Histogram(
+            "addenda_pass_seconds", "Forward-pass latency in seconds.", buckets=SECONDS, registry=registry
+        )
 
     def report(self, images: int, seconds: float) -> None:
-        """Notes a pass."""
+        """Records a forward pass."""
         self.pass_images.observe(images)
         self.pass_seconds.observe(seconds)
 
     def watch(self, service: Service) -> None:
-        """Adds what a service is at every moment."""
-        now: dict[str, tuple[str, Callable[[], float]]] = {
-            "generation": ("The registry's generation that is served.", lambda: service.snapshot.generation),
-            "tasks": ("Tasks that are served.", lambda: len(service.snapshot.records)),
-            "quarantined_tasks": ("Tasks that should be served and cannot.", lambda: len(service.snapshot.quarantined)),
-            "waiting_images": ("Images that wait or are answered now.", lambda: service.batcher.num_waiting),
-            "registry_up": ("1 while the registry answers.", lambda: service.follower.reachable),
+        """Adds gauges of a service's current state."""
+        gauges: dict[str, tuple[str, Callable[[], float]]] = {
+            "generation": ("Registry generation being served.", lambda: service.snapshot.generation),
+            "tasks": ("Number of served tasks.", lambda: len(service.snapshot.records)),
+            "quarantined_tasks": ("Number of quarantined tasks.", lambda: len(service.snapshot.quarantined)),
+            "waiting_images": ("Number of images queued or being computed.", lambda: service.batcher.num_waiting),
+            "registry_up": ("1 while the registry is reachable, else 0.", lambda: service.follower.reachable),
         }
-        for name, (said, value) in now.items():
-            Gauge(f"addenda_{name}", said, registry=self.registry).set_function(value)
+        for name, (description, value) in gauges.items():
+            Gauge(f"addenda_{name}", description, registry=self.registry).set_function(value)
 
 
 class Telemetry:
-    """ASGI middleware: gives each request an id, counts it and writes a line about it; never a header or a query."""
+    """ASGI middleware that assigns request ids, counts requests and logs each one, without its headers and query."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: ServerMetrics) -> None:
         self.app, self.metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes a request on."""
+        """Handles a request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -74,11 +85,11 @@ class Telemetry:
         state = scope.setdefault("state", {})
         method, is_head = scope["method"], scope["method"] == "HEAD"
         state |= {"id": request_id, "is_head": is_head}
-        if is_head:  # answered as GET is; the server keeps the body to itself
+        if is_head:  # handled as GET; the server omits the body
             scope = {**scope, "method": "GET"}
         started, status = time.monotonic(), 499
 
-        async def answer(message: Message) -> None:
+        async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -86,9 +97,9 @@ class Telemetry:
             await send(message)
 
         try:
-            await self.app(scope, receive, answer)
+            await self.app(scope, receive, send_with_id)
         except Exception:
-            status = 500  # which is answered around this
+            status = 500  # sent by the error handler outside this middleware
             raise
         finally:
             seconds = time.monotonic() - started
@@ -101,10 +112,10 @@ class Telemetry:
 
 
 class JsonLines(logging.Formatter):
-    """A log record as one line of JSON."""
+    """Formats log records as JSON lines."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line."""
+        """Formats one record."""
         at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         line = {"at": at, "level": record.levelname.lower(), "logger": record.name, "message": record.getMessage()}
         line |= getattr(record, "facts", {})
@@ -116,23 +127,23 @@ class JsonLines(logging.Formatter):
 router = APIRouter(tags=["health"])
 
 
-@router.get("/livez", summary="Whether the process runs")
+@router.get("/livez", summary="Liveness probe")
 async def livez() -> dict[str, bool]:
-    """Answers as long as the process does."""
+    """Always 200 while the process runs."""
     return {"live": True}
 
 
-@router.get("/readyz", summary="Whether requests should be sent here")
+@router.get("/readyz", summary="Readiness probe")
 async def readyz(request: Request) -> dict[str, bool]:
-    """503 from the moment when the server is told to stop; it still answers what comes."""
+    """200 when ready; 503 while the server drains, which still serves requests."""
     check_ready(request)
     return {"ready": True}
 
 
 def check_ready(request: Request) -> None:
-    """Raises a ProblemError (503) while the server is stopping."""
+    """Raises a ProblemError (503) while the server drains."""
     if request.app.state.draining:
-        raise ProblemError(503, "The server is stopping.", {"Retry-After": "5"})
+        raise ProblemError(503, "The server is shutting down.", {"Retry-After": "5"})
 
 
 @router.get(
@@ -140,8 +151,8 @@ def check_ready(request: Request) -> None:
     dependencies=[needs("predict")],
     summary="Prometheus metrics",
     response_class=Response,
-    responses={200: {"description": "In Prometheus's text format.", "content": {"text/plain": {}}}},
+    responses={200: {"description": "The metrics in Prometheus text format.", "content": {"text/plain": {}}}},
 )
 async def metrics(request: Request) -> Response:
-    """In Prometheus's text format."""
+    """The metrics in Prometheus text format."""
     return Response(generate_latest(request.app.state.metrics.registry), media_type=CONTENT_TYPE_LATEST)

@@ -1,4 +1,4 @@
-"""A fingerprint changes with whatever a feature depends on, and with nothing else."""
+"""A fingerprint changes with everything that a feature depends on, and with nothing else."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def test_a_fingerprint_changes_with_one_bit_of_any_weight(tiny):
 
 
 def test_a_fingerprint_changes_with_the_preprocessing(tiny):
-    found = {tiny.fingerprint, fingerprint(mean=(0.5, 0.5, 0.25)), fingerprint(std=(0.5, 0.5, 0.25))}
+    fingerprints = {tiny.fingerprint, fingerprint(mean=(0.5, 0.5, 0.25)), fingerprint(std=(0.5, 0.5, 0.25))}
     for setting in ({"interpolation": "nearest"}, {"crop_pct": 0.5}, {"crop_mode": "border"}):
         model: Any = tiny_vit()
         model.pretrained_cfg = {"input_size": (3, 32, 32), **setting}
-        found.add(fingerprint(model))
-    assert len(found) == 6
+        fingerprints.add(fingerprint(model))
+    assert len(fingerprints) == 6
 
 
 def test_a_fingerprint_changes_with_the_input_size():
@@ -56,12 +56,12 @@ def test_a_fingerprint_changes_with_the_architecture_around_the_same_weights(tin
         {"norm_layer": partial(LayerNorm, eps=1e-5)},
         {"global_pool": "avg", "fc_norm": False},
     )
-    found = {tiny.fingerprint}
+    fingerprints = {tiny.fingerprint}
     for options in variants:
         model = tiny_vit(**options)
         model.load_state_dict(tiny.model.state_dict())
-        found.add(fingerprint(model))
-    assert len(found) == 1 + len(variants)
+        fingerprints.add(fingerprint(model))
+    assert len(fingerprints) == 1 + len(variants)
 
 
 @pytest.mark.parametrize(
@@ -76,14 +76,14 @@ def test_a_fingerprint_changes_with_the_architecture_around_the_same_weights(tin
         ("rope-mixed", {"rope_grid_indexing": "ij"}),
     ],
 )
-def test_a_fingerprint_changes_with_rotations_that_no_weight_tells_of(kind, options):
+def test_a_fingerprint_changes_with_rotations_that_are_not_in_the_weights(kind, options):
     model, other = tiny_eva(kind), tiny_eva(kind, **options)
     other.load_state_dict(model.state_dict())
     assert not torch.equal(model.forward_features(some_images(model)), other.forward_features(some_images(model)))
     assert fingerprint(model) != fingerprint(other)
 
 
-def test_a_fingerprint_is_the_same_in_another_order_of_memory(tiny):
+def test_a_fingerprint_does_not_depend_on_the_memory_layout(tiny):
     model = tiny_vit()
     with torch.no_grad():
         model.head.weight.data = model.head.weight.data.T.contiguous().T

@@ -1,4 +1,4 @@
-"""Frozen backbones: bit-equal to stock timm, and given images alone that fit."""
+"""Frozen backbones: bit-equal to stock timm, and strict about the shape of their images."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.support.tiny import EVA, shaken, some_images, tiny_eva, tiny_vit
 SMALL = {"img_size": 64, "depth": 2}
 NARROW = {"embed_dim": 48, "num_heads": 3, "depth": 2}
 
-# name, what makes it small, and the feature for which it stands here
+# timm name, options that make it small, and the feature that the case covers
 STOCK = [
     ("test_vit", {"depth": 3}, lambda m: m.dynamic_img_size),
     ("vit_tiny_patch16_224", {}, lambda m: m.depth == 12),
@@ -67,7 +67,7 @@ STOCK = [
 
 
 class Spy(TorchFunctionMode):
-    """Sees the keys and values that timm's attention hands to torch."""
+    """Records the keys and values that timm's attention passes to torch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class Spy(TorchFunctionMode):
 
 @torch.no_grad()
 def stock_keys_and_values(model: nn.Module, images: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Each layer's keys and values, as timm's own forward pass has them."""
+    """Each layer's keys and values in timm's own forward pass."""
     with Spy() as spy:
         model(images)
     assert len(spy.seen) == len(model.blocks)
@@ -98,7 +98,7 @@ def same(ours: list[tuple[Tensor, Tensor]], stock: list[tuple[Tensor, Tensor]]) 
 def test_a_frozen_stream_is_bit_equal_to_stock_timm(name, options, feature):
     model: Any = shaken(timm.create_model(name, num_classes=5, **options))
     model.depth = len(model.blocks)
-    assert feature(model), "the case lost the feature for which it is here"
+    assert feature(model), "the case no longer has the feature that it covers"
     stock = copy.deepcopy(model)
     backbone = FrozenBackbone(model, name, "hub")
     images = some_images(stock)
@@ -113,10 +113,10 @@ def test_a_frozen_stream_is_bit_equal_to_stock_timm(name, options, feature):
     assert torch.equal(stream.tokens, tokens)
     assert torch.equal(stream.pooled, pooled)
     assert torch.equal(backbone.backbone_logits(images), logits)
-    for reading in ("pooled", "nothing"):  # what goes on computes less, in other shapes: the same function
+    for reading in ("pooled", "nothing"):  # these compute less, in other shapes, but the same function
         lean = backbone.stream(images, reading)
-        for found, expected in zip(lean, keys_and_values, strict=True):
-            assert all((a - b).abs().max() <= 1e-5 * b.abs().max() for a, b in zip(found, expected, strict=True))
+        for pair, expected in zip(lean, keys_and_values, strict=True):
+            assert all((a - b).abs().max() <= 1e-5 * b.abs().max() for a, b in zip(pair, expected, strict=True))
         if reading == "pooled":
             assert (lean.pooled - pooled).abs().max() <= 1e-5 * pooled.abs().max()
     assert tokens.shape == (2, backbone.num_tokens, backbone.embed_dim)
@@ -155,13 +155,13 @@ def test_each_kind_of_eva_is_bit_equal_to_stock_timm_with_and_without_fused_atte
         tokens = stock.forward_features(images)
         pooled = stock.forward_head(tokens, pre_logits=True)
     stream = backbone.stream(images)
-    kept = list(stream)
+    layers = list(stream)
     assert torch.equal(stream.tokens, tokens)
     assert torch.equal(stream.pooled, pooled)
     assert torch.equal(backbone.backbone_logits(images), stock(images))
-    assert len(kept) == 3
+    assert len(layers) == 3
     if fused:
-        assert same(kept, stock_keys_and_values(stock, images))
+        assert same(layers, stock_keys_and_values(stock, images))
 
 
 def test_a_bias_that_timm_adds_after_the_product_is_added_there():
@@ -170,32 +170,32 @@ def test_a_bias_that_timm_adds_after_the_product_is_added_there():
         block.attn.qkv_bias_separate = True
     stock = copy.deepcopy(model).bfloat16()
     images = some_images(stock).bfloat16()
-    found = list(FrozenBackbone(model, "apart", "hub", precision=torch.bfloat16).stream(images))
-    assert same(found, stock_keys_and_values(stock, images))
+    layers = list(FrozenBackbone(model, "apart", "hub", precision=torch.bfloat16).stream(images))
+    assert same(layers, stock_keys_and_values(stock, images))
     for block in stock.blocks:
         block.attn.qkv_bias_separate = False
-    assert not same(found, stock_keys_and_values(stock, images)), "there is nothing to tell the two apart"
+    assert not same(layers, stock_keys_and_values(stock, images)), "the two ways of adding the bias give equal bits"
 
 
-def test_the_patches_are_turned_and_nothing_else_is():
+def test_only_patches_are_rotated():
     backbone = FrozenBackbone(shaken(tiny_eva("dinov3")), "tiny", "hub")
     heads = torch.randn(2, 3, backbone.num_tokens + 4, 16, generator=torch.Generator().manual_seed(3))
-    turned = backbone.family.place(backbone.blocks[0], heads)
-    moved = (turned != heads).any(dim=-1).all(dim=(0, 1))
+    rotated = backbone.family.place(backbone.blocks[0], heads)
+    moved = (rotated != heads).any(dim=-1).all(dim=(0, 1))
     assert moved.tolist() == [False] * 5 + [True] * 16 + [False] * 4
-    assert torch.allclose(turned.norm(dim=-1), heads.norm(dim=-1), atol=1e-5)
+    assert torch.allclose(rotated.norm(dim=-1), heads.norm(dim=-1), atol=1e-5)
     vit = FrozenBackbone(tiny_vit(), "tiny", "hub")
     assert vit.family.place(vit.blocks[0], heads) is heads
 
 
-def test_stand_ins_share_the_models_weights():
+def test_block_views_share_the_models_weights():
     shared = 0
     for kind in EVA:
         backbone = FrozenBackbone(tiny_eva(kind), kind, "hub")
-        own = {parameter.data_ptr() for parameter in backbone.model.parameters()}
+        pointers = {parameter.data_ptr() for parameter in backbone.model.parameters()}
         for block in backbone.blocks:
             for name, parameter in block.named_parameters():
-                assert parameter.data_ptr() in own or name == "attn.qkv.bias", name
+                assert parameter.data_ptr() in pointers or name == "attn.qkv.bias", name
                 shared += 1
     assert shared > 100
 
@@ -208,7 +208,7 @@ def test_a_frozen_stream_does_not_change_what_the_model_computes(tiny):
     assert torch.equal(tiny.backbone_logits(images), before)
 
 
-def test_two_streams_read_in_turns_do_not_mix(tiny):
+def test_two_interleaved_streams_do_not_mix(tiny):
     first, second = some_images(tiny.model).split(1)
     alone = [list(tiny.stream(images)) for images in (first, second)]
     turns = list(zip(tiny.stream(first), tiny.stream(second), strict=True))
@@ -219,23 +219,23 @@ def test_two_streams_read_in_turns_do_not_mix(tiny):
 def test_streams_of_two_threads_do_not_mix(tiny):
     batches = some_images(tiny.model, 4).split(1)
     alone = [list(tiny.stream(images)) for images in batches]
-    wrong: list[int] = []
+    mismatches: list[int] = []
 
     def read(number: int) -> None:
-        wrong.extend(number for _ in range(10) if not same(list(tiny.stream(batches[number])), alone[number]))
+        mismatches.extend(number for _ in range(10) if not same(list(tiny.stream(batches[number])), alone[number]))
 
     threads = [threading.Thread(target=read, args=(number,)) for number in range(len(batches))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert wrong == []
+    assert mismatches == []
 
 
 def test_a_stream_without_pooling_has_no_pooled_feature(tiny):
     stream = tiny.stream(some_images(tiny.model), "nothing")
     list(stream)
-    with pytest.raises(AssertionError, match="reading nothing"):
+    with pytest.raises(AssertionError, match="reading='nothing'"):
         _ = stream.pooled
 
 
@@ -246,7 +246,7 @@ def test_a_frozen_backbone_has_no_gradients_and_no_dropout():
     for keys, values in stream:
         assert not keys.requires_grad
         assert not values.requires_grad
-        assert torch.is_grad_enabled(), "the reader of a stream may want gradients of its own"
+        assert torch.is_grad_enabled(), "the caller may need gradients of its own"
     assert not stream.pooled.requires_grad
     assert not backbone.backbone_logits(images).requires_grad
     assert torch.equal(backbone.backbone_logits(images), backbone.backbone_logits(images))
@@ -260,7 +260,7 @@ def test_a_frozen_backbone_has_no_gradients_and_no_dropout():
         *(partial(tiny_eva, kind) for kind in EVA),
     ],
 )
-def test_a_first_token_stands_where_the_class_token_stands(made):
+def test_a_first_token_has_the_class_tokens_position(made):
     backbone = FrozenBackbone(shaken(made()), "tiny", "hub")
     inputs: list[Tensor] = []
     backbone.model.blocks[0].register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0]))
@@ -273,7 +273,9 @@ def test_the_final_norm_is_the_one_before_the_head():
     for options in ({"global_pool": "token"}, {"global_pool": "avg"}, {"fc_norm": True}, {"final_norm": False}):
         backbone = FrozenBackbone(shaken(tiny_vit(**options)), "tiny", "hub")
         outputs: list[Tensor] = []
-        backbone.blocks[-1].register_forward_hook(lambda module, arguments, output, kept=outputs: kept.append(output))
+        backbone.blocks[-1].register_forward_hook(
+            lambda module, arguments, output, outputs=outputs: outputs.append(output)
+        )
         images = some_images(backbone.model)
         logits = backbone.backbone_logits(images)
         if backbone.model.global_pool == "token":
@@ -302,12 +304,12 @@ def test_images_of_another_shape_are_refused(tiny, shape):
 
 
 def test_a_stream_and_the_logits_check_their_images(tiny):
-    for ask in (tiny.stream, tiny.backbone_logits):
+    for method in (tiny.stream, tiny.backbone_logits):
         with pytest.raises(BackboneError, match="Images must have the shape"):
-            ask(torch.zeros(1, 3, 64, 64))
+            method(torch.zeros(1, 3, 64, 64))
 
 
-def test_images_of_whole_numbers_are_refused(tiny):
+def test_integer_images_are_refused(tiny):
     with pytest.raises(BackboneError, match=r"must be floating point and normalised; got torch\.uint8"):
         tiny.check_images(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
 

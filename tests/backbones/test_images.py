@@ -1,4 +1,4 @@
-"""Images from files: each is read as people see it, and a damaged one is refused by its name."""
+"""Image files are read as viewers show them; damaged ones are refused by name."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ def picture(values: object, dtype: type = np.uint8) -> Image.Image:
     return Image.fromarray(np.array(values, dtype))
 
 
-def test_transparent_pixels_are_laid_on_white(tmp_path):
+def test_transparent_pixels_are_composited_over_white(tmp_path):
     picture([[[255, 0, 0, 0], [255, 0, 0, 255], [0, 0, 0, 51]]]).save(tmp_path / "a.png")
     assert pixels(tmp_path / "a.png") == [[255, 255, 255], [255, 0, 0], [204, 204, 204]]
 
 
-def test_grey_with_alpha_is_laid_on_white(tmp_path):
+def test_grey_with_alpha_is_composited_over_white(tmp_path):
     picture([[[9, 9, 9, 0], [9, 9, 9, 255]]]).convert("LA").save(tmp_path / "a.png")
     assert mode(tmp_path / "a.png") == "LA"
     assert pixels(tmp_path / "a.png") == [[255, 255, 255], [9, 9, 9]]
 
 
 @pytest.mark.parametrize("transparency", [1, bytes([255, 0, 255])], ids=["index", "table"])
-def test_a_transparent_palette_entry_is_laid_on_white(tmp_path, transparency):
+def test_a_transparent_palette_entry_is_composited_over_white(tmp_path, transparency):
     image = Image.new("P", (3, 1))
     image.putdata([0, 1, 2])
     image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
@@ -90,7 +90,7 @@ def test_a_truncated_image_is_refused_by_name(tmp_path, suffix):
             read_image(path)
 
 
-def test_a_file_that_is_no_image_is_refused_by_name(tmp_path):
+def test_a_file_that_is_not_an_image_is_refused_by_name(tmp_path):
     (tmp_path / "notes.png").write_text("not a picture")
     with pytest.raises(DataError, match=r"Image '.*notes\.png' cannot be read: "):
         read_image(tmp_path / "notes.png")
@@ -98,7 +98,7 @@ def test_a_file_that_is_no_image_is_refused_by_name(tmp_path):
         read_image(tmp_path)
 
 
-def test_an_image_whose_exif_has_a_wrong_type_beside_is_turned_all_the_same(tmp_path):
+def test_exif_orientation_is_applied_despite_another_tag_of_a_wrong_type(tmp_path):
     text_where_a_number_belongs = bytes.fromhex(
         "4578696600004d4d002a000000080002010a0002000000060000002601120003000000010006000000000000"
     )

@@ -1,4 +1,4 @@
-"""Which models are backbones: the others are refused with the reason, and two that work are named."""
+"""Which models are supported as backbones; others are refused with a reason and two supported examples."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from timm.models.eva import EvaAttention
 from timm.models.vision_transformer import ParallelScalingBlock
 
 from addenda.backbones import FrozenBackbone, catalogue, load_backbone
-from addenda.backbones.scope import WORKING, obstacle
+from addenda.backbones.scope import SUPPORTED_EXAMPLES, obstacle
 from addenda.exceptions import BackboneError
 from tests.support.tiny import tiny_eva, tiny_vit
 
@@ -19,7 +19,7 @@ REFUSED = [
     ("swin_tiny_patch4_window7_224", "it is a SwinTransformer"),
     ("beit_base_patch16_224", "it is a Beit"),
     ("eva02_enormous_patch14_clip_224", "its blocks are EvaBlockPostNorm, not timm's pre-norm EvaBlock"),
-    ("vit_large_patch16_sapiens2", "its attention is grouped: 2 heads of queries share one of keys"),
+    ("vit_large_patch16_sapiens2", "its attention is grouped: 2 query heads share each key head"),
     ("vit_pe_core_base_patch16_224", "it pools by 'map'"),
     ("vit_medium_patch16_rope_reg1_gap_256", "it has no class token"),
     ("resnet50", "it is a ResNet"),
@@ -34,17 +34,17 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("name", "missing"), REFUSED, ids=[name for name, _ in REFUSED])
-def test_a_model_out_of_scope_is_refused_with_the_reason_and_two_that_work(name, missing):
+@pytest.mark.parametrize(("name", "reason"), REFUSED, ids=[name for name, _ in REFUSED])
+def test_an_unsupported_model_is_refused_with_a_reason_and_two_supported_examples(name, reason):
     with pytest.raises(BackboneError) as refusal:
         load_backbone(name, device="cpu")
     message = str(refusal.value)
-    assert message.startswith(f"Backbone {name!r} cannot carry task tokens: {missing}")
-    assert message.endswith(f"Two that work: {WORKING[0]}, {WORKING[1]}.")
+    assert message.startswith(f"Backbone {name!r} cannot carry task tokens: {reason}")
+    assert message.endswith(f"Supported, for example: {SUPPORTED_EXAMPLES[0]}, {SUPPORTED_EXAMPLES[1]}.")
 
 
 @pytest.mark.parametrize(
-    ("options", "missing"),
+    ("options", "reason"),
     [
         ({"global_pool": "avgmax"}, "it pools by 'avgmax'"),
         ({"global_pool": ""}, "it pools by ''"),
@@ -57,10 +57,10 @@ def test_a_model_out_of_scope_is_refused_with_the_reason_and_two_that_work(name,
         ({"attn_layer": "diff", "embed_dim": 96}, "its attention is DiffAttention"),
     ],
 )
-def test_a_property_that_task_tokens_cannot_share_is_named(options, missing):
+def test_an_unsupported_property_is_named(options, reason):
     with pytest.raises(BackboneError, match=r"^Backbone 'odd' cannot carry task tokens: ") as refusal:
         FrozenBackbone(tiny_vit(**options), "odd", "hub")
-    assert missing in str(refusal.value)
+    assert reason in str(refusal.value)
 
 
 @pytest.mark.parametrize(
@@ -75,32 +75,34 @@ def test_gated_attention_is_named_even_in_one_block(model, attention):
         FrozenBackbone(model, "odd", "hub")
 
 
-def test_the_names_offered_in_errors_work():
-    assert len(WORKING) == 2
-    assert [obstacle(timm.create_model(name, device="meta")) for name in WORKING] == [None, None]
+def test_the_examples_in_errors_are_supported():
+    assert len(SUPPORTED_EXAMPLES) == 2
+    assert [obstacle(timm.create_model(name, device="meta")) for name in SUPPORTED_EXAMPLES] == [None, None]
 
 
 @pytest.mark.parametrize("name", ["vit_base_mci_224", "vit_tiny_r_s16_p8_224"])
-def test_a_convolutional_stem_is_refused_for_what_it_is(name):
+def test_a_convolutional_stem_is_refused_by_name(name):
     with pytest.raises(BackboneError, match=r"cannot carry task tokens: .*HybridEmbed"):
         load_backbone(name, device="cpu")
 
 
-def test_an_unknown_name_is_refused_with_names_near_it():
-    with pytest.raises(BackboneError, match="timm knows no model 'vit_tinny_patch16_224'") as refusal:
+def test_an_unknown_name_is_refused_with_similar_names():
+    with pytest.raises(BackboneError, match="timm has no model 'vit_tinny_patch16_224'") as refusal:
         load_backbone("vit_tinny_patch16_224", device="cpu")
     assert "vit_tiny_patch16_224," in str(refusal.value)
     assert "addenda backbones list" in str(refusal.value)
 
 
-def test_a_name_near_nothing_is_refused_with_two_that_work():
-    with pytest.raises(BackboneError, match=f"no model 'zzz'. Near it: {WORKING[0]}, {WORKING[1]}"):
+def test_a_name_similar_to_none_is_refused_with_two_supported_examples():
+    with pytest.raises(
+        BackboneError, match=f"no model 'zzz'. Similar names: {SUPPORTED_EXAMPLES[0]}, {SUPPORTED_EXAMPLES[1]}"
+    ):
         load_backbone("zzz", device="cpu")
 
 
-def test_the_catalogue_says_what_works_and_what_is_missing():
-    working = ["vit_tiny_patch16_224", "vit_tiny_patch16_384", "vit_tiny_patch16_dinov3_qkvb"]
-    assert catalogue("vit_tiny_patch16_*") == [(name, None) for name in working]
-    [(name, missing)] = catalogue("vit_base_patch16_xp_224")
+def test_the_catalogue_lists_supported_models_and_reasons():
+    supported = ["vit_tiny_patch16_224", "vit_tiny_patch16_384", "vit_tiny_patch16_dinov3_qkvb"]
+    assert catalogue("vit_tiny_patch16_*") == [(name, None) for name in supported]
+    [(name, reason)] = catalogue("vit_base_patch16_xp_224")
     assert name == "vit_base_patch16_xp_224"
-    assert "ParallelScalingBlock" in missing
+    assert "ParallelScalingBlock" in reason

@@ -1,4 +1,4 @@
-"""The demo proves that nothing moved, and sees it where something has."""
+"""The demo proves that no earlier logit changes, and detects it when one does."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # Avalanche and what it impor
 
 
 @pytest.mark.slow
-def test_the_demo_proves_that_nothing_moved(
+def test_the_demo_proves_that_no_earlier_logit_changes(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from addenda.benchmarks.demo import run_demo

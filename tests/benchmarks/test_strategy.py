@@ -33,10 +33,10 @@ def registry(tmp_path: Path) -> Iterator[Registry]:
 
 
 def stream(task_labels: bool = True, classes: int = 6, **options: Any) -> Any:
-    """Three experiences of two classes; each class is a shade of noise."""
+    """Three experiences of two classes; each class is noise of one brightness."""
     from avalanche.benchmarks import nc_benchmark
 
-    def part(seed: int) -> torch.utils.data.TensorDataset:
+    def split(seed: int) -> torch.utils.data.TensorDataset:
         random = torch.Generator().manual_seed(seed)
         targets = torch.arange(48) % classes
         images = 0.3 * torch.randn(48, 3, 32, 32, generator=random) + (targets[:, None, None, None] - 2.5)
@@ -45,7 +45,7 @@ def stream(task_labels: bool = True, classes: int = 6, **options: Any) -> Any:
         return dataset
 
     order = {"fixed_class_order": list(range(classes)), "shuffle": False}
-    return nc_benchmark(part(0), part(1), n_experiences=3, task_labels=task_labels, **order, **options)
+    return nc_benchmark(split(0), split(1), n_experiences=3, task_labels=task_labels, **order, **options)
 
 
 def train(backbone: FrozenBackbone, registry: Registry, benchmark: Any) -> tuple[Any, Any, list[dict[str, float]]]:
@@ -68,23 +68,23 @@ def train(backbone: FrozenBackbone, registry: Registry, benchmark: Any) -> tuple
 
 
 def accuracies(results: dict[str, float]) -> dict[int, float]:
-    """Test accuracy on each experience, by Avalanche."""
+    """Avalanche's test accuracy on each experience."""
     pattern = re.compile(r"Top1_Acc_Exp/eval_phase/test_stream/(?:Task\d+/)?Exp(\d+)")
-    return {int(found[1]): value for key, value in results.items() if (found := pattern.fullmatch(key))}
+    return {int(match[1]): value for key, value in results.items() if (match := pattern.fullmatch(key))}
 
 
 def break_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each task sees its neighbour's token in place of its own; the self-test, which would refuse, is put to sleep."""
+    """Makes each task attend to another task's token instead of its own, and disables the self-test."""
 
     def leaking(scale, queries, frozen, tokens, memory, bias):
         moved = KeyValue(tokens.keys.roll(-1, dims=0), tokens.values.roll(-1, dims=0))
         return attend(scale, queries, frozen, moved, memory, bias)
 
     monkeypatch.setattr(forward, "attend", leaking)
-    monkeypatch.setattr("addenda.combined.selftest._equal", lambda one, other: True)
+    monkeypatch.setattr("addenda.combined.selftest._equal", lambda *_: True)
 
 
-def test_each_experience_becomes_a_task_and_no_old_logit_moves(tiny: FrozenBackbone, registry: Registry) -> None:
+def test_each_experience_becomes_a_task_and_no_earlier_logit_changes(tiny: FrozenBackbone, registry: Registry) -> None:
     _, bits, results = train(tiny, registry, stream())
     assert [record.ref for record in registry.tasks()] == [f"experience-00{i}:1" for i in range(3)]
     assert [record.labels for record in registry.tasks()] == [("0", "1"), ("2", "3"), ("4", "5")]
@@ -92,16 +92,16 @@ def test_each_experience_becomes_a_task_and_no_old_logit_moves(tiny: FrozenBackb
     assert bits.max_difference == 0
     emitted = {key: value for key, value in results[-1].items() if key.startswith("LogitsIdentical")}
     assert emitted == {"LogitsIdentical/Exp000": 1.0, "LogitsIdentical/Exp001": 1.0}
-    found = [accuracies(r) for r in results]
-    assert [sorted(one) for one in found] == [[0, 1, 2]] * 3
-    assert found[0][0] == found[1][0] == found[2][0]
-    assert found[1][1] == found[2][1]
+    matrix = [accuracies(result) for result in results]
+    assert [sorted(row) for row in matrix] == [[0, 1, 2]] * 3
+    assert matrix[0][0] == matrix[1][0] == matrix[2][0]
+    assert matrix[1][1] == matrix[2][1]
     assert {v for k, v in results[-1].items() if k.startswith("StreamForgetting")} == {0.0}
     assert {v for k, v in results[-1].items() if k.startswith("StreamBWT")} == {0.0}
     assert any(key.startswith("StreamForwardTransfer") for key in results[-1])
 
 
-def test_a_broken_mask_is_caught_by_the_metric(
+def test_the_metric_detects_a_broken_mask(
     tiny: FrozenBackbone, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     break_the_mask(monkeypatch)
@@ -111,7 +111,7 @@ def test_a_broken_mask_is_caught_by_the_metric(
     assert 0.0 in {value for key, value in results[-1].items() if key.startswith("LogitsIdentical")}
 
 
-def test_the_metric_sees_naive_fine_tuning_move() -> None:
+def test_the_metric_detects_that_naive_fine_tuning_changes_logits() -> None:
     from avalanche.models import SimpleMLP, as_multitask
     from avalanche.training.plugins import EvaluationPlugin
     from avalanche.training.supervised import Naive
@@ -132,93 +132,96 @@ def test_the_metric_sees_naive_fine_tuning_move() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("labelled_alike", [False, True])
-def test_without_task_labels_a_router_chooses(tiny: FrozenBackbone, registry: Registry, labelled_alike: bool) -> None:
-    """Whether Avalanche gives no task label, or the same one to every experience."""
+@pytest.mark.parametrize("shared_label", [False, True])
+def test_without_task_labels_a_router_chooses(tiny: FrozenBackbone, registry: Registry, shared_label: bool) -> None:
+    """Avalanche gives no task label, or the same one to every experience."""
     benchmark = stream(task_labels=False)
-    if labelled_alike:
+    if shared_label:
         from avalanche.benchmarks import benchmark_from_datasets, with_classes_timeline, with_task_labels
         from avalanche.benchmarks.utils.flat_data import ConstantSequence
 
         datasets = {
-            part: [
-                one.dataset.update_data_attribute("targets_task_labels", ConstantSequence(0, len(one.dataset)))
-                for one in experiences
+            split: [
+                experience.dataset.update_data_attribute(
+                    "targets_task_labels", ConstantSequence(0, len(experience.dataset))
+                )
+                for experience in experiences
             ]
-            for part, experiences in (("train", benchmark.train_stream), ("test", benchmark.test_stream))
+            for split, experiences in (("train", benchmark.train_stream), ("test", benchmark.test_stream))
         }
         benchmark = with_task_labels(with_classes_timeline(benchmark_from_datasets(**datasets)))
     strategy, bits, results = train(tiny, registry, benchmark)
     assert bits.identical
     assert sorted(accuracies(results[-1])) == [0, 1, 2]
-    labels = torch.zeros(16, dtype=torch.long) if labelled_alike else None
+    labels = torch.zeros(16, dtype=torch.long) if shared_label else None
     for number, experience in enumerate(benchmark.test_stream):
         scores = strategy.model(torch.stack([item[0] for item in experience.dataset]), labels)
         assert scores.shape == (16, 6)
         torch.testing.assert_close(scores.exp().sum(1), torch.ones(16))
-        answers = scores.argmax(1)
-        assert ((answers // 2) == number).float().mean() > 0.8  # the shades differ, and the router sees it
-        right = (answers == torch.tensor(list(experience.dataset.targets))).float().mean()
-        assert accuracies(results[-1])[number] == right
+        predicted = scores.argmax(1)
+        assert ((predicted // 2) == number).float().mean() > 0.8  # the brightness differs, which the router detects
+        accuracy = (predicted == torch.tensor(list(experience.dataset.targets))).float().mean()
+        assert accuracies(results[-1])[number] == accuracy
 
 
-def test_the_routers_answer_is_its_tasks_probability_times_the_heads(tiny: FrozenBackbone) -> None:
-    from addenda.benchmarks.strategy import Learned, TaskAnswers
+def test_a_routed_probability_is_the_tasks_times_the_heads(tiny: FrozenBackbone) -> None:
+    from addenda.benchmarks.strategy import LearnedTask, StreamClassifier
 
-    answers, kept, images = TaskAnswers(tiny), {}, torch.randn(5, 3, 32, 32)
+    classifier, statistics, images = StreamClassifier(tiny), {}, torch.randn(5, 3, 32, 32)
     noise = torch.Generator().manual_seed(0)
     tasks = {name: random_task(tiny, name, classes=2, seed=i) for i, name in enumerate("ab")}
     for number, (name, task) in enumerate(tasks.items()):
         features = number + torch.randn(30, tiny.embed_dim, generator=noise)
-        kept[name] = feature_statistics(features, torch.arange(30) % 2, 2)
-        answers.add(Learned(task, number, number, (2 * number, 2 * number + 1), kept[name]))
-    found = CombinedModel(tiny, list(tasks.values()))(images, pooled=True)
-    of_task = Router(kept).log_probabilities(found.pooled)
-    expected = [of_task[name][:, None] + (found[name] / tasks[name].temperature).log_softmax(1) for name in "ab"]
-    torch.testing.assert_close(answers(images), torch.cat(expected, dim=1).float())
+        statistics[name] = feature_statistics(features, torch.arange(30) % 2, 2)
+        classifier.add(LearnedTask(task, number, number, (2 * number, 2 * number + 1), statistics[name]))
+    outputs = CombinedModel(tiny, list(tasks.values()))(images, pooled=True)
+    of_task = Router(statistics).log_probabilities(outputs.pooled)
+    expected = [of_task[name][:, None] + (outputs[name] / tasks[name].temperature).log_softmax(1) for name in "ab"]
+    torch.testing.assert_close(classifier(images), torch.cat(expected, dim=1).float())
 
 
-def test_a_class_of_several_tasks_has_the_sum_of_what_they_give(tiny: FrozenBackbone) -> None:
-    from addenda.benchmarks.strategy import Learned, TaskAnswers
+def test_the_probability_of_a_class_is_summed_over_the_tasks_that_have_it(tiny: FrozenBackbone) -> None:
+    from addenda.benchmarks.strategy import LearnedTask, StreamClassifier
 
-    answers, noise = TaskAnswers(tiny), torch.Generator().manual_seed(0)
+    classifier, noise = StreamClassifier(tiny), torch.Generator().manual_seed(0)
     for number, name in enumerate("ab"):
         features = number + torch.randn(30, tiny.embed_dim, generator=noise)
         statistics = feature_statistics(features, torch.arange(30) % 2, 2)
-        answers.add(Learned(random_task(tiny, name, classes=2, seed=number), number, number, (0, 1), statistics))
-    scores = answers(torch.randn(5, 3, 32, 32))
+        classifier.add(LearnedTask(random_task(tiny, name, classes=2, seed=number), number, number, (0, 1), statistics))
+    scores = classifier(torch.randn(5, 3, 32, 32))
     assert scores.shape == (5, 2)
     torch.testing.assert_close(scores.exp().sum(1), torch.ones(5))
 
 
 def test_a_task_without_statistics_needs_task_labels(tiny: FrozenBackbone) -> None:
-    from addenda.benchmarks.strategy import Learned, TaskAnswers
+    from addenda.benchmarks.strategy import LearnedTask, StreamClassifier
 
-    answers = TaskAnswers(tiny)
+    classifier = StreamClassifier(tiny)
     for number, name in enumerate("ab"):
-        answers.add(Learned(random_task(tiny, name, classes=2), number, number, (2 * number, 2 * number + 1), None))
+        task = random_task(tiny, name, classes=2)
+        classifier.add(LearnedTask(task, number, number, (2 * number, 2 * number + 1), None))
     images = torch.randn(3, 3, 32, 32)
-    assert answers(images, torch.tensor([0, 1, 0])).shape == (3, 4)
-    with pytest.raises(RegistryError, match=r"of the images of task 'a' nothing was kept: .* Give the benchmark task"):
-        answers(images)
+    assert classifier(images, torch.tensor([0, 1, 0])).shape == (3, 4)
+    with pytest.raises(RegistryError, match=r"task 'a' has no routing statistics .*; give the benchmark task labels"):
+        classifier(images)
 
 
 def test_a_head_of_negative_logits_still_wins_within_its_task(tiny: FrozenBackbone) -> None:
-    from addenda.benchmarks.strategy import NEVER, Learned, TaskAnswers
+    from addenda.benchmarks.strategy import NEVER, LearnedTask, StreamClassifier
 
     task = random_task(tiny, "a", classes=2)
     task.head_bias.sub_(1000)
-    answers = TaskAnswers(tiny)
-    answers.add(Learned(task, 0, 0, (2, 3), None))
-    scores = answers(torch.randn(3, 3, 32, 32), torch.zeros(3, dtype=torch.long), num_classes=6)
+    classifier = StreamClassifier(tiny)
+    classifier.add(LearnedTask(task, 0, 0, (2, 3), None))
+    scores = classifier(torch.randn(3, 3, 32, 32), torch.zeros(3, dtype=torch.long), num_classes=6)
     assert scores.shape == (3, 6)
     assert set(scores.argmax(1).tolist()) <= {2, 3}
     assert (scores[:, [0, 1, 4, 5]] == NEVER).all()
-    assert (answers(torch.randn(3, 3, 32, 32), torch.ones(3, dtype=torch.long)) == NEVER).all()
+    assert (classifier(torch.randn(3, 3, 32, 32), torch.ones(3, dtype=torch.long)) == NEVER).all()
 
 
 @pytest.mark.slow
-def test_a_stream_met_again_is_taken_up_where_it_stopped(tiny: FrozenBackbone, registry: Registry) -> None:
+def test_a_repeated_stream_reuses_the_registered_tasks(tiny: FrozenBackbone, registry: Registry) -> None:
     _, _, before = train(tiny, registry, stream())
     generation = registry.generation
     _, _, after = train(tiny, registry, stream())
@@ -227,15 +230,15 @@ def test_a_stream_met_again_is_taken_up_where_it_stopped(tiny: FrozenBackbone, r
 
 
 def shades(count: int, seed: int) -> tuple[list[Image.Image], list[int]]:
-    """PIL images of two shades."""
+    """PIL images of two levels of brightness."""
     noise = torch.Generator().manual_seed(seed)
     targets = [i % 2 for i in range(count)]
     pixels = [(60 + 120 * t + 40 * torch.rand(32, 32, 3, generator=noise)).byte().numpy() for t in targets]
-    return [Image.fromarray(one) for one in pixels], targets
+    return [Image.fromarray(array) for array in pixels], targets
 
 
 def pictures(backbone: FrozenBackbone, train_transform: Any) -> Any:
-    """One experience of PIL images, transformed as a script would have it."""
+    """One experience of PIL images with a script's transforms."""
     from avalanche.benchmarks import benchmark_from_datasets, with_classes_timeline
     from avalanche.benchmarks.utils import DataAttribute, TransformGroups
     from avalanche.benchmarks.utils.classification_dataset import ClassificationDataset
@@ -257,7 +260,7 @@ def test_pil_images_are_learned_from_in_random_views(tiny: FrozenBackbone, regis
     assert registry.tasks()[0].config["augmentation"]["views"] == 3
 
 
-def test_images_that_a_script_varies_are_learned_from_as_they_are_tested(
+def test_images_with_a_train_transform_are_learned_through_the_eval_transform(
     tiny: FrozenBackbone, registry: Registry
 ) -> None:
     def vary(image: Image.Image) -> Tensor:
@@ -270,22 +273,23 @@ def test_images_that_a_script_varies_are_learned_from_as_they_are_tested(
     assert accuracies(results[-1]) == {0: 1.0}
 
 
-def test_a_task_keeps_statistics_of_the_images_it_was_learned_from(tiny: FrozenBackbone, registry: Registry) -> None:
+def test_routing_statistics_of_the_training_images_are_stored(tiny: FrozenBackbone, registry: Registry) -> None:
     train(tiny, registry, stream())
-    kept = [registry.statistics(record.ref) for record in registry.tasks()]
-    assert [one.counts.tolist() for one in kept] == [[8, 8]] * 3
-    assert all(record.statistics_bytes == len(one.data) for record, one in zip(registry.tasks(), kept, strict=True))
+    records = registry.tasks()
+    stored = [registry.statistics(record.ref) for record in records]
+    assert [statistics.counts.tolist() for statistics in stored] == [[8, 8]] * 3
+    assert [record.statistics_bytes for record in records] == [len(statistics.data) for statistics in stored]
     assert isinstance(registry.get("experience-000"), Task)
 
 
-class Digits:
-    """Every fourth image of some digits, with targets as Avalanche asks for them."""
+class DigitImages:
+    """Every fourth image of some digits, with the `targets` that Avalanche needs."""
 
     def __init__(self, chosen: tuple[int, ...], test: bool) -> None:
         from addenda.benchmarks.demo import digits
 
-        held = digits(chosen, test=test)
-        self.items = [(held[i][0], int(held[i][1])) for i in range(0, len(held), 4)]
+        data = digits(chosen, test=test)
+        self.items = [(data[i][0], int(data[i][1])) for i in range(0, len(data), 4)]
         self.targets = [target for _, target in self.items]
 
     def __len__(self) -> int:
@@ -296,11 +300,11 @@ class Digits:
 
 
 def digits_stream(backbone: FrozenBackbone, digits: tuple[int, ...] = (0, 1, 2, 3), **options: Any) -> Any:
-    """Two experiences of PIL images, tested on through the backbone's transform."""
+    """Two experiences of PIL images, with the backbone's transform for evaluation."""
     from avalanche.benchmarks import nc_benchmark
 
     return nc_benchmark(
-        Digits(digits, False), Digits(digits, True), n_experiences=2, shuffle=False, train_transform=None,
+        DigitImages(digits, False), DigitImages(digits, True), n_experiences=2, shuffle=False, train_transform=None,
         **{"task_labels": True, "eval_transform": backbone.transform} | options,
     )  # fmt: skip
 
@@ -317,57 +321,57 @@ def masked_memory(backbone: FrozenBackbone, registry: Registry, **options: Any) 
     )
 
 
-@pytest.mark.parametrize("how", ["plain", "validation", "online"])
-def test_task_labels_are_found_where_avalanche_hides_them(glyphs: FrozenBackbone, registry: Registry, how: str) -> None:
+@pytest.mark.parametrize("kind", ["plain", "validation", "online"])
+def test_task_labels_are_found_in_streams_of_every_kind(glyphs: FrozenBackbone, registry: Registry, kind: str) -> None:
     from avalanche.benchmarks import benchmark_with_validation_stream
     from avalanche.benchmarks.scenarios.online import split_online_stream
 
-    made = digits_stream(glyphs)
+    benchmark = digits_stream(glyphs)
     experiences = {
-        "plain": lambda: made.train_stream,
-        "validation": lambda: benchmark_with_validation_stream(made, validation_size=0.25).train_stream,
-        "online": lambda: split_online_stream(made.train_stream, experience_size=1000, shuffle=False),
-    }[how]()
+        "plain": lambda: benchmark.train_stream,
+        "validation": lambda: benchmark_with_validation_stream(benchmark, validation_size=0.25).train_stream,
+        "online": lambda: split_online_stream(benchmark.train_stream, experience_size=1000, shuffle=False),
+    }[kind]()
     strategy = masked_memory(glyphs, registry)
     for experience in experiences:
         strategy.train(experience)
-    assert [one.task_label for one in strategy.model.learned.values()] == [0, 1]
-    assert min(accuracies(strategy.eval(made.test_stream)).values()) > 0.9
+    assert [entry.task_label for entry in strategy.model.learned.values()] == [0, 1]
+    assert min(accuracies(strategy.eval(benchmark.test_stream)).values()) > 0.9
 
 
-def test_what_nothing_was_learned_for_is_refused_or_counts_as_wrong(
+def test_an_unknown_task_label_is_refused_or_counts_as_an_error(
     glyphs: FrozenBackbone, registry: Registry, caplog: pytest.LogCaptureFixture
 ) -> None:
     from addenda.exceptions import DataError
 
-    made, strategy = digits_stream(glyphs), masked_memory(glyphs, registry)
-    strategy.train(made.train_stream[0])
-    with pytest.raises(DataError, match=r"No task was learned for task label 1: .* Learned were 0"):
-        strategy.eval(made.test_stream[1])
-    found = accuracies(strategy.eval(made.test_stream))  # as every script does after each experience
-    assert found[0] > 0.9
-    assert found[1] == 0.0
+    benchmark, strategy = digits_stream(glyphs), masked_memory(glyphs, registry)
+    strategy.train(benchmark.train_stream[0])
+    with pytest.raises(DataError, match=r"No task was learned for task label 1, .* Learned labels: 0\."):
+        strategy.eval(benchmark.test_stream[1])
+    result = accuracies(strategy.eval(benchmark.test_stream))  # as scripts do after each experience
+    assert result[0] > 0.9
+    assert result[1] == 0.0
     assert "No task was learned for task label 1 yet" in caplog.text
 
 
-def test_classes_of_an_unknown_task_label_are_never_right_by_chance(glyphs: FrozenBackbone, registry: Registry) -> None:
-    """Where each experience's classes begin at 0, class 0 would be right for half of its images."""
-    made = digits_stream(glyphs, class_ids_from_zero_in_each_exp=True)
+def test_predictions_for_an_unknown_task_label_are_never_correct(glyphs: FrozenBackbone, registry: Registry) -> None:
+    """If the classes of each experience start at 0, class 0 would be correct for half of its images."""
+    benchmark = digits_stream(glyphs, class_ids_from_zero_in_each_exp=True)
     strategy = masked_memory(glyphs, registry)
-    strategy.train(made.train_stream[0])
-    assert accuracies(strategy.eval(made.test_stream))[1] == 0.0
+    strategy.train(benchmark.train_stream[0])
+    assert accuracies(strategy.eval(benchmark.test_stream))[1] == 0.0
 
 
-def test_one_class_at_a_time_is_a_stream(glyphs: FrozenBackbone, registry: Registry) -> None:
-    made = digits_stream(glyphs, (0, 1, 2), task_labels=False, per_exp_classes={0: 2, 1: 1})
+def test_an_experience_may_have_one_class(glyphs: FrozenBackbone, registry: Registry) -> None:
+    benchmark = digits_stream(glyphs, (0, 1, 2), task_labels=False, per_exp_classes={0: 2, 1: 1})
     strategy = masked_memory(glyphs, registry)
-    for experience in made.train_stream:
+    for experience in benchmark.train_stream:
         strategy.train(experience)
-    found = accuracies(strategy.eval(made.test_stream))
-    assert min(found.values()) > 0.7
+    result = accuracies(strategy.eval(benchmark.test_stream))
+    assert min(result.values()) > 0.7
 
 
-def test_the_metric_takes_images_that_only_the_test_sets_transform(
+def test_the_metric_accepts_images_that_only_the_test_datasets_transform(
     glyphs: FrozenBackbone, registry: Registry, tmp_path: Path
 ) -> None:
     from avalanche.benchmarks import benchmark_from_datasets
@@ -381,33 +385,33 @@ def test_the_metric_takes_images_that_only_the_test_sets_transform(
     folder = str(colour_folder(tmp_path / "images"))
     train = as_classification_dataset(ImageFolder(folder))
     test = as_classification_dataset(ImageFolder(folder, transform=glyphs.transform))
-    made, bits = benchmark_from_datasets(train=[train], test=[test]), LogitBits()
+    benchmark, bits = benchmark_from_datasets(train=[train], test=[test]), LogitBits()
     strategy = MaskedMemory(
         backbone=glyphs, registry=registry, config=LearnConfig(head_only=True),
         evaluator=EvaluationPlugin(bits, loggers=[]),
     )  # fmt: skip
-    strategy.train(made.train_stream[0])
-    strategy.eval(made.test_stream)
+    strategy.train(benchmark.train_stream[0])
+    strategy.eval(benchmark.test_stream)
     assert bits.identical
 
 
 @pytest.mark.parametrize(
-    "named", ["ReplayPlugin", "EWCPlugin", "LwFPlugin", "GDumbPlugin", "AGEMPlugin", "EarlyStoppingPlugin",
-              "SynapticIntelligencePlugin", "LRSchedulerPlugin"],
+    "name", ["ReplayPlugin", "EWCPlugin", "LwFPlugin", "GDumbPlugin", "AGEMPlugin", "EarlyStoppingPlugin",
+             "SynapticIntelligencePlugin", "LRSchedulerPlugin"],
 )  # fmt: skip
 def test_plugins_that_change_training_are_refused_before_it(
-    glyphs: FrozenBackbone, registry: Registry, named: str
+    glyphs: FrozenBackbone, registry: Registry, name: str
 ) -> None:
     from avalanche.training import plugins
 
     from addenda.exceptions import DataError
 
-    plugin = object.__new__(getattr(plugins, named))
-    with pytest.raises(DataError, match=f"^{named} changes how a strategy trains.* Leave it out"):
+    plugin = object.__new__(getattr(plugins, name))
+    with pytest.raises(DataError, match=f"^{name} changes how a strategy trains.* remove the plugin"):
         masked_memory(glyphs, registry, plugins=[plugin])
 
 
-def test_a_plugin_of_ones_own_may_look_on_and_not_more(glyphs: FrozenBackbone, registry: Registry) -> None:
+def test_a_custom_plugin_may_only_observe(glyphs: FrozenBackbone, registry: Registry) -> None:
     from avalanche.core import SupervisedPlugin
     from avalanche.training.plugins import EvaluationPlugin
     from avalanche.training.plugins.clock import Clock
@@ -416,11 +420,11 @@ def test_a_plugin_of_ones_own_may_look_on_and_not_more(glyphs: FrozenBackbone, r
 
     seen: list[str] = []
 
-    class Looking(SupervisedPlugin):  # type: ignore[misc]
+    class Observing(SupervisedPlugin):  # type: ignore[misc]
         def after_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
             seen.append(strategy.experience.current_experience)
 
-    class Waiting(SupervisedPlugin):  # type: ignore[misc]
+    class Hooked(SupervisedPlugin):  # type: ignore[misc]
         def after_backward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
             seen.append("never")
 
@@ -428,26 +432,26 @@ def test_a_plugin_of_ones_own_may_look_on_and_not_more(glyphs: FrozenBackbone, r
         def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
             strategy.dataloader = []
 
-    made = digits_stream(glyphs)
-    strategy = masked_memory(glyphs, registry, plugins=[Looking(), EvaluationPlugin(loggers=[]), Clock()])
-    strategy.train(made.train_stream[0])
+    benchmark = digits_stream(glyphs)
+    strategy = masked_memory(glyphs, registry, plugins=[Observing(), EvaluationPlugin(loggers=[]), Clock()])
+    strategy.train(benchmark.train_stream[0])
     assert seen == [0]
-    with pytest.raises(DataError, match=r"Waiting waits for `after_backward`, which never comes"):
-        masked_memory(glyphs, registry, plugins=[Waiting()])
-    with pytest.raises(DataError, match="A plugin has replaced what is to be learned from"):
-        masked_memory(glyphs, registry, plugins=[Replacing()], prefix="other").train(made.train_stream[0])
+    with pytest.raises(DataError, match=r"Hooked uses the hook `after_backward`, which MaskedMemory never calls"):
+        masked_memory(glyphs, registry, plugins=[Hooked()])
+    with pytest.raises(DataError, match="A plugin has replaced the training data"):
+        masked_memory(glyphs, registry, plugins=[Replacing()], prefix="other").train(benchmark.train_stream[0])
     assert [record.name for record in registry.tasks()] == ["experience-000"]
 
 
-@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
-def test_a_strategys_model_can_be_copied_and_answers_the_same_bits(
-    glyphs: FrozenBackbone, registry: Registry, how: str, tmp_path: Path
+@pytest.mark.parametrize("method", ["deepcopy", "pickle"])
+def test_a_copied_model_gives_the_same_bits(
+    glyphs: FrozenBackbone, registry: Registry, method: str, tmp_path: Path
 ) -> None:
-    made, strategy = digits_stream(glyphs), masked_memory(glyphs, registry)
-    strategy.train(made.train_stream[0])
+    benchmark, strategy = digits_stream(glyphs), masked_memory(glyphs, registry)
+    strategy.train(benchmark.train_stream[0])
     images = torch.randn(5, 3, 32, 32)
     before = strategy.model(images)
-    if how == "deepcopy":
+    if method == "deepcopy":
         copied = deepcopy(strategy.model)
     else:
         torch.save(strategy.model, tmp_path / "model.pt")
@@ -463,7 +467,7 @@ def test_a_strategys_model_can_be_copied_and_answers_the_same_bits(
     assert strategy.model(images).numpy().tobytes() == before.numpy().tobytes()
 
 
-def test_a_streams_labels_are_what_its_items_say(glyphs: FrozenBackbone, registry: Registry, tmp_path: Path) -> None:
+def test_targets_must_equal_those_of_the_items(glyphs: FrozenBackbone, registry: Registry, tmp_path: Path) -> None:
     from avalanche.benchmarks import nc_benchmark
     from torchvision.datasets import ImageFolder
 
@@ -472,29 +476,29 @@ def test_a_streams_labels_are_what_its_items_say(glyphs: FrozenBackbone, registr
 
     folder = str(colour_folder(tmp_path / "images", classes=("red", "blue")))
     data = ImageFolder(folder, target_transform=lambda y: 1 - y)
-    made = nc_benchmark(
+    benchmark = nc_benchmark(
         data, data, n_experiences=1, task_labels=True, shuffle=False, train_transform=None,
         eval_transform=glyphs.transform,
     )  # fmt: skip
     with pytest.raises(DataError, match="has the target"):
-        masked_memory(glyphs, registry).train(made.train_stream[0])
+        masked_memory(glyphs, registry).train(benchmark.train_stream[0])
     assert registry.tasks() == []
 
 
-def test_a_fresh_strategy_scores_nothing_that_it_has_not_met(glyphs: FrozenBackbone, registry: Registry) -> None:
+def test_a_new_strategy_cannot_evaluate_before_training(glyphs: FrozenBackbone, registry: Registry) -> None:
     from addenda.exceptions import DataError
 
-    made = digits_stream(glyphs)
-    with pytest.raises(DataError, match="Learned were none yet: train first, which finds what is registered"):
-        masked_memory(glyphs, registry).eval(made.test_stream)
+    benchmark = digits_stream(glyphs)
+    with pytest.raises(DataError, match=r"nothing to evaluate\. Call train first; it reuses registered tasks"):
+        masked_memory(glyphs, registry).eval(benchmark.test_stream)
     strategy = masked_memory(glyphs, registry)
-    strategy.train(made.train_stream[0])
+    strategy.train(benchmark.train_stream[0])
     untransformed = digits_stream(glyphs, eval_transform=None)
     with pytest.raises(DataError, match=r"give the benchmark `eval_transform=backbone.transform`"):
         strategy.eval(untransformed.test_stream)
 
 
-def test_what_is_refused_of_an_experience_is_refused_before_it_is_learned(
+def test_an_experience_is_refused_before_anything_is_learned_from_it(
     glyphs: FrozenBackbone, registry: Registry
 ) -> None:
     from avalanche.core import SupervisedPlugin
@@ -506,14 +510,14 @@ def test_what_is_refused_of_an_experience_is_refused_before_it_is_learned(
         def after_train_dataset_adaptation(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
             strategy.adapted_dataset = strategy.adapted_dataset.subset(range(6))
 
-    made, strategy = digits_stream(glyphs), masked_memory(glyphs, registry)
-    with pytest.MonkeyPatch.context() as mixing:
-        mixing.setattr(type(made.train_stream[0]), "task_labels", property(lambda self: [0, 1]))
+    benchmark, strategy = digits_stream(glyphs), masked_memory(glyphs, registry)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(benchmark.train_stream[0]), "task_labels", property(lambda self: [0, 1]))
         with pytest.raises(DataError, match=r"has images of the task labels \[0, 1\]"):
-            strategy.train(made.train_stream[0])
+            strategy.train(benchmark.train_stream[0])
     strategy.plugins.append(LwFPlugin())
     with pytest.raises(DataError, match="LwFPlugin changes how a strategy trains"):
-        strategy.train(made.train_stream[1])
-    with pytest.raises(DataError, match="A plugin has replaced what is to be learned from"):
-        masked_memory(glyphs, registry, plugins=[Halving()]).train(made.train_stream[1])
+        strategy.train(benchmark.train_stream[1])
+    with pytest.raises(DataError, match="A plugin has replaced the training data"):
+        masked_memory(glyphs, registry, plugins=[Halving()]).train(benchmark.train_stream[1])
     assert registry.tasks() == []

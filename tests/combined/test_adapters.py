@@ -1,4 +1,4 @@
-"""Low-rank updates of a block's layers: the function, its gradients, its bits, and which blocks can carry them."""
+"""Adapters (low-rank updates of a block's layers): function, gradients, bits, and which blocks can carry them."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def some_adapters(on: FrozenBackbone, slots: int = 3, rank: int = 4) -> BlockAda
 
 
 def some_tokens(on: FrozenBackbone, slots: int = 3, count: int = 8) -> tuple[Tensor, Tensor]:
-    """Tokens at a block's input, and what their queries read."""
+    """Input tokens of a block, and outputs of its attention."""
     both = torch.randn(2, slots, count, on.embed_dim, generator=torch.Generator().manual_seed(8)).to(on.precision)
     return both[0], both[1]
 
 
 def merged(on: FrozenBackbone, variant: str, adapters: BlockAdapters, slot: int) -> FrozenBackbone:
-    """A backbone into whose last block the adapters of one slot have gone as full matrices."""
+    """A backbone with one slot's adapters merged into the weights of its last block."""
     model = lively_vit(variant).to(on.precision)
     attn, mlp = model.blocks[-1].attn, model.blocks[-1].mlp
     queries = attn.qkv.weight[: on.embed_dim]
@@ -57,20 +57,20 @@ def test_the_backbone_and_the_registry_name_the_same_layers() -> None:
 
 @pytest.mark.parametrize("variant", ["plain", "layer-scale", "qk-norm", "clip", "dinov3", "rope-mixed"])
 @pytest.mark.parametrize("slot", [0, 2])
-def test_an_adapted_block_is_the_block_with_merged_weights_but_for_keys_and_values(variant: str, slot: int) -> None:
+def test_an_adapted_block_equals_one_with_merged_weights_except_for_keys_and_values(variant: str, slot: int) -> None:
     on = backbone(variant, torch.float64)
     adapters, (tokens, read) = some_adapters(on), some_tokens(on)
     other = merged(on, variant, adapters, slot)
     block, full = on.blocks[-1], other.blocks[-1]
-    plain, found, expected = (
+    plain, adapted, expected = (
         on.family.project(block, tokens),
         on.family.project(block, tokens, adapters),
         other.family.project(full, tokens),
     )
-    assert (found[0][slot] - expected[0][slot]).abs().max() <= 1e-12
-    assert (found[0][slot] - plain[0][slot]).abs().max() > 1e-2
-    assert torch.equal(found[1], plain[1])
-    assert torch.equal(found[2], plain[2])
+    assert (adapted[0][slot] - expected[0][slot]).abs().max() <= 1e-12
+    assert (adapted[0][slot] - plain[0][slot]).abs().max() > 1e-2
+    assert torch.equal(adapted[1], plain[1])
+    assert torch.equal(adapted[2], plain[2])
     finished, wanted = on.family.finish(block, tokens, read, adapters), other.family.finish(full, tokens, read)
     assert (finished[slot] - wanted[slot]).abs().max() <= 1e-12
     assert (finished[slot] - on.family.finish(block, tokens, read)[slot]).abs().max() > 1e-2
@@ -82,7 +82,7 @@ def test_updates_of_zero_change_nothing(precision: torch.dtype) -> None:
     adapters, (tokens, read), block = some_adapters(on), some_tokens(on), on.blocks[0]
     idle = BlockAdapters(*(Adapter(down, torch.zeros_like(up)) for down, up in adapters))
     pairs = zip(on.family.project(block, tokens, idle), on.family.project(block, tokens), strict=True)
-    assert all(torch.equal(one, other) for one, other in pairs)
+    assert all(torch.equal(idle_output, output) for idle_output, output in pairs)
     assert torch.equal(on.family.finish(block, tokens, read, idle), on.family.finish(block, tokens, read))
 
 
@@ -109,20 +109,20 @@ def test_an_update_gives_an_image_the_same_bits_in_any_batch_and_slot(precision:
     for size in (1, 4):
         for start in range(0, 8, size):
             assert torch.equal(adapters.fc1(tokens[:, start : start + size]), whole[:, start : start + size])
-    turned = Adapter(*(part.roll(3, 0) for part in adapters.fc1))
-    assert torch.equal(turned(tokens.roll(3, 0)).roll(-3, 0), whole)
+    rolled = Adapter(*(matrix.roll(3, 0) for matrix in adapters.fc1))
+    assert torch.equal(rolled(tokens.roll(3, 0)).roll(-3, 0), whole)
 
 
 @pytest.mark.parametrize("count", [1, 3, 4, 5])
-def test_a_product_of_few_rows_is_filled_up(count: int) -> None:
+def test_a_product_of_few_rows_is_padded(count: int) -> None:
     rows, matrices = torch.randn(2, 3, count, 6), torch.randn(2, 3, 6, 5)
-    found = product(rows, matrices)
-    assert found.shape == (2, 3, count, 5)
-    assert torch.equal(found, (torch.cat([rows, torch.zeros(2, 3, MIN_ROWS, 6)], 2) @ matrices)[:, :, :count])
+    products = product(rows, matrices)
+    assert products.shape == (2, 3, count, 5)
+    assert torch.equal(products, (torch.cat([rows, torch.zeros(2, 3, MIN_ROWS, 6)], 2) @ matrices)[:, :, :count])
 
 
 @pytest.mark.parametrize(
-    ("model", "found"),
+    ("model", "mlp"),
     [
         (lambda: tiny_vit(mlp_layer=SwiGLU), "SwiGLU"),
         (lambda: tiny_vit(mlp_layer=GluMlp), "GluMlp"),
@@ -131,10 +131,10 @@ def test_a_product_of_few_rows_is_filled_up(count: int) -> None:
         (lambda: tiny_eva("eva02-small"), "GluMlp"),
     ],
 )
-def test_blocks_that_cannot_carry_adapters_are_named(model: object, found: str) -> None:
+def test_blocks_that_cannot_carry_adapters_are_named(model: object, mlp: str) -> None:
     on = FrozenBackbone(model(), "gated", "hub")
-    assert on.adapter_obstacle() == f"its MLPs are {found}, not timm's plain Mlp of fc1 and fc2"
-    with pytest.raises(BackboneError, match=f"Backbone 'gated' cannot carry adapters: its MLPs are {found}, not timm"):
+    assert on.adapter_obstacle() == f"its MLPs are {mlp}, not timm's plain Mlp of fc1 and fc2"
+    with pytest.raises(BackboneError, match=f"Backbone 'gated' cannot carry adapters: its MLPs are {mlp}, not timm"):
         on.adapter_shapes()
 
 

@@ -1,4 +1,4 @@
-"""Bits: a task's logits are the same bytes alone and in any company, order, subset, batch, place and process."""
+"""Exactness: a task's logits have the same bytes alone and with any other tasks, order, subset, batch and process."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from tests.support.models import (
 from tests.support.places import ROOT, SHARED
 from tests.support.tasks import random_task
 
-# --- any registry, any company ----------------------------------------------------------------------------------------
+# --- random registries ------------------------------------------------------------------------------------------------
 
 
 def vit_tiny(precision: torch.dtype) -> FrozenBackbone:
@@ -53,24 +53,24 @@ def vit_tiny(precision: torch.dtype) -> FrozenBackbone:
 def check_a_random_registry(
     on: FrozenBackbone, seed: int, num_tasks: int, num_images: int, num_checked: int, data: st.DataObject
 ) -> None:
-    """Some tasks of a random registry in any order, subset, batch and place, against each alone with one image."""
+    """Compares tasks of a random registry, in any order, subset and batch, with each task alone on one image."""
     size = on.preprocessing["input_size"][1]
     pictures = torch.randn(num_images, 3, size, size, generator=torch.Generator().manual_seed(seed))
     tasks = random_registry(on, num_tasks, seed)
-    everyone = CombinedModel(on, data.draw(st.permutations(tasks), label="order"))
+    model = CombinedModel(on, data.draw(st.permutations(tasks), label="order"))
     names = st.sampled_from([task.name for task in tasks])
     checked = data.draw(st.lists(names, min_size=1, max_size=num_checked, unique=True), label="checked")
-    more = data.draw(st.lists(names, max_size=10, unique=True), label="asked beside them")
-    together, asked = everyone(pictures), everyone(pictures, [*checked, *more])
+    more = data.draw(st.lists(names, max_size=10, unique=True), label="also requested")
+    together, subset = model(pictures), model(pictures, [*checked, *more])
     assert together.exact
-    assert set(asked) == {*checked, *more}
-    places = {0, num_images - 1, data.draw(st.integers(0, num_images - 1), label="place")}
+    assert set(subset) == {*checked, *more}
+    positions = {0, num_images - 1, data.draw(st.integers(0, num_images - 1), label="position")}
     for task in (task for task in tasks if task.name in checked):
         single = CombinedModel(on, [task])
-        for place in places:
-            (expected,) = bits(single(pictures[place : place + 1])[task.name])
-            assert bits(together[task.name])[place] == expected
-            assert bits(asked[task.name])[place] == expected
+        for i in positions:
+            (expected,) = bits(single(pictures[i : i + 1])[task.name])
+            assert bits(together[task.name])[i] == expected
+            assert bits(subset[task.name])[i] == expected
 
 
 REGISTRY = {"seed": st.integers(0, 2**20), "num_images": st.integers(1, 33), "data": st.data()}
@@ -120,7 +120,7 @@ def test_a_task_keeps_its_bits_in_any_registry_on_a_real_backbone(
         check_a_random_registry(on, seed, num_tasks, num_images, 3, data)
 
 
-# --- one way at a time ------------------------------------------------------------------------------------------------
+# --- single influences ------------------------------------------------------------------------------------------------
 
 
 @PRECISIONS
@@ -166,37 +166,37 @@ def test_a_task_keeps_its_bits_on_two_threads() -> None:
 
 @PRECISIONS
 def test_tasks_keep_their_bits_with_the_heads_of_a_real_backbone(precision: torch.dtype) -> None:
-    """With 64 dimensions a head some products of two or three columns give other bits in other rows."""
+    """With 64 dimensions per head, some products of two or three columns give different bits in different rows."""
     on = wide_backbone(precision)
     pictures = images(4)
     tasks = [random_task(on, f"memory-{m}", memory=m, classes=m + 1, seed=m, pooled=m % 2 == 0) for m in range(11)]
     tasks.append(random_task(on, "child", memory=1, classes=3, parents=(tasks[1],), seed=20))
     together = CombinedModel(on, tasks)(pictures)
-    turned = CombinedModel(on, tasks[::-1])(pictures.roll(1, 0))
+    rolled = CombinedModel(on, tasks[::-1])(pictures.roll(1, 0))
     for task in tasks:
         expected = alone(on, task, pictures)
         assert bits(together[task.name]) == expected, task.name
-        assert bits(turned[task.name].roll(-1, 0)) == expected, task.name
+        assert bits(rolled[task.name].roll(-1, 0)) == expected, task.name
 
 
 @PRECISIONS
 @pytest.mark.parametrize("variant", ["plain", "wide"])
 def test_tasks_keep_their_bits_at_every_rank(variant: str, precision: torch.dtype) -> None:
-    """At rank 2, not filled up, products of 48 dimensions give four images other bits than eight."""
+    """Without padding, at rank 2 and 48 dimensions, batches of four and eight images give different bits."""
     on = wide_backbone(precision) if variant == "wide" else backbone(variant, precision)
     pictures = images(4)
     tasks = [random_task(on, f"rank-{r}", memory=4, seed=r, rank=r) for r in (0, 1, 2, 3, 4, 5, 8, 16, 32)]
     tasks.append(random_task(on, "child", memory=0, parents=(tasks[6],), seed=40, rank=2))
     tasks.append(random_task(on, "plain-child", memory=0, parents=(tasks[6],), seed=41))
     together = CombinedModel(on, tasks)(pictures)
-    turned = CombinedModel(on, tasks[::-1])(pictures.roll(1, 0))
+    rolled = CombinedModel(on, tasks[::-1])(pictures.roll(1, 0))
     for task in tasks:
         expected = alone(on, task, pictures)
         assert bits(together[task.name]) == expected, task.name
-        assert bits(turned[task.name].roll(-1, 0)) == expected, task.name
+        assert bits(rolled[task.name].roll(-1, 0)) == expected, task.name
 
 
-def test_an_adapted_task_moves_no_bit_of_one_without() -> None:
+def test_an_adapted_task_changes_no_bit_of_a_task_without_adapters() -> None:
     on = backbone()
     plain, adapted = random_task(on, "plain"), random_task(on, "adapted", seed=1, rank=4)
     assert_company_moves_no_bit(on, plain, [adapted])
@@ -204,7 +204,7 @@ def test_an_adapted_task_moves_no_bit_of_one_without() -> None:
     assert len(CombinedModel(on, [plain, adapted]).layout.tiles) == 2
 
 
-def test_empty_slots_and_filled_up_ranks_hold_zeros() -> None:
+def test_empty_slots_and_padded_ranks_are_zeros() -> None:
     on = backbone()
     tasks = [random_task(on, f"rank-{r}", memory=4, seed=r, rank=r) for r in (5, 8, 7)]
     (tile,) = CombinedModel(on, tasks).layout.tiles
@@ -213,44 +213,44 @@ def test_empty_slots_and_filled_up_ranks_hold_zeros() -> None:
     for layer in range(on.depth):
         for site, (down, up) in tile.adapters(layer)._asdict().items():
             for slot, task in enumerate(tasks):
-                own = task.adapters[site]
-                assert torch.equal(down[slot, : task.adapter_rank], own.down[layer])
-                assert torch.equal(up[slot, :, : task.adapter_rank], own.up[layer])
+                expected = task.adapters[site]
+                assert torch.equal(down[slot, : task.adapter_rank], expected.down[layer])
+                assert torch.equal(up[slot, :, : task.adapter_rank], expected.up[layer])
                 assert down[slot, task.adapter_rank :].count_nonzero() == 0
                 assert up[slot, :, task.adapter_rank :].count_nonzero() == 0
             assert down[3].count_nonzero() == up[3].count_nonzero() == 0
 
 
-def test_a_head_gives_an_image_the_same_bits_at_every_place_in_the_batch() -> None:
+def test_a_head_gives_an_image_the_same_bits_at_every_position_in_the_batch() -> None:
     on = backbone()
     picture = images(1)
     for classes in (*range(1, 18), 100):
         task = random_task(on, "task", memory=1, classes=classes, seed=classes)
         model = CombinedModel(on, [task, head_only(dataclasses.replace(task, name="head"))])
-        places = []
-        for place in range(model.micro_batch):
+        results = []
+        for i in range(model.micro_batch):
             batch = images(model.micro_batch, seed=8)
-            batch[place] = picture
-            places.append([bits(logits)[place] for logits in model(batch).values()])
-        assert places == [places[0]] * model.micro_batch, f"{classes} classes"
+            batch[i] = picture
+            results.append([bits(logits)[i] for logits in model(batch).values()])
+        assert results == [results[0]] * model.micro_batch, f"{classes} classes"
 
 
-def test_a_broken_image_harms_no_other_in_its_batch() -> None:
+def test_a_broken_image_changes_no_other_image_in_its_batch() -> None:
     on = backbone()
     model = CombinedModel(on, list(family(on).values()))
-    whole, broken = model(images()), images()
+    expected, broken = model(images()), images()
     broken[1], broken[6] = float("nan"), float("inf")
     for name, logits in model(broken).items():
-        for place in (0, 2, 3, 4, 5, 7, 8):
-            assert bits(logits)[place] == bits(whole[name])[place]
+        for i in (0, 2, 3, 4, 5, 7, 8):
+            assert bits(logits)[i] == bits(expected[name])[i]
 
 
-def test_one_content_under_two_names_gives_the_same_bits() -> None:
+def test_equal_tasks_with_two_names_give_the_same_bits() -> None:
     on = backbone()
     task = family(on)["child"]
     twin = dataclasses.replace(task, name="twin")
-    found = CombinedModel(on, [task, *family(on).values(), twin])(images(2))
-    assert bits(found["twin"]) == bits(found["child"])
+    logits = CombinedModel(on, [task, *family(on).values(), twin])(images(2))
+    assert bits(logits["twin"]) == bits(logits["child"])
 
 
 @PRECISIONS
@@ -263,29 +263,31 @@ def test_the_backbones_own_logits_are_stock_timms(precision: torch.dtype) -> Non
             model(images(count))
             padded = F.pad(images(count), (0, 0, 0, 0, 0, 0, 0, -count % model.micro_batch)).to(precision)
             with torch.no_grad():
-                expected = torch.cat([stock(part) for part in padded.split(model.micro_batch)])[:count]
+                expected = torch.cat([stock(chunk) for chunk in padded.split(model.micro_batch)])[:count]
             assert torch.equal(model.backbone_logits(images(count)), expected)
 
 
 @PRECISIONS
-def test_what_learning_observes_does_not_depend_on_company(precision: torch.dtype) -> None:
+def test_observed_keys_and_values_do_not_depend_on_other_tasks(precision: torch.dtype) -> None:
     on = backbone("plain", precision)
     task = family(on)["sees-two"]
-    wanted = [task, *task.closure]
-    seen: list[list[bytes]] = []
+    offered = [task, *task.closure]
+    observed: list[list[bytes]] = []
     for company in ([task], list(family(on).values())):
-        slots = Layout(TileStore(on), company, offered=wanted)
-        rows = [slots.offered[member.sha256] for member in wanted]
+        layout = Layout(TileStore(on), company, offered=offered)
+        rows = [layout.offered[member.sha256] for member in offered]
         layers: list[bytes] = []
 
-        def note(layer: int, frozen: KeyValue, tokens: KeyValue, layers: list[bytes] = layers, rows: list[int] = rows):
+        def record(
+            layer: int, frozen: KeyValue, tokens: KeyValue, layers: list[bytes] = layers, rows: list[int] = rows
+        ):
             layers.extend(part.float().numpy().tobytes() for part in frozen)
             layers.extend(part[:, :, rows].float().numpy().tobytes() for part in tokens)
 
-        forward_pass(on, images(8), slots, observe=note)
-        seen.append(layers)
-    assert len(seen[0]) == 4 * on.depth
-    assert seen[0] == seen[1]
+        forward_pass(on, images(8), layout, observe=record)
+        observed.append(layers)
+    assert len(observed[0]) == 4 * on.depth
+    assert observed[0] == observed[1]
 
 
 PROGRAM = """
@@ -302,7 +304,7 @@ print(*(golden(on, task).digest for task in random_registry(on, 8, seed=4)))
 @pytest.mark.slow
 def test_a_task_keeps_its_bits_in_another_process() -> None:
     from addenda.combined import tensor_digest
-    from addenda.combined.probes import probe_images
+    from addenda.combined.probe_inputs import probe_images
 
     on = backbone("dinov2")
     tasks = random_registry(on, 8, seed=4)
@@ -312,34 +314,34 @@ def test_a_task_keeps_its_bits_in_another_process() -> None:
     assert other.stdout.split() == [tensor_digest(together[task.name]) for task in tasks]
 
 
-# --- a live model takes in tasks --------------------------------------------------------------------------------------
+# --- adding tasks to a live model -------------------------------------------------------------------------------------
 
 
-def test_a_live_model_computes_only_what_a_new_task_brings(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_live_model_computes_only_the_memory_of_a_new_task(monkeypatch: pytest.MonkeyPatch) -> None:
     on = backbone()
     new = random_task(on, "new", memory=5, seed=30, rank=5)
     before = [*random_registry(on, 21, seed=3), random_task(on, "of its class", memory=6, seed=31, rank=8)]
     live = CombinedModel(on, before)
-    answered = live(images(3))
+    logits_before = live(images(3))
     computed: list[int] = []
 
-    def counted(on: FrozenBackbone, block: object, memory: Tensor) -> KeyValue:
+    def counting(on: FrozenBackbone, block: object, memory: Tensor) -> KeyValue:
         computed.append(memory.shape[1])
         return memory_key_values(on, block, memory)
 
-    monkeypatch.setattr(tiles, "memory_key_values", counted)
+    monkeypatch.setattr(tiles, "memory_key_values", counting)
     grown = live.with_tasks([*before, new])
     assert computed == [new.num_memory_tokens] * on.depth
     heads = [grown._heads[task.sha256] is live._heads[task.sha256] for task in before]
     assert all(heads)
-    assert list(live(images(3))) == list(answered) == [task.name for task in before]
+    assert list(live(images(3))) == list(logits_before) == [task.name for task in before]
     fresh = CombinedModel(on, [*before, new])(images(3))
     for name, logits in grown(images(3)).items():
         assert bits(logits) == bits(fresh[name])
-        assert name == new.name or bits(logits) == bits(answered[name])
+        assert name == new.name or bits(logits) == bits(logits_before[name])
 
 
-def test_tasks_that_leave_a_live_model_leave_its_memory() -> None:
+def test_tasks_removed_from_a_live_model_are_freed() -> None:
     on = backbone()
     tasks = [random_task(on, f"task-{i}", memory=8, seed=i) for i in range(40)]
     live = CombinedModel(on, tasks)
@@ -350,69 +352,70 @@ def test_tasks_that_leave_a_live_model_leave_its_memory() -> None:
 
 
 @pytest.mark.parametrize("sizes", [(TILE,), TILE_SIZES, None], ids=["canonical", "proven", "inexact"])
-def test_every_task_has_a_slot_and_little_is_filled_up(sizes: tuple[int, ...] | None) -> None:
+def test_every_task_has_a_slot_and_padding_is_small(sizes: tuple[int, ...] | None) -> None:
     for count in (1, 3, 4, 5, 10, 16, 17, 36, 64, 70, 100, 1000):
-        cut = tile_sizes(count, sizes)
-        assert sum(cut) >= count
-        assert sum(cut[:-1]) < count
-        assert sum(cut) - count <= (0 if sizes is None else 15 if sizes == (TILE,) else 7), count
+        slots = tile_sizes(count, sizes)
+        assert sum(slots) >= count
+        assert sum(slots[:-1]) < count
+        assert sum(slots) - count <= (0 if sizes is None else 15 if sizes == (TILE,) else 7), count
 
 
-def test_settings_that_changed_under_a_live_model_are_noticed() -> None:
+def test_settings_that_changed_under_a_live_model_are_detected() -> None:
     on = wide_backbone(torch.float32)
     tasks = [random_task(on, f"task-{i}", memory=5, seed=i) for i in range(3)]
     with threads(2):
         live = CombinedModel(on, tasks)
         live(images(1))
     with threads(1):
-        with pytest.raises(ExactnessError, match=r"this model was made: threads was 2, now 1\. Set it"):
+        with pytest.raises(ExactnessError, match=r"this model was made: threads was 2, now 1\. Restore it"):
             live(images(1))
-        anew, fresh = live.with_tasks(tasks)(images(2)), CombinedModel(on, tasks)(images(2))
-    assert all(bits(anew[name]) == bits(fresh[name]) for name in fresh)
+        reloaded, fresh = live.with_tasks(tasks)(images(2)), CombinedModel(on, tasks)(images(2))
+    assert all(bits(reloaded[name]) == bits(fresh[name]) for name in fresh)
 
 
-def test_autocast_does_not_reach_the_pass() -> None:
+def test_autocast_does_not_affect_the_forward_pass() -> None:
     on = backbone()
     model = CombinedModel(on, list(family(on).values()))
     expected = model(images(2))
     with torch.autocast("cpu", torch.bfloat16):
-        found = model(images(2))
-    assert all(bits(found[name]) == bits(logits) for name, logits in expected.items())
+        logits_in_autocast = model(images(2))
+    assert all(bits(logits_in_autocast[name]) == bits(logits) for name, logits in expected.items())
 
 
-def test_a_backbone_that_carried_a_model_is_freed() -> None:
+def test_a_backbone_is_freed_after_its_model() -> None:
     on = fresh_backbone()
     CombinedModel(on, [random_task(on, "task")])(images(1))
-    gone = weakref.ref(on)
+    reference = weakref.ref(on)
     del on
     gc.collect()
-    assert gone() is None
+    assert reference() is None
 
 
-def test_subsets_do_not_push_out_the_whole() -> None:
+def test_subsets_do_not_evict_the_full_layout() -> None:
     on = backbone()
     model = CombinedModel(on, [random_task(on, f"task-{i}", seed=i) for i in range(12)])
-    whole = model.layout
+    layout = model.layout
     for name in model.tasks:
         model(images(1), [name])
-    assert model.layout is whole
-    assert len(model._store._tiles) == len(whole.tiles)
+    assert model.layout is layout
+    assert len(model._store._tiles) == len(layout.tiles)
 
 
-def test_what_is_asked_in_subsets_is_not_kept_twice() -> None:
+def test_subsets_store_no_copies() -> None:
     on, choose = backbone(), random.Random(0)
     model = CombinedModel(on, [random_task(on, f"task-{i}", memory=40, rank=4 * (i % 2), seed=i) for i in range(48)])
     pixels = images(1)
     expected = {name: bits(logits) for name, logits in model(pixels).items()}
     before = bytes_alive()
     for _ in range(16):
-        found = model(pixels, asked := choose.sample(list(model.tasks), 40))
-        assert {name: bits(logits) for name, logits in found.items()} == {name: expected[name] for name in asked}
+        subset = choose.sample(list(model.tasks), 40)
+        found = {name: bits(logits) for name, logits in model(pixels, subset).items()}
+        assert found == {name: expected[name] for name in subset}
     assert bytes_alive() - before < 0.05 * loaded_bytes(model)
 
 
 def bytes_alive() -> int:
-    """What all tensors hold."""
+    """Total memory of all tensors."""
     gc.collect()
-    tensors = [one for one in gc.get_objects() if issubclass(type(one), Tensor)]
-    return sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}.values())
+    storages = [value.untyped_storage() for value in gc.get_objects() if issubclass(type(value), Tensor)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

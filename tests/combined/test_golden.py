@@ -1,4 +1,4 @@
-"""Golden probes, what they are compared under, and every planted fault named."""
+"""Golden probes: numerics fingerprints, tolerances, and the detection of planted faults."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from tests.support.models import PRECISIONS, backbone, family, lively_vit, threa
 from tests.support.places import ROOT
 from tests.support.tasks import random_task
 
-# The package offers a function of the same name, which hides the module.
+# The package exports a function of the same name, which hides the module.
 NUMERICS = importlib.import_module("addenda.combined.numerics")
 
 
 @PRECISIONS
-def test_tasks_verify_together_as_each_was_recorded_alone(precision: torch.dtype) -> None:
+def test_tasks_recorded_alone_verify_together(precision: torch.dtype) -> None:
     on = backbone("plain", precision)
     recorded = [(task, [golden(on, task)]) for task in family(on).values()]
     verdicts = verify(on, recorded)
@@ -95,7 +95,7 @@ def of_another_machine(recorded: Golden, shift: float = 0.0) -> Golden:
     [(torch.float32, 5e-5, 3e-4), (torch.bfloat16, 2e-2, 1.5e-1)],
     ids=["float32", "bfloat16"],
 )
-def test_another_numerics_fingerprint_is_a_new_epoch_within_the_tolerance(
+def test_another_numerics_fingerprint_is_a_numerics_change_within_the_tolerance(
     precision: torch.dtype, within: float, beyond: float
 ) -> None:
     on = backbone("plain", precision)
@@ -105,10 +105,10 @@ def test_another_numerics_fingerprint_is_a_new_epoch_within_the_tolerance(
         assert verdict.ok is (abs(shift) == within)
         assert not verdict.same_numerics
         assert not verdict.identical
-        assert verdict.detail.startswith("new epoch (numerics ")
+        assert verdict.detail.startswith("numerics change (now ")
 
 
-def test_identical_logits_under_another_fingerprint_are_said_to_be_so() -> None:
+def test_identical_logits_under_another_fingerprint_are_reported_as_identical() -> None:
     on = backbone()
     task = family(on)["five"]
     (verdict,) = verify(on, [(task, [of_another_machine(golden(on, task))])])
@@ -121,7 +121,7 @@ def test_a_golden_probe_of_another_backbones_task_is_refused() -> None:
         golden(backbone(), family(backbone("clip"))["five"])
 
 
-def test_the_probe_of_the_present_numerics_is_the_one_compared() -> None:
+def test_the_probe_of_the_current_numerics_is_compared() -> None:
     on = backbone()
     task = family(on)["five"]
     here, elsewhere = golden(on, task), of_another_machine(golden(on, task), 5e-5)
@@ -137,7 +137,7 @@ def test_a_probe_whose_logits_changed_fails_and_the_others_are_still_compared() 
     bad = dataclasses.replace(good, logits=good.logits + 1)
     verdicts = verify(on, [(task, [bad]), (other, [golden(on, other)])])
     assert [verdict.ok for verdict in verdicts] == [False, True]
-    assert verdicts[0].detail == "its golden probe does not fit it, or has been changed"
+    assert verdicts[0].detail == "the golden probe has another shape or does not match its digest"
     assert verdicts[0].max_difference is None
 
 
@@ -157,7 +157,7 @@ def test_weights_changed_in_memory_are_caught_before_anything_is_compared() -> N
             check()
 
 
-def test_another_tile_size_is_a_new_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_tile_size_is_a_numerics_change(monkeypatch: pytest.MonkeyPatch) -> None:
     on = backbone()
     task = family(on)["five"]
     recorded = golden(on, task)
@@ -167,27 +167,29 @@ def test_another_tile_size_is_a_new_epoch(monkeypatch: pytest.MonkeyPatch) -> No
     assert verdict.numerics_fingerprint != verdict.recorded_under == recorded.numerics_fingerprint
 
 
-def test_the_numerics_fingerprint_changes_with_whatever_can_move_a_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_numerics_fingerprint_changes_with_everything_that_can_change_a_bit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     on = backbone()
-    found = {"as it is": numerics_fingerprint(numerics(on))}
-    assert numerics_fingerprint(numerics(on)) == found["as it is"]
+    fingerprints = {"unchanged": numerics_fingerprint(numerics(on))}
+    assert numerics_fingerprint(numerics(on)) == fingerprints["unchanged"]
     with threads(torch.get_num_threads() + 1):
-        found["threads"] = numerics_fingerprint(numerics(on))
+        fingerprints["threads"] = numerics_fingerprint(numerics(on))
     for name, value in (("TILE", 2 * TILE), ("micro_batch", lambda device: 2), ("version", lambda package: "0")):
         with monkeypatch.context() as patch:
             patch.setattr(NUMERICS, name, value)
-            found[name] = numerics_fingerprint(numerics(on))
+            fingerprints[name] = numerics_fingerprint(numerics(on))
     with monkeypatch.context() as patch:
         patch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
-        found["matmul precision"] = numerics_fingerprint(numerics(on))
-    found["precision"] = numerics_fingerprint(numerics(backbone("plain", torch.bfloat16)))
-    found["backbone"] = numerics_fingerprint(numerics(backbone("clip")))
-    assert len(set(found.values())) == len(found), found
+        fingerprints["matmul precision"] = numerics_fingerprint(numerics(on))
+    fingerprints["precision"] = numerics_fingerprint(numerics(backbone("plain", torch.bfloat16)))
+    fingerprints["backbone"] = numerics_fingerprint(numerics(backbone("clip")))
+    assert len(set(fingerprints.values())) == len(fingerprints), fingerprints
 
 
 @pytest.mark.parametrize("part", ["frozen", "stream", "adapter", "head"])
-def test_the_probe_sees_arithmetic_that_no_setting_tells_of(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An older libm, another BLAS: the same settings, other bits."""
+def test_the_probe_detects_arithmetic_changes_without_a_setting(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with an older libm or another BLAS: the same settings, different bits."""
     before = numerics(FrozenBackbone(lively_vit(), "fresh", "hub"))
     owner, name = {
         "frozen": (FrozenBackbone, "embed"),
@@ -195,8 +197,8 @@ def test_the_probe_sees_arithmetic_that_no_setting_tells_of(part: str, monkeypat
         "adapter": (Adapter, "__call__"),
         "head": (Head, "__call__"),
     }[part]
-    honest = getattr(owner, name)
-    monkeypatch.setattr(owner, name, lambda *arguments: honest(*arguments) * (1 + 2**-20))
+    original = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *arguments: original(*arguments) * (1 + 2**-20))
     after = numerics(FrozenBackbone(lively_vit(), "fresh", "hub"))
     assert {key for key in before if before[key] != after[key]} == {"probe"}
 
@@ -213,8 +215,8 @@ print(json.dumps([recorded.numerics, recorded.numerics_fingerprint, recorded.log
 
 
 @pytest.mark.slow
-def test_a_probe_made_by_other_kernels_is_a_new_epoch_within_the_tolerance() -> None:
-    """The same machine held to its oldest instructions stands for another machine."""
+def test_a_probe_made_by_other_kernels_is_a_numerics_change_within_the_tolerance() -> None:
+    """Restricting this machine to its oldest instructions stands for another machine."""
     older = {**os.environ, "ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE", "ONEDNN_MAX_CPU_ISA": "SSE41"}
     folder = ROOT
     command = [sys.executable, "-c", PROGRAM]

@@ -1,4 +1,4 @@
-"""Layer heads: what tasks read of every block, its bits, and what becomes of a fault in it."""
+"""Layer heads: the features of every block, their bits, and the detection of planted faults."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from addenda.exceptions import IntegrityError, RegistryError
 from addenda.exporting.export import export_model
 from addenda.registry import Registry, Task
 from addenda.registry.store import artifact
-from addenda.registry.store.hashing import digest
-from addenda.registry.store.header import parts
+from addenda.registry.store.digests import digest
+from addenda.registry.store.header import parse_header
 from tests.support.models import (
     PRECISIONS,
     VARIANTS,
@@ -39,7 +39,7 @@ from tests.support.tiny import tiny_vit
 
 
 def expected_features(variant: str, pictures: Tensor) -> Tensor:
-    """Written anew, in float64, over timm's own blocks: class token, mean and deviation of the normalised tokens."""
+    """An independent float64 implementation over timm's own blocks."""
     model = lively_vit(variant).double()
     start, rope = model.num_prefix_tokens, {}
     with torch.no_grad():
@@ -49,31 +49,31 @@ def expected_features(variant: str, pictures: Tensor) -> Tensor:
         else:
             tokens = model._pos_embed(model.patch_embed(pictures.double()))
         tokens = model.norm_pre(tokens)
-        found = []
+        statistics = []
         for i, (block, after) in enumerate(zip(model.blocks, model.blocks[1:], strict=False)):
-            turn = {"rope": rope["rope"][i]} if rope and getattr(model, "rope_mixed", False) else rope
-            tokens = block(tokens, **turn)
-            read = after.norm1(tokens)
-            patches = read[:, start:]
-            found += [read[:, 0], patches.mean(1), patches.std(1, correction=0)]
-    return torch.cat(found, dim=1)
+            layer_rope = {"rope": rope["rope"][i]} if rope and getattr(model, "rope_mixed", False) else rope
+            tokens = block(tokens, **layer_rope)
+            normed = after.norm1(tokens)
+            patches = normed[:, start:]
+            statistics += [normed[:, 0], patches.mean(1), patches.std(1, correction=0)]
+    return torch.cat(statistics, dim=1)
 
 
 def features(on: FrozenBackbone, pictures: Tensor) -> Tensor:
-    found = forward_pass(on, pictures, layers=True).layers
-    assert found is not None
-    return found
+    layers = forward_pass(on, pictures, layers=True).layers
+    assert layers is not None
+    return layers
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_layer_features_are_statistics_of_every_block_but_the_last(variant: str) -> None:
     on, pictures = backbone(variant), images(4)
-    found = features(on, pictures)
-    assert found.shape == (4, on.num_layer_features) == (4, 3 * on.embed_dim * (on.depth - 1))
-    torch.testing.assert_close(found.double(), expected_features(variant, pictures), rtol=1e-4, atol=1e-4)
+    layers = features(on, pictures)
+    assert layers.shape == (4, on.num_layer_features) == (4, 3 * on.embed_dim * (on.depth - 1))
+    torch.testing.assert_close(layers.double(), expected_features(variant, pictures), rtol=1e-4, atol=1e-4)
 
 
-def test_a_backbone_of_one_block_has_none_and_answers_its_tasks() -> None:
+def test_a_backbone_of_one_block_has_no_layer_features_and_runs_its_tasks() -> None:
     on = FrozenBackbone(tiny_vit(depth=1), "one block", "hub")
     assert features(on, images(3)).shape == (3, 0)
     assert_company_moves_no_bit(on, random_task(on, "task"), [random_task(on, "other", seed=1)])
@@ -92,7 +92,7 @@ def not_normalised(normed: Tensor, num_patches: int) -> Tensor:
 
 
 @pytest.mark.parametrize("fault", [without_a_patch, of_the_neighbour, not_normalised])
-def test_a_planted_fault_is_seen(fault: object, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_planted_fault_is_detected(fault: object, monkeypatch: pytest.MonkeyPatch) -> None:
     on, pictures = fresh_backbone(), images(4)
     monkeypatch.setattr(frozen, "layer_statistics", fault)
     with pytest.raises(AssertionError, match="not close"):
@@ -101,7 +101,7 @@ def test_a_planted_fault_is_seen(fault: object, monkeypatch: pytest.MonkeyPatch)
         )
 
 
-def test_a_neighbours_row_is_seen_by_the_tests_of_company(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_neighbours_row_is_detected_by_the_exactness_tests(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("addenda.combined.selftest._equal", lambda one, other: True)
     monkeypatch.setattr(frozen, "layer_statistics", of_the_neighbour)
     on = fresh_backbone()
@@ -129,7 +129,7 @@ def test_a_layer_head_keeps_its_bits_and_moves_no_others(variant: str, precision
     assert len(layered) == 3
     others = [task for task in tasks.values() if not task.num_layer_features]
     for task in layered:
-        assert_company_moves_no_bit(on, task, [one for one in tasks.values() if one is not task])
+        assert_company_moves_no_bit(on, task, [other for other in tasks.values() if other is not task])
     pictures = images(5)
     before, after = CombinedModel(on, others)(pictures), CombinedModel(on, [*layered, *others])(pictures)
     for task in others:
@@ -140,27 +140,28 @@ def test_a_layer_head_keeps_its_bits_and_moves_no_others(variant: str, precision
 @pytest.mark.parametrize("layers", [0, 5])
 def test_logits_are_those_of_token_pooled_feature_and_layers_added(token: bool, layers: int) -> None:
     on, pictures = backbone(), images(9)
-    whole = random_task(on, "whole", layers=layers)
-    whole = whole if token else head_only(whole)
-    without = dataclasses.replace(whole, name="without", layer_weight=None, layer_down=None)
-    found = CombinedModel(on, [whole, without])(pictures)
-    read = features(on, pictures)
-    read = read if whole.layer_down is None else read @ whole.layer_down.T
-    torch.testing.assert_close(found["whole"], found["without"] + F.linear(read, whole.layer_weight), rtol=0, atol=1e-4)
+    layered = random_task(on, "layered", layers=layers)
+    layered = layered if token else head_only(layered)
+    without = dataclasses.replace(layered, name="without", layer_weight=None, layer_down=None)
+    logits = CombinedModel(on, [layered, without])(pictures)
+    inputs = features(on, pictures)
+    inputs = inputs if layered.layer_down is None else inputs @ layered.layer_down.T
+    expected = logits["without"] + F.linear(inputs, layered.layer_weight)
+    torch.testing.assert_close(logits["layered"], expected, rtol=0, atol=1e-4)
 
 
-def test_layers_are_read_only_where_a_task_that_is_asked_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layer_features_are_computed_only_for_requested_tasks_with_layer_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     on = backbone()
     model = CombinedModel(on, [random_task(on, "layers", layers=0), random_task(on, "token")])
-    read: list[int] = []
-    monkeypatch.setattr(frozen, "layer_statistics", lambda *given: read.append(1) or layer_statistics(*given))
+    calls: list[int] = []
+    monkeypatch.setattr(frozen, "layer_statistics", lambda *inputs: calls.append(1) or layer_statistics(*inputs))
     model(images(2), ["token"])
-    assert not read
+    assert not calls
     model(images(2), ["layers"])
-    assert len(read) == on.depth - 1
+    assert len(calls) == on.depth - 1
 
 
-def test_a_task_of_other_layer_features_is_refused_by_name() -> None:
+def test_a_task_with_another_number_of_layer_features_is_refused_by_name() -> None:
     on = backbone()
     task = random_task(on, "layers", layers=0)
     short = dataclasses.replace(task, layer_weight=task.layer_weight[:, 1:])
@@ -168,12 +169,12 @@ def test_a_task_of_other_layer_features_is_refused_by_name() -> None:
         CombinedModel(on, [short])
 
 
-# --- stored -----------------------------------------------------------------------------------------------------------
+# --- storage ----------------------------------------------------------------------------------------------------------
 
 
 def manifest(task: Task) -> dict[str, object]:
     size = 8 + int.from_bytes(task.artifact[:8], "little")
-    return parts(task.artifact[:size])[0]
+    return parse_header(task.artifact[:size])[0]
 
 
 def test_only_an_artifact_with_a_layer_head_has_the_newer_format() -> None:
@@ -183,7 +184,7 @@ def test_only_an_artifact_with_a_layer_head_has_the_newer_format() -> None:
 
 
 @pytest.mark.parametrize("format", [1, 3])
-def test_an_artifact_of_a_layer_head_that_says_otherwise_is_refused(format: int) -> None:
+def test_an_artifact_of_a_layer_head_with_another_format_is_refused(format: int) -> None:
     task = random_task(backbone(), "layers", layers=0)
     data = task.artifact.replace(b'\\"format\\":2', b'\\"format\\":%d' % format)
     assert data != task.artifact
@@ -194,12 +195,12 @@ def test_an_artifact_of_a_layer_head_that_says_otherwise_is_refused(format: int)
 @pytest.mark.parametrize(
     "broken",
     [
-        {"layer_weight": torch.ones(2, 288)},  # of two labels where there are three
+        {"layer_weight": torch.ones(2, 288)},  # two labels instead of three
         {"layer_weight": torch.ones(3, 4), "layer_down": torch.ones(5, 288)},
         {"layer_weight": torch.full((3, 288), float("nan"))},
     ],
 )
-def test_a_layer_head_that_fits_nothing_is_refused(broken: dict[str, Tensor]) -> None:
+def test_a_layer_head_of_a_wrong_shape_is_refused(broken: dict[str, Tensor]) -> None:
     task = random_task(backbone(), "layers", layers=0)
     described = {"backbone": task.backbone, "labels": task.labels, "objective": task.objective, "extends": []}
     with pytest.raises(IntegrityError, match=r"do not fit|NaN"):
@@ -216,12 +217,12 @@ def test_a_layer_head_is_registered_verified_sent_and_exported(name: str, tmp_pa
             registry.register(member, golden(on, member))
         registry.export([name], tmp_path / "tasks.addenda")
         other.import_bundle(tmp_path / "tasks.addenda")
-        (there,) = [one for one in other.load(on) if one.name == name]
-        assert there.sha256 == task.sha256
-        assert [verdict.identical for verdict in verify(on, [(there, other.goldens(there.ref))])] == [True]
+        (imported,) = [task for task in other.load(on) if task.name == name]
+        assert imported.sha256 == task.sha256
+        assert [verdict.identical for verdict in verify(on, [(imported, other.goldens(imported.ref))])] == [True]
         assert not registry.check_integrity().faults
         exported = export_model(registry, on, [registry.get(name)], tmp_path / "model.pt2")
         assert exported.deviation <= exported.tolerance
-    answers = torch.export.load(tmp_path / "model.pt2").module()(images(3))
-    torch.testing.assert_close(answers[name], CombinedModel(on, [task])(images(3))[name], rtol=0, atol=1e-3)
+    logits = torch.export.load(tmp_path / "model.pt2").module()(images(3))
+    torch.testing.assert_close(logits[name], CombinedModel(on, [task])(images(3))[name], rtol=0, atol=1e-3)
     assert json.dumps(manifest(task))

@@ -1,4 +1,4 @@
-"""Sabotage: a leak between tasks, or a wrong mask, would move bits that other tests compare."""
+"""Planted faults: leaks between tasks and wrong masks change bits that other tests compare."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.tasks import random_task
 
 
 def sabotage(monkeypatch: pytest.MonkeyPatch, harm: Callable[[Tile], None]) -> None:
-    """Every tile made from here on is harmed; the self-test, whose tiles are all alike, is put to sleep."""
+    """Applies a fault to every new tile, and disables the self-test."""
     build = TileStore._build
 
     def harmed(self: TileStore, size: int, tasks: Sequence[Task], offered: dict[str, int]) -> Tile:
@@ -53,7 +53,7 @@ def first_slot_has_some_of_the_next_ones_queries(tile: Tile) -> None:
     )
 
 
-def filling_counts(tile: Tile) -> None:
+def padding_counts(tile: Tile) -> None:
     tile.bias.zero_()
 
 
@@ -62,7 +62,7 @@ def own_token_is_hidden(tile: Tile) -> None:
 
 
 def two_families() -> tuple[Task, list[Task]]:
-    """A child of two, and another of the same class."""
+    """A task with two parents, and another task of the same size class."""
     on = backbone()
     kin = [random_task(on, f"kin-{i}", memory=2, seed=i) for i in range(4)]
     task = random_task(on, "task", memory=4, parents=tuple(kin[:2]), seed=7, rank=3)
@@ -92,11 +92,11 @@ def test_a_leak_between_tasks_would_move_bits(harm: Callable[[Tile], None], monk
         assert_company_moves_no_bit(on, task, company)
 
 
-@pytest.mark.parametrize("harm", [filling_counts, own_token_is_hidden])
+@pytest.mark.parametrize("harm", [padding_counts, own_token_is_hidden])
 def test_a_wrong_mask_would_differ_from_the_dense_one(
     harm: Callable[[Tile], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A filling key that counts moves no bits in company, since it is the task's own: only this test sees it."""
+    """A padding key that counts depends on no other task, so only this test detects it."""
     on = backbone("plain", torch.float64)
     task, other = random_task(on, "task", memory=5), random_task(on, "other", memory=5, seed=1)
     expected = DenseMask(lively_vit())(images(2), [task])["task"]
@@ -105,7 +105,7 @@ def test_a_wrong_mask_would_differ_from_the_dense_one(
     assert (CombinedModel(on, [task, other])(images(2))["task"] - expected).abs().max() > 1e-3
 
 
-def filled_up_rank_counts(tile: Tile) -> None:
+def padded_rank_counts(tile: Tile) -> None:
     for layer in tile.updates:
         for down, up in layer:
             down[:, -1], up[:, :, -1] = 0.3, 0.3
@@ -123,17 +123,17 @@ def fc2_is_not_updated(tile: Tile) -> None:
 
 
 @pytest.mark.parametrize("whose", ["task", "parent"])
-@pytest.mark.parametrize("harm", [filled_up_rank_counts, every_layer_has_the_firsts_adapters, fc2_is_not_updated])
+@pytest.mark.parametrize("harm", [padded_rank_counts, every_layer_has_the_firsts_adapters, fc2_is_not_updated])
 def test_wrong_adapters_would_differ_from_the_dense_mask(
     harm: Callable[[Tile], None], whose: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on = backbone("plain", torch.float64)
     parent = random_task(on, "parent", memory=5, rank=3)
-    asked = parent if whose == "task" else random_task(on, "child", memory=5, parents=(parent,), seed=1)
-    expected = DenseMask(lively_vit())(images(2), [asked])[asked.name]
-    assert (CombinedModel(on, [asked])(images(2))[asked.name] - expected).abs().max() <= 1e-10
+    task = parent if whose == "task" else random_task(on, "child", memory=5, parents=(parent,), seed=1)
+    expected = DenseMask(lively_vit())(images(2), [task])[task.name]
+    assert (CombinedModel(on, [task])(images(2))[task.name] - expected).abs().max() <= 1e-10
     sabotage(monkeypatch, harm)
-    assert (CombinedModel(on, [asked])(images(2))[asked.name] - expected).abs().max() > 1e-3
+    assert (CombinedModel(on, [task])(images(2))[task.name] - expected).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("part", ["keys", "values"])
@@ -141,29 +141,29 @@ def test_wrong_adapters_would_differ_from_the_dense_mask(
 def test_adapted_keys_or_values_would_differ_from_the_dense_mask(
     part: str, whose: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a task offers, to itself and to those that extend it, is what the backbone's own weights make of it."""
+    """Keys and values of a task's token must come from the backbone's own weights."""
     on = backbone("plain", torch.float64)
     parent = random_task(on, "parent", memory=5, rank=3)
-    asked = parent if whose == "task" else random_task(on, "child", memory=5, parents=(parent,), seed=1)
-    expected = DenseMask(lively_vit())(images(2), [asked])[asked.name]
-    honest = Family.project
+    task = parent if whose == "task" else random_task(on, "child", memory=5, parents=(parent,), seed=1)
+    expected = DenseMask(lively_vit())(images(2), [task])[task.name]
+    original = Family.project
 
     def adapted(self: Family, block: Any, tokens: Tensor, adapters: BlockAdapters | None = None) -> object:
-        found = dict(zip(("queries", "keys", "values"), honest(self, block, tokens, adapters), strict=True))
+        projected = dict(zip(("queries", "keys", "values"), original(self, block, tokens, adapters), strict=True))
         if adapters is not None:
             update = adapters.q(block.norm1(tokens))
-            found[part] = found[part] + update.unflatten(-1, (block.attn.num_heads, -1)).transpose(1, 2)
-        return tuple(found.values())
+            projected[part] = projected[part] + update.unflatten(-1, (block.attn.num_heads, -1)).transpose(1, 2)
+        return tuple(projected.values())
 
     monkeypatch.setattr(Family, "project", adapted)
-    assert (CombinedModel(on, [asked])(images(2))[asked.name] - expected).abs().max() > 1e-3
+    assert (CombinedModel(on, [task])(images(2))[task.name] - expected).abs().max() > 1e-3
 
 
 def test_memory_shared_by_two_tasks_would_move_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     on = backbone()
     task, other = random_task(on, "task", memory=5), random_task(on, "other", memory=5, seed=1)
-    honest = TileStore.memory
-    last: dict[str, Task] = {}
+    original = TileStore.memory
+    first: dict[str, Task] = {}
     expected = alone(on, task, images(2))
-    monkeypatch.setattr(TileStore, "memory", lambda self, asked: honest(self, last.setdefault("task", asked)))
+    monkeypatch.setattr(TileStore, "memory", lambda self, task: original(self, first.setdefault("task", task)))
     assert bits(CombinedModel(on, [other, task])(images(2))["task"]) != expected

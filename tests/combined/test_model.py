@@ -1,4 +1,4 @@
-"""The combined pass as a function: equal to the paper's dense mask; which tasks run; errors; prediction."""
+"""The combined forward pass: equality with the paper's dense mask; which tasks run; errors; prediction."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def reference(variant: str) -> DenseMask:
 
 @dataclasses.dataclass
 class Node:
-    """A task of a random graph; parents by number. Drawn as plain values, made into tensors in the test."""
+    """A task of a random graph, as plain values; `parents` are indices."""
 
     memory: int
     rank: int
@@ -49,7 +49,7 @@ class Node:
 
 @st.composite
 def task_graphs(draw: st.DrawFn) -> list[Node]:
-    """1 to 8 tasks, each of which extends any of the earlier ones; some have no token, only a head."""
+    """1 to 8 tasks; each may extend any earlier ones, and some are head-only."""
     nodes: list[Node] = []
     for _ in range(draw(st.integers(1, 8))):
         could_extend = [number for number, node in enumerate(nodes) if not node.head_only]
@@ -81,20 +81,22 @@ def made(on: FrozenBackbone, nodes: Sequence[Node]) -> list[Task]:
 @pytest.mark.parametrize("variant", VARIANTS)
 @settings(deadline=None, max_examples=3)
 @given(nodes=task_graphs(), count=st.integers(1, 5), data=st.data())
-def test_the_combined_pass_is_the_dense_mask(variant: str, nodes: list[Node], count: int, data: st.DataObject) -> None:
+def test_the_combined_model_equals_the_dense_mask(
+    variant: str, nodes: list[Node], count: int, data: st.DataObject
+) -> None:
     on = backbone(variant, torch.float64)
     tasks, pictures = made(on, nodes), images(count)
     numbers = st.integers(0, len(tasks) - 1)
-    asked = [tasks[number] for number in data.draw(st.lists(numbers, min_size=1, unique=True), label="asked")]
-    expected = reference(variant)(pictures, asked)
-    found = CombinedModel(on, tasks)(pictures, [task.name for task in asked])
-    assert list(found) == [task.name for task in asked]
-    for name, logits in found.items():
+    requested = [tasks[number] for number in data.draw(st.lists(numbers, min_size=1, unique=True), label="requested")]
+    expected = reference(variant)(pictures, requested)
+    outputs = CombinedModel(on, tasks)(pictures, [task.name for task in requested])
+    assert list(outputs) == [task.name for task in requested]
+    for name, logits in outputs.items():
         assert logits.dtype == torch.float64
         assert (logits - expected[name]).abs().max() <= 1e-10
 
 
-def test_the_dense_mask_leaves_the_frozen_tokens_as_timm_has_them() -> None:
+def test_the_dense_mask_does_not_change_the_frozen_tokens() -> None:
     for variant in VARIANTS:
         stock, dense = lively_vit(variant).double(), reference(variant)
         task = head_only(random_task(backbone(variant, torch.float64), "head"))
@@ -116,7 +118,7 @@ def test_the_dense_mask_is_the_papers_table_1() -> None:
         assert mask[6] == [1, 1, 1, *[sees_first] * 3, 1, 1]
 
 
-def test_what_a_task_extends_changes_its_logits() -> None:
+def test_extending_a_task_changes_logits() -> None:
     on = backbone("plain", torch.float64)
     parent = random_task(on, "parent", seed=1)
     child = random_task(on, "child", seed=2)
@@ -129,17 +131,17 @@ def test_what_a_task_extends_changes_its_logits() -> None:
 def test_adapters_change_a_tasks_logits_and_those_of_tasks_that_extend_it() -> None:
     on = backbone("plain", torch.float64)
     adapted = random_task(on, "parent", rank=4)
-    found = []
+    results = []
     for parent in (adapted, dataclasses.replace(adapted, adapters=None)):
         child = random_task(on, "child", seed=1, parents=(parent,))
-        found.append(CombinedModel(on, [parent, child])(images(2)))
+        results.append(CombinedModel(on, [parent, child])(images(2)))
     for name in ("parent", "child"):
-        assert (found[0][name] - found[1][name]).abs().max() > 1e-2
+        assert (results[0][name] - results[1][name]).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("ranks", [(0, 8, 0), (8, 0, 8), (8, 4, 0)])
 def test_a_task_sees_parents_of_any_rank(ranks: tuple[int, ...]) -> None:
-    """The last two links and the first two kin have as many keys: only ranks tell their size classes apart."""
+    """The last two links and the first two tasks have equally many keys: only ranks distinguish their size classes."""
     on = backbone("plain", torch.float64)
     chain = [random_task(on, "kin", memory=5), random_task(on, "more-kin", memory=0, seed=1)]
     for i, rank in enumerate(ranks):
@@ -150,10 +152,10 @@ def test_a_task_sees_parents_of_any_rank(ranks: tuple[int, ...]) -> None:
             assert (logits - expected[name]).abs().max() <= 1e-10, name
 
 
-# --- which tasks run, and what they read ------------------------------------------------------------------------------
+# --- which tasks run --------------------------------------------------------------------------------------------------
 
 
-def test_ancestors_are_computed_but_not_answered() -> None:
+def test_ancestors_are_computed_but_not_returned() -> None:
     on = backbone()
     task = family(on)["diamond"]
     model = CombinedModel(on, [task])
@@ -173,18 +175,18 @@ def test_a_head_only_task_reads_the_backbones_pooled_feature() -> None:
         assert (CombinedModel(on, [task])(images(4))["head-only"] - expected).abs().max() <= 1e-10
 
 
-def test_a_pooled_head_adds_the_regression_on_the_pooled_feature() -> None:
+def test_a_pooled_head_adds_a_linear_layer_on_the_pooled_feature() -> None:
     on = backbone("average", torch.float64)
     both = family(on)["five"]
-    regression = dataclasses.replace(
-        head_only(both), name="regression", head_weight=both.pooled_weight, head_bias=torch.zeros(3)
+    linear = dataclasses.replace(
+        head_only(both), name="linear", head_weight=both.pooled_weight, head_bias=torch.zeros(3)
     )
     token = dataclasses.replace(both, name="token", pooled_weight=None)
-    found = CombinedModel(on, [both, regression, token])(images(3))
-    assert (found["five"] - found["regression"] - found["token"]).abs().max() <= 1e-10
+    logits = CombinedModel(on, [both, linear, token])(images(3))
+    assert (logits["five"] - logits["linear"] - logits["token"]).abs().max() <= 1e-10
 
 
-def test_a_model_without_tasks_or_images_answers_with_nothing() -> None:
+def test_a_model_without_tasks_or_images_returns_empty_results() -> None:
     on = backbone()
     assert CombinedModel(on, [])(images(2)) == {}
     model = CombinedModel(on, list(family(on).values()))
@@ -194,7 +196,7 @@ def test_a_model_without_tasks_or_images_answers_with_nothing() -> None:
     }
 
 
-def test_a_name_asked_for_twice_is_answered_once() -> None:
+def test_a_name_requested_twice_is_returned_once() -> None:
     model = CombinedModel(backbone(), list(family(backbone()).values()))
     assert list(model(images(1), ["nine", "five", "nine"])) == ["nine", "five"]
 
@@ -218,7 +220,6 @@ def test_a_parent_of_another_backbone_is_refused() -> None:
 
 
 def test_a_parent_without_a_token_is_refused() -> None:
-    """It has nothing to show."""
     child = random_task(backbone(), "child", parents=(family(backbone())["head-only"],))
     with pytest.raises(AddendaError, match="head-only"):
         CombinedModel(backbone(), [child])(images(1))
@@ -242,17 +243,17 @@ def test_two_different_tasks_of_one_name_are_refused() -> None:
 @pytest.mark.parametrize("what", ["layers", "inputs", "outputs", "sites"])
 def test_adapters_of_another_size_are_refused(what: str) -> None:
     task = random_task(backbone(), "adapted", rank=4)
-    (down, up), rest = task.adapters["fc1"], dict(task.adapters)
-    del rest["fc1"]
+    (down, up), others = task.adapters["fc1"], dict(task.adapters)
+    del others["fc1"]
     changed = {
-        "layers": {**rest, "fc1": LowRank(down[1:], up[1:])},
-        "inputs": {**rest, "fc1": LowRank(down[:, :, 1:], up)},
-        "outputs": {**rest, "fc1": LowRank(down, up[:, 1:])},
-        "sites": rest,
+        "layers": {**others, "fc1": LowRank(down[1:], up[1:])},
+        "inputs": {**others, "fc1": LowRank(down[:, :, 1:], up)},
+        "outputs": {**others, "fc1": LowRank(down, up[:, 1:])},
+        "sites": others,
     }[what]
     with pytest.raises(
         RegistryError,
-        match=r"Task 'adapted' has adapters of \(layers, inputs, outputs\) \{.*backbone 'plain' takes .*\(3, 48, 192\)",
+        match=r"Task 'adapted' has adapters of \(layers, inputs, outputs\) \{.*'plain' requires .*\(3, 48, 192\)",
     ):
         CombinedModel(backbone(), [dataclasses.replace(task, adapters=changed)])
 
@@ -271,9 +272,9 @@ def test_adapters_on_blocks_that_cannot_carry_them_are_refused() -> None:
 @pytest.mark.parametrize("shape", [(1, 3, 32, 40), (1, 1, 32, 32), (3, 32, 32), (1, 3, 64, 64)])
 def test_images_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
     model = CombinedModel(backbone(), [family(backbone())["five"]])
-    for answer in (model, model.backbone_logits):
+    for method in (model, model.backbone_logits):
         with pytest.raises(BackboneError, match=r"Images must have the shape \[B, 3, 32, 32\].*; got \["):
-            answer(torch.zeros(shape))
+            method(torch.zeros(shape))
 
 
 def test_images_that_are_not_normalised_are_refused() -> None:
@@ -310,7 +311,7 @@ def test_predict_gives_labels_and_probabilities_best_first(paths: list[Path]) ->
             assert sum(expected.values()) == pytest.approx(1, abs=1e-6)
 
 
-def test_predict_gives_the_top_of_the_tasks_asked_for(paths: list[Path]) -> None:
+def test_predict_gives_the_top_labels_of_the_requested_tasks(paths: list[Path]) -> None:
     model = CombinedModel(backbone(), list(family(backbone()).values()))
     everything = model.predict(paths, top=100)
     answers = model.predict([str(path) for path in paths], top=2, tasks=["many-labels", "one-label"])
@@ -351,9 +352,9 @@ def test_a_temperature_changes_probabilities_and_never_logits(paths: list[Path])
         assert dict(pairs) == dict(zip(task.labels, row.tolist(), strict=True))
 
 
-def test_predict_names_the_file_that_is_no_image(tmp_path: Path) -> None:
+def test_predict_names_the_file_that_is_not_an_image(tmp_path: Path) -> None:
     text = tmp_path / "text.png"
-    text.write_text("no image")
+    text.write_text("not an image")
     model = CombinedModel(backbone(), [family(backbone())["five"]])
     with pytest.raises(DataError, match=r"text\.png' cannot be read"):
         model.predict([text])

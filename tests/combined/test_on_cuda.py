@@ -1,4 +1,4 @@
-"""The exactness contract on a CUDA device; elsewhere these pass over."""
+"""Exactness on a CUDA device; skipped elsewhere."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from addenda.exceptions import ExactnessError
 from tests.support.models import PRECISIONS, random_registry
 from tests.support.tasks import random_task
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is at hand")]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
 @cache
@@ -35,10 +35,10 @@ def test_a_task_keeps_its_bits_in_any_registry(seed: int, num_tasks: int, num_im
     tasks = random_registry(on, num_tasks, seed)
     pictures = torch.randn(num_images, 3, 224, 224, generator=torch.Generator().manual_seed(seed))
     together = CombinedModel(on, data.draw(st.permutations(tasks)))(pictures)
-    place = data.draw(st.integers(0, num_images - 1))
+    i = data.draw(st.integers(0, num_images - 1))
     for task in data.draw(st.lists(st.sampled_from(tasks), min_size=1, max_size=2, unique=True)):
-        alone = CombinedModel(on, [task])(pictures[place : place + 1])[task.name]
-        assert in_bytes(together[task.name])[place] == in_bytes(alone)[0]
+        alone = CombinedModel(on, [task])(pictures[i : i + 1])[task.name]
+        assert in_bytes(together[task.name])[i] == in_bytes(alone)[0]
 
 
 @PRECISIONS
@@ -68,7 +68,7 @@ def tf32() -> Iterator[None]:
 
 def test_tf32_is_refused(tf32: None) -> None:
     on = vit_small(torch.float32)
-    with pytest.raises(ExactnessError, match="TF32"):
+    with pytest.raises(ExactnessError, match="float32_matmul_precision high"):
         CombinedModel(on, [random_task(on, "task")])
 
 

@@ -1,7 +1,7 @@
-"""Exactness against what ordinary scripts do: whatever a caller has set, bits stay, or the call is refused in words.
+"""Exactness in ordinary scripts: whatever the caller has set, bits stay the same or the call is refused.
 
-Two rules, for every setting: where the numerics fingerprint is the same, so are the bits; and a model that was made
-under other settings than it is called under gives the bits that it always had, or refuses.
+Two rules hold for every setting. Equal numerics fingerprints give equal bits. A model that is called under other
+settings than it was made under gives its original bits or refuses.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from tests.support.tasks import random_task
 VARIANTS = pytest.mark.parametrize("variant", ["plain", "dinov3"])
 
 
-# --- kinds of inputs --------------------------------------------------------------------------------------------------
+# --- input tensors ----------------------------------------------------------------------------------------------------
 
 
 class Subclass(Tensor):
-    """A tensor that somebody's library has dressed up."""
+    """A tensor subclass, as libraries define them."""
 
 
 def misaligned(pixels: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ INPUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "window": window,
     "misaligned": misaligned,
     "every other": every_other,
-    "turned twice": lambda p: p.flip(3).flip(3),
+    "flipped twice": lambda p: p.flip(3).flip(3),
     "float64": Tensor.double,
     "requires grad": lambda p: p.clone().requires_grad_(),
     "of a graph": lambda p: p.clone().requires_grad_() * 1.0,
@@ -95,21 +95,21 @@ INPUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @VARIANTS
 @pytest.mark.parametrize("kind", INPUTS)
-def test_an_image_has_the_same_bits_however_its_tensor_lies_in_memory(variant: str, kind: str) -> None:
+def test_bits_do_not_depend_on_the_kind_of_tensor(variant: str, kind: str) -> None:
     on = backbone(variant)
     model = CombinedModel(on, tasks_of(on))
     pixels = images(5)
-    turned = INPUTS[kind](pixels)
-    assert turned.shape == pixels.shape
-    expected, found = model(pixels), model(turned)
-    assert all(bits(found[name]) == bits(logits) for name, logits in expected.items())
-    assert all(type(logits) is Tensor and not logits.requires_grad for logits in found.values())
-    assert bits(model.backbone_logits(turned)) == bits(model.backbone_logits(pixels))
+    converted = INPUTS[kind](pixels)
+    assert converted.shape == pixels.shape
+    expected, outputs = model(pixels), model(converted)
+    assert all(bits(outputs[name]) == bits(logits) for name, logits in expected.items())
+    assert all(type(logits) is Tensor and not logits.requires_grad for logits in outputs.values())
+    assert bits(model.backbone_logits(converted)) == bits(model.backbone_logits(pixels))
 
 
 @pytest.mark.parametrize("kind", INPUTS)
 def test_images_are_copied_into_one_memory_layout(kind: str) -> None:
-    """Strides gave no other bits on the machines at hand; another convolution may take another way by them."""
+    """Strides changed no bits on the machines tried, but they may select another convolution elsewhere."""
     model = CombinedModel(backbone(), [])
     for count in (3, model.micro_batch):
         ((batch, _),) = _batches(model.backbone, INPUTS[kind](images(count)), (model.micro_batch,))
@@ -118,11 +118,11 @@ def test_images_are_copied_into_one_memory_layout(kind: str) -> None:
         assert batch.data_ptr() % 64 == 0
 
 
-def test_one_image_expanded_to_a_batch_has_its_bits_at_every_place() -> None:
+def test_one_image_expanded_to_a_batch_has_the_same_bits_at_every_position() -> None:
     on = backbone()
-    model, one = CombinedModel(on, tasks_of(on)), images(1)
-    for name, logits in model(one.expand(11, -1, -1, -1)).items():
-        assert bits(logits) == bits(model(one)[name]) * 11
+    model, image = CombinedModel(on, tasks_of(on)), images(1)
+    for name, logits in model(image.expand(11, -1, -1, -1)).items():
+        assert bits(logits) == bits(model(image)[name]) * 11
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------
@@ -209,15 +209,15 @@ REFUSED = {
     "convolution in bfloat16": "conv_fp32_precision was the default, now bf16",
     "threads": "threads was 1, now 2",
 }
-"""What a live model says of a setting that has changed under it; of the others it keeps its bits."""
+"""What a live model reports when a setting has changed; under the other settings it keeps its bits."""
 LOWERED = {"medium", "convolution in bfloat16"}
-"""Under these float32 is less than float32, and no exact model is made."""
+"""Settings that reduce the precision of float32, under which no exact model is made."""
 ALL = pytest.mark.parametrize("setting", SETTINGS)
 MAKING = pytest.mark.parametrize("setting", [name for name in SETTINGS if name not in LOWERED])
 
 
 def tasks_of(on: FrozenBackbone) -> list[Task]:
-    """Every kind of task, fewer than all of the family: alone, with memory, extending, adapted, head-only."""
+    """One task of each kind: alone, with memory, extending, adapted, head-only."""
     known = family(on)
     return [known[name] for name in ("five", "child", "adapted", "sees-two", "none", "nine", "head-only")]
 
@@ -226,9 +226,9 @@ def plain_bits(on: FrozenBackbone) -> dict[str, list[bytes]]:
     return {name: bits(logits) for name, logits in CombinedModel(on, tasks_of(on))(images(3)).items()}
 
 
-def same_bits(found: dict[str, Tensor], expected: dict[str, list[bytes]]) -> bool:
-    assert found
-    return all(bits(logits) == expected[name] for name, logits in found.items())
+def same_bits(outputs: dict[str, Tensor], expected: dict[str, list[bytes]]) -> bool:
+    assert outputs
+    return all(bits(logits) == expected[name] for name, logits in outputs.items())
 
 
 @VARIANTS
@@ -242,7 +242,7 @@ def test_a_live_model_keeps_its_bits_or_refuses(variant: str, setting: str) -> N
                 model(pixels)
         else:
             assert same_bits(model(pixels), expected)
-            assert same_bits(model(pixels, ["child", "adapted"]), expected)  # a subset that is asked for the first time
+            assert same_bits(model(pixels, ["child", "adapted"]), expected)  # a subset requested for the first time
     assert same_bits(model(pixels), expected)
     assert same_bits(model(pixels, ["child", "adapted"]), expected)
 
@@ -253,18 +253,18 @@ def test_a_model_made_under_a_setting_has_the_bits_of_its_numerics(variant: str,
     on, pixels = backbone(variant), images(3)
     expected, before = plain_bits(on), numerics_fingerprint(numerics(on))
     with SETTINGS[setting]():
-        made = CombinedModel(on, tasks_of(on))
-        found, now = made(pixels), numerics_fingerprint(numerics(on))
+        model = CombinedModel(on, tasks_of(on))
+        logits, now = model(pixels), numerics_fingerprint(numerics(on))
         assert (now == before) == (setting not in REFUSED)
         if now == before or setting.startswith("default"):
-            assert same_bits(found, expected)
-        joined = CombinedModel(on, tasks_of(on)[:2]).with_tasks(tasks_of(on))(pixels)
-        assert same_bits(joined, {name: bits(logits) for name, logits in found.items()})
+            assert same_bits(logits, expected)
+        grown = CombinedModel(on, tasks_of(on)[:2]).with_tasks(tasks_of(on))(pixels)
+        assert same_bits(grown, {name: bits(values) for name, values in logits.items()})
     if setting in REFUSED:
         with pytest.raises(ExactnessError, match="since this model was made"):
-            made(pixels)
-        made = made.with_tasks(tasks_of(on))
-    assert same_bits(made(pixels), expected)
+            model(pixels)
+        model = model.with_tasks(tasks_of(on))
+    assert same_bits(model(pixels), expected)
 
 
 @VARIANTS
@@ -286,14 +286,14 @@ def test_a_task_joins_under_a_setting(variant: str, setting: str) -> None:
 def test_golden_probes_made_under_a_setting_verify(variant: str, setting: str) -> None:
     on = backbone(variant)
     task = family(on)["sees-two"]
-    honest = golden(on, task)
+    reference = golden(on, task)
     with SETTINGS[setting]():
-        made = golden(on, task)
-        (inside,) = verify(on, [(task, [made])])
-    assert (made.numerics_fingerprint == honest.numerics_fingerprint) == (setting not in REFUSED)
+        probe = golden(on, task)
+        (inside,) = verify(on, [(task, [probe])])
+    assert (probe.numerics_fingerprint == reference.numerics_fingerprint) == (setting not in REFUSED)
     if setting not in REFUSED or setting.startswith("default"):
-        assert made.digest == honest.digest
-    (outside,) = verify(on, [(task, [made])])
+        assert probe.digest == reference.digest
+    (outside,) = verify(on, [(task, [probe])])
     assert inside.ok
     assert inside.identical
     assert outside.ok
@@ -302,14 +302,14 @@ def test_golden_probes_made_under_a_setting_verify(variant: str, setting: str) -
 
 @VARIANTS
 @pytest.mark.parametrize("setting", sorted(LOWERED))
-def test_no_exact_model_is_made_where_float32_is_less(variant: str, setting: str) -> None:
+def test_no_exact_model_is_made_with_reduced_precision(variant: str, setting: str) -> None:
     on = backbone(variant)
     model = CombinedModel(on, tasks_of(on)[:3])
     with SETTINGS[setting]():
         for make in (lambda: CombinedModel(on, tasks_of(on)), lambda: model.with_tasks(tasks_of(on))):
-            with pytest.raises(ExactnessError, match="float32 may be computed in less than float32"):
+            with pytest.raises(ExactnessError, match="settings allow float32 to be computed in lower precision"):
                 make()
-        with pytest.raises(ExactnessError, match="less than float32"):
+        with pytest.raises(ExactnessError, match="in lower precision"):
             golden(on, family(on)["five"])
         assert CombinedModel(on, tasks_of(on), exact=False)(images(2))
 
@@ -320,9 +320,9 @@ def test_attention_maps_are_the_same_under_a_setting(setting: str) -> None:
     task, pixels = family(on)["child"], images(2)
     expected = attention_map(on, task, pixels)
     with SETTINGS[setting]():
-        found = attention_map(on, task, pixels)
+        maps = attention_map(on, task, pixels)
     tolerance = 1e-5 if setting in REFUSED and not setting.startswith("default") else 0.0
-    assert (found - expected).abs().max() <= tolerance
+    assert (maps - expected).abs().max() <= tolerance
 
 
 LOADED = ["autocast bfloat16", "default bfloat16", "default float64", "default device", "inference"]
@@ -333,17 +333,17 @@ def test_a_backbone_loaded_under_a_setting_is_the_same(setting: str) -> None:
     picture = Image.effect_noise((50, 41), 90).convert("RGB")
     expected = load_backbone("glyphs", device="cpu")
     with SETTINGS[setting]():
-        found = load_backbone("glyphs", device="cpu")
-        pixels = found.transform(picture)
+        loaded = load_backbone("glyphs", device="cpu")
+        pixels = loaded.transform(picture)
         assert torch.get_default_dtype() is {"default bfloat16": torch.bfloat16, "default float64": torch.float64}.get(
             setting, torch.float32
         )
-    assert found.fingerprint == expected.fingerprint
+    assert loaded.fingerprint == expected.fingerprint
     assert pixels.dtype is torch.float32
     assert torch.equal(pixels, expected.transform(picture))
     task = random_task(expected, "task")
     batch = pixels[None]
-    assert bits(CombinedModel(found, [task])(batch)["task"]) == bits(CombinedModel(expected, [task])(batch)["task"])
+    assert bits(CombinedModel(loaded, [task])(batch)["task"]) == bits(CombinedModel(expected, [task])(batch)["task"])
 
 
 LEARNED = [
@@ -358,7 +358,7 @@ def learned_plainly(tmp_path_factory: pytest.TempPathFactory, tiny: FrozenBackbo
 
 
 def learned(on: FrozenBackbone, folder: Path) -> tuple[str, str, str]:
-    """The artifact of a task learned from images, its golden probe, and the digest of a test set's logits."""
+    """Digests of a learned task's artifact, of its golden probe, and of its logits for a test dataset."""
     colours = colour_folder(folder / "colours", per_class=6)
     config = LearnConfig(epochs=2, batch_size=5, fall_back=False, adapter_rank=2, augmentation=Augmentation(views=1))
     with Registry.open(folder / "tasks.db") as registry:
@@ -369,15 +369,15 @@ def learned(on: FrozenBackbone, folder: Path) -> tuple[str, str, str]:
 
 
 @pytest.mark.parametrize("setting", LEARNED)
-def test_a_task_learned_and_scored_under_a_setting_is_the_same(
+def test_a_task_learned_and_evaluated_under_a_setting_is_the_same(
     setting: str, tiny: FrozenBackbone, learned_plainly: tuple[str, str, str], tmp_path: Path
 ) -> None:
     with SETTINGS[setting]():
-        found = learned(tiny, tmp_path)
-    assert found == learned_plainly
+        result = learned(tiny, tmp_path)
+    assert result == learned_plainly
 
 
-# --- what is switched, replaced or written to under a live model ------------------------------------------------------
+# --- changes of a live model's backbone and tasks ---------------------------------------------------------------------
 
 
 @VARIANTS
@@ -409,7 +409,7 @@ def train(on: FrozenBackbone) -> None:
     on.model.train()
 
 
-def listen(on: FrozenBackbone) -> None:
+def add_hook(on: FrozenBackbone) -> None:
     on.model.blocks[1].mlp.register_forward_hook(lambda module, inputs, output: 2 * output)
 
 
@@ -460,25 +460,25 @@ def other_scale(on: FrozenBackbone) -> None:
 
 
 HARMS = [
-    replace_activation, replace_block, compile_block, train, listen, write_weight, load_weights, own_forward,
+    replace_activation, replace_block, compile_block, train, add_hook, write_weight, load_weights, own_forward,
     other_epsilon, other_scale, cast_and_back, cast_up, from_a_vector, other_gelu, other_pooling,
     weights_channels_last,
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("harm", HARMS)
-def test_a_backbone_that_is_no_longer_what_was_loaded_is_refused(harm: Callable[[FrozenBackbone], None]) -> None:
+def test_a_backbone_that_has_changed_since_it_was_loaded_is_refused(harm: Callable[[FrozenBackbone], None]) -> None:
     on = fresh_backbone()
     task = random_task(on, "task")
     model = CombinedModel(on, [task])
     model(images(1))
     harm(on)
     for use in (lambda: model(images(1)), lambda: CombinedModel(on, [task]), lambda: golden(on, task)):
-        with pytest.raises(IntegrityError, match=r"is no longer as it was loaded|have changed since they were"):
+        with pytest.raises(IntegrityError, match=r"has changed since it was loaded|have changed since they were"):
             use()
 
 
-def same_again(on: FrozenBackbone) -> None:
+def reload_state(on: FrozenBackbone) -> None:
     on.model.load_state_dict(on.model.state_dict())
 
 
@@ -494,13 +494,13 @@ def unfreeze(on: FrozenBackbone) -> None:
     on.model.requires_grad_(True)
 
 
-def listen_for_a_while(on: FrozenBackbone) -> None:
+def add_and_remove_hook(on: FrozenBackbone) -> None:
     on.model.blocks[0].register_forward_hook(lambda *_: None).remove()
 
 
-@pytest.mark.parametrize("use", [same_again, share, evaluate_again, unfreeze, listen_for_a_while])
-def test_what_changes_nothing_is_not_refused(use: Callable[[FrozenBackbone], None]) -> None:
-    """On the glyphs: a weight that requires gradients moved their bits, and not those of the tiny models."""
+@pytest.mark.parametrize("use", [reload_state, share, evaluate_again, unfreeze, add_and_remove_hook])
+def test_uses_that_change_nothing_are_not_refused(use: Callable[[FrozenBackbone], None]) -> None:
+    """With glyphs, because a weight that requires gradients changed its bits but not those of the tiny models."""
     on = load_backbone("glyphs", device="cpu")
     tasks = [random_task(on, "token"), head_only(random_task(on, "head", seed=1))]
     model, pixels = CombinedModel(on, tasks), images(3)
@@ -516,11 +516,11 @@ def test_what_changes_nothing_is_not_refused(use: Callable[[FrozenBackbone], Non
 
 
 def nudging(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
-    """A backend of torch.compile whose kernels have other last bits, as its real ones have."""
-    return lambda *given: [one * (1 + 2**-18) if one.is_floating_point() else one for one in graph(*given)]
+    """A torch.compile backend whose kernels change the last bits, as real ones do."""
+    return lambda *given: [x * (1 + 2**-18) if x.is_floating_point() else x for x in graph(*given)]
 
 
-def test_a_call_that_is_compiled_around_keeps_its_bits() -> None:
+def test_a_call_within_compiled_code_keeps_its_bits() -> None:
     on = backbone()
     model, pixels = CombinedModel(on, tasks_of(on)), images(3)
     expected = plain_bits(on)
@@ -533,20 +533,22 @@ def test_a_call_that_is_compiled_around_keeps_its_bits() -> None:
     compiled = torch.compile(model, backend=nudging)
     assert same_bits(compiled(pixels), expected)
     within = torch.compile(serve, backend=nudging)(pixels)
-    assert (within - serve(pixels)).abs().max() <= 2**-16 * serve(pixels).abs().max()  # of the caller's own operations
+    assert (within - serve(pixels)).abs().max() <= 2**-16 * serve(
+        pixels
+    ).abs().max()  # from the caller's own operations
     tasks = tasks_of(on)
-    made = torch.compile(lambda: CombinedModel(on, tasks)(pixels)["child"], backend=nudging)()
-    assert bits(made) == expected["child"]
+    child = torch.compile(lambda: CombinedModel(on, tasks)(pixels)["child"], backend=nudging)()
+    assert bits(child) == expected["child"]
 
 
 def test_an_operation_that_was_replaced_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     on = backbone()
     model = CombinedModel(on, tasks_of(on))
-    honest = torch.nn.functional.scaled_dot_product_attention
+    original = torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(
-        torch.nn.functional, "scaled_dot_product_attention", lambda *args, **kw: honest(*args, **kw) * (1 + 2**-20)
+        torch.nn.functional, "scaled_dot_product_attention", lambda *args, **kw: original(*args, **kw) * (1 + 2**-20)
     )
-    with pytest.raises(ExactnessError, match="some of torch's own operations give other bits"):
+    with pytest.raises(ExactnessError, match="basic torch operations now give different bits"):
         model(images(1))
 
 
@@ -561,17 +563,17 @@ def test_a_task_that_was_written_to_is_refused(name: str) -> None:
     tensor.data.add_(1)
     assert task.sha256 == sha256
     assert bits(model(pixels)["task"]) == expected
-    with pytest.raises(IntegrityError, match="The tensors of task 'task' in memory have been written to"):
+    with pytest.raises(IntegrityError, match="The tensors of task 'task' were modified in memory"):
         CombinedModel(on, [task])
-    with pytest.raises(IntegrityError, match="have been written to"):
+    with pytest.raises(IntegrityError, match="were modified in memory"):
         CombinedModel(on, [random_task(on, "child", parents=(task,))])
 
 
 def test_a_registered_task_that_was_written_to_is_refused(registered: Callable[..., Task], registry: Registry) -> None:
     ref = registered("task", classes=4).ref
     task = registry.get(ref)
-    task.head_bias[0] += 1  # before anybody has asked for its sha256
-    with pytest.raises(IntegrityError, match="The tensors of task 'task:1' in memory have been written to"):
+    task.head_bias[0] += 1  # before its sha256 was first computed
+    with pytest.raises(IntegrityError, match="The tensors of task 'task:1' were modified in memory"):
         registry.register(task, registry.goldens(ref)[0])
     assert registry.get(ref).sha256 == registry.record(ref).sha256
 
@@ -581,16 +583,16 @@ def test_a_registered_task_that_was_written_to_is_refused(registered: Callable[.
 
 def test_several_models_in_several_threads_keep_their_bits() -> None:
     on = backbone("dinov2")
-    everyone = list(family(on).values())
+    all_tasks = list(family(on).values())
     pixels = images(5)
-    expected = {name: bits(logits) for name, logits in CombinedModel(on, everyone)(pixels).items()}
+    expected = {name: bits(logits) for name, logits in CombinedModel(on, all_tasks)(pixels).items()}
     start = threading.Barrier(6)
 
     def work(number: int) -> None:
         start.wait()
         with torch.autocast("cpu", torch.bfloat16) if number % 2 else torch.inference_mode():
             for turn in range(3):
-                chosen = everyone[number % 3 :: 2] if turn else everyone
+                chosen = all_tasks[number % 3 :: 2] if turn else all_tasks
                 model = CombinedModel(on, chosen) if turn < 2 else CombinedModel(on, chosen[:1]).with_tasks(chosen)
                 assert same_bits(model(pixels), expected)
 
@@ -598,7 +600,7 @@ def test_several_models_in_several_threads_keep_their_bits() -> None:
         assert list(pool.map(work, range(6))) == [None] * 6
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 def test_a_forked_process_keeps_the_bits() -> None:
     on = backbone()
@@ -608,8 +610,8 @@ def test_a_forked_process_keeps_the_bits() -> None:
     child = os.fork()
     if child == 0:
         try:
-            found = {name: bits(logits) for name, logits in model(pixels).items()}
-            os.write(writer, pickle.dumps(found))
+            outputs = {name: bits(logits) for name, logits in model(pixels).items()}
+            os.write(writer, pickle.dumps(outputs))
         finally:
             os._exit(0)
     os.close(writer)
@@ -618,7 +620,7 @@ def test_a_forked_process_keeps_the_bits() -> None:
     os.waitpid(child, 0)
 
 
-# --- every tensor that the package makes ------------------------------------------------------------------------------
+# --- tensors that the package makes -----------------------------------------------------------------------------------
 
 FACTORIES = {
     "zeros", "ones", "empty", "full", "rand", "randn", "randint", "randperm", "arange", "linspace", "logspace", "eye",
@@ -627,22 +629,22 @@ FACTORIES = {
 
 
 def test_every_tensor_that_the_package_makes_names_its_dtype_and_device() -> None:
-    """torch's defaults belong to the caller."""
+    """The caller may change torch's defaults."""
     package = Path(addenda.__file__).parent
-    nameless, made = [], 0
+    missing_names, num_calls = [], 0
     for path in sorted(package.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
                 continue
             if getattr(node.func.value, "id", "") == "torch" and node.func.attr in FACTORIES:
-                made += 1
+                num_calls += 1
                 missing = {"dtype", "device"} - {keyword.arg for keyword in node.keywords}
-                nameless += [f"{path.relative_to(package)}:{node.lineno}: {name}" for name in sorted(missing)]
-    assert made > 50
-    assert nameless == []
+                missing_names += [f"{path.relative_to(package)}:{node.lineno}: {name}" for name in sorted(missing)]
+    assert num_calls > 50
+    assert missing_names == []
 
 
-def test_a_model_of_ones_own_is_a_backbone_too() -> None:
+def test_a_users_own_model_can_be_a_backbone() -> None:
     with torch.inference_mode():
         model = lively_vit()
     on = FrozenBackbone(model, "own", "hub")

@@ -1,4 +1,4 @@
-"""The router: which task an image is for, from what tasks kept of their images."""
+"""The router: chooses a task for each image from the tasks' feature statistics."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from addenda.combined.routing.router import REJECTED
 from addenda.combined.routing.statistics import SAMPLE
 from addenda.exceptions import RegistryError, UnknownTaskError
 from addenda.registry import FeatureStatistics
-from addenda.registry.store.loading import MAX_BYTES
+from addenda.registry.store.task_reader import MAX_BYTES
 from tests.support.tasks import random_task
 
 WIDTH = 16
-HOWS = ("nearest-mean", "mahalanobis", "ridge", "pooled")
+CLASSIFIERS = ("nearest-mean", "mahalanobis", "ridge", "pooled")
 
 
 def cloud(task: int, count: int, seed: int, classes: int = 2) -> tuple[Tensor, Tensor]:
-    """Features of a task's images: each of its classes is a blob with a centre of its own."""
+    """Features of a task's images: a Gaussian blob for each class."""
     centres = 3 * torch.randn(10 * classes, WIDTH, generator=torch.Generator().manual_seed(7))
     noise = torch.Generator().manual_seed(100 * task + seed)
     targets = torch.arange(count) % classes
     return centres[task * classes + targets] + torch.randn(count, WIDTH, generator=noise), targets
 
 
-def kept(tasks: int = 3, count: int = 60) -> dict[str, FeatureStatistics]:
+def task_statistics(tasks: int = 3, count: int = 60) -> dict[str, FeatureStatistics]:
     return {f"task-{i}": feature_statistics(*cloud(i, count, seed=0), num_classes=2) for i in range(tasks)}
 
 
-def test_images_are_sent_to_the_task_whose_images_they_are_like() -> None:
-    router = Router(kept())
+def test_images_are_routed_to_the_task_with_similar_images() -> None:
+    router = Router(task_statistics())
     for i in range(3):
         features, _ = cloud(i, 100, seed=1)
         chosen = router.choose(features)
@@ -42,21 +42,21 @@ def test_images_are_sent_to_the_task_whose_images_they_are_like() -> None:
         assert all(1 / 3 <= choice.probability <= 1 for choice in chosen)
 
 
-def test_every_classifier_tells_the_classes_apart() -> None:
-    router, tried = Router(kept()), set()
+def test_every_classifier_separates_the_classes() -> None:
+    router, tested = Router(task_statistics()), set()
     for i in range(3):
         features, targets = cloud(i, 100, seed=1)
-        for how, scores in router.class_scores(features).items():
+        for classifier, scores in router.class_scores(features).items():
             assert list(scores) == ["task-0", "task-1", "task-2"]
-            answers = torch.cat(list(scores.values()), dim=1).argmax(1)
-            assert (answers == 2 * i + targets).float().mean() > 0.9
-            tried.add(how)
-    assert tried == set(HOWS)
+            predicted = torch.cat(list(scores.values()), dim=1).argmax(1)
+            assert (predicted == 2 * i + targets).float().mean() > 0.9
+            tested.add(classifier)
+    assert tested == set(CLASSIFIERS)
 
 
 def test_probabilities_add_up_to_one() -> None:
-    router = Router(kept())
-    features = torch.randn(10, WIDTH, generator=torch.Generator().manual_seed(0))  # between them all
+    router = Router(task_statistics())
+    features = torch.randn(10, WIDTH, generator=torch.Generator().manual_seed(0))  # between all classes
     of_tasks = torch.stack(list(router.log_probabilities(features).values())).exp()
     torch.testing.assert_close(of_tasks.sum(0), torch.ones(10, dtype=torch.float64))
     within = {name: torch.randn(10, 2).log_softmax(1) for name in router.tasks}
@@ -67,21 +67,21 @@ def test_probabilities_add_up_to_one() -> None:
 
 
 def test_the_same_tasks_in_any_order_give_the_same_bits() -> None:
-    statistics = kept()
+    statistics = task_statistics()
     features, _ = cloud(1, 20, seed=1)
-    found = []
+    results = []
     for order in itertools.permutations(statistics):
         router = Router({name: statistics[name] for name in order})
         assert router.tasks == order
         scores = router.class_scores(features)
-        bits = [scores[how][name].numpy().tobytes() for how in HOWS for name in sorted(statistics)]
-        found.append((bits, router.familiarity(features).numpy().tobytes()))
-    assert len(found) == 6
-    assert all(one == found[0] for one in found)
+        bits = [scores[kind][name].numpy().tobytes() for kind in CLASSIFIERS for name in sorted(statistics)]
+        results.append((bits, router.familiarity(features).numpy().tobytes()))
+    assert len(results) == 6
+    assert all(result == results[0] for result in results)
 
 
-def test_a_task_is_found_by_its_name_whatever_its_place() -> None:
-    statistics = kept()
+def test_choices_name_the_same_task_in_any_order() -> None:
+    statistics = task_statistics()
     features, _ = cloud(2, 50, seed=1)
     for order in itertools.permutations(statistics):
         chosen = Router({name: statistics[name] for name in order}).choose(features)
@@ -89,7 +89,7 @@ def test_a_task_is_found_by_its_name_whatever_its_place() -> None:
 
 
 def test_images_of_no_task_are_unfamiliar() -> None:
-    router = Router(kept(count=400))
+    router = Router(task_statistics(count=400))
     own = torch.cat([cloud(i, 200, seed=1)[0] for i in range(3)])
     other = torch.cat([cloud(i, 200, seed=1)[0] for i in (5, 6, 7)])
     rejected = [not choice.familiar for choice in router.choose(own)]
@@ -99,14 +99,14 @@ def test_images_of_no_task_are_unfamiliar() -> None:
 
 def test_sums_are_those_of_the_features() -> None:
     features, targets = cloud(0, 40, seed=0)
-    found = feature_statistics(features, targets, num_classes=3)
-    assert found.counts.tolist() == [20, 20, 0]
+    statistics = feature_statistics(features, targets, num_classes=3)
+    assert statistics.counts.tolist() == [20, 20, 0]
     expected = torch.stack([features[targets == label].double().sum(0) for label in range(3)])
-    torch.testing.assert_close(found.sums[:, :WIDTH].double(), expected, rtol=1e-6, atol=1e-6)
-    width = found.sums.shape[1]
+    torch.testing.assert_close(statistics.sums[:, :WIDTH].double(), expected, rtol=1e-6, atol=1e-6)
+    width = statistics.sums.shape[1]
     gram = torch.zeros(width, width)
     rows, columns = torch.triu_indices(width, width)
-    gram[rows, columns] = found.gram
+    gram[rows, columns] = statistics.gram
     torch.testing.assert_close(gram[:WIDTH, :WIDTH].triu(), (features.T @ features).triu(), rtol=1e-5, atol=1e-4)
 
 
@@ -114,49 +114,49 @@ def test_the_sample_is_small_and_leaves_an_image_of_each_class() -> None:
     many, targets = cloud(0, 1000, seed=0)
     assert len(feature_statistics(many, targets, num_classes=2).sample) == SAMPLE
     few = torch.randn(10, WIDTH)
-    found = feature_statistics(few, torch.tensor([0, 1, 2, 3, 4, 4, 4, 4, 4, 4]), num_classes=5)
-    assert found.sample_targets.tolist() == [4, 4]
-    assert all(any(torch.equal(row, image) for image in few) for row in found.sample)
+    statistics = feature_statistics(few, torch.tensor([0, 1, 2, 3, 4, 4, 4, 4, 4, 4]), num_classes=5)
+    assert statistics.sample_targets.tolist() == [4, 4]
+    assert all(any(torch.equal(row, image) for image in few) for row in statistics.sample)
 
 
 def test_a_router_of_tasks_too_small_for_a_sample_works() -> None:
     statistics = {f"task-{i}": feature_statistics(*cloud(i, 4, seed=0), num_classes=2) for i in range(2)}
-    assert all(len(one.sample) == 0 for one in statistics.values())
+    assert all(len(task.sample) == 0 for task in statistics.values())
     features, _ = cloud(1, 20, seed=1)
     assert sum(choice.task == "task-1" for choice in Router(statistics).choose(features)) >= 18
 
 
 @pytest.mark.parametrize("width", [64, 192, 384, 768, 1024])
-def test_statistics_of_ten_classes_weigh_less_than_they_may(width: int) -> None:
+def test_statistics_of_ten_classes_are_below_the_size_limit(width: int) -> None:
     features = torch.randn(400, width, generator=torch.Generator().manual_seed(0))
-    found = feature_statistics(features, torch.arange(400) % 10, num_classes=10)
-    assert found.excess is None
-    assert len(found.data) < MAX_BYTES
+    statistics = feature_statistics(features, torch.arange(400) % 10, num_classes=10)
+    assert statistics.excess is None
+    assert len(statistics.data) < MAX_BYTES
 
 
-def test_a_router_of_nothing_or_of_different_features_is_refused() -> None:
-    with pytest.raises(RegistryError, match=r"statistics of one kind of feature; those given are of \{\}"):
+def test_a_router_without_tasks_or_of_different_features_is_refused() -> None:
+    with pytest.raises(
+        RegistryError, match=r"statistics of one kind of feature; \(pooled, expanded\) widths given: \{\}"
+    ):
         Router({})
     other = feature_statistics(torch.randn(20, 8), torch.arange(20) % 2, num_classes=2)
     with pytest.raises(RegistryError, match=r"'task-0': \(16, 64\), 'other': \(8, 32\)"):
-        Router({**kept(1), "other": other})
+        Router({**task_statistics(1), "other": other})
 
 
-def test_a_task_that_the_router_does_not_know_is_named() -> None:
-    with pytest.raises(UnknownTaskError, match=r"knows nothing of task 'cats'. It knows task-0, task-1, task-2"):
-        Router(kept()).routed({"cats": torch.zeros(1, 2)}, torch.zeros(1, WIDTH))
+def test_an_unknown_task_is_named() -> None:
+    with pytest.raises(UnknownTaskError, match=r"Task 'cats' is not in this router\. Known: task-0, task-1, task-2"):
+        Router(task_statistics()).routed({"cats": torch.zeros(1, 2)}, torch.zeros(1, WIDTH))
 
 
 @pytest.mark.parametrize("pooled", [False, True])
-def test_a_model_gives_the_backbones_feature_beside_logits_that_stay_the_same(
-    tiny: FrozenBackbone, pooled: bool
-) -> None:
+def test_a_model_returns_the_pooled_feature_without_changing_logits(tiny: FrozenBackbone, pooled: bool) -> None:
     tasks = [random_task(tiny, f"task-{i}", seed=i, pooled=pooled) for i in range(3)]
     model = CombinedModel(tiny, tasks)
     images = torch.randn(11, 3, 32, 32)
-    plain, asked = model(images), model(images, pooled=True)
+    plain, with_pooled = model(images), model(images, pooled=True)
     assert plain.pooled is None
-    assert asked.pooled is not None
-    assert asked.pooled.shape == (11, tiny.embed_dim)
-    assert all(plain[name].numpy().tobytes() == asked[name].numpy().tobytes() for name in plain)
-    assert asked.pooled.numpy().tobytes() == CombinedModel(tiny, [])(images, pooled=True).pooled.numpy().tobytes()
+    assert with_pooled.pooled is not None
+    assert with_pooled.pooled.shape == (11, tiny.embed_dim)
+    assert all(plain[name].numpy().tobytes() == with_pooled[name].numpy().tobytes() for name in plain)
+    assert with_pooled.pooled.numpy().tobytes() == CombinedModel(tiny, [])(images, pooled=True).pooled.numpy().tobytes()

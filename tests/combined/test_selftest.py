@@ -1,4 +1,4 @@
-"""The self-test: a device whose bits depend on slot, neighbour or place is refused, and each shape is tried once."""
+"""The self-test refuses machines whose bits depend on slot, neighbours or batch position, and tests shapes once."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from tests.support.tasks import random_task
 
 
 def nudge(tensor: Tensor, where: object) -> Tensor:
-    """Moves the last bits of a part of a tensor."""
+    """Changes the last bits of a slice of a tensor."""
     moved = tensor.clone()
     moved[where] *= 1 + 2**-20
     return moved
 
 
-def finish_otherwise(monkeypatch: pytest.MonkeyPatch, when: Callable[[Tensor], bool], where: object) -> None:
-    """Task tokens' linear layers give a part of the rows other bits."""
-    honest = Family.finish
+def perturb_finish(monkeypatch: pytest.MonkeyPatch, when: Callable[[Tensor], bool], where: object) -> None:
+    """Changes the last bits of some rows in the task stream's blocks."""
+    original = Family.finish
 
     def biased(self: Family, block: object, tokens: Tensor, *rest: object) -> Tensor:
-        result = honest(self, block, tokens, *rest)
+        result = original(self, block, tokens, *rest)
         return nudge(result, where) if when(tokens) else result
 
     monkeypatch.setattr(Family, "finish", biased)
@@ -40,7 +40,7 @@ def finish_otherwise(monkeypatch: pytest.MonkeyPatch, when: Callable[[Tensor], b
 
 def test_bits_that_depend_on_the_slot_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     on = fresh_backbone()
-    finish_otherwise(monkeypatch, lambda tokens: len(tokens) == TILE, 5)
+    perturb_finish(monkeypatch, lambda tokens: len(tokens) == TILE, 5)
     with pytest.raises(
         ExactnessError,
         match=r"Exact mode is refused .* tiles of 16 slots by 8 images, 1 private tokens and 8 memory keys\. Another",
@@ -61,31 +61,31 @@ def test_bits_that_depend_on_the_neighbour_are_refused(monkeypatch: pytest.Monke
 
 def test_an_adapter_that_reaches_the_neighbour_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     on = fresh_backbone()
-    honest = Adapter.__call__
-    monkeypatch.setattr(Adapter, "__call__", lambda self, x: honest(self, x) + 1e-6 * honest(self, x).roll(1, 0))
+    original = Adapter.__call__
+    monkeypatch.setattr(Adapter, "__call__", lambda self, x: original(self, x) + 1e-6 * original(self, x).roll(1, 0))
     CombinedModel(on, [random_task(on, "plain")])
     with pytest.raises(ExactnessError, match=r"its neighbours .* 1 private tokens and 8 memory keys, rank 4\. Another"):
         CombinedModel(on, [random_task(on, "adapted", rank=3)])
 
 
-@pytest.mark.parametrize("place", [0, 7])
-def test_frozen_bits_that_depend_on_the_place_are_refused(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("position", [0, 7])
+def test_frozen_bits_that_depend_on_the_position_are_refused(position: int, monkeypatch: pytest.MonkeyPatch) -> None:
     on = fresh_backbone()
-    honest = FrozenBackbone.embed
-    monkeypatch.setattr(FrozenBackbone, "embed", lambda self, pictures: nudge(honest(self, pictures), place))
-    with pytest.raises(ExactnessError, match="keys and values depend on its place in 8 images"):
+    original = FrozenBackbone.embed
+    monkeypatch.setattr(FrozenBackbone, "embed", lambda self, pictures: nudge(original(self, pictures), position))
+    with pytest.raises(ExactnessError, match="keys and values depend on its position in a batch of 8"):
         CombinedModel(on, [random_task(on, "task")])
 
 
-def test_a_head_whose_bits_depend_on_the_place_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_head_whose_bits_depend_on_the_position_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     on = fresh_backbone()
-    honest = F.linear
+    original = F.linear
 
     def biased(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return nudge(honest(inputs, weight, bias), 1)
+        return nudge(original(inputs, weight, bias), 1)
 
-    for module in ("model", "selftest"):  # which would see it too
-        monkeypatch.setattr(f"addenda.combined.{module}.touch", bytes)
+    for module in ("model", "selftest"):  # which would detect it too
+        monkeypatch.setattr(f"addenda.combined.{module}.operations_sample", bytes)
     CombinedModel(on, [random_task(on, "narrow", classes=3)])
     monkeypatch.setattr("addenda.combined.heads.F.linear", biased)
     with pytest.raises(ExactnessError, match="a head of 32 rows on 8 images"):
@@ -94,76 +94,78 @@ def test_a_head_whose_bits_depend_on_the_place_is_refused(monkeypatch: pytest.Mo
 
 def test_a_size_that_gives_other_bits_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     on = fresh_backbone()
-    finish_otherwise(monkeypatch, lambda tokens: len(tokens) == 64, 0)
+    perturb_finish(monkeypatch, lambda tokens: len(tokens) == 64, 0)
     tasks = [random_task(on, f"task-{i}", seed=i) for i in range(70)]
     model = CombinedModel(on, tasks)
     assert model.shapes.slots == tuple(size for size in TILE_SIZES if size != 64) != TILE_SIZES
     sizes = [len(tile.class_tokens) for tile in model.layout.tiles]
     assert sum(sizes) >= 70
     assert set(sizes) <= set(model.shapes.slots)
-    found = model(images(2))
-    assert all(bits(found[task.name]) == alone(on, task, images(2)) for task in tasks[::9])
+    logits = model(images(2))
+    assert all(bits(logits[task.name]) == alone(on, task, images(2)) for task in tasks[::9])
 
 
-def test_one_image_goes_alone_only_where_that_was_proven(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_image_runs_alone_only_if_that_was_proven(monkeypatch: pytest.MonkeyPatch) -> None:
     on = fresh_backbone()
     task = random_task(on, "task")
     proven = CombinedModel(on, [task]).shapes.images
     if proven != (1, 4, 8):
-        pytest.skip(f"this machine gives one image other bits than eight: {proven}")
+        pytest.skip(f"on this machine, batches of one and eight images give different bits: {proven}")
     other = fresh_backbone()
-    honest = FrozenBackbone.embed
+    original = FrozenBackbone.embed
     monkeypatch.setattr(
         FrozenBackbone,
         "embed",
-        lambda self, pictures: nudge(honest(self, pictures), 0) if len(pictures) == 1 else honest(self, pictures),
+        lambda self, pictures: nudge(original(self, pictures), 0) if len(pictures) == 1 else original(self, pictures),
     )
     model = CombinedModel(other, [dataclasses.replace(task, backbone=other.fingerprint)])
     assert model.shapes.images == (4, 8)
     assert bits(model(images(1))["task"]) == bits(model(images(4))["task"])[:1]
 
 
-def test_in_bfloat16_only_canonical_shapes_serve() -> None:
-    """Another order of additions is nearly always rounded away there: no test of a few images tells equal from not."""
+def test_in_bfloat16_only_canonical_shapes_are_used() -> None:
+    """There, rounding hides nearly every difference in the order of additions, so a few images prove nothing."""
     on = backbone("plain", torch.bfloat16)
     model = CombinedModel(on, [random_task(on, "task")])
     assert model.shapes == Shapes((model.micro_batch,), (TILE,))
     assert [len(tile.class_tokens) for tile in model.layout.tiles] == [TILE]
 
 
-def test_without_the_promise_nothing_is_tested_or_filled_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inexact_mode_tests_and_pads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     on = fresh_backbone()
     tasks = random_registry(on, 20, seed=8)
     exact = CombinedModel(on, tasks)
-    finish_otherwise(monkeypatch, lambda tokens: True, 0)
+    perturb_finish(monkeypatch, lambda tokens: True, 0)
     other = fresh_backbone()
     with pytest.raises(ExactnessError):
         CombinedModel(other, tasks)
-    loose = CombinedModel(other, tasks, exact=False)
-    found, expected = loose(images(5)), exact(images(5))
-    assert (found.exact, expected.exact) == (False, True)
-    assert all((found[name] - logits).abs().max() <= 1e-4 * logits.abs().max() for name, logits in expected.items())
-    sizes = [len(tile.class_tokens) for tile in loose.layout.tiles]
+    inexact = CombinedModel(other, tasks, exact=False)
+    outputs, expected = inexact(images(5)), exact(images(5))
+    assert (outputs.exact, expected.exact) == (False, True)
+    assert all((outputs[name] - logits).abs().max() <= 1e-4 * logits.abs().max() for name, logits in expected.items())
+    sizes = [len(tile.class_tokens) for tile in inexact.layout.tiles]
     assert sum(sizes) == sum(task.class_token is not None for task in tasks)
 
 
 def test_a_shape_is_tested_once(monkeypatch: pytest.MonkeyPatch) -> None:
     on = fresh_backbone()
     CombinedModel(on, [random_task(on, "task", memory=5)])
-    passes: list[int] = []
-    honest = FrozenBackbone.embed
-    monkeypatch.setattr(FrozenBackbone, "embed", lambda self, one: passes.append(len(one)) or honest(self, one))
+    batches: list[int] = []
+    original = FrozenBackbone.embed
+    monkeypatch.setattr(
+        FrozenBackbone, "embed", lambda self, batch: batches.append(len(batch)) or original(self, batch)
+    )
     CombinedModel(on, [random_task(on, "other", memory=7, classes=9)])
-    assert passes == []
+    assert batches == []
     with threads(torch.get_num_threads() + 1):
         CombinedModel(on, [random_task(on, "other", memory=7)])
-    assert passes == [8, 8, 1, 1, 4, 4]
+    assert batches == [8, 8, 1, 1, 4, 4]
 
 
-def test_a_head_is_tested_on_both_its_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_head_is_tested_with_and_without_a_pooled_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     on = fresh_backbone()
-    honest = torch.addmm
-    monkeypatch.setattr(torch, "addmm", lambda *inputs: nudge(honest(*inputs), 1))
+    original = torch.addmm
+    monkeypatch.setattr(torch, "addmm", lambda *inputs: nudge(original(*inputs), 1))
     CombinedModel(on, [random_task(on, "token-only", pooled=False)])
     with pytest.raises(ExactnessError, match="a head of 16 rows on 8 images"):
         CombinedModel(on, [random_task(on, "both")])

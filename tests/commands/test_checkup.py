@@ -1,4 +1,4 @@
-"""`addenda doctor`: what works here and what does not."""
+"""`addenda doctor`: the checks, their states, and the exit code."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Provides-Extra: serve
 
 
 def states(out: str) -> dict[str, tuple[str, str]]:
-    return {one["subject"]: (one["state"], one["detail"]) for one in json.loads(out)}
+    return {finding["subject"]: (finding["state"], finding["detail"]) for finding in json.loads(out)}
 
 
 @pytest.fixture
@@ -52,30 +52,30 @@ def registered(glyphs: FrozenBackbone, tmp_path: Path) -> Path:
 def test_without_a_registry_nothing_is_broken_and_nothing_is_made(run: Run, tmp_path: Path) -> None:
     result = run("doctor", "--json")
     assert result.code == 0, result.err
-    found = states(result.out)
-    assert found["registry"][0] == "absent"
-    assert "`addenda learn` makes one" in found["registry"][1]
-    assert found["exactness of glyphs"][0] == "works"
-    assert f"torch {version('torch')}" in found["addenda"][1]
-    assert found["weights of vit_base_patch16_224.augreg_in21k"][0] == "absent"
+    findings = states(result.out)
+    assert findings["registry"][0] == "absent"
+    assert "`addenda learn` creates one" in findings["registry"][1]
+    assert findings["exactness of glyphs"][0] == "works"
+    assert f"torch {version('torch')}" in findings["addenda"][1]
+    assert findings["weights of vit_base_patch16_224.augreg_in21k"][0] == "absent"
     assert not (tmp_path / "tasks.db").exists()
-    shown = run("doctor").out
-    assert all(subject in shown for subject in found)
+    text = run("doctor").out
+    assert all(subject in text for subject in findings)
 
 
-def test_the_tasks_of_a_registry_are_tried(run: Run, registered: Path) -> None:
-    found = states(run("doctor", "--json").out)
-    assert found["registry"] == ("works", f"{registered}: 1 active task, generation 2")
-    assert found["weights of glyphs"] == ("works", "in the package")
-    assert found["exactness of glyphs with the registry's tasks"][0] == "works"
+def test_the_tasks_of_a_registry_are_tested(run: Run, registered: Path) -> None:
+    findings = states(run("doctor", "--json").out)
+    assert findings["registry"] == ("works", f"{registered}: 1 active task, generation 2")
+    assert findings["weights of glyphs"] == ("works", "bundled with the package")
+    assert findings["exactness of glyphs with the registry's tasks"][0] == "works"
 
 
-def test_a_task_whose_bytes_have_changed_is_what_is_broken(run: Run, registered: Path) -> None:
+def test_a_task_with_altered_bytes_is_broken(run: Run, registered: Path) -> None:
     with closing(sqlite3.connect(registered)) as connection, connection:
-        (made,) = connection.execute("SELECT sql FROM sqlite_master WHERE name = 'artifact_no_update'").fetchone()
+        (trigger,) = connection.execute("SELECT sql FROM sqlite_master WHERE name = 'artifact_no_update'").fetchone()
         connection.execute("DROP TRIGGER artifact_no_update")
         connection.execute("UPDATE artifact SET data = zeroblob(length(data))")
-        connection.execute(made)
+        connection.execute(trigger)
     result = run("doctor")
     assert "Broken: tasks on glyphs." in result.err
     assert "ones:1" in result.out
@@ -92,7 +92,7 @@ def test_a_damaged_registry_is_broken_and_the_exit_code_says_so(run: Run, regist
     assert states(run("doctor", "--json").out)["registry"][0] == "BROKEN"
 
 
-def test_arithmetic_that_keeps_no_bits_is_broken(run: Run, registered: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inexact_arithmetic_is_broken(run: Run, registered: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     honest = Family.finish
 
     def biased(self: Family, block: object, tokens: torch.Tensor, *rest: object) -> torch.Tensor:
@@ -102,62 +102,64 @@ def test_arithmetic_that_keeps_no_bits_is_broken(run: Run, registered: Path, mon
     monkeypatch.setattr(Family, "finish", biased)
     result = run("doctor", "--json")
     assert result.code == 1
-    assert [one["subject"] for one in json.loads(result.out) if one["state"] == "BROKEN"] == [
+    assert [finding["subject"] for finding in json.loads(result.out) if finding["state"] == "BROKEN"] == [
         "exactness of glyphs",
         "exactness of glyphs with the registry's tasks",
     ]
     assert "Exact mode is refused on this machine" in states(result.out)["exactness of glyphs"][1]
 
 
-def test_weights_are_looked_for_where_they_would_be(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_downloaded_weights_are_found_in_the_hub_cache(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     assert cached_weights("vit_base_patch16_224.augreg_in21k") is None
-    kept = tmp_path / "hub" / "models--timm--vit_base_patch16_224.augreg_in21k"
-    (kept / "refs").mkdir(parents=True)
-    (kept / "refs" / "main").write_text("abc")
-    (kept / "snapshots" / "abc").mkdir(parents=True)
-    (kept / "snapshots" / "abc" / "model.safetensors").write_bytes(b"weights")
-    found = kept / "snapshots" / "abc" / "model.safetensors"
-    assert cached_weights("vit_base_patch16_224.augreg_in21k") == found
+    model = tmp_path / "hub" / "models--timm--vit_base_patch16_224.augreg_in21k"
+    (model / "refs").mkdir(parents=True)
+    (model / "refs" / "main").write_text("abc")
+    (model / "snapshots" / "abc").mkdir(parents=True)
+    file = model / "snapshots" / "abc" / "model.safetensors"
+    file.write_bytes(b"weights")
+    assert cached_weights("vit_base_patch16_224.augreg_in21k") == file
     assert cached_weights("no_such_model") is None
     weights = states(run("doctor", "--json").out)["weights of vit_base_patch16_224.augreg_in21k"]
-    assert weights == ("works", str(found))
+    assert weights == ("works", str(file))
 
 
-def test_weights_that_have_moved_are_asked_for(run: Run, registered: Path, tmp_path: Path) -> None:
+def test_missing_weights_are_reported_with_their_old_path(run: Run, registered: Path, tmp_path: Path) -> None:
     record = load_backbone("glyphs", device="cpu").record()
     with Registry.open(registered) as opened:
         opened.add_backbone(record | {"fingerprint": "f" * 64, "name": "moved", "source": str(tmp_path / "gone.pth")})
     state, detail = states(run("doctor", "--json").out)["weights of moved"]
     assert state == "absent"
-    assert detail == f"no longer at {str(tmp_path / 'gone.pth')!r}: say where with --weights FILE"
+    assert detail == f"not found at {str(tmp_path / 'gone.pth')!r}: pass --weights FILE"
 
 
-def test_a_cache_that_cannot_be_written_is_named(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unwritable_cache_is_broken(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("ADDENDA_CACHE", str(tmp_path / "file" / "cache"))
     result = run("doctor", "--json")
     assert result.code == 1
-    assert "ADDENDA_CACHE names another folder" in states(result.out)["activation cache"][1]
+    assert "set ADDENDA_CACHE to another folder" in states(result.out)["activation cache"][1]
 
 
 def test_requirements_are_compared_with_what_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    place = tmp_path / "addenda-0.1.0.dist-info"
-    place.mkdir()
+    metadata = tmp_path / "addenda-0.1.0.dist-info" / "METADATA"
+    metadata.parent.mkdir()
     monkeypatch.syspath_prepend(str(tmp_path))
-    (place / "METADATA").write_text(INSTALLED.format(wanted="timm>=1"))
-    found = {one.subject: one for one in package_findings()}
-    assert list(found) == ["addenda", "extra bench", "extra serve"]
-    assert [one.state for one in found.values()] == ["works", "works", "absent"]
-    assert found["extra serve"].detail == "no-such-package is missing: pip install 'addenda[serve]'"
-    (place / "METADATA").write_text(INSTALLED.format(wanted="timm>=999"))
+    metadata.write_text(INSTALLED.format(wanted="timm>=1"))
+    findings = {finding.subject: finding for finding in package_findings()}
+    assert list(findings) == ["addenda", "extra bench", "extra serve"]
+    assert [finding.state for finding in findings.values()] == ["works", "works", "absent"]
+    assert findings["extra serve"].detail == "no-such-package is missing: pip install 'addenda[serve]'"
+    metadata.write_text(INSTALLED.format(wanted="timm>=999"))
     broken = next(package_findings())
     assert broken.state == "BROKEN"
-    assert "wanted >=999: pip install 'addenda'" in broken.detail
+    assert "required >=999: pip install 'addenda'" in broken.detail
 
 
 def shell(folder: Path, *arguments: str, **environment: str) -> str:
-    """What `addenda` prints in a process of its own, as a shell calls it."""
+    """The output of `addenda` in a new process, as a shell calls it."""
     script = f"import sys; sys.argv = {['addenda', *arguments]!r}; from addenda.cli import main; main()"
     settings = os.environ | {"HOME": str(folder), "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"} | environment
     return subprocess.run(

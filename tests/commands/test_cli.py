@@ -1,4 +1,4 @@
-"""The commands as a person meets them: output, exit codes, and one line for bad input."""
+"""The command line: output, exit codes, and one line for bad input."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def test_tasks_are_listed_and_shown(run: Run, learned: Result) -> None:
     listed = run("tasks", "list")
     assert "1 task in" in listed.out
     assert "ones:1" in listed.out
-    shown = json.loads(run("tasks", "show", "ones", "--json").out)
-    assert shown["ref"] == "ones:1"
-    assert shown["labels"] == ["0", "1"]
+    record = json.loads(run("tasks", "show", "ones", "--json").out)
+    assert record["ref"] == "ones:1"
+    assert record["labels"] == ["0", "1"]
     assert [t["ref"] for t in json.loads(run("tasks", "list", "--json").out)] == ["ones:1"]
 
 
@@ -34,12 +34,13 @@ def test_a_registry_is_a_path_or_a_url(run: Run, learned: Result, tmp_path: Path
     assert [t["ref"] for t in json.loads(listed.out)] == ["ones:1"]
 
 
-def test_a_tasks_size_counts_what_a_router_knows(run: Run, learned: Result, tmp_path: Path) -> None:
+def test_the_total_size_of_a_task_includes_its_routing_statistics(run: Run, learned: Result, tmp_path: Path) -> None:
     with Registry.open(tmp_path / "tasks.db") as opened:
         record = opened.record("ones")
     assert record.statistics_bytes > 10_000
-    assert f"{(record.size_bytes + record.statistics_bytes) / 1000:.1f} kB" in run("tasks", "show", "ones").out
-    assert f"{record.statistics_bytes / 1000:.1f} kB, for choosing the task" in run("tasks", "show", "ones").out
+    lines = [" ".join(line.split()) for line in run("tasks", "show", "ones").out.splitlines()]
+    assert f"total size {(record.size_bytes + record.statistics_bytes) / 1000:.1f} kB" in lines
+    assert f"routing statistics {record.statistics_bytes / 1000:.1f} kB" in lines
 
 
 def test_verify_passes_and_names_a_task_whose_bytes_changed(
@@ -69,10 +70,10 @@ def test_verify_passes_and_names_a_task_whose_bytes_changed(
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "said"), [("mean", [0.4] * 3, "has fingerprint"), ("crop_pct", 0.5, "prepares images by")]
+    ("key", "value", "message"), [("mean", [0.4] * 3, "has fingerprint"), ("crop_pct", 0.5, "has preprocessing")]
 )
 def test_verify_names_the_tasks_of_a_backbone_whose_preprocessing_changed(
-    run: Run, learned: Result, tmp_path: Path, key: str, value: object, said: str
+    run: Run, learned: Result, tmp_path: Path, key: str, value: object, message: str
 ) -> None:
     connection = sqlite3.connect(tmp_path / "tasks.db")
     connection.execute("DROP TRIGGER backbone_no_update")
@@ -82,11 +83,11 @@ def test_verify_names_the_tasks_of_a_backbone_whose_preprocessing_changed(
     connection.close()
     changed = run("verify")
     assert changed.code == 1
-    assert said in changed.out
+    assert message in changed.out
     assert "Failed: ones:1." in changed.err
 
 
-def test_verify_record_keeps_the_probe_of_new_numerics(
+def test_verify_record_stores_a_probe_for_changed_numerics(
     run: Run, learned: Result, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = torch.get_num_threads()
@@ -94,7 +95,7 @@ def test_verify_record_keeps_the_probe_of_new_numerics(
     try:
         first = run("verify")
         assert first.code == 0
-        assert "under another numerics fingerprint" in first.out or "new epoch" in first.out
+        assert "under another numerics fingerprint" in first.out or "numerics change" in first.out
         assert "--record" in first.out
         assert run("verify", "--record").code == 0
         (again,) = json.loads(run("verify", "--json").out)
@@ -104,7 +105,7 @@ def test_verify_record_keeps_the_probe_of_new_numerics(
 
 
 def test_aliases_and_retirement(run: Run, learned: Result, digits_folder: Path) -> None:
-    assert "ones@production is ones:1" in run("tasks", "alias", "ones", "production").out
+    assert "ones@production points at ones:1" in run("tasks", "alias", "ones", "production").out
     assert run("evaluate", "ones@production", digits_folder).code == 0
     assert "'ones@production' points at it" in run("tasks", "retire", "ones").err
     assert run("tasks", "alias", "ones", "production", "--remove").code == 0
@@ -120,86 +121,86 @@ DATA = "the folder to learn from"
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("tasks", "list"), "There is no registry at"),
         (("predict", "x.png"), "There is no registry at"),
         (("learn", "Bad Name", "."), "'Bad Name' is not a valid name"),
         (("learn", "a", "nowhere", "--backbone", "glyphs"), "There is no folder 'nowhere'"),
         (("learn", "a", DATA, "--backbone", "resnet50"), "is a ResNet"),
-        (("learn", "a", DATA, "--backbone", "glyphs", "--mean", "x"), "'x' is not one number"),
+        (("learn", "a", DATA, "--backbone", "glyphs", "--mean", "x"), "'x' must be one number"),
         (("learn", "a", DATA, "--backbone", "glyphs", "--device", "nonsense"), "Device 'nonsense'"),
         (("learn", "a", "x" * 300, "--backbone", "glyphs"), "File name too long"),
-        (("learn", "a", DATA, "--backbone", "glyphs", "--cache-gb", "nan"), "A cache cannot take nan GB"),
+        (("learn", "a", DATA, "--backbone", "glyphs", "--cache-gb", "nan"), "A cache budget of nan GB is invalid"),
         (
             ("learn", "a", ".", "--adapter-rank", "auto", "--adapter-rank", "4"),
-            "give whole numbers, or the one word auto",
+            "--adapter-rank must be whole numbers or 'auto' alone, not 'auto 4'.",
         ),
-        (("learn", "a", ".", "--adapter-rank", "-1"), "--adapter-rank is '-1'"),
+        (("learn", "a", ".", "--adapter-rank", "-1"), "or 'auto' alone, not '-1'."),
         (("learn", "a", ".", "--class-weights", "some"), "class_weights: Input should be 'none' or 'balanced'"),
         (("learn", "a", ".", "--label-smoothing", "1"), "label_smoothing: Input should be less than 1"),
         (("learn", "a", ".", "--config", "none.yaml"), "The file 'none.yaml' cannot be read: No such file"),
         (("learn-many", "none.yaml"), "The file 'none.yaml' cannot be read: No such file"),
         (("bench", "continual", "nothing"), "There is no stream 'nothing'. Known: "),
-        (("bench", "continual", "digits", "--methods", "magic"), "Method 'magic' is not known. Known: addenda, "),
+        (("bench", "continual", "digits", "--methods", "magic"), "Unknown method 'magic'. Known: addenda, "),
         (("bench", "compare", "none", "none"), "There is no report at 'none'. "),
         (("backbones", "show", "vit_tiny_patch16_224", "--weights", "none.pth"), "'none.pth' does not exist"),
-        (("tasks", "list", "--registry", "."), "is a folder, and a registry is a file"),
+        (("tasks", "list", "--registry", "."), "is a folder; give a file, such as"),
         (("predict", "x.png", "--json", "--csv"), "give one of them"),
-        (("predict", "x.png", "--task", "auto", "--task", "a"), "--task auto chooses among all tasks: give it alone"),
+        (("predict", "x.png", "--task", "auto", "--task", "a"), "--task auto chooses among all tasks; give it alone"),
         (("serve", "--metrics-port", "65536"), "Invalid value for '--metrics-port'"),
         (("learn", "a", ".", "--seed", "4294967296"), "seed: Input should be less than or equal to 4294967295"),
         (("export-model", "--out", "a.pt2"), "There is no registry at"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
-    run: Run, digits_folder: Path, arguments: tuple[str, ...], said: str
+    run: Run, digits_folder: Path, arguments: tuple[str, ...], message: str
 ) -> None:
     result = run(*(digits_folder if argument == DATA else argument for argument in arguments))
     assert result.code == 2
-    assert said in result.err
+    assert message in result.err
     assert "Traceback" not in result.err
 
 
-def test_a_folder_that_is_not_there_is_told_before_weights_are_looked_for_or_a_registry_is_made(
+def test_a_missing_folder_is_reported_before_weights_are_loaded_or_a_registry_is_created(
     run: Run, tmp_path: Path
 ) -> None:
     registry = tmp_path / "tasks.db"
-    for places in ([tmp_path / "gone"], [colour_folder(tmp_path / "data"), "--test", tmp_path / "gone"]):
-        result = run("learn", "a", *places, "--registry", registry)
+    for data in ([tmp_path / "gone"], [colour_folder(tmp_path / "data"), "--test", tmp_path / "gone"]):
+        result = run("learn", "a", *data, "--registry", registry)
         assert result.code == 2
         assert f"There is no folder '{tmp_path / 'gone'}'" in result.err
         assert not registry.exists()
 
 
-def test_an_unknown_task_is_told_with_what_is_known(run: Run, learned: Result, digits_folder: Path) -> None:
+def test_an_unknown_task_is_reported_with_the_known_ones(run: Run, learned: Result, digits_folder: Path) -> None:
     result = run("evaluate", "one", digits_folder)
     assert result.code == 2
     assert "Task 'one' is not registered. Known: 'ones'. See: addenda tasks list" in result.err
 
 
-def test_without_weights_and_network_the_default_backbone_says_how_to_give_a_file(run: Run, tmp_path: Path) -> None:
+def test_without_weights_and_network_the_error_names_the_option_for_a_file(run: Run, tmp_path: Path) -> None:
     result = run("learn", "a", colour_folder(tmp_path / "data"))
     assert result.code == 2
     assert "vit_base_patch16_224.augreg_in21k" in result.err
     assert "--weights" in result.err
 
 
-def test_backbones_are_listed_and_shown_with_the_price_of_a_task(run: Run, learned: Result) -> None:
+def test_backbones_are_listed_and_shown_with_the_cost_of_a_task(run: Run, learned: Result) -> None:
     listed = run("backbones", "list", "vit_tiny*")
     assert "in this registry" in listed.out
     assert "vit_tiny_patch16_224" in listed.out
     refused = json.loads(run("backbones", "list", "vit_base_patch16_gap*", "--json").out)
     assert any(row["status"] == "refused" and "class token" in row["detail"] for row in refused)
-    assert "No model of timm's matches 'vit_huuge*'" in run("backbones", "list", "vit_huuge*").err
-    shown = json.loads(run("backbones", "show", "glyphs", "--json").out)
-    assert shown["task_cost"]["token_bytes"] == 4 * 128 * (1 + 5 * 5)
+    assert "No timm model matches 'vit_huuge*'" in run("backbones", "list", "vit_huuge*").err
+    plain = json.loads(run("backbones", "show", "glyphs", "--json").out)["task_cost"]
+    assert plain["token_bytes"] == 4 * 128 * (1 + 5 * 5)
     adapted = json.loads(run("backbones", "show", "glyphs", "--adapter-rank", "8", "--json").out)["task_cost"]
-    assert adapted["token_bytes"] > 10 * shown["task_cost"]["token_bytes"]
+    assert adapted["token_bytes"] > 10 * plain["token_bytes"]
     assert "5 memory tokens and adapters of rank 8" in run("backbones", "show", "glyphs", "--adapter-rank", "8").out
 
 
-def test_moved_weights_are_asked_for_and_checked(run: Run, digits_folder: Path, tmp_path: Path) -> None:
+def test_moved_weights_are_required_and_checked(run: Run, digits_folder: Path, tmp_path: Path) -> None:
     import timm
     from safetensors.torch import load_file, save_file
 
@@ -220,14 +221,14 @@ def test_moved_weights_are_asked_for_and_checked(run: Run, digits_folder: Path, 
     save_file(changed, tmp_path / "other.safetensors")
     wrong = run("verify", "--weights", tmp_path / "other.safetensors")
     assert wrong.code == 1
-    assert "These are other weights" in " ".join(wrong.out.split())
+    assert "The weights differ" in " ".join(wrong.out.split())
     assert "Failed: ones:1." in wrong.err
     refused = run("predict", digits_folder / "test", "--weights", tmp_path / "other.safetensors")
     assert refused.code == 2
-    assert "These are other weights" in refused.err
+    assert "The weights differ" in refused.err
 
 
-def test_help_answers_without_starting_a_framework() -> None:
+def test_help_imports_no_framework() -> None:
     script = (
         "import sys; sys.argv = ['addenda', '--help']\n"
         "from addenda.cli import main\n"
@@ -239,7 +240,7 @@ def test_help_answers_without_starting_a_framework() -> None:
 
 
 @pytest.mark.slow
-def test_ctrl_c_while_a_connection_closes_is_told_in_one_line(run: Run, learned: Result) -> None:
+def test_ctrl_c_while_a_connection_closes_prints_one_line(run: Run, learned: Result) -> None:
     script = (
         "import sys; sys.argv = ['addenda', 'tasks', 'list']\n"
         "from sqlalchemy.engine.default import DefaultDialect\n"
@@ -250,10 +251,10 @@ def test_ctrl_c_while_a_connection_closes_is_told_in_one_line(run: Run, learned:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == cli.INTERRUPTED
-    assert done.stderr == "Interrupted. Nothing half done was registered: give the same command again to go on.\n"
+    assert done.stderr == "Interrupted. No incomplete task was registered; run the same command again to continue.\n"
 
 
-def test_every_command_says_what_it_does(run: Run) -> None:
+def test_every_command_and_option_has_help(run: Run) -> None:
     groups: list[tuple[str, ...]] = [()]
     seen = 0
     for group in groups:
@@ -274,32 +275,34 @@ def test_every_command_says_what_it_does(run: Run) -> None:
     assert seen >= 15
 
 
-@pytest.mark.parametrize("place", ["first", "last", "none"])
-def test_an_unexpected_error_is_one_line_and_its_traceback_is_had_for_the_asking(
-    run: Run, learned: Result, monkeypatch: pytest.MonkeyPatch, place: str
+@pytest.mark.parametrize("position", ["first", "last", "none"])
+def test_an_unexpected_error_is_one_line_unless_a_traceback_is_requested(
+    run: Run, learned: Result, monkeypatch: pytest.MonkeyPatch, position: str
 ) -> None:
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("two\x1b[1A words")
 
     monkeypatch.setattr(Registry, "tasks", fail)
     words = {"first": ("--traceback", "tasks", "list"), "last": ("tasks", "list", "--traceback")}
-    if place != "none":
+    if position != "none":
         with pytest.raises(RuntimeError, match="two"):
-            run(*words[place])
+            run(*words[position])
         return
-    told = run("tasks", "list")
-    assert (told.code, told.out) == (1, "")
-    assert told.err.startswith(r"Error: RuntimeError: two\x1b[1A words. This is unexpected: ")
-    assert "The same command with --traceback shows where it came from." in told.err
-    assert told.err.count("\n") == 1
+    result = run("tasks", "list")
+    assert (result.code, result.out) == (1, "")
+    assert result.err.startswith(r"Error: RuntimeError: two\x1b[1A words. This is a bug in Addenda ")
+    assert "Run the same command with --traceback to see where the error was raised." in result.err
+    assert result.err.count("\n") == 1
 
 
-def test_a_terminal_of_few_letters_is_shown_escapes_and_json_stays_json(learned: Result, tmp_path: Path) -> None:
+def test_characters_outside_the_terminal_encoding_are_escaped_and_json_stays_valid(
+    learned: Result, tmp_path: Path
+) -> None:
     image = tmp_path / "кот.png"
     Image.new("RGB", (8, 8)).save(image)
-    for how in ("--csv", "--json"):
+    for output in ("--csv", "--json"):
         done = subprocess.run(
-            [sys.executable, "-m", "addenda.cli", "predict", image, how, "--registry", tmp_path / "tasks.db"],
+            [sys.executable, "-m", "addenda.cli", "predict", image, output, "--registry", tmp_path / "tasks.db"],
             env=os.environ | {"PYTHONIOENCODING": "latin-1:strict"}, capture_output=True, check=True,
         )  # fmt: skip
         assert rb"\u043a\u043e\u0442.png" in done.stdout

@@ -1,4 +1,4 @@
-"""Killed and interrupted: nothing half done is registered, and the same again ends in the same artifacts."""
+"""Killed and interrupted commands register no incomplete task, and a rerun ends in the same artifacts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from addenda import FrozenBackbone, Registry
 from addenda.combined import verify
-from addenda.learner.cache import NAME
+from addenda.learner.activation_cache import NAME
 from addenda.registry import TaskFilter
 from tests.support.images import colour_folder
 from tests.support.kill import Commands
@@ -24,16 +24,16 @@ pytestmark = pytest.mark.slow
 BACKBONE = ("--backbone", "glyphs", "--device", "cpu")
 
 
-def test_learn_killed_at_any_moment_goes_on_to_the_same_artifact(tmp_path: Path, glyphs: FrozenBackbone) -> None:
+def test_learn_killed_at_any_moment_resumes_to_the_same_artifact(tmp_path: Path, glyphs: FrozenBackbone) -> None:
     folder = colour_folder(tmp_path / "data", per_class=24)
     (tmp_path / "settings.yaml").write_text("fall_back: false\npatience: 6\n")
     learn = ("learn", "colours", folder, *BACKBONE, "--epochs", 6, "--batch-size", 4, "--optimizer", "sgd", "--lr", 0.1,
              "--views", 1, "--config", tmp_path / "settings.yaml")  # fmt: skip
-    whole = Commands(tmp_path / "whole").run(*learn)
+    expected = Commands(tmp_path / "whole").run(*learn)
     killed = Commands(tmp_path / "killed")
     moments = [
         killed.registry.exists,
-        killed.seen("*/meta.json"),  # activations are being kept
+        killed.seen("*/meta.json"),  # activations are being cached
         killed.seen("runs/*/*/sweep.safetensors"),
         killed.seen("runs/*/*/*.unfinished"),
         killed.seen("runs/*/*/refit.safetensors"),
@@ -43,7 +43,7 @@ def test_learn_killed_at_any_moment_goes_on_to_the_same_artifact(tmp_path: Path,
         with Registry.open(killed.registry) as registry:
             assert registry.tasks(TaskFilter(retired=True)) == []
     again = killed.run(*learn)
-    assert (again["sha256"], again["metrics"]) == (whole["sha256"], whole["metrics"])
+    assert (again["sha256"], again["metrics"]) == (expected["sha256"], expected["metrics"])
     assert not again["already"]
     assert list((killed.cache / "runs").iterdir()) == []
     with Registry.open(killed.registry) as registry:
@@ -51,7 +51,7 @@ def test_learn_killed_at_any_moment_goes_on_to_the_same_artifact(tmp_path: Path,
     assert all(verdict.ok for verdict in verify(glyphs, stored))
 
 
-def test_learn_many_killed_at_any_moment_goes_on_to_the_same_artifacts(tmp_path: Path) -> None:
+def test_learn_many_killed_at_any_moment_resumes_to_the_same_artifacts(tmp_path: Path) -> None:
     for seed, name in enumerate(("first", "second", "third")):
         colour_folder(tmp_path / name, per_class=20, seed=seed)
     file = tmp_path / "tasks.yaml"
@@ -63,7 +63,7 @@ def test_learn_many_killed_at_any_moment_goes_on_to_the_same_artifacts(tmp_path:
         "  - {name: third, data: third, extends: [first, second]}\n"
     )
     many = ("learn-many", file, *BACKBONE)
-    whole = Commands(tmp_path / "whole").run(*many)
+    expected = Commands(tmp_path / "whole").run(*many)
     killed = Commands(tmp_path / "killed")
 
     def registered() -> list[str]:
@@ -80,11 +80,11 @@ def test_learn_many_killed_at_any_moment_goes_on_to_the_same_artifacts(tmp_path:
     assert registered() == ["first", "second"]
     again = killed.run(*many)
     assert [row["state"] for row in again] == ["learned before", "learned before", "learned"]
-    assert [row["sha256"] for row in again] == [row["sha256"] for row in whole]
-    assert [row["metrics"] for row in again] == [row["metrics"] for row in whole]
+    assert [row["sha256"] for row in again] == [row["sha256"] for row in expected]
+    assert [row["metrics"] for row in again] == [row["metrics"] for row in expected]
 
 
-def test_ctrl_c_at_any_moment_leaves_no_half_task_and_the_next_run_starts_clean(
+def test_ctrl_c_at_any_moment_leaves_no_incomplete_task_and_the_next_run_completes(
     tmp_path: Path, glyphs: FrozenBackbone
 ) -> None:
     folder = colour_folder(tmp_path / "data", per_class=20)
@@ -102,7 +102,7 @@ def test_ctrl_c_at_any_moment_leaves_no_half_task_and_the_next_run_starts_clean(
         _, errors = process.communicate(timeout=120)
         if process.returncode == 0:
             break
-        if process.returncode == -signal.SIGABRT:  # C++ code that torch's import runs lets no exception of Python pass
+        if process.returncode == -signal.SIGABRT:  # C++ code run by torch's import aborts on Python exceptions
             assert "pybind11::error_already_set" in errors
             assert "KeyboardInterrupt" in errors
             assert not database.exists()
@@ -156,7 +156,7 @@ def test_a_run_killed_again_and_again_ends_in_the_same_artifact(tmp_path: Path, 
         assert finished.returncode in (0, -signal.SIGKILL), finished.stderr
         return finished.stdout.split("\n")[:-1]
 
-    whole = run("whole", 0)
+    expected = run("whole", 0)
     killed, runs = [], 0
     while True:
         lines = run("killed", 2)
@@ -164,6 +164,6 @@ def test_a_run_killed_again_and_again_ends_in_the_same_artifact(tmp_path: Path, 
         killed += lines
         if not lines[-1].startswith(("sweep", "refit")):
             break
-    assert killed == whole
+    assert killed == expected
     assert runs > 2
     assert not list((tmp_path / "killed-cache" / NAME / "runs").iterdir())

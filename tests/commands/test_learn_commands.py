@@ -1,4 +1,4 @@
-"""`addenda learn`, `learn-many` and `evaluate`: what they say, take and record."""
+"""`addenda learn`, `learn-many` and `evaluate`: their options, output and records."""
 
 from __future__ import annotations
 
@@ -10,22 +10,24 @@ from addenda import Registry
 from tests.support.commands import Result, Run
 
 
-def test_learn_prints_the_task_beside_both_probes(learned: Result) -> None:
+def test_learn_prints_the_scores_of_the_task_and_both_probes(learned: Result) -> None:
     assert "ones:1" in learned.out
-    for part in (r"validation \(\d+\)", r"test \(24\)"):
-        for who in ("linear probe", "layer probe", "task"):
-            assert re.search(rf"{part} +{who} ", learned.out)
+    for split in (r"validation \(\d+\)", r"test \(24\)"):
+        for model in ("linear probe", "layer probe", "task"):
+            assert re.search(rf"{split} +{model} ", learned.out)
 
 
-def test_learning_the_same_again_says_so_and_does_nothing(run: Run, learned: Result, digits_folder: Path) -> None:
+def test_learning_the_same_task_again_reports_that_and_does_nothing(
+    run: Run, learned: Result, digits_folder: Path
+) -> None:
     again = run("learn", "ones", digits_folder, "--epochs", "2", "--lr", "0.3")
     assert again.code == 0
-    assert "learned before" in again.out
-    answer = json.loads(run("learn", "ones", digits_folder, "--epochs", "2", "--lr", "0.3", "--json").out)
-    assert (answer["task"], answer["already"]) == ("ones:1", True)
+    assert "already learned" in again.out
+    result = json.loads(run("learn", "ones", digits_folder, "--epochs", "2", "--lr", "0.3", "--json").out)
+    assert (result["task"], result["already"]) == ("ones:1", True)
 
 
-def test_a_name_taken_is_one_line_and_exit_code_2(run: Run, learned: Result, digits_folder: Path) -> None:
+def test_a_taken_name_is_one_line_and_exit_code_2(run: Run, learned: Result, digits_folder: Path) -> None:
     result = run("learn", "ones", digits_folder, "--epochs", "1")
     assert result.code == 2
     assert result.err.startswith("Error: Task 'ones' is already registered (version 1)")
@@ -53,7 +55,7 @@ def test_settings_come_from_defaults_then_file_then_options(run: Run, digits_fol
     assert config["momentum"] == 0.9
 
 
-def test_every_mistake_in_a_configuration_is_named(run: Run, digits_folder: Path, tmp_path: Path) -> None:
+def test_every_invalid_setting_of_a_file_is_reported(run: Run, digits_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "settings.yaml").write_text("epoch: 1\nmomentum: 2\n")
     result = run("learn", "ones", digits_folder, "--backbone", "glyphs", "--config", tmp_path / "settings.yaml")
     assert result.code == 2
@@ -61,11 +63,10 @@ def test_every_mistake_in_a_configuration_is_named(run: Run, digits_folder: Path
     assert "momentum" in result.err
 
 
-def test_a_task_of_several_labels_is_shown_by_its_own_figures(run: Run, learned: Result, tagged: Path) -> None:
-    made = run("learn", "tags", tagged, "--epochs", "1", "--lr", "0.3", "--class-weights", "balanced")
-    assert made.code == 0, made.err
-    shown = run("tasks", "show", "tags").out
-    for text in (made.out, shown):
+def test_a_multi_label_task_is_shown_with_its_own_metrics(run: Run, learned: Result, tagged: Path) -> None:
+    created = run("learn", "tags", tagged, "--epochs", "1", "--lr", "0.3", "--class-weights", "balanced")
+    assert created.code == 0, created.err
+    for text in (created.out, run("tasks", "show", "tags").out):
         assert "multi-label" in text
         assert "mAP" in text
         assert "exact match" in text
@@ -96,7 +97,7 @@ def test_every_setting_of_a_run_can_be_given_as_an_option(run: Run, digits_folde
         "--class-weights", "balanced",
     )  # fmt: skip
     assert result.code == 0, result.err
-    assert "Adapters of rank 2 weigh" in result.err
+    assert "Adapters of rank 2 add" in result.err
     with Registry.open(tmp_path / "tasks.db") as registry:
         config, rank = registry.record("ones").config, registry.get("ones").adapter_rank
     assert (config["adapter_rank"], config["adapter_learning_rate"]) == ([1, 2], 0.05)
@@ -127,7 +128,7 @@ def test_many_tasks_are_learned_from_one_file(run: Run, digits_folder: Path, tmp
     first = run("learn-many", file, "--backbone", "glyphs")
     assert first.code == 1
     assert "2 of 4 tasks of" in first.out
-    lines = [line.split() for line in reversed(first.out.splitlines())]  # the table stands before what went wrong
+    lines = [line.split() for line in reversed(first.out.splitlines())]  # the table precedes the failures
     states = {words[0]: words[-1] for words in lines if len(words) == 8}
     assert [states[name] for name in ("ones:1", "few", "after-few", "child:1")] == [
         "learned", "failed", "skipped", "learned",
@@ -136,10 +137,10 @@ def test_many_tasks_are_learned_from_one_file(run: Run, digits_folder: Path, tmp
     assert "after-few skipped: it extends 'few', which failed" in first.out
     again = run("learn-many", file, "--json")
     assert again.code == 1
-    answer = json.loads(again.out)
-    assert [row["state"] for row in answer] == ["learned before", "failed", "skipped", "learned before"]
-    assert answer[0]["metrics"]["test"]["num_images"] == 24
-    assert len(answer[3]["sha256"]) == 64
+    outcomes = json.loads(again.out)
+    assert [row["state"] for row in outcomes] == ["learned before", "failed", "skipped", "learned before"]
+    assert outcomes[0]["metrics"]["test"]["num_images"] == 24
+    assert len(outcomes[3]["sha256"]) == 64
     file.write_text("tasks: [{name: ones, data: digits, config: {epochs: 1, learning_rate: 0.3, fall_back: false}}]")
     assert run("learn-many", file).code == 0
     file.write_text("tasks: [{name: ones, data: nowhere}, {nam: x}]")

@@ -1,4 +1,4 @@
-"""The registry on the command line: what is asked of it, what is changed in it, and what it says when it refuses."""
+"""The registry commands: queries, changes, transfers, and refusals."""
 
 from __future__ import annotations
 
@@ -19,31 +19,32 @@ from tests.support.tasks import random_task
 
 @pytest.fixture
 def location(full_book: Registry, monkeypatch: pytest.MonkeyPatch, run: Run) -> str:
-    """A registry with a row in every table, which the commands take."""
+    """The URL of a registry with a row in every table, set as the default of the commands."""
     monkeypatch.setenv("ADDENDA_REGISTRY", address(full_book))
     return address(full_book)
 
 
-def test_tasks_are_listed_by_what_is_asked_for(run: Run, location: str) -> None:
+def test_tasks_are_filtered(run: Run, location: str) -> None:
     listed = run("tasks", "list").out
     assert "2 tasks in" in listed
     assert "@production #shop extends strokes:1" in listed
     assert [record["ref"] for record in json.loads(run("tasks", "list", "--json").out)] == ["strokes:1", "digits:1"]
     assert "old:1 (retired)" in run("tasks", "list", "--retired").out
-    for one in (("digits",), ("d*s",), ("--tag", "shop"), ("--min-score", "0.9"), ("--extends", "strokes")):
-        assert [record["name"] for record in json.loads(run("tasks", "list", *one, "--json").out)] == ["digits"], one
+    for query in (("digits",), ("d*s",), ("--tag", "shop"), ("--min-score", "0.9"), ("--extends", "strokes")):
+        records = json.loads(run("tasks", "list", *query, "--json").out)
+        assert [record["name"] for record in records] == ["digits"], query
     assert run("tasks", "list", "--min-score", "0.91").out.startswith("0 tasks in")
     assert run("tasks", "list", "--until", "2020-01-01").out.startswith("0 tasks in")
-    assert "'soon' is no time" in run("tasks", "list", "--since", "soon").err
+    assert "'soon' is not an ISO 8601 time" in run("tasks", "list", "--since", "soon").err
 
 
 def test_a_long_list_is_read_in_pages(run: Run, location: str) -> None:
     first = run("tasks", "list", "--limit", "1").out
     assert "digits:1" in first
-    assert "Older ones: --before digits:1" in first
+    assert "Older tasks: --before digits:1" in first
     second = run("tasks", "list", "--limit", "1", "--before", "digits:1").out
     assert "strokes:1" in second
-    assert "Older ones" not in second
+    assert "Older tasks" not in second
 
 
 def test_an_alias_moves_only_from_where_it_is_expected(run: Run, location: str) -> None:
@@ -52,19 +53,22 @@ def test_an_alias_moves_only_from_where_it_is_expected(run: Run, location: str) 
     refused = run("tasks", "alias", "digits:2", "production", "--expect", "2")
     assert refused.code == 2
     assert "'digits@production' points at 'digits:1', not at 'digits:2' as expected" in refused.err
-    assert run("tasks", "alias", "digits:2", "production", "--expect", "1").out == "digits@production is digits:2.\n"
+    assert (
+        run("tasks", "alias", "digits:2", "production", "--expect", "1").out
+        == "digits@production points at digits:2.\n"
+    )
     event = json.loads(run("db", "log", "digits", "--limit", "1", "--json").out)[0]
     assert event["details"] == {"before": 1, "version": 2}
-    assert run("tasks", "alias", "digits", "production", "--remove").out == "digits@production is gone.\n"
+    assert run("tasks", "alias", "digits", "production", "--remove").out == "Removed digits@production.\n"
     assert "There is no alias 'digits@production'" in run("tasks", "alias", "digits", "production", "--remove").err
 
 
-def test_tags_and_notes_stand_in_the_log(run: Run, location: str) -> None:
-    assert run("tasks", "tag", "digits", "team=a", "b").out == "digits:1 carries b, shop, team=a.\n"
-    assert run("tasks", "tag", "digits", "shop", "b", "--remove").out == "digits:1 carries team=a.\n"
-    assert "does not carry the tag 'b'" in run("tasks", "tag", "digits", "b", "--remove").err
+def test_tags_and_notes_are_in_the_log(run: Run, location: str) -> None:
+    assert run("tasks", "tag", "digits", "team=a", "b").out == "Tags of digits:1: b, shop, team=a.\n"
+    assert run("tasks", "tag", "digits", "shop", "b", "--remove").out == "Tags of digits:1: team=a.\n"
+    assert "does not have the tag 'b'" in run("tasks", "tag", "digits", "b", "--remove").err
     assert "is not a valid tag" in run("tasks", "tag", "digits", "no good").err
-    assert "Noted of digits:1" in run("tasks", "note", "digits", "for the shop").out
+    assert "Added a note to digits:1" in run("tasks", "note", "digits", "for the shop").out
     log = run("db", "log", "digits").out
     assert "for the shop" in log
     assert "team=a" in log
@@ -82,32 +86,32 @@ def test_a_parent_is_retired_with_all_its_children_or_not_at_all(run: Run, locat
     assert retired.out == "Retired: digits:1, strokes:1. They stay in the registry.\n"
 
 
-def test_a_history_names_what_changed_and_an_unexplained_change_fails(run: Run, location: str) -> None:
+def test_a_history_explains_changes_and_an_unexplained_change_fails(run: Run, location: str) -> None:
     with Registry.open(location) as book:
-        scoring = ("d" * 64, "n" * 64, {"accuracy": 0.75})
-        book.add_evaluation("digits", *scoring, "l" * 64)
-        fine = run("tasks", "history", "digits")
-        assert fine.code == 0
-        assert "equal: to the last digit and bit" in fine.out
-        book.add_evaluation("digits", *scoring, "x" * 64)
+        evaluation = ("d" * 64, "n" * 64, {"accuracy": 0.75})
+        book.add_evaluation("digits", *evaluation, "l" * 64)
+        unchanged = run("tasks", "history", "digits")
+        assert unchanged.code == 0
+        assert "equal: the same metrics; logits bitwise identical" in unchanged.out
+        book.add_evaluation("digits", *evaluation, "x" * 64)
     changed = run("tasks", "history", "digits")
     assert changed.code == 1
     assert "unexplained: other logits under the same numerics" in changed.out
-    assert [one["verdict"] for one in json.loads(run("tasks", "history", "digits", "--json").out)] == [
+    assert [entry["verdict"] for entry in json.loads(run("tasks", "history", "digits", "--json").out)] == [
         "first", "equal", "unexplained",
     ]  # fmt: skip
 
 
-def test_two_versions_stand_side_by_side(run: Run, location: str) -> None:
+def test_two_versions_are_compared(run: Run, location: str) -> None:
     with Registry.open(location) as book:
         metrics = {"test": {"accuracy": 0.8}, "candidates": [{"num_memory_tokens": 1}, {"num_memory_tokens": 5}]}
         keep(book, a_task("digits", 7, metrics=metrics), new_version=True)
-    shown = run("tasks", "compare", "digits:1", "digits:2").out
-    assert "0.9" in shown
-    assert "0.8" in shown
-    assert "2 (all: --json)" in shown
-    found = json.loads(run("tasks", "compare", "digits:1", "digits:2", "--json").out)
-    assert {"section": "metrics", "key": "test.accuracy", "one": 0.9, "other": 0.8} in found
+    table = run("tasks", "compare", "digits:1", "digits:2").out
+    assert "0.9" in table
+    assert "0.8" in table
+    assert "2 (all: --json)" in table
+    differences = json.loads(run("tasks", "compare", "digits:1", "digits:2", "--json").out)
+    assert {"section": "metrics", "key": "test.accuracy", "one": 0.9, "other": 0.8} in differences
 
 
 def test_a_lineage_is_a_tree(run: Run, location: str) -> None:
@@ -117,16 +121,14 @@ def test_a_lineage_is_a_tree(run: Run, location: str) -> None:
     assert json.loads(run("tasks", "lineage", "strokes", "--json").out)["extended_by"]["kin"][0]["ref"] == "digits:1"
 
 
-def test_a_bundle_goes_from_one_registry_to_another(
-    run: Run, location: str, elsewhere: Database, tmp_path: Path
-) -> None:
+def test_a_bundle_is_exported_and_imported(run: Run, location: str, elsewhere: Database, tmp_path: Path) -> None:
     bundle, target = tmp_path / "two.addenda", elsewhere.new()
     assert f"{bundle}: strokes:1, digits:1; " in run("tasks", "export", "digits", "-o", bundle).out
     for command in (("tasks", "import", bundle), ("db", "merge", location)):
         dry = run(*command, "--dry-run", "--registry", target)
         assert dry.code == 2
         assert "no registry" in dry.err
-        assert run("tasks", "list", "--registry", target).code == 2, "a dry run made one"
+        assert run("tasks", "list", "--registry", target).code == 2, "a dry run created a registry"
     with Registry.open(target):
         pass
     dry = run("tasks", "import", bundle, "--dry-run", "--registry", target)
@@ -135,43 +137,43 @@ def test_a_bundle_goes_from_one_registry_to_another(
     assert "2 tasks were added" in run("tasks", "import", bundle, "--registry", target).out
     assert "0 tasks were added" in run("tasks", "import", bundle, "--registry", target).out
     renamed = run("tasks", "import", bundle, "--rename", "digits=numbers", "--json", "--registry", target)
-    assert [one["ref"] for one in json.loads(renamed.out)] == ["strokes:1", "numbers:1"]
-    assert "--rename takes OLD=NEW, not 'digits='" in run("tasks", "import", bundle, "--rename", "digits=").err
+    assert [row["ref"] for row in json.loads(renamed.out)] == ["strokes:1", "numbers:1"]
+    assert "--rename must be OLD=NEW, not 'digits='" in run("tasks", "import", bundle, "--rename", "digits=").err
 
 
-def test_a_merge_names_every_clash_and_a_new_name_resolves_it(run: Run, location: str, elsewhere: Database) -> None:
+def test_a_merge_lists_every_conflict_and_a_new_name_resolves_it(run: Run, location: str, elsewhere: Database) -> None:
     other = elsewhere.new()
-    with Registry.open(other) as there:
-        there.add_backbone(BACKBONE)
+    with Registry.open(other) as source:
+        source.add_backbone(BACKBONE)
         for name in ("digits", "strokes"):
-            keep(there, a_task(name, 11))
-    clash = run("db", "merge", other)
-    assert clash.code == 2
-    assert "digits:1" in clash.err
-    assert "strokes:1" in clash.err
+            keep(source, a_task(name, 11))
+    conflict = run("db", "merge", other)
+    assert conflict.code == 2
+    assert "digits:1" in conflict.err
+    assert "strokes:1" in conflict.err
     assert "2 tasks were added" in run("db", "merge", other, "--rename", "digits=d2", "--rename", "strokes=s2").out
 
 
-def test_a_merge_of_nothing_makes_no_registry(run: Run, tmp_path: Path) -> None:
+def test_a_merge_from_a_missing_registry_creates_none(run: Run, tmp_path: Path) -> None:
     refused = run("db", "merge", tmp_path / "absent.db", "--registry", tmp_path / "new.db")
     assert refused.code == 2
-    assert f"There is no registry at '{tmp_path / 'absent.db'}': check the path." in refused.err
+    assert f"There is no registry at '{tmp_path / 'absent.db'}'; check the path." in refused.err
     assert not (tmp_path / "new.db").exists()
 
 
-def test_an_alias_that_a_merge_brings_is_not_counted_as_a_task(run: Run, location: str, elsewhere: Database) -> None:
+def test_a_merged_alias_is_not_counted_as_a_task(run: Run, location: str, elsewhere: Database) -> None:
     merged = run("db", "merge", location, "--registry", elsewhere.new())
     assert "3 tasks were added" in merged.out
     assert "digits@production" in merged.out
 
 
 def test_a_password_in_a_url_is_not_printed(run: Run, tmp_path: Path, postgres: str) -> None:
-    made = Postgres(postgres)
-    url = make_url(made.new()).set(password="secret").render_as_string(hide_password=False)
+    server = Postgres(postgres)
+    url = make_url(server.new()).set(password="secret").render_as_string(hide_password=False)
     with Registry.open(url) as book:
         book.add_backbone(load_backbone("glyphs", device="cpu").record())
     refused = run("predict", *small_image(tmp_path), "--registry", url)
-    made.close()
+    server.close()
     assert "holds no active task" in refused.err
     assert "secret" not in refused.err + refused.out
 
@@ -184,47 +186,48 @@ def small_image(folder: Path) -> list[Path]:
 def test_a_backup_restores_into_an_empty_registry_only(
     run: Run, location: str, elsewhere: Database, tmp_path: Path
 ) -> None:
-    made, target = run("db", "backup", tmp_path / "copy.db"), elsewhere.new()
-    digest = made.out.split("digest ")[1].strip(" .\n")
+    backup, target = run("db", "backup", tmp_path / "copy.db"), elsewhere.new()
+    digest = backup.out.split("digest ")[1].strip(" .\n")
     assert len(digest) == 64
     assert f"digest {digest}" in run("db", "restore", tmp_path / "copy.db", "--registry", target).out
-    assert "only an empty registry is filled" in run("db", "restore", tmp_path / "copy.db", "--registry", target).err
-    assert "a backup overwrites nothing" in run("db", "backup", tmp_path / "copy.db").err
+    assert (
+        "is not empty; restore into an empty one"
+        in run("db", "restore", tmp_path / "copy.db", "--registry", target).err
+    )
+    assert "a backup does not overwrite" in run("db", "backup", tmp_path / "copy.db").err
 
 
 def test_a_schema_is_checked(run: Run, location: str) -> None:
-    assert "schema 0003, as it should be" in run("db", "check").out
+    assert "schema 0003, no faults." in run("db", "check").out
     assert "schema 0003, generation" in run("db", "upgrade").out
     tamper(location, "task", "UPDATE task SET created_by = 'nobody' WHERE name = 'digits'")
-    wrong = run("db", "check")
-    assert wrong.code == 1
-    assert "trigger: task_no_" in wrong.err
+    altered = run("db", "check")
+    assert altered.code == 1
+    assert "trigger: task_no_" in altered.err
 
 
-def test_a_deep_check_names_what_was_altered_and_that_nothing_was_cut_off(
-    run: Run, tmp_path: Path, glyphs: FrozenBackbone
-) -> None:
+def test_a_deep_check_detects_altered_and_removed_history(run: Run, tmp_path: Path, glyphs: FrozenBackbone) -> None:
     location = str(tmp_path / "tasks.db")
     with Registry.open(location) as book:
         book.add_backbone(glyphs.record())
         for seed, name in enumerate(("ones", "twos")):
             task = random_task(glyphs, name, seed=seed)
             book.register(task, golden(glyphs, task))
-    right = run("verify", "--deep")
-    assert right.code == 0, right.err
-    assert "2 versions and 3 events hashed: all as they were written." in right.out
-    head = right.out.split("digest:")[1].strip()
+    intact = run("verify", "--deep")
+    assert intact.code == 0, intact.err
+    assert "2 versions and 3 events hashed: none was altered." in intact.out
+    head = intact.out.split("digest:")[1].strip()
     assert run("verify", "--head", head).code == 0
-    assert "has no event with the digest" in run("verify", "--head", "0" * 64).out
+    assert "has no event with digest" in run("verify", "--head", "0" * 64).out
     tamper(location, "task", "UPDATE task SET created_by = 'nobody' WHERE name = 'twos'")
-    wrong = run("verify", "--deep")
-    assert wrong.code == 1
-    assert "twos:1" in wrong.out.partition("What is wrong")[2]
-    assert "ones:1" not in wrong.out.partition("What is wrong")[2]
-    assert "Failed: the registry." in wrong.err
+    altered = run("verify", "--deep")
+    assert altered.code == 1
+    assert "twos:1" in altered.out.partition("Integrity findings")[2]
+    assert "ones:1" not in altered.out.partition("Integrity findings")[2]
+    assert "Failed: the registry." in altered.err
 
 
-def test_a_probe_made_elsewhere_is_told_in_the_log(run: Run, location: str) -> None:
+def test_a_golden_probe_of_other_numerics_is_logged(run: Run, location: str) -> None:
     with Registry.open(location) as book:
         book.add_golden("strokes", probe(a_task("strokes", 1), "q" * 64))
     assert "numerics qqqqqqqqqqqq…" in run("db", "log", "strokes").out

@@ -1,4 +1,4 @@
-"""What is shown to people: a table keeps words whole where there is room, and shows all of them where there is not."""
+"""Tables for people: words are not broken if the terminal is wide enough, and never cut."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROWS = [("airplane-bird:1", "accuracy", "identical, byte for byte, to what was r
 
 
 @pytest.mark.parametrize(("width", "whole"), [(200, True), (80, True), (60, True), (24, False)])
-def test_words_are_broken_only_where_there_is_no_room(width: int, whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_words_are_broken_only_in_narrow_terminals(width: int, whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(terminal, "console", Console(file=(out := StringIO()), width=width))
     terminal.console.print(terminal.table("Verified", ("task", "score", "result"), ROWS))
     words = out.getvalue().split()

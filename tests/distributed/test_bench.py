@@ -1,4 +1,4 @@
-"""`addenda bench serving --ray`: every replica is asked, and what a task costs is written down."""
+"""`addenda bench serving --ray`: every number of replicas is measured, and the cost of a task is recorded."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from addenda import FrozenBackbone
-from addenda.benchmarks.serving.run import run_serving
+from addenda.benchmarks.serving.serving_timings import run_serving
 
 pytestmark = pytest.mark.ray
 
 
-def test_replicas_and_tasks_are_measured_and_written_down(
+def test_replicas_and_tasks_are_measured_and_recorded(
     cluster: tuple[Any, str], glyphs: FrozenBackbone, tmp_path: Path
 ) -> None:
     figures = run_serving(glyphs, None, tmp_path, counts=(1, 20), seconds=1, rounds=2, ray=cluster[1], replicas=(1,))

@@ -1,4 +1,4 @@
-"""Batch prediction: the answers of one machine, whatever dies on the way."""
+"""Batch prediction gives the predictions of one machine, even if workers, nodes or the driver die."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pytest
 from addenda.backbones import FrozenBackbone
 from addenda.combined import CombinedModel, golden
 from addenda.distributed.cluster import Workplace, connected
-from addenda.distributed.parts import Job, Manifest, PartWriter, choose, read_manifest
+from addenda.distributed.parts import Manifest, PartWriter, PredictionJob, read_manifest, resolve_tasks
 from addenda.distributed.prediction import Crew, Question, Summary, predict_many
 from addenda.exceptions import AddendaError, DataError, ExactnessError, IntegrityError
 from addenda.registry import Registry
@@ -34,7 +34,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::DeprecationWa
 PART_SIZE, NUM_PARTS = 4, 15
 TWO = Crew(workers=2)
 
-CUT_SHORT = """
+INTERRUPTED = """
 import os, signal, sys
 from pathlib import Path
 from addenda import Registry
@@ -46,10 +46,10 @@ def die(*progress):
 
 address, folder, location, *images = sys.argv[1:]
 with Registry.open(location) as registry, connected(address):
-    place, question = Workplace(location, device="cpu"), Question(part_size=4)
-    predict_many([*map(Path, images)], Path(folder), registry, place, question, Crew(workers=1), die)
+    workplace, question = Workplace(location, device="cpu"), Question(part_size=4)
+    predict_many([*map(Path, images)], Path(folder), registry, workplace, question, Crew(workers=1), die)
 """
-"""A driver that is killed when it hears of its first part."""
+"""A driver that is killed when its first part is reported."""
 
 Rows = list[tuple[str, str, str, str, float]]
 Predict = Callable[..., Summary]
@@ -63,7 +63,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory, glyphs: FrozenBackbone) -> Iterator[Registry]:
-    """A registry with a task, one that extends it, and one of several labels."""
+    """A registry with a task, a task that extends it, and a multi-label task."""
     with Registry.open(tmp_path_factory.mktemp("registry") / "tasks.db") as opened:
         opened.add_backbone(glyphs.record())
         register(opened, glyphs, "colours")
@@ -81,12 +81,12 @@ def register(
 
 @pytest.fixture(scope="module")
 def predict(cluster: tuple[Any, str], tasks: Registry) -> Iterator[Predict]:
-    """Predicts into a folder, on the cluster; its workers begin together."""
-    place = Workplace(tasks.location, device="cpu")
+    """Predicts into a folder on the cluster; its workers start together."""
+    workplace = Workplace(tasks.location, device="cpu")
 
-    def run(images: Sequence[Path], folder: Path, crew: Crew = TWO, report: Any = None, **question: Any) -> Summary:
-        asked = Question(**{"part_size": PART_SIZE, **question})
-        return predict_many(images, folder, tasks, place, asked, crew, report)
+    def run(images: Sequence[Path], folder: Path, crew: Crew = TWO, report: Any = None, **options: Any) -> Summary:
+        question = Question(**{"part_size": PART_SIZE, **options})
+        return predict_many(images, folder, tasks, workplace, question, crew, report)
 
     with connected(cluster[1]):
         from ray.data import DataContext
@@ -96,9 +96,9 @@ def predict(cluster: tuple[Any, str], tasks: Registry) -> Iterator[Predict]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, predict: Predict, images: list[Path]) -> tuple[Path, Summary]:
-    """The folder of a run that nothing disturbed, and what it said."""
-    folder = tmp_path_factory.mktemp("whole") / "parts"
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, predict: Predict, images: list[Path]) -> tuple[Path, Summary]:
+    """The folder and the summary of an undisturbed run."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "parts"
     return folder, predict(images, folder)
 
 
@@ -116,51 +116,51 @@ def read(folder: Path) -> list[dict[str, Any]]:
     return [row for path in sorted(folder.glob("part-*.parquet")) for row in parquet.read_table(path).to_pylist()]
 
 
-def answered(folder: Path) -> Rows:
+def predictions_in(folder: Path) -> Rows:
     names = ("image", "task", "ref", "label", "probability")
     return [tuple(row[name] for name in names) for row in read(folder) if row["left_out"] is None]
 
 
 def predicted(on: FrozenBackbone, registry: Registry, images: Sequence[Path], **options: Any) -> Rows:
-    """What this process answers."""
+    """The predictions of this process."""
     model = CombinedModel(on, registry.load(on))
-    answers = model.predict(images, **options)
+    predictions = model.predict(images, **options)
     return [
         (str(image), name, model.tasks[name].ref, *pair)
         for number, image in enumerate(images)
-        for name, best in answers.items()
-        for pair in best[number]
+        for name, labels in predictions.items()
+        for pair in labels[number]
     ]
 
 
 def workers(node: Any) -> list[psutil.Process]:
-    """The workers of a cluster's node that hold a part of a prediction."""
+    """The prediction workers of a node."""
     (raylet,) = node.all_processes["raylet"]
     children = psutil.Process(raylet.process.pid).children(recursive=True)
-    found = []
+    matches = []
     for child in children:
         with suppress(psutil.NoSuchProcess):  # it may be a zombie
-            found += [child] if "_Worker" in " ".join(child.cmdline()) else []
-    return found
+            matches += [child] if "_Worker" in " ".join(child.cmdline()) else []
+    return matches
 
 
-def test_the_answers_are_those_of_one_machine_and_of_both_nodes(
-    whole: tuple[Path, Summary], images: list[Path], tasks: Registry, glyphs: FrozenBackbone
+def test_predictions_are_those_of_one_machine_and_come_from_both_nodes(
+    undisturbed: tuple[Path, Summary], images: list[Path], tasks: Registry, glyphs: FrozenBackbone
 ) -> None:
     from pyarrow import parquet
 
-    folder, summary = whole
+    folder, summary = undisturbed
     assert sorted(contents(folder)) == ["manifest.json", *(f"part-{number:05d}.parquet" for number in range(NUM_PARTS))]
-    found = answered(folder)
-    assert found == predicted(glyphs, tasks, images)
-    assert {name for _, name, *_ in found} == {"colours", "shades", "tags"}
-    assert (summary.images, summary.left_out, summary.tasks, summary.rows) == (58, 0, 3, len(found))
+    rows = predictions_in(folder)
+    assert rows == predicted(glyphs, tasks, images)
+    assert {name for _, name, *_ in rows} == {"colours", "shades", "tags"}
+    assert (summary.images, summary.left_out, summary.tasks, summary.rows) == (58, 0, 3, len(rows))
     assert (summary.parts, summary.computed_parts, summary.nodes) == (NUM_PARTS, NUM_PARTS, 2)
     manifest = read_manifest(folder)
     assert manifest is not None
     assert manifest.tasks == {task.ref: task.sha256 for task in tasks.load(glyphs)}
-    told = json.loads(parquet.read_metadata(folder / "part-00014.parquet").metadata[b"addenda"])
-    assert told == {
+    about = json.loads(parquet.read_metadata(folder / "part-00014.parquet").metadata[b"addenda"])
+    assert about == {
         "backbone": glyphs.fingerprint,
         "exact": True,
         "generation": tasks.generation,
@@ -170,25 +170,25 @@ def test_the_answers_are_those_of_one_machine_and_of_both_nodes(
     }
 
 
-def test_a_killed_workers_part_is_computed_again(
-    whole: tuple[Path, Summary], predict: Predict, cluster: tuple[Any, str], images: list[Path], tmp_path: Path
+def test_the_part_of_a_killed_worker_is_recomputed(
+    undisturbed: tuple[Path, Summary], predict: Predict, cluster: tuple[Any, str], images: list[Path], tmp_path: Path
 ) -> None:
     killed: list[int] = []
 
     def kill(what: str, done: int, total: int) -> None:
         if not killed:
-            worker = next(found for node in cluster[0].list_all_nodes() for found in workers(node))
+            worker = next(worker for node in cluster[0].list_all_nodes() for worker in workers(node))
             worker.kill()
             killed.append(worker.pid)
 
     summary = predict(images, tmp_path / "parts", report=kill)
     assert killed
     assert (summary.computed_parts, summary.computed_images) == (NUM_PARTS, 58)
-    assert contents(tmp_path / "parts") == contents(whole[0])
+    assert contents(tmp_path / "parts") == contents(undisturbed[0])
 
 
-def test_a_lost_nodes_parts_are_computed_by_others(
-    whole: tuple[Path, Summary], predict: Predict, cluster: tuple[Any, str], images: list[Path], tmp_path: Path
+def test_the_parts_of_a_lost_node_are_recomputed_by_others(
+    undisturbed: tuple[Path, Summary], predict: Predict, cluster: tuple[Any, str], images: list[Path], tmp_path: Path
 ) -> None:
     nodes, _ = cluster
     (second,) = nodes.worker_nodes
@@ -205,24 +205,24 @@ def test_a_lost_nodes_parts_are_computed_by_others(
         nodes.add_node(**NODE)
     assert lost
     assert summary.computed_images == 58
-    assert contents(tmp_path / "parts") == contents(whole[0])
+    assert contents(tmp_path / "parts") == contents(undisturbed[0])
 
 
-def test_a_run_cut_short_goes_on_with_what_is_missing_and_the_tasks_that_it_had(
-    whole: tuple[Path, Summary], predict: Predict, cluster: tuple[Any, str], images: list[Path], tmp_path: Path,
+def test_an_interrupted_run_resumes_with_the_missing_parts_and_the_same_tasks(
+    undisturbed: tuple[Path, Summary], predict: Predict, cluster: tuple[Any, str], images: list[Path], tmp_path: Path,
     tasks: Registry, glyphs: FrozenBackbone,
 ) -> None:  # fmt: skip
     folder = tmp_path / "parts"
-    command = [sys.executable, "-c", CUT_SHORT, cluster[1], str(folder), tasks.location, *map(str, images)]
-    said = tmp_path / "said"
-    with said.open("w") as file:  # not a pipe, which a process of the driver's may hold open
+    command = [sys.executable, "-c", INTERRUPTED, cluster[1], str(folder), tasks.location, *map(str, images)]
+    log = tmp_path / "stderr"
+    with log.open("w") as file:  # not a pipe, because child processes of the driver may hold it open
         driver = subprocess.run(command, stderr=file)
-    assert driver.returncode == -signal.SIGKILL, said.read_text()
+    assert driver.returncode == -signal.SIGKILL, log.read_text()
     until(lambda: not any(map(workers, cluster[0].list_all_nodes())), "its workers end with the driver", 120)
-    there = {path.name: path.stat() for path in folder.glob("part-*.parquet")}
-    assert 0 < len(there) < NUM_PARTS
-    (folder / f".part-00000.parquet.{'0' * 16}.unfinished").write_bytes(b"what a worker that was killed may leave")
-    (folder / "novel.unfinished").write_bytes(b"what a person may keep there")
+    before = {path.name: path.stat() for path in folder.glob("part-*.parquet")}
+    assert 0 < len(before) < NUM_PARTS
+    (folder / f".part-00000.parquet.{'0' * 16}.unfinished").write_bytes(b"left by a killed worker")
+    (folder / "novel.unfinished").write_bytes(b"a user's file")
     register(tasks, glyphs, "newcomer", seed=3)
     try:
         options = f"--ray {cluster[1]} --out {folder} --part-size {PART_SIZE} --workers 2 --registry {tasks.location}"
@@ -231,21 +231,22 @@ def test_a_run_cut_short_goes_on_with_what_is_missing_and_the_tasks_that_it_had(
     finally:
         tasks.retire("newcomer")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["computed_parts"] == NUM_PARTS - len(there)
-    assert contents(folder) == contents(whole[0]) | {"novel.unfinished": b"what a person may keep there"}
-    for name, stat in there.items():
+    assert json.loads(done.stdout)["computed_parts"] == NUM_PARTS - len(before)
+    assert contents(folder) == contents(undisturbed[0]) | {"novel.unfinished": b"a user's file"}
+    for name, stat in before.items():
         assert (folder / name).stat().st_ino == stat.st_ino
         assert (folder / name).stat().st_mtime_ns == stat.st_mtime_ns
     assert predict(images, folder).computed_parts == 0
 
 
-def test_a_folder_of_other_predictions_is_refused(
-    whole: tuple[Path, Summary], predict: Predict, images: list[Path]
+def test_a_folder_with_predictions_of_another_run_is_refused(
+    undisturbed: tuple[Path, Summary], predict: Predict, images: list[Path]
 ) -> None:
-    folder = whole[0]
+    folder = undisturbed[0]
     before = contents(folder)
     with pytest.raises(
-        DataError, match=r"other predictions: images was 58, now 57; .*part_size was 4, now 5; top was none, now 1"
+        DataError,
+        match=r"predictions of another run: images was 58, now 57; .*part_size was 4, now 5; top was none, now 1",
     ):
         predict(images[1:], folder, part_size=5, top=1)
     with pytest.raises(DataError, match=r"tasks shades:1 was [0-9a-f]{12}…, now none"):
@@ -255,24 +256,24 @@ def test_a_folder_of_other_predictions_is_refused(
     assert contents(folder) == before
 
 
-def test_an_unreadable_image_ends_the_run_or_is_left_out(
+def test_an_unreadable_image_ends_the_run_or_is_skipped(
     predict: Predict, images: list[Path], tasks: Registry, glyphs: FrozenBackbone, tmp_path: Path
 ) -> None:
     bad = images[0].with_name("9-bad.png")
     bad.write_bytes(images[0].read_bytes()[:100])
     try:
-        asked = sorted([*images[:18], bad])
+        paths = sorted([*images[:18], bad])
         with pytest.raises(AddendaError, match=r"9-bad\.png' cannot be read") as error:
-            predict(asked, tmp_path / "parts", Crew(workers=1))
+            predict(paths, tmp_path / "parts", Crew(workers=1))
         assert "\n" not in str(error.value)
-        there = parts(tmp_path / "parts")
-        summary = predict(asked, tmp_path / "parts", skip_bad=True)
+        before = parts(tmp_path / "parts")
+        summary = predict(paths, tmp_path / "parts", skip_bad=True)
     finally:
         bad.unlink()
-    assert 0 < len(there) < summary.parts
-    assert there.items() <= parts(tmp_path / "parts").items()
+    assert 0 < len(before) < summary.parts
+    assert before.items() <= parts(tmp_path / "parts").items()
     assert (summary.images, summary.left_out) == (19, 1)
-    assert answered(tmp_path / "parts") == predicted(glyphs, tasks, images[:18])
+    assert predictions_in(tmp_path / "parts") == predicted(glyphs, tasks, images[:18])
     (row,) = [row for row in read(tmp_path / "parts") if row["left_out"] is not None]
     assert row["image"] == str(bad)
     assert "cannot be read" in row["left_out"]
@@ -280,27 +281,27 @@ def test_an_unreadable_image_ends_the_run_or_is_left_out(
 
 
 @pytest.fixture
-def job(tasks: Registry, tmp_path: Path) -> Job:
-    place = Workplace(tasks.location, device="cpu")
-    manifest = Manifest(images=1, images_sha256="", part_size=1, top=None, **choose(place, (), True, 1))
-    return Job(tmp_path, place, manifest, 1, skip_bad=False)
+def job(tasks: Registry, tmp_path: Path) -> PredictionJob:
+    workplace = Workplace(tasks.location, device="cpu")
+    manifest = Manifest(images=1, images_sha256="", part_size=1, top=None, **resolve_tasks(workplace, (), True, 1))
+    return PredictionJob(tmp_path, workplace, manifest, 1, skip_bad=False)
 
 
-def test_a_worker_of_other_numerics_or_content_is_refused(job: Job) -> None:
+def test_a_worker_with_other_numerics_or_content_is_refused(job: PredictionJob) -> None:
     PartWriter(job)
-    with threads(1), pytest.raises(ExactnessError, match=r"other numerics than the manifest's.* threads was 1, now 2"):
+    with threads(1), pytest.raises(ExactnessError, match=r"differ from the manifest's.* threads was 1, now 2"):
         PartWriter(dataclasses.replace(job, threads=2))
     other = dataclasses.replace(job.manifest, tasks={**job.manifest.tasks, "shades:1": "0" * 64})
-    with pytest.raises(IntegrityError, match="'shades:1' is in the registry with other content"):
+    with pytest.raises(IntegrityError, match="'shades:1' in the registry differs from the one in the manifest"):
         PartWriter(dataclasses.replace(job, manifest=other))
 
 
 def test_bad_input_is_one_line(run: Run) -> None:
     refused = {
-        ("--ray", "auto"): "--ray takes --out FOLDER",
-        ("--ray", "auto", "--out", "x", "--csv"): "--csv is not for --ray",
-        ("--ray", "auto", "--out", "x", "--task", "auto"): "--task auto is not for --ray",
-        ("--out", "x", "--gpus", "1"): "--out, --gpus: only with --ray",
+        ("--ray", "auto"): "--ray requires --out FOLDER",
+        ("--ray", "auto", "--out", "x", "--csv"): "--csv cannot be used with --ray",
+        ("--ray", "auto", "--out", "x", "--task", "auto"): "--task auto cannot be used with --ray",
+        ("--out", "x", "--gpus", "1"): "--out, --gpus require --ray.",
     }
     for options, message in refused.items():
         result = run("predict", "a.png", *options)

@@ -1,4 +1,4 @@
-"""Exported models: one file without Addenda, which answers as the combined pass does."""
+"""Exported models: one file, without Addenda, that gives the same logits as the combined model."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ for package in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(package, reason=f"{package} is not installed")
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),  # torch's of itself
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),  # torch warns about itself
 ]
 
 
-def filled(registry: Registry, backbone: FrozenBackbone, tasks: list[Task]) -> list[Task]:
+def register_all(registry: Registry, backbone: FrozenBackbone, tasks: list[Task]) -> list[Task]:
     registry.add_backbone(backbone.record())
     return [registry.register(task, golden(backbone, task)) for task in tasks]
 
 
 def of_every_kind(backbone: FrozenBackbone) -> list[Task]:
-    """Tasks of several size classes, a chain of extensions and a head without a token; names as inner nodes have."""
+    """Tasks of several size classes, a chain of extensions and a head-only task, some named like inner nodes."""
     first = random_task(backbone, "linear", memory=5, seed=1)
     second = random_task(backbone, "add", memory=0, classes=2, seed=2, parents=(first,), pooled=False)
     third = random_task(backbone, "softmax_1", memory=20, classes=40, seed=3, parents=(second,), rank=3)
@@ -59,11 +59,11 @@ def images(backbone: FrozenBackbone, count: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(count))
 
 
-def assert_close(found: Any, expected: dict[str, Tensor], share: float = 1e-4) -> None:
-    assert list(found) == list(expected)
+def assert_close(outputs: Any, expected: dict[str, Tensor], tolerance: float = 1e-4) -> None:
+    assert list(outputs) == list(expected)
     for name, logits in expected.items():
-        assert found[name].shape == logits.shape
-        assert (found[name] - logits).abs().max() <= share * logits.abs().max(), name
+        assert outputs[name].shape == logits.shape
+        assert (outputs[name] - logits).abs().max() <= tolerance * logits.abs().max(), name
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[FrozenBa
     """Tasks of every kind, exported in each format."""
     backbone, folder = FrozenBackbone(tiny_vit(depth=2), "tiny", "hub"), tmp_path_factory.mktemp("exported")
     with Registry.open(tmp_path_factory.mktemp("registry") / "tasks.db") as registry:
-        tasks = filled(registry, backbone, of_every_kind(backbone))
+        tasks = register_all(registry, backbone, of_every_kind(backbone))
         for format, (suffix, *_) in FORMATS.items():
             made = export_model(registry, backbone, tasks, folder / f"all{suffix}", format)
             assert made.tasks == ("linear:1", "add:1", "softmax_1:1", "val_0:1", "9-lives:1")
@@ -81,7 +81,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[FrozenBa
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_file_answers_any_number_of_images_as_the_combined_pass_does(
+def test_a_file_gives_the_combined_models_logits_for_any_number_of_images(
     written: tuple[FrozenBackbone, list[Task], Registry, Path], format: str
 ) -> None:
     backbone, tasks, _, folder = written
@@ -110,18 +110,18 @@ def test_backbones_of_several_kinds_can_be_exported(
 ) -> None:
     backbone = FrozenBackbone(model(seed=1, depth=2), "other", "hub")
     child = random_task(backbone, "child", parents=(first := random_task(backbone, "first"),), seed=1)
-    tasks = filled(registry, backbone, [first, child])
+    tasks = register_all(registry, backbone, [first, child])
     path = tmp_path / f"model{FORMATS[format].suffix}"
-    export_model(registry, backbone, tasks[1:], path, format)  # what it extends is computed, not answered
+    export_model(registry, backbone, tasks[1:], path, format)  # the parent is computed, but is not an output
     batch = images(backbone, 5)
     assert_close(FORMATS[format].load(path)(batch), CombinedModel(backbone, tasks[1:])(batch))
 
 
-def test_a_file_does_without_the_backbones_own_head(registry: Registry, tmp_path: Path) -> None:
+def test_a_file_does_not_contain_the_backbones_head(registry: Registry, tmp_path: Path) -> None:
     sizes = []
     for classes in (0, 10_000):
         backbone = FrozenBackbone(tiny_vit(depth=1, num_classes=classes), "tiny", "hub")
-        tasks = filled(registry, backbone, [head_only(backbone, f"of-{classes}")])
+        tasks = register_all(registry, backbone, [head_only(backbone, f"of-{classes}")])
         sizes.append(export_model(registry, backbone, tasks, tmp_path / f"{classes}.pt2").size_bytes)
         assert backbone.model.head is not None
         assert backbone.backbone_logits(images(backbone, 1)).shape == (1, classes or 48)
@@ -129,15 +129,15 @@ def test_a_file_does_without_the_backbones_own_head(registry: Registry, tmp_path
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_one_content_under_two_names_gives_two_outputs(registry: Registry, tmp_path: Path, format: str) -> None:
+def test_equal_tasks_with_two_names_give_two_outputs(registry: Registry, tmp_path: Path, format: str) -> None:
     backbone = FrozenBackbone(tiny_vit(depth=1), "tiny", "hub")
     task = head_only(backbone, "one")
-    tasks = filled(registry, backbone, [task, replace(task, name="other")])
+    tasks = register_all(registry, backbone, [task, replace(task, name="other")])
     path = tmp_path / f"twins{FORMATS[format].suffix}"
     export_model(registry, backbone, tasks, path, format)
-    found = FORMATS[format].load(path)(images(backbone, 2))
-    assert list(found) == ["one", "other"]
-    assert torch.equal(found["one"], found["other"])
+    logits = FORMATS[format].load(path)(images(backbone, 2))
+    assert list(logits) == ["one", "other"]
+    assert torch.equal(logits["one"], logits["other"])
 
 
 def test_nothing_in_a_file_is_pickled(written: tuple[FrozenBackbone, list[Task], Registry, Path]) -> None:
@@ -151,7 +151,7 @@ def test_nothing_in_a_file_is_pickled(written: tuple[FrozenBackbone, list[Task],
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_answers_that_deviate_are_refused_and_no_file_is_left(registry: Registry, tmp_path: Path, format: str) -> None:
+def test_deviating_logits_are_refused_and_no_file_is_left(registry: Registry, tmp_path: Path, format: str) -> None:
     backbone = FrozenBackbone(tiny_vit(depth=1), "tiny", "hub")
     task = head_only(backbone, "one")
     registry.add_backbone(backbone.record())
@@ -167,30 +167,46 @@ def test_answers_that_deviate_are_refused_and_no_file_is_left(registry: Registry
 
 def test_a_bfloat16_backbone_is_exported_for_torch_within_its_own_tolerance(registry: Registry, tmp_path: Path) -> None:
     backbone = FrozenBackbone(tiny_vit(depth=1), "tiny", "hub", precision=torch.bfloat16)
-    tasks = filled(registry, backbone, [random_task(backbone, "one")])
+    tasks = register_all(registry, backbone, [random_task(backbone, "one")])
     made = export_model(registry, backbone, tasks, tmp_path / "one.pt2")
     assert made.deviation <= made.tolerance == 1e-1
-    with pytest.raises(AddendaError, match="computes in bfloat16, which ONNX runtimes do not: --format torch-export"):
+    with pytest.raises(
+        AddendaError, match=r"computes in bfloat16, which ONNX runtimes do not support\. Use --format torch-export"
+    ):
         export_model(registry, backbone, tasks, tmp_path / "one.onnx", "onnx")
 
 
-def test_what_cannot_be_exported_says_what_to_do(registry: Registry, tiny: FrozenBackbone, tmp_path: Path) -> None:
-    tasks = filled(registry, tiny, [random_task(tiny, "one"), random_task(tiny, "images", seed=1)])
-    (tmp_path / "there.pt2").write_bytes(b"")
+def test_export_errors_say_what_to_do(registry: Registry, tiny: FrozenBackbone, tmp_path: Path) -> None:
+    tasks = register_all(registry, tiny, [random_task(tiny, "one"), random_task(tiny, "images", seed=1)])
+    (tmp_path / "existing.pt2").write_bytes(b"")
     other = FrozenBackbone(tiny_vit(2), "other", "hub")
     refused: list[tuple[FrozenBackbone, list[Task], str, str, type[Exception], str]] = [
-        (tiny, tasks, "a.pt2", "tflite", AddendaError, "There is no format 'tflite': torch-export or onnx."),
-        (tiny, tasks, "a.onnx", "torch-export", AddendaError, "format torch-export ends in .pt2; 'a.onnx' does not"),
-        (tiny, tasks, "there.pt2", "torch-export", AddendaError, "exists already: name another file, or remove it"),
-        (tiny, tasks, "nowhere/a.pt2", "torch-export", AddendaError, "nowhere' of the file does not exist"),
+        (tiny, tasks, "a.pt2", "tflite", AddendaError, "Unknown format 'tflite'. Known: torch-export, onnx."),
+        (
+            tiny,
+            tasks,
+            "a.onnx",
+            "torch-export",
+            AddendaError,
+            "Format torch-export requires a file name in .pt2; got 'a.onnx'.",
+        ),
+        (
+            tiny,
+            tasks,
+            "existing.pt2",
+            "torch-export",
+            AddendaError,
+            "already exists. Choose another file, or remove it",
+        ),
+        (tiny, tasks, "nowhere/a.pt2", "torch-export", AddendaError, "nowhere' does not exist"),
         (tiny, [], "a.pt2", "torch-export", DataError, "There is no task to export"),
         (tiny, tasks, "a.onnx", "onnx", AddendaError, "'images' has the name of the model's input"),
         (other, tasks, "a.pt2", "torch-export", BackboneError, "was learned on the backbone with fingerprint"),
     ]
-    for backbone, asked, name, format, kind, said in refused:
-        with pytest.raises(kind, match=re.escape(said)):
-            export_model(registry, backbone, asked, tmp_path / name, format)
-    assert (tmp_path / "there.pt2").read_bytes() == b""
+    for backbone, requested, name, format, kind, message in refused:
+        with pytest.raises(kind, match=re.escape(message)):
+            export_model(registry, backbone, requested, tmp_path / name, format)
+    assert (tmp_path / "existing.pt2").read_bytes() == b""
     assert not (tmp_path / "a.pt2").exists()
 
 
@@ -198,18 +214,18 @@ def test_what_cannot_be_exported_says_what_to_do(registry: Registry, tiny: Froze
 def on_glyphs(glyphs: FrozenBackbone, tmp_path: Path) -> list[Task]:
     """Two tasks in the registry of the commands."""
     with Registry.open(tmp_path / "tasks.db") as opened:
-        return filled(opened, glyphs, [head_only(glyphs, "textures"), head_only(glyphs, "rubbish", classes=5)])
+        return register_all(opened, glyphs, [head_only(glyphs, "textures"), head_only(glyphs, "rubbish", classes=5)])
 
 
 def test_the_command_exports_chosen_tasks_or_all(run: Run, on_glyphs: list[Task], tmp_path: Path) -> None:
     made = run("export-model", "--out", tmp_path / "all.pt2")
     assert made.code == 0, made.err
     assert f"{tmp_path / 'all.pt2'}: textures:1, rubbish:1; torch-export, " in made.out
-    assert re.search(r"deviate by \d\.\de-\d\d of the largest logit at most; 0\.0001 is allowed\.", made.out)
+    assert re.search(r"at most \d\.\de-\d\d of the largest logit \(tolerance 0\.0001\)\.", made.out)
     one = run("export-model", "--tasks", "rubbish:1", "--format", "onnx", "-o", tmp_path / "one.onnx", "--json")
     assert json.loads(one.out)["tasks"] == ["rubbish:1"], one.err
     again = run("export-model", "--out", tmp_path / "all.pt2")
-    assert (again.code, "exists already" in again.err) == (2, True)
+    assert (again.code, "already exists" in again.err) == (2, True)
     unknown = run("export-model", "--tasks", "textures,rubish", "--out", tmp_path / "b.pt2")
     assert (unknown.code, "Task 'rubish' is not registered" in unknown.err) == (2, True)
 
@@ -233,7 +249,7 @@ def test_the_page_runs_as_it_is_without_addenda(run: Run, on_glyphs: list[Task],
     )
 
 
-def test_a_file_says_what_it_holds(written: tuple[FrozenBackbone, list[Task], Registry, Path]) -> None:
+def test_a_files_metadata_describes_its_tasks(written: tuple[FrozenBackbone, list[Task], Registry, Path]) -> None:
     import onnx
 
     backbone, tasks, registry, folder = written

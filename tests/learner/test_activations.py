@@ -1,4 +1,4 @@
-"""Activations: the same bits kept or computed anew, found again by content, and never trusted when damaged."""
+"""Activations: the same bits cached or recomputed, found again by content, and never trusted when damaged."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from PIL import Image
 from addenda import FrozenBackbone, LearnConfig, Learner, Registry
 from addenda.exceptions import DataError, TrainingError
 from addenda.learner import ActivationCache, Augmentation
+from addenda.learner.activation_cache import NAME
 from addenda.learner.activations import Activations
-from addenda.learner.cache import NAME
 from addenda.learner.context import Checkpoint
 from addenda.learner.data import open_images
 from tests.support.images import colour_folder
@@ -32,7 +32,7 @@ from tests.support.tasks import random_task
 from tests.support.tiny import tiny_vit
 
 ROW_GB = (2 * 2 * 3 * 17 * 48 + 4 * 48 * (1 + 3 * 2)) / 1e9
-"""Of one image on `tiny`: keys and values of 3 layers of 17 tokens of 48 dimensions, and its features."""
+"""Size of one image's row on `tiny`: keys and values of 17 tokens of 48 dimensions in 3 layers, and its features."""
 FILES = ["key_values.npy", "features.npy", "digests.npy", "keys.npy", "meta.json"]
 
 VARIED = Augmentation(views=2, color_jitter=0.3)
@@ -44,16 +44,20 @@ def folder(tmp_path: Path) -> Path:
 
 
 def activations(
-    backbone: FrozenBackbone, folder: Path, cache: ActivationCache, how: Augmentation | None = None, **options: object
+    backbone: FrozenBackbone,
+    folder: Path,
+    cache: ActivationCache,
+    augmentation: Augmentation | None = None,
+    **options: object,
 ) -> Activations:
-    return Activations(backbone, open_images(folder), how or Augmentation(), cache, **options)
+    return Activations(backbone, open_images(folder), augmentation or Augmentation(), cache, **options)
 
 
-def fetched(found: Activations, views: int = 0) -> torch.Tensor:
-    """All that training would read of every image in one view."""
-    batch = found.batch(torch.arange(len(found)), views)
+def fetched(activations: Activations, views: int = 0) -> torch.Tensor:
+    """All values that training would read of every image in one view."""
+    batch = activations.batch(torch.arange(len(activations)), views)
     return torch.cat(
-        [batch.fetch(layer, which, part).flatten() for layer in range(3) for which in (0, 1) for part in batch.parts]
+        [batch.fetch(layer, which, chunk).flatten() for layer in range(3) for which in (0, 1) for chunk in batch.chunks]
         + [batch.pooled.flatten()]
     )
 
@@ -61,15 +65,15 @@ def fetched(found: Activations, views: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("rows", [0, 1, 5, 11, 20, 36])
 def test_the_budget_changes_no_bit(tiny: FrozenBackbone, folder: Path, tmp_path: Path, rows: int) -> None:
     parent = random_task(tiny, "parent", memory=3)
-    whole = activations(tiny, folder, ActivationCache(tmp_path / "whole"), VARIED, parents=[parent])
-    part = activations(
-        tiny, folder, ActivationCache(tmp_path / "part", budget_gb=rows * ROW_GB * 1.0001), VARIED, parents=[parent]
+    unlimited = activations(tiny, folder, ActivationCache(tmp_path / "unlimited"), VARIED, parents=[parent])
+    limited = activations(
+        tiny, folder, ActivationCache(tmp_path / "limited", budget_gb=rows * ROW_GB * 1.0001), VARIED, parents=[parent]
     )
-    assert int((part._place >= 0).sum()) == rows
+    assert int((limited._cache_row >= 0).sum()) == rows
     for view in range(3):
-        assert torch.equal(fetched(whole, view), fetched(part, view))
-    assert torch.equal(whole.pooled, part.pooled)
-    assert torch.equal(whole.layers, part.layers)
+        assert torch.equal(fetched(unlimited, view), fetched(limited, view))
+    assert torch.equal(unlimited.pooled, limited.pooled)
+    assert torch.equal(unlimited.layers, limited.layers)
 
 
 def test_the_budget_changes_no_task(tiny: FrozenBackbone, folder: Path, tmp_path: Path) -> None:
@@ -82,7 +86,7 @@ def test_the_budget_changes_no_task(tiny: FrozenBackbone, folder: Path, tmp_path
     assert len(shas) == 1
 
 
-def test_a_second_run_reads_no_image_and_a_grown_set_only_the_new_ones(
+def test_a_second_run_reads_no_image_and_a_grown_dataset_only_the_new_ones(
     tiny: FrozenBackbone, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[int] = []
@@ -106,8 +110,8 @@ def test_a_second_run_reads_no_image_and_a_grown_set_only_the_new_ones(
 def test_two_files_of_one_content_are_computed_once(tiny: FrozenBackbone, folder: Path, tmp_path: Path) -> None:
     (folder / "red" / "copy.png").write_bytes((folder / "red" / "0.png").read_bytes())
     cache = ActivationCache(tmp_path / "cache")
-    found = activations(tiny, folder, cache)
-    assert (len(found), cache.sets()[0].num_images) == (13, 12)
+    assert len(activations(tiny, folder, cache)) == 13
+    assert cache.sets()[0].num_images == 12
 
 
 def test_a_cache_of_another_backbone_or_numerics_is_not_used(
@@ -127,7 +131,7 @@ def test_a_cache_of_another_backbone_or_numerics_is_not_used(
 
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("damage", ["cut", "gone", "other"])
-def test_a_damaged_set_is_made_again_and_said_to_be(
+def test_a_damaged_entry_is_recomputed_with_a_warning(
     tiny: FrozenBackbone, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, file: str, damage: str
 ) -> None:
     cache = ActivationCache(tmp_path / "cache")
@@ -146,11 +150,11 @@ def test_a_damaged_set_is_made_again_and_said_to_be(
         again = fetched(activations(tiny, folder, cache))
     assert torch.equal(first, again)
     assert "Discarding the damaged cache entry" in caplog.text or (file, damage) == ("meta.json", "other")
-    assert all(kept.num_done == kept.num_images for kept in cache.sets() if kept.num_images == 12)
+    assert all(entry.num_done == entry.num_images for entry in cache.sets() if entry.num_images == 12)
 
 
 @pytest.mark.slow
-def test_a_run_killed_while_the_cache_is_filled_goes_on_where_it_was(
+def test_a_run_killed_while_the_cache_is_filled_resumes(
     tiny: FrozenBackbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = colour_folder(tmp_path / "many", per_class=40)
@@ -188,22 +192,22 @@ def test_a_run_killed_while_the_cache_is_filled_goes_on_where_it_was(
     read: list[int] = []
     original = Activations._views
     monkeypatch.setattr(Activations, "_views", lambda self, item, rows: read.extend(rows) or original(self, item, rows))
-    found = activations(tiny, folder, cache)
+    resumed = activations(tiny, folder, cache)
     assert len(read) == 120 - survived
-    assert torch.equal(fetched(found), fetched(activations(tiny, folder, ActivationCache(tmp_path / "fresh"))))
+    assert torch.equal(fetched(resumed), fetched(activations(tiny, folder, ActivationCache(tmp_path / "fresh"))))
 
 
 def test_an_image_that_changes_under_a_run_is_noticed(tiny: FrozenBackbone, folder: Path, tmp_path: Path) -> None:
     images = open_images(folder).hashed()
     changed = folder / "green" / "1.png"
     Image.new("RGB", (40, 40), (1, 2, 3)).save(changed)
-    with pytest.raises(DataError, match=r"green/1\.png changed while it was being read"):
+    with pytest.raises(DataError, match=r"green/1\.png changed during the run"):
         Activations(tiny, images, Augmentation(), ActivationCache(tmp_path / "cache"))
 
 
 def test_views_differ_repeat_and_depend_on_content_alone(tiny: FrozenBackbone, folder: Path, tmp_path: Path) -> None:
-    found = activations(tiny, folder, ActivationCache(tmp_path / "one"), VARIED)
-    views = [fetched(found, view) for view in range(5)]
+    first = activations(tiny, folder, ActivationCache(tmp_path / "one"), VARIED)
+    views = [fetched(first, view) for view in range(5)]
     assert all(not torch.equal(views[i], views[j]) for i in range(5) for j in range(i))
     again = activations(tiny, folder, ActivationCache(tmp_path / "two"), VARIED)
     assert all(torch.equal(view, fetched(again, number)) for number, view in enumerate(views))
@@ -211,16 +215,16 @@ def test_views_differ_repeat_and_depend_on_content_alone(tiny: FrozenBackbone, f
 
 def test_random_views_of_tensors_are_refused(tiny: FrozenBackbone, tmp_path: Path) -> None:
     dataset = torch.utils.data.TensorDataset(torch.randn(6, 3, 32, 32), torch.arange(6) % 2)
-    with pytest.raises(DataError, match="random views are made of PIL images only"):
+    with pytest.raises(DataError, match="random views require PIL images"):
         Activations(tiny, open_images(dataset), VARIED, ActivationCache(tmp_path / "cache"))
 
 
 def test_a_budget_below_one_image_is_refused(tiny: FrozenBackbone, folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match=r"does not hold the activations of one image .* Give more, or 0"):
+    with pytest.raises(TrainingError, match=r"cannot hold the activations of one image .* Raise the budget, or set"):
         activations(tiny, folder, ActivationCache(tmp_path / "cache", budget_gb=ROW_GB / 2))
 
 
-def test_no_free_disk_is_said_with_what_to_do(
+def test_a_full_disk_is_reported_with_what_to_do(
     tiny: FrozenBackbone, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
@@ -233,7 +237,7 @@ def test_no_free_disk_is_said_with_what_to_do(
     assert cache.sets() == []
 
 
-def test_the_longest_unused_set_makes_room(tiny: FrozenBackbone, tmp_path: Path) -> None:
+def test_the_least_recently_used_entry_is_evicted(tiny: FrozenBackbone, tmp_path: Path) -> None:
     folders = [colour_folder(tmp_path / f"data-{i}", per_class=4, seed=10 * i) for i in range(3)]
     cache = ActivationCache(tmp_path / "cache", budget_gb=26 * ROW_GB + 2e-5)
     names = []
@@ -241,37 +245,37 @@ def test_the_longest_unused_set_makes_room(tiny: FrozenBackbone, tmp_path: Path)
         activations(tiny, folder, cache)
         names.append(cache.sets()[0].name)
         time.sleep(0.02)
-    assert {kept.name for kept in cache.sets()} == set(names[1:])
+    assert {entry.name for entry in cache.sets()} == set(names[1:])
 
 
-def test_clearing_names_what_goes(tiny: FrozenBackbone, folder: Path, tmp_path: Path) -> None:
+def test_clearing_returns_the_bytes_freed(tiny: FrozenBackbone, folder: Path, tmp_path: Path) -> None:
     cache = ActivationCache(tmp_path / "cache")
     activations(tiny, folder, cache)
-    (kept,) = cache.sets()
-    assert (kept.backbone, kept.num_images, kept.num_done) == ("tiny", 12, 12)
-    assert kept.num_bytes >= 12 * ROW_GB * 1e9
+    (entry,) = cache.sets()
+    assert (entry.backbone, entry.num_images, entry.num_done) == ("tiny", 12, 12)
+    assert entry.num_bytes >= 12 * ROW_GB * 1e9
     assert cache.clear([]) == (0, [])
-    assert cache.clear() == (kept.num_bytes, [])
+    assert cache.clear() == (entry.num_bytes, [])
     assert cache.sets() == []
 
 
-def test_kept_activations_are_the_streams_own_in_half_precision(
+def test_cached_activations_are_those_of_the_frozen_stream_in_half_precision(
     tiny: FrozenBackbone, folder: Path, tmp_path: Path
 ) -> None:
-    found = activations(tiny, folder, ActivationCache(tmp_path / "cache"))
+    cached = activations(tiny, folder, ActivationCache(tmp_path / "cache"))
     pixels = open_images(folder).read_all(tiny)
-    batch = found.batch(torch.arange(len(found)))
-    for layer, offered in enumerate(tiny.stream(pixels)):
-        for which, part in enumerate(offered):
-            kept = torch.cat([batch.fetch(layer, which, some).clone() for some in batch.parts])
-            np.testing.assert_allclose(kept, part, rtol=2e-3, atol=2e-3)
+    batch = cached.batch(torch.arange(len(cached)))
+    for layer, frozen in enumerate(tiny.stream(pixels)):
+        for which, expected in enumerate(frozen):
+            values = torch.cat([batch.fetch(layer, which, chunk).clone() for chunk in batch.chunks])
+            np.testing.assert_allclose(values, expected, rtol=2e-3, atol=2e-3)
 
 
-# --- whose files ------------------------------------------------------------------------------------------------------
+# --- other files in the cache's folders -------------------------------------------------------------------------------
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:
-    """Every file below a folder with its content; folders have none."""
+    """Every path below a folder with its content, None for folders."""
     return {
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
         for path in sorted(folder.rglob("*"))
@@ -281,17 +285,17 @@ def tree(folder: Path) -> dict[str, bytes | None]:
 
 @pytest.fixture
 def shared(tmp_path: Path) -> Path:
-    """A folder full of somebody's things, some of which look like entries of a cache."""
-    place = tmp_path / "everything"
+    """A folder full of the user's own files, some of which look like cache entries."""
+    folder = tmp_path / "everything"
     for name in ("photos/2019", "thesis", "runs/1", "0123456789abcdef", ".lock-me"):
-        (place / name).mkdir(parents=True)
-    (place / "photos" / "2019" / "a.jpg").write_bytes(b"a picture")
-    (place / "thesis" / "meta.json").write_text('{"format": 1}')
-    (place / "runs" / "1" / "sweep.safetensors").write_bytes(b"somebody's own run")
-    (place / "0123456789abcdef" / "keys.npy").write_bytes(b"keys of a house")
-    (place / "notes.unfinished").write_text("a novel")
-    (place / ".lock").write_text("mine")
-    return place
+        (folder / name).mkdir(parents=True)
+    (folder / "photos" / "2019" / "a.jpg").write_bytes(b"a picture")
+    (folder / "thesis" / "meta.json").write_text('{"format": 1}')
+    (folder / "runs" / "1" / "sweep.safetensors").write_bytes(b"somebody's own run")
+    (folder / "0123456789abcdef" / "keys.npy").write_bytes(b"keys of a house")
+    (folder / "notes.unfinished").write_text("a novel")
+    (folder / ".lock").write_text("mine")
+    return folder
 
 
 def test_a_folder_full_of_other_things_survives_every_use(
@@ -312,7 +316,7 @@ def test_a_folder_full_of_other_things_survives_every_use(
     assert tree(shared) == before
 
 
-def test_what_is_not_an_entry_is_left_and_named_once(
+def test_files_that_are_no_entry_are_left_alone_and_named_once(
     tiny: FrozenBackbone, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     cache = ActivationCache(tmp_path / "cache", budget_gb=15 * ROW_GB)
@@ -328,15 +332,15 @@ def test_what_is_not_an_entry_is_left_and_named_once(
             activations(tiny, colour_folder(tmp_path / str(seed), per_class=4, seed=seed), cache)
         cache.clear()
     assert all((stranger / "keys.npy").read_bytes() == b"somebody's" for stranger in strangers)
-    kept = cache.folder / entry.name
-    assert {path.name for path in kept.iterdir()} == {"diary.txt", "addenda-entry"}
-    assert (kept / "diary.txt").read_text() == "within an entry"
+    entry_folder = cache.folder / entry.name
+    assert {path.name for path in entry_folder.iterdir()} == {"diary.txt", "addenda-entry"}
+    assert (entry_folder / "diary.txt").read_text() == "within an entry"
     first = fetched(activations(tiny, folder, ActivationCache(tmp_path / "other")))
-    assert torch.equal(first, fetched(activations(tiny, folder, cache)))  # the entry can be made again beside it
-    assert (kept / "keys.npy").exists()
-    assert (kept / "diary.txt").read_text() == "within an entry"
+    assert torch.equal(first, fetched(activations(tiny, folder, cache)))  # the entry can be created again beside it
+    assert (entry_folder / "keys.npy").exists()
+    assert (entry_folder / "diary.txt").read_text() == "within an entry"
     for stranger in (*strangers, cache.folder / entry.name / "diary.txt"):
-        assert caplog.text.count(f"{stranger} is not Addenda's own and is left alone") == 1
+        assert caplog.text.count(f"{stranger} was not created by Addenda and is left alone") == 1
 
 
 def test_no_link_is_followed(tiny: FrozenBackbone, folder: Path, tmp_path: Path) -> None:
@@ -353,11 +357,11 @@ def test_no_link_is_followed(tiny: FrozenBackbone, folder: Path, tmp_path: Path)
     before = tree(thesis)
     cache.clear()
     assert tree(thesis) == before
-    whole = tmp_path / "linked"
-    whole.mkdir()
-    (whole / NAME).symlink_to(thesis)
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / NAME).symlink_to(thesis)
     with pytest.raises(TrainingError, match="is a link or a file, not a folder"):
-        activations(tiny, folder, ActivationCache(whole))
+        activations(tiny, folder, ActivationCache(linked))
     assert tree(thesis) == before
 
 
@@ -367,7 +371,7 @@ def test_a_folder_of_its_name_that_is_not_its_own_is_refused(
     taken = tmp_path / "cache" / NAME
     taken.mkdir(parents=True)
     (taken / "novel.txt").write_text("chapter one")
-    with pytest.raises(TrainingError, match="has files in it that are not Addenda's"):
+    with pytest.raises(TrainingError, match="holds files that are not Addenda's"):
         activations(tiny, folder, ActivationCache(tmp_path / "cache"))
     assert [path.name for path in taken.iterdir()] == ["novel.txt"]
 
@@ -379,12 +383,12 @@ def test_a_folder_that_others_may_write_to_is_refused(
     cache = ActivationCache(tmp_path / "cache")
     activations(tiny, folder, cache)
     (entry,) = cache.sets()
-    for place in (cache.folder, cache.folder / entry.name):
-        assert stat.S_IMODE(place.stat().st_mode) == 0o700
-        place.chmod(0o777)
-        with pytest.raises(TrainingError, match="others may write to"):
+    for path in (cache.folder, cache.folder / entry.name):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o700
+        path.chmod(0o777)
+        with pytest.raises(TrainingError, match="is writable by other users"):
             activations(tiny, folder, cache)
-        place.chmod(0o700)
+        path.chmod(0o700)
     monkeypatch.setattr("os.geteuid", lambda: os.getuid() + 1)
     with pytest.raises(TrainingError, match="belongs to another user"):
         activations(tiny, folder, cache)
@@ -400,7 +404,7 @@ def flip(rows: np.ndarray) -> None:
 
 @pytest.mark.parametrize("file", ["key_values.npy", "features.npy", "digests.npy"])
 @pytest.mark.parametrize("harm", [swap, flip])
-def test_rows_that_were_exchanged_or_damaged_are_computed_again(
+def test_rows_that_were_exchanged_or_damaged_are_recomputed(
     tiny: FrozenBackbone, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture,
     file: str, harm: Callable[[np.ndarray], None],
 ) -> None:  # fmt: skip
@@ -412,10 +416,10 @@ def test_rows_that_were_exchanged_or_damaged_are_computed_again(
     with caplog.at_level(logging.WARNING):
         again = fetched(activations(tiny, folder, cache))
     assert torch.equal(first, again)
-    assert "cached rows are damaged or were exchanged; recomputing." in caplog.text
+    assert "cached rows whose digests do not match." in caplog.text
 
 
-def test_rows_that_were_exchanged_with_their_digests_are_computed_again(
+def test_rows_that_were_exchanged_with_their_digests_are_recomputed(
     tiny: FrozenBackbone, folder: Path, tmp_path: Path
 ) -> None:
     cache = ActivationCache(tmp_path / "cache")
@@ -427,18 +431,18 @@ def test_rows_that_were_exchanged_with_their_digests_are_computed_again(
     assert torch.equal(first, fetched(activations(tiny, folder, cache)))
 
 
-def test_two_runs_on_one_entry_keep_each_others_marks(tiny: FrozenBackbone, tmp_path: Path) -> None:
+def test_two_runs_on_one_entry_preserve_each_others_rows(tiny: FrozenBackbone, tmp_path: Path) -> None:
     cache = ActivationCache(tmp_path / "cache")
     keys = [f"{number:064x}" for number in range(6)]
-    one, other = cache.open(tiny, keys), cache.open(tiny, keys)
-    row = torch.ones(1, *one.key_values.shape[1:], dtype=torch.float16)
+    first, second = cache.open(tiny, keys), cache.open(tiny, keys)
+    row = torch.ones(1, *first.key_values.shape[1:], dtype=torch.float16)
     for number in range(6):
-        (one if number % 2 else other).put([number], number * row, torch.zeros(1, one.features.shape[1]))
-    one.flush()
-    other.flush()
+        (first if number % 2 else second).put([number], number * row, torch.zeros(1, first.features.shape[1]))
+    first.flush()
+    second.flush()
     assert cache.sets()[0].num_done == 6
     again = cache.open(tiny, keys)
-    assert again.held(range(6)) == set(range(6))
+    assert again.valid_rows(range(6)) == set(range(6))
     assert all((again.key_values[number] == number).all() for number in range(6))
 
 
@@ -446,9 +450,9 @@ def test_an_entry_that_a_run_has_open_is_neither_evicted_nor_cleared(tiny: Froze
     cache = ActivationCache(tmp_path / "cache", budget_gb=8 * ROW_GB)
     keys = [f"{number:064x}" for number in range(12)]
     first = cache.open(tiny, keys[:6])
-    (name,) = [kept.name for kept in cache.sets()]
+    (name,) = [entry.name for entry in cache.sets()]
     second = cache.open(tiny, keys[6:])
-    assert name in [kept.name for kept in cache.sets()]
+    assert name in [entry.name for entry in cache.sets()]
     freed, in_use = cache.clear()
     assert (freed, len(in_use)) == (0, 2)
     del first, second
@@ -460,14 +464,14 @@ def test_an_entry_that_a_run_has_open_is_neither_evicted_nor_cleared(tiny: Froze
 def test_an_entry_in_use_counts_for_the_budget(tiny: FrozenBackbone, tmp_path: Path) -> None:
     cache = ActivationCache(tmp_path / "cache", budget_gb=20 * ROW_GB)
     keys = [f"{number:064x}" for number in range(40)]
-    held = cache.open(tiny, keys[:12])
+    in_use = cache.open(tiny, keys[:12])
     cache.open(tiny, keys[12:18])
-    cache.open(tiny, keys[18:26])  # too much beside the one that is held, without the one that is not
-    assert sorted(kept.num_images for kept in cache.sets()) == [8, 12]
-    assert held.place
+    cache.open(tiny, keys[18:26])  # does not fit beside both, and only the second entry can be evicted
+    assert sorted(entry.num_images for entry in cache.sets()) == [8, 12]
+    assert in_use.row_of
 
 
-def test_a_run_that_is_going_on_keeps_its_checkpoints(tmp_path: Path) -> None:
+def test_clearing_does_not_delete_the_checkpoints_of_a_running_run(tmp_path: Path) -> None:
     cache = ActivationCache(tmp_path / "cache")
     runs = [Checkpoint(cache.runs / f"{number:016x}", cache.claim) for number in range(2)]
     for run in runs:
@@ -476,14 +480,14 @@ def test_a_run_that_is_going_on_keeps_its_checkpoints(tmp_path: Path) -> None:
     cache.clear()
     assert [path.name for path in cache.runs.iterdir()] == [f"{0:016x}"]
     assert runs[0].within("0123456789abcdef").load("sweep") is not None
-    runs[1].save("refit", {"a": torch.ones(2)}, {"epoch": 2})  # whose folder is gone
+    runs[1].save("refit", {"a": torch.ones(2)}, {"epoch": 2})  # its folder is gone
     assert runs[1].load("refit") is not None
     for run in runs:
         run.clear()
     assert list(cache.runs.iterdir()) == []
 
 
-def test_nothing_is_kept_where_nothing_is_asked_to_be(
+def test_a_budget_of_zero_writes_no_cache(
     tiny: FrozenBackbone, folder: Path, tmp_path: Path, registry: Registry
 ) -> None:
     (tmp_path / "file").write_text("no folder can be made here")
@@ -495,7 +499,7 @@ def test_nothing_is_kept_where_nothing_is_asked_to_be(
 def test_the_cache_works_where_files_cannot_be_reserved(
     tiny: FrozenBackbone, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """macOS has no posix_fallocate, and some file systems do not know it."""
+    """macOS has no posix_fallocate, and some file systems do not support it."""
     expected = fetched(activations(tiny, folder, ActivationCache(tmp_path / "cache")))
 
     def unknown(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""Learning: what is chosen, what is stored, and that it can be repeated."""
+"""Learning: what is chosen and stored, and that a run is reproducible."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ import torch.nn.functional as F
 from addenda import CombinedModel, FrozenBackbone, LearnConfig, Learner, Registry
 from addenda.combined import Router, verify
 from addenda.exceptions import BackboneError, NameTakenError, RegistryError, TrainingError
-from addenda.learner import Epoch, probes, run, training
+from addenda.learner import Epoch, learning_run, probes
+from addenda.learner import trainer as trainer_module
+from addenda.learner.activation_cache import ActivationCache
 from addenda.learner.activations import Activations
 from addenda.learner.augmentation import DEFAULT_VIEWS, Augmentation
-from addenda.learner.cache import ActivationCache
 from addenda.learner.candidates import first_tensors
 from addenda.learner.data import Data, open_images
 from addenda.learner.objectives import objective_of
-from addenda.learner.stream import stream_features
-from addenda.learner.training import Trainer, parent_memory
+from addenda.learner.token_stream import stream_features
+from addenda.learner.trainer import Trainer, parent_memory
 from tests.support.images import colour_folder
 from tests.support.places import ROOT
 from tests.support.tasks import random_task
@@ -32,7 +33,7 @@ QUICK = LearnConfig(
     optimizer="sgd", epochs=2, learning_rate=(0.1, 0.3), batch_size=8, augmentation=Augmentation(views=0),
     fall_back=False,
 )  # fmt: skip
-"""Of few images that are plain to see, a token is kept all the same."""
+"""Keeps the token although the images are few and easy."""
 
 
 @pytest.fixture
@@ -52,8 +53,8 @@ def test_a_learned_task_is_registered_with_its_scores_beside_the_probes(learner:
     assert (task.ref, task.labels) == ("colours:1", ("blue", "green", "red"))
     assert task.memory is not None
     assert task.memory.shape == (3, 5, 48)
-    for part, count in (("validation", 5), ("test", 12)):
-        for scores in (task.metrics[part], task.metrics["linear_probe"][part], task.metrics["layer_probe"][part]):
+    for split, count in (("validation", 5), ("test", 12)):
+        for scores in (task.metrics[split], task.metrics["linear_probe"][split], task.metrics["layer_probe"][split]):
             assert scores["num_images"] == count
             assert sum(map(sum, scores["confusion"])) == count
             assert set(scores["per_class"]) == {"blue", "green", "red"}
@@ -68,22 +69,24 @@ def test_a_learned_task_is_registered_with_its_scores_beside_the_probes(learner:
 def test_a_task_is_learned_on_an_eva_and_stays_as_it_is_when_another_joins(
     kind: str, registry: Registry, colours: Path
 ) -> None:
-    on = FrozenBackbone(tiny_eva(kind), kind, "hub")
-    learner = Learner(on, registry)
+    eva = FrozenBackbone(tiny_eva(kind), kind, "hub")
+    learner = Learner(eva, registry)
     task = learner.learn("colours", colours, config=replace(QUICK, fall_back=False))
     assert task.metrics["test"]["accuracy"] > 0.8
     assert task.memory is not None
-    assert registry.record("colours").backbone == on.fingerprint
+    assert registry.record("colours").backbone == eva.fingerprint
     images = open_images(colours / "test")
-    pixels = torch.stack([images.read(i, on) for i in range(len(images))])
-    alone = CombinedModel(on, [task])(pixels)["colours"]
+    pixels = torch.stack([images.read(i, eva) for i in range(len(images))])
+    alone = CombinedModel(eva, [task])(pixels)["colours"]
     learner.learn("more", colours, config=replace(QUICK, extends=("colours",), seed=1))
-    together = CombinedModel(on, registry.load(on))(pixels)
+    together = CombinedModel(eva, registry.load(eva))(pixels)
     assert together.exact
     assert together["colours"].numpy().tobytes() == alone.numpy().tobytes()
-    assert all(verdict.ok for verdict in verify(on, [(one, registry.goldens(one.ref)) for one in registry.load(on)]))
+    assert all(
+        verdict.ok for verdict in verify(eva, [(task, registry.goldens(task.ref)) for task in registry.load(eva)])
+    )
     router = Router({name: registry.statistics(f"{name}:1") for name in ("colours", "more")})
-    pooled = CombinedModel(on, [])(pixels, pooled=True).pooled
+    pooled = CombinedModel(eva, [])(pixels, pooled=True).pooled
     assert len(router.choose(pooled)) == len(pixels)
 
 
@@ -116,7 +119,7 @@ def test_the_test_score_is_the_combined_models(learner: Learner, tiny: FrozenBac
 
 
 class CountingDataset:
-    """Counts how often each image is read."""
+    """A dataset that counts how often each image is read."""
 
     def __init__(self, images: torch.Tensor, targets: torch.Tensor) -> None:
         self.images, self.targets, self.reads = images, targets.tolist(), [0] * len(targets)
@@ -138,25 +141,25 @@ def noise(count: int = 24, classes: int = 3, seed: int = 0) -> tuple[torch.Tenso
 
 
 def activations_of(backbone: FrozenBackbone, data: Data, **options: object) -> Activations:
-    settings = {"augmentation": Augmentation(), "cache": ActivationCache(), **options}
-    return Activations(backbone, open_images(data), **settings)
+    arguments = {"augmentation": Augmentation(), "cache": ActivationCache(), **options}
+    return Activations(backbone, open_images(data), **arguments)
 
 
-def test_the_test_set_is_scored_once_and_changes_nothing_that_is_learned(tiny: FrozenBackbone, tmp_path: Path) -> None:
+def test_the_test_split_is_evaluated_once_and_does_not_influence_training(tiny: FrozenBackbone, tmp_path: Path) -> None:
     digests = set()
-    for part in ("with", "without"):
+    for case in ("with", "without"):
         test = CountingDataset(*noise(seed=7))
-        with Registry.open(tmp_path / f"{part}.db") as registry:
-            given = test if part == "with" else None
-            task = Learner(tiny, registry).learn("noise", CountingDataset(*noise()), test=given, config=QUICK)
-            assert len(registry.evaluations("noise")) == (1 if part == "with" else 0)
-        # For the fingerprint and to see before training that it can be read, and for its score.
-        assert set(test.reads) == ({2} if part == "with" else {0})
+        with Registry.open(tmp_path / f"{case}.db") as registry:
+            test_data = test if case == "with" else None
+            task = Learner(tiny, registry).learn("noise", CountingDataset(*noise()), test=test_data, config=QUICK)
+            assert len(registry.evaluations("noise")) == (1 if case == "with" else 0)
+        # Once before training, for the fingerprint and the check that it can be read, and once for its score.
+        assert set(test.reads) == ({2} if case == "with" else {0})
         digests.add(task.sha256)
     assert len(digests) == 1
 
 
-def test_the_same_run_is_not_done_again(learner: Learner, colours: Path) -> None:
+def test_the_same_run_is_not_repeated(learner: Learner, colours: Path) -> None:
     first = learner.learn("colours", colours, config=QUICK)
     generation = learner.registry.generation
     again = Learner(learner.backbone, learner.registry).learn("colours", colours, config=QUICK)
@@ -164,15 +167,13 @@ def test_the_same_run_is_not_done_again(learner: Learner, colours: Path) -> None
     assert learner.registry.generation == generation
 
 
-def test_a_name_taken_is_refused_before_any_work_unless_a_new_version_is_asked_for(
-    learner: Learner, colours: Path
-) -> None:
+def test_a_taken_name_is_refused_before_any_work_without_new_version(learner: Learner, colours: Path) -> None:
     learner.learn("colours", colours, config=QUICK)
     other = LearnConfig(epochs=1, seed=1, fall_back=False)
-    seen: list[str] = []
+    reports: list[str] = []
     with pytest.raises(NameTakenError, match=r"'colours' is already registered.*--new-version"):
-        learner.learn("colours", colours, config=other, report=lambda what, done, total: seen.append(what))
-    assert seen == []
+        learner.learn("colours", colours, config=other, report=lambda what, done, total: reports.append(what))
+    assert reports == []
     assert learner.learn("colours", colours, config=other, new_version=True).ref == "colours:2"
 
 
@@ -207,26 +208,26 @@ def test_another_process_learns_the_same_artifact(tiny: FrozenBackbone, registry
     assert Learner(tiny, registry).learn("colours", folder, config=config).sha256 == other
 
 
-def test_training_lowers_the_loss_and_moves_every_part(tiny: FrozenBackbone) -> None:
+def test_training_lowers_the_loss_and_changes_every_tensor(tiny: FrozenBackbone) -> None:
     images, targets = noise(48)
     activations = activations_of(tiny, CountingDataset(images, targets))
     rows = torch.arange(48)
-    regression = objective_of(targets).fit_regression(activations.pooled, targets, 0.01)
+    linear_probe = objective_of(targets).fit_linear_probe(activations.pooled, targets, 0.01)
     config = LearnConfig(optimizer="sgd", epochs=20, learning_rate=0.03, batch_size=16, patience=20)
     trainer = Trainer(activations, [], config)
-    (candidate,), history = trainer.run(regression, config.candidates, rows, rows, 20, "sweep")
-    start = first_tensors(tiny, regression, candidate.settings, config.memory_std)
+    (candidate,), history = trainer.run(linear_probe, config.candidates, rows, rows, 20, "sweep")
+    start = first_tensors(tiny, linear_probe, candidate.settings, config.memory_std)
     assert history[-1].validation_loss[0] < F.cross_entropy(trainer.logits(start, rows), targets).item()
     for name, before in start.items():
         assert not torch.equal(before, candidate.best.tensors[name])
 
 
 @pytest.mark.parametrize("layer_head", [True, False])
-def test_a_token_that_does_not_pay_is_left_out_unless_told_not_to(
+def test_a_token_that_does_not_pay_is_dropped_without_fall_back_false(
     tiny: FrozenBackbone, registry: Registry, layer_head: bool
 ) -> None:
     images, targets = noise(48)
-    images[:, 0] += 20 * targets[:, None, None]  # plain to see for the probe; one bad epoch cannot beat it
+    images[:, 0] += 20 * targets[:, None, None]  # easy for the probe; one bad epoch cannot beat it
     learner, data = Learner(tiny, registry), CountingDataset(images, targets)
     config = LearnConfig(optimizer="sgd", epochs=1, learning_rate=(1.0,), refit=False, layer_head=layer_head)
     without = learner.learn("without", data, config=config)
@@ -243,14 +244,14 @@ def test_the_training_stream_is_the_combined_models_stream(tiny: FrozenBackbone)
     child = random_task(tiny, "child", memory=5, parents=(parent,), seed=2, pooled=False)
     images, targets = noise(6)
     activations = activations_of(tiny, CountingDataset(images, targets), parents=[parent])
-    inherited = parent_memory(tiny, [parent])
+    inherited_memory = parent_memory(tiny, [parent])
     assert child.class_token is not None
     assert child.memory is not None
     batch = activations.batch(torch.arange(6))
-    features = stream_features(tiny, batch, child.class_token[None], child.memory[None], inherited)
+    features = stream_features(tiny, batch, child.class_token[None], child.memory[None], inherited_memory)
     logits = features[0] @ child.head_weight.T + child.head_bias
     expected = CombinedModel(tiny, [child])(images)["child"]
-    assert (logits - expected).abs().max() < 5e-3 * expected.abs().max()  # activations are kept in half precision
+    assert (logits - expected).abs().max() < 5e-3 * expected.abs().max()  # activations are cached in half precision
     alone = stream_features(tiny, batch, child.class_token[None], child.memory[None], [])
     assert (alone[0] - features[0]).abs().max() > 0.02
 
@@ -269,12 +270,12 @@ def test_an_extension_names_what_it_extends_and_stays_exact(learner: Learner, co
     )
 
 
-def test_a_token_of_whole_weight_leaves_nothing_of_the_layer_probe(
+def test_a_token_of_weight_one_leaves_nothing_of_the_layer_probe(
     learner: Learner, colours: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(probes, "MAX_RANK", 2)  # so that the layer weight of three classes is in two factors
-    monkeypatch.setattr(run, "best_weight", lambda *_: 1.0)
-    monkeypatch.setattr(run, "choose", lambda *_: probes.Recipe(0, (1.0, 1.0), 0.5))
+    monkeypatch.setattr(learning_run, "best_weight", lambda *_: 1.0)
+    monkeypatch.setattr(learning_run, "choose_recipe", lambda *_: probes.ProbeRecipe(0, (1.0, 1.0), 0.5))
     probe = learner.learn("probe", colours, config=replace(QUICK, head_only=True))
     assert probe.layer_down is not None
     task = learner.learn("token", colours, config=QUICK)
@@ -282,9 +283,9 @@ def test_a_token_of_whole_weight_leaves_nothing_of_the_layer_probe(
     assert (task.layer_weight, task.layer_down) == (None, None)
 
 
-def test_a_token_that_is_to_see_others_is_kept_whether_or_not_it_pays(learner: Learner, colours: Path) -> None:
+def test_a_token_that_extends_named_tasks_is_never_dropped(learner: Learner, colours: Path) -> None:
     images, targets = noise(48)
-    images[:, 0] += 20 * targets[:, None, None]  # plain to see for the probe
+    images[:, 0] += 20 * targets[:, None, None]  # easy for the probe
     data, config = CountingDataset(images, targets), LearnConfig(optimizer="sgd", epochs=1, learning_rate=(1.0,))
     learner.learn("parent", colours, config=QUICK)
     assert learner.learn("alone", data, config=config).class_token is None
@@ -318,16 +319,16 @@ def test_a_head_only_task_is_the_better_probe_and_cannot_be_extended(learner: Le
 
 
 def test_on_epoch_sees_every_epoch_of_sweep_and_refit(learner: Learner, colours: Path) -> None:
-    seen: list[Epoch] = []
-    task = learner.learn("colours", colours, config=replace(QUICK, fall_back=False), on_epoch=seen.append)
-    sweep = [e for e in seen if e.phase == "sweep"]
+    epochs: list[Epoch] = []
+    task = learner.learn("colours", colours, config=replace(QUICK, fall_back=False), on_epoch=epochs.append)
+    sweep = [e for e in epochs if e.phase == "sweep"]
     assert [e.epoch for e in sweep] == [1, 2]
     assert all(len(e.validation_loss) == len(e.train_loss) == 2 for e in sweep)
-    refit = [e for e in seen if e.phase == "refit"]
+    refit = [e for e in epochs if e.phase == "refit"]
     assert len(refit) == task.metrics["chosen"]["epoch"]
 
 
-def test_refit_learns_from_the_validation_images_too(tiny: FrozenBackbone, colours: Path, tmp_path: Path) -> None:
+def test_refit_also_trains_on_the_validation_images(tiny: FrozenBackbone, colours: Path, tmp_path: Path) -> None:
     shas = set()
     for refit in (True, False):
         with Registry.open(tmp_path / f"{refit}.db") as registry:
@@ -336,7 +337,7 @@ def test_refit_learns_from_the_validation_images_too(tiny: FrozenBackbone, colou
     assert len(shas) == 2
 
 
-def test_all_candidates_lost_is_a_clear_failure(learner: Learner, colours: Path) -> None:
+def test_an_error_is_raised_if_all_candidates_diverge(learner: Learner, colours: Path) -> None:
     config = LearnConfig(optimizer="sgd", epochs=1, learning_rate=(1e30,), head_learning_rate=1e30, warmup_steps=0)
     with pytest.raises(TrainingError, match="Every candidate's loss became infinite or NaN"):
         learner.learn("colours", colours, config=config)
@@ -346,7 +347,7 @@ def test_all_candidates_lost_is_a_clear_failure(learner: Learner, colours: Path)
 def test_candidates_that_stop_or_diverge_are_in_the_record(
     learner: Learner, colours: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "ENOUGH_TO_CHOOSE_AN_EPOCH", 5)
+    monkeypatch.setattr(trainer_module, "ENOUGH_TO_CHOOSE_AN_EPOCH", 5)
     config = LearnConfig(
         epochs=12, learning_rate=(0.1, 3.0, 1e30), optimizer="adamw", clip_norm=1e30, batch_size=8, patience=1
     )
@@ -357,7 +358,7 @@ def test_candidates_that_stop_or_diverge_are_in_the_record(
     assert metrics["curves"][-1]["train_loss"][2] is None
 
 
-def test_images_are_varied_unless_they_are_ready_tensors_or_only_the_linear_probe_is_learned(
+def test_images_are_augmented_unless_they_are_tensors_or_only_the_linear_probe_is_fitted(
     learner: Learner, colours: Path
 ) -> None:
     quick = {"epochs": 1, "learning_rate": 0.001}
@@ -374,7 +375,7 @@ def test_images_are_varied_unless_they_are_ready_tensors_or_only_the_linear_prob
     assert views == {"files": DEFAULT_VIEWS, "tensors": 0, "head": DEFAULT_VIEWS, "linear": 0, "asked": 1}
 
 
-def test_every_evaluation_is_recorded_the_first_when_a_task_is_learned(learner: Learner, colours: Path) -> None:
+def test_every_evaluation_is_recorded_including_the_one_at_learning(learner: Learner, colours: Path) -> None:
     task = learner.learn("colours", colours, config=QUICK)
     record = learner.evaluate("colours", colours)
     assert record.metrics["accuracy"] == task.metrics["test"]["accuracy"]
@@ -396,7 +397,7 @@ def test_a_task_is_refused_on_another_backbone(learner: Learner, colours: Path) 
         CombinedModel(other, [task])
 
 
-def test_an_unreadable_checkpoint_is_said_and_the_run_starts_anew(
+def test_an_unreadable_checkpoint_is_warned_of_and_training_starts_over(
     tiny: FrozenBackbone, registry: Registry, colours: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     learner = Learner(tiny, registry, ActivationCache(tmp_path / "cache"))

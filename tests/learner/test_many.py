@@ -1,4 +1,4 @@
-"""Many tasks from one file: what is checked first, what becomes of each, and what a failure takes with it."""
+"""Many tasks from one file: validation of the file, the outcome of each task, and failures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from addenda import FrozenBackbone, LearnConfig, Learner, Registry
 from addenda.exceptions import DataError
-from addenda.learner import Outcome, Row, learn_many, read_rows
+from addenda.learner import LearnRow, Outcome, learn_many, read_rows
 from tests.support.images import colour_folder
 
 QUICK = LearnConfig(epochs=1, learning_rate=0.3, fall_back=False)
@@ -37,7 +37,7 @@ def states(outcomes: list[Outcome]) -> dict[str, str]:
     return {outcome.name: outcome.state for outcome in outcomes}
 
 
-def test_rows_take_the_files_settings_then_their_own_and_paths_beside_the_file(
+def test_rows_take_the_files_settings_then_their_own_and_paths_relative_to_the_file(
     registry: Registry, colours: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = write(
@@ -50,8 +50,8 @@ def test_rows_take_the_files_settings_then_their_own_and_paths_beside_the_file(
     )
     monkeypatch.chdir(colours)
     first, second, third = read_rows(file, registry)
-    kept = LearnConfig(epochs=3, momentum=0.5, fall_back=False)  # there must be a token to see
-    assert first == Row("first", colours, None, kept)
+    keeps_token = LearnConfig(epochs=3, momentum=0.5, fall_back=False)  # a later row extends it
+    assert first == LearnRow("first", colours, None, keeps_token)
     assert (second.data, second.test) == (colours / "train", colours / "test")
     assert second.config == LearnConfig(epochs=4, momentum=0.5, extends=("first",), fall_back=False)
     assert third.data == colours
@@ -59,7 +59,7 @@ def test_rows_take_the_files_settings_then_their_own_and_paths_beside_the_file(
     assert third.config.fall_back
 
 
-def test_every_mistake_is_named_at_once(registry: Registry, colours: Path) -> None:
+def test_all_errors_are_reported_at_once(registry: Registry, colours: Path) -> None:
     file = write(
         colours.parent,
         "config: {epoch: 3}\n"
@@ -75,35 +75,35 @@ def test_every_mistake_is_named_at_once(registry: Registry, colours: Path) -> No
     )
     with pytest.raises(DataError) as caught:
         read_rows(file, registry)
-    said = str(caught.value)
-    assert said.startswith("Nothing was learned.")
+    message = str(caught.value)
+    assert message.startswith("Nothing was learned.")
     for problem in (
-        "\n  task: is not one of tasks, config",
+        "\n  task: unknown key, expected one of tasks, config",
         "\n  config: The configuration is not valid: epoch: there is no such setting",
-        "\n  task 2 ('good'): the name is that of task 1 already",
+        "\n  task 2 ('good'): task 1 has the same name",
         "\n  task 2 ('good'): There is no folder",
         "\n  task 3 ('Bad Name'): 'Bad Name' is not a valid name",
         "\n  task 3 ('Bad Name'): The configuration is not valid: epochs",
-        "\n  task 4 ('child'): it extends no task above it, nor one in the registry: Task 'later' is not registered",
-        "\n  task 4 ('child'): it extends no task above it, nor one in the registry: Task 'gone' is not registered",
-        "\n  task 5 ('later'): memory: is not one of name, data, test, config, extends",
-        "\n  task 6: name: must be text: YAML reads numbers, dates, yes and no",
+        "\n  task 4 ('child'): it extends neither an earlier task nor a registered one: Task 'later' is not registered",
+        "\n  task 4 ('child'): it extends neither an earlier task nor a registered one: Task 'gone' is not registered",
+        "\n  task 5 ('later'): memory: unknown key, expected one of name, data, test, config, extends",
+        "\n  task 6: name: must be text; in YAML, quote numbers, dates, yes and no",
         "\n  task 6: data: is missing",
-        "\n  task 6: dat: is not one of",
+        "\n  task 6: dat: unknown key",
         "\n  task 7: Input should be a valid dictionary",
     ):
-        assert problem in said, problem
-    assert said.count("\n") == 13
+        assert problem in message, problem
+    assert message.count("\n") == 13
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"", "tasks: is missing"),
         (b"tasks: []", "tasks: List should have at least 1 item"),
         (b"tasks: {name: a}", "tasks: Input should be a valid list"),
-        (b"- name: a", "holds a list; it must be a mapping"),
-        (b"words", "holds one value; it must be a mapping"),
+        (b"- name: a", "holds a list; it must hold a mapping"),
+        (b"words", "holds a single value; it must hold a mapping"),
         (b"tasks: [", "is not valid YAML, line 1: expected the node content"),
         (b"tasks: !!python/object:os.system {}", "is not valid YAML, line 1: could not determine a constructor"),
         (b"\x00", "is not valid YAML"),
@@ -115,18 +115,20 @@ def test_every_mistake_is_named_at_once(registry: Registry, colours: Path) -> No
         (b"config: 5\ntasks:\n  - {name: a, data: colours}", "config: Input should be a valid dictionary"),
     ],
 )  # fmt: skip
-def test_a_file_that_is_no_list_of_tasks_says_why(registry: Registry, colours: Path, content: bytes, said: str) -> None:
+def test_the_error_says_why_a_file_is_no_list_of_tasks(
+    registry: Registry, colours: Path, content: bytes, message: str
+) -> None:
     file = colours.parent / "tasks.yaml"
     file.write_bytes(content)
     with pytest.raises(DataError) as caught:
         read_rows(file, registry)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_a_missing_file_and_a_folder_are_said(registry: Registry, tmp_path: Path) -> None:
-    for place in (tmp_path / "none.yaml", tmp_path):
+def test_a_missing_file_and_a_folder_cannot_be_read(registry: Registry, tmp_path: Path) -> None:
+    for path in (tmp_path / "none.yaml", tmp_path):
         with pytest.raises(DataError, match="cannot be read"):
-            read_rows(place, registry)
+            read_rows(path, registry)
 
 
 def test_a_registered_task_can_be_extended(learner: Learner, colours: Path) -> None:
@@ -135,21 +137,21 @@ def test_a_registered_task_can_be_extended(learner: Learner, colours: Path) -> N
     assert read_rows(file, learner.registry)[0].config.extends == ("known:1",)
 
 
-def test_tasks_are_learned_in_order_and_again_without_being_learned(learner: Learner, colours: Path) -> None:
+def test_tasks_are_learned_in_order_and_not_repeated_by_a_second_call(learner: Learner, colours: Path) -> None:
     child = LearnConfig(epochs=1, learning_rate=0.3, fall_back=False, extends=("first",))
-    rows = [Row("first", colours, None, QUICK), Row("child", colours, None, child)]
-    told: set[str] = set()
-    outcomes = list(learn_many(learner, rows, report=lambda what, done, total: told.add(what)))
+    rows = [LearnRow("first", colours, None, QUICK), LearnRow("child", colours, None, child)]
+    reports: set[str] = set()
+    outcomes = list(learn_many(learner, rows, report=lambda what, done, total: reports.add(what)))
     assert [(o.state, o.ref, o.reason) for o in outcomes] == [("learned", "first:1", ""), ("learned", "child:1", "")]
     assert learner.registry.record("child").extends == ("first:1",)
-    assert {what.rpartition(", child")[2] for what in told if "child" in what} == {", 2 of 2"}
+    assert {what.rpartition(", child")[2] for what in reports if "child" in what} == {", 2 of 2"}
     generation = learner.registry.generation
-    again = list(learn_many(learner, [*rows, Row("third", colours, None, QUICK)]))
+    again = list(learn_many(learner, [*rows, LearnRow("third", colours, None, QUICK)]))
     assert states(again) == {"first": "learned before", "child": "learned before", "third": "learned"}
     assert learner.registry.generation == generation + 1
 
 
-def test_a_task_that_fails_is_named_and_takes_only_those_with_it_that_extend_it(
+def test_only_tasks_that_extend_a_failed_task_are_skipped(
     learner: Learner, colours: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     bad = colour_folder(colours.parent / "bad")
@@ -159,11 +161,11 @@ def test_a_task_that_fails_is_named_and_takes_only_those_with_it_that_extend_it(
         return LearnConfig(epochs=1, learning_rate=0.3, fall_back=False, extends=names)
 
     rows = [
-        Row("bad", bad, None, QUICK),
-        Row("child", colours, None, extending("bad")),
-        Row("grandchild", colours, None, extending("child")),
-        Row("good", colours, None, QUICK),
-        Row("good-child", colours, None, extending("good")),
+        LearnRow("bad", bad, None, QUICK),
+        LearnRow("child", colours, None, extending("bad")),
+        LearnRow("grandchild", colours, None, extending("child")),
+        LearnRow("good", colours, None, QUICK),
+        LearnRow("good-child", colours, None, extending("good")),
     ]
     outcomes = list(learn_many(learner, rows))
     assert [o.state for o in outcomes] == ["failed", "skipped", "skipped", "learned", "learned"]
@@ -172,11 +174,11 @@ def test_a_task_that_fails_is_named_and_takes_only_those_with_it_that_extend_it(
     assert outcomes[2].reason == "it extends 'child', which was skipped"
     assert [record.name for record in learner.registry.tasks()] == ["good", "good-child"]
     assert "grandchild, 3 of 5: skipped: it extends 'child', which was skipped" in caplog.text
-    mended = list(learn_many(learner, rows, skip_bad=True))
-    assert [o.state for o in mended] == ["learned"] * 3 + ["learned before"] * 2
+    skipping = list(learn_many(learner, rows, skip_bad=True))
+    assert [o.state for o in skipping] == ["learned"] * 3 + ["learned before"] * 2
 
 
-def test_an_error_that_no_input_explains_is_logged_whole_and_the_others_are_learned(
+def test_an_unexpected_error_is_logged_with_its_traceback_and_the_others_are_learned(
     learner: Learner, colours: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Broken(torch.utils.data.TensorDataset):
@@ -184,17 +186,19 @@ def test_an_error_that_no_input_explains_is_logged_whole_and_the_others_are_lear
             raise RuntimeError("the disk went")
 
     broken = Broken(torch.zeros(12, 3, 32, 32), torch.arange(12) % 2)
-    outcomes = list(learn_many(learner, [Row("broken", broken, None, QUICK), Row("good", colours, None, QUICK)]))
+    outcomes = list(
+        learn_many(learner, [LearnRow("broken", broken, None, QUICK), LearnRow("good", colours, None, QUICK)])
+    )
     assert [(o.state, o.reason) for o in outcomes] == [("failed", "RuntimeError: the disk went"), ("learned", "")]
     assert "Traceback" in caplog.text
 
 
-def test_a_name_taken_fails_unless_a_further_version_is_asked_for(
+def test_a_taken_name_fails_without_new_version(
     learner: Learner, colours: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.ERROR)
     learner.learn("first", colours, config=QUICK)
-    rows = [Row("first", colours, None, LearnConfig(epochs=1, learning_rate=0.1, fall_back=False))]
+    rows = [LearnRow("first", colours, None, LearnConfig(epochs=1, learning_rate=0.1, fall_back=False))]
     (taken,) = learn_many(learner, rows)
     assert "--new-version" in taken.reason
     (added,) = learn_many(learner, rows, new_version=True)

@@ -1,4 +1,4 @@
-"""Looking at records starts no framework: it would take longer than the look."""
+"""Reading records imports no framework, whose import would take longer than the read."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FRAMEWORKS = {"torch", "numpy", "timm", "sklearn", "safetensors", "alembic"}
     ],
     ids=" ".join,
 )
-def test_a_look_at_records_imports_no_framework(tmp_path: Path, command: tuple[str, ...]) -> None:
+def test_reading_records_imports_no_framework(tmp_path: Path, command: tuple[str, ...]) -> None:
     registry = shutil.copy(DATA / "five-tasks.db", tmp_path / "tasks.db")
     script = (
         f"import sys; sys.argv = ['addenda', *{command!r}, '--registry', {str(registry)!r}]\n"

@@ -1,4 +1,4 @@
-"""Every route asks for its scope; keys, hosts and origins."""
+"""Every route requires its scope; keys, hosts and origins."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ NEEDS = {
     },
 }
 EVENTS = "GET /api/v1/events"
-"""Its answer has no end, which a client in this process would wait for; tests/serving/test_api.py reads it."""
+"""Its response never ends, so the in-process client would hang; tests/serving/test_api.py reads it."""
 
 
 @pytest.fixture
@@ -79,63 +79,69 @@ def client(tiny: FrozenBackbone, registry: Registry, keys: KeyFile) -> Iterator[
 
 
 def routes(client: AppClient) -> dict[str, object]:
-    """Method and path of every operation of the OpenAPI document, with what it says of keys."""
+    """Method and path of every operation of the OpenAPI document, with its security requirement."""
     paths = client.get("/openapi.json").json()["paths"]
-    return {f"{how.upper()} {path}": one.get("security") for path, all_ in paths.items() for how, one in all_.items()}
+    return {
+        f"{method.upper()} {path}": operation.get("security")
+        for path, operations in paths.items()
+        for method, operation in operations.items()
+    }
 
 
-def ask(client: AppClient, route: str, key: str | None) -> int:
-    how, path = route.split(" ")
+def status_of(client: AppClient, route: str, key: str | None) -> int:
+    method, path = route.split(" ")
     for name in ("{name}", "{model}", "{alias}", "{asset}"):
         path = path.replace(name, "digits")
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-    return client.request(how, path.replace("{version}", "1"), headers=headers, follow_redirects=False).status_code
+    return client.request(method, path.replace("{version}", "1"), headers=headers, follow_redirects=False).status_code
 
 
 def test_every_route_is_listed_with_its_scope(client: AppClient) -> None:
-    said = routes(client)
-    for scope, listed in NEEDS.items():
-        assert {route for route, security in said.items() if security and security[0]["key"] == [scope]} == listed
-    assert {route for route, security in said.items() if not security} == PUBLIC
+    documented = routes(client)
+    for scope, expected in NEEDS.items():
+        assert {
+            route for route, security in documented.items() if security and security[0]["key"] == [scope]
+        } == expected
+    assert {route for route, security in documented.items() if not security} == PUBLIC
 
 
 def test_no_route_is_left_out_of_the_document(client: AppClient) -> None:
-    said, hidden, seen = routes(client), set(), 0
-    waiting: list[Any] = list(client.app.routes)
-    while waiting:
-        route = waiting.pop()
+    documented, hidden, num_routes = routes(client), set(), 0
+    pending: list[Any] = list(client.app.routes)
+    while pending:
+        route = pending.pop()
         if isinstance(route, APIRoute):
-            hidden |= {f"{how} {route.path}" for how in route.methods} - said.keys()
-            seen += 1
+            hidden |= {f"{method} {route.path}" for method in route.methods} - documented.keys()
+            num_routes += 1
         elif hasattr(route, "original_router"):
-            waiting += route.original_router.routes
+            pending += route.original_router.routes
         else:
             hidden.add(route.path)
     assert hidden == {"/openapi.json"}
-    assert seen == len(said)
+    assert num_routes == len(documented)
 
 
-@pytest.mark.parametrize("held", [None, "wrong", *SCOPES])
-def test_every_route_keeps_out_who_may_not(client: AppClient, keys: KeyFile, held: str | None) -> None:
-    made = {scope: keys.create(scope, scope) for scope in SCOPES}
-    key = made.get(held, held) if held else None
-    asked = 0
-    for scope, listed in NEEDS.items():
-        may = held in SCOPES and SCOPES.index(held) >= SCOPES.index(scope)
-        for route in listed - {EVENTS}:
-            code = ask(client, route, key)
+@pytest.mark.parametrize("owned", [None, "wrong", *SCOPES])
+def test_every_route_rejects_keys_without_its_scope(client: AppClient, keys: KeyFile, owned: str | None) -> None:
+    created = {scope: keys.create(scope, scope) for scope in SCOPES}
+    key = created.get(owned, owned) if owned else None
+    num_requests = 0
+    for scope, routes_of_scope in NEEDS.items():
+        allowed = owned in SCOPES and SCOPES.index(owned) >= SCOPES.index(scope)
+        for route in routes_of_scope - {EVENTS}:
+            code = status_of(client, route, key)
             page = route.startswith(("GET / ", "GET /tasks", "GET /exactness", "GET /page")) or route == "GET /"
-            refused = {401} if held not in SCOPES else {403}
-            if page and held not in SCOPES:
-                refused = {303}
-            assert (code not in {401, 403, 303}) if may else (code in refused), (route, held, code)
-            asked += 1
+            rejected = {401} if owned not in SCOPES else {403}
+            if page and owned not in SCOPES:
+                rejected = {303}
+            assert (code not in {401, 403, 303}) if allowed else (code in rejected), (route, owned, code)
+            num_requests += 1
     for route in PUBLIC:
-        assert ask(client, route, key) not in {401, 500}
-    assert asked > 25
+        assert status_of(client, route, key) not in {401, 500}
+    assert num_requests > 25
 
 
-def test_a_revoked_key_counts_no_more_and_the_last_one_opens_nothing(client: AppClient, keys: KeyFile) -> None:
+def test_a_revoked_key_is_rejected_and_keys_stay_required_without_any(client: AppClient, keys: KeyFile) -> None:
     assert client.get("/api/v1/status").status_code == 200
     headers = {"Authorization": f"Bearer {keys.create('shop', 'predict')}"}
     assert client.get("/api/v1/status").status_code == 401
@@ -146,44 +152,44 @@ def test_a_revoked_key_counts_no_more_and_the_last_one_opens_nothing(client: App
     assert client.get("/api/v1/status", headers=headers).status_code == 401
 
 
-def test_beyond_this_machine_no_keys_means_nobody(client: AppClient) -> None:
+def test_beyond_loopback_a_server_without_keys_rejects_all(client: AppClient) -> None:
     client.app.state.loopback = False
     assert client.get("/api/v1/status").status_code == 401
 
 
-def test_a_damaged_key_file_lets_nobody_in_and_only_the_log_says_why(
+def test_with_a_damaged_key_file_requests_are_rejected_and_only_the_log_has_the_reason(
     client: AppClient, keys: KeyFile, caplog: pytest.LogCaptureFixture
 ) -> None:
     headers = {"Authorization": f"Bearer {keys.create('shop', 'predict')}"}
     keys.path.write_text("[{]")
-    answer = client.get("/api/v1/status", headers=headers)
-    assert answer.status_code == 503
-    assert "cannot read its keys" in answer.json()["detail"]
-    assert str(keys.path) not in answer.text
-    assert f"The keys {str(keys.path)!r} cannot be read" in caplog.text
+    response = client.get("/api/v1/status", headers=headers)
+    assert response.status_code == 503
+    assert "cannot read its key file" in response.json()["detail"]
+    assert str(keys.path) not in response.text
+    assert f"Key file {str(keys.path)!r} cannot be read" in caplog.text
     assert client.get("/livez").status_code == 200
 
 
-def test_the_key_is_asked_for_before_a_body_is_read(client: AppClient, keys: KeyFile) -> None:
+def test_the_key_is_checked_before_a_body_is_read(client: AppClient, keys: KeyFile) -> None:
     keys.create("shop", "predict")
     body = b"x" * (client.app.state.service.limits.body_bytes + 1)
     assert client.post("/api/v1/predict", content=body).status_code == 401
 
 
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:80", "[", "localhost.evil.example", "127.0.0.1.nip.io"])
-def test_a_name_that_is_made_to_point_here_is_refused(client: AppClient, host: str) -> None:
+def test_another_host_name_is_rejected_on_loopback(client: AppClient, host: str) -> None:
     assert client.get("/api/v1/status", headers={"Host": host}).status_code == 421
 
 
 @pytest.mark.parametrize(
     "origin", ["http://evil.example", "http://[", "null", "http://localhost:81", "http://localhost.evil.example"]
 )
-def test_other_sites_pages_are_refused(client: AppClient, origin: str) -> None:
+def test_cross_origin_requests_are_rejected(client: AppClient, origin: str) -> None:
     assert client.post("/api/v1/verify", headers={"Origin": origin}).status_code == 403
     assert client.post("/api/v1/verify", headers={"Origin": "http://localhost"}).status_code == 200
 
 
-def test_a_cookie_does_what_its_key_does(client: AppClient, keys: KeyFile) -> None:
+def test_a_cookie_has_the_scope_of_its_key(client: AppClient, keys: KeyFile) -> None:
     key = keys.create("shop", "predict")
     client.cookies.set("addenda_key", key)
     assert client.get("/api/v1/status").status_code == 200
@@ -202,7 +208,7 @@ def test_neither_key_nor_header_nor_query_is_logged(
     assert not any("hush" in line or key in line for line in lines)
 
 
-def test_a_key_file_holds_no_key_and_is_its_owners_alone(keys: KeyFile) -> None:
+def test_a_key_file_has_no_key_in_plain_text_and_is_private_to_its_owner(keys: KeyFile) -> None:
     key = keys.create("shop", "predict")
     assert key.removeprefix("addenda_") not in keys.path.read_text()
     assert len(key.removeprefix("addenda_")) >= 43  # 256 bits in base64
@@ -211,27 +217,29 @@ def test_a_key_file_holds_no_key_and_is_its_owners_alone(keys: KeyFile) -> None:
     assert keys.find(key + "x") is None
 
 
-def test_what_is_no_key_file_is_refused(tmp_path: Path) -> None:
+def test_a_malformed_key_file_is_rejected(tmp_path: Path) -> None:
     for text in ("", "{}", "[1]", '[{"name": "a", "scope": "root", "sha256": "", "created_at": ""}]'):
         (tmp_path / "keys.json").write_text(text)
         with pytest.raises(KeyFileError):
             KeyFile(tmp_path / "keys.json")
 
 
-def test_the_commands_make_list_and_revoke_keys(run: Run, tmp_path: Path) -> None:
-    place = ("--keys", tmp_path / "keys.json")
-    made = run("keys", "create", "shop", "--scope", "predict", *place)
-    assert made.code == 0
-    assert KeyFile(tmp_path / "keys.json").find(made.out.strip()).scope == "predict"
-    assert run("keys", "create", "shop", "--scope", "predict", *place).code == 2
-    assert "no scope 'all'" in run("keys", "create", "other", "--scope", "all", *place).err
-    assert '"shop"' in run("keys", "list", "--json", *place).out
-    assert run("keys", "revoke", "shop", *place).code == 0
-    assert "no key 'shop'" in run("keys", "revoke", "shop", *place).err
+def test_the_commands_create_list_and_revoke_keys(run: Run, tmp_path: Path) -> None:
+    key_file = ("--keys", tmp_path / "keys.json")
+    created = run("keys", "create", "shop", "--scope", "predict", *key_file)
+    assert created.code == 0
+    assert KeyFile(tmp_path / "keys.json").find(created.out.strip()).scope == "predict"
+    assert run("keys", "create", "shop", "--scope", "predict", *key_file).code == 2
+    assert "Unknown scope 'all'" in run("keys", "create", "other", "--scope", "all", *key_file).err
+    assert '"shop"' in run("keys", "list", "--json", *key_file).out
+    assert run("keys", "revoke", "shop", *key_file).code == 0
+    assert "no key 'shop'" in run("keys", "revoke", "shop", *key_file).err
 
 
-def test_beyond_this_machine_a_server_wants_keys(run: Run, tmp_path: Path, registered: Callable[..., Task]) -> None:
+def test_beyond_loopback_a_server_starts_only_with_keys(
+    run: Run, tmp_path: Path, registered: Callable[..., Task]
+) -> None:
     registered("digits")
-    refused = run("serve", "--host", "0.0.0.0", "--keys", tmp_path / "none.json")
-    assert refused.code == 2
-    assert "addenda keys create" in refused.err
+    rejected = run("serve", "--host", "0.0.0.0", "--keys", tmp_path / "none.json")
+    assert rejected.code == 2
+    assert "addenda keys create" in rejected.err

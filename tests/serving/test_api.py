@@ -1,4 +1,4 @@
-"""The friendly API: images, tasks, bundles, aliases, verification, events."""
+"""The REST API: predictions, tasks, bundles, aliases, verification, events."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ MEDIA_TYPE = "application/problem+json"
 
 
 def picture(seed: int = 0, kind: str = "PNG", size: tuple[int, int] = (40, 40)) -> bytes:
-    made = BytesIO()
-    Image.effect_noise(size, 20 + seed).convert("RGB").save(made, kind)
-    return made.getvalue()
+    file = BytesIO()
+    Image.effect_noise(size, 20 + seed).convert("RGB").save(file, kind)
+    return file.getvalue()
 
 
 @pytest.fixture
@@ -37,51 +37,51 @@ def client(tiny: FrozenBackbone, registry: Registry, registered: Callable[..., T
 
 def expected(tiny: FrozenBackbone, task: Task, image: bytes) -> list[dict[str, Any]]:
     pixels = tiny.transform(Image.open(BytesIO(image)))[None]
-    best = predictions(task, CombinedModel(tiny, [task])(pixels)[task.name])[0]
-    return [{"label": label, "probability": probability} for label, probability in best]
+    labels = predictions(task, CombinedModel(tiny, [task])(pixels)[task.name])[0]
+    return [{"label": label, "probability": probability} for label, probability in labels]
 
 
-def problem(answer: Any, status: int, said: str) -> None:
-    assert answer.status_code == status, answer.text
-    assert answer.headers["content-type"] == MEDIA_TYPE
-    assert said in answer.json()["detail"]
-    assert answer.json()["status"] == status
+def problem(response: Any, status: int, detail: str) -> None:
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == MEDIA_TYPE
+    assert detail in response.json()["detail"]
+    assert response.json()["status"] == status
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
-def test_an_image_is_answered_as_the_model_answers_it(
+def test_predictions_are_those_of_the_model(
     client: AppClient, tiny: FrozenBackbone, registry: Registry, kind: str
 ) -> None:
     image = picture(kind=kind)
-    answer = client.post("/api/v1/predict", content=image).json()
-    assert (answer["generation"], answer["exact"]) == (registry.generation, True)
+    prediction = client.post("/api/v1/predict", content=image).json()
+    assert (prediction["generation"], prediction["exact"]) == (registry.generation, True)
     for name in ("digits", "strokes"):
         task = registry.get(name)
-        assert answer["tasks"][name]["labels"] == expected(tiny, task, image)
-        assert (answer["tasks"][name]["ref"], answer["tasks"][name]["sha256"]) == (task.ref, task.sha256)
-    assert client.post("/api/v1/predict", files={"image": image}).json() == answer
+        assert prediction["tasks"][name]["labels"] == expected(tiny, task, image)
+        assert (prediction["tasks"][name]["ref"], prediction["tasks"][name]["sha256"]) == (task.ref, task.sha256)
+    assert client.post("/api/v1/predict", files={"image": image}).json() == prediction
 
 
-def test_tasks_and_labels_are_chosen(client: AppClient) -> None:
-    def asked(**query: Any) -> dict[str, Any]:
-        answer: dict[str, Any] = client.post("/api/v1/predict", content=picture(), params=query).json()
-        return answer["tasks"]
+def test_tasks_and_the_number_of_labels_are_selected(client: AppClient) -> None:
+    def tasks(**query: Any) -> dict[str, Any]:
+        prediction: dict[str, Any] = client.post("/api/v1/predict", content=picture(), params=query).json()
+        return prediction["tasks"]
 
-    assert list(asked(tasks="strokes")) == ["strokes"]
-    assert list(asked(tasks=["strokes", "digits"])) == list(asked(tasks="strokes,digits")) == ["strokes", "digits"]
-    assert [len(one["labels"]) for one in asked(top=1).values()] == [1, 1]
+    assert list(tasks(tasks="strokes")) == ["strokes"]
+    assert list(tasks(tasks=["strokes", "digits"])) == list(tasks(tasks="strokes,digits")) == ["strokes", "digits"]
+    assert [len(task["labels"]) for task in tasks(top=1).values()] == [1, 1]
 
 
-def test_what_cannot_be_answered_is_a_problem_that_says_why(client: AppClient) -> None:
+def test_an_invalid_request_gets_a_problem_document_with_the_reason(client: AppClient) -> None:
     post = client.post
-    problem(post("/api/v1/predict", content=b"GIF89a"), 400, "no JPEG, PNG, WEBP file")
-    problem(post("/api/v1/predict", content=picture(kind="GIF")), 400, "no JPEG, PNG, WEBP file")
+    problem(post("/api/v1/predict", content=b"GIF89a"), 400, "not a JPEG, PNG, WEBP file")
+    problem(post("/api/v1/predict", content=picture(kind="GIF")), 400, "not a JPEG, PNG, WEBP file")
     problem(post("/api/v1/predict", content=picture()[:200]), 400, "cannot be read")
     problem(post("/api/v1/predict", content=b""), 400, "cannot be read")
     problem(post("/api/v1/predict?tasks=other", content=picture()), 404, "'other' is not served. Served: 'digits'")
     problem(post("/api/v1/predict?top=0", content=picture()), 422, "query.top")
-    problem(post("/api/v1/predict?task=auto", content=picture()), 409, "nothing was kept of any task's images")
-    problem(post("/api/v1/predict?task=auto&tasks=digits", content=picture()), 400, "leave 'tasks' out")
+    problem(post("/api/v1/predict?task=auto", content=picture()), 409, "No registered task has routing statistics")
+    problem(post("/api/v1/predict?task=auto&tasks=digits", content=picture()), 400, "cannot be combined with 'tasks'")
     problem(post("/api/v1/predict", files={"other": picture()}), 400, "'image'")
     damaged = {"Content-Type": "multipart/form-data; boundary=x"}
     problem(post("/api/v1/predict", content=b"--y\r\n", headers=damaged), 400, "form")
@@ -89,27 +89,27 @@ def test_what_cannot_be_answered_is_a_problem_that_says_why(client: AppClient) -
     problem(post("/api/v1/predict", content=b"x", headers={"Content-Encoding": "br"}), 415, "'br'")
     problem(post("/api/v1/predict", content=b"x", headers={"Content-Encoding": "gzip"}), 400, "gzip")
     problem(client.get("/api/v1/tasks?limit=0"), 422, "limit")
-    problem(client.get("/api/v1/tasks?since=never"), 400, "'never' is no time")
+    problem(client.get("/api/v1/tasks?since=never"), 400, "'never' is not an ISO 8601 time")
     problem(client.get("/api/v1/tasks/other"), 404, "Known: 'digits'")
-    problem(client.get("/api/v1/tasks/digits:1"), 404, "names hold no ':'")
+    problem(client.get("/api/v1/tasks/digits:1"), 404, "a name has no ':'")
     problem(client.get("/api/v1/nothing"), 404, "Not Found")
 
 
-def test_what_is_too_large_is_refused(tiny: FrozenBackbone, registry: Registry) -> None:
+def test_requests_over_the_size_limits_are_rejected(tiny: FrozenBackbone, registry: Registry) -> None:
     import gzip
 
     limits = Limits(body_bytes=20_000, bundle_bytes=30_000, pixels=10_000)
     with client_of(tiny, registry, limits=limits) as client:
-        problem(client.post("/api/v1/predict", content=b"x" * 20_001), 413, "more than the 20000 bytes")
+        problem(client.post("/api/v1/predict", content=b"x" * 20_001), 413, "exceeds 20000 bytes")
         bomb = gzip.compress(b"x" * 10_000_000)
         assert len(bomb) < 20_000
-        answer = client.post("/api/v1/predict", content=bomb, headers={"Content-Encoding": "gzip"})
-        problem(answer, 413, "more than the 20000 bytes")
+        response = client.post("/api/v1/predict", content=bomb, headers={"Content-Encoding": "gzip"})
+        problem(response, 413, "exceeds 20000 bytes")
         two = gzip.compress(picture()) + gzip.compress(picture())
-        answer = client.post("/api/v1/predict", content=two, headers={"Content-Encoding": "gzip"})
-        problem(answer, 400, "one stream of gzip")
-        problem(client.post("/api/v1/predict", content=picture(size=(101, 100))), 413, "at most 10000")
-        problem(client.post("/api/v1/tasks", content=b"x" * 30_001), 413, "more than the 30000 bytes")
+        response = client.post("/api/v1/predict", content=two, headers={"Content-Encoding": "gzip"})
+        problem(response, 400, "one valid gzip stream")
+        problem(client.post("/api/v1/predict", content=picture(size=(101, 100))), 413, "the maximum is 10000")
+        problem(client.post("/api/v1/tasks", content=b"x" * 30_001), 413, "exceeds 30000 bytes")
 
 
 def test_tasks_are_listed_with_their_state_in_pages(
@@ -117,24 +117,24 @@ def test_tasks_are_listed_with_their_state_in_pages(
 ) -> None:
     registered("digits", new_version=True, seed=7)
     assert client.app.state.service.follower.settle(registry.generation, 10)
-    found = client.get("/api/v1/tasks").json()
-    states = {one["ref"]: one["state"] for one in found["tasks"]}
+    listing = client.get("/api/v1/tasks").json()
+    states = {task["ref"]: task["state"] for task in listing["tasks"]}
     assert states == {"digits:1": "not served", "strokes:1": "serving", "digits:2": "serving"}
-    assert found["next"] is None
+    assert listing["next"] is None
     page = client.get("/api/v1/tasks?limit=2").json()
-    assert [one["ref"] for one in page["tasks"]] == ["strokes:1", "digits:2"]
-    rest = client.get("/api/v1/tasks", params={"limit": 2, "before": page["next"]}).json()
-    assert [one["ref"] for one in rest["tasks"]] == ["digits:1"]
+    assert [task["ref"] for task in page["tasks"]] == ["strokes:1", "digits:2"]
+    older = client.get("/api/v1/tasks", params={"limit": 2, "before": page["next"]}).json()
+    assert [task["ref"] for task in older["tasks"]] == ["digits:1"]
     assert client.get("/api/v1/tasks/digits").json()["ref"] == "digits:2"
-    assert [one["ref"] for one in client.get("/api/v1/tasks/digits/versions").json()] == ["digits:1", "digits:2"]
+    assert [task["ref"] for task in client.get("/api/v1/tasks/digits/versions").json()] == ["digits:1", "digits:2"]
     assert client.get("/api/v1/tasks/digits/versions/1").json()["record"]["sha256"] == registry.get("digits:1").sha256
     assert client.get("/api/v1/tasks/digits/versions/1/lineage").json()["extends"]["ref"] == "digits:1"
 
 
-def test_an_artifact_is_its_bytes_under_its_sha256(client: AppClient, registry: Registry) -> None:
-    found = client.get("/api/v1/tasks/digits/versions/1/artifact")
+def test_an_artifact_is_returned_with_its_sha256_as_etag(client: AppClient, registry: Registry) -> None:
+    response = client.get("/api/v1/tasks/digits/versions/1/artifact")
     task = registry.get("digits")
-    assert (found.content, found.headers["etag"]) == (task.artifact, f'"{task.sha256}"')
+    assert (response.content, response.headers["etag"]) == (task.artifact, f'"{task.sha256}"')
     again = client.get("/api/v1/tasks/digits/versions/1/artifact", headers={"If-None-Match": f'"{task.sha256}"'})
     assert (again.status_code, again.content) == (304, b"")
     other = client.get("/api/v1/tasks/digits/versions/1/artifact", headers={"If-None-Match": f'"{"0" * 64}"'})
@@ -154,20 +154,24 @@ def bundle(tiny: FrozenBackbone, tmp_path: Path) -> bytes:
     return (tmp_path / "shapes.addenda").read_bytes()
 
 
-def test_a_bundle_is_served_when_its_registration_is_answered(client: AppClient, bundle: bytes) -> None:
-    tried = client.post("/api/v1/tasks?dry_run=true", content=bundle)
-    assert (tried.status_code, tried.json()["tasks"][0]["outcome"]) == (200, "added")
+def test_registering_a_bundle_responds_once_it_is_served(client: AppClient, bundle: bytes) -> None:
+    dry_run = client.post("/api/v1/tasks?dry_run=true", content=bundle)
+    assert (dry_run.status_code, dry_run.json()["tasks"][0]["outcome"]) == (200, "added")
     assert "shapes" not in client.get("/api/v1/status").json()["tasks"]
-    made = client.post("/api/v1/tasks", content=bundle, headers={"Idempotency-Key": "one"})
-    assert (made.status_code, made.json()["tasks"][0]["state"]) == (201, "serving")
-    answer = client.post("/api/v1/predict?tasks=shapes", content=picture()).json()
-    assert answer["generation"] == made.json()["generation"]
-    again = client.post("/api/v1/tasks", content=bundle, headers={"Idempotency-Key": "one"})
-    assert (again.status_code, again.json()) == (201, made.json())
-    there = client.post("/api/v1/tasks", content=bundle)
-    assert (there.status_code, there.json()["tasks"][0]["outcome"]) == (200, "there already")
-    problem(client.post("/api/v1/tasks", content=b"other", headers={"Idempotency-Key": "one"}), 422, "'one' came with")
-    problem(client.post("/api/v1/tasks", content=bundle[:300]), 422, "Bundle cannot be taken in")
+    created = client.post("/api/v1/tasks", content=bundle, headers={"Idempotency-Key": "one"})
+    assert (created.status_code, created.json()["tasks"][0]["state"]) == (201, "serving")
+    prediction = client.post("/api/v1/predict?tasks=shapes", content=picture()).json()
+    assert prediction["generation"] == created.json()["generation"]
+    repeated = client.post("/api/v1/tasks", content=bundle, headers={"Idempotency-Key": "one"})
+    assert (repeated.status_code, repeated.json()) == (201, created.json())
+    existing = client.post("/api/v1/tasks", content=bundle)
+    assert (existing.status_code, existing.json()["tasks"][0]["outcome"]) == (200, "there already")
+    problem(
+        client.post("/api/v1/tasks", content=b"other", headers={"Idempotency-Key": "one"}),
+        422,
+        "'one' was already used",
+    )
+    problem(client.post("/api/v1/tasks", content=bundle[:300]), 422, "Bundle cannot be imported")
     changed = bundle[:-1] + bytes([bundle[-1] ^ 1])
     problem(client.post("/api/v1/tasks", content=changed), 422, "has changed")
 
@@ -182,17 +186,17 @@ def test_a_change_is_recorded_in_the_name_of_its_key(
         assert client.post("/api/v1/tasks", content=bundle, headers=headers).status_code == 201
         path = "/api/v1/tasks/digits/aliases/production"
         assert client.put(path, json={"version": 1}, headers={**headers, "If-None-Match": "*"}).status_code == 200
-    told = [(event.kind, event.created_by) for event in registry.events()[-2:]]
-    assert told == [("imported", "key boss"), ("alias", "key boss")]
+    recorded = [(event.kind, event.created_by) for event in registry.events()[-2:]]
+    assert recorded == [("imported", "key boss"), ("alias", "key boss")]
 
 
-def test_what_no_alias_points_at_is_registered_and_not_served(
+def test_a_version_without_the_alias_is_registered_but_not_served(
     tiny: FrozenBackbone, registry: Registry, bundle: bytes
 ) -> None:
     with client_of(tiny, registry, alias="production") as client:
-        made = client.post("/api/v1/tasks", content=bundle).json()["tasks"][0]
-        assert (made["outcome"], made["state"]) == ("added", "not served")
-        assert "'production'" in made["reason"]
+        task = client.post("/api/v1/tasks", content=bundle).json()["tasks"][0]
+        assert (task["outcome"], task["state"]) == ("added", "not served")
+        assert "'production'" in task["reason"]
         path = "/api/v1/tasks/shapes/aliases/production"
         assert client.put(path, json={"version": 1}, headers={"If-None-Match": "*"}).status_code == 200
         assert client.get("/api/v1/status").json()["tasks"] == {"shapes": "shapes:1"}
@@ -200,7 +204,7 @@ def test_what_no_alias_points_at_is_registered_and_not_served(
         assert client.get("/api/v1/status").json()["tasks"] == {}
 
 
-def test_an_alias_is_moved_only_from_where_it_is(client: AppClient, registered: Callable[..., Task]) -> None:
+def test_an_alias_is_moved_only_if_the_precondition_holds(client: AppClient, registered: Callable[..., Task]) -> None:
     registered("digits", new_version=True, seed=7)
     path = "/api/v1/tasks/digits/aliases/production"
 
@@ -223,26 +227,25 @@ def test_an_alias_is_moved_only_from_where_it_is(client: AppClient, registered: 
     problem(client.get(path), 404, "is not registered")
 
 
-def test_a_verification_is_answered_and_kept(client: AppClient) -> None:
-    found = client.post("/api/v1/verify").json()
-    assert found["ok"]
-    assert [(one["task"], one["identical"]) for one in found["tasks"]] == [("digits:1", True), ("strokes:1", True)]
+def test_a_verification_is_returned_and_listed(client: AppClient) -> None:
+    result = client.post("/api/v1/verify").json()
+    assert result["ok"]
+    verdicts = [(verdict["task"], verdict["identical"]) for verdict in result["tasks"]]
+    assert verdicts == [("digits:1", True), ("strokes:1", True)]
     client.post("/api/v1/verify")
-    kept = client.get("/api/v1/verifications").json()
-    assert (len(kept), kept[-1]) == (2, found)
+    listed = client.get("/api/v1/verifications").json()
+    assert (len(listed), listed[-1]) == (2, result)
 
 
-def test_a_change_of_the_served_weights_is_found_by_verification(
-    client: AppClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_verification_detects_changed_head_weights(client: AppClient, monkeypatch: pytest.MonkeyPatch) -> None:
     head = client.app.state.service.snapshot.model.heads[0]
     monkeypatch.setattr(head, "weight", head.weight + 1)
-    found = client.post("/api/v1/verify").json()
-    assert not found["ok"]
-    assert [(one["task"], one["ok"]) for one in found["tasks"]] == [("digits:1", False), ("strokes:1", True)]
+    result = client.post("/api/v1/verify").json()
+    assert not result["ok"]
+    assert [(task["task"], task["ok"]) for task in result["tasks"]] == [("digits:1", False), ("strokes:1", True)]
 
 
-def test_a_change_of_a_weight_that_no_task_reads_is_found_by_verification(client: AppClient) -> None:
+def test_verification_detects_a_changed_weight_that_no_task_uses(client: AppClient) -> None:
     weight = client.app.state.service.backbone.model.head.weight
     before = weight.data.clone()
     try:
@@ -253,7 +256,7 @@ def test_a_change_of_a_weight_that_no_task_reads_is_found_by_verification(client
 
 
 @pytest.mark.slow
-def test_listeners_are_told_of_each_generation_and_hang_up_nothing(
+def test_listeners_get_an_event_per_generation_and_do_not_block_shutdown(
     tmp_path: Path, registry: Registry, glyphs: FrozenBackbone
 ) -> None:
     from addenda.combined import golden
@@ -263,13 +266,13 @@ def test_listeners_are_told_of_each_generation_and_hang_up_nothing(
     first = random_task(glyphs, "digits")
     registry.register(first, golden(glyphs, first))
     with ServedProcess(registry.location, tmp_path, "--drain", 0) as server:
-        with httpx2.stream("GET", f"{server.url}/api/v1/events", timeout=30) as answer:
-            lines = answer.iter_lines()
+        with httpx2.stream("GET", f"{server.url}/api/v1/events", timeout=30) as response:
+            lines = response.iter_lines()
 
             def event() -> dict[str, Any]:
                 data = next(line for line in lines if line.startswith("data:"))
-                told: dict[str, Any] = json.loads(data.removeprefix("data:"))
-                return told
+                sent: dict[str, Any] = json.loads(data.removeprefix("data:"))
+                return sent
 
             assert event()["tasks"] == {"digits": "digits:1"}
             second = random_task(glyphs, "strokes", seed=3)
@@ -280,5 +283,5 @@ def test_listeners_are_told_of_each_generation_and_hang_up_nothing(
                 "quarantined": {},
             }
             server.process.terminate()
-            assert not any(line.startswith("data:") for line in lines)  # and they end
+            assert not any(line.startswith("data:") for line in lines)  # the stream ends
         assert server.process.wait(20) == 0

@@ -1,4 +1,4 @@
-"""The files for operators agree with the application: routes, ports, options, metrics and times."""
+"""The deployment files agree with the application: routes, ports, options, metrics and timeouts."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from tests.support.servers import client_of
 DEPLOY = ROOT / "deploy"
 OPERATOR = DEPLOY.parent / "docs" / "operator.md"
 STOP_S = 30
-"""What `addenda serve` gives to what was begun, after the drain."""
+"""Seconds that `addenda serve` gives pending requests after the drain."""
 START_S = 423
-"""What a server of 2,000 tasks took to start (docs/scale.md)."""
+"""Start-up seconds of a server with 2,000 tasks (docs/scale.md)."""
 
 
 def options_of_serve() -> set[str]:
@@ -38,7 +38,7 @@ def container() -> dict[str, Any]:
 
 
 def value(arguments: list[str], option: str) -> int:
-    return int(next(one.partition("=")[2] for one in arguments if one.startswith(f"{option}=")))
+    return int(next(word.partition("=")[2] for word in arguments if word.startswith(f"{option}=")))
 
 
 def alerts() -> list[dict[str, Any]]:
@@ -64,7 +64,7 @@ def after(words: list[str], option: str) -> str:
     return words[words.index(option) + 1]
 
 
-def test_the_probes_ask_for_what_exists(tiny: FrozenBackbone, registry: Registry) -> None:
+def test_the_probes_request_existing_routes(tiny: FrozenBackbone, registry: Registry) -> None:
     probes = [container()[probe]["httpGet"] for probe in ("startupProbe", "readinessProbe", "livenessProbe")]
     with client_of(tiny, registry) as client:
         assert [client.get(probe["path"]).status_code for probe in probes] == [200] * 3
@@ -72,17 +72,20 @@ def test_the_probes_ask_for_what_exists(tiny: FrozenBackbone, registry: Registry
 
 
 def test_ports_and_names_agree_in_kubernetes() -> None:
-    found, arguments = manifests(), container()["args"]
+    documents, arguments = manifests(), container()["args"]
     ports = {port["name"]: port["containerPort"] for port in container()["ports"]}
     assert ports == {"http": value(arguments, "--port"), "metrics": value(arguments, "--metrics-port")}
-    assert found["Service"]["spec"]["ports"][0]["targetPort"] == "http"
-    template = found["Deployment"]["spec"]["template"]
+    assert documents["Service"]["spec"]["ports"][0]["targetPort"] == "http"
+    template = documents["Deployment"]["spec"]["template"]
     assert template["metadata"]["annotations"]["prometheus.io/port"] == str(ports["metrics"])
-    for selector in (found["Service"]["spec"]["selector"], found["Deployment"]["spec"]["selector"]["matchLabels"]):
+    for selector in (
+        documents["Service"]["spec"]["selector"],
+        documents["Deployment"]["spec"]["selector"]["matchLabels"],
+    ):
         assert selector.items() <= template["metadata"]["labels"].items()
-    wanted = [env["valueFrom"]["secretKeyRef"] for env in container()["env"] if "valueFrom" in env]
-    assert {one["name"] for one in wanted} == {found["Secret"]["metadata"]["name"]}
-    assert {one["key"] for one in wanted} | {"keys.json"} == found["Secret"]["stringData"].keys()
+    references = [env["valueFrom"]["secretKeyRef"] for env in container()["env"] if "valueFrom" in env]
+    assert {reference["name"] for reference in references} == {documents["Secret"]["metadata"]["name"]}
+    assert {reference["key"] for reference in references} | {"keys.json"} == documents["Secret"]["stringData"].keys()
 
 
 def test_the_metrics_have_one_port_everywhere() -> None:
@@ -91,23 +94,25 @@ def test_the_metrics_have_one_port_everywhere() -> None:
     exposed = re.search(r"^EXPOSE (.*)$", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE)
     image = words_of_the_image()
     assert exposed[1].split() == [after(image, "--port"), after(image, "--metrics-port")]
-    [told] = re.findall(r"^addenda serve (.*--metrics-port.*)$", OPERATOR.read_text(), re.MULTILINE)
-    ports = {after(words, "--metrics-port") for words in (words_of_the_unit(), image, shlex.split(told, comments=True))}
+    [command] = re.findall(r"^addenda serve (.*--metrics-port.*)$", OPERATOR.read_text(), re.MULTILINE)
+    ports = {
+        after(words, "--metrics-port") for words in (words_of_the_unit(), image, shlex.split(command, comments=True))
+    }
     assert ports == {str(value(container()["args"], "--metrics-port"))}
-    assert after(shlex.split(told), "--host") == after(words_of_the_unit(), "--host")
+    assert after(shlex.split(command), "--host") == after(words_of_the_unit(), "--host")
 
 
-def test_everybody_reaches_the_http_port_and_a_namespace_the_metrics() -> None:
+def test_the_network_policy_opens_the_http_port_to_all_and_the_metrics_port_to_one_namespace() -> None:
     policy = manifests()["NetworkPolicy"]["spec"]
     assert policy["podSelector"] == manifests()["Deployment"]["spec"]["selector"]
     assert policy["policyTypes"] == ["Ingress"]
     reached = {port["port"]: rule.get("from") for rule in policy["ingress"] for port in rule["ports"]}
     assert reached.keys() == {port["name"] for port in container()["ports"]}
     assert reached["http"] is None
-    assert [set(one) for one in reached["metrics"]] == [{"namespaceSelector"}]
+    assert [set(source) for source in reached["metrics"]] == [{"namespaceSelector"}]
 
 
-def test_probes_wait_as_long_as_they_must() -> None:
+def test_the_probes_allow_for_start_up_and_drain() -> None:
     def patience(probe: str) -> int:
         return container()[probe]["periodSeconds"] * container()[probe]["failureThreshold"]
 
@@ -116,7 +121,7 @@ def test_probes_wait_as_long_as_they_must() -> None:
     assert patience("readinessProbe") < value(container()["args"], "--drain")
 
 
-def test_what_is_stopped_has_the_time_that_it_takes() -> None:
+def test_the_grace_periods_cover_drain_and_shutdown() -> None:
     grace = manifests()["Deployment"]["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
     waits = int(container()["lifecycle"]["preStop"]["exec"]["command"][1])
     assert waits + value(container()["args"], "--drain") + STOP_S < grace
@@ -125,7 +130,7 @@ def test_what_is_stopped_has_the_time_that_it_takes() -> None:
     assert int(drain[1]) + STOP_S < int(stop[1])
 
 
-def test_every_option_that_is_given_exists() -> None:
+def test_every_option_in_the_deployment_files_exists() -> None:
     given = [*words_of_the_unit(), *words_of_the_image(), *container()["args"]]
     options = {word.partition("=")[0] for word in given if word.startswith("--")}
     assert len(options) > 5
@@ -142,14 +147,16 @@ def test_the_alerts_are_about_metrics_that_exist(tiny: FrozenBackbone, registry:
     assert len(names) > 4
     assert all(f"\n{name}" in shown for name in names), names
     assert 'route="/livez"' in shown
-    asked = [re.compile(route) for expression in expressions for route in re.findall(r'route=~"([^"]*)"', expression)]
-    assert len(asked) == 3
+    patterns = [
+        re.compile(route) for expression in expressions for route in re.findall(r'route=~"([^"]*)"', expression)
+    ]
+    assert len(patterns) == 3
     predict = {route for route in routes if route.endswith(("/predict", "/infer"))}
     assert len(predict) == 3
-    assert all({route for route in routes if one.fullmatch(route)} == predict for one in asked)
+    assert all({route for route in routes if pattern.fullmatch(route)} == predict for pattern in patterns)
 
 
-def test_prometheus_loads_the_alerts_and_each_says_how_bad_it_is() -> None:
+def test_prometheus_loads_the_alerts_and_each_has_a_severity() -> None:
     assert prometheus()["rule_files"] == ["alerts.yaml"]
     assert {rule["alert"] for rule in alerts()} > {"AddendaDown", "AddendaNothingServed"}
     assert all(rule["labels"]["severity"] in ("critical", "warning") for rule in alerts())
@@ -158,7 +165,7 @@ def test_prometheus_loads_the_alerts_and_each_says_how_bad_it_is() -> None:
 
 
 def pinned() -> dict[str, Version]:
-    """What an image holds beside torch, by the file of hashes."""
+    """The package versions in an image, except torch, from the constraints file."""
     text = (DEPLOY / "constraints.txt").read_text()
     entries = re.findall(
         r"^([a-z0-9-]+)==(\S+) \\\n((?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)", text, re.MULTILINE
@@ -167,22 +174,22 @@ def pinned() -> dict[str, Version]:
     return {name: Version(version) for name, version, _ in entries}
 
 
-def test_two_builds_of_an_image_hold_the_same_versions() -> None:
+def test_image_builds_pin_all_versions() -> None:
     dockerfile = (DEPLOY / "Dockerfile").read_text()
     [torch] = re.findall(r"torch==(\S+) torchvision==(\S+)", dockerfile)
-    held = pinned() | dict(zip(("torch", "torchvision"), map(Version, torch), strict=True))
+    installed = pinned() | dict(zip(("torch", "torchvision"), map(Version, torch), strict=True))
     project = tomllib.loads((DEPLOY.parent / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     for text in (*project["dependencies"], *extras["serve"], *extras["postgres"]):
-        wanted = Requirement(text)
-        assert held[wanted.name] in wanted.specifier, text
+        requirement = Requirement(text)
+        assert installed[requirement.name] in requirement.specifier, text
     assert re.search(r"^ARG BASE=python:3\.12-slim@sha256:[0-9a-f]{64}$", dockerfile, re.MULTILINE)
     assert re.findall(r"^FROM (\S+)", dockerfile, re.MULTILINE) == ["${BASE}"] * 2
     installs = re.findall(r"pip install (.*?)(?:&&|$)", dockerfile, re.MULTILINE)
-    assert [bool(re.search("--require-hashes|torch==|--no-deps", one)) for one in installs] == [True] * 3
+    assert [bool(re.search("--require-hashes|torch==|--no-deps", install)) for install in installs] == [True] * 3
 
 
-def test_an_image_is_made_of_the_package_and_of_nothing_of_a_persons() -> None:
+def test_the_build_context_contains_the_package_only() -> None:
     lines = (DEPLOY.parent / ".dockerignore").read_text().splitlines()
     assert lines[1] == "*"
     allowed = {line.removeprefix("!") for line in lines if line.startswith("!")}
@@ -196,7 +203,7 @@ def test_an_image_is_made_of_the_package_and_of_nothing_of_a_persons() -> None:
     assert {"**/*.db*", "**/addenda-keys*"} <= set(lines)
 
 
-def test_the_database_is_believed_by_its_certificate_and_replicas_are_spread() -> None:
+def test_the_database_certificate_is_verified_and_replicas_are_spread() -> None:
     registry = manifests()["Secret"]["stringData"]["registry"]
     query = parse_qs(urlsplit(registry).query)
     assert query == {"sslmode": ["verify-full"], "sslrootcert": ["system"]}
@@ -206,18 +213,18 @@ def test_the_database_is_believed_by_its_certificate_and_replicas_are_spread() -
     assert spread["labelSelector"] == manifests()["Deployment"]["spec"]["selector"]
 
 
-def test_the_unit_may_do_what_a_server_does_and_no_more() -> None:
+def test_the_systemd_unit_is_sandboxed() -> None:
     lines = (DEPLOY / "addenda.service").read_text().splitlines()
     settings = dict(line.split("=", 1) for line in lines if re.match(r"[A-Z]\w+=", line))
     assert settings["UMask"] == "0077"
     assert settings["CapabilityBoundingSet"] == settings["AmbientCapabilities"] == ""
     assert {"MemoryMax", "TasksMax", "SystemCallFilter", "RestrictNamespaces"} <= settings.keys()
-    kernel = [f"ProtectKernel{what}" for what in ("Logs", "Modules", "Tunables")]
+    kernel = [f"ProtectKernel{suffix}" for suffix in ("Logs", "Modules", "Tunables")]
     assert [settings[name] for name in kernel] == ["yes"] * 3
-    assert "MemoryDenyWriteExecute" not in settings, "torch writes code when it runs"
+    assert "MemoryDenyWriteExecute" not in settings, "torch generates code at run time"
 
 
-def test_ci_fails_where_pages_cannot_be_tested() -> None:
+def test_ci_fails_without_a_browser() -> None:
     run = (DEPLOY.parent / ".ci" / "run").read_text()
     assert "export ADDENDA_TEST_BROWSER=required" in run
     assert re.search(r"command -v chromium .*\|\| \{ .*exit 1; \}", run)

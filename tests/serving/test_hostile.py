@@ -1,4 +1,4 @@
-"""What strangers send: tasks whose answers are no numbers, names that are others', and requests made to wear out."""
+"""Hostile input: tasks with non-finite logits, other users' names, and requests meant to exhaust the server."""
 
 from __future__ import annotations
 
@@ -59,14 +59,14 @@ PREDICT = "/api/v1/predict"
 
 
 def infinite(backbone: FrozenBackbone, name: str = "bad") -> Task:
-    """A task of finite weights whose logits are not."""
+    """A task with finite weights and infinite logits."""
     return replace(random_task(backbone, name), head_weight=torch.full((3, backbone.embed_dim), 3e38))
 
 
 def registered_before(
     monkeypatch: pytest.MonkeyPatch, registry: Registry, backbone: FrozenBackbone, task: Task
 ) -> None:
-    """Registers a task as versions did that looked at less."""
+    """Registers a task as earlier versions with fewer checks did."""
     with monkeypatch.context() as before:
         before.setattr(registration, "is_finite", lambda *_: True)
         before.setattr(registration, "check_bounds", lambda *_: None)
@@ -74,26 +74,30 @@ def registered_before(
         registry.register(task, golden(backbone, task))
 
 
-# --- tasks whose answers are no numbers -------------------------------------------------------------------------------
+# --- tasks with non-finite logits -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["weights", "temperature"])
-def test_a_task_that_answers_no_numbers_is_refused_when_it_is_registered(
-    tiny: FrozenBackbone, registry: Registry, how: str
+@pytest.mark.parametrize("cause", ["weights", "temperature"])
+def test_a_task_with_non_finite_predictions_cannot_be_registered(
+    tiny: FrozenBackbone, registry: Registry, cause: str
 ) -> None:
-    task = infinite(tiny) if how == "weights" else replace(random_task(tiny, "bad"), temperature=1e-300)
+    task = infinite(tiny) if cause == "weights" else replace(random_task(tiny, "bad"), temperature=1e-300)
     registry.add_backbone(tiny.record())
-    with pytest.raises(RegistryError, match=r"Task 'bad'.* (NaN or infinite|the temperature 1e-300)"):
+    with pytest.raises(RegistryError, match=r"Task 'bad'.* (NaN or infinite|temperature 1e-300)"):
         registry.register(task, golden(tiny, task))
     assert registry.tasks() == []
 
 
-@pytest.mark.parametrize("how", ["weights", "temperature"])
-def test_one_that_is_there_is_quarantined_and_the_others_are_served(
-    tiny: FrozenBackbone, registry: Registry, registered: Callable[..., Task], monkeypatch: pytest.MonkeyPatch, how: str
+@pytest.mark.parametrize("cause", ["weights", "temperature"])
+def test_a_registered_task_with_non_finite_predictions_is_quarantined_and_the_others_are_served(
+    tiny: FrozenBackbone,
+    registry: Registry,
+    registered: Callable[..., Task],
+    monkeypatch: pytest.MonkeyPatch,
+    cause: str,
 ) -> None:
     registered("good")
-    task = infinite(tiny) if how == "weights" else replace(random_task(tiny, "bad"), temperature=1e-300)
+    task = infinite(tiny) if cause == "weights" else replace(random_task(tiny, "bad"), temperature=1e-300)
     registered_before(monkeypatch, registry, tiny, task)
     (verdict,) = verify(tiny, [(registry.get("bad"), registry.goldens("bad"))])
     assert not verdict.ok
@@ -101,69 +105,69 @@ def test_one_that_is_there_is_quarantined_and_the_others_are_served(
         status = client.get("/api/v1/status").json()
         assert list(status["tasks"]) == ["good"]
         assert "NaN or infinite" in status["quarantined"]["bad:1"]
-        answer = client.post(PREDICT, content=pictures(1)[0])
-        assert list(answer.json()["tasks"]) == ["good"]
-        asked = client.post("/v2/models/combined/infer", json={"inputs": pixels(0.5)})
-        assert asked.status_code == 200
+        prediction = client.post(PREDICT, content=pictures(1)[0])
+        assert list(prediction.json()["tasks"]) == ["good"]
+        response = client.post("/v2/models/combined/infer", json={"inputs": pixels(0.5)})
+        assert response.status_code == 200
 
 
-def test_one_that_fails_for_some_images_is_named_and_the_others_answer(
+def test_a_task_that_fails_for_some_images_is_named_and_the_others_predict(
     tiny: FrozenBackbone, registry: Registry, registered: Callable[..., Task], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registered("good")
     registered_before(monkeypatch, registry, tiny, infinite(tiny))
-    # As if the probes had shown nothing.
+    # As if the golden probes were finite.
     monkeypatch.setattr(import_module("addenda.combined.golden"), "is_finite", lambda *_: True)
     with client_of(tiny, registry) as client:
         image = pictures(1)[0]
-        refused = client.post(PREDICT, content=image)
-        assert refused.status_code == 422
-        assert "Task 'bad:1' gives logits or probabilities that are NaN or infinite" in refused.json()["detail"]
+        rejected = client.post(PREDICT, content=image)
+        assert rejected.status_code == 422
+        assert "Task 'bad:1' gives logits or probabilities that are NaN or infinite" in rejected.json()["detail"]
         assert client.post(f"{PREDICT}?tasks=good", content=image).status_code == 200
         inputs = [{"name": "image", "shape": [1], "datatype": "BYTES", "data": [base64.b64encode(image).decode()]}]
         assert client.post("/v2/models/combined/infer", json={"inputs": inputs}).status_code == 422
         assert client.post("/v2/models/good/infer", json={"inputs": inputs}).status_code == 200
 
 
-def test_pixels_are_not_blamed_for_a_task_nor_large_logits_for_being_infinite(
+def test_a_faulty_task_is_not_reported_as_invalid_pixels_and_large_logits_are_accepted(
     tiny: FrozenBackbone, registry: Registry, registered: Callable[..., Task], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registered("good")
     large = replace(random_task(tiny, "large"), head_bias=torch.tensor([1e31, 0.0, 0.0]))
     registry.register(large, golden(tiny, large))
-    asked = {"inputs": pixels(0.5)}
+    request = {"inputs": pixels(0.5)}
     with client_of(tiny, registry) as client:
-        assert client.post("/v2/models/combined/infer", json=asked).status_code == 200
+        assert client.post("/v2/models/combined/infer", json=request).status_code == 200
     registered_before(monkeypatch, registry, tiny, infinite(tiny))
     monkeypatch.setattr(import_module("addenda.combined.golden"), "is_finite", lambda *_: True)
     with client_of(tiny, registry) as client:
-        refused = client.post("/v2/models/combined/infer", json=asked)
-        assert (refused.status_code, "'bad:1'" in refused.json()["detail"]) == (422, True)
+        rejected = client.post("/v2/models/combined/infer", json=request)
+        assert (rejected.status_code, "'bad:1'" in rejected.json()["detail"]) == (422, True)
 
 
-def test_one_task_that_answers_no_numbers_does_not_end_the_choosing_of_tasks(
+def test_routing_works_beside_a_task_with_non_finite_logits(
     tiny: FrozenBackbone, registry: Registry, registered: Callable[..., Task], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry.add_backbone(tiny.record())
     features = torch.randn(40, tiny.embed_dim)
-    kept = feature_statistics(features, torch.arange(40) % 3, 3)
+    statistics = feature_statistics(features, torch.arange(40) % 3, 3)
     good, bad = random_task(tiny, "good"), infinite(tiny)
-    registry.register(good, golden(tiny, good), kept)
-    other = replace(kept, sums=kept.sums[:, :5], gram=kept.gram[:15], sample=kept.sample[:, :3])
+    registry.register(good, golden(tiny, good), statistics)
+    other = replace(statistics, sums=statistics.sums[:, :5], gram=statistics.gram[:15], sample=statistics.sample[:, :3])
     odd = random_task(tiny, "odd", seed=2)
-    registry.register(odd, golden(tiny, odd), other)  # of another kind of feature: left out of the choice
+    registry.register(odd, golden(tiny, odd), other)  # of other features: excluded from routing
     registered_before(monkeypatch, registry, tiny, bad)
     monkeypatch.setattr(import_module("addenda.combined.golden"), "is_finite", lambda *_: True)
     with client_of(tiny, registry) as client:
-        answer = client.post(f"{PREDICT}?task=auto", content=pictures(1)[0])
-        assert answer.status_code == 200, answer.text
-        assert answer.json()["chosen"]["task"] == "good"
+        response = client.post(f"{PREDICT}?task=auto", content=pictures(1)[0])
+        assert response.status_code == 200, response.text
+        assert response.json()["chosen"]["task"] == "good"
 
 
 def test_a_task_of_another_width_is_quarantined(
     tiny: FrozenBackbone, registry: Registry, registered: Callable[..., Task]
 ) -> None:
-    """As a bundle may bring it that says so of its backbone, to a registry that does not know this one."""
+    """A bundle can bring such a task to a registry that does not know the backbone."""
     registered("good")
     narrow = Task(
         name="narrow",
@@ -180,7 +184,7 @@ def test_a_task_of_another_width_is_quarantined(
     assert "reads features of 5 dimensions" in status["quarantined"]["narrow:1"]
 
 
-def test_a_task_that_fails_in_a_way_that_nobody_foresaw_is_quarantined_alone(
+def test_only_the_task_with_an_unexpected_error_is_quarantined(
     tiny: FrozenBackbone, registry: Registry, registered: Callable[..., Task], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("good", "bad", "better"):
@@ -199,7 +203,7 @@ def test_a_task_that_fails_in_a_way_that_nobody_foresaw_is_quarantined_alone(
     assert (sorted(status["tasks"]), status["quarantined"]) == (["better", "good"], {"bad:1": "shapes"})
 
 
-def test_a_prediction_that_is_no_number_is_no_answer(tiny: FrozenBackbone) -> None:
+def test_non_finite_predictions_raise(tiny: FrozenBackbone) -> None:
     task, good = infinite(tiny), random_task(tiny, "good")
     logits = CombinedModel(tiny, [good, task])(torch.randn(2, 3, 32, 32))
     with pytest.raises(IntegrityError, match=r"Task 'bad' gives .* addenda tasks retire bad"):
@@ -207,13 +211,13 @@ def test_a_prediction_that_is_no_number_is_no_answer(tiny: FrozenBackbone) -> No
     assert len(predictions_of([good], logits)["good"]) == 2
 
 
-def test_a_task_that_sees_too_many_is_refused(tiny: FrozenBackbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registration, "ANCESTORS", 2)
+def test_a_task_with_too_many_ancestors_is_rejected(tiny: FrozenBackbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registration, "MAX_ANCESTORS", 2)
     line = [random_task(tiny, "a0", memory=0)]
     for number in range(1, 4):
         line.append(random_task(tiny, f"a{number}", memory=0, parents=(line[-1],)))
     registration.check_bounds(line[2])
-    with pytest.raises(RegistryError, match=r"Task 'a3' has 3 tasks that it sees; 2 is the most"):
+    with pytest.raises(RegistryError, match=r"Task 'a3' has 3 ancestors; the maximum is 2"):
         registration.check_bounds(line[3])
 
 
@@ -222,18 +226,18 @@ def test_a_task_that_sees_too_many_is_refused(tiny: FrozenBackbone, monkeypatch:
 TRICK = "fine\x1b[1A\x1b[2K\u202egnihton\u2066 \x9b31m\r\x00"
 
 
-def test_what_a_terminal_would_obey_is_shown_as_an_escape() -> None:
+def test_terminal_control_sequences_are_escaped() -> None:
     assert shown(TRICK) == r"fine\x1b[1A\x1b[2K\u202egnihton\u2066 \x9b31m\r\x00"
     plain = "Ünïcödé, 漢字, 👩‍👩‍👧, עברית, tab none"
     assert shown(plain) == plain
 
 
-def test_a_cell_of_csv_is_no_formula_and_a_number_stays_one() -> None:
+def test_csv_cells_are_not_formulas_and_numbers_stay_numbers() -> None:
     row = ["=HYPERLINK(1)", "+1", "-2.5", "@SUM", "-bird", "cat", 0.5, "a\nb"]
     assert csv_row(row) == ["'=HYPERLINK(1)", "+1", "-2.5", "'@SUM", "'-bird", "cat", 0.5, r"a\nb"]
 
 
-def test_notes_reasons_and_labels_hide_nothing_in_a_terminal_and_json_keeps_them(
+def test_notes_reasons_and_labels_are_escaped_in_a_terminal_and_unchanged_in_json(
     run: Run, tiny: FrozenBackbone, registered: Callable[..., Task], registry: Registry
 ) -> None:
     trick = TRICK.replace("\x00", "")
@@ -251,30 +255,30 @@ def test_notes_reasons_and_labels_hide_nothing_in_a_terminal_and_json_keeps_them
 
 
 @pytest.mark.parametrize("text", ["a\0b", "\ud800"])
-def test_what_no_database_can_keep_is_refused_as_a_note_or_a_reason(full_book: Registry, text: str) -> None:
+def test_notes_and_reasons_that_no_database_can_store_are_rejected(full_book: Registry, text: str) -> None:
     generation = full_book.generation
     for change in (lambda: full_book.note("digits", text), lambda: full_book.retire("digits", text)):
-        with pytest.raises(RegistryError, match=r"The (note|reason) (holds a NUL character|is not UTF-8)"):
+        with pytest.raises(
+            RegistryError, match=r"The (note|reason) (contains a NUL character|cannot be encoded as UTF-8)"
+        ):
             change()
     assert full_book.generation == generation
 
 
-def test_a_name_that_no_task_can_have_is_found_where_rows_are_copied_or_verified(
-    full_book: Registry, tmp_path: Path
-) -> None:
+def test_an_invalid_task_name_is_detected_by_backup_and_verification(full_book: Registry, tmp_path: Path) -> None:
     tamper(full_book, "task", "UPDATE task SET name = '../strokes' WHERE name = 'strokes'")
-    found = full_book.check_integrity()
-    assert Fault("../strokes:1", "has a name that no task can have") in found.faults
+    report = full_book.check_integrity()
+    assert Fault("../strokes:1", "has an invalid name") in report.faults
     with pytest.raises(IntegrityError, match=r"damaged"):
         full_book.backup(tmp_path / "copy.db")
 
 
-# --- names belong to those who made them ------------------------------------------------------------------------------
+# --- ownership of names -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def theirs(tiny: FrozenBackbone, tmp_path: Path) -> Callable[..., bytes]:
-    """Makes bundles of versions of tasks."""
+    """Creates bundles of task versions."""
 
     @cache
     def bundle(name: str, versions: int = 1, seed: int = 0) -> bytes:
@@ -292,7 +296,7 @@ def theirs(tiny: FrozenBackbone, tmp_path: Path) -> Callable[..., bytes]:
     return bundle
 
 
-def test_a_register_key_adds_to_its_own_names_and_to_nobody_elses(
+def test_a_register_key_adds_versions_only_to_its_own_names(
     tiny: FrozenBackbone,
     registry: Registry,
     registered: Callable[..., Task],
@@ -301,28 +305,31 @@ def test_a_register_key_adds_to_its_own_names_and_to_nobody_elses(
 ) -> None:
     registered("birds")
     keys = KeyFile(tmp_path / "keys.json")
-    heads = {
+    headers = {
         name: {"Authorization": f"Bearer {keys.create(name, scope)}"}
         for name, scope in (("ann", "register"), ("bob", "register"), ("chief", "admin"))
     }
     with client_of(tiny, registry, keys) as client:
 
-        def send(who: str, bundle: bytes) -> Any:
-            return client.post("/api/v1/tasks", content=bundle, headers=heads[who])
+        def send(user: str, bundle: bytes) -> Any:
+            return client.post("/api/v1/tasks", content=bundle, headers=headers[user])
 
-        refused = send("ann", theirs("birds", 2, seed=5))
-        assert refused.status_code == 403
-        assert "'birds:2' would be a version of a name that key ann did not make" in refused.json()["detail"]
-        assert client.get("/api/v1/tasks/birds", headers=heads["ann"]).json()["ref"] == "birds:1"
+        rejected = send("ann", theirs("birds", 2, seed=5))
+        assert rejected.status_code == 403
+        assert (
+            "'birds:2' cannot be imported: key ann did not register all versions of this name"
+            in rejected.json()["detail"]
+        )
+        assert client.get("/api/v1/tasks/birds", headers=headers["ann"]).json()["ref"] == "birds:1"
         assert send("ann", theirs("fish")).status_code == 201
         assert send("ann", theirs("fish", 2)).status_code == 201
         assert send("bob", theirs("fish", 3)).status_code == 403
         assert send("chief", theirs("fish", 3)).status_code == 201
-        assert send("ann", theirs("fish", 4)).status_code == 403  # now it is not hers alone
+        assert send("ann", theirs("fish", 4)).status_code == 403  # another key has added a version
     assert [record.ref for record in registry.tasks()] == ["birds:1", "fish:1", "fish:2", "fish:3"]
 
 
-def test_what_is_there_already_of_somebody_elses_gets_neither_tags_nor_probes(
+def test_another_keys_existing_task_gets_neither_tags_nor_probes(
     tiny: FrozenBackbone, registry: Registry, theirs: Callable[..., bytes], tmp_path: Path
 ) -> None:
     path = tmp_path / "fish.addenda"
@@ -340,18 +347,18 @@ def test_what_is_there_already_of_somebody_elses_gets_neither_tags_nor_probes(
         registry.import_bundle(path, owner="key bob")
 
 
-def test_a_register_key_brings_no_backbone(
+def test_a_register_key_cannot_add_a_backbone(
     tiny: FrozenBackbone, registry: Registry, theirs: Callable[..., bytes], tmp_path: Path
 ) -> None:
     keys = KeyFile(tmp_path / "keys.json")
-    heads = [{"Authorization": f"Bearer {keys.create(scope, scope)}"} for scope in ("register", "admin")]
+    headers = [{"Authorization": f"Bearer {keys.create(scope, scope)}"} for scope in ("register", "admin")]
     with client_of(tiny, registry, keys) as client:
-        answers = [client.post("/api/v1/tasks", content=theirs("fish"), headers=head) for head in heads]
-    assert [answer.status_code for answer in answers] == [403, 201]
-    assert "is not known here, and key register may not add one" in answers[0].json()["detail"]
+        responses = [client.post("/api/v1/tasks", content=theirs("fish"), headers=each) for each in headers]
+    assert [response.status_code for response in responses] == [403, 201]
+    assert "is not registered, and key register may not add backbones" in responses[0].json()["detail"]
 
 
-def test_an_idempotency_key_is_its_callers_own(
+def test_idempotency_keys_are_separate_for_each_api_key(
     tiny: FrozenBackbone,
     registry: Registry,
     registered: Callable[..., Task],
@@ -361,28 +368,28 @@ def test_an_idempotency_key_is_its_callers_own(
     registered("birds")
     keys = KeyFile(tmp_path / "keys.json")
     with client_of(tiny, registry, keys) as client:
-        for who, name in (("ann", "fish"), ("bob", "frogs")):
-            head = {"Authorization": f"Bearer {keys.create(who, 'register')}", "Idempotency-Key": "1"}
+        for user, name in (("ann", "fish"), ("bob", "frogs")):
+            headers = {"Authorization": f"Bearer {keys.create(user, 'register')}", "Idempotency-Key": "1"}
             for _ in range(2):
-                assert client.post("/api/v1/tasks", content=theirs(name), headers=head).status_code == 201
+                assert client.post("/api/v1/tasks", content=theirs(name), headers=headers).status_code == 201
 
 
 # --- requests ---------------------------------------------------------------------------------------------------------
 
 
-def test_more_images_than_may_wait_are_too_many_not_too_soon(
+def test_a_request_larger_than_the_queue_is_413_and_not_503(
     tiny: FrozenBackbone, registry: Registry, registered: Callable[..., Task]
 ) -> None:
     registered("good")
     with client_of(tiny, registry, limits=Limits(waiting=2)) as client:
         inputs = [{"name": "pixel_values", "shape": [3, 3, 32, 32], "datatype": "FP32", "data": [0.5] * 3 * 3072}]
-        refused = client.post("/v2/models/combined/infer", json={"inputs": inputs})
-    assert refused.status_code == 413
-    assert "3 images, and 2 may wait at one time" in refused.json()["detail"]
+        rejected = client.post("/v2/models/combined/infer", json={"inputs": inputs})
+    assert rejected.status_code == 413
+    assert "3 images; the queue holds at most 2" in rejected.json()["detail"]
 
 
 @pytest.mark.parametrize("path", ["/livez", "/readyz", "/v2/health/ready", "/metrics", "/api/v1/status", "/none", "/"])
-def test_head_answers_as_get_does(client: AppClient, path: str) -> None:
+def test_head_has_the_status_and_content_type_of_get(client: AppClient, path: str) -> None:
     get, head = client.get(path), client.head(path)
     assert (head.status_code, head.content) == (get.status_code, b"")
     assert head.headers.get("content-type") == get.headers.get("content-type")
@@ -395,11 +402,11 @@ def test_head_of_the_events_ends(client: AppClient) -> None:
 @pytest.fixture
 def client(tiny: FrozenBackbone, registry: Registry, registered: Callable[..., Task]) -> Any:
     registered("good")
-    with client_of(tiny, registry) as made:
-        yield made
+    with client_of(tiny, registry) as opened:
+        yield opened
 
 
-def test_made_up_methods_share_one_label(client: AppClient) -> None:
+def test_unknown_methods_share_one_metric_label(client: AppClient) -> None:
     for number in range(50):
         assert client.request(f"MADE{number}", "/livez").status_code == 405
         assert client.request(f"MADE{number}", f"/x{number}").status_code == 404
@@ -408,46 +415,46 @@ def test_made_up_methods_share_one_label(client: AppClient) -> None:
     assert len([line for line in series if 'method="other"' in line]) == 2
 
 
-def test_a_name_that_is_not_there_costs_a_look_at_a_few(
+def test_an_unknown_name_is_compared_with_few_known_ones(
     tiny: FrozenBackbone, registry: Registry, registered: Callable[..., Task], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for number in range(30):
         registered(f"task-{number:02d}", memory=0, classes=2)
-    monkeypatch.setattr(queries, "SEEN", 4)
+    monkeypatch.setattr(queries, "MAX_CANDIDATES", 4)
     with client_of(tiny, registry) as client:
         snapshot = client.app.state.service.snapshot
-        looked_at: list[str] = []
+        iterated: list[str] = []
 
         class Tasks(dict[str, Task]):
             def __iter__(self) -> Any:
                 for name in super().__iter__():
-                    looked_at.append(name)
+                    iterated.append(name)
                     yield name
 
         snapshot.model.tasks = Tasks(snapshot.model.tasks)
         for path in ("/v2/models/unknown", "/v2/models/unknown/ready"):
             assert "and 21 more" in client.get(path).json()["detail"]
         assert client.post(f"{PREDICT}?tasks=unknown", content=pictures(1)[0]).status_code == 404
-        assert 0 < len(looked_at) <= 30
-        asked: list[list[str]] = []
-        monkeypatch.setattr(difflib, "get_close_matches", lambda name, known, **_: asked.append(known) or [])
+        assert 0 < len(iterated) <= 30
+        compared: list[list[str]] = []
+        monkeypatch.setattr(difflib, "get_close_matches", lambda name, known, **_: compared.append(known) or [])
         assert client.get("/api/v1/tasks/task-0x").status_code == 404
-    assert asked == [["task-00", "task-01", "task-02", "task-03"]]
+    assert compared == [["task-00", "task-01", "task-02", "task-03"]]
 
 
-def test_bodies_together_have_a_budget_and_give_it_back(client: AppClient) -> None:
+def test_all_bodies_share_a_memory_limit_and_release_it(client: AppClient) -> None:
     app: Any = client.app
     app.state.service.limits = replace(app.state.service.limits, bodies_bytes=10_000)
     small, large = pictures(1)[0], b"x" * 20_000
     for _ in range(5):
-        refused = client.post(PREDICT, content=large)
-        assert (refused.status_code, refused.headers["Retry-After"]) == (503, "1")
+        rejected = client.post(PREDICT, content=large)
+        assert (rejected.status_code, rejected.headers["Retry-After"]) == (503, "1")
         assert client.post(PREDICT, content=small).status_code == 200
         assert client.post(PREDICT, content=b"junk").status_code == 400
     assert app.state.body_bytes == 0
 
 
-def test_a_bundle_is_received_in_a_file(client: AppClient, theirs: Callable[..., bytes]) -> None:
+def test_a_bundle_is_streamed_to_a_file(client: AppClient, theirs: Callable[..., bytes]) -> None:
     app: Any = client.app
     app.state.service.limits = replace(app.state.service.limits, bodies_bytes=100)
     assert client.post("/api/v1/tasks", content=theirs("fish")).status_code == 201
@@ -455,22 +462,26 @@ def test_a_bundle_is_received_in_a_file(client: AppClient, theirs: Callable[...,
     assert client.post("/api/v1/tasks", content=theirs("fish", 2)).status_code == 413
 
 
-def test_a_full_queue_is_told_before_the_body_is_read(client: AppClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_queue_rejects_requests_before_their_bodies_are_read(
+    client: AppClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
     app: Any = client.app
-    monkeypatch.setattr(bodies, "_pieces", lambda *_: pytest.fail("it was read"))
-    with app.state.service.batcher.room(app.state.service.limits.waiting):
+    monkeypatch.setattr(bodies, "_chunks", lambda *_: pytest.fail("the body was read"))
+    with app.state.service.batcher.reserve(app.state.service.limits.waiting):
         for path in (PREDICT, "/v2/models/combined/infer"):
             assert client.post(path, content=b"x").status_code == 503
 
 
-def test_attention_takes_a_place_before_its_body_too(client: AppClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_queue_rejects_attention_requests_before_their_bodies_are_read(
+    client: AppClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
     app: Any = client.app
-    monkeypatch.setattr(bodies, "_pieces", lambda *_: pytest.fail("it was read"))
-    with app.state.service.batcher.room(app.state.service.limits.waiting):
+    monkeypatch.setattr(bodies, "_chunks", lambda *_: pytest.fail("the body was read"))
+    with app.state.service.batcher.reserve(app.state.service.limits.waiting):
         assert client.post("/page/attention?task=good", content=b"x").status_code == 503
 
 
-def test_a_failure_is_counted_and_found_by_its_id(client: AppClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_is_counted_and_has_a_request_id(client: AppClient, monkeypatch: pytest.MonkeyPatch) -> None:
     app: Any = client.app
     monkeypatch.setattr(type(app.state.service), "snapshot", property(lambda self: 1 / 0))
     failed = client.get("/api/v1/status")
@@ -480,24 +491,24 @@ def test_a_failure_is_counted_and_found_by_its_id(client: AppClient, monkeypatch
     assert 'addenda_requests_total{method="GET",route="/api/v1/status",status="500"} 1.0' in client.get("/metrics").text
 
 
-@pytest.mark.parametrize("what", ["disk", "folder"])
-def test_a_disk_that_is_full_or_gone_is_a_reason_to_come_again(
-    client: AppClient, theirs: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch, what: str
+@pytest.mark.parametrize("cause", ["disk", "folder"])
+def test_a_full_disk_or_missing_folder_is_503(
+    client: AppClient, theirs: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch, cause: str
 ) -> None:
     bundle, app = theirs("fish"), client.app
-    with monkeypatch.context() as spoilt:
-        if what == "folder":
-            spoilt.setattr("tempfile.tempdir", "/nowhere/at/all")
+    with monkeypatch.context() as patch:
+        if cause == "folder":
+            patch.setattr("tempfile.tempdir", "/nowhere/at/all")
         else:
-            spoilt.setattr(Path, "open", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-        refused = client.post("/api/v1/tasks", content=bundle)
-    assert refused.status_code == 503
-    assert "a full disk or a folder that is gone" in refused.json()["detail"]
+            patch.setattr(Path, "open", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        rejected = client.post("/api/v1/tasks", content=bundle)
+    assert rejected.status_code == 503
+    assert "a full disk or a missing folder" in rejected.json()["detail"]
     assert app.state.uploads._value == UPLOADS
     assert client.post("/api/v1/tasks", content=bundle).status_code == 201
 
 
-def test_so_many_bundles_lie_on_the_disk_and_no_more(client: AppClient, theirs: Callable[..., bytes]) -> None:
+def test_the_number_of_concurrent_uploads_is_limited(client: AppClient, theirs: Callable[..., bytes]) -> None:
     app: Any = client.app
     app.state.uploads = asyncio.Semaphore(0)
     assert client.post("/api/v1/tasks", content=theirs("fish")).status_code == 503
@@ -505,7 +516,7 @@ def test_so_many_bundles_lie_on_the_disk_and_no_more(client: AppClient, theirs: 
 
 
 @pytest.mark.slow
-def test_who_does_not_read_is_hung_up_on_and_who_reads_slowly_is_not(
+def test_clients_that_do_not_read_are_disconnected_and_slow_readers_are_not(
     tiny: FrozenBackbone, glyphs: FrozenBackbone, tmp_path: Path
 ) -> None:
     class Impatient(ServedProcess):
@@ -518,43 +529,43 @@ def test_who_does_not_read_is_hung_up_on_and_who_reads_slowly_is_not(
     times = {"HEAD_S": "5", "BODY_S": "5", "READ_S": "1", "PYTHONPATH": str(ROOT)}
     with Impatient(tmp_path / "tasks.db", tmp_path, **times) as served:
         address = urlsplit(served.url)
-        whole = len(httpx2.get(f"{served.url}/api/v1/tasks/wide", timeout=30).content)
-        assert whole > 300_000
-        large = b"GET /api/v1/tasks/wide HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+        num_bytes = len(httpx2.get(f"{served.url}/api/v1/tasks/wide", timeout=30).content)
+        assert num_bytes > 300_000
+        request = b"GET /api/v1/tasks/wide HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
 
         def connect() -> socket.socket:
-            made = socket.socket()
-            made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            made.settimeout(30)
-            made.connect((address.hostname, address.port))
-            return made
+            connection = socket.socket()
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.settimeout(30)
+            connection.connect((address.hostname, address.port))
+            return connection
 
-        def read_to_its_end(one: socket.socket) -> int:
-            """What can still be read of a connection that was hung up on."""
+        def num_readable_bytes(connection: socket.socket) -> int:
+            """Reads what is left of a connection that the server has closed."""
             received = 0
             with suppress(ConnectionResetError):
-                while some := one.recv(2**16):
-                    received += len(some)
+                while chunk := connection.recv(2**16):
+                    received += len(chunk)
             return received
 
         stuck = [connect() for _ in range(10)]
-        for one in stuck:
-            one.sendall(large * 40)  # more than the system holds of it
+        for connection in stuck:
+            connection.sendall(request * 40)  # more than the system's buffers hold
         slow = connect()
-        slow.sendall(large)
+        slow.sendall(request)
         received = 0
-        while received < whole:  # a fifth of a second for each 64 kB: slower than the line, and reading
+        while received < num_bytes:  # slower than the network, but always reading
             received += len(slow.recv(2**16))
             time.sleep(0.02)
-        time.sleep(6)  # each is looked at every second
-        assert all(read_to_its_end(one) < 40 * whole for one in stuck)
-        for one in (*stuck, slow):
-            one.close()
+        time.sleep(6)  # connections are checked every second
+        assert all(num_readable_bytes(connection) < 40 * num_bytes for connection in stuck)
+        for connection in (*stuck, slow):
+            connection.close()
 
 
 def test_every_line_of_the_log_is_json(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     root, hooks = logging.getLogger(), (threading.excepthook, sys.unraisablehook)
-    handlers, level, shower = root.handlers[:], root.level, warnings.showwarning
+    handlers, level, showwarning = root.handlers[:], root.level, warnings.showwarning
     try:
         server.log_as_json("info")
         with warnings.catch_warnings():
@@ -567,18 +578,18 @@ def test_every_line_of_the_log_is_json(capfd: pytest.CaptureFixture[str], monkey
         lines = capfd.readouterr().err.splitlines()
     finally:
         logging.captureWarnings(False)
-        root.handlers[:], warnings.showwarning = handlers, shower
+        root.handlers[:], warnings.showwarning = handlers, showwarning
         root.setLevel(level)
         threading.excepthook, sys.unraisablehook = hooks
-    told = [json.loads(line) for line in lines]
-    assert "a library says" in told[0]["message"]
-    assert "ZeroDivisionError" in told[1]["traceback"]
+    records = [json.loads(line) for line in lines]
+    assert "a library says" in records[0]["message"]
+    assert "ZeroDivisionError" in records[1]["traceback"]
 
 
-# --- outages and faults of our own ------------------------------------------------------------------------------------
+# --- outages and internal faults --------------------------------------------------------------------------------------
 
 
-def test_an_outage_is_told_from_a_statement_that_is_wrong(full_book: Registry) -> None:
+def test_an_invalid_statement_is_not_an_outage(full_book: Registry) -> None:
     with pytest.raises(RegistryError) as wrong, reading(full_book._engine) as connection:
         connection.execute(sql("SELECT nothing FROM task"))
     assert isinstance(wrong.value, RegistryFaultError)
@@ -587,7 +598,7 @@ def test_an_outage_is_told_from_a_statement_that_is_wrong(full_book: Registry) -
     assert isinstance(wrong.value, RegistryFaultError)
 
 
-def test_a_damaged_schema_is_the_servers_fault_and_its_log_says_so(
+def test_a_damaged_schema_is_500_and_logged(
     client: AppClient, registry: Registry, caplog: pytest.LogCaptureFixture
 ) -> None:
     with raw(registry.location) as connection:
@@ -597,7 +608,7 @@ def test_a_damaged_schema_is_the_servers_fault_and_its_log_says_so(
     assert "no such column" in caplog.text
 
 
-def test_a_database_that_only_reads_is_an_outage(database: Database) -> None:
+def test_a_read_only_database_is_an_outage(database: Database) -> None:
     with Registry.open(location := database.new()) as opened:
         opened.add_backbone(BACKBONE)
     if database.kind == "sqlite":
@@ -611,7 +622,7 @@ def test_a_database_that_only_reads_is_an_outage(database: Database) -> None:
         keep(opened, a_task())
 
 
-def test_outages_of_sqlite_are_known_by_their_codes(registry: Registry) -> None:
+def test_sqlite_outages_are_recognized_by_their_codes(registry: Registry) -> None:
     for code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN):
         assert code in OUTAGES
         error = sqlite3.OperationalError("something")
@@ -621,7 +632,7 @@ def test_outages_of_sqlite_are_known_by_their_codes(registry: Registry) -> None:
 
 
 @pytest.mark.parametrize("error", [TypeError("ours"), ValueError("ours"), OverflowError("ours")])
-def test_a_fault_of_our_own_is_no_fault_of_the_database(full_book: Registry, error: Exception) -> None:
+def test_internal_errors_are_not_reported_as_database_errors(full_book: Registry, error: Exception) -> None:
     with pytest.raises(type(error), match=r"^ours$"), database_errors("It"), writing(full_book._engine):
         raise error
     with pytest.raises(type(error), match=r"^ours$"), reading(full_book._engine):
@@ -629,7 +640,7 @@ def test_a_fault_of_our_own_is_no_fault_of_the_database(full_book: Registry, err
 
 
 @pytest.mark.parametrize("metrics", [{"x": {1, 2}}, {"x": float("nan")}, {"x": "\ud800"}])
-def test_a_value_that_no_database_keeps_is_told_as_such(full_book: Registry, metrics: dict[str, Any]) -> None:
+def test_values_that_no_database_can_store_are_rejected(full_book: Registry, metrics: dict[str, Any]) -> None:
     with pytest.raises(RegistryError, match=r"was not recorded: .* Nothing was changed"):
         full_book.add_evaluation("digits", "d", "n", metrics, "l")
 
@@ -637,41 +648,41 @@ def test_a_value_that_no_database_keeps_is_told_as_such(full_book: Registry, met
 @pytest.mark.parametrize(
     "location", [":memory:", "sqlite:///:memory:", "file:tasks.db?mode=memory", "sqlite:///tasks.db?mode=ro"]
 )
-def test_a_place_that_is_none_is_refused_and_nothing_is_made(
+def test_an_unsupported_location_is_rejected_and_nothing_is_created(
     location: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(RegistryError, match=r"is no place for a registry|has settings behind its path"):
+    with pytest.raises(RegistryError, match=r"cannot be a registry|An SQLite URL takes no query parameters"):
         Registry.open(location)
     assert list(tmp_path.iterdir()) == []
 
 
-# --- what is kept -----------------------------------------------------------------------------------------------------
+# --- memory -----------------------------------------------------------------------------------------------------------
 
 
-def test_no_thread_keeps_a_projections_output(tiny: FrozenBackbone) -> None:
+def test_captured_projection_outputs_are_released(tiny: FrozenBackbone) -> None:
     assert isinstance(tiny.family, vit.VisionTransformerFamily)
     images = torch.randn(2, 3, 32, 32)
     for _ in tiny.stream(images):
         pass
     tiny.backbone_logits(images)
-    assert [name for name, held in vars(tiny.family._captured).items() if isinstance(held, torch.Tensor)] == []
+    assert [name for name, value in vars(tiny.family._captured).items() if isinstance(value, torch.Tensor)] == []
 
 
-def test_tiles_are_looked_up_under_a_lock(tiny: FrozenBackbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    held: list[bool] = []
+def test_tiles_are_accessed_under_a_lock(tiny: FrozenBackbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    locked: list[bool] = []
 
     class Watched(WeakValueDictionary[object, tiles.Tile]):
         def values(self) -> Any:
-            held.append(tiles._LOCK.locked())
+            locked.append(tiles._LOCK.locked())
             return super().values()
 
         def __setitem__(self, key: object, value: tiles.Tile) -> None:
-            held.append(tiles._LOCK.locked())
+            locked.append(tiles._LOCK.locked())
             super().__setitem__(key, value)
 
     store = tiles.TileStore(tiny)
     store._tiles = Watched()
     tiles.Layout(store, [random_task(tiny, "a"), random_task(tiny, "b", seed=1)])
-    assert len(held) > 2
-    assert all(held)
+    assert len(locked) > 2
+    assert all(locked)

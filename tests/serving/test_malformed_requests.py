@@ -1,4 +1,4 @@
-"""Ten thousand requests that are malformed or meant to harm: none breaks the server, none fills its memory."""
+"""Malformed and hostile requests: none crashes the server or exhausts its memory."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from tests.support.inference import SIDE, client_at, images_of, infer, pictures,
 from tests.support.servers import ServedProcess
 
 MALFORMED, HOSTILE = 10_000, 5_000
-MOST_MORE_BYTES = 2**30
-"""What a server may take beyond what it has after its first answer: an image of 49 million pixels, decoded, and copies
-of it; and a body of 32 MiB as Python objects."""
+MAX_GROWTH_BYTES = 2**30
+"""Memory that a server may use beyond that after its first prediction: a decoded image of 49 million pixels and copies
+of it, and a body of 32 MiB as Python objects."""
 
 
 def image_files() -> list[bytes]:
-    """Valid files of every kind that is taken: colour models, transparency, animation, metadata."""
+    """Valid files of all supported kinds: colour models, transparency, animation, metadata."""
     colour = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 28, 3), dtype=np.uint8))
     exif, text = Image.Exif(), PngInfo()
     exif[0x0112], exif[0x010E] = 6, "hello"
@@ -54,36 +54,36 @@ def image_files() -> list[bytes]:
         ("WEBP", colour.convert("RGBA"), {"lossless": True}),
         ("WEBP", colour, {"save_all": True, "append_images": [colour.rotate(90)]}),
     ]
-    made = []
+    files = []
     for kind, picture, options in kinds:
         file = BytesIO()
         picture.save(file, kind, **options)
-        made.append(file.getvalue())
-    return made
+        files.append(file.getvalue())
+    return files
 
 
 def with_right_checksums(png: bytes) -> bytes:
-    """A PNG file whose chunks' checksums fit again, so that a reader looks at what is in them."""
-    made, at = bytearray(png[:8]), 8
+    """A PNG file with corrected chunk checksums, so that a reader parses the chunks."""
+    fixed, at = bytearray(png[:8]), 8
     while at + 12 <= len(png):
         chunk = png[at + 4 : at + 8 + int.from_bytes(png[at : at + 4], "big")]
-        made += png[at : at + 4] + chunk + zlib.crc32(chunk).to_bytes(4, "big")
+        fixed += png[at : at + 4] + chunk + zlib.crc32(chunk).to_bytes(4, "big")
         at += 8 + len(chunk) + 4 if chunk else len(png)
-    return bytes(made)
+    return bytes(fixed)
 
 
 def mutated(random: Random, data: bytes) -> bytes:
-    """Bytes cut off, flipped, overwritten with extremes, taken out or put in."""
+    """Truncates, flips, overwrites, removes or inserts bytes."""
     changed, at = bytearray(data), random.randrange(len(data))
-    how = random.choice(("cut", "flip", "flip", "flip", "extreme", "remove", "insert"))
-    if how == "cut":
+    mutation = random.choice(("cut", "flip", "flip", "flip", "extreme", "remove", "insert"))
+    if mutation == "cut":
         del changed[at:]
-    elif how == "flip":
+    elif mutation == "flip":
         for _ in range(random.choice((1, 1, 2, 4, 16))):
             changed[random.randrange(min(len(data), random.choice((40, 200, len(data)))))] ^= 1 << random.randrange(8)
-    elif how == "extreme":
+    elif mutation == "extreme":
         changed[at : at + 4] = random.choice((b"\0\0\0\0", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"99e9", b"[[[["))
-    elif how == "remove":
+    elif mutation == "remove":
         del changed[at : at + random.randrange(1, 64)]
     else:
         changed[at:at] = random.randbytes(random.randrange(1, 64))
@@ -91,7 +91,7 @@ def mutated(random: Random, data: bytes) -> bytes:
 
 
 def png_of(width: int, height: int) -> bytes:
-    """A PNG file whose head says a size, and whose pixels are zeros of as many bytes as fit into a small file."""
+    """A PNG file with a declared size and as many zero bytes as compress into a small file."""
     rows = zlib.compress(bytes(min(height * (1 + 3 * width), 2**28)), 9)
     chunks = ((b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", rows), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(
@@ -99,37 +99,39 @@ def png_of(width: int, height: int) -> bytes:
     )
 
 
-Asked = tuple[bytes, dict[str, str]]
+Request = tuple[bytes, dict[str, str]]
+"""Body and headers."""
 
 
-def asked_in_binary(files: Sequence[bytes]) -> Asked:
+def binary_request(files: Sequence[bytes]) -> Request:
     body, length = InferenceServerClient.generate_request_body([images_of(files)])
     return body, {HEADER_LENGTH: str(length)}
 
 
-def asked_in_json(**members: Any) -> Asked:
+def json_request(**members: Any) -> Request:
     return json.dumps(members).encode(), {}
 
 
-def bombs() -> list[Asked]:
-    """Small requests that would be large where they are believed."""
-    one = {"name": "pixel_values", "shape": [1, 3, SIDE, SIDE], "datatype": "FP32", "data": [0.0]}
+def bombs() -> list[Request]:
+    """Small requests that declare or decompress to something large."""
+    pixels_input = {"name": "pixel_values", "shape": [1, 3, SIDE, SIDE], "datatype": "FP32", "data": [0.0]}
     lists: list[Any] = [[0.0]]
     for _ in range(150):
         lists = [lists]
-    made = [
-        asked_in_binary([png_of(*size)]) for size in ((100_000, 100_000), (7000, 7000), (1, 40_000_000), (2**31 - 1, 1))
+    requests = [
+        binary_request([png_of(*size)]) for size in ((100_000, 100_000), (7000, 7000), (1, 40_000_000), (2**31 - 1, 1))
     ]
-    made += [
-        asked_in_json(inputs=[{**one, "shape": shape}]) for shape in ([2**31] * 8, [10**300], [1] * 10_000, [2**31, 0])
+    requests += [
+        json_request(inputs=[{**pixels_input, "shape": shape}])
+        for shape in ([2**31] * 8, [10**300], [1] * 10_000, [2**31, 0])
     ]
-    made += [
-        asked_in_json(inputs=[{**one, "data": lists}]),
-        asked_in_json(inputs=[{**one, "data": ["x" * 10**6, *[0.0] * 3071]}]),
-        asked_in_json(inputs=[{**one, "data": [10**300] * 3072}]),
-        asked_in_json(inputs=[one] * 10_000),
-        asked_in_json(inputs=[{"name": str(i)} for i in range(10_000)]),
-        asked_in_json(inputs=[one], outputs=[{"name": str(i)} for i in range(10_000)]),
+    requests += [
+        json_request(inputs=[{**pixels_input, "data": lists}]),
+        json_request(inputs=[{**pixels_input, "data": ["x" * 10**6, *[0.0] * 3071]}]),
+        json_request(inputs=[{**pixels_input, "data": [10**300] * 3072}]),
+        json_request(inputs=[pixels_input] * 10_000),
+        json_request(inputs=[{"name": str(i)} for i in range(10_000)]),
+        json_request(inputs=[pixels_input], outputs=[{"name": str(i)} for i in range(10_000)]),
         (b"[" * 10**6, {}),
         (b'{"inputs":[' + b"{}," * 10**6, {}),
         (b'{"inputs":[' + b"1," * 5 * 10**6, {}),
@@ -141,32 +143,32 @@ def bombs() -> list[Asked]:
         (b"not deflated", {"Content-Encoding": "deflate"}),
         (b"{}", {"Content-Encoding": "br"}),
     ]  # fmt: skip
-    return made
+    return requests
 
 
-def malformed(random: Random, count: int) -> Iterator[Asked]:
-    """Requests that are valid but for what was done to a file, the body or a header; every bomb in between."""
+def malformed(random: Random, count: int) -> Iterator[Request]:
+    """Valid requests with a mutated file, body or header; all bombs in between."""
     files = image_files()
     encoded = [base64.b64encode(file).decode() for file in files]
     bodies = [
-        asked_in_binary(files[:2]),
-        asked_in_json(
+        binary_request(files[:2]),
+        json_request(
             id="x",
             inputs=[{"name": "image", "shape": [2], "datatype": "BYTES", "data": encoded[:2]}],
             outputs=[{"name": "digits.logits", "parameters": {"binary_data": True}}],
             parameters={"timeout": 10**7, "tasks": "digits"},
         ),
-        asked_in_json(inputs=pixels(0.5)),
+        json_request(inputs=pixels(0.5)),
     ]
-    threats = bombs()
-    every = count // len(threats)
+    remaining_bombs = bombs()
+    interval = count // len(remaining_bombs)
     for number in range(count):
-        if number % every == 0 and threats:
-            yield threats.pop()
+        if number % interval == 0 and remaining_bombs:
+            yield remaining_bombs.pop()
         elif random.random() < 0.6:
             file = mutated(random, random.choice(files))
             is_png = file.startswith(b"\x89PNG") and random.random() < 0.8
-            yield asked_in_binary([with_right_checksums(file) if is_png else file])
+            yield binary_request([with_right_checksums(file) if is_png else file])
         else:
             body, headers = random.choice(bodies)
             length = headers.get(HEADER_LENGTH)
@@ -179,11 +181,12 @@ def malformed(random: Random, count: int) -> Iterator[Asked]:
                 yield mutated(random, body), headers
 
 
-Sent = tuple[str, str, bytes, dict[str, str]]
+HttpRequest = tuple[str, str, bytes, dict[str, str]]
+"""Method, target, body and headers."""
 
 
-def hostile(random: Random, count: int) -> Iterator[Sent]:
-    """Requests of every route and method, real and made up, with names, headers and bodies that nobody would send."""
+def hostile(random: Random, count: int) -> Iterator[HttpRequest]:
+    """Requests of every route and method, real and invented, with hostile names, headers and bodies."""
     names = [
         "digits",
         "strokes",
@@ -198,10 +201,10 @@ def hostile(random: Random, count: int) -> Iterator[Sent]:
         "{}",
     ]
     paths = ["/", "/livez", "/readyz", "/metrics", "/openapi.json", "/{}", "/static/{}", "/tasks/{}"]
-    paths += [f"/api/v1/{one}" for one in ("status", "tasks", "verifications", "predict")]
-    paths += [f"/api/v1/tasks/{{}}{one}" for one in ("", "/versions", "/lineage", "/aliases/{}", "/versions/{}")]
+    paths += [f"/api/v1/{path}" for path in ("status", "tasks", "verifications", "predict")]
+    paths += [f"/api/v1/tasks/{{}}{path}" for path in ("", "/versions", "/lineage", "/aliases/{}", "/versions/{}")]
     paths += ["/api/v1/tasks/{}/versions/{}/artifact", "/v2", "/v2/repository/index", "/v2/health/ready"]
-    paths += [f"/v2/models/{{}}{one}" for one in ("", "/ready", "/infer", "/versions/{}/infer")]
+    paths += [f"/v2/models/{{}}{path}" for path in ("", "/ready", "/infer", "/versions/{}/infer")]
     methods = ["GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"]
     queries = [
         "",
@@ -233,62 +236,64 @@ def hostile(random: Random, count: int) -> Iterator[Sent]:
 
 
 def resident_bytes(pid: int) -> int:
-    """The most that a process has had in memory so far."""
+    """The peak resident memory of a process."""
     (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM")]
     return 1024 * int(line.split()[1])
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
-def test_five_thousand_hostile_requests_are_answered_and_nothing_grows(glyphs: FrozenBackbone, tmp_path: Path) -> None:
+def test_five_thousand_hostile_requests_get_responses_without_memory_growth(
+    glyphs: FrozenBackbone, tmp_path: Path
+) -> None:
     served_tasks(glyphs, tmp_path / "tasks.db")
     statuses: Counter[int] = Counter()
     with ServedProcess(tmp_path / "tasks.db", tmp_path) as served, client_at(served) as client:
         infer(client, pictures(3))
-        waiting, taking, sizes = hostile(Random(11), HOSTILE), threading.Lock(), []
+        requests, lock, sizes = hostile(Random(11), HOSTILE), threading.Lock(), []
 
         def series() -> int:
             return client.get("/metrics").text.count("\naddenda_requests_total{")
 
         def send() -> Counter[int]:
-            found: Counter[int] = Counter()
+            counts: Counter[int] = Counter()
             while True:
-                with taking:
-                    asked = next(waiting, None)
-                    if asked is not None and len(sizes) < 2 and found.total() == HOSTILE // 16:
+                with lock:
+                    request = next(requests, None)
+                    if request is not None and len(sizes) < 2 and counts.total() == HOSTILE // 16:
                         sizes.append((resident_bytes(served.process.pid), series()))
-                if asked is None:
-                    return found
+                if request is None:
+                    return counts
                 connection = HTTPConnection(served.url.removeprefix("http://"), timeout=60)
-                method, target, body, headers = asked
+                method, target, body, headers = request
                 try:
                     connection.request(method, target, body, headers)
-                    answer = connection.getresponse()
-                    told = answer.read() if "events" not in target else b""
-                    found[answer.status] += 1
-                    assert answer.status < 500 or answer.status in (503, 504), (asked, told)
+                    response = connection.getresponse()
+                    content = response.read() if "events" not in target else b""
+                    counts[response.status] += 1
+                    assert response.status < 500 or response.status in (503, 504), (request, content)
                 except (ConnectionError, BadStatusLine):
-                    found[0] += 1  # hung up on: the head was no HTTP
+                    counts[0] += 1  # disconnected: the headers were not valid HTTP
                 finally:
                     connection.close()
 
         with ThreadPoolExecutor(8) as senders:
-            for sent in [senders.submit(send) for _ in range(8)]:
-                statuses += sent.result()
+            for future in [senders.submit(send) for _ in range(8)]:
+                statuses += future.result()
         (half_bytes, half_series), (end_bytes, end_series) = sizes[0], (resident_bytes(served.process.pid), series())
         assert served.process.poll() is None
         assert client.get("/readyz").status_code == 200
     assert statuses.total() == HOSTILE
     assert statuses[0] < HOSTILE / 10
     assert {200, 400, 404, 405, 422} <= statuses.keys()
-    assert end_bytes - half_bytes < 2**26, "the second half took more than the first"
-    assert end_series <= half_series + 40, "so many more routes and statuses, and not one for each request"
+    assert end_bytes - half_bytes < 2**26, "the second half used more memory than the first"
+    assert end_series <= half_series + 40, "new combinations of route and status, but not one per request"
     assert "traceback" not in served.log.read_text()
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
-def test_ten_thousand_malformed_requests_neither_break_nor_fill_the_server(
+def test_ten_thousand_malformed_requests_neither_crash_the_server_nor_exhaust_its_memory(
     glyphs: FrozenBackbone, tmp_path: Path
 ) -> None:
     statuses: Counter[int] = Counter()
@@ -296,34 +301,36 @@ def test_ten_thousand_malformed_requests_neither_break_nor_fill_the_server(
     with ServedProcess(tmp_path / "tasks.db", tmp_path) as served, client_at(served) as client:
         good = pictures(3)
         first = infer(client, good)
-        before = resident_bytes(served.process.pid)
-        waiting, taking = malformed(Random(7), MALFORMED), threading.Lock()
+        initial_bytes = resident_bytes(served.process.pid)
+        requests, lock = malformed(Random(7), MALFORMED), threading.Lock()
 
         def send() -> Counter[int]:
-            found: Counter[int] = Counter()
-            connection = HTTPConnection(served.url.removeprefix("http://"))  # far quicker than a friendlier client
+            counts: Counter[int] = Counter()
+            connection = HTTPConnection(served.url.removeprefix("http://"))  # much faster than httpx
             while True:
-                with taking:
-                    asked = next(waiting, None)
-                if asked is None:
+                with lock:
+                    request = next(requests, None)
+                if request is None:
                     connection.close()
-                    return found
-                connection.request("POST", "/v2/models/combined/infer", *asked)
-                answer = connection.getresponse()
-                told = answer.read()
-                found[answer.status] += 1
-                assert answer.status < 500, told
-                assert answer.status == 200 or json.loads(told)["detail"]
+                    return counts
+                connection.request("POST", "/v2/models/combined/infer", *request)
+                response = connection.getresponse()
+                content = response.read()
+                counts[response.status] += 1
+                assert response.status < 500, content
+                assert response.status == 200 or json.loads(content)["detail"]
 
-        with ThreadPoolExecutor(8) as senders:  # so many pass the model together
-            for sent in [senders.submit(send) for _ in range(8)]:
-                statuses += sent.result()
+        with ThreadPoolExecutor(8) as senders:  # concurrent, so that requests are batched
+            for future in [senders.submit(send) for _ in range(8)]:
+                statuses += future.result()
         assert served.process.poll() is None
-        assert resident_bytes(served.process.pid) - before < MOST_MORE_BYTES
-        again = infer(client, good)
+        assert resident_bytes(served.process.pid) - initial_bytes < MAX_GROWTH_BYTES
+        last = infer(client, good)
         for output in first.get_response()["outputs"]:
-            one, other = (answer.as_numpy(output["name"]) for answer in (first, again))
-            assert one.tobytes() == other.tobytes() if one.dtype == np.float32 else one.tolist() == other.tolist()
+            before, after = (result.as_numpy(output["name"]) for result in (first, last))
+            assert (
+                before.tobytes() == after.tobytes() if before.dtype == np.float32 else before.tolist() == after.tolist()
+            )
     assert statuses.total() == MALFORMED
     assert {200, 400, 413, 415} <= statuses.keys() <= {200, 400, 404, 413, 415}
     assert statuses[400] > MALFORMED / 2

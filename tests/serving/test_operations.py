@@ -1,4 +1,4 @@
-"""A served registry under load and under stress: stopped, killed, without its database, attacked, and changed."""
+"""A server under load that is stopped, killed, without its database, attacked, or whose registry changes."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ pytestmark = pytest.mark.slow
 PREDICT = "/api/v1/predict"
 
 
-class Answering(ServedProcess):
-    def ask(self, image: bytes) -> httpx2.Response:
+class Server(ServedProcess):
+    def predict(self, image: bytes) -> httpx2.Response:
         return httpx2.post(self.url + PREDICT, content=image, timeout=60)
 
     def metric(self, name: str) -> float:
@@ -49,7 +49,7 @@ class Answering(ServedProcess):
         return socket.create_connection((address.hostname, address.port), timeout=30)
 
 
-class Impatient(Answering):
+class Impatient(Server):
     module = "tests.support.impatient"
 
 
@@ -60,8 +60,8 @@ def images(tmp_path: Path) -> list[bytes]:
 
 
 @pytest.fixture
-def place(glyphs: FrozenBackbone, tmp_path: Path) -> str:
-    """A registry of two tasks."""
+def location(glyphs: FrozenBackbone, tmp_path: Path) -> str:
+    """The location of a registry with two tasks."""
     location = str(tmp_path / "tasks.db")
     fill(location, glyphs)
     return location
@@ -79,21 +79,21 @@ def add(registry: Registry, backbone: FrozenBackbone, name: str, seed: int = 9) 
     return registry.register(task, golden(backbone, task))
 
 
-def answers(server: Answering, images: list[bytes]) -> list[dict[str, object]]:
-    """What the server says of each image, when nobody else asks."""
-    responses = [server.ask(image) for image in images]
+def predictions(server: Server, images: list[bytes]) -> list[dict[str, object]]:
+    """The prediction for each image, without concurrent requests."""
+    responses = [server.predict(image) for image in images]
     assert [response.status_code for response in responses] == [200] * len(images)
     return [response.json() for response in responses]
 
 
-def test_a_server_that_is_told_to_stop_answers_all_that_was_begun(
-    place: str, images: list[bytes], tmp_path: Path
+def test_a_server_that_is_stopped_completes_all_pending_requests(
+    location: str, images: list[bytes], tmp_path: Path
 ) -> None:
-    with Answering(place, tmp_path, "--drain", 3) as server, ExitStack() as stack:
-        right = answers(server, images)
-        begun = stack.enter_context(server.connect())
+    with Server(location, tmp_path, "--drain", 3) as server, ExitStack() as stack:
+        expected = predictions(server, images)
+        pending = stack.enter_context(server.connect())
         head = f"POST {PREDICT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(images[0])}\r\n\r\n"
-        begun.sendall(head.encode() + images[0][:10])
+        pending.sendall(head.encode() + images[0][:10])
         with Load(server.url + PREDICT, images) as load:
             load.wait(20)
             stopped = time.monotonic()
@@ -102,42 +102,42 @@ def test_a_server_that_is_told_to_stop_answers_all_that_was_begun(
             unready = time.monotonic()
             load.wait(20)
             assert server.process.poll() is None
-            until(lambda: len(load.failed) == load.clients, "no new request is taken")
+            until(lambda: len(load.failed) == load.clients, "no new request is accepted")
         with pytest.raises(OSError, match="refused"):
             server.connect()
-        begun.sendall(images[0][10:])
-        answer = stack.enter_context(begun.makefile("rb")).read()
-        assert answer.startswith(b"HTTP/1.1 200 "), "what was begun before is answered after"
-        assert json.loads(answer.partition(b"\r\n\r\n")[2]) == right[0]
+        pending.sendall(images[0][10:])
+        response = stack.enter_context(pending.makefile("rb")).read()
+        assert response.startswith(b"HTTP/1.1 200 "), "a pending request is completed after the drain"
+        assert json.loads(response.partition(b"\r\n\r\n")[2]) == expected[0]
         assert server.process.wait(30) == 0
-    assert all(at >= stopped + 3 for at, _ in load.failed), "refused before the drain was over"
-    assert sum(told.asked > unready for told in load.told) > 10
-    assert all(told.status == 200 and told.document == right[told.image] for told in load.told)
-    answered = server.log.read_text().count(f'"path": "{PREDICT}", "status": 200')
-    assert answered == len(load.told) + len(images) + 1, "an answer was lost on its way"
+    assert all(at >= stopped + 3 for at, _ in load.failed), "rejected before the end of the drain"
+    assert sum(each.asked > unready for each in load.told) > 10
+    assert all(each.status == 200 and each.document == expected[each.image] for each in load.told)
+    num_logged = server.log.read_text().count(f'"path": "{PREDICT}", "status": 200')
+    assert num_logged == len(load.told) + len(images) + 1, "a response was lost"
 
 
-def test_a_killed_server_leaves_the_registry_whole_and_answers_as_before(
-    place: str, images: list[bytes], glyphs: FrozenBackbone, tmp_path: Path
+def test_a_killed_server_leaves_the_registry_intact_and_predicts_as_before(
+    location: str, images: list[bytes], glyphs: FrozenBackbone, tmp_path: Path
 ) -> None:
-    with Answering(place, tmp_path) as server, Registry.open(place) as registry:
+    with Server(location, tmp_path) as server, Registry.open(location) as registry:
         add(registry, glyphs, "late")
         until(lambda: server.metric("addenda_tasks") == 3, "the third task is served")
-        right = answers(server, images)
+        expected = predictions(server, images)
         with Load(server.url + PREDICT, images) as load:
             load.wait(20)
             server.process.kill()
             server.process.wait()
-            until(lambda: len(load.failed) == load.clients, "no client is answered any more")
-        assert all(told.document == right[told.image] for told in load.told)
+            until(lambda: len(load.failed) == load.clients, "all clients are disconnected")
+        assert all(each.document == expected[each.image] for each in load.told)
         assert registry.check_integrity().ok
-    with Answering(place, tmp_path) as server:
-        assert answers(server, images) == right
+    with Server(location, tmp_path) as server:
+        assert predictions(server, images) == expected
 
 
 @contextmanager
 def down(server: Any) -> Iterator[None]:
-    """PostgreSQL is stopped."""
+    """Stops PostgreSQL."""
     server._stop()
     yield
     server.ensure_postgres_running()
@@ -145,58 +145,58 @@ def down(server: Any) -> Iterator[None]:
 
 @contextmanager
 def locked(location: str) -> Iterator[None]:
-    """A writer holds the file's lock."""
+    """Holds the write lock of the database file."""
     with raw(location) as connection:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
         yield
         connection.exec_driver_sql("ROLLBACK")
 
 
-def test_a_server_whose_database_is_down_answers_on_and_then_follows_again(
+def test_a_server_keeps_predicting_while_its_database_is_down_and_then_follows_it_again(
     glyphs: FrozenBackbone, images: list[bytes], tmp_path: Path
 ) -> None:
     with own_postgres() as database:
         location = url_of(database)
         fill(location, glyphs)
-        with Answering(location, tmp_path) as server:
-            right = answers(server, images)
+        with Server(location, tmp_path) as server:
+            expected = predictions(server, images)
             with Load(server.url + PREDICT, images) as load:
                 with down(database):
-                    until(lambda: server.metric("addenda_registry_up") == 0, "the outage is told of")
+                    until(lambda: server.metric("addenda_registry_up") == 0, "the outage is reported")
                     load.wait(50)
                     assert httpx2.get(f"{server.url}/readyz").status_code == 200
                     assert httpx2.get(f"{server.url}/livez").status_code == 200
                     listing = httpx2.get(f"{server.url}/api/v1/tasks", timeout=60)
                     assert (listing.status_code, listing.headers.get("retry-after")) == (503, "5"), listing.text
-                until(lambda: server.metric("addenda_registry_up") == 1, "the end of the outage is told of")
+                until(lambda: server.metric("addenda_registry_up") == 1, "the end of the outage is reported")
             assert not load.failed
-            assert all(told.status == 200 and told.document == right[told.image] for told in load.told)
+            assert all(each.status == 200 and each.document == expected[each.image] for each in load.told)
             with Registry.open(location) as registry:
                 add(registry, glyphs, "late")
-            until(lambda: "late" in server.ask(images[0]).json()["tasks"], "what is registered afterwards is served")
-            assert server.log.read_text().count("The registry does not answer") == 1
+            until(lambda: "late" in server.predict(images[0]).json()["tasks"], "a later registration is served")
+            assert server.log.read_text().count("The registry is unavailable; still serving") == 1
 
 
-def test_a_long_writer_of_the_file_stops_no_answer(
-    place: str, images: list[bytes], glyphs: FrozenBackbone, tmp_path: Path
+def test_a_long_write_transaction_blocks_no_prediction(
+    location: str, images: list[bytes], glyphs: FrozenBackbone, tmp_path: Path
 ) -> None:
-    with Answering(place, tmp_path) as server:
-        right = answers(server, images)
-        with Load(server.url + PREDICT, images) as load, locked(place):
+    with Server(location, tmp_path) as server:
+        expected = predictions(server, images)
+        with Load(server.url + PREDICT, images) as load, locked(location):
             load.wait(50)
             time.sleep(2)
             load.wait(10)
             assert httpx2.get(f"{server.url}/api/v1/tasks", timeout=60).status_code == 200
             assert server.metric("addenda_registry_up") == 1
         assert not load.failed
-        assert all(told.status == 200 and told.document == right[told.image] for told in load.told)
-        with Registry.open(place) as registry:
+        assert all(each.status == 200 and each.document == expected[each.image] for each in load.told)
+        with Registry.open(location) as registry:
             add(registry, glyphs, "late")
-        until(lambda: "late" in server.ask(images[0]).json()["tasks"], "what is registered afterwards is served")
+        until(lambda: "late" in server.predict(images[0]).json()["tasks"], "a later registration is served")
 
 
 def drip(connection: socket.socket, data: bytes, ended: list[float]) -> None:
-    """Sends a byte ten times a second until it is hung up on."""
+    """Sends ten bytes per second until the server closes the connection."""
     try:
         for byte in data:
             connection.sendall(bytes([byte]))
@@ -212,18 +212,18 @@ def drip(connection: socket.socket, data: bytes, ended: list[float]) -> None:
     connection.close()
 
 
-def test_clients_that_drip_are_hung_up_on_and_others_are_answered(
-    place: str, images: list[bytes], tmp_path: Path
+def test_slow_senders_are_disconnected_and_others_are_served(
+    location: str, images: list[bytes], tmp_path: Path
 ) -> None:
     head = f"POST {PREDICT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9000\r\n\r\n".encode()
-    with Impatient(place, tmp_path, HEAD_S="2", BODY_S="3", PYTHONPATH=str(ROOT)) as server:
-        right = answers(server, images)
-        for begin, most in ((b"", 2), (head, 3)):
+    with Impatient(location, tmp_path, HEAD_S="2", BODY_S="3", PYTHONPATH=str(ROOT)) as server:
+        expected = predictions(server, images)
+        for prefix, limit_s in ((b"", 2), (head, 3)):
             ended: list[float] = []
             started = time.monotonic()
             slow = [server.connect() for _ in range(200)]
             for connection in slow:
-                connection.sendall(begin)
+                connection.sendall(prefix)
             data = b"GET /" + b"a" * 1000
             threads = [threading.Thread(target=drip, args=(connection, data, ended)) for connection in slow]
             with Load(server.url + PREDICT, images) as load:
@@ -233,10 +233,10 @@ def test_clients_that_drip_are_hung_up_on_and_others_are_answered(
                 for thread in threads:
                     thread.join()
             assert len(ended) == 200
-            assert min(ended) - started >= most
-            assert max(ended) - started < 20, "dripping on would have taken 100 s"
+            assert min(ended) - started >= limit_s
+            assert max(ended) - started < 20, "sending everything would have taken 100 s"
             assert not load.failed
-            assert all(told.status == 200 and told.document == right[told.image] for told in load.told)
+            assert all(each.status == 200 and each.document == expected[each.image] for each in load.told)
         assert server.log.read_text().count('"status": 408') == 200
 
 
@@ -245,43 +245,43 @@ def memory_kb(process: subprocess.Popen[bytes]) -> int:
     return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS")))
 
 
-def test_who_comes_to_a_full_queue_is_told_when_to_come_again(place: str, tmp_path: Path) -> None:
+def test_a_full_queue_gives_503_with_retry_after(location: str, tmp_path: Path) -> None:
     images = []
     for grey in range(20):
         file = BytesIO()
         Image.new("RGB", (2000, 1500), (grey, 0, 0)).save(file, "PNG")
         images.append(file.getvalue())
-    with Answering(place, tmp_path, "--max-waiting", 4) as server:
-        right = answers(server, images)
+    with Server(location, tmp_path, "--max-waiting", 4) as server:
+        expected = predictions(server, images)
         before = memory_kb(server.process)
         with Load(server.url + PREDICT, images, clients=20) as load:
             load.wait(200)
             during = memory_kb(server.process)
         assert not load.failed
-        assert {told.status for told in load.told} == {200, 503}
-        for told in load.told:
-            if told.status == 200:
-                assert told.document == right[told.image]
+        assert {each.status for each in load.told} == {200, 503}
+        for each in load.told:
+            if each.status == 200:
+                assert each.document == expected[each.image]
             else:
-                assert 1 <= int(told.headers["retry-after"]) <= 60
-                assert told.headers["content-type"] == "application/problem+json"
+                assert 1 <= int(each.headers["retry-after"]) <= 60
+                assert each.headers["content-type"] == "application/problem+json"
         assert during - before < 150_000, (
-            "what is refused is not decoded: 20 images would be 180 MB, and more with each"
+            "rejected images are not decoded: 20 images would need 180 MB, and more with each request"
         )
-        assert answers(server, images) == right
+        assert predictions(server, images) == expected
 
 
-def test_an_answer_that_would_be_late_is_not_given(place: str, images: list[bytes], tmp_path: Path) -> None:
-    with Answering(place, tmp_path, "--timeout", 0.001) as server:
-        response = server.ask(images[0])
+def test_a_request_times_out(location: str, images: list[bytes], tmp_path: Path) -> None:
+    with Server(location, tmp_path, "--timeout", 0.001) as server:
+        response = server.predict(images[0])
         assert response.status_code == 504
-        assert response.json()["detail"] == "No answer within 0.001 s."
+        assert response.json()["detail"] == "The request timed out after 0.001 s."
 
 
-def test_tasks_registered_under_load_are_served_and_no_answer_mixes_generations(
-    place: str, images: list[bytes], glyphs: FrozenBackbone, tmp_path: Path
+def test_tasks_registered_under_load_are_served_and_no_response_mixes_generations(
+    location: str, images: list[bytes], glyphs: FrozenBackbone, tmp_path: Path
 ) -> None:
-    with Answering(place, tmp_path) as server, Registry.open(place) as registry:
+    with Server(location, tmp_path) as server, Registry.open(location) as registry:
         names = {registry.generation: ["digits", "strokes"]}
         with Load(server.url + PREDICT, images) as load:
             for number in range(5):
@@ -292,25 +292,28 @@ def test_tasks_registered_under_load_are_served_and_no_answer_mixes_generations(
                 until(lambda served=served: server.metric("addenda_tasks") == len(served), f"{served} are served")
             load.wait(10)
         assert not load.failed
-        right = answers(server, images)
-    assert {told.document["generation"] for told in load.told} == set(names)
-    for told in load.told:
-        assert told.status == 200
-        served = names[told.document["generation"]]
-        assert told.document["tasks"] == {name: right[told.image]["tasks"][name] for name in served}
+        expected = predictions(server, images)
+    assert {each.document["generation"] for each in load.told} == set(names)
+    for each in load.told:
+        assert each.status == 200
+        served = names[each.document["generation"]]
+        assert each.document["tasks"] == {name: expected[each.image]["tasks"][name] for name in served}
 
 
-def test_the_line_at_the_start_says_what_is_served_and_where_metrics_are(place: str, tmp_path: Path) -> None:
-    with ServedProcess(place, tmp_path, "--alias", "production", "--metrics-port", 0) as server:
-        told = re.search(r"\(only what 'production' points at; metrics on port (\d+)\)", server.log.read_text())
-        assert told is not None
-        found = httpx2.get(f"http://127.0.0.1:{told[1]}/metrics", timeout=10)
-    assert "addenda_" in found.text
+def test_the_start_up_line_has_the_alias_and_the_metrics_port(location: str, tmp_path: Path) -> None:
+    with ServedProcess(location, tmp_path, "--alias", "production", "--metrics-port", 0) as server:
+        match = re.search(r"\(only the versions of alias 'production'; metrics on port (\d+)\)", server.log.read_text())
+        assert match is not None
+        response = httpx2.get(f"http://127.0.0.1:{match[1]}/metrics", timeout=10)
+    assert "addenda_" in response.text
 
 
-def test_another_port_is_named_only_where_this_one_is_taken() -> None:
-    with bind("127.0.0.1", 0) as taken, pytest.raises(AddendaError, match=r"already in use .*--port takes another"):
+def test_the_port_option_is_suggested_only_if_the_port_is_in_use() -> None:
+    with (
+        bind("127.0.0.1", 0) as taken,
+        pytest.raises(AddendaError, match=r"already in use.* Choose another with --port"),
+    ):
         bind("127.0.0.1", taken.getsockname()[1])
-    with pytest.raises(AddendaError, match="cannot be listened on") as error:
+    with pytest.raises(AddendaError, match="Cannot listen on") as error:
         bind("192.0.2.1", 0)
     assert "--port" not in str(error.value)

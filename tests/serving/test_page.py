@@ -1,4 +1,4 @@
-"""The pages without a browser: what they show, what they may load, and who may see them."""
+"""The pages without a browser: content, content security policy and access."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def scores(*counts: list[int]) -> dict[str, Any]:
     }
 
 
-LEARNED: dict[str, Any] = {
+TRAINED: dict[str, Any] = {
     "validation": scores([8, 2, 0], [1, 9, 0], [0, 5, 5]),
     "candidates": [
         {"learning_rate": 0.1, "epoch": 1, "validation_loss": 0.9},
@@ -58,8 +58,8 @@ LEARNED: dict[str, Any] = {
 }
 
 
-def keep(registry: Registry, backbone: FrozenBackbone, task: Task, **changes: Any) -> Task:
-    """Registers a task, changed, with a golden probe of its own; as a further version where its name is taken."""
+def register(registry: Registry, backbone: FrozenBackbone, task: Task, **changes: Any) -> Task:
+    """Registers a changed copy of a task with its golden probe, as a new version if its name exists."""
     registry.add_backbone(backbone.record())
     task = replace(task, **changes)
     return registry.register(task, golden(backbone, task), new_version=True)
@@ -67,10 +67,10 @@ def keep(registry: Registry, backbone: FrozenBackbone, task: Task, **changes: An
 
 @pytest.fixture
 def full(tiny: FrozenBackbone, registry: Registry) -> Registry:
-    """Three tasks, of two versions and an extension, scored, noted and named by an alias."""
-    parent = keep(registry, tiny, random_task(tiny, "digits"), metrics=LEARNED)
-    keep(registry, tiny, random_task(tiny, "digits", seed=1))
-    keep(registry, tiny, random_task(tiny, "strokes", parents=(parent,), seed=2))
+    """Three task versions with an extension, an evaluation, a note and an alias."""
+    parent = register(registry, tiny, random_task(tiny, "digits"), metrics=TRAINED)
+    register(registry, tiny, random_task(tiny, "digits", seed=1))
+    register(registry, tiny, random_task(tiny, "strokes", parents=(parent,), seed=2))
     registry.set_alias("digits", "production", 1)
     registry.note("digits:1", "looks good")
     registry.add_evaluation("digits:1", "d" * 64, "n" * 64, {"accuracy": 0.75}, "l" * 64)
@@ -80,34 +80,34 @@ def full(tiny: FrozenBackbone, registry: Registry) -> Registry:
 PAGES = ("/", "/page/tasks", "/exactness", "/tasks/digits", "/tasks/digits/versions/1", "/tasks/strokes")
 
 
-def test_every_page_is_whole_and_loads_nothing_from_elsewhere(tiny: FrozenBackbone, full: Registry) -> None:
+def test_pages_load_nothing_from_other_sites(tiny: FrozenBackbone, full: Registry) -> None:
     with client_of(tiny, full) as client:
         for path in (*PAGES, "/tasks/unknown", *(f"/static/{name}" for name in page.ASSETS)):
-            answer = client.get(path)
-            assert answer.status_code == (404 if "unknown" in path else 200), answer.text
-            assert answer.headers["content-security-policy"] == page.CSP
-            assert answer.headers["x-content-type-options"] == "nosniff"
-            outside = answer.text.replace('xmlns="http://www.w3.org/2000/svg"', "")
-            assert not re.search(r"(https?:)?//[a-z]|url\(|@import", re.sub(r"(?m)^\s*// .*$", "", outside)), path
-            assert not re.search(r"<[^>]+ (style|on\w+)=|<style|<script(?! src=\"/static/)", answer.text), path
+            response = client.get(path)
+            assert response.status_code == (404 if "unknown" in path else 200), response.text
+            assert response.headers["content-security-policy"] == page.CSP
+            assert response.headers["x-content-type-options"] == "nosniff"
+            text = response.text.replace('xmlns="http://www.w3.org/2000/svg"', "")
+            assert not re.search(r"(https?:)?//[a-z]|url\(|@import", re.sub(r"(?m)^\s*// .*$", "", text)), path
+            assert not re.search(r"<[^>]+ (style|on\w+)=|<style|<script(?! src=\"/static/)", response.text), path
 
 
 @pytest.mark.parametrize(
     ("objective", "score", "per_class"),
     [("single-label", "75.0 %", "Accuracy"), ("multi-label", "75.0 % mAP", "Average precision")],
 )
-def test_a_tasks_page_names_its_figures(
+def test_a_task_page_shows_its_scores(
     objective: str, score: str, per_class: str, tiny: FrozenBackbone, registry: Registry
 ) -> None:
     metrics = {"test": scores([8, 2, 0], [1, 9, 0], [0, 5, 5]) | {"mean_average_precision": 0.75}}
-    keep(registry, tiny, random_task(tiny, "digits"), objective=objective, metrics=metrics)
+    register(registry, tiny, random_task(tiny, "digits"), objective=objective, metrics=metrics)
     with client_of(tiny, registry) as client:
         text = client.get("/tasks/digits").text
     assert f">{score}<" in text
     assert f'Images</th><th scope="col" class="number">{per_class}</th>' in text
 
 
-def test_the_policy_lets_a_page_load_only_its_own() -> None:
+def test_the_content_security_policy_allows_only_own_resources() -> None:
     rules = dict(rule.split(" ", 1) for rule in page.CSP.split("; "))
     assert rules == {
         "default-src": "'none'", "script-src": "'self'", "style-src": "'self'", "img-src": "'self' blob: data:",
@@ -115,7 +115,7 @@ def test_the_policy_lets_a_page_load_only_its_own() -> None:
     }  # fmt: skip
 
 
-def test_the_first_page_tells_what_is_served(tiny: FrozenBackbone, full: Registry) -> None:
+def test_the_home_page_lists_the_served_tasks(tiny: FrozenBackbone, full: Registry) -> None:
     with client_of(tiny, full) as client:
         text = client.get("/").text
     rows = re.findall(r'<tr data-task="(\w+)" data-ref="([\w:]+)"', text)
@@ -128,54 +128,54 @@ def test_the_first_page_tells_what_is_served(tiny: FrozenBackbone, full: Registr
     assert '<span class="tag ">production</span>' in text
 
 
-def test_a_quarantined_task_is_named_with_the_reason(tiny: FrozenBackbone, registry: Registry) -> None:
+def test_a_quarantined_task_is_shown_with_the_reason(tiny: FrozenBackbone, registry: Registry) -> None:
     registry.add_backbone(tiny.record())
     task = random_task(tiny, "digits")
     registry.register(task, golden(tiny, random_task(tiny, "digits", seed=1)))
     with client_of(tiny, registry) as client:
-        home, own = client.get("/").text, client.get("/tasks/digits").text
+        home, details = client.get("/").text, client.get("/tasks/digits").text
     assert "0 tasks served" in home
     assert re.search(r'<dt><a href="/tasks/digits/versions/1">digits:1</a></dt><dd>Its golden probe DIFFERS', home)
-    assert "<b>Quarantined.</b> Its golden probe DIFFERS" in own
+    assert "<b>Quarantined.</b> Its golden probe DIFFERS" in details
 
 
-def test_a_version_s_page_tells_all_that_is_known(tiny: FrozenBackbone, full: Registry) -> None:
+def test_a_version_page_shows_all_details(tiny: FrozenBackbone, full: Registry) -> None:
     with client_of(tiny, full) as client:
         old, new = client.get("/tasks/digits/versions/1").text, client.get("/tasks/digits").text
         assert client.get("/tasks/digits/versions/3").status_code == 404
         wrong = client.get("/tasks/digits/versions/first")
         assert (wrong.status_code, wrong.headers["content-type"]) == (422, "text/html; charset=utf-8")
         assert "path.version: Input should be a valid integer" in wrong.text
-    assert "Served now: <a" in old
-    assert "Served now: <a" not in new
+    assert "Served version: <a" in old
+    assert "Served version: <a" not in new
     assert "version 2" in new.split("</h1>")[0]
-    for said in (
-        "Measured on 30 validation images", "looks good", "taken from epoch 2", "strokes:1</text>",
-        '<td class="wrong h5">5</td>', full.record("digits:1").sha256, "the first scoring on this data",
+    for text in (
+        "Evaluated on 30 validation images", "looks good", "selected epoch 2", "strokes:1</text>",
+        '<td class="wrong h5">5</td>', full.record("digits:1").sha256, "the first evaluation on this data",
     ):  # fmt: skip
-        assert said in old, said
+        assert text in old, text
     assert re.search(
         r"<td>class 2</td><td>class 1</td><td class=\"number\">5</td><td class=\"number\">50.0 %</td>", old
     )
 
 
-def test_a_retired_task_keeps_its_page(tiny: FrozenBackbone, full: Registry) -> None:
+def test_a_retired_task_still_has_a_page(tiny: FrozenBackbone, full: Registry) -> None:
     full.retire("strokes:1", "of no use")
     with client_of(tiny, full) as client:
         assert "<b>Retired.</b> of no use" in client.get("/tasks/strokes").text
 
 
-def test_what_others_wrote_is_shown_as_text(tiny: FrozenBackbone, tmp_path: Path) -> None:
+def test_user_text_is_escaped(tiny: FrozenBackbone, tmp_path: Path) -> None:
     with Registry.open(tmp_path / "hostile.db", user=HOSTILE) as registry:
         labels = tuple(f"{HOSTILE}{i}" for i in range(3))
-        told = scores([8, 2, 0], [1, 9, 0], [0, 5, 5]) | {"per_class": dict.fromkeys(labels, 0.5)}
-        content = {"labels": labels, "metrics": {"validation": told}, "config": {HOSTILE: HOSTILE}}
-        task = keep(registry, tiny, random_task(tiny, "digits"), **content)
+        validation = scores([8, 2, 0], [1, 9, 0], [0, 5, 5]) | {"per_class": dict.fromkeys(labels, 0.5)}
+        content = {"labels": labels, "metrics": {"validation": validation}, "config": {HOSTILE: HOSTILE}}
+        task = register(registry, tiny, random_task(tiny, "digits"), **content)
         registry.note("digits", HOSTILE)
         registry.register(random_task(tiny, "strokes", seed=1), golden(tiny, task))
         with client_of(tiny, registry) as client:
-            asked = "/tasks/" + HOSTILE.replace("/", "")
-            texts = [client.get(path).text for path in (*PAGES[:4], asked, f"{asked}/versions/1")]
+            unknown = "/tasks/" + HOSTILE.replace("/", "")
+            texts = [client.get(path).text for path in (*PAGES[:4], unknown, f"{unknown}/versions/1")]
         registry.retire("digits", HOSTILE)
         with client_of(tiny, registry) as client:
             texts.append(client.get("/tasks/digits").text)
@@ -183,27 +183,27 @@ def test_what_others_wrote_is_shown_as_text(tiny: FrozenBackbone, tmp_path: Path
     assert not any("<script>" in text or "<img" in text for text in texts)
 
 
-def test_who_has_no_key_is_sent_to_the_login(tiny: FrozenBackbone, full: Registry, tmp_path: Path) -> None:
+def test_without_a_key_pages_redirect_to_the_login(tiny: FrozenBackbone, full: Registry, tmp_path: Path) -> None:
     keys = KeyFile(tmp_path / "keys.json")
     key = keys.create("reader", "predict")
     with client_of(tiny, full, keys) as client:
         for path in PAGES:
-            answer = client.get(path, follow_redirects=False)
-            assert (answer.status_code, answer.headers["location"]) == (303, "/login"), path
-            assert "digits" not in answer.text
+            response = client.get(path, follow_redirects=False)
+            assert (response.status_code, response.headers["location"]) == (303, "/login"), path
+            assert "digits" not in response.text
         assert client.post("/page/attention?task=digits", content=a_picture()).status_code == 401
         assert client.get("/login").status_code == client.get("/static/page.css").status_code == 200
 
-        wrong = client.post("/login", data={"key": "addenda_wrong"}, follow_redirects=False)
-        assert (wrong.status_code, wrong.headers.get("set-cookie")) == (403, None)
-        assert "This is no valid key." in wrong.text
-        elsewhere = {"origin": "http://elsewhere.example"}
-        assert client.post("/login", data={"key": key}, headers=elsewhere).status_code == 403
+        invalid = client.post("/login", data={"key": "addenda_wrong"}, follow_redirects=False)
+        assert (invalid.status_code, invalid.headers.get("set-cookie")) == (403, None)
+        assert "This key is not valid." in invalid.text
+        other_origin = {"origin": "http://elsewhere.example"}
+        assert client.post("/login", data={"key": key}, headers=other_origin).status_code == 403
         assert not client.cookies
 
-        right = client.post("/login", data={"key": key}, follow_redirects=False)
-        assert (right.status_code, right.headers["location"]) == (303, "/")
-        assert right.headers["set-cookie"].split("; ") == [
+        valid = client.post("/login", data={"key": key}, follow_redirects=False)
+        assert (valid.status_code, valid.headers["location"]) == (303, "/")
+        assert valid.headers["set-cookie"].split("; ") == [
             f"addenda_key={key}",
             "HttpOnly",
             "Path=/",
@@ -217,102 +217,100 @@ def test_who_has_no_key_is_sent_to_the_login(tiny: FrozenBackbone, full: Registr
         assert not client.cookies
 
 
-def test_over_https_the_cookie_is_sent_over_nothing_else(
-    tiny: FrozenBackbone, registry: Registry, tmp_path: Path
-) -> None:
+def test_over_https_the_cookie_is_secure(tiny: FrozenBackbone, registry: Registry, tmp_path: Path) -> None:
     keys = KeyFile(tmp_path / "keys.json")
     key = keys.create("reader", "predict")
     with client_of(tiny, registry, keys) as client:
-        answer = client.post("https://localhost/login", data={"key": key}, follow_redirects=False)
-        assert "Secure" in answer.headers["set-cookie"].split("; ")
+        response = client.post("https://localhost/login", data={"key": key}, follow_redirects=False)
+        assert "Secure" in response.headers["set-cookie"].split("; ")
 
 
-def test_without_keys_there_is_nothing_to_log_in_to(tiny: FrozenBackbone, registry: Registry) -> None:
+def test_without_keys_there_is_no_login(tiny: FrozenBackbone, registry: Registry) -> None:
     with client_of(tiny, registry) as client:
         assert client.get("/login", follow_redirects=False).headers["location"] == "/"
         assert "/logout" not in client.get("/").text
 
 
-def test_attention_is_that_of_the_task_over_the_patches(tiny: FrozenBackbone, full: Registry) -> None:
+def test_attention_is_that_of_the_class_token_over_the_patches(tiny: FrozenBackbone, full: Registry) -> None:
     with client_of(tiny, full) as client:
-        found = client.post("/page/attention?task=strokes", content=a_picture()).json()
+        attention = client.post("/page/attention?task=strokes", content=a_picture()).json()
         assert client.post("/page/attention?task=other", content=a_picture()).status_code == 404
         assert client.post("/page/attention?task=strokes", content=b"no image").status_code == 400
         assert client.post("/page/attention?task=strokes", content=a_picture(kind="BMP")).status_code == 400
     pixels = tiny.transform(read_image(BytesIO(a_picture()))).unsqueeze(0)
     expected = attention_map(tiny, full.get("strokes"), pixels)[0]
-    assert found["weights"] == expected.flatten().tolist()
-    assert sum(found["weights"]) <= 1
-    assert {key: found[key] for key in ("generation", "task", "ref", "rows", "columns")} == {
+    assert attention["weights"] == expected.flatten().tolist()
+    assert sum(attention["weights"]) <= 1
+    assert {key: attention[key] for key in ("generation", "task", "ref", "rows", "columns")} == {
         "generation": full.generation, "task": "strokes", "ref": "strokes:1", "rows": 4, "columns": 4,
     }  # fmt: skip
 
 
 def test_a_head_only_task_has_no_attention(tiny: FrozenBackbone, registry: Registry) -> None:
-    keep(registry, tiny, Task("plain", tiny.fingerprint, ("a", "b"), torch.ones(2, 48), torch.zeros(2)))
+    register(registry, tiny, Task("plain", tiny.fingerprint, ("a", "b"), torch.ones(2, 48), torch.zeros(2)))
     with client_of(tiny, registry) as client:
-        answer = client.post("/page/attention?task=plain", content=a_picture())
-        assert 'data-looks="no"' in client.get("/").text
-    assert answer.status_code == 409
-    assert "'plain:1' is head-only" in answer.json()["detail"]
+        response = client.post("/page/attention?task=plain", content=a_picture())
+        assert 'data-has-token="no"' in client.get("/").text
+    assert response.status_code == 409
+    assert "'plain:1' is head-only" in response.json()["detail"]
 
 
 @pytest.mark.parametrize("mode", ["center", "squash", "border"])
 @pytest.mark.parametrize("size", [(320, 200), (120, 300), (64, 64)])
-def test_what_the_backbone_sees_of_an_image_is_known(mode: str, size: tuple[int, int]) -> None:
-    """An image whose red and green tell where a pixel stands, put through timm's own transform."""
-    told = {"input_size": (3, 128, 128), "crop_pct": 0.8, "crop_mode": mode}
+def test_the_seen_box_matches_timms_transform(mode: str, size: tuple[int, int]) -> None:
+    """Transforms an image whose red and green channels encode pixel positions."""
+    preprocessing = {"input_size": (3, 128, 128), "crop_pct": 0.8, "crop_mode": mode}
     across, down = torch.linspace(0, 255, size[0]), torch.linspace(0, 255, size[1])
     pixels = torch.stack([across.expand(size[1], -1), down[:, None].expand(-1, size[0]), torch.zeros(size[1], size[0])])
     image = Image.fromarray(pixels.permute(1, 2, 0).byte().numpy())
-    seen = create_transform(**told, mean=(0, 0, 0), std=(1, 1, 1), is_training=False)(image)
-    left, top, width, height = seen_box(told, *size)
-    middle = torch.arange(40, 88)  # where no padding is
-    place = (middle + 0.5) / 128
-    assert (seen[0, 64, middle] - (left + place * width)).abs().max() < 0.015
-    assert (seen[1, middle, 64] - (top + place * height)).abs().max() < 0.015
+    seen = create_transform(**preprocessing, mean=(0, 0, 0), std=(1, 1, 1), is_training=False)(image)
+    left, top, width, height = seen_box(preprocessing, *size)
+    middle = torch.arange(40, 88)  # not padded
+    position = (middle + 0.5) / 128
+    assert (seen[0, 64, middle] - (left + position * width)).abs().max() < 0.015
+    assert (seen[1, middle, 64] - (top + position * height)).abs().max() < 0.015
 
 
-def test_a_matrix_of_many_classes_is_drawn_and_its_worst_are_named() -> None:
+def test_a_large_confusion_matrix_is_an_image_with_a_list_of_the_most_frequent_confusions() -> None:
     count = 250
     counts = [[9 if i == j else 0 for j in range(count)] for i in range(count)]
     counts[10][200] = 7
     labels = [f"class {i}" for i in range(count)]
-    found = page_charts.confusion({"confusion": counts}, labels)
-    assert found is not None
-    assert (found.in_numbers, len(found.rows)) == (False, page_charts.BINS)
-    drawn = [cell for row in found.rows for cell in row if cell.count]
+    confusion = page_charts.confusion({"confusion": counts}, labels)
+    assert confusion is not None
+    assert (confusion.as_table, len(confusion.rows)) == (False, page_charts.BINS)
+    drawn = [cell for row in confusion.rows for cell in row if cell.count]
     assert len(drawn) == page_charts.BINS + 1
     assert sum(cell.count for cell in drawn) == 9 * count + 7
-    assert found.pairs == (("class 10", "class 200", 7, 7 / 16),)
+    assert confusion.pairs == (("class 10", "class 200", 7, 7 / 16),)
 
 
-def test_curves_show_the_chosen_candidate_on_top_and_within_the_chart() -> None:
-    found = page_charts.curves(LEARNED)
-    assert found is not None
-    assert [line.kind for line in found.lines] == ["other", "other", "train", "validation"]
-    assert (found.epoch, found.num_candidates) == (2, 2)
-    heights = [float(point.split(",")[1]) for line in found.lines for point in line.points.split()]
+def test_curves_of_the_selected_candidate_are_on_top_and_within_the_chart() -> None:
+    curves = page_charts.curves(TRAINED)
+    assert curves is not None
+    assert [line.kind for line in curves.lines] == ["other", "other", "train", "validation"]
+    assert (curves.epoch, curves.num_candidates) == (2, 2)
+    heights = [float(point.split(",")[1]) for line in curves.lines for point in line.points.split()]
     assert len(heights) == 2 + 1 + 3 + 3
     assert min(heights) >= page_charts.TOP
     assert max(heights) <= page_charts.HEIGHT - page_charts.BOTTOM
-    assert found.best == found.across[1][0]
+    assert curves.best == curves.x_ticks[1][0]
 
 
-def test_a_task_stands_to_the_right_of_all_that_it_extends() -> None:
+def test_a_task_is_drawn_to_the_right_of_all_tasks_that_it_extends() -> None:
     oldest = Kin("a:1", False)
-    own = Kin("own:1", False, (Kin("a:1", False, shown=True), Kin("b:1", True, (oldest,)), *(
+    current = Kin("own:1", False, (Kin("a:1", False, shown=True), Kin("b:1", True, (oldest,)), *(
         Kin(f"c{i}:1", False) for i in range(20))))  # fmt: skip
-    found = page_charts.graph(Lineage(own, Kin("own:1", False, (Kin("z:1", False, left_out=3),))))
-    assert found is not None
-    x = {node.ref: node.x for node in found.nodes}
+    graph = page_charts.graph(Lineage(current, Kin("own:1", False, (Kin("z:1", False, left_out=3),))))
+    assert graph is not None
+    x = {node.ref: node.x for node in graph.nodes}
     assert x["a:1"] < x["b:1"] < x["own:1"] < x["z:1"]
-    assert sorted(node.left_out for node in found.nodes if node.ref is None) == [3, 9]
-    assert all(0 <= node.x <= found.width - page_charts.NODE_WIDTH for node in found.nodes)
-    assert all(0 <= node.y <= found.height - page_charts.NODE_HEIGHT for node in found.nodes)
+    assert sorted(node.num_omitted for node in graph.nodes if node.ref is None) == [3, 9]
+    assert all(0 <= node.x <= graph.width - page_charts.NODE_WIDTH for node in graph.nodes)
+    assert all(0 <= node.y <= graph.height - page_charts.NODE_HEIGHT for node in graph.nodes)
     assert page_charts.graph(Lineage(oldest, oldest)) is None
 
 
-def test_all_that_pages_are_made_of_lies_in_the_package() -> None:
+def test_templates_and_assets_are_in_the_package() -> None:
     for folder, count in (("templates", 8), ("static", len(page.ASSETS))):
         assert len(list((files("addenda.serving") / folder).iterdir())) == count

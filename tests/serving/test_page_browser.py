@@ -1,4 +1,4 @@
-"""The pages in a real browser: an image is asked about, tasks come and go, the promise is verified."""
+"""The pages in a real browser: predictions, live updates and verification."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from addenda.serving.app import make_app
 from addenda.serving.keys import KeyFile
 from addenda.serving.server import Server, bind
 from addenda.serving.service import Service
-from tests.serving.test_page import LEARNED, keep, scores
+from tests.serving.test_page import TRAINED, register, scores
 from tests.support.places import ROOT
 from tests.support.tasks import random_task
 
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.slow
 
 @contextmanager
 def serving(backbone: FrozenBackbone, registry: Registry, keys: KeyFile | None = None) -> Iterator[str]:
-    """A server in a thread of this process; gives its URL."""
+    """Runs a server in a thread; yields its URL."""
     app = make_app(lambda metrics: Service(backbone, registry, None, None, metrics.report), keys)
     listening: socket.socket = bind("127.0.0.1", 0)
     server = Server(app, listening, drain_s=0, stop_s=1)
@@ -49,7 +49,7 @@ def serving(backbone: FrozenBackbone, registry: Registry, keys: KeyFile | None =
 
 
 class Visit:
-    """A page that is looked at; `complaints` are what the console said and what was asked of others than the server."""
+    """A page in a browser; `complaints` are console messages and requests to other servers."""
 
     def __init__(self, browser: Any, url: str, folder: Path, **options: Any) -> None:
         self.context = browser.new_context(base_url=url, **({"viewport": {"width": 1280, "height": 900}} | options))
@@ -62,9 +62,9 @@ class Visit:
         self.folder = Path(os.environ.get("ADDENDA_SCREENSHOTS") or folder)
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def _check(self, url: str, asked: str) -> None:
-        if not asked.startswith((url, "blob:", "data:")):
-            self.complaints.append(asked)
+    def _check(self, url: str, requested: str) -> None:
+        if not requested.startswith((url, "blob:", "data:")):
+            self.complaints.append(requested)
 
     def shoot(self, name: str) -> None:
         self.page.screenshot(path=str(self.folder / f"{name}.png"), full_page=True)
@@ -86,20 +86,20 @@ def picture(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def registry_of_two(glyphs: FrozenBackbone, tmp_path: Path) -> Iterator[Registry]:
-    """With a long name, many classes, curves, an extension, an alias and a quarantined task."""
+    """A registry with a long name, many classes, curves, an extension, an alias and a quarantined task."""
     with Registry.open(tmp_path / "tasks.db") as registry:
-        parent = keep(registry, glyphs, random_task(glyphs, "strokes"), metrics=LEARNED)
+        parent = register(registry, glyphs, random_task(glyphs, "strokes"), metrics=TRAINED)
         labels = 60
         random = torch.Generator().manual_seed(0)
         counts = (torch.eye(labels) * 12 + torch.rand(labels, labels, generator=random) ** 12 * 9).long().tolist()
         large = random_task(glyphs, "letters-of-many-alphabets", classes=labels, parents=(parent,), seed=3)
-        keep(registry, glyphs, large, metrics=LEARNED | {"validation": scores(*counts)})
+        register(registry, glyphs, large, metrics=TRAINED | {"validation": scores(*counts)})
         registry.set_alias("strokes", "production", 1)
         registry.register(random_task(glyphs, "broken", seed=5), golden(glyphs, random_task(glyphs, "broken", seed=6)))
         yield registry
 
 
-ANOTHER = """
+REGISTER_NEWCOMER = """
 import sys
 from addenda import Registry, load_backbone
 from addenda.combined import golden, predictions
@@ -112,8 +112,8 @@ with Registry.open(sys.argv[1]) as registry:
 """
 
 
-def light(canvas: Any) -> float:
-    """The mean of a canvas's red, minus its blue: what a heat map raises."""
+def redness(canvas: Any) -> float:
+    """The mean of a canvas's red minus its blue, which a heat map increases."""
     return canvas.evaluate(
         """canvas => {
             const copy = new OffscreenCanvas(canvas.width, canvas.height).getContext("2d", {willReadFrequently: true});
@@ -126,7 +126,7 @@ def light(canvas: Any) -> float:
     )
 
 
-def test_an_image_is_dropped_and_a_task_comes_while_the_page_is_open(
+def test_an_image_is_dropped_and_a_new_task_appears_while_the_page_is_open(
     browser: Any, glyphs: FrozenBackbone, registry_of_two: Registry, picture: Path, tmp_path: Path
 ) -> None:
     with serving(glyphs, registry_of_two) as url:
@@ -145,97 +145,99 @@ def test_an_image_is_dropped_and_a_task_comes_while_the_page_is_open(
             list(picture.read_bytes()),
         )
         page.dispatch_event("[data-drop]", "drop", {"dataTransfer": drop})
-        page.wait_for_selector(".answer")
-        answers = page.locator(".answer").all_inner_texts()
-        assert ["strokes" in text for text in answers] == [True, False]
-        assert all("%" in text for text in answers)
+        page.wait_for_selector(".prediction")
+        predictions = page.locator(".prediction").all_inner_texts()
+        assert ["strokes" in text for text in predictions] == [True, False]
+        assert all("%" in text for text in predictions)
 
         canvas = page.locator("[data-canvas]")
-        page.click("[data-look=strokes]")
+        page.click("[data-attention=strokes]")
         page.wait_for_selector("[data-canvas][data-shows=strokes]")
-        assert page.get_attribute("[data-look=strokes]", "aria-pressed") == "true"
+        assert page.get_attribute("[data-attention=strokes]", "aria-pressed") == "true"
         assert "of its attention" in page.locator("[data-caption]").inner_text()
-        looked = canvas.screenshot()
-        assert light(canvas) > 0  # grey, tinted with blue, but for the heat
-        page.click("[data-look=letters-of-many-alphabets]")
+        first_map = canvas.screenshot()
+        assert redness(canvas) > 0  # grey with a blue tint except for the heat map
+        page.click("[data-attention=letters-of-many-alphabets]")
         page.wait_for_selector("[data-canvas][data-shows=letters-of-many-alphabets]")
-        assert canvas.screenshot() != looked
-        visit.shoot("answers")
+        assert canvas.screenshot() != first_map
+        visit.shoot("predictions")
 
         generation = int(page.inner_text("[data-generation]"))
         location = registry_of_two.location.removeprefix("sqlite:///")
-        subprocess.run([sys.executable, "-c", ANOTHER, location], check=True, cwd=ROOT)
+        subprocess.run([sys.executable, "-c", REGISTER_NEWCOMER, location], check=True, cwd=ROOT)
         page.wait_for_selector("#tasks tr[data-ref='newcomer:1']")
         assert "Now served: newcomer:1. Generation" in page.locator("[data-news]").inner_text()
         assert int(page.inner_text("header [data-generation]")) > generation
-        page.wait_for_selector(".answer [data-look=newcomer]")
+        page.wait_for_selector(".prediction [data-attention=newcomer]")
         visit.shoot("newcomer")
-        page.click("[data-look=letters-of-many-alphabets]")
+        page.click("[data-attention=letters-of-many-alphabets]")
         assert page.get_attribute("[data-canvas]", "data-shows") == ""
         visit.end()
 
 
-def test_what_is_no_image_is_said(browser: Any, glyphs: FrozenBackbone, registry: Registry, tmp_path: Path) -> None:
+def test_an_undecodable_image_shows_the_error(
+    browser: Any, glyphs: FrozenBackbone, registry: Registry, tmp_path: Path
+) -> None:
     (tmp_path / "text.png").write_text("no image")
     with serving(glyphs, registry) as url:
         visit = Visit(browser, url, tmp_path)
         visit.page.goto("/")
         visit.page.set_input_files("[data-file]", tmp_path / "text.png")
         visit.page.wait_for_selector("[data-caption]:has-text('cannot be read')")
-        assert [said for said in visit.complaints if "400" not in said] == []
+        assert [complaint for complaint in visit.complaints if "400" not in complaint] == []
         visit.context.close()
 
 
-def test_the_promise_is_verified_on_the_page(
+def test_golden_probes_are_verified_on_the_page(
     browser: Any, glyphs: FrozenBackbone, registry_of_two: Registry, tmp_path: Path
 ) -> None:
     with serving(glyphs, registry_of_two) as url:
         visit = Visit(browser, url, tmp_path)
         visit.page.goto("/exactness")
-        assert "Nothing was verified yet" in visit.page.inner_text("[data-verifications]")
+        assert "No verification yet" in visit.page.inner_text("[data-verifications]")
         visit.page.click("[data-verify]")
         visit.page.wait_for_selector("[data-verdicts] .verdict")
-        assert "The promise is broken" in visit.page.inner_text("[data-verdicts]")  # by the one in quarantine
+        assert "Verification failed" in visit.page.inner_text("[data-verdicts]")  # because of the quarantined task
         registry_of_two.retire("broken")
-        served = "fetch('/api/v1/status').then((answer) => answer.json()).then((status) => status.generation)"
+        served = "fetch('/api/v1/status').then((response) => response.json()).then((status) => status.generation)"
         while visit.page.evaluate(served) != registry_of_two.generation:
             visit.page.wait_for_timeout(50)
         visit.page.click("[data-verify]")
         visit.page.wait_for_selector("[data-verifications] tbody tr:nth-child(2)")
-        assert "All 2 tasks kept the promise" in visit.page.inner_text("[data-verdicts]")
+        assert "The golden probes of all 2 tasks match" in visit.page.inner_text("[data-verdicts]")
         visit.shoot("exactness")
         visit.end()
 
 
-def test_everything_is_done_by_keyboard(
+def test_all_functions_work_with_the_keyboard(
     browser: Any, glyphs: FrozenBackbone, registry_of_two: Registry, picture: Path, tmp_path: Path
 ) -> None:
     def focused() -> str:
-        return page.evaluate("document.activeElement.dataset.look || document.activeElement.outerHTML")
+        return page.evaluate("document.activeElement.dataset.attention || document.activeElement.outerHTML")
 
-    def tab_to(wanted: str) -> None:
+    def tab_to(target: str) -> None:
         for _ in range(30):
             page.keyboard.press("Tab")
-            if wanted in focused():
+            if target in focused():
                 return
-        raise AssertionError(f"{wanted} is not reached by the keyboard")
+        raise AssertionError(f"{target} cannot be reached with the keyboard")
 
     with serving(glyphs, registry_of_two) as url:
         visit = Visit(browser, url, tmp_path)
         page = visit.page
         choosers: list[Any] = []
-        # From the start: a browser is told to hand them over, and not waited for.
+        # Registered before the click, since interception is enabled asynchronously.
         page.on("filechooser", lambda chooser: choosers.append(chooser))
         page.goto("/")
         page.keyboard.press("Tab")
-        assert "To the content" in focused()
+        assert "Skip to content" in focused()
         tab_to("data-file")
         visit.shoot("keyboard")
         page.keyboard.press("Enter")
         while not choosers:
             page.wait_for_timeout(50)
         choosers[0].set_files(picture)
-        page.wait_for_selector(".answer")
+        page.wait_for_selector(".prediction")
         tab_to("strokes")
         tab_to("strokes")
         page.keyboard.press("Space")
@@ -266,7 +268,7 @@ def test_pages_fit_the_screen_and_are_readable(
             page.goto(path)
             if path == "/":
                 page.set_input_files("[data-file]", picture)
-                page.click("[data-look=strokes]")
+                page.click("[data-attention=strokes]")
                 page.wait_for_selector("[data-canvas][data-shows=strokes]")
             root = page.evaluate("[document.documentElement.scrollWidth, document.documentElement.clientWidth]")
             assert root[0] <= root[1], path
@@ -276,7 +278,7 @@ def test_pages_fit_the_screen_and_are_readable(
 
 
 def contrast(page: Any) -> float:
-    """WCAG's ratio of the soft text, the faintest there is, to the paper."""
+    """The WCAG contrast ratio of the faintest text to the background."""
 
     def luminance(color: str) -> float:
         parts = [int(part) / 255 for part in color[4:-1].split(",")]
@@ -289,9 +291,7 @@ def contrast(page: Any) -> float:
     return (bright + 0.05) / (faint + 0.05)
 
 
-def test_a_key_lets_a_person_in_and_out(
-    browser: Any, glyphs: FrozenBackbone, registry: Registry, tmp_path: Path
-) -> None:
+def test_a_user_logs_in_and_out(browser: Any, glyphs: FrozenBackbone, registry: Registry, tmp_path: Path) -> None:
     keys = KeyFile(tmp_path / "keys.json")
     key = keys.create("reader", "predict")
     with serving(glyphs, registry, keys) as url:
@@ -326,5 +326,5 @@ def test_an_image_is_pasted(
             }""",
             list(picture.read_bytes()),
         )
-        visit.page.wait_for_selector(".answer")
+        visit.page.wait_for_selector(".prediction")
         visit.end()

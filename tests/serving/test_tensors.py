@@ -1,4 +1,4 @@
-"""Requests and answers of the Open Inference Protocol, without a server."""
+"""Parsing requests and encoding responses of the Open Inference Protocol, without a server."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from addenda.exceptions import DataError
-from addenda.serving.tensors import MOST_LISTS, MOST_VALUES, Output, encode, parse
+from addenda.serving.tensors import MAX_LISTS, MAX_VALUES, Output, encode, parse
 
 FLOATS = arrays.arrays(np.float32, arrays.array_shapes(max_dims=4, max_side=4), elements=st.floats(width=32))
 FINITE = arrays.arrays(
@@ -26,7 +26,7 @@ PIXEL: dict[str, Any] = {"name": "p", "shape": [1], "datatype": "FP32", "data": 
 
 
 def body(*inputs: dict[str, Any], binary: bytes = b"", **members: Any) -> tuple[bytes, str | None]:
-    """A request, and what its header says of the JSON's length where something follows it."""
+    """A request, and the header with the length of its JSON if binary data follow it."""
     text = json.dumps({"inputs": inputs, **members}).encode()
     return text + binary, str(len(text)) if binary else None
 
@@ -36,139 +36,139 @@ def changed(**members: Any) -> tuple[bytes, str | None]:
 
 
 def prefixed(strings: list[bytes]) -> bytes:
-    return b"".join(len(one).to_bytes(4, "little") + one for one in strings)
+    return b"".join(len(string).to_bytes(4, "little") + string for string in strings)
 
 
 @given(FLOATS, STRINGS)
-def test_binary_tensors_are_read_as_they_were_written(floats: np.ndarray, strings: list[bytes]) -> None:
-    pieces = [floats.tobytes(), prefixed(strings)]
-    said = [{"parameters": {"binary_data_size": len(piece)}} for piece in pieces]
-    asked = parse(
+def test_binary_tensors_are_parsed_exactly(floats: np.ndarray, strings: list[bytes]) -> None:
+    chunks = [floats.tobytes(), prefixed(strings)]
+    sizes = [{"parameters": {"binary_data_size": len(chunk)}} for chunk in chunks]
+    request = parse(
         *body(
-            {"name": "p", "shape": floats.shape, "datatype": "FP32", **said[0]},
-            {"name": "s", "shape": [len(strings)], "datatype": "BYTES", **said[1]},
-            binary=b"".join(pieces),
+            {"name": "p", "shape": floats.shape, "datatype": "FP32", **sizes[0]},
+            {"name": "s", "shape": [len(strings)], "datatype": "BYTES", **sizes[1]},
+            binary=b"".join(chunks),
         )
     )
-    assert asked.tensors["p"].tobytes() == pieces[0]
-    assert asked.tensors["p"].shape == floats.shape
-    assert list(asked.tensors["s"]) == strings
+    assert request.tensors["p"].tobytes() == chunks[0]
+    assert request.tensors["p"].shape == floats.shape
+    assert list(request.tensors["s"]) == strings
 
 
 @given(FINITE, STRINGS, st.booleans(), st.text(max_size=5))
-def test_json_tensors_are_read_as_they_were_written(
-    floats: np.ndarray, strings: list[bytes], nested: bool, name: str
-) -> None:
+def test_json_tensors_are_parsed_exactly(floats: np.ndarray, strings: list[bytes], nested: bool, name: str) -> None:
     data = (floats if nested else floats.ravel()).tolist()
-    asked = parse(
+    request = parse(
         *body(
             {"name": "p", "shape": floats.shape, "datatype": "FP32", "data": data},
             {"name": "s", "shape": [len(strings), 1], "datatype": "BYTES",
-             "data": [base64.b64encode(one).decode() for one in strings]},
+             "data": [base64.b64encode(string).decode() for string in strings]},
             id=name,
         )
     )  # fmt: skip
-    assert asked.tensors["p"].tobytes() == floats.tobytes()
-    assert asked.tensors["p"].shape == floats.shape
-    assert asked.tensors["s"].ravel().tolist() == strings
-    assert asked.id == name
+    assert request.tensors["p"].tobytes() == floats.tobytes()
+    assert request.tensors["p"].shape == floats.shape
+    assert request.tensors["s"].ravel().tolist() == strings
+    assert request.id == name
 
 
-def test_outputs_are_wanted_as_the_request_says_unless_they_say_otherwise() -> None:
+def test_binary_data_output_is_the_default_of_each_output() -> None:
     outputs = [{"name": "a"}, {"name": "b", "parameters": {"binary_data": False}}]
-    asked = parse(*body(PIXEL, outputs=outputs, parameters={"binary_data_output": True}))
-    assert (asked.outputs, asked.binary) == ({"a": True, "b": False}, True)
-    asked = parse(*body(PIXEL, outputs=[{"name": "a"}, {"name": "b", "parameters": {"binary_data": True}}]))
-    assert (asked.outputs, asked.binary) == ({"a": False, "b": True}, False)
+    request = parse(*body(PIXEL, outputs=outputs, parameters={"binary_data_output": True}))
+    assert (request.outputs, request.binary) == ({"a": True, "b": False}, True)
+    request = parse(*body(PIXEL, outputs=[{"name": "a"}, {"name": "b", "parameters": {"binary_data": True}}]))
+    assert (request.outputs, request.binary) == ({"a": False, "b": True}, False)
 
 
 @given(FINITE, st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=9), min_size=1, max_size=4),
        st.booleans(), st.booleans())  # fmt: skip
-def test_tritons_client_reads_what_is_written(floats: np.ndarray, texts: list[str], one: bool, other: bool) -> None:
+def test_tritons_client_parses_encoded_responses(
+    floats: np.ndarray, texts: list[str], logits_binary: bool, labels_binary: bool
+) -> None:
     from tritonclient.http import InferResult
 
     outputs = [
-        Output("logits", floats, {"task": "digits:1"}, one),
-        Output("label", np.array(texts, dtype=object), {}, other),
+        Output("logits", floats, {"task": "digits:1"}, logits_binary),
+        Output("label", np.array(texts, dtype=object), {}, labels_binary),
     ]
-    written, header_length = encode({"id": "7", "parameters": {"generation": 3}}, outputs)
-    assert (header_length is None) == (not one and not other)
-    found = InferResult.from_response_body(written, header_length=header_length)
-    assert found.as_numpy("logits").tobytes() == floats.tobytes()
-    assert found.as_numpy("logits").shape == floats.shape
-    assert found.as_numpy("label").tolist() == ([text.encode() for text in texts] if other else texts)
-    assert found.get_response()["parameters"] == {"generation": 3}
-    assert found.get_output("logits")["parameters"]["task"] == "digits:1"
+    encoded, header_length = encode({"id": "7", "parameters": {"generation": 3}}, outputs)
+    assert (header_length is None) == (not logits_binary and not labels_binary)
+    result = InferResult.from_response_body(encoded, header_length=header_length)
+    assert result.as_numpy("logits").tobytes() == floats.tobytes()
+    assert result.as_numpy("logits").shape == floats.shape
+    assert result.as_numpy("label").tolist() == ([text.encode() for text in texts] if labels_binary else texts)
+    assert result.get_response()["parameters"] == {"generation": 3}
+    assert result.get_output("logits")["parameters"]["task"] == "digits:1"
 
 
 MALFORMED = {
-    "": "The request is not JSON: EOF while parsing a value",
-    "[": "The request is not JSON",
+    "": "The request is not valid JSON: EOF while parsing a value",
+    "[": "The request is not valid JSON",
     "[]": "The request: Input should be a valid dictionary",
     "{}": "inputs: Field required",
     '{"inputs": {}}': "inputs: Input should be a valid list",
     '{"inputs": [1, 2]}': "inputs.0: Input should be a valid dictionary",
     '{"inputs": [], "id": 7}': "id: Input should be a valid string; found 7",
-    '{"inputs": [], "id": "\\ud800"}': "The request is not JSON",
+    '{"inputs": [], "id": "\\ud800"}': "The request is not valid JSON",
     "[" * 100_000: "recursion limit exceeded",
-    "[" * (MOST_LISTS + 1): f"{MOST_LISTS} lists. Send tensors in binary",
-    "," * (MOST_VALUES + 1): f"more than {MOST_VALUES} values",
+    "[" * (MAX_LISTS + 1): f"{MAX_LISTS} lists. Send tensors in binary",
+    "," * (MAX_VALUES + 1): f"more than {MAX_VALUES} values",
     '{"inputs": [' + "9" * 5000 + "]}": "number out of range",
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("text", "said"), MALFORMED.items(), ids=range(len(MALFORMED)))
-def test_what_is_no_request_is_refused(text: str, said: str) -> None:
+@pytest.mark.parametrize(("text", "message"), MALFORMED.items(), ids=range(len(MALFORMED)))
+def test_a_malformed_request_is_rejected(text: str, message: str) -> None:
     with pytest.raises(DataError) as error:
         parse(text.encode())
-    assert said in str(error.value)
+    assert message in str(error.value)
     assert len(str(error.value)) < 500
 
 
-REFUSED: dict[str, tuple[bytes, str | None]] = {
+INVALID: dict[str, tuple[bytes, str | None]] = {
     "inputs.0.shape.0: Input should be greater than or equal to 0; found -1": changed(shape=[-1]),
     "inputs.0.shape.0: Input should be less than or equal to 2147483648": changed(shape=[10**30]),
     "inputs.0.shape.0: Input should be a valid integer; found True": changed(shape=[True]),
     "inputs.0.shape.0: Input should be a valid integer; found 1.0": changed(shape=[1.0]),
     "inputs.0.shape: List should have at most 8 items": changed(shape=[1] * 9),
-    "which is 4611686018427387904 values; its data is 1.": changed(shape=[2**31, 2**31]),
+    "which is 4611686018427387904 values; its data has 1.": changed(shape=[2**31, 2**31]),
     "cannot be read as FP32: int too large to convert to float": changed(data=[10**400]),
-    "shape [0], which is 0 values; its data is 1.": changed(shape=[0]),
-    "Input 'p' has the shape [2], which is 2 values; its data is 1.": changed(shape=[2]),
-    "The data of Input 'p' is not nested as its shape [2, 2] says.": changed(shape=[2, 2], data=[[1, 2], [3]]),
-    "not nested as its shape [2, 1] says.": changed(shape=[2, 1], data=[[1], 2]),
-    "values of list; taken are FP32": changed(data=[[1]]),
-    "values of str; taken are FP32 with numbers": changed(data=["0.5"]),
-    "values of bool; taken": changed(data=[True]),
-    "values of NoneType; taken": changed(data=[None]),
-    "values of float, str; taken": changed(shape=[2], data=[0.5, "x" * 10**6]),
-    "the datatype 'INT64' and values of float": changed(datatype="INT64"),
-    "the datatype 'BYTES' and values of float": changed(datatype="BYTES"),
+    "shape [0], which is 0 values; its data has 1.": changed(shape=[0]),
+    "Input 'p' has shape [2], which is 2 values; its data has 1.": changed(shape=[2]),
+    "The data of Input 'p' is not nested according to its shape [2, 2].": changed(shape=[2, 2], data=[[1, 2], [3]]),
+    "not nested according to its shape [2, 1].": changed(shape=[2, 1], data=[[1], 2]),
+    "values of type list. Supported: FP32": changed(data=[[1]]),
+    "values of type str. Supported: FP32 with numbers": changed(data=["0.5"]),
+    "values of type bool. Supported": changed(data=[True]),
+    "values of type NoneType. Supported": changed(data=[None]),
+    "values of type float, str. Supported": changed(shape=[2], data=[0.5, "x" * 10**6]),
+    "datatype 'INT64' and values of type float": changed(datatype="INT64"),
+    "datatype 'BYTES' and values of type float": changed(datatype="BYTES"),
     "cannot be read as BYTES: Incorrect padding": changed(datatype="BYTES", data=["abc"]),
     "cannot be read as BYTES: string argument should contain only ASCII": changed(datatype="BYTES", data=["é"]),
-    "has no list of data, and no binary_data_size": changed(data="abcd"),
-    "Input 'p' is there twice": body(PIXEL, PIXEL),
-    "asks for shared_memory_region, which is not offered": changed(parameters={"shared_memory_region": "x"}),
-    "Output 'o' asks for classification": body(
+    "has neither a list as data nor a binary_data_size": changed(data="abcd"),
+    "Input 'p' is given twice": body(PIXEL, PIXEL),
+    "uses shared_memory_region, which is not supported": changed(parameters={"shared_memory_region": "x"}),
+    "Output 'o' uses classification": body(
         PIXEL, outputs=[{"name": "o", "parameters": {"classification": 3}}]
     ),
-    "Output 'o' is asked for twice": body(PIXEL, outputs=[{"name": "o"}, {"name": "o"}]),
-    "Output 'o' has binary_data 1; it is true or false": body(
+    "Output 'o' is requested twice": body(PIXEL, outputs=[{"name": "o"}, {"name": "o"}]),
+    "Output 'o' has binary_data 1; it must be true or false": body(
         PIXEL, outputs=[{"name": "o", "parameters": {"binary_data": 1}}]
     ),
     "The request has binary_data_output 'yes'": body(PIXEL, parameters={"binary_data_output": "yes"}),
-    "has binary_data_size 4; 0 bytes are there behind the JSON": changed(parameters={"binary_data_size": 4}),
-    "has binary_data_size -4; ": body({**PIXEL, "parameters": {"binary_data_size": -4}}, binary=b"1234"),
-    "has binary_data_size True; ": body({**PIXEL, "parameters": {"binary_data_size": True}}, binary=b"1234"),
-    "which is 1 values; its data is 0.75": body({**PIXEL, "parameters": {"binary_data_size": 3}}, binary=b"123"),
-    "4 bytes more than its inputs' binary_data_size say": body(PIXEL, binary=b"1234"),
-    "the datatype 'INT8'; taken are": body(
+    "has binary_data_size 4, but 0 bytes follow the JSON": changed(parameters={"binary_data_size": 4}),
+    "has binary_data_size -4, ": body({**PIXEL, "parameters": {"binary_data_size": -4}}, binary=b"1234"),
+    "has binary_data_size True, ": body({**PIXEL, "parameters": {"binary_data_size": True}}, binary=b"1234"),
+    "which is 1 values; its data has 0.75": body({**PIXEL, "parameters": {"binary_data_size": 3}}, binary=b"123"),
+    "4 bytes beyond the binary_data_size of its inputs": body(PIXEL, binary=b"1234"),
+    "datatype 'INT8'. Supported: ": body(
         {**PIXEL, "datatype": "INT8", "parameters": {"binary_data_size": 1}}, binary=b"1"
     ),
-    "String 0 of Input 'p' goes beyond its 5 bytes that are left": body(
+    "String 0 of Input 'p' exceeds the remaining 5 bytes": body(
         {**PIXEL, "datatype": "BYTES", "parameters": {"binary_data_size": 5}}, binary=b"\2\0\0\0a"
     ),
-    "String 1 of Input 'p' goes beyond its 3 bytes": body(
+    "String 1 of Input 'p' exceeds the remaining 3 bytes": body(
         {**PIXEL, "datatype": "BYTES", "parameters": {"binary_data_size": 8}}, binary=b"\1\0\0\0a\0\0\0"
     ),
     "is '-1', not a number of bytes": (b"{}", "-1"),
@@ -177,11 +177,13 @@ REFUSED: dict[str, tuple[bytes, str | None]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("request_", "said"), [(one, said) for said, one in REFUSED.items()], ids=range(len(REFUSED)))
-def test_a_request_that_does_not_hold_together_is_told_why(request_: tuple[bytes, str | None], said: str) -> None:
+@pytest.mark.parametrize(
+    ("request_", "message"), [(request_, message) for message, request_ in INVALID.items()], ids=range(len(INVALID))
+)
+def test_an_invalid_request_is_rejected_with_the_reason(request_: tuple[bytes, str | None], message: str) -> None:
     with pytest.raises(DataError) as error:
         parse(*request_)
-    assert said in str(error.value)
+    assert message in str(error.value)
     assert len(str(error.value)) < 500
 
 
@@ -191,11 +193,11 @@ GOOD, GOOD_LENGTH = body({**PIXEL, "parameters": {"binary_data_size": 4}}, binar
 @given(
     st.integers(0, len(GOOD) - 1), st.binary(max_size=3), st.integers(0, 3), st.sampled_from([GOOD_LENGTH, None, "5"])
 )
-def test_whatever_is_changed_in_a_request_it_is_read_or_refused(
-    at: int, put: bytes, cut: int, header_length: str | None
+def test_any_changed_request_is_parsed_or_rejected(
+    at: int, inserted: bytes, num_removed: int, header_length: str | None
 ) -> None:
     try:
-        asked = parse(GOOD[:at] + put + GOOD[at + cut :], header_length)
+        request = parse(GOOD[:at] + inserted + GOOD[at + num_removed :], header_length)
     except DataError:
         return
-    assert all(tensor.dtype in (np.float32, object) for tensor in asked.tensors.values())
+    assert all(tensor.dtype in (np.float32, object) for tensor in request.tensors.values())

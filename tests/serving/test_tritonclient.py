@@ -1,4 +1,4 @@
-"""Triton's own client against a server that runs: the bits that it gets, alone and under load."""
+"""Triton's client against a running server: bitwise equal results, alone and under load."""
 
 from __future__ import annotations
 
@@ -46,23 +46,23 @@ def served(tasks: tuple[Path, dict[str, Task]], tmp_path_factory: pytest.TempPat
 
 @pytest.fixture
 def triton(served: ServedProcess) -> Iterator[InferenceServerClient]:
-    with InferenceServerClient(served.url.removeprefix("http://")) as made:
-        yield made
+    with InferenceServerClient(served.url.removeprefix("http://")) as client:
+        yield client
 
 
-def test_tritons_client_learns_what_is_served(triton: InferenceServerClient) -> None:
+def test_tritons_client_reads_the_metadata(triton: InferenceServerClient) -> None:
     assert triton.is_server_live()
     assert triton.is_server_ready()
     assert triton.is_model_ready("strokes", "1")
     assert not triton.is_model_ready("strokes", "2")
     assert triton.get_server_metadata()["name"] == "addenda"
-    assert [one["name"] for one in triton.get_model_metadata("tags", "1")["outputs"]] == ["logits", "probs"]
-    assert [one["name"] for one in triton.get_model_repository_index()] == ["combined", "digits", "strokes", "tags"]
+    assert [output["name"] for output in triton.get_model_metadata("tags", "1")["outputs"]] == ["logits", "probs"]
+    assert [model["name"] for model in triton.get_model_repository_index()] == ["combined", "digits", "strokes", "tags"]
 
 
 @pytest.mark.parametrize("compression", [None, "gzip", "deflate"])
 @pytest.mark.parametrize("binary", [True, False])
-def test_tritons_client_gets_the_models_own_bits(
+def test_tritons_client_gets_the_bits_of_the_model(
     triton: InferenceServerClient,
     glyphs: FrozenBackbone,
     tasks: tuple[Path, dict[str, Task]],
@@ -78,41 +78,41 @@ def test_tritons_client_gets_the_models_own_bits(
         np.array(files if binary else [base64.b64encode(file) for file in files], dtype=object), binary_data=binary
     )
     logits = CombinedModel(glyphs, list(tasks[1].values()))(pixels)
-    for given in (as_files, as_pixels):
+    for images in (as_files, as_pixels):
         for name, task in tasks[1].items():
             kinds = ("logits", "probs") if name == "tags" else ("logits", "probs", "label")
             outputs = [InferRequestedOutput(f"{name}.{kind}", binary_data=binary) for kind in kinds]
-            found = triton.infer("combined", [given], outputs=outputs, request_compression_algorithm=compression)
-            assert found.as_numpy(f"{name}.logits").tobytes() == logits[name].numpy().tobytes()
+            result = triton.infer("combined", [images], outputs=outputs, request_compression_algorithm=compression)
+            assert result.as_numpy(f"{name}.logits").tobytes() == logits[name].numpy().tobytes()
             probabilities = task.probabilities(logits[name])
-            assert found.as_numpy(f"{name}.probs").tobytes() == probabilities.numpy().tobytes()
+            assert result.as_numpy(f"{name}.probs").tobytes() == probabilities.numpy().tobytes()
             if name != "tags":
                 labels = [task.labels[i] for i in probabilities.argmax(1)]
-                texts = [text.decode() if binary else text for text in found.as_numpy(f"{name}.label")]
+                texts = [text.decode() if binary else text for text in result.as_numpy(f"{name}.label")]
                 assert texts == labels
-            assert ("data" in found.get_output(f"{name}.logits")) is not binary
-            alone = triton.infer(name, [given], request_compression_algorithm=compression)
-            assert alone.as_numpy("logits").tobytes() == logits[name].numpy().tobytes()
+            assert ("data" in result.get_output(f"{name}.logits")) is not binary
+            single = triton.infer(name, [images], request_compression_algorithm=compression)
+            assert single.as_numpy("logits").tobytes() == logits[name].numpy().tobytes()
 
 
-def test_tritons_client_raises_with_our_message(triton: InferenceServerClient) -> None:
-    given = [images_of(pictures(1))]
-    asked: dict[str, Any] = {
+def test_tritons_client_raises_with_the_servers_message(triton: InferenceServerClient) -> None:
+    inputs = [images_of(pictures(1))]
+    arguments_by_message: dict[str, Any] = {
         "Model 'cars' is not served. Served: 'combined', 'digits', 'strokes', 'tags'.": {"model_name": "cars"},
-        "Version '7' of model 'digits' is not served now; version '1' is.": {
+        "Version '7' of model 'digits' is not served. Served: version '1'.": {
             "model_name": "digits",
             "model_version": "7",
         },
         "has no output 'probabilities'": {"model_name": "digits", "outputs": [InferRequestedOutput("probabilities")]},
-        "Output 'logits' asks for classification, which is not offered": {
+        "Output 'logits' uses classification, which is not supported": {
             "model_name": "digits",
             "outputs": [InferRequestedOutput("logits", class_count=2)],
         },
     }
-    for said, arguments in asked.items():
+    for message, arguments in arguments_by_message.items():
         with pytest.raises(InferenceServerException) as error:
-            triton.infer(inputs=given, **arguments)
-        assert said in error.value.message()
+            triton.infer(inputs=inputs, **arguments)
+        assert message in error.value.message()
     with pytest.raises(InferenceServerException, match="'cars' is not served"):
         triton.get_model_metadata("cars")
 
@@ -124,18 +124,18 @@ def test_served_probabilities_are_those_of_the_command_line(
     for number, file in enumerate(files):
         (tmp_path / f"{number}.png").write_bytes(file)
     printed = run("predict", *sorted(tmp_path.glob("*.png")), "--registry", tasks[0], "--device", "cpu", "--json")
-    told = list(json.loads(printed.out)["images"].values())
+    predictions = list(json.loads(printed.out)["images"].values())
     with client_at(served) as client:
         for number, file in enumerate(files):
-            (answer,) = infer(client, [file], tasks="digits").as_numpy("digits.probs").tolist()
-            labels = dict(zip(tasks[1]["digits"].labels, answer, strict=True))
-            assert {one["label"]: one["probability"] for one in told[number]["digits"]} == labels
-            (answer,) = infer(client, [file], tasks="tags").as_numpy("tags.probs").tolist()
-            likely = {label: p for label, p in zip(tasks[1]["tags"].labels, answer, strict=True) if p >= 0.5}
-            assert {one["label"]: one["probability"] for one in told[number]["tags"]} == likely
+            (probabilities,) = infer(client, [file], tasks="digits").as_numpy("digits.probs").tolist()
+            labels = dict(zip(tasks[1]["digits"].labels, probabilities, strict=True))
+            assert {row["label"]: row["probability"] for row in predictions[number]["digits"]} == labels
+            (probabilities,) = infer(client, [file], tasks="tags").as_numpy("tags.probs").tolist()
+            likely = {label: p for label, p in zip(tasks[1]["tags"].labels, probabilities, strict=True) if p >= 0.5}
+            assert {row["label"]: row["probability"] for row in predictions[number]["tags"]} == likely
 
 
-def test_a_client_that_leaves_is_no_failure_of_the_server(served: ServedProcess) -> None:
+def test_a_disconnected_client_is_not_a_server_error(served: ServedProcess) -> None:
     host, port = served.url.removeprefix("http://").split(":")
     head = (
         "POST /v2/models/combined/infer HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: {}\r\nContent-Length: {}\r\n\r\n"
@@ -157,7 +157,7 @@ def test_a_client_that_leaves_is_no_failure_of_the_server(served: ServedProcess)
 
 
 def _register_more(location: str) -> None:
-    """New tasks, and new versions of tasks, one after another."""
+    """Registers new tasks and new versions, one after another."""
     backbone = load_backbone("glyphs", device="cpu")
     with Registry.open(location, create=False) as registry:
         for seed, name in enumerate(["digits", "letters", "tags", "letters", "digits"], start=50):
@@ -166,45 +166,45 @@ def _register_more(location: str) -> None:
             time.sleep(0.5)
 
 
-def test_answers_under_load_are_each_of_one_generation_and_have_the_bits_they_have_alone(
+def test_responses_under_load_are_from_one_generation_and_bitwise_equal_to_single_predictions(
     glyphs: FrozenBackbone, tasks: tuple[Path, dict[str, Task]], tmp_path: Path, another_interpreter: None
 ) -> None:
-    files, path, over = pictures(20, seed=9), tmp_path / "tasks.db", threading.Event()
+    files, path, finished = pictures(20, seed=9), tmp_path / "tasks.db", threading.Event()
     with Registry.open(tasks[0]) as registry:
         registry.backup(path)
 
     def work(seed: int) -> list[tuple[list[int], set[str], InferResult]]:
-        random, answers = Random(seed), []
+        random, results = Random(seed), []
         with client_at(served) as client:
-            while len(answers) < 10 or not over.is_set():
-                chosen = random.choices(range(len(files)), k=random.choice([1, 1, 2, 5, 9, 33]))
+            while len(results) < 10 or not finished.is_set():
+                indices = random.choices(range(len(files)), k=random.choice([1, 1, 2, 5, 9, 33]))
                 names = random.choice([(), ("digits",), ("tags", "strokes"), ("strokes", "digits", "tags")])
-                asked = {"tasks": ",".join(names)} if names else {}
-                answers.append((chosen, set(names), infer(client, [files[i] for i in chosen], **asked)))
-        return answers
+                parameters = {"tasks": ",".join(names)} if names else {}
+                results.append((indices, set(names), infer(client, [files[i] for i in indices], **parameters)))
+        return results
 
     with ServedProcess(path, tmp_path, "--max-waiting", 1000) as served, ThreadPoolExecutor(16) as pool:
-        working = [pool.submit(work, seed) for seed in range(16)]
+        futures = [pool.submit(work, seed) for seed in range(16)]
         try:
             assert exit_code(_register_more, str(path), timeout_s=120) == 0
         finally:
-            over.set()
-        answers = [answer for one in working for answer in one.result()]
+            finished.set()
+        results = [result for future in futures for result in future.result()]
 
     with Registry.open(path) as registry:
         records = [registry.record(event.subject) for event in registry.events() if event.kind == "registered"]
         expected = {record.sha256: alone(glyphs, registry.get(record.ref), files) for record in records}
     generations = set()
-    for chosen, names, answer in answers:
-        told = answer.get_response()
-        generation = told["parameters"]["generation"]
-        assert told["model_version"] == str(generation)
+    for indices, names, result in results:
+        response = result.get_response()
+        generation = response["parameters"]["generation"]
+        assert response["model_version"] == str(generation)
         current = {record.name: record for record in records if record.generation <= generation}
-        described = {(one["parameters"]["task"], one["parameters"]["sha256"]) for one in told["outputs"]}
+        described = {(output["parameters"]["task"], output["parameters"]["sha256"]) for output in response["outputs"]}
         assert described == {(r.ref, r.sha256) for r in current.values() if not names or r.name in names}
         for ref, sha256 in described:
-            logits = answer.as_numpy(f"{ref.split(':')[0]}.logits")
-            assert [row.tobytes() for row in logits] == [expected[sha256][i] for i in chosen]
+            logits = result.as_numpy(f"{ref.split(':')[0]}.logits")
+            assert [row.tobytes() for row in logits] == [expected[sha256][i] for i in indices]
         generations.add(generation)
-    assert len(answers) >= 160
-    assert len(generations) >= 4, "too few registrations fell into the load to prove anything"
+    assert len(results) >= 160
+    assert len(generations) >= 4, "too few registrations during the load to prove anything"

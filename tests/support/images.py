@@ -1,4 +1,4 @@
-"""Small image folders drawn on the spot."""
+"""Small generated image folders."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ COLOURS = {"red": (200, 40, 40), "green": (40, 180, 60), "blue": (50, 60, 210)}
 
 
 def colour_folder(folder: Path, per_class: int = 8, classes: tuple[str, ...] = tuple(COLOURS), seed: int = 0) -> Path:
-    """A folder of class folders: noisy squares of one colour each, PNG, 40 x 36 px."""
+    """Creates a folder of class folders: noisy rectangles of one colour per class, PNG, 40 x 36 px."""
     random = np.random.default_rng(seed)
     for name in classes:
         (folder / name).mkdir(parents=True)

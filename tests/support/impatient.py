@@ -1,4 +1,4 @@
-"""`addenda serve` with the times of slow clients that the environment names, so that a test can wait for them."""
+"""Runs `addenda serve` with short timeouts for slow clients, taken from the environment."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Open Inference Protocol as tests speak it: images in, tasks to ask, and a client."""
+"""Helpers for tests of the Open Inference Protocol: images, tasks and clients."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ SIDE = 32
 
 
 def pictures(count: int, seed: int = 0) -> list[bytes]:
-    """Image files of three formats and many sizes."""
+    """Encoded images of three formats and many sizes."""
     random = np.random.default_rng(seed)
-    made = []
+    files = []
     for number in range(count):
         file = BytesIO()
         pixels = random.integers(0, 256, (*random.integers(20, 60, 2), 3), dtype=np.uint8)
         Image.fromarray(pixels).save(file, ("PNG", "JPEG", "WEBP")[number % 3])
-        made.append(file.getvalue())
-    return made
+        files.append(file.getvalue())
+    return files
 
 
 def images_of(files: Sequence[bytes]) -> InferInput:
-    made = InferInput("image", [len(files)], "BYTES")
-    made.set_data_from_numpy(np.array(files, dtype=object))
-    return made
+    tensor = InferInput("image", [len(files)], "BYTES")
+    tensor.set_data_from_numpy(np.array(files, dtype=object))
+    return tensor
 
 
 def infer(client: Any, files: Sequence[bytes], **parameters: object) -> InferResult:
-    """Asks by any HTTP client; Triton's writes the body and reads the answer."""
+    """Sends a request with any HTTP client; Triton's client encodes the body and decodes the response."""
     body, length = InferenceServerClient.generate_request_body([images_of(files)], parameters=parameters)
-    answer = client.post("/v2/models/combined/infer", content=body, headers={HEADER_LENGTH: str(length)})
-    assert answer.status_code == 200, answer.text
-    return InferResult.from_response_body(answer.content, header_length=answer.headers[HEADER_LENGTH])
+    response = client.post("/v2/models/combined/infer", content=body, headers={HEADER_LENGTH: str(length)})
+    assert response.status_code == 200, response.text
+    return InferResult.from_response_body(response.content, header_length=response.headers[HEADER_LENGTH])
 
 
 def pixels_of(backbone: FrozenBackbone, files: Sequence[bytes]) -> torch.Tensor:
@@ -54,7 +54,7 @@ def pixels_of(backbone: FrozenBackbone, files: Sequence[bytes]) -> torch.Tensor:
 
 
 def alone(backbone: FrozenBackbone, task: Task, files: Sequence[bytes]) -> list[bytes]:
-    """The bytes of a task's logits for each image, computed without company."""
+    """The bytes of a task's logits for each image, computed without other tasks, one image at a time."""
     model = CombinedModel(backbone, [task])
     return [model(image[None])[task.name].numpy().tobytes() for image in pixels_of(backbone, files)]
 
@@ -70,15 +70,15 @@ def client_at(served: ServedProcess) -> Any:
 
 
 def served_tasks(glyphs: FrozenBackbone, path: Path) -> dict[str, Task]:
-    """Makes a registry of tasks on `glyphs`, one that extends another and one of many labels."""
+    """Creates a registry with tasks on `glyphs`; one extends another, one is multi-label."""
     with Registry.open(path) as registry:
         registry.add_backbone(glyphs.record())
-        made: dict[str, Task] = {}
+        tasks: dict[str, Task] = {}
         for name in ("digits", "strokes", "tags"):
-            parents = (made["digits"],) if name == "strokes" else ()
+            parents = (tasks["digits"],) if name == "strokes" else ()
             task = multi_label(glyphs, name) if name == "tags" else random_task(glyphs, name, parents=parents, seed=1)
-            made[name] = registry.register(task, golden(glyphs, task))
-    return made
+            tasks[name] = registry.register(task, golden(glyphs, task))
+    return tasks
 
 
 def pixels(values: object = 0.0, **members: Any) -> list[dict[str, Any]]:

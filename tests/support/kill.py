@@ -1,4 +1,4 @@
-"""The command line in processes of their own, killed at moments that are seen from outside."""
+"""Commands in separate processes, killed as soon as a condition holds."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from addenda.learner.cache import NAME
+from addenda.learner.activation_cache import NAME
 from tests.support.places import ROOT
 
 
 class Commands:
-    """Runs `addenda` on a registry and a cache of its own.
+    """Runs `addenda` with a temporary registry and cache.
 
     Args:
-        folder: where both are.
-        registry: False for commands that take none.
+        folder: the folder of both.
+        registry: False for commands without the option --registry.
     """
 
     def __init__(self, folder: Path, registry: bool = True) -> None:
@@ -45,14 +45,14 @@ class Commands:
         )  # fmt: skip
 
     def run(self, *arguments: object) -> Any:
-        """What it prints as JSON."""
+        """Runs a command and returns the JSON that it prints."""
         process = self._start(*arguments)
         out, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
         return json.loads(out)
 
     def kill(self, when: Callable[[], bool], *arguments: object) -> None:
-        """Kills it by SIGKILL as soon as something is so."""
+        """Starts a command and kills it with SIGKILL as soon as the condition holds."""
         process = self._start(*arguments)
         while process.poll() is None and not when():
             time.sleep(0.002)
@@ -61,5 +61,5 @@ class Commands:
         assert process.returncode == -signal.SIGKILL, errors
 
     def seen(self, pattern: str) -> Callable[[], bool]:
-        """Whether the cache holds something of that name."""
+        """A condition that holds once a path in the cache matches the pattern."""
         return lambda: next(self.cache.glob(pattern), None) is not None

@@ -1,4 +1,4 @@
-"""Clients that ask a server without a pause, and what they were told."""
+"""Clients that send requests to a server without pause, and the responses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import httpx2
 
 @dataclass(frozen=True)
 class Told:
-    """An answer: about which image, when asked and told, and what; a proxy's own is no document."""
+    """A response: index of the image, times of request and response; the document is empty for a proxy's response."""
 
     image: int
     asked: float
@@ -24,11 +24,11 @@ class Told:
 
 @dataclass
 class Load:
-    """Clients with a connection each; a client ends when it gets no answer, or at the end of the context.
+    """Clients with one connection each; a client ends when it gets no response, or at the end of the context.
 
     Attributes:
-        told: all answers.
-        failed: when and why clients got none.
+        told: all responses.
+        failed: times and errors of requests without a response.
     """
 
     url: str
@@ -50,10 +50,10 @@ class Load:
             thread.join()
 
     def wait(self, more: int, timeout_s: float = 60) -> None:
-        """Until so many more answers have come."""
-        until, deadline = len(self.told) + more, time.monotonic() + timeout_s
-        while len(self.told) < until:
-            assert time.monotonic() < deadline, f"{until - len(self.told)} of {more} answers have not come"
+        """Waits until that many more responses have arrived."""
+        total, deadline = len(self.told) + more, time.monotonic() + timeout_s
+        while len(self.told) < total:
+            assert time.monotonic() < deadline, f"{total - len(self.told)} of {more} responses are missing"
             time.sleep(0.005)
 
     def _ask(self, number: int) -> None:
@@ -65,7 +65,7 @@ class Load:
                 except httpx2.TransportError as error:
                     self.failed.append((time.monotonic(), error))
                     return
-                at = time.monotonic()
+                received = time.monotonic()
                 document = response.json() if "json" in response.headers.get("content-type", "") else {}
-                self.told.append(Told(image, asked, at, response.status_code, response.headers, document))
+                self.told.append(Told(image, asked, received, response.status_code, response.headers, document))
                 number += 1

@@ -1,4 +1,4 @@
-"""Lively tiny backbones, tasks of many shapes on them, and what a task answers alone: the tests' common ground."""
+"""Tiny backbones with non-uniform attention, tasks of many shapes on them, and a task's logits computed alone."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ VARIANTS: dict[str, dict[str, object]] = {
 
 
 def lively_vit(variant: str = "plain") -> torch.nn.Module:
-    """A tiny backbone in which attention chooses and every parameter matters: fresh ones are nearly uniform."""
+    """A tiny backbone in which every parameter matters; at initialisation, attention is nearly uniform."""
     model = tiny_eva(variant, 1) if variant in EVA else tiny_vit(1, **VARIANTS[variant])
     random = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -52,7 +52,7 @@ def backbone(variant: str = "plain", precision: torch.dtype = torch.float32) -> 
 
 @cache
 def wide_backbone(precision: torch.dtype) -> FrozenBackbone:
-    """192 dimensions in 3 heads, as ViT-Ti has them."""
+    """A backbone of 192 dimensions in 3 heads, like ViT-Ti."""
     return FrozenBackbone(tiny_vit(3, embed_dim=192, depth=2), "wide", "hub", precision=precision)
 
 
@@ -66,14 +66,14 @@ def head_only(task: Task) -> Task:
 
 @cache
 def family(on: FrozenBackbone) -> dict[str, Task]:
-    """Tasks of nine size classes: alone, no memory, one label, head only, a chain, a diamond, adapted, layer heads.
+    """Tasks of nine size classes: alone, no memory, one label, head-only, a chain, a diamond, adapters, layer heads.
 
-    On a backbone that cannot carry adapters the adapted ones have none, and the size classes are fewer.
+    On a backbone that does not support adapters the tasks have none, and there are fewer size classes.
     """
 
     def task(name: str, memory: int, parents: Sequence[str] = (), **options: object) -> None:
-        kin = tuple(known[parent] for parent in parents)
-        known[name] = random_task(on, name, memory, parents=kin, seed=len(known), **options)
+        parent_tasks = tuple(known[parent] for parent in parents)
+        known[name] = random_task(on, name, memory, parents=parent_tasks, seed=len(known), **options)
 
     known: dict[str, Task] = {}
     task("five", 5)
@@ -96,12 +96,12 @@ def family(on: FrozenBackbone) -> dict[str, Task]:
 
 
 def bits(logits: Tensor) -> list[bytes]:
-    """The bytes of each image's logits: -0.0 is not 0.0 here."""
+    """The bytes of each image's logits; -0.0 and 0.0 differ."""
     return [row.numpy().tobytes() for row in logits]
 
 
 def alone(on: FrozenBackbone, task: Task, pictures: Tensor) -> list[bytes]:
-    """A task with nobody beside it, one image at a time."""
+    """The bytes of a task's logits, computed without other tasks, one image at a time."""
     model = CombinedModel(on, [task])
     return [bits(model(picture.unsqueeze(0))[task.name])[0] for picture in pictures]
 
@@ -119,7 +119,7 @@ def threads(count: int) -> Iterator[None]:
 def random_registry(on: FrozenBackbone, count: int, seed: int) -> list[Task]:
     """Tasks of 0 to 40 memory tokens and 2 to 1,000 classes; a third extend up to three others, some are head-only.
 
-    Three in ten have adapters, of rank 1, 4 or 8; three in ten a layer head, some of low rank.
+    Three in ten have adapters of rank 1, 4 or 8, three in ten a layer head, some of low rank.
     """
     choose = random.Random(seed)
     tasks: list[Task] = []
@@ -130,8 +130,8 @@ def random_registry(on: FrozenBackbone, count: int, seed: int) -> list[Task]:
         classes = round(2 * 500 ** choose.random())
         rank = choose.choice((0, 0, 0, 0, 0, 0, 0, 1, 4, 8))
         layers = choose.choice((None, None, None, None, None, None, None, 0, 0, 3))
-        kin, seed = tuple(parents), choose.getrandbits(30)
-        task = random_task(on, f"task-{number}", memory, classes, kin, seed, rank=rank, layers=layers)
+        seed = choose.getrandbits(30)
+        task = random_task(on, f"task-{number}", memory, classes, tuple(parents), seed, rank=rank, layers=layers)
         if choose.random() < 0.3:
             task = dataclasses.replace(task, pooled_weight=None)
         tasks.append(head_only(task) if choose.random() < 0.05 else task)
@@ -139,7 +139,7 @@ def random_registry(on: FrozenBackbone, count: int, seed: int) -> list[Task]:
 
 
 def assert_company_moves_no_bit(on: FrozenBackbone, task: Task, company: Sequence[Task]) -> None:
-    """What every test here says; the sabotage tests see it fail."""
+    """Asserts that a task's bits do not depend on the other tasks; the sabotage tests check that this can fail."""
     pictures = images(3)
     expected = alone(on, task, pictures)
     assert bits(CombinedModel(on, [task, *company])(pictures)[task.name]) == expected
@@ -147,5 +147,5 @@ def assert_company_moves_no_bit(on: FrozenBackbone, task: Task, company: Sequenc
 
 
 def fresh_backbone() -> FrozenBackbone:
-    """One that no self-test has seen."""
+    """A backbone on which no self-test has run."""
     return FrozenBackbone(lively_vit(), "fresh", "hub")

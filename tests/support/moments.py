@@ -1,4 +1,4 @@
-"""Waiting until something is so, and doing something as soon as it is."""
+"""Waiting for a condition, and acting as soon as it holds."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
-def until(true: Callable[[], bool], what: str, timeout_s: float = 30) -> None:
+def until(condition: Callable[[], bool], what: str, timeout_s: float = 30) -> None:
+    """Waits until a condition holds."""
     deadline = time.monotonic() + timeout_s
-    while not true():
+    while not condition():
         assert time.monotonic() < deadline, f"Not within {timeout_s:g} s: {what}"
         time.sleep(0.02)
 
 
 @contextmanager
-def meanwhile(moment: Callable[[], bool], do: Callable[[], None]) -> Iterator[None]:
-    """Does something on another thread as soon as something is so, if that comes before what is within ends."""
+def meanwhile(condition: Callable[[], bool], action: Callable[[], None]) -> Iterator[None]:
+    """Runs an action on another thread as soon as a condition holds, unless the context ends first."""
     over = threading.Event()
 
     def wait() -> None:
         while not over.wait(0.005):
-            if moment():
-                do()
+            if condition():
+                action()
                 return
 
     thread = threading.Thread(target=wait)

@@ -1,4 +1,4 @@
-"""Registries as earlier versions of Addenda left them, with a row in every table that they had."""
+"""Registries as written by earlier versions of Addenda, with a row in every table."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Rows = dict[str, list[dict[str, Any]]]
 
 
 def make_old(location: str, revision: str, present: Rows) -> Rows:
-    """Makes a registry of an old schema and fills it with what it knew of the rows of a present one.
+    """Creates a registry with an old schema and fills it with rows of a current one, as far as the old schema has them.
 
     Returns:
-        The rows of each table, as the old version wrote them.
+        The rows of each table as the old version stored them.
     """
     engine, config, tables = connect(location, create=True), _config(), MetaData()
     written = {}
@@ -29,30 +29,30 @@ def make_old(location: str, revision: str, present: Rows) -> Rows:
         tables.reflect(connection)
         for table in tables.sorted_tables:
             if table.name in present:
-                kept = [{name: row[name] for name in table.columns.keys()} for row in present[table.name]]  # noqa: SIM118
-                connection.execute(table.insert(), kept)
-                written[table.name] = kept
+                rows = [{name: row[name] for name in table.columns.keys()} for row in present[table.name]]  # noqa: SIM118
+                connection.execute(table.insert(), rows)
+                written[table.name] = rows
     engine.dispose()
     return written
 
 
 def as_it_was_told(location: str) -> Rows:
-    """The rows of a present registry without what only the ledger knows: events of backbones and of tags."""
-    found = mappings(location)
-    found["event"] = [row for row in found["event"] if row["kind"] not in ("backbone", "tagged")]
-    numbers = {row["id"]: number for number, row in enumerate(found["event"], 1)}
-    for table in found.values():
+    """The rows of a current registry without the events that came with the ledger: those of backbones and tags."""
+    tables = mappings(location)
+    tables["event"] = [row for row in tables["event"] if row["kind"] not in ("backbone", "tagged")]
+    numbers = {row["id"]: number for number, row in enumerate(tables["event"], 1)}
+    for table in tables.values():
         for row in table:
             for column in ("event_id", "generation"):
                 if column in row:
                     row[column] = numbers.get(row[column])
-    for row in found["event"]:
+    for row in tables["event"]:
         row["id"] = numbers[row["id"]]
-    return found
+    return tables
 
 
 def mappings(location: str) -> Rows:
-    """Every row of every table as a dictionary."""
+    """All rows of all tables as dictionaries."""
     with raw(location) as connection:
         return {
             table.name: [

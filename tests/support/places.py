@@ -1,4 +1,4 @@
-"""Where things are: this checkout, what lies beside it, and what the tests keep."""
+"""Paths of this checkout, the data next to it, and the tests' data."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 """The checkout."""
 SHARED = ROOT.parent / "shared" / "data"
-"""Real weights and images, where they lie beside it."""
+"""Real weights and images, if they are next to the checkout."""
 DATA = ROOT / "tests" / "data"
-"""Registries that earlier versions made."""
+"""Registries that earlier versions created."""

@@ -1,4 +1,4 @@
-"""Processes of a test's own functions: another hash seed than ours, and SIGKILL at any statement of a change."""
+"""Runs a test's functions in other processes, with another hash seed or with SIGKILL at any statement of a change."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KILLED = -signal.SIGKILL
 
 
 def start_another_interpreter() -> None:
-    """Starts the interpreter from which processes are forked: what is slow to import is there, and hashes differ."""
+    """Starts the interpreter that processes are forked from, with slow imports done and another hash seed."""
     seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONHASHSEED", seed)
@@ -31,7 +31,7 @@ def start_another_interpreter() -> None:
 
 
 def exit_code(function: Callable[..., None], *arguments: object, timeout_s: float = 60) -> int | None:
-    """Runs a module's function in a process; None where it does not end in time."""
+    """Runs a module-level function in a process and returns its exit code, or None after the timeout."""
     process = FORKS.Process(target=function, args=arguments)
     process.start()
     process.join(timeout_s)
@@ -43,9 +43,9 @@ def exit_code(function: Callable[..., None], *arguments: object, timeout_s: floa
 
 
 def all_at_once(function: Callable[..., None], arguments: list[tuple[Any, ...]]) -> list[int | None]:
-    """Exit codes of processes that are let go together; the function takes a barrier after its arguments."""
+    """Starts processes together and returns their exit codes; the function takes a barrier as its last argument."""
     start = FORKS.Barrier(len(arguments))
-    processes = [FORKS.Process(target=function, args=(*each, start)) for each in arguments]
+    processes = [FORKS.Process(target=function, args=(*values, start)) for values in arguments]
     for process in processes:
         process.start()
     for process in processes:
@@ -54,23 +54,23 @@ def all_at_once(function: Callable[..., None], arguments: list[tuple[Any, ...]])
 
 
 def killed_at_each_statement(change: Callable[..., None], location: str, *arguments: object) -> int:
-    """Kills a process at each statement of its write transaction and at the commit, until it lives to the end.
+    """Kills a process at each statement of its write transaction and at the commit, until it completes.
 
-    Nothing may be left of a change that was killed, and whoever comes next finds the registry free.
+    A killed change must leave nothing behind, and the next process must find the registry unlocked.
 
     Args:
-        change: what the process does with the registry; a function of a module, so that another process finds it.
-        location: of the registry.
-        arguments: more for the change.
+        change: a module-level function that changes the registry, so that another process can import it.
+        location: the registry.
+        arguments: further arguments of `change`.
 
     Returns:
-        How often it was killed. The change is made then.
+        The number of kills before the change succeeded.
     """
     before = everything(location)
     for statements in count():
         code = exit_code(_change_and_die, statements, change, location, *arguments)
         if code == 0:
-            assert everything(location) != before, "nothing was changed, so nothing could be left half done"
+            assert everything(location) != before, "the change did nothing, so the test proves nothing"
             return statements
         assert code == KILLED, f"{change.__name__} failed at statement {statements}"
         assert everything(location) == before, f"{change.__name__} left something at statement {statements}"

@@ -1,4 +1,4 @@
-"""Tasks of a few numbers, registries with a row in every table, and whether a ledger still proves them."""
+"""Tasks with tiny tensors, registries with a row in every table, and verification of their ledger."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from sqlalchemy import select
 
-from addenda.registry import FeatureStatistics, Golden, LowRank, Registry, Scoring, Task, digest
+from addenda.registry import Evaluation, FeatureStatistics, Golden, LowRank, Registry, Task, digest
 from addenda.registry.store import ledger, schema
 from addenda.registry.store.database import connect, reading
 
@@ -27,7 +27,7 @@ BACKBONE = {
 }
 HERE = SimpleNamespace(fingerprint=FINGERPRINT)
 TENSORS = ("class_token", "memory", "head_weight", "head_bias", "pooled_weight")
-SCORING = Scoring("d" * 64, "n" * 64, {"accuracy": 0.75}, "l" * 64)
+EVALUATION = Evaluation("d" * 64, "n" * 64, {"accuracy": 0.75}, "l" * 64)
 
 
 def a_task(name: str = "digits", seed: int = 0, **changes: Any) -> Task:
@@ -45,7 +45,7 @@ def a_task(name: str = "digits", seed: int = 0, **changes: Any) -> Task:
 
 
 def a_large_task(name: str = "large", **changes: Any) -> Task:
-    """A task of 2.6 MB, more than SQLite keeps in memory before it writes."""
+    """A task of 2.6 MB, more than SQLite buffers before it writes."""
     width = 72_000
     heads = {key: torch.full((3, width), 0.5) for key in ("head_weight", "pooled_weight")}
     return a_task(name, class_token=torch.zeros(width), memory=torch.full((2, 1, width), 0.5), **heads, **changes)
@@ -84,47 +84,47 @@ def keep(registry: Registry, task: Task, new_version: bool = False) -> Task:
 
 
 def fill(registry: Registry) -> None:
-    """Gives a registry that knows the backbone a row in every table."""
+    """Adds a row to every table of a registry that has the backbone."""
     parent = keep(registry, a_task("strokes", 1))
     keep(registry, a_task("digits", 2, parents=(parent,), metrics={"test": {"accuracy": 0.9}}))
     keep(registry, a_task("old", 3))
     registry.retire("old", "superseded")
     registry.set_alias("digits", "production", 1)
-    registry.add_evaluation("digits", *vars(SCORING).values())
+    registry.add_evaluation("digits", *vars(EVALUATION).values())
     registry.add_golden("digits", probe(parent, "m" * 64))
     registry.tag("digits", "shop")
 
 
-def same_content(one: Task, other: Task) -> bool:
+def same_content(task: Task, other: Task) -> bool:
     def equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
         return a is b if a is None or b is None else a.numpy().tobytes() == b.numpy().tobytes() and a.shape == b.shape
 
-    def parts(task: Task) -> dict[str, torch.Tensor]:
+    def factors(task: Task) -> dict[str, torch.Tensor]:
         updates = (task.adapters or {}).items()
-        return {f"{site}.{i}": part for site, update in updates for i, part in enumerate(update)}
+        return {f"{site}.{i}": factor for site, update in updates for i, factor in enumerate(update)}
 
     return (
-        all(equal(getattr(one, name), getattr(other, name)) for name in TENSORS)
-        and parts(one).keys() == parts(other).keys()
-        and all(equal(part, parts(other)[name]) for name, part in parts(one).items())
-        and (one.backbone, one.labels, one.objective) == (other.backbone, other.labels, other.objective)
-        and one.temperature == other.temperature
-        and [parent.sha256 for parent in one.parents] == [parent.sha256 for parent in other.parents]
+        all(equal(getattr(task, name), getattr(other, name)) for name in TENSORS)
+        and factors(task).keys() == factors(other).keys()
+        and all(equal(factor, factors(other)[name]) for name, factor in factors(task).items())
+        and (task.backbone, task.labels, task.objective) == (other.backbone, other.labels, other.objective)
+        and task.temperature == other.temperature
+        and [parent.sha256 for parent in task.parents] == [parent.sha256 for parent in other.parents]
     )
 
 
 def verify_ledger(location: str) -> int:
-    """Recomputes the digest of every event; gives how many there are, which is the generation."""
+    """Recomputes the digest of every event and returns their number, which is the generation."""
     engine = connect(location, create=False)
     try:
         with reading(engine) as connection:
-            last, before, numbers = ledger.generation(connection), "", []
+            last, previous, numbers = ledger.generation(connection), "", []
             written = ledger.written(connection, 1, last)
             for event in connection.execute(select(schema.event).order_by(schema.event.c.id)):
-                before = ledger.seal(before, event._mapping, written.get(event.id, []))
-                assert event.digest == before, f"event {event.id} ({event.kind} {event.subject}) does not verify"
+                previous = ledger.seal(previous, event._mapping, written.get(event.id, []))
+                assert event.digest == previous, f"event {event.id} ({event.kind} {event.subject}) does not verify"
                 numbers.append(event.id)
     finally:
         engine.dispose()
-    assert numbers == list(range(1, last + 1)), "events are left out"
+    assert numbers == list(range(1, last + 1)), "events are missing"
     return last

@@ -1,4 +1,4 @@
-"""Servers for tests: one in this process, and one in a process of its own."""
+"""Servers for tests: in the test process, and in a separate process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from addenda.serving.service import Limits, Service
 
 
 class AppClient(TestClient):
-    """A client that says of which kind its application is."""
+    """A test client with the type of its application."""
 
     app: FastAPI
 
@@ -38,19 +38,19 @@ def client_of(
     alias: str | None = None,
     limits: Limits | None = None,
 ) -> Iterator[AppClient]:
-    """A client of an application in this process; `client.app.state.service` is its service."""
+    """A client of an application in the test process; `client.app.state.service` is its service."""
     app = make_app(lambda metrics: Service(backbone, registry, alias, limits, metrics.report), keys)
     with AppClient(app, base_url="http://localhost", raise_server_exceptions=False) as client:
         yield client
 
 
 class ServedProcess:
-    """`addenda serve` in a process of its own, on a free port; as a context it is killed at the end.
+    """`addenda serve` in a separate process on a free port; as a context manager it kills the process at the end.
 
     Attributes:
-        module: what is run.
-        start_s: seconds that it may take until it answers.
-        url: where it answers.
+        module: the module that is run.
+        start_s: seconds until it must be ready.
+        url: its address.
         process: the process.
     """
 
@@ -63,29 +63,29 @@ class ServedProcess:
         environment = {**os.environ, "ADDENDA_KEYS": str(folder / "keys.json"), "OMP_NUM_THREADS": "1", **environment}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [str(part) for part in command], stdout=log, stderr=log, env=environment, cwd=folder
+                [str(word) for word in command], stdout=log, stderr=log, env=environment, cwd=folder
             )
         self.url = ""
         deadline = time.monotonic() + self.start_s
-        while not self._answers():
+        while not self._is_ready():
             if self.process.poll() is not None or time.monotonic() > deadline:
                 self.process.kill()
                 self.process.wait()
                 raise AssertionError(f"The server did not start:\n{self.log.read_text()}")
             time.sleep(0.05)
 
-    def _answers(self) -> bool:
-        found = re.search(r" on (http://\S+)", self.log.read_text())
-        if found is None:
+    def _is_ready(self) -> bool:
+        match = re.search(r" on (http://\S+)", self.log.read_text())
+        if match is None:
             return False
-        self.url = found[1]
+        self.url = match[1]
         try:
             return httpx2.get(f"{self.url}/readyz", timeout=1).status_code == 200
         except httpx2.TransportError:
             return False
 
     def stop(self, timeout_s: float = 60) -> int:
-        """Sends SIGTERM and gives the exit code."""
+        """Sends SIGTERM and returns the exit code."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(timeout_s)
 

@@ -1,6 +1,6 @@
-"""A plugin of pytest: each shape in a signature is checked in each call, and each such signature must be met.
+"""A pytest plugin that checks shape annotations at every call and fails if an annotated function is never called.
 
-`PYTEST_PLUGINS=tests.support.shapes` turns it on; it takes about as long as the calls themselves.
+`PYTEST_PLUGINS=tests.support.shapes` enables it; the checks take about as long as the calls themselves.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ MODULES = [
     for path in sorted(ROOT.glob("addenda/**/*.py"))
     if "from jaxtyping import" in path.read_text() and path.parent.name != "exporting"
 ]
-"""All that state shapes, but for what torch traces, which follows no checker."""
+"""All modules with shape annotations except those that torch traces, because tracing cannot pass a checker."""
 
 SHAPED: set[tuple[str, str]] = set()
-"""Modules and qualified names of functions whose signatures have shapes."""
+"""Modules and qualified names of functions with shape annotations."""
 CALLED: set[tuple[str, str]] = set()
-"""Those of them that were called, by any of the processes."""
+"""Those that were called, in any of the processes."""
 
 
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Checks types and shapes in each call, and notes that there was one."""
+    """Wraps a function so that each call checks types and shapes and is recorded."""
     check = beartype(conf=BeartypeConf(is_pep484_tower=True))(function)
     if "jaxtyping." not in str(function.__annotations__):
         return check
@@ -48,8 +48,8 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _abstract(module: str, name: str) -> bool:
-    found = None if "<locals>" in name else attrgetter(name)(sys.modules[module])
-    return getattr(found, "__isabstractmethod__", False)
+    function = None if "<locals>" in name else attrgetter(name)(sys.modules[module])
+    return getattr(function, "__isabstractmethod__", False)
 
 
 def _never_called() -> list[str]:
@@ -66,9 +66,9 @@ def pytest_sessionstart() -> None:
 
 
 def pytest_testnodedown(node: Any) -> None:
-    told = getattr(node, "workeroutput", {})  # one that crashed tells nothing
-    SHAPED.update(map(tuple, told.get("shaped", ())))
-    CALLED.update(map(tuple, told.get("called", ())))
+    output = getattr(node, "workeroutput", {})  # missing if the worker crashed
+    SHAPED.update(map(tuple, output.get("shaped", ())))
+    CALLED.update(map(tuple, output.get("called", ())))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -79,6 +79,6 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    terminalreporter.section(f"{len(CALLED)} signatures with shapes were met")
+    terminalreporter.section(f"{len(CALLED)} functions with shape annotations were called")
     for name in _never_called():
         terminalreporter.line(f"never called: {name}")

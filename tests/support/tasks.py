@@ -1,4 +1,4 @@
-"""Tasks with random tensors, at the scale that trained ones have."""
+"""Tasks with random tensors, at the scale of trained ones."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def random_task(
     rank: int = 0,
     layers: int | None = None,
 ) -> Task:
-    """A task with random tensors, at the scale that trained ones have; lively adapters of a rank that is not 0.
+    """A task with random tensors, at the scale of trained ones, and with adapters if `rank` is not 0.
 
-    A backbone that cannot carry adapters gets the task without. A layer head is whole (0) or of low rank.
+    It has no adapters if the backbone does not support them. `layers` adds a layer head, full (0) or of that rank.
     """
     random = torch.Generator().manual_seed(seed)
     width = backbone.embed_dim
@@ -30,10 +30,10 @@ def random_task(
         return torch.randn(*shape, generator=random)
 
     def layer_head() -> dict[str, torch.Tensor]:
-        read = backbone.num_layer_features
+        features = backbone.num_layer_features
         if not layers:
-            return {"layer_weight": normal(classes, read) * read**-0.5}
-        return {"layer_weight": normal(classes, layers), "layer_down": normal(layers, read) * read**-0.5}
+            return {"layer_weight": normal(classes, features) * features**-0.5}
+        return {"layer_weight": normal(classes, layers), "layer_down": normal(layers, features) * features**-0.5}
 
     return Task(
         name=name,
@@ -51,7 +51,7 @@ def random_task(
 
 
 def adapters(backbone: FrozenBackbone, rank: int, seed: int = 0) -> dict[str, LowRank]:
-    """Random updates about half as large as what the layers of a lively backbone give."""
+    """Random adapters whose updates are about half as large as the layers' outputs."""
     random = torch.Generator().manual_seed(1000 + seed)
 
     def normal(scale: float, *shape: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Tiny random backbones, for processes that a test starts too: importing it brings no pytest and no shape checker."""
+"""Tiny random backbones; importing this module loads neither pytest nor the shape checker, for use in subprocesses."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ EVA: dict[str, dict[str, object]] = {
     },
     "eva": {"init_values": 0.3, "global_pool": "token", "use_pre_transformer_norm": True},
 }  # fmt: skip
-"""Settings of timm's Eva as its models have them: DINOv3; EVA-02 of CLIP and small; rotations learned; none at all."""
+"""Settings of timm's Eva models: DINOv3; EVA-02 of CLIP and small; learned rotations; no rotations."""
 
 
 def tiny_eva(kind: str, seed: int = 0, **options: object) -> Eva:
-    """A random Eva of one of the kinds, as large as `tiny_vit`."""
+    """A random Eva of one kind, with the size of `tiny_vit`."""
     torch.manual_seed(seed)
     return Eva(**{**SETTINGS, **EVA[kind], **options}).eval()
 
 
 def shaken(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Moves every parameter, so that no zero head, unit norm or vanishing LayerScale hides a difference."""
+    """Perturbs every parameter, so that no zero head, unit norm or vanishing LayerScale hides a difference."""
     noise = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

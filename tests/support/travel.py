@@ -1,4 +1,4 @@
-"""Registries whose tasks travel to others, and what must be the same on arrival."""
+"""Registries whose tasks are transferred to others, and what must be the same afterwards."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def add(registry: Registry, task: Task, **options: Any) -> Task:
 
 
 def fill(location: str) -> str:
-    """Makes a registry with a row in every table: a chain, a head-only task, adapters, two versions, one retired."""
+    """Creates a registry with a row in every table: a chain, a head-only task, adapters, two versions, one retired."""
     with Registry.open(location, user="ada") as registry:
         registry.add_backbone(BACKBONE)
         strokes = add(registry, a_task("strokes", 1))
@@ -44,7 +44,7 @@ def states(received: Iterable[Received]) -> dict[str, str]:
 
 
 def assert_same(here: Registry, there: Registry, refs: Iterable[str]) -> None:
-    """All that is known of some tasks is the same in two registries, bit for bit."""
+    """Asserts that tasks have the same records, content, golden probes, statistics and evaluations in both."""
     for ref in refs:
         mine, theirs = here.record(ref), there.record(ref)
         local = {"generation": 0, "aliases": ()}
@@ -53,8 +53,8 @@ def assert_same(here: Registry, there: Registry, refs: Iterable[str]) -> None:
         assert [(g.numerics_fingerprint, g.digest) for g in here.goldens(ref)] == [
             (g.numerics_fingerprint, g.digest) for g in there.goldens(ref)
         ]
-        kept, known = here.statistics(ref), there.statistics(ref)
-        assert (kept and kept.data) == (known and known.data)
+        received, sent = here.statistics(ref), there.statistics(ref)
+        assert (received and received.data) == (sent and sent.data)
         assert [dataclasses.replace(e, event_id=0) for e in here.evaluations(ref)] == [
             dataclasses.replace(e, event_id=0) for e in there.evaluations(ref)
         ]
@@ -66,7 +66,7 @@ def imports(location: str, path: str) -> None:
 
 
 def export_and_die(location: str, path: str, when: str) -> None:
-    """Has the export killed while it writes its file, or just before it is given its name."""
+    """Kills the export while it writes its file, or just before it renames the file."""
     with Registry.open(location) as registry:
         if when == "unnamed":
             os.link = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]

@@ -1,1 +1,1 @@
-"""What Addenda is compared with: the dense mask, rivals that move the backbone, and methods for streams."""
+"""Baselines that Addenda is compared with: the dense mask, fine-tuning and LoRA, and continual-learning methods."""

@@ -1,4 +1,4 @@
-"""What the benchmark asks of every method: learn an experience, then score images, told of their task or not."""
+"""Interface of the benchmark's methods: learn an experience, and score images with and without their task label."""
 
 from __future__ import annotations
 
@@ -29,82 +29,82 @@ Rates = Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
 class BaselineSettings:
     """Settings of the baselines."""
 
-    epochs: Count = 4  # passes over an experience's images
-    batch_size: Count = 16  # new images in an optimiser step; replay adds as many old ones
-    warmup_steps: NonNegativeInt = 5  # of linear warm-up before the cosine, in each experience
-    clip_norm: PositiveFloat = 1.0  # largest norm of the gradient
-    weight_decay: NonNegativeFloat = 0.05  # AdamW's
-    autocast: bool = False  # whether passes run in bfloat16 where torch's autocast thinks it safe
-    augment: bool = True  # whether fine-tuning draws a fresh view of an image each time
-    views: NonNegativeInt = 3  # random ones that per-task models learn from, held in memory
-    finetuning_rate: PositiveFloat = 5e-5  # of fine-tuning in sequence, EWC, LwF, replay and joint training
-    full_rates: Rates = (5e-5,)  # of one full model for each task; validation picks one
-    lora_rates: Rates = (5e-4,)  # of one LoRA for each task, likewise
-    # Of 10^3 and 10^6 (three pairs of CIFAR-10 classes, 48 images each, ViT-Ti) the first held nothing back.
+    epochs: Count = 4  # per experience
+    batch_size: Count = 16  # new images per optimizer step; replay adds as many old ones
+    warmup_steps: NonNegativeInt = 5  # linear warm-up before the cosine schedule, in each experience
+    clip_norm: PositiveFloat = 1.0  # maximum gradient norm
+    weight_decay: NonNegativeFloat = 0.05  # for AdamW
+    autocast: bool = False  # run the forward pass under bfloat16 autocast
+    augment: bool = True  # fine-tune on a new random view of an image each time
+    views: NonNegativeInt = 3  # fixed random views of each image for per-task models, held in memory
+    finetuning_rate: PositiveFloat = 5e-5  # for sequential fine-tuning, EWC, LwF, replay and joint training
+    full_rates: Rates = (5e-5,)  # for one full model per task; validation selects one
+    lora_rates: Rates = (5e-4,)  # for one LoRA per task; validation selects one
+    # Tried 10^3 and 10^6 (three pairs of CIFAR-10 classes, 48 images each, ViT-Ti): 10^3 did not reduce forgetting.
     ewc_lambda: NonNegativeFloat = 1e6
-    lwf_alpha: NonNegativeFloat = 1.0  # weight of the distillation
-    lwf_temperature: PositiveFloat = 2.0  # of its softmax
-    replay_images: Count = 200  # in memory, of all experiences together
-    ranpac_width: Count = 2000  # random features M; the paper has 10,000, and solving takes M^3 for each experience
+    lwf_alpha: NonNegativeFloat = 1.0  # weight of the distillation loss
+    lwf_temperature: PositiveFloat = 2.0  # of the distillation softmax
+    replay_images: Count = 200  # size of the replay buffer over all experiences
+    ranpac_width: Count = 2000  # number M of random features; the paper uses 10,000, each experience costs O(M^3)
 
 
 class Scores(NamedTuple):
-    """A method's scores of all C classes of the stream on N images; the highest is its answer."""
+    """Scores of N images for all C classes of the stream; the highest is the prediction."""
 
-    told: Float[Tensor, "N C"]  # where the task is known: NEVER for the classes of other tasks
-    untold: Float[Tensor, "N C"]  # where it is not: NEVER only for classes that were never met
+    task_incremental: Float[Tensor, "N C"]  # NEVER for classes of other tasks
+    class_incremental: Float[Tensor, "N C"]  # NEVER for classes not seen so far
 
 
 class Price(NamedTuple):
-    """What a method costs after a whole stream."""
+    """Storage and inference cost of a method."""
 
-    stored_bytes: float  # kept for one task, in the mean, beside one backbone: weights, statistics, images
-    relative_inference: float  # arithmetic of one image's answer, over one pass of the backbone
+    stored_bytes: float  # mean per task, without the backbone: weights, statistics, images
+    relative_inference: float  # operations to predict one image, relative to a forward pass of the backbone
 
 
 class Method(ABC):
-    """A way to learn a stream; one is made for each seed."""
+    """A continual-learning method; each seed has its own instance."""
 
     @abstractmethod
     def learn(self, number: int) -> None:
-        """Learns experience `number`; all before it were learned, in order."""
+        """Learn experience `number`; experiences are learned in order."""
 
     @abstractmethod
     def scores(self, experience: Experience) -> Scores:
-        """Scores the test images of an experience, whether it was learned yet or not."""
+        """Score the test images of an experience, learned or not."""
 
     @abstractmethod
     def price(self) -> Price:
-        """What it costs, now."""
+        """The current cost."""
 
     def extra(self) -> dict[str, float | dict[str, float]]:
-        """Figures that only this method has."""
+        """Additional metrics of this method."""
         return {}
 
 
 @dataclass(eq=False)
 class Baseline(Method):
-    """A method that Addenda is compared with; the backbone, where it starts, stays as it is."""
+    """A method that Addenda is compared with; it starts from the backbone and leaves it unchanged."""
 
-    name: str  # as `--methods` has it
+    name: str  # as in `--methods`
     stream: Stream
     backbone: FrozenBackbone
     settings: BaselineSettings
     seed: int
     num_learned: int = field(default=0, init=False)
-    # the images too, so that no other gets their id
-    _kept: dict[int, tuple[LabelledImages, Tensor]] = field(default_factory=dict, init=False)
+    # Keyed by the id of the images; holds a reference to them, so that no other object can get the same id.
+    _features: dict[int, tuple[LabelledImages, Tensor]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        """Makes what a method needs beside these."""
+        """Set up what the method needs in addition."""
 
     def learn(self, number: int) -> None:
-        """Learns experience `number`; all before it were learned, in order."""
+        """Learn experience `number`; experiences are learned in order."""
         self._learn(number)
         self.num_learned = number + 1
 
     def price(self) -> Price:
-        """What it costs, now."""
+        """The current cost."""
         return Price(self._stored_bytes() / max(1, self.num_learned), self._relative_inference())
 
     @abstractmethod
@@ -112,43 +112,43 @@ class Baseline(Method):
 
     @abstractmethod
     def _stored_bytes(self) -> float:
-        """What it keeps, of all experiences together."""
+        """Total bytes stored for all experiences."""
 
     def _relative_inference(self) -> float:
         return 1.0
 
     def pooled(self, images: LabelledImages) -> Float[Tensor, "N D"]:
-        """The backbone's pooled feature of each image, on the CPU; what was read once stays in memory."""
-        if id(images) not in self._kept:
-            found = Activations(self.backbone, images, Augmentation(views=0), ActivationCache()).pooled
-            self._kept[id(images)] = images, found
-        return self._kept[id(images)][1]
+        """The backbone's pooled feature of each image, on the CPU; computed once and cached in memory."""
+        if id(images) not in self._features:
+            features = Activations(self.backbone, images, Augmentation(views=0), ActivationCache()).pooled
+            self._features[id(images)] = images, features
+        return self._features[id(images)][1]
 
-    def nothing(self, images: LabelledImages) -> Float[Tensor, "N C"]:
-        """Scores that offer no class."""
+    def no_scores(self, images: LabelledImages) -> Float[Tensor, "N C"]:
+        """Scores of NEVER for every class."""
         return torch.full((len(images), len(self.stream.labels)), NEVER, dtype=torch.float32, device="cpu")
 
 
 class OneHead(Baseline):
-    """A method with one head over all classes: its scores, told the task, are its scores untold of that task's."""
+    """A method with a single head; task-incremental scores are the class-incremental ones of the task's classes."""
 
     def scores(self, experience: Experience) -> Scores:
-        """Scores the test images of an experience, whether it was learned yet or not."""
-        untold, told = self.nothing(experience.test), self.nothing(experience.test)
+        """Score the test images of an experience, learned or not."""
+        class_incremental, task_incremental = self.no_scores(experience.test), self.no_scores(experience.test)
         if self.num_learned:
             learned = self.stream.experiences[: self.num_learned]
-            met = sorted({number for one in learned for number in one.classes})
-            untold[:, met] = self._logits(experience.test)[:, met]
-            told[:, list(experience.classes)] = untold[:, list(experience.classes)]
-        return Scores(told, untold)
+            seen = sorted({number for earlier in learned for number in earlier.classes})
+            class_incremental[:, seen] = self._logits(experience.test)[:, seen]
+            task_incremental[:, list(experience.classes)] = class_incremental[:, list(experience.classes)]
+        return Scores(task_incremental, class_incremental)
 
     @abstractmethod
     def _logits(self, images: LabelledImages) -> Float[Tensor, "N C"]:
-        """Scores of all classes, on the CPU."""
+        """Scores for all classes, on the CPU."""
 
 
 def quiet_evaluator() -> EvaluationPlugin:
-    """An Avalanche evaluator that measures and says nothing: the benchmark measures for itself."""
+    """An Avalanche evaluator without metrics or loggers; the benchmark computes its own metrics."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "No loggers specified")
         return EvaluationPlugin()

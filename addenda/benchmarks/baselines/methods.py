@@ -1,4 +1,4 @@
-"""The baselines by name: the class of each, what it is called, and what must be known of it."""
+"""Baselines by name, with their labels and notes."""
 
 from __future__ import annotations
 
@@ -9,54 +9,57 @@ from typing import NamedTuple
 from addenda.benchmarks.baselines.finetuning import FineTuning, Joint
 from addenda.benchmarks.baselines.frozen_features import NearestMean, RanPAC, StreamingDiscriminant
 from addenda.benchmarks.baselines.method import Baseline
-from addenda.benchmarks.baselines.per_task import LinearProbe, RivalPerTask
+from addenda.benchmarks.baselines.per_task import LinearProbePerTask, TrainedPerTask
 from addenda.exceptions import TrainingError
 
 
-class Known(NamedTuple):
-    """A baseline: its class, made with its name first; its label for people; a note below the tables."""
+class BaselineInfo(NamedTuple):
+    """A baseline's class, which takes its name as the first argument, its label, and a note for below the tables."""
 
     make: type[Baseline]
     label: str
     note: str = ""
 
 
-_PER_TASK = "forgets nothing either when the task is told: see its price; untold, the most confident task answers"
+_PER_TASK = (
+    "no task-incremental forgetting, at the cost shown; class-incremental predictions are those of the most confident "
+    "task"
+)
 
 
-def _lora(rank: int) -> Known:
-    return Known(RivalPerTask, "a LoRA per task", f"of rank {rank}, by PEFT; {_PER_TASK}")
+def _lora(rank: int) -> BaselineInfo:
+    return BaselineInfo(TrainedPerTask, "a LoRA per task", f"rank {rank}, with PEFT; {_PER_TASK}")
 
 
-BASELINES: Mapping[str, Known] = MappingProxyType({
-    "naive": Known(FineTuning, "fine-tuning", "in sequence, nothing held back"),
-    "joint": Known(
-        Joint, "joint fine-tuning", "an upper bound: on all experiences at once, so there is a last row only"
+BASELINES: Mapping[str, BaselineInfo] = MappingProxyType({
+    "naive": BaselineInfo(FineTuning, "fine-tuning", "sequential, with nothing against forgetting"),
+    "joint": BaselineInfo(
+        Joint, "joint fine-tuning", "upper bound: trained on all experiences at once, so only the last row exists"
     ),
-    "ewc": Known(FineTuning, "EWC", "online, without decay"),
-    "lwf": Known(FineTuning, "LwF"),
-    "replay": Known(FineTuning, "experience replay"),
-    "slda": Known(StreamingDiscriminant, "streaming LDA", "on the frozen feature"),
-    "nearest-mean": Known(NearestMean, "nearest class mean", "of the frozen feature, by cosine (SimpleCIL)"),
-    "ranpac": Known(
-        RanPAC, "RanPAC", "ridge regression on random features of the frozen one, no first-session adaptation"
+    "ewc": BaselineInfo(FineTuning, "EWC", "online, without decay"),
+    "lwf": BaselineInfo(FineTuning, "LwF"),
+    "replay": BaselineInfo(FineTuning, "experience replay"),
+    "slda": BaselineInfo(StreamingDiscriminant, "streaming LDA", "on frozen features"),
+    "nearest-mean": BaselineInfo(
+        NearestMean, "nearest class mean", "of frozen features, by cosine similarity (SimpleCIL)"
     ),
-    "linear-probe": Known(
-        LinearProbe, "linear probes", f"one logistic regression on the frozen feature for each task; {_PER_TASK}"
+    "ranpac": BaselineInfo(
+        RanPAC, "RanPAC", "ridge regression on random projections of frozen features, without first-session adaptation"
+    ),
+    "linear-probe": BaselineInfo(
+        LinearProbePerTask, "linear probes", f"one logistic regression on frozen features per task; {_PER_TASK}"
     ),
     "lora-8": _lora(8),
-    "full": Known(RivalPerTask, "a model per task", f"fully fine-tuned; {_PER_TASK}"),
+    "full": BaselineInfo(TrainedPerTask, "a model per task", f"full fine-tuning; {_PER_TASK}"),
 })  # fmt: skip
-"""All of them; `baseline` knows LoRA of every rank."""
+"""All baselines; `baseline` also knows LoRA of other ranks."""
 
 
-def baseline(name: str) -> Known:
-    """A baseline of BASELINES, or `"lora-R"` with any rank."""
+def baseline(name: str) -> BaselineInfo:
+    """Look up a baseline of BASELINES, or `"lora-R"` with any rank R."""
     if name in BASELINES:
         return BASELINES[name]
     kind, _, rank = name.partition("-")
     if kind == "lora" and rank.isdecimal() and int(rank):
         return _lora(int(rank))
-    raise TrainingError(
-        f"Baseline {name!r} is not known. Known: {', '.join(BASELINES)}, or lora-R with another rank R."
-    )
+    raise TrainingError(f"Unknown baseline {name!r}. Known: {', '.join(BASELINES)}, and lora-R with any other rank R.")

@@ -1,4 +1,4 @@
-"""Methods that keep a thing of its own for each task, and so forget nothing once told which: model, LoRA or probe."""
+"""Baselines with a separate model, LoRA or linear probe per task; they have no task-incremental forgetting."""
 
 from __future__ import annotations
 
@@ -11,90 +11,98 @@ from jaxtyping import Float
 from torch import Tensor
 
 from addenda.benchmarks.baselines.method import Baseline, Scores
-from addenda.benchmarks.baselines.regimes import Rate, Rival, RivalConfig, rival_logits, train_rival
+from addenda.benchmarks.baselines.paper_methods import (
+    BaselineConfig,
+    Rate,
+    TrainedBaseline,
+    baseline_logits,
+    train_baseline,
+)
 from addenda.benchmarks.continual.stream import Experience
 from addenda.learner import Augmentation
 from addenda.learner.data import LabelledImages, check_learnable
-from addenda.learner.objectives import Regression
+from addenda.learner.objectives import LinearProbe
 
 
 class PerTask(Baseline):
-    """A method that answers, told the task, by what it keeps for that task; else the most confident task answers.
+    """A method that predicts with the task's own model; without a task label, with the most confident task's.
 
-    What a task answers for an image never changes, so each is asked once for the images of an experience.
+    A task's predictions never change, so they are computed once per experience.
     """
 
     def __post_init__(self) -> None:
         self._tasks: list[Any] = []
-        self._answers: dict[str, list[Tensor]] = {}  # by experience, of every task that was asked
+        self._predictions: dict[str, list[Tensor]] = {}  # by experience: log-probabilities of each task so far
 
     def _learn(self, number: int) -> None:
         experience = self.stream.experiences[number]
-        images = experience.own(experience.train)
+        images = experience.relabelled(experience.train)
         check_learnable(images)
         self._tasks.append(self._fit(images))
 
     def scores(self, experience: Experience) -> Scores:
-        """Scores the test images of an experience, learned yet or not: log-probabilities within each task."""
-        answers = self._answers.setdefault(experience.name, [])
-        if len(answers) < len(self._tasks):
-            logits = self._logits(self._tasks[len(answers) :], experience.test)
-            answers += [F.log_softmax(found, dim=1) for found in logits]
-        told, untold = self.nothing(experience.test), self.nothing(experience.test)
-        for one, found in zip(self.stream.experiences, answers, strict=False):
-            columns = list(one.classes)
-            untold[:, columns] = untold[:, columns].maximum(found)
-            if one.name == experience.name:
-                told[:, columns] = found
-        return Scores(told, untold)
+        """Score the test images of an experience, learned or not, by log-probabilities within each task."""
+        predictions = self._predictions.setdefault(experience.name, [])
+        if len(predictions) < len(self._tasks):
+            logits = self._logits(self._tasks[len(predictions) :], experience.test)
+            predictions += [F.log_softmax(task_logits, dim=1) for task_logits in logits]
+        task_incremental, class_incremental = self.no_scores(experience.test), self.no_scores(experience.test)
+        for learned, log_probabilities in zip(self.stream.experiences, predictions, strict=False):
+            columns = list(learned.classes)
+            class_incremental[:, columns] = class_incremental[:, columns].maximum(log_probabilities)
+            if learned.name == experience.name:
+                task_incremental[:, columns] = log_probabilities
+        return Scores(task_incremental, class_incremental)
 
     @abstractmethod
     def _fit(self, images: LabelledImages) -> Any:
-        """What is kept of one experience, learned from its images among its own classes."""
+        """Train the model of one experience; targets are indices into the experience's classes."""
 
     @abstractmethod
     def _logits(self, tasks: Sequence[Any], images: LabelledImages) -> list[Float[Tensor, "N c"]]:
-        """Each task's logits of its own classes, on the CPU."""
+        """Each task's logits for its own classes, on the CPU."""
 
 
-class RivalPerTask(PerTask):
-    """One fully fine-tuned model for each task (`"full"`), or one LoRA, as `addenda bench paper` trains them."""
+class TrainedPerTask(PerTask):
+    """A fully fine-tuned model (`"full"`) or a LoRA per task, trained as by `addenda bench paper`."""
 
-    _tasks: list[Rival]
+    _tasks: list[TrainedBaseline]
 
-    def _fit(self, images: LabelledImages) -> Rival:
-        how = self.settings
-        config = RivalConfig(
-            epochs=how.epochs, batch_size=how.batch_size, warmup_steps=how.warmup_steps, clip_norm=how.clip_norm,
-            rates=tuple(Rate("adamw", rate) for rate in (how.full_rates if self.name == "full" else how.lora_rates)),
-            weight_decay=how.weight_decay,
-            augmentation=Augmentation(views=how.views if images.can_vary else 0), autocast=how.autocast, seed=self.seed,
+    def _fit(self, images: LabelledImages) -> TrainedBaseline:
+        settings = self.settings
+        rates = settings.full_rates if self.name == "full" else settings.lora_rates
+        config = BaselineConfig(
+            epochs=settings.epochs, batch_size=settings.batch_size, warmup_steps=settings.warmup_steps,
+            clip_norm=settings.clip_norm, rates=tuple(Rate("adamw", rate) for rate in rates),
+            weight_decay=settings.weight_decay,
+            augmentation=Augmentation(views=settings.views if images.can_vary else 0), autocast=settings.autocast,
+            seed=self.seed,
         )  # fmt: skip
-        return train_rival(self.name, self.backbone, images, config=config)
+        return train_baseline(self.name, self.backbone, images, config=config)
 
-    def _logits(self, tasks: Sequence[Rival], images: LabelledImages) -> list[Float[Tensor, "N c"]]:
+    def _logits(self, tasks: Sequence[TrainedBaseline], images: LabelledImages) -> list[Float[Tensor, "N c"]]:
         pixels = images.read_all(self.backbone)
-        return [rival_logits(self.backbone, task, pixels, self.settings.autocast) for task in tasks]
+        return [baseline_logits(self.backbone, task, pixels, self.settings.autocast) for task in tasks]
 
     def _stored_bytes(self) -> float:
         return sum(tensor.nbytes for task in self._tasks for tensor in task.tensors.values())
 
     def _relative_inference(self) -> float:
-        """A pass for each task: an image of which the task is not told is asked of every one."""
+        """One forward pass per task: without a task label, an image runs through every model."""
         return float(len(self._tasks))
 
 
-class LinearProbe(PerTask):
-    """One logistic regression on the frozen pooled feature for each task, all answered by one pass."""
+class LinearProbePerTask(PerTask):
+    """A logistic regression on the frozen pooled feature per task; all share one forward pass."""
 
-    _tasks: list[Regression]
+    _tasks: list[LinearProbe]
 
-    def _fit(self, images: LabelledImages) -> Regression:
+    def _fit(self, images: LabelledImages) -> LinearProbe:
         features, objective = self.pooled(images), images.objective
         strength = objective.choose_strength(features, images.targets, self.seed)
-        return objective.fit_regression(features, images.targets, strength)
+        return objective.fit_linear_probe(features, images.targets, strength)
 
-    def _logits(self, tasks: Sequence[Regression], images: LabelledImages) -> list[Float[Tensor, "N c"]]:
+    def _logits(self, tasks: Sequence[LinearProbe], images: LabelledImages) -> list[Float[Tensor, "N c"]]:
         return [F.linear(self.pooled(images), task.weight, task.bias) for task in tasks]
 
     def _stored_bytes(self) -> float:

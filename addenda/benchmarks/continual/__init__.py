@@ -1,1 +1,1 @@
-"""Streams of tasks: who remembers, at what price, with and without being told the task."""
+"""Benchmark on streams of tasks: accuracy, forgetting and cost, task-incremental and class-incremental."""

@@ -1,4 +1,4 @@
-"""One cell of a run: one method learns a stream with one seed, is scored after each experience, and is kept at once."""
+"""One cell of a run: a method learns a stream with one seed, is evaluated after each experience, and is stored."""
 
 from __future__ import annotations
 
@@ -31,20 +31,22 @@ Report = Callable[[str, int, int], None]
 
 OURS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = MappingProxyType({
     "addenda": (
-        "Addenda", "as `addenda learn` does by default; less seconds where an earlier seed has kept activations", {},
+        "Addenda", "defaults of `addenda learn`; faster where an earlier seed filled the activation cache", {},
     ),
-    "addenda-adapters": ("Addenda, adapters", "adapters where validation says that they pay", {"adapter_rank": "auto"}),
+    "addenda-adapters": (
+        "Addenda, adapters", "with adapters where validation prefers them", {"adapter_rank": "auto"},
+    ),
 })  # fmt: skip
-"""Our own methods: what each is called, what people should know of it, and its settings."""
+"""Addenda's methods: label, note and `LearnConfig` settings of each."""
 
 CELLS, SECONDS, REGISTRIES = "cells.jsonl", "seconds.jsonl", "registries"
 DONE = "done"
-"""Ends what is reported of a cell that is whole."""
+"""Last progress message of a cell."""
 
 
 @dataclass
-class Run:
-    """One method with one seed, which is the stream's too; `out` is the folder of the whole run."""
+class MethodRun:
+    """A method with one seed, which also drew the stream; `out` is the folder of the whole run."""
 
     config: StreamConfig
     backbone: FrozenBackbone
@@ -59,28 +61,28 @@ class Run:
         if self.name in OURS:
             self._ours = LearnConfig.parse({**self.config.learn, **OURS[self.name][-1], "seed": self.seed})
             settings = self._ours.to_json()
-        depends = {
+        dependencies = {
             "method": self.name,
             "seed": self.seed,
             "settings": settings,
             "backbone": self.backbone.fingerprint,
             "images": self.stream.fingerprints,
         }
-        self._key = hashlib.sha256(canonical_json(depends).encode()).hexdigest()[:16]
+        self._key = hashlib.sha256(canonical_json(dependencies).encode()).hexdigest()[:16]
 
     def cell(self, report: Report) -> Cell:
-        """The cell: as it was kept, or computed now and kept."""
+        """Return the stored cell, or compute and store it."""
         cells = TypeAdapter(Cell)
         for line in read_lines(self.out / CELLS):
             if line["key"] == self._key:
                 try:
                     return cells.validate_python(line["cell"])
                 except ValidationError:
-                    continue  # of another version; computed anew
+                    continue  # written by another version; compute it again
         with self._method() as method:
-            made = self._compute(method, report)
-        append_line(self.out / CELLS, {"key": self._key, "cell": json.loads(cells.dump_json(made))})
-        return made
+            cell = self._compute(method, report)
+        append_line(self.out / CELLS, {"key": self._key, "cell": json.loads(cells.dump_json(cell))})
+        return cell
 
     @contextmanager
     def _method(self) -> Iterator[Method]:
@@ -109,8 +111,8 @@ class Run:
         return Cell(
             method=self.name,
             seed=self.seed,
-            told=matrices.told,
-            untold=matrices.untold,
+            task_incremental=matrices.task_incremental,
+            class_incremental=matrices.class_incremental,
             comparisons=matrices.comparisons,
             identical=matrices.identical,
             max_difference=matrices.max_difference,
@@ -118,52 +120,55 @@ class Run:
             train_seconds=seconds,
             stored_bytes=price.stored_bytes,
             relative_inference=price.relative_inference,
-            told_metrics=measure(matrices.told),
-            untold_metrics=measure(matrices.untold),
+            task_incremental_metrics=measure(matrices.task_incremental),
+            class_incremental_metrics=measure(matrices.class_incremental),
             extra=method.extra(),
         )
 
     def _seconds(self, number: int, measured: float) -> float:
-        """How long an experience took to learn; of a task that an interrupted run registered, what that run noted."""
+        """Training seconds of an experience; if an interrupted run registered its task, those that it recorded."""
         key = f"{self._key}-{number}"
-        kept = [line["seconds"] for line in read_lines(self.out / SECONDS) if line["key"] == key]
-        if kept and self._ours is not None:
-            return float(kept[0])
+        recorded = [line["seconds"] for line in read_lines(self.out / SECONDS) if line["key"] == key]
+        if recorded and self._ours is not None:
+            return float(recorded[0])
         append_line(self.out / SECONDS, {"key": key, "seconds": measured})
         return measured
 
 
 class _Matrices:
-    """Accuracies, and what becomes of old experiences' scores."""
+    """Accuracy matrices, and the changes in old experiences' scores."""
 
     def __init__(self, count: int) -> None:
-        self.told: Matrix = [[None] * count for _ in range(count)]
-        self.untold: Matrix = [[None] * count for _ in range(count)]
+        self.task_incremental: Matrix = [[None] * count for _ in range(count)]
+        self.class_incremental: Matrix = [[None] * count for _ in range(count)]
         self.comparisons, self.max_difference = 0, 0.0
-        self.identical: bool | None = None  # None where no score was compared
-        self.changed_decisions: float | None = None  # of untold answers on old experiences; None where there are none
+        self.identical: bool | None = None  # None until scores are compared
+        # Share of class-incremental predictions on old experiences that changed; None if there are none.
+        self.changed_decisions: float | None = None
         self._first: dict[int, tuple[Tensor, Tensor]] = {}
-        self._decided, self._changed = 0, 0
+        self._num_decisions, self._num_changed = 0, 0
 
-    def add(self, after: int, on: int, experience: Experience, told: Tensor, untold: Tensor) -> None:
-        """Scores on an experience after another was learned; where none of its classes is offered, nothing is noted."""
-        if (untold == NEVER).all():
+    def add(
+        self, after: int, on: int, experience: Experience, task_incremental: Tensor, class_incremental: Tensor
+    ) -> None:
+        """Record the scores on experience `on` after experience `after`; ignored while no class can be predicted."""
+        if (class_incremental == NEVER).all():
             return
         classes, targets = list(experience.classes), experience.test.targets
-        for matrix, scores in ((self.told, told), (self.untold, untold)):
+        for matrix, scores in ((self.task_incremental, task_incremental), (self.class_incremental, class_incremental)):
             if (scores[:, classes] > NEVER).any():
                 matrix[after][on] = (scores.argmax(1) == targets).float().mean().item()
-        logits, decisions = told[:, classes], untold.argmax(1)
+        logits, decisions = task_incremental[:, classes], class_incremental.argmax(1)
         if on == after:
             self._first[on] = logits, decisions
         elif on < after and on in self._first:
-            before, decided = self._first[on]
+            first_logits, first_decisions = self._first[on]
             self.comparisons += 1
-            same = before.numpy().tobytes() == logits.numpy().tobytes()
+            same = first_logits.numpy().tobytes() == logits.numpy().tobytes()
             self.identical = same and self.identical is not False
             if not same:
-                self.max_difference = largest((self.max_difference, (before - logits).abs().max().item()))
-            if after == len(self.told) - 1:
-                self._decided += len(decisions)
-                self._changed += int((decided != decisions).sum())
-                self.changed_decisions = self._changed / self._decided
+                self.max_difference = largest((self.max_difference, (first_logits - logits).abs().max().item()))
+            if after == len(self.task_incremental) - 1:
+                self._num_decisions += len(decisions)
+                self._num_changed += int((first_decisions != decisions).sum())
+                self.changed_decisions = self._num_changed / self._num_decisions

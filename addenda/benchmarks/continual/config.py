@@ -1,4 +1,4 @@
-"""What a run of the benchmark is: a YAML file of the package, one of the user's, or a folder of class folders."""
+"""Configuration of `addenda bench continual`, from a packaged YAML file, a user's, or a folder of class folders."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 from pydantic_core import ErrorDetails
 
 from addenda.benchmarks.baselines.method import BaselineSettings
-from addenda.benchmarks.continual.sources import Data, Place
+from addenda.benchmarks.continual.sources import Data, SourceOptions
 from addenda.benchmarks.continual.stream import Stream, limited, slug
 from addenda.exceptions import AddendaError, DataError
 from addenda.learner import LearnConfig, read_mapping
@@ -21,17 +21,17 @@ Channels = tuple[float, float, float]
 
 
 class BackboneConfig(BaseModel):
-    """The arguments of `load_backbone`."""
+    """Arguments of `load_backbone`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    name: str = "vit_base_patch16_224.augreg_in21k"  # timm's, or "glyphs"
-    weights: Path | None = None  # a local file; None takes timm's pretrained weights
-    mean: Channels | None = None  # of the normalisation; None takes timm's
+    name: str = "vit_base_patch16_224.augreg_in21k"  # timm name, or "glyphs"
+    weights: Path | None = None  # local weights file; None: timm's pretrained weights
+    mean: Channels | None = None  # for input normalisation; None: timm's
     std: Channels | None = None
 
 
 class StreamConfig(BaseModel):
-    """A stream, what learns it, and what its file says of a run of it."""
+    """A stream, the methods that learn it, and notes on a reference run."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,39}$")]
@@ -39,19 +39,19 @@ class StreamConfig(BaseModel):
     command: str = ""
     hardware: str = ""
     minutes: Annotated[float, Field(gt=0)] | None = None
-    expected: dict[str, float] = {}  # of Addenda, a metric and its value in %; empty where the stream is run otherwise
-    expected_with: dict[str, Any] = {}  # settings that were given for this, beside the file's own
+    expected: dict[str, float] = {}  # Addenda's metrics in %; emptied by `read_config` if other settings are given
+    expected_with: dict[str, Any] = {}  # overrides under which `expected` was measured
     backbone: BackboneConfig = BackboneConfig()
     data: Data
     download: bool = False
-    limit: Annotated[int, Field(ge=1)] | None = None  # training images of an experience at most, drawn class by class
+    limit: Annotated[int, Field(ge=1)] | None = None  # maximum training images per experience, balanced over classes
     test_limit: Annotated[int, Field(ge=1)] | None = None
-    jobs: Annotated[int, Field(ge=1)] = 1  # processes that share the methods and seeds among them, and the cores
-    seeds: Annotated[int, Field(ge=1)] = 3  # runs, with the seeds 0, 1, 2 and so on
-    methods: Annotated[tuple[str, ...], Field(min_length=1)] | None = None  # None is Addenda and every baseline
-    learn: dict[str, Any] = {}  # settings of `LearnConfig` for Addenda's own method
+    jobs: Annotated[int, Field(ge=1)] = 1  # parallel processes; they share the CPU cores
+    seeds: Annotated[int, Field(ge=1)] = 3  # number of runs, with seeds 0, 1, 2, ...
+    methods: Annotated[tuple[str, ...], Field(min_length=1)] | None = None  # None: Addenda and all baselines
+    learn: dict[str, Any] = {}  # `LearnConfig` settings for Addenda's methods
     baselines: BaselineSettings = BaselineSettings()
-    _folder: Path = PrivateAttr(default=Path())  # of the YAML file: there a relative `root` is looked for
+    _folder: Path = PrivateAttr(default=Path())  # folder of the YAML file; a relative `root` is resolved against it
 
     @field_validator("learn")
     @classmethod
@@ -64,79 +64,86 @@ class StreamConfig(BaseModel):
 
 
 def stream_names() -> list[str]:
-    """The streams that the package carries."""
+    """Names of the packaged streams."""
     return sorted(file.stem for file in STREAMS.glob("*.yaml"))
 
 
 def read_config(stream: str | Path, overrides: Mapping[str, Any] | None = None) -> StreamConfig:
-    """The checked configuration of a stream: its name, a YAML file or a folder; settings given win, each by itself."""
-    place = Path(stream)
+    """Read and validate the configuration of a stream.
+
+    Args:
+        stream: the name of a packaged stream, a YAML file, or a folder of class folders.
+        overrides: settings that replace those of the file, key by key; None values are ignored.
+    """
+    path = Path(stream)
     if str(stream) in stream_names():
         file = STREAMS / f"{stream}.yaml"
         values, folder = read_mapping(file), Path()
-    elif place.is_dir():
-        name = slug(place.resolve().name)[:40]
-        values, folder = {"name": name, "data": {"source": "split", "root": str(place.resolve())}}, Path()
-    elif place.suffix in (".yaml", ".yml"):
-        values, folder = read_mapping(place), place.parent
+    elif path.is_dir():
+        name = slug(path.resolve().name)[:40]
+        values, folder = {"name": name, "data": {"source": "split", "root": str(path.resolve())}}, Path()
+    elif path.suffix in (".yaml", ".yml"):
+        values, folder = read_mapping(path), path.parent
     else:
         raise DataError(
-            f"There is no stream {str(stream)!r}. Known: {', '.join(stream_names())}. A stream of your own is a YAML "
-            "file, or a folder with one folder of images for each class."
+            f"There is no stream {str(stream)!r}. Known: {', '.join(stream_names())}. For a stream of your own, give a "
+            "YAML file, or a folder with one subfolder of images per class."
         )
     try:
         config = StreamConfig.model_validate(_merge(values, overrides or {}))
     except ValidationError as error:
         problems = "\n  ".join(map(_problem, error.errors()))
-        raise DataError(f"The stream {str(stream)!r} has mistakes:\n  {problems}") from error
-    if not _as_expected(config, overrides or {}):
+        raise DataError(f"The configuration of stream {str(stream)!r} is invalid:\n  {problems}") from error
+    if not _is_reference_run(config, overrides or {}):
         config = config.model_copy(update={"expected": {}})
     config._folder = folder
     return config
 
 
 def build_stream(config: StreamConfig, data_root: Path | None = None, seed: int = 0) -> Stream:
-    """The stream that a configuration means: images are found and dealt out by the seed's draws, and none is read."""
-    whole = config.data.stream(config.name, Place(data_root or config._folder, seed, config.download))
-    return limited(whole, config.limit, config.test_limit, seed)
+    """Build the stream of a configuration: list its images and assign them to experiences, without reading any."""
+    stream = config.data.stream(config.name, SourceOptions(data_root or config._folder, seed, config.download))
+    return limited(stream, config.limit, config.test_limit, seed)
 
 
-def _as_expected(config: StreamConfig, overrides: Mapping[str, Any]) -> bool:
-    """Whether the file's own run is asked for: nothing else is given that could change Addenda's figures."""
-    given = _merge({}, overrides)
+def _is_reference_run(config: StreamConfig, overrides: Mapping[str, Any]) -> bool:
+    """Whether Addenda's settings are those under which `expected` was measured."""
+    changes = _merge({}, overrides)
     for name in ("download", "jobs"):
-        given.pop(name, None)
-    if "addenda" in given.get("methods", ()):
-        del given["methods"]
+        changes.pop(name, None)
+    if "addenda" in changes.get("methods", ()):
+        del changes["methods"]
     if "--weights" in config.command:
-        given.get("backbone", {}).pop("weights", None)
-    return {name: value for name, value in given.items() if value != {}} == config.expected_with
+        changes.get("backbone", {}).pop("weights", None)
+    return {name: value for name, value in changes.items() if value != {}} == config.expected_with
 
 
 def _merge(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(values)
     for key, value in overrides.items():
         if isinstance(value, Mapping):
-            below = merged.get(key)
-            merged[key] = _merge(below if isinstance(below, Mapping) else {}, value)
+            nested = merged.get(key)
+            merged[key] = _merge(nested if isinstance(nested, Mapping) else {}, value)
         elif value is not None:
             merged[key] = value
     return merged
 
 
 def _problem(error: ErrorDetails) -> str:
-    """What is wrong with which setting."""
-    place = list(error["loc"])
-    if place[0] == "data" and len(place) > 2:
-        del place[1]  # pydantic's tag: the source
+    """Format a pydantic error as `setting: message`."""
+    location = list(error["loc"])
+    if location[0] == "data" and len(location) > 2:
+        del location[1]  # pydantic's discriminator tag: the source
     context = error.get("ctx", {})
-    own = {
-        "extra_forbidden": "there is no such setting",
+    messages = {
+        "extra_forbidden": "unknown setting",
         "missing": "is missing",
-        "string_pattern_mismatch": "use lower-case letters, digits, '-' and '_', first a letter or digit, 40 at most",
+        "string_pattern_mismatch": (
+            "use at most 40 lower-case letters, digits, '-' and '_', and start with a letter or digit"
+        ),
         "union_tag_not_found": "`source` is missing",
         "union_tag_invalid": f"`source` is {context.get('tag')!r}; it must be one of {context.get('expected_tags')}",
     }
-    said = own.get(error["type"], error["msg"].removeprefix("Value error, "))
-    said = said.replace("Tuple", "List").replace("a valid tuple", "a valid list")
-    return f"{'.'.join(map(str, place))}: {said}"
+    message = messages.get(error["type"], error["msg"].removeprefix("Value error, "))
+    message = message.replace("Tuple", "List").replace("a valid tuple", "a valid list")
+    return f"{'.'.join(map(str, location))}: {message}"

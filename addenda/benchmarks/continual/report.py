@@ -1,4 +1,4 @@
-"""The report of a run: results.json, and the same story as Markdown with pictures and as one page of HTML."""
+"""Report of a run: results.json, report.md with its pictures, and the single-file report.html."""
 
 from __future__ import annotations
 
@@ -9,75 +9,83 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from addenda.benchmarks.continual import tables
+from addenda.benchmarks.continual import columns
+from addenda.benchmarks.continual.columns import OURS, Setting
 from addenda.benchmarks.continual.results import FILE, Cell, Results
-from addenda.benchmarks.continual.tables import OURS, Setting
 from addenda.benchmarks.report.plots import Picture, Scheme, curves, heat_map, scale
 from addenda.benchmarks.report.tables import NOTHING, Spread, Table, show, write_json, write_pages
 from addenda.terminal import console
 
 
 class Drawn(NamedTuple):
-    """A picture, light and dark, with the file it has beside the Markdown and what it shows in words."""
+    """A picture in a light and a dark colour scheme, with its file name for Markdown and its alt text."""
 
     file: str
     alt: str
     light: Picture
     dark: Picture
-    narrow: tuple[Picture, Picture] | None = None  # the same for a phone
+    narrow: tuple[Picture, Picture] | None = None  # light and dark, for narrow screens
 
 
 def write_report(results: Results, folder: Path) -> None:
-    """Writes results.json, report.md, its pictures and report.html into a folder, which is made where it is missing."""
+    """Write results.json, report.md with its pictures, and report.html; the folder is created if missing."""
     folder.mkdir(parents=True, exist_ok=True)
     values = results.to_json()
     write_json(folder / FILE, values)
     content = _content(results, values)
-    for drawn in (content["curves"], content["scale"], *(one for _, pair in content["matrices"] for one in pair)):
+    for drawn in (content["curves"], content["scale"], *(matrix for _, pair in content["matrices"] for matrix in pair)):
         (folder / drawn.file).write_bytes(drawn.light.png)
     write_pages("continual", content, folder)
 
 
 def print_report(results: Results, folder: Path) -> None:
-    """Prints the comparison, and where the report lies."""
-    shown = {
-        "method": 0, "told %": 1, "untold %": 2, "forgets untold": 5, "old logits": 6, "a task": 7, "train s": 8,
+    """Print the comparison table, its notes and the paths of the report."""
+    indices = {
+        "method": 0, "task-inc. %": 1, "class-inc. %": 2, "forgetting": 5, "old logits": 6, "per task": 7, "train s": 8,
         "passes": 9,
     }  # fmt: skip
-    console.print(tables.verdict(results), markup=False, highlight=False)
-    rows = [[row[place] for place in shown.values()] for row in tables.comparison_table(results).rows]
-    show(f"The stream {results.stream}, accuracy", Table(tuple(shown), rows))
-    for note in tables.footnotes(results):
+    console.print(columns.verdict(results), markup=False, highlight=False)
+    rows = [[row[index] for index in indices.values()] for row in columns.comparison_table(results).rows]
+    show(f"Accuracy on stream {results.stream}", Table(tuple(indices), rows))
+    for note in columns.footnotes(results):
         console.print(f"- {note}", markup=False, highlight=False)
-    console.print(f"The report: {folder / 'report.html'} and {folder / 'report.md'}", markup=False, highlight=False)
+    console.print(f"Report: {folder / 'report.html'} and {folder / 'report.md'}", markup=False, highlight=False)
 
 
 def _content(results: Results, values: dict[str, Any]) -> dict[str, Any]:
-    """What both templates show."""
-    names = [one.name for one in results.experiences]
+    """Values for both templates."""
+    names = [note.name for note in results.experiences]
     lines = {note.name: (note.label, accuracy_so_far(results.of(note.name))) for note in results.methods}
-    ends = ", ".join(f"{label} {100 * last.mean:.1f} %" for label, (*_, last) in lines.values() if last)
-    told_curves = f"Untold accuracy after each experience, in the mean over all met: at the end {ends}"
+    final = ", ".join(f"{label} {100 * last.mean:.1f} %" for label, (*_, last) in lines.values() if last)
+    curves_caption = f"Class-incremental accuracy after each experience, averaged over those so far; final: {final}"
     draw = partial(curves, lines, OURS, names)
-    early = (row[i + 1 :] for c in results.cells for matrix in (c.told, c.untold) for i, row in enumerate(matrix))
+    early = (
+        row[i + 1 :]
+        for c in results.cells
+        for matrix in (c.task_incremental, c.class_incremental)
+        for i, row in enumerate(matrix)
+    )
     return {
         "results": results,
-        "verdict": tables.verdict(results),
-        "kept": all(cell.identical for cell in results.of(OURS)),
-        "comparison": tables.comparison_table(results),
-        "footnotes": tables.footnotes(results),
-        "curves": _drawn("curves.png", told_curves, draw, partial(draw, narrow=True)),
-        "scale": _drawn("scale.png", "Colours from 0 to 100 % accuracy", scale),
+        "verdict": columns.verdict(results),
+        "exact": all(cell.identical for cell in results.of(OURS)),
+        "comparison": columns.comparison_table(results),
+        "footnotes": columns.footnotes(results),
+        "curves": _drawn("curves.png", curves_caption, draw, partial(draw, narrow=True)),
+        "scale": _drawn("scale.png", "Colour scale from 0 to 100 % accuracy", scale),
         "matrices": [
-            (note.label, [_matrix(note.name, note.label, results.of(note.name), one, names) for one in tables.SETTINGS])
+            (
+                note.label,
+                [_matrix(note.name, note.label, results.of(note.name), setting, names) for setting in columns.SETTINGS],
+            )
             for note in results.methods
         ],
-        "proof": tables.proof_table(results),
-        "extra": tables.extra_table(results),
-        "metrics": tables.metrics_table(results),
-        "not_offered": tables.NOT_OFFERED if len(names) > 1 else "",
+        "proof": columns.proof_table(results),
+        "extra": columns.extra_table(results),
+        "metrics": columns.metrics_table(results),
+        "not_offered": columns.NOT_OFFERED if len(names) > 1 else "",
         "early": any(value is not None for row in early for value in row),
-        "experiences": tables.experience_table(results),
+        "experiences": columns.experience_table(results),
         **{
             key: yaml.safe_dump(values[key], sort_keys=False, allow_unicode=True) if values[key] else ""
             for key in ("expected", "config", "environment")
@@ -86,23 +94,24 @@ def _content(results: Results, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def mean_matrix(cells: Sequence[Cell], setting: Setting) -> list[list[float | None]]:
-    """The mean accuracy matrix over seeds; None where no seed has one."""
-    stages = range(len(cells[0].told))
+    """The accuracy matrix averaged over seeds; None where no seed has a value."""
+    stages = range(len(cells[0].task_incremental))
     spreads = [[Spread.of(getattr(cell, setting)[i][j] for cell in cells) for j in stages] for i in stages]
     return [[spread.mean if spread else None for spread in row] for row in spreads]
 
 
 def accuracy_so_far(cells: Sequence[Cell]) -> list[Spread | None]:
-    """Untold accuracy after each experience, in the mean over all that were met; None where nothing was answered."""
-    seen = [[Spread.of(row[: i + 1]) for i, row in enumerate(cell.untold)] for cell in cells]
-    return [Spread.of(spread.mean for spread in stage if spread) for stage in zip(*seen, strict=True)]
+    """Class-incremental accuracy after each experience, averaged over those so far; None without predictions."""
+    means = [[Spread.of(row[: i + 1]) for i, row in enumerate(cell.class_incremental)] for cell in cells]
+    return [Spread.of(spread.mean for spread in stage if spread) for stage in zip(*means, strict=True)]
 
 
 def _matrix(name: str, label: str, cells: list[Cell], setting: Setting, names: list[str]) -> Drawn:
     matrix = mean_matrix(cells, setting)
     last = ", ".join(NOTHING if value is None else f"{100 * value:.1f}" for value in matrix[-1])
-    alt = f"Accuracy matrix of {label}, task {setting}; last row, in %: {last}"
-    return _drawn(f"accuracy-{name}-{setting}.png", alt, partial(heat_map, matrix, names))
+    setting_name = setting.replace("_", "-")
+    alt = f"Accuracy matrix of {label}, {setting_name}; last row, in %: {last}"
+    return _drawn(f"accuracy-{name}-{setting_name}.png", alt, partial(heat_map, matrix, names))
 
 
 def _drawn(

@@ -1,4 +1,4 @@
-"""Opening a set of images in its two parts: from folders, from its authors' lists, or through torchvision."""
+"""Open the training and test splits of a dataset: from folders, from its authors' file lists, or with torchvision."""
 
 from __future__ import annotations
 
@@ -19,58 +19,57 @@ TEST_FRACTION = 0.2
 
 
 def open_folder(name: str, folder: Path, seed: int, address: str | None = None) -> ImageSet:
-    """Opens a folder of class folders; messages say that its images come from the address.
+    """Open a dataset in class folders; error messages mention the address of its images.
 
-    It holds train/ and test/; or the class folders alone, of which a fifth, drawn class by class, is the test part; or
-    they alone beside NAME_train.txt and NAME_test.txt, lists as DomainNet's authors publish them.
+    The folder contains train/ and test/; or class folders only, of which a stratified fifth becomes the test split; or
+    class folders only, next to the file lists NAME_train.txt and NAME_test.txt, as published for DomainNet.
     """
     if not folder.is_dir():
-        origin = f" The images come from {address}." if address else ""
+        origin = f" The images are available from {address}." if address else ""
         raise DataError(
-            f"There is no folder {str(folder)!r}. Put the set {name!r} there: train/ and test/ with a folder of images "
-            f"for each class, or such folders alone.{origin} If it lies elsewhere, say so with --data FOLDER or with "
-            "`root` in the YAML file."
+            f"There is no folder {str(folder)!r}. Put dataset {name!r} there, with class folders or with train/ and "
+            f"test/ of class folders.{origin} For another location, pass --data FOLDER or set `root` in the YAML file."
         )
-    lists = [folder.with_name(f"{folder.name}_{part}.txt") for part in ("train", "test")]
+    lists = [folder.with_name(f"{folder.name}_{split}.txt") for split in ("train", "test")]
     if all(file.is_file() for file in lists):
         train, test = (read_list(file, folder.parent) for file in lists)
-        if untaught := sorted(set(test.labels) - set(train.labels)):
-            raise DataError(f"{test.where} has the class {untaught[0]!r}, and {train.where} does not.")
+        if unknown := sorted(set(test.labels) - set(train.labels)):
+            raise DataError(f"{test.where} has class {unknown[0]!r}, which {train.where} lacks.")
         return ImageSet(name, train, test)
-    whole, test_part = open_parts(folder)
-    if test_part is not None:
-        return ImageSet(name, whole, test_part)
-    kept, held_out = whole.objective.split(whole.targets, len(whole.labels), TEST_FRACTION, seed)
-    return ImageSet(name, *(whole.select(sorted(rows.tolist())) for rows in (kept, held_out)))
+    images, test_split = open_parts(folder)
+    if test_split is not None:
+        return ImageSet(name, images, test_split)
+    train_rows, test_rows = images.objective.split(images.targets, len(images.labels), TEST_FRACTION, seed)
+    return ImageSet(name, *(images.select(sorted(rows.tolist())) for rows in (train_rows, test_rows)))
 
 
 def read_list(file: Path, root: Path) -> LabelledImages:
-    """The images that a list names, a path and a number in each line; the folder that holds one names its class.
+    """Read a file list with a path and a number per line; an image's class is the folder that contains it.
 
-    The numbers are left alone: in CORe50's lists they change with the order of the experiences.
+    The numbers are ignored: in CORe50's lists they depend on the order of the experiences.
     """
     from avalanche.benchmarks.utils.datasets_from_filelists import default_flist_reader
 
     try:
         paths = [root / path for path, _ in default_flist_reader(file)]
     except OSError as error:
-        raise DataError(f"The list {str(file)!r} cannot be read: {error.strerror}.") from error
+        raise DataError(f"File list {str(file)!r} cannot be read: {error.strerror}.") from error
     except ValueError as error:
-        raise DataError(f"The list {str(file)!r} is not lines of a path and a number: {error}.") from error
+        raise DataError(f"File list {str(file)!r} must have a path and a number per line: {error}.") from error
     if not paths:
-        raise DataError(f"The list {str(file)!r} is empty.")
+        raise DataError(f"File list {str(file)!r} is empty.")
     if not paths[0].is_file():
-        raise DataError(f"The list {str(file)!r} names {str(paths[0])!r}, and there is no such file.")
+        raise DataError(f"File list {str(file)!r} names {str(paths[0])!r}, which does not exist.")
     labels = sorted({path.parent.name for path in paths})
-    number = {label: i for i, label in enumerate(labels)}
-    targets = torch.tensor([number[path.parent.name] for path in paths], dtype=torch.int64, device="cpu")
+    index = {label: i for i, label in enumerate(labels)}
+    targets = torch.tensor([index[path.parent.name] for path in paths], dtype=torch.int64, device="cpu")
     return LabelledImages(f"{str(file)!r}", tuple(labels), targets, paths)
 
 
 def _svhn(root: Path, train: bool, download: bool) -> Any:
-    part = SVHN(root, split="train" if train else "test", download=download)
-    part.targets = part.labels
-    return part
+    dataset = SVHN(root, split="train" if train else "test", download=download)
+    dataset.targets = dataset.labels
+    return dataset
 
 
 _TORCHVISION: Mapping[str, tuple[Callable[..., Any], str, str]] = {
@@ -80,30 +79,30 @@ _TORCHVISION: Mapping[str, tuple[Callable[..., Any], str, str]] = {
     "mnist": (MNIST, "MNIST/raw/ with its four unpacked files", MNIST.mirrors[0]),
     "fashion_mnist": (FashionMNIST, "FashionMNIST/raw/ with its four unpacked files", FashionMNIST.mirrors[0]),
 }
-"""What makes a part of a set, what its root must hold, and where that comes from."""
+"""Constructor of each torchvision dataset, the files expected in its root, and where to obtain them."""
 
 
 def open_torchvision(name: str, root: Path, download: bool) -> ImageSet:
-    """Opens a set through torchvision, which may fetch it where it is missing."""
+    """Open a torchvision dataset, and download it if asked and missing."""
     read, files, address = _TORCHVISION[name]
-    with asking_for(name, root, files, address, download):
-        parts = [read(root=root, train=train, download=download) for train in (True, False)]
-    labels = tuple(map(str, getattr(parts[0], "classes", range(10))))
-    targets = [torch.as_tensor(part.targets, dtype=torch.int64, device="cpu") for part in parts]
+    with explaining_missing(name, root, files, address, download):
+        splits = [read(root=root, train=train, download=download) for train in (True, False)]
+    labels = tuple(map(str, getattr(splits[0], "classes", range(10))))
+    targets = [torch.as_tensor(split.targets, dtype=torch.int64, device="cpu") for split in splits]
     where = f"{name} in {str(root)!r}"
-    return ImageSet(name, *(LabelledImages(where, labels, *each) for each in zip(targets, parts, strict=True)))
+    return ImageSet(name, *(LabelledImages(where, labels, *split) for split in zip(targets, splits, strict=True)))
 
 
 @contextmanager
-def asking_for(name: str, root: Path, files: str, address: str, download: bool) -> Iterator[None]:
-    """Says what to do where a library finds no images; what it prints does not mix with our own output."""
+def explaining_missing(name: str, root: Path, files: str, address: str, download: bool) -> Iterator[None]:
+    """Turn a library's error about missing images into instructions, and send its output to standard error."""
     try:
         with redirect_stdout(sys.stderr):
             yield
     except (OSError, RuntimeError, ValueError) as error:
-        tried = "it could not be downloaded" if download else "it is not there as published"
-        more = "" if download else ", or download it with --download"
+        problem = "could not be downloaded to" if download else "was not found in"
+        hint = "" if download else ", or pass --download"
         raise DataError(
-            f"{name} was looked for in {str(root)!r}, and {tried} ({error}). Put {files} there, from {address}; or say "
-            f"where it lies with --data FOLDER or with `root` in the YAML file{more}."
+            f"{name} {problem} {str(root)!r} ({error}). Put {files} there, from {address}. For another location, pass "
+            f"--data FOLDER or set `root` in the YAML file{hint}."
         ) from error

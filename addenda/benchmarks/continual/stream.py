@@ -1,4 +1,4 @@
-"""A stream: experiences that come one after another, made of sets of images, each with some to be tested on."""
+"""Streams of experiences, each with training and test images, and how datasets become experiences."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from addenda.learner.data.labelled import LabelledImages
 
 @dataclass(frozen=True)
 class ImageSet:
-    """A set of images, to learn from and to be tested on; these are of the same classes or of fewer."""
+    """A dataset with a training and a test split; the test split may lack classes."""
 
     name: str
     train: LabelledImages
@@ -29,23 +29,23 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class Experience(ImageSet):
-    """A set as an experience of a stream: its name is valid for a task, the labels of its images are the stream's."""
+    """An experience of a stream: its name is a valid task name, and its labels are those of the whole stream."""
 
     @cached_property
     def classes(self) -> tuple[int, ...]:
-        """Those that occur, as numbers among the stream's labels, rising."""
+        """Classes of the training images, as sorted indices into the stream's labels."""
         return tuple(sorted(set(self.train.targets.tolist())))
 
-    def own(self, images: LabelledImages) -> LabelledImages:
-        """Images of this experience among its own classes alone: `targets` are places in `classes`."""
-        place = {number: i for i, number in enumerate(self.classes)}
-        targets = torch.tensor([place[number] for number in images.targets.tolist()], dtype=torch.long, device="cpu")
+    def relabelled(self, images: LabelledImages) -> LabelledImages:
+        """Images of this experience with only its own labels; targets are indices into `classes`."""
+        index = {number: i for i, number in enumerate(self.classes)}
+        targets = torch.tensor([index[number] for number in images.targets.tolist()], dtype=torch.long, device="cpu")
         return replace(images, labels=tuple(images.labels[number] for number in self.classes), targets=targets)
 
 
 @dataclass(frozen=True)
 class Stream:
-    """A stream, its experiences in the order in which they come."""
+    """A stream of experiences, in order."""
 
     name: str
     labels: tuple[str, ...]
@@ -53,14 +53,14 @@ class Stream:
 
     @property
     def shares_classes(self) -> bool:
-        """Whether a class occurs in several experiences: the stream is domain-incremental, not class-incremental."""
-        occurring = [number for one in self.experiences for number in one.classes]
-        return len(set(occurring)) < len(occurring)
+        """Whether a class occurs in several experiences, so that the stream is domain-incremental."""
+        classes = [number for experience in self.experiences for number in experience.classes]
+        return len(set(classes)) < len(classes)
 
     @cached_property
     def fingerprints(self) -> list[list[str]]:
-        """Of the training and test images of each experience."""
-        return [[one.train.fingerprint(), one.test.fingerprint()] for one in self.experiences]
+        """Fingerprints of the training and test images of each experience."""
+        return [[experience.train.fingerprint(), experience.test.fingerprint()] for experience in self.experiences]
 
     def benchmark(
         self,
@@ -68,7 +68,7 @@ class Stream:
         eval_transform: Callable[[Any], Tensor],
         task_labels: bool = True,
     ) -> Any:
-        """The images to learn from as an Avalanche benchmark; without a transform they stay as they are, mostly PIL."""
+        """The training images as an Avalanche benchmark; without `train_transform` they stay as stored, mostly PIL."""
         from avalanche.benchmarks import benchmark_from_datasets, with_classes_timeline, with_task_labels
         from avalanche.benchmarks.utils.classification_dataset import (
             ClassificationDataset,
@@ -78,21 +78,22 @@ class Stream:
         from avalanche.benchmarks.utils.flat_data import ConstantSequence
         from avalanche.benchmarks.utils.transform_groups import TransformGroups
 
-        made = TaskAwareSupervisedClassificationDataset if task_labels else ClassificationDataset
+        dataset_class = TaskAwareSupervisedClassificationDataset if task_labels else ClassificationDataset
         groups = {"train": (train_transform, None), "eval": (eval_transform, None)}
         datasets = []
-        for number, one in enumerate(self.experiences):
-            attributes = [DataAttribute(one.train.targets.tolist(), "targets")]
+        for number, experience in enumerate(self.experiences):
+            images = experience.train
+            attributes = [DataAttribute(images.targets.tolist(), "targets")]
             if task_labels:
-                attributes.append(TaskLabels(ConstantSequence(number, len(one.train))))
+                attributes.append(TaskLabels(ConstantSequence(number, len(images))))
             transforms = TransformGroups(groups, current_group="train")
-            datasets.append(made([_Pictures(one.train)], transform_groups=transforms, data_attributes=attributes))
-        known = with_classes_timeline(benchmark_from_datasets(train=datasets))
-        return with_task_labels(known) if task_labels else known
+            datasets.append(dataset_class([_Pictures(images)], transform_groups=transforms, data_attributes=attributes))
+        benchmark = with_classes_timeline(benchmark_from_datasets(train=datasets))
+        return with_task_labels(benchmark) if task_labels else benchmark
 
 
 class _Pictures(Dataset[tuple[Any, int]]):
-    """Labelled images as they are held, each with the number of its class."""
+    """Labelled images without a transform, each with its class index."""
 
     def __init__(self, images: LabelledImages) -> None:
         self._images, self._targets = images, images.targets.tolist()
@@ -105,7 +106,7 @@ class _Pictures(Dataset[tuple[Any, int]]):
 
 
 def slug(name: str) -> str:
-    """A folder's name as a valid name of a task."""
+    """Turn a folder's name into a valid task name."""
     return re.sub(r"[^a-z0-9_-]+", "-", name.lower()).strip("-_") or "stream"
 
 
@@ -116,105 +117,111 @@ def by_class(
     class_order: str | int | Sequence[str] = "sorted",
     first: int | None = None,
 ) -> Stream:
-    """A stream whose experiences have classes of their own; its labels stand in the order in which they come."""
-    sizes = _sizes(images.name, len(images.train.labels), num_experiences, first)
-    labels = _in_order(images.name, images.train.labels, class_order)
-    parts = [_labelled(part, labels, part.labels) for part in (images.train, images.test)]
-    of_class = torch.repeat_interleave(torch.tensor(sizes, dtype=torch.int64, device="cpu"))
+    """Split the classes of a dataset into disjoint experiences; the stream's labels follow the class order."""
+    sizes = _num_classes(images.name, len(images.train.labels), num_experiences, first)
+    labels = _ordered_labels(images.name, images.train.labels, class_order)
+    splits = [_relabelled(split, labels, split.labels) for split in (images.train, images.test)]
+    experience_of = torch.repeat_interleave(torch.tensor(sizes, dtype=torch.int64, device="cpu"))
     experiences = []
     for number in range(num_experiences):
-        train, test = (part.select((of_class[part.targets] == number).nonzero().flatten().tolist()) for part in parts)
+        train, test = (
+            split.select((experience_of[split.targets] == number).nonzero().flatten().tolist()) for split in splits
+        )
         experiences.append(Experience(f"{name}-{number + 1:0{len(str(num_experiences))}}", train, test))
     return Stream(name, labels, tuple(experiences))
 
 
 def by_set(name: str, sets: Sequence[ImageSet], shared_labels: bool) -> Stream:
-    """A stream of which each set is one experience; equal class names mean one class, else it is `set/class`."""
-    names = [slug(one.name) for one in sets]
+    """Make each dataset an experience; with `shared_labels` equal class names are one class, else `dataset/class`."""
+    names = [slug(dataset.name) for dataset in sets]
     if repeated := sorted({n for n in names if names.count(n) > 1}):
-        raise DataError(
-            f"Two sets of the stream {name!r} are called {repeated[0]!r}. Give each folder a name of its own."
-        )
+        raise DataError(f"Stream {name!r} has two datasets named {repeated[0]!r}. Rename one of the folders.")
 
-    def called(one: ImageSet, part: LabelledImages) -> list[str]:
-        return [label if shared_labels else f"{one.name}/{label}" for label in part.labels]
+    def stream_labels(dataset: ImageSet, split: LabelledImages) -> list[str]:
+        return [label if shared_labels else f"{dataset.name}/{label}" for label in split.labels]
 
-    labels = tuple(dict.fromkeys(label for one in sets for label in called(one, one.train)))
+    labels = tuple(dict.fromkeys(label for dataset in sets for label in stream_labels(dataset, dataset.train)))
     experiences = []
-    for experience, one in zip(names, sets, strict=True):
-        train, test = (_labelled(part, labels, called(one, part)) for part in (one.train, one.test))
+    for experience, dataset in zip(names, sets, strict=True):
+        train, test = (
+            _relabelled(split, labels, stream_labels(dataset, split)) for split in (dataset.train, dataset.test)
+        )
         experiences.append(Experience(experience, train, test))
     return Stream(name, labels, tuple(experiences))
 
 
 def limited(stream: Stream, limit: int | None, test_limit: int | None, seed: int) -> Stream:
-    """The stream with fewer images: each class of an experience gives as many as the others, or all it has."""
+    """Limit the images of each experience, drawn by the seed and balanced over classes as far as they go."""
 
-    def drawn(one: Experience, images: LabelledImages, what: str, limit: int | None, each: int) -> LabelledImages:
+    def subset(
+        experience: Experience, images: LabelledImages, setting: str, limit: int | None, per_class: int
+    ) -> LabelledImages:
         if limit is None or limit >= len(images):
             return images
-        if limit < (least := each * len(one.classes)):
+        if limit < (minimum := per_class * len(experience.classes)):
             raise DataError(
-                f"The `{what}` of {limit} images is too small for experience {one.name!r}: its classes need {least}."
+                f"`{setting}` of {limit} images is too small for experience {experience.name!r}; its classes need at "
+                f"least {minimum}."
             )
         order = np.random.default_rng(seed).permutation(len(images)).tolist()
-        return images.select(in_turn(order, images.targets.tolist(), limit))
+        return images.select(round_robin(order, images.targets.tolist(), limit))
 
     experiences = []
-    for one in stream.experiences:
-        train = drawn(one, one.train, "limit", limit, 2)  # one of the two to validate by
-        experiences.append(replace(one, train=train, test=drawn(one, one.test, "test_limit", test_limit, 1)))
+    for experience in stream.experiences:
+        train = subset(experience, experience.train, "limit", limit, 2)  # one for training and one for validation
+        test = subset(experience, experience.test, "test_limit", test_limit, 1)
+        experiences.append(replace(experience, train=train, test=test))
     return replace(stream, experiences=tuple(experiences))
 
 
-def in_turn(order: Sequence[int], targets: Sequence[int], limit: int) -> list[int]:
-    """So many rows: of each class the first in the order, then of each the second, and so on; sorted."""
-    seen: Counter[int] = Counter()
+def round_robin(order: Sequence[int], targets: Sequence[int], limit: int) -> list[int]:
+    """Take `limit` rows: the first of each class in the order, then the second of each, and so on; sorted."""
+    counts: Counter[int] = Counter()
     turn = {}
     for row in order:
-        turn[row] = seen[targets[row]]
-        seen[targets[row]] += 1
+        turn[row] = counts[targets[row]]
+        counts[targets[row]] += 1
     return sorted(sorted(order, key=turn.__getitem__)[:limit])
 
 
-def _labelled(images: LabelledImages, labels: tuple[str, ...], called: Sequence[str]) -> LabelledImages:
-    """The images with targets among the stream's labels, where their own classes are called so."""
-    numbers = torch.tensor([labels.index(label) for label in called], dtype=torch.int64, device="cpu")
+def _relabelled(images: LabelledImages, labels: tuple[str, ...], names: Sequence[str]) -> LabelledImages:
+    """The images with targets as indices into `labels`; `names` are the stream's labels for their classes."""
+    numbers = torch.tensor([labels.index(label) for label in names], dtype=torch.int64, device="cpu")
     return replace(images, labels=labels, targets=numbers[images.targets])
 
 
-def _sizes(name: str, num_classes: int, num_experiences: int, first: int | None) -> list[int]:
-    """Classes of each experience."""
+def _num_classes(name: str, num_classes: int, num_experiences: int, first: int | None) -> list[int]:
+    """Number of classes of each experience; raises DataError with suggestions if they do not divide evenly."""
     others = num_experiences - 1
-    each = num_classes // num_experiences if first is None else (num_classes - first) // others
-    sizes = [first or each, *[each] * others]
+    per_experience = num_classes // num_experiences if first is None else (num_classes - first) // others
+    sizes = [first or per_experience, *[per_experience] * others]
     if sum(sizes) == num_classes and min(sizes) >= 2:
         return sizes
-    fits = [n for n in range(2, num_classes // 2 + 1) if num_classes % n == 0]
+    divisors = [n for n in range(2, num_classes // 2 + 1) if num_classes % n == 0]
     firsts = [n for n in range(2, num_classes - 2 * others + 1) if (num_classes - n) % others == 0]
-    hints = [f"{', '.join(map(str, fits))} experiences"] if fits else []
+    hints = [f"{', '.join(map(str, divisors))} experiences"] if divisors else []
     if firsts:
-        hints.append(f"a `first` of {min(firsts, key=lambda n: abs(n - num_classes / num_experiences))} classes")
+        hints.append(f"`first: {min(firsts, key=lambda n: abs(n - num_classes / num_experiences))}`")
     elif num_classes >= 4:
-        hints.append(f"up to {num_classes // 2} with `first`, the classes of the first one, in a YAML file")
-    asked = f", {first} in the first," if first else ""
+        hints.append(f"up to {num_classes // 2} experiences with `first`, the size of the first one, in a YAML file")
+    with_first = f", {first} in the first," if first else ""
     raise DataError(
-        f"The {num_classes} classes of {name!r}{asked} do not divide evenly into {num_experiences} experiences of two "
-        f"classes or more. What fits: {', or '.join(hints) or 'nothing; it has too few classes'}."
+        f"The {num_classes} classes of {name!r}{with_first} do not divide evenly into {num_experiences} experiences of "
+        f"at least two classes. Possible: {', or '.join(hints) or 'nothing, since it has too few classes'}."
     )
 
 
-def _in_order(name: str, labels: tuple[str, ...], class_order: str | int | Sequence[str]) -> tuple[str, ...]:
-    """The classes in the order in which they come."""
+def _ordered_labels(name: str, labels: tuple[str, ...], class_order: str | int | Sequence[str]) -> tuple[str, ...]:
+    """The labels in the order in which their classes are learned."""
     if class_order == "sorted":
         return labels
-    if isinstance(class_order, int):  # as PyCIL and LAMDA-PILOT draw it, most often with 1993
+    if isinstance(class_order, int):  # drawn as in PyCIL and LAMDA-PILOT, usually with seed 1993
         return tuple(labels[i] for i in np.random.RandomState(class_order).permutation(len(labels)))
     missing, unknown = sorted(set(labels) - set(class_order)), sorted(set(class_order) - set(labels))
     if missing or unknown or len(class_order) != len(labels):
-        wrong = [f"lacks {', '.join(map(repr, missing))}"] if missing else []
-        wrong += [f"has {', '.join(map(repr, unknown))}, which it does not know"] if unknown else []
+        problems = [f"lacks {', '.join(map(repr, missing))}"] if missing else []
+        problems += [f"has unknown {', '.join(map(repr, unknown))}"] if unknown else []
         raise DataError(
-            f"`class_order` must name each class of {name!r} once: it {' and '.join(wrong) or 'names one twice'}."
+            f"`class_order` must list each class of {name!r} once; it {' and '.join(problems) or 'repeats a class'}."
         )
     return tuple(class_order)

@@ -1,1 +1,1 @@
-"""The paper's comparison on any image folders: its regimes, masked and not, beside LoRA and full fine-tuning."""
+"""The paper's comparison on any image folders: its methods with and without the mask, LoRA and full fine-tuning."""

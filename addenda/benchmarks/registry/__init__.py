@@ -1,1 +1,1 @@
-"""What a registry takes to register, load, list and tell of a change."""
+"""Time and disk space of registry operations on each database."""

@@ -1,1 +1,1 @@
-"""How benchmarks write down what they found: tables, pictures, lines of JSON."""
+"""Output of the benchmarks: tables, plots and JSON lines."""

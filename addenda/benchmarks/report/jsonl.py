@@ -1,4 +1,4 @@
-"""A file of results, one in each line, that an interrupted run goes on with and two runs may add to."""
+"""JSON lines files of results, from which an interrupted run resumes and to which several processes may append."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """What a file holds; a line that an interrupted run cut short is left out, and no file is none."""
-    found = []
+    """Reads all lines, without a line truncated by an interruption; a missing file has none."""
+    values = []
     for line in file.read_text().splitlines() if file.exists() else ():
         with suppress(json.JSONDecodeError):
-            found.append(json.loads(line))
-    return found
+            values.append(json.loads(line))
+    return values
 
 
 def append_line(file: Path, value: Mapping[str, Any]) -> None:
-    """Adds a line in one write, since another process may add its own; one that was cut short is ended first."""
+    """Appends a line in a single write, because another process may append too; first ends a truncated line."""
     before = file.read_bytes() if file.exists() else b""
-    cut_short = bool(before) and not before.endswith(b"\n")
+    truncated = bool(before) and not before.endswith(b"\n")
     with file.open("a") as stream:
-        stream.write("\n" * cut_short + json.dumps(value) + "\n")
+        stream.write("\n" * truncated + json.dumps(value) + "\n")

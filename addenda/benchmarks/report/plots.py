@@ -1,4 +1,4 @@
-"""The pictures of all reports: matrices and curves of a stream, and the plots of cost, training and the paper."""
+"""The plots of all reports: accuracy matrices and curves of a stream, cost, training and the paper comparison."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ SCHEMES: Mapping[Scheme, Mapping[str, str]] = {
     "dark": {"paper": "#171b1f", "ink": "#e3e7ea", "faint": "#3a4148"},
 }
 HUES = ("#0072b2", "#d55e00", "#cc79a7", "#e69f00", "#56b4e9", "#8c8c8c")
-"""Okabe and Ito's, told apart by colour-blind people too; their green is ours alone."""
+"""The colour-blind-safe palette of Okabe and Ito; its green is reserved for our method."""
 
 INKS, FAINT = ("#0b6e4f", "#c1666b", "#4059ad", "#b8860b", "#8d3b72", "#555555"), "#bbbbbb"
-"""Of the plots that stand beside a table."""
+"""Colours of the plots of cost, training and the paper."""
 
 MARKS, STROKES = "sD^vPX*", ("-", "--", ":")
 OURS_STYLE: Mapping[str, Any] = {"color": "#009e73", "marker": "o", "linewidth": 2.8, "zorder": 3}
@@ -38,28 +38,27 @@ LONGEST_NAME = 16
 
 
 class Picture(NamedTuple):
-    """A PNG and the width in CSS pixels at which it is meant to be seen."""
+    """A PNG and its display width in CSS pixels."""
 
     png: bytes
     width: int
 
 
 def heat_map(matrix: Sequence[Sequence[float | None]], names: Sequence[str], scheme: Scheme) -> Picture:
-    """An accuracy matrix, values in percent written in its cells; italic: before the experience was learned."""
-    many, short = len(names), [_short(name) for name in names]
-    side = 0.46 * many + 0.6 + 0.08 * max(map(len, short))
+    """An accuracy matrix with the values in percent; italic values are from before the experience was learned."""
+    count, short = len(names), [_short(name) for name in names]
+    side = 0.46 * count + 0.6 + 0.08 * max(map(len, short))
     with _drawing(scheme, (max(2.6, side), max(2.3, side))) as (figure, axes):
-        shades = matplotlib.colormaps[SCALE]
         values = [[float("nan") if value is None else 100 * value for value in row] for row in matrix]
-        axes.imshow(values, cmap=shades, vmin=0, vmax=100)
+        axes.imshow(values, cmap=matplotlib.colormaps[SCALE], vmin=0, vmax=100)
         for i, row in enumerate(matrix):
             for j, value in enumerate(row):
                 if value is not None:
                     slant = "italic" if j > i else "normal"
                     ink = "#ffffff" if value < 0.48 else "#10151a"
                     axes.text(j, i, f"{100 * value:.1f}", ha="center", va="center", size=8.5, color=ink, style=slant)
-        axes.set_xticks(range(many), short, **SLANTED)
-        axes.set_yticks(range(many), short, parse_math=False)
+        axes.set_xticks(range(count), short, **SLANTED)
+        axes.set_yticks(range(count), short, parse_math=False)
         axes.set(xlabel="tested on", ylabel="after learning")
         axes.tick_params(length=0, labelsize=9)
         axes.spines[:].set_visible(False)
@@ -67,7 +66,7 @@ def heat_map(matrix: Sequence[Sequence[float | None]], names: Sequence[str], sch
 
 
 def scale(scheme: Scheme) -> Picture:
-    """What the colours of all heat maps stand for."""
+    """The colour scale of all heat maps."""
     with _drawing(scheme, (3.2, 0.55)) as (figure, axes):
         axes.imshow([list(range(101))], cmap=SCALE, aspect="auto", extent=(0, 100, 0, 1))
         axes.set(yticks=[], xlabel="accuracy, %")
@@ -84,39 +83,39 @@ def curves(
     scheme: Scheme,
     narrow: bool = False,
 ) -> Picture:
-    """Accuracy on everything met so far: a line for each method, by its name and label, and a band of its spread."""
+    """Accuracy on the experiences so far: a line per method (name -> label and spreads), with a band for its spread."""
     height = max(4.2, 1.2 + 0.27 * len(lines))
     with _drawing(scheme, (3.7, 3.4 + 0.23 * len(lines)) if narrow else (7.4, height)) as (figure, axes):
         stages, last = range(1, len(names) + 1), len(names)
-        ends, rivals = [], count()
-        for name, (label, found) in lines.items():
-            style = OURS_STYLE if name == ours else _style(next(rivals))
-            answered = [(stage, spread) for stage, spread in zip(stages, found, strict=True) if spread is not None]
-            at = [stage for stage, _ in answered]
-            means, edges = 100 * np.array([(spread.mean, spread.deviation or 0) for _, spread in answered]).T
-            axes.plot(at, means, markersize=5, label=_short(label, 34), **style)
-            axes.fill_between(at, means - edges, means + edges, color=style["color"], alpha=0.16, linewidth=0)
+        ends, baselines = [], count()
+        for name, (label, spreads) in lines.items():
+            style = OURS_STYLE if name == ours else _style(next(baselines))
+            points = [(stage, spread) for stage, spread in zip(stages, spreads, strict=True) if spread is not None]
+            x = [stage for stage, _ in points]
+            means, deviations = 100 * np.array([(spread.mean, spread.deviation or 0) for _, spread in points]).T
+            axes.plot(x, means, markersize=5, label=_short(label, 34), **style)
+            axes.fill_between(x, means - deviations, means + deviations, color=style["color"], alpha=0.16, linewidth=0)
             ends.append((means[-1], label, style["color"]))
         axes.set(xlim=(0.95 - 0.03 * last, 1.03 * last + 0.05), ylim=(0, 103))
-        axes.set(xlabel="after learning", ylabel="accuracy, task untold, %")
-        shown = names if not narrow or last <= 6 else ["" if i % 2 else name for i, name in enumerate(names)]
-        axes.set_xticks(stages, map(_short, shown), **SLANTED)
+        axes.set(xlabel="after learning", ylabel="class-incremental accuracy, %")
+        ticks = names if not narrow or last <= 6 else ["" if i % 2 else name for i, name in enumerate(names)]
+        axes.set_xticks(stages, map(_short, ticks), **SLANTED)
         axes.grid(axis="y", color=SCHEMES[scheme]["faint"], linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
-        if narrow:  # for a phone: lines are named below the axes instead of at their ends
+        if narrow:  # for a phone: a legend below the axes instead of labels at the ends of the lines
             for text in figure.legend(loc="outside lower left", frameon=False, fontsize=9).get_texts():
                 text.set_parse_math(False)
             return _picture(figure)
-        gap = 103 * 0.19 / (height - 1)  # of a line of text, in points of accuracy
-        for place, (value, label, hue) in zip(_apart([end[0] for end in ends], gap), ends, strict=True):
+        gap = 103 * 0.19 / (height - 1)  # height of a line of text, in points of accuracy
+        for y, (value, label, hue) in zip(_apart([end[0] for end in ends], gap), ends, strict=True):
             leader = {"arrowstyle": "-", "color": hue, "linewidth": 1.2, "relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 5}
-            axes.annotate(_short(label, 28), (last, value), (1.07, place), textcoords=axes.get_yaxis_transform(),
+            axes.annotate(_short(label, 28), (last, value), (1.07, y), textcoords=axes.get_yaxis_transform(),
                           va="center", annotation_clip=False, parse_math=False, arrowprops=leader)  # fmt: skip
         return _picture(figure)
 
 
 def cost_curves(measured: Mapping[str, Sequence[Mapping[str, Any]]], file: Path) -> None:
-    """Cost against tasks on each backbone, with the limit that arithmetic sets; `measured` has its rows by its name."""
+    """Cost against the number of tasks, a panel per backbone; `measured` maps backbone names to rows of `CostRow`."""
     styles = {
         "combined, exact": {"color": INKS[0], "marker": "o"},
         "dense mask, precomputed": {"color": INKS[1], "marker": "s"},
@@ -125,22 +124,22 @@ def cost_curves(measured: Mapping[str, Sequence[Mapping[str, Any]]], file: Path)
     }
     figure = Figure(figsize=(max(7, 1 + 4.2 * len(measured)), 5), layout="constrained")
     panels = figure.subplots(1, len(measured), sharey=True, squeeze=False)[0]
-    for axis, (name, found) in zip(panels, measured.items(), strict=True):
-        for way, style in styles.items():
-            rows = [row for row in found if row["what"] == way]
+    for axis, (name, backbone_rows) in zip(panels, measured.items(), strict=True):
+        for method, style in styles.items():
+            rows = [row for row in backbone_rows if row["what"] == method]
             keys = ("num_tasks", "ratio", "low", "seconds", "high")
             tasks, ratios, low, seconds, high = (np.array([row[key] for row in rows]) for key in keys)
-            around = ratios * (1 - low / seconds), ratios * (high / seconds - 1)
-            axis.errorbar(tasks, ratios, yerr=around, label=way, capsize=3, **style)
-            if way == "combined, exact":
-                label = "its limit: operations, nothing filled"
+            quartiles = ratios * (1 - low / seconds), ratios * (high / seconds - 1)
+            axis.errorbar(tasks, ratios, yerr=quartiles, label=method, capsize=3, **style)
+            if method == "combined, exact":
+                label = "combined, by operations without padding"
                 axis.plot(tasks, [row["limit"] for row in rows], color=INKS[0], linestyle=":", label=label)
         axis.axhline(1, color=FAINT, linewidth=1, zorder=0)
         axis.set(xscale="log", yscale="log", title=name, xlabel="tasks")
         axis.set_yticks([1, 2, 5, 10], ["1x", "2x", "5x", "10x"])
         axis.minorticks_off()
         axis.set_xticks([1, 10, 100, 1000], ["1", "10", "100", "1,000"])
-    panels[0].set_ylabel("time of a pass, stock timm = 1")
+    panels[0].set_ylabel("forward-pass time, stock timm = 1")
     handles, labels = panels[0].get_legend_handles_labels()
     columns = 3 if len(measured) > 1 else 2
     figure.legend(handles, labels, frameon=False, fontsize=9, loc="outside lower center", ncols=columns)
@@ -148,17 +147,17 @@ def cost_curves(measured: Mapping[str, Sequence[Mapping[str, Any]]], file: Path)
 
 
 def training_curves(details: Mapping[str, Any], file: Path) -> None:
-    """Left, the time of learning a task against epochs; right, the memory of a step."""
+    """Left: time of learning a task against epochs. Right: peak memory of a training step."""
     figure = Figure(figsize=(9.5, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     num, few, green, red = details["epochs"], details["dense_epochs"], INKS[0], INKS[4]
     epochs = np.arange(1, num + 1)
     dense = details["dense_epoch_s"] * epochs
     left.plot(epochs, dense, color=red, linestyle="--", label="dense mask, extrapolated")
-    left.plot(epochs[:few], dense[:few], "o", color=red, label="dense mask, trained")
+    left.plot(epochs[:few], dense[:few], "o", color=red, label="dense mask, measured")
     cached = details["fill_s"] + details["train_s"] / num * epochs
-    left.plot(epochs, cached, color=green, linewidth=2, label="cached, filling included")
-    left.axhline(details["pass_s"], color="#999999", linestyle=":", label="stock timm, one pass")
+    left.plot(epochs, cached, color=green, linewidth=2, label="cached, including cache filling")
+    left.axhline(details["pass_s"], color="#999999", linestyle=":", label="stock timm, one forward pass of all images")
     left.set(xscale="log", yscale="log", xlabel="epochs", ylabel="seconds", title="learning a task")
     left.set_xticks([1, 10, 100], ["1", "10", "100"])
     left.legend(frameon=False, fontsize=8)
@@ -166,7 +165,7 @@ def training_curves(details: Mapping[str, Any], file: Path) -> None:
     values = [details["peak_bytes"][name] / 1e6 for name in names]
     bars = right.bar(list(names.values()), values, color=[green, green, red])
     right.bar_label(bars, [size(1e6 * value) for value in values], fontsize=8)
-    right.set(yscale="log", ylabel="MB of live tensors at most", title="memory of a step")
+    right.set(yscale="log", ylabel="peak MB of live tensors", title="memory of a training step")
     right.set_ylim(min(values) / 3, max(values) * 3)
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
@@ -179,25 +178,30 @@ Gains = Mapping[str, Mapping[str, Spread]]
 def paper_panels(
     here: Gains, paper: Gains, joined: Mapping[str, Mapping[int, float]], masked: tuple[str, float] | None, file: Path
 ) -> None:
-    """What each regime gains over the head alone, here and in the paper; and a task among others without the mask.
+    """Gains of each method over the head alone, here and in the paper; and accuracy as tasks join without the mask.
 
-    Gains are points, by set and regime. What is joined is in %, by its label and the number of tasks in the sequence;
-    what is masked, a label and its accuracy in %.
+    Args:
+        here: gains in points, by dataset and method.
+        paper: the same, from the paper.
+        joined: accuracy in % without the mask, by label and number of tasks in the sequence.
+        masked: label and accuracy in % with the mask.
+        file: the PNG to write.
     """
-    regimes = [list(dict.fromkeys(regime for gains in sets.values() for regime in gains)) for sets in (here, paper)]
+    methods = [list(dict.fromkeys(method for gains in source.values() for method in gains)) for source in (here, paper)]
     figure = Figure(figsize=(15, 5.2), layout="constrained")
-    *gained, collapse = panels = figure.subplots(1, 3, width_ratios=(max(3, len(regimes[0])), 7, 4))
+    *gain_panels, collapse = panels = figure.subplots(1, 3, width_ratios=(max(3, len(methods[0])), 7, 4))
     titles = "here", "the paper (ViT-B/32)"
-    for axis, sets, columns, title in zip(gained, (here, paper), regimes, titles, strict=True):
-        for i, (name, gains) in enumerate(sets.items()):
-            places = [columns.index(regime) + 0.07 * (i - (len(sets) - 1) / 2) for regime in gains]
-            means, errors = [one.mean for one in gains.values()], [one.deviation or 0.0 for one in gains.values()]
-            axis.errorbar(places, means, errors, label=name, color=INKS[i % len(INKS)], marker="os"[sets is paper],
+    for axis, source, columns, title in zip(gain_panels, (here, paper), methods, titles, strict=True):
+        for i, (name, gains) in enumerate(source.items()):
+            x = [columns.index(method) + 0.07 * (i - (len(source) - 1) / 2) for method in gains]
+            means = [spread.mean for spread in gains.values()]
+            deviations = [spread.deviation or 0.0 for spread in gains.values()]
+            axis.errorbar(x, means, deviations, label=name, color=INKS[i % len(INKS)], marker="os"[source is paper],
                           linestyle="none", capsize=2, markersize=5)  # fmt: skip
         axis.set_xticks(range(len(columns)), columns, rotation=40, ha="right")
         axis.axhline(0, color=FAINT, linewidth=1, zorder=0)
         axis.set_title(title)
-    panels[0].set_ylabel("test accuracy less that of the head alone, points")
+    panels[0].set_ylabel("gain in test accuracy over the head alone, points")
     for i, (label, line) in enumerate(joined.items()):
         collapse.plot(list(line), list(line.values()), color=(FAINT, INKS[0])[i], marker="so"[i], label=label)
     if masked is not None:
@@ -212,13 +216,13 @@ def paper_panels(
 
 
 def _style(number: int) -> dict[str, Any]:
-    """Hue, stroke and mark of a rival's line."""
+    """Colour, line style and marker of a baseline."""
     hue, stroke = HUES[number % len(HUES)], STROKES[number // len(HUES) % len(STROKES)]
     return {"color": hue, "linestyle": stroke, "marker": MARKS[number % len(MARKS)], "linewidth": 1.6}
 
 
 def _apart(values: Sequence[float], gap: float) -> list[float]:
-    """Places for labels near their values, in the same order and at least `gap` apart, none below zero."""
+    """Positions of labels near their values: in the same order, at least `gap` apart, none below zero."""
     order = sorted(range(len(values)), key=values.__getitem__)
     groups: list[list[int]] = []
 
@@ -230,8 +234,8 @@ def _apart(values: Sequence[float], gap: float) -> list[float]:
         while len(groups) > 1 and low(groups[-1]) < low(groups[-2]) + gap * len(groups[-2]):
             last = groups.pop()
             groups[-1] += last
-    places = {i: low(group) + gap * k for group in groups for k, i in enumerate(group)}
-    return [places[i] for i in range(len(values))]
+    positions = {i: low(group) + gap * k for group in groups for k, i in enumerate(group)}
+    return [positions[i] for i in range(len(values))]
 
 
 def _short(name: str, longest: int = LONGEST_NAME) -> str:
@@ -240,7 +244,7 @@ def _short(name: str, longest: int = LONGEST_NAME) -> str:
 
 @contextmanager
 def _drawing(scheme: Scheme, inches: tuple[float, float]) -> Iterator[tuple[Figure, Axes]]:
-    """A figure of its own, without pyplot's windows and state, in a scheme's colours."""
+    """A new figure in a scheme's colours, without pyplot's global state."""
     paper, ink = SCHEMES[scheme]["paper"], SCHEMES[scheme]["ink"]
     colours = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), ink)
     with matplotlib.rc_context(
@@ -251,8 +255,8 @@ def _drawing(scheme: Scheme, inches: tuple[float, float]) -> Iterator[tuple[Figu
 
 
 def _picture(figure: Figure) -> Picture:
-    drawn, png = BytesIO(), BytesIO()
-    figure.savefig(drawn, format="png")
-    # A palette makes it a third as large: a page holds two for each method and setting.
-    Image.open(drawn).convert("RGB").quantize(256).save(png, "png", optimize=True)
+    full, png = BytesIO(), BytesIO()
+    figure.savefig(full, format="png")
+    # A palette reduces the size to a third; a page has two pictures per method and setting.
+    Image.open(full).convert("RGB").quantize(256).save(png, "png", optimize=True)
     return Picture(png.getvalue(), round(figure.get_figwidth() * CSS_DPI))

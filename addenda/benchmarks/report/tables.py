@@ -1,4 +1,4 @@
-"""The tables of a report: one form for all benchmarks, written as Markdown here and as HTML by `templates/`."""
+"""Tables of the benchmark reports, as Markdown here and as HTML by `templates/`."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from addenda.terminal import console, size
 
 
 class Table(NamedTuple):
-    """Cells as texts, or as Markup where they are Markdown already."""
+    """A table; cells are text, or Markup if they are Markdown already."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
-    num_left: int = 1  # so many columns are aligned to the left, the others to the right
-    ours: int | None = None  # the row of our method
+    num_left: int = 1  # number of left-aligned columns; the others are right-aligned
+    ours: int | None = None  # index of our method's row
 
 
 def markdown(table: Table) -> Markup:
-    """A table in Markdown, a line each row."""
-    rule = ["---" if place < table.num_left else "---:" for place in range(len(table.columns))]
+    """A table in Markdown, one line per row."""
+    rule = ["---" if column < table.num_left else "---:" for column in range(len(table.columns))]
     lines = [map(escaped, table.columns), rule, *(map(escaped, row) for row in table.rows)]
     return Markup("".join(f"| {' | '.join(line)} |\n" for line in lines))
 
 
 def escaped(text: Any) -> str:
-    """Text that Markdown, and the HTML in it, show as it is."""
+    """Text escaped for Markdown and the HTML in it."""
     if hasattr(text, "__html__"):
         return str(text)
     return re.sub(r"([\\`*_\[\]|$~])", r"\\\1", html.escape(str(text), quote=False)).replace("\n", " ")
@@ -49,7 +49,7 @@ def show(title: str, table: Table) -> None:
 
 
 def write_json(file: Path, values: Mapping[str, Any]) -> None:
-    """Writes results for programs."""
+    """Writes results as JSON."""
     file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -60,14 +60,14 @@ Unit = Literal["%", "bytes", "s", "passes", "plain"]
 
 @dataclass(frozen=True, order=True)
 class Spread:
-    """The mean over seeds and the standard deviation (of a sample); with one seed there is none."""
+    """Mean and sample standard deviation over seeds; one seed has no deviation."""
 
     mean: float
     deviation: float | None
 
     @classmethod
     def of(cls, values: Iterable[float | None]) -> Spread | None:
-        """Of what was measured; None where nothing was."""
+        """Mean and deviation of the values that are not None; None if there are none."""
         known = [value for value in values if value is not None]
         if not known:
             return None
@@ -75,7 +75,7 @@ class Spread:
 
 
 def number(value: float, unit: Unit, sign: str = "") -> str:
-    """A value in its unit; "+" shows the sign of a difference. Fractions are shown in percent."""
+    """Formats a value in its unit, fractions in percent; `sign="+"` shows the sign of a difference."""
     if unit == "bytes":
         return ("-" if value < 0 else sign) + size(abs(value))
     digits = {"%": 1, "s": 1, "passes": 2, "plain": 3}[unit]
@@ -84,7 +84,7 @@ def number(value: float, unit: Unit, sign: str = "") -> str:
 
 
 def shown(spread: Spread | None, unit: Unit = "%", sign: str = "") -> str:
-    """The mean, and ± its spread where there are several seeds; bytes, and prices that are all the same, have none."""
+    """Formats mean ± deviation; the deviation is omitted for one seed, for bytes and, except in percent, if it is 0."""
     if spread is None:
         return NOTHING
     if spread.deviation is None or unit == "bytes" or (spread.deviation == 0 and unit != "%"):
@@ -93,67 +93,67 @@ def shown(spread: Spread | None, unit: Unit = "%", sign: str = "") -> str:
 
 
 def write_pages(name: str, content: Mapping[str, Any], folder: Path) -> None:
-    """Writes report.md and report.html, which show the same, by the templates of a name."""
+    """Renders the templates NAME.md.j2 and NAME.html.j2 to report.md and report.html, which have the same content."""
     for kind in ("md", "html"):
-        # Markdown is escaped by `finalize`, before HTML's own way, which leaves Markup alone.
-        made = Environment(
+        # `finalize` escapes for Markdown and returns Markup, which autoescape then leaves as it is.
+        environment = Environment(
             loader=PackageLoader(__package__), autoescape=True, undefined=StrictUndefined,
             finalize=(lambda value: Markup(escaped(value))) if kind == "md" else None,
             trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
         )  # fmt: skip
-        made.filters |= {"base64": lambda data: b64encode(data).decode(), "block": _block, "markdown": markdown}
-        text = made.get_template(f"{name}.{kind}.j2").render(content)
+        environment.filters |= {"base64": lambda data: b64encode(data).decode(), "block": _block, "markdown": markdown}
+        text = environment.get_template(f"{name}.{kind}.j2").render(content)
         (folder / f"report.{kind}").write_text(text, encoding="utf-8")
 
 
 def _block(text: str) -> Markup:
-    """A block of code by indentation, which no content can end."""
+    """A code block by indentation, which no content can terminate."""
     return Markup(textwrap.indent(text, "    ", lambda line: True))
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One thing that was measured."""
+    """One measurement."""
 
-    group: str  # the table that it stands in: a database and its version, or so many tasks
+    group: str  # its table: a database and its version, or a number of tasks
     what: str
     unit: str
-    measured: float  # the median
-    low: float | None = None  # first quartile, None of what was measured once
+    measured: float  # the median, or the value if measured once
+    low: float | None = None  # first quartile; None if measured once
     high: float | None = None  # third quartile
-    target: float | None = None  # of the design; None where it sets none
-    more: bool = False  # whether more is better
-    limit: float | None = None  # what it would be if multiply-adds alone took time, and all went at one speed
+    target: float | None = None  # of the design
+    more: bool = False  # whether higher is better
+    limit: float | None = None  # value if time were proportional to multiply-adds
 
     @classmethod
     def of_rounds(
         cls, group: str, what: str, unit: str, values: Sequence[float], target: float | None = None, **more: Any
     ) -> Figure:
-        """Median and quartiles of several rounds."""
+        """A measurement of several rounds, with median and quartiles."""
         low, median, high = statistics.quantiles(values, n=4, method="inclusive")
         return cls(group, what, unit, median, low, high, target, **more)
 
     @property
     def met(self) -> bool | None:
-        """Whether the target is met."""
+        """Whether the target is met; None without a target."""
         if self.target is None:
             return None
         return self.measured >= self.target if self.more else self.measured <= self.target
 
 
 def write(
-    name: str, title: str, figures: Sequence[Figure], details: Mapping[str, Any], out: Path | None, said: str = ""
+    name: str, title: str, figures: Sequence[Figure], details: Mapping[str, Any], out: Path | None, summary: str = ""
 ) -> None:
-    """Prints the tables and what is said below them; with a folder, writes them there as NAME.md and NAME.json."""
+    """Prints the tables and the summary below them; with `out`, writes them there as NAME.md and NAME.json."""
     console.print(title, highlight=False)
     text = f"`{details['command']}`\n\n{title}\n"
     for group in dict.fromkeys(figure.group for figure in figures):
         table = table_of([figure for figure in figures if figure.group == group])
         show(group, table)
         text += f"\n**{group}**\n\n{markdown(table)}"
-    if said:
-        console.print(said, highlight=False)
-        text += f"\n{said}\n"
+    if summary:
+        console.print(summary, highlight=False)
+        text += f"\n{summary}\n"
     if out is not None:
         report = {"figures": [asdict(figure) | {"met": figure.met} for figure in figures], **details}
         write_json(out / f"{name}.json", report)
@@ -162,18 +162,18 @@ def write(
 
 
 def table_of(figures: Sequence[Figure]) -> Table:
-    """The figures of a group; the last column is there only where it has something to say."""
-    columns = ("what", "measured", "quartiles", "target", "met", "by operations")
-    shown = len(columns) if any(figure.limit is not None for figure in figures) else -1
-    return Table(columns[:shown], [_cells(figure)[:shown] for figure in figures])
+    """The figures of a group as a table; the last column is omitted if it would be empty."""
+    columns = ("metric", "measured", "quartiles", "target", "met", "by operations")
+    end = len(columns) if any(figure.limit is not None for figure in figures) else -1
+    return Table(columns[:end], [_cells(figure)[:end] for figure in figures])
 
 
 def _cells(figure: Figure) -> tuple[str, ...]:
-    def shown(value: float) -> str:
+    def digits(value: float) -> str:
         return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
 
     target = "" if figure.target is None else f"{'≥' if figure.more else '≤'} {figure.target:g} {figure.unit}"
-    between = "" if figure.low is None or figure.high is None else f"{shown(figure.low)}–{shown(figure.high)}"
+    quartiles = "" if figure.low is None or figure.high is None else f"{digits(figure.low)}–{digits(figure.high)}"
     met = {None: "", True: "yes", False: "no"}[figure.met]
-    limit = "" if figure.limit is None else shown(figure.limit)
-    return figure.what, f"{shown(figure.measured)} {figure.unit}", between, target, met, limit
+    limit = "" if figure.limit is None else digits(figure.limit)
+    return figure.what, f"{digits(figure.measured)} {figure.unit}", quartiles, target, met, limit

@@ -1,1 +1,1 @@
-"""What a server gives under load."""
+"""Throughput and latency of a server under load."""

@@ -1,4 +1,4 @@
-"""A process that loads a server over HTTP/1.1, and measures; it imports nothing that is slow, and computes nothing."""
+"""The load generator: a process that sends HTTP/1.1 requests and measures latencies; it avoids slow imports."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ TIMEOUT_S = 60
 
 @dataclass
 class Measured:
-    """What came of a load."""
+    """The result of a load."""
 
     seconds: float = 0
-    latencies_s: list[float] = field(default_factory=list)  # of what got 200; in an open loop from when it was due
-    failed: Counter[str] = field(default_factory=Counter)  # all else, by status or error
-    lag_s: float = 0  # the latest that a request was sent after it was due: a large one is the generator's fault
+    latencies_s: list[float] = field(default_factory=list)  # of responses with 200; in an open loop since the due time
+    failed: Counter[str] = field(default_factory=Counter)  # all other requests, by status or error
+    lag_s: float = 0  # largest delay between due time and sending; if large, the generator was too slow
 
     @property
     def rate(self) -> float:
-        """Requests a second that were answered with 200."""
+        """Successful requests (status 200) per second."""
         return len(self.latencies_s) / self.seconds
 
 
 async def load(
     host: str, port: int, requests: Sequence[bytes], seconds: float, clients: int = 0, rate: float = 0, seed: int = 0
 ) -> Measured:
-    """Sends requests in turn, on connections that stay open, in a closed or an open loop.
+    """Sends the requests in rotation over keep-alive connections, in a closed or an open loop.
 
-    Either so many clients ask again as soon as they are answered; or requests are sent at the times of a Poisson
-    process of a rate, whether those before are answered or not.
+    Closed loop (`clients`): each client sends its next request when it has received a response. Open loop (`rate`):
+    requests are sent at the times of a Poisson process, whether or not earlier ones have been answered.
     """
-    measured, turn, dice = Measured(), cycle(requests), random.Random(seed)
+    measured, rotation, noise = Measured(), cycle(requests), random.Random(seed)
     free: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
-    places = asyncio.Semaphore(MAX_CONNECTIONS)
+    connections = asyncio.Semaphore(MAX_CONNECTIONS)
 
-    async def ask(due: float) -> None:
-        request = next(turn)
+    async def send(due: float) -> None:
+        request = next(rotation)
         try:
-            async with places, asyncio.timeout(TIMEOUT_S):
+            async with connections, asyncio.timeout(TIMEOUT_S):
                 connection = free.pop() if free else await asyncio.open_connection(host, port)
                 status = await _exchange(*connection, request)
                 free.append(connection)
@@ -61,18 +61,18 @@ async def load(
 
     async def client() -> None:
         while (now := time.perf_counter()) < start + seconds:
-            await ask(now)
+            await send(now)
 
-    async def arrive() -> None:
-        due, asked = start, []
-        while (due := due + dice.expovariate(rate)) < start + seconds:
+    async def arrivals() -> None:
+        due, sent = start, []
+        while (due := due + noise.expovariate(rate)) < start + seconds:
             await asyncio.sleep(max(0, due - time.perf_counter()))
             measured.lag_s = max(measured.lag_s, time.perf_counter() - due)
-            asked.append(asyncio.ensure_future(ask(due)))
-        await asyncio.gather(*asked)
+            sent.append(asyncio.ensure_future(send(due)))
+        await asyncio.gather(*sent)
 
     start = time.perf_counter()
-    await (arrive() if rate else asyncio.gather(*(client() for _ in range(clients))))
+    await (arrivals() if rate else asyncio.gather(*(client() for _ in range(clients))))
     measured.seconds = time.perf_counter() - start
     for _, writer in free:
         writer.close()
@@ -82,7 +82,7 @@ async def load(
 
 
 async def _exchange(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> int:
-    """Sends a request and reads the whole answer; gives its status."""
+    """Sends a request, reads the complete response and returns its status."""
     writer.write(request)
     head = (await reader.readuntil(b"\r\n\r\n")).lower()
     length = head.partition(b"\r\ncontent-length:")[2].partition(b"\r\n")[0]

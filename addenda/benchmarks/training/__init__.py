@@ -1,1 +1,1 @@
-"""What learning a task costs, in time and in memory."""
+"""Time and memory of learning a task."""

@@ -1,4 +1,4 @@
-"""The same task trained from the cache and through the dense mask: what both start from, and the second of them."""
+"""Training of the same task from the activation cache and through the dense mask, and peak memory of both."""
 
 from __future__ import annotations
 
@@ -18,115 +18,115 @@ from addenda.learner import LearnConfig
 from addenda.learner.activations import Activations
 from addenda.learner.candidates import HEAD_WEIGHTS, Candidate, as_fields, first_tensors
 from addenda.learner.data import LabelledImages
-from addenda.learner.objectives import Regression
-from addenda.learner.training import Trainer
+from addenda.learner.objectives import LinearProbe
+from addenda.learner.trainer import Trainer
 from addenda.registry import Task
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all measurements share; everything starts from the regression."""
+    """Shared state of all measurements; all training starts from the linear probe."""
 
     backbone: FrozenBackbone
     images: LabelledImages
     activations: Activations
-    regression: Regression
+    linear_probe: LinearProbe
     config: LearnConfig
 
     def train(self, trainer: Trainer, config: LearnConfig, epochs: int, count: int | None = None) -> list[Candidate]:
-        """Trains the candidates of a config for some epochs of its schedule, on all images or the first few."""
+        """Trains the config's candidates for `epochs` of its schedule, on all images or the first `count`."""
         rows = torch.arange(count or len(self.activations), dtype=torch.int64, device="cpu")
-        nothing = torch.empty(0, dtype=torch.long, device="cpu")
-        return trainer.run(self.regression, config.candidates, rows, nothing, epochs, "refit")[0]
+        no_rows = torch.empty(0, dtype=torch.long, device="cpu")
+        return trainer.run(self.linear_probe, config.candidates, rows, no_rows, epochs, "refit")[0]
 
     def pixels(self, rows: Sequence[int]) -> Tensor:
-        """Some of the images as the backbone takes them."""
+        """The preprocessed images of these rows."""
         return torch.stack([self.images.read(row, self.backbone) for row in rows])
 
 
 class DenseTraining:
-    """The same task trained through the dense mask: same start, order of images, loss, optimiser and schedule."""
+    """Training through the dense mask with the same initialization, image order, loss, optimizer and schedule."""
 
     def __init__(self, setting: Setting) -> None:
         backbone, config = setting.backbone, setting.config
         (settings,) = config.candidates
-        first = first_tensors(backbone, setting.regression, settings, config.memory_std)
+        first = first_tensors(backbone, setting.linear_probe, settings, config.memory_std)
         self._setting = setting
         self._order = Trainer(setting.activations, [], config)._order
-        self._penalty = 1 / (setting.regression.strength * len(setting.activations))  # as the Trainer weighs it
+        self._penalty = 1 / (setting.linear_probe.strength * len(setting.activations))  # as in the Trainer
         num_steps = -(-len(setting.activations) // config.batch_size) * config.epochs
         self._candidate = Candidate(settings, first, config, num_steps, backbone.device)
         self._model = DenseMask(backbone, [as_task(setting, "dense", first)])
-        learned = dict(self._model.named_parameters())
-        held = {name: learned[own] for name, own in DENSE_NAMES.items()}
-        self._parameters = [held[name] for name in self._candidate.tensors]
-        self._head = [held[name] for name in HEAD_WEIGHTS]
+        dense_parameters = dict(self._model.named_parameters())
+        parameters = {name: dense_parameters[dense_name] for name, dense_name in DENSE_NAMES.items()}
+        self._parameters = [parameters[name] for name in self._candidate.tensors]
+        self._head = [parameters[name] for name in HEAD_WEIGHTS]
         for parameter, tensor in zip(self._parameters, self._candidate.tensors.values(), strict=True):
-            parameter.data = tensor.data  # the candidate's optimiser moves both
+            parameter.data = tensor.data  # shared memory, so that the candidate's optimizer updates the model
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """The task's tensors as they are now."""
+        """The current tensors of the task."""
         return self._candidate.snapshot()
 
     def batches(self, epoch: int) -> Iterator[Tensor]:
-        """Rows of the images of each step."""
+        """The image rows of each step."""
         order, _ = self._order(torch.arange(len(self._setting.activations), dtype=torch.int64, device="cpu"), epoch)
         yield from order.split(self._setting.config.batch_size)
 
     def step(self, images: Tensor, rows: Tensor) -> None:
-        """One optimiser step on some images."""
+        """One optimizer step."""
         activations = self._setting.activations
         targets = activations.targets[rows].to(self._setting.backbone.device)
-        mean = activations.objective.loss(self._model(images)["dense"], targets)
+        loss = activations.objective.loss(self._model(images)["dense"], targets)
         penalty = self._penalty * torch.stack([weight.square().sum() for weight in self._head]).sum()
-        self._candidate.step(torch.autograd.grad(mean + penalty, self._parameters))
+        self._candidate.step(torch.autograd.grad(loss + penalty, self._parameters))
 
 
 def as_task(setting: Setting, name: str, tensors: dict[str, Tensor]) -> Task:
-    """Some tensors as a task."""
+    """A task with these tensors."""
     return Task(name, setting.backbone.fingerprint, setting.images.labels, **as_fields(tensors))
 
 
-def peak_bytes(run: Callable[[], object], there: Iterable[Tensor], device: torch.device) -> int:
-    """Peak of what `run` allocates above what is there already.
+def peak_bytes(run: Callable[[], object], existing: Iterable[Tensor], device: torch.device) -> int:
+    """Peak memory that `run` allocates in addition to the `existing` tensors.
 
-    On a GPU it is what torch's allocator says. A processor's has no such counter, so every operation's outputs are
-    counted there, forward and backward, from when their storage is first seen until it is freed, but for those of
-    `there`. What a kernel allocates and frees within itself, such as a library's packing buffers, is not seen.
+    On a GPU this is the statistic of torch's allocator. The CPU allocator has none, so the outputs of every operation,
+    forward and backward, are counted there from when their storage is first seen until it is freed. Memory that a
+    kernel allocates and frees internally, such as a library's packing buffers, is not counted.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         run()
         return int(torch.cuda.max_memory_allocated(device) - before)
-    counter = _LiveStorage(there)
+    counter = _LiveStorage(existing)
     with counter:
         run()
     return counter.peak
 
 
 class _LiveStorage(TorchDispatchMode):
-    def __init__(self, there: Iterable[Tensor]) -> None:
+    def __init__(self, existing: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.peak = self._live = 0
-        self._known = {tensor.untyped_storage().data_ptr() for tensor in there}
+        self._known = {tensor.untyped_storage().data_ptr() for tensor in existing}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        tree_map_only(Tensor, self._note, result)
+        tree_map_only(Tensor, self._count, result)
         return result
 
-    def _note(self, tensor: Tensor) -> Tensor:
+    def _count(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        place, size = storage.data_ptr(), storage.nbytes()
-        if size and place not in self._known:
-            self._known.add(place)
+        address, size = storage.data_ptr(), storage.nbytes()
+        if size and address not in self._known:
+            self._known.add(address)
             self._live += size
             self.peak = max(self.peak, self._live)
-            weakref.finalize(storage, self._forget, place, size)
+            weakref.finalize(storage, self._freed, address, size)
         return tensor
 
-    def _forget(self, place: int, size: int) -> None:
-        self._known.remove(place)
+    def _freed(self, address: int, size: int) -> None:
+        self._known.remove(address)
         self._live -= size

@@ -1,4 +1,4 @@
-"""Which task an image is for: what tasks keep of their images, classifiers over it, and the router."""
+"""Task routing: feature statistics stored with each task, and the router that chooses a task for an image."""
 
 from addenda.combined.routing.router import Choice, Router
 from addenda.combined.routing.statistics import can_be_routed, feature_statistics

@@ -1,14 +1,14 @@
-"""Which task an image is for, where nobody says: a router over the backbone's own feature.
+"""A router that chooses a task for images without a task label, from the backbone's pooled feature.
 
-It reads what each task kept of its images at registration (`FeatureStatistics`), never the tasks' logits: softmax and
-energy of heads that never saw the other tasks' images say little (docs/results.md). Two classifiers over the classes
-of all tasks, linear discriminant analysis and ridge regression on random features, are pooled with equal weight; a
-task's probability is that of its classes together. A router is a function of the set of its tasks: each task that
-joins may change its choices, and never a logit.
+It uses the feature statistics stored at registration, not the tasks' logits: softmax and energy scores of heads that
+never saw the other tasks' images are poor indicators (docs/results.md). Two classifiers over the classes of all tasks,
+linear discriminant analysis and ridge regression on random features, are averaged with equal weight. A task's
+probability is the sum over its classes. A router depends on the set of its tasks: adding a task may change its choices,
+but never a logit.
 
 Sources: Mahalanobis distance and shared covariance, Lee et al., NeurIPS 2018; relative distance, Ren et al., 2021,
-arXiv 2106.09022; random projection and ridge, McDonnell et al., NeurIPS 2023 (RanPAC). Here the projection stands
-beside the feature itself and is small, so that one sum of products serves both, and the two are pooled.
+arXiv 2106.09022; random projection and ridge regression, McDonnell et al., NeurIPS 2023 (RanPAC). Unlike RanPAC, a
+small projection is appended to the feature, so that both classifiers share one Gram matrix.
 """
 
 from __future__ import annotations
@@ -28,70 +28,72 @@ from addenda.exceptions import RegistryError, UnknownTaskError
 from addenda.registry import FeatureStatistics
 
 PENALTIES = tuple(10.0**power for power in np.arange(-4, 2.1, 0.5))
-"""Of the ridge regression, tried, as shares of the mean diagonal."""
+"""Candidate penalties of the ridge regression, relative to the mean diagonal of the Gram matrix."""
 REJECTED = 0.05
-"""Share of the tasks' own images that are taken for none of theirs."""
+"""Fraction of the tasks' own images that the familiarity threshold rejects."""
 SHRINKAGE = 0.1
-"""Of a covariance towards a multiple of the identity."""
+"""Shrinkage of a covariance towards a multiple of the identity."""
 
 
 class Choice(NamedTuple):
-    """What a router says of an image."""
+    """A router's choice for one image."""
 
-    task: str  # the most probable one
-    probability: float  # of that task among all of the router's
-    familiar: bool  # False where the image looks like none of their images
+    task: str  # the most probable task
+    probability: float  # its probability among the router's tasks
+    familiar: bool  # False if the image is unlike the images of every task
 
 
 class Router:
-    """Says which task an image is for.
+    """Chooses the task for an image.
 
     Args:
-        statistics: of each task's images, by its name.
+        statistics: feature statistics of each task, by name.
 
     Raises:
-        RegistryError: there are none, or they come of different features.
+        RegistryError: there are no statistics, or they are of different kinds of features.
 
     Examples:
         >>> import torch
         >>> from addenda.combined import feature_statistics
         >>> noise = torch.Generator().manual_seed(0)
-        >>> places = {"left": -2.0, "right": 2.0}
-        >>> kept = {
+        >>> means = {"left": -2.0, "right": 2.0}
+        >>> statistics = {
         ...     name: feature_statistics(
-        ...         place + torch.randn(50, 8, generator=noise), torch.arange(50) % 2, num_classes=2
+        ...         mean + torch.randn(50, 8, generator=noise), torch.arange(50) % 2, num_classes=2
         ...     )
-        ...     for name, place in places.items()
+        ...     for name, mean in means.items()
         ... }
-        >>> choices = Router(kept).choose(torch.tensor([-2.0, 2.0, 50.0])[:, None].expand(3, 8))
+        >>> choices = Router(statistics).choose(torch.tensor([-2.0, 2.0, 50.0])[:, None].expand(3, 8))
         >>> [(choice.task, choice.familiar) for choice in choices]
         [('left', True), ('right', True), ('right', False)]
     """
 
     def __init__(self, statistics: Mapping[str, FeatureStatistics]) -> None:
-        widths = {name: (one.sample.shape[1], one.sums.shape[1]) for name, one in statistics.items()}
+        widths = {name: (task.sample.shape[1], task.sums.shape[1]) for name, task in statistics.items()}
         if len(set(widths.values())) != 1:
-            raise RegistryError(f"A router needs statistics of one kind of feature; those given are of {widths}.")
+            raise RegistryError(
+                f"A router requires statistics of one kind of feature; (pooled, expanded) widths given: {widths}."
+            )
         self.tasks = tuple(statistics)
-        # Sums of floats depend on their order: that of the contents, so that one set of tasks gives the same bits.
-        kept = dict(sorted(statistics.items(), key=lambda item: (item[1].sha256, item[0])))
-        ends = np.cumsum([len(one.counts) for one in kept.values()]).tolist()
-        starts = dict(zip(kept, [0, *ends[:-1]], strict=True))
+        # Sums of floats depend on their order. Sorting by content gives the same bits for tasks in any order.
+        ordered = dict(sorted(statistics.items(), key=lambda item: (item[1].sha256, item[0])))
+        ends = np.cumsum([len(task.counts) for task in ordered.values()]).tolist()
+        starts = dict(zip(ordered, [0, *ends[:-1]], strict=True))
         ranges = {
             name: torch.arange(start, end, dtype=torch.int64, device="cpu")
             for (name, start), end in zip(starts.items(), ends, strict=True)
         }
         self._columns = {name: ranges[name] for name in self.tasks}
-        moments = Moments.sum(list(kept.values()))
-        sample = torch.cat([one.sample for one in kept.values()])
-        truth = torch.cat([starts[name] + one.sample_targets for name, one in kept.items()])
+        moments = Moments.sum(list(ordered.values()))
+        sample = torch.cat([task.sample for task in ordered.values()])
+        targets = torch.cat([starts[name] + task.sample_targets for name, task in ordered.items()])
         penalty, self._temperatures, self._threshold = PENALTIES[-1], (1.0, 1.0), -np.inf
-        if len(sample):  # chosen by images that what is fitted here has not seen
-            without, features = moments.without(sample, truth), expand(sample)
-            fits = [_temperature(features @ weights, truth) for weights in _ridge(without, PENALTIES)]
-            penalty, (_, divisor) = min(zip(PENALTIES, fits, strict=True), key=lambda fit: fit[1][0])
-            discriminant = Discriminant(without)
-            self._temperatures = _temperature(discriminant.scores(sample), truth)[1], divisor
+        if len(sample):  # tune on images that are held out of the fit
+            training, features = moments.without(sample, targets), expand(sample)
+            fits = [_temperature(features @ weights, targets) for weights in _ridge(training, PENALTIES)]
+            penalty, (_, temperature) = min(zip(PENALTIES, fits, strict=True), key=lambda fit: fit[1][0])
+            discriminant = Discriminant(training)
+            self._temperatures = _temperature(discriminant.scores(sample), targets)[1], temperature
             self._threshold = discriminant.familiarity(sample).quantile(REJECTED).item()
         self._discriminant = Discriminant(moments)
         self._weights = _ridge(moments, (penalty,))[0]
@@ -99,36 +101,37 @@ class Router:
     def class_scores(self, pooled: Float[Tensor, "B D"]) -> dict[str, dict[str, Float64[Tensor, "B C"]]]:
         """Each classifier's scores of each task's classes: `"nearest-mean"`, `"mahalanobis"`, `"ridge"`, `"pooled"`.
 
-        Those of `"pooled"` are log-probabilities among the classes of all tasks; it is what `task_scores` uses.
+        `"pooled"` combines the second and third into log-probabilities over the classes of all tasks; `choose` uses it.
         """
         discriminant, ridge = self._discriminant.scores(pooled), expand(pooled) @ self._weights
-        parts = zip((discriminant, ridge), self._temperatures, strict=True)
-        halves = torch.stack([(scores / divisor).log_softmax(1) for scores, divisor in parts])
+        pairs = zip((discriminant, ridge), self._temperatures, strict=True)
+        calibrated = torch.stack([(scores / temperature).log_softmax(1) for scores, temperature in pairs])
         scores = {
             "nearest-mean": self._discriminant.cosine(pooled),
             "mahalanobis": discriminant,
             "ridge": ridge,
-            "pooled": halves.mean(0).log_softmax(1),
+            "pooled": calibrated.mean(0).log_softmax(1),
         }
         return {
-            how: {name: found[:, columns] for name, columns in self._columns.items()} for how, found in scores.items()
+            method: {name: values[:, columns] for name, columns in self._columns.items()}
+            for method, values in scores.items()
         }
 
     def log_probabilities(self, pooled: Float[Tensor, "B D"]) -> dict[str, Float64[Tensor, " B"]]:
-        """The logarithm of each task's probability, by its name, for images with these features."""
+        """Log-probability of each task, by name, for images with these pooled features."""
         return {name: scores.logsumexp(1) for name, scores in self.class_scores(pooled)["pooled"].items()}
 
     def familiarity(self, pooled: Float[Tensor, "B D"]) -> Float64[Tensor, " B"]:
-        """How much each image looks like those of a task, rather than like any: its relative Mahalanobis distance."""
+        """Relative Mahalanobis distance: how much closer each image is to some class than to images in general."""
         return self._discriminant.familiarity(pooled)
 
     def choose(self, pooled: Float[Tensor, "B D"]) -> list[Choice]:
-        """The most probable task for each image, and whether it is familiar at all."""
+        """Chooses the most probable task for each image, and tests whether the image is familiar."""
         best = torch.stack(list(self.log_probabilities(pooled).values()), dim=1).max(1)
         familiar = self.familiarity(pooled) >= self._threshold
         return [
-            Choice(self.tasks[place], probability, known)
-            for place, probability, known in zip(
+            Choice(self.tasks[index], probability, is_familiar)
+            for index, probability, is_familiar in zip(
                 best.indices.tolist(), best.values.exp().tolist(), familiar.tolist(), strict=True
             )
         ]
@@ -136,26 +139,24 @@ class Router:
     def routed(
         self, log_probabilities: Mapping[str, Float[Tensor, "B C"]], pooled: Float[Tensor, "B D"]
     ) -> dict[str, Float64[Tensor, "B C"]]:
-        """Log-probabilities of every task's classes among those of all tasks.
+        """Log-probabilities of every task's classes among the classes of all tasks.
 
         Args:
-            log_probabilities: of each task's classes, were it the one: as its own head says.
-            pooled: the backbone's own feature of the images.
+            log_probabilities: log-probabilities of each task's classes from its own head.
+            pooled: the pooled features of the images.
 
         Raises:
-            UnknownTaskError: a task that this router knows nothing of.
+            UnknownTaskError: a task is not in this router.
         """
         unknown = sorted(set(log_probabilities) - set(self.tasks))
         if unknown:
-            raise UnknownTaskError(
-                f"The router knows nothing of task {unknown[0]!r}. It knows {', '.join(self.tasks)}."
-            )
-        of_task = self.log_probabilities(pooled)
-        return {name: of_task[name][:, None] + within.double().cpu() for name, within in log_probabilities.items()}
+            raise UnknownTaskError(f"Task {unknown[0]!r} is not in this router. Known: {', '.join(self.tasks)}.")
+        of_tasks = self.log_probabilities(pooled)
+        return {name: of_tasks[name][:, None] + within.double().cpu() for name, within in log_probabilities.items()}
 
 
 class Discriminant:
-    """Linear discriminant analysis: a Gaussian for each class, with one covariance; and one Gaussian for any image."""
+    """Linear discriminant analysis: Gaussian classes with shared covariance, and one Gaussian over all images."""
 
     def __init__(self, moments: Moments) -> None:
         width, total = moments.width, moments.counts.sum()
@@ -167,38 +168,38 @@ class Discriminant:
         self._overall = _inverse(second - torch.outer(self._mean, self._mean))
 
     def scores(self, pooled: Tensor) -> Float64[Tensor, "B C"]:
-        """Log-likelihoods of the classes, up to what is the same for all."""
+        """Log-likelihoods of the classes, up to a common constant."""
         projected = self.means @ self._within
         return double(pooled) @ projected.T - 0.5 * (projected * self.means).sum(1)
 
     def cosine(self, pooled: Tensor) -> Float64[Tensor, "B C"]:
-        """Cosine similarity to the classes' means."""
+        """Cosine similarity to the class means."""
         return F.normalize(double(pooled)) @ F.normalize(self.means).T
 
     def familiarity(self, pooled: Tensor) -> Float64[Tensor, " B"]:
-        """How much nearer each image is to a class than to what images are in general."""
+        """Squared Mahalanobis distance to all images, minus that to the nearest class."""
         features = double(pooled)
         centred = features - self._mean
-        anything = ((centred @ self._overall) * centred).sum(1)
-        nearest = ((features @ self._within) * features).sum(1) - 2 * self.scores(pooled).max(1).values
-        return anything - nearest
+        to_all = ((centred @ self._overall) * centred).sum(1)
+        to_nearest = ((features @ self._within) * features).sum(1) - 2 * self.scores(pooled).max(1).values
+        return to_all - to_nearest
 
 
 def _ridge(moments: Moments, penalties: tuple[float, ...]) -> list[Float64[Tensor, "F C"]]:
-    """Ridge regressions of the classes' indicators on the expanded feature, one for each penalty."""
+    """Ridge regressions of class indicators on the expanded features, one per penalty."""
     values, vectors = torch.linalg.eigh(moments.gram)
     scale, rotated = moments.gram.diagonal().mean(), vectors.T @ moments.sums.T
     return [vectors @ (rotated / (values.clamp(min=0) + penalty * scale)[:, None]) for penalty in penalties]
 
 
-def _temperature(scores: Float64[Tensor, "K C"], truth: Int64[Tensor, " K"]) -> tuple[float, float]:
-    """The least log loss of scores, and the temperature under which it is theirs."""
+def _temperature(scores: Float64[Tensor, "K C"], targets: Int64[Tensor, " K"]) -> tuple[float, float]:
+    """Temperature scaling: the minimum log loss of the scores, and the temperature that gives it."""
 
     def loss(power: float) -> float:
-        return F.cross_entropy(scores / 10**power, truth).item()
+        return F.cross_entropy(scores / 10**power, targets).item()
 
-    found = minimize_scalar(loss, bounds=(-4.0, 4.0), method="bounded")
-    return float(found.fun), float(10**found.x)
+    optimum = minimize_scalar(loss, bounds=(-4.0, 4.0), method="bounded")
+    return float(optimum.fun), float(10**optimum.x)
 
 
 def _inverse(covariance: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Sums over the features of a task's images: what a router knows of them, kept at registration."""
+"""Feature statistics: sums over the features of a task's images, stored at registration for routers."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from torch import Tensor
 from addenda.registry import FeatureStatistics
 
 WIDTH, RANDOM = 1024, 256
-"""Numbers in an expanded feature, at most four times the feature's own; of these so many random ones at least."""
+"""Width of the expanded feature (at most four times the feature's width), and its minimum number of projections."""
 SAMPLE = 64
-"""Features of a task that are kept as they are, at most, and a fifth of all: to choose penalty and temperatures by."""
+"""Maximum features stored per task (and at most a fifth of all), on which penalty and temperatures are tuned."""
 
 
 def feature_statistics(
     pooled: Float[Tensor, "N D"], targets: Int64[Tensor, " N"], num_classes: int
 ) -> FeatureStatistics:
-    """Sums up the backbone's own features of a task's images and their classes, in float64, for routers to come."""
+    """Sums the pooled features of a task's images by class, in float64."""
     features = expand(pooled)
     one_hot = F.one_hot(targets, num_classes).double()
     counts = targets.bincount(minlength=num_classes)
     rows: list[int] = []
-    left = counts.tolist()
+    remaining = counts.tolist()
     random = torch.Generator().manual_seed(0)
     for row in torch.randperm(len(targets), generator=random, dtype=torch.int64, device="cpu").tolist():
-        if len(rows) < min(SAMPLE, len(targets) // 5) and left[targets[row]] > 1:  # without them each class has one
+        if len(rows) < min(SAMPLE, len(targets) // 5) and remaining[targets[row]] > 1:  # one per class stays
             rows.append(row)
-            left[targets[row]] -= 1
+            remaining[targets[row]] -= 1
     return FeatureStatistics(
         counts=counts,
         sums=(one_hot.T @ features).float(),
@@ -43,7 +43,7 @@ def feature_statistics(
 
 
 def can_be_routed(statistics: FeatureStatistics, width: int) -> bool:
-    """Whether statistics are of features of so many dimensions, expanded as they are here."""
+    """Whether the statistics are of features of this width, with the expansion of this version."""
     expanded = width + projection(width).shape[1]
     return statistics.sample.shape[1] == width and statistics.sums.shape[1] == expanded
 
@@ -54,24 +54,24 @@ class Moments(NamedTuple):
     counts: Float64[Tensor, " C"]
     sums: Float64[Tensor, "C F"]
     gram: Float64[Tensor, "F F"]
-    width: int  # D, the feature's own numbers, which come first
+    width: int  # D, width of the feature, which precedes its projections
 
     @classmethod
-    def sum(cls, kept: list[FeatureStatistics]) -> Moments:
-        """All tasks' classes side by side, all their images' products added up."""
-        size = kept[0].sums.shape[1]
+    def sum(cls, tasks: list[FeatureStatistics]) -> Moments:
+        """Combines tasks: concatenates their classes and adds their Gram matrices."""
+        size = tasks[0].sums.shape[1]
         upper = torch.zeros(size * (size + 1) // 2, dtype=torch.float64, device="cpu")
-        for one in kept:
-            upper += one.gram.double()
+        for task in tasks:
+            upper += task.gram.double()
         gram = torch.zeros(size, size, dtype=torch.float64, device="cpu")
         gram[_triangle(size)] = upper
         gram = gram + gram.triu(1).T
-        sums = torch.cat([one.sums for one in kept]).double()
-        return cls(torch.cat([one.counts for one in kept]).double(), sums, gram, kept[0].sample.shape[1])
+        sums = torch.cat([task.sums for task in tasks]).double()
+        return cls(torch.cat([task.counts for task in tasks]).double(), sums, gram, tasks[0].sample.shape[1])
 
-    def without(self, sample: Tensor, truth: Tensor) -> Moments:
-        """The same, less some of the images."""
-        features, one_hot = expand(sample), F.one_hot(truth, len(self.counts)).double()
+    def without(self, sample: Tensor, targets: Tensor) -> Moments:
+        """Subtracts some of the images."""
+        features, one_hot = expand(sample), F.one_hot(targets, len(self.counts)).double()
         return self._replace(
             counts=self.counts - one_hot.sum(0),
             sums=self.sums - one_hot.T @ features,
@@ -80,16 +80,16 @@ class Moments(NamedTuple):
 
 
 def expand(pooled: Float[Tensor, "N D"]) -> Float64[Tensor, "N F"]:
-    """A feature, and rectified random projections of it beside."""
+    """Appends rectified random projections to the features."""
     features = double(pooled)
     return torch.cat([features, (features @ projection(features.shape[1])).relu()], dim=1)
 
 
 @lru_cache(maxsize=4)
 def projection(width: int) -> Float64[Tensor, "D R"]:
-    """The same for ever: numpy has frozen what its legacy generator gives."""
-    drawn = np.random.RandomState(0).standard_normal((width, min(3 * width, max(RANDOM, WIDTH - width))))
-    return torch.tensor(drawn / width**0.5, dtype=torch.float64, device="cpu")
+    """The random projection, which never changes: numpy guarantees the output of its legacy generator."""
+    normal = np.random.RandomState(0).standard_normal((width, min(3 * width, max(RANDOM, WIDTH - width))))
+    return torch.tensor(normal / width**0.5, dtype=torch.float64, device="cpu")
 
 
 def _triangle(size: int) -> tuple[Tensor, Tensor]:
@@ -98,5 +98,5 @@ def _triangle(size: int) -> tuple[Tensor, Tensor]:
 
 
 def double(pooled: Tensor) -> Float64[Tensor, "N D"]:
-    """In the precision that sums are taken in, on the CPU."""
+    """Converts features to float64 on the CPU."""
     return pooled.double().cpu()

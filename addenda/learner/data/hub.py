@@ -1,4 +1,4 @@
-"""Hugging Face datasets as labelled images, known by what they can do: the package itself is not imported."""
+"""Hugging Face datasets as labelled images, by structural typing: the package itself is not imported."""
 
 from __future__ import annotations
 
@@ -11,67 +11,68 @@ from addenda.exceptions import DataError
 from addenda.learner.data.folders import class_name
 from addenda.learner.data.labelled import EncodedImage, LabelledImages, encoded
 
-PARTS = {"train", "test"}
+SPLITS = {"train", "test"}
 
 
 @runtime_checkable
 class HubDataset(Protocol):
     """A Hugging Face Dataset with one column of type Image and one of ClassLabel (or a list of them); or a DatasetDict.
 
-    Its images are read as files are: what `set_format` and `set_transform` would make of them is not asked for.
+    Its images are read like files: `set_format` and `set_transform` are ignored.
     """
 
     @property
     def column_names(self) -> Any:
-        """Names of the columns; of a DatasetDict, for each part."""
+        """The column names; of a DatasetDict, for each split."""
 
     def cast_column(self, column: str, feature: Any) -> Any:
-        """The same data, a column read as another type."""
+        """The dataset with a column cast to another type."""
 
     def with_format(self, type: str | None = None) -> Any:
-        """The same data, given as tensors or, without a type, as plain Python values."""
+        """The dataset with items in another format; None gives plain Python values."""
 
 
-def open_hub_dataset(data: HubDataset, part: str) -> LabelledImages:
-    """Opens a Dataset, taken whole, or a part of a DatasetDict of train and test, without decoding its images."""
-    where = f"the {type(data).__name__} given"
-    chosen: Any = data
+def open_hub_dataset(data: HubDataset, split: str) -> LabelledImages:
+    """Opens a whole Dataset, or a split of a DatasetDict of train and test, without decoding its images."""
+    where = f"the given {type(data).__name__}"
+    dataset: Any = data
     if isinstance(data, Mapping):
-        others = sorted(set(data) - PARTS)
-        if others:
+        if set(data) - SPLITS:
             raise DataError(
-                f"{where} has the parts {_names(data)}; Addenda takes train and test, and draws its own validation "
-                'part from train. Give DatasetDict({"train": data[...], "test": data[...]}) with the parts to use.'
+                f"{where} has the splits {_names(data)}; Addenda takes train and test, and draws its own validation "
+                'split from train. Pass DatasetDict({"train": data[...], "test": data[...]}) with the splits to use.'
             )
-        if part not in data:
-            raise DataError(f"{where} has no part {part!r}, only {_names(data)}.")
-        chosen, where = data[part], f"the part {part!r} of {where}"
-    if not hasattr(chosen, "__len__"):
-        raise DataError(f"{where} is a stream, whose images cannot be counted or shuffled. Load it without streaming.")
-    if len(chosen) == 0:
+        if split not in data:
+            raise DataError(f"{where} has no split {split!r}, only {_names(data)}.")
+        dataset, where = data[split], f"the split {split!r} of {where}"
+    if not hasattr(dataset, "__len__"):
+        raise DataError(
+            f"{where} is a streaming dataset, whose images cannot be counted or shuffled. Load it without streaming."
+        )
+    if len(dataset) == 0:
         raise DataError(f"{where} is empty.")
-    chosen = chosen.with_format(None)
-    image = _only("image", [name for name, kind in chosen.features.items() if _is(kind, "Image")], chosen, where)
-    labelled = [name for name, kind in chosen.features.items() if _is(_element(kind), "ClassLabel")]
-    label = _only("label", labelled, chosen, where)
-    feature = chosen.features[label]
-    values, names = list(chosen[label]), tuple(map(class_name, _element(feature).names))
+    dataset = dataset.with_format(None)
+    image = _only("image", [name for name, kind in dataset.features.items() if _is(kind, "Image")], dataset, where)
+    labelled = [name for name, kind in dataset.features.items() if _is(_element(kind), "ClassLabel")]
+    label = _only("label", labelled, dataset, where)
+    feature = dataset.features[label]
+    values, names = list(dataset[label]), tuple(map(class_name, _element(feature).names))
     single = _is(feature, "ClassLabel")
     numbers = [[value] if single else value or () for value in values]
-    unknown = [i for i, several in enumerate(numbers) if any(number not in range(len(names)) for number in several)]
+    unknown = [i for i, classes in enumerate(numbers) if any(number not in range(len(names)) for number in classes)]
     if unknown:
         raise DataError(
             f"{len(unknown)} of {len(values)} images in {where} have no class in column {label!r}: image {unknown[0]} "
-            f"has {values[unknown[0]]!r}. Leave them out: data.filter(lambda row: ...)."
+            f"has {values[unknown[0]]!r}. Remove them: data.filter(lambda row: ...)."
         )
-    undecoded = dataclasses.replace(chosen.features[image], decode=False)
-    column = chosen.select_columns([image]).cast_column(image, undecoded)
+    undecoded = dataclasses.replace(dataset.features[image], decode=False)
+    column = dataset.select_columns([image]).cast_column(image, undecoded)
     targets = encoded(numbers, len(names), not single)
     return LabelledImages(where, names, targets, EncodedColumn(column, image, where))
 
 
 class EncodedColumn:
-    """The image files in a column of a dataset, bytes or a path for each, not decoded."""
+    """The image column of a dataset as undecoded files: bytes or a path for each."""
 
     def __init__(self, data: Any, column: str, where: str) -> None:
         self._data, self._column, self._where = data, column, where
@@ -91,14 +92,14 @@ def _is(kind: Any, name: str) -> bool:
 
 
 def _element(kind: Any) -> Any:
-    """What a column's lists hold, in any of the ways to say it; of a column without lists, its own type."""
+    """The element type of a list column, in any of its notations; of another column, its own type."""
     if isinstance(kind, list):
         return kind[0]
     return getattr(kind, "feature", kind)
 
 
 def _only(what: str, candidates: Sequence[str], data: Any, where: str) -> str:
-    """The one column that can be the image or the label."""
+    """The only column that can be the image or the label; DataError if there is none, or several."""
     if len(candidates) == 1:
         return candidates[0]
     kinds = "Image" if what == "image" else "ClassLabel, or a list of ClassLabel,"
@@ -109,7 +110,7 @@ def _only(what: str, candidates: Sequence[str], data: Any, where: str) -> str:
         )
     columns = ", ".join(f"{name!r}: {type(kind).__name__}" for name, kind in data.features.items())
     hint = "cast_column(NAME, datasets.Image())" if what == "image" else "class_encode_column(NAME)"
-    raise DataError(f"{where} has no column of type {kinds} to be the {what}, only {columns}. Make one: data.{hint}.")
+    raise DataError(f"{where} has no column of type {kinds} to be the {what}, only {columns}. Create one: data.{hint}.")
 
 
 def _names(names: Any) -> str:

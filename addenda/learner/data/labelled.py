@@ -1,9 +1,9 @@
-"""Labelled images, wherever they came from, and how they are read: each decoded once, every bad one named.
+"""Labelled images from any source, and how they are read: each is decoded once, and errors name every bad image.
 
-In a run each file of the training images is read twice, and decoded once. The first time all are hashed, since their
-contents decide their order, and whether there is anything to do at all; activations that are kept need no more. The
-second time what is hashed again is decoded, and all views are made of that. Of a test set the first time decodes too,
-before training rather than after it, and `evaluate` needs no second.
+A training run reads each file twice and decodes it once. The first read hashes all files, since their contents decide
+their order and whether there is anything to do; cached activations need no second read. The second read hashes the file
+again and decodes it, for all its views. Test images are decoded in the first read, so that bad ones are found before
+training; `evaluate` needs no second read.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from addenda.exceptions import DataError, UnsteadyError
 from addenda.learner.context import RunContext
 from addenda.learner.objectives import Objective, Targets, objective_of
 
-UNREADABLE = "0" * 64  # in the place of the digest of an image that cannot be read
-AHEAD = 16  # images whose digests may wait to be asked for
+UNREADABLE = "0" * 64  # digest of an image that cannot be read
+AHEAD = 16  # images to hash in advance
 STEADY = (
-    "Files must stay as they are until a run ends, and a Dataset must give the same image each time: random views are "
-    "`augmentation`'s to make."
+    "Files must not change during a run, and a Dataset must return the same image each time; random views are set by "
+    "`augmentation`."
 )
 
 View = TypeVar("View")
@@ -42,42 +42,42 @@ View = TypeVar("View")
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """An image file's bytes that lie in no file of their own, and what it is called in messages."""
+    """The bytes of an encoded image that is not a file of its own."""
 
-    name: str
+    name: str  # in messages
     content: bytes
 
 
 @runtime_checkable
 class ImageDataset(Protocol):
-    """A torch Dataset of (image, target): PIL images or normalised tensors. `classes` names the classes.
+    """A torch Dataset of (image, target) with PIL images or normalised tensors; `classes` names the classes.
 
-    A target is a class, from 0, or a vector of 0 and 1, one for each of two labels or more.
+    A target is a class index, from 0, or a vector with 0 or 1 for each of at least two labels.
     """
 
     def __len__(self) -> int:
-        """How many items there are."""
+        """The number of items."""
 
     def __getitem__(self, index: int) -> Any:
-        """One image and its target."""
+        """An image and its target."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """One image as it was had, once."""
+    """One loaded image, not decoded if it is a file."""
 
     called: str  # in messages
-    held: Any  # a file's content, a PIL image that is `prepared`, or whatever else a dataset gave
-    named: str = ""  # what its file is called where it is no image
+    held: Any  # the content of a file, a `prepared` PIL image, or whatever else a dataset returned
+    file_name: str = ""  # in messages about a file that is not an image
 
     @cached_property
     def digest(self) -> str:
-        """sha256 over a file's bytes, or over a dataset's image."""
+        """sha256 of the bytes of a file, or of the image of a dataset."""
         content = self.held
         if isinstance(content, Tensor):
             pixels = content.detach().cpu().contiguous()
             content = pixels.reshape(-1).view(torch.uint8).numpy().tobytes()
-            if pixels.dtype != torch.float32:  # equal bytes of another dtype are other values
+            if pixels.dtype != torch.float32:  # equal bytes of different dtypes are different values
                 content = str(pixels.dtype).encode() + content
         elif isinstance(content, Image.Image):
             content = f"{content.mode}{content.size}".encode() + content.tobytes()
@@ -86,24 +86,24 @@ class Item:
         return hashlib.sha256(content).hexdigest()
 
     def picture(self) -> Any:
-        """A PIL image in most cases, or what a dataset gives; DataError where a file is no readable image."""
-        return read_image(io.BytesIO(self.held), self.named) if isinstance(self.held, bytes) else self.held
+        """The PIL image, or what a dataset returned; DataError if a file is not a readable image."""
+        return read_image(io.BytesIO(self.held), self.file_name) if isinstance(self.held, bytes) else self.held
 
     def views(
         self, backbone: FrozenBackbone, transforms: Sequence[Callable[[Image.Image], Tensor] | None] = (None,)
     ) -> list[Float[Tensor, "3 H W"]]:
-        """The image as the backbone takes it, decoded once, for each transform; None is the backbone's own."""
+        """The image under each transform, decoded once; None stands for the backbone's own transform."""
         image = self.picture()
         if isinstance(image, Image.Image):
             return [(backbone.transform if transform is None else transform)(image) for transform in transforms]
         shape = backbone.preprocessing["input_size"]
         if not isinstance(image, Tensor) or list(image.shape) != shape or not image.is_floating_point():
-            found = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
+            kind = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
             raise DataError(
-                f"{self.called} is {found}; it must be a PIL image or a normalised floating-point tensor {shape}."
+                f"{self.called} is {kind}; it must be a PIL image or a normalised floating-point tensor {shape}."
             )
         if any(transform is not None for transform in transforms):
-            raise DataError(f"{self.called} is a tensor; random views are made of PIL images only.")
+            raise DataError(f"{self.called} is a tensor; random views require PIL images.")
         if not image.isfinite().all():
             raise DataError(f"{self.called} holds NaN or infinity.")
         return [image for _ in transforms]
@@ -111,112 +111,113 @@ class Item:
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Images and targets, read one at a time."""
+    """Images and targets; the images are read one at a time."""
 
-    where: str  # what they are called in messages
+    where: str  # name of the dataset in messages
     labels: tuple[str, ...]  # names of the C classes
     targets: Targets
-    items: list[Path] | ImageDataset  # or image files in another place than a folder: of an EncodedImage each
-    places: tuple[int, ...] | None = None  # where each stood before some were selected; None where all are there
-    digests: tuple[str, ...] | None = None  # sha256 of each image's content, once `hashed`
-    folder: Path | None = None  # where the class folders are, of images that lie in such
-    left_out: LeftOut = field(default_factory=dict)  # what else is in that folder
-    deeper: tuple[str, ...] = ()  # folders inside class folders that hold images
-    groups: tuple[str, ...] | None = None  # of each image; "" is a group of its own
-    lost: tuple[str, ...] = ()  # what is wrong with items of which not even the targets could be had
+    items: list[Path] | ImageDataset  # or a sequence of EncodedImage
+    places: tuple[int, ...] | None = None  # original index of each image after `select`; None before
+    digests: tuple[str, ...] | None = None  # sha256 of each image, once `hashed`
+    folder: Path | None = None  # the folder of the class folders or of the listing
+    left_out: LeftOut = field(default_factory=dict)  # other files and folders in that folder
+    deeper: tuple[str, ...] = ()  # subfolders of class folders that hold images
+    groups: tuple[str, ...] | None = None  # group of each image; with "" it is a group of its own
+    lost: tuple[str, ...] = ()  # errors of items whose targets could not be read
 
     def __len__(self) -> int:
         return len(self.targets)
 
     @cached_property
     def objective(self) -> Objective:
-        """How their targets are learned: asked for once, though every image's answer needs it."""
+        """The objective of the targets."""
         return objective_of(self.targets)
 
     @property
     def can_vary(self) -> bool:
-        """Whether random views can be made: of image files and PIL images, not of ready tensors."""
+        """Whether random views are possible: for image files and PIL images, but not for tensors."""
         for index in range(len(self)):
             try:
                 item = self.items[index]
-            except DataError:  # whether it may be left out is for the reading to say
+            except DataError:  # reading decides later whether it may be skipped
                 continue
             return isinstance(item, Path | EncodedImage) or isinstance(item[0], Image.Image)
         return False
 
     @property
     def counts(self) -> list[int]:
-        """How many images have each label."""
+        """The number of images with each label."""
         counts: list[int] = self.objective.counts(self.targets, len(self.labels)).tolist()
         return counts
 
     @property
     def remarks(self) -> str:
-        """What there is to say of the folder that they come from, in one line; empty where nothing is."""
+        """Remarks on the folder of the images in one line: what was left out, and subfolders. May be empty."""
         if self.folder is None:
             return ""
-        said = [f"left out: {found}"] if (found := in_words(self.left_out, self.folder)) else []
+        remarks = [f"left out: {others}"] if (others := in_words(self.left_out, self.folder)) else []
         if self.deeper:
             listed = ", ".join(self.deeper[:3]) + (", …" if len(self.deeper) > 3 else "")
-            said.append(f"images in folders inside class folders count as their class's ({listed})")
-        return f"{self.where}: {'; '.join(said)}." if said else ""
+            remarks.append(f"images in subfolders of class folders belong to that class ({listed})")
+        return f"{self.where}: {'; '.join(remarks)}." if remarks else ""
 
     def grouped_by(self, pattern: str) -> LabelledImages:
-        """The same images in groups: what a regular expression finds in each file's path, or its first group if any.
+        """Groups the images by the match of a regular expression in each file's path, or by its first capture group.
 
-        The path is that within the folder of the images or of the listing, with slashes; of other files it is whole.
+        The path is relative to the folder of the images or of the listing, with slashes; for other files it is the full
+        path.
 
         Raises:
-            DataError: these are no files, they have groups already, or in some the expression finds nothing.
+            DataError: the images are not files, already have groups, or have paths without a match.
         """
         if self.groups is not None:
-            raise DataError(f"{self.where} has a column 'group' already; leave out group_by, or the column.")
+            raise DataError(f"{self.where} already has a column 'group'; remove the column, or do not set group_by.")
         if not isinstance(self.items, list):
-            raise DataError(f"group_by reads the names of image files; {self.where} has images without.")
-        found, missed = [], []
+            raise DataError(f"group_by matches the paths of image files, but the images of {self.where} are not files.")
+        groups, unmatched = [], []
         for item in self.items:
             name = Path(item if self.folder is None else os.path.relpath(item, self.folder)).as_posix()
             match = re.search(pattern, name)
             if match is None:
-                missed.append(f"{name!r}")
+                unmatched.append(f"{name!r}")
             else:
-                found.append(match[1] or "" if match.re.groups else match[0])
-        if missed:
+                groups.append(match[1] or "" if match.re.groups else match[0])
+        if unmatched:
             raise DataError(
-                f"group_by, {pattern!r}, finds nothing in the names of {len(missed)} of {len(self)} images in "
-                f"{self.where}:{ten_of(missed)}\nA group may be empty: such an image stands for itself."
+                f"group_by {pattern!r} does not match the paths of {len(unmatched)} of {len(self)} images in "
+                f"{self.where}:{ten_of(unmatched)}\nA match may be empty: the image is then a group of its own."
             )
-        return replace(self, groups=tuple(found))
+        return replace(self, groups=tuple(groups))
 
     def check_whole(self, skip_bad: bool) -> LabelledImages:
-        """The same images; DataError where some cannot be had and are not to be left out."""
+        """Returns the images; DataError if some cannot be loaded and `skip_bad` is not set."""
         if self.lost and not skip_bad:
             raise unreadable(self.lost, len(self) + len(self.lost), self.where)
         return self
 
     @property
     def threads(self) -> int:
-        """That may read at once: a dataset's own code is asked for one item at a time."""
+        """Number of reading threads: one for the code of a Dataset, which may not be thread-safe."""
         return THREADS if isinstance(self.items, list) else 1
 
     def hashed(self) -> LabelledImages:
-        """The same images with the sha256 of each, in an order that labels and contents decide, and nothing else.
+        """The images with their sha256, in an order that depends on labels and contents only.
 
-        So neither a file's name nor its place in a listing reaches a split, a shuffle, a sum or a digest. What cannot
-        be read has the digest UNREADABLE: whether it is refused or left out is for the reading to say.
+        So neither a file's name nor its position in a listing affects a split, a shuffle, a sum or a digest. An image
+        that cannot be read has the digest UNREADABLE; reading decides later whether it is an error or is skipped.
         """
-        found = read_ahead(range(len(self)), lambda index: self._load(index).digest, AHEAD, self.threads)
-        return self.in_order({row: UNREADABLE if isinstance(one, DataError) else one for row, one in found})[0]
+        digests = read_ahead(range(len(self)), lambda index: self._load(index).digest, AHEAD, self.threads)
+        return self.in_order({row: UNREADABLE if isinstance(d, DataError) else d for row, d in digests})[0]
 
     def in_order(self, digests: Mapping[int, str]) -> tuple[LabelledImages, list[int]]:
-        """Those images whose digests are given, by their rows, with them in the order of `hashed`; and these rows."""
+        """The images whose digests are given by row, in the order of `hashed`; and their rows in that order."""
         targets = self.targets.tolist()
         groups = self.groups or [""] * len(self)
-        order = sorted(digests, key=lambda row: (self.answer(targets[row]), digests[row], groups[row], row))
+        order = sorted(digests, key=lambda row: (self.label_text(targets[row]), digests[row], groups[row], row))
         return replace(self.select(order), digests=tuple(digests[row] for row in order)), order
 
     def select(self, rows: Sequence[int]) -> LabelledImages:
-        """Some of the images in the order of their rows, without a copy of their pixels."""
+        """The images of the given rows, in that order, without copying pixels."""
         items: Any = self.items
         return replace(
             self,
@@ -228,28 +229,28 @@ class LabelledImages:
         )
 
     def digest(self, index: int) -> str:
-        """sha256 over an image's content, whatever its name; DataError where it cannot be read."""
+        """sha256 of the content of an image, not of its name; DataError if it cannot be read."""
         return self._load(index).digest if self.digests is None else self.digests[index]
 
     def item(self, index: int) -> Item:
-        """One image, read once, so that its digest and all its views come from the same bytes; as it was `hashed`."""
+        """Loads one image; UnsteadyError if it changed since it was `hashed`."""
         expected = None if self.digests is None else self.digests[index]
         try:
-            found = self._load(index)
+            item = self._load(index)
         except UnsteadyError:
             raise
         except DataError as error:
             if expected in (None, UNREADABLE):
                 raise
-            raise UnsteadyError(f"{error} It could be read when this run began. {STEADY}") from error
-        if expected is not None and found.digest != expected:
-            raise UnsteadyError(f"{found.called} changed while it was being read. {STEADY}")
-        return found
+            raise UnsteadyError(f"{error} It was readable when this run began. {STEADY}") from error
+        if expected is not None and item.digest != expected:
+            raise UnsteadyError(f"{item.called} changed during the run. {STEADY}")
+        return item
 
     def _load(self, index: int) -> Item:
-        """Reads an item, and decodes nothing."""
-        item, place = self.items[index], index if self.places is None else self.places[index]
-        called = f"Item {place} of {self.where}"
+        """Reads an item without decoding it."""
+        item, position = self.items[index], index if self.places is None else self.places[index]
+        called = f"Item {position} of {self.where}"
         if isinstance(item, Path):
             try:
                 return Item(str(item), item.read_bytes(), f"Image {str(item)!r}")
@@ -262,32 +263,34 @@ class LabelledImages:
     def read(
         self, index: int, backbone: FrozenBackbone, transform: Callable[[Image.Image], Tensor] | None = None
     ) -> Float[Tensor, "3 H W"]:
-        """One image as the backbone takes it; see `item` and `Item.views`."""
+        """One image as input of the backbone; see `item` and `Item.views`."""
         return self.item(index).views(backbone, [transform])[0]
 
     def read_all(self, backbone: FrozenBackbone) -> Float[Tensor, "N 3 H W"]:
-        """Every image: for sets that fit into memory."""
+        """All images as one tensor, for datasets that fit into memory."""
         return torch.stack([self.read(index, backbone) for index in range(len(self))])
 
     def fingerprint(self) -> str:
-        """sha256 over the contents, labels and groups of all images, whatever their order and names."""
-        lines = [f"{self.digest(index)} {self.answer(target)}" for index, target in enumerate(self.targets.tolist())]
+        """sha256 over the contents, labels and groups of all images, independent of their order and names."""
+        lines = [
+            f"{self.digest(index)} {self.label_text(target)}" for index, target in enumerate(self.targets.tolist())
+        ]
         if self.groups is not None:
             lines = [f"{line} {json.dumps(group)}" for line, group in zip(lines, self.groups, strict=True)]
         return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
-    def answer(self, target: int | list[bool]) -> str:
-        """What one image is labelled as, whatever the order of the classes: a label, or all of them in their order."""
-        return self.objective.answer(target, self.labels)
+    def label_text(self, target: int | list[bool]) -> str:
+        """The label of a target, or all its labels, as text that does not depend on the order of the classes."""
+        return self.objective.label_text(target, self.labels)
 
 
 def encoded(numbers: Sequence[Sequence[int]], num_labels: int, multi: bool) -> Targets:
-    """Targets of images whose labels have these numbers: several each, or one."""
+    """Targets from the label indices of each image: Bool[N, C] if `multi`, else Int[N] from one index each."""
     if not multi:
         return torch.tensor([number for (number,) in numbers], dtype=torch.int64, device="cpu")
     targets = torch.zeros(len(numbers), num_labels, dtype=torch.bool, device="cpu")
-    for row, several in enumerate(numbers):
-        targets[row, list(several)] = True
+    for row, labels in enumerate(numbers):
+        targets[row, list(labels)] = True
     return targets
 
 
@@ -300,21 +303,21 @@ def read_in_batches(
     context: RunContext,
     bad: dict[int, str],
 ) -> Iterator[list[View]]:
-    """Reads some rows, and gives what `views` made of each, on the threads that read, in batches of `size` or less.
+    """Reads rows, applies `views` to each on the reading threads, and yields the results in batches of up to `size`.
 
-    What is wrong with which row is noted in `bad`; unless such images are left out, one error names them all.
+    Errors are collected in `bad` by row. Unless bad images are skipped, one DataError lists them all at the end.
     """
 
-    def made(row: int) -> Sequence[View]:
+    def load(row: int) -> Sequence[View]:
         return views(row, images.item(row))
 
     batch: list[View] = []
     first: DataError | None = None
-    for done, (row, found) in enumerate(read_ahead(rows, made, size, images.threads), 1):
-        if isinstance(found, DataError):
-            bad[row], first = str(found), first or found
-        elif not bad or context.skip_bad:  # once a run is lost, the rest is only read, to name every bad image
-            batch += found
+    for done, (row, result) in enumerate(read_ahead(rows, load, size, images.threads), 1):
+        if isinstance(result, DataError):
+            bad[row], first = str(result), first or result
+        elif not bad or context.skip_bad:  # once a run has failed, reading goes on only to list every bad image
+            batch += result
         while len(batch) >= size:
             yield batch[:size]
             del batch[:size]
@@ -326,13 +329,13 @@ def read_in_batches(
 
 
 def ten_of(texts: Sequence[str]) -> str:
-    """Lines of a message, of which it shows ten."""
+    """Indented lines for a message, the first ten."""
     return "".join(f"\n  {text}" for text in texts[:10]) + (f"\n  … and {len(texts) - 10} more" if texts[10:] else "")
 
 
 def unreadable(texts: Sequence[str], num_images: int, where: str) -> DataError:
-    """The error that says what is wrong with some images of all that are in a place."""
+    """The error that lists images that cannot be read."""
     return DataError(
         f"{len(texts)} of {num_images} images in {where} cannot be read:{ten_of(texts)}\n"
-        "Mend them, or leave them out with --skip-bad (in Python: skip_bad=True)."
+        "Fix or remove them, or pass --skip-bad (in Python: skip_bad=True)."
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from addenda.exceptions import DataError
-from addenda.learner.data.folders import class_name, part_named
+from addenda.learner.data.folders import class_name, split_named
 from addenda.learner.data.labelled import LabelledImages, encoded, ten_of
 
 SUFFIXES = (".csv", ".parquet")
@@ -23,17 +23,16 @@ class _Row:
     labels: tuple[str, ...]
     split: str | None
     group: str
-    place: str
+    position: str  # in messages: "line 3" or "row 2"
 
 
-def open_listing(file: Path, part: str) -> LabelledImages:
-    """Opens a listing without reading its images.
+def open_listing(file: Path, split: str) -> LabelledImages:
+    """Opens a split of a listing without reading its images.
 
-    Its columns are `path`, relative to the listing's folder, and `label`; or `labels`, of which an image may have any
-    number: in CSV with `|` between them, in Parquet so too or as a list. A column `split` says train or test; without
-    one all rows are the part. Images of one `group` are held out together or not at all; where it is empty, an image is
-    one of its own. Further columns are left alone. An image listed twice alike counts once. The classes are those of
-    all rows, in the order of their names.
+    The columns are `path`, relative to the listing's folder, and `label`; or `labels`, any number per image, separated
+    by `|`, in Parquet also as a list. A column `split` says train or test; without it, every split has all rows.
+    Images of one `group` are held out together or not at all; an empty group makes an image a group of its own. Other
+    columns are ignored, and identical rows count once. The classes are those of all rows, sorted by name.
     """
     columns, lines = _read(file)
     multi = "labels" in columns
@@ -41,38 +40,40 @@ def open_listing(file: Path, part: str) -> LabelledImages:
     labels = tuple(sorted({label for row in rows for label in row.labels}))
     if not labels:
         raise DataError(f"No image in the listing {str(file)!r} has a label.")
-    listed = [row for row in rows if row.split in (None, part)]
+    listed = [row for row in rows if row.split in (None, split)]
     if not listed:
-        raise DataError(f"The listing {str(file)!r} has a column 'split' and no row whose split is {part!r}.")
-    chosen = [row for row in listed if os.path.isfile(row.path)]
-    lost = tuple(f"{row.place}: there is no file {str(row.path)!r}" for row in listed if not os.path.isfile(row.path))
-    if not chosen:
-        raise DataError(f"The listing {str(file)!r} names no file that there is: {lost[0]}")
+        raise DataError(f"The listing {str(file)!r} has a column 'split' but no row with split {split!r}.")
+    existing = [row for row in listed if os.path.isfile(row.path)]
+    lost = tuple(
+        f"{row.position}: there is no file {str(row.path)!r}" for row in listed if not os.path.isfile(row.path)
+    )
+    if not existing:
+        raise DataError(f"None of the files in the listing {str(file)!r} exists: {lost[0]}")
     number = {label: i for i, label in enumerate(labels)}
-    targets = encoded([[number[label] for label in row.labels] for row in chosen], len(labels), multi)
+    targets = encoded([[number[label] for label in row.labels] for row in existing], len(labels), multi)
     return LabelledImages(
-        f"{str(file)!r}", labels, targets, [row.path for row in chosen], folder=file.parent,
-        groups=tuple(row.group for row in chosen) if "group" in columns else None, lost=lost,
+        f"{str(file)!r}", labels, targets, [row.path for row in existing], folder=file.parent,
+        groups=tuple(row.group for row in existing) if "group" in columns else None, lost=lost,
     )  # fmt: skip
 
 
-def listing_has_test_part(file: Path) -> bool:
-    """Whether the listing has a row whose split is test."""
+def listing_has_test_split(file: Path) -> bool:
+    """Whether a listing has a row with split test."""
     columns, lines = _read(file)
     return "split" in columns and any(
-        part_named(_text(dict(zip(columns, line[1], strict=False)).get("split"))) == "test" for line in lines
+        split_named(_text(dict(zip(columns, values, strict=False)).get("split"))) == "test" for _, values in lines
     )
 
 
 SHOWN_COLUMNS, SHOWN_LETTERS = 12, 40
-"""Of a listing's columns, in messages: a file that is none at all may seem to have thousands."""
+"""Limits for a listing's columns in messages: a file that is not a listing may seem to have thousands."""
 
 Lines = Sequence[tuple[str, list[Any]]]
-"""Rows, each with the words for where it stands."""
+"""Rows, each with its position in messages."""
 
 
 def _read(file: Path) -> tuple[list[str], Lines]:
-    """A listing's columns and rows."""
+    """Reads a listing's columns and rows."""
     if not file.is_file():
         raise DataError(f"There is no listing {str(file)!r}.")
     return _read_csv(file) if file.suffix.lower() == ".csv" else _read_parquet(file)
@@ -88,7 +89,7 @@ def _read_csv(file: Path) -> tuple[list[str], Lines]:
     except (OSError, csv.Error) as error:
         raise DataError(f"The listing {str(file)!r} cannot be read as CSV: {error}.") from error
     if not lines:
-        raise DataError(f"The listing {str(file)!r} is empty. Its first line names its columns: path,label.")
+        raise DataError(f"The listing {str(file)!r} is empty. Its first line must name the columns: path,label.")
     columns = [name.strip() for name in lines[0][1]]
     _check_columns(file, columns)
     return columns, lines[1:]
@@ -99,7 +100,7 @@ def _read_parquet(file: Path) -> tuple[list[str], Lines]:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
         raise DataError(
-            f"Reading the listing {str(file)!r} takes pyarrow: pip install 'addenda[parquet]'. CSV needs nothing."
+            f"Reading the listing {str(file)!r} requires pyarrow: pip install 'addenda[parquet]'. CSV needs no extra."
         ) from error
     try:
         opened = parquet.ParquetFile(file)
@@ -113,56 +114,56 @@ def _read_parquet(file: Path) -> tuple[list[str], Lines]:
 
 
 def _check_columns(file: Path, columns: Sequence[str]) -> None:
-    shown = [
+    listed = [
         repr(name if len(name) <= SHOWN_LETTERS else f"{name[:SHOWN_LETTERS]}…") for name in columns[:SHOWN_COLUMNS]
     ]
     more = f" and {len(columns) - SHOWN_COLUMNS} more" if len(columns) > SHOWN_COLUMNS else ""
-    found = f"Found: {', '.join(shown)}{more}."
+    found = f"Found: {', '.join(listed)}{more}."
     if len(columns) == 1 and {";", "\t"} & set(columns[0]):
-        found += " Its fields must be separated by commas: save it as CSV with commas."
+        found += " Fields must be separated by commas: save it as CSV with commas."
     if "path" not in columns or not {"label", "labels"} & set(columns):
         raise DataError(
-            f"The listing {str(file)!r} needs a column 'path', and 'label' (one for each image) or 'labels' (any "
-            f"number, in CSV with '|' between them). {found}"
+            f"The listing {str(file)!r} requires a column 'path', and 'label' (one per image) or 'labels' (any number, "
+            f"in CSV separated by '|'). {found}"
         )
     if {"label", "labels"} <= set(columns):
         raise DataError(
             f"The listing {str(file)!r} has both columns 'label' and 'labels'. Keep the one to learn. {found}"
         )
-    twice = [name for name in COLUMNS if columns.count(name) > 1]
-    if twice:
-        raise DataError(f"The listing {str(file)!r} has several columns {twice[0]!r}. {found}")
+    repeated = [name for name in COLUMNS if columns.count(name) > 1]
+    if repeated:
+        raise DataError(f"The listing {str(file)!r} has several columns {repeated[0]!r}. {found}")
 
 
 def _check_rows(file: Path, columns: Sequence[str], lines: Lines, multi: bool) -> list[_Row]:
-    """The rows, each image once. Raises DataError with what is wrong in them."""
+    """The checked rows, one per image. Raises DataError that lists the invalid rows."""
     known: dict[Path, _Row] = {}
     problems = []
-    for place, values in lines:
+    for position, values in lines:
         try:
-            row = _row(file.parent, columns, values, multi, place)
+            row = _row(file.parent, columns, values, multi, position)
             first = known.setdefault(row.path, row)
             if first.labels != row.labels:
-                raise DataError(f"{str(row.path)!r} is on {first.place} too, with other labels")
+                raise DataError(f"{str(row.path)!r} is also on {first.position}, with other labels")
             if first.split != row.split:
-                raise DataError(f"{str(row.path)!r} is on {first.place} too, for another part")
+                raise DataError(f"{str(row.path)!r} is also on {first.position}, in another split")
             if first.group != row.group:
-                raise DataError(f"{str(row.path)!r} is on {first.place} too, in another group")
+                raise DataError(f"{str(row.path)!r} is also on {first.position}, in another group")
         except DataError as error:
-            problems.append(f"{place}: {error}")
+            problems.append(f"{position}: {error}")
     if not lines:
-        raise DataError(f"The listing {str(file)!r} names its columns and no image.")
+        raise DataError(f"The listing {str(file)!r} has column names but no rows.")
     if problems:
-        wrong = f"{len(problems)} of {len(lines)} rows of the listing {str(file)!r} are wrong"
-        raise DataError(f"{wrong}:{ten_of(problems)}")
+        summary = f"{len(problems)} of {len(lines)} rows of the listing {str(file)!r} are invalid"
+        raise DataError(f"{summary}:{ten_of(problems)}")
     return list(known.values())
 
 
-def _row(folder: Path, columns: Sequence[str], values: Sequence[Any], multi: bool, place: str) -> _Row:
-    """One row, or a DataError that says what is wrong with it."""
+def _row(folder: Path, columns: Sequence[str], values: Sequence[Any], multi: bool, position: str) -> _Row:
+    """Parses one row; DataError says what is wrong with it."""
     if len(values) != len(columns):
         raise DataError(
-            f"it has {len(values)} fields, and the listing {len(columns)} columns; quote a text with a comma"
+            f"it has {len(values)} fields, but the listing has {len(columns)} columns; quote text that contains a comma"
         )
     fields = dict(zip(columns, values, strict=True))
     if not isinstance(fields["path"], str) or not fields["path"]:
@@ -171,30 +172,31 @@ def _row(folder: Path, columns: Sequence[str], values: Sequence[Any], multi: boo
     labels = _labels(fields["labels"]) if multi else (_text(fields["label"]),)
     if "" in labels:
         raise DataError("it has an empty label")
-    split = _text(fields["split"]) if "split" in fields else None
-    part = None if split is None else part_named(split)
-    if part == "validation":
+    text = _text(fields["split"]) if "split" in fields else None
+    split = None if text is None else split_named(text)
+    if split == "validation":
         raise DataError(
-            f"its split is {split!r}: Addenda draws its own validation part from train. Call it train, or leave it out"
+            f"its split is {text!r}: Addenda draws its own validation split from train; change it to train, or remove "
+            "the row"
         )
-    if split is not None and part is None:
-        raise DataError(f"its split is {split!r}; it must be train or test")
-    return _Row(path, labels, part, _text(fields.get("group")), place)
+    if text is not None and split is None:
+        raise DataError(f"its split is {text!r}; it must be train or test")
+    return _Row(path, labels, split, _text(fields.get("group")), position)
 
 
 def _labels(value: Any) -> tuple[str, ...]:
-    """The labels of an image that may have any number, in order: of a list, or of a text with | between them."""
+    """The sorted labels of a multi-label image, from a list or from text with | between them."""
     if isinstance(value, str):
         value = value.split("|") if value.strip() else []
     if value is not None and not isinstance(value, list):
-        raise DataError(f"its labels are {value!r}, which is neither a text nor a list")
+        raise DataError(f"its labels are {value!r}, which is neither text nor a list")
     return tuple(sorted({_text(label) for label in value or []}))
 
 
 def _text(value: Any) -> str:
-    """A label, split or group as text without spaces around it; nothing is an empty text."""
+    """A label, split or group as stripped text; None becomes empty text."""
     if value is None:
         return ""
     if not isinstance(value, str | int):
-        raise DataError(f"{value!r} in it is neither a text nor a whole number")
+        raise DataError(f"its value {value!r} is neither text nor a whole number")
     return class_name(str(value).strip())

@@ -1,4 +1,4 @@
-"""What targets are and how they are learned and scored: a class for each objective, all of it in that class."""
+"""Objectives, single-label and multi-label: the form of targets, losses, metrics, splits and probes of each."""
 
 from __future__ import annotations
 
@@ -9,31 +9,33 @@ from jaxtyping import Float
 from torch import Tensor
 
 from addenda.learner.objectives.multi_label import MultiLabel
-from addenda.learner.objectives.objective import ClassWeights, Groups, Objective, Regression, Targets
+from addenda.learner.objectives.objective import ClassWeights, Groups, LinearProbe, Objective, Targets
 from addenda.learner.objectives.single_label import SingleLabel
 
 __all__ = [
     "OBJECTIVES",
     "ClassWeights",
     "Groups",
+    "LinearProbe",
     "MultiLabel",
     "Objective",
-    "Regression",
     "SingleLabel",
     "Targets",
     "accuracy",
     "objective_of",
 ]
 
-OBJECTIVES: Mapping[str, Objective] = MappingProxyType({one.name: one for one in (SingleLabel(), MultiLabel())})
+OBJECTIVES: Mapping[str, Objective] = MappingProxyType(
+    {objective.name: objective for objective in (SingleLabel(), MultiLabel())}
+)
 
 
 def objective_of(targets: Tensor) -> Objective:
-    """The objective whose form targets have: one and no other, else it is a mistake in the objectives' `has_form`."""
-    (found,) = (one for one in OBJECTIVES.values() if one.has_form(targets))
-    return found
+    """The one objective whose form the targets have."""
+    (objective,) = (candidate for candidate in OBJECTIVES.values() if candidate.has_form(targets))
+    return objective
 
 
 def accuracy(logits: Float[Tensor, "N C"], targets: Targets) -> float:
-    """The share of answers that are right, whatever the objective."""
+    """The share of correct predictions, under the objective of the targets."""
     return objective_of(targets).accuracy(logits, targets)

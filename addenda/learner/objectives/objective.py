@@ -1,4 +1,4 @@
-"""What an objective is: all that learning asks of targets, and what is the same for each objective."""
+"""The interface of objectives, and what all objectives share: splits, folds, calibration, the linear probe."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ Targets = Int[Tensor, " N"] | Bool[Tensor, "N C"]
 """The class of each image; or, of a multi-label task, whether each image has each label."""
 
 ClassWeights = Float[Tensor, " C"] | Float[Tensor, "2 C"]
-"""Single-label: the weight of each class's images. Multi-label: of each label's absence, then of its presence."""
+"""Single-label: a weight for each class. Multi-label: weights for the absence and for the presence of each label."""
 
 STRENGTHS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-"""Values of scikit-learn's C to choose from."""
+"""Candidate values of scikit-learn's C for the linear probe."""
 
 NUM_FOLDS = 5
-"""Of cross-validation, where the images allow as many."""
+"""Folds of cross-validation; fewer if there are fewer groups."""
 
 TEMPERATURES = (0.2, 5.0)
-"""The least and the largest temperature. Images that are all answered rightly would ask for 0."""
+"""Bounds of the temperature. If all predictions are correct, the unbounded optimum is 0."""
 
 Array = NDArray[np.float64]
 Splits = Sequence[tuple[NDArray[np.bool_], NDArray[np.bool_]]]
-"""Of each fold, which images a fit sees, and which it does not."""
+"""For each fold, masks of the images to fit on and of the held-out images."""
 
 Groups = Sequence[str] | None
-"""The group of each image: those of one stand on one side of every split. None: each image is one of its own."""
+"""The group of each image; a group is on one side of every split. None makes each image a group of its own."""
 
 
 @dataclass(frozen=True)
-class Regression:
-    """A fitted logistic regression on the backbone's own feature: logits are feature @ weight.T + bias."""
+class LinearProbe:
+    """A fitted logistic regression on the backbone's pooled feature: logits are feature @ weight.T + bias."""
 
     weight: Float[Tensor, "C D"]
     bias: Float[Tensor, " C"]
@@ -55,58 +55,59 @@ class Regression:
 
 
 class Objective(ABC):
-    """How targets of one form are learned and scored; what the logits mean, for ever, is in `addenda.registry`."""
+    """Training and evaluation for one form of targets; `addenda.registry` defines what the logits mean."""
 
-    name: ClassVar[str]  # as tasks are registered under it
-    learns_from_views: ClassVar[bool]  # whether its fits to layer features are tried on random views too
-    routable: ClassVar[bool]  # whether a router can tell a task's images by their classes
+    name: ClassVar[str]  # stored with registered tasks
+    learns_from_views: ClassVar[bool]  # whether layer probes are also fitted on random views
+    routable: ClassVar[bool]  # whether a router can use class statistics of the task
 
     @abstractmethod
     def has_form(self, targets: Tensor) -> bool:
-        """Whether targets are of this objective's form."""
+        """Whether targets have the form of this objective."""
 
     @abstractmethod
     def counts(self, targets: Targets, num_classes: int) -> Int[Tensor, " C"]:
-        """How many images have each label."""
+        """The number of images with each label."""
 
     @abstractmethod
-    def answer(self, target: Any, labels: Sequence[str]) -> str:
-        """What one image is labelled as, in one text, whatever the order of the classes."""
+    def label_text(self, target: Any, labels: Sequence[str]) -> str:
+        """The labels of one target as text that does not depend on the order of the classes."""
 
     @abstractmethod
     def reordered(self, targets: Targets, order: Int[Tensor, " c"], num_classes: int) -> Targets:
-        """Targets among other classes: number i becomes order[i], of num_classes."""
+        """Targets with renumbered classes: class i becomes order[i], of num_classes."""
 
     @abstractmethod
     def too_common(self, counts: Sequence[int], num_images: int) -> list[int]:
-        """Classes on so many images that too few are left to tell them from."""
+        """Labels on so many images that too few images without them are left."""
 
     @abstractmethod
     def is_settled(self, num_classes: int) -> bool:
-        """Whether there is nothing to learn: every image has the one answer."""
+        """Whether there is nothing to learn, since only one prediction is possible."""
 
     def split(
         self, targets: Targets, num_classes: int, fraction: float, seed: int, groups: Groups = None
     ) -> tuple[Int[Tensor, " T"], Int[Tensor, " V"]]:
-        """Rows to learn from and rows to validate on, a fraction of each class; of one on two images, one at least.
+        """Rows of the training and the validation split.
 
-        The images of a group stand on one side: of a class that is in one group alone, on the first.
+        Validation takes a fraction of each class, and at least one image of a class with two or more. The images of a
+        group stay on one side; a class that is in one group only stays in training.
 
         Raises:
-            DataError: no group can be held out, since each has the last images of a class.
+            DataError: no group can be held out, since each holds the last images of a class.
         """
         if groups is None:
             return self._split(targets, num_classes, fraction, seed)
         held_out = self.folds(targets, seed, groups, max(2, round(1 / fraction))) == 0
-        there = self.counts(targets, num_classes) > 0
-        while (lost := there & (self.counts(targets[~held_out], num_classes) == 0)).any():
-            has = self.reads(targets, int(lost.nonzero()[0])) & held_out
-            back = groups[int(has.nonzero()[0])]
-            held_out &= torch.tensor([group != back for group in groups], dtype=torch.bool, device="cpu")
+        present = self.counts(targets, num_classes) > 0
+        while (lost := present & (self.counts(targets[~held_out], num_classes) == 0)).any():
+            has = self.has_label(targets, int(lost.nonzero()[0])) & held_out
+            returned = groups[int(has.nonzero()[0])]
+            held_out &= torch.tensor([group != returned for group in groups], dtype=torch.bool, device="cpu")
         if not held_out.any():
             raise DataError(
                 f"The images form {len(set(groups))} group{'' if len(set(groups)) == 1 else 's'}, and none can be held "
-                "out to validate on: each has the last images of a class. Make smaller groups, or none."
+                "out for validation: each holds the last images of a class. Use smaller groups, or none."
             )
         return (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
 
@@ -114,31 +115,31 @@ class Objective(ABC):
     def _split(
         self, targets: Targets, num_classes: int, fraction: float, seed: int
     ) -> tuple[Int[Tensor, " T"], Int[Tensor, " V"]]:
-        """As `split`, where each image is a group of its own."""
+        """`split` without groups."""
 
     @abstractmethod
-    def reads(self, targets: Targets, label: int) -> Bool[Tensor, " N"]:
+    def has_label(self, targets: Targets, label: int) -> Bool[Tensor, " N"]:
         """Which images have a label."""
 
     def folds(self, targets: Targets, seed: int, groups: Groups = None, count: int = NUM_FOLDS) -> Int[Tensor, " N"]:
-        """The fold of each image: classes are dealt out evenly, and the images of a group stand in one fold.
+        """The fold of each image, stratified by class; the images of a group are in one fold.
 
-        A group goes by the class of most of its images.
+        A group is stratified by its most frequent class.
         """
         names = [str(row) for row in range(len(targets))] if groups is None else list(groups)
         rows: dict[str, list[int]] = {}
         for row, name in enumerate(names):
             rows.setdefault(name, []).append(row)
         classes = self.strata(targets)
-        of_group = torch.stack([classes[some].mode().values for some in rows.values()])
+        class_of_group = torch.stack([classes[members].mode().values for members in rows.values()])
         random = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(rows), generator=random, dtype=torch.int64, device="cpu")
-        order = order[of_group[order].argsort(stable=True)]
-        found = torch.empty(len(targets), dtype=torch.int64, device="cpu")
-        members = list(rows.values())
-        for place, group in enumerate(order.tolist()):
-            found[members[group]] = place % min(count, len(rows))
-        return found
+        order = order[class_of_group[order].argsort(stable=True)]
+        folds = torch.empty(len(targets), dtype=torch.int64, device="cpu")
+        rows_of_group = list(rows.values())
+        for position, group in enumerate(order.tolist()):
+            folds[rows_of_group[group]] = position % min(count, len(rows))
+        return folds
 
     @abstractmethod
     def losses(
@@ -150,7 +151,7 @@ class Objective(ABC):
     ) -> Float[Tensor, "*S N"]:
         """The loss of each of S candidates on each image.
 
-        Weights do not change what is divided by in the mean, as they do in torch's: it is the number of images.
+        Unlike in torch, class weights do not change the divisor of the mean, which is the number of images.
         """
 
     def loss(
@@ -160,97 +161,97 @@ class Objective(ABC):
         label_smoothing: float = 0.0,
         class_weights: ClassWeights | None = None,
     ) -> Float[Tensor, "*S"]:
-        """The mean over images of the loss of each candidate: see `losses`."""
+        """The mean of `losses` over the images, for each candidate."""
         return self.losses(logits, targets, label_smoothing, class_weights).mean(-1)
 
     @abstractmethod
     def balanced_weights(self, targets: Targets, num_classes: int) -> ClassWeights:
-        """Weights that are 1 on average over the images, and give each class's images the same sum."""
+        """Weights inverse to class frequency: equal sums for all classes, and a mean of 1 over the images."""
 
     @abstractmethod
     def accuracy(self, logits: Float[Tensor, "N C"], targets: Targets) -> float:
-        """The share of answers that are right."""
+        """The share of correct predictions."""
 
     @abstractmethod
     def score(self, logits: Float[Tensor, "N C"], targets: Targets, labels: Sequence[str]) -> dict[str, Any]:
-        """Figures in 0..1, by torchmetrics. A temperature moves only the calibration error: divide by it first."""
+        """Metrics in 0..1, by torchmetrics. Divide the logits by the temperature first; it affects calibration only."""
 
     def fit_temperature(self, logits: Float[Tensor, "N C"], targets: Targets) -> float:
-        """The temperature of least negative log likelihood, to three decimals; 1.0 where none is better than that.
+        """Temperature scaling: the temperature of minimal negative log likelihood, to three decimals, else 1.0.
 
-        Source: Guo, Pleiss, Sun and Weinberger, "On Calibration of Modern Neural Networks", ICML 2017, section 4.2;
-        there without bounds.
+        Source: Guo, Pleiss, Sun and Weinberger, "On Calibration of Modern Neural Networks", ICML 2017, section 4.2,
+        here with bounds.
         """
         if not len(targets):
             return 1.0
-        exact, answers = logits.double().cpu(), targets.cpu()
-        temperature = round(self.least_loss_temperature(exact, answers, TEMPERATURES), 3)
-        better = self.loss(exact / temperature, answers) < self.loss(exact, answers)
+        logits, targets = logits.double().cpu(), targets.cpu()
+        temperature = round(self.least_loss_temperature(logits, targets, TEMPERATURES), 3)
+        better = self.loss(logits / temperature, targets) < self.loss(logits, targets)
         return temperature if better else 1.0
 
     def least_loss_temperature(
         self, logits: Float[Tensor, "N C"], targets: Targets, bounds: tuple[float, float], label_smoothing: float = 0.0
     ) -> float:
-        """What logits are divided by for the least loss, between two bounds."""
+        """The temperature of minimal loss, between two bounds."""
 
-        def loss(log_temperature: float) -> float:  # convex in 1 / temperature: it has one valley
+        def loss(log_temperature: float) -> float:  # convex in 1 / temperature, so there is one minimum
             return self.loss(logits / math.exp(log_temperature), targets, label_smoothing).item()
 
-        within = tuple(map(math.log, bounds))
-        return math.exp(minimize_scalar(loss, bounds=within, method="bounded", options={"xatol": 1e-6}).x)
+        log_bounds = tuple(map(math.log, bounds))
+        return math.exp(minimize_scalar(loss, bounds=log_bounds, method="bounded", options={"xatol": 1e-6}).x)
 
     def choose_strength(
         self, features: Float[Tensor, "N D"], targets: Targets, seed: int, groups: Groups = None
     ) -> float:
-        """The C of least cross-validated log loss."""
-        fold, tried = self.folds(targets, seed, groups).numpy(), list[float]()
+        """The C of minimal cross-validated log loss, from STRENGTHS."""
+        fold, losses = self.folds(targets, seed, groups).numpy(), list[float]()
         splits = [(fold != number, fold == number) for number in range(fold.max() + 1)]
-        # From the strongest penalty on; past the best, weaker ones only get slower and worse.
+        # Starts with the strongest penalty; past the best one, weaker penalties are slower and worse.
         for mean_loss in self._fold_losses(_centred(features)[0], targets.numpy(), splits):
-            tried.append(mean_loss)
-            if len(tried) > 2 and tried[-1] > tried[-2] > tried[-3]:
+            losses.append(mean_loss)
+            if len(losses) > 2 and losses[-1] > losses[-2] > losses[-3]:
                 break
-        return STRENGTHS[int(np.argmin(tried))]
+        return STRENGTHS[int(np.argmin(losses))]
 
-    def fit_regression(
+    def fit_linear_probe(
         self, features: Float[Tensor, "N D"], targets: Targets, strength: float, num_classes: int | None = None
-    ) -> Regression:
-        """An L2 logistic regression, fitted to convergence by scikit-learn.
+    ) -> LinearProbe:
+        """L2-regularised logistic regression, fitted to convergence by scikit-learn.
 
-        Without `num_classes`, there are as many classes as the targets have.
+        `num_classes` defaults to the number of classes in the targets.
         """
         x, mean = _centred(features)
         weight, bias = self._fit(x, targets.numpy(), strength, num_classes)
-        return Regression(torch.from_numpy(weight).float(), torch.from_numpy(bias - weight @ mean).float(), strength)
+        return LinearProbe(torch.from_numpy(weight).float(), torch.from_numpy(bias - weight @ mean).float(), strength)
 
     @abstractmethod
     def strata(self, targets: Targets) -> Int[Tensor, " N"]:
-        """What folds deal out evenly: the class of each image, or 0 where an image may have several."""
+        """What folds are stratified by: the class of each image, or 0 for multi-label images."""
 
     @abstractmethod
     def fit_layers(
         self, z: Float64[Tensor, "N k"], targets: Targets, num_classes: int, num_features: int
     ) -> list[tuple[Float64[Tensor, "C k"], Float64[Tensor, " C"]]]:
-        """Heads on layer features in coordinates, as weight and bias, from the least to the most cautious or back.
+        """Fits heads on layer features for several regularisation strengths, in their order, as (weight, bias).
 
         Args:
-            z: coordinates of standardised features, in which inner products are theirs.
-            targets: of the images.
+            z: coordinates of the standardised features, with the same inner products.
+            targets: the targets.
             num_classes: C.
-            num_features: n, the features that the coordinates stand for.
+            num_features: n, the number of features before the change of coordinates.
         """
 
     @abstractmethod
     def _fold_losses(self, x: Array, y: NDArray[Any], splits: Splits) -> Iterator[float]:
-        """Mean log loss on the images that a fit did not see, for one of STRENGTHS after another."""
+        """Mean log loss on held-out images, for each of STRENGTHS in turn."""
 
     @abstractmethod
     def _fit(self, x: Array, y: NDArray[Any], strength: float, num_classes: int | None) -> tuple[Array, Array]:
-        """Weight, one row for each class, and bias."""
+        """Fits a logistic regression; returns weight, one row per class, and bias."""
 
 
 def _centred(features: Float[Tensor, "N D"]) -> tuple[Array, Array]:
-    """Features less their mean, and the mean. No bias is penalised, so the fit is the same, in a third of the steps."""
+    """Centred features, and their mean. The bias is not penalised, so the fit is the same in a third of the steps."""
     x = features.double().numpy()
     mean = x.mean(0)
     return x - mean, mean
@@ -262,14 +263,14 @@ def _blas() -> ThreadpoolController:
 
 
 def logistic(strength: float, warm_start: bool = False) -> LogisticRegression:
-    """scikit-learn's regression, as it is fitted here."""
+    """scikit-learn's logistic regression with the settings used here."""
     return LogisticRegression(C=strength, max_iter=20_000, tol=1e-5, warm_start=warm_start)
 
 
 def converged(model: LogisticRegression, x: Array, y: NDArray[Any]) -> LogisticRegression:
-    """Fits, and refuses to stop before it has converged.
+    """Fits a model; a fit that does not converge raises.
 
-    On one thread: the products are small, and with two OpenBLAS takes ten to twenty times as long.
+    Uses one thread: the matrix products are small, and OpenBLAS with two threads takes ten to twenty times as long.
     """
     with warnings.catch_warnings(), _blas().limit(limits=1, user_api="blas"):
         warnings.simplefilter("error", ConvergenceWarning)

@@ -1,4 +1,4 @@
-"""Each image has one label of several: a softmax."""
+"""Single-label objective: one class per image, with a softmax."""
 
 from __future__ import annotations
 
@@ -33,54 +33,53 @@ from addenda.learner.objectives.objective import (
 from addenda.registry import probabilities
 
 SHRINKAGES = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95)
-"""How far the covariance is drawn towards a multiple of the identity, to choose from."""
+"""Candidate shrinkages of the covariance towards a multiple of the identity."""
 
 
 class SingleLabel(Objective):
-    """Targets are numbers of classes, Int[N]."""
+    """Targets are class indices, Int[N]."""
 
     name = "single-label"
     learns_from_views = True
     routable = True
 
     def has_form(self, targets: Tensor) -> bool:
-        """One whole number for each image."""
+        """Whether targets are class indices."""
         return targets.ndim == 1 and not targets.is_floating_point()
 
     def counts(self, targets: Int[Tensor, " N"], num_classes: int) -> Int[Tensor, " C"]:
-        """How many images are of each class."""
+        """The number of images of each class."""
         return targets.bincount(minlength=num_classes)
 
-    def answer(self, target: int, labels: Sequence[str]) -> str:
-        """The class's label."""
+    def label_text(self, target: int, labels: Sequence[str]) -> str:
+        """The label of the class."""
         return labels[target]
 
     def reordered(self, targets: Int[Tensor, " N"], order: Int[Tensor, " c"], num_classes: int) -> Int[Tensor, " N"]:
-        """The classes' numbers in another order."""
+        """Targets with renumbered classes."""
         return order[targets]
 
     def too_common(self, counts: Sequence[int], num_images: int) -> list[int]:
-        """None: where there is one class alone, that is the answer."""
+        """Always empty: every image may be of one class."""
         return []
 
     def is_settled(self, num_classes: int) -> bool:
-        """Where there is one class."""
+        """Whether there is only one class."""
         return num_classes == 1
 
     def _split(
         self, targets: Int[Tensor, " N"], num_classes: int, fraction: float, seed: int
     ) -> tuple[Int[Tensor, " T"], Int[Tensor, " V"]]:
-        """Stratified by scikit-learn, as many images as classes at least on either side."""
-        most = len(targets) - num_classes
-        held_out = min(max(num_classes, round(fraction * len(targets))), most)
+        """Stratified by scikit-learn, with at least as many images as classes on either side."""
+        num_held_out = min(max(num_classes, round(fraction * len(targets))), len(targets) - num_classes)
         train, validation = train_test_split(
-            range(len(targets)), test_size=held_out, stratify=targets.tolist(), random_state=seed
+            range(len(targets)), test_size=num_held_out, stratify=targets.tolist(), random_state=seed
         )
-        for label in set(targets.tolist()) - set(targets[train].tolist()):  # a small class may fall to one side
+        for label in set(targets.tolist()) - set(targets[train].tolist()):  # a small class may be in validation only
             train.append(next(row for row in validation if targets[row] == label))
             validation.remove(train[-1])
-        learned, held = (torch.tensor(rows, dtype=torch.int64, device="cpu") for rows in (train, validation))
-        return learned, held
+        first, second = (torch.tensor(rows, dtype=torch.int64, device="cpu") for rows in (train, validation))
+        return first, second
 
     def losses(
         self,
@@ -96,20 +95,20 @@ class SingleLabel(Objective):
         return each.view(logits.shape[:-1])
 
     def balanced_weights(self, targets: Int[Tensor, " N"], num_classes: int) -> Float[Tensor, " C"]:
-        """A class of n_c among N images weighs N / (C n_c)."""
+        """N / (C n_c) for a class with n_c of N images."""
         return len(targets) / (num_classes * self.counts(targets, num_classes).clamp(min=1).float())
 
     def accuracy(self, logits: Float[Tensor, "N C"], targets: Int[Tensor, " N"]) -> float:
-        """The share of images whose class is right."""
+        """Top-1 accuracy."""
         return (logits.argmax(-1) == targets).float().mean().item()
 
     def score(self, logits: Float[Tensor, "N C"], targets: Int[Tensor, " N"], labels: Sequence[str]) -> dict[str, Any]:
-        """Top-1 accuracy and its mean over classes, the expected calibration error in 15 bins, and by class.
+        """Top-1 accuracy, balanced accuracy, expected calibration error in 15 bins, and accuracy per class.
 
-        `per_class` is None where no image is of a class; `confusion` has true classes in rows, predicted in columns.
+        `per_class` is None for a class without images; `confusion` has true classes in rows, predicted ones in columns.
         """
         logits, targets, count = logits.cpu(), targets.cpu(), len(labels)
-        if count == 1:  # torchmetrics asks for two classes; where there is one, every answer is it
+        if count == 1:  # torchmetrics requires two classes; with one, every prediction is correct
             return {
                 "accuracy": 1.0, "balanced_accuracy": 1.0, "calibration_error": 0.0, "per_class": {labels[0]: 1.0},
                 "confusion": [[len(targets)]], "num_images": len(targets),
@@ -121,8 +120,8 @@ class SingleLabel(Objective):
             "balanced_accuracy": per_class[present].mean().item(),
             "calibration_error": multiclass_calibration_error(probabilities(logits, self.name), targets, count).item(),
             "per_class": {
-                label: value.item() if there else None
-                for label, value, there in zip(labels, per_class, present.tolist(), strict=True)
+                label: value.item() if is_present else None
+                for label, value, is_present in zip(labels, per_class, present.tolist(), strict=True)
             },
             "confusion": multiclass_confusion_matrix(logits, targets, count).tolist(),
             "num_images": len(targets),
@@ -131,25 +130,25 @@ class SingleLabel(Objective):
     def choose_strength(
         self, features: Float[Tensor, "N D"], targets: Int[Tensor, " N"], seed: int, groups: Groups = None
     ) -> float:
-        """Where there is one class, any would do."""
+        """The C of minimal cross-validated log loss; 1.0 for a single class, where it does not matter."""
         return super().choose_strength(features, targets, seed, groups) if targets.any() else 1.0
 
-    def reads(self, targets: Int[Tensor, " N"], label: int) -> Bool[Tensor, " N"]:
-        """Those of the class."""
+    def has_label(self, targets: Int[Tensor, " N"], label: int) -> Bool[Tensor, " N"]:
+        """Which images are of a class."""
         return targets == label
 
     def strata(self, targets: Int[Tensor, " N"]) -> Int[Tensor, " N"]:
-        """Each image's class."""
+        """The class of each image."""
         return targets
 
     def fit_layers(
         self, z: Float64[Tensor, "N k"], targets: Int[Tensor, " N"], num_classes: int, num_features: int
     ) -> list[tuple[Float64[Tensor, "C k"], Float64[Tensor, " C"]]]:
-        """Linear discriminants, one for each of SHRINKAGES."""
+        """A linear discriminant for each of SHRINKAGES."""
         return discriminants(z, targets, num_classes, num_features)
 
     def _fold_losses(self, x: Array, y: NDArray[Any], splits: Splits) -> Iterator[float]:
-        """One regression for each fold and strength."""
+        """Mean log loss of a logistic regression per fold, for each of STRENGTHS in turn."""
         for strength in STRENGTHS:
             total = 0.0
             for train, held_out in splits:
@@ -159,20 +158,20 @@ class SingleLabel(Objective):
             yield total / len(y)
 
     def _fit(self, x: Array, y: NDArray[Any], strength: float, num_classes: int | None) -> tuple[Array, Array]:
-        """One multinomial regression; where there is one class it says nothing, and its weight is 0.
+        """Multinomial logistic regression; with a single class, the weight is 0.
 
-        A class without images, as in a fold, is as likely as one image more would have made it, whatever is shown.
+        A class without images, as may happen in a fold, gets weight 0 and bias -log N.
         """
-        there = np.unique(y)
+        present = np.unique(y)
         count = int(y.max()) + 1 if num_classes is None else num_classes
         weight, bias = np.zeros((count, x.shape[1])), np.full(count, -math.log(len(y)))
-        bias[there] = 0.0
-        if len(there) > 1:
+        bias[present] = 0.0
+        if len(present) > 1:
             fitted = converged(logistic(strength), x, y)
-            found, level = fitted.coef_, fitted.intercept_
-            if len(found) == 1:  # two classes are fitted as one: half of the margin to each has the same probabilities
-                found, level = np.concatenate([-found, found]) / 2, np.concatenate([-level, level]) / 2
-            weight[there], bias[there] = found, level
+            coef, intercept = fitted.coef_, fitted.intercept_
+            if len(coef) == 1:  # scikit-learn fits two classes as one margin; half of it for each class is equivalent
+                coef, intercept = np.concatenate([-coef, coef]) / 2, np.concatenate([-intercept, intercept]) / 2
+            weight[present], bias[present] = coef, intercept
         return weight, bias
 
 
@@ -180,25 +179,25 @@ def discriminants(
     z: Float64[Tensor, "N k"], targets: Int[Tensor, " N"], num_classes: int, num_features: int,
     shrinkages: Sequence[float] = SHRINKAGES,
 ) -> list[tuple[Float64[Tensor, "C k"], Float64[Tensor, " C"]]]:  # fmt: skip
-    """A linear discriminant for each shrinkage s, as weight and bias: classes of equal prior, of one covariance.
+    """Linear discriminant analysis with equal priors, as (weight, bias) for each shrinkage s.
 
-    It is (1 - s) S + s tr(S) / n I, with S the covariance within classes and n the features that the coordinates stand
-    for. A class without images, as in a fold, has the mean of all; where no class has two images S is 0, and the
-    discriminant is that of the nearest mean.
+    The shared covariance is (1 - s) S + s tr(S) / n I, where S is the within-class covariance and n is `num_features`.
+    A class without images, as may happen in a fold, has the mean of all images. If no class has two images, S is 0 and
+    the result is a nearest-mean classifier.
 
-    Source: Friedman, "Regularized Discriminant Analysis", JASA 1989, equation 18; there with a covariance a class.
+    Source: Friedman, "Regularized Discriminant Analysis", JASA 1989, equation 18; there with one covariance per class.
     """
     counts = targets.bincount(minlength=num_classes)
     means = torch.zeros(num_classes, z.shape[1], dtype=z.dtype, device="cpu").index_add_(0, targets, z)
     means = torch.where(counts.unsqueeze(1) > 0, means / counts.clamp(min=1).unsqueeze(1), z.mean(0))
-    rest = z - means[targets]
-    values, vectors = torch.linalg.eigh(rest.T @ rest / len(z))
+    centred = z - means[targets]
+    values, vectors = torch.linalg.eigh(centred.T @ centred / len(z))
     values = values.clamp(min=0)
     spread = values.sum() / num_features
-    turned = means @ vectors
-    found = []
+    rotated = means @ vectors
+    heads = []
     for shrinkage in shrinkages:
         covariance = (1 - shrinkage) * values + shrinkage * spread if spread > 0 else torch.ones_like(values)
-        weight = turned / covariance
-        found.append((weight @ vectors.T, -0.5 * (weight * turned).sum(1)))
-    return found
+        weight = rotated / covariance
+        heads.append((weight @ vectors.T, -0.5 * (weight * rotated).sum(1)))
+    return heads

@@ -1,1 +1,1 @@
-"""Whether a registry is still what was written, and what changed from one version or scoring to the next."""
+"""Integrity checks of a registry, and comparisons of versions and evaluations."""

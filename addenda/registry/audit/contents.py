@@ -1,4 +1,4 @@
-"""Whether every stored byte is what its row says, and every row points at rows that there are."""
+"""Checks of stored bytes against their digests, and of references between rows."""
 
 from __future__ import annotations
 
@@ -9,50 +9,56 @@ from typing import Any
 from sqlalchemy import Column, Connection, Row, Select, String, Table, cast, null, select
 
 from addenda.exceptions import IntegrityError
-from addenda.registry.audit.faults import PAGE, Fault, any_text, pages, readable, rows_alone
+from addenda.registry.audit.faults import PAGE_SIZE, Fault, lenient_text, pages, readable_rows, row_errors
 from addenda.registry.store import schema
 from addenda.registry.store.artifact import read
-from addenda.registry.store.hashing import digest
-from addenda.registry.store.loading import FeatureStatistics
+from addenda.registry.store.digests import digest
 from addenda.registry.store.names import NAME
 from addenda.registry.store.queries import ref_column
+from addenda.registry.store.task_reader import FeatureStatistics
 
 
 def content_faults(connection: Connection) -> Iterator[Fault]:
-    """Backbones and tasks that cannot be read, and tasks with other bytes than registered; one's bytes at a time."""
+    """Yields unreadable backbones and tasks, and tasks whose stored bytes have changed; loads one task at a time."""
     fingerprint, task = schema.backbone.c.fingerprint, schema.task.c
-    with any_text(connection):
+    with lenient_text(connection):
         fingerprints = connection.scalars(select(fingerprint)).all()
-    known = readable(connection, select(schema.backbone), fingerprint, fingerprints)
-    yield from (Fault(missing, "cannot be read") for missing in fingerprints if missing not in known)
+    readable = readable_rows(connection, select(schema.backbone), fingerprint, fingerprints)
+    yield from (Fault(subject, "cannot be read") for subject in fingerprints if subject not in readable)
     damaged: dict[int, str] = {}
     for ids in pages(connection, task.id):
-        rows = readable(connection, select(schema.task), task.id, ids)
-        with any_text(connection):
-            names = readable(connection, select(task.id, task.name, task.version), task.id, ids)
-        for number in ids:
-            ref = "{name}:{version}".format_map(names.get(number, {"name": "task", "version": number}))
+        rows = readable_rows(connection, select(schema.task), task.id, ids)
+        with lenient_text(connection):
+            names = readable_rows(connection, select(task.id, task.name, task.version), task.id, ids)
+        for task_id in ids:
+            ref = "{name}:{version}".format_map(names.get(task_id, {"name": "task", "version": task_id}))
             try:
-                with rows_alone(connection):
-                    if number not in rows:
+                with row_errors(connection):
+                    if task_id not in rows:
                         raise IntegrityError("cannot be read")
-                    check_stored(connection, rows[number], damaged)
-                    if not NAME.fullmatch(rows[number]["name"]):
-                        raise IntegrityError("has a name that no task can have")
+                    check_stored(connection, rows[task_id], damaged)
+                    if not NAME.fullmatch(rows[task_id]["name"]):
+                        raise IntegrityError("has an invalid name")
             except IntegrityError as error:
-                damaged[number] = ref
+                damaged[task_id] = ref
                 yield Fault(ref, str(error))
 
 
 def check_stored(connection: Connection, row: Mapping[str, Any], damaged: Mapping[int, str]) -> None:
-    """Raises IntegrityError unless a task's bytes are right, and it extends none of the damaged, named by their ids."""
+    """Checks a task's stored bytes and its parents; raises IntegrityError.
+
+    Args:
+        connection: a connection to the registry.
+        row: the task's row.
+        damaged: references of the tasks known to be damaged, by id; a task that extends one is damaged too.
+    """
     parent, statistics, golden = schema.task_parent.c, schema.statistics.c, schema.golden.c
     stored = connection.scalar(select(schema.artifact.c.data).where(schema.artifact.c.sha256 == row["artifact"]))
     if stored is None:
         raise IntegrityError("its artifact is missing")
     manifest, _ = read(stored, row["artifact"])
     if any(manifest[key] != row[key] for key in ("backbone", "labels", "objective")):
-        raise IntegrityError("its row and its artifact name different backbones, labels or objectives")
+        raise IntegrityError("its row and its artifact disagree on backbone, labels or objective")
     parents = connection.execute(
         select(schema.task.c.id, schema.task.c.artifact)
         .join(schema.task_parent, parent.parent_id == schema.task.c.id)
@@ -60,22 +66,22 @@ def check_stored(connection: Connection, row: Mapping[str, Any], damaged: Mappin
         .order_by(parent.position)
     ).all()
     if [p.artifact for p in parents] != manifest["extends"]:
-        raise IntegrityError("its rows and its artifact name different tasks that it extends")
+        raise IntegrityError("its rows and its artifact disagree on the tasks it extends")
     probes = connection.execute(select(golden.digest, golden.logits).where(golden.task_id == row["id"])).all()
     for probe in probes:
         if digest(probe.logits) != probe.digest or len(probe.logits) % (4 * len(row["labels"])):
             raise IntegrityError("its golden probe's stored bytes have changed")
-    kept = connection.execute(select(statistics.data, statistics.sha256).where(statistics.task_id == row["id"])).first()
-    if kept is not None:
-        FeatureStatistics.decode(kept.data, kept.sha256, len(row["labels"]))
+    query = select(statistics.data, statistics.sha256).where(statistics.task_id == row["id"])
+    if (stored_statistics := connection.execute(query).first()) is not None:
+        FeatureStatistics.decode(stored_statistics.data, stored_statistics.sha256, len(row["labels"]))
     for p in parents:
         if p.id in damaged:
             raise IntegrityError(f"it extends {damaged[p.id]!r}, which is damaged")
 
 
 def key_faults(connection: Connection) -> Iterator[Fault]:
-    """Rows that point at rows that are not there, artifacts of no task, and numbers that were left out."""
-    with any_text(connection):
+    """Yields dangling references, artifacts without a task, and gaps in the ids."""
+    with lenient_text(connection):
         for table in schema.metadata.sorted_tables:
             for column in table.c:
                 for key in column.foreign_keys:
@@ -90,40 +96,40 @@ def key_faults(connection: Connection) -> Iterator[Fault]:
 
 
 def _dangling(connection: Connection, table: Table, column: Column[Any], target: Column[Any]) -> Iterator[Fault]:
-    """Rows of a table whose column names no row of another; `task_parent` and `task` are each other's."""
+    """Yields rows of a table whose `column` refers to a missing row."""
     other = target.table.alias()
-    lost = ~select(other.c[target.name]).where(other.c[target.name] == column).exists()
-    for row in connection.execute(_owned(table, column).where(lost)):
+    is_missing = ~select(other.c[target.name]).where(other.c[target.name] == column).exists()
+    for row in connection.execute(_rows_with_owner(table, column).where(is_missing)):
         what = "row" if row.owner is None else f"{table.name} row"
-        yield Fault(_owner(table, row), f"has a {what} of {target.table.name} {row.value!r}, which is not there")
+        said = f"has a {what} that refers to {target.table.name} {row.value!r}, which does not exist"
+        yield Fault(_subject(table, row), said)
 
 
 def _misnumbered(connection: Connection, table: Table) -> Iterator[Fault]:
-    """Rows whose numbers leave one out, or are not in the order of the events that wrote them."""
+    """Yields rows after a gap in the ids, or whose ids are not in the order of their events."""
     expected, event = 1, 0
-    query = _owned(table, table.c.event_id).add_columns(table.c.id).order_by(table.c.id)
-    for row in connection.execute(query.execution_options(yield_per=PAGE)):
+    query = _rows_with_owner(table, table.c.event_id).add_columns(table.c.id).order_by(table.c.id)
+    for row in connection.execute(query.execution_options(yield_per=PAGE_SIZE)):
         if row.id != expected:
-            yield Fault(_owner(table, row), f"is number {row.id} of {table.name}, where {expected} comes next")
+            yield Fault(_subject(table, row), f"has id {row.id} in {table.name}; expected {expected}")
         elif row.value < event:
-            yield Fault(_owner(table, row), f"is number {row.id} of {table.name}, before some of earlier events")
+            said = f"has id {row.id} in {table.name}, but an earlier event than the row before it"
+            yield Fault(_subject(table, row), said)
         expected, event = row.id + 1, row.value
 
 
-def _owned(table: Table, column: Column[Any]) -> Select[Any]:
-    """A table's rows: a column's value, the key as text, and the task that they are of, if any."""
-    parts: list[Any] = [cast(part, String) for part in table.primary_key]
-    key = reduce(lambda one, other: one + ", " + other, parts)
-    chosen = select(column.label("value"), key.label("key"))
-    of_task = table.c.id if table is schema.task else table.c.get("task_id")
-    if of_task is None:
-        return chosen.add_columns(null().label("owner"))
+def _rows_with_owner(table: Table, column: Column[Any]) -> Select[Any]:
+    """Selects a table's rows as `value` (of the column), `key` (as text) and `owner` (the task, or None)."""
+    key_columns: list[Any] = [cast(key_column, String) for key_column in table.primary_key]
+    key = reduce(lambda left, right: left + ", " + right, key_columns)
+    rows = select(column.label("value"), key.label("key"))
+    task_id = table.c.id if table is schema.task else table.c.get("task_id")
+    if task_id is None:
+        return rows.add_columns(null().label("owner"))
     task = schema.task.alias()
-    return chosen.add_columns(ref_column(task).label("owner")).join_from(
-        table, task, task.c.id == of_task, isouter=True
-    )
+    return rows.add_columns(ref_column(task).label("owner")).join_from(table, task, task.c.id == task_id, isouter=True)
 
 
-def _owner(table: Table, row: Row[Any]) -> str:
-    """What a fault of a row is said of."""
+def _subject(table: Table, row: Row[Any]) -> str:
+    """The subject of a row's fault."""
     return str(row.key) if table is schema.backbone else str(row.owner or f"{table.name} ({row.key})")

@@ -1,4 +1,4 @@
-"""What is wrong with a registry, and reading on where some of its rows can no longer be read."""
+"""Integrity faults, and reading a table although some of its rows are unreadable."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from addenda.exceptions import IntegrityError
 
 K, V = TypeVar("K"), TypeVar("V")
 
-NO_VALUES = (ValueError, TypeError)
-"""What a damaged value raises: JSON that does not parse, bytes where text was."""
-UNREADABLE = (SQLAlchemyError, *NO_VALUES)
-"""And all that a database raises."""
-PAGE = 500
-"""Rows that are looked at together."""
+VALUE_ERRORS = (ValueError, TypeError)
+"""Errors that a damaged value raises: JSON that does not parse, bytes instead of text."""
+READ_ERRORS = (SQLAlchemyError, *VALUE_ERRORS)
+"""Errors that reading damaged rows raises."""
+PAGE_SIZE = 500
+"""Rows read at a time."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is wrong.
+    """One integrity fault.
 
     Attributes:
-        subject: with what: a task `name:version`, an alias `name@alias`, `event 12`, a backbone's fingerprint,
-            `artifact SHA256`, a row `table (key)`, `schema`, `history` or `database`.
-        said: what, as a sentence about it.
+        subject: the damaged object: a task `name:version`, an alias `name@alias`, `event 12`, a backbone's
+            fingerprint, `artifact SHA256`, a row `table (key)`, `schema`, `history` or `database`.
+        said: what is wrong, as a predicate of the subject ("is missing").
     """
 
     subject: str
@@ -37,29 +37,29 @@ class Fault:
 
 
 def pages(connection: Connection, key: Column[int]) -> Iterator[Sequence[int]]:
-    """A table's numbers in order, some hundred at a time."""
-    query = select(key).order_by(key).limit(PAGE)
-    found = connection.scalars(query).all()
-    while found:
-        yield found
-        found = connection.scalars(query.where(key > found[-1])).all()
+    """A table's ids in ascending order, PAGE_SIZE at a time."""
+    query = select(key).order_by(key).limit(PAGE_SIZE)
+    ids = connection.scalars(query).all()
+    while ids:
+        yield ids
+        ids = connection.scalars(query.where(key > ids[-1])).all()
 
 
 @contextmanager
-def rows_alone(connection: Connection) -> Iterator[None]:
-    """Raises IntegrityError for what rows alone can cause; that there is no such table, or no permission, as it is."""
+def row_errors(connection: Connection) -> Iterator[None]:
+    """Raises IntegrityError for errors caused by a row's content; a missing table or permission raises unchanged."""
     try:
         with connection.begin_nested():
             yield
-    except UNREADABLE as error:
+    except READ_ERRORS as error:
         if isinstance(error, ProgrammingError) or "no such" in str(error):
             raise
         raise IntegrityError(f"cannot be read ({getattr(error, 'orig', None) or error})") from error
 
 
 @contextmanager
-def any_text(connection: Connection) -> Iterator[None]:
-    """Has SQLite give text that is no UTF-8 as other text, rather than refuse it; PostgreSQL holds none."""
+def lenient_text(connection: Connection) -> Iterator[None]:
+    """Makes SQLite escape invalid UTF-8 instead of raising; PostgreSQL never stores invalid UTF-8."""
     if connection.dialect.name != "sqlite":
         yield
         return
@@ -71,23 +71,25 @@ def any_text(connection: Connection) -> Iterator[None]:
         driver.text_factory = str
 
 
-def undamaged(connection: Connection, read: Callable[[Sequence[K]], Mapping[K, V]], keys: Sequence[K]) -> dict[K, V]:
-    """What `read` gives of some keys, without those whose rows cannot be read."""
+def read_undamaged(
+    connection: Connection, read: Callable[[Sequence[K]], Mapping[K, V]], keys: Sequence[K]
+) -> dict[K, V]:
+    """Calls `read` on the keys, and on each key alone if that fails; omits keys whose rows are unreadable."""
     try:
-        with rows_alone(connection):
+        with row_errors(connection):
             return dict(read(keys))
     except IntegrityError:
-        alone = [[key] for key in keys] if len(keys) > 1 else []
-        return {key: value for one in alone for key, value in undamaged(connection, read, one).items()}
+        batches = [[key] for key in keys] if len(keys) > 1 else []
+        return {key: value for batch in batches for key, value in read_undamaged(connection, read, batch).items()}
 
 
-def readable(
+def readable_rows(
     connection: Connection, query: Select[Any], key: Column[Any], keys: Sequence[Any]
 ) -> dict[Any, dict[str, Any]]:
-    """The rows of some keys, without those that cannot be read."""
+    """Rows by key, without those that are unreadable."""
 
-    def read(some: Sequence[Any]) -> dict[Any, dict[str, Any]]:
-        rows = connection.execute(query.where(key.in_(some))).all()
+    def read(batch: Sequence[Any]) -> dict[Any, dict[str, Any]]:
+        rows = connection.execute(query.where(key.in_(batch))).all()
         return {getattr(row, key.name): row._asdict() for row in rows}
 
-    return undamaged(connection, read, keys)
+    return read_undamaged(connection, read, keys)

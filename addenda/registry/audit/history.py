@@ -1,4 +1,4 @@
-"""How a name's versions scored over time, and whether what changed has a reason."""
+"""The evaluations of a name's versions over time, and the reason for each change."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from addenda.registry.store.records import EvaluationRecord, TaskRecord
 _PER_CLASS = "per_class"
 
 
-class Difference(NamedTuple):
-    """One thing that two versions do not share.
+class VersionDifference(NamedTuple):
+    """One difference between two versions.
 
     Attributes:
         section: task, config, data, metrics, per class, packages, parents or sizes.
-        key: what of it, nested keys joined by dots.
-        one: the first version's, None where it has none.
-        other: the second's.
+        key: the key within the section, nested keys joined by dots.
+        one: the first version's value; None if it has none.
+        other: the second version's value; None if it has none.
     """
 
     section: str
@@ -32,49 +32,49 @@ class Difference(NamedTuple):
     other: Any
 
 
-def compare(one: TaskRecord, other: TaskRecord) -> list[Difference]:
-    """What differs between two versions, section by section; nothing where all is shared but who, when and number."""
-    others = _sections(other)
+def compare(one: TaskRecord, other: TaskRecord) -> list[VersionDifference]:
+    """The differences between two versions, section by section; author, time and version number do not count."""
+    other_sections = _sections(other)
     return [
-        Difference(section, *found)
-        for section, ours in _sections(one).items()
-        for found in _differing(ours, others[section])
+        VersionDifference(section, *difference)
+        for section, values in _sections(one).items()
+        for difference in _differences(values, other_sections[section])
     ]
 
 
-def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Key, one value and the other, where two nested mappings differ; lists are values."""
-    ours, theirs = dict(_flat(one)), dict(_flat(other))
-    pairs = {path: (ours.get(path), theirs.get(path)) for path in ours | theirs}
-    return [(".".join(path), mine, yours) for path, (mine, yours) in pairs.items() if mine != yours]
+def _differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(key, first value, second value) wherever two nested mappings differ; lists are compared as values."""
+    firsts, seconds = dict(_flatten(first)), dict(_flatten(second))
+    pairs = {path: (firsts.get(path), seconds.get(path)) for path in firsts | seconds}
+    return [(".".join(path), value, other) for path, (value, other) in pairs.items() if value != other]
 
 
-def _flat(value: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+def _flatten(value: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     for key, inner in value.items():
         if isinstance(inner, Mapping):
-            yield from _flat(inner, (*path, key))
+            yield from _flatten(inner, (*path, key))
         else:
             yield (*path, key), inner
 
 
 def _sections(record: TaskRecord) -> dict[str, Mapping[str, Any]]:
-    def named(*names: str) -> dict[str, Any]:
+    def attributes(*names: str) -> dict[str, Any]:
         return {name: getattr(record, name) for name in names}
 
-    flat = dict(_flat(record.metrics))
+    metrics = dict(_flatten(record.metrics))
     return {
-        "task": named("backbone", "objective", "retired"),
+        "task": attributes("backbone", "objective", "retired"),
         "config": record.config,
         "data": {"labels": list(record.labels), **record.data},
-        "metrics": {".".join(path): value for path, value in flat.items() if _PER_CLASS not in path},
+        "metrics": {".".join(path): value for path, value in metrics.items() if _PER_CLASS not in path},
         "per class": {
-            ".".join(part for part in path if part != _PER_CLASS): value
-            for path, value in flat.items()
+            ".".join(key for key in path if key != _PER_CLASS): value
+            for path, value in metrics.items()
             if _PER_CLASS in path
         },
         "packages": {"addenda": record.code_version, **record.packages},
         "parents": {"extends": list(record.extends)},
-        "sizes": named("num_parameters", "num_memory_tokens", "size_bytes", "statistics_bytes"),
+        "sizes": attributes("num_parameters", "num_memory_tokens", "size_bytes", "statistics_bytes"),
     }
 
 
@@ -82,18 +82,18 @@ Verdict = Literal["first", "another version", "equal", "other numerics", "unexpl
 
 
 @dataclass(frozen=True)
-class Scored:
-    """One scoring, measured against the earlier one of the same version on the same data.
+class ComparedEvaluation:
+    """An evaluation, compared with the previous one of the same version on the same data.
 
-    Of several earlier ones it is the last under the same numerics, else the last.
+    The previous one is the latest under the same numerics, or else the latest.
 
     Attributes:
-        evaluation: what was recorded.
-        against: the event of the earlier one; None where there is none.
-        verdict: the `first` of its data; of `another version` than those scored on its data so far; `equal`, to the
-            last digit and bit; `other numerics`, which are the reason of a difference; `unexplained`: other bits or
-            other figures under the same numerics.
-        reason: more of it, in words.
+        evaluation: the recorded evaluation.
+        against: event id of the previous evaluation; None if there is none.
+        verdict: `first`: the first evaluation on this data. `another version`: only other versions were evaluated on
+            it before. `equal`: the same metrics and bitwise identical logits. `other numerics`: a difference, explained
+            by a numerics change. `unexplained`: other metrics or other logits under the same numerics.
+        reason: the verdict's explanation.
     """
 
     evaluation: EvaluationRecord
@@ -102,64 +102,68 @@ class Scored:
     reason: str
 
 
-def history(connection: Connection, name: str) -> list[Scored]:
-    """Every scoring of every version of a name: data by data, and on each the oldest first."""
+def history(connection: Connection, name: str) -> list[ComparedEvaluation]:
+    """All evaluations of all versions of a name, grouped by data, the oldest first."""
     task = schema.task.c
     if connection.scalar(select(task.id).where(task.name == name)) is None:
         find(connection, name)
     recorded, golden = evaluations(connection, task.name == name), schema.golden.c
     numerics: _Numerics = {}
     for fingerprint in {record.numerics_fingerprint for record in recorded}:
-        probed = select(golden.numerics).where(golden.numerics_fingerprint == fingerprint).limit(1)
-        numerics[fingerprint] = connection.scalar(probed)
+        query = select(golden.numerics).where(golden.numerics_fingerprint == fingerprint).limit(1)
+        numerics[fingerprint] = connection.scalar(query)
     by_data: dict[str, list[EvaluationRecord]] = {}
     for record in recorded:
         by_data.setdefault(record.data_fingerprint, []).append(record)
-    return [_scored(found[:i], found[i], numerics) for found in by_data.values() for i in range(len(found))]
+    return [_compare(group[:i], group[i], numerics) for group in by_data.values() for i in range(len(group))]
 
 
 _Numerics = dict[str, Mapping[str, Any] | None]
-"""What numerics fingerprints stand for; None where no golden probe of any task was made under them."""
+"""Numerics by fingerprint; None if no task has a golden probe under them."""
 
 
-def _scored(before: list[EvaluationRecord], now: EvaluationRecord, numerics: _Numerics) -> Scored:
-    """A scoring, measured against those before it on the same data."""
-    own = [record for record in before if record.task == now.task]
-    if not own:
+def _compare(before: list[EvaluationRecord], now: EvaluationRecord, numerics: _Numerics) -> ComparedEvaluation:
+    """Compares an evaluation with those before it on the same data."""
+    same_version = [record for record in before if record.task == now.task]
+    if not same_version:
         if not before:
-            return Scored(now, None, "first", "the first scoring on this data")
-        return Scored(now, None, "another version", f"the first scoring of {now.task} on this data")
-    # Sorting is stable: of the same numerics, else of all, the last.
-    earlier = sorted(own, key=lambda record: record.numerics_fingerprint == now.numerics_fingerprint)[-1]
-    same = earlier.numerics_fingerprint == now.numerics_fingerprint
-    figures = _differing(earlier.metrics, now.metrics)
-    if earlier.logits_digest == now.logits_digest and not figures:
-        reason = "to the last digit and bit" + ("" if same else ", under other numerics")
-        return Scored(now, earlier.event_id, "equal", reason)
-    if not same:
-        change = _change(earlier.numerics_fingerprint, now.numerics_fingerprint, numerics)
-        return Scored(now, earlier.event_id, "other numerics", change)
-    if _method(earlier) != _method(now) and all(_close(one, other) for _, one, other in figures):
-        return Scored(now, earlier.event_id, "equal", "in its figures; version 0.1 hashed logits in another order")
-    what = "the same logits" if earlier.logits_digest == now.logits_digest else "other logits"
-    changed = ", ".join(f"{key} {one} -> {other}" for key, one, other in figures) or "the same metrics"
-    return Scored(now, earlier.event_id, "unexplained", f"{what} under the same numerics: {changed}")
+            return ComparedEvaluation(now, None, "first", "the first evaluation on this data")
+        reason = f"the first evaluation of {now.task} on this data"
+        return ComparedEvaluation(now, None, "another version", reason)
+    # Sorting is stable: the latest under the same numerics, or else the latest.
+    previous = sorted(same_version, key=lambda record: record.numerics_fingerprint == now.numerics_fingerprint)[-1]
+    same_numerics = previous.numerics_fingerprint == now.numerics_fingerprint
+    differences = _differences(previous.metrics, now.metrics)
+    if previous.logits_digest == now.logits_digest and not differences:
+        reason = "the same metrics; logits bitwise identical" + ("" if same_numerics else ", under other numerics")
+        return ComparedEvaluation(now, previous.event_id, "equal", reason)
+    if not same_numerics:
+        change = _numerics_change(previous.numerics_fingerprint, now.numerics_fingerprint, numerics)
+        return ComparedEvaluation(now, previous.event_id, "other numerics", change)
+    if _hash_version(previous) != _hash_version(now) and all(_close(old, new) for _, old, new in differences):
+        reason = "the same metrics; version 0.1 hashed logits in another order"
+        return ComparedEvaluation(now, previous.event_id, "equal", reason)
+    logits = "the same logits" if previous.logits_digest == now.logits_digest else "other logits"
+    metrics = ", ".join(f"{key} {old} -> {new}" for key, old, new in differences) or "the same metrics"
+    reason = f"{logits} under the same numerics: {metrics}"
+    return ComparedEvaluation(now, previous.event_id, "unexplained", reason)
 
 
-def _method(scoring: EvaluationRecord) -> str:
-    """How its logits were hashed: what stands before the colon of the digest, where version 0.1 has none."""
-    return scoring.logits_digest.rpartition(":")[0]
+def _hash_version(evaluation: EvaluationRecord) -> str:
+    """The prefix of the logits digest, which identifies the order of hashing; empty for version 0.1."""
+    return evaluation.logits_digest.rpartition(":")[0]
 
 
-def _close(one: Any, other: Any) -> bool:
-    """Whether two figures may be one sum, added up in another order."""
-    return isinstance(one, float) and isinstance(other, float) and math.isclose(one, other, rel_tol=1e-5, abs_tol=1e-6)
+def _close(first: Any, second: Any) -> bool:
+    """Whether two metrics may be the same sum, added up in another order."""
+    both_floats = isinstance(first, float) and isinstance(second, float)
+    return both_floats and math.isclose(first, second, rel_tol=1e-5, abs_tol=1e-6)
 
 
-def _change(one: str, other: str, numerics: _Numerics) -> str:
-    """How two numerics differ, in words."""
-    before, after = numerics[one], numerics[other]
+def _numerics_change(first: str, second: str, numerics: _Numerics) -> str:
+    """Describes a numerics change, given two numerics fingerprints."""
+    before, after = numerics[first], numerics[second]
     if before is None or after is None:
-        unknown = " and ".join(f"{fingerprint[:12]}…" for fingerprint in (one, other) if numerics[fingerprint] is None)
-        return f"what numerics {unknown} were is not known: no golden probe was recorded under them"
-    return ", ".join(f"{key} {old} -> {new}" for key, old, new in _differing(before, after))
+        unknown = " and ".join(f"{f[:12]}…" for f in (first, second) if numerics[f] is None)
+        return f"numerics {unknown} are unknown: no golden probe was recorded under them"
+    return ", ".join(f"{key} {old} -> {new}" for key, old, new in _differences(before, after))

@@ -1,1 +1,1 @@
-"""How tasks travel between registries: bundles, merges, backups."""
+"""Exchange of tasks between registries: bundles, merges and backups."""

@@ -1,4 +1,4 @@
-"""Copies of a whole registry, row for row: to a file for safekeeping, and from one into an empty registry."""
+"""Backup of a registry to a file, and restore into an empty registry, row by row."""
 
 from __future__ import annotations
 
@@ -15,101 +15,101 @@ from addenda.exceptions import IntegrityError, RegistryError
 from addenda.files import Hold, discard, is_claimed, put, written
 from addenda.registry.audit.integrity import Integrity, check_rows
 from addenda.registry.store import schema
-from addenda.registry.store.database import connect, database_errors, described, mode, reading, writing
-from addenda.registry.store.hashing import digest
+from addenda.registry.store.database import connect, database_errors, display_location, file_mode, reading, writing
+from addenda.registry.store.digests import digest
 from addenda.registry.store.ledger import tell
 from addenda.registry.store.upgrade import check_readable, upgrade
 
-_BATCH, _FEW = 500, 16
+_BATCH, _SMALL_BATCH = 500, 16
 _MARKER, _COPY = "addenda-backup", "copy.db"
 _FILES = rf"{re.escape(_COPY)}(-wal|-shm|-journal)?"
 
 
 def backup(engine: Engine, path: str | Path) -> Integrity:
-    """Copies a registry as `Reader.backup` says; a killed one leaves a folder, which the next one there removes."""
+    """Backs up a registry, see `Reader.backup`; removes the folders that interrupted backups left at the target."""
     target = Path(path).expanduser().absolute()
     _refuse_to_overwrite(target)
     if not target.parent.is_dir():
-        raise RegistryError(f"The folder {str(target.parent)!r} of the backup does not exist.")
+        raise RegistryError(f"The backup's folder {str(target.parent)!r} does not exist.")
     try:
         for folder in remains(engine, target.parent):
             discard(folder, _FILES, _MARKER)
-        with _staging(engine, target.parent) as part:
-            with _disposed(connect(part, create=True)) as copy:
-                found = _copy(engine, copy)
-            part.chmod(mode(engine))
-            put(part, target, replace=False)
+        with _staging(engine, target.parent) as staged:
+            with _disposed(connect(staged, create=True)) as copy:
+                integrity = _copy(engine, copy)
+            staged.chmod(file_mode(engine))
+            put(staged, target, replace=False)
     except FileExistsError:
         _refuse_to_overwrite(target)
         raise
     except OSError as error:
         raise RegistryError(f"The backup {str(target)!r} could not be written: {error}.") from error
-    return found
+    return integrity
 
 
 def restore(path: str | Path, location: str | Path) -> Integrity:
-    """Copies a backup into an empty registry, on SQLite or PostgreSQL; wholly or not at all.
+    """Copies a backup into an empty registry, on SQLite or PostgreSQL, in one transaction.
 
     Args:
-        path: the backup; any registry in an SQLite file will do.
-        location: where to, a path or a URL; made where there is none.
+        path: the backup, or any other registry in an SQLite file.
+        location: the target's path or URL; created if it does not exist.
 
     Returns:
-        What the check of the copy found.
+        The integrity check of the copy.
 
     Raises:
-        RegistryError: there is no such backup, its schema is older than this version's, or the target holds anything.
+        RegistryError: there is no such backup, its schema is older than this version's, or the target is not empty.
         IntegrityError: the backup is damaged; nothing was restored.
     """
     with _disposed(connect(path, create=False, read_only=True)) as source:
         check_readable(source)
         with _disposed(connect(location, create=True)) as target:
-            if target.dialect.name == "sqlite" and not os.path.lexists(described(target)):
-                os.close(os.open(described(target), os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode(source)))
+            if target.dialect.name == "sqlite" and not os.path.lexists(display_location(target)):
+                os.close(os.open(display_location(target), os.O_CREAT | os.O_EXCL | os.O_WRONLY, file_mode(source)))
             return _copy(source, target)
 
 
 def remains(engine: Engine, folder: Path | None = None) -> list[Path]:
-    """Folders that killed backups of a registry left in a folder; by default in that of the registry's own file."""
+    """Folders that interrupted backups of a registry left in a folder, by default next to the registry's file."""
     if folder is None:
         if engine.dialect.name != "sqlite":
             return []
-        folder = Path(described(engine)).parent
-    stem, text = _marks(engine)
-    found = []
-    for path in folder.glob(f"{stem}*"):
-        if is_claimed(path, _MARKER, text):
-            with suppress(OSError):  # of a backup that is running, or that has just ended
+        folder = Path(display_location(engine)).parent
+    prefix, marker_text = _folder_marks(engine)
+    folders = []
+    for path in folder.glob(f"{prefix}*"):
+        if is_claimed(path, _MARKER, marker_text):
+            with suppress(OSError):  # the backup is running, or has just finished
                 Hold(path / _MARKER, shared=False).close()
-                found.append(path)
-    return found
+                folders.append(path)
+    return folders
 
 
 @contextmanager
 def _staging(engine: Engine, folder: Path) -> Iterator[Path]:
-    """A place for a copy while it is made, in a marked folder of its own."""
-    stem, text = _marks(engine)
-    made = folder / f"{stem}{secrets.token_hex(4)}"
-    made.mkdir(mode=0o700)
-    with written(made / _MARKER) as unfinished:  # held before it has its name, so that nobody takes it for remains
-        unfinished.write_text(text)
+    """Yields the path of the unfinished copy, in a marked temporary folder."""
+    prefix, marker_text = _folder_marks(engine)
+    staging = folder / f"{prefix}{secrets.token_hex(4)}"
+    staging.mkdir(mode=0o700)
+    with written(staging / _MARKER) as unfinished:  # locked before it is renamed, so that `remains` never finds it free
+        unfinished.write_text(marker_text)
         hold = Hold(unfinished, shared=True)
     with hold:
         try:
-            yield made / _COPY
+            yield staging / _COPY
         finally:
-            discard(made, _FILES, _MARKER)
+            discard(staging, _FILES, _MARKER)
 
 
-def _marks(engine: Engine) -> tuple[str, str]:
-    """What the names of the folders of a registry's backups begin with, and what their markers say."""
-    where = described(engine)
-    return f".backup-{digest(where.encode())[:8]}-", f"A backup of {where} that is being made.\n"
+def _folder_marks(engine: Engine) -> tuple[str, str]:
+    """The name prefix of a registry's backup folders, and the text of their marker files."""
+    location = display_location(engine)
+    return f".backup-{digest(location.encode())[:8]}-", f"A backup of {location} that is being made.\n"
 
 
 def _refuse_to_overwrite(target: Path) -> None:
     if os.path.lexists(target):
-        raise RegistryError(f"{str(target)!r} exists already: a backup overwrites nothing. Choose another name.")
+        raise RegistryError(f"The file {str(target)!r} exists; a backup does not overwrite. Choose another name.")
 
 
 @contextmanager
@@ -121,30 +121,30 @@ def _disposed(engine: Engine) -> Iterator[Engine]:
 
 
 def _copy(source: Engine, target: Engine) -> Integrity:
-    """Copies every row into an empty registry, in one transaction, which a fault in what was copied rolls back."""
+    """Copies every row into an empty registry, in one transaction that is rolled back if the copy has faults."""
     upgrade(target, create=True)
-    where = described(target)
-    with reading(source) as read, database_errors(f"{where!r} was not filled"), writing(target) as write:
+    location = display_location(target)
+    with reading(source) as read, database_errors(f"{location!r} was not written"), writing(target) as write:
         for table in schema.metadata.sorted_tables:
             if write.execute(select(table).limit(1)).first() is not None:
-                raise RegistryError(f"{where!r} holds tasks or a history already: only an empty registry is filled.")
+                raise RegistryError(f"The registry {location!r} is not empty; restore into an empty one.")
         for table in schema.metadata.sorted_tables:
             _copy_table(read, write, table)
-        found = check_rows(write)
-        if not found.ok:
-            first = found.faults[0]
+        integrity = check_rows(write)
+        if not integrity.ok:
+            first = integrity.faults[0]
             raise IntegrityError(
-                f"{described(source)!r} is damaged, so that it was not copied; {len(found.faults)} faults, the first: "
-                f"{first.subject} {first.said}. See: addenda verify --deep"
+                f"{display_location(source)!r} is damaged and was not copied. Number of faults: "
+                f"{len(integrity.faults)}; the first: {first.subject} {first.said}. See: addenda verify --deep"
             )
-        tell(write, found.generation)
-    return found
+        tell(write, integrity.generation)
+    return integrity
 
 
 def _copy_table(read: Connection, write: Connection, table: Table) -> None:
-    """Copies a table's rows in the order of its key; those with large values a few at a time."""
+    """Copies a table in primary-key order, in small batches if its rows are large."""
     large = any(isinstance(column.type, LargeBinary) for column in table.c)
-    ordered = select(table).order_by(*table.primary_key)
-    rows = read.execute(ordered.execution_options(yield_per=_FEW if large else _BATCH))
-    for some in rows.mappings().partitions():
-        write.execute(insert(table), [dict(row) for row in some])
+    query = select(table).order_by(*table.primary_key)
+    rows = read.execute(query.execution_options(yield_per=_SMALL_BATCH if large else _BATCH))
+    for batch in rows.mappings().partitions():
+        write.execute(insert(table), [dict(row) for row in batch])

@@ -1,6 +1,6 @@
-"""What travels from one registry to another: tasks with all that belongs to them, as plain data that is checked.
+"""Validated data model of tasks and their associated rows in transit between registries.
 
-Bytes do not stand in it but their sha256: artifacts, logits of golden probes, statistics.
+Binary data (artifacts, golden logits, statistics) is referred to by sha256.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, create_model
 
 from addenda.exceptions import IntegrityError
-from addenda.registry.store.hashing import canonical_json
+from addenda.registry.store.digests import canonical_json
 from addenda.registry.store.names import check_name, check_tag, check_text
 from addenda.registry.store.records import ROWS, default_of
 
@@ -26,52 +26,53 @@ _TIME = r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}([.][0-9]{1,6})?
 
 
 def _time(text: str) -> str:
-    datetime.fromisoformat(text)  # a ValueError where the calendar has no such day
+    datetime.fromisoformat(text)  # raises ValueError for dates that do not exist
     return text
 
 
 Time = Annotated[str, StringConstraints(pattern=_TIME), AfterValidator(_time)]
 
 
-class _Part(BaseModel):
+class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 _CHECKS: dict[Any, Any] = {str: Text, int: Count, tuple[str, ...]: list[Text], dict[str, str]: dict[Text, Text]}
-_NAMED = {"name": Name, "version": Version, "artifact": Sha256, "digest": Sha256, "created_at": Time}
+_CHECKS_BY_NAME = {"name": Name, "version": Version, "artifact": Sha256, "digest": Sha256, "created_at": Time}
 
 
-def _checked(rows: type, **named: Any) -> Any:
-    """A row as data that is checked: by its columns' types, or by their names."""
+def _validated(rows: type, **by_name: Any) -> Any:
+    """A validating model of a row; columns are checked by name if given, or else by type."""
     hints = get_type_hints(rows)
     columns: dict[str, Any] = {
         column.name: (
-            named.get(column.name, _CHECKS.get(hints[column.name], hints[column.name])),
+            by_name.get(column.name, _CHECKS.get(hints[column.name], hints[column.name])),
             ... if (default := default_of(column)) is MISSING else default,
         )
         for column in fields(rows)
     }
-    return create_model(rows.__name__, __base__=_Part, **columns)
+    return create_model(rows.__name__, __base__=_Strict, **columns)
 
 
 if TYPE_CHECKING:
     from addenda.registry.store.records import BackboneRow, EvaluationRow, GoldenRow, RetirementRow, TaskRow
 else:
-    BackboneRow = _checked(ROWS["backbone"], created_at=Time)
-    others = (_checked(ROWS[table], **_NAMED) for table in ("task", "golden", "evaluation", "retirement"))
-    TaskRow, GoldenRow, EvaluationRow, RetirementRow = others
+    BackboneRow = _validated(ROWS["backbone"], created_at=Time)
+    TaskRow, GoldenRow, EvaluationRow, RetirementRow = (
+        _validated(ROWS[table], **_CHECKS_BY_NAME) for table in ("task", "golden", "evaluation", "retirement")
+    )
 
 
-class Parent(_Part):
-    """A task that another extends."""
+class Parent(_Strict):
+    """A parent of a task."""
 
     name: Name
     version: Version
     sha256: Sha256
 
 
-class Entry(_Part):
-    """A task and all that belongs to it."""
+class Entry(_Strict):
+    """A task and its associated rows."""
 
     task: TaskRow
     parents: list[Parent]  # in order
@@ -83,45 +84,44 @@ class Entry(_Part):
 
     @property
     def ref(self) -> str:
-        """`name:version`, at home."""
+        """`name:version` in the source."""
         return f"{self.task.name}:{self.task.version}"
 
     @property
     def blobs(self) -> Iterator[str]:
-        """The sha256 of everything that belongs to it as bytes."""
+        """The sha256 of each of the task's blobs."""
         yield self.task.artifact
         yield from (golden.digest for golden in self.goldens)
         if self.statistics is not None:
             yield self.statistics
 
 
-class Alias(_Part):
-    """`name@alias` points at a version."""
+class BundledAlias(_Strict):
+    """An alias `name@alias` and the version it points at."""
 
     name: Name
     alias: Name
     version: Version
 
 
-class Contents(_Part):
-    """All that travels together: every ancestor of a task stands before it."""
+class Contents(_Strict):
+    """Backbones and tasks in transit; a task comes after all its ancestors."""
 
     backbones: list[BackboneRow]
     tasks: list[Entry]
 
 
-def fault(error: ValidationError) -> str:
-    """The first thing that is wrong, in one line."""
+def first_error(error: ValidationError) -> str:
+    """The first validation error, in one line."""
     first = error.errors(include_url=False, include_input=False)[0]
-    place = ".".join(map(str, first["loc"]))
-    return f"{place or 'its manifest'}: {first['msg'][:200]}"
+    location = ".".join(map(str, first["loc"]))
+    return f"{location or 'its manifest'}: {first['msg'][:200]}"
 
 
-TEXT, JSON, FIGURES, MANY = 1_000, 1_000_000, 32_000_000, 1_000
-"""Characters of a text; bytes of a configuration; of figures, of which a confusion matrix is the largest; tags, golden
-probes and evaluations of one task."""
-PROBES = 64
-"""Images of a golden probe."""
+MAX_TEXT, MAX_JSON, MAX_METRICS, MAX_ROWS = 1_000, 1_000_000, 32_000_000, 1_000
+"""Maximum characters of a text; bytes of a configuration; bytes of metrics and data, where confusion matrices are
+largest; number of tags, golden probes and evaluations of a task."""
+MAX_PROBE_IMAGES = 64
 
 Share = Annotated[float, Field(ge=0, le=1)] | None
 Loss = list[float | None]
@@ -164,33 +164,32 @@ class _Metrics(_Measured):
 
 
 def check_arrival(entry: Entry) -> None:
-    """Raises IntegrityError where records are too large, too many, or have another shape than those of a task."""
+    """Raises IntegrityError if a task's records are too large, too many or malformed."""
     row = entry.task
-    for what, listed in (("tags", entry.tags), ("golden probes", entry.goldens), ("evaluations", entry.evaluations)):
-        if len(listed) > MANY:
-            raise IntegrityError(f"it has {len(listed):,} {what}; {MANY:,} is the most")
+    for what, records in (("tags", entry.tags), ("golden probes", entry.goldens), ("evaluations", entry.evaluations)):
+        if len(records) > MAX_ROWS:
+            raise IntegrityError(f"it has {len(records):,} {what}; the maximum is {MAX_ROWS:,}")
     texts = [row.code_version, row.created_by, *([entry.retirement.reason] if entry.retirement else [])]
-    texts += [one.created_by for one in (*entry.goldens, *entry.evaluations)]
-    if (longest := max(map(len, texts))) > TEXT:
-        raise IntegrityError(f"one of its texts has {longest:,} characters; {TEXT:,} is the most")
-    sizes = {"config": (row.config, JSON), "data": (row.data, FIGURES), "metrics": (row.metrics, FIGURES)}
-    sizes["packages"] = (dict(row.packages), JSON)
-    sizes |= {f"golden probe {i}": (one.numerics, JSON) for i, one in enumerate(entry.goldens)}
-    sizes |= {f"evaluation {i}": (one.metrics, FIGURES) for i, one in enumerate(entry.evaluations)}
-    for what, (value, most) in sizes.items():
-        if (found := len(canonical_json(value))) > most:
-            raise IntegrityError(f"its {what} has {found:,} bytes; {most:,} is the most")
+    texts += [record.created_by for record in (*entry.goldens, *entry.evaluations)]
+    if (longest := max(map(len, texts))) > MAX_TEXT:
+        raise IntegrityError(f"one of its texts has {longest:,} characters; the maximum is {MAX_TEXT:,}")
+    values = {"config": (row.config, MAX_JSON), "data": (row.data, MAX_METRICS), "metrics": (row.metrics, MAX_METRICS)}
+    values["packages"] = (dict(row.packages), MAX_JSON)
+    values |= {f"golden probe {i}": (golden.numerics, MAX_JSON) for i, golden in enumerate(entry.goldens)}
+    values |= {f"evaluation {i}": (record.metrics, MAX_METRICS) for i, record in enumerate(entry.evaluations)}
+    for what, (value, maximum) in values.items():
+        if (size := len(canonical_json(value))) > maximum:
+            raise IntegrityError(f"its {what} has {size:,} bytes; the maximum is {maximum:,}")
     try:
         _Metrics.model_validate(row.metrics)
-        for one in entry.evaluations:
-            _Scores.model_validate(one.metrics)
+        for evaluation in entry.evaluations:
+            _Scores.model_validate(evaluation.metrics)
     except ValidationError as error:
-        raise IntegrityError(f"its metrics are not valid: {fault(error)}") from error
-    count = len(row.labels)
-    parts = [row.metrics.get(part) or {} for part in ("validation", "test")] + [
-        one.metrics for one in entry.evaluations
-    ]
-    for part in parts:
-        matrix = part.get("confusion") or []
-        if matrix and [len(line) for line in matrix] != [count] * count:
-            raise IntegrityError(f"its metrics are not valid: a confusion matrix is not of {count} classes")
+        raise IntegrityError(f"its metrics are not valid: {first_error(error)}") from error
+    num_classes = len(row.labels)
+    metrics = [row.metrics.get(split) or {} for split in ("validation", "test")]
+    metrics += [evaluation.metrics for evaluation in entry.evaluations]
+    for scores in metrics:
+        matrix = scores.get("confusion") or []
+        if matrix and [len(line) for line in matrix] != [num_classes] * num_classes:
+            raise IntegrityError(f"its metrics are not valid: a confusion matrix is not {num_classes} x {num_classes}")

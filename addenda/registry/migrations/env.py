@@ -1,4 +1,4 @@
-"""Runs the migrations on the connection that registry/database.py hands over, inside its transaction."""
+"""Runs the migrations on the connection that `store/upgrade.py` passes, within its transaction."""
 
 from alembic import context
 

@@ -1,1 +1,1 @@
-"""What a registry holds and how it is kept: tables, ledger, tasks and their artifacts, queries."""
+"""Storage: tables, ledger, tasks and their artifacts, queries."""

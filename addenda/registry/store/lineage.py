@@ -1,4 +1,4 @@
-"""What a task extends and what extends it, as trees that are bounded whatever the registry holds."""
+"""The ancestors and descendants of a task, as trees of bounded size."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from sqlalchemy import Column, Connection, func, select
 from addenda.registry.store import schema
 from addenda.registry.store.queries import find, ref_column, retired
 
-MOST = 500
-DEEPEST = 50
-"""Tasks that one tree shows, and how far from the one that was asked for; it says how many it leaves out."""
+MAX_EDGES = 500
+MAX_DEPTH = 50
+"""Limits of one tree; `Kin.left_out` counts the tasks that were omitted."""
 
 
 @dataclass(frozen=True)
 class Kin:
-    """A task in a tree.
+    """A node of a lineage tree.
 
     Attributes:
         ref: `name:version`.
-        retired: whether it is.
-        kin: the next ones on the way that the tree goes.
-        shown: whether it stands elsewhere in the tree, nearer to the root, with its kin; here it has none.
-        left_out: how many more of its kin there are than the tree shows.
+        retired: whether the task is retired.
+        kin: parents of the task, or children, by the direction of the tree.
+        shown: whether the task's kin are listed at another node, nearer to the root, and not here.
+        left_out: number of kin omitted here.
     """
 
     ref: str
@@ -35,11 +35,11 @@ class Kin:
 
 @dataclass(frozen=True)
 class Lineage:
-    """A task's family.
+    """A task's lineage.
 
     Attributes:
-        extends: the task, and as its kin what it extends, and what these extend.
-        extended_by: the task, and as its kin what extends it, and what extends these.
+        extends: the tree of ancestors, with the task as its root.
+        extended_by: the tree of descendants, with the task as its root.
     """
 
     extends: Kin
@@ -47,34 +47,36 @@ class Lineage:
 
 
 def lineage(connection: Connection, ref: str) -> Lineage:
-    """The ancestors and the descendants of a task, retired ones too."""
+    """The ancestors and descendants of a task, including retired ones."""
     root = find(connection, ref)
     child, parent = schema.task_parent.c.task_id, schema.task_parent.c.parent_id
     return Lineage(_tree(connection, root.id, child, parent), _tree(connection, root.id, parent, child))
 
 
-def _tree(connection: Connection, root: int, here: Column[int], there: Column[int]) -> Kin:
-    """Goes level by level, so that a task that several ways lead to stands where it is nearest."""
-    level, order, room = [root], [root], MOST
+def _tree(connection: Connection, root: int, source: Column[int], target: Column[int]) -> Kin:
+    """Builds a tree breadth-first, so that a task reached by several paths is expanded nearest to the root."""
+    level, order, remaining = [root], [root], MAX_EDGES
     kin: dict[int, list[tuple[int, bool]]] = {}
     counts: dict[int, int] = {}
-    for depth in range(DEEPEST + 1):
-        counted = select(here, func.count()).where(here.in_(level)).group_by(here)
-        counts |= dict(connection.execute(counted).all())
-        if depth == DEEPEST:
+    for depth in range(MAX_DEPTH + 1):
+        count_query = select(source, func.count()).where(source.in_(level)).group_by(source)
+        counts |= dict(connection.execute(count_query).all())
+        if depth == MAX_DEPTH:
             break
-        query = select(here, there).where(here.in_(level)).order_by(here, schema.task_parent.c.position, there)
-        found = connection.execute(query.limit(room)).all()
-        room, level = room - len(found), []
-        for one, other in found:
-            kin.setdefault(one, []).append((other, other in order or other in level))
-            if not kin[one][-1][1]:
-                level.append(other)
+        edge_query = select(source, target).where(source.in_(level))
+        edge_query = edge_query.order_by(source, schema.task_parent.c.position, target)
+        edges = connection.execute(edge_query.limit(remaining)).all()
+        remaining, level = remaining - len(edges), []
+        for task_id, kin_id in edges:
+            seen = kin_id in order or kin_id in level
+            kin.setdefault(task_id, []).append((kin_id, seen))
+            if not seen:
+                level.append(kin_id)
         order += level
-    described = select(schema.task.c.id, ref_column(schema.task), retired()).where(schema.task.c.id.in_(order))
-    tasks = {number: (ref, is_retired) for number, ref, is_retired in connection.execute(described)}
-    made: dict[int, Kin] = {}
-    for number in reversed(order):
-        near = [Kin(*tasks[other], shown=True) if shown else made[other] for other, shown in kin.get(number, [])]
-        made[number] = Kin(*tasks[number], tuple(near), left_out=counts.get(number, 0) - len(near))
-    return made[root]
+    task_query = select(schema.task.c.id, ref_column(schema.task), retired()).where(schema.task.c.id.in_(order))
+    tasks = {task_id: (ref, is_retired) for task_id, ref, is_retired in connection.execute(task_query)}
+    nodes: dict[int, Kin] = {}
+    for task_id in reversed(order):
+        children = [Kin(*tasks[kin_id], shown=True) if seen else nodes[kin_id] for kin_id, seen in kin.get(task_id, [])]
+        nodes[task_id] = Kin(*tasks[task_id], tuple(children), left_out=counts.get(task_id, 0) - len(children))
+    return nodes[root]

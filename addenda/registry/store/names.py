@@ -1,4 +1,4 @@
-"""What names, tags, labels and other texts may be."""
+"""Validation of names, tags, labels and other text."""
 
 from __future__ import annotations
 
@@ -11,68 +11,68 @@ NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=:/-]{0,99}")
 
 RESERVED = {
-    "auto": "`--task auto` and `--extends auto` let Addenda choose among all tasks",
-    "combined": "the server answers for all tasks together under it",
-    "none": "it is what a router answers where no task fits",
+    "auto": "`--task auto` and `--extends auto` choose among all tasks",
+    "combined": "the server uses it for predictions of all tasks together",
+    "none": "a router returns it when no task fits",
 }
-"""Words that stand where a task's name could stand, and what they mean there."""
+"""Reserved words, and their meaning in the place of a task name."""
 
 LABELS, LABEL_CHARACTERS, LABELS_BYTES = 50_000, 1_000, 4_000_000
-"""How many labels a task may have; characters of one, bytes of all together: they stand in answers."""
+"""Maximum number of labels of a task, of characters per label, and of bytes in total; predictions contain labels."""
 
 
 def check_name(name: str) -> str:
-    """Returns a valid task or alias name; raises RegistryError for any other."""
+    """Returns a valid task or alias name; raises RegistryError otherwise."""
     if not NAME.fullmatch(name):
         raise RegistryError(
-            f"{name!r} is not a valid name: use lower-case letters, digits, '-' and '_', first a letter or digit, "
-            "63 characters at most."
+            f"{name!r} is not a valid name: use at most 63 lower-case letters, digits, '-' and '_', starting with a "
+            "letter or digit."
         )
     return name
 
 
 def check_new_name(name: str) -> str:
-    """Returns a name that a task may be given; raises RegistryError for one that means something else in its place.
+    """Returns a valid name for a new task; raises RegistryError for invalid or reserved names.
 
-    Tasks that have one from before are reached as `name:version`.
+    Tasks that were registered under a name before it was reserved are still reached as `name:version`.
     """
     if name in RESERVED:
-        raise RegistryError(f"No task can be called {name!r}: {RESERVED[name]}. Choose another name.")
+        raise RegistryError(f"The name {name!r} is reserved: {RESERVED[name]}. Choose another name.")
     return check_name(name)
 
 
 def check_tag(tag: str) -> str:
-    """Returns a valid tag; raises RegistryError for any other."""
+    """Returns a valid tag; raises RegistryError otherwise."""
     if not TAG.fullmatch(tag):
         raise RegistryError(
-            f"{tag!r} is not a valid tag: use letters, digits and '.', '_', '=', ':', '/', '-', first a letter or "
-            "digit, 100 characters at most."
+            f"{tag!r} is not a valid tag: use at most 100 letters, digits and '.', '_', '=', ':', '/', '-', starting "
+            "with a letter or digit."
         )
     return tag
 
 
 def check_labels(labels: Sequence[str]) -> None:
-    """Raises RegistryError where labels are too long, or hold what no database or file of text can."""
+    """Raises RegistryError if there are too many labels, or a label is too long, empty or not storable."""
     if len(labels) > LABELS:
-        raise RegistryError(f"There are {len(labels):,} labels; {LABELS:,} is the most.")
+        raise RegistryError(f"There are {len(labels):,} labels; the maximum is {LABELS:,}.")
     for label in labels:
         check_text(label, f"The label {label[:40]!r}")
         if not label:
             raise RegistryError("A label is empty: every class needs a name.")
         if len(label) > LABEL_CHARACTERS:
             raise RegistryError(
-                f"The label {label[:40]!r}… has {len(label):,} characters; {LABEL_CHARACTERS:,} is the most."
+                f"The label {label[:40]!r}… has {len(label):,} characters; the maximum is {LABEL_CHARACTERS:,}."
             )
-    if (together := sum(len(label.encode()) for label in labels)) > LABELS_BYTES:
-        raise RegistryError(f"{len(labels):,} labels have {together:,} bytes together; {LABELS_BYTES:,} is the most.")
+    if (total := sum(len(label.encode()) for label in labels)) > LABELS_BYTES:
+        raise RegistryError(f"{len(labels):,} labels have {total:,} bytes in total; the maximum is {LABELS_BYTES:,}.")
 
 
 def check_text(text: str, what: str) -> str:
-    """Returns a text that every database and file can hold; a RegistryError begins with what it is."""
+    """Returns text that every database and file can store; the message of a RegistryError starts with `what`."""
     if "\0" in text:
-        raise RegistryError(f"{what} holds a NUL character, which PostgreSQL cannot keep: leave it out.")
+        raise RegistryError(f"{what} contains a NUL character, which PostgreSQL cannot store; remove it.")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise RegistryError(f"{what} is not UTF-8: {text[:40]!r}.") from error
+        raise RegistryError(f"{what} cannot be encoded as UTF-8: {text[:40]!r}.") from error
     return text

@@ -1,4 +1,4 @@
-"""What a task's logits mean: its objective, and the one metric that stands for it."""
+"""Objectives, and the headline metric of each."""
 
 from __future__ import annotations
 
@@ -6,37 +6,37 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 
-class Objective(NamedTuple):
-    """What an objective means, wherever logits are read."""
+class ObjectiveMeaning(NamedTuple):
+    """The meaning of an objective."""
 
-    headline: str  # a key of what the learner's objective scores
-    exclusive: bool  # one label an image, by a softmax; else any number of labels, each by a sigmoid of its own
+    headline: str  # key of the headline metric
+    exclusive: bool  # True: one label per image (softmax); False: any number of labels (a sigmoid each)
 
 
 OBJECTIVES = {
-    "single-label": Objective("accuracy", exclusive=True),
-    "multi-label": Objective("mean_average_precision", exclusive=False),
+    "single-label": ObjectiveMeaning("accuracy", exclusive=True),
+    "multi-label": ObjectiveMeaning("mean_average_precision", exclusive=False),
 }
 
 
 def headline(objective: str) -> str:
-    """The one metric that stands for a task of this objective."""
+    """The name of an objective's headline metric."""
     return OBJECTIVES[objective].headline
 
 
 BASELINES = {"linear_probe": "linear probe", "layer_probe": "layer probe", "regression": "linear probe"}
-"""What is measured beside a task on the same images, by its name in metrics; the last is version 0.1's."""
+"""Baselines measured on a task's data, by their key in the metrics; version 0.1 used the last key."""
 
 
 def baselines(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """What was measured beside a task, by what it is called."""
-    return {called: metrics[key] for key, called in BASELINES.items() if metrics.get(key)}
+    """The metrics of a task's baselines, by display name."""
+    return {name: metrics[key] for key, name in BASELINES.items() if metrics.get(key)}
 
 
 def score_of(objective: str, metrics: Mapping[str, Any]) -> float | None:
-    """The headline metric on the test images, else on the validation part; None where neither was measured."""
-    for part in ("test", "validation"):
-        value = (metrics.get(part) or {}).get(headline(objective))
+    """The headline metric on the test split, or else on the validation split; None if neither was measured."""
+    for split in ("test", "validation"):
+        value = (metrics.get(split) or {}).get(headline(objective))
         if value is not None:
             return float(value)
     return None

@@ -1,4 +1,4 @@
-"""Finding tasks: by reference, and by what a person asks for, a page at a time."""
+"""Queries for tasks: by reference, and by filter and page."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ from sqlalchemy import (
 
 from addenda.exceptions import DataError, UnknownTaskError
 from addenda.registry.store import schema
-from addenda.registry.store.header import insides
+from addenda.registry.store.header import read_headers
 from addenda.registry.store.records import EvaluationRecord, EvaluationRow, TaskColumns, TaskRecord, columns_of
 
-SEEN = 200  # names that are looked at, at most, for those like one that is not there
+MAX_CANDIDATES = 200  # names compared with an unknown one, to suggest similar names
 _BATCH = 500
-NUMBER = re.compile(r"[1-9][0-9]{0,8}")
+VERSION = re.compile(r"[1-9][0-9]{0,8}")
 
 
 @dataclass(frozen=True)
 class TaskFilter:
-    """Which tasks to list; every condition given must hold.
+    """A filter for listing tasks; all given conditions must hold.
 
     Attributes:
-        name: exactly this name, or names that match it where it holds a `*`.
-        backbone: the start of a backbone's fingerprint, or its timm name.
-        tag: carries this tag.
+        name: exact name, or a pattern with `*`.
+        backbone: a backbone's timm name, or the start of its fingerprint.
+        tag: has this tag.
         extends: extends this task directly: `name:version`.
-        min_score: headline metric, 0 to 1, at least; of the test images, else of the validation part.
-        since: registered at this time or later, ISO 8601, in UTC where it names no zone; a date will do.
+        min_score: minimum headline metric, 0 to 1, on the test split or else on the validation split.
+        since: registered at this time or later: ISO 8601 date or time, in UTC by default.
         until: registered before this time.
-        retired: whether retired tasks are listed too.
+        retired: whether to include retired tasks.
     """
 
     name: str | None = None
@@ -60,12 +60,12 @@ class TaskFilter:
 
 
 def ref_of(row: Row[Any]) -> str:
-    """`name:version` of a task's row."""
+    """A task row's `name:version`."""
     return f"{row.name}:{row.version}"
 
 
 def ref_column(task: FromClause) -> ColumnElement[str]:
-    """`name:version` of the tasks of a query."""
+    """The SQL expression for `name:version`."""
     return task.c.name + ":" + cast(task.c.version, String)
 
 
@@ -75,12 +75,12 @@ def is_retired(connection: Connection, row: Row[Any]) -> bool:
 
 
 def retired() -> ColumnElement[bool]:
-    """The condition that a task is retired."""
+    """The SQL condition that a task is retired."""
     return select(schema.retirement.c.task_id).where(schema.retirement.c.task_id == schema.task.c.id).exists()
 
 
 def listing(connection: Connection, chosen: TaskFilter, limit: int | None, before: str | None) -> Select[Any]:
-    """The tasks of a filter, newest first, as `Reader.tasks` says; `limit` None: all."""
+    """The query for tasks that match a filter, newest first; see `Reader.tasks`."""
     task = schema.task.c
     query = select(task.id).order_by(task.id.desc())
     if chosen.name is not None:
@@ -88,13 +88,14 @@ def listing(connection: Connection, chosen: TaskFilter, limit: int | None, befor
         query = query.where(task.name.like(pattern, escape="\\") if "*" in chosen.name else task.name == chosen.name)
     if chosen.backbone is not None:
         backbone = schema.backbone.c
-        is_it = (backbone.name == chosen.backbone) | backbone.fingerprint.startswith(chosen.backbone, autoescape=True)
-        query = query.where(task.backbone.in_(select(backbone.fingerprint).where(is_it)))
+        starts = backbone.fingerprint.startswith(chosen.backbone, autoescape=True)
+        matches = select(backbone.fingerprint).where((backbone.name == chosen.backbone) | starts)
+        query = query.where(task.backbone.in_(matches))
     if chosen.tag is not None:
         query = query.where(task.id.in_(select(schema.tag.c.task_id).where(schema.tag.c.tag == chosen.tag)))
     if chosen.extends is not None:
-        of, parent = schema.task_parent.c, find(connection, chosen.extends).id
-        query = query.where(task.id.in_(select(of.task_id).where(of.parent_id == parent)))
+        edge, parent = schema.task_parent.c, find(connection, chosen.extends).id
+        query = query.where(task.id.in_(select(edge.task_id).where(edge.parent_id == parent)))
     if chosen.min_score is not None:
         query = query.where(task.score >= chosen.min_score)
     if chosen.since is not None:
@@ -105,32 +106,33 @@ def listing(connection: Connection, chosen: TaskFilter, limit: int | None, befor
         query = query.where(~retired())
     if before is not None:
         query = query.where(task.id < find(connection, before).id)
-    # The numbers are found in an index that holds all columns asked for above; whole rows are read for one page only.
+    # A covering index answers the inner query for ids; full rows are read for one page only.
     page = query.limit(limit).correlate(None)
     return select(schema.task).where(task.id.in_(page)).order_by(task.id.desc())
 
 
 def current(connection: Connection, backbone: str, alias: str | None) -> list[Row[Any]]:
-    """Rows of the newest active version of each name on a backbone, or of those of an alias; oldest first."""
+    """Rows of the newest active version of each task on a backbone, or of an alias's versions, oldest first."""
     query = select(schema.task).where(schema.task.c.backbone == backbone)
-    query = query.order_by(schema.task.c.version)  # an older one may have been imported after a newer one
+    query = query.order_by(schema.task.c.version)  # not by id: an older version may be imported after a newer one
     query = query.where(~retired()) if alias is None else query.join(schema.alias).where(schema.alias.c.alias == alias)
     newest = {row.name: row for row in connection.execute(query)}
     return sorted(newest.values(), key=lambda row: int(row.id))
 
 
 def _utc(text: str) -> str:
-    """A time as it is stored; DataError where it is none."""
+    """Converts an ISO 8601 time to its stored form; raises DataError if it is invalid."""
     try:
-        given = datetime.fromisoformat(text)
+        time = datetime.fromisoformat(text)
     except ValueError as error:
-        raise DataError(f"{text!r} is no time: write 2026-01-31, or 2026-01-31T12:00, in UTC.") from error
-    utc = given.replace(tzinfo=UTC) if given.tzinfo is None else given.astimezone(UTC)
+        message = f"{text!r} is not an ISO 8601 time. Examples, in UTC: 2026-01-31, 2026-01-31T12:00."
+        raise DataError(message) from error
+    utc = time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
     return utc.isoformat(timespec="microseconds")
 
 
 def find(connection: Connection, ref: str) -> Row[Any]:
-    """The task row of a reference; UnknownTaskError where there is no such task, version or alias."""
+    """The task row of a reference; raises UnknownTaskError."""
     task = schema.task.c
     query = select(schema.task).order_by(task.version.desc()).limit(1)
     name, at, alias = ref.partition("@")
@@ -138,70 +140,71 @@ def find(connection: Connection, ref: str) -> Row[Any]:
         query = query.join(schema.alias).where(schema.alias.c.name == name, schema.alias.c.alias == alias)
     else:
         name, colon, version = ref.partition(":")
-        number = int(version) if NUMBER.fullmatch(version) else -1
+        number = int(version) if VERSION.fullmatch(version) else -1
         query = query.where(task.name == name, task.version == number if colon else ~retired())
     row = connection.execute(query).first()
     if row is None:
-        names = select(task.name).distinct().order_by(task.name).limit(SEEN)
-        alike = task.name.startswith(name[:2], autoescape=True)
-        known = list(dict.fromkeys((*connection.scalars(names.where(alike)), *connection.scalars(names))))
-        near = difflib.get_close_matches(name[:100], known, n=5, cutoff=0.4) or known[:5]
-        listed = ", ".join(repr(k) for k in near) + (", …" if len(near) < len(known) else "")
-        there = connection.scalar(select(task.id).where(task.name == name).limit(1))
-        why = "has no active version" if there is not None and ref == name else "is not registered"
+        names = select(task.name).distinct().order_by(task.name).limit(MAX_CANDIDATES)
+        same_start = task.name.startswith(name[:2], autoescape=True)
+        known = list(dict.fromkeys((*connection.scalars(names.where(same_start)), *connection.scalars(names))))
+        similar = difflib.get_close_matches(name[:100], known, n=5, cutoff=0.4) or known[:5]
+        listed = ", ".join(map(repr, similar)) + (", …" if len(similar) < len(known) else "")
+        task_id = connection.scalar(select(task.id).where(task.name == name).limit(1))
+        why = "has no active version" if task_id is not None and ref == name else "is not registered"
         raise UnknownTaskError(f"Task {ref!r} {why}. Known: {listed or 'none'}. See: addenda tasks list")
     return row
 
 
 def rows_where(connection: Connection, table: Table, column: str, values: Collection[Any]) -> dict[Any, list[Row[Any]]]:
-    """A table's rows by the values of a column, in the order of their key; without the bytes that they hold."""
-    found, listed = defaultdict(list), list(values)
-    wanted = select(*(c for c in table.c if not isinstance(c.type, LargeBinary))).order_by(*table.primary_key)
+    """A table's rows grouped by the values of a column, ordered by primary key, without binary columns."""
+    groups, listed = defaultdict(list), list(values)
+    query = select(*(c for c in table.c if not isinstance(c.type, LargeBinary))).order_by(*table.primary_key)
     for start in range(0, len(listed), _BATCH):
-        for row in connection.execute(wanted.where(table.c[column].in_(listed[start : start + _BATCH]))):
-            found[getattr(row, column)].append(row)
-    return found
+        for row in connection.execute(query.where(table.c[column].in_(listed[start : start + _BATCH]))):
+            groups[getattr(row, column)].append(row)
+    return groups
 
 
 def with_ancestors(
     connection: Connection, rows: Sequence[Row[Any]]
 ) -> tuple[dict[int, Row[Any]], dict[int, list[int]]]:
-    """Rows of tasks and of all that they extend, by id, and the ids of each one's parents in order."""
-    found: dict[int, Row[Any]] = {}
+    """Rows of tasks and all their ancestors, by id, and each task's parent ids, in order."""
+    tasks: dict[int, Row[Any]] = {}
     parents: dict[int, list[int]] = defaultdict(list)
     while rows:
         level = {row.id: row for row in rows}
-        found |= level
+        tasks |= level
         edges = rows_where(connection, schema.task_parent, "task_id", level)
-        parents |= {child: [edge.parent_id for edge in kin] for child, kin in edges.items()}
-        unseen = {parent for child in edges for parent in parents[child]} - found.keys()
+        parents |= {child: [edge.parent_id for edge in group] for child, group in edges.items()}
+        unseen = {parent for child in edges for parent in parents[child]} - tasks.keys()
         rows = [row for rows in rows_where(connection, schema.task, "id", unseen).values() for row in rows]
-    return found, parents
+    return tasks, parents
 
 
-def evaluations(connection: Connection, chosen: ColumnElement[bool]) -> list[EvaluationRecord]:
-    """The recorded scorings of the tasks that a condition holds for, oldest first."""
+def evaluations(connection: Connection, condition: ColumnElement[bool]) -> list[EvaluationRecord]:
+    """The evaluations of the tasks that satisfy a condition, oldest first."""
     task, evaluation = schema.task.c, schema.evaluation.c
     columns = [evaluation[name] for name in (*columns_of(EvaluationRow), "event_id")]
     query = select(task.name, task.version, *columns).join_from(schema.evaluation, schema.task)
     return [
         EvaluationRecord(task=ref_of(row), **{column.name: row._mapping[column] for column in columns})
-        for row in connection.execute(query.where(chosen).order_by(evaluation.id))
+        for row in connection.execute(query.where(condition).order_by(evaluation.id))
     ]
 
 
 def records(connection: Connection, rows: Sequence[Row[Any]]) -> list[TaskRecord]:
-    """What is known of some task rows; a fixed number of queries for each _BATCH of them."""
+    """Records of task rows; uses a fixed number of queries per _BATCH rows."""
     starts = range(0, len(rows), _BATCH)
     return [record for start in starts for record in _records(connection, rows[start : start + _BATCH])]
 
 
 def _records(connection: Connection, rows: Sequence[Row[Any]]) -> list[TaskRecord]:
     ids, hashes = {row.id for row in rows}, {row.artifact for row in rows}
-    parent, of = schema.task.alias(), schema.task_parent.c
-    edges = select(of.task_id, ref_column(parent)).join(parent, of.parent_id == parent.c.id).where(of.task_id.in_(ids))
+    parent, edge = schema.task.alias(), schema.task_parent.c
+    edges = select(edge.task_id, ref_column(parent)).join(parent, edge.parent_id == parent.c.id)
+    edges = edges.where(edge.task_id.in_(ids)).order_by(edge.task_id, edge.position)
     parents = defaultdict(list)
-    for child, ref in connection.execute(edges.order_by(of.task_id, of.position)):
+    for child, ref in connection.execute(edges):
         parents[child].append(ref)
     aliases = rows_where(connection, schema.alias, "task_id", ids)
     tags = rows_where(connection, schema.tag, "task_id", ids)
@@ -213,19 +216,19 @@ def _records(connection: Connection, rows: Sequence[Row[Any]]) -> list[TaskRecor
 
     size_bytes = sizes(schema.artifact, "sha256", hashes)
     statistics_bytes = sizes(schema.statistics, "task_id", ids)
-    found = insides(connection, hashes)
+    headers = read_headers(connection, hashes)
     return [
         TaskRecord(
             **{column: getattr(row, column) for column in columns_of(TaskColumns) if column != "labels"},
             labels=tuple(row.labels),
             sha256=row.artifact,
             size_bytes=size_bytes.get(row.artifact, 0),
-            **found[row.artifact]._asdict(),
+            **headers[row.artifact]._asdict(),
             statistics_bytes=statistics_bytes.get(row.id, 0),
             extends=tuple(parents[row.id]),
-            aliases=tuple(one.alias for one in aliases[row.id]),
-            tags=tuple(one.tag for one in tags[row.id]),
-            retired=next((one.reason for one in retirements[row.id]), None),
+            aliases=tuple(alias.alias for alias in aliases[row.id]),
+            tags=tuple(tag.tag for tag in tags[row.id]),
+            retired=next((retirement.reason for retirement in retirements[row.id]), None),
             generation=row.event_id,
         )
         for row in rows

@@ -1,4 +1,4 @@
-"""What the registry keeps and tells: each column of a row once, for the tables, for records, and for bundles."""
+"""Columns of the registry's rows, defined once for tables, records and bundles."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Stamped:
-    """Who made a row, and when: ISO 8601 in UTC, as text, which has one form on every database and sorts."""
+    """Author and time of a row. The time is ISO 8601 text in UTC: the same on every database, and sortable."""
 
     created_by: str
     created_at: str
@@ -16,7 +16,7 @@ class Stamped:
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneRow(Stamped):
-    """A frozen backbone; without who and when it is what `FrozenBackbone.record` gives."""
+    """A frozen backbone, as `FrozenBackbone.record` describes it, with author and time."""
 
     fingerprint: str
     name: str
@@ -32,30 +32,30 @@ class BackboneRow(Stamped):
 
 @dataclass(frozen=True, kw_only=True)
 class TaskColumns:
-    """What a task's row and its record share."""
+    """Columns that a task's row and its record share."""
 
     name: str
-    version: int  # its number under that name, from 1
-    backbone: str  # fingerprint of its backbone
+    version: int  # number under that name, from 1
+    backbone: str  # the backbone's fingerprint
     labels: tuple[str, ...]  # class names
-    num_memory_tokens: int  # m, of each layer
-    num_parameters: int  # numbers that it adds to the backbone
-    objective: str  # how its logits are read
-    config: dict[str, Any]  # the resolved configuration that made it
-    metrics: dict[str, Any]  # what was measured when it was learned
-    # Its headline metric on the test images, else on the validation part; None where neither was measured.
-    score: float | None = field(metadata={"before": None})
-    data: dict[str, Any]  # what it was learned from
-    code_version: str  # Addenda's version that learned it
-    # Versions of Python and of the packages that had a part in learning it.
-    packages: dict[str, str] = field(metadata={"before": {}})
-    created_by: str  # who registered it
-    created_at: str  # when, ISO 8601 in UTC
+    num_memory_tokens: int  # m, per layer
+    num_parameters: int  # parameters added to the backbone
+    objective: str  # a key of OBJECTIVES
+    config: dict[str, Any]  # resolved training configuration
+    metrics: dict[str, Any]  # measured during training
+    # Headline metric on the test split, or else on the validation split; None if neither was measured.
+    score: float | None = field(metadata={"default_in_old_rows": None})
+    data: dict[str, Any]  # fingerprint, counts and labels of the training data
+    code_version: str  # Addenda version that trained the task
+    # Versions of Python and of the packages that training depends on.
+    packages: dict[str, str] = field(metadata={"default_in_old_rows": {}})
+    created_by: str  # author
+    created_at: str  # ISO 8601 in UTC
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskRow(TaskColumns):
-    """A task's row; `artifact` is a sha256."""
+    """A task's row; `artifact` is its artifact's sha256."""
 
     artifact: str
 
@@ -65,18 +65,19 @@ class TaskRecord(TaskColumns):
     """One registered version of a task.
 
     Attributes:
-        sha256: its artifact's digest.
-        size_bytes: its artifact's size.
-        adapter_rank: r, the rank of its adapters, 0 without; None where the stored artifact is damaged.
-        temperature: what its logits are divided by to become probabilities; None likewise.
-        has_token: whether it has a class token of its own; None likewise.
-        num_layer_features: n, the layer features that its head reads, 0 without a layer head; None likewise.
-        statistics_bytes: the size of what a router knows of its images; 0 where it knows nothing.
-        extends: references of its parents, in order.
-        aliases: the aliases that point at this version.
-        tags: its tags.
-        retired: why it was retired; None while it is active.
-        generation: the registry's generation that began with it.
+        sha256: the artifact's digest.
+        size_bytes: the artifact's size.
+        adapter_rank: r, the adapters' rank, 0 without adapters; None if the stored artifact is damaged.
+        temperature: of temperature scaling; None if the stored artifact is damaged.
+        has_token: whether the task has a class token; None if the stored artifact is damaged.
+        num_layer_features: n, the layer features that the head reads, 0 without a layer head; None if the stored
+            artifact is damaged.
+        statistics_bytes: size of the routing statistics, 0 without.
+        extends: references of the parents, in order.
+        aliases: aliases that point at this version.
+        tags: the version's tags.
+        retired: reason of the retirement; None for an active version.
+        generation: the registry's generation after the registration.
     """
 
     sha256: str
@@ -99,21 +100,21 @@ class TaskRecord(TaskColumns):
 
     @property
     def reads(self) -> str:
-        """What its head reads of the frozen network, in words."""
+        """The features that the head reads, in words."""
         if self.has_token is None:
             return "damaged"
-        parts = ["the pooled feature"]
+        inputs = ["the pooled feature"]
         if self.has_token:
             memory = f"{self.num_memory_tokens} memory token{'' if self.num_memory_tokens == 1 else 's'} in each layer"
-            parts = [f"a class token with {memory}"]
-            parts += [f"adapters of rank {self.adapter_rank}"] if self.adapter_rank else []
-        parts += [f"{self.num_layer_features:,} layer features"] if self.num_layer_features else []
-        return ", ".join(parts)
+            inputs = [f"a class token with {memory}"]
+            inputs += [f"adapters of rank {self.adapter_rank}"] if self.adapter_rank else []
+        inputs += [f"{self.num_layer_features:,} layer features"] if self.num_layer_features else []
+        return ", ".join(inputs)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GoldenRow(Stamped):
-    """A golden probe without its logits, whose sha256 is `digest`."""
+    """A golden probe, without its logits; `digest` is their sha256."""
 
     numerics_fingerprint: str
     numerics: dict[str, Any]
@@ -121,15 +122,15 @@ class GoldenRow(Stamped):
 
 
 @dataclass(frozen=True)
-class Scoring:
-    """One scoring of a task: on what, under which numerics, and what came out.
+class Evaluation:
+    """An evaluation: metrics of a task on labelled data.
 
     Attributes:
-        data_fingerprint: of the images and their labels.
-        numerics_fingerprint: under which it was made.
-        metrics: the figures.
-        logits_digest: sha256 over the logits in the order of the images' contents, with `2:` before it; without, of
-            version 0.1 and in the order of the files.
+        data_fingerprint: fingerprint of the images and their labels.
+        numerics_fingerprint: fingerprint of the numerics it was computed under.
+        metrics: the metrics.
+        logits_digest: `2:` and the sha256 of the logits, ordered by image content. Version 0.1 wrote no prefix and
+            ordered the logits by file.
     """
 
     data_fingerprint: str
@@ -139,15 +140,15 @@ class Scoring:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationRow(Stamped, Scoring):
-    """A scoring as it was recorded, at a generation of the registry where it was made."""
+class EvaluationRow(Stamped, Evaluation):
+    """An evaluation as recorded; `generation` is that of the registry where it was made."""
 
     generation: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationRecord(EvaluationRow):
-    """A recorded scoring, of which task, and the event here: an imported one's is the import's."""
+    """A recorded evaluation with its task and event; an imported evaluation has the event of the import."""
 
     task: str
     event_id: int
@@ -155,7 +156,7 @@ class EvaluationRecord(EvaluationRow):
 
 @dataclass(frozen=True, kw_only=True)
 class RetirementRow(Stamped):
-    """Why a task was retired."""
+    """The retirement of a task."""
 
     reason: str
 
@@ -165,14 +166,13 @@ class Event:
     """One change of a registry.
 
     Attributes:
-        id: its number, from 1 without gaps; the registry's generation after it.
-        kind: what was done: backbone, registered, imported, golden, evaluated, alias, tagged, untagged, noted,
-            retired, upgraded.
-        subject: of which task version, alias or backbone.
-        details: more of it, by kind.
-        created_by: who did it.
-        created_at: when, ISO 8601 in UTC.
-        digest: sha256 over all this, the rows that it wrote, and the event before.
+        id: counts from 1 without gaps; the registry's generation after the change.
+        kind: backbone, registered, imported, golden, evaluated, alias, tagged, untagged, noted, retired or upgraded.
+        subject: the task version, alias or backbone.
+        details: further values, by kind.
+        created_by: the author.
+        created_at: ISO 8601 in UTC.
+        digest: sha256 of the attributes above, the rows that the event wrote, and the previous event's digest.
     """
 
     id: int
@@ -191,23 +191,23 @@ ROWS = {
     "evaluation": EvaluationRow,
     "retirement": RetirementRow,
 }
-"""The rows that events seal and bundles carry, by table."""
+"""The rows that event digests cover and bundles contain, by table."""
 
 
 def columns_of(rows: type) -> list[str]:
-    """The columns of a row."""
+    """The names of a row's columns."""
     return [column.name for column in fields(rows)]
 
 
 def default_of(column: Field[Any]) -> Any:
-    """A column's default; MISSING where it has none."""
+    """A column's default, or MISSING."""
     return column.default if column.default_factory is MISSING else column.default_factory()
 
 
 def defaults(rows: type) -> dict[str, Any]:
-    """What columns that later versions added hold in older rows: so much leaves a seal, or a bundle, as it was.
+    """The values that later-added columns have in older rows; event digests and bundles omit them.
 
-    Two came before there were bundles, which always carry them: they have no default, and say `before` alone.
+    Columns added before bundles existed are always in a bundle: they have `default_in_old_rows` but no default.
     """
-    found = {column.name: column.metadata.get("before", default_of(column)) for column in fields(rows)}
-    return {name: value for name, value in found.items() if value is not MISSING}
+    values = {column.name: column.metadata.get("default_in_old_rows", default_of(column)) for column in fields(rows)}
+    return {name: value for name, value in values.items() if value is not MISSING}

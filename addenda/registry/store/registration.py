@@ -1,4 +1,4 @@
-"""Registering a task: its rows, and the event that seals them."""
+"""Registering a task: its rows and their event."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ from sqlalchemy import Connection, Row, insert, select
 import addenda
 from addenda.exceptions import IntegrityError, NameTakenError, RegistryError, RetiredError
 from addenda.registry.store import ledger, schema
-from addenda.registry.store.hashing import digest
+from addenda.registry.store.digests import digest
 from addenda.registry.store.ledger import Writer, next_id
-from addenda.registry.store.loading import FeatureStatistics, load_task
 from addenda.registry.store.names import check_labels, check_new_name
 from addenda.registry.store.objectives import score_of
 from addenda.registry.store.queries import find, ref_of
-from addenda.registry.store.records import Scoring
+from addenda.registry.store.records import Evaluation
 from addenda.registry.store.task import Golden, Task, check_unwritten, is_finite
+from addenda.registry.store.task_reader import FeatureStatistics, load_task
 
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "safetensors")
 
 
 @cache
 def packages() -> dict[str, str]:
-    """Versions of Python and of the packages that have a part in learning a task."""
-    found = {"python": platform.python_version()}
+    """Versions of Python and of the packages that training depends on."""
+    versions = {"python": platform.python_version()}
     for name in _PACKAGES:
         with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+            versions[name] = version(name)
+    return versions
 
 
 def register(
-    to: Writer,
+    writer: Writer,
     task: Task,
     probe: Mapping[str, Any],
     statistics: FeatureStatistics | None,
     new_version: bool,
-    evaluations: Sequence[Scoring],
+    evaluations: Sequence[Evaluation],
 ) -> Task:
-    """Adds a task as `Registry.register` says, with its golden probe's row."""
-    connection = to.connection
+    """Registers a checked task, given its golden probe's row; see `Registry.register`."""
+    connection = writer.connection
     query = select(schema.task, schema.retirement.c.reason).join(schema.retirement, isouter=True)
     query = query.where(schema.task.c.name == task.name).order_by(schema.task.c.id)
     versions = connection.execute(query).all()
@@ -59,7 +59,9 @@ def register(
         raise NameTakenError(task.name, max(row.version for row in versions))
     known = select(schema.backbone.c.name).where(schema.backbone.c.fingerprint == task.backbone)
     if connection.scalar(known) is None:
-        raise RegistryError(f"Task {task.name!r} was learned on a backbone that is not registered: add_backbone first.")
+        raise RegistryError(
+            f"The backbone of task {task.name!r} is not registered; call add_backbone(backbone.record()) first."
+        )
     version = max((row.version for row in versions), default=0) + 1
     columns = {
         **derived(task),
@@ -71,23 +73,23 @@ def register(
         "data": dict(task.data),
         "code_version": addenda.__version__,
         "packages": packages(),
-        **to.who,
+        **writer.stamp,
     }
     insert_task(
-        to,
+        writer,
         "registered",
         columns,
         task.artifact,
         [_parent(connection, task, parent) for parent in task.parents],
-        [{**probe, **to.who}],
+        [{**probe, **writer.stamp}],
         None if statistics is None else {"sha256": statistics.sha256, "data": statistics.data},
-        [{**vars(evaluation), **to.who} for evaluation in evaluations],
+        [{**vars(evaluation), **writer.stamp} for evaluation in evaluations],
     )
     return load_task(connection, find(connection, f"{task.name}:{version}"))
 
 
-def checked(task: Task, golden: Golden, statistics: FeatureStatistics | None) -> dict[str, Any]:
-    """A task's golden probe as a row; raises as `Registry.register` does where it may not be registered anywhere."""
+def check_new_task(task: Task, golden: Golden, statistics: FeatureStatistics | None) -> dict[str, Any]:
+    """Checks that a task may be registered, whatever the registry contains; returns its golden probe's row."""
     check_new_name(task.name)
     if statistics is not None:
         statistics.check(len(task.labels))
@@ -99,7 +101,7 @@ def checked(task: Task, golden: Golden, statistics: FeatureStatistics | None) ->
 
 
 def insert_task(
-    to: Writer,
+    writer: Writer,
     kind: str,
     columns: Mapping[str, Any],
     artifact: bytes,
@@ -109,29 +111,29 @@ def insert_task(
     evaluations: Sequence[Mapping[str, Any]],
     **details: Any,
 ) -> int:
-    """Inserts a task and all that belongs to it, rows without this registry's numbers; returns the event's id."""
-    connection, sha256 = to.connection, columns["artifact"]
-    number, task_id = ledger.generation(connection) + 1, next_id(connection, schema.task)
-    kept = connection.scalar(select(schema.artifact.c.data).where(schema.artifact.c.sha256 == sha256))
-    if kept is None:
+    """Inserts a task and its associated rows, which have no ids yet; returns the event's id."""
+    connection, sha256 = writer.connection, columns["artifact"]
+    event_id, task_id = ledger.generation(connection) + 1, next_id(connection, schema.task)
+    stored = connection.scalar(select(schema.artifact.c.data).where(schema.artifact.c.sha256 == sha256))
+    if stored is None:
         connection.execute(insert(schema.artifact).values(sha256=sha256, data=artifact))
-    elif kept != artifact:
-        raise IntegrityError(f"The bytes of sha256 {sha256[:12]}… that are stored already have changed.")
-    connection.execute(insert(schema.task).values(**columns, id=task_id, event_id=number))
+    elif stored != artifact:
+        raise IntegrityError(f"The stored artifact with sha256 {sha256[:12]}… has changed.")
+    connection.execute(insert(schema.task).values(**columns, id=task_id, event_id=event_id))
     for position, parent in enumerate(parents):
         connection.execute(insert(schema.task_parent).values(task_id=task_id, position=position, parent_id=parent))
     for golden in goldens:
-        connection.execute(insert(schema.golden).values(**golden, task_id=task_id, event_id=number))
+        connection.execute(insert(schema.golden).values(**golden, task_id=task_id, event_id=event_id))
     if statistics is not None:
         connection.execute(insert(schema.statistics).values(**statistics, task_id=task_id))
-    for evaluation in evaluations:  # one without a generation is of this event's
-        numbers = {"id": next_id(connection, schema.evaluation), "task_id": task_id, "event_id": number}
-        connection.execute(insert(schema.evaluation).values({"generation": number, **evaluation, **numbers}))
-    return to.append(kind, f"{columns['name']}:{columns['version']}", sha256=sha256, **details)
+    for evaluation in evaluations:  # an imported evaluation has the generation of its origin
+        ids = {"id": next_id(connection, schema.evaluation), "task_id": task_id, "event_id": event_id}
+        connection.execute(insert(schema.evaluation).values({"generation": event_id, **evaluation, **ids}))
+    return writer.append(kind, f"{columns['name']}:{columns['version']}", sha256=sha256, **details)
 
 
 def _parent(connection: Connection, task: Task, parent: Task) -> int:
-    """The id of a task that another extends."""
+    """The id of a parent's row."""
     row = connection.execute(
         select(schema.task)
         .where(schema.task.c.artifact == parent.sha256)
@@ -140,12 +142,14 @@ def _parent(connection: Connection, task: Task, parent: Task) -> int:
     if row is None:
         raise RegistryError(f"Task {task.name!r} extends {parent.ref!r}, which is not registered here.")
     if parent.class_token is None:
-        raise RegistryError(f"Task {task.name!r} extends {parent.ref!r}, which is head-only: it has no token.")
+        raise RegistryError(
+            f"Task {task.name!r} extends {parent.ref!r}, which is a head-only task without a class token."
+        )
     return int(row.id)
 
 
 def derived(task: Task) -> dict[str, Any]:
-    """The columns of a task's row that follow from its content and metrics."""
+    """The columns of a task's row that are derived from its content and metrics."""
     return {
         "backbone": task.backbone,
         "labels": list(task.labels),
@@ -156,13 +160,14 @@ def derived(task: Task) -> dict[str, Any]:
     }
 
 
-def add_golden(to: Writer, row: Row[Any], probe: Mapping[str, Any]) -> None:
-    """Adds a golden probe to a task that has none of its numerics."""
-    to.add(schema.golden, {"task_id": row.id, **probe}, "golden", ref_of(row), numerics=probe["numerics_fingerprint"])
+def add_golden(writer: Writer, row: Row[Any], probe: Mapping[str, Any]) -> None:
+    """Adds a golden probe to a task that has none under the same numerics."""
+    numerics = probe["numerics_fingerprint"]
+    writer.add(schema.golden, {"task_id": row.id, **probe}, "golden", ref_of(row), numerics=numerics)
 
 
 def golden_row(task: Task, golden: Golden) -> dict[str, Any]:
-    """A task's golden probe as a row; RegistryError where it is of other labels or bytes, or not finite."""
+    """A task's golden probe as a row; raises RegistryError if it does not fit the task or its digest."""
     logits, num_labels = golden.logits.cpu(), len(task.labels)
     if logits.shape[-1] != num_labels:
         raise RegistryError(
@@ -174,7 +179,7 @@ def golden_row(task: Task, golden: Golden) -> dict[str, Any]:
         )
     data = logits.contiguous().numpy().tobytes()
     if digest(data) != golden.digest:
-        raise RegistryError(f"Task {task.ref!r}: its golden probe does not hash to its digest.")
+        raise RegistryError(f"Task {task.ref!r}: its golden probe does not match its digest.")
     return {
         "numerics_fingerprint": golden.numerics_fingerprint,
         "numerics": dict(golden.numerics),
@@ -183,25 +188,24 @@ def golden_row(task: Task, golden: Golden) -> dict[str, Any]:
     }
 
 
-MEMORY_TOKENS, RANK, ANCESTORS = 1024, 256, 256
-"""Of one task; and how many others it may see: the arithmetic of an answer grows with each."""
-TEMPERATURES = (1e-6, 1e6)
+MAX_MEMORY_TOKENS, MAX_RANK, MAX_ANCESTORS = 1024, 256, 256
+"""Limits of one task; the cost of inference grows with each."""
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6
 
 
 def check_bounds(task: Task) -> None:
-    """Raises RegistryError where a task is more than one may be; tasks from before stay as they are."""
+    """Raises RegistryError if a task exceeds a limit; tasks that are registered already are not checked."""
     check_labels(task.labels)
-    found = {
-        "memory tokens in a layer": (task.num_memory_tokens, MEMORY_TOKENS),
-        "as the rank of its adapters": (task.adapter_rank, RANK),
-        "tasks that it sees": (len(task.closure), ANCESTORS),
+    counts = {
+        "{:,} memory tokens per layer": (task.num_memory_tokens, MAX_MEMORY_TOKENS),
+        "adapters of rank {:,}": (task.adapter_rank, MAX_RANK),
+        "{:,} ancestors": (len(task.closure), MAX_ANCESTORS),
     }
-    for what, (count, most) in found.items():
-        if count > most:
-            raise RegistryError(f"Task {task.ref!r} has {count:,} {what}; {most:,} is the most.")
-    least, most_temperature = TEMPERATURES
-    if not least <= task.temperature <= most_temperature:
+    for text, (count, maximum) in counts.items():
+        if count > maximum:
+            raise RegistryError(f"Task {task.ref!r} has {text.format(count)}; the maximum is {maximum:,}.")
+    if not MIN_TEMPERATURE <= task.temperature <= MAX_TEMPERATURE:
         raise RegistryError(
-            f"Task {task.ref!r} has the temperature {task.temperature:g}; it may be from {least:g} to "
-            f"{most_temperature:g}."
+            f"Task {task.ref!r} has temperature {task.temperature:g}; it must be between {MIN_TEMPERATURE:g} and "
+            f"{MAX_TEMPERATURE:g}."
         )

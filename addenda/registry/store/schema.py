@@ -1,4 +1,4 @@
-"""The registry's tables (design, section 6): the columns that `records` names, with their keys and indexes."""
+"""The registry's tables with their keys, indexes and triggers; `records` defines their columns."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sqlalchemy import (
     text,
 )
 
-from addenda.registry.store.hashing import canonical_json
+from addenda.registry.store.digests import canonical_json
 from addenda.registry.store.records import ROWS, Event, columns_of, defaults
 
 metadata = MetaData(
@@ -34,17 +34,17 @@ metadata = MetaData(
 )
 
 
-def _columns(rows: type, key: str = "", **points: str) -> list[Column[Any]]:
-    """A row's columns by their types; one is the key, or a part of it, and some point at columns of other tables."""
-    hints, before = get_type_hints(rows), defaults(rows)
+def _columns(rows: type, key: str = "", **foreign_keys: str) -> list[Column[Any]]:
+    """A row's columns; `key` names a column of the primary key, `foreign_keys` the columns that others refer to."""
+    hints, old_values = get_type_hints(rows), defaults(rows)
     types: dict[Any, Any] = {str: String, int: Integer, float | None: Float}
 
     def column(name: str) -> Column[Any]:
-        value = before.get(name)
+        value = old_values.get(name)
         return Column(
             name,
             types.get(hints[name], JSON),
-            *([ForeignKey(points[name])] if name in points else []),
+            *([ForeignKey(foreign_keys[name])] if name in foreign_keys else []),
             primary_key=name == key,
             nullable=hints[name] == float | None,
             server_default=value if value is None or isinstance(value, str) else canonical_json(value),
@@ -54,12 +54,12 @@ def _columns(rows: type, key: str = "", **points: str) -> list[Column[Any]]:
 
 
 def _id() -> Column[int]:
-    """Given out by the registry, under its write lock: no number is left out."""
+    """An id assigned by the registry under its write lock, so that ids have no gaps."""
     return Column("id", Integer, primary_key=True, autoincrement=False)
 
 
 def _event_id() -> Column[int]:
-    """The event that wrote the row; its digest seals it."""
+    """The event that wrote the row."""
     return Column("event_id", Integer, nullable=False, index=True, server_default="0")
 
 
@@ -81,7 +81,7 @@ task = Table(
     _event_id(),
     UniqueConstraint("name", "version"),
     Index(None, "artifact"),
-    # All that a page is chosen by, newest first: whatever is asked, no row is read but those of the page.
+    # Covering indexes for filters and paging: only the page's own rows are read from the table.
     Index("ix_task_page", "id", "name", "backbone", "score", "created_at"),
     Index("ix_task_backbone_page", "backbone", "id", "name", "score", "created_at"),
 )
@@ -129,14 +129,14 @@ statistics = Table(
 )
 
 IMMUTABLE = (backbone, artifact, task, task_parent, retirement, event, evaluation, golden, statistics)
-"""Tables whose rows are written once. Aliases and tags may change; their history is in the events."""
+"""Append-only tables. Aliases and tags may change; the events have their history."""
 
 
 _REFUSE = """CREATE OR REPLACE FUNCTION addenda_refuse() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN RAISE EXCEPTION USING MESSAGE = 'rows of ' || TG_TABLE_NAME || ' are never changed or removed'; END $$"""
 _INSTALLED = {
     "sqlite": "SELECT name, sql FROM sqlite_schema WHERE type = 'trigger'",
-    # Of the catalog rather than as SQL, whose form changes with the server's version: type is a set of bits.
+    # From the catalog and not as SQL, whose text depends on the server's version; tgtype is a bit set.
     "postgresql": "SELECT tgname, concat_ws(' ', relname, tgtype, tgenabled, tgqual IS NULL AND tgattr = '', prosrc) "
     "FROM pg_trigger t JOIN pg_proc p ON p.oid = tgfoid JOIN pg_class c ON c.oid = tgrelid "
     "WHERE NOT tgisinternal AND relnamespace = current_schema()::regnamespace",
@@ -145,17 +145,17 @@ _ROW, _BEFORE, _DELETE, _UPDATE, _TRUNCATE = 1, 2, 8, 16, 32  # bits of pg_trigg
 
 
 def statements(table: Table, dialect: str) -> dict[str, str]:
-    """Trigger name -> SQL."""
+    """Trigger name -> CREATE TRIGGER statement."""
     name = table.name
     if dialect == "postgresql":
         events = {"change": ("UPDATE OR DELETE", "ROW"), "truncate": ("TRUNCATE", "STATEMENT")}
         return {
             f"{name}_no_{what}": f"CREATE TRIGGER {name}_no_{what} BEFORE {verbs} ON {name} "
-            f"FOR EACH {each} EXECUTE FUNCTION addenda_refuse()"
-            for what, (verbs, each) in events.items()
+            f"FOR EACH {level} EXECUTE FUNCTION addenda_refuse()"
+            for what, (verbs, level) in events.items()
         }
-    # INSERT OR REPLACE deletes a row without firing its delete trigger unless the connection has recursive_triggers on:
-    # so an insert over an existing key is refused too.
+    # INSERT OR REPLACE deletes a row without firing its delete trigger unless the connection sets recursive_triggers.
+    # An insert over an existing key is therefore rejected too.
     refusal = f"SELECT RAISE(ABORT, 'rows of {name} are never changed or removed'); END"
     same_row = " AND ".join(f"{column.name} = NEW.{column.name}" for column in table.primary_key)
     exists = f"EXISTS (SELECT 1 FROM {name} WHERE ({same_row}) OR rowid = NEW.rowid)"
@@ -169,14 +169,14 @@ def statements(table: Table, dialect: str) -> dict[str, str]:
 
 
 def create_triggers(connection: Connection) -> None:
-    """Creates, again, the triggers of the tables there are so far; a migration may drop them, and ends with this."""
+    """Creates the triggers of all existing tables, replacing old ones; every migration ends with this."""
     drop_triggers(connection)
     for sql in _expected(connection).values():
         connection.exec_driver_sql(sql)
 
 
 def drop_triggers(connection: Connection) -> None:
-    """Drops them, for a migration that fills a new column in."""
+    """Drops the triggers, for a migration that fills in a new column."""
     on_table = connection.dialect.name == "postgresql"
     if on_table:
         connection.exec_driver_sql(_REFUSE)
@@ -186,18 +186,18 @@ def drop_triggers(connection: Connection) -> None:
 
 
 def wrong_triggers(connection: Connection) -> list[str]:
-    """Names of triggers that are missing, switched off, or not what this version creates; it only reads."""
-    found = {row[0]: row[1] for row in connection.execute(text(_INSTALLED[connection.dialect.name]))}
+    """Names of triggers that are missing, disabled, or different from those that this version creates; only reads."""
+    installed = {row[0]: row[1] for row in connection.execute(text(_INSTALLED[connection.dialect.name]))}
     expected = _expected(connection)
     if connection.dialect.name == "postgresql":
-        kinds = {"change": _ROW | _BEFORE | _DELETE | _UPDATE, "truncate": _BEFORE | _TRUNCATE}
-        parts = {name: name.partition("_no_") for name in expected}
+        types = {"change": _ROW | _BEFORE | _DELETE | _UPDATE, "truncate": _BEFORE | _TRUNCATE}
+        split_names = {name: name.partition("_no_") for name in expected}
         source = _REFUSE.split("$$")[1]
-        expected = {name: f"{table} {kinds[what]} O t {source}" for name, (table, _, what) in parts.items()}
-    return sorted(name for name in found | expected if found.get(name) != expected.get(name))
+        expected = {name: f"{table} {types[what]} O t {source}" for name, (table, _, what) in split_names.items()}
+    return sorted(name for name in installed | expected if installed.get(name) != expected.get(name))
 
 
 def _expected(connection: Connection) -> dict[str, str]:
-    there = inspect(connection).get_table_names()
-    tables = (table for table in IMMUTABLE if table.name in there)
+    existing = inspect(connection).get_table_names()
+    tables = (table for table in IMMUTABLE if table.name in existing)
     return {name: sql for table in tables for name, sql in statements(table, connection.dialect.name).items()}

@@ -1,4 +1,4 @@
-"""What is learned: a task's tensors, what its logits mean, and the golden probe that pins them."""
+"""A learned task, its probabilities, and its golden probe."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ from torch import Tensor
 
 from addenda.exceptions import IntegrityError
 from addenda.registry.store.artifact import TENSORS, LowRank, adapters, pack, read
-from addenda.registry.store.hashing import digest
-from addenda.registry.store.header import end
+from addenda.registry.store.digests import digest
+from addenda.registry.store.header import header_size
 from addenda.registry.store.objectives import OBJECTIVES
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """One learned task, immutable. Its logits are a function of its tensors, its parents' and the backbone alone.
+    """A learned task, immutable. Its logits depend only on its own tensors, its parents' and the backbone's.
 
     Attributes:
-        name: what it is called; the registry numbers its versions.
-        backbone: fingerprint of the backbone that it was learned on.
+        name: the task's name; the registry numbers its versions.
+        backbone: fingerprint of the backbone.
         labels: C class names, in the order of the head's rows.
-        head_weight: reads the task token's final feature; reads the backbone's pooled feature in a head-only task.
-        head_bias: added to the logits.
-        class_token: the task's token, without position embedding; None in a head-only task.
+        head_weight: head on the class token's final feature, or on the backbone's pooled feature in a head-only task.
+        head_bias: the head's bias.
+        class_token: the task's class token, without position embedding; None in a head-only task.
         memory: memory tokens E of each layer, before norm1 (paper, Fig. 2); m may be 0; None in a head-only task.
-        pooled_weight: a second head matrix, which reads the backbone's own pooled feature beside the token's. The
-            paper has none; with it, training starts exactly at the logistic regression on that feature.
-        layer_weight: a third head matrix, which reads the backbone's layer features, their standardisation folded in;
-            or, where there is a `layer_down`, what this makes of them. None in a task that reads the last layer alone.
-        layer_down: the first factor of a `layer_weight` of low rank.
-        adapters: low-rank updates of its own token's way through the blocks, one for each of ADAPTED, of one rank; most
-            tasks have None. Keys and values, its own token's too, come from the backbone's own weights.
-        parents: the tasks it extends, in order: it sees their tokens and memory, and what they extend.
-        objective: how the logits are read: `"single-label"` is a softmax, `"multi-label"` a sigmoid of each.
-        temperature: what its logits are divided by to become probabilities: finite, above 0. Logits stay.
-        version: its number under its name, from 1; None before registration.
-        config: the resolved configuration that made it.
-        metrics: what was measured when it was learned.
-        data: fingerprint, counts and labels of what it was learned from.
+        pooled_weight: second head matrix, on the backbone's pooled feature. It is not in the paper; with it, training
+            starts exactly at the linear probe on that feature.
+        layer_weight: third head matrix, on the backbone's layer features, with their standardisation folded in, or on
+            their projection by `layer_down`. None if the task reads only the last layer.
+        layer_down: first factor of a low-rank `layer_weight`.
+        adapters: low-rank updates of the blocks, one for each of ADAPTED, all of the same rank; usually None. They
+            apply to the task's own class token only, and not to keys and values, which use the backbone's weights.
+        parents: the tasks it extends, in order; it attends to their tokens and memory, and to their parents'.
+        objective: `"single-label"` (softmax) or `"multi-label"` (a sigmoid per label).
+        temperature: of temperature scaling, finite and above 0; applied to probabilities, not to logits.
+        version: number under its name, from 1; None before registration.
+        config: resolved training configuration.
+        metrics: metrics measured during training.
+        data: fingerprint, counts and labels of the training data.
     """
 
     name: str
@@ -67,73 +67,73 @@ class Task:
     data: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a deep copy or a pickle is made of."""
-        return {k: dict(held) if isinstance(held, MappingProxyType) else held for k, held in vars(self).items()}
+        """State for copy and pickle, which cannot handle a MappingProxyType."""
+        return {k: dict(value) if isinstance(value, MappingProxyType) else value for k, value in vars(self).items()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
 
     @property
     def ref(self) -> str:
-        """`name:version`, or the bare name before registration."""
+        """`name:version`, or the name before registration."""
         return self.name if self.version is None else f"{self.name}:{self.version}"
 
     @property
     def extends(self) -> tuple[str, ...]:
-        """References of its parents."""
+        """References of the parents."""
         return tuple(parent.ref for parent in self.parents)
 
     @property
     def num_memory_tokens(self) -> int:
-        """m, the memory tokens of each layer."""
+        """m, the memory tokens per layer."""
         return 0 if self.memory is None else self.memory.shape[1]
 
     @property
     def adapter_rank(self) -> int:
-        """r, the rank of its adapters; 0 without."""
+        """r, the adapters' rank; 0 without adapters."""
         return 0 if not self.adapters else next(iter(self.adapters.values())).down.shape[1]
 
     @property
     def reads_pooled(self) -> bool:
-        """Whether its head reads the backbone's own pooled feature."""
+        """Whether the head reads the backbone's pooled feature."""
         return self.class_token is None or self.pooled_weight is not None
 
     @property
     def num_layer_features(self) -> int:
-        """n, the layer features that its head reads; 0 where it reads none."""
-        read = self.layer_weight if self.layer_down is None else self.layer_down
-        return 0 if read is None else read.shape[1]
+        """n, the layer features that the head reads; 0 without a layer head."""
+        weight = self.layer_weight if self.layer_down is None else self.layer_down
+        return 0 if weight is None else weight.shape[1]
 
     @property
     def num_parameters(self) -> int:
-        """Numbers that this task adds to the backbone."""
+        """The number of parameters that this task adds to the backbone."""
         return sum(tensor.numel() for tensor in self.tensors.values())
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Its tensors by their names in the artifact."""
-        held = {name: tensor for name in TENSORS if (tensor := getattr(self, name)) is not None}
+        """The task's tensors by their names in the artifact."""
+        tensors = {name: tensor for name in TENSORS if (tensor := getattr(self, name)) is not None}
         for site, update in (self.adapters or {}).items():
-            held |= {f"adapters.{site}.{part}": tensor for part, tensor in update._asdict().items()}
-        return held
+            tensors |= {f"adapters.{site}.{factor}": tensor for factor, tensor in update._asdict().items()}
+        return tensors
 
     def probabilities(self, logits: Float[Tensor, "*B C"]) -> Float[Tensor, "*B C"]:
-        """Its logits as probabilities, by its objective and temperature."""
+        """Turns logits of this task into probabilities."""
         return probabilities(logits, self.objective, self.temperature)
 
     @cached_property
     def artifact(self) -> bytes:
-        """The task as safetensors; equal content gives equal bytes."""
+        """The task as safetensors bytes; equal content gives equal bytes."""
         return encode(self)
 
     @cached_property
     def sha256(self) -> str:
-        """The artifact's sha256: the identity of the content, whatever its name."""
+        """The artifact's sha256, which identifies the content independently of the name."""
         return digest(self.artifact)
 
     @cached_property
     def closure(self) -> tuple[Task, ...]:
-        """Every task that this one sees, each once, in an order that its own history fixes."""
+        """All ancestors, each once, in an order determined by the parents alone."""
         seen: dict[str, Task] = {}
         for parent in self.parents:
             for task in (*parent.closure, parent):
@@ -142,37 +142,37 @@ class Task:
 
 
 def probabilities(logits: Float[Tensor, "*B C"], objective: str, temperature: float = 1.0) -> Float[Tensor, "*B C"]:
-    """Turns logits into probabilities, for every part of the package.
+    """Turns logits into probabilities.
 
     Args:
-        logits: as a task gives them.
+        logits: a task's logits.
         objective: one of OBJECTIVES.
-        temperature: what logits are divided by first; above 1 it makes a task less sure of itself.
+        temperature: divides the logits; above 1 it lowers the confidence.
 
     Returns:
-        Of an exclusive objective's logits a softmax, which sums to 1; of another's a sigmoid of each.
+        The softmax for an exclusive objective, or else the sigmoid of each logit.
     """
     scaled = logits / temperature
     if OBJECTIVES[objective].exclusive:
         return scaled.softmax(-1)
-    # torch's sigmoid has other bits at a tensor's end than elsewhere: they would depend on an image's place in a batch.
+    # torch.sigmoid gives other bits for a tensor's last elements than elsewhere, which would break batch invariance.
     return torch.stack([scaled, torch.zeros_like(scaled)], -1).softmax(-1)[..., 0].contiguous()
 
 
 def is_finite(logits: Float[Tensor, "*B C"], objective: str, temperature: float) -> bool:
-    """Whether logits are numbers, and the probabilities that they stand for too."""
+    """Whether all logits and their probabilities are finite."""
     return bool(logits.isfinite().all() and probabilities(logits, objective, temperature).isfinite().all())
 
 
 @dataclass(frozen=True, eq=False)
 class Golden:
-    """A task's logits on the fixed probe images, made when it was registered.
+    """A golden probe: a task's logits on the fixed probe images, recorded at registration.
 
     Attributes:
-        numerics: what the bits depend on beside the content: versions, device, precision, shapes, a probe's digest.
-        numerics_fingerprint: sha256 over it.
-        logits: the logits of the probe images.
-        digest: sha256 over their bytes.
+        numerics: what the bits depend on besides the content: versions, device, precision, shapes, a probe's digest.
+        numerics_fingerprint: sha256 of `numerics`.
+        logits: logits of the probe images.
+        digest: sha256 of the logits' bytes.
     """
 
     numerics: Mapping[str, Any]
@@ -182,21 +182,28 @@ class Golden:
 
 
 def encode(task: Task) -> bytes:
-    """Turns a task into its artifact."""
+    """Encodes a task as its artifact."""
     manifest: dict[str, Any] = {
         "backbone": task.backbone,
         "labels": list(task.labels),
         "objective": task.objective,
         "extends": [parent.sha256 for parent in task.parents],
     }
-    if task.temperature != 1.0:  # a task without one keeps the bytes that it had before there were temperatures
+    if task.temperature != 1.0:  # omitted, so that the bytes of tasks from before temperature scaling do not change
         manifest["temperature"] = float(task.temperature)
     tensors = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in task.tensors.items()}
     return pack(manifest, tensors, vars(task).get("header"))
 
 
 def decode(data: bytes, sha256: str, parent: Callable[[str], Task], record: Mapping[str, Any]) -> Task:
-    """Turns an artifact back into a task, with parents by sha256 and a record of the fields that it does not hold."""
+    """Decodes an artifact.
+
+    Args:
+        data: the artifact.
+        sha256: its expected digest.
+        parent: returns a parent task by its sha256.
+        record: fields of the task that an artifact does not contain.
+    """
     manifest, tensors = read(data, sha256)
     task = Task(
         backbone=manifest["backbone"],
@@ -208,15 +215,15 @@ def decode(data: bytes, sha256: str, parent: Callable[[str], Task], record: Mapp
         adapters=MappingProxyType(adapters(tensors)) if "adapters.q.down" in tensors else None,
         **record,
     )
-    vars(task).update(sha256=sha256, header=data[: end(data)])
+    vars(task).update(sha256=sha256, header=data[: header_size(data)])
     return task
 
 
 def check_unwritten(task: Task) -> None:
-    """Raises IntegrityError where a task's tensors in memory no longer hash to its sha256: somebody wrote to them."""
-    found = digest(encode(task))
-    if found != task.sha256:
+    """Raises IntegrityError if a task's tensors in memory no longer match its sha256."""
+    actual = digest(encode(task))
+    if actual != task.sha256:
         raise IntegrityError(
-            f"The tensors of task {task.ref!r} in memory have been written to: they hash to {found[:12]}…, and its "
-            f"sha256 is {task.sha256[:12]}…. Load it again, or make another task of them (dataclasses.replace)."
+            f"The tensors of task {task.ref!r} were modified in memory: expected sha256 {task.sha256[:12]}…, found "
+            f"{actual[:12]}…. Load the task again, or create a new one from them (dataclasses.replace)."
         )

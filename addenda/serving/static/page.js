@@ -1,92 +1,92 @@
-// The pages' own behaviour: asking about an image, where a token looked, verifying, and keeping up with the registry.
+// Behaviour of the pages: predictions, attention maps, verification and live updates.
 "use strict";
 
 const find = (selector) => document.querySelector(`[data-${selector}]`);
 
-/** An element with attributes, properties (those that start with a dot) and children. */
+/** Creates an element with attributes, properties (names that start with a dot) and children. */
 function make(tag, attributes = {}, ...children) {
-  const made = document.createElement(tag);
+  const element = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
-    if (name.startsWith(".")) made[name.slice(1)] = value;
-    else made.setAttribute(name, value);
+    if (name.startsWith(".")) element[name.slice(1)] = value;
+    else element.setAttribute(name, value);
   }
-  made.append(...children);
-  return made;
+  element.append(...children);
+  return element;
 }
 
-/** What the server answers, as JSON; an error carries what its problem document says. */
-async function ask(path, options = {}) {
+/** Sends a request and returns the JSON response; an error has the detail of the problem document. */
+async function request(path, options = {}) {
   let response;
   try {
     response = await fetch(path, options);
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Error("The server does not answer.");
+    throw new Error("The server cannot be reached.");
   }
   if (response.status === 401) location.assign("/login");
-  const answer = await response.json().catch(() => ({}));
-  if (!response.ok) throw new Error(answer.detail || `The server answered ${response.status}.`);
-  return answer;
+  const body = await response.json().catch(() => ({}));
+  if (!response.ok) throw new Error(body.detail || `The server returned status ${response.status}.`);
+  return body;
 }
 
 const percent = (share) => `${(100 * share).toFixed(1)} %`;
 
-/** Tells those who listen; where it is news, those who look too, for a while. */
-function announce(text, seen = false) {
+/** Announces a text to screen readers; if `visible`, also shows it for a while. */
+function announce(text, visible = false) {
   const news = find("news");
   news.textContent = text;
-  news.classList.toggle("seen", seen);
+  news.classList.toggle("visible", visible);
   clearTimeout(announce.fading);
-  announce.fading = setTimeout(() => news.classList.remove("seen"), 10_000);
+  announce.fading = setTimeout(() => news.classList.remove("visible"), 10_000);
 }
 
-// ---- An image ------------------------------------------------------------------------------------------------------
+// ---- Predictions ---------------------------------------------------------------------------------------------------
 
-const image = { file: null, bitmap: null, looking: null, asking: null, answers: null };
+const image = { file: null, bitmap: null, attentionTask: null, pending: null, predictions: null };
 
 function openImages() {
   const drop = find("drop");
-  find("file").addEventListener("change", (event) => take(event.target.files[0]));
+  find("file").addEventListener("change", (event) => load(event.target.files[0]));
   find("file").addEventListener("keydown", (event) => {
-    if (event.key !== "Enter") return; // the space bar works by itself everywhere
+    if (event.key !== "Enter") return; // the space bar works without this
     event.preventDefault();
     event.target.click();
   });
-  addEventListener("paste", (event) => take(event.clipboardData.files[0]));
+  addEventListener("paste", (event) => load(event.clipboardData.files[0]));
   for (const kind of ["dragover", "dragleave", "drop"]) {
     addEventListener(kind, (event) => {
       event.preventDefault();
       drop.classList.toggle("over", kind === "dragover");
-      if (kind === "drop") take(event.dataTransfer.files[0]);
+      if (kind === "drop") load(event.dataTransfer.files[0]);
     });
   }
 }
 
-async function take(file) {
+async function load(file) {
   if (!file) return;
   image.file = file;
   image.bitmap = await createImageBitmap(file).catch(() => null);
-  image.looking = null;
+  image.attentionTask = null;
   draw();
-  await answer();
-  if (image.answers) announce(`${Object.keys(image.answers.tasks).length} tasks have answered.`);
+  await predict();
+  if (image.predictions) announce(`Predictions of ${Object.keys(image.predictions.tasks).length} tasks are shown.`);
 }
 
-/** Asks every task. */
-async function answer() {
-  image.asking?.abort();
-  const { signal } = (image.asking = new AbortController());
-  find("caption").textContent = "Asking every task…";
-  image.answers = null;
+/** Predicts for the image with every task. */
+async function predict() {
+  image.pending?.abort();
+  const { signal } = (image.pending = new AbortController());
+  find("caption").textContent = "Predicting…";
+  image.predictions = null;
   try {
-    const body = { method: "POST", body: image.file, headers: { "Content-Type": image.file.type || "image/png" }, signal };
-    image.answers = await ask("/api/v1/predict", body);
-    show(image.answers);
+    const options = { method: "POST", body: image.file, headers: { "Content-Type": image.file.type || "image/png" }, signal };
+    image.predictions = await request("/api/v1/predict", options);
+    show(image.predictions);
     find("caption").textContent = "";
-    if (image.looking) await look(image.looking);
+    if (image.attentionTask) await showAttention(image.attentionTask);
   } catch (error) {
     if (error.name === "AbortError") return;
-    find("answers").replaceChildren();
+    find("predictions").replaceChildren();
     find("caption").textContent = error.message;
   }
 }
@@ -98,24 +98,26 @@ function show({ generation, exact, tasks }) {
       bar.style.setProperty("--share", probability);
       return make("li", {}, make("span", { class: "label" }, label), bar, make("span", { class: "number" }, percent(probability)));
     });
-    if (!labels.length) labels.push(make("li", { class: "soft" }, "No label is likely."));
+    if (!labels.length) labels.push(make("li", { class: "soft" }, "No label predicted."));
     const row = document.querySelector(`#tasks tr[data-task="${CSS.escape(name)}"]`);
-    const button = make("button", { class: "quiet", "aria-pressed": "false", "data-look": name }, "Where it looked");
-    button.setAttribute("aria-label", `Where ${name} looked`);
-    button.addEventListener("click", () => look(image.looking === name ? null : name));
+    const button = make("button", { class: "quiet", "aria-pressed": "false", "data-attention": name }, "Show attention");
+    button.setAttribute("aria-label", `Show attention of ${name}`);
+    button.addEventListener("click", () => showAttention(image.attentionTask === name ? null : name));
     const head = make("h3", {}, make("a", { href: `/tasks/${encodeURIComponent(name)}` }, name));
-    return make("article", { class: "answer" }, make("header", {}, head, ...(row?.dataset.looks === "no" ? [] : [button])), make("ul", {}, ...labels));
+    const buttons = row?.dataset.hasToken === "no" ? [] : [button];
+    return make("article", { class: "prediction" }, make("header", {}, head, ...buttons), make("ul", {}, ...labels));
   });
-  const said = exact ? "exact" : "not exact";
-  const count = `${cards.length} answer${cards.length === 1 ? "" : "s"}`;
-  find("answers").replaceChildren(make("p", { class: "soft" }, `${count} of generation ${generation}, ${said}`), ...cards);
+  const exactness = exact ? "exact" : "not exact";
+  const count = `${cards.length} prediction${cards.length === 1 ? "" : "s"}`;
+  const summary = `${count} from generation ${generation}, ${exactness}`;
+  find("predictions").replaceChildren(make("p", { class: "soft" }, summary), ...cards);
 }
 
-/** Draws where a task's token looked; null draws the image alone. */
-async function look(name) {
-  image.looking = name;
-  for (const button of document.querySelectorAll("[data-look]")) {
-    button.setAttribute("aria-pressed", String(button.dataset.look === name));
+/** Draws the attention map of a task's class token; null draws the image only. */
+async function showAttention(name) {
+  image.attentionTask = name;
+  for (const button of document.querySelectorAll("[data-attention]")) {
+    button.setAttribute("aria-pressed", String(button.dataset.attention === name));
   }
   draw();
   find("caption").textContent = "";
@@ -123,19 +125,19 @@ async function look(name) {
   const file = image.file;
   try {
     const options = { method: "POST", body: file, headers: { "Content-Type": file.type || "image/png" } };
-    const map = await ask(`/page/attention?task=${encodeURIComponent(name)}`, options);
-    if (image.looking !== name || image.file !== file) return;
+    const map = await request(`/page/attention?task=${encodeURIComponent(name)}`, options);
+    if (image.attentionTask !== name || image.file !== file) return;
     draw(map);
     const share = map.weights.reduce((sum, weight) => sum + weight, 0);
     find("caption").textContent =
-      `${map.ref} spent ${percent(share)} of its attention in the last layer on the image, most of it where it glows; ` +
-      "the rest went to its own memory and other tokens.";
+      `In the last layer, the class token of ${map.ref} puts ${percent(share)} of its attention on the image; ` +
+      "the heat map shows where. The rest is on its memory and other tokens.";
   } catch (error) {
     find("caption").textContent = error.message;
   }
 }
 
-/** The image, and on it a map of attention where there is one. */
+/** Draws the image, overlaid with an attention map if given. */
 function draw(map) {
   const canvas = find("canvas");
   const { bitmap } = image;
@@ -146,10 +148,10 @@ function draw(map) {
   const width = (canvas.width = Math.max(1, Math.round(bitmap.width * scale)));
   const height = (canvas.height = Math.max(1, Math.round(bitmap.height * scale)));
   const context = canvas.getContext("2d");
-  context.imageSmoothingEnabled = scale < 4; // a small image shows its pixels
+  context.imageSmoothingEnabled = scale < 4; // keeps the pixels of a small image sharp
   context.drawImage(bitmap, 0, 0, width, height);
   canvas.dataset.shows = map ? map.task : "";
-  canvas.setAttribute("aria-label", map ? `The image, and where ${map.task} looked in it` : "The image");
+  canvas.setAttribute("aria-label", map ? `The image with the attention map of ${map.task}` : "The image");
   if (!map) return;
   context.globalCompositeOperation = "saturation";
   context.fillStyle = "#808080";
@@ -163,23 +165,23 @@ function draw(map) {
   context.drawImage(heat(map), left * width, top * height, across * width, down * height);
 }
 
-/** One pixel for each patch: clear where nothing was looked at, then red, orange and pale yellow. */
+/** A canvas with one pixel per patch: transparent for no attention, then red, orange and pale yellow. */
 function heat({ rows, columns, weights }) {
-  const made = make("canvas", { width: columns, height: rows });
-  const context = made.getContext("2d");
+  const canvas = make("canvas", { width: columns, height: rows });
+  const context = canvas.getContext("2d");
   const pixels = context.createImageData(columns, rows);
-  const most = Math.max(...weights) || 1;
+  const maximum = Math.max(...weights) || 1;
   weights.forEach((weight, i) => {
-    const share = weight / most;
+    const share = weight / maximum;
     pixels.data.set([255, 255 * Math.min(1, 0.12 + share * 0.85), 200 * Math.max(0, share - 0.4), 235 * share ** 0.8], 4 * i);
   });
   context.putImageData(pixels, 0, 0);
-  return made;
+  return canvas;
 }
 
-// ---- The registry --------------------------------------------------------------------------------------------------
+// ---- Live updates --------------------------------------------------------------------------------------------------
 
-/** Keeps the list of tasks as new as what is served. */
+/** Updates the task list whenever another generation is served. */
 function follow() {
   const events = new EventSource("/api/v1/events");
   events.addEventListener("generation", (event) => refresh(JSON.parse(event.data).generation));
@@ -195,29 +197,29 @@ function refresh(generation) {
 }
 
 async function replaceTasks(generation) {
-  const shown = find("generation");
-  if (Number(shown.textContent) === generation) return;
-  const old = document.getElementById("tasks");
-  if (!old) {
-    shown.textContent = generation;
+  const label = find("generation");
+  if (Number(label.textContent) === generation) return;
+  const oldList = document.getElementById("tasks");
+  if (!oldList) {
+    label.textContent = generation;
     return;
   }
   const response = await fetch("/page/tasks");
   if (!response.ok || response.redirected) return;
   const parsed = new DOMParser().parseFromString(await response.text(), "text/html");
-  const fresh = document.adoptNode(parsed.getElementById("tasks"));
-  const refs = (part) => [...part.querySelectorAll("tr[data-ref]")].map((row) => row.dataset.ref);
-  const [before, now] = [refs(old), refs(fresh)];
-  const focused = old.contains(document.activeElement) ? document.activeElement.getAttribute("href") : null;
-  for (const row of fresh.querySelectorAll("tr[data-ref]")) row.classList.toggle("new", !before.includes(row.dataset.ref));
-  old.replaceWith(fresh);
-  if (focused) fresh.querySelector(`a[href="${CSS.escape(focused)}"]`)?.focus();
-  shown.textContent = fresh.dataset.generation;
-  const come = now.filter((ref) => !before.includes(ref));
-  const gone = before.filter((ref) => !now.includes(ref));
-  const told = [come.length ? `Now served: ${come.join(", ")}.` : "", gone.length ? `No longer served: ${gone.join(", ")}.` : ""];
-  announce([...told, `Generation ${fresh.dataset.generation}.`].filter(Boolean).join(" "), true);
-  if (image.file && (come.length || gone.length)) await answer();
+  const newList = document.adoptNode(parsed.getElementById("tasks"));
+  const refsOf = (list) => [...list.querySelectorAll("tr[data-ref]")].map((row) => row.dataset.ref);
+  const [oldRefs, newRefs] = [refsOf(oldList), refsOf(newList)];
+  const focused = oldList.contains(document.activeElement) ? document.activeElement.getAttribute("href") : null;
+  for (const row of newList.querySelectorAll("tr[data-ref]")) row.classList.toggle("new", !oldRefs.includes(row.dataset.ref));
+  oldList.replaceWith(newList);
+  if (focused) newList.querySelector(`a[href="${CSS.escape(focused)}"]`)?.focus();
+  label.textContent = newList.dataset.generation;
+  const added = newRefs.filter((ref) => !oldRefs.includes(ref));
+  const removed = oldRefs.filter((ref) => !newRefs.includes(ref));
+  const changes = [added.length ? `Now served: ${added.join(", ")}.` : "", removed.length ? `No longer served: ${removed.join(", ")}.` : ""];
+  announce([...changes, `Generation ${newList.dataset.generation}.`].filter(Boolean).join(" "), true);
+  if (image.file && (added.length || removed.length)) await predict();
 }
 
 // ---- Verification --------------------------------------------------------------------------------------------------
@@ -230,17 +232,17 @@ function openVerification() {
 async function verify() {
   const button = find("verify");
   button.setAttribute("aria-disabled", "true");
-  find("progress").textContent = "Computing every task's probe again…";
+  find("progress").textContent = "Recomputing all golden probes…";
   try {
-    const { generation, ok, tasks } = await ask("/api/v1/verify", { method: "POST" });
-    const head = ok ? `All ${tasks.length} tasks kept the promise` : "The promise is broken";
-    const rows = tasks.map((one) => [one.task, tag(one.ok ? "kept" : "broken", one.ok), one.detail]);
+    const { generation, ok, tasks } = await request("/api/v1/verify", { method: "POST" });
+    const summary = ok ? `The golden probes of all ${tasks.length} tasks match` : "Verification failed";
+    const rows = tasks.map((task) => [task.task, resultTag(task.ok), task.detail]);
     find("verdicts").replaceChildren(
-      make("p", { class: ok ? "verdict" : "verdict broken" }, `${head}, generation ${generation}.`),
-      ...(rows.length ? [table(["Task", "Promise", "What came out"], rows)] : []),
+      make("p", { class: ok ? "verdict" : "verdict failed" }, `${summary} (generation ${generation}).`),
+      ...(rows.length ? [table(["Task", "Result", "Details"], rows)] : []),
     );
   } catch (error) {
-    find("verdicts").replaceChildren(make("p", { class: "verdict broken" }, error.message));
+    find("verdicts").replaceChildren(make("p", { class: "verdict failed" }, error.message));
   }
   find("progress").textContent = "";
   button.removeAttribute("aria-disabled");
@@ -248,18 +250,18 @@ async function verify() {
 }
 
 async function showVerifications() {
-  const all = await ask("/api/v1/verifications").catch(() => null);
-  if (!all?.length) return;
-  const rows = all.map((one) => {
-    const failed = (one.tasks || []).filter((task) => !task.ok).map((task) => task.task);
-    const at = one.at || "";
-    const said = failed.length ? failed.join(", ") : one.detail || `${(one.tasks || []).length} tasks`;
-    return [at.slice(0, 19).replace("T", " "), String(one.generation), tag(one.ok ? "kept" : "broken", one.ok), said];
+  const verifications = await request("/api/v1/verifications").catch(() => null);
+  if (!verifications?.length) return;
+  const rows = verifications.map((verification) => {
+    const { at = "", generation, ok, tasks = [], detail } = verification;
+    const failed = tasks.filter((task) => !task.ok).map((task) => task.task);
+    const summary = failed.length ? failed.join(", ") : detail || `${tasks.length} tasks`;
+    return [at.slice(0, 19).replace("T", " "), String(generation), resultTag(ok), summary];
   });
-  find("verifications").replaceChildren(table(["When (UTC)", "Generation", "Promise", "Tasks"], rows));
+  find("verifications").replaceChildren(table(["Time (UTC)", "Generation", "Result", "Tasks"], rows));
 }
 
-const tag = (text, good) => make("span", { class: `tag ${good ? "good" : "bad"}` }, text);
+const resultTag = (ok) => make("span", { class: `tag ${ok ? "good" : "bad"}` }, ok ? "passed" : "failed");
 
 function table(columns, rows) {
   const head = make("tr", {}, ...columns.map((column) => make("th", { scope: "col" }, column)));

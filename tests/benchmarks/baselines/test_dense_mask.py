@@ -1,4 +1,4 @@
-"""The yardstick as something to train: its gradients are the cached stream's, and without its mask all is moved."""
+"""The dense mask: its gradients match those of the cached token stream, and without the mask tasks interfere."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from addenda.benchmarks.baselines.dense_mask import DenseMask
 from addenda.learner import ActivationCache, Augmentation
 from addenda.learner.activations import Activations
 from addenda.learner.data import open_images
-from addenda.learner.stream import stream_features
+from addenda.learner.token_stream import stream_features
 from tests.learner.test_learner import noise
 from tests.support.tasks import random_task
 from tests.support.tiny import tiny_eva, tiny_vit
 
 
-@pytest.mark.parametrize("made", [tiny_vit, lambda: tiny_eva("dinov3"), lambda: tiny_eva("eva02")])
-def test_training_by_the_dense_mask_follows_the_gradients_of_the_cached_stream(
-    made: Callable[[], torch.nn.Module],
+@pytest.mark.parametrize("make", [tiny_vit, lambda: tiny_eva("dinov3"), lambda: tiny_eva("eva02")])
+def test_gradients_of_the_dense_mask_match_those_of_the_cached_token_stream(
+    make: Callable[[], torch.nn.Module],
 ) -> None:
-    tiny = FrozenBackbone(made(), "tiny", "hub")
+    tiny = FrozenBackbone(make(), "tiny", "hub")
     images, targets = noise(12)
     task = random_task(tiny, "task")
     assert task.class_token is not None
@@ -36,32 +36,34 @@ def test_training_by_the_dense_mask_follows_the_gradients_of_the_cached_stream(
     token, memory = task.class_token[None].requires_grad_(), task.memory[None].requires_grad_()
     logits = stream_features(tiny, batch, token, memory)[0] @ task.head_weight.T + task.head_bias
     assert task.pooled_weight is not None
-    found = torch.autograd.grad(F.cross_entropy(logits + batch.pooled @ task.pooled_weight.T, targets), [token, memory])
-    for one, other in zip(found, expected, strict=True):
-        assert (one[0] - other).abs().max() < 0.02 * other.abs().max()  # activations are kept in half precision
+    loss = F.cross_entropy(logits + batch.pooled @ task.pooled_weight.T, targets)
+    gradients = torch.autograd.grad(loss, [token, memory])
+    for gradient, dense_gradient in zip(gradients, expected, strict=True):
+        # Cached activations are in half precision.
+        assert (gradient[0] - dense_gradient).abs().max() < 0.02 * dense_gradient.abs().max()
 
 
-def test_without_the_mask_a_task_is_moved_by_its_neighbour_and_with_it_is_not(tiny: FrozenBackbone) -> None:
+def test_a_second_task_changes_the_first_only_without_the_mask(tiny: FrozenBackbone) -> None:
     images, _ = noise(3)
-    one, other = random_task(tiny, "one", seed=1), random_task(tiny, "other", seed=2)
+    first, second = random_task(tiny, "first", seed=1), random_task(tiny, "second", seed=2)
     for masked in (True, False):
-        alone = DenseMask(tiny, [one], masked=masked)(images)["one"]
-        together = DenseMask(tiny, [one, other], masked=masked)(images)["one"]
+        alone = DenseMask(tiny, [first], masked=masked)(images)["first"]
+        together = DenseMask(tiny, [first, second], masked=masked)(images)["first"]
         assert torch.allclose(alone, together, rtol=1e-4, atol=1e-4) == masked
         changed = (alone - together).abs().max()
         assert masked or changed > 0.05
 
 
-@pytest.mark.parametrize("made", [tiny_vit, lambda: tiny_eva("dinov3"), lambda: tiny_eva("eva02")])
-def test_a_trainable_copy_starts_as_the_backbone_and_leaves_it_as_it_is(made: Callable[[], torch.nn.Module]) -> None:
-    tiny = FrozenBackbone(made(), "tiny", "hub")
+@pytest.mark.parametrize("make", [tiny_vit, lambda: tiny_eva("dinov3"), lambda: tiny_eva("eva02")])
+def test_a_trainable_copy_starts_as_the_backbone_and_leaves_it_unchanged(make: Callable[[], torch.nn.Module]) -> None:
+    tiny = FrozenBackbone(make(), "tiny", "hub")
     images, targets = noise(6)
     before = tiny.backbone_logits(images)
-    copied = tiny.trainable_copy(3)
-    assert torch.equal(copied.forward_features(images), tiny.model.forward_features(images))
-    assert not copied(images).any()
-    F.cross_entropy(copied(images), targets).backward()
-    torch.optim.SGD(copied.parameters(), lr=1.0).step()
-    assert copied(images).any()
+    model = tiny.trainable_copy(3)
+    assert torch.equal(model.forward_features(images), tiny.model.forward_features(images))
+    assert not model(images).any()
+    F.cross_entropy(model(images), targets).backward()
+    torch.optim.SGD(model.parameters(), lr=1.0).step()
+    assert model(images).any()
     assert torch.equal(tiny.backbone_logits(images), before)
     tiny.check_unchanged()

@@ -1,4 +1,4 @@
-"""Streams: what a configuration may say, where images are looked for, and how they become experiences."""
+"""Streams: configuration, where images are found, and how they become experiences."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DOMAINS = ("clipart", "infograph", "painting", "quickdraw", "real", "sketch")
 
 
 def put(folder: Path, classes: int | list[str], per_class: int = 5) -> Path:
-    """Class folders whose images are never opened."""
+    """Create class folders with empty image files, which are never opened."""
     names = [f"c{i:03}" for i in range(classes)] if isinstance(classes, int) else classes
     for name in names:
         (folder / name).mkdir(parents=True)
@@ -36,7 +36,7 @@ def put(folder: Path, classes: int | list[str], per_class: int = 5) -> Path:
     return folder
 
 
-def put_parts(folder: Path, classes: int | list[str], per_class: int = 4) -> Path:
+def put_splits(folder: Path, classes: int | list[str], per_class: int = 4) -> Path:
     put(folder / "train", classes, per_class)
     put(folder / "test", classes, 2)
     return folder
@@ -45,20 +45,20 @@ def put_parts(folder: Path, classes: int | list[str], per_class: int = 4) -> Pat
 def put_domainnet(root: Path) -> None:
     for domain in DOMAINS:
         put(root / "domainnet" / domain, 4)
-        for part, numbers in (("train", (0, 1, 2)), ("test", (3,))):
+        for split, numbers in (("train", (0, 1, 2)), ("test", (3,))):
             lines = [f"{domain}/c{c:03}/{i}.jpg {c}\n" for c in range(4) for i in numbers]
-            (root / "domainnet" / f"{domain}_{part}.txt").write_text("".join(lines))
+            (root / "domainnet" / f"{domain}_{split}.txt").write_text("".join(lines))
 
 
 def put_core50(root: Path) -> None:
-    """Four objects: two in each of the first two groups and in every session. Numbers follow the order of groups."""
+    """Create CORe50 with four objects, two per group, all in every session; numbers follow the order of groups."""
     numbers = {"o3": 0, "o1": 1, "o2": 2, "o4": 3}
 
     def write(folder: str, file: str, session: int, objects: list[str]) -> None:
-        place = root / "core50" / "batches_filelists" / folder / "run0"
-        place.mkdir(parents=True, exist_ok=True)
+        run = root / "core50" / "batches_filelists" / folder / "run0"
+        run.mkdir(parents=True, exist_ok=True)
         lines = [f"s{session}/{o}/C_{i}.png {numbers[o]}\n" for o in objects for i in range(3)]
-        (place / file).write_text("".join(lines))
+        (run / file).write_text("".join(lines))
 
     for session in range(1, 12):
         put(root / "core50" / "core50_128x128" / f"s{session}", list(numbers), 0)
@@ -73,11 +73,11 @@ def put_core50(root: Path) -> None:
 
 
 def put_cub200(root: Path) -> None:
-    place, numbers = root / "CUB_200_2011", range(800)
+    folder, numbers = root / "CUB_200_2011", range(800)
     names = [f"{n // 4 + 1:03}.Bird/{n}.jpg" for n in numbers]
     for name in names:
-        (place / "images" / name).parent.mkdir(parents=True, exist_ok=True)
-        (place / "images" / name).touch()
+        (folder / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "images" / name).touch()
     columns: dict[str, list[Any]] = {
         "images.txt": names,
         "train_test_split.txt": [int(n % 4 < 3) for n in numbers],
@@ -85,34 +85,34 @@ def put_cub200(root: Path) -> None:
         "bounding_boxes.txt": ["1.0 2.0 3.0 4.0" for _ in numbers],
     }
     for file, column in columns.items():
-        (place / file).write_text("".join(f"{n + 1} {value}\n" for n, value in zip(numbers, column, strict=True)))
+        (folder / file).write_text("".join(f"{n + 1} {value}\n" for n, value in zip(numbers, column, strict=True)))
 
 
 def put_mnist(root: Path) -> None:
-    """Images of one shade: that of image i is i."""
+    """Create MNIST files in which all pixels of image i are i."""
     (root / "MNIST" / "raw").mkdir(parents=True)
-    for part, count in (("train", 60), ("t10k", 20)):
+    for split, count in (("train", 60), ("t10k", 20)):
         pixels = np.repeat(np.arange(count, dtype=np.uint8), 28 * 28).tobytes()
         labels = bytes(i % 10 for i in range(count))
-        (root / "MNIST" / "raw" / f"{part}-images-idx3-ubyte").write_bytes(
+        (root / "MNIST" / "raw" / f"{split}-images-idx3-ubyte").write_bytes(
             struct.pack(">4i", 2051, count, 28, 28) + pixels
         )
-        (root / "MNIST" / "raw" / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, count) + labels)
+        (root / "MNIST" / "raw" / f"{split}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, count) + labels)
 
 
 def put_mixed(root: Path) -> None:
     for number, name in enumerate(("textures", "trash", "pacs_sketch", "cifar10", "mnist")):
-        put_parts(root / name, number + 2)
+        put_splits(root / name, number + 2)
 
 
 def put_pacs(root: Path) -> None:
     for name in ("photo", "art_painting", "cartoon", "sketch"):
-        put_parts(root / f"pacs_{name}", 7)
+        put_splits(root / f"pacs_{name}", 7)
 
 
 PUT = {
     "digits": (lambda root: None, [2] * 5),
-    "split-cifar10": (lambda root: put_parts(root / "cifar10", 10), [2] * 5),
+    "split-cifar10": (lambda root: put_splits(root / "cifar10", 10), [2] * 5),
     "pacs": (put_pacs, [7] * 4),
     "mixed": (put_mixed, [2, 3, 4, 5, 6]),
     "imagenet-r-10": (lambda root: put(root / "imagenet-r", 200), [20] * 10),
@@ -121,12 +121,12 @@ PUT = {
     "core50": (put_core50, [4] * 8),
     "domainnet": (put_domainnet, [4] * 6),
 }
-# torchvision checks the md5 of what its authors published, so that no small image of these can be made.
+# torchvision checks the md5 of the published files, so no small copies of these can be made.
 MISSING = ("split-cifar100-5", "split-cifar100-10", "split-cifar100-20", "five-datasets")
 
 
-def pictures(images: LabelledImages) -> list[object]:
-    """What tells an image from others: its file, or the place of its pixels."""
+def identities(images: LabelledImages) -> list[object]:
+    """The identity of each image: its file, or the id of its pixels."""
     return [item if isinstance(item, Path) else id(item[0]) for item in (images.items[i] for i in range(len(images)))]
 
 
@@ -134,12 +134,12 @@ def build(values: dict[str, object], root: Path, **settings: object) -> Stream:
     return build_stream(StreamConfig.model_validate({"name": "own", "data": values, **settings}), root)
 
 
-def test_every_packaged_stream_is_tried_here() -> None:
+def test_every_packaged_stream_is_tested() -> None:
     assert sorted([*PUT, *MISSING]) == stream_names()
 
 
 @pytest.mark.parametrize("name", stream_names())
-def test_a_packaged_stream_says_what_it_is_and_how_it_is_run(name: str) -> None:
+def test_a_packaged_stream_has_a_description_and_a_command(name: str) -> None:
     config = read_config(name)
     assert config.name == name
     assert config.about
@@ -154,36 +154,35 @@ def test_a_packaged_stream_is_built_from_a_folder(name: str, tmp_path: Path) -> 
     make(tmp_path)
     stream = build_stream(read_config(name), tmp_path)
     assert stream.name == name
-    assert [len(one.classes) for one in stream.experiences] == num_classes
-    assert len({one.name for one in stream.experiences}) == len(num_classes)
+    assert [len(experience.classes) for experience in stream.experiences] == num_classes
+    assert len({experience.name for experience in stream.experiences}) == len(num_classes)
     assert stream.shares_classes == (name in ("pacs", "core50", "domainnet"))
     seen: set[object] = set()
-    for one in stream.experiences:
-        assert one.train.labels == one.test.labels == stream.labels
-        assert set(one.train.targets.tolist()) == set(one.test.targets.tolist()) == set(one.classes)
-        train, test = set(pictures(one.train)), set(pictures(one.test))
-        assert len(train) == len(one.train)
+    for experience in stream.experiences:
+        assert experience.train.labels == experience.test.labels == stream.labels
+        train_classes, test_classes = set(experience.train.targets.tolist()), set(experience.test.targets.tolist())
+        assert train_classes == test_classes == set(experience.classes)
+        train, test = set(identities(experience.train)), set(identities(experience.test))
+        assert len(train) == len(experience.train)
         assert not train & test
         assert not train & seen
         seen |= train if name == "core50" else train | test  # CORe50 tests every session on the same images
 
 
 @pytest.mark.parametrize("name", MISSING)
-def test_a_set_of_torchvision_that_is_missing_says_where_it_goes_and_where_it_comes_from(
-    name: str, tmp_path: Path
-) -> None:
+def test_the_error_for_a_missing_torchvision_dataset_says_where_to_get_and_put_it(name: str, tmp_path: Path) -> None:
     cifar = "cifar10 " if name == "five-datasets" else "cifar100 "
     folder = "cifar-10-batches-py/" if name == "five-datasets" else "cifar-100-python/"
     with pytest.raises(DataError) as caught:
         build_stream(read_config(name), tmp_path)
-    said = str(caught.value)
-    assert said.startswith(f"{cifar}was looked for in {str(tmp_path)!r}, and it is not there as published")
-    assert f"Put the unpacked {folder} there, from https://www.cs.toronto.edu/~kriz/" in said
-    assert said.endswith("with --data FOLDER or with `root` in the YAML file, or download it with --download.")
+    message = str(caught.value)
+    assert message.startswith(f"{cifar}was not found in {str(tmp_path)!r} (")
+    assert f"Put the unpacked {folder} there, from https://www.cs.toronto.edu/~kriz/" in message
+    assert message.endswith("pass --data FOLDER or set `root` in the YAML file, or pass --download.")
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "message"),
     [
         (
             {"source": "torchvision", "dataset": "svhn"},
@@ -197,19 +196,19 @@ def test_a_set_of_torchvision_that_is_missing_says_where_it_goes_and_where_it_co
         ({"source": "core50", "scenario": "nc"}, "Put the unpacked core50_128x128/ and batches_filelists/ there, from"),
         (
             {"source": "split", "root": "birds", "address": "https://birds.org"},
-            "The images come from https://birds.org.",
+            "The images are available from https://birds.org.",
         ),
-        ({"source": "folders", "sets": ["a", "b"]}, "Put the set 'a' there: train/ and test/ with a folder of images"),
+        ({"source": "folders", "sets": ["a", "b"]}, "Put dataset 'a' there, with class folders or with train/ and "),
     ],
 )
-def test_images_that_are_missing_are_asked_for(values: dict[str, object], said: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=re.escape(said)) as caught:
+def test_missing_images_are_reported_with_instructions(values: dict[str, object], message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=re.escape(message)) as caught:
         build(values, tmp_path)
     assert str(tmp_path) in str(caught.value)
-    assert "--data FOLDER or with `root`" in str(caught.value)
+    assert "--data FOLDER or set `root`" in str(caught.value)
 
 
-def test_a_seed_orders_classes_as_the_field_does() -> None:
+def test_a_seed_orders_classes_as_other_benchmarks_do() -> None:
     labels = tuple(map(str, range(100)))
     paths = [Path(f"{i}.jpg") for i in range(100)]
     images = LabelledImages("x", labels, torch.arange(100), paths)
@@ -220,8 +219,8 @@ def test_a_seed_orders_classes_as_the_field_does() -> None:
     assert [stream.labels[t] for t in first.train.targets.tolist()] == [path.stem for path in first.train.items]
 
 
-def test_classes_come_in_the_order_that_a_list_gives(tmp_path: Path) -> None:
-    put_parts(tmp_path / "x", ["a", "b", "c", "d"])
+def test_classes_follow_the_order_of_a_list(tmp_path: Path) -> None:
+    put_splits(tmp_path / "x", ["a", "b", "c", "d"])
     order = ["d", "a", "b", "c"]
     stream = build({"source": "split", "root": "x", "num_experiences": 2, "class_order": order}, tmp_path)
     assert stream.labels == tuple(order)
@@ -229,80 +228,86 @@ def test_classes_come_in_the_order_that_a_list_gives(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("order", "said"),
+    ("order", "message"),
     [
         (["a", "b"], "it lacks 'c', 'd'."),
-        (["a", "b", "c", "e"], "it lacks 'd' and has 'e', which it does not know."),
-        (["a", "b", "c", "d", "a"], "it names one twice."),
+        (["a", "b", "c", "e"], "it lacks 'd' and has unknown 'e'."),
+        (["a", "b", "c", "d", "a"], "it repeats a class."),
     ],
 )
-def test_a_list_that_is_no_order_of_the_classes_is_refused(order: list[str], said: str, tmp_path: Path) -> None:
-    put_parts(tmp_path / "x", ["a", "b", "c", "d"])
-    with pytest.raises(DataError, match=re.escape(f"`class_order` must name each class of 'x' once: {said}")):
+def test_an_invalid_class_order_is_refused(order: list[str], message: str, tmp_path: Path) -> None:
+    put_splits(tmp_path / "x", ["a", "b", "c", "d"])
+    with pytest.raises(DataError, match=re.escape(f"`class_order` must list each class of 'x' once; {message}")):
         build({"source": "split", "root": "x", "num_experiences": 2, "class_order": order}, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("num_classes", "settings", "said"),
+    ("num_classes", "settings", "message"),
     [
-        (8, {"num_experiences": 3}, "The 8 classes of 'x' do not divide evenly into 3 experiences of two classes or "
-         "more. What fits: 2, 4 experiences, or a `first` of 2 classes."),
+        (8, {"num_experiences": 3}, "The 8 classes of 'x' do not divide evenly into 3 experiences of at least two "
+         "classes. Possible: 2, 4 experiences, or `first: 2`."),
         (9, {"num_experiences": 2, "first": 8}, "The 9 classes of 'x', 8 in the first, do not"),
-        (7, {"num_experiences": 5}, "What fits: up to 3 with `first`, the classes of the first one, in a YAML file."),
-        (3, {"num_experiences": 2}, "What fits: nothing; it has too few classes."),
-        (4, {"num_experiences": 2, "first": 4}, "What fits: 2 experiences, or a `first` of 2 classes."),
+        (7, {"num_experiences": 5},
+         "Possible: up to 3 experiences with `first`, the size of the first one, in a YAML file."),
+        (3, {"num_experiences": 2}, "Possible: nothing, since it has too few classes."),
+        (4, {"num_experiences": 2, "first": 4}, "Possible: 2 experiences, or `first: 2`."),
     ],
 )  # fmt: skip
 def test_classes_that_do_not_divide_evenly_are_refused_with_what_fits(
-    num_classes: int, settings: dict[str, int], said: str, tmp_path: Path
+    num_classes: int, settings: dict[str, int], message: str, tmp_path: Path
 ) -> None:
-    put_parts(tmp_path / "x", num_classes)
-    with pytest.raises(DataError, match=re.escape(said)):
+    put_splits(tmp_path / "x", num_classes)
+    with pytest.raises(DataError, match=re.escape(message)):
         build({"source": "split", "root": "x", **settings}, tmp_path)
 
 
-def test_a_first_experience_of_its_own_size_makes_the_others_even(tmp_path: Path) -> None:
-    put_parts(tmp_path / "x", 8)
+def test_the_other_experiences_share_the_classes_that_the_first_leaves(tmp_path: Path) -> None:
+    put_splits(tmp_path / "x", 8)
     stream = build({"source": "split", "root": "x", "num_experiences": 3, "first": 4}, tmp_path)
-    assert [one.classes for one in stream.experiences] == [(0, 1, 2, 3), (4, 5), (6, 7)]
+    assert [experience.classes for experience in stream.experiences] == [(0, 1, 2, 3), (4, 5), (6, 7)]
 
 
-def test_a_limit_takes_as_many_of_each_class_and_of_a_small_one_all(tmp_path: Path) -> None:
-    put_parts(tmp_path / "x", ["a", "b", "c", "d"], 20)
+def test_a_limit_is_balanced_over_classes_as_far_as_they_go(tmp_path: Path) -> None:
+    put_splits(tmp_path / "x", ["a", "b", "c", "d"], 20)
     for number in range(3, 20):
         (tmp_path / "x" / "train" / "b" / f"{number}.jpg").unlink()
     values = {"source": "split", "root": "x", "num_experiences": 2}
-    whole = build(values, tmp_path)
+    unlimited = build(values, tmp_path)
     stream = build(values, tmp_path, limit=10, test_limit=2)
     first, second = stream.experiences
     assert first.train.counts == [7, 3, 0, 0]
     assert second.train.counts == [0, 0, 5, 5]
     assert second.test.counts == [0, 0, 1, 1]
-    assert set(second.train.items) < set(whole.experiences[1].train.items)
+    assert set(second.train.items) < set(unlimited.experiences[1].train.items)
     assert [path.parent.name for path in second.train.items] == ["c"] * 5 + ["d"] * 5
 
 
 def test_a_limit_draws_with_the_seed(tmp_path: Path) -> None:
-    put_parts(tmp_path / "cifar10", 10, 12)
+    put_splits(tmp_path / "cifar10", 10, 12)
     config = read_config("split-cifar10", {"limit": 10})
     drawn = [build_stream(config, tmp_path, seed).experiences[0].train.items for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
-        ({"limit": 3}, "The `limit` of 3 images is too small for experience 'own-1': its classes need 4."),
-        ({"test_limit": 1}, "The `test_limit` of 1 images is too small for experience 'own-1': its classes need 2."),
+        ({"limit": 3}, "`limit` of 3 images is too small for experience 'own-1'; its classes need at least 4."),
+        (
+            {"test_limit": 1},
+            "`test_limit` of 1 images is too small for experience 'own-1'; its classes need at least 2.",
+        ),
     ],
 )
-def test_a_limit_that_leaves_a_class_too_little_is_refused(settings: dict[str, int], said: str, tmp_path: Path) -> None:
-    put_parts(tmp_path / "x", 4)
-    with pytest.raises(DataError, match=re.escape(said)):
+def test_a_limit_that_is_too_small_for_the_classes_is_refused(
+    settings: dict[str, int], message: str, tmp_path: Path
+) -> None:
+    put_splits(tmp_path / "x", 4)
+    with pytest.raises(DataError, match=re.escape(message)):
         build({"source": "split", "root": "x", "num_experiences": 2}, tmp_path, **settings)
 
 
-def test_without_a_test_part_a_fifth_of_each_class_is_held_out_by_the_seed(tmp_path: Path) -> None:
+def test_without_a_test_split_a_fifth_of_each_class_is_held_out_by_the_seed(tmp_path: Path) -> None:
     put(tmp_path / "x", 3, 20)
     held_out = [open_folder("x", tmp_path / "x", seed).test for seed in (0, 0, 1)]
     assert held_out[0].counts == [4, 4, 4]
@@ -313,19 +318,19 @@ def test_any_folder_of_class_folders_is_a_stream(tmp_path: Path) -> None:
     put(tmp_path / "My Birds!", 6, 10)
     stream = build_stream(read_config(tmp_path / "My Birds!", {"data": {"num_experiences": 3}}))
     assert stream.name == "my-birds"
-    assert [one.name for one in stream.experiences] == ["my-birds-1", "my-birds-2", "my-birds-3"]
-    assert [one.classes for one in stream.experiences] == [(0, 1), (2, 3), (4, 5)]
-    assert [(len(one.train), len(one.test)) for one in stream.experiences] == [(16, 4)] * 3
+    assert [experience.name for experience in stream.experiences] == ["my-birds-1", "my-birds-2", "my-birds-3"]
+    assert [experience.classes for experience in stream.experiences] == [(0, 1), (2, 3), (4, 5)]
+    assert [(len(experience.train), len(experience.test)) for experience in stream.experiences] == [(16, 4)] * 3
 
 
-def test_a_set_of_torchvision_is_read_and_its_pictures_stay_where_they_are(tmp_path: Path) -> None:
+def test_a_torchvision_dataset_is_split_by_class_with_its_own_images(tmp_path: Path) -> None:
     put_mnist(tmp_path)
     stream = build({"source": "torchvision", "dataset": "mnist", "class_order": 1993}, tmp_path)
     order = np.random.RandomState(1993).permutation(10).tolist()
     assert [label[0] for label in stream.labels] == list(map(str, order))
     number = 0
-    for one in stream.experiences:
-        for images, count in ((one.train, 12), (one.test, 4)):
+    for experience in stream.experiences:
+        for images, count in ((experience.train, 12), (experience.test, 4)):
             assert len(images) == count
             for i in range(count):
                 picture = images.item(i).picture()
@@ -340,71 +345,71 @@ def test_core50_of_new_classes_tests_each_experience_on_its_own(tmp_path: Path) 
     stream = build({"source": "core50", "scenario": "nc"}, tmp_path)
     assert len(stream.experiences) == 9
     assert stream.labels == ("o1", "o3", "o2", "o4")
-    for number, one in enumerate(stream.experiences[:2]):
-        folders = {path.parent.name for path in one.test.items}
-        assert folders == {path.parent.name for path in one.train.items} == [{"o1", "o3"}, {"o2", "o4"}][number]
+    for number, experience in enumerate(stream.experiences[:2]):
+        folders = {path.parent.name for path in experience.test.items}
+        assert folders == {path.parent.name for path in experience.train.items} == [{"o1", "o3"}, {"o2", "o4"}][number]
 
 
-def test_cub200_gives_whole_pictures_as_files_and_prints_nothing(
+def test_cub200_gives_full_images_as_files_and_prints_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     put_cub200(tmp_path)
-    one = build_stream(read_config("cub200-10"), tmp_path).experiences[0]
+    images = build_stream(read_config("cub200-10"), tmp_path).experiences[0].train
     assert capsys.readouterr().out == ""
-    assert len(one.train) == 60
-    for path, target in zip(one.train.items, one.train.targets.tolist(), strict=True):
+    assert len(images) == 60
+    for path, target in zip(images.items, images.targets.tolist(), strict=True):
         assert path.is_file()
-        assert path.parent.name == one.train.labels[target]
+        assert path.parent.name == images.labels[target]
 
 
-def test_equal_names_mean_one_class_only_where_that_is_said(tmp_path: Path) -> None:
-    put_parts(tmp_path / "a", ["cat", "dog"])
-    put_parts(tmp_path / "b", ["bird", "cat"])
+def test_equal_names_are_one_class_only_with_shared_labels(tmp_path: Path) -> None:
+    put_splits(tmp_path / "a", ["cat", "dog"])
+    put_splits(tmp_path / "b", ["bird", "cat"])
     values = {"source": "folders", "sets": ["a", "b"]}
     assert build(values, tmp_path).labels == ("a/cat", "a/dog", "b/bird", "b/cat")
     shared = build({**values, "shared_labels": True}, tmp_path)
     assert shared.labels == ("cat", "dog", "bird")
-    assert [one.classes for one in shared.experiences] == [(0, 1), (0, 2)]
+    assert [experience.classes for experience in shared.experiences] == [(0, 1), (0, 2)]
     assert shared.experiences[1].train.targets.tolist() == [2] * 4 + [0] * 4
 
 
-def test_two_sets_of_one_name_are_refused(tmp_path: Path) -> None:
-    for place in ("one/birds", "two/birds"):
-        put_parts(tmp_path / place, 2)
-    with pytest.raises(DataError, match=r"Two sets of the stream 'own' are called 'birds'\. Give each"):
+def test_two_datasets_with_one_name_are_refused(tmp_path: Path) -> None:
+    for folder in ("one/birds", "two/birds"):
+        put_splits(tmp_path / folder, 2)
+    with pytest.raises(DataError, match=r"Stream 'own' has two datasets named 'birds'\. Rename one of the folders"):
         build({"source": "folders", "sets": ["one/birds", "two/birds"]}, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("", "is empty."),
-        ("no number\nat all here\n", "is not lines of a path and a number"),
-        ("clipart/c000/99.jpg 0\n", "99.jpg', and there is no such file."),
-        ("clipart/other/0.jpg 0\n", "has the class 'other', and "),
+        ("no number\nat all here\n", "must have a path and a number per line"),
+        ("clipart/c000/99.jpg 0\n", "99.jpg', which does not exist."),
+        ("clipart/other/0.jpg 0\n", "has class 'other', which "),
     ],
 )
-def test_a_list_that_is_not_right_is_refused(text: str, said: str, tmp_path: Path) -> None:
+def test_an_invalid_file_list_is_refused(text: str, message: str, tmp_path: Path) -> None:
     put_domainnet(tmp_path)
     put(tmp_path / "domainnet" / "clipart" / "x", ["other"])
     (tmp_path / "domainnet" / "clipart" / "other").symlink_to(tmp_path / "domainnet" / "clipart" / "x" / "other")
     (tmp_path / "domainnet" / "clipart_test.txt").write_text(text)
-    with pytest.raises(DataError, match=re.escape(said)):
+    with pytest.raises(DataError, match=re.escape(message)):
         build_stream(read_config("domainnet"), tmp_path)
 
 
-def test_a_list_that_is_gone_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_list_is_named(tmp_path: Path) -> None:
     put_core50(tmp_path)
     (tmp_path / "core50" / "batches_filelists" / "NI_inc" / "run0" / "test_filelist.txt").unlink()
-    with pytest.raises(DataError, match=r"The list .*test_filelist.txt' cannot be read: No such file"):
+    with pytest.raises(DataError, match=r"File list .*test_filelist.txt' cannot be read: No such file"):
         build_stream(read_config("core50"), tmp_path)
 
 
-def test_a_file_of_ones_own_looks_beside_itself_unless_told_where(
+def test_a_relative_root_is_resolved_against_the_yaml_file_or_the_data_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put_parts(tmp_path / "here" / "x", 4)
-    put_parts(tmp_path / "there" / "x", 6)
+    put_splits(tmp_path / "here" / "x", 4)
+    put_splits(tmp_path / "there" / "x", 6)
     file = tmp_path / "here" / "own.yaml"
     file.write_text("name: own\ndata: {source: split, root: x, num_experiences: 2}\n")
     monkeypatch.chdir(tmp_path)
@@ -416,9 +421,9 @@ def test_a_file_of_ones_own_looks_beside_itself_unless_told_where(
         build_stream(packaged)
 
 
-def test_what_is_given_wins_over_the_file_setting_by_setting() -> None:
-    given = {"seeds": 1, "limit": None, "backbone": {"weights": "tiny.safetensors"}, "learn": {"epochs": 2}}
-    config = read_config("pacs", given)
+def test_overrides_replace_single_settings_of_the_file() -> None:
+    overrides = {"seeds": 1, "limit": None, "backbone": {"weights": "tiny.safetensors"}, "learn": {"epochs": 2}}
+    config = read_config("pacs", overrides)
     assert config.seeds == 1
     assert config.limit is None
     assert config.backbone.name == "vit_tiny_patch16_224"
@@ -429,7 +434,7 @@ def test_what_is_given_wins_over_the_file_setting_by_setting() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "given", "stands"),
+    ("name", "overrides", "expected"),
     [
         ("digits", {"jobs": 1, "download": True, "limit": None, "backbone": {"weights": None}}, True),
         ("digits", {"methods": ["addenda", "slda"]}, True),
@@ -441,11 +446,13 @@ def test_what_is_given_wins_over_the_file_setting_by_setting() -> None:
         ("pacs", {"backbone": {"weights": "tiny.safetensors"}}, False),
     ],
 )
-def test_figures_are_expected_only_of_the_files_own_run(name: str, given: dict[str, object], stands: bool) -> None:
-    assert bool(read_config(name, given).expected) is stands
+def test_results_are_expected_only_with_the_settings_of_the_reference_run(
+    name: str, overrides: dict[str, object], expected: bool
+) -> None:
+    assert bool(read_config(name, overrides).expected) is expected
 
 
-def test_every_mistake_is_named_at_once(tmp_path: Path) -> None:
+def test_all_configuration_errors_are_reported_at_once(tmp_path: Path) -> None:
     file = tmp_path / "own.yaml"
     file.write_text(
         "name: Own Stream\n"
@@ -459,39 +466,39 @@ def test_every_mistake_is_named_at_once(tmp_path: Path) -> None:
     )
     with pytest.raises(DataError) as caught:
         read_config(file)
-    said = str(caught.value)
-    assert said.startswith(f"The stream {str(file)!r} has mistakes:\n  ")
-    assert "Value error" not in said
+    message = str(caught.value)
+    assert message.startswith(f"The configuration of stream {str(file)!r} is invalid:\n  ")
+    assert "Value error" not in message
     for problem in (
-        "name: use lower-case letters, digits, '-' and '_', first a letter or digit, 40 at most",
-        "seed: there is no such setting",
+        "name: use at most 40 lower-case letters, digits, '-' and '_', and start with a letter or digit",
+        "seed: unknown setting",
         "limit: Input should be greater than or equal to 1",
         "methods: List should have at least 1 item",
         "expected.accuracy: Input should be a valid number",
-        "backbone.nam: there is no such setting",
+        "backbone.nam: unknown setting",
         "backbone.mean.1: is missing",
         "learn: The configuration is not valid: epoch: there is no such setting.",
         "data.root: is missing",
         "data.num_experiences: Input should be greater than or equal to 2",
         "data.first: Input should be greater than or equal to 2",
-        "data.class_order: give 'sorted', a seed, or a list of two class names or more",
+        "data.class_order: give 'sorted', a seed, or a list of at least two class names",
     ):
-        assert f"\n  {problem}" in said
+        assert f"\n  {problem}" in message
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "message"),
     [
         ("{root: x}", "data: `source` is missing"),
         ("{source: web}", "data: `source` is 'web'; it must be one of 'digits', 'folders', 'split'"),
         ("{source: folders, sets: [a]}", "data.sets: List should have at least 2 items"),
         ("{source: core50, scenario: nic, run: 10}", "data.scenario: Input should be 'ni' or 'nc'"),
-        ("{source: digits, root: x}", "data.root: there is no such setting"),
+        ("{source: digits, root: x}", "data.root: unknown setting"),
     ],
 )
-def test_data_of_no_known_kind_is_refused(data: str, said: str, tmp_path: Path) -> None:
+def test_an_invalid_data_section_is_refused(data: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "own.yml").write_text(f"name: own\ndata: {data}\n")
-    with pytest.raises(DataError, match=re.escape(said)):
+    with pytest.raises(DataError, match=re.escape(message)):
         read_config(tmp_path / "own.yml")
 
 
@@ -499,15 +506,15 @@ def test_an_unknown_stream_is_refused_with_the_known_ones() -> None:
     with pytest.raises(DataError) as caught:
         read_config("digit")
     assert str(caught.value).startswith("There is no stream 'digit'. Known: core50, cub200-10, digits, ")
-    assert str(caught.value).endswith("a YAML file, or a folder with one folder of images for each class.")
+    assert str(caught.value).endswith("give a YAML file, or a folder with one subfolder of images per class.")
 
 
-def test_a_yaml_file_that_is_not_there_is_named() -> None:
+def test_a_missing_yaml_file_is_named() -> None:
     with pytest.raises(DataError, match=r"The file 'gone.yaml' cannot be read: No such file"):
         read_config("gone.yaml")
 
 
-def test_a_stream_of_files_and_one_of_a_dataset_become_avalanches(tmp_path: Path) -> None:
+def test_a_stream_of_files_and_one_of_a_dataset_become_avalanche_benchmarks(tmp_path: Path) -> None:
     colour_folder(tmp_path / "x" / "train", 4, ("red", "green", "blue", "grey"))
     colour_folder(tmp_path / "x" / "test", 2, ("red", "green", "blue", "grey"))
     put_mnist(tmp_path)
@@ -528,7 +535,8 @@ def test_a_stream_of_files_and_one_of_a_dataset_become_avalanches(tmp_path: Path
 def test_a_stream_of_real_images_is_built_and_read(name: str, num_classes: int) -> None:
     stream = build_stream(read_config(name, {"limit": 100, "test_limit": 50}), SHARED / "images")
     assert len(stream.labels) == num_classes
-    for one in stream.experiences:
-        assert (len(one.train), len(one.test)) == (100, 50)
-        assert isinstance(one.train.item(0).picture(), Image.Image)
-        assert max(one.train.counts) - min(one.train.counts[number] for number in one.classes) <= 1
+    for experience in stream.experiences:
+        assert (len(experience.train), len(experience.test)) == (100, 50)
+        assert isinstance(experience.train.item(0).picture(), Image.Image)
+        counts = experience.train.counts
+        assert max(counts) - min(counts[number] for number in experience.classes) <= 1

@@ -1,4 +1,4 @@
-"""Counting live tensors: views, what is there already and what is freed."""
+"""Peak memory counts live tensors once, without views, existing tensors and freed ones."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def in_place() -> torch.Tensor:
     return torch.zeros(1000).add_(1)
 
 
-def of_what_is_there() -> torch.Tensor:
+def of_an_existing_tensor() -> torch.Tensor:
     return WEIGHT.detach()[500:]
 
 
-def kept_for_the_backward_pass() -> None:
+def saved_for_backward() -> None:
     out = WEIGHT.exp().exp().exp().sum()
     assert out.requires_grad
 
@@ -41,9 +41,9 @@ def backward() -> None:
 @pytest.mark.parametrize(
     ("run", "expected"),
     [
-        (freed_in_between, 4000), (views, 4000), (in_place, 4000), (of_what_is_there, 0),
-        (kept_for_the_backward_pass, 12_004), (backward, 8004),
+        (freed_in_between, 4000), (views, 4000), (in_place, 4000), (of_an_existing_tensor, 0),
+        (saved_for_backward, 12_004), (backward, 8004),
     ],
 )  # fmt: skip
-def test_the_peak_is_of_storage_that_lives_at_once(run: Callable[[], object], expected: int) -> None:
+def test_the_peak_counts_storage_that_is_live_at_the_same_time(run: Callable[[], object], expected: int) -> None:
     assert abs(peak_bytes(run, [WEIGHT], torch.device("cpu")) - expected) <= 8

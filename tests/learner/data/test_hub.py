@@ -1,4 +1,4 @@
-"""Hugging Face datasets, by the package itself."""
+"""Hugging Face datasets, with the `datasets` package."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def dataset(folder: Path, count: int = 8, **columns: Any) -> Dataset:
-    """The folder's images; further columns by their values and type."""
+    """The images of the folder, with further columns given as (values, feature)."""
     paths = [folder / name / f"{i}.png" for name in CLASSES.names for i in range(count)]
     values: dict[str, Any] = {"picture": list(map(str, paths)), "class": [p.parent.name for p in paths]}
     features = {"picture": ImageFeature(), "class": CLASSES}
@@ -41,7 +41,7 @@ def refused(data: object) -> str:
     return str(caught.value)
 
 
-def test_a_dataset_is_the_folder_that_it_was_made_from(folder: Path) -> None:
+def test_a_dataset_equals_the_folder_it_was_made_from(folder: Path) -> None:
     data = dataset(folder)
     images = open_images(data)
     assert images.labels == ("red", "green", "blue")
@@ -51,7 +51,7 @@ def test_a_dataset_is_the_folder_that_it_was_made_from(folder: Path) -> None:
     assert open_images(embedded).fingerprint() == open_images(folder).fingerprint()
 
 
-def test_its_images_are_read_as_files_are(tiny: FrozenBackbone, folder: Path, tmp_path: Path) -> None:
+def test_its_images_are_read_like_files(tiny: FrozenBackbone, folder: Path, tmp_path: Path) -> None:
     clear = Image.new("RGBA", (40, 36), (0, 0, 0, 0))
     clear.save(tmp_path / "clear.png")
     read = open_images(folder).read(0, tiny)
@@ -89,12 +89,12 @@ def test_a_dictionary_of_train_and_test_is_learned_and_scored(
     assert not has_test_part(data["train"])
 
 
-def test_an_image_that_cannot_be_read_is_named_and_left_out_when_asked(
+def test_an_unreadable_image_is_an_error_or_skipped_on_request(
     tiny: FrozenBackbone, registry: Registry, folder: Path
 ) -> None:
     broken = dataset(folder).map(lambda row, i: {"picture": {"bytes": b"none"}} if i == 5 else {}, with_indices=True)
     config = LearnConfig(optimizer="sgd", epochs=1, learning_rate=0.1)
-    with pytest.raises(DataError, match="Image 5 of the Dataset given cannot be read"):
+    with pytest.raises(DataError, match="Image 5 of the given Dataset cannot be read"):
         Learner(tiny, registry).learn("colours", broken, config=config)
     task = Learner(tiny, registry).learn("colours", broken, config=config, skip_bad=True)
     assert task.data["num_images"] == 23
@@ -103,7 +103,7 @@ def test_an_image_that_cannot_be_read_is_named_and_left_out_when_asked(
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
-def test_several_candidates_are_named(folder: Path) -> None:
+def test_several_candidate_columns_are_listed(folder: Path) -> None:
     two = dataset(folder, coarse=([0] * 24, CLASSES), tags=([[0]] * 24, ListOf(CLASSES)))
     message = refused(two)
     assert "several columns" in message
@@ -113,7 +113,7 @@ def test_several_candidates_are_named(folder: Path) -> None:
     assert "could be the image: 'picture', 'mask'" in refused(dataset(folder, mask=(mask, ImageFeature())))
 
 
-def test_missing_columns_are_told_beside_those_found(folder: Path) -> None:
+def test_missing_columns_are_reported_with_the_existing_ones(folder: Path) -> None:
     numbers = dataset(folder, number=([0] * 24, Value("int64"))).remove_columns("class")
     message = refused(numbers)
     assert "no column of type ClassLabel, or a list of ClassLabel, to be the label" in message
@@ -129,14 +129,14 @@ def test_images_without_a_class_are_counted(folder: Path) -> None:
     assert "image 1 has None" in message
 
 
-def test_other_parts_than_train_and_test_are_refused(folder: Path) -> None:
-    one = dataset(folder)
-    message = refused(DatasetDict({"train": one, "validation": one}))
-    assert "the parts 'train', 'validation'" in message
-    assert "draws its own validation part" in message
-    assert "has no part 'train', only 'test'" in refused(DatasetDict({"test": one}))
+def test_splits_other_than_train_and_test_are_refused(folder: Path) -> None:
+    images = dataset(folder)
+    message = refused(DatasetDict({"train": images, "validation": images}))
+    assert "the splits 'train', 'validation'" in message
+    assert "draws its own validation split" in message
+    assert "has no split 'train', only 'test'" in refused(DatasetDict({"test": images}))
 
 
-def test_streams_and_empty_datasets_are_refused(folder: Path) -> None:
-    assert "is a stream" in refused(dataset(folder).to_iterable_dataset())
+def test_streaming_and_empty_datasets_are_refused(folder: Path) -> None:
+    assert "is a streaming dataset" in refused(dataset(folder).to_iterable_dataset())
     assert "is empty" in refused(dataset(folder).select([]))

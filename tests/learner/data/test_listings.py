@@ -1,4 +1,4 @@
-"""Listings: what they say, and every way in which one can be wrong."""
+"""Listings: their columns and values, and every invalid form."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Write = Callable[[str, list[dict[str, Any]]], Path]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Images red/0.png to red/7.png, likewise green and blue."""
+    """Images red/0.png to red/7.png, and the same for green and blue."""
     return colour_folder(tmp_path / "data")
 
 
@@ -43,19 +43,19 @@ def write_parquet(folder: Path, rows: list[dict[str, Any]]) -> Path:
 BOTH = pytest.mark.parametrize("write", [write_csv, write_parquet], ids=["csv", "parquet"])
 
 
-def said_of(images: LabelledImages) -> list[tuple[str, str]]:
+def labels_of(images: LabelledImages) -> list[tuple[str, str]]:
     return [(path.name, images.labels[target]) for path, target in zip(images.items, images.targets, strict=True)]
 
 
-def refused(file: Path, part: str = "train") -> str:
+def refused(file: Path, split: str = "train") -> str:
     with pytest.raises(DataError) as caught:
-        open_images(file, part).check_whole(skip_bad=False)
+        open_images(file, split).check_whole(skip_bad=False)
     assert repr(str(file)) in str(caught.value)
     return str(caught.value)
 
 
 @BOTH
-def test_a_listing_of_a_folder_is_that_folder(folder: Path, write: Write) -> None:
+def test_a_listing_of_a_folder_equals_that_folder(folder: Path, write: Write) -> None:
     rows = [{"path": f"{p.parent.name}/{p.name}", "label": p.parent.name} for p in sorted(folder.rglob("*.png"))]
     images, same = open_images(write(folder, rows)), open_images(folder)
     assert images.labels == same.labels == ("blue", "green", "red")
@@ -76,19 +76,19 @@ def test_a_multi_label_listing_gives_any_number_of_labels(folder: Path, write: W
     assert images.targets.tolist() == [[True, True], [False, False], [True, False]]
 
 
-def test_parquet_takes_labels_as_a_text_too(folder: Path) -> None:
+def test_parquet_accepts_labels_as_text(folder: Path) -> None:
     rows = [{"path": "red/0.png", "labels": "warm | dark"}, {"path": "red/1.png", "labels": None}]
     images = open_images(write_parquet(folder, rows))
     assert images.targets.tolist() == [[True, True], [False, False]]
 
 
-def test_numbers_are_labels_by_their_text(folder: Path) -> None:
+def test_numbers_become_text_labels(folder: Path) -> None:
     images = open_images(write_parquet(folder, [{"path": f"red/{i}.png", "label": i} for i in (0, 1)]))
     assert images.labels == ("0", "1")
 
 
 @BOTH
-def test_one_listing_holds_both_parts_and_one_list_of_classes(folder: Path, write: Write) -> None:
+def test_one_listing_holds_both_splits_and_one_list_of_classes(folder: Path, write: Write) -> None:
     rows = [
         {"path": "red/0.png", "label": "red", "split": "train"},
         {"path": "blue/0.png", "label": "blue", "split": "train"},
@@ -96,28 +96,28 @@ def test_one_listing_holds_both_parts_and_one_list_of_classes(folder: Path, writ
     ]
     file = write(folder, rows)
     assert has_test_part(file)
-    assert said_of(open_images(file, "train")) == [("0.png", "red"), ("0.png", "blue")]
-    assert said_of(open_images(file, "test")) == [("1.png", "red")]
+    assert labels_of(open_images(file, "train")) == [("0.png", "red"), ("0.png", "blue")]
+    assert labels_of(open_images(file, "test")) == [("1.png", "red")]
     assert open_images(file, "test").labels == ("blue", "red")
     without = write(folder, [{**row, "split": "train"} for row in rows])
     assert not has_test_part(without)
-    assert "no row whose split is 'test'" in refused(without, "test")
+    assert "no row with split 'test'" in refused(without, "test")
 
 
-def test_a_listing_without_parts_is_all_of_it(folder: Path) -> None:
+def test_a_listing_without_splits_is_used_whole(folder: Path) -> None:
     file = write_csv(folder, [{"path": "red/0.png", "label": "a"}, {"path": "red/1.png", "label": "b"}])
     assert not has_test_part(file)
     assert len(open_images(file, "train")) == len(open_images(file, "test")) == 2
 
 
-def test_further_columns_absolute_paths_quotes_and_a_byte_order_mark_are_taken(folder: Path, tmp_path: Path) -> None:
+def test_further_columns_absolute_paths_quotes_and_a_byte_order_mark_are_accepted(folder: Path, tmp_path: Path) -> None:
     (folder / "red, dark.png").write_bytes((folder / "red" / "0.png").read_bytes())
     text = f'id, label ,path\n1, "a" ,"red, dark.png"\n2,b,{folder / "blue" / "0.png"}\n\n'.replace(' "a" ', "a")
     (folder / "listing.csv").write_text("\ufeff" + text, encoding="utf-8")
-    assert said_of(open_images(folder / "listing.csv")) == [("red, dark.png", "a"), ("0.png", "b")]
+    assert labels_of(open_images(folder / "listing.csv")) == [("red, dark.png", "a"), ("0.png", "b")]
 
 
-def test_an_image_listed_twice_alike_counts_once(folder: Path) -> None:
+def test_a_repeated_row_counts_once(folder: Path) -> None:
     rows = [{"path": path, "label": "a"} for path in ("red/0.png", "red/../red/0.png", "red/1.png")]
     assert len(open_images(write_csv(folder, rows))) == 2
 
@@ -139,28 +139,28 @@ def test_a_task_is_learned_and_scored_from_one_listing(tiny: FrozenBackbone, reg
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
-def test_a_missing_listing_is_named(tmp_path: Path) -> None:
+def test_a_missing_listing_is_reported(tmp_path: Path) -> None:
     assert "There is no listing" in refused(tmp_path / "nothing.csv")
     assert "There is no listing" in refused(tmp_path / "nothing.parquet")
 
 
-def test_another_file_is_told_what_is_taken(tmp_path: Path) -> None:
+def test_another_file_is_refused_with_the_accepted_formats(tmp_path: Path) -> None:
     (tmp_path / "listing.json").write_text("{}")
     assert "a listing that ends in .csv or .parquet" in refused(tmp_path / "listing.json")
 
 
 @pytest.mark.parametrize("header", ["path,class", "file,label", "path;label", "labels"])
-def test_missing_columns_are_asked_for_beside_those_found(tmp_path: Path, header: str) -> None:
+def test_missing_columns_are_reported_with_the_existing_ones(tmp_path: Path, header: str) -> None:
     (tmp_path / "listing.csv").write_text(f"{header}\n")
     message = refused(tmp_path / "listing.csv")
-    assert "needs a column 'path', and 'label'" in message
+    assert "requires a column 'path', and 'label'" in message
     assert f"Found: {', '.join(map(repr, header.split(',')))}." in message
 
 
-def test_a_file_that_is_no_listing_at_all_is_refused_in_few_words(tmp_path: Path) -> None:
+def test_a_binary_file_is_refused_with_a_short_message(tmp_path: Path) -> None:
     (tmp_path / "listing.csv").write_bytes(b"\0" * 9000 + b"," * 500)
     message = refused(tmp_path / "listing.csv")
-    assert "needs a column 'path'" in message
+    assert "requires a column 'path'" in message
     assert "and 489 more." in message
     assert len(message) < 1000
 
@@ -173,20 +173,20 @@ def test_columns_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
 
 
 @BOTH
-def test_missing_columns_are_refused_in_either_form(folder: Path, write: Write) -> None:
+def test_missing_columns_are_refused_in_either_format(folder: Path, write: Write) -> None:
     assert "Found: 'path', 'class'." in refused(write(folder, [{"path": "red/0.png", "class": "red"}]))
 
 
 def test_empty_listings_are_refused(tmp_path: Path) -> None:
     (tmp_path / "listing.csv").write_text("")
-    assert "is empty. Its first line names its columns: path,label." in refused(tmp_path / "listing.csv")
+    assert "is empty. Its first line must name the columns: path,label." in refused(tmp_path / "listing.csv")
     (tmp_path / "listing.csv").write_text("path,label\n")
-    assert "names its columns and no image" in refused(tmp_path / "listing.csv")
+    assert "has column names but no rows" in refused(tmp_path / "listing.csv")
     (tmp_path / "listing.parquet").write_bytes(b"")
     assert "cannot be read as Parquet" in refused(tmp_path / "listing.parquet")
 
 
-def test_what_is_not_utf_8_csv_or_parquet_is_refused(tmp_path: Path) -> None:
+def test_files_that_are_not_utf_8_csv_or_parquet_are_refused(tmp_path: Path) -> None:
     (tmp_path / "listing.csv").write_bytes("path,label\nä.png,Bär\n".encode("latin-1"))
     assert "is not UTF-8" in refused(tmp_path / "listing.csv")
     (tmp_path / "listing.csv").write_text('path,label\n"a"b,c\n')
@@ -196,69 +196,72 @@ def test_what_is_not_utf_8_csv_or_parquet_is_refused(tmp_path: Path) -> None:
 
 
 @BOTH
-def test_missing_files_are_named_up_to_ten_with_where_they_stand(folder: Path, write: Write) -> None:
+def test_up_to_ten_missing_files_are_listed_with_their_position(folder: Path, write: Write) -> None:
     rows = [{"path": "red/0.png", "label": "red"}, *({"path": f"{i}.png", "label": "red"} for i in range(12))]
     message = refused(write(folder, rows))
     assert "12 of 13 images" in message
-    place = "line 3" if write is write_csv else "row 2"
-    assert f"\n  {place}: there is no file {str(folder / '0.png')!r}" in message
+    position = "line 3" if write is write_csv else "row 2"
+    assert f"\n  {position}: there is no file {str(folder / '0.png')!r}" in message
     assert repr(str(folder / "9.png")) in message
     assert repr(str(folder / "10.png")) not in message
-    assert "… and 2 more\nMend them, or leave them out with --skip-bad" in message
+    assert "… and 2 more\nFix or remove them, or pass --skip-bad" in message
     assert len(open_images(folder / f"listing.{'csv' if write is write_csv else 'parquet'}")) == 1
 
 
 @BOTH
 @pytest.mark.parametrize(
-    ("row", "said"),
+    ("row", "message"),
     [
         ({"path": "red/0.png", "label": "", "split": "train"}, "it has an empty label"),
         ({"path": "red/0.png", "label": " ", "split": "train"}, "it has an empty label"),
         ({"path": "", "label": "red", "split": "train"}, "its path is empty"),
         ({"path": "red/0.png", "label": "red", "split": "left"}, "its split is 'left'; it must be train or test"),
         ({"path": "red/0.png", "label": "red", "split": ""}, "its split is ''; it must be train or test"),
-        ({"path": "red/0.png", "label": "red", "split": "val"}, "Addenda draws its own validation part from train"),
-        ({"path": "red/1.png", "label": "blue", "split": "train"}, "too, with other labels"),
-        ({"path": "red/1.png", "label": "red", "split": "test"}, "too, for another part"),
+        ({"path": "red/0.png", "label": "red", "split": "val"}, "Addenda draws its own validation split from train"),
+        ({"path": "red/1.png", "label": "blue", "split": "train"}, ", with other labels"),
+        ({"path": "red/1.png", "label": "red", "split": "test"}, ", in another split"),
     ],
 )
-def test_a_wrong_row_is_named_and_said_why(folder: Path, write: Write, row: dict[str, str], said: str) -> None:
+def test_an_invalid_row_is_reported_with_the_reason(
+    folder: Path, write: Write, row: dict[str, str], message: str
+) -> None:
     good = {"path": "red/1.png", "label": "red", "split": "train"}
-    message = refused(write(folder, [good, row]))
-    assert f"\n  {'line 3' if write is write_csv else 'row 2'}: " in message
-    assert said in message
-    assert "1 of 2 rows" in message
+    error = refused(write(folder, [good, row]))
+    assert f"\n  {'line 3' if write is write_csv else 'row 2'}: " in error
+    assert message in error
+    assert "1 of 2 rows" in error
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"), [("red/0.png", "it has 1 fields"), ("red/0.png,red,dark", "quote a text with a comma")]
+    ("fields", "message"),
+    [("red/0.png", "it has 1 fields"), ("red/0.png,red,dark", "quote text that contains a comma")],
 )
-def test_a_row_of_another_length_is_refused(folder: Path, fields: str, said: str) -> None:
+def test_a_row_of_another_length_is_refused(folder: Path, fields: str, message: str) -> None:
     (folder / "listing.csv").write_text(f"path,label\nred/1.png,red\n{fields}\n")
-    message = refused(folder / "listing.csv")
-    assert "line 3: " in message
-    assert said in message
+    error = refused(folder / "listing.csv")
+    assert "line 3: " in error
+    assert message in error
 
 
-def test_labels_with_nothing_between_two_bars_are_refused(folder: Path) -> None:
+def test_empty_labels_between_bars_are_refused(folder: Path) -> None:
     file = write_csv(folder, [{"path": "red/0.png", "labels": ["a", "", "b"]}])
     assert "line 2: it has an empty label" in refused(file)
 
 
-def test_a_listing_in_which_no_image_has_a_label_is_refused(folder: Path) -> None:
+def test_a_listing_without_any_label_is_refused(folder: Path) -> None:
     assert "No image in the listing" in refused(write_csv(folder, [{"path": "red/0.png", "labels": []}]))
 
 
 @pytest.mark.parametrize(
-    ("row", "said"),
+    ("row", "message"),
     [
-        ({"path": "red/0.png", "label": 0.5}, "0.5 in it is neither a text nor a whole number"),
+        ({"path": "red/0.png", "label": 0.5}, "its value 0.5 is neither text nor a whole number"),
         ({"path": 3, "label": "red"}, "its path is 3"),
-        ({"path": "red/0.png", "labels": 3}, "its labels are 3, which is neither a text nor a list"),
+        ({"path": "red/0.png", "labels": 3}, "its labels are 3, which is neither text nor a list"),
     ],
 )
-def test_parquet_values_of_another_type_are_refused(folder: Path, row: dict[str, Any], said: str) -> None:
-    assert said in refused(write_parquet(folder, [row]))
+def test_parquet_values_of_another_type_are_refused(folder: Path, row: dict[str, Any], message: str) -> None:
+    assert message in refused(write_parquet(folder, [row]))
 
 
 def test_without_pyarrow_the_extra_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The losses, beside torch's, and the weights that make classes count alike."""
+"""The losses, compared with those of torch, and balanced class weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def balanced_weights(targets: torch.Tensor, num_classes: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("targets", [CLASSES.float(), TAGS.float(), TAGS.unsqueeze(0)], ids=["N", "N C", "1 N C"])
-def test_targets_of_another_form_are_not_taken_for_those_of_an_objective(targets: torch.Tensor) -> None:
+def test_targets_of_another_form_match_no_objective(targets: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="not enough values to unpack"):
         objective_of(targets)
 
@@ -37,7 +37,7 @@ def test_cross_entropy_is_torchs(smoothing: float) -> None:
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_weights_multiply_each_image_and_do_not_change_what_is_divided_by(smoothing: float) -> None:
+def test_weights_do_not_change_the_divisor_of_the_mean(smoothing: float) -> None:
     each = [F.cross_entropy(x, CLASSES, WEIGHTS, reduction="sum", label_smoothing=smoothing) / 20 for x in LOGITS]
     assert torch.allclose(loss(LOGITS, CLASSES, "single-label", smoothing, WEIGHTS), torch.stack(each))
 
@@ -50,7 +50,7 @@ def test_binary_cross_entropy_is_torchs_summed_over_labels() -> None:
     assert torch.allclose(loss(LOGITS, TAGS, "multi-label", 0.1), torch.stack(expected))
 
 
-def test_a_labels_presence_and_absence_are_weighed_apart() -> None:
+def test_presence_and_absence_of_a_label_have_separate_weights() -> None:
     weights = torch.stack([torch.full((5,), 2.0), 2 * WEIGHTS])
     expected = [
         F.binary_cross_entropy_with_logits(x, TAGS.float(), pos_weight=WEIGHTS, reduction="sum") / 10 for x in LOGITS
@@ -59,9 +59,7 @@ def test_a_labels_presence_and_absence_are_weighed_apart() -> None:
 
 
 @pytest.mark.parametrize(("targets", "objective"), [(CLASSES, "single-label"), (TAGS, "multi-label")])
-def test_candidates_side_by_side_have_the_loss_and_gradient_they_have_alone(
-    targets: torch.Tensor, objective: str
-) -> None:
+def test_stacked_candidates_have_the_same_loss_and_gradient_as_alone(targets: torch.Tensor, objective: str) -> None:
     together = LOGITS.clone().requires_grad_()
     loss(together, targets, objective, 0.1).sum().backward()
     for i in range(3):
@@ -72,7 +70,7 @@ def test_candidates_side_by_side_have_the_loss_and_gradient_they_have_alone(
         assert torch.allclose(together.grad[i], alone.grad)
 
 
-def test_a_very_wrong_answer_has_a_finite_loss() -> None:
+def test_a_very_wrong_prediction_has_a_finite_loss() -> None:
     logits = torch.tensor([[200.0, -200.0]])
     assert loss(logits, torch.tensor([[False, True]]), "multi-label") == 400
     assert loss(logits, torch.tensor([1]), "single-label") == 400
@@ -101,7 +99,7 @@ def test_balanced_weights_of_labels_weigh_presence_against_absence() -> None:
     assert torch.allclose((~TAGS * absent).sum(0), torch.full((5,), 10.0))
 
 
-def test_a_class_that_no_image_has_gets_a_finite_weight() -> None:
+def test_a_class_without_images_gets_a_finite_weight() -> None:
     assert balanced_weights(torch.tensor([0, 0, 2]), 4).tolist() == pytest.approx([3 / 8, 3 / 4, 3 / 4, 3 / 4])
     assert balanced_weights(torch.zeros(4, 1).bool(), 1).tolist() == [[0.5], [2.0]]
 
@@ -112,12 +110,12 @@ def test_an_images_probabilities_have_the_same_bits_in_any_batch(objective: str,
     logits = 5 * torch.randn(67, classes, generator=RANDOM)
     together = probabilities(logits, objective, 1.3)
     for size in (1, 2, 5, 8, 33):
-        parts = [probabilities(part, objective, 1.3) for part in logits.split(size)]
-        assert torch.equal(torch.cat(parts), together)
+        batches = [probabilities(batch, objective, 1.3) for batch in logits.split(size)]
+        assert torch.equal(torch.cat(batches), together)
 
 
 def test_a_multi_label_probability_is_the_sigmoid() -> None:
     logits = torch.tensor([[0.0, -200.0, 200.0, 1.5, -3.25]])
-    found = probabilities(logits, "multi-label")
-    assert torch.allclose(found, logits.sigmoid(), rtol=1e-6)
-    assert found[0, :3].tolist() == [0.5, 0.0, 1.0]
+    computed = probabilities(logits, "multi-label")
+    assert torch.allclose(computed, logits.sigmoid(), rtol=1e-6)
+    assert computed[0, :3].tolist() == [0.5, 0.0, 1.0]

@@ -1,4 +1,4 @@
-"""Scores, beside scikit-learn's."""
+"""Metrics, compared with those of scikit-learn."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def score(logits: torch.Tensor, targets: torch.Tensor, labels: Sequence[str], ob
     return OBJECTIVES[objective].score(logits, targets, labels)
 
 
-def answers(seed: int = 0, count: int = 60) -> tuple[torch.Tensor, torch.Tensor]:
-    """Multi-label logits that are right more often than not, and their targets."""
+def random_logits(seed: int = 0, count: int = 60) -> tuple[torch.Tensor, torch.Tensor]:
+    """Multi-label logits that are correct more often than not, and their targets."""
     random = torch.Generator().manual_seed(seed)
     targets = torch.rand(count, 4, generator=random) < torch.tensor([0.5, 0.3, 0.2, 0.1])
     return torch.randn(count, 4, generator=random) + 2 * targets - 1.5, targets
 
 
-def test_single_label_scores_have_the_keys_they_always_had() -> None:
+def test_the_keys_of_single_label_scores_are_stable() -> None:
     scores = score(torch.eye(4)[[0, 1, 2, 2]], torch.tensor([0, 1, 2, 3]), LABELS, "single-label")
     assert set(scores) == {
         "accuracy", "balanced_accuracy", "calibration_error", "per_class", "confusion", "num_images",
@@ -41,13 +41,13 @@ def test_single_label_scores_have_the_keys_they_always_had() -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_multi_label_scores_are_scikit_learns(seed: int) -> None:
-    logits, targets = answers(seed)
+    logits, targets = random_logits(seed)
     scores = score(logits, targets, LABELS, "multi-label")
-    truth, chance, chosen = targets.numpy(), logits.sigmoid().numpy(), (logits >= 0).numpy()
+    truth, chance, predicted = targets.numpy(), logits.sigmoid().numpy(), (logits >= 0).numpy()
     assert scores["mean_average_precision"] == pytest.approx(metrics.average_precision_score(truth, chance), abs=1e-6)
-    assert scores["f1_micro"] == pytest.approx(metrics.f1_score(truth, chosen, average="micro"), abs=1e-6)
-    assert scores["f1_macro"] == pytest.approx(metrics.f1_score(truth, chosen, average="macro"), abs=1e-6)
-    assert scores["exact_match"] == pytest.approx(metrics.accuracy_score(truth, chosen), abs=1e-6)
+    assert scores["f1_micro"] == pytest.approx(metrics.f1_score(truth, predicted, average="micro"), abs=1e-6)
+    assert scores["f1_macro"] == pytest.approx(metrics.f1_score(truth, predicted, average="macro"), abs=1e-6)
+    assert scores["exact_match"] == pytest.approx(metrics.accuracy_score(truth, predicted), abs=1e-6)
     each = metrics.average_precision_score(truth, chance, average=None)
     assert list(scores["per_class"].values()) == pytest.approx(list(each), abs=1e-6)
     assert tuple(scores["per_class"]) == LABELS
@@ -57,25 +57,25 @@ def test_multi_label_scores_are_scikit_learns(seed: int) -> None:
     assert scores["calibration_error"] == pytest.approx(sum(gaps) / truth.size, abs=1e-5)
 
 
-def test_a_label_that_no_image_has_is_left_out_of_the_means() -> None:
-    logits, targets = answers()
+def test_a_label_without_images_is_excluded_from_the_means() -> None:
+    logits, targets = random_logits()
     targets[:, 1] = False
-    kept = [0, 2, 3]
+    present = [0, 2, 3]
     scores = score(logits, targets, LABELS, "multi-label")
-    without = score(logits[:, kept], targets[:, kept], [LABELS[i] for i in kept], "multi-label")
+    without = score(logits[:, present], targets[:, present], [LABELS[i] for i in present], "multi-label")
     assert scores["per_class"].pop("b") is None
     assert scores["per_class"] == without["per_class"]
     for mean in ("mean_average_precision", "f1_macro"):
         assert scores[mean] == pytest.approx(without[mean])
 
 
-def test_where_no_image_has_a_label_there_is_nothing_to_average() -> None:
+def test_without_any_label_the_means_are_none() -> None:
     scores = score(torch.ones(3, 2), torch.zeros(3, 2).bool(), ("a", "b"), "multi-label")
     assert scores["mean_average_precision"] is scores["f1_micro"] is scores["f1_macro"] is None
     assert scores["exact_match"] == 0
 
 
-def test_one_label_alone_is_scored() -> None:
+def test_a_single_label_is_scored() -> None:
     scores = score(
         torch.tensor([[1.0], [-1.0], [2.0]]), torch.tensor([[True], [False], [False]]), ("a",), "multi-label"
     )
@@ -84,17 +84,17 @@ def test_one_label_alone_is_scored() -> None:
 
 @settings(deadline=None, max_examples=30, database=None)
 @given(shift=st.floats(-1e3, 1e3), scale=st.floats(0.01, 100))
-def test_average_precision_is_of_the_order_alone_however_large_the_logits(shift: float, scale: float) -> None:
-    logits, targets = answers()
+def test_average_precision_depends_only_on_the_order_of_the_logits(shift: float, scale: float) -> None:
+    logits, targets = random_logits()
     moved = score(logits.double() * scale + shift, targets, LABELS, "multi-label")
     assert moved["per_class"] == score(logits, targets, LABELS, "multi-label")["per_class"]
 
 
-def test_what_is_shown_of_each_objective_is_among_its_scores_and_all_are_json() -> None:
-    logits, targets = answers()
-    made = {"single-label": targets.int().argmax(1).long(), "multi-label": targets}
-    assert set(made) == set(OBJECTIVES) == set(SCORES) == set(PER_CLASS)
-    for objective, truth in made.items():
+def test_the_displayed_metrics_of_each_objective_are_among_its_scores_and_are_json() -> None:
+    logits, targets = random_logits()
+    examples = {"single-label": targets.int().argmax(1).long(), "multi-label": targets}
+    assert set(examples) == set(OBJECTIVES) == set(SCORES) == set(PER_CLASS)
+    for objective, truth in examples.items():
         scores = score(logits, truth, LABELS, objective)
         assert 0 <= scores[headline(objective)] <= 1
         assert {headline(objective)} <= set(SCORES[objective]) <= set(scores)

@@ -1,4 +1,4 @@
-"""The temperature: found where there is one, and 1 where none helps."""
+"""Temperature scaling: the optimum is found, and the temperature is 1 if none improves the likelihood."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def loss(logits: torch.Tensor, targets: torch.Tensor, objective: str) -> torch.T
 
 
 def drawn(objective: str, temperature: float, count: int = 4000) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits that are off by a temperature, with targets drawn by what they ought to say."""
+    """Logits multiplied by a temperature, with targets drawn from the calibrated probabilities."""
     random = torch.Generator().manual_seed(0)
-    honest = 2 * torch.randn(count, 4, generator=random)
+    calibrated = 2 * torch.randn(count, 4, generator=random)
     if objective == "single-label":
-        targets = torch.multinomial(honest.softmax(-1), 1, generator=random).flatten()
+        targets = torch.multinomial(calibrated.softmax(-1), 1, generator=random).flatten()
     else:
-        targets = torch.rand(count, 4, generator=random) < honest.sigmoid()
-    return honest * temperature, targets
+        targets = torch.rand(count, 4, generator=random) < calibrated.sigmoid()
+    return calibrated * temperature, targets
 
 
 OBJECTIVE = pytest.mark.parametrize("objective", ["single-label", "multi-label"])
@@ -35,17 +35,17 @@ OBJECTIVE = pytest.mark.parametrize("objective", ["single-label", "multi-label"]
 
 @OBJECTIVE
 @pytest.mark.parametrize("temperature", [0.4, 1.0, 3.0])
-def test_the_temperature_that_logits_are_off_by_is_found(objective: str, temperature: float) -> None:
+def test_the_true_temperature_is_found(objective: str, temperature: float) -> None:
     logits, targets = drawn(objective, temperature)
-    found = fit_temperature(logits, targets, objective)
-    assert found == pytest.approx(temperature, rel=0.05)
-    assert loss(logits / found, targets, objective) <= loss(logits, targets, objective)
-    for other in (0.99 * found, 1.01 * found):
-        assert loss(logits.double() / found, targets, objective) < loss(logits.double() / other, targets, objective)
+    fitted = fit_temperature(logits, targets, objective)
+    assert fitted == pytest.approx(temperature, rel=0.05)
+    assert loss(logits / fitted, targets, objective) <= loss(logits, targets, objective)
+    for other in (0.99 * fitted, 1.01 * fitted):
+        assert loss(logits.double() / fitted, targets, objective) < loss(logits.double() / other, targets, objective)
 
 
 @OBJECTIVE
-def test_it_mends_the_calibration_and_moves_no_other_score(objective: str) -> None:
+def test_scaling_improves_the_calibration_error_and_changes_no_other_score(objective: str) -> None:
     logits, targets = drawn(objective, 4.0)
     labels = ("a", "b", "c", "d")
     before = OBJECTIVES[objective].score(logits, targets, labels)
@@ -55,15 +55,15 @@ def test_it_mends_the_calibration_and_moves_no_other_score(objective: str) -> No
 
 
 @OBJECTIVE
-def test_logits_are_divided_by_no_more_and_no_less_than_the_bounds(objective: str) -> None:
+def test_the_temperature_is_bounded(objective: str) -> None:
     targets = drawn(objective, 1.0)[1]
-    right = torch.nn.functional.one_hot(targets, 4) if targets.ndim == 1 else targets
-    assert fit_temperature((2.0 * right - 1) * 3, targets, objective) == pytest.approx(BOUNDS[0], abs=2e-3)
-    assert fit_temperature(-(2.0 * right - 1) * 3, targets, objective) == pytest.approx(BOUNDS[1], abs=2e-3)
+    correct = torch.nn.functional.one_hot(targets, 4) if targets.ndim == 1 else targets
+    assert fit_temperature((2.0 * correct - 1) * 3, targets, objective) == pytest.approx(BOUNDS[0], abs=2e-3)
+    assert fit_temperature(-(2.0 * correct - 1) * 3, targets, objective) == pytest.approx(BOUNDS[1], abs=2e-3)
 
 
 @OBJECTIVE
-def test_without_images_or_where_nothing_helps_it_is_1(objective: str) -> None:
+def test_without_images_or_improvement_the_temperature_is_1(objective: str) -> None:
     logits, targets = drawn(objective, 1.0)
     assert fit_temperature(logits[:0], targets[:0], objective) == 1.0
     assert fit_temperature(torch.zeros(9, 4), targets[:9], objective) == 1.0
@@ -71,12 +71,12 @@ def test_without_images_or_where_nothing_helps_it_is_1(objective: str) -> None:
 
 @settings(deadline=None, max_examples=30, database=None)
 @given(seed=st.integers(0, 1000), multi=st.booleans(), scale=st.floats(0.01, 50))
-def test_it_never_makes_the_likelihood_worse_and_is_the_same_again(seed: int, multi: bool, scale: float) -> None:
+def test_scaling_never_increases_the_loss_and_is_deterministic(seed: int, multi: bool, scale: float) -> None:
     random = torch.Generator().manual_seed(seed)
     logits = scale * torch.randn(12, 3, generator=random)
     targets = torch.rand(12, 3, generator=random) < 0.5 if multi else torch.randint(3, (12,), generator=random)
     objective = "multi-label" if multi else "single-label"
-    found = fit_temperature(logits, targets, objective)
-    assert BOUNDS[0] <= found <= BOUNDS[1]
-    assert loss(logits.double() / found, targets, objective) <= loss(logits.double(), targets, objective)
-    assert fit_temperature(logits, targets, objective) == found
+    fitted = fit_temperature(logits, targets, objective)
+    assert BOUNDS[0] <= fitted <= BOUNDS[1]
+    assert loss(logits.double() / fitted, targets, objective) <= loss(logits.double(), targets, objective)
+    assert fit_temperature(logits, targets, objective) == fitted

@@ -1,4 +1,4 @@
-"""Damage to what is stored is found and named; the other tasks keep working."""
+"""Damaged rows and artifacts are detected and named; the other tasks keep working."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from tests.support.databases import ON_SQLITE, raw, rows, tamper
 from tests.support.registries import HERE, a_task, keep, same_content
 
 
-@pytest.mark.parametrize("place", [0, 10, -1])
-def test_a_flipped_byte_of_an_artifact_is_found(full_book, place):
+@pytest.mark.parametrize("index", [0, 10, -1])
+def test_a_flipped_byte_of_an_artifact_is_found(full_book, index):
     keep(full_book, a_task("birds", 8))
     data = bytearray(full_book.get("strokes").artifact)
-    data[place] ^= 1
+    data[index] ^= 1
     sha256 = full_book.record("strokes").sha256
     sql = "UPDATE artifact SET data = :data WHERE sha256 = :sha256"
     tamper(full_book, "artifact", sql, data=bytes(data), sha256=sha256)
@@ -51,7 +51,7 @@ def test_a_changed_column_is_found(full_book, table, sql):
 
 @ON_SQLITE
 @pytest.mark.parametrize("column", ["labels", "config", "metrics", "data"])
-def test_an_sqlite_column_that_is_no_json_is_answered_in_words(full_book, column):
+def test_invalid_json_in_an_sqlite_column_is_a_registry_error(full_book, column):
     tamper(full_book, "task", f"UPDATE task SET {column} = '[' WHERE name = 'digits'")
     before = rows(full_book)
     for ask in (lambda: full_book.get("digits"), lambda: full_book.load(HERE), full_book.tasks):
@@ -63,14 +63,14 @@ def test_an_sqlite_column_that_is_no_json_is_answered_in_words(full_book, column
     assert full_book.get("strokes").version == 1
 
 
-def test_a_lost_artifact_is_found(full_book):
+def test_a_missing_artifact_is_found(full_book):
     sha256 = full_book.record("digits").sha256
     tamper(full_book, "artifact", "DELETE FROM artifact WHERE sha256 = :sha256", sha256=sha256)
     with pytest.raises(IntegrityError, match="Task 'digits:1' cannot be trusted: its artifact is missing"):
         full_book.get("digits")
 
 
-def test_a_lost_parent_is_found(full_book):
+def test_a_missing_parent_is_found(full_book):
     tamper(full_book, "task_parent", "DELETE FROM task_parent")
     with pytest.raises(IntegrityError, match=r"'digits:1' cannot be trusted: it extends a task .* that is missing"):
         full_book.get("digits")
@@ -89,12 +89,12 @@ def test_a_changed_golden_probe_is_found(full_book, column, value):
 
 @ON_SQLITE
 @pytest.mark.parametrize("table", ["sqlite_schema", "task", "artifact", "event"])
-def test_a_damaged_page_of_an_sqlite_file_is_answered_in_words(full_book, table):
+def test_a_damaged_page_of_an_sqlite_file_is_a_registry_error(full_book, table):
     with raw(full_book) as connection:
-        found = connection.scalar(text("SELECT rootpage FROM sqlite_schema WHERE name = :table"), {"table": table})
+        root = connection.scalar(text("SELECT rootpage FROM sqlite_schema WHERE name = :table"), {"table": table})
         size = connection.scalar(text("PRAGMA page_size"))
     full_book.close()
-    page = found or 1
+    page = root or 1
     with open(full_book.location, "r+b") as file:
         file.seek(page * size - size // 2)
         file.write(b"\xff" * (size // 2))
@@ -105,7 +105,7 @@ def test_a_damaged_page_of_an_sqlite_file_is_answered_in_words(full_book, table)
 
 
 @ON_SQLITE
-def test_an_sqlite_row_without_what_it_points_at_is_a_fault(full_book):
+def test_a_dangling_reference_in_sqlite_is_a_fault(full_book):
     sha256 = full_book.record("digits").sha256
     with raw(full_book) as connection:
         connection.execute(text("DROP TRIGGER artifact_no_delete"))

@@ -1,4 +1,4 @@
-"""A scoring is equal to the one before it to the last digit, or has a named reason, or is called unexplained."""
+"""An evaluation equals the previous one to the last bit, differs for a stated reason, or is called unexplained."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from addenda.exceptions import UnknownTaskError
-from addenda.registry import Golden, Registry, Scored, canonical_json, digest
+from addenda.registry import ComparedEvaluation, Golden, Registry, canonical_json, digest
 from tests.support.databases import Database
 from tests.support.registries import BACKBONE, a_task, keep, probe
 
@@ -23,7 +23,7 @@ def name_of(numerics: dict[str, Any]) -> str:
 
 @pytest.fixture
 def book(database: Database) -> Iterator[Registry]:
-    """A task of two versions; numerics of which the golden probes of yet another task tell."""
+    """A task with two versions, and another task whose golden probes describe two numerics."""
     with Registry.open(database.new()) as opened:
         opened.add_backbone(BACKBONE)
         keep(opened, a_task("digits", 1))
@@ -46,11 +46,11 @@ def score(
     return book.add_evaluation(ref, on, fingerprint, {"accuracy": accuracy, "num_images": 8}, 64 * logits).event_id
 
 
-def verdicts(found: list[Scored]) -> list[str]:
-    return [scored.verdict for scored in found]
+def verdicts(history: list[ComparedEvaluation]) -> list[str]:
+    return [compared.verdict for compared in history]
 
 
-def test_scorings_are_given_data_by_data_and_on_each_the_oldest_first(book):
+def test_evaluations_are_grouped_by_data_and_the_oldest_comes_first(book):
     for ref, on in (
         ("digits:1", FACES),
         ("digits:1", CATS),
@@ -59,22 +59,22 @@ def test_scorings_are_given_data_by_data_and_on_each_the_oldest_first(book):
         ("digits:1", FACES),
     ):
         score(book, ref, on)
-    found = book.history("digits")
-    assert [(scored.evaluation.task, scored.evaluation.data_fingerprint) for scored in found] == [
+    history = book.history("digits")
+    assert [(compared.evaluation.task, compared.evaluation.data_fingerprint) for compared in history] == [
         ("digits:1", FACES), ("digits:2", FACES), ("digits:1", FACES), ("digits:1", CATS),
     ]  # fmt: skip
-    assert verdicts(found) == ["first", "another version", "equal", "first"]
-    assert found[2].evaluation == book.evaluations("digits:1")[-1]
-    assert [scored.against for scored in found] == [None, None, found[0].evaluation.event_id, None]
+    assert verdicts(history) == ["first", "another version", "equal", "first"]
+    assert history[2].evaluation == book.evaluations("digits:1")[-1]
+    assert [compared.against for compared in history] == [None, None, history[0].evaluation.event_id, None]
 
 
-def test_equal_bits_and_figures_are_equal_whatever_the_numerics(book):
+def test_equal_bits_and_metrics_are_equal_whatever_the_numerics(book):
     for under in (OLD, OLD, NEW, UNKNOWN):
         score(book, under=under)
-    found = book.history("digits")
-    assert verdicts(found) == ["first", "equal", "equal", "equal"]
-    assert found[1].reason == "to the last digit and bit"
-    assert found[2].reason == "to the last digit and bit, under other numerics"
+    history = book.history("digits")
+    assert verdicts(history) == ["first", "equal", "equal", "equal"]
+    assert history[1].reason == "the same metrics; logits bitwise identical"
+    assert history[2].reason == "the same metrics; logits bitwise identical, under other numerics"
 
 
 def test_other_numerics_are_named_by_what_changed(book):
@@ -84,12 +84,12 @@ def test_other_numerics_are_named_by_what_changed(book):
     assert book.history("digits")[1].reason == "torch 2.14.1 -> 2.15.0"
 
 
-def test_numerics_that_nobody_described_are_said_to_be_unknown(book):
+def test_numerics_without_a_golden_probe_are_reported_as_unknown(book):
     score(book)
     score(book, under=UNKNOWN, logits="b")
     assert book.history("digits")[1].verdict == "other numerics"
     assert book.history("digits")[1].reason == (
-        "what numerics uuuuuuuuuuuu… were is not known: no golden probe was recorded under them"
+        "numerics uuuuuuuuuuuu… are unknown: no golden probe was recorded under them"
     )
 
 
@@ -101,20 +101,20 @@ def test_numerics_that_nobody_described_are_said_to_be_unknown(book):
         ({"accuracy": 0.625}, "the same logits under the same numerics: accuracy 0.5 -> 0.625"),
     ],
 )
-def test_other_bits_or_figures_under_the_same_numerics_are_unexplained(book, change, reason):
+def test_other_bits_or_metrics_under_the_same_numerics_are_unexplained(book, change, reason):
     score(book)
     score(book, **change)
     assert verdicts(book.history("digits")) == ["first", "unexplained"]
     assert book.history("digits")[1].reason == reason
 
 
-def test_a_change_is_not_hidden_by_a_scoring_under_other_numerics_between(book):
+def test_a_change_is_not_hidden_by_an_evaluation_under_other_numerics_between(book):
     first = score(book)
     score(book, under=NEW, logits="b")
     score(book, logits="c")
-    found = book.history("digits")
-    assert verdicts(found) == ["first", "other numerics", "unexplained"]
-    assert found[2].against == first
+    history = book.history("digits")
+    assert verdicts(history) == ["first", "other numerics", "unexplained"]
+    assert history[2].against == first
 
 
 def test_a_retired_name_has_a_history_and_an_unknown_one_none(book):

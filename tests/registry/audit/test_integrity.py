@@ -1,4 +1,4 @@
-"""A changed, lost or added byte anywhere in a registry is found and named, and the rest is still said to be right."""
+"""A changed, missing or added byte anywhere in a registry is detected and named, and the rest still passes."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from sqlalchemy import exc as sql
 from sqlalchemy.engine import make_url
 from sqlalchemy.event import listen
 
-from addenda.registry import Registry, Scoring
+from addenda.registry import Evaluation, Registry
 from addenda.registry.audit import faults
 from addenda.registry.audit.integrity import Integrity, check_rows
 from addenda.registry.store import schema
-from addenda.registry.store.loading import load_task
 from addenda.registry.store.queries import find
 from addenda.registry.store.schema import statements
+from addenda.registry.store.task_reader import load_task
 from tests.support.databases import Database, Postgres, raw, rows, tamper, without_triggers
 from tests.support.registries import BACKBONE, FINGERPRINT, a_statistic, a_task, keep, probe
 
@@ -32,15 +32,15 @@ REFS = ("strokes:1", "digits:1", "old:1", "bystander:1", "twin:1")
 
 
 def fill(location: str | Path) -> None:
-    """Makes a registry with rows in every table; `bystander` has to do with nobody, `digits` extends `strokes`."""
+    """Creates a registry with rows in every table; `bystander` is unrelated to others, `digits` extends `strokes`."""
     metrics = {"test": {"accuracy": 0.875, "per_class": {"zero": 1.0}}}
     with Registry.open(location, user="ada") as book:
         book.add_backbone(BACKBONE)
         keep(book, a_task("bystander", 1))
         parent = keep(book, a_task("strokes", 2, metrics=metrics, data={"count": 12}))
         child = a_task("digits", 3, parents=(parent,), config={"epochs": 20, "seed": None}, metrics=metrics)
-        scoring = Scoring("d" * 64, "n" * 64, {"accuracy": 0.875}, "l" * 64)
-        book.register(child, probe(child), a_statistic(), evaluations=[scoring])
+        evaluation = Evaluation("d" * 64, "n" * 64, {"accuracy": 0.875}, "l" * 64)
+        book.register(child, probe(child), a_statistic(), evaluations=[evaluation])
         keep(book, a_task("old", 4))
         book.register(a_task("twin", 3, parents=(parent,)), probe(child))
         book.set_alias("strokes", "production", 1)
@@ -61,9 +61,9 @@ def filled(database: Database) -> str:
     location = database.new()
     fill(location)
     with Registry.open(location) as book:
-        found = book.check_integrity()
-        assert (found.ok, found.faults, found.unchecked, found.num_tasks) == (True, (), (), len(REFS))
-        assert (found.generation, found.head) == (book.generation, book.events()[-1].digest)
+        integrity = book.check_integrity()
+        assert (integrity.ok, integrity.faults, integrity.unchecked, integrity.num_tasks) == (True, (), (), len(REFS))
+        assert (integrity.generation, integrity.head) == (book.generation, book.events()[-1].digest)
     return location
 
 
@@ -81,7 +81,7 @@ def on_postgres(postgres: str) -> Iterator[Postgres]:
 
 @contextmanager
 def unguarded(location: str) -> Iterator[Connection]:
-    """A transaction in which any row can be damaged: no trigger, no foreign key; nothing of it stays."""
+    """A transaction without triggers and foreign keys, so that any row can be damaged; it is rolled back."""
     with raw(location) as connection:
         if connection.dialect.name == "sqlite":
             connection.exec_driver_sql("BEGIN")
@@ -93,13 +93,13 @@ def unguarded(location: str) -> Iterator[Connection]:
 
 def cells(connection: Connection) -> Iterator[tuple[Table, Row[Any], Column[Any]]]:
     for table in TABLES:
-        found = connection.execute(select(*raw_columns(table)).order_by(*table.primary_key)).all()
-        assert found, f"{table.name} without a row would prove nothing"
-        yield from ((table, row, column) for row in found for column in table.c)
+        table_rows = connection.execute(select(*raw_columns(table)).order_by(*table.primary_key)).all()
+        assert table_rows, f"{table.name} without a row would prove nothing"
+        yield from ((table, row, column) for row in table_rows for column in table.c)
 
 
 def raw_columns(table: Table) -> list[Any]:
-    """A table's columns, JSON as its text."""
+    """A table's columns, JSON columns as text."""
     return [cast(column, String).label(column.name) if isinstance(column.type, JSON) else column for column in table.c]
 
 
@@ -108,31 +108,31 @@ def kind(column: Column[Any]) -> type:
 
 
 def flips(value: Any, column: Column[Any], sqlite: bool) -> list[Any]:
-    """The value with one bit flipped, at its start, in its middle or at its end; of text another that is no UTF-8."""
+    """The value with one bit flipped, at its start, middle or end; for text also a value that is not UTF-8."""
     if kind(column) is Integer:
         return [value ^ 1, value ^ 64]
     if kind(column) is Float:
         return [0.5 if value is None else struct.unpack("<d", flipped(struct.pack("<d", value), 0, 1))[0]]
     data = value if isinstance(value, bytes) else value.encode()
     if kind(column) is JSON:
-        other = next((f for place in range(len(data)) if reads_otherwise(f := flipped(data, place, 1), data)), b"{]")
+        other = next((f for i in range(len(data)) if parses_differently(f := flipped(data, i, 1), data)), b"{]")
         return [other.decode(), *(["{" + value, flipped(data, len(data) // 2, 128)] if sqlite else [])]
-    place = (0, len(data) // 2, len(data) - 1)[len(column.name) % 3]
-    one = flipped(data, place, 1)
+    index = (0, len(data) // 2, len(data) - 1)[len(column.name) % 3]
+    changed = flipped(data, index, 1)
     if isinstance(value, bytes):
-        return [one]
-    return [one.decode(), *([flipped(data, len(data) // 2, 128)] if sqlite else [])]
+        return [changed]
+    return [changed.decode(), *([flipped(data, len(data) // 2, 128)] if sqlite else [])]
 
 
-def reads_otherwise(text: bytes, than: bytes) -> bool:
+def parses_differently(text: bytes, original: bytes) -> bool:
     try:
-        return json.loads(text) != json.loads(than)
+        return json.loads(text) != json.loads(original)
     except ValueError:
         return False
 
 
-def flipped(data: bytes, place: int, bit: int) -> bytes:
-    return data[:place] + bytes([data[place] ^ bit]) + data[place + 1 :] if data else bytes([bit + 64])
+def flipped(data: bytes, index: int, bit: int) -> bytes:
+    return data[:index] + bytes([data[index] ^ bit]) + data[index + 1 :] if data else bytes([bit + 64])
 
 
 def where(table: Table, row: Row[Any]) -> tuple[str, dict[str, Any]]:
@@ -141,7 +141,7 @@ def where(table: Table, row: Row[Any]) -> tuple[str, dict[str, Any]]:
 
 
 def damage(connection: Connection, table: Table, row: Row[Any], column: Column[Any], value: Any) -> Integrity | str:
-    """What a check says after one cell was set, which is undone; or why the database does not take the value."""
+    """Sets one cell, checks the registry and undoes the change; returns the result, or the database's error."""
     condition, keys = where(table, row)
     wrapped = ":value"
     if connection.dialect.name == "sqlite" and isinstance(value, bytes) and kind(column) is not LargeBinary:
@@ -155,20 +155,20 @@ def damage(connection: Connection, table: Table, row: Row[Any], column: Column[A
                 assert connection.execute(text(update), {"value": value, **keys}).rowcount == 1
         except (sql.IntegrityError, sql.DataError) as error:
             return str(error.orig)
-        found = check_rows(connection)
-        unblamed_tasks_load(connection, found)
+        integrity = check_rows(connection)
+        tasks_without_faults_load(connection, integrity)
         savepoint.rollback()
-    return found
+    return integrity
 
 
-def unblamed_tasks_load(connection: Connection, found: Integrity) -> None:
+def tasks_without_faults_load(connection: Connection, integrity: Integrity) -> None:
     for ref in REFS:
-        if not found.of(ref):
+        if not integrity.of(ref):
             assert load_task(connection, find(connection, ref)).ref == ref
 
 
 def owners(connection: Connection, table: Table, row: Row[Any]) -> set[str]:
-    """What a fault of a row may name; one of them must be named."""
+    """The possible subjects of a row's fault; at least one must be reported."""
     if table is schema.backbone:
         return {FINGERPRINT}
     if table is schema.event:
@@ -184,7 +184,7 @@ def owners(connection: Connection, table: Table, row: Row[Any]) -> set[str]:
 
 
 KEYS = {"id", "task_id", "parent_id", "event_id", "name", "version", "fingerprint", "sha256", "digest"}
-"""Columns by which rows find each other: others may be named too when one of them is damaged."""
+"""Columns that relate rows to each other: damage to one may be reported for other subjects too."""
 
 
 @pytest.mark.slow
@@ -214,7 +214,7 @@ def test_a_flipped_bit_in_any_cell_is_found_and_named_and_tasks_that_are_not_nam
 
 
 def test_json_that_reads_the_same_is_no_fault(copied):
-    """The one change of bytes that changes nothing: what a reader gets is equal."""
+    """The only change of bytes that is allowed: the parsed value is equal."""
     columns = [(table, column) for table in TABLES for column in table.c if kind(column) is JSON]
     assert len(columns) == 9
     with unguarded(copied) as connection:
@@ -226,24 +226,25 @@ def test_json_that_reads_the_same_is_no_fault(copied):
 
 
 @pytest.mark.slow
-def test_a_lost_row_is_found_and_named(filled, database):
-    lost = 0
+def test_a_missing_row_is_found_and_named(filled, database):
+    deleted = 0
     with unguarded(filled) as connection:
         head = connection.scalar(select(schema.event.c.digest).order_by(schema.event.c.id.desc()).limit(1))
-        for table, found in [(table, connection.execute(select(table)).all()) for table in TABLES]:
-            for row in found:
+        for table, table_rows in [(table, connection.execute(select(table)).all()) for table in TABLES]:
+            for row in table_rows:
                 mine = owners(connection, table, row)
                 condition, keys = where(table, row)
                 with connection.begin_nested() as savepoint:
                     assert connection.execute(text(f"DELETE FROM {table.name} WHERE {condition}"), keys).rowcount == 1
-                    said = check_rows(connection, head)
-                    last = {"history"} if table is schema.event and row.id == said.generation + 1 else set()
-                    assert {fault.subject for fault in said.faults} & (mine | last), (table.name, row, said.faults)
+                    integrity = check_rows(connection, head)
+                    last = {"history"} if table is schema.event and row.id == integrity.generation + 1 else set()
+                    subjects = {fault.subject for fault in integrity.faults}
+                    assert subjects & (mine | last), (table.name, row, integrity.faults)
                     if table is not schema.task:
-                        unblamed_tasks_load(connection, said)
+                        tasks_without_faults_load(connection, integrity)
                     savepoint.rollback()
-                lost += 1
-    assert lost == sum(map(len, rows(filled).values()))
+                deleted += 1
+    assert deleted == sum(map(len, rows(filled).values()))
 
 
 DOUBLED: dict[str, dict[str, Any]] = {
@@ -262,16 +263,16 @@ DOUBLED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
-def test_a_row_that_stands_there_twice_is_found(filled, table):
+def test_a_duplicate_row_is_found(filled, table):
     with unguarded(filled) as connection:
         row = connection.execute(select(*raw_columns(table)).order_by(*table.primary_key.columns)).first()
         other = row._asdict() | DOUBLED[table.name]
         values = (f"CAST(:{c.name} AS JSON)" if kind(c) is JSON and connection.dialect.name == "postgresql" else
                   f":{c.name}" for c in table.c)  # fmt: skip
         connection.execute(text(f"INSERT INTO {table.name} ({', '.join(other)}) VALUES ({', '.join(values)})"), other)
-        found = check_rows(connection)
-        assert not found.ok
-        unblamed_tasks_load(connection, found)
+        integrity = check_rows(connection)
+        assert not integrity.ok
+        tasks_without_faults_load(connection, integrity)
 
 
 def test_an_event_written_by_hand_is_found(copied):
@@ -296,7 +297,7 @@ def test_events_that_changed_places_are_found(copied):
                 savepoint.rollback()
 
 
-def test_a_history_that_was_cut_short_is_found_by_the_digest_that_was_noted(copied):
+def test_a_truncated_history_is_found_by_a_digest_recorded_earlier(copied):
     with Registry.open(copied) as book:
         before = book.check_integrity().head
         book.note("digits", "inconvenient")
@@ -305,11 +306,11 @@ def test_a_history_that_was_cut_short_is_found_by_the_digest_that_was_noted(copi
         tamper(copied, "event", "DELETE FROM event WHERE id = 18")
         ours = [fault for fault in book.check_integrity(head=noted).faults if fault.subject != "schema"]
         assert [fault.subject for fault in ours] == ["history"]
-        assert f"no event with the digest {noted}" in ours[0].said
+        assert f"no event with digest {noted}" in ours[0].said
 
 
-def test_one_broken_event_is_not_held_against_later_ones(copied, monkeypatch):
-    monkeypatch.setattr(faults, "PAGE", 3)  # events before and after it are read apart from it
+def test_a_damaged_event_is_not_reported_for_later_events(copied, monkeypatch):
+    monkeypatch.setattr(faults, "PAGE_SIZE", 3)  # so that the event is on another page than those around it
     with unguarded(copied) as connection:
         assert check_rows(connection).ok
         for change in ("created_by = 'eve'", "digest = 'f'", "subject = 'other:1'"):
@@ -324,11 +325,11 @@ def test_a_child_of_a_damaged_task_is_named_and_says_why(copied):
     tamper(copied, "artifact", "UPDATE artifact SET data = :data WHERE sha256 = "
            "(SELECT artifact FROM task WHERE name = 'strokes')", data=b"short")  # fmt: skip
     with Registry.open(copied) as book:
-        found = book.check_integrity()
-        assert "hashes to" in found.of("strokes:1")[0].said
+        integrity = book.check_integrity()
+        assert "now has sha256" in integrity.of("strokes:1")[0].said
         for child in ("digits:1", "twin:1"):
-            assert [fault.said for fault in found.of(child)] == ["it extends 'strokes:1', which is damaged"]
-        assert found.of("bystander:1") == found.of("old:1") == []
+            assert [fault.said for fault in integrity.of(child)] == ["it extends 'strokes:1', which is damaged"]
+        assert integrity.of("bystander:1") == integrity.of("old:1") == []
 
 
 # -- the schema --------------------------------------------------------------------------------------------------------
@@ -342,7 +343,7 @@ def test_each_trigger_that_is_dropped_is_named(copied):
                 on = f" ON {name.rpartition('_no_')[0]}" if connection.dialect.name == "postgresql" else ""
                 connection.execute(text(f"DROP TRIGGER {name}{on}"))
             said = [fault.said for fault in book.check_integrity().faults if fault.subject == "schema"]
-            assert said == [f"trigger: {one} is missing, changed, or not ours" for one in sorted(gone[:number])]
+            assert said == [f"trigger: {one} is missing, changed or unexpected" for one in sorted(gone[:number])]
 
 
 def test_each_index_that_is_dropped_is_named(copied):
@@ -380,25 +381,25 @@ def test_a_trigger_that_no_longer_guards_is_named(on_postgres, statement, name):
     with raw(copied) as connection:
         connection.execute(text(statement))
     with Registry.open(copied) as book:
-        assert f"trigger: {name} is missing, changed, or not ours" in [
+        assert f"trigger: {name} is missing, changed or unexpected" in [
             fault.said for fault in book.check_integrity().faults
         ]
 
 
-def test_a_table_that_is_gone_is_named_and_what_can_be_checked_is(copied):
+def test_a_missing_table_is_named_and_the_other_tables_are_checked(copied):
     with raw(copied) as connection:
         connection.execute(text("DROP TABLE tag"))
     tamper(copied, "golden", "UPDATE golden SET logits = :data WHERE numerics_fingerprint = :n",
            data=b"four", n="o" * 64)  # fmt: skip
     with Registry.open(copied) as book:
-        found = book.check_integrity()
-    assert any("tag" in fault.said for fault in found.faults if fault.subject == "schema")
-    assert any("tags could not be checked" in fault.said for fault in found.faults if fault.subject == "database")
-    assert "its golden probe's stored bytes have changed" in [fault.said for fault in found.of("strokes:1")]
-    assert found.of("bystander:1") == []
+        integrity = book.check_integrity()
+    assert any("tag" in fault.said for fault in integrity.faults if fault.subject == "schema")
+    assert any("tags could not be checked" in fault.said for fault in integrity.faults if fault.subject == "database")
+    assert "its golden probe's stored bytes have changed" in [fault.said for fault in integrity.of("strokes:1")]
+    assert integrity.of("bystander:1") == []
 
 
-def test_who_may_only_read_can_check_and_is_told_what_was_kept_from_them(on_postgres):
+def test_a_read_only_role_can_check_and_unreadable_tables_are_reported(on_postgres):
     copied = on_postgres.new()
     fill(copied)
     role = f"reader_{uuid4().hex}"
@@ -411,16 +412,16 @@ def test_who_may_only_read_can_check_and_is_told_what_was_kept_from_them(on_post
             assert book.check_integrity().ok
             with raw(copied) as connection:
                 connection.execute(text(f"REVOKE SELECT ON statistics FROM {role}"))
-            found = book.check_integrity()
-            assert (found.faults, found.ok, found.num_tasks) == ((), False, len(REFS))
-            assert all("permission denied for table statistics" in said for said in found.unchecked)
+            integrity = book.check_integrity()
+            assert (integrity.faults, integrity.ok, integrity.num_tasks) == ((), False, len(REFS))
+            assert all("permission denied for table statistics" in message for message in integrity.unchecked)
     finally:
         with raw(copied) as connection:
             connection.execute(text(f"DROP OWNED BY {role}"))
             connection.execute(text(f"DROP ROLE {role}"))
 
 
-def test_a_file_that_may_only_be_read_can_be_checked(tmp_path):
+def test_a_read_only_file_can_be_checked(tmp_path):
     fill(tmp_path / "tasks.db")
     with Registry.open(tmp_path / "tasks.db") as book:
         listen(book._engine, "connect", lambda dbapi, _: dbapi.execute("PRAGMA query_only=ON"))

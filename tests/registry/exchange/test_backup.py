@@ -1,4 +1,4 @@
-"""A backup is the registry row for row, from either database and into either, and is there whole or not at all."""
+"""Backup and restore copy a registry row for row, between both databases, completely or not at all."""
 
 from __future__ import annotations
 
@@ -42,30 +42,30 @@ def book(location: str) -> Iterator[Registry]:
 
 
 def plain(location: str) -> dict[str, list[tuple[Any, ...]]]:
-    """Every row, JSON as its value whatever the database gives."""
+    """Every row, with JSON parsed on both databases."""
     columns = {table.name: [column.name for column in table.c] for table in schema.metadata.sorted_tables}
-    found = {}
+    tables = {}
     with raw(location) as connection:
         for table in schema.metadata.sorted_tables:
             ordered = f"SELECT {', '.join(columns[table.name])} FROM {table.name} ORDER BY 1, 2"
             json_at = {i for i, column in enumerate(table.c) if str(column.type) == "JSON"}
-            found[table.name] = [
+            tables[table.name] = [
                 tuple(
                     json.loads(value) if i in json_at and isinstance(value, str) else value
                     for i, value in enumerate(row)
                 )
                 for row in connection.execute(text(ordered))
             ]
-    assert all(found.values()), "a table without a row would prove nothing"
-    return found
+    assert all(tables.values()), "a table without a row would prove nothing"
+    return tables
 
 
 def test_a_backup_is_the_registry_row_for_row(book, filled, tmp_path):
-    said = book.backup(tmp_path / "safe.db")
+    integrity = book.backup(tmp_path / "safe.db")
     assert plain(str(tmp_path / "safe.db")) == plain(filled)
     assert [path.name for path in tmp_path.iterdir()] == ["safe.db"]
     with Registry.open(tmp_path / "safe.db") as copy:
-        assert copy.check_integrity() == said == book.check_integrity()
+        assert copy.check_integrity() == integrity == book.check_integrity()
         assert [task.sha256 for task in map(copy.get, ("digits", "strokes"))] == [
             task.sha256 for task in map(book.get, ("digits", "strokes"))
         ]
@@ -75,10 +75,10 @@ def test_a_backup_is_restored_into_either_database_and_lives_on(book, database, 
     book.backup(tmp_path / "safe.db")
     before = plain(str(tmp_path / "safe.db"))
     for location in (database.new(), str(tmp_path / "restored.db")):
-        said = restore(tmp_path / "safe.db", location)
+        integrity = restore(tmp_path / "safe.db", location)
         assert plain(location) == plain(filled) == before
         with Registry.open(location) as back:
-            assert back.check_integrity() == said == book.check_integrity()
+            assert back.check_integrity() == integrity == book.check_integrity()
             keep(back, a_task("later", 9))
             assert back.generation == book.generation + 1
             assert back.check_integrity().ok
@@ -87,21 +87,21 @@ def test_a_backup_is_restored_into_either_database_and_lives_on(book, database, 
 
 def test_a_backup_overwrites_nothing(book, tmp_path):
     (tmp_path / "safe.db").write_text("precious")
-    with pytest.raises(RegistryError, match=r"'.*safe\.db' exists already: a backup overwrites nothing"):
+    with pytest.raises(RegistryError, match=r"'.*safe\.db' exists; a backup does not overwrite"):
         book.backup(tmp_path / "safe.db")
     assert [path.name for path in tmp_path.iterdir()] == ["safe.db"]
     assert (tmp_path / "safe.db").read_text() == "precious"
 
 
 def test_a_backup_into_no_folder_is_refused(book, tmp_path):
-    with pytest.raises(RegistryError, match=r"The folder '.*nowhere' of the backup does not exist"):
+    with pytest.raises(RegistryError, match=r"The backup's folder '.*nowhere' does not exist"):
         book.backup(tmp_path / "nowhere" / "safe.db")
 
 
 def test_a_damaged_registry_is_not_backed_up(book, location, tmp_path):
     tamper(location, "artifact", "UPDATE artifact SET data = :data WHERE sha256 = "
            "(SELECT artifact FROM task WHERE name = 'old')", data=b"short")  # fmt: skip
-    with pytest.raises(IntegrityError, match=r"is damaged, so that it was not copied; 1 faults, .*: old:1 its art"):
+    with pytest.raises(IntegrityError, match=r"is damaged and was not copied\. Number of faults: 1; .*: old:1 its art"):
         book.backup(tmp_path / "safe.db")
     assert list(tmp_path.iterdir()) == []
 
@@ -112,7 +112,7 @@ def test_a_registry_that_holds_anything_is_not_restored_over(book, database, tmp
     with Registry.open(taken) as other:
         other.add_backbone(BACKBONE)
     before = rows(taken)
-    with pytest.raises(RegistryError, match="holds tasks or a history already: only an empty registry is filled"):
+    with pytest.raises(RegistryError, match=r"The registry '.*' is not empty; restore into an empty one"):
         restore(tmp_path / "safe.db", taken)
     assert rows(taken) == before
 
@@ -121,14 +121,17 @@ def test_a_backup_that_was_damaged_is_not_restored(book, database, tmp_path):
     book.backup(tmp_path / "safe.db")
     tamper(str(tmp_path / "safe.db"), "event", "UPDATE event SET created_by = 'eve' WHERE id = 4")
     location = database.new()
-    with pytest.raises(IntegrityError, match=r"safe\.db' is damaged, .* the first: event 4 is not as it was sealed"):
+    with pytest.raises(
+        IntegrityError,
+        match=r"safe\.db' is damaged and .* the first: event 4 does not match its digest: it or a row that it wrote",
+    ):
         restore(tmp_path / "safe.db", location)
     assert not any(rows(location).values())
     with Registry.open(location) as empty:
         assert (empty.generation, empty.tasks()) == (0, [])
 
 
-def test_what_is_no_backup_is_refused(database, tmp_path):
+def test_a_missing_or_empty_file_is_not_restored(database, tmp_path):
     with pytest.raises(RegistryError, match="There is no registry at"):
         restore(tmp_path / "none.db", database.new())
     (tmp_path / "empty.db").touch()
@@ -136,8 +139,8 @@ def test_what_is_no_backup_is_refused(database, tmp_path):
         restore(tmp_path / "empty.db", database.new())
 
 
-def test_what_is_registered_meanwhile_is_in_the_next_backup(book, location, tmp_path, monkeypatch):
-    """The copy is of one moment, and a writer does not wait for it."""
+def test_a_change_during_a_backup_is_in_the_next_one(book, location, tmp_path, monkeypatch):
+    """The copy is a consistent snapshot, and a writer does not wait for it."""
     copy_table = backup._copy_table
 
     def slowly(read: Any, write: Any, table: Any) -> None:
@@ -181,9 +184,9 @@ def test_a_copy_that_is_killed_leaves_nothing_and_can_be_made_again(book, locati
     killed("backup", location, tmp_path / "safe.db", table)
     assert not (tmp_path / "safe.db").exists()
     assert all(path.name.startswith(".backup-") for path in tmp_path.iterdir())
-    said = book.backup(tmp_path / "safe.db")
+    integrity = book.backup(tmp_path / "safe.db")
 
     empty = database.new()
     killed("restore", tmp_path / "safe.db", empty, table)
     assert not any(rows(empty).values())
-    assert restore(tmp_path / "safe.db", empty) == said
+    assert restore(tmp_path / "safe.db", empty) == integrity

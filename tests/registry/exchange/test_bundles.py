@@ -1,4 +1,4 @@
-"""Bundles: tasks arrive bit for bit, wholly or not at all, and nothing that is there is altered."""
+"""Bundles: tasks are imported bit for bit, completely or not at all, and existing tasks are not altered."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from tests.support.travel import FULL, add, assert_same, export_and_die, imports
 
 @pytest.fixture
 def home(sent: Path, tmp_path: Path) -> Iterator[Registry]:
-    """The registry that it was sent from, on SQLite, to be changed."""
+    """A copy, on SQLite, of the registry that the bundle `sent` was exported from."""
     with Registry.open(shutil.copy(sent.with_name("tasks.db"), tmp_path), user="ada") as registry:
         yield registry
 
 
-# -- what travels ------------------------------------------------------------------------------------------------------
+# -- contents ----------------------------------------------------------------------------------------------------------
 
 
 def test_every_task_arrives_bit_for_bit(there, here, tmp_path):
@@ -42,7 +42,7 @@ def test_every_task_arrives_bit_for_bit(there, here, tmp_path):
     assert verify_ledger(here.location) == here.generation
 
 
-def test_who_learned_a_task_and_when_stays_and_the_event_tells_of_the_import(here, sent):
+def test_author_and_time_are_imported_and_the_event_records_the_import(here, sent):
     received = {each.ref: each for each in here.import_bundle(sent)}
     record = here.record("digits:1")
     assert (record.created_by, record.generation) == ("ada", received["digits:1"].generation)
@@ -58,12 +58,12 @@ def test_evaluations_keep_the_generation_where_they_were_made(home, here, tmp_pa
     home.export(["digits:1"], tmp_path / "one.addenda")
     here.import_bundle(tmp_path / "one.addenda")
     generation = here.record("digits:1").generation
-    found, made = here.evaluations("digits:1"), home.evaluations("digits:1")
-    assert [(e.generation, e.metrics) for e in found] == [(e.generation, e.metrics) for e in made]
-    assert {e.event_id for e in found} == {generation} != {e.event_id for e in made}
+    imported, original = here.evaluations("digits:1"), home.evaluations("digits:1")
+    assert [(e.generation, e.metrics) for e in imported] == [(e.generation, e.metrics) for e in original]
+    assert {e.event_id for e in imported} == {generation} != {e.event_id for e in original}
 
 
-def test_a_task_brings_all_that_it_extends_and_no_more(home, here, tmp_path):
+def test_a_task_is_exported_with_its_ancestors_only(home, here, tmp_path):
     assert home.export(["tip"], tmp_path / "tip.addenda") == ["strokes:1", "digits:1", "tip:1"]
     received = here.import_bundle(tmp_path / "tip.addenda")
     assert [(each.ref, each.generation) for each in received] == [("strokes:1", 2), ("digits:1", 3), ("tip:1", 5)]
@@ -80,7 +80,7 @@ def test_a_retired_task_travels_when_it_is_named_and_stays_retired(home, here, t
     assert (event.created_by, event.details["reason"]) == ("bob", "superseded")
 
 
-def test_aliases_stay_at_home_and_tags_travel(home, here, tmp_path):
+def test_tags_are_exported_and_aliases_are_not(home, here, tmp_path):
     home.export(["digits@production"], tmp_path / "one.addenda")
     here.import_bundle(tmp_path / "one.addenda")
     assert (here.record("digits:1").aliases, here.record("digits:1").tags) == ((), ("site=oslo",))
@@ -113,7 +113,7 @@ def test_logits_are_the_same_bits_on_arrival(tiny, database, elsewhere, tmp_path
         assert {name: bits(logits) for name, logits in after.items()} == {n: bits(x) for n, x in before.items()}
 
 
-# -- what is there already ---------------------------------------------------------------------------------------------
+# -- existing tasks ----------------------------------------------------------------------------------------------------
 
 
 def test_importing_twice_adds_nothing(here, sent):
@@ -125,14 +125,14 @@ def test_importing_twice_adds_nothing(here, sent):
     assert rows(here.location) == before
 
 
-def test_a_dry_run_says_what_would_be_done_and_changes_no_row(here, sent):
+def test_a_dry_run_returns_what_would_be_done_and_changes_no_row(here, sent):
     before = rows(here.location)
-    told = here.import_bundle(sent, dry_run=True)
+    planned = here.import_bundle(sent, dry_run=True)
     assert rows(here.location) == before
-    assert here.import_bundle(sent) == told
+    assert here.import_bundle(sent) == planned
 
 
-def test_content_that_is_there_under_another_version_is_left_alone(here, home, tmp_path):
+def test_content_that_exists_under_another_version_is_not_imported_again(here, home, tmp_path):
     here.add_backbone(BACKBONE)
     add(here, a_task("digits", 9))
     add(here, a_task("digits", 3), new_version=True)
@@ -146,7 +146,7 @@ def test_content_that_is_there_under_another_version_is_left_alone(here, home, t
     assert (renamed.ref, renamed.origin, renamed.state) == ("numerals:2", "digits:2", "added")
 
 
-def test_a_task_that_is_there_gains_the_golden_probes_and_tags_that_it_lacks(here, home, tmp_path):
+def test_an_existing_task_gains_missing_golden_probes_and_tags(here, home, tmp_path):
     home.export(["digits:1"], tmp_path / "one.addenda")
     here.add_backbone(BACKBONE)
     add(here, a_task("digits", 2, parents=(add(here, a_task("strokes", 1)),)))
@@ -160,14 +160,14 @@ def test_a_task_that_is_there_gains_the_golden_probes_and_tags_that_it_lacks(her
     assert verify_ledger(here.location) == 5
 
 
-def test_golden_probes_that_differ_under_the_same_numerics_are_told_of(here, home, tmp_path):
+def test_golden_probes_that_differ_under_the_same_numerics_are_reported(here, home, tmp_path):
     home.export(["strokes"], tmp_path / "one.addenda")
     here.add_backbone(BACKBONE)
     task, other = a_task("strokes", 1), torch.ones(4, 3)
     here.register(task, replace(probe(task), logits=other, digest=digest(other.numpy().tobytes())))
     before = rows(here.location)
     [received] = here.import_bundle(tmp_path / "one.addenda")
-    assert received.detail == "its golden probes DIFFER under the same numerics (nnnnnnnnnnnn…): addenda verify"
+    assert received.detail == "golden probes DIFFER under the same numerics (nnnnnnnnnnnn…); see: addenda verify"
     assert rows(here.location) == before
 
 
@@ -189,7 +189,7 @@ def test_all_conflicts_are_named_and_nothing_is_imported(here, sent):
         add(here, a_task(name, seed))
     here.retire("bare:1")
     before = rows(here.location)
-    with pytest.raises(RegistryError, match=r"nothing was changed.*--rename OLD=NEW") as refusal:
+    with pytest.raises(RegistryError, match=r"Nothing was changed.*--rename OLD=NEW") as refusal:
         here.import_bundle(sent)
     assert [f"'{name}:1'" in str(refusal.value) for name in ("bare", "digits", "strokes")] == [True] * 3
     assert "tip" not in str(refusal.value)
@@ -214,13 +214,16 @@ def test_renamed_tasks_arrive_with_their_children(here, home, sent):
 @pytest.mark.parametrize(
     ("renames", "message"),
     [
-        ({"cats": "dogs"}, "There is no 'cats' to rename: the tasks are adapted, bare, digits, old, strokes, tip"),
+        ({"cats": "dogs"}, "There is no task 'cats' to rename. Tasks: adapted, bare, digits, old, strokes, tip"),
         ({"tip": "Tip"}, "'Tip' is not a valid name"),
         ({"tip": "../tip"}, "'../tip' is not a valid name"),
-        ({"tip": "digits"}, r"'digits:1' \(.*… is not .*…\)\. Take tasks in under another name"),
+        (
+            {"tip": "digits"},
+            r"'digits:1' \(.*… is not .*…\)\. Nothing was changed; import the tasks under another name",
+        ),
     ],
 )
-def test_renames_that_cannot_be_are_refused(here, sent, renames, message):
+def test_impossible_renames_are_refused(here, sent, renames, message):
     before = rows(here.location)
     with pytest.raises(RegistryError, match=message):
         here.import_bundle(sent, renames)
@@ -243,7 +246,7 @@ def test_two_names_of_one_content_can_become_one(here, home, tmp_path):
 def test_an_export_overwrites_nothing(home, tmp_path):
     path = tmp_path / "dear"
     path.write_text("dear")
-    with pytest.raises(RegistryError, match="dear' exists already"):
+    with pytest.raises(RegistryError, match="dear' exists; choose another name"):
         home.export(["tip"], path)
     assert path.read_text() == "dear"
 

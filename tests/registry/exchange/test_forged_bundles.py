@@ -1,4 +1,4 @@
-"""Files that are no bundle, damaged or forged: each is refused in words, and nothing of it is taken in."""
+"""Damaged, forged and other files: each is rejected with a message, and nothing is imported."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from tests.support.registries import BACKBONE, a_statistic, a_task, probe
 from tests.support.travel import FULL, states
 
 
-def test_a_file_that_is_no_bundle_is_refused(here, sent, tmp_path):
+def test_a_file_that_is_not_a_bundle_is_refused(here, sent, tmp_path):
     (tmp_path / "text").write_text("not a bundle\n" * 100)
     (tmp_path / "empty").touch()
     (tmp_path / "task").write_bytes(a_task().artifact)
     (tmp_path / "vast").write_bytes((2**62).to_bytes(8, "little") + b"{}")
     before = rows(here.location)
     for name, error, message in (
-        ("text", IntegrityError, "cut off, or no bundle"),
-        ("empty", IntegrityError, "cut off, or no bundle"),
-        ("vast", IntegrityError, "cut off, or no bundle"),
-        ("task", IntegrityError, "it is no bundle: `addenda tasks export` writes one"),
+        ("text", IntegrityError, "truncated or not a bundle"),
+        ("empty", IntegrityError, "truncated or not a bundle"),
+        ("vast", IntegrityError, "truncated or not a bundle"),
+        ("task", IntegrityError, "it is not a bundle; `addenda tasks export` writes bundles"),
         ("none", RegistryError, "No such file"),
-        ("", RegistryError, "Bundle '.*' cannot be taken in"),
+        ("", RegistryError, "Bundle '.*' cannot be imported"),
     ):
         with pytest.raises(error, match=message):
             here.import_bundle(tmp_path / name)
@@ -55,22 +55,22 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 @pytest.mark.slow
 def test_every_byte_matters(registry, small, tmp_path):
     path, before = tmp_path / "a.addenda", rows(registry.location)
-    for place in range(len(small)):
+    for index in range(len(small)):
         for flip in (0x01, 0x20, 0xFF):
-            path.write_bytes(small[:place] + bytes([small[place] ^ flip]) + small[place + 1 :])
-            with pytest.raises(IntegrityError, match=r"Bundle .* cannot be taken in"):
+            path.write_bytes(small[:index] + bytes([small[index] ^ flip]) + small[index + 1 :])
+            with pytest.raises(IntegrityError, match=r"Bundle .* cannot be imported"):
                 registry.import_bundle(path)
-    assert place > 2000
+    assert index > 2000
     assert rows(registry.location) == before
     path.write_bytes(small)
     assert states(registry.import_bundle(path)) == {"digits:1": "added"}
 
 
-def test_a_bundle_that_is_cut_off_or_grown_is_refused(registry, small, tmp_path):
+def test_a_truncated_or_extended_bundle_is_refused(registry, small, tmp_path):
     path = tmp_path / "a.addenda"
     for data in [*(small[:length] for length in range(0, len(small), 7)), small + b"\0", small + small]:
         path.write_bytes(data)
-        with pytest.raises(IntegrityError, match=r"Bundle .* cannot be taken in"):
+        with pytest.raises(IntegrityError, match=r"Bundle .* cannot be imported"):
             registry.import_bundle(path)
     assert registry.generation == 0
 
@@ -79,7 +79,7 @@ def test_a_bundle_that_is_cut_off_or_grown_is_refused(registry, small, tmp_path)
 
 
 def forge(path: Path, source: Path, change: Callable[[dict[str, Any], dict[str, bytes]], Any]) -> Path:
-    """A bundle with other contents, written as a bundle is."""
+    """Writes a bundle with changed contents and correct hashes."""
     with safe_open(source, "numpy") as file:
         blobs = {name: file.get_tensor(name).tobytes() for name in file.keys()}  # noqa: SIM118
     manifest = json.loads(blobs.pop("manifest"))
@@ -95,7 +95,7 @@ def of(manifest: dict[str, Any], ref: str) -> dict[str, Any]:
 
 
 def swap(manifest: dict[str, Any], blobs: dict[str, bytes], ref: str, data: bytes) -> None:
-    """Gives a task another artifact."""
+    """Replaces a task's artifact."""
     blobs.pop(of(manifest, ref)["task"]["artifact"])
     of(manifest, ref)["task"]["artifact"] = digest(data)
     blobs[digest(data)] = data
@@ -112,7 +112,7 @@ def statistics_of(manifest: dict[str, Any], blobs: dict[str, bytes], data: bytes
 
 
 def retask(manifest: dict[str, Any], blobs: dict[str, bytes], ref: str, task: Task) -> None:
-    """Gives a task another artifact, with a row and a golden probe that fit it."""
+    """Replaces a task's artifact, with a matching row and golden probe."""
     swap(manifest, blobs, ref, task.artifact)
     entry = of(manifest, ref)
     entry["task"] |= derived(task)
@@ -121,14 +121,14 @@ def retask(manifest: dict[str, Any], blobs: dict[str, bytes], ref: str, task: Ta
     for golden in entry["goldens"]:
         golden["digest"] = digest(data)
     blobs[digest(data)] = data
-    kept = {"manifest"} | {name for e in manifest["tasks"] for name in blobs_of(e)}
-    for name in set(blobs) - kept:
+    used = {"manifest"} | {name for e in manifest["tasks"] for name in blobs_of(e)}
+    for name in set(blobs) - used:
         del blobs[name]
 
 
 def blobs_of(entry: dict[str, Any]) -> set[str]:
-    named = {entry["task"]["artifact"], *(golden["digest"] for golden in entry["goldens"])}
-    return named | ({entry["statistics"]} if entry["statistics"] else set())
+    names = {entry["task"]["artifact"], *(golden["digest"] for golden in entry["goldens"])}
+    return names | ({entry["statistics"]} if entry["statistics"] else set())
 
 
 def of_many_labels(count: int) -> Task:
@@ -143,7 +143,7 @@ def deep(manifest: dict[str, Any], depth: int) -> bytes:
 
 
 def artifact_of(**changes: Any) -> bytes:
-    """An artifact with another manifest."""
+    """An artifact with a changed manifest."""
     tensors = {"head_weight": torch.zeros(3, 8), "head_bias": torch.zeros(3)}
     manifest = {
         "format": 1,
@@ -156,7 +156,7 @@ def artifact_of(**changes: Any) -> bytes:
 
 
 def nested(depth: int) -> bytes:
-    """An artifact whose manifest is brackets in brackets."""
+    """An artifact whose manifest is a deeply nested list."""
     tensors = {"head_weight": torch.zeros(3, 8), "head_bias": torch.zeros(3)}
     return bytes(save(tensors, metadata={"addenda": "[" * depth + "]" * depth}))
 
@@ -166,63 +166,63 @@ FORGERIES: dict[str, tuple[Callable[[dict[str, Any], dict[str, bytes]], Any], st
     "no JSON": (lambda m, b: b"[" * 100_000, "its manifest: Invalid JSON"),
     "no number": (lambda m, b: m.update(format="x"), "format: Input should be a valid integer"),
     "an unknown key": (lambda m, b: m.update(path="/etc/passwd"), "path: Extra inputs are not permitted"),
-    "a blob in excess": (lambda m, b: b.update({"../../escape": b"x"}), "it holds in excess '../../escape'"),
-    "a blob too few": (lambda m, b: b.pop(of(m, "bare:1")["task"]["artifact"]) and None, "it lacks '"),
+    "a blob in excess": (lambda m, b: b.update({"../../escape": b"x"}), "it has an unexpected blob '../../escape'"),
+    "a blob too few": (lambda m, b: b.pop(of(m, "bare:1")["task"]["artifact"]) and None, "it lacks the blob '"),
     "a path for a name": (lambda m, b: of(m, "tip:1")["task"].update(name="../tip"), "'../tip' is not a valid name"),
     "a path for a sha256": (lambda m, b: of(m, "tip:1")["task"].update(artifact="../x"), "tasks.6.task.artifact: St"),
-    "a tag that is none": (lambda m, b: of(m, "tip:1")["tags"].append("\x1b[31m"), "is not a valid tag"),
-    "a version that is none": (lambda m, b: of(m, "tip:1")["task"].update(version=0), "greater than or equal to 1"),
-    "a time that is none": (lambda m, b: of(m, "tip:1")["task"].update(created_at="now"), "created_at: String should"),
+    "an invalid tag": (lambda m, b: of(m, "tip:1")["tags"].append("\x1b[31m"), "is not a valid tag"),
+    "an invalid version": (lambda m, b: of(m, "tip:1")["task"].update(version=0), "greater than or equal to 1"),
+    "an invalid time": (lambda m, b: of(m, "tip:1")["task"].update(created_at="now"), "created_at: String should"),
     "no golden probe": (lambda m, b: of(m, "tip:1")["goldens"].clear(), "goldens: List should have at least 1 item"),
-    "two alike": (lambda m, b: of(m, "tip:1")["tags"].extend(["a", "a"]), "Bundle .* was not taken in: .*tag"),
+    "two alike": (lambda m, b: of(m, "tip:1")["tags"].extend(["a", "a"]), "Bundle .* was not imported: .*tag"),
     "NaN": (lambda m, b: of(m, "tip:1")["task"]["config"].update(x=1) or canonical_json(m).replace('"x":1', '"x":NaN')
             .encode(), "its manifest is not valid: .*not JSON compliant"),
     "spaces": (lambda m, b: json.dumps(m, sort_keys=True).encode(), "its manifest is not in canonical form"),
     "NaN for a score": (lambda m, b: canonical_json(m).replace('"score":null', '"score":NaN').encode(), "score: Input"),
-    "a parent after its child": (lambda m, b: m["tasks"].reverse(), "'tip:1' was not taken in: it extends 'digits:1'"),
+    "a parent after its child": (lambda m, b: m["tasks"].reverse(), "'tip:1' was not imported: it extends 'digits:1'"),
     "a parent of other content": (lambda m, b: of(m, "tip:1")["parents"][0].update(sha256="0" * 64), "come before it"),
-    "parents in another order": (lambda m, b: of(m, "tip:1")["parents"].reverse(), "its row names other parents than"),
-    "a parent too few": (lambda m, b: of(m, "tip:1")["parents"].pop(), "names a parent that its row does not"),
+    "parents in another order": (lambda m, b: of(m, "tip:1")["parents"].reverse(), "disagree on its parents"),
+    "a parent too few": (lambda m, b: of(m, "tip:1")["parents"].pop(), "has a parent that its row lacks"),
     "a parent too many": (
-        lambda m, b: of(m, "tip:1")["parents"].append(of(m, "digits:1")["parents"][0]), "names other parents than"),
+        lambda m, b: of(m, "tip:1")["parents"].append(of(m, "digits:1")["parents"][0]), "disagree on its parents"),
     "a parent without a token": (
         lambda m, b: swap(m, b, "tip:1", a_task("tip", 4, parents=(BARE,)).artifact) or of(m, "tip:1").update(
-            parents=[{"name": "bare", "version": 1, "sha256": BARE.sha256}]), "or one without a token"),
-    "other labels": (lambda m, b: of(m, "tip:1")["task"].update(labels=["a", "b", "c"]), "otherwise than its .*labels"),
-    "another objective": (lambda m, b: of(m, "tip:1")["task"].update(objective="multi-label"), "otherwise .*objective"),
-    "another backbone": (lambda m, b: of(m, "tip:1")["task"].update(backbone="c" * 64), "says otherwise .*backbone"),
-    "another score": (lambda m, b: of(m, "tip:1")["task"].update(score=1.0), "says otherwise .*: score"),
-    "another size": (lambda m, b: of(m, "tip:1")["task"].update(num_parameters=1), "says otherwise .*num_parameters"),
-    "metrics that are none": (lambda m, b: of(m, "tip:1")["task"].update(metrics={"test": 1}), "metrics are not valid"),
-    "no backbone": (lambda m, b: m["backbones"].clear(), "do not fit its backbone, or this is not there"),
+            parents=[{"name": "bare", "version": 1, "sha256": BARE.sha256}]), "or a parent has no class token"),
+    "other labels": (lambda m, b: of(m, "tip:1")["task"].update(labels=["a", "b", "c"]), "does not match its .*labels"),
+    "another objective": (lambda m, b: of(m, "tip:1")["task"].update(objective="multi-label"), "not match .*objective"),
+    "another backbone": (lambda m, b: of(m, "tip:1")["task"].update(backbone="c" * 64), "does not match .*backbone"),
+    "another score": (lambda m, b: of(m, "tip:1")["task"].update(score=1.0), "row does not match .*: score"),
+    "another size": (lambda m, b: of(m, "tip:1")["task"].update(num_parameters=1), "does not match .*num_parameters"),
+    "invalid metrics": (lambda m, b: of(m, "tip:1")["task"].update(metrics={"test": 1}), "metrics are not valid"),
+    "no backbone": (lambda m, b: m["backbones"].clear(), "do not fit its backbone, or its backbone is missing"),
     "a backbone of other sizes": (lambda m, b: m["backbones"][0].update(depth=3), "tensors do not fit its backbone"),
     "a number too large": (lambda m, b: m["backbones"][0].update(depth=2**31), "depth: Input should be less than"),
-    "an artifact that is none": (lambda m, b: swap(m, b, "tip:1", b"\x80\x04."), "'tip:1' .*: its artifact is not val"),
-    "a golden probe too short": (lambda m, b: probe_of(m, b, b"1234"), "its golden probe is not of 3 labels"),
-    "an empty golden probe": (lambda m, b: probe_of(m, b, b""), "its golden probe is not of 3 labels"),
+    "an invalid artifact": (lambda m, b: swap(m, b, "tip:1", b"\x80\x04."), "'tip:1' .*: its artifact is not val"),
+    "a golden probe too short": (lambda m, b: probe_of(m, b, b"1234"), "its golden probe does not have 3 logits"),
+    "an empty golden probe": (lambda m, b: probe_of(m, b, b""), "its golden probe does not have 3 logits"),
     "probes that are infinite": (
         lambda m, b: probe_of(m, b, np.full(3, np.inf, np.float32).tobytes()), "'old:1' .*probe .* NaN or infin"),
-    "probes that are no numbers": (
+    "probes with NaN": (
         lambda m, b: probe_of(m, b, np.full(3, np.nan, np.float32).tobytes()), "golden probe has .* NaN or infinite"),
     "a temperature that makes infinities": (
-        lambda m, b: retask(m, b, "old:1", a_task("old", 7, temperature=1e-300)), "it may be from 1e-06 to 1e"),
+        lambda m, b: retask(m, b, "old:1", a_task("old", 7, temperature=1e-300)), "it must be between 1e-06 and 1e"),
     "a label of 20 MB": (
         lambda m, b: retask(m, b, "old:1", a_task("old", 7, labels=("a" * 20_000_000, "b", "c"))),
-        "has 20,000,000 characters; 1,000 is the most"),
+        "has 20,000,000 characters; the maximum is 1,000"),
     "labels of 5 MB": (
-        lambda m, b: retask(m, b, "old:1", of_many_labels(5000)), "5,000 labels have 5,000,000 bytes together"),
+        lambda m, b: retask(m, b, "old:1", of_many_labels(5000)), "5,000 labels have 5,000,000 bytes in total"),
     "a label with NUL": (
-        lambda m, b: retask(m, b, "old:1", a_task("old", 7, labels=("a\0", "b", "c"))), "holds a NUL character"),
+        lambda m, b: retask(m, b, "old:1", a_task("old", 7, labels=("a\0", "b", "c"))), "contains a NUL character"),
     "3,000 memory tokens": (
         lambda m, b: retask(m, b, "old:1", a_task("old", 7, memory=torch.zeros(2, 3000, 8))),
-        "has 3,000 memory tokens in a layer; 1,024 is the most"),
-    "a reason with NUL": (lambda m, b: of(m, "old:1")["retirement"].update(reason="a\0b"), "holds a NUL character"),
-    "a word for a name": (lambda m, b: of(m, "old:1")["task"].update(name="auto"), "No task can be called 'auto'"),
+        "has 3,000 memory tokens per layer; the maximum is 1,024"),
+    "a reason with NUL": (lambda m, b: of(m, "old:1")["retirement"].update(reason="a\0b"), "contains a NUL character"),
+    "a reserved name": (lambda m, b: of(m, "old:1")["task"].update(name="auto"), "The name 'auto' is reserved"),
     "brackets": (lambda m, b: deep(m, 100_000), "recursion limit|nested too deeply"),
     "fewer brackets": (lambda m, b: deep(m, 5_000), "recursion limit|nested too deeply"),
     "brackets within an artifact": (
         lambda m, b: swap(m, b, "old:1", nested(100_000)), "'old:1' .*its manifest is nested too deeply"),
-    "a day that is none": (
+    "an invalid date": (
         lambda m, b: of(m, "old:1")["task"].update(created_at="2026-02-30T00:00:00+00:00"), "created_at: Value error"),
     "a score of text": (
         lambda m, b: of(m, "old:1")["task"].update(metrics={"test": {"f1_micro": "0.9"}}), "not valid: test.f1_micro"),
@@ -230,39 +230,39 @@ FORGERIES: dict[str, tuple[Callable[[dict[str, Any], dict[str, bytes]], Any], st
         lambda m, b: of(m, "old:1")["task"].update(metrics={"test": {"exact_match": 1e300}}), "valid: test.exact_m"),
     "a score beyond all floats": (
         lambda m, b: of(m, "old:1")["task"].update(metrics={"test": {"accuracy": 10**400}}), "valid"),
-    "curves that are none": (
+    "invalid curves": (
         lambda m, b: of(m, "old:1")["task"].update(metrics={"curves": [{"x": 1}]}), "not valid: curves.0.train_loss"),
     "a confusion of other classes": (
-        lambda m, b: of(m, "old:1")["task"].update(metrics={"test": {"confusion": [[1]]}}), "is not of 3 classes"),
-    "evaluations that are none": (
+        lambda m, b: of(m, "old:1")["task"].update(metrics={"test": {"confusion": [[1]]}}), "is not 3 x 3"),
+    "invalid evaluations": (
         lambda m, b: of(m, "digits:1")["evaluations"][0].update(metrics={"accuracy": -5.0}), "not valid: accuracy"),
     "a configuration of 2 MB": (
-        lambda m, b: of(m, "old:1")["task"].update(config={"x": [[]] * 700_000}), "its config has 2,.* is the most"),
-    "a person of 20 MB": (
+        lambda m, b: of(m, "old:1")["task"].update(config={"x": [[]] * 700_000}), "its config has 2,.* the maximum is"),
+    "an author of 20 MB": (
         lambda m, b: of(m, "old:1")["task"].update(created_by="a" * 20_000_000), "texts has 20,000,000 char"),
     "2,000 tags": (
-        lambda m, b: of(m, "old:1")["tags"].extend(map(str, range(2000))), "it has 2,000 tags; 1,000 is the most"),
+        lambda m, b: of(m, "old:1")["tags"].extend(map(str, range(2000))), "it has 2,000 tags; the maximum is 1,000"),
     "a probe of 100 images": (
-        lambda m, b: probe_of(m, b, np.zeros(300, np.float32).tobytes()), "its golden probe is not of 3 labels"),
-    "NUL in a version": (lambda m, b: of(m, "old:1")["task"].update(code_version="a\0"), "holds a NUL character"),
-    "NUL in a backbone": (lambda m, b: m["backbones"][0].update(source="a\0"), "holds a NUL character"),
+        lambda m, b: probe_of(m, b, np.zeros(300, np.float32).tobytes()), "its golden probe does not have 3 logits"),
+    "NUL in a version": (lambda m, b: of(m, "old:1")["task"].update(code_version="a\0"), "contains a NUL character"),
+    "NUL in a backbone": (lambda m, b: m["backbones"][0].update(source="a\0"), "contains a NUL character"),
     "a backbone of no task": (
-        lambda m, b: m["backbones"].append(m["backbones"][0] | {"fingerprint": "c" * 64}), "on which none of its"),
+        lambda m, b: m["backbones"].append(m["backbones"][0] | {"fingerprint": "c" * 64}), "none of its tasks uses"),
     "statistics of another width": (
-        lambda m, b: statistics_of(m, b, a_statistic(sample=torch.zeros(6, 3)).data), "are of 3 dimensions, its backb"),
+        lambda m, b: statistics_of(m, b, a_statistic(sample=torch.zeros(6, 3)).data), "3 dimensions, but its backbone"),
     "statistics of other numbers": (
         lambda m, b: statistics_of(m, b, a_statistic(sample_targets=torch.zeros(6)).data), "targets must be int64"),
     "statistics of complex numbers": (
         lambda m, b: statistics_of(m, b, a_statistic(counts=torch.zeros(3).to(torch.complex64)).data), "must be int64"),
     "labels that are one text": (
-        lambda m, b: swap(m, b, "old:1", artifact_of(labels="abc")), "labels and parents are no lists of texts"),
-    "statistics that are none": (lambda m, b: statistics_of(m, b, b"\x80\x04."), "its statistics are not valid"),
+        lambda m, b: swap(m, b, "old:1", artifact_of(labels="abc")), "labels and parents must be lists of strings"),
+    "invalid statistics": (lambda m, b: statistics_of(m, b, b"\x80\x04."), "its statistics are not valid"),
 }  # fmt: skip
 BARE: Task = a_task("bare", 5, class_token=None, memory=None, pooled_weight=None)
 
 
 @pytest.mark.parametrize("kind", FORGERIES)
-def test_a_forged_bundle_is_refused_in_words(here, sent, tmp_path, kind):
+def test_a_forged_bundle_is_refused_with_a_message(here, sent, tmp_path, kind):
     change, message = FORGERIES[kind]
     before = rows(here.location)
     with pytest.raises(RegistryError, match=message):
@@ -270,7 +270,7 @@ def test_a_forged_bundle_is_refused_in_words(here, sent, tmp_path, kind):
     assert rows(here.location) == before
 
 
-def test_an_unchanged_forgery_is_taken_in(here, sent, tmp_path):
+def test_an_unchanged_forgery_is_imported(here, sent, tmp_path):
     path = forge(tmp_path / "forged.addenda", sent, lambda manifest, blobs: None)
     assert path.read_bytes() == sent.read_bytes()
     assert set(states(here.import_bundle(path))) == FULL
@@ -278,7 +278,7 @@ def test_an_unchanged_forgery_is_taken_in(here, sent, tmp_path):
 
 def test_blobs_of_another_type_are_refused(here, sent, tmp_path):
     with safe_open(sent, "numpy") as file:
-        parts, said = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
-    save_file({name: part.view(np.int8) for name, part in parts.items()}, tmp_path / "a.addenda", metadata=said)
-    with pytest.raises(IntegrityError, match=r"it holds '.*' as I8 of shape"):
+        blobs, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    save_file({name: blob.view(np.int8) for name, blob in blobs.items()}, tmp_path / "a.addenda", metadata=metadata)
+    with pytest.raises(IntegrityError, match=r"its blob '.*' has dtype I8"):
         here.import_bundle(tmp_path / "a.addenda")

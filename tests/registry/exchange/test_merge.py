@@ -1,4 +1,4 @@
-"""Merging: two registries that grew apart become one, and no task on either side answers otherwise by one bit."""
+"""Merging two registries: every task arrives, and all logits of both registries stay bitwise identical."""
 
 from __future__ import annotations
 
@@ -48,35 +48,35 @@ def test_merged_twice_adds_nothing_and_the_generation_stays(home, here):
 
 
 def damaged(received: list[Received]) -> list[str]:
-    """The tasks that are said to be."""
-    return [each.ref for each in received if "its stored bytes here are DAMAGED" in each.detail]
+    """The tasks that are reported as damaged."""
+    return [each.ref for each in received if "its stored bytes in this registry are DAMAGED" in each.detail]
 
 
-def test_damaged_bytes_that_are_there_already_are_told_and_nothing_is_built_on_them(home, here):
+def test_damaged_bytes_of_existing_tasks_are_reported_and_nothing_is_built_on_them(home, here):
     here.merge(home)
     assert damaged(here.merge(home)) == []
     sha256 = here.get("strokes").sha256
     tamper(here, "artifact", "UPDATE artifact SET data = :data WHERE sha256 = :sha256", data=b"other", sha256=sha256)
     assert damaged(here.merge(home)) == ["strokes:1"]
     before = rows(here.location)
-    with pytest.raises(IntegrityError, match=f"sha256 {sha256[:12]}… that are stored already have changed"):
+    with pytest.raises(IntegrityError, match=f"The stored artifact with sha256 {sha256[:12]}… has changed"):
         here.merge(home, renames={"strokes": "lines"})
     assert rows(here.location) == before
 
 
 @pytest.mark.parametrize(("table", "column"), [("statistics", "data"), ("golden", "logits")])
-def test_a_damaged_statistic_or_golden_probe_that_is_there_already_is_told(home, here, table, column):
+def test_damaged_statistics_or_golden_probes_of_existing_tasks_are_reported(home, here, table, column):
     here.merge(home)
     changed = f"UPDATE {table} SET {column} = :data WHERE task_id = (SELECT id FROM task WHERE name = 'tip')"
     tamper(here, table, changed, data=b"other")
     assert damaged(here.merge(home)) == ["tip:1"]
 
 
-def test_a_dry_run_says_what_would_be_done_and_changes_no_row(home, here):
+def test_a_dry_run_returns_what_would_be_done_and_changes_no_row(home, here):
     before = rows(here.location)
-    told = here.merge(home, dry_run=True)
+    planned = here.merge(home, dry_run=True)
     assert rows(here.location) == before
-    assert here.merge(home) == told
+    assert here.merge(home) == planned
 
 
 def test_there_and_back_every_registry_holds_the_same(there, here):
@@ -130,16 +130,16 @@ def test_all_clashes_are_named_and_nothing_is_merged(home, here):
     assert here.record("strokes").created_by == "bob"
 
 
-def test_an_alias_that_points_elsewhere_stays_and_is_told_of(home, here):
+def test_an_alias_that_points_elsewhere_stays_and_is_reported(home, here):
     here.merge(home)
     here.set_alias("digits", "production", 2)
     home.set_alias("digits", "staging", 2)
     before = here.generation
-    told = {each.ref: each for each in here.merge(home) if "@" in each.ref}
-    assert (told["digits@production"].state, told["digits@production"].detail) == (
+    received = {each.ref: each for each in here.merge(home) if "@" in each.ref}
+    assert (received["digits@production"].state, received["digits@production"].detail) == (
         "kept", "points at 'digits:2' here, not at 'digits:1'",
     )  # fmt: skip
-    assert (told["digits@staging"].state, told["digits@staging"].generation) == ("added", before + 1)
+    assert (received["digits@staging"].state, received["digits@staging"].generation) == ("added", before + 1)
     assert [here.get(f"digits@{alias}").version for alias in ("production", "staging")] == [2, 2]
     assert here.generation == before + 1
 
@@ -149,13 +149,13 @@ def test_an_alias_follows_its_task_to_another_name(home, here):
     assert here.get("numerals@production").ref == "numerals:1"
 
 
-def test_a_task_retired_there_alone_stays_active_here_and_is_told_of(home, here):
+def test_a_task_retired_only_in_the_source_stays_active_and_is_reported(home, here):
     here.merge(home)
     home.retire("bare", "no use")
     before = rows(here.location)
-    told = {each.ref: each.detail for each in here.merge(home)}
-    assert told["bare:1"] == "retired there (no use), active here"
-    assert told["old:1"] == ""
+    details = {each.ref: each.detail for each in here.merge(home)}
+    assert details["bare:1"] == "retired in the source (no use), active here"
+    assert details["old:1"] == ""
     assert rows(here.location) == before
 
 
@@ -163,7 +163,7 @@ def test_a_task_damaged_there_is_named_and_nothing_is_merged(home, here):
     sql = "UPDATE artifact SET data = :data WHERE sha256 = :sha256"
     tamper(home.location, "artifact", sql, data=b"1234", sha256=home.get("tip").sha256)
     before = rows(here.location)
-    with pytest.raises(IntegrityError, match=r"Task 'tip:1' was not taken in: its artifact's stored bytes are missing"):
+    with pytest.raises(IntegrityError, match=r"Task 'tip:1' was not imported: its artifact's stored bytes are missing"):
         here.merge(home)
     assert rows(here.location) == before
 
@@ -171,7 +171,7 @@ def test_a_task_damaged_there_is_named_and_nothing_is_merged(home, here):
 def test_a_row_damaged_there_is_named_and_nothing_is_merged(home, here):
     tamper(home.location, "task", "UPDATE task SET num_parameters = 1 WHERE name = 'tip'")
     before = rows(here.location)
-    with pytest.raises(IntegrityError, match=r"Task 'tip:1' .* says otherwise than .*: num_parameters"):
+    with pytest.raises(IntegrityError, match=r"Task 'tip:1' .* does not match .*: num_parameters"):
         here.merge(home)
     tamper(home.location, "task", "UPDATE task SET created_at = 'then' WHERE name = 'tip'")
     with pytest.raises(IntegrityError, match=r"Task 'tip:1' has a damaged record: task\.created_at: String"):
@@ -179,12 +179,12 @@ def test_a_row_damaged_there_is_named_and_nothing_is_merged(home, here):
     assert rows(here.location) == before
 
 
-def test_a_parent_lost_there_is_told_of_and_nothing_is_merged(home, here):
+def test_a_parent_missing_in_the_source_is_reported_and_nothing_is_merged(home, here):
     with raw(home.location) as connection:
         without_triggers(connection, "task")
         connection.execute(text("DELETE FROM task WHERE name = 'strokes'"))
     before = rows(here.location)
-    with pytest.raises(IntegrityError, match=r"Task '(digits|tip):1' extends one that is missing"):
+    with pytest.raises(IntegrityError, match=r"Task '(digits|tip):1' extends a task that is missing"):
         here.merge(home)
     assert rows(here.location) == before
 

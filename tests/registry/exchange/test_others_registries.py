@@ -1,4 +1,4 @@
-"""Registries of others: version 0.1's verify bit for bit, a stranger's is only read, and a copy is no more open."""
+"""Registries of version 0.1, untrusted registries, and permissions and leftovers of copies."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ from tests.support.registries import BACKBONE, a_task, keep
 from tests.support.travel import fill
 
 OF_0_1 = DATA / "registry-0.1.db"
-"""Made by version 0.1 on the glyphs, on one thread: tasks with memory, without, extending two, with adapters of rank 3,
-head-only in two versions of which one is retired; single- and multi-label; statistics, an alias, a tag, a note."""
+"""Written by version 0.1 on the glyphs, on one thread: tasks with memory, without memory, extending two others, with
+adapters of rank 3, and head-only in two versions, one of them retired; single- and multi-label; with statistics, an
+alias, a tag and a note."""
 FIVE = DATA / "five-tasks.db"
-"""Learned from the digits on one thread by the code of commit 324dbee: token and memory, extending another, head-only,
-adapters of rank 4, multi-label."""
+"""Learned from the digits on one thread by the code of commit 324dbee: with token and memory, extending another,
+head-only, with adapters of rank 4, and multi-label."""
 
 
 @pytest.fixture
@@ -47,46 +48,46 @@ def mode(path: str | Path) -> int:
 
 
 def test_tasks_of_version_0_1_verify_bit_for_bit(old: Registry) -> None:
-    """Byte for byte on the machine that it was made on; on others within the tolerance, and the numerics say so."""
+    """Bitwise on the machine that wrote it; elsewhere within the tolerance, with other numerics reported."""
     backbone = recorded_backbone(old, None, "cpu")
     tasks = [old.get(record.ref) for record in old.tasks()]
     assert [task.ref for task in tasks] == ["zero-one:1", "plain:1", "child:1", "adapted:1", "head:2"]
     assert {task.adapter_rank for task in tasks} == {0, 3}
     assert old.get("child").extends == ("zero-one:1", "plain:1")
-    found = verify(backbone, [(task, old.goldens(task.ref)) for task in tasks])
+    verdicts = verify(backbone, [(task, old.goldens(task.ref)) for task in tasks])
     (recorded,) = {probe.numerics_fingerprint for task in tasks for probe in old.goldens(task.ref)}
-    here = recorded == numerics_fingerprint(numerics(backbone))
-    assert [verdict.ok for verdict in found] == [True] * 5
-    assert [verdict.same_numerics for verdict in found] == [here] * 5
-    if here:
-        assert [verdict.identical for verdict in found] == [True] * 5
+    same_numerics = recorded == numerics_fingerprint(numerics(backbone))
+    assert [verdict.ok for verdict in verdicts] == [True] * 5
+    assert [verdict.same_numerics for verdict in verdicts] == [same_numerics] * 5
+    if same_numerics:
+        assert [verdict.identical for verdict in verdicts] == [True] * 5
     assert old.check_integrity().ok
     assert old.get("head:1").sha256 != old.get("head:2").sha256
 
 
-def test_five_tasks_of_the_code_before_the_rebuilding_verify_bit_for_bit(tmp_path: Path) -> None:
-    """Byte for byte on a machine of its kind, where not even the probe of the arithmetic may have another digest."""
+def test_five_tasks_of_earlier_code_verify_bit_for_bit(tmp_path: Path) -> None:
+    """Bitwise on a machine of the same kind, even if only the digest of the arithmetic's probe differs."""
     with Registry.open(shutil.copy(FIVE, tmp_path / "five.db"), create=False) as registry:
         backbone = recorded_backbone(registry, None, "cpu")
         recorded = [(registry.get(record.ref), registry.goldens(record.ref)) for record in registry.tasks()]
         assert registry.check_integrity().ok
-    found, now = verify(backbone, recorded), numerics(backbone)
-    assert [verdict.task for verdict in found] == ["ones:1", "fours:1", "sevens:1", "adapted:1", "traits:1"]
-    assert [verdict.ok for verdict in found] == [True] * 5
+    verdicts, current = verify(backbone, recorded), numerics(backbone)
+    assert [verdict.task for verdict in verdicts] == ["ones:1", "fours:1", "sevens:1", "adapted:1", "traits:1"]
+    assert [verdict.ok for verdict in verdicts] == [True] * 5
     ((probe,), *_) = (probes for _, probes in recorded)
-    if dict(probe.numerics) | {"probe": None} == now | {"probe": None}:
-        assert [(verdict.same_numerics, verdict.identical) for verdict in found] == [(True, True)] * 5
+    if dict(probe.numerics) | {"probe": None} == current | {"probe": None}:
+        assert [(verdict.same_numerics, verdict.identical) for verdict in verdicts] == [(True, True)] * 5
 
 
-def test_tasks_of_version_0_1_answer_and_travel(old: Registry, tmp_path: Path) -> None:
+def test_tasks_of_version_0_1_predict_and_are_exported(old: Registry, tmp_path: Path) -> None:
     backbone = recorded_backbone(old, None, "cpu")
     pictures = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     expected = CombinedModel(backbone, old.load(backbone))(pictures)
     old.export([record.ref for record in old.tasks()], tmp_path / "all.addenda")
     with Registry.open(tmp_path / "new.db") as new:
         new.import_bundle(tmp_path / "all.addenda")
-        found = CombinedModel(backbone, new.load(backbone))(pictures)
-        assert {name: bits(logits) for name, logits in found.items()} == {
+        logits_of = CombinedModel(backbone, new.load(backbone))(pictures)
+        assert {name: bits(logits) for name, logits in logits_of.items()} == {
             name: bits(logits) for name, logits in expected.items()
         }
         stored = [{record.ref: record.sha256 for record in registry.tasks()} for registry in (new, old)]
@@ -104,7 +105,7 @@ def test_a_stored_task_keeps_its_sha256_whatever_safetensors_would_write_now(
     assert registry.register(task, registry.goldens(ref)[0]).ref == ref
 
 
-# --- a stranger's -----------------------------------------------------------------------------------------------------
+# --- untrusted registries ---------------------------------------------------------------------------------------------
 
 
 def everything(folder: Path) -> dict[str, tuple[bytes, int]]:
@@ -113,7 +114,7 @@ def everything(folder: Path) -> dict[str, tuple[bytes, int]]:
 
 @pytest.fixture
 def theirs(tmp_path: Path) -> Path:
-    """A full registry in a folder of its own that nobody has open."""
+    """A full registry, closed, in a folder without other files."""
     (tmp_path / "theirs").mkdir()
     return Path(fill(str(tmp_path / "theirs" / "tasks.db")))
 
@@ -155,8 +156,8 @@ def test_an_older_registry_is_refused_and_not_upgraded(
     before = everything(tmp_path / "old")
     result = run("db", "merge", tmp_path / "old" / "tasks.db", *options)
     assert result.code == 2
-    assert "has the schema '0002' and this version reads" in result.err
-    assert "Copy it, and open the copy with `addenda db upgrade`." in result.err
+    assert "has schema '0002', this version of Addenda reads" in result.err
+    assert "Copy it, and upgrade the copy with `addenda db upgrade`." in result.err
     assert everything(tmp_path / "old") == before
 
 
@@ -169,11 +170,11 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_a_schema_with_somebodys_own_views_or_triggers_is_not_read(theirs: Path, registry: Registry, kind: str) -> None:
+def test_a_schema_with_foreign_views_or_triggers_is_not_read(theirs: Path, registry: Registry, kind: str) -> None:
     with sqlite3.connect(theirs) as connection:
         connection.executescript(FOREIGN[kind])
     connection.close()
-    with pytest.raises(RegistryError, match="which no registry has: it is not read"):
+    with pytest.raises(RegistryError, match="that is not part of a registry; it is not read"):
         Registry.open(theirs, read_only=True)
 
 
@@ -181,11 +182,11 @@ def test_a_view_in_the_place_of_a_table_runs_nothing(theirs: Path) -> None:
     with sqlite3.connect(theirs) as connection:
         connection.executescript("ALTER TABLE tag RENAME TO tag_of_old; CREATE VIEW tag AS SELECT load_extension('x');")
     connection.close()
-    with pytest.raises(RegistryError, match="holds 'tag', which no registry has"):
+    with pytest.raises(RegistryError, match="contains 'tag', a view, virtual table or trigger"):
         Registry.open(theirs, read_only=True)
 
 
-def test_a_registry_that_is_only_read_refuses_every_change(theirs: Path) -> None:
+def test_a_read_only_registry_refuses_every_change(theirs: Path) -> None:
     with Registry.open(theirs, read_only=True) as registry:
         assert registry.get("digits:1").ref == "digits:1"
         for change in (
@@ -198,22 +199,22 @@ def test_a_registry_that_is_only_read_refuses_every_change(theirs: Path) -> None
 
 
 def test_another_programs_database_is_left_as_it_is(tmp_path: Path) -> None:
-    """Looking at a file must not turn its journal into a write-ahead log."""
+    """Opening a file must not turn its journal into a write-ahead log."""
     (tmp_path / "app").mkdir()
-    place = tmp_path / "app" / "bookmarks.sqlite"
-    with sqlite3.connect(place) as connection:
+    path = tmp_path / "app" / "bookmarks.sqlite"
+    with sqlite3.connect(path) as connection:
         connection.execute("CREATE TABLE bookmarks (url TEXT)")
         connection.execute("INSERT INTO bookmarks VALUES ('https://example.org')")
     connection.close()
-    before = everything(place.parent)
+    before = everything(path.parent)
     for open_it in (
-        lambda: Registry.open(place),
-        lambda: Registry.open(place, read_only=True),
-        lambda: restore(place, tmp_path / "x.db"),
+        lambda: Registry.open(path),
+        lambda: Registry.open(path, read_only=True),
+        lambda: restore(path, tmp_path / "x.db"),
     ):
         with pytest.raises(RegistryError, match=r"another program's database|There is no registry at"):
             open_it()
-        assert everything(place.parent) == before
+        assert everything(path.parent) == before
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
@@ -226,11 +227,11 @@ def test_a_registry_on_a_read_only_medium_is_read(theirs: Path) -> None:
         theirs.parent.chmod(0o700)
 
 
-# --- no more open than what it copies ---------------------------------------------------------------------------------
+# --- permissions of copies --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("permissions", [0o600, 0o640, 0o644])
-def test_copies_are_no_more_open_than_the_registry(old: Registry, tmp_path: Path, permissions: int) -> None:
+def test_copies_have_the_registrys_permissions(old: Registry, tmp_path: Path, permissions: int) -> None:
     Path(old.location).chmod(permissions)
     old.backup(tmp_path / "safe.db")
     old.export(["zero-one"], tmp_path / "a.addenda")
@@ -241,28 +242,28 @@ def test_copies_are_no_more_open_than_the_registry(old: Registry, tmp_path: Path
         assert mode(tmp_path / name) == permissions, name
 
 
-def test_a_backup_is_put_in_no_ones_place(theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backup_replaces_no_file(theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "safe.db"
     target.symlink_to(tmp_path / "nowhere")
     with Registry.open(theirs) as registry:
-        with pytest.raises(RegistryError, match="exists already: a backup overwrites nothing"):
+        with pytest.raises(RegistryError, match="exists; a backup does not overwrite"):
             registry.backup(target)
         assert target.is_symlink()
         late = tmp_path / "late.db"
         link = os.link
 
-        def somebody_is_quicker(*paths: Path) -> None:
+        def create_it_first(*paths: Path) -> None:
             late.write_text("theirs")
             link(*paths)
 
-        monkeypatch.setattr("os.link", somebody_is_quicker)
-        with pytest.raises(RegistryError, match="exists already: a backup overwrites nothing"):
+        monkeypatch.setattr("os.link", create_it_first)
+        with pytest.raises(RegistryError, match="exists; a backup does not overwrite"):
             registry.backup(late)
     assert late.read_text() == "theirs"
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".backup")] == []
 
 
-# --- what a killed backup leaves --------------------------------------------------------------------------------------
+# --- leftovers of interrupted backups ---------------------------------------------------------------------------------
 
 
 def test_remains_are_named_by_check_and_removed_by_the_next_backup(
@@ -283,7 +284,7 @@ def test_remains_are_named_by_check_and_removed_by_the_next_backup(
         assert registry.remains() == [left]
     result = run("db", "check", "--registry", theirs)
     assert (result.code, result.err.count(str(left))) == (0, 1)
-    assert "A backup that was killed left" in result.err
+    assert "A killed backup left" in result.err
     (left / "note.txt").write_text("put there by a person")
     with Registry.open(theirs) as registry:
         registry.backup(folder / "safe.db")
@@ -308,12 +309,12 @@ def test_backups_that_run_at_once_do_not_disturb_each_other(theirs: Path) -> Non
     assert list(theirs.parent.glob(".backup-*")) == []
 
 
-def test_a_backup_that_is_running_is_no_remains(theirs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_folder_of_a_running_backup_is_not_reported(theirs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[Path]] = []
     with Registry.open(theirs) as registry:
         monkeypatch.setattr(
             "addenda.registry.exchange.backup.put",
-            lambda part, target, replace: (seen.append(registry.remains()), part.rename(target)),
+            lambda staged, target, replace: (seen.append(registry.remains()), staged.rename(target)),
         )
         registry.backup(theirs.parent / "safe.db")
     assert seen == [[]]

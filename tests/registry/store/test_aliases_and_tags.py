@@ -1,4 +1,4 @@
-"""What may change of a registered task: where an alias points, its tags and its notes."""
+"""Aliases, tags and notes, which may change after registration."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def test_an_alias_moves_only_from_where_it_was_expected(versions):
     versions.set_alias("digits", "production", 1, expected=0)
     versions.set_alias("digits", "production", 2, expected=1)
     before = rows(versions)
-    for expected, said in ((1, "at 'digits:1'"), (0, "at nothing")):
+    for expected, target in ((1, "at 'digits:1'"), (0, "at nothing")):
         with pytest.raises(RegistryError) as refusal:
             versions.set_alias("digits", "production", 1, expected=expected)
         assert str(refusal.value) == (
-            f"'digits@production' points at 'digits:2', not {said} as expected. Nothing was changed."
+            f"'digits@production' points at 'digits:2', not {target} as expected. Nothing was changed."
         )
     with pytest.raises(RegistryError, match="'digits@staging' points at nothing, not at 'digits:2' as expected"):
         versions.set_alias("digits", "staging", 1, expected=2)
@@ -34,9 +34,9 @@ def test_an_alias_moves_only_from_where_it_was_expected(versions):
 
 
 @pytest.mark.parametrize(("given", "options"), [(("production", "digits:1"), {}), (("a", "digits"), {"expected": 0})])
-def test_the_order_of_before_alias_and_reference_is_refused(versions, given, options):
+def test_the_former_arguments_alias_and_reference_are_refused(versions, given, options):
     before = rows(versions)
-    with pytest.raises(RegistryError, match=r"names no version: it takes name, alias and version in this order, as in"):
+    with pytest.raises(RegistryError, match=r"has no version\. Its arguments are name, alias and version, as in"):
         versions.set_alias(*given, **options)
     with pytest.raises(RegistryError, match="'digits:1' is not a valid name"):
         versions.set_alias("production", "digits:1", 1)
@@ -62,7 +62,7 @@ def test_an_alias_is_removed_and_its_history_stays(versions):
     assert versions.get("digits@production").version == 1
 
 
-def test_an_alias_of_one_name_is_none_of_another(versions):
+def test_an_alias_belongs_to_one_name(versions):
     keep(versions, a_task("birds", 5))
     versions.set_alias("digits", "production", 1)
     versions.set_alias("birds", "production", 1, expected=0)
@@ -76,7 +76,7 @@ def test_tags_are_put_on_a_version_and_taken_off(versions):
     assert versions.record("digits:2").tags == ()
     versions.untag("digits:1", "night")
     assert versions.record("digits:1").tags == ("shop",)
-    with pytest.raises(RegistryError, match="Task 'digits:1' does not carry the tag 'night'"):
+    with pytest.raises(RegistryError, match="Task 'digits:1' does not have the tag 'night'"):
         versions.untag("digits:1", "night")
 
 
@@ -88,7 +88,7 @@ def test_a_tag_that_is_not_valid_is_refused(versions, tag):
     assert rows(versions) == before
 
 
-def test_a_note_is_a_part_of_the_history(versions):
+def test_a_note_is_in_the_history(versions):
     for text in ("labelled again", "with 日本 and 'quotes'\n"):
         versions.note("digits:1", text)
     noted = [event for event in versions.events("digits") if event.kind == "noted"]
@@ -99,15 +99,15 @@ def test_a_note_is_a_part_of_the_history(versions):
 
 
 @pytest.mark.parametrize("text", ["", " \n"])
-def test_a_note_that_says_nothing_is_refused(versions, text):
+def test_an_empty_note_is_refused(versions, text):
     before = rows(versions)
-    with pytest.raises(RegistryError, match="A note says something"):
+    with pytest.raises(RegistryError, match="The note is empty"):
         versions.note("digits", text)
     assert rows(versions) == before
 
 
 def test_a_note_that_no_database_can_hold_is_refused(versions):
     before = rows(versions)
-    with pytest.raises(RegistryError, match=r"The note is not UTF-8"):
+    with pytest.raises(RegistryError, match=r"The note cannot be encoded as UTF-8"):
         versions.note("digits", "half a letter: \ud800")
     assert rows(versions) == before

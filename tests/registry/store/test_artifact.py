@@ -1,4 +1,4 @@
-"""A task as bytes: equal content has equal bytes, and bytes that are no task are refused."""
+"""Artifacts: equal content has equal bytes, and invalid bytes are rejected."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.support.registries import FINGERPRINT, TENSORS, a_task, adapters, pro
 
 
 def spoiled(name: str, tensor: torch.Tensor | None) -> Task:
-    """A task with one tensor replaced behind the back of whatever checks its constructor."""
+    """A task with one tensor replaced without any checks."""
     task = a_task()
     object.__setattr__(task, name, tensor)
     return task
@@ -67,7 +67,7 @@ def ramp(*shape: int) -> torch.Tensor:
     return (torch.arange(torch.Size(shape).numel()) % 251).sub(125).div(128).reshape(shape)
 
 
-def test_a_task_without_adapters_has_the_bytes_that_it_always_had():
+def test_the_bytes_of_a_task_without_adapters_have_not_changed():
     content = {"backbone": FINGERPRINT, "class_token": ramp(8)}
     parent = Task("p", labels=("x",), head_weight=ramp(1, 8), head_bias=ramp(1), memory=ramp(2, 0, 8), **content)
     heads = {"head_weight": ramp(3, 8), "head_bias": ramp(3), "pooled_weight": ramp(3, 8)}
@@ -162,8 +162,8 @@ def test_tensors_that_do_not_fit_are_refused(name, shape):
         encode(spoiled(name, None if shape is None else torch.zeros(shape)))
 
 
-def test_labels_that_repeat_each_other_are_refused():
-    with pytest.raises(IntegrityError, match="repeat each other"):
+def test_duplicate_labels_are_refused():
+    with pytest.raises(IntegrityError, match="contain duplicates"):
         encode(a_task(labels=("zero", "one", "zero")))
 
 
@@ -173,11 +173,11 @@ def test_labels_that_do_not_fit_the_head_are_refused():
 
 
 def test_a_missing_head_is_refused():
-    with pytest.raises(IntegrityError, match="its artifact holds the tensors"):
+    with pytest.raises(IntegrityError, match="its artifact has the tensors"):
         encode(spoiled("head_bias", None))
 
 
-def test_an_artifact_that_is_none_is_refused():
+def test_bytes_that_are_not_an_artifact_are_refused():
     refused = 0
     for data in (b"", b"\x00" * 8, b"hello world", encode(a_task())[:-4], b"\x02" + b"\x00" * 7 + b"{}"):
         with pytest.raises(IntegrityError, match="its artifact is not valid"):
@@ -194,7 +194,7 @@ def test_an_artifact_of_another_format_is_refused():
         decode(other, digest(other), lambda sha256: a_task(), {"name": "any"})
 
 
-def test_an_artifact_of_no_backbone_is_refused_before_anything_is_made_of_it():
+def test_an_artifact_without_a_backbone_is_refused():
     data = encode(a_task())
     other = data.replace(b'\\"backbone\\"', b'\\"backbon_\\"')
     assert other != data
@@ -203,18 +203,18 @@ def test_an_artifact_of_no_backbone_is_refused_before_anything_is_made_of_it():
 
 
 def manifest_of(task: Task) -> str:
-    """The manifest as it stands in a task's bytes."""
+    """The manifest text in a task's artifact."""
     header = json.loads(task.artifact[8 : 8 + int.from_bytes(task.artifact[:8], "little")])
     return header["__metadata__"]["addenda"]
 
 
 def with_manifest(task: Task, **changes: Any) -> bytes:
-    """A task's artifact with another manifest, as only another program would write it."""
+    """A task's artifact with a changed manifest, which Addenda itself would not write."""
     manifest = canonical_json(json.loads(manifest_of(task)) | changes)
     return save({name: getattr(task, name) for name in TENSORS}, metadata={"addenda": manifest})
 
 
-def test_a_task_without_a_temperature_keeps_the_bytes_it_always_had():
+def test_the_bytes_of_a_task_without_a_temperature_have_not_changed():
     plain = (
         f'{{"backbone":"{FINGERPRINT}","extends":[],"format":1,"labels":["zero","one","two"],'
         '"objective":"single-label"}'
@@ -242,25 +242,25 @@ def test_a_temperature_that_is_not_finite_and_above_0_is_refused(shared_book, te
 
 
 def test_an_objective_that_is_not_known_is_refused():
-    with pytest.raises(IntegrityError, match=r"its objective is 'ranking'; .* knows 'single-label', 'multi-label'"):
+    with pytest.raises(IntegrityError, match=r"its objective is 'ranking'; .* supports 'single-label', 'multi-label'"):
         encode(a_task(objective="ranking"))
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"objective": "ranking"}, "its objective is 'ranking'"),
-        ({"temperature": 1.0}, "stores the temperature 1.0"),
+        ({"temperature": 1.0}, "stores the default temperature 1.0"),
         ({"temperature": 0.0}, "its temperature is 0.0"),
         ({"temperature": "2.0"}, "its temperature is '2.0'"),
         ({"temperature": True}, "its temperature is True"),
     ],
 )
-def test_an_artifact_that_cannot_be_read_as_probabilities_is_refused(changes, said):
+def test_an_artifact_with_an_invalid_objective_or_temperature_is_refused(changes, message):
     unchanged = with_manifest(a_task())
     assert decode(unchanged, digest(unchanged), lambda sha256: a_task(), {"name": "any"}).temperature == 1.0
     data = with_manifest(a_task(), **changes)
-    with pytest.raises(IntegrityError, match=said):
+    with pytest.raises(IntegrityError, match=message):
         decode(data, digest(data), lambda sha256: a_task(), {"name": "any"})
 
 
@@ -273,14 +273,14 @@ def test_single_label_probabilities_are_a_softmax_and_multi_label_ones_sigmoids(
     torch.testing.assert_close(replace(multi, temperature=4.0).probabilities(logits), (logits / 4).sigmoid())
 
 
-def send_artifact(tell: Any) -> None:
-    tell.send((encode(a_task()), hash("addenda")))
+def send_artifact(sender: Any) -> None:
+    sender.send((encode(a_task()), hash("addenda")))
 
 
 def test_an_artifact_is_the_same_bytes_in_another_process():
-    told, tell = FORKS.Pipe(duplex=False)
-    with closing(told), closing(tell):
-        assert exit_code(send_artifact, tell) == 0
-        data, hashed = told.recv()
+    receiver, sender = FORKS.Pipe(duplex=False)
+    with closing(receiver), closing(sender):
+        assert exit_code(send_artifact, sender) == 0
+        data, other_hash = receiver.recv()
     assert data == encode(a_task())
-    assert hashed != hash("addenda"), "the other process hashed alike, so equal bytes prove nothing"
+    assert other_hash != hash("addenda"), "the other process has the same hash seed, so equal bytes prove nothing"

@@ -1,4 +1,4 @@
-"""Adapters in a task's bytes: whole, finite and of one rank, or refused."""
+"""Adapters in an artifact are complete, finite and of one rank, or rejected."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from tests.support.registries import a_task, adapters, keep, same_content
 
 def test_an_adapted_task_comes_back_from_the_registry_as_it_went_in(book):
     task = a_task(adapters=adapters())
-    kept = keep(book, task)
-    found = book.get("digits")
-    assert same_content(found, task)
-    assert found.sha256 == kept.sha256 == task.sha256 != a_task().sha256
-    assert (found.adapter_rank, tuple(found.adapters)) == (3, ADAPTED)
+    registered = keep(book, task)
+    loaded = book.get("digits")
+    assert same_content(loaded, task)
+    assert loaded.sha256 == registered.sha256 == task.sha256 != a_task().sha256
+    assert (loaded.adapter_rank, tuple(loaded.adapters)) == (3, ADAPTED)
     assert book.record("digits").num_parameters == a_task().num_parameters + 2 * 3 * (4 * 8 + 2 * 20)
     with pytest.raises(TypeError, match="does not support item assignment"):
-        found.adapters["q"] = None
+        loaded.adapters["q"] = None
 
 
 @pytest.mark.parametrize("site", ADAPTED)
-@pytest.mark.parametrize("part", LowRank._fields)
-def test_adapters_that_are_not_finite_are_refused(site, part):
-    whole = adapters()
-    getattr(whole[site], part)[1, 0, 0] = float("nan")
-    with pytest.raises(IntegrityError, match=rf"its adapters\.{site}\.{part} must be finite float32"):
-        encode(a_task(adapters=whole))
+@pytest.mark.parametrize("factor", LowRank._fields)
+def test_adapters_that_are_not_finite_are_refused(site, factor):
+    changed = adapters()
+    getattr(changed[site], factor)[1, 0, 0] = float("nan")
+    with pytest.raises(IntegrityError, match=rf"its adapters\.{site}\.{factor} must be finite float32"):
+        encode(a_task(adapters=changed))
 
 
 @pytest.mark.parametrize(
@@ -50,30 +50,30 @@ def test_adapters_that_do_not_fit_are_refused(site, down, up):
     changed = {**adapters(), site: LowRank(torch.zeros(down), torch.zeros(up))}
     with pytest.raises(
         IntegrityError,
-        match=r"its adapters, down and up, do not fit 2 layers of 8 dimensions, each other, or one rank .*'fc2': \[\[",
+        match=r"its adapters \(down, up\) do not fit 2 layers of width 8 or each other, .* one rank .*'fc2': \[\[",
     ):
         encode(a_task(adapters=changed))
 
 
 def test_adapters_of_rank_0_are_refused():
-    with pytest.raises(IntegrityError, match="or one rank of 1 or more"):
+    with pytest.raises(IntegrityError, match="do not have one rank of at least 1"):
         encode(a_task(adapters=adapters(rank=0)))
 
 
 def test_half_of_the_adapters_are_refused():
-    whole = adapters()
-    del whole["proj"]
+    incomplete = adapters()
+    del incomplete["proj"]
     with pytest.raises(
         IntegrityError, match=r"its adapters lack \['adapters\.proj\.down', 'adapters\.proj\.up'\]: a task"
     ):
-        encode(a_task(adapters=whole))
+        encode(a_task(adapters=incomplete))
 
 
 def test_adapters_of_another_layer_are_refused():
-    with pytest.raises(IntegrityError, match=r"holds the tensors \['adapters\.fc1\.down', .*'adapters\.k\.down', "):
+    with pytest.raises(IntegrityError, match=r"has the tensors \['adapters\.fc1\.down', .*'adapters\.k\.down', "):
         encode(a_task(adapters={**adapters(), "k": adapters()["q"]}))
 
 
 def test_adapters_of_a_head_only_task_are_refused():
-    with pytest.raises(IntegrityError, match="it has adapters and no class token, whose way through the blocks"):
+    with pytest.raises(IntegrityError, match="it has adapters but no class token"):
         encode(a_task(class_token=None, memory=None, pooled_weight=None, adapters=adapters()))

@@ -1,4 +1,4 @@
-"""Many processes at once: nothing is lost, nothing doubled, nobody is turned away, and readers wait for nobody."""
+"""Concurrent processes: no change is lost or duplicated, no writer fails, and readers do not wait."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_the_same_content_from_several_processes_is_registered_once(shelf, datab
 
 
 def move_the_alias(location: str, steps: int, start: Any) -> None:
-    """Moves an alias from 1 to 2 and back, each time from what it was seen to be."""
+    """Moves an alias from 1 to 2 and back, with its current version as precondition."""
     start.wait(60)
     with Registry.open(location) as registry:
         done = 0
@@ -84,7 +84,7 @@ def test_an_alias_that_several_processes_move_misses_no_step(book):
 
 
 def register_some(location: str, number: int, each: int, start: Any) -> None:
-    """Half of the tasks under names of its own, half as further versions of names that all the others use."""
+    """Registers half of the tasks under unique names, half as versions of names that all processes use."""
     start.wait(60)
     with Registry.open(location, user=f"process {number}") as registry:
         for turn in range(each):
@@ -96,7 +96,7 @@ def register_some(location: str, number: int, each: int, start: Any) -> None:
 
 
 def register_together(location: str, processes: int, each: int) -> None:
-    """Has processes register at once, and checks that all is there once."""
+    """Registers from several processes at once, and checks that each task is registered once."""
     asked = [(location, number, each) for number in range(processes)]
     assert all_at_once(register_some, asked) == [0] * processes
     assert verify_ledger(location) == 1 + processes * each
@@ -109,14 +109,14 @@ def register_together(location: str, processes: int, each: int) -> None:
         versions: dict[str, list[int]] = {}
         for record in records:
             versions.setdefault(record.name, []).append(record.version)
-        shared = [found for name, found in versions.items() if name.startswith("shared")]
+        shared = [numbers for name, numbers in versions.items() if name.startswith("shared")]
         assert shared == [list(range(1, processes + 1))] * (each // 2)
-        assert {tuple(found) for name, found in versions.items() if name.startswith("own")} == {(1,)}
+        assert {tuple(numbers) for name, numbers in versions.items() if name.startswith("own")} == {(1,)}
         assert schema_faults(registry._engine) == []
 
 
 def strict(location: str, database: Database) -> str:
-    """A location whose server begins transactions with the snapshot that suits a registry least."""
+    """A location whose server defaults to the isolation level that is worst for a registry."""
     if database.kind == "sqlite":
         return location
     options = {"options": "-c default_transaction_isolation=serializable"}
@@ -132,7 +132,7 @@ def test_sixteen_processes_register_fifty_tasks_each(shelf, database):
 
 
 def hold_open(location: str, changed: Any, go_on: Any) -> None:
-    """Registers more than SQLite keeps in memory, retires, moves an alias; before each commit it waits to be told."""
+    """Registers more than SQLite buffers in memory, retires, moves an alias; waits for a barrier before each commit."""
 
     def hold(connection: Connection) -> None:
         if connection.get_execution_options().get("writes"):

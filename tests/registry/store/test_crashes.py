@@ -1,4 +1,4 @@
-"""A process that is killed, or finds the disk full, leaves nothing half done; a retry does it once."""
+"""A killed process or a full disk leaves no partial change, and a retry succeeds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.databases import ON_SQLITE, everything, rows
 from tests.support.processes import FORKS, KILLED, killed_at_each_statement
 from tests.support.registries import (
     BACKBONE,
-    SCORING,
+    EVALUATION,
     a_large_task,
     a_statistic,
     a_task,
@@ -39,10 +39,10 @@ def adds_a_backbone(location: str) -> None:
 
 
 def registers(location: str) -> None:
-    """A large task with all that can belong to one."""
+    """Registers a large task with parents, statistics and evaluations."""
     with Registry.open(location) as registry:
         task = a_large_task(parents=(registry.get("strokes"), registry.get("digits")))
-        registry.register(task, probe(task), a_statistic(), evaluations=[SCORING, SCORING])
+        registry.register(task, probe(task), a_statistic(), evaluations=[EVALUATION, EVALUATION])
 
 
 def registers_a_version(location: str) -> None:
@@ -57,7 +57,7 @@ def adds_a_probe(location: str) -> None:
 
 def adds_an_evaluation(location: str) -> None:
     with Registry.open(location) as registry:
-        registry.add_evaluation("digits:1", *vars(SCORING).values())
+        registry.add_evaluation("digits:1", *vars(EVALUATION).values())
 
 
 def sets_an_alias(location: str) -> None:
@@ -110,11 +110,11 @@ CHANGES = (
     retires,
 )
 AGAIN = (adds_a_backbone, registers, registers_a_version, adds_a_probe, tags)
-"""Changes that may be made twice, and are made once."""
+"""Idempotent changes."""
 
 
-def wholly_there(location: str) -> set[str]:
-    """References that are registered; each must load with its probe, and nothing else may be there."""
+def complete_tasks(location: str) -> set[str]:
+    """The registered references; checks that each loads with its golden probe and that there are no other rows."""
     verify_ledger(location)
     with Registry.open(location) as registry:
         assert schema_faults(registry._engine) == []
@@ -123,9 +123,9 @@ def wholly_there(location: str) -> set[str]:
             assert registry.get(ref).ref == ref
             assert len(registry.goldens(ref)) >= 1
             registry.statistics(ref)
-    found = rows(location)
-    assert sorted(f"{row[1]}:{row[2]}" for row in found["task"]) == sorted(registered)
-    assert {row[0] for row in found["artifact"]} == {row[4] for row in found["task"]}
+    tables = rows(location)
+    assert sorted(f"{row[1]}:{row[2]}" for row in tables["task"]) == sorted(registered)
+    assert {row[0] for row in tables["artifact"]} == {row[4] for row in tables["task"]}
     return set(registered)
 
 
@@ -134,13 +134,13 @@ def test_a_process_killed_at_any_statement_of_any_change_leaves_nothing_of_it(sh
     location, kills = database.copy(shelf["full"]), 0
     for change in CHANGES:
         kills += killed_at_each_statement(change, location)
-        wholly_there(location)
+        complete_tasks(location)
         if change in AGAIN:
             once = everything(location)
             change(location)
             assert everything(location) == once
     assert kills >= 200
-    assert wholly_there(location) == {"strokes:1", "digits:1", "digits:2", "old:1", "large:1"}
+    assert complete_tasks(location) == {"strokes:1", "digits:1", "digits:2", "old:1", "large:1"}
     with Registry.open(location) as registry:
         assert same_content(registry.get("large:1"), a_large_task(parents=registry.get("large:1").parents))
         assert [record.ref for record in registry.tasks()] == ["digits:2"]
@@ -150,44 +150,44 @@ def test_a_process_killed_at_any_statement_of_any_change_leaves_nothing_of_it(sh
 def test_a_process_killed_at_any_statement_of_a_new_tag_leaves_none(shelf, database):
     location = database.copy(shelf["full"])
     assert killed_at_each_statement(tags, location) > 8
-    assert wholly_there(location) == {"strokes:1", "digits:1", "old:1"}
+    assert complete_tasks(location) == {"strokes:1", "digits:1", "old:1"}
 
 
-def register_many(location: str, first: int, told: Any) -> None:
+def register_many(location: str, first: int, sender: Any) -> None:
     with Registry.open(location) as registry:
         for number in count(first):
             keep(registry, a_task(f"task-{number}", number))
-            told.send(number)
+            sender.send(number)
 
 
 @pytest.mark.slow
-def test_a_process_killed_at_any_time_leaves_whole_tasks_and_what_it_had_promised(shelf, database):
-    location, moments, promised, kills = database.copy(shelf["book"]), random.Random(0), set(), 5
+def test_a_process_killed_at_any_time_leaves_complete_tasks_and_all_that_it_reported(shelf, database):
+    location, generator, reported, kills = database.copy(shelf["book"]), random.Random(0), set(), 5
     for round_ in range(kills):
-        told, tell = FORKS.Pipe(duplex=False)
-        process = FORKS.Process(target=register_many, args=(location, 1000 * round_, tell))
+        receiver, sender = FORKS.Pipe(duplex=False)
+        process = FORKS.Process(target=register_many, args=(location, 1000 * round_, sender))
         process.start()
-        tell.close()
-        promised.add(f"task-{told.recv()}:1")
-        time.sleep(moments.uniform(0, 0.1))
+        sender.close()
+        reported.add(f"task-{receiver.recv()}:1")
+        time.sleep(generator.uniform(0, 0.1))
         process.kill()
         process.join(60)
         assert process.exitcode == KILLED
-        with closing(told):
-            while told.poll():
+        with closing(receiver):
+            while receiver.poll():
                 try:
-                    promised.add(f"task-{told.recv()}:1")
+                    reported.add(f"task-{receiver.recv()}:1")
                 except EOFError:
                     break
-        assert promised <= wholly_there(location)
-    assert len(promised) > kills
+        assert reported <= complete_tasks(location)
+    assert len(reported) > kills
     with Registry.open(location) as registry:
         assert same_content(registry.get("task-0"), a_task(seed=0))
 
 
 @contextmanager
 def database_full(registry: Registry) -> Iterator[None]:
-    """SQLite may take no further page: what it sees where a disk is full."""
+    """Limits SQLite to the pages it has, as on a full disk."""
 
     def limit(dbapi: Any, *_: object) -> None:
         [used] = dbapi.execute("PRAGMA page_count").fetchone()
@@ -208,7 +208,7 @@ def database_full(registry: Registry) -> Iterator[None]:
 
 @contextmanager
 def files_limited(registry: Registry) -> Iterator[None]:
-    """The operating system lets no file of this process grow past 1 MB."""
+    """Limits the size of this process's files to 1 MB."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
     try:
@@ -227,4 +227,4 @@ def test_a_full_disk_under_sqlite_registers_nothing_and_a_retry_works(book, full
         assert book.tasks() == []
     assert rows(book) == before
     assert same_content(keep(book, a_large_task()), a_large_task())
-    assert wholly_there(book.location) == {"large:1"}
+    assert complete_tasks(book.location) == {"large:1"}

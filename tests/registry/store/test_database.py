@@ -1,4 +1,4 @@
-"""Where a registry may be, and what is said where it cannot be opened; no password is ever said."""
+"""Locations of registries, and errors when one cannot be opened, which never contain a password."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from addenda.registry import Registry
 from addenda.registry.store import database as databases
 from tests.support.databases import ON_POSTGRESQL, address, everything, raw, rows
 from tests.support.places import ROOT
-from tests.support.registries import BACKBONE, HERE, SCORING, a_task, keep, probe
+from tests.support.registries import BACKBONE, EVALUATION, HERE, a_task, keep, probe
 
 
 def test_a_registry_stays_when_it_is_closed_and_opened_again(full_book, database):
@@ -33,9 +33,9 @@ def test_a_registry_stays_when_it_is_closed_and_opened_again(full_book, database
     assert rows(full_book) == before
 
 
-def test_a_registry_is_not_made_where_none_was_asked_for(database):
+def test_a_registry_is_not_created_without_create(database):
     location = database.new()
-    with pytest.raises(RegistryError, match=r"There is no registry at '.*': check the .*`addenda learn` makes one"):
+    with pytest.raises(RegistryError, match=r"There is no registry at '.*'; check the .*`addenda learn` creates one"):
         Registry.open(location, create=False)
     if database.kind == "sqlite":
         assert not Path(location).exists()
@@ -43,7 +43,7 @@ def test_a_registry_is_not_made_where_none_was_asked_for(database):
         assert not any(everything(location).values())
 
 
-def test_a_locked_registry_is_refused_in_words(full_book, monkeypatch):
+def test_a_locked_registry_is_a_registry_error(full_book, monkeypatch):
     monkeypatch.setattr(databases, "WAIT_S", 1)
     with Registry.open(address(full_book)) as impatient, databases.writing(full_book._engine):
         with pytest.raises(RegistryError, match=r"Task 'birds' was not registered: .*lock.*\. Nothing was changed"):
@@ -61,7 +61,7 @@ def test_a_path_is_a_path_whatever_its_letters(tmp_path, folder):
     assert [path.name for path in tmp_path.iterdir()] == [folder]
 
 
-def test_a_file_that_is_no_database_is_refused_untouched(tmp_path):
+def test_a_file_that_is_not_a_database_is_refused_untouched(tmp_path):
     path = tmp_path / "notes.txt"
     path.write_text("not a database\n" * 500)
     with pytest.raises(RegistryError, match=r"Registry '.*notes\.txt' cannot be opened: file is not a database"):
@@ -75,9 +75,9 @@ NEITHER = "A registry is an SQLite file or a PostgreSQL database: give a path, s
 @pytest.mark.parametrize(
     ("location", "message"),
     [
-        ("{}/no/tasks.db", "The folder '{}/no' of the registry does not exist"),
-        ("sqlite:///{}/no/tasks.db", "The folder '{}/no' of the registry does not exist"),
-        ("{}", "'{}' is a folder, and a registry is a file: '{}/addenda.db', say."),
+        ("{}/no/tasks.db", "The registry's folder '{}/no' does not exist"),
+        ("sqlite:///{}/no/tasks.db", "The registry's folder '{}/no' does not exist"),
+        ("{}", "'{}' is a folder; give a file, such as '{}/addenda.db'."),
         ("sqlite://", NEITHER),
         ("mysql://me:secret@host/db", f"{NEITHER}USER@HOST/DATABASE, not 'mysql://me:***@host/db'"),
         ("mysql://host/db?password=secret", f"{NEITHER}USER@HOST/DATABASE, not 'mysql://host/db'"),
@@ -101,12 +101,12 @@ def test_a_location_that_cannot_be_opened_is_refused(tmp_path, location, message
 
 def test_without_psycopg_a_postgresql_registry_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "psycopg", None)
-    with pytest.raises(RegistryError, match=r"needs psycopg: pip install 'addenda\[postgres\]'"):
+    with pytest.raises(RegistryError, match=r"requires psycopg: pip install 'addenda\[postgres\]'"):
         Registry.open("postgresql://me@127.0.0.1:1/db")
 
 
 @ON_POSTGRESQL
-def test_a_postgresql_database_that_does_not_exist_is_refused_in_words(database):
+def test_a_missing_postgresql_database_is_a_registry_error(database):
     nowhere = make_url(database.new()).set(database="nowhere").render_as_string(hide_password=False)
     with pytest.raises(RegistryError, match=r"cannot be opened: .*database \"nowhere\" does not exist"):
         Registry.open(nowhere)
@@ -114,7 +114,7 @@ def test_a_postgresql_database_that_does_not_exist_is_refused_in_words(database)
 
 @contextmanager
 def a_role(location: str, *rights: str) -> Iterator[str]:
-    """The location for a person who may log in and has these rights alone."""
+    """The location for a role that may log in and has only these rights."""
     name = f"role_{uuid4().hex}"
     with raw(location) as connection:
         connection.execute(text(f"CREATE ROLE {name} LOGIN PASSWORD 'secret'"))
@@ -141,7 +141,7 @@ def test_a_postgresql_role_that_may_only_read_reads(full_book):
 
 
 @ON_POSTGRESQL
-def test_a_postgresql_role_with_a_writers_rights_of_the_documents_does_all_but_alter(full_book):
+def test_a_postgresql_role_with_the_documented_rights_can_write_but_not_alter(full_book):
     page = (ROOT / "docs" / "registry.md").read_text()
     rights = re.findall(r"^GRANT (.*) TO (?:\w+, )*writer\b.*;$", page, re.MULTILINE)
     assert len(rights) == 4
@@ -153,7 +153,7 @@ def test_a_postgresql_role_with_a_writers_rights_of_the_documents_does_all_but_a
         writer.tag("birds", "new")
         writer.untag("birds", "new")
         writer.note("birds", "seen")
-        writer.add_evaluation("birds", *vars(SCORING).values())
+        writer.add_evaluation("birds", *vars(EVALUATION).values())
         writer.add_golden("birds", probe(a_task("birds", 8), "o" * 64))
         writer.retire("birds")
         assert writer.check_integrity().ok
@@ -163,7 +163,7 @@ def test_a_postgresql_role_with_a_writers_rights_of_the_documents_does_all_but_a
 
 
 @ON_POSTGRESQL
-def test_a_postgresql_role_without_rights_is_refused_in_words(full_book, database):
+def test_a_postgresql_role_without_rights_is_refused(full_book, database):
     with a_role(address(full_book)) as location:
         with pytest.raises(RegistryError, match=r"cannot be opened: permission denied for table") as refusal:
             Registry.open(location)
@@ -172,13 +172,13 @@ def test_a_postgresql_role_without_rights_is_refused_in_words(full_book, databas
         Registry.open(location)
 
 
-@pytest.mark.parametrize("how", ["removed", "replaced"])
-def test_nothing_is_written_to_a_file_that_was_removed_or_replaced(registry, tmp_path, how):
+@pytest.mark.parametrize("change", ["removed", "replaced"])
+def test_nothing_is_written_to_a_file_that_was_removed_or_replaced(registry, tmp_path, change):
     registry.add_backbone(BACKBONE)
     registry.tasks()
     (tmp_path / "tasks.db").rename(tmp_path / "moved.db")
-    if how == "replaced":
+    if change == "replaced":
         with Registry.open(tmp_path / "tasks.db") as other:
             other.add_backbone(BACKBONE)
-    with pytest.raises(RegistryError, match=r"'.*tasks\.db' was removed or replaced since it was opened: nothing was"):
+    with pytest.raises(RegistryError, match=r"'.*tasks\.db' was removed or replaced after it was opened\. Nothing was"):
         keep(registry, a_task())

@@ -1,4 +1,4 @@
-"""What is measured of a task and stays with it: evaluations and golden probes."""
+"""Evaluations and golden probes."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from tests.support.registries import a_task, keep, probe
 def test_evaluations_come_back_oldest_first(book):
     keep(book, a_task())
     book.set_alias("digits", "production", 1)
-    given = [book.add_evaluation("digits@production", "d" * 64, "n" * 64, {"accuracy": a}, "l") for a in (0.5, 0.25)]
-    found = book.evaluations("digits")
-    assert found == given
-    assert [(e.task, e.metrics["accuracy"], e.generation) for e in found] == [
+    added = [book.add_evaluation("digits@production", "d" * 64, "n" * 64, {"accuracy": a}, "l") for a in (0.5, 0.25)]
+    stored = book.evaluations("digits")
+    assert stored == added
+    assert [(e.task, e.metrics["accuracy"], e.generation) for e in stored] == [
         ("digits:1", 0.5, 4),
         ("digits:1", 0.25, 5),
     ]
-    assert (found[0].data_fingerprint, found[0].numerics_fingerprint, found[0].logits_digest) == (
+    assert (stored[0].data_fingerprint, stored[0].numerics_fingerprint, stored[0].logits_digest) == (
         "d" * 64,
         "n" * 64,
         "l",
@@ -33,10 +33,14 @@ def test_evaluations_come_back_oldest_first(book):
 def test_a_golden_probe_comes_back_bit_for_bit(book):
     task = a_task()
     keep(book, task)
-    [back] = book.goldens("digits")
-    given = probe(task)
-    assert torch.equal(back.logits, given.logits)
-    assert (back.digest, back.numerics, back.numerics_fingerprint) == (given.digest, {"torch": "any"}, "n" * 64)
+    [stored] = book.goldens("digits")
+    original = probe(task)
+    assert torch.equal(stored.logits, original.logits)
+    assert (stored.digest, stored.numerics, stored.numerics_fingerprint) == (
+        original.digest,
+        {"torch": "any"},
+        "n" * 64,
+    )
 
 
 def test_a_golden_probe_of_other_labels_is_refused(shared_book):
@@ -46,7 +50,7 @@ def test_a_golden_probe_of_other_labels_is_refused(shared_book):
     assert rows(shared_book) == before
 
 
-def test_a_golden_probe_that_could_never_be_read_is_refused(shared_book):
+def test_a_golden_probe_with_a_wrong_digest_is_refused(shared_book):
     before = rows(shared_book)
     with pytest.raises(RegistryError, match="golden probe"):
         shared_book.register(a_task(), replace(probe(a_task()), digest="0" * 64))
@@ -62,13 +66,13 @@ def test_a_value_that_json_cannot_hold_is_refused(shared_book, field, value):
     assert rows(shared_book) == before
 
 
-def test_a_probe_under_further_numerics_stands_beside_the_first(book):
+def test_a_probe_under_other_numerics_is_added(book):
     keep(book, a_task())
     book.add_golden("digits", probe(a_task(), "m" * 64))
     assert [golden.numerics_fingerprint for golden in book.goldens("digits")] == ["m" * 64, "n" * 64]
     before = rows(book)
     with pytest.raises(RegistryError, match="'digits:1' has 3 labels; its golden probe has 2 columns"):
         book.add_golden("digits", replace(probe(a_task(), "o" * 64), logits=torch.zeros(4, 2)))
-    with pytest.raises(RegistryError, match="does not hash to its digest"):
+    with pytest.raises(RegistryError, match="does not match its digest"):
         book.add_golden("digits", replace(probe(a_task(), "o" * 64), digest="0" * 64))
     assert rows(book) == before

@@ -1,4 +1,4 @@
-"""The ledger: an event for every change, gapless and chained, that says who and when."""
+"""The ledger: every change is an event with author and time, in a hash chain without gaps."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from addenda.registry import Registry
 from addenda.registry.store import ledger, schema
 from addenda.registry.store.database import reading
 from tests.support.databases import address, rows, tamper
-from tests.support.registries import BACKBONE, HERE, SCORING, a_task, keep, probe, verify_ledger
+from tests.support.registries import BACKBONE, EVALUATION, HERE, a_task, keep, probe, verify_ledger
 
 Change = Callable[[Registry], object]
 CHANGES: dict[str, Change] = {
     "backbone": lambda book: book.add_backbone({**BACKBONE, "fingerprint": "c" * 64}),
     "registered": lambda book: keep(book, a_task("birds", 8)),
     "golden": lambda book: book.add_golden("digits", probe(a_task(), "other")),
-    "evaluated": lambda book: book.add_evaluation("digits", *vars(SCORING).values()),
+    "evaluated": lambda book: book.add_evaluation("digits", *vars(EVALUATION).values()),
     "alias": lambda book: book.set_alias("digits", "staging", 1),
     "alias removed": lambda book: book.remove_alias("digits", "production"),
     "tagged": lambda book: book.tag("digits", "new"),
@@ -61,24 +61,24 @@ def test_a_change_is_one_event_and_the_ledger_verifies(full_book, kind):
 
 
 @pytest.mark.parametrize("what", SAME)
-def test_what_changes_nothing_is_no_event(full_book, what):
+def test_a_call_that_changes_nothing_adds_no_event(full_book, what):
     before = rows(full_book)
     SAME[what](full_book)
     assert rows(full_book) == before
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_is_refused_is_no_event(full_book, what):
+def test_a_refused_change_adds_no_event(full_book, what):
     before = rows(full_book)
     with pytest.raises(RegistryError):
         REFUSED[what](full_book)
     assert rows(full_book) == before
 
 
-def test_events_say_what_was_done_to_what(full_book):
-    told = [(event.id, event.kind, event.subject, event.details) for event in full_book.events()]
+def test_events_have_kind_subject_and_details(full_book):
+    events = [(event.id, event.kind, event.subject, event.details) for event in full_book.events()]
     sha256 = {name: full_book.record(f"{name}:1").sha256 for name in ("strokes", "digits", "old")}
-    assert told == [
+    assert events == [
         (1, "backbone", BACKBONE["fingerprint"], {}),
         (2, "registered", "strokes:1", {"sha256": sha256["strokes"]}),
         (3, "registered", "digits:1", {"sha256": sha256["digits"]}),
@@ -108,7 +108,7 @@ def test_events_come_in_pages(full_book):
     assert ids(after=9) == []
 
 
-def test_whoever_opened_the_registry_did_it(book):
+def test_the_author_is_the_user_who_opened_the_registry(book):
     with Registry.open(address(book), user="ada@lab") as opened:
         keep(opened, a_task())
         opened.retire("digits")
@@ -135,7 +135,7 @@ def test_whoever_opened_the_registry_did_it(book):
         ("statistics", "UPDATE statistics SET sha256 = 'other' WHERE task_id = 1"),
     ],
 )
-def test_a_row_that_was_changed_or_lost_breaks_the_ledger(full_book, table, sql):
+def test_a_changed_or_missing_row_breaks_the_ledger(full_book, table, sql):
     full_book.note("digits", "the last event")
     location = address(full_book)
     assert verify_ledger(location) == 10
@@ -144,7 +144,7 @@ def test_a_row_that_was_changed_or_lost_breaks_the_ledger(full_book, table, sql)
         verify_ledger(location)
 
 
-def test_an_event_that_was_changed_and_sealed_again_breaks_the_one_after_it(full_book):
+def test_a_changed_event_with_a_recomputed_digest_breaks_the_next_event(full_book):
     location = address(full_book)
     with reading(full_book._engine) as connection:
         query = select(schema.event).where(schema.event.c.id.in_([2, 3])).order_by(schema.event.c.id)

@@ -1,4 +1,4 @@
-"""Families are shown as bounded trees, and two versions side by side by what differs."""
+"""Lineage is a pair of bounded trees; two versions are compared by their differences."""
 
 from __future__ import annotations
 
@@ -24,48 +24,48 @@ def book(database: Database) -> Iterator[Registry]:
 
 
 def family(book: Registry, **parents: str) -> dict[str, Task]:
-    """Registers tasks by the letters of what each extends."""
-    made: dict[str, Task] = {}
+    """Registers tasks, each with the names of its parents as letters."""
+    tasks: dict[str, Task] = {}
     for seed, (name, extends) in enumerate(parents.items()):
-        made[name] = keep(book, a_task(name, seed, parents=tuple(made[parent] for parent in extends)))
-    return made
+        tasks[name] = keep(book, a_task(name, seed, parents=tuple(tasks[parent] for parent in extends)))
+    return tasks
 
 
 def drawn(kin: Kin) -> str:
-    """A tree in one line: `!` retired, `=` shown elsewhere, `+n` left out."""
+    """A tree in one line: `!` retired, `=` expanded elsewhere, `+n` omitted."""
     inside = " ".join(map(drawn, kin.kin)) + (f" +{kin.left_out}" if kin.left_out else "")
     name = kin.ref.removesuffix(":1") + "!" * kin.retired + "=" * kin.shown
     return f"{name}({inside.strip()})" if inside else name
 
 
-def test_a_family_is_shown_both_ways_with_who_is_retired(book):
+def test_a_lineage_has_both_directions_and_retired_tasks(book):
     family(book, a="", b="", c="ba", d="c", e="c", f="")
     book.retire("e")
-    found = book.lineage("c")
-    assert (drawn(found.extends), drawn(found.extended_by)) == ("c(b a)", "c(d e!)")
+    family_of_c = book.lineage("c")
+    assert (drawn(family_of_c.extends), drawn(family_of_c.extended_by)) == ("c(b a)", "c(d e!)")
     assert (drawn(book.lineage("a").extends), drawn(book.lineage("a").extended_by)) == ("a", "a(c(d e!))")
     assert (drawn(book.lineage("f").extends), drawn(book.lineage("f").extended_by)) == ("f", "f")
     assert drawn(book.lineage("e:1").extends) == "e!(c(b a))"
 
 
-def test_a_task_that_several_ways_lead_to_is_expanded_once_where_it_is_nearest(book):
+def test_a_task_reached_by_several_paths_is_expanded_once_nearest_to_the_root(book):
     family(book, a="", b="a", c="a", d="bc", e="dba")
     assert drawn(book.lineage("e").extends) == "e(d(b= c(a=)) b(a=) a)"
     assert drawn(book.lineage("a").extended_by) == "a(b(d(e=) e=) c(d=) e)"
 
 
 def test_a_ladder_of_diamonds_takes_no_longer_than_it_has_tasks(book):
-    """Without a bound it has 2 ** 24 ways from top to bottom."""
-    layers, made = 24, family(book, a="", b="")
-    pair = (made["a"], made["b"])
+    """The ladder has 2 ** 24 paths from top to bottom."""
+    layers, tasks = 24, family(book, a="", b="")
+    pair = (tasks["a"], tasks["b"])
     for layer in range(layers):
         pair = tuple(keep(book, a_task(f"{side}-{layer}", 10 + layer, parents=pair)) for side in "xy")  # type: ignore[assignment]
     assert drawn(book.lineage(f"x-{layers - 1}").extends).count("(") == 2 * layers - 1
 
 
-def test_a_wide_and_a_deep_family_say_how_much_they_leave_out(book, monkeypatch):
-    monkeypatch.setattr(lineage, "MOST", 4)
-    monkeypatch.setattr(lineage, "DEEPEST", 2)
+def test_wide_and_deep_trees_count_the_tasks_that_they_omit(book, monkeypatch):
+    monkeypatch.setattr(lineage, "MAX_EDGES", 4)
+    monkeypatch.setattr(lineage, "MAX_DEPTH", 2)
     family(book, a="", **dict.fromkeys("bcdefg", "a"), h="b", i="h", j="i")
     assert drawn(book.lineage("a").extended_by) == "a(b(+1) c d e +2)"
     assert drawn(book.lineage("j").extends) == "j(i(h(+1)))"

@@ -1,4 +1,4 @@
-"""An older registry is upgraded with every row and every digest as it was; what is no registry is left alone."""
+"""Upgrades keep every row and digest of an older registry, and leave other databases untouched."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def present(shelf: dict[str, str]) -> Rows:
 
 @pytest.fixture(params=OLD)
 def old(request: pytest.FixtureRequest, database: Database, present: Rows) -> tuple[str, Rows]:
-    """Where an old registry is, and the rows that it holds."""
+    """The location of an old registry, and its rows."""
     location = database.new()
     return location, make_old(location, request.param, present)
 
@@ -46,9 +46,9 @@ def test_an_upgrade_keeps_every_column_of_every_row(old):
     assert all(before.values())
     open_it(location)
     after = mappings(location)
-    for table, kept in before.items():
-        found = [{name: row[name] for name in kept[0]} for row in after[table]]
-        assert (found[:-1] if table == "event" else found) == kept
+    for table, old_rows in before.items():
+        new_rows = [{name: row[name] for name in old_rows[0]} for row in after[table]]
+        assert (new_rows[:-1] if table == "event" else new_rows) == old_rows
     assert all(digest(row["data"]) == row["sha256"] for row in after["artifact"] + after["statistics"])
     assert all(digest(row["logits"]) == row["digest"] for row in after["golden"])
 
@@ -65,8 +65,8 @@ def test_an_upgrade_seals_the_old_events_and_what_they_wrote(old, present):
     assert [(row["score"], row["packages"]) for row in after["task"]] == [(None, {}), (0.9, {}), (None, {})]
 
 
-def test_a_column_of_a_later_version_is_nothing_to_an_upgrade(old):
-    """As it will be when the next column is added: the live schema has it, and the migrations so far do not."""
+def test_an_upgrade_does_not_depend_on_columns_of_later_versions(old):
+    """Simulates the next schema change: the live schema has a column that the migrations so far lack."""
     location, before = old
     assert all_at_once(upgrade_with_later_columns, [(location,)]) == [0]
     assert verify_ledger(location) == len(before["event"]) + 1
@@ -100,12 +100,12 @@ def test_an_upgraded_registry_is_like_a_new_one(old):
 @pytest.mark.parametrize("first", ["none", *OLD])
 def test_eight_processes_that_open_a_registry_at_once_upgrade_it_once(database, present, first):
     location = database.new()
-    told = [] if first == "none" else make_old(location, first, present)["event"]
+    old_events = [] if first == "none" else make_old(location, first, present)["event"]
     assert all_at_once(open_it, [(location,)] * 8) == [0] * 8
     with Registry.open(location) as registry:
         assert schema_faults(registry._engine) == []
         kinds = [event.kind for event in registry.events()]
-    assert kinds == [row["kind"] for row in told] + ["upgraded"] * (first != "none")
+    assert kinds == [row["kind"] for row in old_events] + ["upgraded"] * (first != "none")
     verify_ledger(location)
 
 
@@ -125,7 +125,7 @@ def test_a_registry_of_a_newer_version_is_refused_untouched(full_book):
     with raw(full_book) as connection:
         connection.execute(text(f"UPDATE {VERSION_TABLE} SET version_num = '9999'"))
     before = everything(full_book)
-    with pytest.raises(RegistryError, match=r"schema is '9999', from a newer version of Addenda\. Upgrade"):
+    with pytest.raises(RegistryError, match=r"has schema '9999', from a newer version of Addenda\. Upgrade"):
         Registry.open(address(full_book))
     assert everything(full_book) == before
 
@@ -154,5 +154,5 @@ def test_a_schema_that_was_changed_is_a_fault(full_book, sql, fault):
     with raw(full_book) as connection:
         connection.execute(text(sql))
     before = everything(full_book)
-    assert any(fault in found for found in schema_faults(full_book._engine))
+    assert any(fault in message for message in schema_faults(full_book._engine))
     assert everything(full_book) == before

@@ -1,4 +1,4 @@
-"""What a person asks a registry for: each condition of a filter, and pages."""
+"""Listing tasks: each condition of a filter, and paging."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from addenda.exceptions import RegistryError, UnknownTaskError
 from addenda.registry import Registry, TaskFilter
-from addenda.registry.store.header import Inside
+from addenda.registry.store.header import ArtifactHeader
 from tests.support.databases import tamper
 from tests.support.registries import BACKBONE, a_task, adapters, keep, probe
 
@@ -18,7 +18,7 @@ OTHER = "0a" * 32
 
 @pytest.fixture(scope="module")
 def shop(database):
-    """Seven versions of six tasks on two backbones, with scores, tags, parents, and one of them retired."""
+    """Seven versions of six tasks on two backbones, with scores, tags and parents; one is retired."""
     with Registry.open(database.new()) as registry:
         registry.add_backbone(BACKBONE)
         registry.add_backbone({**BACKBONE, "fingerprint": OTHER, "name": "vit_other"})
@@ -94,7 +94,7 @@ def test_pages_give_each_task_once(shop, size):
     assert pages == refs(shop)
 
 
-def test_a_page_of_a_filter_holds_what_the_filter_lets_through(shop):
+def test_pages_contain_only_matches_of_the_filter(shop):
     chosen = TaskFilter(min_score=0.75)
     assert refs(shop, chosen, limit=2) == ["digits:2", "small-birds:1"]
     assert refs(shop, chosen, limit=2, before="digits:2") == ["digits-roman:1", "birds:1"]
@@ -108,24 +108,24 @@ def test_a_listing_that_names_an_unknown_task_is_refused(shop):
             ask()
 
 
-def test_a_number_past_the_databases_own_is_refused_in_words(full_book: Registry) -> None:
+def test_a_number_beyond_the_databases_range_is_a_registry_error(full_book: Registry) -> None:
     with pytest.raises(RegistryError, match="The registry cannot be read: "):
         full_book.events(after=10**30)
 
 
-def test_a_record_tells_what_is_inside_an_artifact_without_loading_it(book):
-    many = tuple(f"{number:04} {'label' * 4}" for number in range(900))  # their header is larger than most
+def test_a_record_has_fields_of_the_artifacts_header(book):
+    labels = tuple(f"{number:04} {'label' * 4}" for number in range(900))  # for a header of more than the usual size
     heads = {key: torch.zeros(900, 8) for key in ("head_weight", "pooled_weight")} | {"head_bias": torch.zeros(900)}
-    kept = [
+    tasks = [
         a_task("plain"),
         a_task("adapted", 1, adapters=adapters(rank=3), temperature=0.25),
-        a_task("large", 2, adapters=adapters(rank=2), temperature=1.5, labels=many, **heads),
+        a_task("large", 2, adapters=adapters(rank=2), temperature=1.5, labels=labels, **heads),
     ]
-    for task in kept:
+    for task in tasks:
         book.register(task, probe(task))
-    found = {record.name: (record.adapter_rank, record.temperature) for record in book.tasks()}
-    assert found == {task.name: (task.adapter_rank, task.temperature) for task in kept}
-    assert found == {"plain": (0, 1.0), "adapted": (3, 0.25), "large": (2, 1.5)}
+    fields = {record.name: (record.adapter_rank, record.temperature) for record in book.tasks()}
+    assert fields == {task.name: (task.adapter_rank, task.temperature) for task in tasks}
+    assert fields == {"plain": (0, 1.0), "adapted": (3, 0.25), "large": (2, 1.5)}
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff" * 40, b"\x02" + b"\x00" * 7 + b"{}", b"\x02" + b"\x00" * 7 + b"[]"])
@@ -133,7 +133,7 @@ def test_a_damaged_artifact_leaves_the_rest_of_a_record_as_it_is(full_book, data
     before = full_book.record("digits")
     tamper(full_book, "artifact", "UPDATE artifact SET data = :data WHERE sha256 = :of", data=data, of=before.sha256)
     after = full_book.record("digits")
-    known = {name: getattr(before, name) for name in Inside._fields}
+    known = {name: getattr(before, name) for name in ArtifactHeader._fields}
     assert {name: getattr(after, name) for name in known} == dict.fromkeys(known)
     assert after.reads == "damaged"
     assert replace(after, **known, size_bytes=before.size_bytes) == before

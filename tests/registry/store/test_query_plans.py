@@ -1,4 +1,4 @@
-"""How the databases find what a person asks for: by the plans that they say they follow."""
+"""Query plans: every filter of a task listing is answered by an index."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ FILTERS = {
 
 @pytest.fixture(scope="module")
 def full(database: Database) -> str:
-    """8,000 versions of tasks. PostgreSQL keeps statistics of them; SQLite has none unless somebody asks for them."""
+    """8,000 task versions. PostgreSQL collects planner statistics by itself, SQLite only on ANALYZE."""
     return fill_registry(database.new(), 8000)
 
 
 def plan(location: str, query: Select, kind: str) -> list[str]:
-    """The lines of a plan, in the database's own words."""
+    """The lines of a query plan as the database prints it."""
     sql = str(query.compile(dialect=DIALECTS[kind], compile_kwargs={"literal_binds": True}))
     with raw(location) as connection:
         rows = connection.exec_driver_sql(f"EXPLAIN{' QUERY PLAN' * (kind == 'sqlite')} {sql.replace('%', '%%')}")
@@ -53,14 +53,14 @@ def plan(location: str, query: Select, kind: str) -> list[str]:
 
 
 def reads(lines: list[str], kind: str, table: str = "task") -> list[str]:
-    """The lines that say how rows of a table are read."""
+    """The lines of a plan that read a table's rows."""
     if kind == "sqlite":  # SCAN task; SCAN task USING COVERING INDEX ...; SEARCH task USING ...
         return [line for line in lines if line.split()[:2] in (["SCAN", table], ["SEARCH", table])]
     return [line for line in lines if f" on {table} " in line or " on ix_" in line]
 
 
 def by_index(line: str) -> bool:
-    """PostgreSQL says `Seq Scan` where it reads a table through; SQLite says SCAN without an index behind it."""
+    """Whether a line uses an index: PostgreSQL prints `Seq Scan` if not, SQLite SCAN without an index name."""
     return "Seq Scan" not in line and ("USING" in line or " using " in line or "Bitmap" in line)
 
 
@@ -69,9 +69,9 @@ def check_page(location: str, kind: str, what: str) -> None:
     with raw(location) as connection:
         query = listing(connection, chosen, 100, before)
     lines = plan(location, query, kind)
-    found = reads(lines, kind)
-    assert len(found) >= 2, lines
-    assert all(by_index(line) for line in found), lines
+    read_lines = reads(lines, kind)
+    assert len(read_lines) >= 2, lines
+    assert all(by_index(line) for line in read_lines), lines
 
 
 @pytest.mark.parametrize("what", FILTERS)
@@ -81,7 +81,7 @@ def test_a_page_of_any_filter_is_found_by_an_index(full: str, database: Database
 
 def test_statistics_lead_sqlite_to_no_worse_plan(full: str, tmp_path: Path) -> None:
     if "://" in full:
-        pytest.skip("PostgreSQL's have statistics anyway")
+        pytest.skip("PostgreSQL always has planner statistics")
     with raw(full) as connection:
         connection.exec_driver_sql("VACUUM INTO ?", (str(tmp_path / "copy.db"),))
     with raw(str(tmp_path / "copy.db")) as connection:
@@ -96,7 +96,7 @@ def test_a_scan_without_an_index_would_be_seen(full: str, database: Database) ->
     assert not by_index(line)
 
 
-def test_a_filled_registry_holds_what_was_promised(full: str) -> None:
+def test_a_filled_registry_has_the_expected_contents(full: str) -> None:
     def count(**conditions: object) -> int:
         return len(registry.tasks(TaskFilter(**conditions)))
 

@@ -1,4 +1,4 @@
-"""What goes into a registry comes out bit for bit, under the name and version that it was given."""
+"""Registered tasks are loaded bit for bit, under their name and version."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from addenda.exceptions import NameTakenError, RegistryError, UnknownTaskError
 from addenda.registry import Registry, check_name
 from addenda.registry.store import registration
 from tests.support.databases import rows
-from tests.support.registries import BACKBONE, FINGERPRINT, HERE, SCORING, a_task, keep, probe, same_content
+from tests.support.registries import BACKBONE, EVALUATION, FINGERPRINT, HERE, a_task, keep, probe, same_content
 
 
 def test_a_registered_task_comes_back_bit_for_bit(book):
@@ -31,7 +31,7 @@ def test_a_head_only_task_comes_back(book):
     assert back.num_memory_tokens == 0
 
 
-def test_the_record_tells_what_was_registered(book):
+def test_the_record_describes_the_registered_task(book):
     task = a_task(config={"epochs": 20}, metrics={"accuracy": 0.875}, data={"count": 12})
     keep(book, task)
     record = book.record("digits")
@@ -45,7 +45,7 @@ def test_the_record_tells_what_was_registered(book):
     assert book.tasks() == [record]
 
 
-def test_the_record_tells_which_code_learned_the_task(book):
+def test_the_record_has_the_versions_of_the_code(book):
     keep(book, a_task())
     record = book.record("digits")
     assert record.code_version == addenda.__version__
@@ -63,23 +63,25 @@ def test_the_record_tells_which_code_learned_the_task(book):
         ("single-label", {}, None),
     ],
 )
-def test_the_score_is_the_headline_of_the_test_images_else_of_the_validation_part(book, objective, metrics, score):
+def test_the_score_is_the_headline_metric_of_the_test_split_else_of_the_validation_split(
+    book, objective, metrics, score
+):
     keep(book, a_task(objective=objective, metrics=metrics))
     assert book.record("digits").score == score
 
 
-def test_scorings_made_while_a_task_was_learned_are_registered_with_it(book):
-    task, other = a_task(), replace(SCORING, metrics={"accuracy": 0.25})
-    book.register(task, probe(task), evaluations=[SCORING, other])
-    found = book.evaluations("digits")
-    assert [(e.task, e.metrics, e.generation, e.event_id) for e in found] == [
+def test_evaluations_of_the_training_run_are_registered_with_the_task(book):
+    task, other = a_task(), replace(EVALUATION, metrics={"accuracy": 0.25})
+    book.register(task, probe(task), evaluations=[EVALUATION, other])
+    stored = book.evaluations("digits")
+    assert [(e.task, e.metrics, e.generation, e.event_id) for e in stored] == [
         ("digits:1", {"accuracy": 0.75}, 2, 2),
         ("digits:1", {"accuracy": 0.25}, 2, 2),
     ]
-    assert (found[0].data_fingerprint, found[0].numerics_fingerprint, found[0].logits_digest) == (
-        SCORING.data_fingerprint,
-        SCORING.numerics_fingerprint,
-        SCORING.logits_digest,
+    assert (stored[0].data_fingerprint, stored[0].numerics_fingerprint, stored[0].logits_digest) == (
+        EVALUATION.data_fingerprint,
+        EVALUATION.numerics_fingerprint,
+        EVALUATION.logits_digest,
     )
     assert book.generation == 2
 
@@ -151,7 +153,7 @@ def test_a_backbone_is_recorded_once_and_comes_back(book):
 
 def test_a_task_on_an_unrecorded_backbone_is_refused(shared_book):
     before = rows(shared_book)
-    with pytest.raises(RegistryError, match="'digits' was learned on a backbone that is not registered"):
+    with pytest.raises(RegistryError, match="The backbone of task 'digits' is not registered"):
         keep(shared_book, a_task(backbone="c" * 64))
     assert rows(shared_book) == before
 
@@ -162,18 +164,20 @@ def test_a_valid_name_is_taken(book, name):
     assert keep(book, a_task(name)).name == name
 
 
-@pytest.mark.parametrize("name", ["", "Digits", "-a", "_a", "a b", "a:1", "a@b", "a/b", "é", "x" * 64, "a\n", "a\x00"])
-def test_a_name_out_of_pattern_is_refused(shared_book, name):
+@pytest.mark.parametrize(
+    "name", ["", "DigitImages", "-a", "_a", "a b", "a:1", "a@b", "a/b", "é", "x" * 64, "a\n", "a\x00"]
+)
+def test_an_invalid_name_is_refused(shared_book, name):
     keep(shared_book, a_task("digits"))
     before = rows(shared_book)
     for ask in (lambda: keep(shared_book, a_task(name, 1)), lambda: shared_book.set_alias("digits", name, 1)):
-        with pytest.raises(RegistryError, match="is not a valid name: use lower-case letters") as refusal:
+        with pytest.raises(RegistryError, match="is not a valid name: use at most 63 lower-case letters") as refusal:
             ask()
         assert str(refusal.value).startswith(repr(name))
     assert rows(shared_book) == before
 
 
-def test_an_unknown_name_is_answered_with_names_near_it(book):
+def test_an_unknown_name_is_answered_with_similar_names(book):
     for number, name in enumerate(("digits", "digits-2", "birds", "cars", "planes", "ships", "trees")):
         keep(book, a_task(name, number))
     with pytest.raises(UnknownTaskError) as refusal:

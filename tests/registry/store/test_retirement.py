@@ -1,4 +1,4 @@
-"""Retiring hides a version and deletes nothing; tasks that extend it go with it or keep it."""
+"""Retiring hides a version and deletes nothing; its active descendants must be retired with it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_a_retired_task_is_hidden_but_stays(book):
     assert len(book.goldens("digits:1")) == 1
 
 
-def test_what_an_alias_serves_is_not_retired_and_what_is_retired_gets_no_alias(book):
+def test_a_version_with_an_alias_is_not_retired_and_a_retired_version_gets_no_alias(book):
     for seed in range(2):
         keep(book, a_task(seed=seed), new_version=True)
     keep(book, a_task("child", parents=(book.get("digits:2"),)))
@@ -36,7 +36,7 @@ def test_what_an_alias_serves_is_not_retired_and_what_is_retired_gets_no_alias(b
             book.retire(ref, along=along)
     assert rows(book) == before
     book.retire("digits:1")
-    with pytest.raises(RegistryError, match="Task 'digits:1' is retired: no alias is pointed at it"):
+    with pytest.raises(RegistryError, match="Task 'digits:1' is retired; an alias cannot point at it"):
         book.set_alias("digits", "production", 1)
     assert book.get("digits@production").version == 2
     book.remove_alias("child", "next")
@@ -65,7 +65,7 @@ def test_a_task_is_retired_once(book):
     keep(book, a_task())
     book.retire("digits", "first")
     before = rows(book)
-    with pytest.raises(RegistryError, match="Task 'digits:1' is retired already"):
+    with pytest.raises(RegistryError, match="Task 'digits:1' is already retired"):
         book.retire("digits:1", "second")
     assert rows(book) == before
 
@@ -87,7 +87,7 @@ def test_a_task_with_active_children_is_not_retired(book):
 
 @pytest.fixture
 def family(book: Registry) -> Registry:
-    """A root with two children and a grandchild of both, and a stranger."""
+    """A root with two children and a common grandchild, and an unrelated task."""
     root = keep(book, a_task("root", 1))
     left, right = (keep(book, a_task(name, seed, parents=(root,))) for seed, name in enumerate(("left", "right"), 2))
     keep(book, a_task("tip", 4, parents=(left, right)))
@@ -99,7 +99,9 @@ def family(book: Registry) -> Registry:
 def test_a_parent_is_retired_only_when_every_active_descendant_is_named(family, missing):
     before = rows(family)
     along = [name for name in ("left", "right", "tip") if name != missing]
-    with pytest.raises(RegistryError, match=rf"cannot be retired: active tasks extend it \(.*{missing}:1.*\)\. Name"):
+    with pytest.raises(
+        RegistryError, match=rf"cannot be retired: active tasks extend it \(.*{missing}:1.*\)\. Retire them"
+    ):
         family.retire("root", along=along)
     assert rows(family) == before
 

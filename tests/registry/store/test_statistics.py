@@ -1,4 +1,4 @@
-"""What a router knows of a task: it comes back bit for bit, fits its task, and damage is found."""
+"""Routing statistics are stored bit for bit, checked against their task, and damage is detected."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tests.support.registries import a_statistic, a_task, keep, probe
 
 def test_statistics_come_back_bit_for_bit(book):
     keep(book, a_task())
-    back, made = book.statistics("digits:1"), a_statistic()
-    assert back.sha256 == made.sha256
+    stored, original = book.statistics("digits:1"), a_statistic()
+    assert stored.sha256 == original.sha256
     for field in fields(FeatureStatistics):
-        assert getattr(back, field.name).numpy().tobytes() == getattr(made, field.name).numpy().tobytes()
-    assert book.record("digits").statistics_bytes == len(made.data)
+        assert getattr(stored, field.name).numpy().tobytes() == getattr(original, field.name).numpy().tobytes()
+    assert book.record("digits").statistics_bytes == len(original.data)
 
 
 def test_a_task_without_statistics_has_none(book):
@@ -37,8 +37,8 @@ def test_a_task_without_statistics_has_none(book):
         ({"gram": torch.ones(14)}, r"do not fit .*'gram': \[14\]"),
         ({"sample_targets": torch.ones(5, dtype=torch.long)}, r"do not fit .*'sample_targets': \[5\]"),
         ({"sums": torch.full((3, 9), torch.nan)}, "sums must be finite float32"),
-        ({"sample_targets": torch.full((6,), 3)}, "classes that do not exist"),
-        ({"counts": torch.tensor([1, 1, -1])}, "classes that do not exist"),
+        ({"sample_targets": torch.full((6,), 3)}, "negative counts or classes out of range"),
+        ({"counts": torch.tensor([1, 1, -1])}, "negative counts or classes out of range"),
     ],
 )
 def test_statistics_that_do_not_fit_are_refused_and_nothing_is_registered(shared_book, changes, message):
@@ -48,10 +48,10 @@ def test_statistics_that_do_not_fit_are_refused_and_nothing_is_registered(shared
     assert rows(shared_book) == before
 
 
-def test_statistics_that_weigh_too_much_are_refused_and_nothing_is_registered(shared_book):
+def test_statistics_that_are_too_large_are_refused_and_nothing_is_registered(shared_book):
     before, task = rows(shared_book), a_task()
     large = a_statistic(sample=torch.zeros(320_000, 4), sample_targets=torch.zeros(320_000, dtype=torch.long))
-    with pytest.raises(RegistryError, match=r"3 classes weigh [0-9,]+ bytes, and a task may have 5,000,000"):
+    with pytest.raises(RegistryError, match=r"3 classes have [0-9,]+ bytes; the maximum is 5,000,000"):
         shared_book.register(task, probe(task), large)
     assert rows(shared_book) == before
 
@@ -61,6 +61,8 @@ def test_statistics_whose_bytes_have_changed_are_refused(book, cut):
     keep(book, a_task())
     data = a_statistic().data
     tamper(book, "statistics", "UPDATE statistics SET data = :data", data=data[:-1] + b"?" if cut == 0 else data[:cut])
-    with pytest.raises(IntegrityError, match="Task 'digits:1' cannot be routed to: its statistics' stored bytes have"):
+    with pytest.raises(
+        IntegrityError, match="Task 'digits:1' cannot be used for routing: its statistics' stored bytes have"
+    ):
         book.statistics("digits")
     assert book.get("digits").ref == "digits:1"

@@ -1,4 +1,4 @@
-"""The database itself refuses to change what was registered, whoever asks."""
+"""Triggers of the database itself reject changes of registered rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.registries import a_task, keep
 
 
 def refused(registry: Registry, sql: str, pragma: str = "") -> None:
-    """Runs a statement from a foreign connection and expects the database itself to say no."""
+    """Runs a statement on another connection and expects the database to reject it."""
     with raw(registry) as connection:
         if pragma:
             connection.execute(text(pragma))
@@ -24,19 +24,19 @@ def refused(registry: Registry, sql: str, pragma: str = "") -> None:
 
 
 def changes(registry: Registry) -> list[str]:
-    """Statements that would change each column of each table, drop its rows, or write over them."""
+    """Statements that would change each column of each table, delete its rows, or overwrite them."""
     assert len(schema.IMMUTABLE) == 9
-    found = []
+    statements = []
     for table in schema.IMMUTABLE:
-        found += [f"UPDATE {table.name} SET {column.name} = {column.name}" for column in table.columns]
-        found.append(f"DELETE FROM {table.name}")
+        statements += [f"UPDATE {table.name} SET {column.name} = {column.name}" for column in table.columns]
+        statements.append(f"DELETE FROM {table.name}")
         keys = [column.name for column in table.primary_key]
-        found.append(
+        statements.append(
             f"INSERT INTO {table.name} SELECT * FROM {table.name} WHERE true "
             f"ON CONFLICT ({', '.join(keys)}) DO UPDATE SET {keys[0]} = {table.name}.{keys[0]}"
         )
-    assert len(found) > 80
-    return found
+    assert len(statements) > 80
+    return statements
 
 
 def test_the_database_refuses_to_change_any_row(full_book):
@@ -103,7 +103,7 @@ def test_rows_can_still_be_added_and_aliases_still_move(full_book):
     assert full_book.get("birds").version == 1
 
 
-def test_every_table_but_aliases_and_tags_has_its_triggers(full_book, database):
+def test_every_table_but_aliases_and_tags_has_triggers(full_book, database):
     assert {t.name for t in schema.metadata.sorted_tables} - {t.name for t in schema.IMMUTABLE} == {"alias", "tag"}
     names = [name for name, _ in everything(full_book)["triggers"]]
     kinds = {"sqlite": ("delete", "replace", "update"), "postgresql": ("change", "truncate")}[database.kind]
@@ -116,16 +116,16 @@ def faults_after(registry: Registry, *statements: str) -> list[str]:
         for sql in statements:
             connection.execute(text(sql))
     before = everything(registry)
-    found = schema_faults(registry._engine)
-    assert everything(registry) == before, "looking changed something"
-    return found
+    faults = schema_faults(registry._engine)
+    assert everything(registry) == before, "the check changed something"
+    return faults
 
 
 def test_a_trigger_that_was_dropped_is_named(full_book, database):
     sql = {"sqlite": "DROP TRIGGER task_no_update", "postgresql": "DROP TRIGGER task_no_change ON task"}
     name = {"sqlite": "task_no_update", "postgresql": "task_no_change"}
     assert faults_after(full_book, sql[database.kind]) == [
-        f"trigger: {name[database.kind]} is missing, changed, or not ours"
+        f"trigger: {name[database.kind]} is missing, changed or unexpected"
     ]
 
 
@@ -134,7 +134,7 @@ def test_a_trigger_that_was_added_is_named(full_book, database):
         "sqlite": "CREATE TRIGGER other AFTER INSERT ON event BEGIN DELETE FROM alias; END",
         "postgresql": "CREATE TRIGGER other AFTER INSERT ON event EXECUTE FUNCTION addenda_refuse()",
     }
-    assert faults_after(full_book, sql[database.kind]) == ["trigger: other is missing, changed, or not ours"]
+    assert faults_after(full_book, sql[database.kind]) == ["trigger: other is missing, changed or unexpected"]
 
 
 @ON_SQLITE
@@ -144,7 +144,7 @@ def test_an_sqlite_trigger_that_was_changed_is_named(full_book):
         "DROP TRIGGER task_no_update",
         "CREATE TRIGGER task_no_update BEFORE UPDATE ON task WHEN NEW.id > 9 BEGIN SELECT RAISE(ABORT, 'no'); END",
     )
-    assert faults == ["trigger: task_no_update is missing, changed, or not ours"]
+    assert faults == ["trigger: task_no_update is missing, changed or unexpected"]
 
 
 @ON_POSTGRESQL
@@ -157,7 +157,7 @@ def test_an_sqlite_trigger_that_was_changed_is_named(full_book):
     ],
 )
 def test_a_postgresql_trigger_that_was_switched_off_or_added_is_named(full_book, sql, names):
-    assert faults_after(full_book, sql) == [f"trigger: {name} is missing, changed, or not ours" for name in names]
+    assert faults_after(full_book, sql) == [f"trigger: {name} is missing, changed or unexpected" for name in names]
 
 
 @ON_POSTGRESQL

@@ -1,4 +1,4 @@
-"""Waiting for the next change: it wakes at once, gives up in time, and asks nothing while nothing happens."""
+"""Waiting for the next change returns at once on a change, and on timeout."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.processes import FORKS
 
 LONG_S = 30
 WAITS = "datname = current_database() AND application_name = 'addenda' AND query LIKE 'LISTEN %'"
-"""PostgreSQL's condition of a connection of ours that waits."""
+"""SQL condition for a waiting connection of Addenda in PostgreSQL."""
 
 pytestmark = pytest.mark.usefixtures("another_interpreter")
 
@@ -26,7 +26,7 @@ def note_soon(location: str) -> None:
         registry.note("digits", "from another process")
 
 
-def test_whoever_is_behind_does_not_wait(full_book):
+def test_a_wait_for_an_earlier_generation_returns_at_once(full_book):
     before = time.monotonic()
     assert full_book.wait(8, LONG_S) == 9
     assert full_book.wait(0, LONG_S) == 9
@@ -43,7 +43,7 @@ def test_a_change_by_another_process_ends_the_wait(full_book):
     assert process.exitcode == 0
 
 
-def test_the_generation_is_as_it_was_when_the_time_is_over(full_book):
+def test_a_timeout_returns_the_unchanged_generation(full_book):
     before = time.monotonic()
     assert full_book.wait(9, 0.5) == 9
     assert 0.5 <= time.monotonic() - before < LONG_S
@@ -51,7 +51,7 @@ def test_the_generation_is_as_it_was_when_the_time_is_over(full_book):
 
 
 @ON_POSTGRESQL
-def test_a_postgresql_server_that_hangs_up_on_a_waiting_registry_is_answered_in_words(full_book):
+def test_a_lost_postgresql_connection_while_waiting_is_a_registry_error(full_book):
     def waits() -> bool:
         with raw(location) as connection:
             return connection.scalar(text(f"SELECT count(*) FROM pg_stat_activity WHERE {WAITS}")) == 1
@@ -61,7 +61,7 @@ def test_a_postgresql_server_that_hangs_up_on_a_waiting_registry_is_answered_in_
             connection.execute(text(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {WAITS}"))
 
     location = address(full_book)
-    told = "The registry cannot be waited for: the connection is lost"
-    with meanwhile(waits, hang_up), pytest.raises(RegistryError, match=told):
+    message = "Cannot wait for the registry: the connection is lost"
+    with meanwhile(waits, hang_up), pytest.raises(RegistryError, match=message):
         full_book.wait(9, LONG_S)
     assert full_book.generation == 9

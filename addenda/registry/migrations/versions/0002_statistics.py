@@ -1,4 +1,4 @@
-"""What a router knows of each task's images."""
+"""Routing statistics."""
 
 import sqlalchemy as sa
 from alembic import op

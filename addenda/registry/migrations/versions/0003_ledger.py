@@ -1,4 +1,4 @@
-"""Every row belongs to an event, and every event seals its rows; tags, packages, and a score to sort by."""
+"""The ledger: each row has an event, whose digest covers it; also tags, packages and the score column."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import sqlalchemy as sa
 from alembic import op
 
-from addenda.registry.store.hashing import canonical_json, digest
+from addenda.registry.store.digests import canonical_json, digest
 from addenda.registry.store.ledger import stamp, tell
 from addenda.registry.store.objectives import score_of
 from addenda.registry.store.schema import create_triggers, drop_triggers
@@ -42,7 +42,7 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("task_id", "tag", name=op.f("pk_tag")),
     )
     op.create_index(op.f("ix_tag_tag_task_id"), "tag", ["tag", "task_id"])
-    if connection.dialect.name == "postgresql":  # it would try to compress them at length; floats do not get smaller
+    if connection.dialect.name == "postgresql":  # no compression: it takes long and hardly shrinks floats
         for table in ("artifact", "statistics"):
             op.execute(f"ALTER TABLE {table} ALTER COLUMN data SET STORAGE EXTERNAL")
     _assign_events(connection)
@@ -52,7 +52,7 @@ def upgrade() -> None:
 
 
 def _assign_events(connection: sa.Connection) -> None:
-    """Gives each row the event that wrote it, as far as events told."""
+    """Assigns each row the event that wrote it, where the events record it."""
     of_task = "(SELECT name || ':' || version FROM task WHERE id = {table}.task_id)"
     last = "coalesce((SELECT max(e.id) FROM event e WHERE e.kind = '{kind}' AND e.subject = {subject}), 0)"
     subjects = {
@@ -87,9 +87,9 @@ def _score(connection: sa.Connection) -> None:
 
 
 def _seal(connection: sa.Connection) -> None:
-    """Seals the events that there are; backbones had none, so they belong to the upgrade's own.
+    """Computes the digests of existing events; backbones had no events and belong to the upgrade's own event.
 
-    As the ledger was when this was written, on the tables as they are here: what the present ones have is no matter.
+    This uses the ledger as it was in this version, on reflected tables, so later changes of the schema do not matter.
     """
     tables = sa.MetaData()
     tables.reflect(connection)
@@ -114,7 +114,7 @@ def _digest(before: str, event: Mapping[str, Any], rows: list[dict[str, Any]]) -
 
 
 def _written(connection: sa.Connection, tables: sa.MetaData) -> dict[int, list[dict[str, Any]]]:
-    """Event id -> the rows that it wrote."""
+    """Event id -> the rows that the event wrote."""
     of, task_parent = tables.tables["task"], tables.tables["task_parent"]
     parent = of.alias()
 

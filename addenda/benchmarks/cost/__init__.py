@@ -1,1 +1,0 @@
-"""What many tasks cost beside the backbone alone."""

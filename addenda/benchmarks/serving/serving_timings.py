@@ -1,0 +1,256 @@
+"""`addenda bench serving`: throughput relative to the model alone, latency under load, and registry changes."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from itertools import count as numbers_from
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from addenda.backbones import FrozenBackbone
+from addenda.benchmarks.cost import random_task
+from addenda.benchmarks.report.tables import Figure, write
+from addenda.benchmarks.serving.load import Measured
+from addenda.benchmarks.serving.processes import ServerProcess, generator, goldens, served
+from addenda.combined import CombinedModel, micro_batch, numerics
+from addenda.combined.probe_inputs import probe_images
+from addenda.files import output_folder
+from addenda.registry import Golden, Task
+from addenda.terminal import plural, progress
+
+SHARES = (0.5, 0.7, 0.9)
+"""Arrival rates in the open loop, as fractions of the closed-loop throughput."""
+THROUGHPUT, P99_RATIO, SERVED_S, GROWTH = 0.85, 1.2, 2, 1.05
+"""Targets."""
+CHANGED = 10
+"""Number of tasks in the registry whose changes are measured."""
+
+
+def run_serving(
+    backbone: FrozenBackbone,
+    weights: Path | None = None,
+    out: Path | None = None,
+    quick: bool = False,
+    counts: Sequence[int] | None = None,
+    seconds: float = 20,
+    rounds: int = 5,
+    cycles: int = 1000,
+    ray: str | None = None,
+    replicas: Sequence[int] = (1, 2),
+) -> list[Figure]:
+    """Serves random tasks in one process, generates load in another, and prints a table.
+
+    Each load takes `seconds` and is repeated for `rounds`. With `ray`, the address of a cluster, only replicas on that
+    cluster are measured.
+    """
+    if out is not None:
+        output_folder(out)
+    counts = counts or ((CHANGED,) if ray is not None else (1, 10) if quick else (1, 10, 100, 1000))
+    if quick:
+        seconds, rounds, cycles = min(seconds, 2), 2, min(cycles, 20)
+    device, batch_size = numerics(backbone)["device"], micro_batch(backbone.device)
+    _, height, width = backbone.preprocessing["input_size"]
+    figures: list[Figure] = []
+    with generator([_image(number, width, height) for number in range(16)]) as load, progress() as report:
+        serve = partial(served, backbone, weights)
+        bench = _Bench(backbone, partial(load, seconds=seconds), serve, seconds, rounds, clients=3 * batch_size)
+        if ray is None:
+            steps = [("Serving tasks", partial(bench.throughput, count)) for count in counts]
+            steps.append(("Changing the registry", partial(bench.changes, cycles)))
+        else:
+            steps = [("Serving tasks on replicas", partial(bench.replicas, count, ray, replicas)) for count in counts]
+        for number, (title, measure) in enumerate(steps):
+            report(title, number, len(steps))
+            figures += measure()
+            report(title, number + 1, len(steps))
+    if ray is not None and len(counts) > 1:
+        figures += _cost_per_task(figures, counts[0], counts[-1], replicas[0])
+    figures = [figure for figure in figures if not math.isnan(figure.measured)]
+    details = {
+        "command": f"addenda bench serving --backbone {backbone.name} --tasks {','.join(map(str, counts))} "
+        f"--seconds {seconds:g} --rounds {rounds} "
+        + (f"--cycles {cycles}" if ray is None else f"--ray {ray} --replicas {','.join(map(str, replicas))}"),
+        "backbone": backbone.name,
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "micro_batch": batch_size,
+        "counts": list(counts),
+    }
+    title = f"{backbone.name}, {device}, {torch.get_num_threads()} threads; {seconds:g} s per load, {rounds} rounds"
+    write("serving", title, figures, details, out)
+    return figures
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """Shared state of all measurements; `load` is from `generator`, and `served` already has backbone and weights."""
+
+    backbone: FrozenBackbone
+    load: Callable[..., Measured]
+    served: Callable[..., AbstractContextManager[ServerProcess]]
+    seconds: float
+    rounds: int
+    clients: int  # per server in a closed loop: enough for one running and two waiting full batches
+
+    def throughput(self, count: int) -> list[Figure]:
+        """Measures a server with `count` tasks: a closed loop relative to the model alone, then an open loop."""
+        tasks = [random_task(self.backbone, number) for number in range(count)]
+        model, of_rounds = CombinedModel(self.backbone, tasks), partial(Figure.of_rounds, f"{count:,} tasks")
+        bare: list[float] = []
+        combined: list[float] = []
+        loads: list[Measured] = []
+        with self.served(tasks) as server:
+            self.load(server, clients=self.clients, seconds=min(2, self.seconds))  # warms up
+            for _ in range(self.rounds):
+                bare.append(self._alone(self.backbone.backbone_logits))
+                combined.append(self._alone(model))
+                loads.append(self.load(server, clients=self.clients))
+            rates = [load.rate for load in loads]
+            figures = [
+                of_rounds("stock timm alone", "images/s", bare),
+                of_rounds("the combined model alone", "images/s", combined),
+                of_rounds(f"served, {self.clients} clients", "images/s", rates),
+                of_rounds("served / stock timm", "x", _ratios(rates, bare)),
+                of_rounds("served / the combined model", "x", _ratios(rates, combined), THROUGHPUT, more=True),
+                _failed(f"{count:,} tasks", "failed requests, closed loop", loads),
+            ]
+            for share in SHARES:
+                rate = share * statistics.median(rates)
+                opened = [self.load(server, rate=rate, seed=seed) for seed in range(self.rounds)]
+                figures += _latencies(f"{count:,} tasks", f"at {share:.0%} of that", opened)
+        return figures
+
+    def changes(self, cycles: int) -> list[Figure]:
+        """Measures a server whose registry changes: latency, failures, time until a task is served, and memory."""
+        group, new = f"{CHANGED} tasks, changing", self._new_tasks()
+        unchanged: list[Measured] = []
+        changing: list[Measured] = []
+        served: list[float] = []
+        memory: list[float] = []
+        tasks = [random_task(self.backbone, number) for number in range(CHANGED)]
+        with self.served(tasks) as server, ThreadPoolExecutor(1) as pool:
+            rate = SHARES[0] * self.load(server, clients=self.clients).rate
+            for seed in range(self.rounds):
+                unchanged.append(self.load(server, rate=rate, seed=seed))
+                changes = pool.submit(server.change, *(next(new) for _ in range(max(2, int(self.seconds)))))
+                changing.append(self.load(server, rate=rate, seed=seed))
+                served += changes.result()
+            idle = server.change(*(next(new) for _ in range(10)))
+            for _ in range(cycles):
+                server.change(next(new))
+                memory.append(server.memory_mb())
+        middle, tenth = len(memory) // 2, len(memory) // 10
+        end = statistics.median(memory[-max(1, tenth) :])
+        growth = end / statistics.median(memory[middle - tenth : middle + 1])
+        ratios = _ratios([_p(99, load) for load in changing], [_p(99, load) for load in unchanged])
+        return [
+            *_latencies(group, f"at {SHARES[0]:.0%}, nothing changes", unchanged),
+            *_latencies(group, f"at {SHARES[0]:.0%}, tasks come and go", changing),
+            Figure.of_rounds(group, "p99 while tasks come and go / without", "x", ratios, P99_RATIO),
+            Figure.of_rounds(group, "from registered to served, under load", "s", served, SERVED_S),
+            Figure.of_rounds(group, "from registered to served, idle", "s", idle, SERVED_S),
+            Figure(group, f"memory after {cycles:,} registered and retired", "MB", end),
+            Figure(group, f"that / memory after {cycles // 2:,}", "x", growth, target=GROWTH),
+        ]
+
+    def replicas(self, size: int, ray: str, counts: Sequence[int]) -> list[Figure]:
+        """Measures replicas with `size` tasks on a Ray cluster in a closed loop; they share this machine's cores."""
+        cpus = max(1, (os.cpu_count() or 1) // max(counts))
+        group = f"{size:,} tasks on Ray Serve, {cpus} CPUs a replica"
+        tasks = [random_task(self.backbone, number) for number in range(size)]
+        figures: list[Figure] = []
+        first: list[float] = []
+        for count in counts:
+            clients, name = self.clients * count, f"replicas: {count}"
+            options = ("--ray", ray, "--replicas", str(count), "--cpus", str(cpus), "--drain", "0")
+            with self.served(tasks, *options, ready=f" with {count} replica") as server:
+                self.load(server, clients=clients, seconds=min(2, self.seconds))  # warms up
+                loads = [self.load(server, clients=clients) for _ in range(self.rounds)]
+                memory = server.memory_mb()
+            rates = [load.rate for load in loads]
+            first = first or rates
+            figures += [
+                Figure.of_rounds(group, f"{name}, {clients} clients", "images/s", rates),
+                Figure.of_rounds(group, f"{name} / {counts[0]}", "x", _ratios(rates, first)),
+                _failed(group, f"{name}, failed requests", loads),
+                Figure(group, f"{name}, from the command to all tasks served", "s", server.started_s),
+                Figure(group, f"{name}, memory of one", "MB", memory),
+            ]
+        return figures
+
+    def _alone(self, run: Callable[[Tensor], object]) -> float:
+        """Images per second of a function, in canonical micro-batches."""
+        device, probes = self.backbone.device, probe_images(self.backbone)
+        batch_size = micro_batch(device)
+        batch = torch.cat([probes] * -(-batch_size // len(probes)))[:batch_size]
+        images, start = 0, time.perf_counter()
+        with torch.no_grad():
+            while time.perf_counter() < start + self.seconds:
+                run(batch)
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                images += batch_size
+        return images / (time.perf_counter() - start)
+
+    def _new_tasks(self, chunk: int = 20) -> Iterator[tuple[Task, Golden]]:
+        """An endless supply of unregistered tasks with their golden probes."""
+        for start in numbers_from(CHANGED, chunk):
+            tasks = [random_task(self.backbone, number) for number in range(start, start + chunk)]
+            yield from zip(tasks, goldens(self.backbone, tasks), strict=True)
+
+
+def _cost_per_task(figures: Sequence[Figure], fewest: int, most: int, count: int) -> list[Figure]:
+    """Time and memory per additional task, from the measurements with the fewest and the most tasks."""
+    before, after = (
+        [figure.measured for figure in figures if figure.group.startswith(f"{size:,} tasks ")]
+        for size in (fewest, most)
+    )
+    group = f"a task more, from {fewest:,} to {most:,}, {plural(count, 'replica')}"
+    return [
+        Figure(group, "time of an image", "ms", 1000 * (1 / after[0] - 1 / before[0]) / (most - fewest)),
+        Figure(group, "memory of a replica", "kB", 1000 * (after[4] - before[4]) / (most - fewest)),
+    ]
+
+
+def _ratios(numerators: Sequence[float], denominators: Sequence[float]) -> list[float]:
+    return [numerator / denominator for numerator, denominator in zip(numerators, denominators, strict=True)]
+
+
+def _image(number: int, width: int, height: int) -> bytes:
+    """A JPEG file of the backbone's input size."""
+    blocks = np.random.RandomState(number).randint(0, 255, (8, 8, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(blocks).resize((width, height), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def _p(percent: int, load: Measured) -> float:
+    """A percentile of a load's latencies, in ms."""
+    return 1000 * float(np.percentile(load.latencies_s or [float("nan")], percent))
+
+
+def _latencies(group: str, when: str, loads: Sequence[Measured]) -> list[Figure]:
+    """Latencies, failures and sending delay of an open loop, over its rounds."""
+    lag = 1000 * max(load.lag_s for load in loads)
+    return [
+        *(Figure.of_rounds(group, f"p{p}, {when}", "ms", [_p(p, load) for load in loads]) for p in (50, 95, 99)),
+        _failed(group, f"failed requests, {when}", loads),
+        Figure(group, f"the generator's latest sending, {when}", "ms", lag),
+    ]
+
+
+def _failed(group: str, what: str, loads: Sequence[Measured]) -> Figure:
+    return Figure(group, what, "", sum(sum(load.failed.values()) for load in loads), target=0)

@@ -1,0 +1,318 @@
+"""One learning run, from activations to a task: probes, sweep, selection on the validation split, refit."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Float64, Int
+from torch import Tensor
+
+from addenda.exceptions import TrainingError
+from addenda.learner.activations import Activations
+from addenda.learner.candidates import HEAD, Candidate, Tensors, as_fields
+from addenda.learner.context import Epoch, RunContext
+from addenda.learner.learn_config import LearnConfig
+from addenda.learner.objectives import LinearProbe
+from addenda.learner.probes import (
+    EIGHTHS,
+    LinearHead,
+    as_tensors,
+    best_weight,
+    choose_recipe,
+    from_linear_probe,
+    layer_probe,
+    subsample,
+)
+from addenda.learner.trainer import Trainer
+from addenda.registry import Task, digest
+
+TOKEN_ERRORS = 2
+"""Standard errors by which a token must lower the loss; two, since the same images also chose its weight."""
+MAX_TRIED_PARENTS = 3
+"""Maximum number of tasks that `extends="auto"` tries by training."""
+LINEAR_PROBE, LAYER_PROBE = "linear_probe", "layer_probe"
+"""Names of the probes in metrics. Their tasks' names have a space instead, which no registered task's name has."""
+
+NEAR_DUPLICATE_DISTANCE = 0.2
+"""Squared distance below which two images are near-duplicates, relative to the mean within a class."""
+MAX_NEAR_DUPLICATES = 0.05
+"""Share of near-duplicates among the validation images above which a warning is logged."""
+
+log = logging.getLogger(__name__)
+
+
+class Fusion(NamedTuple):
+    """The weighted sum of a token's and the probe's logits after temperature scaling, on the validation split."""
+
+    weight: float  # of the token's logits; the probe's have 1 - weight
+    temperature: float  # of the token's logits
+    logits: Float64[Tensor, "V C"]  # the weighted sum
+    losses: Float64[Tensor, " V"]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Result of training all candidates with one choice of tasks to extend."""
+
+    parents: tuple[Task, ...]
+    trainer: Trainer
+    candidates: list[Candidate]
+    history: list[Epoch]
+    chosen: Candidate
+    fusion: Fusion
+
+
+class LearningRun:
+    """One learning run; `baselines` holds the linear probe and, with a layer head, the layer probe as tasks."""
+
+    def __init__(self, name: str, activations: Activations, config: LearnConfig, context: RunContext) -> None:
+        self._name, self._activations, self._config, self._context = name, activations, config, context
+        self._objective = objective = activations.objective
+        pooled, targets, groups = activations.pooled, activations.targets, activations.groups
+        self._train, self._validation = objective.split(
+            targets, activations.num_classes, config.validation_fraction, config.first_seed, groups
+        )
+        self._validation_targets = targets[self._validation]
+        layers = activations.layers
+        features = layers[0] if layers.shape[2] else pooled
+        self.near_duplicates = near_duplicates(features, objective.strata(targets), self._train, self._validation)
+        strength = objective.choose_strength(pooled, targets, config.first_seed, groups)
+        self._train_probe = objective.fit_linear_probe(pooled[self._train], targets[self._train], strength)
+        self._final_probe = objective.fit_linear_probe(pooled, targets, strength) if config.refit else self._train_probe
+        # For each probe the head fitted to the training split, and the one fitted to all images.
+        heads = {LINEAR_PROBE: (from_linear_probe(self._train_probe), from_linear_probe(self._final_probe))}
+        self._metrics: dict[str, Any] = {LINEAR_PROBE: {"strength": strength}}
+        settled = objective.is_settled(activations.num_classes)
+        if config.layer_head and layers.shape[2] and not settled:
+            heads[LAYER_PROBE] = self._layer_probe(strength, *heads[LINEAR_PROBE])
+        self.baselines = []
+        for name_in_metrics, (train_head, final_head) in heads.items():
+            logits = train_head(pooled[self._validation], layers[0, self._validation])
+            temperature, scores = self._calibrate(logits)
+            self._metrics[name_in_metrics]["validation"] = self._metrics["validation"] = scores
+            task = Task(
+                name=name_in_metrics.replace("_", " "), backbone=activations.backbone.fingerprint,
+                labels=activations.labels, objective=objective.name, temperature=temperature, config=config.to_json(),
+                **as_tensors(final_head),
+            )  # fmt: skip
+            self.baselines.append(task)
+        self._probe = final_head * (1 / temperature)
+        self._probe_logits = logits / temperature
+
+    def warnings(self) -> list[str]:
+        """Returns warnings about the validation split, for the user."""
+        texts, count = [], len(self._validation)
+        if self.near_duplicates > MAX_NEAR_DUPLICATES * count:
+            texts.append(
+                f"{self.near_duplicates} of {count} validation images have near-duplicates among the training images, "
+                "such as frames of one video or crops of one photo, which inflates the validation score. Name the "
+                "groups with --group-by (in Python: group_by) or in a listing's column `group`."
+            )
+        counts = self._objective.counts(self._validation_targets, self._activations.num_classes)
+        missing = (counts == 0).nonzero()[:, 0].tolist()
+        if missing and self._activations.groups is not None:
+            classes = ", ".join(repr(self._activations.labels[label]) for label in missing[:3])
+            texts.append(
+                f"The validation split has no image of {classes}{' and others' if len(missing) > 3 else ''}: all are "
+                "in one group, or in groups that other classes need for training."
+            )
+        return texts
+
+    def task(self, parents: tuple[Task, ...], pool: Sequence[Task] | None = None) -> Task:
+        """Learns the task.
+
+        It extends `parents`, whose tokens the activations hold, or those tasks of `pool` that pay (see `pays`). If a
+        token does not pay, the task is the probe: it has no token and extends nothing.
+
+        Raises:
+            TrainingError: every candidate diverged.
+        """
+        probe, metrics = replace(self.baselines[-1], name=self._name), dict(self._metrics)
+        if self._config.head_only or self._objective.is_settled(self._activations.num_classes):
+            return replace(probe, metrics=metrics)
+        best = self._sweep(self._activations, parents)
+        if pool is not None:
+            best, metrics["extensions"] = self._extend(best, pool)
+        metrics |= _sweep_metrics(best)
+        weight, token_temperature, logits, _ = best.fusion
+        if not weight:
+            return replace(probe, metrics=metrics)
+        tensors = dict(self._refit(best.trainer, best.chosen) if self._config.refit else best.chosen.best.tensors)
+        temperature, metrics["validation"] = self._calibrate(logits)
+        probe_tensors: dict[str, Any] = as_tensors(self._probe * (1 - weight)) if weight < 1 else {}
+        for name in HEAD:
+            tensors[name] = tensors[name] * (weight / token_temperature)
+        if probe_tensors:
+            tensors["pooled_weight"] = tensors["pooled_weight"] + probe_tensors.pop("head_weight")
+            tensors["head_bias"] = tensors["head_bias"] + probe_tensors.pop("head_bias")
+        without_layers = replace(probe, layer_weight=None, layer_down=None)
+        task = replace(without_layers, parents=best.parents, temperature=temperature, metrics=metrics)
+        return replace(task, **as_fields(tensors), **probe_tensors)
+
+    def _layer_probe(
+        self, strength: float, train_linear: LinearHead, final_linear: LinearHead
+    ) -> tuple[LinearHead, LinearHead]:
+        """Fits the layer probe to the training split, where its recipe is chosen, and to all images if `refit`."""
+        objective, num_classes, groups = self._objective, self._activations.num_classes, self._activations.groups
+        pooled, layers, targets = self._activations.pooled, self._activations.layers, self._activations.targets
+        train_data = layers[:, self._train], targets[self._train], num_classes
+        train_groups = None if groups is None else [groups[row] for row in self._train.tolist()]
+        seed = self._config.first_seed
+        recipe = choose_recipe(objective, pooled[self._train], *train_data, strength, seed, train_groups)
+        self._metrics[LAYER_PROBE] = {"fit": recipe.fit, "weight": recipe.weight}
+        train_head = layer_probe(recipe, objective, train_linear, *train_data)
+        if not self._config.refit:
+            return train_head, train_head
+        return train_head, layer_probe(recipe, objective, final_linear, layers, targets, num_classes)
+
+    def _fuse(self, trainer: Trainer, candidate: Candidate) -> Fusion:
+        """Chooses the weight of a candidate's token beside the probe; without a layer head it is 0 or 1."""
+        objective, config, targets = self._objective, self._config, self._validation_targets
+        token_logits = trainer.logits(candidate.best.tensors, self._validation).double()
+        temperature, _ = self._calibrate(token_logits)
+        weights = [
+            weight for weight in (EIGHTHS if config.layer_head else (0.0, 1.0)) if weight or not config.keeps_token
+        ]
+        weight = best_weight(objective, self._probe_logits, token_logits / temperature, targets, weights)
+        logits = (1 - weight) * self._probe_logits + weight * token_logits / temperature
+        losses = objective.losses(logits, targets)
+        probe_losses = objective.losses(self._probe_logits, targets)
+        if weight and not config.keeps_token and not pays(losses, probe_losses, TOKEN_ERRORS):
+            return Fusion(0.0, temperature, self._probe_logits, probe_losses)
+        return Fusion(weight, temperature, logits, losses)
+
+    def _calibrate(self, logits: Tensor) -> tuple[float, dict[str, Any]]:
+        """Fits a temperature to validation logits; returns it and the metrics after temperature scaling."""
+        targets = self._validation_targets
+        temperature = self._objective.fit_temperature(logits, targets) if self._config.calibrate else 1.0
+        return temperature, self._objective.score(logits / temperature, targets, self._activations.labels)
+
+    def _sweep(self, activations: Activations, parents: tuple[Task, ...]) -> Sweep:
+        """Trains all candidates on the training split and selects one on the validation split."""
+        config, checkpoint = self._config, self._context.checkpoint
+        if checkpoint is not None:
+            checkpoint = checkpoint.within(digest(" ".join(parent.sha256 for parent in parents).encode())[:16])
+        trainer = Trainer(activations, parents, config, replace(self._context, checkpoint=checkpoint))
+        candidates, history = trainer.run(
+            self._train_probe, config.candidates, self._train, self._validation, config.epochs, "sweep"
+        )
+        for candidate in candidates:
+            if candidate.stopped == "diverged":
+                log.warning("Dropped a candidate whose loss became infinite or NaN: %s.", candidate.settings)
+        finite = [candidate for candidate in candidates if candidate.best.epoch]
+        if not finite:
+            raise TrainingError("Every candidate's loss became infinite or NaN. Try smaller learning rates.")
+        chosen = min(finite, key=lambda candidate: candidate.best.loss)
+        fusion = self._fuse(trainer, chosen)
+        plain = [candidate for candidate in finite if not candidate.settings.adapter_rank]
+        if config.adapter_rank == "auto" and chosen not in plain and plain:
+            best_plain = min(plain, key=lambda candidate: candidate.best.loss)
+            plain_fusion = self._fuse(trainer, best_plain)
+            if not pays(fusion.losses, plain_fusion.losses):
+                chosen, fusion = best_plain, plain_fusion
+        return Sweep(parents, trainer, candidates, history, chosen, fusion)
+
+    def _extend(self, best: Sweep, pool: Sequence[Task]) -> tuple[Sweep, list[dict[str, Any]]]:
+        """Tries to extend the most promising tasks one by one, and keeps those that pay; also returns what it tried."""
+        tried = []
+        for task in promising(self._activations, pool, self._train_probe, self._train, self._validation):
+            parents = (*best.parents, task)
+            sweep = self._sweep(self._activations.with_parents(parents, self._context.report), parents)
+            taken = sweep.fusion.weight > 0 and pays(sweep.fusion.losses, best.fusion.losses)
+            tried.append({"task": task.ref, "validation_loss": sweep.fusion.losses.mean().item(), "taken": taken})
+            best = sweep if taken else best
+        return best, tried
+
+    def _refit(self, trainer: Trainer, chosen: Candidate) -> Tensors:
+        """Trains the chosen candidate on all images for its best number of epochs."""
+        all_rows = torch.arange(len(self._activations), dtype=torch.int64, device="cpu")
+        (refitted,), _ = trainer.run(
+            self._final_probe, [chosen.settings], all_rows, all_rows[:0], chosen.best.epoch, "refit"
+        )
+        return chosen.best.tensors if refitted.stopped else refitted.best.tensors
+
+
+def near_duplicates(
+    features: Float[Tensor, "N n"], classes: Int[Tensor, " N"], train: Int[Tensor, " T"], validation: Int[Tensor, " V"]
+) -> int:
+    """Counts the validation images that have a near-duplicate among the training images.
+
+    Near-duplicates are closer, in squared distance of standardised features, than NEAR_DUPLICATE_DISTANCE times the
+    mean between images of one class. docs/results.md has the distances of different pictures and of slightly shifted,
+    cropped or compressed copies.
+    """
+    rows = subsample(train)
+    train_features = features[rows]
+    mean, scale = train_features.mean(0), train_features.std(0).clamp(min=torch.finfo(features.dtype).tiny)
+    z, (present, index) = (train_features - mean) / scale, classes[rows].unique(return_inverse=True)
+    means = torch.stack([z[index == number].mean(0) for number in range(len(present))])
+    expected = 2 * (z - means[index]).square().sum(1).mean()
+    batches = ((features[batch] - mean) / scale for batch in validation.split(256))
+    nearest = torch.cat([torch.cdist(batch, z).min(1).values for batch in batches])
+    return int((nearest.square() < NEAR_DUPLICATE_DISTANCE * expected).sum())
+
+
+def pays(costly: Float[Tensor, " N"], cheap: Float[Tensor, " N"], num_errors: int = 1) -> bool:
+    """Whether the costly option's losses are lower by more than `num_errors` standard errors of the mean difference."""
+    gain = cheap - costly
+    return len(gain) > 1 and bool(gain.mean() > num_errors * gain.std() / math.sqrt(len(gain)))
+
+
+def promising(
+    activations: Activations,
+    pool: Sequence[Task],
+    linear_probe: LinearProbe,
+    train: Int[Tensor, " N"],
+    validation: Int[Tensor, " M"],
+) -> list[Task]:
+    """Returns the most promising tasks to extend, best first.
+
+    A task is ranked by the validation loss of a linear probe on its token's final feature concatenated with the pooled
+    feature. Tasks that do not beat `linear_probe`, which reads the pooled feature alone, are left out. Ties are broken
+    by name, so the order of registration has no influence.
+    """
+    targets, pooled, objective = activations.targets, activations.pooled, activations.objective
+
+    def validation_loss(probe: LinearProbe, features: Tensor) -> float:
+        logits = F.linear(features[validation], probe.weight, probe.bias)
+        return objective.loss(logits, targets[validation]).item()
+
+    baseline_loss = validation_loss(linear_probe, pooled)
+    ranked = []
+    for task, feature in zip(pool, activations.features(pool), strict=True):
+        both = torch.cat([pooled, feature], dim=1)
+        loss = validation_loss(objective.fit_linear_probe(both[train], targets[train], linear_probe.strength), both)
+        if loss < baseline_loss:
+            ranked.append((loss, task.name, task))
+    return [task for *_, task in sorted(ranked)[:MAX_TRIED_PARENTS]]
+
+
+def _sweep_metrics(sweep: Sweep) -> dict[str, Any]:
+    """Returns what is registered of a sweep: every candidate at its best epoch, the loss curves, and the choice."""
+    rows = []
+    for i, candidate in enumerate(sweep.candidates):
+        best, finite = candidate.best, bool(candidate.best.epoch)
+        result = {
+            "epoch": best.epoch,
+            "validation_loss": best.loss if finite else None,
+            "validation_accuracy": sweep.history[best.epoch - 1].validation_accuracy[i] if finite else None,
+            "stopped": candidate.stopped,
+        }
+        rows.append(candidate.settings._asdict() | result)
+    curves = [
+        {"train_loss": _finite(epoch.train_loss), "validation_loss": _finite(epoch.validation_loss)}
+        for epoch in sweep.history
+    ]
+    chosen = sweep.chosen.settings._asdict() | {"epoch": sweep.chosen.best.epoch} if sweep.fusion.weight else None
+    return {"candidates": rows, "curves": curves, "chosen": chosen, "token_weight": sweep.fusion.weight}
+
+
+def _finite(values: Sequence[float]) -> list[float | None]:
+    """Replaces the losses of candidates that have stopped or diverged by None."""
+    return [value if math.isfinite(value) else None for value in values]

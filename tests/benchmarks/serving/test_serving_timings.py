@@ -1,0 +1,72 @@
+"""`addenda bench serving`: the load generator sends the requested load, and the results are recorded."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from addenda import FrozenBackbone
+from addenda.benchmarks.serving.load import Measured, load
+from addenda.benchmarks.serving.processes import generator
+from addenda.benchmarks.serving.serving_timings import run_serving
+
+
+async def loaded(status: bytes, open_loop: bool) -> tuple[Measured, list[bytes]]:
+    """The result of a load on a server that responds with one status, and the requests that it received."""
+    heads = []
+
+    async def respond(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while head := await reader.read(5):
+            heads.append(head)
+            await asyncio.sleep(0.01)
+            writer.write(b"HTTP/1.1 " + status + b" Any\r\nContent-Length: 3\r\n\r\nyes")
+        writer.close()
+
+    async with await asyncio.start_server(respond, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        options = {"rate": 100, "seconds": 0.5} if open_loop else {"clients": 2, "seconds": 0.3}
+        return await load("127.0.0.1", port, [b"one--", b"two--"], **options), heads
+
+
+@pytest.mark.parametrize("open_loop", [True, False])
+def test_each_request_is_sent_completely_and_counted_once(open_loop: bool) -> None:
+    measured, heads = asyncio.run(loaded(b"200", open_loop))
+    assert len(measured.latencies_s) == len(heads) > 4
+    assert not measured.failed
+    assert min(measured.latencies_s) >= 0.01
+    assert abs(heads.count(b"one--") - heads.count(b"two--")) <= 1
+
+
+def test_a_status_other_than_200_is_a_failure() -> None:
+    measured, heads = asyncio.run(loaded(b"503", open_loop=False))
+    assert not measured.latencies_s
+    assert measured.failed == {"503": len(heads)}
+
+
+def test_failures_are_returned_by_the_process_of_the_load_generator() -> None:
+    closed = SimpleNamespace(host="127.0.0.1", port=1)
+    with generator([b"image"]) as send_load:
+        measured = send_load(closed, seconds=0.2, clients=1)
+    assert not measured.latencies_s
+    assert measured.failed["ConnectionRefusedError"] > 1
+
+
+@pytest.mark.slow
+def test_bench_serving_measures_and_records(glyphs: FrozenBackbone, tmp_path: Path) -> None:
+    figures = run_serving(glyphs, None, tmp_path, quick=True, seconds=1, cycles=10)
+    groups = dict.fromkeys(figure.group for figure in figures)
+    assert [*groups] == ["1 tasks", "10 tasks", "10 tasks, changing"]
+    assert all(math.isfinite(figure.measured) for figure in figures)
+    failed = [figure for figure in figures if figure.what.startswith("failed requests")]
+    assert len(failed) == 10
+    assert all(figure.measured == 0 for figure in failed)
+    served = next(figure for figure in figures if figure.what.startswith("served, "))
+    assert served.measured > 1
+    written = json.loads((tmp_path / "serving.json").read_text())
+    assert [row["what"] for row in written["figures"]] == [figure.what for figure in figures]
+    assert "| served / stock timm |" in (tmp_path / "serving.md").read_text()

@@ -1,0 +1,134 @@
+"""A learning run: what the validation split selects, and which tasks are extended."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
+
+from addenda import CombinedModel, FrozenBackbone, LearnConfig, Learner, Registry, Task
+from addenda.combined import golden
+from addenda.learner import ActivationCache, Augmentation
+from addenda.learner.activations import Activations
+from addenda.learner.data import open_images
+from addenda.learner.learn_config import AUTO_RANK
+from addenda.learner.learning_run import MAX_TRIED_PARENTS, pays, promising
+from addenda.learner.objectives import objective_of
+from tests.learner.test_learner import CountingDataset, noise
+from tests.support.tasks import random_task
+
+
+def register(registry: Registry, backbone: FrozenBackbone, *tasks: Task) -> None:
+    registry.add_backbone(backbone.record())
+    for task in tasks:
+        registry.register(task, golden(backbone, task))
+
+
+def labelled_by(backbone: FrozenBackbone, teacher: Task, count: int = 320) -> CountingDataset:
+    """Images of noise whose class is whether a logit of one task is above its median."""
+    images = noise(count)[0] - 0.0
+    feature = CombinedModel(backbone, [teacher])(images)[teacher.name]
+    return CountingDataset(images, (feature[:, 0] > feature[:, 0].median()).long())
+
+
+def activations_of(
+    backbone: FrozenBackbone, data: CountingDataset, cache: Path, budget_gb: float | None
+) -> Activations:
+    return Activations(backbone, open_images(data), Augmentation(), ActivationCache(cache, budget_gb))
+
+
+@pytest.mark.parametrize("budget_gb", [None, 0.0])
+def test_a_tasks_features_over_the_images_are_those_of_the_combined_model(
+    tiny: FrozenBackbone, tmp_path: Path, budget_gb: float | None
+) -> None:
+    images, targets = noise(21)
+    tasks = [random_task(tiny, f"task-{i}", memory=i, seed=i, pooled=False) for i in range(3)]
+    tasks.append(random_task(tiny, "child", parents=(tasks[0],), pooled=False))
+    features = activations_of(tiny, CountingDataset(images, targets), tmp_path, budget_gb).features(tasks)
+    expected = CombinedModel(tiny, tasks)(images)
+    for task, feature in zip(tasks, features, strict=True):
+        logits = feature @ task.head_weight.T + task.head_bias
+        # The activations are cached in half precision.
+        assert (logits - expected[task.name]).abs().max() < 5e-3 * expected[task.name].abs().max()
+
+
+def test_tasks_are_ranked_by_what_their_features_add_to_the_linear_probe(tiny: FrozenBackbone, tmp_path: Path) -> None:
+    pool = [random_task(tiny, f"task-{i}", seed=10 + i) for i in range(6)]
+    data = labelled_by(tiny, random_task(tiny, "teacher", seed=3, pooled=False))
+    activations = activations_of(tiny, data, tmp_path, None)
+    pooled, targets = activations.pooled, activations.targets
+    train, validation = torch.arange(240), torch.arange(240, 320)
+    probe = objective_of(targets[train]).fit_linear_probe(pooled[train], targets[train], 1.0)
+
+    def validation_loss(features: torch.Tensor) -> float:
+        x, y = features.double().numpy(), targets.numpy()
+        reference = LogisticRegression(C=1.0, solver="newton-cg", tol=1e-8).fit(x[:240], y[:240])
+        return log_loss(y[240:], reference.predict_proba(x[240:]))
+
+    losses = [validation_loss(torch.cat([pooled, feature], dim=1)) for feature in activations.features(pool)]
+    better = sorted(loss for loss in losses if loss < validation_loss(pooled))
+    assert len(better) > MAX_TRIED_PARENTS
+    ranked = promising(activations, pool, probe, train, validation)
+    assert [losses[pool.index(task)] for task in ranked] == better[:MAX_TRIED_PARENTS]
+    assert promising(activations, [], probe, train, validation) == []
+
+
+@pytest.mark.slow
+def test_extends_auto_takes_the_task_that_helps_and_records_what_was_tried(
+    tiny: FrozenBackbone, registry: Registry
+) -> None:
+    teacher = random_task(tiny, "teacher", memory=8, seed=3, pooled=False, classes=2)
+    register(registry, tiny, random_task(tiny, "other", seed=10), teacher)
+    config = LearnConfig(epochs=6, batch_size=16, extends="auto", refit=False)
+    task = Learner(tiny, registry).learn("new", labelled_by(tiny, teacher), config=config)
+    tried = task.metrics["extensions"]
+    assert [row["task"] for row in tried if row["taken"]] == list(task.extends)
+    assert "teacher:1" in [row["task"] for row in tried]
+    assert task.config["extends"] == "auto"
+
+
+def test_extends_auto_takes_nothing_if_nothing_is_registered_or_helps(tiny: FrozenBackbone, registry: Registry) -> None:
+    images, targets = noise(48)
+    images[:, 0] += 20 * targets[:, None, None]  # easy without any other task
+    learner = Learner(tiny, registry)
+    config = LearnConfig(optimizer="sgd", epochs=1, extends="auto", learning_rate=0.1)
+    first = learner.learn("first", CountingDataset(images, targets), config=config)
+    assert (first.extends, first.metrics["extensions"]) == ((), [])
+    register(registry, tiny, random_task(tiny, "other", seed=10))
+    second = learner.learn("second", CountingDataset(images.flip(0), targets.flip(0)), config=config)
+    assert second.extends == ()
+    generation = registry.generation
+    assert learner.learn("first", CountingDataset(images, targets), config=config).sha256 == first.sha256
+    assert registry.generation == generation  # further tasks in the pool do not make it another run
+
+
+@pytest.mark.parametrize("fall_back", [True, False])
+def test_adapter_rank_auto_tries_adapters_beside_none(
+    tiny: FrozenBackbone, registry: Registry, fall_back: bool
+) -> None:
+    config = LearnConfig(
+        optimizer="sgd", epochs=2, batch_size=16, adapter_rank="auto", learning_rate=0.1, fall_back=fall_back
+    )
+    task = Learner(tiny, registry).learn("new", CountingDataset(*noise(48)), config=config)
+    assert {row["adapter_rank"] for row in task.metrics["candidates"]} == {0, AUTO_RANK}
+    chosen = task.metrics["chosen"]
+    assert task.adapter_rank == (0 if chosen is None else chosen["adapter_rank"])
+
+
+def test_a_costlier_option_must_win_by_more_than_a_standard_error() -> None:
+    cheap = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    assert pays(cheap - 0.5, cheap)
+    assert not pays(cheap, cheap)
+    assert not pays(cheap + torch.tensor([-3.0, 1.0, 1.0, 0.5]), cheap)  # one image decides
+    assert not pays(cheap[:1] - 1, cheap[:1])
+
+
+def test_a_dropped_token_leaves_no_adapters(tiny: FrozenBackbone, registry: Registry) -> None:
+    images, targets = noise(48)
+    images[:, 0] += 20 * targets[:, None, None]
+    config = LearnConfig(optimizer="sgd", epochs=1, learning_rate=1.0, adapter_rank=4)
+    task = Learner(tiny, registry).learn("new", CountingDataset(images, targets), config=config)
+    assert (task.metrics["chosen"], task.adapters) == (None, None)
