@@ -75,5 +75,9 @@ def test_every_link_of_the_site_leads_to_a_file_in_it(site: Path) -> None:
 @pytest.mark.slow
 def test_the_reference_shows_what_the_docstrings_say(site: Path) -> None:
     text = (site / "api.html").read_text(encoding="utf-8")
-    for said in ("Learns tasks on one backbone and registers them", "number of memory tokens per layer", "UnknownTaskError"):
+    for said in (
+        "Learns tasks on one backbone and registers them",
+        "number of memory tokens per layer",
+        "UnknownTaskError",
+    ):
         assert said in text, said
