@@ -6,7 +6,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -79,22 +79,23 @@ def _measure_backbone(
     tasks = [random_task(backbone, number) for number in range(max(*counts, *dense))]
     shape, noise = (batch, *backbone.preprocessing["input_size"]), torch.Generator().manual_seed(0)
     images = torch.randn(shape, generator=noise, dtype=torch.float32, device="cpu").to(backbone.device)
+    heads = [layer_head_task(backbone, number) for number in range(max(counts))]
     combined = {count: CombinedModel(backbone, tasks[:count]) for count in counts}
     single = [CombinedModel(backbone, [task]) for task in tasks[:SEPARATE]]
-    inexact = CombinedModel(backbone, tasks[:10], exact=False)
-    heads = [layer_head_task(backbone, number) for number in range(max(counts))]
-    layer_heads = {count: CombinedModel(backbone, heads[:count]) for count in counts}
+    one_image: Variant = ("one image, exact", 10, 1, STOCK_ONE)
+    models: dict[Variant, CombinedModel] = {
+        one_image: combined[10],
+        **{("combined, exact", count, batch, STOCK): model for count, model in combined.items()},
+        **{(LAYER_HEADS, count, batch, STOCK): CombinedModel(backbone, heads[:count]) for count in counts},
+        ("combined, inexact", 10, batch, STOCK): CombinedModel(backbone, tasks[:10], exact=False),
+    }
     variants: dict[Variant, Run] = {
         (STOCK, 0, batch, STOCK): lambda: backbone.backbone_logits(images),
         (STOCK_ONE, 0, 1, STOCK_ONE): lambda: backbone.backbone_logits(images[:1]),
-        ("one image, exact", 10, 1, STOCK_ONE): lambda: combined[10](images[:1]),
+        one_image: partial(combined[10], images[:1]),
         ("separate passes", SEPARATE, batch, STOCK): lambda: [model(images) for model in single],
+        **{variant: partial(model, images) for variant, model in models.items() if variant != one_image},
     }
-    for count, model in combined.items():
-        variants["combined, exact", count, batch, STOCK] = partial(model, images)
-    for count, model in layer_heads.items():
-        variants[LAYER_HEADS, count, batch, STOCK] = partial(model, images)
-    variants["combined, inexact", 10, batch, STOCK] = partial(inexact, images)
     for count in dense:
         for method, precomputed in ((DENSE_PRECOMPUTED, True), (DENSE, False)):
             baseline = torch.no_grad()(DenseMask(backbone, tasks[:count], precomputed=precomputed))
@@ -105,11 +106,12 @@ def _measure_backbone(
     medians = {variant[0]: statistics.median(seconds[variant]) for variant in references}
     stock = task_cost(backbone, MEMORY).backbone_operations
     rows = []
-    for (method, num_tasks, num_images, reference), times in seconds.items():
+    for variant, times in seconds.items():
+        method, num_tasks, num_images, reference = variant
         low, median, high = statistics.quantiles(times, n=4)
         costs: dict[str, Any] = {"giga_operations": stock / 1e9} if method in (STOCK, STOCK_ONE) else {}
-        if method.startswith((LAYER_HEADS, "combined", "one image")):
-            model = inexact if "inexact" in method else (layer_heads if method == LAYER_HEADS else combined)[num_tasks]
+        if variant in models:
+            model = models[variant]
             costs = {
                 "giga_operations": pass_operations(model) / 1e9,
                 "limit": pass_operations(model, filled=False) / stock,
@@ -181,17 +183,11 @@ def random_task(backbone: FrozenBackbone, number: int) -> Task:
 
 
 def layer_head_task(backbone: FrozenBackbone, number: int) -> Task:
-    """A head-only task with random weights, seeded by its number; it reads the pooled and the layer features."""
-    noise = torch.Generator().manual_seed(number)
-    draw = partial(torch.randn, generator=noise, dtype=torch.float32, device="cpu")
-    return Task(
-        name=f"layers-{number}",
-        backbone=backbone.fingerprint,
-        labels=tuple(map(str, range(CLASSES))),
-        head_weight=draw(CLASSES, backbone.embed_dim),
-        head_bias=torch.zeros(CLASSES, dtype=torch.float32, device="cpu"),
-        layer_weight=draw(CLASSES, backbone.num_layer_features),
-    )
+    """The same task with a layer head instead of token and memory."""
+    noise, shape = torch.Generator().manual_seed(number), (CLASSES, backbone.num_layer_features)
+    weight = torch.randn(shape, generator=noise, dtype=torch.float32, device="cpu")
+    task = random_task(backbone, number)
+    return replace(task, class_token=None, memory=None, pooled_weight=None, layer_weight=weight)
 
 
 COLUMNS = ("method", "tasks", "images", "ms", "quartiles", "ratio", "limit", "G op/image", "G op/s", "task bytes")

@@ -293,7 +293,7 @@ class Activations:
 def extended_tasks(parents: Sequence[Task]) -> list[Task]:
     """Returns all tasks that a task with these parents extends, directly or not.
 
-    They are told apart by content, since two versions of one name may be among them.
+    They are identified by content, since two versions of one name may be among them.
     """
     tasks = {task.sha256: task for parent in parents for task in (*parent.closure, parent)}
     return list(tasks.values())

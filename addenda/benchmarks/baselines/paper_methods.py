@@ -9,7 +9,7 @@ well, since a small validation split selects epochs unreliably. Baselines cannot
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -143,23 +143,13 @@ def rates_of(method: str, config: BaselineConfig) -> tuple[Rate, ...]:
     return config.rates or RATES[_parse(method)[0]]
 
 
-def train_baseline(
-    method: str,
-    backbone: FrozenBackbone,
-    images: LabelledImages,
-    test: LabelledImages | None = None,
-    config: BaselineConfig | None = None,
-    cache: ActivationCache | None = None,
-    report: Report = silent,
-) -> TrainedBaseline:
-    """The best result of `train_baselines` by validation; TrainingError if training diverged with every rate."""
-    config = config or BaselineConfig()
-    best = min(
-        train_baselines(method, backbone, images, test, config, cache, report), key=lambda baseline: baseline.rank
-    )
+def best_baseline(trained: Iterable[TrainedBaseline]) -> TrainedBaseline:
+    """The best by validation of what `train_baselines` yields; TrainingError if training diverged with every rate."""
+    trained = list(trained)
+    best = min(trained, key=lambda baseline: baseline.rank)
     if best.epoch == 0:
-        rates = ", ".join(map(str, rates_of(method, config)))
-        raise TrainingError(f"Training {method!r} diverged with each of {rates}. Try lower learning rates.")
+        rates = ", ".join(str(baseline.rate) for baseline in trained)
+        raise TrainingError(f"Training {best.method!r} diverged with each of {rates}. Try lower learning rates.")
     return best
 
 

@@ -16,7 +16,8 @@ from addenda.benchmarks.baselines.paper_methods import (
     Rate,
     TrainedBaseline,
     baseline_logits,
-    train_baseline,
+    best_baseline,
+    train_baselines,
 )
 from addenda.benchmarks.continual.stream import Experience
 from addenda.learner import Augmentation
@@ -78,7 +79,7 @@ class TrainedPerTask(PerTask):
             augmentation=Augmentation(views=settings.views if images.can_vary else 0), autocast=settings.autocast,
             seed=self.seed,
         )  # fmt: skip
-        return train_baseline(self.name, self.backbone, images, config=config)
+        return best_baseline(train_baselines(self.name, self.backbone, images, config=config))
 
     def _logits(self, tasks: Sequence[TrainedBaseline], images: LabelledImages) -> list[Float[Tensor, "N c"]]:
         pixels = images.read_all(self.backbone)

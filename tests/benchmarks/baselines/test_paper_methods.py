@@ -18,10 +18,11 @@ from addenda.benchmarks.baselines.dense_mask import DenseMask
 from addenda.benchmarks.baselines.paper_methods import (
     BaselineConfig,
     Rate,
+    best_baseline,
     is_baseline,
     joined_accuracies,
     method_config,
-    train_baseline,
+    train_baselines,
 )
 from addenda.exceptions import BackboneError, TrainingError
 from addenda.learner import Augmentation
@@ -105,7 +106,7 @@ def test_an_unknown_method_is_refused_with_the_known_ones(method: str) -> None:
 
 def test_a_registrable_method_is_not_trained_as_a_baseline(tiny: FrozenBackbone, train: LabelledImages) -> None:
     with pytest.raises(TrainingError, match="'memory-5' is not a baseline; `Learner` learns it"):
-        train_baseline("memory-5", tiny, train)
+        best_baseline(train_baselines("memory-5", tiny, train))
 
 
 @each_baseline
@@ -113,7 +114,7 @@ def test_a_baseline_learns_and_leaves_the_backbone_unchanged(
     method: str, tiny: FrozenBackbone, train: LabelledImages, test: LabelledImages
 ) -> None:
     epochs = 8 if method == "attentive" else 2  # the others start from the linear probe
-    baseline = train_baseline(method, tiny, train, test, replace(QUICK, epochs=epochs))
+    baseline = best_baseline(train_baselines(method, tiny, train, test, replace(QUICK, epochs=epochs)))
     assert 1 <= baseline.epoch <= epochs
     assert baseline.rate in paper_methods.RATES[method.partition("-")[0]]
     assert baseline.num_images == epochs * 19  # four fifths of the images per epoch
@@ -137,7 +138,7 @@ def test_a_baseline_starts_as_the_linear_probe_of_the_same_split(
     logits = F.linear(activations.pooled[validation], linear_probe.weight, linear_probe.bias)
     expected = F.cross_entropy(logits, train.targets[validation]).item()
     tiny_rate = BaselineConfig(epochs=1, rates=(Rate("adamw", 1e-9),))
-    loss = train_baseline(method, tiny, train, config=tiny_rate).validation_loss
+    loss = best_baseline(train_baselines(method, tiny, train, config=tiny_rate)).validation_loss
     tolerance = 0.01 if "unmasked" in method else 1e-5  # a token that attends to memory differs from the class token
     assert loss == pytest.approx(expected, abs=tolerance)
 
@@ -149,7 +150,7 @@ def test_a_seed_determines_a_baseline_whatever_was_drawn_before(
     def learned(draws: int, **options: object) -> dict[str, torch.Tensor]:
         torch.rand(draws)
         config = BaselineConfig(epochs=1, batch_size=8, rates=(Rate("adamw", 1e-3),), **options)
-        return train_baseline(method, tiny, train, config=config).tensors
+        return best_baseline(train_baselines(method, tiny, train, config=config)).tensors
 
     first, again, other = learned(1), learned(2), learned(3, seed=1)
     assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
@@ -161,15 +162,15 @@ def test_validation_selects_the_rate_and_test_images_do_not(
 ) -> None:
     config = BaselineConfig(epochs=2, rates=(Rate("adamw", 1e-3), Rate("adamw", 1e-9), Rate("adamw", 30.0)))
     alone = {
-        rate: train_baseline("unmasked-2", tiny, train, test, BaselineConfig(epochs=2, rates=(rate,)))
+        rate: best_baseline(train_baselines("unmasked-2", tiny, train, test, BaselineConfig(epochs=2, rates=(rate,))))
         for rate in config.rates
     }
     best = min(alone.values(), key=lambda baseline: (-baseline.validation_accuracy, baseline.validation_loss))
-    swept = train_baseline("unmasked-2", tiny, train, test, config)
+    swept = best_baseline(train_baselines("unmasked-2", tiny, train, test, config))
     assert (swept.rate, swept.epoch) == (best.rate, best.epoch)
     assert swept.validation_loss == best.validation_loss
     assert torch.equal(swept.right, best.right)  # scored with its own tensors, not with the last trained
-    without_test = train_baseline("unmasked-2", tiny, train, config=config)
+    without_test = best_baseline(train_baselines("unmasked-2", tiny, train, config=config))
     assert without_test.right is None
     assert all(torch.equal(tensor, without_test.tensors[name]) for name, tensor in swept.tensors.items())
 
@@ -177,7 +178,7 @@ def test_validation_selects_the_rate_and_test_images_do_not(
 def test_divergence_with_every_rate_is_an_error(tiny: FrozenBackbone, train: LabelledImages) -> None:
     config = BaselineConfig(epochs=1, batch_size=4, rates=(Rate("adamw", 1e30),))
     with pytest.raises(TrainingError, match=r"'full' diverged with each of adamw 1e\+30"):
-        train_baseline("full", tiny, train, config=config)
+        best_baseline(train_baselines("full", tiny, train, config=config))
 
 
 def test_a_baseline_learns_from_the_same_views_as_a_task(tiny: FrozenBackbone, train: LabelledImages) -> None:
@@ -190,17 +191,21 @@ def test_a_baseline_learns_from_the_same_views_as_a_task(tiny: FrozenBackbone, t
             ((_, expected),) = activations._views(train.item(row), [view * 24 + row])
             assert torch.equal(views[view, row], expected)
     config = BaselineConfig(epochs=1, rates=(Rate("adamw", 1e-3),))
-    augmented = train_baseline("unmasked-2", tiny, train, config=replace(config, augmentation=augmentation))
-    plain = train_baseline("unmasked-2", tiny, train, config=config)
+    augmented = best_baseline(
+        train_baselines("unmasked-2", tiny, train, config=replace(config, augmentation=augmentation))
+    )
+    plain = best_baseline(train_baselines("unmasked-2", tiny, train, config=config))
     assert not torch.equal(augmented.tensors["memory.0"], plain.tensors["memory.0"])
     with pytest.raises(TrainingError, match="do not support `fresh` augmentation"):
-        train_baseline("full", tiny, train, config=BaselineConfig(augmentation=Augmentation(fresh=True)))
+        best_baseline(
+            train_baselines("full", tiny, train, config=BaselineConfig(augmentation=Augmentation(fresh=True)))
+        )
 
 
 def test_bfloat16_autocast_changes_the_loss_a_little(tiny: FrozenBackbone, train: LabelledImages) -> None:
     losses = {
-        autocast: train_baseline(
-            "full", tiny, train, config=BaselineConfig(epochs=1, autocast=autocast)
+        autocast: best_baseline(
+            train_baselines("full", tiny, train, config=BaselineConfig(epochs=1, autocast=autocast))
         ).validation_loss
         for autocast in (True, False)
     }
@@ -240,5 +245,5 @@ def test_lora_on_another_backbone_family_is_refused(train: LabelledImages) -> No
     with pytest.raises(
         BackboneError, match="The method 'lora-4' is for timm's VisionTransformer; backbone 'dinov3' is timm's Eva"
     ):
-        train_baseline("lora-4", dinov3, train, config=QUICK)
-    assert train_baseline("full", dinov3, train, config=QUICK).num_images > 0
+        best_baseline(train_baselines("lora-4", dinov3, train, config=QUICK))
+    assert best_baseline(train_baselines("full", dinov3, train, config=QUICK)).num_images > 0
