@@ -1,4 +1,4 @@
-"""Draws docs/images: the attention mask, the shared-prefix forward pass, the steps of learning, recorded results."""
+"""Draws docs/images: mask, forward pass, layer features, fixed shapes, the steps of learning, recorded results."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 from xml.sax.saxutils import escape
+
+import numpy
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 IMAGES = DOCS / "images"
@@ -49,7 +51,14 @@ def main() -> None:
 
 def drawings() -> dict[str, str]:
     """The text of each SVG file, by name."""
-    return {"mask.svg": mask(), "pass.svg": shared_pass(), "way.svg": steps(), "stages.svg": stages()}
+    return {
+        "mask.svg": mask(),
+        "pass.svg": shared_pass(),
+        "layers.svg": layer_features(),
+        "shapes.svg": fixed_shapes(),
+        "way.svg": steps(),
+        "stages.svg": stages(),
+    }
 
 
 def mask() -> str:
@@ -132,6 +141,65 @@ def shared_pass() -> str:
         )
     )
     return svg(920, 422, "The shared-prefix forward pass: one frozen stream, and one class token per task", parts)
+
+
+def layer_features() -> str:
+    """Every block of the frozen network feeds all tasks: statistics of its output, then one linear layer per task."""
+    parts = [rectangle(24, 66, 96, 52, "box"), text(72, 97, "image", "bold middle"), arrow(120, 92, 160, 92)]
+    parts.append(text(160, 40, "frozen stream: stock timm, computed once", "small"))
+    for x, name in ((160, "block 1"), (310, "block 2"), (510, "block L-1"), (660, "block L")):
+        parts += [rectangle(x, 66, 110, 52, "frozen"), text(x + 55, 97, name, "bold middle")]
+        parts.append(arrow(x + 55, 118, x + 55, 150))
+        names = ("class token",) if name == "block L" else ("class token", "mean of patches", "std of patches")
+        parts += [text(x + 55, 170 + 18 * i, words, "small middle") for i, words in enumerate(names)]
+        parts.append(arrow(x + 55, 158 + 18 * len(names), x + 55, 232))
+    parts += [arrow(270, 92, 310, 92), arrow(420, 92, 452, 92), text(466, 95, "…", "middle"), arrow(480, 92, 510, 92)]
+    parts += [arrow(620, 92, 660, 92), rectangle(160, 232, 610, 40, "frozen")]
+    parts.append(text(465, 257, "layer features of the image, computed once for all tasks", "middle"))
+    for x, name, colour, labels in ((190, "task 1", "one", 3), (400, "task 2", "two", 40), (610, "task 3", "three", 2)):
+        parts += [arrow(x + 65, 272, x + 65, 308), rectangle(x, 308, 130, 50, colour)]
+        parts += [text(x + 65, 329, name, "bold middle"), text(x + 65, 348, f"head, {labels} labels", "small middle")]
+        parts.append(arrow(x + 65, 358, x + 65, 388))
+        parts.append(text(x + 65, 406, "logits", "middle"))
+    parts.append(text(32, 440, "A task with a token adds the logits of its token's head. No arrow points up.", "small"))
+    return svg(796, 462, "Every block of the frozen network feeds every task's layer head", parts)
+
+
+def fixed_shapes() -> str:
+    """One sum in the two orders that two shapes get, and one in a fixed shape."""
+    tiny, one = numpy.float32(2**-24), numpy.float32(1)
+    sequence, lanes = (tiny + one) + tiny, (tiny + tiny) + one
+    parts = [
+        text(32, 38, "A mask alone: the shape grows, the order of additions changes", "bold"),
+        text(32, 64, "task 1 alone: three keys, added one after another", "small"),
+        *cells(32, 76, ("2⁻²⁴", "1", "2⁻²⁴")),
+        text(460, 98, "(2⁻²⁴ + 1) + 2⁻²⁴"),
+        text(640, 98, f"= {sequence:.8f}", "bold"),
+        text(32, 142, "task 2 joined: three more keys, masked, with weight exactly 0, added in two lanes (colours)", "small"),
+        *cells(32, 154, ("2⁻²⁴", "1", "2⁻²⁴", "0", "0", "0"), ("one", "three", "one", "three", "one", "three")),
+        text(460, 176, "(2⁻²⁴ + 2⁻²⁴) + 1"),
+        text(640, 176, f"= {lanes:.8f}", "bold"),
+        text(32, 240, "Fixed shapes: a task's shape never changes, so neither does the order", "bold"),
+        text(32, 266, "task 1 alone: one slot of a tile is filled, the others are zero", "small"),
+        *cells(32, 278, ("task 1", *["0"] * 5), ("one", *["box"] * 5)),
+        text(460, 300, "same order"),
+        text(640, 300, "logits of task 1", "bold"),
+        text(32, 344, "tasks 2 and 3 joined: two more slots are filled", "small"),
+        *cells(32, 356, ("task 1", "task 2", "task 3", "0", "0", "0"), ("one", "two", "three", *["box"] * 3)),
+        text(460, 378, "same order"),
+        text(640, 378, "the same bits", "bold"),
+        text(32, 424, "Each addition rounds to float32. A library chooses the lanes, and so the order, by", "small"),
+        text(32, 444, "the shape and the number of threads. A real tile has 16 slots.", "small"),
+    ]
+    return svg(800, 466, "Why a mask alone changes bits, and what fixed shapes do", parts)
+
+
+def cells(x: float, y: float, words: tuple[str, ...], colours: tuple[str, ...] = ()) -> list[str]:
+    """A row of boxes with a word in each."""
+    parts = []
+    for i, (word, colour) in enumerate(zip(words, colours or ["one"] * len(words), strict=True)):
+        parts += [rectangle(x + 68 * i, y, 64, 34, colour), text(x + 68 * i + 32, y + 22, word, "middle")]
+    return parts
 
 
 def steps() -> str:
