@@ -175,7 +175,7 @@ def fixed_shapes() -> str:
         *cells(32, 76, ("2⁻²⁴", "1", "2⁻²⁴")),
         text(460, 98, "(2⁻²⁴ + 1) + 2⁻²⁴"),
         text(640, 98, f"= {sequence:.8f}", "bold"),
-        text(32, 142, "task 2 joined: three more keys, masked, with weight exactly 0, added in two lanes (colours)", "small"),
+        text(32, 142, "task 2 joined: three more keys, masked to exactly 0, added in two lanes (colours)", "small"),
         *cells(32, 154, ("2⁻²⁴", "1", "2⁻²⁴", "0", "0", "0"), ("one", "three", "one", "three", "one", "three")),
         text(460, 176, "(2⁻²⁴ + 2⁻²⁴) + 1"),
         text(640, 176, f"= {lanes:.8f}", "bold"),
