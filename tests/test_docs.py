@@ -267,8 +267,8 @@ def test_every_dotted_name_in_the_documents_exists() -> None:
 
 def test_the_drawings_are_what_their_script_draws() -> None:
     drawings = script("draw_method").drawings()
-    assert len(drawings) == 4
-    shown = (DOCS / "method.md").read_text() + (ROOT / "README.md").read_text()
+    assert len(drawings) == 6
+    shown = "".join(page.read_text() for page in (DOCS / "method.md", DOCS / "exactness.md", ROOT / "README.md"))
     for name, drawing in drawings.items():
         assert (DOCS / "images" / name).read_text(encoding="utf-8") == drawing, f"run scripts/draw_method.py: {name}"
         assert f"images/{name}" in shown
