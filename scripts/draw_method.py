@@ -205,14 +205,14 @@ def cells(x: float, y: float, words: tuple[str, ...], colours: tuple[str, ...] =
 def steps() -> str:
     """The steps from a folder of images to served predictions."""
     boxes = (
-        ("folder", "one folder per class;", "images known by sha256", "box"),
-        ("keep", "frozen activations, cached", "once per image", "frozen"),
+        ("folder", "one folder per class;", "images identified by sha256", "box"),
+        ("cache", "frozen activations, once", "per image and view", "frozen"),
         ("probes", "linear probe, layer probe:", "convex or in closed form", "box"),
         ("sweep", "candidates in parallel; a", "token if validation improves", "one"),
-        ("refit", "best candidate on all", "images; then calibration", "one"),
+        ("refit", "on training and validation", "images; then calibration", "one"),
         ("register", "artifact, golden probe and", "event in one transaction", "two"),
-        ("prove", "self-test; golden probe on", "the model as served", "two"),
-        ("serve", "all tasks in one forward", "pass; old bits unchanged", "three"),
+        ("verify", "self-test; golden probe on", "the model as served", "two"),
+        ("serve", "all tasks in one forward", "pass; old logits unchanged", "three"),
     )
     parts = []
     width, height, gap = 204, 92, 32
