@@ -61,7 +61,7 @@ class LearnConfig:
     Attributes:
         optimizer: `"adamw"`, or `"sgd"` with momentum as in the paper.
         num_memory_tokens: m, the number of memory tokens per layer; 0 trains the class token without memory.
-        head_only: train no token; the task is the better of the linear probe and the layer probe.
+        head_only: train no token; the task is the layer probe, or without `layer_head` the linear probe.
         layer_head: whether the head may also read layer features, which are statistics of every block's output.
         extends: references of registered tasks whose class and memory tokens this task attends to. `"auto"` tries the
             most promising tasks and extends those that lower the validation loss by more than one standard error.
