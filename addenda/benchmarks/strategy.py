@@ -107,7 +107,7 @@ class StreamClassifier(nn.Module):
 
 
 class MaskedMemory(SupervisedTemplate):  # type: ignore[misc]
-    """The paper's masked memory tokens as an Avalanche strategy: training on an experience learns and registers a task.
+    """An Avalanche strategy for `Learner`: training on an experience learns and registers a task.
 
     With task labels, an image is classified by its task; without, or if experiences share a label, by a router. The
     registry is the checkpoint: tasks of a repeated stream are found there, and an interrupted experience resumes from

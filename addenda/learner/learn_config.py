@@ -62,7 +62,7 @@ class LearnConfig:
         optimizer: `"adamw"`, or `"sgd"` with momentum as in the paper.
         num_memory_tokens: m, the number of memory tokens per layer; 0 trains the class token without memory.
         head_only: train no token; the task is the layer probe, or without `layer_head` the linear probe.
-        layer_head: whether the head may also read layer features, which are statistics of every block's output.
+        layer_head: whether the head may also read layer features, statistics of the output of every block but the last.
         extends: references of registered tasks whose class and memory tokens this task attends to. `"auto"` tries the
             most promising tasks and extends those that lower the validation loss by more than one standard error.
         adapter_rank: rank of the low-rank adapters in the task's own stream; 0 trains none, as in the paper. `"auto"`
