@@ -171,9 +171,9 @@ def export_model(
 ) -> None:
     """Exports the combined model of some tasks to one file that runs without Addenda.
 
-    The model maps preprocessed image tensors to each task's logits. Only Addenda's own forward pass guarantees equal bits.
+    The model maps preprocessed image tensors to each task's logits.
 
-    The file is written only if its logits match the recorded golden probes within a tolerance.
+    The file is written only if its logits match the golden probes within a tolerance: equal bits require Addenda.
     """
     from addenda import exporting
     from addenda.combined import recorded_backbone

@@ -12,7 +12,7 @@ from typer import Argument, Option
 
 import addenda
 from addenda.commands import options
-from addenda.exceptions import IntegrityError
+from addenda.exceptions import AddendaError, IntegrityError
 from addenda.terminal import console, plural, print_json, print_result, table
 
 
@@ -51,6 +51,8 @@ def verify(
     """
     from addenda.registry import TaskFilter
 
+    if names and include_retired:
+        raise AddendaError("--all verifies every version, retired ones included; give it without task names.")
     with options.open_registry(registry) as opened:
         refs = list(dict.fromkeys(opened.record(name).ref for name in names or ()))
         refs = refs or [r.ref for r in opened.tasks(TaskFilter(retired=include_retired))]

@@ -147,6 +147,7 @@ DATA = "the folder to learn from"
         (("backbones", "show", "vit_tiny_patch16_224", "--weights", "none.pth"), "'none.pth' does not exist"),
         (("tasks", "list", "--registry", "."), "is a folder; give a file, such as"),
         (("predict", "x.png", "--json", "--csv"), "give one of them"),
+        (("verify", "a", "--all"), "--all verifies every version, retired ones included; give it without task names."),
         (("predict", "x.png", "--task", "auto", "--task", "a"), "--task auto chooses among all tasks; give it alone"),
         (("serve", "--metrics-port", "65536"), "Invalid value for '--metrics-port'"),
         (("learn", "a", ".", "--seed", "4294967296"), "seed: Input should be less than or equal to 4294967295"),
