@@ -22,10 +22,10 @@ line, and 130 after Ctrl-C. `addenda --version` prints the version, and
 
 ## Shared options
 
-Commands that take one of these only name it.
+Commands that take one of these only name it; `NAME` is an argument.
 """
 SHARED = 3
-"""An option that so many commands describe in the same words is described once, at the top."""
+"""What so many commands describe in the same words is described once, at the top."""
 
 
 def main() -> None:
@@ -41,8 +41,8 @@ def page() -> str:
 
 
 def shared_rows(root: Any) -> dict[str, str]:
-    """The rows of the options that at least SHARED commands have; of several rows of a name, the most frequent."""
-    counts = Counter(row for command in commands(root) for row in options_of(command).items())
+    """The rows that at least SHARED commands have; of several rows of a name, the most frequent."""
+    counts = Counter(row for command in commands(root) for row in rows_of(command).items())
     shared: dict[str, str] = {}
     for (name, text), count in counts.most_common():
         if count >= SHARED:
@@ -66,32 +66,29 @@ def sections(group: Any, prefix: str, shared: Mapping[str, str]) -> Iterator[str
 
 
 def usage(command: Any, words: str, shared: Mapping[str, str]) -> Iterator[str]:
-    """The usage line of a command, a table of its arguments and own options, and the names of the shared ones."""
+    """The usage line of a command, a table of its own arguments and options, and the names of the shared ones."""
     arguments = [param for param in command.params if param.param_type_name == "argument"]
     options = [param for param in command.params if param.param_type_name == "option"]
     call = [placeholder(argument) for argument in arguments]
     call += [f"{option.opts[0]} VALUE" for option in options if option.required] + ["[OPTIONS]"] * bool(options)
     yield f"```text\n{' '.join([words, *call])}\n```\n"
-    rows = {placeholder(argument): described(argument) for argument in arguments}
-    also = []
-    for name, text in options_of(command).items():
-        if shared.get(name) == text:
-            also.append(f"`{name.partition(' ')[0]}`")
-        else:
-            rows[name] = text
-    if rows:
-        yield table(rows)
-    if also:
+    rows = rows_of(command)
+    if own := {name: text for name, text in rows.items() if shared.get(name) != text}:
+        yield table(own)
+    if also := [f"`{name.partition(' ')[0]}`" for name in rows if name not in own]:
         yield wrapped(f"Shared: {', '.join(also)}.") + "\n"
 
 
-def options_of(command: Any) -> dict[str, str]:
-    """The names of a command's options, with a placeholder if they take a value, and their descriptions."""
+def rows_of(command: Any) -> dict[str, str]:
+    """The names of a command's arguments and options, with VALUE if an option takes one, and their descriptions."""
     rows = {}
-    for option in command.params:
-        if option.param_type_name == "option":
-            names = ", ".join([*option.opts, *option.secondary_opts])
-            rows[names if option.is_flag else f"{names} VALUE"] = described(option)
+    for param in command.params:
+        names = ", ".join([*param.opts, *param.secondary_opts])
+        if param.param_type_name == "argument":
+            names = placeholder(param)
+        elif not param.is_flag:
+            names += " VALUE"
+        rows[names] = described(param)
     return rows
 
 
