@@ -102,7 +102,9 @@ def bench_continual(
     from addenda.benchmarks.continual.report import print_report
 
     if split is not None and not hasattr(read_config(stream).data, "num_experiences"):
-        raise AddendaError(f"--split requires a folder or a stream of one dataset; {stream!r} has its own experiences.")
+        raise AddendaError(
+            f"{stream!r} has fixed experiences; omit --split, which is for folders and streams of one dataset."
+        )
     config = read_config(stream, {
         "backbone": {"name": backbone, "weights": weights, "mean": options.numbers(mean), "std": options.numbers(std)},
         "baselines": {"epochs": epochs, "autocast": bf16}, "seeds": seeds, "jobs": jobs,
@@ -232,7 +234,7 @@ def bench_serving(
 
 def _counts(option: str, text: str) -> list[int]:
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
-        raise AddendaError(f"{option} must be numbers separated by commas, such as 1,2, not {text!r}.")
+        raise AddendaError(f"{option} must be whole numbers from 1, such as '1,2'; got {text!r}.")
     return [int(count) for count in text.split(",")]
 
 

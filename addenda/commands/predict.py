@@ -233,5 +233,5 @@ def _router(registry: addenda.Registry, model: addenda.CombinedModel) -> Router:
             err=True,
         )
     if not usable:
-        raise DataError("No registered task has routing statistics.")
+        raise DataError("No registered task has routing statistics, so none can be chosen; name tasks with --task.")
     return Router(usable)

@@ -107,7 +107,7 @@ def test_verify_record_stores_a_probe_for_changed_numerics(
 def test_aliases_and_retirement(run: Run, learned: Result, digits_folder: Path) -> None:
     assert "ones@production points at ones:1" in run("tasks", "alias", "ones", "production").out
     assert run("evaluate", "ones@production", digits_folder).code == 0
-    assert "'ones@production' points at it" in run("tasks", "retire", "ones").err
+    assert "'ones@production' points at 'ones:1', which would be retired" in run("tasks", "retire", "ones").err
     assert run("tasks", "alias", "ones", "production", "--remove").code == 0
     assert run("tasks", "retire", "ones").code == 0
     assert "0 tasks in" in run("tasks", "list").out
