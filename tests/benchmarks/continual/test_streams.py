@@ -383,7 +383,7 @@ def test_two_datasets_with_one_name_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "is empty."),
+        ("", "is empty; it must have a path and a number per line."),
         ("no number\nat all here\n", "must have a path and a number per line"),
         ("clipart/c000/99.jpg 0\n", "99.jpg', which does not exist."),
         ("clipart/other/0.jpg 0\n", "has class 'other', which "),
