@@ -36,7 +36,7 @@ def root(
         bool, Option(TRACEBACK, help="Print the traceback of an unexpected error. Accepted at any position.")
     ] = False,
 ) -> None:
-    """Adds vision tasks to a frozen Vision Transformer; every earlier task keeps its outputs, bit for bit."""
+    """Adds vision tasks to a frozen Vision Transformer; every earlier task keeps its logits, bit for bit."""
     if version:
         typer.echo(__version__)
         raise typer.Exit

@@ -120,7 +120,7 @@ def check_private(folder: Path) -> None:
     if status.st_uid != os.geteuid():
         raise PermissionError(f"{str(folder)!r} belongs to another user (uid {status.st_uid})")
     if status.st_mode & 0o022:
-        raise PermissionError(f"{str(folder)!r} is writable by other users; run chmod go-w on it")
+        raise PermissionError(f"{str(folder)!r} is writable by its group or others; run chmod go-w on it")
 
 
 def output_folder(folder: Path) -> None:
@@ -134,7 +134,7 @@ def output_folder(folder: Path) -> None:
             )
     except OSError as error:
         raise DataError(
-            f"The folder {str(folder)!r} is not writable ({error.strerror}). Pass another folder with --out."
+            f"The folder {str(folder)!r} cannot be used ({error.strerror}). Pass another folder with --out."
         ) from error
 
 

@@ -205,7 +205,10 @@ def test_the_page_of_all_commands_is_what_they_say_of_themselves() -> None:
 def test_required_options_are_marked() -> None:
     text = (DOCS / "commands.md").read_text()
     assert "\naddenda bench paper DATA --out VALUE --sets VALUE [OPTIONS]\n" in text
-    assert "| `--sets VALUE` | Names of the datasets, separated by commas, in order. Required. |" in text
+    assert (
+        "| `--sets VALUE` | Datasets in DATA, separated by commas, in the order for pairs and collapse. Required. |"
+        in text
+    )
 
 
 @pytest.mark.filterwarnings("ignore")  # Avalanche and its imports emit warnings
@@ -220,9 +223,11 @@ def test_the_names_of_methods_are_those_that_the_commands_take() -> None:
     assert listed == [*methods, *paper_grid.KNOWN]
     offered = METHODS.partition(": ")[2].partition(" of any rank")[0].split(", ")
     assert sorted(offered) == sorted(methods)
-    kinds, _, defaults = PAPER_METHODS.partition(": ")[2].partition("; M memory tokens per layer, rank R. Default: ")
+    kinds, _, rest = PAPER_METHODS.partition(": ")[2].partition("; with M memory tokens per layer and rank R ")
     assert sorted(kinds.split(", ")) == sorted(paper_grid.KNOWN)
-    assert defaults.rstrip(".").split(", ") == list(paper_grid.METHODS)
+    sized = rest.partition("Default: all, with ")[2].rstrip(".").split(", ")
+    assert sorted(sized) == sorted(name for name in paper_grid.METHODS if re.search(r"-\d+$", name))
+    assert {name for name in paper_grid.KNOWN if not name.endswith(("-M", "-R"))} == set(paper_grid.METHODS) - {*sized}
 
 
 def test_every_make_target_that_the_documents_name_exists() -> None:

@@ -166,7 +166,7 @@ def test_a_report_replaces_no_file_of_somebody_else(tmp_path: Path) -> None:
     output_folder(tmp_path / "new")
     (tmp_path / "new" / "report.md").write_text("ours")
     output_folder(tmp_path / "new")
-    with pytest.raises(DataError, match="is not writable"):
+    with pytest.raises(DataError, match="cannot be used"):
         output_folder(tmp_path / "report.md")
 
 

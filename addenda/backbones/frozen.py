@@ -64,7 +64,7 @@ class FrozenBackbone:
     ) -> None:
         reason = obstacle(model)
         if reason is not None:
-            raise BackboneError(f"Backbone {name!r} cannot carry task tokens: {reason}.")
+            raise BackboneError(f"Backbone {name!r} cannot carry task tokens: {reason}. See: addenda backbones list")
         config = resolve_model_data_config(model)
         self.preprocessing: dict[str, Any] = {
             "input_size": [3, *model.patch_embed.img_size],
@@ -76,7 +76,9 @@ class FrozenBackbone:
         }
         for parameter, weight in model.named_parameters():
             if not weight.detach().isfinite().all():
-                raise BackboneError(f"Weight {parameter!r} of backbone {name!r} ({source}) holds NaN or infinity.")
+                raise BackboneError(
+                    f"Weight {parameter!r} of backbone {name!r} ({source}) holds NaN or infinity; use other weights."
+                )
         self.name, self.source = name, source
         self.precision, self.device = precision, torch.device(device)
         self.precision_name = str(precision).removeprefix("torch.")
@@ -124,7 +126,9 @@ class FrozenBackbone:
                 f"got {list(images.shape)}. Use `backbone.transform`."
             )
         if not images.is_floating_point():
-            raise BackboneError(f"Images must be floating point and normalised; got {images.dtype}.")
+            raise BackboneError(
+                f"Images must be floating point and normalised; got {images.dtype}. Use `backbone.transform`."
+            )
 
     def check_unchanged(self) -> None:
         """Raises IntegrityError if a module or weight has changed since loading; hashes all weights."""
@@ -159,7 +163,8 @@ class FrozenBackbone:
         if not isinstance(self.family, VisionTransformerFamily):
             timm_class = self.family.TIMM_CLASS.__name__
             raise BackboneError(
-                f"{method} is for timm's VisionTransformer; backbone {self.name!r} is timm's {timm_class}."
+                f"{method} requires timm's VisionTransformer; backbone {self.name!r} is timm's {timm_class}. Leave the "
+                "method out, or choose another backbone."
             )
 
     def first_blocks(self, depth: int) -> FrozenBackbone:
@@ -241,7 +246,10 @@ class FrozenBackbone:
         """
         reason = self.adapter_obstacle()
         if reason is not None:
-            raise BackboneError(f"Backbone {self.name!r} cannot carry adapters: {reason}.")
+            raise BackboneError(
+                f"Backbone {self.name!r} cannot carry adapters: {reason}. Learn without adapters, or choose another "
+                "backbone."
+            )
         attn, mlp = self.blocks[0].attn, self.blocks[0].mlp
         layers = {"proj": attn.proj, "fc1": mlp.fc1, "fc2": mlp.fc2}
         queries = (self.embed_dim, attn.proj.in_features)

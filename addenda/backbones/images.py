@@ -58,9 +58,9 @@ def read_image(
         with Image.open(file, formats=formats) as image:
             size = f"{label} has {image.width} x {image.height} pixels"
             if max_pixels is not None and image.width * image.height > max_pixels:
-                raise TooLargeError(f"{size}; the maximum is {max_pixels}.")
+                raise TooLargeError(f"{size}; the maximum is {max_pixels}. Scale it down.")
             if max_pixels is not None and max(image.size) > MAX_ASPECT * min(image.size):
-                raise TooLargeError(f"{size}; one side may be at most {MAX_ASPECT} times as long as the other.")
+                raise TooLargeError(f"{size}; the maximum aspect ratio is {MAX_ASPECT}:1. Crop it.")
             return prepared(image, label)
 
     with _pillow_errors(label, formats):

@@ -102,7 +102,9 @@ def _device(device: str | torch.device) -> torch.device:
         resolved = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         torch.empty(0, device=resolved, dtype=torch.float32)
     except (RuntimeError, AssertionError) as error:
-        raise BackboneError(f"Device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
+        raise BackboneError(
+            f"Device {str(device)!r} cannot be used: {str(error).splitlines()[0].rstrip('.')}. Use auto, cpu or cuda:N."
+        ) from error
     if resolved.type == "cuda":
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.benchmark = False
@@ -165,14 +167,15 @@ def _from_file(name: str, path: Path) -> Any:
         if key in state and key in expected and state[key].shape != expected[key].shape:
             raise BackboneError(
                 f"Weights file {str(path)!r} does not fit {name!r}: {key} has shape {list(state[key].shape)}, not "
-                f"{list(expected[key].shape)}. Its patch size or input size differs."
+                f"{list(expected[key].shape)}. Name the model that the file is of: patch size or input size differs."
             )
     try:
         model.load_state_dict(FAMILIES[type(model)].convert(state, model))
     except (RuntimeError, KeyError, AttributeError, IndexError) as error:
         lines = [line.strip() for line in str(error).splitlines()]
         raise BackboneError(
-            f"Weights file {str(path)!r} does not fit {name!r}: {' '.join(lines[1:3] or lines)[:300]}"
+            f"Weights file {str(path)!r} does not fit {name!r}: {' '.join(lines[1:3] or lines)[:300].rstrip('.')}. "
+            "Name the model that the file is of."
         ) from error
     return model
 

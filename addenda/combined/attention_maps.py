@@ -30,7 +30,9 @@ def attention_map(
         RegistryError: the task is head-only, without a class token.
     """
     if task.class_token is None:
-        raise RegistryError(f"Task {task.ref!r} is head-only: it has no class token, so it has no attention map.")
+        raise RegistryError(
+            f"Task {task.ref!r} is head-only: without class token there is no attention map. Choose a task with one."
+        )
     layout = Layout(TileStore(backbone), [task], sizes=None)
     task_tile, slot = layout.slot[task.sha256]
     batches: list[Tensor] = []

@@ -23,6 +23,9 @@ from addenda.combined.tiles import Layout, TileStore
 from addenda.exceptions import BackboneError, ExactnessError, RegistryError, UnknownTaskError
 from addenda.registry import Task
 
+RELEARN = "Run `addenda verify --deep`, or learn the task again."
+"""What to do about a task that does not fit the backbone of its fingerprint."""
+
 
 class TaskLogits(dict[str, Tensor]):
     """Logits Float[B, C] of each task, by name.
@@ -103,7 +106,7 @@ class CombinedModel:
                 _check_fits(member, self.backbone)
             if self.tasks.setdefault(task.name, task).sha256 != task.sha256:
                 raise RegistryError(
-                    f"Two different tasks are named {task.name!r}; a combined model can hold only one of them."
+                    f"Two different tasks are named {task.name!r}; a combined model can hold one. Leave one out."
                 )
         now = runtime_settings(self.backbone), operations_sample()
         if now != self._settings:  # bits may differ: share nothing
@@ -247,33 +250,36 @@ def _check_fits(task: Task, backbone: FrozenBackbone) -> None:
         )
     if task.head_weight.shape[1] != backbone.embed_dim:
         raise RegistryError(
-            f"Task {task.ref!r} reads features of {task.head_weight.shape[1]} dimensions; backbone {backbone.name!r} "
-            f"has {backbone.embed_dim}."
+            f"Task {task.ref!r} does not fit backbone {backbone.name!r}: its features have {task.head_weight.shape[1]} "
+            f"dimensions, not {backbone.embed_dim}. {RELEARN}"
         )
     if task.num_layer_features not in (0, backbone.num_layer_features):
         raise RegistryError(
-            f"Task {task.ref!r} reads {task.num_layer_features} layer features; backbone {backbone.name!r} has "
-            f"{backbone.num_layer_features}."
+            f"Task {task.ref!r} does not fit backbone {backbone.name!r}: it reads {task.num_layer_features} layer "
+            f"features, not {backbone.num_layer_features}. {RELEARN}"
         )
     for parent in task.parents:
         if parent.class_token is None:
             raise RegistryError(
-                f"Task {task.ref!r} extends {parent.ref!r}, which is head-only: it has no class token to attend to."
+                f"Task {task.ref!r} extends {parent.ref!r}, which is head-only: it has no class token to attend to. "
+                "Extend another task."
             )
     if task.memory is not None and (len(task.memory), task.memory.shape[2]) != (backbone.depth, backbone.embed_dim):
         raise RegistryError(
-            f"Task {task.ref!r} has memory {list(task.memory.shape)}; backbone {backbone.name!r} has {backbone.depth} "
-            f"layers of {backbone.embed_dim} dimensions."
+            f"Task {task.ref!r} does not fit backbone {backbone.name!r}: its memory is {list(task.memory.shape)}, not "
+            f"of {backbone.depth} layers and {backbone.embed_dim} dimensions. {RELEARN}"
         )
     if not task.adapters:
         return
     reason = backbone.adapter_obstacle()
     if reason is not None:
-        raise BackboneError(f"Task {task.ref!r} has adapters, which backbone {backbone.name!r} cannot carry: {reason}.")
+        raise BackboneError(
+            f"Task {task.ref!r} has adapters, which backbone {backbone.name!r} cannot carry: {reason}. {RELEARN}"
+        )
     shapes = {site: (len(down), down.shape[-1], up.shape[1]) for site, (down, up) in task.adapters.items()}
     expected = {site: (backbone.depth, *ends) for site, ends in backbone.adapter_shapes().items()}
     if shapes != expected:
         raise RegistryError(
-            f"Task {task.ref!r} has adapters of (layers, inputs, outputs) {shapes}; backbone {backbone.name!r} "
-            f"requires {expected}."
+            f"Task {task.ref!r} does not fit backbone {backbone.name!r}: its adapters (layers, inputs, outputs) are "
+            f"{shapes}, not {expected}. {RELEARN}"
         )

@@ -26,7 +26,8 @@ def recorded_backbone(
     if len(records) > 1:
         names = ", ".join(b["name"] for b in records)
         raise BackboneError(
-            f"The registry has tasks on several backbones ({names}). Name a task or, with `learn`, pass --backbone."
+            f"The registry has tasks on several backbones ({names}). Name a task, pass --backbone (`learn`), or serve "
+            "each backbone from its own registry (`serve`)."
         )
     (record,) = records
     recorded_path = record["source"] if record["source"] not in ("hub", "embedded") else None
@@ -46,12 +47,13 @@ def recorded_backbone(
     if loaded.preprocessing != preprocessing:
         raise IntegrityError(
             f"Backbone {record['name']!r} as loaded has preprocessing {loaded.preprocessing}; "
-            f"the registry's tasks were learned with {preprocessing}."
+            f"the registry's tasks were learned with {preprocessing}. Use the version of timm that they were "
+            "learned with, and run `addenda verify --deep`."
         )
     if loaded.fingerprint != record["fingerprint"]:
         raise IntegrityError(
             f"Backbone {record['name']!r} as loaded from {str(weights or record['source'])!r} has fingerprint "
             f"{loaded.fingerprint[:12]}…; the registry's tasks were learned on {record['fingerprint'][:12]}…. "
-            "The weights differ."
+            "The weights differ; pass the right ones with --weights FILE."
         )
     return loaded

@@ -45,7 +45,7 @@ def backbones_list(
 
 @app.command("show")
 def backbones_show(
-    name: Annotated[str, Argument(help="timm model name, or 'glyphs'.")],
+    name: Annotated[str, Argument(help=options.TIMM_NAME)],
     weights: options.TimmWeights = None,
     mean: options.Mean = None,
     std: options.Std = None,

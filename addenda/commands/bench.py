@@ -18,17 +18,16 @@ from addenda.commands import options
 from addenda.exceptions import AddendaError
 from addenda.terminal import print_json, progress
 
-BackboneOption = Annotated[str, Option("--backbone", help="timm model name, or 'glyphs'.")]
-STREAM_BACKBONE = f"timm model name, or 'glyphs'. Default: the stream's, else {options.DEFAULT_BACKBONE}."
+BackboneOption = Annotated[str, Option("--backbone", help=options.TIMM_NAME)]
+STREAM_BACKBONE = f"{options.TIMM_NAME} Default: the stream's, else {options.DEFAULT_BACKBONE}."
 METHODS = (
     "Methods, separated by commas: addenda, addenda-adapters, naive, joint, ewc, lwf, replay, slda, nearest-mean, "
     "ranpac, linear-probe, full, lora-R of any rank R. Default: the stream's, else all of these, with lora-8."
 )
 PAPER_METHODS = (
     "Methods, separated by commas: full, lora-R, unmasked-M, attentive, head, head+class, memory-M, adapters-R, "
-    "linear-probe, layer-probe, default, default+adapters, pairs, collapse; M memory tokens per layer, rank R. "
-    "Default: full, lora-8, attentive, head, head+class, memory-1, memory-5, memory-10, memory-20, unmasked-5, "
-    "adapters-8, linear-probe, layer-probe, default, default+adapters, pairs, collapse."
+    "linear-probe, layer-probe, default, default+adapters, pairs, collapse; with M memory tokens per layer and rank R "
+    "(docs/avalanche.md). Default: all, with lora-8, memory-1, memory-5, memory-10, memory-20, unmasked-5, adapters-8."
 )
 
 
@@ -68,17 +67,24 @@ def bench_continual(
     seeds: Annotated[int | None, Option(min=1, help="Number of seeds. Default: the stream's, else 3.")] = None,
     jobs: Annotated[int | None, Option(min=1, help="Parallel processes. Default: the stream's, else 1.")] = None,
     limit: Annotated[
-        int | None, Option(min=4, help="Maximum training images per experience. Default: the stream's, else all.")
+        int | None,
+        Option(
+            min=4,
+            help="Training images per experience, at most, balanced over classes. Default: the stream's, else all.",
+        ),
     ] = None,
     test_limit: Annotated[
-        int | None, Option(min=1, help="Maximum test images per experience. Default: the stream's, else all.")
+        int | None,
+        Option(
+            min=1, help="Test images per experience, at most, balanced over classes. Default: the stream's, else all."
+        ),
     ] = None,
     epochs: Annotated[
         int | None, Option(min=1, help="Training epochs of the baselines. Default: the stream's, else 4.")
     ] = None,
     bf16: Annotated[bool | None, Option("--bf16", help="Train the baselines under bfloat16 autocast.")] = None,
     download: Annotated[
-        bool | None, Option("--download", help="Download missing images where a source allows it.")
+        bool | None, Option("--download", help="Download missing images, if their source allows it.")
     ] = None,
     backbone: Annotated[str | None, Option("--backbone", help=STREAM_BACKBONE)] = None,
     weights: options.TimmWeights = None,
@@ -96,7 +102,9 @@ def bench_continual(
     from addenda.benchmarks.continual.report import print_report
 
     if split is not None and not hasattr(read_config(stream).data, "num_experiences"):
-        raise AddendaError(f"--split requires a folder or a stream of one dataset; {stream!r} has its own experiences.")
+        raise AddendaError(
+            f"{stream!r} has fixed experiences; omit --split, which is for folders and streams of one dataset."
+        )
     config = read_config(stream, {
         "backbone": {"name": backbone, "weights": weights, "mean": options.numbers(mean), "std": options.numbers(std)},
         "baselines": {"epochs": epochs, "autocast": bf16}, "seeds": seeds, "jobs": jobs,
@@ -160,7 +168,7 @@ def bench_cost(
 ) -> None:
     """Times the combined forward pass of many tasks.
 
-    Compares it with the backbone alone, the paper's dense mask and one forward pass per task.
+    Compares it with the backbone alone, a dense attention mask and one forward pass per task.
     """
     from addenda.benchmarks.cost import FULL, QUICK, run_cost
 
@@ -172,7 +180,7 @@ def bench_cost(
 def bench_registry(
     registry: Annotated[
         list[str] | None,
-        Option(help="An empty database to measure too, such as a PostgreSQL URL; it stays filled. May be given again."),
+        Option(help="An empty database to measure too, such as a PostgreSQL URL; it stays filled. Repeat for several."),
     ] = None,
     tasks: Annotated[int, Option(min=40, help="Number of tasks to register and load.")] = 1000,
     listed: Annotated[int, Option(min=100, help="Length of the task list from which pages are read.")] = 100_000,
@@ -226,7 +234,7 @@ def bench_serving(
 
 def _counts(option: str, text: str) -> list[int]:
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
-        raise AddendaError(f"{option} must be numbers separated by commas, such as 1,2, not {text!r}.")
+        raise AddendaError(f"{option} must be whole numbers from 1, such as '1,2'; got {text!r}.")
     return [int(count) for count in text.split(",")]
 
 
@@ -234,10 +242,10 @@ def _counts(option: str, text: str) -> list[int]:
 def bench_training(
     data: Annotated[Path, Argument(help="A folder with train/ and test/, each with class folders.")],
     quick: Annotated[bool, Option("--quick", help="200 images, fewer rounds: takes under two minutes.")] = False,
-    limit: Annotated[int, Option(min=20, help="Maximum training images, drawn at random.")] = 1000,
+    limit: Annotated[int, Option(min=20, help="Training images, at most, drawn at random.")] = 1000,
     rounds: Annotated[int, Option(min=2, help="Measured rounds.")] = 5,
     dense_epochs: Annotated[
-        int, Option(min=1, help="Epochs that the dense mask is actually trained for; the rest is extrapolated.")
+        int, Option(min=1, help="Epochs for which the dense mask is trained; the rest is extrapolated.")
     ] = 2,
     out: Annotated[
         Path | None, Option(help="Folder for the table, the plot and the JSON. Default: print the table only.")
@@ -249,7 +257,7 @@ def bench_training(
     precision: options.Precision = None,
     device: options.Device = "auto",
 ) -> None:
-    """Measures time and memory of learning against timm's forward pass, the paper's dense mask and full fine-tuning."""
+    """Measures time and memory of learning against timm's forward pass, a dense mask and full fine-tuning."""
     from addenda.benchmarks.training.learning_cost import run_training
 
     loaded = options.load_backbone(backbone, weights, mean, std, precision, device)
@@ -260,15 +268,22 @@ def bench_training(
 def bench_paper(
     data: Annotated[Path, Argument(help="A folder of datasets, each with train/ and test/.")],
     out: Annotated[Path, Option(help="Folder of the results; an interrupted run in it is resumed.")],
-    sets: Annotated[str, Option(help="Names of the datasets, separated by commas, in order.")],
+    sets: Annotated[str, Option(help="Datasets in DATA, separated by commas, in the order for pairs and collapse.")],
     seeds: Annotated[int, Option(min=1, help="Number of seeds.")] = 3,
-    limit: Annotated[int | None, Option(min=4, help="Maximum training images per dataset. Default: all.")] = None,
+    limit: Annotated[
+        int | None, Option(min=4, help="Training images per dataset, at most, balanced over classes. Default: all.")
+    ] = None,
     methods: Annotated[str | None, Option(help=PAPER_METHODS)] = None,
-    epochs: Annotated[int, Option(min=1, help="Maximum training epochs of Addenda's methods.")] = 30,
-    baseline_epochs: Annotated[
-        int, Option(min=1, help="Maximum training epochs of full, lora, unmasked and attentive.")
+    epochs: Annotated[
+        int, Option(min=1, help="Epochs of head+class, memory, adapters and pairs; early stopping may end sooner.")
     ] = 30,
-    views: Annotated[int, Option(min=0, help="Random views of each training image; 0 for the image itself only.")] = 3,
+    baseline_epochs: Annotated[
+        int, Option(min=1, help="Epochs of full, lora, unmasked and attentive; validation selects one.")
+    ] = 30,
+    views: Annotated[
+        int,
+        Option(min=0, help="Random views of each training image; default, default+adapters and probes have their own."),
+    ] = 3,
     bf16: Annotated[
         bool, Option("--bf16", help="Train full, lora, unmasked and attentive under bfloat16 autocast.")
     ] = False,
@@ -278,7 +293,10 @@ def bench_paper(
     std: options.Std = None,
     device: options.Device = "auto",
 ) -> None:
-    """Compares the paper's methods, masked and unmasked, with LoRA and full fine-tuning on any datasets and seeds."""
+    """Compares learnable memory (Sandler et al., 2022), masked and unmasked, with LoRA and full fine-tuning.
+
+    Exits with 1 if any bit of a logit of a task in `pairs` changed beside the others.
+    """
     from addenda.benchmarks.baselines.paper_methods import BaselineConfig
     from addenda.benchmarks.paper import paper_grid
 

@@ -17,9 +17,9 @@ from addenda.terminal import minute, plural, print_json, print_result, size, tab
 if TYPE_CHECKING:
     from addenda.registry import Received
 
-RenameOption = Annotated[list[str] | None, Option(help="OLD=NEW: add task OLD under the name NEW. May be given again.")]
+RenameOption = Annotated[list[str] | None, Option(help="OLD=NEW: add task OLD under the name NEW; repeat for several.")]
 DryRunOption = Annotated[
-    bool, Option("--dry-run", help="Show what would be added and change nothing; the registry must exist.")
+    bool, Option("--dry-run", help="Show what would be added and change nothing; --registry must exist already.")
 ]
 
 app = typer.Typer(no_args_is_help=True, help="The registry as a database: event log, checks, backups.")
@@ -29,7 +29,7 @@ app = typer.Typer(no_args_is_help=True, help="The registry as a database: event 
 def db_log(
     name: Annotated[str | None, Argument(help="Show only the events of this task. Default: all events.")] = None,
     after: Annotated[int, Option(min=0, help="Show only events after this generation.")] = 0,
-    limit: Annotated[int, Option(min=1, help="Maximum number of events; the newest are shown.")] = 50,
+    limit: Annotated[int, Option(min=1, help="Number of events, at most; the newest are shown.")] = 50,
     registry: options.Registry = options.DEFAULT_REGISTRY,
     as_json: options.Json = False,
 ) -> None:
@@ -74,7 +74,7 @@ def db_check(registry: options.Registry = options.DEFAULT_REGISTRY) -> None:
 
 @app.command("backup")
 def db_backup(
-    file: Annotated[Path, Argument(help="SQLite file to create.")],
+    file: Annotated[Path, Argument(help="New SQLite file to write.")],
     registry: options.Registry = options.DEFAULT_REGISTRY,
 ) -> None:
     """Copies a registry, SQLite or PostgreSQL, to a new SQLite file, even while it is written, and checks the copy."""
@@ -106,7 +106,7 @@ def export(
     names: Annotated[
         list[str], Argument(help="Tasks: NAME, NAME:VERSION or NAME@ALIAS. The tasks that they extend are included.")
     ],
-    out: Annotated[Path, Option("--out", "-o", help="Bundle to write, such as birds.addenda.")],
+    out: Annotated[Path, Option("--out", "-o", help="New bundle to write, such as birds.addenda.")],
     registry: options.Registry = options.DEFAULT_REGISTRY,
 ) -> None:
     """Exports tasks to a bundle, a single file that another registry can import."""
@@ -123,7 +123,7 @@ def import_(
     registry: options.Registry = options.DEFAULT_REGISTRY,
     as_json: options.Json = False,
 ) -> None:
-    """Imports the tasks of a bundle, all or none; creates the registry if it does not exist."""
+    """Imports the tasks of a bundle in one transaction; creates the registry if it does not exist."""
     with options.open_registry(registry, not dry_run) as opened:
         _print_received(opened.import_bundle(bundle, _renames(rename), dry_run), dry_run, as_json)
 
@@ -136,7 +136,7 @@ def merge(
     registry: options.Registry = options.DEFAULT_REGISTRY,
     as_json: options.Json = False,
 ) -> None:
-    """Copies every task of another registry, with retirements and aliases that are not taken; all or none."""
+    """Copies all tasks of another registry into this one, with retirements and free aliases, in one transaction."""
     with addenda.Registry.open(other, read_only=True) as source, options.open_registry(registry, not dry_run) as opened:
         _print_received(opened.merge(source, _renames(rename), dry_run), dry_run, as_json)
 
@@ -159,9 +159,10 @@ def _print_received(received: Sequence[Received], dry_run: bool, as_json: bool) 
 
 
 def export_model(
-    out: Annotated[Path, Option("--out", "-o", help="File to write: NAME.pt2, or NAME.onnx with --format onnx.")],
+    out: Annotated[Path, Option("--out", "-o", help="New file to write: NAME.pt2, or NAME.onnx with --format onnx.")],
     tasks: Annotated[
-        str | None, Option(help="NAME, NAME:VERSION or NAME@ALIAS, separated by commas. Default: all active tasks.")
+        str | None,
+        Option(help="NAME, NAME:VERSION or NAME@ALIAS, separated by commas. Default: the newest version of each task."),
     ] = None,
     format: Annotated[str, Option(help="Format: torch-export or onnx.")] = "torch-export",
     registry: options.Registry = options.DEFAULT_REGISTRY,
@@ -170,9 +171,9 @@ def export_model(
 ) -> None:
     """Exports the combined model of some tasks to one file that runs without Addenda.
 
-    The model takes images and returns the logits of each task. Before the file is put in place, its logits for the
-    golden probes are compared with the recorded ones, within a tolerance: only Addenda's own forward pass guarantees
-    equal bits.
+    The model maps preprocessed image tensors to each task's logits.
+
+    The file is written only if its logits match the golden probes within a tolerance: equal bits require Addenda.
     """
     from addenda import exporting
     from addenda.combined import recorded_backbone

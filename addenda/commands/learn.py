@@ -41,61 +41,60 @@ def learn(
         Path | None,
         Option(help="Test images, evaluated once: a folder or listing. Default: the test split of DATA, if any."),
     ] = None,
-    memory: Annotated[
-        list[int] | None, Option(help="Memory tokens per layer. May be given again to try several values. Default: 5.")
-    ] = None,
+    memory: Annotated[list[int] | None, Option(help=f"Memory tokens per layer. {options.REPEAT} Default: 5.")] = None,
     head_only: Annotated[
         bool | None,
-        Option("--head-only", help="Learn no tokens: the task is the better of the linear and layer probe."),
+        Option("--head-only", help="Train no tokens: the task is the layer probe (--no-layer-head: the linear probe)."),
     ] = None,
     layer_head: Annotated[
         bool | None,
         Option(
             "--layer-head/--no-layer-head",
-            help="Let the head read the output of every block too, where that helps. Default: yes.",
+            help="Let the head also read the layer features of earlier blocks, weighted by cross-validation. "
+            "Default: yes.",
         ),
     ] = None,
     group_by: Annotated[
         str | None,
         Option(
-            help="Regular expression that finds an image's group, such as its video, in the file's path. Images of one "
-            "group are held out for validation together or not at all. Default: no groups."
+            help="Regular expression: its match, or first capture group, in an image's path within DATA is the image's "
+            "group, such as a video. Validation holds out whole groups. Default: no groups."
         ),
     ] = None,
     adapter_rank: Annotated[
         list[str] | None,
         Option(
-            help="Rank of the task's adapters (low-rank updates). May be given again to try several. 'auto' tries rank "
-            "8 and keeps it only where validation improves. Default: 0, no adapters."
+            help=f"Rank of the task's adapters (low-rank updates). {options.REPEAT} 'auto' tries rank 8 and keeps it "
+            "if validation loss falls by more than one standard error. Default: 0, no adapters."
         ),
     ] = None,
     adapter_lr: Annotated[
         list[float] | None,
-        Option(
-            help="Learning rate of the adapters. May be given again to try several. Default: 0.001 and 0.002 (sgd: 0.1 "
-            "and 0.3)."
-        ),
+        Option(help=f"Learning rate of the adapters. {options.REPEAT} Default: 0.001 and 0.002 (sgd: 0.1 and 0.3)."),
     ] = None,
     extends: Annotated[
         list[str] | None,
         Option(
-            help="Registered task whose tokens this task attends to. May be given again. 'auto' takes the tasks that "
-            "improve validation, or none. Default: none."
+            help="Registered task whose tokens this task attends to; repeat for several. 'auto' tries the most "
+            "promising and keeps those that lower validation loss by more than one standard error. Default: none."
         ),
     ] = None,
-    epochs: Annotated[int | None, Option(help="Maximum number of training epochs. Default: 30.")] = None,
+    epochs: Annotated[int | None, Option(help="Training epochs; early stopping may end sooner. Default: 30.")] = None,
     batch_size: Annotated[int | None, Option(help="Images per optimiser step. Default: 64.")] = None,
     lr: Annotated[
         list[float] | None,
         Option(
-            help="Learning rate of class token and memory tokens. May be given again to try several. Default: 0.001 "
-            "and 0.003 (sgd: 0.1, 0.3 and 1.0)."
+            help=f"Learning rate of class token and memory tokens. {options.REPEAT} Default: 0.001 and 0.003 (sgd: "
+            "0.1, 0.3 and 1.0)."
         ),
     ] = None,
     weight_decay: Annotated[
-        list[float] | None, Option(help="Weight decay. May be given again to try several. Default: 0.05 (sgd: 0).")
+        list[float] | None,
+        Option(help=f"Weight decay of tokens and adapters. {options.REPEAT} Default: 0.05 (sgd: 0)."),
     ] = None,
-    optimizer: Annotated[str | None, Option(help="Optimiser: adamw, or sgd (the paper). Default: adamw.")] = None,
+    optimizer: Annotated[
+        str | None, Option(help="Optimiser: adamw, or sgd with momentum, as in Sandler et al. Default: adamw.")
+    ] = None,
     label_smoothing: Annotated[float | None, Option(help="Label smoothing, from 0 to below 1. Default: 0.")] = None,
     class_weights: Annotated[
         str | None, Option(help="none, or balanced: weight classes inversely to their frequency. Default: none.")
@@ -103,11 +102,12 @@ def learn(
     refit: Annotated[
         bool | None,
         Option(
-            "--refit/--no-refit", help="Retrain the best candidate on training and validation images. Default: yes."
+            "--refit/--no-refit", help="Refit probe and token to training and validation images together. Default: yes."
         ),
     ] = None,
     views: Annotated[
-        int | None, Option(help="Random views of each training image, beside the image itself; 0 for none. Default: 3.")
+        int | None,
+        Option(help="Cached random views of each training image, beside the image itself; 0 for none. Default: 3."),
     ] = None,
     fresh: Annotated[
         bool | None,
@@ -116,13 +116,13 @@ def learn(
     seed: Annotated[
         list[int] | None,
         Option(
-            help="Seed of the split, the initial memory and the image order. May be given again to try several. "
-            "Default: 0."
+            help="Seed of the split, the image order and the initial tokens. Repeat to try several, which differ in "
+            "the initial tokens only. Default: 0."
         ),
     ] = None,
     cache_gb: options.CacheGb = None,
     config: Annotated[
-        Path | None, Option(help="YAML file of settings; options on the command line override it. Default: none.")
+        Path | None, Option(help="YAML file of LearnConfig settings; command-line options override it. Default: none.")
     ] = None,
     new_version: options.NewVersion = False,
     skip_bad: options.SkipBad = False,
@@ -135,7 +135,10 @@ def learn(
     device: options.Device = "auto",
     as_json: options.Json = False,
 ) -> None:
-    """Learns a task from labelled images and registers it."""
+    """Learns a task from labelled images and registers it.
+
+    A fifth of the images is held out for validation, which selects and calibrates the task.
+    """
     from addenda.learner import ActivationCache, open_parts
     from addenda.registry import check_new_name
 
@@ -186,14 +189,11 @@ def learn_many(
     ],
     ray: Annotated[
         str | None,
-        Option(
-            help="Learn in parallel on a Ray cluster: 'local' starts one on this machine, 'auto' joins the running "
-            "one, or HOST:PORT. Default: one task after another, without Ray."
-        ),
+        Option(help=f"Learn in parallel on a Ray cluster: {options.RAY} Default: one task after another, without Ray."),
     ] = None,
-    cpus: Annotated[int | None, Option(min=1, help="With --ray: CPUs and threads per task. Default: 1.")] = None,
+    cpus: Annotated[int | None, Option(min=1, help="With --ray: CPUs, and so threads, per task. Default: 1.")] = None,
     gpus: Annotated[
-        float | None, Option(min=0, max=1, help="With --ray: GPU share per task, from 0 to 1. Default: 0.")
+        float | None, Option(min=0, max=1, help="With --ray: share of a GPU per task, from 0 to 1. Default: 0.")
     ] = None,
     new_version: options.NewVersion = False,
     skip_bad: options.SkipBad = False,
@@ -207,7 +207,7 @@ def learn_many(
     device: options.Device = "auto",
     as_json: options.Json = False,
 ) -> None:
-    """Learns the tasks of a file in order; run again, it resumes where it stopped. Exits with 1 if a task failed."""
+    """Learns the tasks listed in a YAML file; repeat the command to resume. Exits with 1 if a task failed."""
     from addenda import learner as learning
 
     if ray is None and (cpus is not None or gpus is not None):
@@ -254,12 +254,12 @@ def learn_many(
 
 
 def evaluate(
-    name: Annotated[str, Argument(help="Task: NAME, NAME:VERSION or NAME@ALIAS.")],
+    name: options.Ref,
     data: Annotated[
         Path,
         Argument(
-            help="Labelled images: a folder of class folders, or a .csv or .parquet listing; its test split, if it has "
-            "one."
+            help="Labelled images: a folder of class folders, or a .csv or .parquet listing. If it has splits, the "
+            "test split is evaluated."
         ),
     ],
     skip_bad: options.SkipBad = False,

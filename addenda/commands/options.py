@@ -15,34 +15,36 @@ if TYPE_CHECKING:
 
 DEFAULT_REGISTRY = "addenda.db"
 DEFAULT_BACKBONE = "vit_base_patch16_224.augreg_in21k"
+TIMM_NAME = "timm model name, or 'glyphs', a small bundled ViT."
+REPEAT = "Repeat to try several."
+RAY = "'local' starts one on this machine, 'auto' joins the one on this node, HOST:PORT another."
 
 Registry = Annotated[
     str,
     Option(
         "--registry",
         envvar="ADDENDA_REGISTRY",
-        help="Registry: the path of an SQLite file, or a database URL.",
+        help="Registry: path of an SQLite file, or postgresql://USER@HOST/DATABASE.",
         show_default=True,
     ),
 ]
 Backbone = Annotated[
     str | None,
     Option(
-        "--backbone",
-        help="timm model name, or 'glyphs'. Default: the registry's backbone; in an empty registry "
-        f"{DEFAULT_BACKBONE}.",
+        "--backbone", help=f"{TIMM_NAME} Default: the registry's backbone; in an empty registry {DEFAULT_BACKBONE}."
     ),
 ]
 Weights = Annotated[
     Path | None,
     Option(
         "--weights",
-        help="Local weights file of the backbone. Default: the file recorded in the registry, else timm's pretrained "
-        "weights.",
+        help="Local weights file of the backbone. Default: the path recorded in the registry, or timm's weights, "
+        "downloaded, if none is recorded.",
     ),
 ]
 TimmWeights = Annotated[
-    Path | None, Option("--weights", help="Local weights file of the backbone. Default: timm's pretrained weights.")
+    Path | None,
+    Option("--weights", help="Local weights file of the backbone. Default: timm's pretrained weights, downloaded."),
 ]
 Mean = Annotated[
     str | None,
@@ -67,13 +69,13 @@ Json = Annotated[bool, Option("--json", help="Print JSON.")]
 CacheGb = Annotated[
     float | None,
     Option(
-        help="Disk budget of the activation cache in GB (10^9 bytes); 0 stores nothing. Default: half of the free disk "
-        "space, existing entries counted as free."
+        help="Disk budget of the activation cache in GB (10^9 bytes); 0 stores nothing. Default: half of the space "
+        "that is free or holds cache entries."
     ),
 ]
-NewVersion = Annotated[bool, Option("--new-version", help="Add a version if the name is already taken.")]
+NewVersion = Annotated[bool, Option("--new-version", help="Add a version if the name is taken, instead of failing.")]
 SkipBad = Annotated[bool, Option("--skip-bad", help="Skip images that cannot be read, instead of failing.")]
-Ref = Annotated[str, Argument(help="Task: NAME, NAME:VERSION or NAME@ALIAS.")]
+Ref = Annotated[str, Argument(help="Task: NAME (its newest version), NAME:VERSION or NAME@ALIAS.")]
 
 
 def open_registry(location: str, create: bool = False) -> addenda.Registry:

@@ -34,13 +34,15 @@ def predict(
     task: Annotated[
         list[str] | None,
         Option(
-            help="Predict with this task only. May be given again. 'auto' chooses one task for each image, or reports "
-            "that the image resembles none of the tasks. Default: all active tasks."
+            help="Task to predict with; repeat for several. 'auto' chooses one task for each image, or reports that "
+            "the image resembles none. Default: the newest version of each task."
         ),
     ] = None,
     top: Annotated[
         int | None,
-        Option(min=1, help="Maximum labels per task. Default: 3; multi-label: all with a probability of at least 0.5."),
+        Option(
+            min=1, help="Labels per task, at most. Default: 3; multi-label: all with a probability of at least 0.5."
+        ),
     ] = None,
     skip_bad: options.SkipBad = False,
     registry: options.Registry = options.DEFAULT_REGISTRY,
@@ -57,26 +59,25 @@ def predict(
         ),
     ] = False,
     ray: Annotated[
-        str | None,
-        Option(
-            help="Predict on a Ray cluster, into --out: 'local' starts one on this machine, 'auto' joins the running "
-            "one, or HOST:PORT. Default: without Ray."
-        ),
+        str | None, Option(help=f"Predict on a Ray cluster, into --out: {options.RAY} Default: without Ray.")
     ] = None,
     out: Annotated[
         Path | None,
-        Option(help="With --ray: folder of Parquet files, visible to all nodes. Only missing files are computed."),
+        Option(
+            help="With --ray: output folder for Parquet files, on storage that all nodes share. Repeat the command to "
+            "compute missing files."
+        ),
     ] = None,
     part_size: Annotated[int | None, Option(min=1, help="With --ray: images per Parquet file. Default: 1000.")] = None,
     workers: Annotated[
         int | None, Option(min=1, help="With --ray: maximum number of workers. Default: as many as fit on the cluster.")
     ] = None,
-    cpus: Annotated[int | None, Option(min=1, help="With --ray: CPUs and threads per worker. Default: 1.")] = None,
+    cpus: Annotated[int | None, Option(min=1, help="With --ray: CPUs, and so threads, per worker. Default: 1.")] = None,
     gpus: Annotated[
-        float | None, Option(min=0, max=1, help="With --ray: GPU share per worker, from 0 to 1. Default: 0.")
+        float | None, Option(min=0, max=1, help="With --ray: share of a GPU per worker, from 0 to 1. Default: 0.")
     ] = None,
 ) -> None:
-    """Predicts with all registered tasks in one forward pass over the images."""
+    """Predicts with every active task, in one forward pass per batch of images."""
     auto = task == ["auto"]
     if as_json and as_csv:
         raise AddendaError("--json and --csv exclude each other; give one of them.")
@@ -232,5 +233,5 @@ def _router(registry: addenda.Registry, model: addenda.CombinedModel) -> Router:
             err=True,
         )
     if not usable:
-        raise DataError("No registered task has routing statistics.")
+        raise DataError("No registered task has routing statistics, so none can be chosen; name tasks with --task.")
     return Router(usable)

@@ -14,7 +14,9 @@ from addenda.commands import options
 from addenda.exceptions import AddendaError, KeyFileError
 from addenda.terminal import minute, print_result, table
 
-KeysOption = Annotated[Path, Option("--keys", envvar="ADDENDA_KEYS", help="JSON file of API keys.")]
+KeysOption = Annotated[
+    Path, Option("--keys", envvar="ADDENDA_KEYS", help="JSON file of API keys; `addenda keys` writes it.")
+]
 DEFAULT_KEYS = Path("addenda-keys.json")
 
 app = typer.Typer(no_args_is_help=True, help="API keys for the server.")
@@ -22,18 +24,27 @@ app = typer.Typer(no_args_is_help=True, help="API keys for the server.")
 
 def serve(
     host: Annotated[
-        str, Option(help="Address to listen on; any other than the loopback address requires API keys.")
+        str, Option(help="Address to listen on; any but 127.0.0.1, ::1 and localhost requires API keys.")
     ] = "127.0.0.1",
     port: Annotated[int, Option(min=0, max=65535, help="Port to listen on; 0 picks a free one.")] = 8000,
     alias: Annotated[
-        str | None, Option(help="Serve only the versions that this alias points at. Default: all active tasks.")
+        str | None,
+        Option(help="Serve only the versions that this alias points at. Default: the newest version of each task."),
     ] = None,
     keys: KeysOption = DEFAULT_KEYS,
     metrics_port: Annotated[
-        int | None, Option(min=0, max=65535, help="Extra port for Prometheus metrics, without API key. Default: none.")
+        int | None,
+        Option(
+            min=0,
+            max=65535,
+            help="Port on --host for Prometheus metrics, without API key; not with --ray. Default: none.",
+        ),
     ] = None,
     max_waiting: Annotated[
-        int, Option(min=1, help="Maximum number of queued images; beyond it the server answers 503 with Retry-After.")
+        int,
+        Option(
+            min=1, help="Images queued or being computed, at most; beyond it the server answers 503 with Retry-After."
+        ),
     ] = 256,
     timeout: Annotated[float, Option(min=0.001, help="Request timeout in seconds.")] = 30.0,
     drain: Annotated[
@@ -44,11 +55,7 @@ def serve(
     weights: options.Weights = None,
     device: options.Device = "auto",
     ray: Annotated[
-        str | None,
-        Option(
-            help="Serve replicas on a Ray cluster: 'local' starts one on this machine, 'auto' joins the running one, "
-            "or HOST:PORT. Default: one process without Ray."
-        ),
+        str | None, Option(help=f"Serve replicas on a Ray cluster: {options.RAY} Default: one process, without Ray.")
     ] = None,
     replicas: Annotated[int | None, Option(min=1, help="With --ray: number of replicas. Default: 1.")] = None,
     min_replicas: Annotated[
@@ -58,9 +65,11 @@ def serve(
         int | None,
         Option(min=1, help="With --ray: scale with the load up to this number of replicas. Default: no scaling."),
     ] = None,
-    cpus: Annotated[int | None, Option(min=1, help="With --ray: CPUs and threads per replica. Default: 1.")] = None,
+    cpus: Annotated[
+        int | None, Option(min=1, help="With --ray: CPUs, and so threads, per replica. Default: 1.")
+    ] = None,
     gpus: Annotated[
-        float | None, Option(min=0, help="With --ray: GPUs per replica, also a fraction. Default: 0.")
+        float | None, Option(min=0, help="With --ray: GPUs per replica; may be a fraction. Default: 0.")
     ] = None,
 ) -> None:
     """Serves every task over HTTP and picks up new tasks while it runs; stop it with SIGTERM or Ctrl-C."""
@@ -144,7 +153,10 @@ def create(
     scope: Annotated[str, Option(help="Scope: predict, register or admin; each includes the scopes before it.")],
     keys: KeysOption = DEFAULT_KEYS,
 ) -> None:
-    """Creates a key and prints it; it cannot be printed again."""
+    """Creates a key and prints it; it cannot be printed again.
+
+    A new key file can be read by its creator only: run this as the server's user.
+    """
     from addenda.serving.keys import KeyFile
 
     typer.echo(KeyFile(keys).create(name, scope))

@@ -37,10 +37,10 @@ def tasks_list(
         str | None, Option(help="Only tasks registered since this UTC time: 2026-01-31 or 2026-01-31T12:00.")
     ] = None,
     until: Annotated[str | None, Option(help="Only tasks registered before this UTC time.")] = None,
-    retired: Annotated[bool, Option("--retired", help="Show retired tasks too.")] = False,
-    limit: Annotated[int, Option(min=1, help="Maximum number of tasks; the newest are shown.")] = 100,
+    retired: Annotated[bool, Option("--retired", help="Show retired versions too.")] = False,
+    limit: Annotated[int, Option(min=1, help="Number of versions, at most; the newest are shown.")] = 100,
     before: Annotated[
-        str | None, Option(help="Only tasks registered before this task, NAME:VERSION: the next page.")
+        str | None, Option(help="Only versions registered before this one, NAME:VERSION: the next page.")
     ] = None,
     registry: options.Registry = options.DEFAULT_REGISTRY,
     as_json: options.Json = False,
@@ -81,7 +81,7 @@ def tasks_list(
 def tasks_show(
     name: options.Ref, registry: options.Registry = options.DEFAULT_REGISTRY, as_json: options.Json = False
 ) -> None:
-    """Shows everything recorded about one task."""
+    """Shows a version's data, settings, scores and evaluations."""
     from addenda.registry import headline
 
     with options.open_registry(registry) as opened:
@@ -172,11 +172,11 @@ def _record_json(record: TaskRecord) -> dict[str, Any]:
 
 @app.command()
 def alias(
-    name: Annotated[str, Argument(help="Task: NAME or NAME:VERSION.")],
+    name: Annotated[str, Argument(help="Task: NAME (its newest version) or NAME:VERSION.")],
     alias: Annotated[str, Argument(help="Alias, such as production.")],
     expect: Annotated[
         int | None,
-        Option(min=0, help="Fail unless the alias points at this version number now; 0: unless it does not exist."),
+        Option(min=0, help="Fail unless the alias now points at this version number; 0: unless it does not exist."),
     ] = None,
     remove: Annotated[bool, Option("--remove", help="Remove the alias.")] = False,
     registry: options.Registry = options.DEFAULT_REGISTRY,
@@ -223,10 +223,10 @@ def note(
 
 @app.command()
 def retire(
-    name: Annotated[str, Argument(help="Task: NAME or NAME:VERSION.")],
+    name: Annotated[str, Argument(help="Task: NAME (its newest version) or NAME:VERSION.")],
     reason: Annotated[str, Option(help="Reason, recorded in the registry. Default: none.")] = "",
     children: Annotated[
-        list[str] | None, Option("--with", help="Task that extends it, to be retired too. May be given again.")
+        list[str] | None, Option("--with", help="Task that extends it, to be retired too; repeat for several.")
     ] = None,
     registry: options.Registry = options.DEFAULT_REGISTRY,
 ) -> None:

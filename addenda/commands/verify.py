@@ -12,21 +12,22 @@ from typer import Argument, Option
 
 import addenda
 from addenda.commands import options
-from addenda.exceptions import IntegrityError
+from addenda.exceptions import AddendaError, IntegrityError
 from addenda.terminal import console, plural, print_json, print_result, table
 
 
 def verify(
     names: Annotated[
-        list[str] | None, Argument(help="Tasks to verify: NAME, NAME:VERSION or NAME@ALIAS. Default: all active tasks.")
+        list[str] | None,
+        Argument(help="Tasks to verify: NAME, NAME:VERSION or NAME@ALIAS. Default: all versions that are not retired."),
     ] = None,
-    include_retired: Annotated[bool, Option("--all", help="Verify retired tasks too.")] = False,
+    include_retired: Annotated[bool, Option("--all", help="Without NAMES: verify retired versions too.")] = False,
     record: Annotated[
         bool,
         Option(
             "--record",
-            help="Store a new golden probe for each task that passed under changed numerics: later runs then compare "
-            "every bit again.",
+            help="For tasks that passed under changed numerics, store a new golden probe, so that later runs here "
+            "compare bits.",
         ),
     ] = False,
     deep: Annotated[
@@ -34,16 +35,24 @@ def verify(
     ] = False,
     head: Annotated[
         str | None,
-        Option(help="Ledger digest printed by an earlier --deep run; fail if any history before it was removed."),
+        Option(
+            help="Ledger digest of an earlier --deep run: fail if history up to it was removed or changed. Implies "
+            "--deep."
+        ),
     ] = None,
     registry: options.Registry = options.DEFAULT_REGISTRY,
     weights: options.Weights = None,
     device: options.Device = "auto",
     as_json: options.Json = False,
 ) -> None:
-    """Recomputes the golden probes of tasks and compares every bit; exits with 1 if one differs."""
+    """Recomputes the golden probes (stored logits) of tasks and compares them bit for bit.
+
+    Exits with 1 if bits differ or, under another numerics fingerprint, if they differ by more than the tolerance.
+    """
     from addenda.registry import TaskFilter
 
+    if names and include_retired:
+        raise AddendaError("--all verifies every version, retired ones included; give it without task names.")
     with options.open_registry(registry) as opened:
         refs = list(dict.fromkeys(opened.record(name).ref for name in names or ()))
         refs = refs or [r.ref for r in opened.tasks(TaskFilter(retired=include_retired))]

@@ -76,7 +76,9 @@ def _check_reachable(address: str) -> None:
         host, _, port = host_port.rpartition(":")
         socket.create_connection((host.strip("[]"), int(port)), TIMEOUT_S).close()
     except (OSError, ValueError) as error:
-        raise AddendaError(f"No Ray cluster is reachable at {address!r}: {error}.") from error
+        raise AddendaError(
+            f"No Ray cluster is reachable at {address!r}: {error}. Start one (`ray start --head`), or pass --ray local."
+        ) from error
 
 
 def check_shared(registry: Registry) -> None:
@@ -87,7 +89,7 @@ def check_shared(registry: Registry) -> None:
     if len(hosts) > 1 and not registry.location.startswith("postgresql"):
         raise RegistryError(
             f"The registry {registry.location!r} is a file, which the {len(hosts)} machines of this cluster do not "
-            "share. Use PostgreSQL; `addenda db restore` copies a registry there."
+            "share. Use PostgreSQL: `addenda db backup FILE`, then `addenda db restore FILE --registry URL`."
         )
 
 

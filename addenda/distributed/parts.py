@@ -73,7 +73,9 @@ def read_manifest(folder: Path) -> Manifest | None:
     path = folder / FILE
     if not path.exists():
         if next(folder.glob("part-*"), None) is not None:
-            raise DataError(f"The folder {str(folder)!r} has part files but no {FILE}; choose another --out.")
+            raise DataError(
+                f"The folder {str(folder)!r} has part files but no {FILE}, so it cannot be resumed; use another --out."
+            )
         return None
     try:
         return Manifest(**json.loads(path.read_bytes()))
@@ -168,13 +170,13 @@ class PartWriter:
         for task in tasks:
             if task.sha256 != manifest.tasks[task.ref]:
                 raise IntegrityError(
-                    f"Task {task.ref!r} in the registry differs from the one in the manifest (sha256)."
+                    f"Task {task.ref!r} in the registry is not the one in the manifest (sha256); use another --out."
                 )
         described = numerics(backbone)
         if numerics_fingerprint(described) != manifest.numerics_fingerprint:
             raise ExactnessError(
                 f"The numerics of node {platform.node()!r} differ from the manifest's, so its bits would differ: "
-                f"{_differences(manifest.numerics, described)}."
+                f"{_differences(manifest.numerics, described)}. Use nodes of one kind."
             )
         self._model = CombinedModel(backbone, tasks, manifest.exact)
 
@@ -219,7 +221,10 @@ def finish_folder(folder: Path, manifest: Manifest) -> dict[str, int]:
     for part in range(manifest.num_parts):
         path = folder / PART.format(part)
         if not path.exists():
-            raise DataError(f"{str(path)!r} was written but does not exist here; every node must share --out.")
+            raise DataError(
+                f"{str(path)!r} was written by a worker but is missing on this node; put --out on storage that all "
+                "nodes share."
+            )
         footer = parquet.read_metadata(path)
         left_out += json.loads(footer.metadata[METADATA.encode()])["left_out"]
         rows += footer.num_rows

@@ -81,7 +81,7 @@ def export_model(
                     f"the largest logit, allowed {tolerance:g}. Check the tasks with `addenda verify`."
                 )
     except FileExistsError as error:
-        raise AddendaError(f"{str(path)!r} already exists. Choose another file, or remove it.") from error
+        raise AddendaError(f"{str(path)!r} already exists. Remove it, or choose another name.") from error
     except OSError as error:
         raise AddendaError(f"{str(path)!r} was not written: {error.strerror or error}.") from error
     refs = tuple(task.ref for task in tasks)
@@ -93,11 +93,13 @@ def _check_request(backbone: FrozenBackbone, tasks: Sequence[Task], path: Path, 
     if format not in FORMATS:
         raise AddendaError(f"Unknown format {format!r}. Known: {', '.join(FORMATS)}.")
     if path.suffix != FORMATS[format].suffix:
-        raise AddendaError(f"Format {format} requires a file name in {FORMATS[format].suffix}; got {path.name!r}.")
+        raise AddendaError(
+            f"Format {format} requires a file name ending in {FORMATS[format].suffix}; got {path.name!r}."
+        )
     if path.exists():
-        raise AddendaError(f"{str(path)!r} already exists. Choose another file, or remove it.")
+        raise AddendaError(f"{str(path)!r} already exists. Remove it, or choose another name.")
     if not path.parent.is_dir():
-        raise AddendaError(f"Folder {str(path.parent)!r} does not exist.")
+        raise AddendaError(f"Folder {str(path.parent)!r} does not exist; create it first.")
     if not tasks:
         raise DataError("There is no task to export. Add one with `addenda learn`.")
     if backbone.device.type != "cpu":

@@ -56,10 +56,16 @@ def check_origin(request: Request) -> None:
     """Rejects cross-origin requests, and on loopback requests under any other host name (DNS rebinding)."""
     host = request.headers.get("host", "")
     if request.app.state.loopback and _split(f"//{host}").hostname not in LOOPBACK:
-        raise ProblemError(421, f"This server only serves {', '.join(LOOPBACK)}, not {host!r}.")
+        raise ProblemError(
+            421,
+            f"This server only answers as {', '.join(LOOPBACK)}, not {host!r}; behind a proxy, start it with another "
+            "--host.",
+        )
     origin = request.headers.get("origin")
     if origin is not None and _split(origin).netloc != host:
-        raise ProblemError(403, f"Requests from pages of {origin!r} are rejected.")
+        raise ProblemError(
+            403, f"Requests from pages of {origin!r} to host {host!r} are rejected; a proxy must forward Host."
+        )
 
 
 def _split(url: str) -> SplitResult:

@@ -123,7 +123,7 @@ async def register(
                     previous_digest, response.status_code, reply = replies[reply_key]
                     if previous_digest != digest:
                         raise ProblemError(
-                            422, f"Idempotency-Key {idempotency_key!r} was already used with another request."
+                            422, f"Idempotency-Key {idempotency_key!r} was used with another request; send a new one."
                         )
                     return reply
                 status, reply = await asyncio.to_thread(_register, service, registry, path, dry_run, owner)

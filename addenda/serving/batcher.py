@@ -66,7 +66,7 @@ class Batcher:
             seconds = math.ceil(self.num_waiting * self._seconds_per_image)
             raise OverloadedError(
                 f"The queue is full: this request has {num_images} images, {self.num_waiting} of at most "
-                f"{self.max_waiting} are queued (--max-waiting).",
+                f"{self.max_waiting} are queued (--max-waiting). Try again later.",
                 min(max(1, seconds), 60),
             )
         self.num_waiting += num_images

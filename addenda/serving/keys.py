@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import secrets
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from filelock import FileLock
 from pydantic import TypeAdapter, ValidationError
 
 from addenda.exceptions import KeyFileError
-from addenda.files import written
+from addenda.files import permissions, written
 
 SCOPES = ("predict", "register", "admin")
 """Each scope includes those before it."""
@@ -106,15 +107,34 @@ class KeyFile:
 
     @contextmanager
     def _changing(self) -> Iterator[list[Key]]:
-        """The records, to be changed in place; then the file is replaced atomically, readable by its owner only."""
+        """The records, to be changed in place; then the file is replaced atomically, with its owner and permissions.
+
+        A new file is readable by its creator only.
+        """
         try:
             with FileLock(f"{self.path}.lock"):
                 keys = self.keys()
                 yield keys
                 with written(self.path, mode=0o600) as unfinished:
                     unfinished.write_bytes(_KEYS.dump_json(keys, indent=2) + b"\n")
+                    self._keep_access(unfinished)
         except OSError as error:
             raise KeyFileError(f"Key file {str(self.path)!r} cannot be written: {error.strerror}.") from error
+
+    def _keep_access(self, unfinished: Path) -> None:
+        """Gives the new file the owner and the permissions of the old one, so that a server can still read it."""
+        if not self.path.exists():
+            return
+        old, new = self.path.stat(), unfinished.stat()
+        if (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
+            try:
+                os.chown(unfinished, old.st_uid, old.st_gid)
+            except PermissionError as error:
+                raise KeyFileError(
+                    f"Key file {str(self.path)!r} belongs to another user (uid {old.st_uid}, gid {old.st_gid}), and a "
+                    "server of that user could not read a new one. Run the command as that user or as root."
+                ) from error
+        unfinished.chmod(permissions(self.path))
 
 
 def _digest(key: str) -> str:

@@ -160,7 +160,9 @@ def serve_metrics(app: FastAPI, host: str, port: int) -> int:
     try:
         server, _ = start_http_server(port, host, app.state.metrics.registry)
     except OSError as error:
-        raise AddendaError(f"--metrics-port cannot listen on {host}:{port}: {error.strerror}.") from error
+        raise AddendaError(
+            f"--metrics-port cannot listen on {host}:{port}: {error.strerror}. Choose another port or --host."
+        ) from error
     return server.server_port
 
 

@@ -147,10 +147,13 @@ class Service:
         pooled: bool,
     ) -> TaskLogits:
         if not 0 < len(images) <= self.limits.images:
-            raise DataError(f"A request has 1 to {self.limits.images} images; this one has {len(images)}.")
+            raise DataError(
+                f"A request may have 1 to {self.limits.images} images; this one has {len(images)}. Divide it."
+            )
         if len(images) > self.limits.waiting:
             raise TooLargeError(
-                f"This request has {len(images)} images; the queue holds at most {self.limits.waiting} (--max-waiting)."
+                f"This request has {len(images)} images; the queue holds at most {self.limits.waiting} "
+                "(--max-waiting). Divide it."
             )
         async with self._reserve(len(images), timeout_s) as deadline:
             if isinstance(images, Tensor):
@@ -182,5 +185,7 @@ class Service:
         width = self.backbone.embed_dim
         routable = {name: each for name, each in statistics.items() if each is not None and can_be_routed(each, width)}
         if not routable:
-            raise RegistryError("No registered task has routing statistics.")
+            raise RegistryError(
+                "No registered task has routing statistics, so none can be chosen; name tasks instead of 'auto'."
+            )
         return Router(routable)

@@ -211,7 +211,10 @@ def _from_binary(subject: str, declared: _Input, raw: memoryview) -> Values:
     while raw:
         size = int.from_bytes(raw[:4], "little")
         if len(raw) < 4 + size:
-            raise DataError(f"String {len(strings)} of {subject} exceeds the remaining {len(raw)} bytes.")
+            raise DataError(
+                f"String {len(strings)} of {subject} is longer than the {len(raw)} bytes left; prefix each string with "
+                "its length (uint32, little-endian)."
+            )
         strings.append(raw[4 : 4 + size].tobytes())
         raw = raw[4 + size :]
     _check_count(subject, declared, len(strings))

@@ -68,7 +68,5 @@ def test_a_map_depends_on_the_image(tiny: FrozenBackbone) -> None:
 
 def test_a_head_only_task_has_no_attention_map(tiny: FrozenBackbone) -> None:
     head_only = Task("plain", tiny.fingerprint, ("a", "b"), torch.zeros(2, 48), torch.zeros(2))
-    with pytest.raises(
-        RegistryError, match="Task 'plain' is head-only: it has no class token, so it has no attention map"
-    ):
+    with pytest.raises(RegistryError, match="Task 'plain' is head-only: without class token there is no attention map"):
         attention_map(tiny, head_only, images())

@@ -165,7 +165,7 @@ def test_a_task_with_another_number_of_layer_features_is_refused_by_name() -> No
     on = backbone()
     task = random_task(on, "layers", layers=0)
     short = dataclasses.replace(task, layer_weight=task.layer_weight[:, 1:])
-    with pytest.raises(RegistryError, match=r"'layers' reads 287 layer features; backbone 'plain' has 288"):
+    with pytest.raises(RegistryError, match=r"'layers' does not fit .*'plain': it reads 287 layer features, not 288"):
         CombinedModel(on, [short])
 
 

@@ -253,7 +253,7 @@ def test_adapters_of_another_size_are_refused(what: str) -> None:
     }[what]
     with pytest.raises(
         RegistryError,
-        match=r"Task 'adapted' has adapters of \(layers, inputs, outputs\) \{.*'plain' requires .*\(3, 48, 192\)",
+        match=r"'adapted' does not fit .*'plain': its adapters \(layers, inputs, outputs\) are .*\(3, 48, 192\)",
     ):
         CombinedModel(backbone(), [dataclasses.replace(task, adapters=changed)])
 

@@ -135,9 +135,7 @@ def test_statistics_of_ten_classes_are_below_the_size_limit(width: int) -> None:
 
 
 def test_a_router_without_tasks_or_of_different_features_is_refused() -> None:
-    with pytest.raises(
-        RegistryError, match=r"statistics of one kind of feature; \(pooled, expanded\) widths given: \{\}"
-    ):
+    with pytest.raises(RegistryError, match=r"requires routing statistics of one \(pooled, expanded\) width, not \{\}"):
         Router({})
     other = feature_statistics(torch.randn(20, 8), torch.arange(20) % 2, num_classes=2)
     with pytest.raises(RegistryError, match=r"'task-0': \(16, 64\), 'other': \(8, 32\)"):

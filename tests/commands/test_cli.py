@@ -107,7 +107,7 @@ def test_verify_record_stores_a_probe_for_changed_numerics(
 def test_aliases_and_retirement(run: Run, learned: Result, digits_folder: Path) -> None:
     assert "ones@production points at ones:1" in run("tasks", "alias", "ones", "production").out
     assert run("evaluate", "ones@production", digits_folder).code == 0
-    assert "'ones@production' points at it" in run("tasks", "retire", "ones").err
+    assert "'ones@production' points at 'ones:1', which would be retired" in run("tasks", "retire", "ones").err
     assert run("tasks", "alias", "ones", "production", "--remove").code == 0
     assert run("tasks", "retire", "ones").code == 0
     assert "0 tasks in" in run("tasks", "list").out
@@ -147,6 +147,7 @@ DATA = "the folder to learn from"
         (("backbones", "show", "vit_tiny_patch16_224", "--weights", "none.pth"), "'none.pth' does not exist"),
         (("tasks", "list", "--registry", "."), "is a folder; give a file, such as"),
         (("predict", "x.png", "--json", "--csv"), "give one of them"),
+        (("verify", "a", "--all"), "--all verifies every version, retired ones included; give it without task names."),
         (("predict", "x.png", "--task", "auto", "--task", "a"), "--task auto chooses among all tasks; give it alone"),
         (("serve", "--metrics-port", "65536"), "Invalid value for '--metrics-port'"),
         (("learn", "a", ".", "--seed", "4294967296"), "seed: Input should be less than or equal to 4294967295"),

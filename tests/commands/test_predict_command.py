@@ -94,7 +94,7 @@ def test_predict_names_tasks_without_routing_statistics(run: Run, two_tasks: Pat
         connection.execute("DELETE FROM statistics")
     refused = run("predict", two_tasks, "--task", "auto")
     assert refused.code == 2
-    assert "No registered task has routing statistics." in refused.err
+    assert "No registered task has routing statistics, so none can be chosen; name tasks with --task." in refused.err
 
 
 def test_a_bad_image_is_an_error_or_skipped_on_request(run: Run, learned: Result, digits_folder: Path) -> None:

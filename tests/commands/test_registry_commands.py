@@ -79,7 +79,7 @@ def test_tags_and_notes_are_in_the_log(run: Run, location: str) -> None:
 def test_a_parent_is_retired_with_all_its_children_or_not_at_all(run: Run, location: str) -> None:
     assert "active tasks extend it (digits:1)" in run("tasks", "retire", "strokes").err
     pointed = run("tasks", "retire", "strokes", "--with", "digits").err
-    assert "'digits@production' points at it" in pointed
+    assert "'digits@production' points at 'digits:1', which would be retired" in pointed
     assert "addenda tasks alias digits production --remove" in pointed
     run("tasks", "alias", "digits", "production", "--remove")
     retired = run("tasks", "retire", "strokes", "--with", "digits", "--reason", "done")

@@ -292,7 +292,7 @@ def test_a_worker_with_other_numerics_or_content_is_refused(job: PredictionJob) 
     with threads(1), pytest.raises(ExactnessError, match=r"differ from the manifest's.* threads was 1, now 2"):
         PartWriter(dataclasses.replace(job, threads=2))
     other = dataclasses.replace(job.manifest, tasks={**job.manifest.tasks, "shades:1": "0" * 64})
-    with pytest.raises(IntegrityError, match="'shades:1' in the registry differs from the one in the manifest"):
+    with pytest.raises(IntegrityError, match="'shades:1' in the registry is not the one in the manifest"):
         PartWriter(dataclasses.replace(job, manifest=other))
 
 

@@ -386,7 +386,7 @@ def test_a_folder_that_others_may_write_to_is_refused(
     for path in (cache.folder, cache.folder / entry.name):
         assert stat.S_IMODE(path.stat().st_mode) == 0o700
         path.chmod(0o777)
-        with pytest.raises(TrainingError, match="is writable by other users"):
+        with pytest.raises(TrainingError, match="is writable by its group or others"):
             activations(tiny, folder, cache)
         path.chmod(0o700)
     monkeypatch.setattr("os.geteuid", lambda: os.getuid() + 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -215,6 +216,31 @@ def test_a_key_file_has_no_key_in_plain_text_and_is_private_to_its_owner(keys: K
     assert stat.S_IMODE(keys.path.stat().st_mode) == 0o600
     assert keys.find(key).name == "shop"
     assert keys.find(key + "x") is None
+
+
+def test_a_changed_key_file_keeps_its_permissions(keys: KeyFile) -> None:
+    keys.create("shop", "predict")
+    keys.path.chmod(0o640)
+    KeyFile(keys.path).create("trainers", "register")
+    assert stat.S_IMODE(keys.path.stat().st_mode) == 0o640
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
+def test_a_changed_key_file_keeps_its_owner_or_is_not_changed(keys: KeyFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys.create("shop", "predict")
+    os.chown(keys.path, 12345, 12346)
+    KeyFile(keys.path).create("trainers", "register")
+    assert (keys.path.stat().st_uid, keys.path.stat().st_gid) == (12345, 12346)
+
+    def refuse(*arguments: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "chown", refuse)  # as for a user who is not root
+    with pytest.raises(KeyFileError, match=r"another user \(uid 12345, gid 12346\).* as that user or as root"):
+        KeyFile(keys.path).create("other", "predict")
+    left = KeyFile(keys.path).keys()
+    assert [key.name for key in left] == ["shop", "trainers"]
+    assert not list(keys.path.parent.glob(".*"))
 
 
 def test_a_malformed_key_file_is_rejected(tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ def test_registering_a_bundle_responds_once_it_is_served(client: AppClient, bund
     problem(
         client.post("/api/v1/tasks", content=b"other", headers={"Idempotency-Key": "one"}),
         422,
-        "'one' was already used",
+        "'one' was used with another request; send a new one",
     )
     problem(client.post("/api/v1/tasks", content=bundle[:300]), 422, "Bundle cannot be imported")
     changed = bundle[:-1] + bytes([bundle[-1] ^ 1])

@@ -181,7 +181,7 @@ def test_a_task_of_another_width_is_quarantined(
     with client_of(tiny, registry) as client:
         status = client.get("/api/v1/status").json()
     assert list(status["tasks"]) == ["good"]
-    assert "reads features of 5 dimensions" in status["quarantined"]["narrow:1"]
+    assert "its features have 5 dimensions" in status["quarantined"]["narrow:1"]
 
 
 def test_only_the_task_with_an_unexpected_error_is_quarantined(

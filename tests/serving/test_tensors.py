@@ -165,10 +165,10 @@ INVALID: dict[str, tuple[bytes, str | None]] = {
     "datatype 'INT8'. Supported: ": body(
         {**PIXEL, "datatype": "INT8", "parameters": {"binary_data_size": 1}}, binary=b"1"
     ),
-    "String 0 of Input 'p' exceeds the remaining 5 bytes": body(
+    "String 0 of Input 'p' is longer than the 5 bytes left; prefix each string with its length": body(
         {**PIXEL, "datatype": "BYTES", "parameters": {"binary_data_size": 5}}, binary=b"\2\0\0\0a"
     ),
-    "String 1 of Input 'p' exceeds the remaining 3 bytes": body(
+    "String 1 of Input 'p' is longer than the 3 bytes left; prefix each string with its length": body(
         {**PIXEL, "datatype": "BYTES", "parameters": {"binary_data_size": 8}}, binary=b"\1\0\0\0a\0\0\0"
     ),
     "is '-1', not a number of bytes": (b"{}", "-1"),

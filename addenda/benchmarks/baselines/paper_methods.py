@@ -172,7 +172,7 @@ def train_baselines(
     if kind == "lora":
         backbone.check_vision_transformer(f"The method {method!r}")
     if config.augmentation.fresh:
-        raise TrainingError("Baselines train on views held in memory and do not support `fresh` augmentation.")
+        raise TrainingError("Baselines do not support `fresh` augmentation; set Augmentation(fresh=False).")
     activations = Activations(
         backbone, images, replace(config.augmentation, views=0), cache or ActivationCache(), tokens=False
     )

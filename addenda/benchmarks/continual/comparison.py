@@ -61,7 +61,7 @@ def compare_reports(a: Path, b: Path) -> ResultsComparison:
     if not both:
         raise DataError(
             f"The runs have no method in common: {str(a)!r} has {', '.join(names_a)}; {str(b)!r} has "
-            f"{', '.join(names_b)}."
+            f"{', '.join(names_b)}. Give two runs that share a method."
         )
     differences = []
     for name in both:

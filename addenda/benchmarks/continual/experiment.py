@@ -105,7 +105,7 @@ def _methods(config: StreamConfig) -> list[MethodNote]:
     """The methods to run, in order, with their labels and notes."""
     names = config.methods or (*OURS, *BASELINES)
     if repeated := {name for name in names if names.count(name) > 1}:
-        raise DataError(f"Method {min(repeated)!r} is given twice.")
+        raise DataError(f"Method {min(repeated)!r} is given twice; give it once.")
     notes = []
     for name in names:
         try:

@@ -34,7 +34,9 @@ def open_folder(name: str, folder: Path, seed: int, address: str | None = None) 
     if all(file.is_file() for file in lists):
         train, test = (read_list(file, folder.parent) for file in lists)
         if unknown := sorted(set(test.labels) - set(train.labels)):
-            raise DataError(f"{test.where} has class {unknown[0]!r}, which {train.where} lacks.")
+            raise DataError(
+                f"{test.where} has class {unknown[0]!r}, which {train.where} lacks; remove it, or add it for training."
+            )
         return ImageSet(name, train, test)
     images, test_split = open_parts(folder)
     if test_split is not None:
@@ -57,9 +59,11 @@ def read_list(file: Path, root: Path) -> LabelledImages:
     except ValueError as error:
         raise DataError(f"File list {str(file)!r} must have a path and a number per line: {error}.") from error
     if not paths:
-        raise DataError(f"File list {str(file)!r} is empty.")
+        raise DataError(f"File list {str(file)!r} is empty; it must have a path and a number per line.")
     if not paths[0].is_file():
-        raise DataError(f"File list {str(file)!r} names {str(paths[0])!r}, which does not exist.")
+        raise DataError(
+            f"File list {str(file)!r} names {str(paths[0])!r}, which does not exist. Add the file, or remove the line."
+        )
     labels = sorted({path.parent.name for path in paths})
     index = {label: i for i, label in enumerate(labels)}
     targets = torch.tensor([index[path.parent.name] for path in paths], dtype=torch.int64, device="cpu")

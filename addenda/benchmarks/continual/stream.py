@@ -199,7 +199,7 @@ def _num_classes(name: str, num_classes: int, num_experiences: int, first: int |
         return sizes
     divisors = [n for n in range(2, num_classes // 2 + 1) if num_classes % n == 0]
     firsts = [n for n in range(2, num_classes - 2 * others + 1) if (num_classes - n) % others == 0]
-    hints = [f"{', '.join(map(str, divisors))} experiences"] if divisors else []
+    hints = [f"{', '.join(map(str, divisors))} equal experiences (--split)"] if divisors else []
     if firsts:
         hints.append(f"`first: {min(firsts, key=lambda n: abs(n - num_classes / num_experiences))}`")
     elif num_classes >= 4:
@@ -207,7 +207,7 @@ def _num_classes(name: str, num_classes: int, num_experiences: int, first: int |
     with_first = f", {first} in the first," if first else ""
     raise DataError(
         f"The {num_classes} classes of {name!r}{with_first} do not divide evenly into {num_experiences} experiences of "
-        f"at least two classes. Possible: {', or '.join(hints) or 'nothing, since it has too few classes'}."
+        f"at least two classes. Use {', or '.join(hints) or 'a dataset with at least four classes'}."
     )
 
 

@@ -88,7 +88,9 @@ def check_run(data: Path, sets: Sequence[str], methods: Sequence[str]) -> None:
             ) from error
     missing = [name for name in sets if not all((data / name / split).is_dir() for split in ("train", "test"))]
     if missing:
-        raise DataError(f"{str(data)!r} has no dataset {missing[0]!r} with train/ and test/.")
+        raise DataError(
+            f"{str(data)!r} has no dataset {missing[0]!r} with train/ and test/. Add them, or correct --sets."
+        )
 
 
 def run_paper(

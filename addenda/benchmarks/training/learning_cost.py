@@ -61,7 +61,7 @@ def run_training(
     if out is not None:
         output_folder(out)
     if not has_test_part(data):
-        raise DataError(f"{str(data)!r} must contain both train/ and test/.")
+        raise DataError(f"{str(data)!r} must contain both train/ and test/, each with class folders.")
     test = open_images(data, "test")
     if quick:
         limit, rounds, dense_epochs, test = min(limit, 200), min(rounds, 3), 1, _subset(test, 100)

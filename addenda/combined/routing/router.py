@@ -72,7 +72,8 @@ class Router:
         widths = {name: (task.sample.shape[1], task.sums.shape[1]) for name, task in statistics.items()}
         if len(set(widths.values())) != 1:
             raise RegistryError(
-                f"A router requires statistics of one kind of feature; (pooled, expanded) widths given: {widths}."
+                f"A router requires routing statistics of one (pooled, expanded) width, not {widths}. Route among "
+                "tasks of one backbone, learned with one version of Addenda."
             )
         self.tasks = tuple(statistics)
         # Sums of floats depend on their order. Sorting by content gives the same bits for tasks in any order.

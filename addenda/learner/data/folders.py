@@ -55,8 +55,8 @@ def split_folders(folder: Path) -> dict[str, Path]:
             continue
         if split in splits:
             raise DataError(
-                f"{str(folder)!r} contains both {splits[split].name}/ and {child.name}/. Remove one of them, or pass a "
-                f"split by its own path: {str(child)!r}."
+                f"{str(folder)!r} contains both {splits[split].name}/ and {child.name}/, which are named like the same "
+                "split. Remove or rename one of them."
             )
         splits[split] = child
     if not splits:
@@ -73,7 +73,8 @@ def split_folders(folder: Path) -> dict[str, Path]:
         if beside is not None:
             raise DataError(
                 f"{str(folder)!r} contains {only.name}/, which holds class folders, and {beside.name}/, which holds "
-                f"images and may be a class or a split. Pass {str(only)!r}, or move all classes into it."
+                f"images and may be a class or a split. Rename {only.name}/ if it is a class; otherwise move "
+                f"{beside.name}/ elsewhere, or into {only.name}/."
             )
     return splits
 
@@ -87,9 +88,10 @@ def open_folder(folder: Path, split: Split) -> LabelledImages:
         return _open_classes(folder, folder, {})
     if split not in splits:
         listed = " and ".join(f"{path.name}/" for path in splits.values())
-        raise DataError(
-            f"{str(folder)!r} contains {listed} but no {split}/. Pass the split to use by its own path: "
-            f"{str(next(iter(splits.values())))!r}."
+        kind = "training" if split == "train" else "test"
+        raise DataError(  # never with the path of another split, which would train on test images or test on training
+            f"{str(folder)!r} contains {listed} but no {split}/. Put the {kind} images into {str(folder / split)!r}, "
+            f"or pass a folder that holds the class folders of {kind} images."
         )
     others = [child for child in _folders(folder) if child not in splits.values()]
     validation = [splits["validation"]] if split == "train" and "validation" in splits else []

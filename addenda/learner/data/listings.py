@@ -39,16 +39,18 @@ def open_listing(file: Path, split: str) -> LabelledImages:
     rows = _check_rows(file, columns, lines, multi)
     labels = tuple(sorted({label for row in rows for label in row.labels}))
     if not labels:
-        raise DataError(f"No image in the listing {str(file)!r} has a label.")
+        raise DataError(f"No image in the listing {str(file)!r} has a label; fill its column 'label' or 'labels'.")
     listed = [row for row in rows if row.split in (None, split)]
     if not listed:
-        raise DataError(f"The listing {str(file)!r} has a column 'split' but no row with split {split!r}.")
+        raise DataError(
+            f"The listing {str(file)!r} has a column 'split' but no row with split {split!r}; add such rows."
+        )
     existing = [row for row in listed if os.path.isfile(row.path)]
     lost = tuple(
         f"{row.position}: there is no file {str(row.path)!r}" for row in listed if not os.path.isfile(row.path)
     )
     if not existing:
-        raise DataError(f"None of the files in the listing {str(file)!r} exists: {lost[0]}")
+        raise DataError(f"None of the files in the listing {str(file)!r} exists, relative to its folder: {lost[0]}")
     number = {label: i for i, label in enumerate(labels)}
     targets = encoded([[number[label] for label in row.labels] for row in existing], len(labels), multi)
     return LabelledImages(

@@ -106,13 +106,18 @@ def check_learnable(images: LabelledImages) -> None:
 def check_same_labels(labels: Sequence[str], images: LabelledImages, objective: str) -> LabelledImages:
     """The images with their targets in the order of a task's labels. Not every label needs an image."""
     if images.objective.name != objective:
-        raise DataError(f"{images.where} is {images.objective.name}; the task is {objective}.")
+        raise DataError(
+            f"{images.where} is {images.objective.name}; the task is {objective}. Give it {objective} data."
+        )
     expected = [class_name(label) for label in labels]
     missing, extra = sorted(set(expected) - set(images.labels)), sorted(set(images.labels) - set(expected))
     if extra:
         differences = [f"it lacks {', '.join(map(repr, missing))}"] if missing else []
         differences += [f"it also has {', '.join(map(repr, extra))}"]
-        raise DataError(f"{images.where} does not have the classes of the task: {' and '.join(differences)}.")
+        raise DataError(
+            f"{images.where} does not have the classes of the task: {' and '.join(differences)}. Rename or remove the "
+            "classes that the task lacks."
+        )
     order = torch.tensor([expected.index(label) for label in images.labels], dtype=torch.long, device="cpu")
     targets = images.objective.reordered(images.targets, order, len(labels))
     return replace(images, labels=tuple(labels), targets=targets)

@@ -30,7 +30,7 @@ def backup(engine: Engine, path: str | Path) -> Integrity:
     target = Path(path).expanduser().absolute()
     _refuse_to_overwrite(target)
     if not target.parent.is_dir():
-        raise RegistryError(f"The backup's folder {str(target.parent)!r} does not exist.")
+        raise RegistryError(f"The backup's folder {str(target.parent)!r} does not exist; create it first.")
     try:
         for folder in remains(engine, target.parent):
             discard(folder, _FILES, _MARKER)

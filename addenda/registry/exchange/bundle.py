@@ -66,12 +66,14 @@ def open_bundle(path: Path) -> Iterator[tuple[Transfer, str]]:
     except OSError as error:
         raise RegistryError(f"{context}: {error}.") from error
     except SafetensorError as error:
-        raise IntegrityError(f"{context}: it is truncated or not a bundle ({error}).") from error
+        raise IntegrityError(
+            f"{context}: it is truncated or not a bundle ({error}). Copy or export it again."
+        ) from error
 
     def read(sha256: str) -> bytes:
         data: bytes = file.get_tensor(sha256).tobytes()
         if digest(data) != sha256:
-            raise IntegrityError(f"its blob with sha256 {sha256[:16]}… has changed")
+            raise IntegrityError(f"its blob with sha256 {sha256[:16]}… has changed. Copy or export it again")
         return data
 
     with file:
@@ -111,7 +113,7 @@ def _contents(file: Any) -> tuple[Contents, str]:
         raise IntegrityError(f"its manifest has {size:,} bytes; the maximum is {_MAX_MANIFEST:,}")
     manifest = file.get_tensor(_MANIFEST).tobytes()
     if digest(manifest) != sha256:
-        raise IntegrityError("its manifest has changed")
+        raise IntegrityError("its manifest has changed. Copy or export it again")
     if (version := _Format.model_validate_json(manifest).format) != FORMAT:
         raise IntegrityError(f"it has format {version}; this version reads {FORMAT}. Upgrade Addenda")
     contents = _Manifest.model_validate_json(manifest)

@@ -72,7 +72,9 @@ def read(data: bytes, sha256: str) -> tuple[dict[str, Any], dict[str, Any]]:
         if not isinstance(manifest["backbone"], str):
             raise IntegrityError("its artifact's backbone must be a string")
         if manifest["format"] not in FORMATS.values():
-            raise IntegrityError(f"its artifact has format {manifest['format']}; this version reads 1 and 2")
+            raise IntegrityError(
+                f"its artifact has format {manifest['format']}; this version reads 1 and 2. Upgrade Addenda"
+            )
         if manifest["format"] != FORMATS["layer_weight" in tensors]:
             raise IntegrityError(
                 f"its artifact has format {manifest['format']}, which does not fit its tensors {sorted(tensors)}"
@@ -90,7 +92,7 @@ def _check(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     labels, objective, temperature = manifest["labels"], manifest["objective"], manifest.get("temperature", 0.5)
     if objective not in OBJECTIVES:
         known = ", ".join(map(repr, OBJECTIVES))
-        raise IntegrityError(f"its objective is {objective!r}; this version supports {known}")
+        raise IntegrityError(f"its objective is {objective!r}; this version supports {known}. Upgrade Addenda")
     if not isinstance(temperature, float) or not math.isfinite(temperature) or temperature <= 0:
         raise IntegrityError(f"its temperature is {temperature!r}; it must be a finite number above 0")
     if temperature == 1.0:

@@ -91,11 +91,12 @@ def retire_family(writer: Writer, ref: str, reason: str, along: Sequence[str]) -
             f"Task {ref_of(root)!r} cannot be retired: active tasks extend it ({', '.join(missing)}). Retire them too, "
             "with --with TASK (in Python: along=[...])."
         )
-    aliases = select(schema.alias.c.name, schema.alias.c.alias).where(schema.alias.c.task_id.in_(retiring))
+    aliases = select(schema.alias).where(schema.alias.c.task_id.in_(retiring))
     if (alias := writer.connection.execute(aliases.order_by(schema.alias.c.alias)).first()) is not None:
         raise RegistryError(
-            f"Task {ref_of(root)!r} cannot be retired: '{alias.name}@{alias.alias}' points at it, or at a task that is "
-            f"retired with it. Move the alias or remove it: addenda tasks alias {alias.name} {alias.alias} --remove"
+            f"Task {ref_of(root)!r} cannot be retired: '{alias.name}@{alias.alias}' points at "
+            f"{ref_of(retiring[alias.task_id])!r}, which would be retired. Move the alias or remove it: addenda tasks "
+            f"alias {alias.name} {alias.alias} --remove"
         )
     # Parents have smaller ids than their children, so in descending order children are retired first.
     for task_id in sorted(retiring, reverse=True):

@@ -51,7 +51,7 @@ def connect(location: str | Path, create: bool, read_only: bool = False) -> Engi
     if path.is_dir():
         raise RegistryError(f"{str(path)!r} is a folder; give a file, such as {str(path / 'addenda.db')!r}.")
     if not path.parent.is_dir():
-        raise RegistryError(f"The registry's folder {str(path.parent)!r} does not exist.")
+        raise RegistryError(f"The registry's folder {str(path.parent)!r} does not exist; create it first.")
     options: dict[str, Any] = {"creator": lambda: _open_sqlite_read_only(path)} if read_only else {}
     engine = create_engine(URL.create("sqlite", database=str(path)), json_serializer=canonical_json, **options)
 
@@ -118,7 +118,9 @@ def reading(engine: Engine) -> Iterator[Connection]:
         except (ValueError, RecursionError) as error:  # a JSON column that no longer parses
             if not _is_value_error(error):
                 raise
-            raise RegistryError(f"The registry cannot be read: a record is damaged ({error}).") from error
+            raise RegistryError(
+                f"The registry cannot be read: a record is damaged ({error}). See: addenda verify --deep"
+            ) from error
 
 
 def display_location(engine: Engine) -> str:
@@ -151,7 +153,9 @@ def _url(location: str | Path) -> URL:
         url = make_url(text)
     except (ArgumentError, ValueError) as error:
         redacted = re.sub("//.*@", "//***@", text, flags=re.DOTALL)
-        raise RegistryError(f"{redacted!r} is not a database URL.") from error
+        raise RegistryError(
+            f"{redacted!r} is not a database URL; give a path, or postgresql://USER@HOST/DATABASE."
+        ) from error
     if url.get_backend_name() not in ("sqlite", "postgresql") or not url.database:
         raise RegistryError(
             f"A registry is an SQLite file or a PostgreSQL database: give a path, sqlite:///PATH or "

@@ -118,7 +118,7 @@ def insert_task(
     if stored is None:
         connection.execute(insert(schema.artifact).values(sha256=sha256, data=artifact))
     elif stored != artifact:
-        raise IntegrityError(f"The stored artifact with sha256 {sha256[:12]}… has changed.")
+        raise IntegrityError(f"The stored artifact with sha256 {sha256[:12]}… has changed. See: addenda verify --deep")
     connection.execute(insert(schema.task).values(**columns, id=task_id, event_id=event_id))
     for position, parent in enumerate(parents):
         connection.execute(insert(schema.task_parent).values(task_id=task_id, position=position, parent_id=parent))
@@ -140,10 +140,12 @@ def _parent(connection: Connection, task: Task, parent: Task) -> int:
         .order_by((schema.task.c.name != parent.name) | (schema.task.c.version != parent.version))
     ).first()
     if row is None:
-        raise RegistryError(f"Task {task.name!r} extends {parent.ref!r}, which is not registered here.")
+        raise RegistryError(
+            f"Task {task.name!r} extends {parent.ref!r}, which is not registered here; register it first."
+        )
     if parent.class_token is None:
         raise RegistryError(
-            f"Task {task.name!r} extends {parent.ref!r}, which is a head-only task without a class token."
+            f"Task {task.name!r} extends {parent.ref!r}, a head-only task without a class token; extend another."
         )
     return int(row.id)
 

@@ -136,11 +136,13 @@ def _decode(row: Row[Any], artifact: bytes | None, parents: Mapping[str, Task | 
     def parent(sha256: str) -> Task:
         task = parents.get(sha256)
         if task is None:
-            raise IntegrityError(f"it extends a task with sha256 {sha256[:16]}… that is missing")
+            raise IntegrityError(
+                f"it extends a task with sha256 {sha256[:16]}… that is missing. Restore the registry from a backup"
+            )
         return _task_or_raise(task)
 
     if artifact is None:
-        raise IntegrityError("its artifact is missing")
+        raise IntegrityError("its artifact is missing. Restore the registry from a backup")
     task = decode(artifact, row.artifact, parent, row_fields(row))
     if (task.backbone, list(task.labels), task.objective) != (row.backbone, row.labels, row.objective):
         raise IntegrityError("its row and its artifact disagree on backbone, labels or objective")
@@ -164,7 +166,9 @@ def load_goldens(connection: Connection, row: Row[Any]) -> list[Golden]:
     stored = connection.execute(query.order_by(schema.golden.c.created_at.desc())).all()
     for probe in stored:
         if digest(probe.logits) != probe.digest:
-            raise IntegrityError(f"Task {ref_of(row)!r}: its golden probe's stored bytes have changed.")
+            raise IntegrityError(
+                f"Task {ref_of(row)!r}: its golden probe's stored bytes have changed. See: addenda verify --deep"
+            )
     return [
         Golden(
             numerics=probe.numerics,

@@ -28,7 +28,9 @@ def upgrade(engine: Engine, create: bool) -> None:
         with engine.connect() as connection:
             version = revision(connection)
             if version is None and inspect(connection).get_table_names():
-                raise RegistryError(f"{location!r} is another program's database, not a registry.")
+                raise RegistryError(
+                    f"{location!r} is another program's database, not a registry; give another location."
+                )
         if version is None and not create:
             raise RegistryError(
                 f"There is no registry at {location!r}; check the location. `addenda learn` creates one at --registry."

@@ -243,7 +243,7 @@ _low_rank(torch.nn.Linear(2, 2), 8)
 def test_lora_on_another_backbone_family_is_refused(train: LabelledImages) -> None:
     dinov3 = FrozenBackbone(tiny_eva("dinov3"), "dinov3", "hub")
     with pytest.raises(
-        BackboneError, match="The method 'lora-4' is for timm's VisionTransformer; backbone 'dinov3' is timm's Eva"
+        BackboneError, match="The method 'lora-4' requires timm's VisionTransformer; backbone 'dinov3' is timm's Eva"
     ):
         best_baseline(train_baselines("lora-4", dinov3, train, config=QUICK))
     assert best_baseline(train_baselines("full", dinov3, train, config=QUICK)).num_images > 0

@@ -110,7 +110,7 @@ def test_missing_data_and_unknown_methods_are_reported_before_weights_are_loaded
     monkeypatch.setattr("addenda.load_backbone", lambda *args, **more: pytest.fail("weights were loaded"))
     for arguments, message in (
         (("continual", "split-cifar10", "--data", tmp_path), f"There is no folder {str(tmp_path / 'cifar10')!r}."),
-        (("continual", "digits", "--split", "3"), "--split requires a folder or a stream of one dataset; 'digits' has"),
+        (("continual", "digits", "--split", "3"), "'digits' has fixed experiences; omit --split"),
         (("continual", "digits", "--methods", "addenda,foo"), "Unknown method 'foo'. Known: addenda, addenda-"),
         (("paper", tmp_path, "--out", tmp_path / "out", "--sets", "a"), "has no dataset 'a' with train/ and test/"),
     ):

@@ -245,12 +245,12 @@ def test_an_invalid_class_order_is_refused(order: list[str], message: str, tmp_p
     ("num_classes", "settings", "message"),
     [
         (8, {"num_experiences": 3}, "The 8 classes of 'x' do not divide evenly into 3 experiences of at least two "
-         "classes. Possible: 2, 4 experiences, or `first: 2`."),
+         "classes. Use 2, 4 equal experiences (--split), or `first: 2`."),
         (9, {"num_experiences": 2, "first": 8}, "The 9 classes of 'x', 8 in the first, do not"),
         (7, {"num_experiences": 5},
-         "Possible: up to 3 experiences with `first`, the size of the first one, in a YAML file."),
-        (3, {"num_experiences": 2}, "Possible: nothing, since it has too few classes."),
-        (4, {"num_experiences": 2, "first": 4}, "Possible: 2 experiences, or `first: 2`."),
+         "Use up to 3 experiences with `first`, the size of the first one, in a YAML file."),
+        (3, {"num_experiences": 2}, "Use a dataset with at least four classes."),
+        (4, {"num_experiences": 2, "first": 4}, "Use 2 equal experiences (--split), or `first: 2`."),
     ],
 )  # fmt: skip
 def test_classes_that_do_not_divide_evenly_are_refused_with_what_fits(
@@ -383,7 +383,7 @@ def test_two_datasets_with_one_name_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "is empty."),
+        ("", "is empty; it must have a path and a number per line."),
         ("no number\nat all here\n", "must have a path and a number per line"),
         ("clipart/c000/99.jpg 0\n", "99.jpg', which does not exist."),
         ("clipart/other/0.jpg 0\n", "has class 'other', which "),

@@ -22,7 +22,7 @@ from addenda.backbones import read_image
 from addenda.exceptions import BackboneError, DataError, NameTakenError, RegistryError, RetiredError, UnsteadyError
 from addenda.learner import LearnRow, learn_many
 from addenda.learner.data import open_images, open_parts
-from addenda.learner.data.folders import split_named
+from addenda.learner.data.folders import Split, split_named
 from addenda.learner.data.labelled import LabelledImages
 from addenda.learner.data.listings import open_listing
 from addenda.learner.data.torch_datasets import Items
@@ -71,10 +71,22 @@ def test_folders_named_like_splits_are_splits_in_any_case(tmp_path: Path, train:
 
 def test_splits_without_a_training_split_are_refused_with_a_remedy(tmp_path: Path) -> None:
     data = with_splits(tmp_path / "data", "val", "test")
-    with pytest.raises(DataError, match=r"contains test/ and val/ but no train/\. Pass the split to use by its own"):
+    with pytest.raises(DataError, match=r"contains test/ and val/ but no train/\. Put the training images into"):
         open_parts(data)
     assert len(open_images(data, "test")) == 8  # as `evaluate` opens it
     assert len(open_images(data / "val")) == 8
+
+
+@pytest.mark.parametrize(("split", "other"), [("train", "test"), ("test", "train")])
+def test_no_error_suggests_to_learn_from_test_images_or_to_test_on_training_images(
+    tmp_path: Path, split: Split, other: str
+) -> None:
+    beside = colour_folder(with_splits(tmp_path / "beside", other), classes=("cat", "dog"))
+    folders = [with_splits(tmp_path / "one", other), with_splits(tmp_path / "two", other, f"{other}2"), beside]
+    for folder in folders:
+        with pytest.raises(DataError) as refused:
+            open_images(folder, split)
+        assert str(folder / other) not in str(refused.value)
 
 
 def test_a_validation_folder_and_others_beside_the_splits_are_reported(
