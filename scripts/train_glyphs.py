@@ -24,7 +24,7 @@ from fontTools.ttLib import TTFont
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import save_file
 
-from addenda.backbones.glyphs import architecture
+from addenda.backbones.loader import glyphs_architecture
 
 # One letter per shape: lower-case letters that look like small capitals are left out, and so are Greek and Cyrillic
 # letters that look Latin.
@@ -143,7 +143,7 @@ def main() -> None:
     train, test = (~held_out).nonzero().squeeze(1), held_out.nonzero().squeeze(1)
     print(f"{len(masks)} glyphs, {len(LETTERS)} letters, {len(digests)} fonts; {len(test)} glyphs held out", flush=True)
 
-    model = architecture(num_classes=len(LETTERS))
+    model = glyphs_architecture(num_classes=len(LETTERS))
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, arguments.lr, arguments.steps, pct_start=0.05)
     start = time.monotonic()

@@ -21,7 +21,7 @@ import typer.main
 
 import addenda
 from addenda import Registry, cli
-from addenda.backbones import glyphs
+from addenda.backbones.loader import GLYPHS
 from addenda.benchmarks.demo import digits
 from addenda.learner import read_rows
 from tests.support.commands import Run
@@ -303,8 +303,8 @@ def test_every_dependency_is_explained() -> None:
 
 def test_the_glyphs_report_is_of_the_weights_in_the_package() -> None:
     report = json.loads((ROOT / "scripts" / "glyphs_report.json").read_text())
-    assert hashlib.sha256(glyphs.WEIGHTS.read_bytes()).hexdigest() == report["weights_sha256"]
-    assert glyphs.WEIGHTS.stat().st_size <= 3_000_000
+    assert hashlib.sha256(GLYPHS.read_bytes()).hexdigest() == report["weights_sha256"]
+    assert GLYPHS.stat().st_size <= 3_000_000
     assert not re.search(r"\d", report["letters"])
     assert f"{100 * report['held_out_fonts_top1']:.1f} % top-1" in (ROOT / "docs" / "glyphs.md").read_text()
 

@@ -3,8 +3,17 @@
 from addenda.backbones.arithmetic import MIN_ROWS, Adapter, BlockAdapters, plain, product, uncompiled
 from addenda.backbones.family import KeyValue, Reading
 from addenda.backbones.frozen import FrozenBackbone, FrozenStream
-from addenda.backbones.image_files import LeftOut, counted, image_files, in_words, joined
-from addenda.backbones.image_reader import THREADS, Files, read_ahead, read_files
+from addenda.backbones.image_files import (
+    THREADS,
+    Files,
+    LeftOut,
+    counted,
+    image_files,
+    in_words,
+    joined,
+    read_ahead,
+    read_files,
+)
 from addenda.backbones.images import PREPARATION, prepared, read_image
 from addenda.backbones.loader import load_backbone, untrained_backbone
 from addenda.backbones.scope import cached_weights, catalogue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -44,41 +45,34 @@ _NUMERICS_SETTINGS = {"fused_attn"}
 
 
 class ModuleState:
-    """Detects changes of a model's modules that can change bits: classes, settings, hooks, children, weight memory.
+    """Detects changes of modules that can change bits: classes, settings, hooks, children, weight memory.
 
     It is checked before every forward pass, so it compares a few flat lists; only `where` goes module by module.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._names, self._modules = zip(*model.named_modules(), strict=True)
-        self._attributes = [vars(module) for module in self._modules]
+    def __init__(self, named_modules: Iterable[tuple[str, nn.Module]]) -> None:
+        self._names, self._modules = zip(*named_modules, strict=True)
+        owners = [vars(module) for module in self._modules]
         self._settings = [
-            (attributes, name)
-            for attributes in self._attributes
-            for name in (
-                "forward",
-                "_compiled_call_impl",
-                *(n for n, value in attributes.items() if _is_setting(n, value)),
-            )
+            (owner, name)
+            for owner in owners
+            for name in ("forward", "_compiled_call_impl", *(n for n, value in owner.items() if _is_setting(n, value)))
         ]
         # A module never replaces these dictionaries.
-        self._hooks = [
-            attributes[kind] for kind in ("_forward_hooks", "_forward_pre_hooks") for attributes in self._attributes
-        ]
-        self._children = [attributes["_modules"] for attributes in self._attributes]
-        self._tensors = [
-            attributes[kind]
-            for kind in ("_parameters", "_buffers")
-            for attributes in self._attributes
-            if attributes[kind]
-        ]
+        self._hooks = [owner[kind] for kind in ("_forward_hooks", "_forward_pre_hooks") for owner in owners]
+        self._children = [owner["_modules"] for owner in owners]
+        self._tensors = [owner[kind] for kind in ("_parameters", "_buffers") for owner in owners if owner[kind]]
+        pairs = zip(self._names, self._modules, strict=True) if len(self._names) > 1 else ()
+        self._by_module = [ModuleState([pair]) for pair in pairs]
         self.record()
 
     def record(self) -> None:
         """Records the present state as the reference."""
         self._recorded_tensors = self._all_tensors()  # referenced, so that no other tensor can get the same id
         self._recorded_state, self._recorded_versions = self._state(), self._versions()
-        self._recorded_layouts, self._recorded_modules = self._layouts(), self._state_by_module()
+        self._recorded_layouts = self._layouts()
+        for state in self._by_module:
+            state.record()
 
     @property
     def changed(self) -> bool:
@@ -92,49 +86,26 @@ class ModuleState:
 
     def where(self) -> str:
         """The name of the first module that has changed."""
-        pairs = zip(self._names, self._recorded_modules, self._state_by_module(), strict=True)
-        return next((name for name, before, now in pairs if before != now), "") or "model"
+        changed = (state for state in self._by_module or [self] if state.changed or state.written)
+        return next((state._names[0] for state in changed), "") or "model"
 
     def _state(self) -> tuple[list[Any], ...]:
         return (
             [module.__class__ for module in self._modules],
-            [attributes.get(name) for attributes, name in self._settings],
+            [owner.get(name) for owner, name in self._settings],
             list(map(len, self._hooks)),
             [id(child) for children in self._children for child in children.values()],
         )
 
     def _versions(self) -> list[tuple[int, ...]]:
-        return [_version(tensor) for tensor in self._all_tensors()]
+        """Each tensor's identity, memory and number of writes, which inference tensors do not count."""
+        return [(id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in self._all_tensors()]
 
     def _layouts(self) -> list[tuple[Any, ...]]:
-        return [_layout(tensor) for tensor in self._all_tensors()]
+        return [(tensor.dtype, tensor.device, tensor.stride()) for tensor in self._all_tensors()]
 
     def _all_tensors(self) -> list[Tensor]:
         return [tensor for tensors in self._tensors for tensor in tensors.values() if tensor is not None]
-
-    def _state_by_module(self) -> list[tuple[Any, ...]]:
-        settings: dict[int, list[Any]] = {id(attributes): [] for attributes in self._attributes}
-        for attributes, name in self._settings:
-            settings[id(attributes)].append(attributes.get(name))
-        states = []
-        for module, attributes in zip(self._modules, self._attributes, strict=True):
-            tensors = [t for kind in ("_parameters", "_buffers") for t in attributes[kind].values() if t is not None]
-            states.append((
-                module.__class__, settings[id(attributes)],
-                len(attributes["_forward_hooks"]), len(attributes["_forward_pre_hooks"]),
-                list(map(id, attributes["_modules"].values())),
-                [(_layout(tensor), _version(tensor)) for tensor in tensors],
-            ))  # fmt: skip
-        return states
-
-
-def _version(tensor: Tensor) -> tuple[int, ...]:
-    """A tensor's identity, memory and number of writes, which inference tensors do not count."""
-    return id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
-
-
-def _layout(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.dtype, tensor.device, tensor.stride()
 
 
 def _is_setting(name: str, value: object) -> bool:

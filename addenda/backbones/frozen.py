@@ -103,7 +103,7 @@ class FrozenBackbone:
         settings: Any = {key: tuple(v) if isinstance(v, list) else v for key, v in self.preprocessing.items()}
         self._resize_and_crop: Any = create_transform(**settings, is_training=False, normalize=False)
         self._contents = hash_state(self.model)
-        self._module_state = ModuleState(self.model)
+        self._module_state = ModuleState(self.model.named_modules())
         self.memo: dict[Any, Any] = {}
 
     def transform(self, image: Image.Image) -> Float[Tensor, "3 H W"]:
@@ -300,7 +300,7 @@ class FrozenBackbone:
         with float32_on_cpu():
             self.family = FAMILIES[type(self.model)](self.model)
         self.blocks = self.family.blocks[: self.depth]
-        self._module_state, self.memo = ModuleState(self.model), {}
+        self._module_state, self.memo = ModuleState(self.model.named_modules()), {}
 
     def record(self) -> dict[str, Any]:
         """The registry's record of this backbone, sufficient to load it again."""
@@ -330,24 +330,17 @@ class FrozenStream:
 
     def __iter__(self) -> Iterator[KeyValue]:
         """Yields each layer's keys and values, Float[B, H, P, d]."""
-        family, (*blocks, last) = self._backbone.family, self._backbone.blocks
-        tokens = self._backbone.embed(self._images)
-        for number, block in enumerate(blocks):
-            tokens, key_values, normed = family.run(block, tokens)
-            if number:
-                self._append_layer_statistics(normed)
+        backbone, family = self._backbone, self._backbone.family
+        tokens = backbone.embed(self._images)
+        for number, block in enumerate(backbone.blocks, 1):
+            is_last = number == backbone.depth
+            outputs = family.last(block, tokens, self._reading) if is_last else family.run(block, tokens)
+            tokens, key_values, normed = outputs
+            if number > 1 and self._layers is not None:  # of the block before, while its output is in the CPU's caches
+                self._layers.append(layer_statistics(normed, backbone.model.patch_embed.num_patches))
+            if is_last and self._reading != "nothing":
+                self._tokens = tokens
             yield key_values
-        tokens, key_values, normed = family.last(last, tokens, self._reading)
-        self._tokens = None if self._reading == "nothing" else tokens
-        if blocks:
-            self._append_layer_statistics(normed)
-        yield key_values
-
-    def _append_layer_statistics(self, normed: Float[Tensor, "B P D"]) -> None:
-        """Computes a block's layer features during the next block, while its output is still in the CPU's caches."""
-        if self._layers is not None:
-            rows, columns = self._backbone.grid_size
-            self._layers.append(layer_statistics(normed, rows * columns))
 
     @property
     def layers(self) -> Float[Tensor, "B n"]:

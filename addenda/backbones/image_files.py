@@ -1,14 +1,24 @@
-"""Finds the image files in a folder, by file extension, or else by their first bytes."""
+"""Image files: finds them in a folder, and reads them ahead of the model, on several threads and in order."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import Generic, TypeVar
 
+import torch
+from jaxtyping import Float
 from PIL import Image
+from torch import Tensor
 
-from addenda.exceptions import DataError
+from addenda.backbones.frozen import FrozenBackbone
+from addenda.backbones.images import read_image
+from addenda.exceptions import DataError, UnsteadyError
 
 SYSTEM = frozenset({
     "__macosx", "__pycache__", "@eadir", "@recycle", "#recycle", "#snapshot", "$recycle.bin", "lost+found",
@@ -32,6 +42,13 @@ MAX_NAMED = 3
 LeftOut = Mapping[str, Sequence[Path]]
 """Paths that were left out, by the keys of LEFT_OUT."""
 
+THREADS = 2
+"""Threads that read, decode and transform; Pillow releases the GIL, and two keep up with a ViT-Ti on two cores."""
+
+Row = TypeVar("Row")
+Value = TypeVar("Value")
+Name = TypeVar("Name", bound=str | Path)
+
 
 def is_hidden(name: str) -> bool:
     """Whether a file or folder of this name is hidden or belongs to the operating system."""
@@ -48,7 +65,7 @@ def image_files(folder: Path, deep: bool = True) -> tuple[list[Path], dict[str, 
         DataError: a folder cannot be read.
     """
     images: list[Path] = []
-    left_out: dict[str, list[Path]] = {}
+    left_out: dict[str, list[Path]] = {kind: [] for kind in LEFT_OUT}
     known = Image.registered_extensions().items()  # including those of plugins
     suffixes = {suffix for suffix, kind in known if kind in Image.OPEN and kind not in UNDECODABLE}
     folders = [folder]
@@ -63,20 +80,20 @@ def image_files(folder: Path, deep: bool = True) -> tuple[list[Path], dict[str, 
             path, is_folder, is_file = Path(entry.path), os.path.isdir(entry), os.path.isfile(entry)
             has_image_suffix = path.suffix.lower() in suffixes
             if is_hidden(entry.name):
-                left_out.setdefault("hidden", []).append(path)
+                left_out["hidden"].append(path)
             elif is_folder and not deep:
                 continue
             elif has_image_suffix and (is_folder or is_file or entry.is_symlink()):  # broken links fail when read
                 images.append(path)
             elif is_folder and entry.is_symlink():
-                left_out.setdefault("linked_folders", []).append(path)
+                left_out["linked_folders"].append(path)
             elif is_folder:
                 folders.append(path)
             elif not has_image_suffix and is_file and _has_image_header(path):
                 images.append(path)
             else:
-                left_out.setdefault("not_images", []).append(path)
-    return sorted(images), {kind: sorted(left_out[kind]) for kind in LEFT_OUT if kind in left_out}
+                left_out["not_images"].append(path)
+    return sorted(images), {kind: sorted(paths) for kind, paths in left_out.items() if paths}
 
 
 def joined(left_outs: Iterable[LeftOut]) -> dict[str, list[Path]]:
@@ -111,3 +128,68 @@ def _has_image_header(path: Path) -> bool:
         return True
     except Exception:  # Pillow's format readers may raise anything
         return False
+
+
+def read_ahead(
+    rows: Sequence[Row], read: Callable[[Row], Value], ahead: int, threads: int = THREADS
+) -> Iterator[tuple[Row, Value | DataError]]:
+    """Reads rows in order in the background while the caller processes earlier ones.
+
+    At most `ahead` rows are read before they are requested, which bounds the memory. A DataError of `read` is yielded
+    in place of the value; an UnsteadyError is raised.
+    """
+
+    def attempt(row: Row) -> Value | DataError:
+        try:
+            return read(row)
+        except UnsteadyError:
+            raise
+        except DataError as error:
+            return error
+
+    remaining, pool = iter(rows), ThreadPoolExecutor(threads)
+    try:
+        pending = deque((row, pool.submit(attempt, row)) for row in islice(remaining, max(ahead, threads)))
+        while pending:
+            row, future = pending.popleft()
+            value = future.result()
+            pending.extend((following, pool.submit(attempt, following)) for following in islice(remaining, 1))
+            yield row, value
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@dataclass(frozen=True)
+class Files(Generic[Name]):
+    """A batch of image files."""
+
+    asked: list[Name]  # all files of the batch, in order
+    images: Float[Tensor, "B 3 H W"]  # model inputs of the readable files
+    bad: dict[Name, str]  # error messages of the unreadable files
+
+    @property
+    def paths(self) -> list[Name]:
+        """The readable files."""
+        return [path for path in self.asked if path not in self.bad]
+
+
+def read_files(
+    backbone: FrozenBackbone, paths: Sequence[Name], size: int, skip_bad: bool = False
+) -> Iterator[Files[Name]]:
+    """Reads image files in batches of `size`, transformed for a backbone.
+
+    Raises:
+        DataError: a file is not a readable image, and `skip_bad` is False.
+    """
+    reading = read_ahead(paths, lambda path: backbone.transform(read_image(path)), size)
+    empty = torch.empty(0, *backbone.preprocessing["input_size"], dtype=torch.float32, device="cpu")
+    while batch := list(islice(reading, size)):
+        bad = {path: error for path, error in batch if isinstance(error, DataError)}
+        if bad and not skip_bad:
+            raise next(iter(bad.values()))
+        images = [image for _, image in batch if isinstance(image, Tensor)]
+        yield Files(
+            [path for path, _ in batch],
+            torch.stack(images) if images else empty,
+            {path: str(error) for path, error in bad.items()},
+        )

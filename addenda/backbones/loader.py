@@ -14,14 +14,18 @@ import timm
 import torch
 from safetensors import SafetensorError
 from timm.models import load_state_dict
+from timm.models.vision_transformer import VisionTransformer
 
-from addenda.backbones import glyphs
 from addenda.backbones.arithmetic import float32_on_cpu
 from addenda.backbones.frozen import FrozenBackbone
 from addenda.backbones.scope import FAMILIES, SUPPORTED_EXAMPLES, obstacle
 from addenda.exceptions import BackboneError
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+GLYPHS = Path(__file__).with_name("glyphs.safetensors")
+"""Weights of the `glyphs` backbone, a small letter-recognition ViT included in the package, for the demo and the tests.
+
+They are trained by scripts/train_glyphs.py; docs/glyphs.md describes training and accuracy."""
 
 
 def load_backbone(
@@ -69,7 +73,7 @@ def load_backbone(
         if name == "glyphs":
             if weights is not None:
                 raise BackboneError("Backbone 'glyphs' includes its weights; omit the weights argument.")
-            model, source = glyphs.model(), "embedded"
+            model, source = _glyphs(), "embedded"
         elif weights is None:
             model, source = _from_hub(name), "hub"
         else:
@@ -132,6 +136,20 @@ def _supported_model(name: str, **options: Any) -> Any:
         if options.get("pretrained"):
             raise
         raise BackboneError(f"timm cannot create {name!r}: {_first_line(error)}") from error
+
+
+def glyphs_architecture(num_classes: int) -> VisionTransformer:
+    """A timm ViT with 1.0 M parameters for 32 px images and patches of 4 px."""
+    return VisionTransformer(img_size=32, patch_size=4, embed_dim=128, depth=5, num_heads=4, num_classes=num_classes)
+
+
+def _glyphs() -> Any:
+    state = load_state_dict(str(GLYPHS), device="cpu")
+    model: Any = glyphs_architecture(num_classes=len(state["head.bias"]))
+    channels = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    model.pretrained_cfg = {"input_size": (3, 32, 32), "crop_pct": 1.0, "interpolation": "bicubic", **channels}
+    model.load_state_dict(state)
+    return model
 
 
 def _from_hub(name: str) -> Any:

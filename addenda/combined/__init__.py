@@ -1,8 +1,7 @@
 """One forward pass for all tasks: shared-prefix attention, tiles, exactness, routing."""
 
-from addenda.combined.attention_maps import attention_map
 from addenda.combined.cost import TaskCost, loaded_bytes, pass_operations, task_cost
-from addenda.combined.forward import Observer, forward_pass
+from addenda.combined.forward import Observer, attention_map, forward_pass
 from addenda.combined.golden import Verdict, golden, verdicts, verify
 from addenda.combined.model import CombinedModel, TaskLogits
 from addenda.combined.numerics import numerics, numerics_fingerprint, tensor_digest

@@ -1,4 +1,4 @@
-"""The combined forward pass: the frozen stream, the task streams and the heads.
+"""The combined forward pass: the frozen stream, the task streams with their attention, and the heads.
 
 Nothing else runs these. The caller's contexts (autocast, gradients, inference mode, default device) do not change bits.
 """
@@ -13,10 +13,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from addenda.backbones import FrozenBackbone, FrozenStream, KeyValue, Reading, plain
-from addenda.combined.attention import attend, attention_weights
+from addenda.backbones import FrozenBackbone, FrozenStream, KeyValue, Reading, plain, product
 from addenda.combined.shapes import batch_size, micro_batch
 from addenda.combined.tiles import Layout, Tile, TileStore
+from addenda.exceptions import RegistryError
+from addenda.registry import Task
 
 Observer = Callable[[int, KeyValue, KeyValue], None]
 """Called per batch and layer with the layer's index, the frozen keys and values [B, H, P, d], and those of the layout's
@@ -167,3 +168,88 @@ def _visible_tokens(tile: Tile, own: KeyValue, offered: KeyValue) -> KeyValue:
         ancestors = (tensor[:, :, tile.ancestors].permute(2, 1, 0, 3, 4) for tensor in offered)  # from [B, H, S, a, d]
         visible = KeyValue(*(torch.cat(pair, dim=3) for pair in zip(visible, ancestors, strict=True)))
     return visible
+
+
+def attend(
+    scale: float,
+    queries: Float[Tensor, "S H B d"],
+    frozen: KeyValue,  # [B, H, P, d], visible to every task
+    tokens: KeyValue,  # tokens of the task and its ancestors, [S, H, B, t, d]
+    memory: KeyValue,  # memory of the task and its ancestors, [S, H, m, d]; the same for all images
+    bias: Float[Tensor, "S w"] | None = None,  # -inf for padding among the private keys; w = t + m
+) -> Float[Tensor, "S B D"]:
+    """Attention output of each task's query over its visible keys: the mask of the paper's Table 1, never built."""
+    num_tasks, num_heads, batch, _ = queries.shape
+    num_frozen = frozen.keys.shape[-2]
+    weights = attention_weights(scale, queries, frozen, tokens, memory, bias)
+    from_frozen = weights[..., :num_frozen].flatten(0, 1) @ frozen.values.flatten(0, 1)
+    from_private = private_read(weights[..., num_frozen:].permute(2, 1, 0, 3), tokens, memory)
+    output: Tensor = from_frozen.unflatten(0, (batch, num_heads)).permute(2, 1, 0, 3) + from_private
+    return output.transpose(1, 2).reshape(num_tasks, batch, -1)
+
+
+def attention_weights(
+    scale: float,
+    queries: Float[Tensor, "S H B d"],
+    frozen: KeyValue,
+    tokens: KeyValue,
+    memory: KeyValue,
+    bias: Float[Tensor, "S w"] | None = None,
+) -> Float[Tensor, "B H S K"]:
+    """Softmax weights of each task's query over its K = P + w keys: the frozen ones, then the private ones."""
+    _, num_heads, batch, _ = queries.shape
+    queries = (queries * scale).contiguous()
+    by_image = queries.permute(2, 1, 0, 3).flatten(0, 1)  # [B H, S, d]: all tasks share an image's frozen keys
+    on_frozen = by_image @ frozen.keys.flatten(0, 1).transpose(1, 2)
+    private = private_scores(queries, tokens, memory)
+    if bias is not None:
+        private = private + bias[:, None, None]
+    scores = torch.cat([on_frozen.unflatten(0, (batch, num_heads)), private.permute(2, 1, 0, 3)], dim=-1)
+    return scores.softmax(dim=-1)
+
+
+def private_scores(queries: Float[Tensor, "S H B d"], tokens: KeyValue, memory: KeyValue) -> Float[Tensor, "S H B w"]:
+    """Scores of scaled queries for the private keys: tokens first, then memory."""
+    on_tokens = (queries.unsqueeze(-2) * tokens.keys).sum(-1)
+    return torch.cat([on_tokens, product(queries, memory.keys.transpose(-1, -2))], dim=-1)
+
+
+def private_read(weights: Float[Tensor, "S H B w"], tokens: KeyValue, memory: KeyValue) -> Float[Tensor, "S H B d"]:
+    """Weighted sum of the private values."""
+    on_tokens, on_memory = weights.tensor_split((tokens.values.shape[-2],), dim=-1)
+    return (on_tokens.unsqueeze(-1) * tokens.values).sum(-2) + product(on_memory, memory.values)
+
+
+def attention_map(
+    backbone: FrozenBackbone, task: Task, images: Float[Tensor, "N 3 H W"]
+) -> Float[Tensor, "N rows columns"]:
+    """Attention weights of a task's class token over the patches in the last layer, averaged over heads.
+
+    An image's map sums to less than 1: the softmax also covers the backbone's class token and registers, and the tokens
+    and memory of the task and of the tasks that it extends.
+
+    Args:
+        backbone: the backbone that the task was learned on.
+        task: the task, which is computed with only the tasks that it extends.
+        images: images from the backbone's transform.
+
+    Raises:
+        RegistryError: the task is head-only, without a class token.
+    """
+    if task.class_token is None:
+        raise RegistryError(
+            f"Task {task.ref!r} is head-only: without class token there is no attention map. Choose a task with one."
+        )
+    layout = Layout(TileStore(backbone), [task], sizes=None)
+    task_tile, slot = layout.slot[task.sha256]
+    batches: list[Tensor] = []
+
+    def observe_attention(layer: int, tile: int, weights: Float[Tensor, "N heads S K"]) -> None:
+        if (layer, tile) == (backbone.depth - 1, task_tile):
+            batches.append(weights[:, :, slot].float().mean(1))
+
+    forward_pass(backbone, images, layout, observe_attention=observe_attention)
+    rows, columns = backbone.grid_size
+    patches = slice(backbone.num_tokens - rows * columns, backbone.num_tokens)
+    maps: Tensor = torch.cat(batches)[:, patches].unflatten(-1, (rows, columns)).cpu()
+    return maps

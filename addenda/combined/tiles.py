@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from threading import Lock
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -13,7 +14,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from addenda.backbones import Adapter, BlockAdapters, FrozenBackbone, KeyValue, plain
-from addenda.combined.attention import memory_key_values
 from addenda.combined.shapes import TILE, size_class, tile_sizes
 from addenda.registry import Task, check_unwritten
 
@@ -229,3 +229,9 @@ def _ancestor_rows(size: int, tasks: Sequence[Task], offered: dict[str, int]) ->
     rows = [[offered[ancestor.sha256] for ancestor in task.closure] for task in tasks]
     padded = [row + [0] * (width - len(row)) for row in rows] + [[0] * width] * (size - len(rows))
     return torch.tensor(padded, dtype=torch.int64, device="cpu")
+
+
+def memory_key_values(backbone: FrozenBackbone, block: Any, memory: Float[Tensor, "S m D"]) -> KeyValue:
+    """Keys and values of memory tokens, [S, H, m, d], computed by norm1 and qkv as for any token."""
+    _, keys, values = backbone.family.project(block, memory)
+    return KeyValue(keys, values)

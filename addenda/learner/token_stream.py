@@ -12,7 +12,8 @@ from jaxtyping import Float, Float16, Int
 from torch import Tensor, nn
 
 from addenda.backbones import MIN_ROWS, BlockAdapters, FrozenBackbone, KeyValue
-from addenda.combined.attention import memory_key_values, private_read, private_scores
+from addenda.combined.forward import private_read, private_scores
+from addenda.combined.tiles import memory_key_values
 
 CHUNK_BYTES = 4e6
 """Size of the keys that are processed together on a CPU, so that they fit its caches (docs/performance.md)."""

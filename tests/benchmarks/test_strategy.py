@@ -16,7 +16,7 @@ from torch import Tensor
 from addenda import FrozenBackbone, LearnConfig, Registry
 from addenda.backbones import KeyValue
 from addenda.combined import CombinedModel, Router, feature_statistics, forward
-from addenda.combined.attention import attend
+from addenda.combined.forward import attend
 from addenda.exceptions import IntegrityError, RegistryError
 from addenda.registry import Task
 from tests.support.tasks import random_task

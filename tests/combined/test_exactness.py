@@ -19,8 +19,8 @@ from torch import Tensor
 
 from addenda.backbones import FrozenBackbone, KeyValue, load_backbone
 from addenda.combined import CombinedModel, Layout, TileStore, forward_pass, loaded_bytes, tiles
-from addenda.combined.attention import memory_key_values
 from addenda.combined.shapes import TILE, TILE_SIZES, size_class, tile_sizes
+from addenda.combined.tiles import memory_key_values
 from addenda.exceptions import ExactnessError
 from addenda.registry import Task
 from tests.support.models import (

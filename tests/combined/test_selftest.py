@@ -13,7 +13,7 @@ from torch import Tensor
 from addenda.backbones import Adapter, FrozenBackbone, KeyValue
 from addenda.backbones.family import Family
 from addenda.combined import CombinedModel, forward
-from addenda.combined.attention import attend
+from addenda.combined.forward import attend
 from addenda.combined.shapes import TILE, TILE_SIZES, Shapes
 from addenda.exceptions import ExactnessError
 from tests.support.models import alone, backbone, bits, fresh_backbone, images, random_registry, threads

@@ -9,7 +9,8 @@ import torch
 
 from addenda import FrozenBackbone
 from addenda.backbones import Adapter, BlockAdapters, KeyValue
-from addenda.combined.attention import attend, memory_key_values
+from addenda.combined.forward import attend
+from addenda.combined.tiles import memory_key_values
 from addenda.learner.token_stream import Batch, stream_features
 from tests.support.tiny import tiny_vit
 

@@ -15,7 +15,7 @@ import torch
 from addenda import FrozenBackbone, Registry, Task
 from addenda.backbones import KeyValue
 from addenda.combined import TaskLogits, golden, tiles
-from addenda.combined.attention import memory_key_values
+from addenda.combined.tiles import memory_key_values
 from addenda.exceptions import DataError, DeadlineError, OverloadedError
 from addenda.serving.batcher import Batcher
 from addenda.serving.service import Limits, ServedPrediction, Service
