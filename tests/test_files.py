@@ -175,7 +175,7 @@ LOOKED_AT = {
     "registry/exchange/backup.py": "the marker of its own folder",
     "registry/exchange/bundle.py": "a path from `written`",
     "serving/keys.py": "a path from `written`",
-    "exporting/formats.py": "a path from `written`",
+    "exporting/export.py": "a path from `written`",
     "distributed/parts.py": "a path from `written`; deletes its own unfinished files",
     "benchmarks/listing.py": "a path from `written`",
     "learner/store.py": "in its own cache entry",
