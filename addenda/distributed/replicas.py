@@ -80,11 +80,7 @@ class Replica:
             raise KeyFileError(
                 f"The key file {str(serving.keys)!r} does not exist on this node; it must be on every node."
             )
-        self._app = make_app(
-            lambda metrics: Service(backbone, registry, serving.alias, serving.limits, metrics.report),
-            keys,
-            serving.loopback,
-        )
+        self._app = make_app(lambda: Service(backbone, registry, serving.alias, serving.limits), keys, serving.loopback)
 
     def __serve_build_asgi_app__(self) -> object:
         return self._app

@@ -8,7 +8,7 @@ from urllib.parse import SplitResult, urlsplit
 from fastapi import Depends, Request, Security
 from fastapi.security import APIKeyCookie, HTTPAuthorizationCredentials, HTTPBearer, SecurityScopes
 
-from addenda.serving.keys import Key, KeyFile
+from addenda.serving.keys import SCOPES, KeyFile
 from addenda.serving.problems import ProblemError
 from addenda.serving.service import Service
 
@@ -25,16 +25,20 @@ Cookie = Annotated[str | None, Security(APIKeyCookie(name=COOKIE, auto_error=Fal
 async def check(request: Request, scopes: SecurityScopes, bearer: Bearer, cookie: Cookie) -> None:
     """Rejects a request whose key lacks a required scope; a loopback server without a key file requires no key.
 
-    Browsers send the cookie by themselves, so requests from other sites' pages are rejected first.
+    Browsers send the cookie by themselves, so requests from other sites' pages are rejected first. `request.state` gets
+    the key's scope and `user`, as the registry's events name its holder (None if no key was required).
     """
     check_origin(request)
     if open_to_all(request):
+        request.state.user, request.state.scope = None, SCOPES[-1]
         return
-    key = key_of(request, bearer.credentials if bearer else cookie)
+    keys: KeyFile = request.app.state.keys
+    presented = bearer.credentials if bearer else cookie
+    key = keys.find(presented) if presented else None
     if key is None:
         detail = "A valid API key is required: Authorization: Bearer KEY."
         raise ProblemError(401, detail, {"WWW-Authenticate": "Bearer"})
-    request.state.key, request.state.scope = key.name, key.scope
+    request.state.key, request.state.user, request.state.scope = key.name, f"key {key.name}", key.scope
     for scope in scopes.scopes:
         if not key.allows(scope):
             raise ProblemError(403, f"Key {key.name!r} has scope {key.scope!r}; this request requires {scope!r}.")
@@ -42,14 +46,7 @@ async def check(request: Request, scopes: SecurityScopes, bearer: Bearer, cookie
 
 def open_to_all(request: Request) -> bool:
     """Whether no key is required: the server is on loopback and its key file has never existed."""
-    keys: KeyFile | None = request.app.state.keys
-    return request.app.state.loopback and (keys is None or not keys.guards)
-
-
-def key_of(request: Request, text: str | None) -> Key | None:
-    """The record of a key, or None if the key is not valid."""
-    keys: KeyFile | None = request.app.state.keys
-    return keys.find(text) if text and keys is not None else None
+    return bool(request.app.state.loopback and not request.app.state.keys.guards)
 
 
 def check_origin(request: Request) -> None:

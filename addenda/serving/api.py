@@ -28,10 +28,7 @@ POLL_S = 0.2
 router = APIRouter(prefix="/api/v1", responses=problem_responses(401, 403))
 _FORM = {"type": "object", "required": ["image"], "properties": {"image": BINARY}}
 _SERVER: dict[str, Any] = {"tags": ["server"], "dependencies": [needs("predict")]}
-_VERIFY: dict[str, Any] = _SERVER | {
-    "dependencies": [needs("admin")],
-    "responses": problem_responses(404, 409, 422, 503),
-}
+_VERIFY: dict[str, Any] = {"dependencies": [needs("admin")], "responses": problem_responses(404, 409, 422, 503)}
 
 
 class Label(BaseModel):
@@ -176,13 +173,13 @@ def status(request: Request, service: Served) -> Status:
         backbone_fingerprint=service.backbone.fingerprint,
         numerics_fingerprint=numerics_fingerprint(numerics(service.backbone)),
         tasks=snapshot.refs,
-        quarantined=dict(snapshot.quarantined),
+        quarantined=snapshot.quarantined,
         waiting_images=service.batcher.num_waiting,
         draining=request.app.state.draining,
     )
 
 
-@router.post("/verify", **_VERIFY, summary="Recomputes golden probes")
+@router.post("/verify", tags=["server"], **_VERIFY, summary="Recomputes golden probes")
 def verify(request: Request, service: Served) -> Verification:
     """Recomputes the golden probes of the served tasks on the served model; one verification runs at a time."""
     with request.app.state.verifying:
@@ -212,8 +209,7 @@ async def events(request: Request, service: Served) -> AsyncIterator[ServerSentE
         snapshot = service.snapshot
         if snapshot is not sent:
             sent = snapshot
-            quarantined = dict(snapshot.quarantined)
-            data = {"generation": snapshot.generation, "tasks": snapshot.refs, "quarantined": quarantined}
+            data = {"generation": snapshot.generation, "tasks": snapshot.refs, "quarantined": snapshot.quarantined}
             yield ServerSentEvent(event="generation", id=str(snapshot.generation), data=data)
         if request.state.is_head:
             return

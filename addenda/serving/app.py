@@ -12,18 +12,18 @@ from fastapi import FastAPI
 from starlette.middleware import Middleware
 
 from addenda import __version__
-from addenda.serving import api, api_changes, api_tasks, inference, page, problems, telemetry
+from addenda.serving import api, api_tasks, inference, page, problems, telemetry
 from addenda.serving.keys import KeyFile
 from addenda.serving.service import Limits, Service
 from addenda.serving.telemetry import ServerMetrics, Telemetry
 
 
-def make_app(start: Callable[[ServerMetrics], Service], keys: KeyFile | None = None, loopback: bool = True) -> FastAPI:
+def make_app(start: Callable[[], Service], keys: KeyFile, loopback: bool = True) -> FastAPI:
     """Builds the app; `start` creates its service on the event loop; `loopback`: it serves this machine only."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        app.state.service = service = start(metrics)
+        app.state.service = service = start()
         metrics.watch(service)
         try:
             yield
@@ -43,10 +43,10 @@ def make_app(start: Callable[[ServerMetrics], Service], keys: KeyFile | None = N
         max_body_size=Limits().bundle_bytes,
     )
     app.state.keys, app.state.loopback, app.state.metrics, app.state.draining = keys, loopback, metrics, False
-    app.state.body_bytes, app.state.uploads = 0, asyncio.Semaphore(api_changes.UPLOADS)
+    app.state.body_bytes, app.state.uploads = 0, asyncio.Semaphore(api_tasks.UPLOADS)
     app.state.verifying, app.state.verifications = threading.Lock(), deque(maxlen=100)
     app.state.registering, app.state.replies = asyncio.Lock(), {}
-    for routes in (telemetry, inference, api, api_tasks, api_changes, page):
+    for routes in (telemetry, inference, api, api_tasks, page):
         app.include_router(routes.router)
     app.include_router(page.plain)
     return app

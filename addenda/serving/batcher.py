@@ -18,9 +18,6 @@ from addenda.combined import TaskLogits
 from addenda.exceptions import DeadlineError, OverloadedError
 from addenda.serving.snapshot import Snapshot
 
-Report = Callable[[int, float], None]
-"""Called after each forward pass with its number of images and its seconds."""
-
 
 @dataclass(eq=False)
 class _Chunk:
@@ -42,9 +39,9 @@ class Batcher:
     one event loop.
     """
 
-    def __init__(self, max_waiting: int, report: Report = lambda images, seconds: None) -> None:
+    def __init__(self, max_waiting: int) -> None:
         self.max_waiting, self.num_waiting = max_waiting, 0  # images queued or being computed
-        self._report = report
+        self.report: Callable[[int, float], None] = lambda images, seconds: None  # called after each forward pass
         self._queue: deque[_Chunk] = deque()
         self._filled = asyncio.Event()
         self._seconds_per_image = 0.01
@@ -123,7 +120,7 @@ class Batcher:
                 continue
             seconds = loop.time() - started
             self._seconds_per_image += (seconds / num_images - self._seconds_per_image) / 10
-            self._report(num_images, seconds)
+            self.report(num_images, seconds)
             for chunk, result in zip(batch, results, strict=True):
                 if not chunk.result.done():
                     chunk.result.set_result(result)

@@ -53,44 +53,39 @@ def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"description": responses[status], "content": content} for status in statuses}
 
 
-def problem_of(error: AddendaError | RequestValidationError) -> ProblemError:
-    """Converts an error of this package, or a validation error of FastAPI, to an error response."""
-    if isinstance(error, RequestValidationError):
-        faults = [{"at": list(map(str, fault["loc"])), "said": fault["msg"]} for fault in error.errors()]
-        detail = "; ".join(f"{'.'.join(fault['at'])}: {fault['said']}" for fault in faults)
-        return ProblemError(422, detail, more={"errors": faults})
-    status = next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), 500)
-    headers = {}
-    if isinstance(error, exceptions.OverloadedError):
-        headers["Retry-After"] = str(error.retry_after_s)
-    elif isinstance(error, exceptions.RegistryUnavailableError):
-        headers["Retry-After"] = "5"
-    return ProblemError(status, str(error), headers)
+def problem_of(error: Exception, request: Request) -> ProblemError:
+    """Converts any error to an error response, and logs it if the server is at fault."""
+    request_id = getattr(request.state, "id", None)
+    match error:
+        case ProblemError():
+            return error
+        case HTTPException():
+            return ProblemError(error.status_code, str(error.detail), error.headers)
+        case RequestValidationError():
+            faults = [{"at": list(map(str, fault["loc"])), "said": fault["msg"]} for fault in error.errors()]
+            detail = "; ".join(f"{'.'.join(fault['at'])}: {fault['said']}" for fault in faults)
+            return ProblemError(422, detail, more={"errors": faults})
+        case KeyFileError():
+            log.error("The key file cannot be read; requests that require a key are rejected: %s", error)
+            return ProblemError(503, "The server cannot read its key file. See the server's log.")
+        case AddendaError():
+            status = next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), 500)
+            if status == 500:
+                log.error("Request %s failed", request_id, exc_info=error)
+            retry_after_s = getattr(error, "retry_after_s", 5)
+            return ProblemError(status, str(error), {"Retry-After": str(retry_after_s)} if status == 503 else None)
+        case OSError():
+            log.error("Request %s failed with a system error", request_id, exc_info=error)
+            detail = "System error on the server, such as a full disk or a missing folder. See its log."
+            return ProblemError(503, detail, {"Retry-After": "60"})
+    log.error("Request %s failed", request_id, exc_info=error)
+    detail = "Internal server error. The server's log has it under this request's id."
+    return ProblemError(500, detail, {"X-Request-Id": request_id or ""})
 
 
 async def _respond(request: Request, error: Exception) -> JSONResponse:
     """Returns the problem document; its `error` member is required by the Open Inference Protocol."""
-    request_id = getattr(request.state, "id", None)
-    match error:
-        case ProblemError():
-            problem = error
-        case HTTPException():
-            problem = ProblemError(error.status_code, str(error.detail), error.headers)
-        case KeyFileError():
-            log.error("The key file cannot be read; requests that require a key are rejected: %s", error)
-            problem = ProblemError(503, "The server cannot read its key file. See the server's log.")
-        case AddendaError() | RequestValidationError():
-            problem = problem_of(error)
-            if problem.status == 500:
-                log.error("Request %s failed", request_id, exc_info=error)
-        case OSError():
-            log.error("Request %s failed with a system error", request_id, exc_info=error)
-            detail = "System error on the server, such as a full disk or a missing folder. See its log."
-            problem = ProblemError(503, detail, {"Retry-After": "60"})
-        case _:
-            log.error("Request %s failed", request_id, exc_info=error)
-            detail = "Internal server error. The server's log has it under this request's id."
-            problem = ProblemError(500, detail, {"X-Request-Id": request_id or ""})
+    problem = problem_of(error, request)
     document = {
         "type": "about:blank",
         "title": responses.get(problem.status, "Client Closed Request"),
@@ -98,7 +93,7 @@ async def _respond(request: Request, error: Exception) -> JSONResponse:
         "detail": problem.detail,
         "instance": request.url.path,
         "error": problem.detail,
-        "request_id": request_id,
+        "request_id": getattr(request.state, "id", None),
         **problem.more,
     }
     return JSONResponse(document, problem.status, problem.headers, MEDIA_TYPE)

@@ -97,10 +97,11 @@ class Server(uvicorn.Server):
     For `drain_s` seconds it is not ready but still accepts requests; then pending ones have `stop_s` seconds to finish.
     """
 
-    def __init__(self, app: FastAPI, listening: socket.socket, drain_s: float, stop_s: int) -> None:
+    def __init__(self, app: FastAPI, drain_s: float, stop_s: int) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
+                loop="asyncio",
                 http=_Protocol,
                 ws="none",
                 lifespan="on",
@@ -111,11 +112,7 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=stop_s,
             )
         )
-        self._app, self._listening, self._drain_s = app, listening, drain_s
-
-    def run_until_stopped(self) -> None:
-        """Runs the server; returns after shutdown."""
-        asyncio.run(self.serve([self._listening]))
+        self._app, self._drain_s = app, drain_s
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -19,7 +19,7 @@ from addenda.backbones import FrozenBackbone, read_image
 from addenda.combined import Choice, Router, TaskLogits, Verdict, attention_map, can_be_routed, not_finite, verdicts
 from addenda.exceptions import DataError, DeadlineError, RegistryError, TooLargeError, UnknownTaskError
 from addenda.registry import Registry, is_finite
-from addenda.serving.batcher import Batcher, Report
+from addenda.serving.batcher import Batcher
 from addenda.serving.snapshot import Follower, Snapshot
 
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -36,8 +36,12 @@ class Limits:
     bundle_bytes: int = 256 * 2**20
     pixels: int = 50_000_000  # of an image
     images: int = 128  # of a request
-    waiting: int = 256  # images queued or being computed
+    waiting_images: int = 256  # queued or being computed
     timeout_s: float = 30.0  # of a request; it may ask for less
+
+
+Images = Sequence[bytes] | Float[Tensor, "B 3 H W"]
+"""Encoded image files, or preprocessed images."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,17 +57,12 @@ class Service:
     """Predicts with the current tasks of a registry. Create it on the event loop that uses it."""
 
     def __init__(
-        self,
-        backbone: FrozenBackbone,
-        registry: Registry,
-        alias: str | None = None,
-        limits: Limits | None = None,
-        report: Report = lambda images, seconds: None,
+        self, backbone: FrozenBackbone, registry: Registry, alias: str | None = None, limits: Limits | None = None
     ) -> None:
         self.backbone, self.registry, self.alias = backbone, registry, alias
         self.limits = limits or Limits()
         self.follower = Follower(backbone, registry, alias)
-        self.batcher = Batcher(self.limits.waiting, report)
+        self.batcher = Batcher(self.limits.waiting_images)
         self._decoders = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="addenda-decoder")
         self._attention_thread = ThreadPoolExecutor(1, thread_name_prefix="addenda-attention")
         self._router_of, self._routing = lru_cache(maxsize=1)(self._make_router), asyncio.Lock()
@@ -82,12 +81,12 @@ class Service:
 
     async def predict(
         self,
-        images: Sequence[bytes] | Float[Tensor, "B 3 H W"],
+        images: Images,
         tasks: Sequence[str] | None = None,
         timeout_s: float | None = None,
         snapshot: Snapshot | None = None,
     ) -> ServedPrediction:
-        """Predicts for encoded image files or preprocessed images; `tasks` defaults to all."""
+        """Predicts for images; `tasks` defaults to all."""
         snapshot = snapshot or self.snapshot
         names = self._check_served(snapshot, tasks)
         logits = await self._predict(snapshot, images, names, timeout_s, pooled=False)
@@ -114,15 +113,13 @@ class Service:
         self, image: bytes, task: str
     ) -> tuple[Snapshot, Float[Tensor, "rows columns"], tuple[int, int]]:
         """The attention of a task's class token over an image's patches, and the image's size; runs one at a time."""
-        snapshot = self.snapshot
-        self._check_served(snapshot, [task])
-
-        def compute() -> tuple[Snapshot, Tensor, tuple[int, int]]:
-            pixels, size = self._decode(0, image)
-            return snapshot, attention_map(self.backbone, snapshot.model.tasks[task], pixels.unsqueeze(0))[0], size
-
+        snapshot, loop = self.snapshot, asyncio.get_running_loop()
+        served = snapshot.model.tasks[self._check_served(snapshot, [task])[0]]
         async with self._reserve(1):
-            return await asyncio.get_running_loop().run_in_executor(self._attention_thread, compute)
+            pixels, size = await loop.run_in_executor(self._decoders, self._decode, 0, image)
+            arguments = self.backbone, served, pixels.unsqueeze(0)
+            weights = await loop.run_in_executor(self._attention_thread, attention_map, *arguments)
+        return snapshot, weights[0], size
 
     def verify(self) -> tuple[Snapshot, list[Verdict]]:
         """Recomputes golden probes on the served model. Blocks the calling thread."""
@@ -139,18 +136,14 @@ class Service:
         return tuple(snapshot.model.tasks if tasks is None else dict.fromkeys(tasks))
 
     async def _predict(
-        self,
-        snapshot: Snapshot,
-        images: Sequence[bytes] | Tensor,
-        names: tuple[str, ...],
-        timeout_s: float | None,
-        pooled: bool,
+        self, snapshot: Snapshot, images: Images, names: tuple[str, ...], timeout_s: float | None, pooled: bool
     ) -> TaskLogits:
         if not 0 < len(images) <= self.limits.images:
             raise DataError(f"A request has 1 to {self.limits.images} images; this one has {len(images)}.")
-        if len(images) > self.limits.waiting:
+        limit = self.limits.waiting_images
+        if len(images) > limit:
             raise TooLargeError(
-                f"This request has {len(images)} images; the queue holds at most {self.limits.waiting} (--max-waiting)."
+                f"This request has {len(images)} images; the queue holds at most {limit} (--max-waiting)."
             )
         async with self._reserve(len(images), timeout_s) as deadline:
             if isinstance(images, Tensor):

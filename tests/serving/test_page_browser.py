@@ -32,11 +32,11 @@ pytestmark = pytest.mark.slow
 @contextmanager
 def serving(backbone: FrozenBackbone, registry: Registry, keys: KeyFile | None = None) -> Iterator[str]:
     """Runs a server in a thread; yields its URL."""
-    app = make_app(lambda metrics: Service(backbone, registry, None, None, metrics.report), keys)
+    app = make_app(lambda: Service(backbone, registry), keys or KeyFile("no-keys.json"))
     listening: socket.socket = bind("127.0.0.1", 0)
-    server = Server(app, listening, drain_s=0, stop_s=1)
+    server = Server(app, drain_s=0, stop_s=1)
     server.capture_signals = contextmanager(lambda: iter([None]))  # type: ignore[method-assign]  # the thread gets none
-    thread = threading.Thread(target=server.run_until_stopped)
+    thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()
     try:
         while not server.started:

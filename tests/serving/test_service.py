@@ -185,7 +185,8 @@ def test_batching_across_requests_is_bitwise_identical_to_single_requests(
     snapshot, passes = snapshot_of(registry, tiny), []
 
     async def ask() -> list[TaskLogits]:
-        batcher = Batcher(64, lambda images, seconds: passes.append(images))
+        batcher = Batcher(64)
+        batcher.report = lambda images, seconds: passes.append(images)
         with busy(batcher):
             names = [["digits"], ["strokes"], ["digits", "strokes"]]
             requests = [batcher.predict(snapshot, images_of(1 + i % 3, i), names[i % 3]) for i in range(6)]
@@ -211,7 +212,8 @@ def test_a_forward_pass_never_mixes_two_snapshots(
     after = next_snapshot(before, registry)
 
     async def ask() -> list[TaskLogits]:
-        batcher = Batcher(64, lambda images, seconds: passes.append(images))
+        batcher = Batcher(64)
+        batcher.report = lambda images, seconds: passes.append(images)
         with busy(batcher):
             await started(*(batcher.predict(before, images_of(1), ["digits"]) for _ in range(1)))
             order = (before, after, after, before)
@@ -258,7 +260,8 @@ def test_no_forward_pass_runs_for_cancelled_or_expired_requests(
     snapshot, passes = snapshot_of(registry, tiny), []
 
     async def ask() -> None:
-        batcher = Batcher(64, lambda images, seconds: passes.append(images))
+        batcher = Batcher(64)
+        batcher.report = lambda images, seconds: passes.append(images)
         with busy(batcher):
             [first] = await started(batcher.predict(snapshot, images_of(1), ["digits"]))
             deadline = asyncio.get_running_loop().time() + 0.01
@@ -303,7 +306,7 @@ def test_queue_capacity_is_released_however_a_request_ends(
     registered("digits")
 
     async def ask() -> None:
-        service = Service(tiny, registry, limits=Limits(waiting=4, images=8))
+        service = Service(tiny, registry, limits=Limits(waiting_images=4, images=8))
         with busy(service.batcher):
             waiting = await started(*(service.predict(images_of(2)) for _ in range(2)))
             with pytest.raises(

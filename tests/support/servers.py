@@ -39,7 +39,7 @@ def client_of(
     limits: Limits | None = None,
 ) -> Iterator[AppClient]:
     """A client of an application in the test process; `client.app.state.service` is its service."""
-    app = make_app(lambda metrics: Service(backbone, registry, alias, limits, metrics.report), keys)
+    app = make_app(lambda: Service(backbone, registry, alias, limits), keys or KeyFile("no-keys.json"))
     with AppClient(app, base_url="http://localhost", raise_server_exceptions=False) as client:
         yield client
 
