@@ -65,9 +65,8 @@ def serve(
 ) -> None:
     """Serves every task over HTTP and picks up new tasks while it runs; stop it with SIGTERM or Ctrl-C."""
     try:
-        from addenda.serving.access import LOOPBACK
-        from addenda.serving.app import make_app
-        from addenda.serving.server import Server, bind, keep_memory, log_as_json, serve_metrics
+        from addenda.serving.requests import LOOPBACK
+        from addenda.serving.server import Server, bind, keep_memory, log_as_json, make_app, serve_metrics
     except ImportError as error:
         raise AddendaError(f"Serving requires {error.name}: pip install 'addenda[serve]'.") from error
     from addenda.combined import recorded_backbone

@@ -18,9 +18,8 @@ from addenda.combined import numerics, numerics_fingerprint
 from addenda.distributed.cluster import Workplace, check_shared, fetch
 from addenda.exceptions import AddendaError, ExactnessError, KeyFileError
 from addenda.registry import Registry
-from addenda.serving.app import make_app
 from addenda.serving.keys import KeyFile
-from addenda.serving.server import CONNECTIONS, bind, keep_memory, log_as_json
+from addenda.serving.server import CONNECTIONS, bind, keep_memory, log_as_json, make_app
 from addenda.serving.service import Limits, Service
 
 NAME = "addenda"

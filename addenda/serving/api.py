@@ -16,9 +16,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from addenda import __version__
 from addenda.combined import numerics, numerics_fingerprint, predictions_of
 from addenda.exceptions import DataError
-from addenda.serving.access import Served, needs
-from addenda.serving.bodies import BINARY, body_schema, read_images, while_connected
-from addenda.serving.problems import problem_responses
+from addenda.serving.requests import BINARY, Served, body_schema, needs, problem_responses, read_images, while_connected
 from addenda.serving.service import ServedPrediction
 
 AUTO = "auto"

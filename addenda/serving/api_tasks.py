@@ -17,9 +17,7 @@ from pydantic import BaseModel
 
 from addenda.exceptions import RegistryError, UnknownTaskError
 from addenda.registry import Registry, TaskFilter, TaskRecord
-from addenda.serving.access import Served, needs
-from addenda.serving.bodies import BINARY, body_schema, save_body
-from addenda.serving.problems import ProblemError, problem_responses
+from addenda.serving.requests import BINARY, ProblemError, Served, body_schema, needs, problem_responses, save_body
 from addenda.serving.service import Service
 
 SETTLE_S = 30.0

@@ -21,9 +21,21 @@ from addenda.combined import numerics, numerics_fingerprint
 from addenda.exceptions import AddendaError, RegistryError, UnknownTaskError
 from addenda.registry import TaskFilter, TaskRecord, check_name, headline
 from addenda.serving import page_charts
-from addenda.serving.access import COOKIE, Served, check_origin, needs, open_to_all
-from addenda.serving.bodies import BINARY, body_schema, read_body, read_images, while_connected
-from addenda.serving.problems import ProblemError, problem_of, problem_responses
+from addenda.serving.requests import (
+    BINARY,
+    COOKIE,
+    ProblemError,
+    Served,
+    body_schema,
+    check_origin,
+    needs,
+    open_to_all,
+    problem_of,
+    problem_responses,
+    read_body,
+    read_images,
+    while_connected,
+)
 from addenda.serving.service import Service
 from addenda.terminal import PER_CLASS, SCORES, percent, size
 

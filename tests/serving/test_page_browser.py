@@ -18,9 +18,8 @@ from PIL import Image, ImageDraw
 
 from addenda import FrozenBackbone, Registry
 from addenda.combined import golden
-from addenda.serving.app import make_app
 from addenda.serving.keys import KeyFile
-from addenda.serving.server import Server, bind
+from addenda.serving.server import Server, bind, make_app
 from addenda.serving.service import Service
 from tests.serving.test_page import TRAINED, register, scores
 from tests.support.places import ROOT

@@ -17,8 +17,7 @@ from addenda.backbones import KeyValue
 from addenda.combined import TaskLogits, golden, tiles
 from addenda.combined.attention import memory_key_values
 from addenda.exceptions import DataError, DeadlineError, OverloadedError
-from addenda.serving.batcher import Batcher
-from addenda.serving.service import Limits, ServedPrediction, Service
+from addenda.serving.service import Batcher, Limits, ServedPrediction, Service
 from addenda.serving.snapshot import Snapshot, empty_snapshot, next_snapshot
 from tests.support.databases import tamper
 from tests.support.servers import client_of
@@ -257,26 +256,25 @@ def test_no_forward_pass_runs_for_cancelled_or_expired_requests(
     tiny: FrozenBackbone, registry: Registry, registered: Register
 ) -> None:
     registered("digits")
-    snapshot, passes = snapshot_of(registry, tiny), []
+    passes: list[int] = []
 
     async def ask() -> None:
-        batcher = Batcher(64)
-        batcher.report = lambda images, seconds: passes.append(images)
-        with busy(batcher):
-            [first] = await started(batcher.predict(snapshot, images_of(1), ["digits"]))
-            deadline = asyncio.get_running_loop().time() + 0.01
+        service = Service(tiny, registry)
+        service.batcher.report = lambda images, seconds: passes.append(images)
+        with busy(service.batcher):
+            [first] = await started(service.predict(images_of(1)))
             cancelled, expired, waiting = await started(
-                batcher.predict(snapshot, images_of(2), ["digits"]),
-                batcher.predict(snapshot, images_of(3), ["digits"], deadline),
-                batcher.predict(snapshot, images_of(4), ["digits"]),
+                service.predict(images_of(2)),
+                service.predict(images_of(3), timeout_s=0.01),
+                service.predict(images_of(4)),
             )
             cancelled.cancel()
             await asyncio.sleep(0.02)
         await asyncio.gather(first, waiting)
-        with pytest.raises(DeadlineError, match="timed out in the queue"):
+        with pytest.raises(DeadlineError, match=r"timed out after 0\.01 s"):
             await expired
         assert cancelled.cancelled()
-        await batcher.close()
+        await service.close()
 
     asyncio.run(ask())
     assert passes == [1, 4]

@@ -19,8 +19,8 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from addenda import FrozenBackbone, Registry
-from addenda.serving.app import make_app
 from addenda.serving.keys import KeyFile
+from addenda.serving.server import make_app
 from addenda.serving.service import Limits, Service
 
 
