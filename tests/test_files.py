@@ -187,7 +187,7 @@ LOOKED_AT = {
     "benchmarks/report/jsonl.py": "appends results in an output_folder",
     "benchmarks/demo.py": "in a temporary folder",
     "benchmarks/serving/processes.py": "in a temporary folder",
-    "serving/requests.py": "a bundle, in the temporary folder of its request",
+    "serving/routes.py": "a bundle, in the temporary folder of its request",
 }
 """Modules that write or delete files, each reviewed: the files are Addenda's own, complete, and no link's target."""
 

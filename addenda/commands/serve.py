@@ -65,7 +65,7 @@ def serve(
 ) -> None:
     """Serves every task over HTTP and picks up new tasks while it runs; stop it with SIGTERM or Ctrl-C."""
     try:
-        from addenda.serving.requests import LOOPBACK
+        from addenda.serving.routes import LOOPBACK
         from addenda.serving.server import Server, bind, keep_memory, log_as_json, make_app, serve_metrics
     except ImportError as error:
         raise AddendaError(f"Serving requires {error.name}: pip install 'addenda[serve]'.") from error

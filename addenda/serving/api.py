@@ -16,7 +16,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from addenda import __version__
 from addenda.combined import numerics, numerics_fingerprint, predictions_of
 from addenda.exceptions import DataError
-from addenda.serving.requests import BINARY, Served, body_schema, needs, problem_responses, read_images, while_connected
+from addenda.serving.routes import BINARY, Served, body_schema, needs, problem_responses, read_images, while_connected
 from addenda.serving.service import ServedPrediction
 
 AUTO = "auto"
@@ -109,12 +109,11 @@ async def predict(
     """Predicts for a JPEG, PNG or WebP file, sent as the body or as the form field `image`."""
     image = await _image(request, await read_images(request, service))
     timeout_s = None if addenda_timeout_ms is None else addenda_timeout_ms / 1000
-    if task == AUTO:
-        if tasks:
-            raise DataError("'task=auto' chooses among all tasks and cannot be combined with 'tasks'.")
-        return _response(await while_connected(request, service.route([image], timeout_s)), top)
+    if task == AUTO and tasks:
+        raise DataError("'task=auto' chooses among all tasks and cannot be combined with 'tasks'.")
     names = [name.strip() for group in tasks or () for name in group.split(",")] + ([] if task is None else [task])
-    return _response(await while_connected(request, service.predict([image], names or None, timeout_s)), top)
+    work = service.route([image], timeout_s) if task == AUTO else service.predict([image], names or None, timeout_s)
+    return _response(await while_connected(request, work), top)
 
 
 async def _image(request: Request, body: bytes) -> bytes:

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 
 from addenda.exceptions import RegistryError, UnknownTaskError
 from addenda.registry import Registry, TaskFilter, TaskRecord
-from addenda.serving.requests import BINARY, ProblemError, Served, body_schema, needs, problem_responses, save_body
+from addenda.serving.routes import BINARY, ProblemError, Served, body_schema, needs, problem_responses, save_body
 from addenda.serving.service import Service
 
 SETTLE_S = 30.0

@@ -20,7 +20,7 @@ from addenda.combined import predictions
 from addenda.exceptions import DataError
 from addenda.registry import OBJECTIVES, Task
 from addenda.serving import tensors
-from addenda.serving.requests import ProblemError, Served, needs, problem_responses, read_images, while_connected
+from addenda.serving.routes import ProblemError, Served, needs, problem_responses, read_images, while_connected
 from addenda.serving.service import ServedPrediction, Service
 from addenda.serving.snapshot import Snapshot
 from addenda.serving.telemetry import check_ready

@@ -21,7 +21,7 @@ from addenda.combined import numerics, numerics_fingerprint
 from addenda.exceptions import AddendaError, RegistryError, UnknownTaskError
 from addenda.registry import TaskFilter, TaskRecord, check_name, headline
 from addenda.serving import page_charts
-from addenda.serving.requests import (
+from addenda.serving.routes import (
     BINARY,
     COOKIE,
     ProblemError,

@@ -24,8 +24,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from addenda import __version__
 from addenda.exceptions import AddendaError
-from addenda.serving import api, api_tasks, inference, page, requests, telemetry
+from addenda.serving import api, api_tasks, inference, page, telemetry
 from addenda.serving.keys import KeyFile
+from addenda.serving.routes import HANDLERS
 from addenda.serving.service import Limits, Service
 from addenda.serving.telemetry import JsonLines, ServerMetrics, Telemetry
 
@@ -61,7 +62,7 @@ def make_app(start: Callable[[], Service], keys: KeyFile, loopback: bool = True)
         lifespan=lifespan,
         docs_url=None,  # its page loads scripts from another site
         redoc_url=None,
-        exception_handlers=requests.HANDLERS,
+        exception_handlers=HANDLERS,
         middleware=[Middleware(Telemetry, metrics=metrics)],
         max_body_size=Limits().bundle_bytes,
     )
@@ -69,8 +70,8 @@ def make_app(start: Callable[[], Service], keys: KeyFile, loopback: bool = True)
     app.state.body_bytes, app.state.uploads = 0, asyncio.Semaphore(api_tasks.UPLOADS)
     app.state.verifying, app.state.verifications = threading.Lock(), deque(maxlen=100)
     app.state.registering, app.state.replies = asyncio.Lock(), {}
-    for routes in (telemetry, inference, api, api_tasks, page):
-        app.include_router(routes.router)
+    for module in (telemetry, inference, api, api_tasks, page):
+        app.include_router(module.router)
     app.include_router(page.plain)
     return app
 

@@ -42,7 +42,7 @@ from addenda.exceptions import (
 from addenda.registry.audit.faults import Fault
 from addenda.registry.store import queries, registration
 from addenda.registry.store.database import OUTAGES, database_errors, reading, writing
-from addenda.serving import requests, server
+from addenda.serving import routes, server
 from addenda.serving.api_tasks import UPLOADS
 from addenda.serving.keys import KeyFile
 from addenda.serving.service import Limits
@@ -466,7 +466,7 @@ def test_a_full_queue_rejects_requests_before_their_bodies_are_read(
     client: AppClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     app: Any = client.app
-    monkeypatch.setattr(requests, "_chunks", lambda *_: pytest.fail("the body was read"))
+    monkeypatch.setattr(routes, "_chunks", lambda *_: pytest.fail("the body was read"))
     with app.state.service.batcher.reserve(app.state.service.limits.waiting_images):
         for path in (PREDICT, "/v2/models/combined/infer"):
             assert client.post(path, content=b"x").status_code == 503
@@ -476,7 +476,7 @@ def test_a_full_queue_rejects_attention_requests_before_their_bodies_are_read(
     client: AppClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     app: Any = client.app
-    monkeypatch.setattr(requests, "_chunks", lambda *_: pytest.fail("the body was read"))
+    monkeypatch.setattr(routes, "_chunks", lambda *_: pytest.fail("the body was read"))
     with app.state.service.batcher.reserve(app.state.service.limits.waiting_images):
         assert client.post("/page/attention?task=good", content=b"x").status_code == 503
 
