@@ -115,10 +115,10 @@ class Service:
     ) -> tuple[Snapshot, Float[Tensor, "rows columns"], tuple[int, int]]:
         """The attention of a task's class token over an image's patches, and the image's size; runs one at a time."""
         snapshot, loop = self.snapshot, asyncio.get_running_loop()
-        served = snapshot.model.tasks[self._check_served(snapshot, [task])[0]]
+        self._check_served(snapshot, [task])
         async with self._reserve(1):
             pixels, size = await loop.run_in_executor(self._decoders, self._decode, 0, image)
-            arguments = self.backbone, served, pixels.unsqueeze(0)
+            arguments = self.backbone, snapshot.model.tasks[task], pixels.unsqueeze(0)
             weights = await loop.run_in_executor(self._attention_thread, attention_map, *arguments)
         return snapshot, weights[0], size
 
