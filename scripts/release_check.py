@@ -47,7 +47,7 @@ EXTRAS: Mapping[str, Extra] = {
         ("bench", "continual", "digits"),
         "addenda.benchmarks.strategy addenda.benchmarks.continual.report matplotlib.pyplot peft vit_pytorch",
     ),
-    "serve": Extra(("serve",), "addenda.serving.app addenda.serving.server"),
+    "serve": Extra(("serve",), "addenda.serving.server"),
     "export": Extra(
         ("export-model", "--registry", "demo.db", "--format", "onnx", "--out", "model.onnx"),
         "onnx onnxscript onnxruntime",

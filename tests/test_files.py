@@ -175,7 +175,7 @@ LOOKED_AT = {
     "registry/exchange/backup.py": "the marker of its own folder",
     "registry/exchange/bundle.py": "a path from `written`",
     "serving/keys.py": "a path from `written`",
-    "exporting/formats.py": "a path from `written`",
+    "exporting/export.py": "a path from `written`",
     "distributed/parts.py": "a path from `written`; deletes its own unfinished files",
     "benchmarks/listing.py": "a path from `written`",
     "learner/store.py": "in its own cache entry",
@@ -187,7 +187,7 @@ LOOKED_AT = {
     "benchmarks/report/jsonl.py": "appends results in an output_folder",
     "benchmarks/demo.py": "in a temporary folder",
     "benchmarks/serving/processes.py": "in a temporary folder",
-    "serving/bodies.py": "a bundle, in the temporary folder of its request",
+    "serving/routes.py": "a bundle, in the temporary folder of its request",
 }
 """Modules that write or delete files, each reviewed: the files are Addenda's own, complete, and no link's target."""
 

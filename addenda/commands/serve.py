@@ -74,9 +74,8 @@ def serve(
 ) -> None:
     """Serves every task over HTTP and picks up new tasks while it runs; stop it with SIGTERM or Ctrl-C."""
     try:
-        from addenda.serving.access import LOOPBACK
-        from addenda.serving.app import make_app
-        from addenda.serving.server import Server, bind, keep_memory, log_as_json, serve_metrics
+        from addenda.serving.routes import LOOPBACK
+        from addenda.serving.server import Server, bind, keep_memory, log_as_json, make_app, serve_metrics
     except ImportError as error:
         raise AddendaError(f"Serving requires {error.name}: pip install 'addenda[serve]'.") from error
     from addenda.combined import recorded_backbone
@@ -98,7 +97,7 @@ def serve(
             f"Listening on {host!r} requires API keys, and {str(keys)!r} has none. Create one: addenda keys create "
             f"NAME --scope predict --keys {keys}"
         )
-    limits = Limits(waiting=max_waiting, timeout_s=timeout)
+    limits = Limits(waiting_images=max_waiting, timeout_s=timeout)
     if ray is not None:
         if metrics_port is not None:
             raise AddendaError(
@@ -121,9 +120,7 @@ def serve(
     keep_memory()
     with options.open_registry(registry) as opened, bind(host, port) as listening:
         loaded = recorded_backbone(opened, weights, device)
-        app = make_app(
-            lambda metrics: Service(loaded, opened, alias, limits, metrics.report), key_file, loopback=host in LOOPBACK
-        )
+        app = make_app(lambda: Service(loaded, opened, alias, limits), key_file, loopback=host in LOOPBACK)
         notes = [] if alias is None else [f"only the versions of alias {alias!r}"]
         if metrics_port is not None:
             notes.append(f"metrics on port {serve_metrics(app, host, metrics_port)}")
@@ -132,8 +129,8 @@ def serve(
         typer.echo(line + (f" ({'; '.join(notes)})" if notes else ""))  # standard error is the log, JSON in every line
         sys.stdout.flush()
         logging.getLogger(__name__).info("%s as generation %d", line, opened.generation)
-        server = Server(app, listening, drain, stop_s=30)
-        server.run_until_stopped()
+        server = Server(app, drain, stop_s=30)
+        server.run([listening])
         if not server.started:
             sys.exit(1)
 

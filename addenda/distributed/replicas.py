@@ -18,9 +18,8 @@ from addenda.combined import numerics, numerics_fingerprint
 from addenda.distributed.cluster import Workplace, check_shared, fetch
 from addenda.exceptions import AddendaError, ExactnessError, KeyFileError
 from addenda.registry import Registry
-from addenda.serving.app import make_app
 from addenda.serving.keys import KeyFile
-from addenda.serving.server import CONNECTIONS, bind, keep_memory, log_as_json
+from addenda.serving.server import CONNECTIONS, bind, keep_memory, log_as_json, make_app
 from addenda.serving.service import Limits, Service
 
 NAME = "addenda"
@@ -80,11 +79,7 @@ class Replica:
             raise KeyFileError(
                 f"The key file {str(serving.keys)!r} does not exist on this node; it must be on every node."
             )
-        self._app = make_app(
-            lambda metrics: Service(backbone, registry, serving.alias, serving.limits, metrics.report),
-            keys,
-            serving.loopback,
-        )
+        self._app = make_app(lambda: Service(backbone, registry, serving.alias, serving.limits), keys, serving.loopback)
 
     def __serve_build_asgi_app__(self) -> object:
         return self._app

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 import addenda
 from addenda.backbones import FrozenBackbone, plain
@@ -18,12 +21,97 @@ from addenda.combined import CombinedModel, forward_pass
 from addenda.combined.golden import TOLERANCE
 from addenda.combined.probe_inputs import probe_images
 from addenda.exceptions import AddendaError, BackboneError, DataError, ExactnessError
-from addenda.exporting.formats import FORMATS, INPUT, Run
 from addenda.files import written
 from addenda.registry import Golden, Registry, Task
 
 TASK_FIELDS = ("ref", "sha256", "labels", "objective", "temperature", "extends")
 """Metadata of each task in an exported file."""
+METADATA = "addenda.json"
+"""Name of the metadata: an extra file in a .pt2 archive, or a key of the ONNX metadata."""
+INPUT = "images"
+MAX_ONNX_BYTES = 1_600_000_000
+"""Maximum weights of one ONNX file: the format is limited to 2 GiB, and torch writes a second file for more."""
+
+Run = Callable[[Float[Tensor, "B 3 H W"]], Mapping[str, Tensor]]
+
+
+class Format(NamedTuple):
+    """A file format for traced programs."""
+
+    suffix: str
+    check: Callable[[Sequence[str], str], None]  # raises AddendaError for unsupported output names or precision
+    write: Callable[[ExportedProgram, Sequence[str], str, Path], None]  # program, output names, metadata, file
+    load: Callable[[Path], Run]
+
+
+def _write_torch(program: ExportedProgram, names: Sequence[str], metadata: str, path: Path) -> None:
+    program.example_inputs = None  # torch would pickle them
+    constants = program.constants  # cloned, because slices of one storage would be written as one
+    constants.update({name: value.clone() for name, value in constants.items() if isinstance(value, Tensor)})
+    with path.open("wb") as file:
+        torch.export.save(program, file, extra_files={METADATA: metadata})
+
+
+def _load_torch(path: Path) -> Run:
+    with path.open("rb") as file:
+        run: Run = torch.export.load(file).module()
+    return run
+
+
+def _check_onnx(names: Sequence[str], precision: str) -> None:
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
+    if missing:
+        raise AddendaError(f"Export to ONNX requires {missing[0]}: pip install 'addenda[export]'.")
+    if precision != "float32":
+        raise AddendaError(
+            f"The backbone computes in {precision}, which ONNX runtimes do not support. Use --format torch-export."
+        )
+    if INPUT in names:
+        raise AddendaError(
+            f"Task {INPUT!r} has the name of the model's input, which ONNX does not allow. Use --format torch-export."
+        )
+
+
+def _write_onnx(program: ExportedProgram, names: Sequence[str], metadata: str, path: Path) -> None:
+    weights = (*program.state_dict.values(), *program.constants.values())
+    num_bytes = sum(weight.nbytes for weight in weights if isinstance(weight, Tensor))
+    if num_bytes > MAX_ONNX_BYTES:
+        raise AddendaError(
+            f"{num_bytes / 1e9:.1f} GB of weights do not fit into one ONNX file, which holds at most "
+            f"{MAX_ONNX_BYTES / 1e9:.1f} GB. Use --format torch-export."
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the exporter's internals
+        exported = torch.onnx.export(program, input_names=[INPUT], dynamo=True, verbose=False)
+    assert exported is not None
+    graph: Any = exported.model.graph
+    # Outputs are named after the tasks; inner values with these names are renamed.
+    for value in [*graph.initializers.values(), *(value for node in graph for value in node.outputs)]:
+        if value.name in {INPUT, *names}:
+            value.name = f"{value.name}.inner"  # task names contain no dots
+    for value, name in zip(graph.outputs, names, strict=True):
+        value.name = name
+    exported.model.metadata_props[METADATA] = metadata
+    exported.save(path)
+
+
+def _load_onnx(path: Path) -> Run:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+
+    def run(images: Tensor) -> Mapping[str, Tensor]:
+        outputs = session.run(names, {INPUT: images.numpy()})
+        return {name: torch.from_numpy(logits) for name, logits in zip(names, outputs, strict=True)}
+
+    return run
+
+
+FORMATS = {
+    "torch-export": Format(".pt2", lambda names, precision: None, _write_torch, _load_torch),
+    "onnx": Format(".onnx", _check_onnx, _write_onnx, _load_onnx),
+}
 
 
 @dataclass(frozen=True)
@@ -62,18 +150,32 @@ def export_model(
         IntegrityError: the stored data of a task differ from what was registered.
     """
     path = Path(path)
-    _check_request(backbone, tasks, path, format)
-    target, model = FORMATS[format], CombinedModel(backbone, tasks, exact=False)
-    tasks, tolerance = list(model.tasks.values()), TOLERANCE[backbone.precision_name]
-    target.check(list(model.tasks), backbone.precision_name)
-    goldens = {task.name: registry.goldens(task.ref)[0] for task in tasks}
-    metadata = json.dumps(_metadata(registry, backbone, tasks, tolerance), indent=2, ensure_ascii=False)
+    if format not in FORMATS:
+        raise AddendaError(f"Unknown format {format!r}. Known: {', '.join(FORMATS)}.")
+    target = FORMATS[format]
+    if path.suffix != target.suffix:
+        raise AddendaError(f"Format {format} requires a file name ending in {target.suffix}; got {path.name!r}.")
+    if not path.parent.is_dir():
+        raise AddendaError(f"Folder {str(path.parent)!r} does not exist; create it first.")
+    if not tasks:
+        raise DataError("There is no task to export. Add one with `addenda learn`.")
+    if backbone.device.type != "cpu":
+        raise BackboneError(
+            f"Export requires a backbone on the CPU, not on {backbone.device}: load_backbone(..., device='cpu')."
+        )
     try:
+        if path.exists():
+            raise FileExistsError
+        model, tolerance = CombinedModel(backbone, tasks, exact=False), TOLERANCE[backbone.precision_name]
+        tasks, names = list(model.tasks.values()), list(model.tasks)
+        target.check(names, backbone.precision_name)
+        goldens = {task.name: registry.goldens(task.ref)[0] for task in tasks}
+        metadata = json.dumps(_metadata(registry, backbone, tasks, tolerance), indent=2, ensure_ascii=False)
         with plain(backbone.device), written(path, registry.file_mode, replace=False) as unfinished:
             shapes = ({0: torch.export.Dim("batch", min=1)},)
             module, example = ExportableModel(model).eval(), (probe_images(backbone),)
             program = torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
-            target.write(program, list(model.tasks), metadata, unfinished)
+            target.write(program, names, metadata, unfinished)
             deviation = _deviation(target.load(unfinished), backbone, goldens)
             if not deviation <= tolerance:  # also rejects NaN
                 raise ExactnessError(
@@ -86,26 +188,6 @@ def export_model(
         raise AddendaError(f"{str(path)!r} was not written: {error.strerror or error}.") from error
     refs = tuple(task.ref for task in tasks)
     return Exported(str(path), format, refs, path.stat().st_size, deviation, tolerance)
-
-
-def _check_request(backbone: FrozenBackbone, tasks: Sequence[Task], path: Path, format: str) -> None:
-    """Raises an error unless the arguments are valid."""
-    if format not in FORMATS:
-        raise AddendaError(f"Unknown format {format!r}. Known: {', '.join(FORMATS)}.")
-    if path.suffix != FORMATS[format].suffix:
-        raise AddendaError(
-            f"Format {format} requires a file name ending in {FORMATS[format].suffix}; got {path.name!r}."
-        )
-    if path.exists():
-        raise AddendaError(f"{str(path)!r} already exists. Remove it, or choose another name.")
-    if not path.parent.is_dir():
-        raise AddendaError(f"Folder {str(path.parent)!r} does not exist; create it first.")
-    if not tasks:
-        raise DataError("There is no task to export. Add one with `addenda learn`.")
-    if backbone.device.type != "cpu":
-        raise BackboneError(
-            f"Export requires a backbone on the CPU, not on {backbone.device}: load_backbone(..., device='cpu')."
-        )
 
 
 def _deviation(run: Run, backbone: FrozenBackbone, goldens: Mapping[str, Golden]) -> float:

@@ -16,9 +16,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from addenda import __version__
 from addenda.combined import numerics, numerics_fingerprint, predictions_of
 from addenda.exceptions import DataError
-from addenda.serving.access import Served, needs
-from addenda.serving.bodies import BINARY, body_schema, read_images, while_connected
-from addenda.serving.problems import problem_responses
+from addenda.serving.routes import BINARY, Served, body_schema, needs, problem_responses, read_images, while_connected
 from addenda.serving.service import ServedPrediction
 
 AUTO = "auto"
@@ -28,10 +26,7 @@ POLL_S = 0.2
 router = APIRouter(prefix="/api/v1", responses=problem_responses(401, 403))
 _FORM = {"type": "object", "required": ["image"], "properties": {"image": BINARY}}
 _SERVER: dict[str, Any] = {"tags": ["server"], "dependencies": [needs("predict")]}
-_VERIFY: dict[str, Any] = _SERVER | {
-    "dependencies": [needs("admin")],
-    "responses": problem_responses(404, 409, 422, 503),
-}
+_VERIFY: dict[str, Any] = {"dependencies": [needs("admin")], "responses": problem_responses(404, 409, 422, 503)}
 
 
 class Label(BaseModel):
@@ -114,12 +109,11 @@ async def predict(
     """Predicts for a JPEG, PNG or WebP file, sent as the body or as the form field `image`."""
     image = await _image(request, await read_images(request, service))
     timeout_s = None if addenda_timeout_ms is None else addenda_timeout_ms / 1000
-    if task == AUTO:
-        if tasks:
-            raise DataError("'task=auto' chooses among all tasks and cannot be combined with 'tasks'.")
-        return _response(await while_connected(request, service.route([image], timeout_s)), top)
+    if task == AUTO and tasks:
+        raise DataError("'task=auto' chooses among all tasks and cannot be combined with 'tasks'.")
     names = [name.strip() for group in tasks or () for name in group.split(",")] + ([] if task is None else [task])
-    return _response(await while_connected(request, service.predict([image], names or None, timeout_s)), top)
+    work = service.route([image], timeout_s) if task == AUTO else service.predict([image], names or None, timeout_s)
+    return _response(await while_connected(request, work), top)
 
 
 async def _image(request: Request, body: bytes) -> bytes:
@@ -176,13 +170,13 @@ def status(request: Request, service: Served) -> Status:
         backbone_fingerprint=service.backbone.fingerprint,
         numerics_fingerprint=numerics_fingerprint(numerics(service.backbone)),
         tasks=snapshot.refs,
-        quarantined=dict(snapshot.quarantined),
+        quarantined=snapshot.quarantined,
         waiting_images=service.batcher.num_waiting,
         draining=request.app.state.draining,
     )
 
 
-@router.post("/verify", **_VERIFY, summary="Recomputes golden probes")
+@router.post("/verify", tags=["server"], **_VERIFY, summary="Recomputes golden probes")
 def verify(request: Request, service: Served) -> Verification:
     """Recomputes the golden probes of the served tasks on the served model; one verification runs at a time."""
     with request.app.state.verifying:
@@ -212,8 +206,7 @@ async def events(request: Request, service: Served) -> AsyncIterator[ServerSentE
         snapshot = service.snapshot
         if snapshot is not sent:
             sent = snapshot
-            quarantined = dict(snapshot.quarantined)
-            data = {"generation": snapshot.generation, "tasks": snapshot.refs, "quarantined": quarantined}
+            data = {"generation": snapshot.generation, "tasks": snapshot.refs, "quarantined": snapshot.quarantined}
             yield ServerSentEvent(event="generation", id=str(snapshot.generation), data=data)
         if request.state.is_head:
             return

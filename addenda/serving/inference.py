@@ -20,9 +20,7 @@ from addenda.combined import predictions
 from addenda.exceptions import DataError
 from addenda.registry import OBJECTIVES, Task
 from addenda.serving import tensors
-from addenda.serving.access import Served, needs
-from addenda.serving.bodies import read_images, while_connected
-from addenda.serving.problems import ProblemError, problem_responses
+from addenda.serving.routes import ProblemError, Served, needs, problem_responses, read_images, while_connected
 from addenda.serving.service import ServedPrediction, Service
 from addenda.serving.snapshot import Snapshot
 from addenda.serving.telemetry import check_ready

@@ -21,9 +21,21 @@ from addenda.combined import numerics, numerics_fingerprint
 from addenda.exceptions import AddendaError, RegistryError, UnknownTaskError
 from addenda.registry import TaskFilter, TaskRecord, check_name, headline
 from addenda.serving import page_charts
-from addenda.serving.access import COOKIE, Served, check_origin, key_of, needs, open_to_all
-from addenda.serving.bodies import BINARY, body_schema, read_body, read_images, while_connected
-from addenda.serving.problems import ProblemError, problem_of, problem_responses
+from addenda.serving.routes import (
+    BINARY,
+    COOKIE,
+    ProblemError,
+    Served,
+    body_schema,
+    check_origin,
+    needs,
+    open_to_all,
+    problem_of,
+    problem_responses,
+    read_body,
+    read_images,
+    while_connected,
+)
 from addenda.serving.service import Service
 from addenda.terminal import PER_CLASS, SCORES, percent, size
 
@@ -53,7 +65,7 @@ class PageRoute(APIRoute):
             try:
                 response = await handler(request)
             except (ProblemError, AddendaError, RequestValidationError) as error:
-                problem = error if isinstance(error, ProblemError) else problem_of(error)
+                problem = problem_of(error, request)
                 if problem.status == 401:
                     response = RedirectResponse("/login", 303)
                 else:
@@ -130,7 +142,7 @@ async def enter(request: Request) -> Response:
     key = form.get("key", [""])[0].strip()
     response = RedirectResponse("/", 303)
     if not open_to_all(request):
-        if key_of(request, key) is None:
+        if request.app.state.keys.find(key) is None:
             return _render(request, "login.html", 403, invalid=True)
         secure = request.url.scheme == "https"
         response.set_cookie(COOKIE, key, httponly=True, samesite="strict", secure=secure)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from graphlib import TopologicalSorter
 from typing import Any, NamedTuple
 
@@ -28,17 +27,10 @@ MAX_PER_LEVEL = 12
 """Maximum number of tasks drawn in one level of a graph."""
 
 
-class Line(NamedTuple):
-    """A loss curve as SVG points; `kind` is `train`, `validation`, or `other` for a candidate that was not selected."""
-
-    kind: str
-    points: str
-
-
 class Curves(NamedTuple):
-    """The loss curves of a training run."""
+    """The loss curves of a training run; a line's kind is `train`, `validation`, or `other` if it was not selected."""
 
-    lines: list[Line]  # the selected candidate's last, so that they are drawn on top
+    lines: list[tuple[str, str]]  # kind and SVG points; the selected candidate's last, so that they are drawn on top
     x_ticks: list[tuple[float, str]]  # x and epoch
     y_ticks: list[tuple[float, str]]  # y and loss
     best: float | None  # x of the selected epoch; None if no class token was selected
@@ -71,7 +63,7 @@ def curves(metrics: Mapping[str, Any]) -> Curves | None:
         return round(TOP + (HEIGHT - TOP - BOTTOM) * (1 - min(loss, y_max) / y_max), 1)
 
     lines = [
-        Line(kind, " ".join(f"{x(n)},{y(loss)}" for n, loss in enumerate(series, 1) if loss is not None))
+        (kind, " ".join(f"{x(n)},{y(loss)}" for n, loss in enumerate(series, 1) if loss is not None))
         for kind, series in losses
     ]
     x_step = math.ceil(_round_step(len(epochs) / 6))
@@ -87,23 +79,12 @@ def _round_step(minimum: float) -> float:
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= minimum * (1 - 1e-9))
 
 
-@dataclass(frozen=True)
-class ConfusionCell:
-    """A cell of a confusion matrix; `level`, 0 to 10, is its share of the row's images."""
-
-    row: int
-    column: int
-    count: int
-    level: int
-    correct: bool
-
-
 class Confusion(NamedTuple):
     """A confusion matrix, to be shown as a table or as an image."""
 
     labels: Sequence[str]
     as_table: bool
-    rows: list[list[ConfusionCell]]
+    rows: list[list[tuple[int, int]]]  # of each cell the number of images, and 0 to 10 for its share of the row's
     pairs: Sequence[tuple[str, str, int, float]]
     """The most frequent confusions: true label, predicted label, number of images, share of the true label's images."""
 
@@ -123,32 +104,20 @@ def confusion(scores: Mapping[str, Any], labels: Sequence[str]) -> Confusion | N
     num_bins = min(len(labels), BINS)
     starts = [-(-number * len(labels) // num_bins) for number in range(num_bins)]
     sums = np.add.reduceat(np.add.reduceat(counts, starts, axis=0), starts, axis=1).tolist()
-    rows = [
-        [ConfusionCell(i, j, n, math.ceil(10 * n / (sum(row) or 1)), i == j) for j, n in enumerate(row)]
-        for i, row in enumerate(sums)
-    ]
+    rows = [[(count, math.ceil(10 * count / (sum(row) or 1))) for count in row] for row in sums]
     return Confusion(labels, len(labels) <= MAX_TABLE_CLASSES, rows, tuple(confusions[:MAX_PAIRS]))
 
 
-class ClassScore(NamedTuple):
-    """The score of one class and its number of evaluated images; None where unknown."""
-
-    label: str
-    num_images: int | None
-    score: float | None
-
-
-def per_class(scores: Mapping[str, Any], labels: Sequence[str]) -> list[ClassScore]:
-    """The per-class scores of an evaluation, worst first; empty if it has none."""
-    by_label = scores.get("per_class") or {}
-    counts = scores.get("confusion")
+def per_class(scores: Mapping[str, Any], labels: Sequence[str]) -> list[tuple[str, int | None, float | None]]:
+    """Label, number of evaluated images and score of each class, worst first, None where unknown; empty without."""
+    by_label, counts = scores.get("per_class") or {}, scores.get("confusion")
     totals = [sum(row) for row in counts] if counts else [None] * len(labels)
     classes = [
-        ClassScore(label, total, by_label.get(label) if total != 0 else None)
+        (label, total, by_label[label] if total != 0 else None)
         for label, total in zip(labels, totals, strict=True)
         if label in by_label
     ]
-    return sorted(classes, key=lambda each: (each.score is None, each.score))
+    return sorted(classes, key=lambda each: (each[2] is None, each[2]))
 
 
 class Node(NamedTuple):

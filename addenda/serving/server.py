@@ -1,4 +1,4 @@
-"""Running the application: signals, slow clients and graceful shutdown."""
+"""The HTTP application with all routes, and running it: signals, slow clients and graceful shutdown."""
 
 from __future__ import annotations
 
@@ -10,18 +10,25 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import h11
 import uvicorn
 from fastapi import FastAPI
 from prometheus_client import start_http_server
+from starlette.middleware import Middleware
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from addenda import __version__
 from addenda.exceptions import AddendaError
-from addenda.serving.telemetry import JsonLines
+from addenda.serving import api, api_tasks, inference, page, telemetry
+from addenda.serving.keys import KeyFile
+from addenda.serving.routes import HANDLERS
+from addenda.serving.service import Limits, Service
+from addenda.serving.telemetry import JsonLines, ServerMetrics, Telemetry
 
 HEAD_S = 10
 """Time limit for receiving a request's headers, in seconds from their first byte."""
@@ -33,6 +40,40 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's mallopt(3)."""
 
 log = logging.getLogger(__name__)
+
+
+def make_app(start: Callable[[], Service], keys: KeyFile, loopback: bool = True) -> FastAPI:
+    """Builds the app; `start` creates its service on the event loop; `loopback`: it serves this machine only."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        app.state.service = service = start()
+        metrics.watch(service)
+        try:
+            yield
+        finally:
+            await service.close()
+
+    metrics = ServerMetrics()
+    app = FastAPI(
+        title="Addenda",
+        version=__version__,
+        summary="Predictions of every task from one forward pass.",
+        lifespan=lifespan,
+        docs_url=None,  # its page loads scripts from another site
+        redoc_url=None,
+        exception_handlers=HANDLERS,
+        middleware=[Middleware(Telemetry, metrics=metrics)],
+        max_body_size=Limits().bundle_bytes,
+    )
+    app.state.keys, app.state.loopback, app.state.metrics, app.state.draining = keys, loopback, metrics, False
+    app.state.body_bytes, app.state.uploads = 0, asyncio.Semaphore(api_tasks.UPLOADS)
+    app.state.verifying, app.state.verifications = threading.Lock(), deque(maxlen=100)
+    app.state.registering, app.state.replies = asyncio.Lock(), {}
+    for module in (telemetry, inference, api, api_tasks, page):
+        app.include_router(module.router)
+    app.include_router(page.plain)
+    return app
 
 
 class _Protocol(H11Protocol):
@@ -97,10 +138,11 @@ class Server(uvicorn.Server):
     For `drain_s` seconds it is not ready but still accepts requests; then pending ones have `stop_s` seconds to finish.
     """
 
-    def __init__(self, app: FastAPI, listening: socket.socket, drain_s: float, stop_s: int) -> None:
+    def __init__(self, app: FastAPI, drain_s: float, stop_s: int) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
+                loop="asyncio",
                 http=_Protocol,
                 ws="none",
                 lifespan="on",
@@ -111,11 +153,7 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=stop_s,
             )
         )
-        self._app, self._listening, self._drain_s = app, listening, drain_s
-
-    def run_until_stopped(self) -> None:
-        """Runs the server; returns after shutdown."""
-        asyncio.run(self.serve([self._listening]))
+        self._app, self._drain_s = app, drain_s
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

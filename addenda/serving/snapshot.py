@@ -31,7 +31,7 @@ class Snapshot:
     generation: int
     model: CombinedModel
     records: Mapping[str, TaskRecord]  # of the served tasks, by name
-    quarantined: Mapping[str, str]  # reasons by reference, of versions that failed their checks
+    quarantined: dict[str, str]  # reasons by reference, of versions that failed their checks
 
     @property
     def refs(self) -> dict[str, str]:

@@ -7,16 +7,15 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.process_collector import ProcessCollector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from addenda.serving.access import needs
-from addenda.serving.problems import ProblemError
+from addenda.serving.routes import ProblemError, needs
 from addenda.serving.service import Service
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -34,22 +33,12 @@ class ServerMetrics:
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
-        self.requests = Counter(
-            "addenda_requests", "Number of requests.", ("method", "route", "status"), registry=registry
-        )
-        self.seconds = Histogram(
-            "addenda_request_seconds",
-            "Latency in seconds from a request's headers to the end of its response.",
-            ("route",),
-            buckets=SECONDS,
-            registry=registry,
-        )
-        self.pass_images = Histogram(
-            "addenda_pass_images", "Number of images in a forward pass.", buckets=IMAGES, registry=registry
-        )
-        self.pass_seconds = Histogram(
-            "addenda_pass_seconds", "Forward-pass latency in seconds.", buckets=SECONDS, registry=registry
-        )
+        count, histogram = partial(Counter, registry=registry), partial(Histogram, buckets=SECONDS, registry=registry)
+        latency = "Latency in seconds from a request's headers to the end of its response."
+        self.requests = count("addenda_requests", "Number of requests.", ("method", "route", "status"))
+        self.seconds = histogram("addenda_request_seconds", latency, ("route",))
+        self.pass_images = histogram("addenda_pass_images", "Number of images in a forward pass.", buckets=IMAGES)
+        self.pass_seconds = histogram("addenda_pass_seconds", "Forward-pass latency in seconds.")
 
     def report(self, images: int, seconds: float) -> None:
         """Records a forward pass."""
@@ -57,15 +46,15 @@ class ServerMetrics:
         self.pass_seconds.observe(seconds)
 
     def watch(self, service: Service) -> None:
-        """Adds gauges of a service's current state."""
-        gauges: dict[str, tuple[str, Callable[[], float]]] = {
-            "generation": ("Registry generation being served.", lambda: service.snapshot.generation),
-            "tasks": ("Number of served tasks.", lambda: len(service.snapshot.records)),
-            "quarantined_tasks": ("Number of quarantined tasks.", lambda: len(service.snapshot.quarantined)),
-            "waiting_images": ("Number of images queued or being computed.", lambda: service.batcher.num_waiting),
-            "registry_up": ("1 while the registry is reachable, else 0.", lambda: service.follower.reachable),
-        }
-        for name, (description, value) in gauges.items():
+        """Observes a service's forward passes, and adds gauges of its current state."""
+        service.batcher.report = self.report
+        for name, description, value in (
+            ("generation", "Registry generation being served.", lambda: service.snapshot.generation),
+            ("tasks", "Number of served tasks.", lambda: len(service.snapshot.records)),
+            ("quarantined_tasks", "Number of quarantined tasks.", lambda: len(service.snapshot.quarantined)),
+            ("waiting_images", "Number of images queued or being computed.", lambda: service.batcher.num_waiting),
+            ("registry_up", "1 while the registry is reachable, else 0.", lambda: service.follower.reachable),
+        ):
             Gauge(f"addenda_{name}", description, registry=self.registry).set_function(value)
 
 

@@ -42,8 +42,8 @@ from addenda.exceptions import (
 from addenda.registry.audit.faults import Fault
 from addenda.registry.store import queries, registration
 from addenda.registry.store.database import OUTAGES, database_errors, reading, writing
-from addenda.serving import bodies, server
-from addenda.serving.api_changes import UPLOADS
+from addenda.serving import routes, server
+from addenda.serving.api_tasks import UPLOADS
 from addenda.serving.keys import KeyFile
 from addenda.serving.service import Limits
 from addenda.text import csv_row, shown
@@ -381,7 +381,7 @@ def test_a_request_larger_than_the_queue_is_413_and_not_503(
     tiny: FrozenBackbone, registry: Registry, registered: Callable[..., Task]
 ) -> None:
     registered("good")
-    with client_of(tiny, registry, limits=Limits(waiting=2)) as client:
+    with client_of(tiny, registry, limits=Limits(waiting_images=2)) as client:
         inputs = [{"name": "pixel_values", "shape": [3, 3, 32, 32], "datatype": "FP32", "data": [0.5] * 3 * 3072}]
         rejected = client.post("/v2/models/combined/infer", json={"inputs": inputs})
     assert rejected.status_code == 413
@@ -466,8 +466,8 @@ def test_a_full_queue_rejects_requests_before_their_bodies_are_read(
     client: AppClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     app: Any = client.app
-    monkeypatch.setattr(bodies, "_chunks", lambda *_: pytest.fail("the body was read"))
-    with app.state.service.batcher.reserve(app.state.service.limits.waiting):
+    monkeypatch.setattr(routes, "_chunks", lambda *_: pytest.fail("the body was read"))
+    with app.state.service.batcher.reserve(app.state.service.limits.waiting_images):
         for path in (PREDICT, "/v2/models/combined/infer"):
             assert client.post(path, content=b"x").status_code == 503
 
@@ -476,8 +476,8 @@ def test_a_full_queue_rejects_attention_requests_before_their_bodies_are_read(
     client: AppClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     app: Any = client.app
-    monkeypatch.setattr(bodies, "_chunks", lambda *_: pytest.fail("the body was read"))
-    with app.state.service.batcher.reserve(app.state.service.limits.waiting):
+    monkeypatch.setattr(routes, "_chunks", lambda *_: pytest.fail("the body was read"))
+    with app.state.service.batcher.reserve(app.state.service.limits.waiting_images):
         assert client.post("/page/attention?task=good", content=b"x").status_code == 503
 
 

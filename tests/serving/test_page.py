@@ -279,18 +279,18 @@ def test_a_large_confusion_matrix_is_an_image_with_a_list_of_the_most_frequent_c
     confusion = page_charts.confusion({"confusion": counts}, labels)
     assert confusion is not None
     assert (confusion.as_table, len(confusion.rows)) == (False, page_charts.BINS)
-    drawn = [cell for row in confusion.rows for cell in row if cell.count]
+    drawn = [images for row in confusion.rows for images, _ in row if images]
     assert len(drawn) == page_charts.BINS + 1
-    assert sum(cell.count for cell in drawn) == 9 * count + 7
+    assert sum(drawn) == 9 * count + 7
     assert confusion.pairs == (("class 10", "class 200", 7, 7 / 16),)
 
 
 def test_curves_of_the_selected_candidate_are_on_top_and_within_the_chart() -> None:
     curves = page_charts.curves(TRAINED)
     assert curves is not None
-    assert [line.kind for line in curves.lines] == ["other", "other", "train", "validation"]
+    assert [kind for kind, _ in curves.lines] == ["other", "other", "train", "validation"]
     assert (curves.epoch, curves.num_candidates) == (2, 2)
-    heights = [float(point.split(",")[1]) for line in curves.lines for point in line.points.split()]
+    heights = [float(point.split(",")[1]) for _, points in curves.lines for point in points.split()]
     assert len(heights) == 2 + 1 + 3 + 3
     assert min(heights) >= page_charts.TOP
     assert max(heights) <= page_charts.HEIGHT - page_charts.BOTTOM

@@ -18,9 +18,8 @@ from PIL import Image, ImageDraw
 
 from addenda import FrozenBackbone, Registry
 from addenda.combined import golden
-from addenda.serving.app import make_app
 from addenda.serving.keys import KeyFile
-from addenda.serving.server import Server, bind
+from addenda.serving.server import Server, bind, make_app
 from addenda.serving.service import Service
 from tests.serving.test_page import TRAINED, register, scores
 from tests.support.places import ROOT
@@ -32,11 +31,11 @@ pytestmark = pytest.mark.slow
 @contextmanager
 def serving(backbone: FrozenBackbone, registry: Registry, keys: KeyFile | None = None) -> Iterator[str]:
     """Runs a server in a thread; yields its URL."""
-    app = make_app(lambda metrics: Service(backbone, registry, None, None, metrics.report), keys)
+    app = make_app(lambda: Service(backbone, registry), keys or KeyFile("no-keys.json"))
     listening: socket.socket = bind("127.0.0.1", 0)
-    server = Server(app, listening, drain_s=0, stop_s=1)
+    server = Server(app, drain_s=0, stop_s=1)
     server.capture_signals = contextmanager(lambda: iter([None]))  # type: ignore[method-assign]  # the thread gets none
-    thread = threading.Thread(target=server.run_until_stopped)
+    thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()
     try:
         while not server.started:

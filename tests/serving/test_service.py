@@ -17,8 +17,7 @@ from addenda.backbones import KeyValue
 from addenda.combined import TaskLogits, golden, tiles
 from addenda.combined.tiles import memory_key_values
 from addenda.exceptions import DataError, DeadlineError, OverloadedError
-from addenda.serving.batcher import Batcher
-from addenda.serving.service import Limits, ServedPrediction, Service
+from addenda.serving.service import Batcher, Limits, ServedPrediction, Service
 from addenda.serving.snapshot import Snapshot, empty_snapshot, next_snapshot
 from tests.support.databases import tamper
 from tests.support.servers import client_of
@@ -185,7 +184,8 @@ def test_batching_across_requests_is_bitwise_identical_to_single_requests(
     snapshot, passes = snapshot_of(registry, tiny), []
 
     async def ask() -> list[TaskLogits]:
-        batcher = Batcher(64, lambda images, seconds: passes.append(images))
+        batcher = Batcher(64)
+        batcher.report = lambda images, seconds: passes.append(images)
         with busy(batcher):
             names = [["digits"], ["strokes"], ["digits", "strokes"]]
             requests = [batcher.predict(snapshot, images_of(1 + i % 3, i), names[i % 3]) for i in range(6)]
@@ -211,7 +211,8 @@ def test_a_forward_pass_never_mixes_two_snapshots(
     after = next_snapshot(before, registry)
 
     async def ask() -> list[TaskLogits]:
-        batcher = Batcher(64, lambda images, seconds: passes.append(images))
+        batcher = Batcher(64)
+        batcher.report = lambda images, seconds: passes.append(images)
         with busy(batcher):
             await started(*(batcher.predict(before, images_of(1), ["digits"]) for _ in range(1)))
             order = (before, after, after, before)
@@ -255,25 +256,25 @@ def test_no_forward_pass_runs_for_cancelled_or_expired_requests(
     tiny: FrozenBackbone, registry: Registry, registered: Register
 ) -> None:
     registered("digits")
-    snapshot, passes = snapshot_of(registry, tiny), []
+    passes: list[int] = []
 
     async def ask() -> None:
-        batcher = Batcher(64, lambda images, seconds: passes.append(images))
-        with busy(batcher):
-            [first] = await started(batcher.predict(snapshot, images_of(1), ["digits"]))
-            deadline = asyncio.get_running_loop().time() + 0.01
+        service = Service(tiny, registry)
+        service.batcher.report = lambda images, seconds: passes.append(images)
+        with busy(service.batcher):
+            [first] = await started(service.predict(images_of(1)))
             cancelled, expired, waiting = await started(
-                batcher.predict(snapshot, images_of(2), ["digits"]),
-                batcher.predict(snapshot, images_of(3), ["digits"], deadline),
-                batcher.predict(snapshot, images_of(4), ["digits"]),
+                service.predict(images_of(2)),
+                service.predict(images_of(3), timeout_s=0.01),
+                service.predict(images_of(4)),
             )
             cancelled.cancel()
             await asyncio.sleep(0.02)
         await asyncio.gather(first, waiting)
-        with pytest.raises(DeadlineError, match="timed out in the queue"):
+        with pytest.raises(DeadlineError, match=r"timed out after 0\.01 s"):
             await expired
         assert cancelled.cancelled()
-        await batcher.close()
+        await service.close()
 
     asyncio.run(ask())
     assert passes == [1, 4]
@@ -303,7 +304,7 @@ def test_queue_capacity_is_released_however_a_request_ends(
     registered("digits")
 
     async def ask() -> None:
-        service = Service(tiny, registry, limits=Limits(waiting=4, images=8))
+        service = Service(tiny, registry, limits=Limits(waiting_images=4, images=8))
         with busy(service.batcher):
             waiting = await started(*(service.predict(images_of(2)) for _ in range(2)))
             with pytest.raises(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 
 from addenda import cli
-from addenda.serving import bodies, server
+from addenda.serving import routes, server
 
 if __name__ == "__main__":
-    server.HEAD_S, bodies.BODY_S = int(os.environ["HEAD_S"]), int(os.environ["BODY_S"])
+    server.HEAD_S, routes.BODY_S = int(os.environ["HEAD_S"]), int(os.environ["BODY_S"])
     server.READ_S = int(os.environ.get("READ_S", server.READ_S))
     cli.main()

@@ -19,8 +19,8 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from addenda import FrozenBackbone, Registry
-from addenda.serving.app import make_app
 from addenda.serving.keys import KeyFile
+from addenda.serving.server import make_app
 from addenda.serving.service import Limits, Service
 
 
@@ -39,7 +39,7 @@ def client_of(
     limits: Limits | None = None,
 ) -> Iterator[AppClient]:
     """A client of an application in the test process; `client.app.state.service` is its service."""
-    app = make_app(lambda metrics: Service(backbone, registry, alias, limits, metrics.report), keys)
+    app = make_app(lambda: Service(backbone, registry, alias, limits), keys or KeyFile("no-keys.json"))
     with AppClient(app, base_url="http://localhost", raise_server_exceptions=False) as client:
         yield client
 
