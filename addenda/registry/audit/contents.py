@@ -101,8 +101,8 @@ def _dangling(connection: Connection, table: Table, column: Column[Any], target:
     is_missing = ~select(other.c[target.name]).where(other.c[target.name] == column).exists()
     for row in connection.execute(_rows_with_owner(table, column).where(is_missing)):
         what = "row" if row.owner is None else f"{table.name} row"
-        said = f"has a {what} that refers to {target.table.name} {row.value!r}, which does not exist"
-        yield Fault(_subject(table, row), said)
+        message = f"has a {what} that refers to {target.table.name} {row.value!r}, which does not exist"
+        yield Fault(_subject(table, row), message)
 
 
 def _misnumbered(connection: Connection, table: Table) -> Iterator[Fault]:
@@ -113,8 +113,8 @@ def _misnumbered(connection: Connection, table: Table) -> Iterator[Fault]:
         if row.id != expected:
             yield Fault(_subject(table, row), f"has id {row.id} in {table.name}; expected {expected}")
         elif row.value < event:
-            said = f"has id {row.id} in {table.name}, but an earlier event than the row before it"
-            yield Fault(_subject(table, row), said)
+            message = f"has id {row.id} in {table.name}, but an earlier event than the row before it"
+            yield Fault(_subject(table, row), message)
         expected, event = row.id + 1, row.value
 
 

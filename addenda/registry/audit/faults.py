@@ -29,11 +29,11 @@ class Fault:
     Attributes:
         subject: the damaged object: a task `name:version`, an alias `name@alias`, `event 12`, a backbone's
             fingerprint, `artifact SHA256`, a row `table (key)`, `schema`, `history` or `database`.
-        said: what is wrong, as a predicate of the subject ("is missing").
+        message: what is wrong, as a predicate of the subject ("is missing").
     """
 
     subject: str
-    said: str
+    message: str
 
 
 def pages(connection: Connection, key: Column[int]) -> Iterator[Sequence[int]]:

@@ -59,7 +59,7 @@ class Integrity:
 def check_integrity(engine: Engine, head: str | None = None) -> Integrity:
     """Checks a registry's schema and contents; see `Reader.check_integrity`."""
     try:
-        faults = [Fault("schema", said) for said in schema_faults(engine)]
+        faults = [Fault("schema", message) for message in schema_faults(engine)]
     except RegistryError as error:
         faults = [Fault("schema", str(error))]
     with reading(engine) as connection:
@@ -91,8 +91,8 @@ def check_rows(connection: Connection, head: str | None = None) -> Integrity:
     last = ledger.generation(connection)
     digests = readable_rows(connection, select(event.id, event.digest), event.id, [last])
     if head is not None and connection.scalar(select(event.id).where(event.digest == head)) is None:
-        said = f"has no event with digest {head}: events were removed, or the digest is of another registry"
-        faults.append(Fault("history", said))
+        message = f"has no event with digest {head}: events were removed, or the digest is of another registry"
+        faults.append(Fault("history", message))
     return Integrity(
         generation=last,
         head=digests.get(last, {"digest": ""})["digest"],
@@ -130,9 +130,9 @@ def chain_faults(connection: Connection) -> Iterator[Fault]:
                 columns, rows = events.get(event_id), written.get(event_id)
                 if columns is not None:
                     _replay(columns, aliases, tags)
-                seals, said = _check_event(columns, rows, before)
-                if said is not None:
-                    yield from _event_faults(event_id, columns, rows, said)
+                seals, message = _check_event(columns, rows, before)
+                if message is not None:
+                    yield from _event_faults(event_id, columns, rows, message)
                 stored = [digests[event_id]["digest"]] if event_id in digests else []
                 candidates = stored if stored and stored[0] in seals else stored + seals
                 before = list(dict.fromkeys(candidates))[:_MAX_DIGESTS]
@@ -169,14 +169,14 @@ def _check_event(
     ] in seals else "does not match its digest: it or a row that it wrote was changed"
 
 
-def _event_faults(event_id: int, event: Mapping[str, Any] | None, rows: _Rows | None, said: str) -> Iterator[Fault]:
+def _event_faults(event_id: int, event: Mapping[str, Any] | None, rows: _Rows | None, message: str) -> Iterator[Fault]:
     """The fault of an event, and of everything that it wrote."""
-    yield Fault(f"event {event_id}", said)
+    yield Fault(f"event {event_id}", message)
     subjects = [] if event is None else [event["subject"]]
     for row in rows or ():
         subjects.append(row["fingerprint"] if row["table"] == "backbone" else f"{row['name']}:{row['version']}")
     for subject in dict.fromkeys(subjects):
-        yield Fault(subject, f"was written by a damaged event: event {event_id} {said}")
+        yield Fault(subject, f"was written by a damaged event: event {event_id} {message}")
 
 
 def _replay(event: Mapping[str, Any], aliases: dict[str, str], tags: set[tuple[str, str]]) -> None:

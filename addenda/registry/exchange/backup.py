@@ -17,7 +17,7 @@ from addenda.registry.audit.integrity import Integrity, check_rows
 from addenda.registry.store import schema
 from addenda.registry.store.database import connect, database_errors, display_location, file_mode, reading, writing
 from addenda.registry.store.digests import digest
-from addenda.registry.store.ledger import tell
+from addenda.registry.store.ledger import notify
 from addenda.registry.store.upgrade import check_readable, upgrade
 
 _BATCH, _SMALL_BATCH = 500, 16
@@ -135,9 +135,9 @@ def _copy(source: Engine, target: Engine) -> Integrity:
             first = integrity.faults[0]
             raise IntegrityError(
                 f"{display_location(source)!r} is damaged and was not copied. Number of faults: "
-                f"{len(integrity.faults)}; the first: {first.subject} {first.said}. See: addenda verify --deep"
+                f"{len(integrity.faults)}; the first: {first.subject} {first.message}. See: addenda verify --deep"
             )
-        tell(write, integrity.generation)
+        notify(write, integrity.generation)
     return integrity
 
 

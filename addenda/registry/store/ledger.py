@@ -24,7 +24,7 @@ POLL_S = 0.2
 _CHANNEL = "'addenda.' || current_schema()"
 
 
-def tell(connection: Connection, generation: int) -> None:
+def notify(connection: Connection, generation: int) -> None:
     """Notifies waiting PostgreSQL sessions when the transaction commits; on SQLite they poll."""
     if connection.dialect.name == "postgresql":
         connection.execute(text(f"SELECT pg_notify({_CHANNEL}, :id)"), {"id": str(generation)})
@@ -99,7 +99,7 @@ class Writer:
         before = self.connection.scalar(select(schema.event.c.digest).where(schema.event.c.id == event_id - 1)) or ""
         event_digest = seal(before, columns, written(self.connection, event_id, event_id).get(event_id, []))
         self.connection.execute(insert(schema.event).values(**columns, digest=event_digest))
-        tell(self.connection, event_id)
+        notify(self.connection, event_id)
         return event_id
 
     def add(self, table: Table, row: Mapping[str, Any], kind: str, subject: str, **details: Any) -> int:

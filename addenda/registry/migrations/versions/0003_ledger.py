@@ -7,7 +7,7 @@ import sqlalchemy as sa
 from alembic import op
 
 from addenda.registry.store.digests import canonical_json, digest
-from addenda.registry.store.ledger import stamp, tell
+from addenda.registry.store.ledger import notify, stamp
 from addenda.registry.store.objectives import score_of
 from addenda.registry.store.schema import create_triggers, drop_triggers
 
@@ -105,7 +105,7 @@ def _seal(connection: sa.Connection) -> None:
         upgraded |= stamp()
         rows = _written(connection, tables)[last + 1]
         connection.execute(event.insert().values(**upgraded, digest=_digest(before, upgraded, rows)))
-        tell(connection, last + 1)
+        notify(connection, last + 1)
 
 
 def _digest(before: str, event: Mapping[str, Any], rows: list[dict[str, Any]]) -> str:
