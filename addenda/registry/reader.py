@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -11,7 +12,6 @@ from sqlalchemy import Engine, or_, select
 from addenda.registry.audit.history import ComparedEvaluation, VersionDifference, compare, history
 from addenda.registry.store import ledger, schema
 from addenda.registry.store.database import database_errors, display_location, file_mode, reading
-from addenda.registry.store.ledger import wait
 from addenda.registry.store.lineage import Lineage, lineage
 from addenda.registry.store.queries import TaskFilter, current, evaluations, find, listing, records
 from addenda.registry.store.records import EvaluationRecord, Event, TaskRecord
@@ -54,8 +54,11 @@ class Reader:
 
     def wait(self, after: int, timeout_s: float) -> int:
         """Waits until the generation exceeds `after` or the timeout expires; returns the generation."""
-        with database_errors("Cannot wait for the registry"):
-            return wait(self._engine, lambda: self.generation, after, timeout_s)
+        deadline = time.monotonic() + timeout_s
+        with database_errors("Cannot wait for the registry"), ledger.change_waiter(self._engine) as wait_for_change:
+            while (generation := self.generation) <= after and (remaining_s := deadline - time.monotonic()) > 0:
+                wait_for_change(remaining_s)
+        return generation
 
     def events(self, name: str | None = None, after: int = 0, limit: int | None = None) -> list[Event]:
         """Events, oldest first.

@@ -14,9 +14,9 @@ from addenda.exceptions import IntegrityError
 from addenda.registry.exchange.manifest import BundledAlias, Contents, Entry, first_error
 from addenda.registry.store import schema
 from addenda.registry.store.digests import digest
+from addenda.registry.store.ledger import INTERNAL
 from addenda.registry.store.queries import find, ref_of, rows_where, with_ancestors
 
-_INTERNAL = {"id", "task_id", "event_id"}  # local to a database
 _ASSOCIATED = (schema.golden, schema.statistics, schema.evaluation, schema.retirement, schema.tag)
 
 ReadBlob = Callable[[str], bytes]
@@ -94,4 +94,4 @@ def _validation_errors(what: str) -> Iterator[None]:
 
 def _portable(row: Row[Any]) -> dict[str, Any]:
     """A row without the ids of its database."""
-    return {key: value for key, value in row._mapping.items() if key not in _INTERNAL}
+    return {key: value for key, value in row._mapping.items() if key not in INTERNAL}
