@@ -12,8 +12,9 @@ from sqlalchemy import Engine, or_, select
 from addenda.registry.audit.history import ComparedEvaluation, VersionDifference, compare, history
 from addenda.registry.store import ledger, schema
 from addenda.registry.store.database import database_errors, display_location, file_mode, reading
+from addenda.registry.store.digests import integrity_errors
 from addenda.registry.store.lineage import Lineage, lineage
-from addenda.registry.store.queries import TaskFilter, current, evaluations, find, listing, records
+from addenda.registry.store.queries import TaskFilter, current, evaluations, find, listing, records, ref_of
 from addenda.registry.store.records import EvaluationRecord, Event, TaskRecord
 from addenda.registry.store.upgrade import revision, schema_faults
 
@@ -131,14 +132,18 @@ class Reader:
         from addenda.registry.store.task_reader import load_goldens
 
         with reading(self._engine) as connection:
-            return load_goldens(connection, find(connection, ref))
+            row = find(connection, ref)
+            with integrity_errors(f"Task {ref_of(row)!r}"):
+                return load_goldens(connection, row.id, len(row.labels))
 
     def statistics(self, ref: str) -> FeatureStatistics | None:
         """A task's routing statistics; None if it has none."""
         from addenda.registry.store.task_reader import load_statistics
 
         with reading(self._engine) as connection:
-            return load_statistics(connection, find(connection, ref))
+            row = find(connection, ref)
+            with integrity_errors(f"Task {ref_of(row)!r} cannot be used for routing"):
+                return load_statistics(connection, row.id, len(row.labels))
 
     def evaluations(self, ref: str) -> list[EvaluationRecord]:
         """All evaluations of a task, oldest first."""

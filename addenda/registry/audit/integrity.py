@@ -10,11 +10,12 @@ from typing import Any
 from sqlalchemy import Connection, Engine, func, select
 
 from addenda.exceptions import RegistryError
-from addenda.registry.audit.contents import content_faults, key_faults
 from addenda.registry.audit.faults import (
     READ_ERRORS,
     VALUE_ERRORS,
     Fault,
+    content_faults,
+    key_faults,
     lenient_text,
     pages,
     read_undamaged,

@@ -10,7 +10,7 @@ import torch
 from sqlalchemy import Connection, Row, select
 
 from addenda.exceptions import IntegrityError, OwnershipError, RegistryError
-from addenda.registry.audit.contents import check_stored
+from addenda.registry.audit.faults import check_stored
 from addenda.registry.exchange.manifest import MAX_PROBE_IMAGES, BundledAlias, Contents, Entry, Parent, check_arrival
 from addenda.registry.exchange.selection import ReadBlob, Transfer
 from addenda.registry.store import changes, schema
