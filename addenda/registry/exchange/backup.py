@@ -28,7 +28,9 @@ _FILES = rf"{re.escape(_COPY)}(-wal|-shm|-journal)?"
 def backup(engine: Engine, path: str | Path) -> Integrity:
     """Backs up a registry, see `Reader.backup`; removes the folders that interrupted backups left at the target."""
     target = Path(path).expanduser().absolute()
-    _refuse_to_overwrite(target)
+    exists_error = RegistryError(f"The file {str(target)!r} exists; a backup does not overwrite. Choose another name.")
+    if os.path.lexists(target):
+        raise exists_error
     if not target.parent.is_dir():
         raise RegistryError(f"The backup's folder {str(target.parent)!r} does not exist.")
     try:
@@ -39,9 +41,8 @@ def backup(engine: Engine, path: str | Path) -> Integrity:
                 integrity = _copy(engine, copy)
             staged.chmod(file_mode(engine))
             put(staged, target, replace=False)
-    except FileExistsError:
-        _refuse_to_overwrite(target)
-        raise
+    except FileExistsError as error:
+        raise exists_error from error
     except OSError as error:
         raise RegistryError(f"The backup {str(target)!r} could not be written: {error}.") from error
     return integrity
@@ -105,11 +106,6 @@ def _folder_marks(engine: Engine) -> tuple[str, str]:
     """The name prefix of a registry's backup folders, and the text of their marker files."""
     location = display_location(engine)
     return f".backup-{digest(location.encode())[:8]}-", f"A backup of {location} that is being made.\n"
-
-
-def _refuse_to_overwrite(target: Path) -> None:
-    if os.path.lexists(target):
-        raise RegistryError(f"The file {str(target)!r} exists; a backup does not overwrite. Choose another name.")
 
 
 @contextmanager
