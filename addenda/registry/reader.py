@@ -225,10 +225,9 @@ class Reader:
             IntegrityError: stored bytes have changed.
             RegistryError: the file exists, or cannot be written.
         """
-        from addenda.registry.exchange import bundle
-        from addenda.registry.exchange.selection import gather
+        from addenda.registry.exchange.bundle import gather, write
 
         with reading(self._engine) as connection:
             contents, read, _ = gather(connection, refs)
-            bundle.write(Path(path), contents, read, self.file_mode)
+            write(Path(path), contents, read, self.file_mode)
         return [entry.ref for entry in contents.tasks]
