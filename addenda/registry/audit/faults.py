@@ -209,5 +209,4 @@ def _rows_with_owner(table: Table, column: Column[Any]) -> Select[Any]:
 
 
 def _subject(table: Table, row: Row[Any]) -> str:
-    """The subject of a row's fault."""
     return str(row.key) if table is schema.backbone else str(row.owner or f"{table.name} ({row.key})")

@@ -116,7 +116,6 @@ def history(connection: Connection, name: str) -> list[ComparedEvaluation]:
 
 
 def _compare(before: list[EvaluationRecord], now: EvaluationRecord, numerics: _Numerics) -> ComparedEvaluation:
-    """Compares an evaluation with those before it on the same data."""
     if not before:
         return ComparedEvaluation(now, None, "first", "the first evaluation on this data")
     same_version = [record for record in before if record.task == now.task]
@@ -150,7 +149,6 @@ def _close(first: Any, second: Any) -> bool:
 
 
 def _numerics_change(first: str, second: str, numerics: _Numerics) -> str:
-    """Describes a numerics change, given two numerics fingerprints."""
     before, after = numerics[first], numerics[second]
     if before is None or after is None:
         unknown = " and ".join(f"{f[:12]}…" for f in (first, second) if numerics[f] is None)

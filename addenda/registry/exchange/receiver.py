@@ -220,7 +220,6 @@ class _Receiver:
         return task
 
     def _statistics(self, entry: Entry) -> dict[str, Any] | None:
-        """The row of a task's routing statistics, if it has any."""
         if entry.statistics is None:
             return None
         data = self._read(entry.statistics)
@@ -235,7 +234,6 @@ class _Receiver:
         return {"sha256": entry.statistics, "data": data}
 
     def _golden(self, task: Task, golden: GoldenRow) -> dict[str, Any]:
-        """The row of a golden probe."""
         logits, num_labels = self._read(golden.digest), len(task.labels)
         if not logits or len(logits) % (4 * num_labels) or len(logits) > 4 * num_labels * MAX_PROBE_IMAGES:
             raise IntegrityError(

@@ -12,8 +12,7 @@ from sqlalchemy import Connection, Integer, func, literal_column, select
 
 from addenda.registry.store.schema import artifact
 
-_USUAL_SIZE = 16_384
-"""Bytes that contain the header of most artifacts."""
+_USUAL_SIZE = 16_384  # bytes that contain the header of most artifacts
 
 
 class ArtifactHeader(NamedTuple):

@@ -130,7 +130,6 @@ def insert_task(
 
 
 def _parent(connection: Connection, task: Task, parent: Task) -> int:
-    """The id of a parent's row."""
     row = connection.execute(
         select(schema.task)
         .where(schema.task.c.artifact == parent.sha256)

@@ -131,7 +131,6 @@ def load_tasks(connection: Connection, rows: Sequence[Row[Any]]) -> list[Task]:
 
 
 def _decode(row: Row[Any], artifact: bytes | None, parents: Mapping[str, Task | IntegrityError]) -> Task:
-    """Decodes a task from its row, its artifact, and its parents by sha256."""
 
     def parent(sha256: str) -> Task:
         task = parents.get(sha256)

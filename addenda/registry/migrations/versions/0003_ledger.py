@@ -41,13 +41,18 @@ def upgrade() -> None:
     if connection.dialect.name == "postgresql":  # no compression: it takes long and hardly shrinks floats
         for table in ("artifact", "statistics"):
             op.execute(f"ALTER TABLE {table} ALTER COLUMN data SET STORAGE EXTERNAL")
-    _assign_events(connection)
-    _score(connection)
-    _seal(connection)
+    tables = sa.MetaData()
+    tables.reflect(connection)  # so that later changes of the schema do not matter
+    _assign_events(connection, tables)
+    task = tables.tables["task"]
+    for row in connection.execute(sa.select(task.c.id, task.c.objective, task.c.metrics)).all():
+        score = score_of(row.objective, row.metrics)
+        connection.execute(task.update().where(task.c.id == row.id).values(score=score))
+    _seal(connection, tables)
     create_triggers(connection)
 
 
-def _assign_events(connection: sa.Connection) -> None:
+def _assign_events(connection: sa.Connection, tables: sa.MetaData) -> None:
     """Assigns each row the event that wrote it, where the events record it."""
     of_task = "(SELECT name || ':' || version FROM task WHERE id = {table}.task_id)"
     last = "coalesce((SELECT max(e.id) FROM event e WHERE e.kind = '{kind}' AND e.subject = {subject}), 0)"
@@ -60,7 +65,7 @@ def _assign_events(connection: sa.Connection) -> None:
         found = last.format(kind=kind, subject=subject)
         connection.execute(sa.text(f"UPDATE {table} SET event_id = {found}"))
     connection.execute(sa.text("UPDATE evaluation SET event_id = generation"))
-    golden = sa.table("golden", sa.column("task_id"), sa.column("numerics_fingerprint"), sa.column("event_id"))
+    golden = tables.tables["golden"]
     events = sa.text(
         "SELECT e.id, e.details, t.id AS task_id FROM event e JOIN task t ON e.subject = t.name || ':' || t.version "
         "WHERE e.kind = 'golden'"
@@ -73,23 +78,11 @@ def _assign_events(connection: sa.Connection) -> None:
         )
 
 
-def _score(connection: sa.Connection) -> None:
-    task = sa.table(
-        "task", sa.column("id"), sa.column("objective"), sa.column("metrics", sa.JSON), sa.column("score", sa.Float)
-    )
-    for row in connection.execute(sa.select(task.c.id, task.c.objective, task.c.metrics)).all():
-        score = score_of(row.objective, row.metrics)
-        connection.execute(task.update().where(task.c.id == row.id).values(score=score))
-
-
-def _seal(connection: sa.Connection) -> None:
+def _seal(connection: sa.Connection, tables: sa.MetaData) -> None:
     """Computes the digests of existing events; backbones had no events and belong to the upgrade's own event.
 
-    The tables are reflected, so later changes of the schema do not matter. The ledger reads them as it must read every
-    registry that was sealed by this version.
+    The ledger reads the rows as it must read every registry that was sealed by this version.
     """
-    tables = sa.MetaData()
-    tables.reflect(connection)
     event, backbone = tables.tables["event"], tables.tables["backbone"]
     events = connection.execute(sa.select(event).order_by(event.c.id)).mappings().all()
     before, last = "", events[-1]["id"] if events else 0
