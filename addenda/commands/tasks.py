@@ -298,7 +298,7 @@ def lineage(
 def _tree(root: Kin, relation: str) -> Tree:
     def grow(branch: Tree, parent: Kin) -> None:
         for task in parent.kin:
-            notes = [*(["retired"] if task.retired else []), *(["see above"] if task.shown else [])]
+            notes = [*(["retired"] if task.retired else []), *(["see above"] if task.repeated else [])]
             grow(branch.add(task.ref + (f" ({', '.join(notes)})" if notes else "")), task)
         if parent.left_out:
             branch.add(f"… and {parent.left_out} more")

@@ -21,7 +21,7 @@ from addenda.distributed.cluster import Workplace, check_shared, worker_capacity
 from addenda.exceptions import AddendaError, DataError
 from addenda.learner import ActivationCache, Learner, LearnRow, Outcome
 from addenda.learner.context import Report
-from addenda.learner.many import Became, LearnManyResults, attempt, named
+from addenda.learner.many import LearnManyResults, LearnResult, attempt, extended_refs
 from addenda.registry import Registry, Task
 
 RETRIES = 3
@@ -71,15 +71,15 @@ def learn_on_cluster(
     order = TopologicalSorter(predecessors(rows))
     order.prepare()
 
-    def finish(index: int, seconds: float, became: Became) -> None:
-        outcomes[index] = results.add(rows[index], seconds, became)
+    def finish(index: int, seconds: float, result: LearnResult) -> None:
+        outcomes[index] = results.add(rows[index], seconds, result)
         order.done(index)
 
     while order.is_active():
         for index in sorted(order.get_ready()):
             row, obstacle = rows[index], results.obstacle(rows[index])
             if obstacle:
-                finish(index, 0.0, Became(reason=obstacle))
+                finish(index, 0.0, LearnResult(reason=obstacle))
             else:
                 running[learn.options(name=f"learn {row.name}").remote(job, row, board)] = index
         for reference in ray.wait(list(running), timeout=REFRESH_S)[0] if running else ():
@@ -109,32 +109,32 @@ def predecessors(rows: Sequence[LearnRow]) -> dict[int, set[int]]:
             for earlier in range(start, index)
             if auto
             or rows[earlier].config.extends == "auto"
-            or rows[earlier].name in named(row.config)
-            or row.name in named(rows[earlier].config)
+            or rows[earlier].name in extended_refs(row.config)
+            or row.name in extended_refs(rows[earlier].config)
         }
         if auto:
             start = index
     return waits_for
 
 
-def _result(reference: Any, row: LearnRow) -> tuple[float, Became]:
+def _result(reference: Any, row: LearnRow) -> tuple[float, LearnResult]:
     """Seconds that a row took and its result; logs the warnings of its worker."""
     import ray
     from ray.exceptions import RayError, RayTaskError
 
     try:
-        seconds, became, warnings = ray.get(reference)
+        seconds, result, warnings = ray.get(reference)
     except RayTaskError as error:  # before the row started, for example because the worker lacks the package
         log.debug("Task %r:", row.name, exc_info=True)
-        return 0.0, Became(reason=f"its worker could not start: {str(error.cause).strip().splitlines()[-1]}")
+        return 0.0, LearnResult(reason=f"its worker could not start: {str(error.cause).strip().splitlines()[-1]}")
     except RayError as error:
-        return 0.0, Became(reason=f"its worker was lost {RETRIES + 1} times ({type(error).__name__})")
+        return 0.0, LearnResult(reason=f"its worker was lost {RETRIES + 1} times ({type(error).__name__})")
     for level, message in warnings:
         log.log(level, "%s: %s", row.name, message)
-    return seconds, became
+    return seconds, result
 
 
-def _learn(job: LearningJob, row: LearnRow, board: ProgressBoard) -> tuple[float, Became, list[tuple[int, str]]]:
+def _learn(job: LearningJob, row: LearnRow, board: ProgressBoard) -> tuple[float, LearnResult, list[tuple[int, str]]]:
     """Learns a row on a worker: seconds, result, and the warnings logged meanwhile."""
     import ray
 
@@ -158,11 +158,11 @@ def _learn(job: LearningJob, row: LearnRow, board: ProgressBoard) -> tuple[float
     warnings.setLevel(logging.WARNING)
     logger.addHandler(warnings)
     try:
-        became = attempt(row.name, learn)
+        result = attempt(row.name, learn)
     finally:
         logger.removeHandler(warnings)
     messages = [(record.levelno, warnings.format(record)) for record in warnings.buffer]
-    return time.perf_counter() - started, became, messages
+    return time.perf_counter() - started, result, messages
 
 
 @lru_cache(maxsize=1)

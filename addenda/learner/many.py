@@ -66,7 +66,7 @@ class Outcome:
     data: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Became(NamedTuple):
+class LearnResult(NamedTuple):
     """Result of an attempt to learn a task: its reference, metrics and data, or the reason for the failure."""
 
     ref: str | None = None
@@ -123,7 +123,7 @@ def read_rows(file: Path, registry: Registry, skip_bad: bool = False) -> list[Le
     if problems:
         raise DataError(f"Nothing was learned. Errors in {str(file)!r}:\n  " + "\n  ".join(problems))
     rows = [row for row in checked if row is not None]
-    extended = {name for row in rows for name in named(row.config)}
+    extended = {name for row in rows for name in extended_refs(row.config)}
     return [replace(row, config=replace(row.config, fall_back=False)) if row.name in extended else row for row in rows]
 
 
@@ -155,8 +155,8 @@ def learn_many(
 
         learn = partial(learner.learn, row.name, row.data, row.test, row.config, new_version, skip_bad, report=step)
         obstacle = results.obstacle(row)
-        became = Became(reason=obstacle) if obstacle else attempt(row.name, learn)
-        yield results.add(row, time.perf_counter() - started, became)
+        result = LearnResult(reason=obstacle) if obstacle else attempt(row.name, learn)
+        yield results.add(row, time.perf_counter() - started, result)
 
 
 class LearnManyResults:
@@ -173,35 +173,35 @@ class LearnManyResults:
 
     def obstacle(self, row: LearnRow) -> str:
         """Explains why a row must be skipped: it extends a row that was not learned; empty if it can be learned."""
-        parent = next((ref for ref in named(row.config) if ref in self._not_learned), None)
+        parent = next((ref for ref in extended_refs(row.config) if ref in self._not_learned), None)
         return "" if parent is None else f"it extends {parent!r}, which {self._not_learned[parent]}"
 
-    def add(self, row: LearnRow, seconds: float, became: Became) -> Outcome:
+    def add(self, row: LearnRow, seconds: float, result: LearnResult) -> Outcome:
         """Records and logs the result of a row."""
         state: State
-        if became.ref is not None:
-            state = "learned before" if became.ref in self._before else "learned"
+        if result.ref is not None:
+            state = "learned before" if result.ref in self._before else "learned"
         else:
             state = "skipped" if self.obstacle(row) else "failed"
             self._not_learned[row.name] = "failed" if state == "failed" else "was skipped"
-        level = logging.WARNING if became.reason else logging.INFO
-        log.log(level, "%s: %s", self.label(row), ": ".join(filter(None, (state, became.reason))))
-        return Outcome(row.name, state, seconds, became.ref, became.reason, became.metrics, became.data)
+        level = logging.WARNING if result.reason else logging.INFO
+        log.log(level, "%s: %s", self.label(row), ": ".join(filter(None, (state, result.reason))))
+        return Outcome(row.name, state, seconds, result.ref, result.reason, result.metrics, result.data)
 
 
-def attempt(name: str, learn: Callable[[], Task]) -> Became:
+def attempt(name: str, learn: Callable[[], Task]) -> LearnResult:
     """Calls `learn` and returns its task, or its error as the reason."""
     try:
         task = learn()
     except AddendaError as error:
-        return Became(reason=str(error))
+        return LearnResult(reason=str(error))
     except Exception as error:  # such as out of memory; the other tasks can still be learned
         log.exception("Unexpected error while learning task %r:", name)
-        return Became(reason=f"{type(error).__name__}: {error}")
-    return Became(task.ref, metrics=dict(task.metrics), data=dict(task.data))
+        return LearnResult(reason=f"{type(error).__name__}: {error}")
+    return LearnResult(task.ref, metrics=dict(task.metrics), data=dict(task.data))
 
 
-def named(config: LearnConfig) -> Sequence[str]:
+def extended_refs(config: LearnConfig) -> Sequence[str]:
     """Returns the references of tasks that a configuration extends by name."""
     return () if config.extends == "auto" else config.extends
 
@@ -226,7 +226,7 @@ def _row(
         config = LearnConfig.parse(settings)
     with _collecting(problems):
         open_parts(data, test, skip_bad)
-    for ref in named(config):
+    for ref in extended_refs(config):
         with _collecting(problems, "it extends neither an earlier task nor a registered one: "):
             if ref not in earlier:
                 registry.record(ref)

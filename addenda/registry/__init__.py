@@ -8,7 +8,6 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from addenda.registry.audit.faults import Fault
 from addenda.registry.audit.history import ComparedEvaluation, VersionDifference
 from addenda.registry.registry import Registry
 from addenda.registry.store.digests import canonical_json, digest
@@ -19,6 +18,7 @@ from addenda.registry.store.queries import TaskFilter
 from addenda.registry.store.records import Evaluation, EvaluationRecord, Event, TaskRecord
 
 if TYPE_CHECKING:
+    from addenda.registry.audit.faults import Fault
     from addenda.registry.audit.integrity import Integrity
     from addenda.registry.exchange.backup import restore
     from addenda.registry.exchange.receiver import Received
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from addenda.registry.store.task_reader import FeatureStatistics
 
 _NAMES = {
-    "audit.integrity": ("Integrity",),
+    "audit.integrity": ("Fault", "Integrity"),
     "exchange.backup": ("restore",),
     "exchange.receiver": ("Received",),
     "store.artifact": ("ADAPTED", "LowRank"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -11,9 +12,9 @@ from sqlalchemy import Engine, or_, select
 from addenda.registry.audit.history import ComparedEvaluation, VersionDifference, compare, history
 from addenda.registry.store import ledger, schema
 from addenda.registry.store.database import database_errors, display_location, file_mode, reading
-from addenda.registry.store.ledger import wait
+from addenda.registry.store.digests import integrity_errors
 from addenda.registry.store.lineage import Lineage, lineage
-from addenda.registry.store.queries import TaskFilter, current, evaluations, find, listing, records
+from addenda.registry.store.queries import TaskFilter, current, evaluations, find, listing, records, ref_of
 from addenda.registry.store.records import EvaluationRecord, Event, TaskRecord
 from addenda.registry.store.upgrade import revision, schema_faults
 
@@ -54,8 +55,11 @@ class Reader:
 
     def wait(self, after: int, timeout_s: float) -> int:
         """Waits until the generation exceeds `after` or the timeout expires; returns the generation."""
-        with database_errors("Cannot wait for the registry"):
-            return wait(self._engine, lambda: self.generation, after, timeout_s)
+        deadline = time.monotonic() + timeout_s
+        with database_errors("Cannot wait for the registry"), ledger.change_waiter(self._engine) as wait_for_change:
+            while (generation := self.generation) <= after and (remaining_s := deadline - time.monotonic()) > 0:
+                wait_for_change(remaining_s)
+        return generation
 
     def events(self, name: str | None = None, after: int = 0, limit: int | None = None) -> list[Event]:
         """Events, oldest first.
@@ -128,14 +132,18 @@ class Reader:
         from addenda.registry.store.task_reader import load_goldens
 
         with reading(self._engine) as connection:
-            return load_goldens(connection, find(connection, ref))
+            row = find(connection, ref)
+            with integrity_errors(f"Task {ref_of(row)!r}"):
+                return load_goldens(connection, row.id, len(row.labels))
 
     def statistics(self, ref: str) -> FeatureStatistics | None:
         """A task's routing statistics; None if it has none."""
         from addenda.registry.store.task_reader import load_statistics
 
         with reading(self._engine) as connection:
-            return load_statistics(connection, find(connection, ref))
+            row = find(connection, ref)
+            with integrity_errors(f"Task {ref_of(row)!r} cannot be used for routing"):
+                return load_statistics(connection, row.id, len(row.labels))
 
     def evaluations(self, ref: str) -> list[EvaluationRecord]:
         """All evaluations of a task, oldest first."""
@@ -217,10 +225,9 @@ class Reader:
             IntegrityError: stored bytes have changed.
             RegistryError: the file exists, or cannot be written.
         """
-        from addenda.registry.exchange import bundle
-        from addenda.registry.exchange.selection import gather
+        from addenda.registry.exchange.bundle import gather, write
 
         with reading(self._engine) as connection:
             contents, read, _ = gather(connection, refs)
-            bundle.write(Path(path), contents, read, self.file_mode)
+            write(Path(path), contents, read, self.file_mode)
         return [entry.ref for entry in contents.tasks]

@@ -169,14 +169,11 @@ class Registry(Reader):
             OwnershipError: the bundle has a version of a name that is not the owner's.
             RegistryError: versions exist with other content; the message lists them all.
         """
-        from addenda.registry.exchange import bundle
+        from addenda.registry.exchange.bundle import open_bundle
         from addenda.registry.exchange.receiver import receive
 
         context = f"Bundle {str(path)!r} was not imported"
-        with (
-            bundle.open_bundle(Path(path)) as (transfer, source),
-            self._changing(context, dry_run, source=source) as writer,
-        ):
+        with open_bundle(Path(path)) as (transfer, source), self._changing(context, dry_run, source=source) as writer:
             return receive(writer, transfer, renames or {}, owner)
 
     def merge(self, other: Registry, renames: Mapping[str, str] | None = None, dry_run: bool = False) -> list[Received]:
@@ -193,8 +190,8 @@ class Registry(Reader):
             IntegrityError: stored bytes in the other registry have changed.
             RegistryError: versions exist with other content; the message lists them all.
         """
+        from addenda.registry.exchange.bundle import gather
         from addenda.registry.exchange.receiver import receive
-        from addenda.registry.exchange.selection import gather
 
         context = f"Registry {other.location!r} was not merged"
         with reading(other._engine) as connection:

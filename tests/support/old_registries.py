@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from alembic import command
 from sqlalchemy import MetaData
 
 from addenda.registry.store import schema
 from addenda.registry.store.database import connect, writing
-from addenda.registry.store.upgrade import _config
+from addenda.registry.store.upgrade import migrate
 from tests.support.databases import raw
 
 Rows = dict[str, list[dict[str, Any]]]
@@ -21,11 +20,10 @@ def make_old(location: str, revision: str, present: Rows) -> Rows:
     Returns:
         The rows of each table as the old version stored them.
     """
-    engine, config, tables = connect(location, create=True), _config(), MetaData()
+    engine, tables = connect(location, create=True), MetaData()
     written = {}
     with writing(engine) as connection:
-        config.attributes["connection"] = connection
-        command.upgrade(config, revision)
+        migrate(connection, revision)
         tables.reflect(connection)
         for table in tables.sorted_tables:
             if table.name in present:

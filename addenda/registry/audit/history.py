@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -14,6 +15,8 @@ from addenda.registry.store.queries import evaluations, find
 from addenda.registry.store.records import EvaluationRecord, TaskRecord
 
 _PER_CLASS = "per_class"
+_Numerics = dict[str, Mapping[str, Any] | None]
+"""Numerics by fingerprint; None if no task has a golden probe under them."""
 
 
 class VersionDifference(NamedTuple):
@@ -34,12 +37,8 @@ class VersionDifference(NamedTuple):
 
 def compare(one: TaskRecord, other: TaskRecord) -> list[VersionDifference]:
     """The differences between two versions, section by section; author, time and version number do not count."""
-    other_sections = _sections(other)
-    return [
-        VersionDifference(section, *difference)
-        for section, values in _sections(one).items()
-        for difference in _differences(values, other_sections[section])
-    ]
+    sections = zip(_sections(one).items(), _sections(other).values(), strict=True)
+    return [VersionDifference(name, *found) for (name, a), b in sections for found in _differences(a, b)]
 
 
 def _differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -107,29 +106,21 @@ def history(connection: Connection, name: str) -> list[ComparedEvaluation]:
     task = schema.task.c
     if connection.scalar(select(task.id).where(task.name == name)) is None:
         find(connection, name)
-    recorded, golden = evaluations(connection, task.name == name), schema.golden.c
-    numerics: _Numerics = {}
-    for fingerprint in {record.numerics_fingerprint for record in recorded}:
-        query = select(golden.numerics).where(golden.numerics_fingerprint == fingerprint).limit(1)
-        numerics[fingerprint] = connection.scalar(query)
-    by_data: dict[str, list[EvaluationRecord]] = {}
-    for record in recorded:
-        by_data.setdefault(record.data_fingerprint, []).append(record)
+    golden, numerics, by_data = schema.golden.c, _Numerics(), defaultdict[str, list[EvaluationRecord]](list)
+    for record in evaluations(connection, task.name == name):
+        by_data[record.data_fingerprint].append(record)
+        if (fingerprint := record.numerics_fingerprint) not in numerics:
+            query = select(golden.numerics).where(golden.numerics_fingerprint == fingerprint).limit(1)
+            numerics[fingerprint] = connection.scalar(query)
     return [_compare(group[:i], group[i], numerics) for group in by_data.values() for i in range(len(group))]
 
 
-_Numerics = dict[str, Mapping[str, Any] | None]
-"""Numerics by fingerprint; None if no task has a golden probe under them."""
-
-
 def _compare(before: list[EvaluationRecord], now: EvaluationRecord, numerics: _Numerics) -> ComparedEvaluation:
-    """Compares an evaluation with those before it on the same data."""
+    if not before:
+        return ComparedEvaluation(now, None, "first", "the first evaluation on this data")
     same_version = [record for record in before if record.task == now.task]
     if not same_version:
-        if not before:
-            return ComparedEvaluation(now, None, "first", "the first evaluation on this data")
-        reason = f"the first evaluation of {now.task} on this data"
-        return ComparedEvaluation(now, None, "another version", reason)
+        return ComparedEvaluation(now, None, "another version", f"the first evaluation of {now.task} on this data")
     # Sorting is stable: the latest under the same numerics, or else the latest.
     previous = sorted(same_version, key=lambda record: record.numerics_fingerprint == now.numerics_fingerprint)[-1]
     same_numerics = previous.numerics_fingerprint == now.numerics_fingerprint
@@ -140,18 +131,15 @@ def _compare(before: list[EvaluationRecord], now: EvaluationRecord, numerics: _N
     if not same_numerics:
         change = _numerics_change(previous.numerics_fingerprint, now.numerics_fingerprint, numerics)
         return ComparedEvaluation(now, previous.event_id, "other numerics", change)
-    if _hash_version(previous) != _hash_version(now) and all(_close(old, new) for _, old, new in differences):
+    # The prefix of a logits digest identifies the order of hashing; version 0.1 wrote none.
+    same_hash = previous.logits_digest.rpartition(":")[0] == now.logits_digest.rpartition(":")[0]
+    if not same_hash and all(_close(old, new) for _, old, new in differences):
         reason = "the same metrics; version 0.1 hashed logits in another order"
         return ComparedEvaluation(now, previous.event_id, "equal", reason)
     logits = "the same logits" if previous.logits_digest == now.logits_digest else "other logits"
     metrics = ", ".join(f"{key} {old} -> {new}" for key, old, new in differences) or "the same metrics"
     reason = f"{logits} under the same numerics: {metrics}"
     return ComparedEvaluation(now, previous.event_id, "unexplained", reason)
-
-
-def _hash_version(evaluation: EvaluationRecord) -> str:
-    """The prefix of the logits digest, which identifies the order of hashing; empty for version 0.1."""
-    return evaluation.logits_digest.rpartition(":")[0]
 
 
 def _close(first: Any, second: Any) -> bool:
@@ -161,7 +149,6 @@ def _close(first: Any, second: Any) -> bool:
 
 
 def _numerics_change(first: str, second: str, numerics: _Numerics) -> str:
-    """Describes a numerics change, given two numerics fingerprints."""
     before, after = numerics[first], numerics[second]
     if before is None or after is None:
         unknown = " and ".join(f"{f[:12]}…" for f in (first, second) if numerics[f] is None)

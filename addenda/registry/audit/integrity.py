@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from sqlalchemy import Connection, Engine, func, select
 
 from addenda.exceptions import RegistryError
-from addenda.registry.audit.contents import content_faults, key_faults
 from addenda.registry.audit.faults import (
     READ_ERRORS,
     VALUE_ERRORS,
     Fault,
+    content_faults,
+    key_faults,
     lenient_text,
     pages,
     read_undamaged,
@@ -59,7 +59,7 @@ class Integrity:
 def check_integrity(engine: Engine, head: str | None = None) -> Integrity:
     """Checks a registry's schema and contents; see `Reader.check_integrity`."""
     try:
-        faults = [Fault("schema", said) for said in schema_faults(engine)]
+        faults = [Fault("schema", message) for message in schema_faults(engine)]
     except RegistryError as error:
         faults = [Fault("schema", str(error))]
     with reading(engine) as connection:
@@ -81,18 +81,17 @@ def check_rows(connection: Connection, head: str | None = None) -> Integrity:
             with connection.begin_nested():
                 faults += check(connection)
         except READ_ERRORS as error:
-            driver_error = getattr(error, "orig", None)
-            message = f"{what} could not be checked: {driver_error or error}"
-            if getattr(driver_error, "sqlstate", None) == _PERMISSION_DENIED:
+            cause = getattr(error, "orig", None) or error
+            message = f"{what} could not be checked: {cause}"
+            if getattr(cause, "sqlstate", None) == _PERMISSION_DENIED:
                 unchecked.append(message)
             else:
                 faults.append(Fault("database", message))
-    event = schema.event.c
-    last = ledger.generation(connection)
+    event, last = schema.event.c, ledger.generation(connection)
     digests = readable_rows(connection, select(event.id, event.digest), event.id, [last])
     if head is not None and connection.scalar(select(event.id).where(event.digest == head)) is None:
-        said = f"has no event with digest {head}: events were removed, or the digest is of another registry"
-        faults.append(Fault("history", said))
+        message = f"has no event with digest {head}: events were removed, or the digest is of another registry"
+        faults.append(Fault("history", message))
     return Integrity(
         generation=last,
         head=digests.get(last, {"digest": ""})["digest"],
@@ -102,6 +101,7 @@ def check_rows(connection: Connection, head: str | None = None) -> Integrity:
     )
 
 
+_Rows = list[dict[str, Any]]
 _MAX_DIGESTS = 4
 """Candidate digests carried past a damaged event; enough for three damaged digests in a row."""
 
@@ -114,13 +114,16 @@ def chain_faults(connection: Connection) -> Iterator[Fault]:
     """
     aliases: dict[str, str] = {}
     tags: set[tuple[str, str]] = set()
-    before, expected = [""], 1
-    event = schema.event.c
+    before, expected, event = [""], 1, schema.event.c
+
+    def read_written(ids: Sequence[int]) -> dict[int, _Rows]:
+        return {event_id: [] for event_id in ids} | ledger.written(connection, ids[0], ids[-1])
+
     with lenient_text(connection):
         for ids in pages(connection, event.id):
             events = readable_rows(connection, select(schema.event), event.id, ids)
             digests = readable_rows(connection, select(event.id, event.digest), event.id, ids)
-            written = read_undamaged(connection, partial(_written, connection), ids)
+            written = read_undamaged(connection, read_written, ids)
             for event_id in ids:
                 if event_id != expected:
                     before = []
@@ -130,9 +133,9 @@ def chain_faults(connection: Connection) -> Iterator[Fault]:
                 columns, rows = events.get(event_id), written.get(event_id)
                 if columns is not None:
                     _replay(columns, aliases, tags)
-                seals, said = _check_event(columns, rows, before)
-                if said is not None:
-                    yield from _event_faults(event_id, columns, rows, said)
+                seals, message = _check_event(columns, rows, before)
+                if message is not None:
+                    yield from _event_faults(event_id, columns, rows, message)
                 stored = [digests[event_id]["digest"]] if event_id in digests else []
                 candidates = stored if stored and stored[0] in seals else stored + seals
                 before = list(dict.fromkeys(candidates))[:_MAX_DIGESTS]
@@ -140,22 +143,10 @@ def chain_faults(connection: Connection) -> Iterator[Fault]:
         yield from _replay_faults(connection, aliases, tags)
 
 
-_Rows = Sequence[Mapping[str, Any]]
-
-
-def _written(connection: Connection, ids: Sequence[int]) -> Mapping[int, _Rows]:
-    """Event id -> the rows that the event wrote, possibly none."""
-    return {event_id: [] for event_id in ids} | ledger.written(connection, ids[0], ids[-1])
-
-
 def _check_event(
     event: Mapping[str, Any] | None, rows: _Rows | None, before: Sequence[str]
 ) -> tuple[list[str], str | None]:
-    """Checks an event against the candidate digests of the event before it.
-
-    Returns:
-        The event's recomputed digest for each candidate, and its fault, or None.
-    """
+    """An event's digest for each candidate digest of the event before it, and its fault, or None."""
     if event is None or rows is None:
         return [], "cannot be read, or a row that it wrote cannot be read"
     try:
@@ -164,19 +155,19 @@ def _check_event(
         return [], "contains invalid values"
     if not before:
         return [], "cannot be checked without the event before it"
-    return seals, None if event[
-        "digest"
-    ] in seals else "does not match its digest: it or a row that it wrote was changed"
+    if event["digest"] in seals:
+        return seals, None
+    return seals, "does not match its digest: it or a row that it wrote was changed"
 
 
-def _event_faults(event_id: int, event: Mapping[str, Any] | None, rows: _Rows | None, said: str) -> Iterator[Fault]:
+def _event_faults(event_id: int, event: Mapping[str, Any] | None, rows: _Rows | None, message: str) -> Iterator[Fault]:
     """The fault of an event, and of everything that it wrote."""
-    yield Fault(f"event {event_id}", said)
+    yield Fault(f"event {event_id}", message)
     subjects = [] if event is None else [event["subject"]]
     for row in rows or ():
         subjects.append(row["fingerprint"] if row["table"] == "backbone" else f"{row['name']}:{row['version']}")
     for subject in dict.fromkeys(subjects):
-        yield Fault(subject, f"was written by a damaged event: event {event_id} {said}")
+        yield Fault(subject, f"was written by a damaged event: event {event_id} {message}")
 
 
 def _replay(event: Mapping[str, Any], aliases: dict[str, str], tags: set[tuple[str, str]]) -> None:

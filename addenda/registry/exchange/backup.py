@@ -17,7 +17,7 @@ from addenda.registry.audit.integrity import Integrity, check_rows
 from addenda.registry.store import schema
 from addenda.registry.store.database import connect, database_errors, display_location, file_mode, reading, writing
 from addenda.registry.store.digests import digest
-from addenda.registry.store.ledger import tell
+from addenda.registry.store.ledger import notify
 from addenda.registry.store.upgrade import check_readable, upgrade
 
 _BATCH, _SMALL_BATCH = 500, 16
@@ -28,7 +28,9 @@ _FILES = rf"{re.escape(_COPY)}(-wal|-shm|-journal)?"
 def backup(engine: Engine, path: str | Path) -> Integrity:
     """Backs up a registry, see `Reader.backup`; removes the folders that interrupted backups left at the target."""
     target = Path(path).expanduser().absolute()
-    _refuse_to_overwrite(target)
+    exists_error = RegistryError(f"The file {str(target)!r} exists; a backup does not overwrite. Choose another name.")
+    if os.path.lexists(target):
+        raise exists_error
     if not target.parent.is_dir():
         raise RegistryError(f"The backup's folder {str(target.parent)!r} does not exist; create it first.")
     try:
@@ -39,9 +41,8 @@ def backup(engine: Engine, path: str | Path) -> Integrity:
                 integrity = _copy(engine, copy)
             staged.chmod(file_mode(engine))
             put(staged, target, replace=False)
-    except FileExistsError:
-        _refuse_to_overwrite(target)
-        raise
+    except FileExistsError as error:
+        raise exists_error from error
     except OSError as error:
         raise RegistryError(f"The backup {str(target)!r} could not be written: {error}.") from error
     return integrity
@@ -107,11 +108,6 @@ def _folder_marks(engine: Engine) -> tuple[str, str]:
     return f".backup-{digest(location.encode())[:8]}-", f"A backup of {location} that is being made.\n"
 
 
-def _refuse_to_overwrite(target: Path) -> None:
-    if os.path.lexists(target):
-        raise RegistryError(f"The file {str(target)!r} exists; a backup does not overwrite. Choose another name.")
-
-
 @contextmanager
 def _disposed(engine: Engine) -> Iterator[Engine]:
     try:
@@ -135,9 +131,9 @@ def _copy(source: Engine, target: Engine) -> Integrity:
             first = integrity.faults[0]
             raise IntegrityError(
                 f"{display_location(source)!r} is damaged and was not copied. Number of faults: "
-                f"{len(integrity.faults)}; the first: {first.subject} {first.said}. See: addenda verify --deep"
+                f"{len(integrity.faults)}; the first: {first.subject} {first.message}. See: addenda verify --deep"
             )
-        tell(write, integrity.generation)
+        notify(write, integrity.generation)
     return integrity
 
 

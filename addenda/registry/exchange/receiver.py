@@ -10,9 +10,9 @@ import torch
 from sqlalchemy import Connection, Row, select
 
 from addenda.exceptions import IntegrityError, OwnershipError, RegistryError
-from addenda.registry.audit.contents import check_stored
-from addenda.registry.exchange.manifest import MAX_PROBE_IMAGES, BundledAlias, Contents, Entry, Parent, check_arrival
-from addenda.registry.exchange.selection import ReadBlob, Transfer
+from addenda.registry.audit.faults import check_stored
+from addenda.registry.exchange.bundle import ReadBlob, Transfer
+from addenda.registry.exchange.manifest import MAX_PROBE_IMAGES, BundledAlias, Contents, Entry, check_arrival
 from addenda.registry.store import changes, schema
 from addenda.registry.store.digests import integrity_errors
 from addenda.registry.store.ledger import Writer
@@ -100,6 +100,9 @@ def _plan(
     return plan
 
 
+_DAMAGED = "its stored bytes in this registry are DAMAGED and are not repaired; see: addenda verify --deep"
+
+
 class _Receiver:
     """Imports from one source, in one transaction."""
 
@@ -134,7 +137,10 @@ class _Receiver:
                 generation = self._insert(entry, name)
             row = self._rows[entry.task.name, entry.task.version] = find(self._connection, ref)
             if not new:
-                details += self._damage(row)
+                try:
+                    check_stored(self._connection, row._asdict(), {})
+                except IntegrityError:
+                    details.append(_DAMAGED)
                 details += [] if name in self._foreign else self._add_goldens(entry, row)
         if name not in self._foreign:
             present = changes.tags_of(self._connection, row)
@@ -164,7 +170,12 @@ class _Receiver:
 
     def _insert(self, entry: Entry, name: str) -> int:
         """Checks and inserts a task; returns the event's id."""
-        parents = [self._parent(parent) for parent in entry.parents]
+        parents = []
+        for parent in entry.parents:
+            row = self._rows.get((parent.name, parent.version))
+            if row is None or row.artifact != parent.sha256:
+                raise IntegrityError(f"it extends '{parent.name}:{parent.version}', which does not come before it")
+            parents.append(row)
         check_arrival(entry)
         artifact = self._read(entry.task.artifact)
         task = self._check(entry.task, artifact, parents)
@@ -179,12 +190,6 @@ class _Receiver:
             [vars(evaluation) for evaluation in entry.evaluations],
             origin=entry.ref,
         )
-
-    def _parent(self, parent: Parent) -> Row[Any]:
-        row = self._rows.get((parent.name, parent.version))
-        if row is None or row.artifact != parent.sha256:
-            raise IntegrityError(f"it extends '{parent.name}:{parent.version}', which does not come before it")
-        return row
 
     def _check(self, row: TaskRow, artifact: bytes, parents: Sequence[Row[Any]]) -> Task:
         """Decodes an artifact; raises IntegrityError unless it fits its row, parents and backbone."""
@@ -215,7 +220,6 @@ class _Receiver:
         return task
 
     def _statistics(self, entry: Entry) -> dict[str, Any] | None:
-        """The row of a task's routing statistics, if it has any."""
         if entry.statistics is None:
             return None
         data = self._read(entry.statistics)
@@ -230,7 +234,6 @@ class _Receiver:
         return {"sha256": entry.statistics, "data": data}
 
     def _golden(self, task: Task, golden: GoldenRow) -> dict[str, Any]:
-        """The row of a golden probe."""
         logits, num_labels = self._read(golden.digest), len(task.labels)
         if not logits or len(logits) % (4 * num_labels) or len(logits) > 4 * num_labels * MAX_PROBE_IMAGES:
             raise IntegrityError(
@@ -241,14 +244,6 @@ class _Receiver:
             raise IntegrityError("its golden probe has logits or probabilities that are NaN or infinite")
         return {**vars(golden), "logits": logits}
 
-    def _damage(self, row: Row[Any]) -> list[str]:
-        """A message if an existing task is damaged."""
-        try:
-            check_stored(self._connection, row._asdict(), {})
-        except IntegrityError:
-            return ["its stored bytes in this registry are DAMAGED and are not repaired; see: addenda verify --deep"]
-        return []
-
     def _add_goldens(self, entry: Entry, row: Row[Any]) -> list[str]:
         """Adds golden probes under new numerics; returns messages, also if probes differ under the same numerics."""
         columns, messages = schema.golden.c, []
@@ -257,8 +252,7 @@ class _Receiver:
         for golden in entry.goldens:
             numerics = golden.numerics_fingerprint
             if numerics not in stored:
-                probe = self._golden(load_task(self._connection, row), golden)
-                add_golden(self._writer, row, probe)
+                add_golden(self._writer, row, self._golden(load_task(self._connection, row), golden))
                 messages.append(f"golden probe added (numerics {numerics[:12]}…)")
             elif stored[numerics] != golden.digest:
                 messages.append(f"golden probes DIFFER under the same numerics ({numerics[:12]}…); see: addenda verify")

@@ -3,7 +3,7 @@
 import sqlalchemy as sa
 from alembic import op
 
-from addenda.registry.store.triggers import create_triggers
+from addenda.registry.store.schema import create_triggers
 
 revision = ${repr(up_revision)}
 down_revision = ${repr(down_revision)}

@@ -104,11 +104,9 @@ def retire_family(writer: Writer, ref: str, reason: str, along: Sequence[str]) -
 
 
 def _descendants(connection: Connection, task_id: int) -> dict[int, Row[Any]]:
-    """All descendants of a task by id, the oldest first."""
     task, edge = schema.task.c, schema.task_parent.c
     below = select(edge.task_id).where(edge.parent_id == task_id).cte("below", recursive=True)
     below = below.union(select(edge.task_id).join(below, edge.parent_id == below.c.task_id))
     query = select(task.id, task.name, task.version, retired().label("is_retired"))
-    return {
-        row.id: row for row in connection.execute(query.where(task.id.in_(select(below.c.task_id))).order_by(task.id))
-    }
+    rows = connection.execute(query.where(task.id.in_(select(below.c.task_id))).order_by(task.id))
+    return {row.id: row for row in rows}

@@ -198,10 +198,6 @@ def _open_sqlite_read_only(path: Path) -> sqlite3.Connection:
     return connection
 
 
-def _writes(connection: Connection) -> bool:
-    return bool(connection.get_execution_options().get("writes", False))
-
-
 def _identity(path: Path) -> tuple[int, int] | None:
     """The device and inode of a file; None if it does not exist."""
     with suppress(OSError):
@@ -211,14 +207,15 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    if _writes(connection):
+    writes = connection.get_execution_options().get("writes", False)
+    if writes:
         path = Path(str(connection.engine.url.database))
         if _identity(path) != connection.connection.info["file"]:  # SQLite would write to the deleted file
             raise RegistryError(
                 f"The registry's file {str(path)!r} was removed or replaced after it was opened. Nothing was changed; "
                 "open it again."
             )
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if _writes(connection) else "BEGIN")
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
 def _postgresql(url: URL, read_only: bool) -> Engine:
@@ -238,7 +235,7 @@ def _postgresql(url: URL, read_only: bool) -> Engine:
 
 def _begin_postgresql(connection: Connection) -> None:
     """Starts a transaction; writers hold the registry's lock until they commit, so event ids appear in order."""
-    if _writes(connection):
+    if connection.get_execution_options().get("writes", False):
         # Not the server's default: a snapshot taken before the lock would miss the previous writers' changes.
         connection.exec_driver_sql("SET TRANSACTION ISOLATION LEVEL READ COMMITTED")
         connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{WAIT_S}s'")

@@ -12,8 +12,7 @@ from sqlalchemy import Connection, Integer, func, literal_column, select
 
 from addenda.registry.store.schema import artifact
 
-_USUAL_SIZE = 16_384
-"""Bytes that contain the header of most artifacts."""
+_USUAL_SIZE = 16_384  # bytes that contain the header of most artifacts
 
 
 class ArtifactHeader(NamedTuple):
@@ -36,8 +35,7 @@ def parse_header(header: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
     return json.loads(entries.pop("__metadata__")["addenda"]), entries
 
 
-def header_fields(header: bytes) -> ArtifactHeader:
-    """The fields of a header; all None if it is damaged."""
+def _fields(header: bytes) -> ArtifactHeader:
     try:
         manifest, entries = parse_header(header)
         rank = int(entries["adapters.q.down"]["shape"][1]) if "adapters.q.down" in entries else 0
@@ -54,7 +52,7 @@ def read_headers(connection: Connection, hashes: Set[str]) -> dict[str, Artifact
     """The headers of stored artifacts, by sha256; reads only the headers from the database."""
     missing = dict.fromkeys(hashes, ArtifactHeader())
     headers = _sqlite_headers if connection.dialect.name == "sqlite" else _postgresql_headers
-    return missing | {sha256: header_fields(header) for sha256, header in headers(connection, hashes)}
+    return missing | {sha256: _fields(header) for sha256, header in headers(connection, hashes)}
 
 
 def _sqlite_headers(connection: Connection, hashes: Set[str]) -> Iterator[tuple[str, bytes]]:

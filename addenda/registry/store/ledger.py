@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import getpass
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import Connection, Engine, Select, Table, func, insert, select, text
+from sqlalchemy import Connection, Engine, LargeBinary, MetaData, Select, Table, func, insert, select, text
 
 from addenda.registry.store import schema
 from addenda.registry.store.digests import canonical_json, digest
@@ -24,23 +25,14 @@ POLL_S = 0.2
 _CHANNEL = "'addenda.' || current_schema()"
 
 
-def tell(connection: Connection, generation: int) -> None:
+def notify(connection: Connection, generation: int) -> None:
     """Notifies waiting PostgreSQL sessions when the transaction commits; on SQLite they poll."""
     if connection.dialect.name == "postgresql":
         connection.execute(text(f"SELECT pg_notify({_CHANNEL}, :id)"), {"id": str(generation)})
 
 
-def wait(engine: Engine, read: Callable[[], int], after: int, timeout_s: float) -> int:
-    """Waits until the generation, read by `read`, exceeds `after` or the timeout expires; returns the generation."""
-    deadline = time.monotonic() + timeout_s
-    with _change_waiter(engine) as wait_for_change:
-        while (generation := read()) <= after and (remaining_s := deadline - time.monotonic()) > 0:
-            wait_for_change(remaining_s)
-    return generation
-
-
 @contextmanager
-def _change_waiter(engine: Engine) -> Iterator[Callable[[float], Any]]:
+def change_waiter(engine: Engine) -> Iterator[Callable[[float], Any]]:
     """Yields a function that waits for a possible change, for at most the given number of seconds."""
     if engine.dialect.name == "sqlite":
         yield lambda timeout_s: time.sleep(min(POLL_S, timeout_s))
@@ -53,8 +45,8 @@ def _change_waiter(engine: Engine) -> Iterator[Callable[[float], Any]]:
         connection.execute(text("UNLISTEN *"))
 
 
-_INTERNAL = {"id", "task_id", "parent_id", "event_id"}  # local to a database; the digest covers what they refer to
-_BLOBS = {"logits", "data"}  # of golden probes and statistics; the row has their sha256
+INTERNAL = {"id", "task_id", "parent_id", "event_id"}
+"""Columns that are local to a database; digests and bundles have what they refer to."""
 
 
 def stamp(user: str | None = None) -> dict[str, str]:
@@ -99,7 +91,7 @@ class Writer:
         before = self.connection.scalar(select(schema.event.c.digest).where(schema.event.c.id == event_id - 1)) or ""
         event_digest = seal(before, columns, written(self.connection, event_id, event_id).get(event_id, []))
         self.connection.execute(insert(schema.event).values(**columns, digest=event_digest))
-        tell(self.connection, event_id)
+        notify(self.connection, event_id)
         return event_id
 
     def add(self, table: Table, row: Mapping[str, Any], kind: str, subject: str, **details: Any) -> int:
@@ -114,36 +106,39 @@ def seal(before: str, event: Mapping[str, Any], rows: Sequence[Mapping[str, Any]
     return digest(canonical_json([before, columns, rows]).encode())
 
 
-def written(connection: Connection, first: int, last: int) -> dict[int, list[dict[str, Any]]]:
+def written(
+    connection: Connection, first: int, last: int, tables: MetaData = schema.metadata
+) -> dict[int, list[dict[str, Any]]]:
     """Event id -> the rows that the event wrote, in a form that is the same in every database."""
-    written: dict[int, list[dict[str, Any]]] = {}
-    parent, task = schema.task.alias(), schema.task
+    written: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    task, task_parent = tables.tables["task"], tables.tables["task_parent"]
+    parent = task.alias()
+
+    def of_task(name: str) -> Select[Any]:
+        """Rows, without binary columns, with the name and version of their task."""
+        columns = [column for column in tables.tables[name].c if not isinstance(column.type, LargeBinary)]
+        return select(task.c.name, task.c.version, *columns).join_from(tables.tables[name], task)
+
     queries = {
-        "backbone": select(schema.backbone),
+        "backbone": select(tables.tables["backbone"]),
         "task": select(task),
         "task_parent": select(
-            task.c.event_id, task.c.name, task.c.version, schema.task_parent.c.position, parent.c.name.label("parent"),
+            task.c.event_id, task.c.name, task.c.version, task_parent.c.position, parent.c.name.label("parent"),
             parent.c.version.label("parent_version"), parent.c.artifact.label("parent_artifact"),
         )
-        .join_from(schema.task_parent, task, schema.task_parent.c.task_id == task.c.id)
-        .join(parent, schema.task_parent.c.parent_id == parent.c.id),
-        "statistics": _with_task(schema.statistics).add_columns(task.c.event_id),
-        **{name: _with_task(schema.metadata.tables[name]) for name in ("golden", "evaluation", "retirement")},
+        .join_from(task_parent, task, task_parent.c.task_id == task.c.id)
+        .join(parent, task_parent.c.parent_id == parent.c.id),
+        "statistics": of_task("statistics").add_columns(task.c.event_id),
+        **{name: of_task(name) for name in ("golden", "evaluation", "retirement")},
     }  # fmt: skip
     for name, query in queries.items():
-        event_column = schema.metadata.tables[name].c.get("event_id", task.c.event_id)
+        event_column = tables.tables[name].c.get("event_id", task.c.event_id)
         omitted = defaults(ROWS[name]) if name in ROWS else {}
         rows = []
         for row in connection.execute(query.where(event_column.between(first, last))).mappings():
             content = {key: value for key, value in row.items() if key not in omitted or value != omitted[key]}
-            portable = {key: value for key, value in content.items() if key not in _INTERNAL}
+            portable = {key: value for key, value in content.items() if key not in INTERNAL}
             rows.append((row["event_id"], {"table": name, **portable}))
         for event_id, portable in sorted(rows, key=lambda pair: canonical_json(pair[1])):
-            written.setdefault(event_id, []).append(portable)
+            written[event_id].append(portable)
     return written
-
-
-def _with_task(table: Any) -> Select[Any]:
-    """Selects a table's rows, without binary columns, with the name and version of their task."""
-    columns = [column for column in table.c if column.name not in _BLOBS]
-    return select(schema.task.c.name, schema.task.c.version, *columns).join_from(table, schema.task)

@@ -22,14 +22,14 @@ class Kin:
         ref: `name:version`.
         retired: whether the task is retired.
         kin: parents of the task, or children, by the direction of the tree.
-        shown: whether the task's kin are listed at another node, nearer to the root, and not here.
+        repeated: whether the task's kin are listed at another node, nearer to the root, and not here.
         left_out: number of kin omitted here.
     """
 
     ref: str
     retired: bool
     kin: tuple[Kin, ...] = ()
-    shown: bool = False
+    repeated: bool = False
     left_out: int = 0
 
 
@@ -77,6 +77,7 @@ def _tree(connection: Connection, root: int, source: Column[int], target: Column
     tasks = {task_id: (ref, is_retired) for task_id, ref, is_retired in connection.execute(task_query)}
     nodes: dict[int, Kin] = {}
     for task_id in reversed(order):
-        children = [Kin(*tasks[kin_id], shown=True) if seen else nodes[kin_id] for kin_id, seen in kin.get(task_id, [])]
+        edges_below = kin.get(task_id, [])
+        children = [Kin(*tasks[kin_id], repeated=True) if seen else nodes[kin_id] for kin_id, seen in edges_below]
         nodes[task_id] = Kin(*tasks[task_id], tuple(children), left_out=counts.get(task_id, 0) - len(children))
     return nodes[root]

@@ -23,14 +23,12 @@ from addenda.registry.store.records import Evaluation
 from addenda.registry.store.task import Golden, Task, check_unwritten, is_finite
 from addenda.registry.store.task_reader import FeatureStatistics, load_task
 
-_PACKAGES = ("torch", "torchvision", "timm", "numpy", "scikit-learn", "safetensors")
-
 
 @cache
 def packages() -> dict[str, str]:
     """Versions of Python and of the packages that training depends on."""
     versions = {"python": platform.python_version()}
-    for name in _PACKAGES:
+    for name in ("torch", "torchvision", "timm", "numpy", "scikit-learn", "safetensors"):
         with suppress(PackageNotFoundError):
             versions[name] = version(name)
     return versions
@@ -62,11 +60,10 @@ def register(
         raise RegistryError(
             f"The backbone of task {task.name!r} is not registered; call add_backbone(backbone.record()) first."
         )
-    version = max((row.version for row in versions), default=0) + 1
     columns = {
         **derived(task),
         "name": task.name,
-        "version": version,
+        "version": max((row.version for row in versions), default=0) + 1,
         "artifact": task.sha256,
         "config": dict(task.config),
         "metrics": dict(task.metrics),
@@ -85,7 +82,7 @@ def register(
         None if statistics is None else {"sha256": statistics.sha256, "data": statistics.data},
         [{**vars(evaluation), **writer.stamp} for evaluation in evaluations],
     )
-    return load_task(connection, find(connection, f"{task.name}:{version}"))
+    return load_task(connection, find(connection, f"{task.name}:{columns['version']}"))
 
 
 def check_new_task(task: Task, golden: Golden, statistics: FeatureStatistics | None) -> dict[str, Any]:
@@ -133,7 +130,6 @@ def insert_task(
 
 
 def _parent(connection: Connection, task: Task, parent: Task) -> int:
-    """The id of a parent's row."""
     row = connection.execute(
         select(schema.task)
         .where(schema.task.c.artifact == parent.sha256)

@@ -59,7 +59,6 @@ def _id() -> Column[int]:
 
 
 def _event_id() -> Column[int]:
-    """The event that wrote the row."""
     return Column("event_id", Integer, nullable=False, index=True, server_default="0")
 
 

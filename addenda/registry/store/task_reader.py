@@ -131,7 +131,6 @@ def load_tasks(connection: Connection, rows: Sequence[Row[Any]]) -> list[Task]:
 
 
 def _decode(row: Row[Any], artifact: bytes | None, parents: Mapping[str, Task | IntegrityError]) -> Task:
-    """Decodes a task from its row, its artifact, and its parents by sha256."""
 
     def parent(sha256: str) -> Task:
         task = parents.get(sha256)
@@ -160,30 +159,19 @@ def _task_or_raise(task: Task | IntegrityError) -> Task:
     return task
 
 
-def load_goldens(connection: Connection, row: Row[Any]) -> list[Golden]:
+def load_goldens(connection: Connection, task_id: int, num_classes: int) -> list[Golden]:
     """A task's golden probes, newest first; raises IntegrityError if logits do not match their digest."""
-    query = select(schema.golden).where(schema.golden.c.task_id == row.id)
-    stored = connection.execute(query.order_by(schema.golden.c.created_at.desc())).all()
-    for probe in stored:
-        if digest(probe.logits) != probe.digest:
-            raise IntegrityError(
-                f"Task {ref_of(row)!r}: its golden probe's stored bytes have changed. See: addenda verify --deep"
-            )
-    return [
-        Golden(
-            numerics=probe.numerics,
-            numerics_fingerprint=probe.numerics_fingerprint,
-            logits=torch.from_numpy(np.frombuffer(probe.logits, np.float32).copy()).view(-1, len(row.labels)),
-            digest=probe.digest,
-        )
-        for probe in stored
-    ]
+    columns, goldens = schema.golden.c, []
+    query = select(schema.golden).where(columns.task_id == task_id).order_by(columns.created_at.desc())
+    for row in connection.execute(query):
+        if digest(row.logits) != row.digest or len(row.logits) % (4 * num_classes):
+            raise IntegrityError("its golden probe's stored bytes have changed")
+        logits = torch.from_numpy(np.frombuffer(row.logits, np.float32).copy()).view(-1, num_classes)
+        goldens.append(Golden(row.numerics, row.numerics_fingerprint, logits, row.digest))
+    return goldens
 
 
-def load_statistics(connection: Connection, row: Row[Any]) -> FeatureStatistics | None:
+def load_statistics(connection: Connection, task_id: int, num_classes: int) -> FeatureStatistics | None:
     """A task's routing statistics, or None; raises IntegrityError if they have changed."""
-    stored = connection.execute(select(schema.statistics).where(schema.statistics.c.task_id == row.id)).first()
-    if stored is None:
-        return None
-    with integrity_errors(f"Task {ref_of(row)!r} cannot be used for routing"):
-        return FeatureStatistics.decode(stored.data, stored.sha256, len(row.labels))
+    stored = connection.execute(select(schema.statistics).where(schema.statistics.c.task_id == task_id)).first()
+    return None if stored is None else FeatureStatistics.decode(stored.data, stored.sha256, num_classes)

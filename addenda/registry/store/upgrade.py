@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING
 
 from sqlalchemy import Connection, Engine, inspect, text
 
 from addenda.exceptions import RegistryError
 from addenda.registry.store.database import database_errors, display_location, reading, use_wal, writing
 from addenda.registry.store.schema import metadata, wrong_triggers
-
-if TYPE_CHECKING:
-    from alembic.config import Config
 
 VERSION_TABLE = "addenda_version"
 _MIGRATIONS = Path(__file__).parents[1] / "migrations"
@@ -41,14 +37,20 @@ def upgrade(engine: Engine, create: bool) -> None:
             )
         if engine.dialect.name == "sqlite":
             use_wal(engine)
-        if version == _versions()[-1]:
-            return
-        from alembic import command  # imported only for upgrades
+        if version != _versions()[-1]:
+            with writing(engine) as connection:
+                migrate(connection)
 
-        config = _config()
-        with _MIGRATING, writing(engine) as connection:
-            config.attributes["connection"] = connection
-            command.upgrade(config, "head")
+
+def migrate(connection: Connection, revision: str = "head") -> None:
+    """Runs the migrations up to a revision, in the connection's transaction."""
+    from alembic import command  # imported only for upgrades
+    from alembic.config import Config
+
+    config = Config(attributes={"connection": connection})
+    config.set_main_option("script_location", str(_MIGRATIONS))
+    with _MIGRATING:
+        command.upgrade(config, revision)
 
 
 def check_readable(engine: Engine) -> None:
@@ -103,11 +105,3 @@ def schema_faults(engine: Engine) -> list[str]:
             faults += [f"file: {message}" for message in messages if message != "ok"]
             faults += [f"foreign key: {tuple(row)}" for row in connection.execute(text("PRAGMA foreign_key_check"))]
         return faults + [f"trigger: {name} is missing, changed or unexpected" for name in wrong_triggers(connection)]
-
-
-def _config() -> Config:
-    from alembic.config import Config
-
-    config = Config()
-    config.set_main_option("script_location", str(_MIGRATIONS))
-    return config

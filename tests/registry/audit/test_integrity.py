@@ -306,7 +306,7 @@ def test_a_truncated_history_is_found_by_a_digest_recorded_earlier(copied):
         tamper(copied, "event", "DELETE FROM event WHERE id = 18")
         ours = [fault for fault in book.check_integrity(head=noted).faults if fault.subject != "schema"]
         assert [fault.subject for fault in ours] == ["history"]
-        assert f"no event with digest {noted}" in ours[0].said
+        assert f"no event with digest {noted}" in ours[0].message
 
 
 def test_a_damaged_event_is_not_reported_for_later_events(copied, monkeypatch):
@@ -326,9 +326,9 @@ def test_a_child_of_a_damaged_task_is_named_and_says_why(copied):
            "(SELECT artifact FROM task WHERE name = 'strokes')", data=b"short")  # fmt: skip
     with Registry.open(copied) as book:
         integrity = book.check_integrity()
-        assert "now has sha256" in integrity.of("strokes:1")[0].said
+        assert "now has sha256" in integrity.of("strokes:1")[0].message
         for child in ("digits:1", "twin:1"):
-            assert [fault.said for fault in integrity.of(child)] == ["it extends 'strokes:1', which is damaged"]
+            assert [fault.message for fault in integrity.of(child)] == ["it extends 'strokes:1', which is damaged"]
         assert integrity.of("bystander:1") == integrity.of("old:1") == []
 
 
@@ -342,7 +342,7 @@ def test_each_trigger_that_is_dropped_is_named(copied):
             with raw(copied) as connection:
                 on = f" ON {name.rpartition('_no_')[0]}" if connection.dialect.name == "postgresql" else ""
                 connection.execute(text(f"DROP TRIGGER {name}{on}"))
-            said = [fault.said for fault in book.check_integrity().faults if fault.subject == "schema"]
+            said = [fault.message for fault in book.check_integrity().faults if fault.subject == "schema"]
             assert said == [f"trigger: {one} is missing, changed or unexpected" for one in sorted(gone[:number])]
 
 
@@ -353,7 +353,7 @@ def test_each_index_that_is_dropped_is_named(copied):
         for number, name in enumerate(indexes, 1):
             with raw(copied) as connection:
                 connection.execute(text(f"DROP INDEX {name}"))
-            said = [fault.said for fault in book.check_integrity().faults if fault.subject == "schema"]
+            said = [fault.message for fault in book.check_integrity().faults if fault.subject == "schema"]
             assert len(said) == number
             assert all(any(repr(one) in line for line in said) for one in indexes[:number])
 
@@ -382,7 +382,7 @@ def test_a_trigger_that_no_longer_guards_is_named(on_postgres, statement, name):
         connection.execute(text(statement))
     with Registry.open(copied) as book:
         assert f"trigger: {name} is missing, changed or unexpected" in [
-            fault.said for fault in book.check_integrity().faults
+            fault.message for fault in book.check_integrity().faults
         ]
 
 
@@ -393,9 +393,9 @@ def test_a_missing_table_is_named_and_the_other_tables_are_checked(copied):
            data=b"four", n="o" * 64)  # fmt: skip
     with Registry.open(copied) as book:
         integrity = book.check_integrity()
-    assert any("tag" in fault.said for fault in integrity.faults if fault.subject == "schema")
-    assert any("tags could not be checked" in fault.said for fault in integrity.faults if fault.subject == "database")
-    assert "its golden probe's stored bytes have changed" in [fault.said for fault in integrity.of("strokes:1")]
+    assert any("tag" in fault.message for fault in integrity.faults if fault.subject == "schema")
+    assert any("tags could not be checked" in fault.message for fault in integrity.of("database"))
+    assert "its golden probe's stored bytes have changed" in [fault.message for fault in integrity.of("strokes:1")]
     assert integrity.of("bystander:1") == []
 
 

@@ -34,7 +34,7 @@ def family(book: Registry, **parents: str) -> dict[str, Task]:
 def drawn(kin: Kin) -> str:
     """A tree in one line: `!` retired, `=` expanded elsewhere, `+n` omitted."""
     inside = " ".join(map(drawn, kin.kin)) + (f" +{kin.left_out}" if kin.left_out else "")
-    name = kin.ref.removesuffix(":1") + "!" * kin.retired + "=" * kin.shown
+    name = kin.ref.removesuffix(":1") + "!" * kin.retired + "=" * kin.repeated
     return f"{name}({inside.strip()})" if inside else name
 
 

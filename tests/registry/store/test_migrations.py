@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from alembic import command
 from sqlalchemy import Column, String, text
 
 from addenda.exceptions import RegistryError
 from addenda.registry import Registry, digest
 from addenda.registry.store import schema
 from addenda.registry.store.database import connect, writing
-from addenda.registry.store.upgrade import VERSION_TABLE, _config, schema_faults
+from addenda.registry.store.upgrade import VERSION_TABLE, migrate, schema_faults
 from tests.support.databases import Database, address, everything, raw
 from tests.support.old_registries import Rows, as_it_was_told, make_old, mappings
 from tests.support.processes import all_at_once, killed_at_each_statement
@@ -75,10 +74,9 @@ def test_an_upgrade_does_not_depend_on_columns_of_later_versions(old):
 def upgrade_with_later_columns(location: str, *start: Any) -> None:
     for table in ("task", "golden", "backbone", "event", "statistics"):
         schema.metadata.tables[table].append_column(Column("later", String, nullable=False, server_default=""))
-    engine, config = connect(location, create=False), _config()
+    engine = connect(location, create=False)
     with writing(engine) as connection:
-        config.attributes["connection"] = connection
-        command.upgrade(config, "head")
+        migrate(connection)
     engine.dispose()
 
 

@@ -1,13 +1,9 @@
 """The ledger: each row has an event, whose digest covers it; also tags, packages and the score column."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import sqlalchemy as sa
 from alembic import op
 
-from addenda.registry.store.digests import canonical_json, digest
-from addenda.registry.store.ledger import stamp, tell
+from addenda.registry.store.ledger import notify, seal, stamp, written
 from addenda.registry.store.objectives import score_of
 from addenda.registry.store.schema import create_triggers, drop_triggers
 
@@ -45,13 +41,18 @@ def upgrade() -> None:
     if connection.dialect.name == "postgresql":  # no compression: it takes long and hardly shrinks floats
         for table in ("artifact", "statistics"):
             op.execute(f"ALTER TABLE {table} ALTER COLUMN data SET STORAGE EXTERNAL")
-    _assign_events(connection)
-    _score(connection)
-    _seal(connection)
+    tables = sa.MetaData()
+    tables.reflect(connection)  # so that later changes of the schema do not matter
+    _assign_events(connection, tables)
+    task = tables.tables["task"]
+    for row in connection.execute(sa.select(task.c.id, task.c.objective, task.c.metrics)).all():
+        score = score_of(row.objective, row.metrics)
+        connection.execute(task.update().where(task.c.id == row.id).values(score=score))
+    _seal(connection, tables)
     create_triggers(connection)
 
 
-def _assign_events(connection: sa.Connection) -> None:
+def _assign_events(connection: sa.Connection, tables: sa.MetaData) -> None:
     """Assigns each row the event that wrote it, where the events record it."""
     of_task = "(SELECT name || ':' || version FROM task WHERE id = {table}.task_id)"
     last = "coalesce((SELECT max(e.id) FROM event e WHERE e.kind = '{kind}' AND e.subject = {subject}), 0)"
@@ -64,12 +65,12 @@ def _assign_events(connection: sa.Connection) -> None:
         found = last.format(kind=kind, subject=subject)
         connection.execute(sa.text(f"UPDATE {table} SET event_id = {found}"))
     connection.execute(sa.text("UPDATE evaluation SET event_id = generation"))
-    golden = sa.table("golden", sa.column("task_id"), sa.column("numerics_fingerprint"), sa.column("event_id"))
-    told = sa.text(
+    golden = tables.tables["golden"]
+    events = sa.text(
         "SELECT e.id, e.details, t.id AS task_id FROM event e JOIN task t ON e.subject = t.name || ':' || t.version "
         "WHERE e.kind = 'golden'"
     ).columns(details=sa.JSON)
-    for event in connection.execute(told).all():
+    for event in connection.execute(events).all():
         connection.execute(
             golden.update()
             .where(golden.c.task_id == event.task_id, golden.c.numerics_fingerprint == event.details["numerics"])
@@ -77,78 +78,27 @@ def _assign_events(connection: sa.Connection) -> None:
         )
 
 
-def _score(connection: sa.Connection) -> None:
-    task = sa.table(
-        "task", sa.column("id"), sa.column("objective"), sa.column("metrics", sa.JSON), sa.column("score", sa.Float)
-    )
-    for row in connection.execute(sa.select(task.c.id, task.c.objective, task.c.metrics)).all():
-        score = score_of(row.objective, row.metrics)
-        connection.execute(task.update().where(task.c.id == row.id).values(score=score))
-
-
-def _seal(connection: sa.Connection) -> None:
+def _seal(connection: sa.Connection, tables: sa.MetaData) -> None:
     """Computes the digests of existing events; backbones had no events and belong to the upgrade's own event.
 
-    This uses the ledger as it was in this version, on reflected tables, so later changes of the schema do not matter.
+    The ledger reads the rows as it must read every registry that was sealed by this version.
     """
-    tables = sa.MetaData()
-    tables.reflect(connection)
-    written = _written(connection, tables)
     event, backbone = tables.tables["event"], tables.tables["backbone"]
-    before, last = "", 0
-    for told in connection.execute(sa.select(event).order_by(event.c.id)).mappings().all():
-        before, last = _digest(before, dict(told), written.get(told["id"], [])), told["id"]
-        connection.execute(event.update().where(event.c.id == last).values(digest=before))
+    events = connection.execute(sa.select(event).order_by(event.c.id)).mappings().all()
+    before, last = "", events[-1]["id"] if events else 0
+    rows = written(connection, 1, last, tables)
+    for columns in events:
+        before = seal(before, dict(columns), rows.get(columns["id"], []))
+        connection.execute(event.update().where(event.c.id == columns["id"]).values(digest=before))
     if connection.scalar(sa.select(sa.func.count()).select_from(backbone)):
         connection.execute(backbone.update().values(event_id=last + 1))
-        upgraded = {"id": last + 1, "kind": "upgraded", "subject": "schema", "details": {"version": revision}}
-        upgraded |= stamp()
-        rows = _written(connection, tables)[last + 1]
-        connection.execute(event.insert().values(**upgraded, digest=_digest(before, upgraded, rows)))
-        tell(connection, last + 1)
-
-
-def _digest(before: str, event: Mapping[str, Any], rows: list[dict[str, Any]]) -> str:
-    columns = {key: event[key] for key in ("id", "kind", "subject", "details", "created_by", "created_at")}
-    return digest(canonical_json([before, columns, rows]).encode())
-
-
-def _written(connection: sa.Connection, tables: sa.MetaData) -> dict[int, list[dict[str, Any]]]:
-    """Event id -> the rows that the event wrote."""
-    of, task_parent = tables.tables["task"], tables.tables["task_parent"]
-    parent = of.alias()
-
-    def of_task(name: str) -> sa.Select[Any]:
-        table = tables.tables[name]
-        columns = [column for column in table.c if column.name not in ("logits", "data")]
-        return sa.select(of.c.name, of.c.version, *columns).join_from(table, of, table.c.task_id == of.c.id)
-
-    queries = {
-        "backbone": sa.select(tables.tables["backbone"]),
-        "task": sa.select(of),
-        "task_parent": sa.select(
-            of.c.event_id, of.c.name, of.c.version, task_parent.c.position, parent.c.name.label("parent"),
-            parent.c.version.label("parent_version"), parent.c.artifact.label("parent_artifact"),
-        )
-        .join_from(task_parent, of, task_parent.c.task_id == of.c.id)
-        .join(parent, task_parent.c.parent_id == parent.c.id),
-        "statistics": of_task("statistics").add_columns(of.c.event_id),
-        "golden": of_task("golden"),
-        "evaluation": of_task("evaluation"),
-        "retirement": of_task("retirement"),
-    }  # fmt: skip
-    left_out = {"id", "task_id", "parent_id", "event_id"}
-    defaults: dict[str, Any] = {"packages": {}, "score": None}
-    written: dict[int, list[dict[str, Any]]] = {}
-    for name, query in queries.items():
-        found = []
-        for row in connection.execute(query).mappings():
-            kept = {
-                key: value
-                for key, value in row.items()
-                if key not in left_out and not (key in defaults and value == defaults[key])
-            }
-            found.append((row["event_id"], {"table": name, **kept}))
-        for number, kept in sorted(found, key=lambda pair: canonical_json(pair[1])):
-            written.setdefault(number, []).append(kept)
-    return written
+        upgraded = {
+            "id": last + 1,
+            "kind": "upgraded",
+            "subject": "schema",
+            "details": {"version": revision},
+            **stamp(),
+        }
+        rows = written(connection, last + 1, last + 1, tables)
+        connection.execute(event.insert().values(**upgraded, digest=seal(before, upgraded, rows[last + 1])))
+        notify(connection, last + 1)
