@@ -226,13 +226,13 @@ class PartWriter:
         for task in tasks:
             if task.sha256 != manifest.tasks[task.ref]:
                 raise IntegrityError(
-                    f"Task {task.ref!r} in the registry differs from the one in the manifest (sha256)."
+                    f"Task {task.ref!r} in the registry is not the one in the manifest (sha256); use another --out."
                 )
         described = numerics(backbone)
         if numerics_fingerprint(described) != manifest.numerics_fingerprint:
             raise ExactnessError(
                 f"The numerics of node {platform.node()!r} differ from the manifest's, so its bits would differ: "
-                f"{_differences(manifest.numerics, described)}."
+                f"{_differences(manifest.numerics, described)}. Use nodes of one kind."
             )
         self._model = CombinedModel(backbone, tasks, manifest.exact)
 
@@ -284,7 +284,9 @@ def read_manifest(folder: Path) -> Manifest | None:
     path = folder / FILE
     if not path.exists():
         if next(folder.glob("part-*"), None) is not None:
-            raise DataError(f"The folder {str(folder)!r} has part files but no {FILE}; choose another --out.")
+            raise DataError(
+                f"The folder {str(folder)!r} has part files but no {FILE}, so it cannot be resumed; use another --out."
+            )
         return None
     try:
         return Manifest(**json.loads(path.read_bytes()))
@@ -343,7 +345,10 @@ def _finish(folder: Path, files: Sequence[Path]) -> dict[str, int]:
     left_out = rows = size_bytes = 0
     for file in files:
         if not file.exists():
-            raise DataError(f"{str(file)!r} was written but does not exist here; every node must share --out.")
+            raise DataError(
+                f"{str(file)!r} was written by a worker but is missing on this node; put --out on storage that all "
+                "nodes share."
+            )
         footer = parquet.read_metadata(file)
         left_out += json.loads(footer.metadata[METADATA.encode()])["left_out"]
         rows += footer.num_rows

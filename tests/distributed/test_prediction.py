@@ -293,7 +293,7 @@ def test_a_worker_with_other_numerics_or_content_is_refused(tasks: Registry) -> 
     with threads(1), pytest.raises(ExactnessError, match=r"differ from the manifest's.* threads was 1, now 2"):
         PartWriter(dataclasses.replace(job, cpus=2), manifest)
     other = dataclasses.replace(manifest, tasks={**manifest.tasks, "shades:1": "0" * 64})
-    with pytest.raises(IntegrityError, match="'shades:1' in the registry differs from the one in the manifest"):
+    with pytest.raises(IntegrityError, match="'shades:1' in the registry is not the one in the manifest"):
         PartWriter(job, other)
 
 
