@@ -17,8 +17,8 @@ from torch import Tensor
 from addenda.backbones import FrozenBackbone, untrained_backbone
 from addenda.benchmarks.baselines.dense_mask import DenseMask
 from addenda.benchmarks.report.tables import Table, markdown, show, write_json
-from addenda.combined import CombinedModel, loaded_bytes, numerics, pass_operations, task_cost
-from addenda.exceptions import AddendaError
+from addenda.combined import CombinedModel, loaded_bytes, pass_operations, task_cost
+from addenda.combined.numerics import numerics_settings
 from addenda.files import output_folder
 from addenda.registry import Task
 from addenda.terminal import console, size
@@ -61,7 +61,7 @@ def run_cost(
     described: dict[str, Any] = {}
     for name in backbones:
         backbone = untrained_backbone(name, precision=precision, device=device)
-        described = {key: value for key, value in numerics(backbone).items() if key != "probe"}
+        described = numerics_settings(backbone)
         measured = _measure_backbone(backbone, counts, dense, batch, rounds)
         rows += measured
         console.print(f"{name}: {described['device']}, {described['threads']} threads, {described['precision']}")
@@ -79,7 +79,11 @@ def _measure_backbone(
     tasks = [random_task(backbone, number) for number in range(max(*counts, *dense))]
     shape, noise = (batch, *backbone.preprocessing["input_size"]), torch.Generator().manual_seed(0)
     images = torch.randn(shape, generator=noise, dtype=torch.float32, device="cpu").to(backbone.device)
-    heads = [layer_head_task(backbone, number) for number in range(max(counts))]
+    layer_weight = torch.ones(CLASSES, backbone.num_layer_features, dtype=torch.float32, device="cpu")
+    heads = [
+        replace(task, class_token=None, memory=None, pooled_weight=None, layer_weight=layer_weight)
+        for task in tasks[: max(counts)]
+    ]
     combined = {count: CombinedModel(backbone, tasks[:count]) for count in counts}
     single = [CombinedModel(backbone, [task]) for task in tasks[:SEPARATE]]
     one_image: Variant = ("one image, exact", 10, 1, STOCK_ONE)
@@ -124,10 +128,8 @@ def _measure_backbone(
 
 def _adapter(backbone: FrozenBackbone, images: Tensor) -> dict[Variant, Run]:
     """vit-pytorch's learnable-memory adapter with one task, and its own ViT of the same size."""
-    try:
-        from vit_pytorch.learnable_memory_vit import Adapter, ViT
-    except ModuleNotFoundError as error:
-        raise AddendaError(f"{error}. Install it with: pip install 'addenda[bench]'") from error
+    from vit_pytorch.learnable_memory_vit import Adapter, ViT
+
     vit = ViT(
         image_size=images.shape[-1], patch_size=backbone.patch_size, num_classes=1000, dim=backbone.embed_dim,
         depth=backbone.depth, heads=backbone.num_heads, mlp_dim=4 * backbone.embed_dim,
@@ -180,14 +182,6 @@ def random_task(backbone: FrozenBackbone, number: int) -> Task:
         head_bias=torch.zeros(CLASSES, dtype=torch.float32, device="cpu"),
         pooled_weight=draw(CLASSES, width),
     )
-
-
-def layer_head_task(backbone: FrozenBackbone, number: int) -> Task:
-    """The same task with a layer head instead of token and memory."""
-    noise, shape = torch.Generator().manual_seed(number), (CLASSES, backbone.num_layer_features)
-    weight = torch.randn(shape, generator=noise, dtype=torch.float32, device="cpu")
-    task = random_task(backbone, number)
-    return replace(task, class_token=None, memory=None, pooled_weight=None, layer_weight=weight)
 
 
 COLUMNS = ("method", "tasks", "images", "ms", "quartiles", "ratio", "limit", "G op/image", "G op/s", "task bytes")
