@@ -9,7 +9,7 @@ import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -181,62 +181,44 @@ def _outcomes(
     for handler in logging.getLogger("ray.data").handlers:
         if isinstance(handler, logging.StreamHandler):  # Ray Data also has a log file
             handler.setLevel(logging.ERROR)
-    worker: Any = _Worker  # Ray's annotations accept functions only
+    writer: Any = PartWriter  # Ray's annotations accept functions only
     # A reference: Ray would show the job's text, and a registry URL may have a password.
     arguments = (ray.put((job, manifest)),)
     # One part per block and one block per worker, so that a worker that dies loses one part.
     size = min(job.workers or capacity, len(parts))
     pool = ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=1)
     items = ray.data.from_items(parts, override_num_blocks=len(parts))
-    outcomes = items.map(worker, fn_constructor_args=arguments, compute=pool, num_cpus=job.cpus, num_gpus=job.gpus)
+    outcomes = items.map(writer, fn_constructor_args=arguments, compute=pool, num_cpus=job.cpus, num_gpus=job.gpus)
     yield from outcomes.iter_rows()
 
 
-class _Worker:
-    """A `PartWriter` in an actor of Ray Data; returns errors as text, because Ray would add a traceback."""
-
-    def __init__(self, arguments: ray.ObjectRef[tuple[PredictionJob, Manifest]]) -> None:
-        import ray
-
-        self._writer = cache(lambda: PartWriter(*ray.get(arguments)))
-        self._node = ray.get_runtime_context().get_node_id()
-
-    def __call__(self, part: dict[str, Any]) -> dict[str, Any]:
-        """Writes a part."""
-        images, problem = [str(image) for image in part["images"]], ""
-        try:
-            self._writer().write(Path(part["file"]), images)
-        except (AddendaError, OSError) as error:
-            problem = str(error)
-        return {"images": len(images), "node": self._node, "problem": problem}
-
-
 class PartWriter:
-    """Computes the predictions of a part and writes its file atomically.
+    """Computes the predictions of a part and writes its file atomically; an actor of Ray Data.
 
     Ray Data's `write_parquet` names its files anew in each run and writes them in place, so parts could be duplicated
     or truncated.
     """
 
-    def __init__(self, job: PredictionJob, manifest: Manifest) -> None:
-        self._job, self._manifest = job, manifest
-        torch.set_num_threads(job.cpus)
-        with job.workplace.opened() as (registry, backbone):
-            tasks = [registry.get(ref) for ref in manifest.tasks]
-        for task in tasks:
-            if task.sha256 != manifest.tasks[task.ref]:
-                raise IntegrityError(
-                    f"Task {task.ref!r} in the registry is not the one in the manifest (sha256); use another --out."
-                )
-        described = numerics(backbone)
-        if numerics_fingerprint(described) != manifest.numerics_fingerprint:
-            raise ExactnessError(
-                f"The numerics of node {platform.node()!r} differ from the manifest's, so its bits would differ: "
-                f"{_differences(manifest.numerics, described)}. Use nodes of one kind."
-            )
-        self._model = CombinedModel(backbone, tasks, manifest.exact)
+    def __init__(self, arguments: ray.ObjectRef[tuple[PredictionJob, Manifest]]) -> None:
+        import ray
 
-    def write(self, file: Path, images: Sequence[str]) -> None:
+        self._job, self._manifest = ray.get(arguments)
+        self._node = ray.get_runtime_context().get_node_id()
+
+    @cached_property
+    def _model(self) -> CombinedModel:
+        return open_model(self._job, self._manifest)
+
+    def __call__(self, part: dict[str, Any]) -> dict[str, Any]:
+        """Writes a part. Returns an error as text, because Ray would wrap an exception in a traceback."""
+        images, problem = [str(image) for image in part["images"]], ""
+        try:
+            self._write(Path(part["file"]), images)
+        except (AddendaError, OSError) as error:
+            problem = str(error)
+        return {"images": len(images), "node": self._node, "problem": problem}
+
+    def _write(self, file: Path, images: Sequence[str]) -> None:
         """Computes a part and writes its file; a repeated call writes the same bytes."""
         import pyarrow
         from pyarrow import parquet
@@ -266,6 +248,25 @@ class PartWriter:
                 ref = self._model.tasks[name].ref
                 for label, probability in labels_of.get(image, ()):
                     yield {"image": image, "task": name, "ref": ref, "label": label, "probability": probability}
+
+
+def open_model(job: PredictionJob, manifest: Manifest) -> CombinedModel:
+    """The model of a worker; raises an error if its tasks or its numerics differ from the manifest's."""
+    torch.set_num_threads(job.cpus)
+    with job.workplace.opened() as (registry, backbone):
+        tasks = [registry.get(ref) for ref in manifest.tasks]
+    for task in tasks:
+        if task.sha256 != manifest.tasks[task.ref]:
+            raise IntegrityError(
+                f"Task {task.ref!r} in the registry is not the one in the manifest (sha256); use another --out."
+            )
+    described = numerics(backbone)
+    if numerics_fingerprint(described) != manifest.numerics_fingerprint:
+        raise ExactnessError(
+            f"The numerics of node {platform.node()!r} differ from the manifest's, so its bits would differ: "
+            f"{_differences(manifest.numerics, described)}. Use nodes of one kind."
+        )
+    return CombinedModel(backbone, tasks, manifest.exact)
 
 
 def _digest(paths: Sequence[str]) -> str:

@@ -20,9 +20,9 @@ from addenda.combined import CombinedModel, golden
 from addenda.distributed.cluster import Workplace, connected
 from addenda.distributed.prediction import (
     Manifest,
-    PartWriter,
     PredictionJob,
     Summary,
+    open_model,
     predict_many,
     read_manifest,
     resolve_tasks,
@@ -146,7 +146,7 @@ def workers(node: Any) -> list[psutil.Process]:
     matches = []
     for child in children:
         with suppress(psutil.NoSuchProcess):  # it may be a zombie
-            matches += [child] if "_Worker" in " ".join(child.cmdline()) else []
+            matches += [child] if "PartWriter" in " ".join(child.cmdline()) else []
     return matches
 
 
@@ -289,12 +289,12 @@ def test_an_unreadable_image_ends_the_run_or_is_skipped(
 def test_a_worker_with_other_numerics_or_content_is_refused(tasks: Registry) -> None:
     job = PredictionJob(Workplace(tasks.location, device="cpu"))
     manifest = Manifest(images=1, images_sha256="", part_size=1, top=None, **resolve_tasks(job))
-    PartWriter(job, manifest)
+    open_model(job, manifest)
     with threads(1), pytest.raises(ExactnessError, match=r"differ from the manifest's.* threads was 1, now 2"):
-        PartWriter(dataclasses.replace(job, cpus=2), manifest)
+        open_model(dataclasses.replace(job, cpus=2), manifest)
     other = dataclasses.replace(manifest, tasks={**manifest.tasks, "shades:1": "0" * 64})
     with pytest.raises(IntegrityError, match="'shades:1' in the registry is not the one in the manifest"):
-        PartWriter(job, other)
+        open_model(job, other)
 
 
 def test_bad_input_is_one_line(run: Run) -> None:

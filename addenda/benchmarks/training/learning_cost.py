@@ -127,14 +127,12 @@ def _measure(setting: Setting, test: LabelledImages, details: dict[str, Any], re
     (learned,) = setting.train(one, config, EPOCHS)
     train_s = time.perf_counter() - start
     (cached,) = setting.train(one, config, dense_epochs)
+    trained = {"start": dense.tensors, "cached": cached.snapshot()}
     steps = [step_rows for epoch in range(dense_epochs) for step_rows in dense.batches(epoch + 1)]
     for number, step_rows in enumerate(steps, 1):
         dense.step(setting.pixels(step_rows.tolist()), step_rows)
         report("training through the dense mask", number, len(steps))
-    start_tensors = first_tensors(backbone, setting.linear_probe, config.candidates[0], config.memory_std)
-    trained = {
-        "start": start_tensors, "cached": cached.snapshot(), "dense": dense.tensors, "learned": learned.snapshot(),
-    }  # fmt: skip
+    trained |= {"dense": dense.tensors, "learned": learned.snapshot()}
     accuracies = _accuracies(setting, test, trained)
     memory = _memory(setting, sweep, batch, rows)
     filling = measure_filling(backbone, setting.images.select(range(min(STOCK_IMAGES, count))), VIEWS, rounds)
