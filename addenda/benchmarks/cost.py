@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -57,20 +58,19 @@ def run_cost(
         output_folder(out)
     counts, dense = ((1, 10, 100), (100,)) if quick else ((1, 10, 100, 256, 1000), (100, 256))
     rounds = min(3, rounds) if quick else rounds
-    rows: list[CostRow] = []
+    rows: dict[str, list[CostRow]] = {}
     described: dict[str, Any] = {}
     for name in backbones:
         backbone = untrained_backbone(name, precision=precision, device=device)
         described = numerics_settings(backbone)
-        measured = _measure_backbone(backbone, counts, dense, batch, rounds)
-        rows += measured
+        rows[backbone.name] = _measure_backbone(backbone, counts, dense, batch, rounds)
         console.print(f"{name}: {described['device']}, {described['threads']} threads, {described['precision']}")
         title = "ratio to stock timm (one image: to one image; vit-pytorch: to its own ViT)"
-        cells = [[row.cells()[column] for column in NARROW] for row in measured]
+        cells = [[row.cells()[column] for column in NARROW] for row in rows[backbone.name]]
         show(title, Table([COLUMNS[column] for column in NARROW], cells))
     if out is not None:
         _write(rows, {"numerics": described, "rounds": rounds}, out)
-    return rows
+    return list(chain.from_iterable(rows.values()))
 
 
 def _measure_backbone(
@@ -223,13 +223,12 @@ class CostRow:
         )
 
 
-def _write(rows: Sequence[CostRow], details: Mapping[str, Any], out: Path) -> None:
+def _write(rows: Mapping[str, Sequence[CostRow]], details: Mapping[str, Any], out: Path) -> None:
     from addenda.benchmarks.report.plots import cost_curves
 
-    write_json(out / "cost.json", {**details, "rows": [asdict(row) for row in rows]})
-    names = dict.fromkeys(row.backbone for row in rows)
-    by_name = {name: [row for row in rows if row.backbone == name] for name in names}
-    tables = {name: markdown(Table(COLUMNS, [row.cells() for row in group])) for name, group in by_name.items()}
+    values = {name: [asdict(row) for row in of_backbone] for name, of_backbone in rows.items()}
+    write_json(out / "cost.json", {**details, "rows": list(chain.from_iterable(values.values()))})
+    tables = {name: markdown(Table(COLUMNS, [row.cells() for row in measured])) for name, measured in rows.items()}
     (out / "cost.md").write_text("\n".join(f"**{name}**\n\n{table}" for name, table in tables.items()))
-    cost_curves({name: [asdict(row) for row in group] for name, group in by_name.items()}, out / "cost.png")
+    cost_curves(values, out / "cost.png")
     console.print(f"Written to {out}: cost.json, cost.md, cost.png.")

@@ -243,7 +243,12 @@ def _plot(joined: Cells, plain: Cells, file: Path) -> None:
 
     gains = {}
     for name in _sets(plain):
-        spreads = {method: Spread.of(_gains(plain, name, method, "head")) for method in _methods(plain)}
+        head = {cell["seed"]: cell["test"] for cell in _of(plain, set=name, method="head")}
+        scored = [cell for cell in _of(plain, set=name) if cell["seed"] in head]
+        spreads = {
+            method: Spread.of(100 * (cell["test"] - head[cell["seed"]]) for cell in _of(scored, method=method))
+            for method in _methods(plain)
+        }
         if known := {method: spread for method, spread in spreads.items() if spread is not None}:
             gains[name] = known
     paper = {name: {m: Spread(value - row["head"], None) for m, value in row.items()} for name, row in PAPER.items()}
@@ -263,13 +268,6 @@ def _plot(joined: Cells, plain: Cells, file: Path) -> None:
 
 def _of(cells: Cells, **key: str) -> list[Mapping[str, Any]]:
     return [cell for cell in cells if cell.items() >= key.items()]
-
-
-def _gains(cells: Cells, name: str, method: str, over: str) -> list[float]:
-    """Difference between two methods on a dataset in points, for each common seed."""
-    base = {cell["seed"]: cell["test"] for cell in _of(cells, set=name, method=over)}
-    of_method = _of(cells, set=name, method=method)
-    return [100 * (cell["test"] - base[cell["seed"]]) for cell in of_method if cell["seed"] in base]
 
 
 def _methods(plain: Cells) -> list[str]:
