@@ -176,7 +176,7 @@ LOOKED_AT = {
     "registry/exchange/bundle.py": "a path from `written`",
     "serving/keys.py": "a path from `written`",
     "exporting/export.py": "a path from `written`",
-    "distributed/parts.py": "a path from `written`; deletes its own unfinished files",
+    "distributed/prediction.py": "a path from `written`; deletes its own unfinished files",
     "benchmarks/listing.py": "a path from `written`",
     "learner/store.py": "in its own cache entry",
     "learner/context.py": "a path from `written`",
@@ -186,7 +186,7 @@ LOOKED_AT = {
     "benchmarks/report/tables.py": "in an output_folder",
     "benchmarks/report/jsonl.py": "appends results in an output_folder",
     "benchmarks/demo.py": "in a temporary folder",
-    "benchmarks/serving/processes.py": "in a temporary folder",
+    "benchmarks/serving/serving_timings.py": "in a temporary folder",
     "serving/routes.py": "a bundle, in the temporary folder of its request",
 }
 """Modules that write or delete files, each reviewed: the files are Addenda's own, complete, and no link's target."""

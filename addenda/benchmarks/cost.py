@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,8 +18,8 @@ from torch import Tensor
 from addenda.backbones import FrozenBackbone, untrained_backbone
 from addenda.benchmarks.baselines.dense_mask import DenseMask
 from addenda.benchmarks.report.tables import Table, markdown, show, write_json
-from addenda.combined import CombinedModel, loaded_bytes, numerics, pass_operations, task_cost
-from addenda.exceptions import AddendaError
+from addenda.combined import CombinedModel, loaded_bytes, pass_operations, task_cost
+from addenda.combined.numerics import numerics_settings
 from addenda.files import output_folder
 from addenda.registry import Task
 from addenda.terminal import console, size
@@ -57,20 +58,19 @@ def run_cost(
         output_folder(out)
     counts, dense = ((1, 10, 100), (100,)) if quick else ((1, 10, 100, 256, 1000), (100, 256))
     rounds = min(3, rounds) if quick else rounds
-    rows: list[CostRow] = []
+    rows: dict[str, list[CostRow]] = {}
     described: dict[str, Any] = {}
     for name in backbones:
         backbone = untrained_backbone(name, precision=precision, device=device)
-        described = {key: value for key, value in numerics(backbone).items() if key != "probe"}
-        measured = _measure_backbone(backbone, counts, dense, batch, rounds)
-        rows += measured
+        described = numerics_settings(backbone)
+        rows[backbone.name] = _measure_backbone(backbone, counts, dense, batch, rounds)
         console.print(f"{name}: {described['device']}, {described['threads']} threads, {described['precision']}")
         title = "ratio to stock timm (one image: to one image; vit-pytorch: to its own ViT)"
-        cells = [[row.cells()[column] for column in NARROW] for row in measured]
+        cells = [[row.cells()[column] for column in NARROW] for row in rows[backbone.name]]
         show(title, Table([COLUMNS[column] for column in NARROW], cells))
     if out is not None:
         _write(rows, {"numerics": described, "rounds": rounds}, out)
-    return rows
+    return list(chain.from_iterable(rows.values()))
 
 
 def _measure_backbone(
@@ -79,7 +79,11 @@ def _measure_backbone(
     tasks = [random_task(backbone, number) for number in range(max(*counts, *dense))]
     shape, noise = (batch, *backbone.preprocessing["input_size"]), torch.Generator().manual_seed(0)
     images = torch.randn(shape, generator=noise, dtype=torch.float32, device="cpu").to(backbone.device)
-    heads = [layer_head_task(backbone, number) for number in range(max(counts))]
+    layer_weight = torch.ones(CLASSES, backbone.num_layer_features, dtype=torch.float32, device="cpu")
+    heads = [
+        replace(task, class_token=None, memory=None, pooled_weight=None, layer_weight=layer_weight)
+        for task in tasks[: max(counts)]
+    ]
     combined = {count: CombinedModel(backbone, tasks[:count]) for count in counts}
     single = [CombinedModel(backbone, [task]) for task in tasks[:SEPARATE]]
     one_image: Variant = ("one image, exact", 10, 1, STOCK_ONE)
@@ -124,10 +128,8 @@ def _measure_backbone(
 
 def _adapter(backbone: FrozenBackbone, images: Tensor) -> dict[Variant, Run]:
     """vit-pytorch's learnable-memory adapter with one task, and its own ViT of the same size."""
-    try:
-        from vit_pytorch.learnable_memory_vit import Adapter, ViT
-    except ModuleNotFoundError as error:
-        raise AddendaError(f"{error}. Install it with: pip install 'addenda[bench]'") from error
+    from vit_pytorch.learnable_memory_vit import Adapter, ViT
+
     vit = ViT(
         image_size=images.shape[-1], patch_size=backbone.patch_size, num_classes=1000, dim=backbone.embed_dim,
         depth=backbone.depth, heads=backbone.num_heads, mlp_dim=4 * backbone.embed_dim,
@@ -182,14 +184,6 @@ def random_task(backbone: FrozenBackbone, number: int) -> Task:
     )
 
 
-def layer_head_task(backbone: FrozenBackbone, number: int) -> Task:
-    """The same task with a layer head instead of token and memory."""
-    noise, shape = torch.Generator().manual_seed(number), (CLASSES, backbone.num_layer_features)
-    weight = torch.randn(shape, generator=noise, dtype=torch.float32, device="cpu")
-    task = random_task(backbone, number)
-    return replace(task, class_token=None, memory=None, pooled_weight=None, layer_weight=weight)
-
-
 COLUMNS = ("method", "tasks", "images", "ms", "quartiles", "ratio", "limit", "G op/image", "G op/s", "task bytes")
 NARROW = (0, 1, 3, 4, 5, 6, 8)
 """Indices of the columns that are printed in 80 characters; the files have all columns."""
@@ -229,13 +223,12 @@ class CostRow:
         )
 
 
-def _write(rows: Sequence[CostRow], details: Mapping[str, Any], out: Path) -> None:
+def _write(rows: Mapping[str, Sequence[CostRow]], details: Mapping[str, Any], out: Path) -> None:
     from addenda.benchmarks.report.plots import cost_curves
 
-    write_json(out / "cost.json", {**details, "rows": [asdict(row) for row in rows]})
-    names = dict.fromkeys(row.backbone for row in rows)
-    by_name = {name: [row for row in rows if row.backbone == name] for name in names}
-    tables = {name: markdown(Table(COLUMNS, [row.cells() for row in group])) for name, group in by_name.items()}
+    values = {name: [asdict(row) for row in of_backbone] for name, of_backbone in rows.items()}
+    write_json(out / "cost.json", {**details, "rows": list(chain.from_iterable(values.values()))})
+    tables = {name: markdown(Table(COLUMNS, [row.cells() for row in measured])) for name, measured in rows.items()}
     (out / "cost.md").write_text("\n".join(f"**{name}**\n\n{table}" for name, table in tables.items()))
-    cost_curves({name: [asdict(row) for row in group] for name, group in by_name.items()}, out / "cost.png")
+    cost_curves(values, out / "cost.png")
     console.print(f"Written to {out}: cost.json, cost.md, cost.png.")

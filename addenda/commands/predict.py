@@ -90,14 +90,16 @@ def predict(
         if out is None:
             raise AddendaError("--ray requires --out FOLDER.")
         from addenda.distributed.cluster import connected
-        from addenda.distributed.prediction import PART_SIZE, Crew, Question, predict_many
+        from addenda.distributed.prediction import PART_SIZE, PredictionJob, predict_many
 
-        question = Question(tuple(task or ()), top, not inexact, part_size or PART_SIZE, skip_bad)
-        crew, paths = Crew(workers, cpus or 1, gpus or 0.0), _image_files(images)[0]
+        paths = _image_files(images)[0]
         with options.open_registry(registry) as opened:
-            workplace = options.workplace(registry, opened, weights, device, crew.gpus, None)
+            job = PredictionJob(
+                options.workplace(registry, opened, weights, device, gpus, None), tuple(task or ()), top, not inexact,
+                part_size or PART_SIZE, skip_bad, workers, cpus or 1, gpus or 0.0,
+            )  # fmt: skip
             with connected(ray), progress(quiet=as_json) as report:
-                summary = predict_many(paths, out, opened, workplace, question, crew, report)
+                summary = predict_many(job, paths, out, opened, report)
         _print_summary(summary, as_json)
         return
     ray_options = {"--out": out, "--part-size": part_size, "--workers": workers, "--cpus": cpus, "--gpus": gpus}

@@ -93,14 +93,23 @@ def check_shared(registry: Registry) -> None:
         )
 
 
-def worker_capacity(cpus: int, gpus: float) -> int:
-    """How many workers the nodes can hold at once, given the CPUs and (possibly fractional) GPUs of each."""
+def worker_capacity(what: str, cpus: int, gpus: float) -> int:
+    """How many workers the nodes can hold at once, given the CPUs and (possibly fractional) GPUs of each.
+
+    Raises AddendaError if there is room for none, which would wait forever; the message calls a worker `what`.
+    """
     import ray
 
-    capacity = 0
-    for resources in (node["Resources"] for node in ray.nodes() if node["Alive"]):
-        fits = resources.get("CPU", 0) / cpus
-        capacity += int(min(fits, resources.get("GPU", 0) / gpus + 1e-6) if gpus else fits)
+    nodes, capacity = [node["Resources"] for node in ray.nodes() if node["Alive"]], 0
+    for node in nodes:
+        fits = node.get("CPU", 0) / cpus
+        capacity += int(min(fits, node.get("GPU", 0) / gpus + 1e-6) if gpus else fits)
+    if not capacity:
+        resources = ", ".join(f"{node.get('CPU', 0):g} and {node.get('GPU', 0):g}" for node in nodes)
+        raise AddendaError(
+            f"A {what} needs {cpus} CPUs and {gpus:g} GPUs of one node; the nodes have {resources}. Lower --cpus or "
+            "--gpus."
+        )
     return capacity
 
 

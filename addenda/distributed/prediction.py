@@ -2,56 +2,70 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
+import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from addenda.backbones import Files, read_files
+from addenda.combined import CombinedModel, numerics, numerics_fingerprint
 from addenda.distributed.cluster import Workplace, check_shared, fetch, worker_capacity
-from addenda.distributed.parts import (
-    Manifest,
-    PartWriter,
-    PredictionJob,
-    ensure_manifest,
-    finish_folder,
-    paths_digest,
-    read_manifest,
-    resolve_tasks,
-)
-from addenda.exceptions import AddendaError
-from addenda.registry import Registry
+from addenda.exceptions import AddendaError, DataError, ExactnessError, IntegrityError
+from addenda.files import is_unfinished, written
+from addenda.learner.context import Report, silent
+from addenda.registry import Registry, canonical_json
 
 if TYPE_CHECKING:
     import ray
 
 PART_SIZE = 1000
 """Default number of images per part file."""
-
-Report = Callable[[str, int, int], None]
+FILE = "manifest.json"
+PART, PART_FORM = "part-{:05d}.parquet", r"part-\d{5,}\.parquet"
+METADATA = "addenda"
+"""Metadata key of a part file: canonical JSON that makes its predictions traceable and counts its images."""
+COLUMNS = ("image", "task", "ref", "label", "probability", "left_out")
+MAX_NAMED = 5
+"""Most differences that an error message names."""
 
 
 @dataclass(frozen=True)
-class Question:
-    """What to predict."""
+class PredictionJob:
+    """What the workers predict, and their number and resources."""
 
+    workplace: Workplace
     refs: Sequence[str] = ()  # the tasks; empty: all tasks active when the manifest is written
     top: int | None = None  # as in `CombinedModel.predict`
     exact: bool = True
     part_size: int = PART_SIZE
     skip_bad: bool = False  # whether to skip unreadable images instead of ending the run
-
-
-@dataclass(frozen=True)
-class Crew:
-    """The workers of a run and their resources."""
-
     workers: int | None = None  # at most; None: as many as the cluster can hold
     cpus: int = 1  # of each worker, and its threads
     gpus: float = 0.0  # of each worker; below 1 several share a GPU
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything that determines the bytes of the part files in a folder, written before the first of them."""
+
+    images: int  # number of images
+    images_sha256: str  # over their paths in order
+    part_size: int  # images per part file; the last file has the remainder
+    top: int | None  # as in `CombinedModel.predict`
+    exact: bool  # whether a task's bits depend only on image, task, backbone and numerics
+    backbone: str  # its fingerprint
+    tasks: Mapping[str, str]  # sha256 of each predicted task by its reference, in order
+    numerics: Mapping[str, Any]
+    numerics_fingerprint: str
+    generation: int  # of the registry when the tasks were selected; informational
 
 
 @dataclass(frozen=True)
@@ -78,13 +92,7 @@ class Summary:
 
 
 def predict_many(
-    images: Sequence[Path],
-    folder: Path,
-    registry: Registry,
-    workplace: Workplace,
-    question: Question,
-    crew: Crew,
-    report: Report | None = None,
+    job: PredictionJob, images: Sequence[Path], folder: Path, registry: Registry, report: Report = silent
 ) -> Summary:
     """Predicts many images on the cluster that this process is connected to.
 
@@ -99,109 +107,254 @@ def predict_many(
     started, folder = time.perf_counter(), folder.absolute()
     paths = sorted({str(path.absolute()) for path in images})
     check_shared(registry)
-    capacity, before = worker_capacity(crew.cpus, crew.gpus), read_manifest(folder)
-    if not capacity:
-        nodes, gpus = sum(node["Alive"] for node in ray.nodes()), f" and {crew.gpus:g} GPUs" if crew.gpus else ""
-        raise AddendaError(
-            f"A worker needs {crew.cpus} CPUs{gpus}, which none of the cluster's {nodes} nodes has; lower --cpus or "
-            "--gpus."
-        )
-    refs = question.refs or (() if before is None else tuple(before.tasks))
+    capacity, before = worker_capacity("worker", job.cpus, job.gpus), read_manifest(folder)
+    refs = job.refs or (() if before is None else tuple(before.tasks))
     if refs:
-        workplace = replace(workplace, backbone=registry.record(refs[0]).backbone)
-    resolve: Any = ray.remote(num_cpus=crew.cpus, num_gpus=crew.gpus)(resolve_tasks)  # this node may have no GPU
-    requested = Manifest(
+        job = replace(job, refs=refs, workplace=replace(job.workplace, backbone=registry.record(refs[0]).backbone))
+    resolve: Any = ray.remote(num_cpus=job.cpus, num_gpus=job.gpus)(resolve_tasks)  # this node may have no GPU
+    manifest = Manifest(
         images=len(paths),
-        images_sha256=paths_digest(paths),
-        part_size=question.part_size,
-        top=question.top,
-        **fetch(resolve.remote(workplace, refs, question.exact, crew.cpus)),
+        images_sha256=_digest(paths),
+        part_size=job.part_size,
+        top=job.top,
+        **fetch(resolve.remote(job)),
     )
-    manifest = ensure_manifest(folder, before, requested)
-    missing = manifest.missing(folder, paths)
+    manifest = _ensure_manifest(folder, before, manifest)
+    job = replace(job, workplace=replace(job.workplace, backbone=manifest.backbone))
+    parts: list[dict[str, Any]] = [
+        {"file": str(folder / PART.format(number)), "images": paths[start : start + job.part_size]}
+        for number, start in enumerate(range(0, len(paths), job.part_size))
+    ]
+    missing = [part for part in parts if not Path(part["file"]).exists()]
     computed, nodes_used = 0, set[str]()
     done_before = len(paths) - sum(len(part["images"]) for part in missing)
-    workplace = replace(workplace, backbone=manifest.backbone)
-    job = PredictionJob(folder, workplace, manifest, crew.cpus, question.skip_bad)
-    for outcome in _outcomes(job, missing, crew, crew.workers or capacity):
+    for outcome in _outcomes(job, manifest, missing, capacity):
         if outcome["problem"]:
             raise AddendaError(
                 f"{outcome['problem'].rstrip('.')}. Finished part files are kept; repeat the command to continue."
             )
         computed += outcome["images"]
         nodes_used.add(outcome["node"])
-        if report is not None:
-            report("predicting", done_before + computed, len(paths))
+        report("predicting", done_before + computed, len(paths))
     return Summary(
         images=len(paths),
         tasks=len(manifest.tasks),
         exact=manifest.exact,
-        parts=manifest.num_parts,
+        parts=len(parts),
         computed_parts=len(missing),
         computed_images=computed,
         nodes=len(nodes_used),
         folder=str(folder),
-        **finish_folder(folder, manifest),
+        **_finish(folder, [Path(part["file"]) for part in parts]),
         seconds=time.perf_counter() - started,
     )
 
 
-def _outcomes(job: PredictionJob, parts: list[dict[str, Any]], crew: Crew, workers: int) -> Iterator[dict[str, Any]]:
+def resolve_tasks(job: PredictionJob) -> dict[str, Any]:
+    """The manifest's fields on tasks and numerics; without `refs`, all active tasks. Runs the self-test."""
+    torch.set_num_threads(job.cpus)
+    with job.workplace.opened() as (registry, backbone):
+        generation, active = registry.current(backbone)
+        tasks = [registry.get(ref) for ref in job.refs or [record.ref for record in active]]
+    if not tasks:
+        raise DataError("The registry has no active task; add one with `addenda learn`.")
+    described = numerics(backbone)
+    return {
+        "exact": CombinedModel(backbone, tasks, job.exact).exact,
+        "backbone": backbone.fingerprint,
+        "tasks": {task.ref: task.sha256 for task in tasks},
+        "numerics": described,
+        "numerics_fingerprint": numerics_fingerprint(described),
+        "generation": generation,
+    }
+
+
+def _outcomes(
+    job: PredictionJob, manifest: Manifest, parts: list[dict[str, Any]], capacity: int
+) -> Iterator[dict[str, Any]]:
     """The outcome of each part, as the workers finish them."""
-    import ray
+    import ray.data
 
     if not parts:
         return
-    worker: Any = _Worker  # Ray's annotations accept functions only
-    arguments = (ray.put(job),)  # a reference: Ray would show the job's text, and a registry URL may have a password
-    with _quiet():
-        # One part per block and one block per worker, so that a worker that dies loses one part.
-        pool = ray.data.ActorPoolStrategy(size=min(workers, len(parts)), max_tasks_in_flight_per_actor=1)
-        items = ray.data.from_items(parts, override_num_blocks=len(parts))
-        outcomes = items.map(
-            worker, fn_constructor_args=arguments, compute=pool, num_cpus=crew.cpus, num_gpus=crew.gpus
-        )
-        yield from outcomes.iter_rows()
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler):  # Ray Data also has a log file
+            handler.setLevel(logging.ERROR)
+    writer: Any = PartWriter  # Ray's annotations accept functions only
+    # A reference: Ray would show the job's text, and a registry URL may have a password.
+    arguments = (ray.put((job, manifest)),)
+    # One part per block and one block per worker, so that a worker that dies loses one part.
+    size = min(job.workers or capacity, len(parts))
+    pool = ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=1)
+    items = ray.data.from_items(parts, override_num_blocks=len(parts))
+    outcomes = items.map(writer, fn_constructor_args=arguments, compute=pool, num_cpus=job.cpus, num_gpus=job.gpus)
+    yield from outcomes.iter_rows()
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Restricts Ray Data to its log file, without progress bars."""
-    from ray.data import DataContext
+class PartWriter:
+    """Computes the predictions of a part and writes its file atomically; an actor of Ray Data.
 
-    context = DataContext.get_current()
-    bars, context.enable_progress_bars = context.enable_progress_bars, False
-    handlers = logging.getLogger("ray.data").handlers
-    levels = {handler: handler.level for handler in handlers if isinstance(handler, logging.StreamHandler)}
-    for handler in levels:
-        handler.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        context.enable_progress_bars = bars
-        for handler, level in levels.items():
-            handler.setLevel(level)
+    Ray Data's `write_parquet` names its files anew in each run and writes them in place, so parts could be duplicated
+    or truncated.
+    """
 
+    def __init__(self, arguments: ray.ObjectRef[tuple[PredictionJob, Manifest]]) -> None:
+        import ray
 
-class _Worker:
-    """A `PartWriter` in an actor of Ray Data."""
-
-    def __init__(self, job: ray.ObjectRef[PredictionJob]) -> None:
-        self._job = job
+        self._job, self._manifest = ray.get(arguments)
+        self._node = ray.get_runtime_context().get_node_id()
 
     @cached_property
-    def _writer(self) -> PartWriter:
-        import ray
+    def _model(self) -> CombinedModel:
+        return open_model(self._job, self._manifest)
 
-        return PartWriter(ray.get(self._job))
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, part: dict[str, Any]) -> dict[str, Any]:
         """Writes a part. Returns an error as text, because Ray would wrap an exception in a traceback."""
-        import ray
-
-        part, images, problem = int(row["part"]), [str(image) for image in row["images"]], ""
+        images, problem = [str(image) for image in part["images"]], ""
         try:
-            self._writer.write(part, images)
+            self._write(Path(part["file"]), images)
         except (AddendaError, OSError) as error:
             problem = str(error)
-        return {"images": len(images), "node": ray.get_runtime_context().get_node_id(), "problem": problem}
+        return {"images": len(images), "node": self._node, "problem": problem}
+
+    def _write(self, file: Path, images: Sequence[str]) -> None:
+        """Computes a part and writes its file; a repeated call writes the same bytes."""
+        import pyarrow
+        from pyarrow import parquet
+
+        torch.set_num_threads(self._job.cpus)  # a per-thread setting, and Ray may call from another thread
+        types = (*[pyarrow.string()] * 4, pyarrow.float32(), pyarrow.string())
+        schema = pyarrow.schema(zip(COLUMNS, types, strict=True))
+        left_out: dict[str, str] = {}
+        batches = []
+        for files in read_files(self._model.backbone, images, self._model.micro_batch, self._job.skip_bad):
+            left_out |= files.bad
+            batches.append(pyarrow.RecordBatch.from_pylist(list(self._rows(files)), schema))
+        keys = ("backbone", "exact", "generation", "numerics_fingerprint")
+        about = {key: getattr(self._manifest, key) for key in keys} | {"images": len(images), "left_out": len(left_out)}
+        table = pyarrow.Table.from_batches(batches, schema).replace_schema_metadata({METADATA: canonical_json(about)})
+        with written(file) as unfinished:
+            parquet.write_table(table, unfinished, compression="zstd")
+
+    def _rows(self, files: Files[str]) -> Iterator[dict[str, Any]]:
+        """One row per predicted label; for an unreadable image, one row with the reason."""
+        predictions = self._model.predict_images(files.images, self._manifest.top) if files.paths else {}
+        by_image = {name: dict(zip(files.paths, labels, strict=True)) for name, labels in predictions.items()}
+        for image in files.asked:
+            if image in files.bad:
+                yield {"image": image, "left_out": files.bad[image]}
+            for name, labels_of in by_image.items():
+                ref = self._model.tasks[name].ref
+                for label, probability in labels_of.get(image, ()):
+                    yield {"image": image, "task": name, "ref": ref, "label": label, "probability": probability}
+
+
+def open_model(job: PredictionJob, manifest: Manifest) -> CombinedModel:
+    """The model of a worker; raises an error if its tasks or its numerics differ from the manifest's."""
+    torch.set_num_threads(job.cpus)
+    with job.workplace.opened() as (registry, backbone):
+        tasks = [registry.get(ref) for ref in manifest.tasks]
+    for task in tasks:
+        if task.sha256 != manifest.tasks[task.ref]:
+            raise IntegrityError(
+                f"Task {task.ref!r} in the registry is not the one in the manifest (sha256); use another --out."
+            )
+    described = numerics(backbone)
+    if numerics_fingerprint(described) != manifest.numerics_fingerprint:
+        raise ExactnessError(
+            f"The numerics of node {platform.node()!r} differ from the manifest's, so its bits would differ: "
+            f"{_differences(manifest.numerics, described)}. Use nodes of one kind."
+        )
+    return CombinedModel(backbone, tasks, manifest.exact)
+
+
+def _digest(paths: Sequence[str]) -> str:
+    """sha256 of the paths in order."""
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            digest.update(path.encode() + b"\0")
+        except UnicodeEncodeError as error:
+            raise DataError(f"The image path {path!r} is not UTF-8, so Parquet cannot store it; rename it.") from error
+    return digest.hexdigest()
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """Reads the manifest of a folder; None if the folder has neither a manifest nor part files."""
+    path = folder / FILE
+    if not path.exists():
+        if next(folder.glob("part-*"), None) is not None:
+            raise DataError(
+                f"The folder {str(folder)!r} has part files but no {FILE}, so it cannot be resumed; use another --out."
+            )
+        return None
+    try:
+        return Manifest(**json.loads(path.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{str(path)!r} is not a manifest of predictions ({error}); choose another --out.") from error
+
+
+def _ensure_manifest(folder: Path, before: Manifest | None, now: Manifest) -> Manifest:
+    """Writes the manifest of a new folder, or checks that an existing one equals it.
+
+    The generation may differ. The numerics are compared instead of their fingerprint, so that a message can name the
+    difference.
+    """
+    if before is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        with written(folder / FILE) as unfinished:
+            unfinished.write_text(json.dumps(asdict(now), indent=2, ensure_ascii=False))
+        return now
+    old, new = (asdict(manifest) | {"generation": 0, "numerics_fingerprint": ""} for manifest in (before, now))
+    if differences := _differences(old, new):
+        raise DataError(
+            f"The folder {str(folder)!r} holds predictions of another run: {differences}. Repeat that run's options, "
+            "or choose another --out."
+        )
+    return before
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The first few differences between two nested mappings as text; empty if they are equal."""
+    old, new = _flat(before), _flat(now)
+    differences = [
+        f"{key} was {_shortened(old.get(key))}, now {_shortened(new.get(key))}"
+        for key in dict.fromkeys((*old, *new))
+        if old.get(key) != new.get(key)
+    ]
+    more = f" and {len(differences) - MAX_NAMED} more" if len(differences) > MAX_NAMED else ""
+    return "; ".join(differences[:MAX_NAMED]) + more
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key} ") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
+
+
+def _shortened(value: Any) -> str:
+    text = "none" if value is None else str(value)
+    return text if len(text) < 64 else f"{text[:12]}…"
+
+
+def _finish(folder: Path, files: Sequence[Path]) -> dict[str, int]:
+    """Deletes the unfinished files of killed workers; returns unreadable images, rows and bytes of the part files."""
+    from pyarrow import parquet
+
+    left_out = rows = size_bytes = 0
+    for file in files:
+        if not file.exists():
+            raise DataError(
+                f"{str(file)!r} was written by a worker but is missing on this node; put --out on storage that all "
+                "nodes share."
+            )
+        footer = parquet.read_metadata(file)
+        left_out += json.loads(footer.metadata[METADATA.encode()])["left_out"]
+        rows += footer.num_rows
+        size_bytes += file.stat().st_size
+    for path in folder.iterdir():
+        if is_unfinished(path, PART_FORM):
+            path.unlink(missing_ok=True)
+    return {"left_out": left_out, "rows": rows - left_out, "size_bytes": size_bytes}

@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from graphlib import TopologicalSorter
@@ -18,9 +18,9 @@ import torch
 
 from addenda.backbones import FrozenBackbone
 from addenda.distributed.cluster import Workplace, check_shared, worker_capacity
-from addenda.exceptions import AddendaError, DataError
+from addenda.exceptions import DataError
 from addenda.learner import ActivationCache, Learner, LearnRow, Outcome
-from addenda.learner.context import Report
+from addenda.learner.context import Report, silent
 from addenda.learner.many import LearnManyResults, LearnResult, attempt, extended_refs
 from addenda.registry import Registry, Task
 
@@ -47,7 +47,7 @@ class LearningJob:
 
 
 def learn_on_cluster(
-    job: LearningJob, rows: Sequence[LearnRow], registry: Registry, report: Report | None = None
+    job: LearningJob, rows: Sequence[LearnRow], registry: Registry, report: Report = silent
 ) -> list[Outcome]:
     """Learns tasks, each after those that it extends, on the cluster that this process is connected to.
 
@@ -55,17 +55,14 @@ def learn_on_cluster(
     run is resumed by calling this again with the same rows.
     """
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     check_shared(registry)
-    if not worker_capacity(job.cpus, job.gpus):  # a row would wait forever
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        resources = ", ".join(f"{node.get('CPU', 0):g} and {node.get('GPU', 0):g}" for node in nodes)
-        raise AddendaError(
-            f"A task needs {job.cpus} CPUs and {job.gpus:g} GPUs of one node; the nodes have {resources}. Lower --cpus "
-            "or --gpus."
-        )
+    worker_capacity("task", job.cpus, job.gpus)
     learn: Any = ray.remote(num_cpus=job.cpus, num_gpus=job.gpus, max_retries=RETRIES)(_learn)
-    board, results = ProgressBoard(), LearnManyResults(registry, rows)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board: Any = ray.remote(ProgressBoard).options(num_cpus=0, scheduling_strategy=here).remote()
+    results = LearnManyResults(registry, rows)
     outcomes: dict[int, Outcome] = {}
     running: dict[Any, int] = {}
     order = TopologicalSorter(predecessors(rows))
@@ -85,12 +82,13 @@ def learn_on_cluster(
         for reference in ray.wait(list(running), timeout=REFRESH_S)[0] if running else ():
             index = running.pop(reference)
             finish(index, *_result(reference, rows[index]))
-        if report is not None:
-            notes = board.read()
-            names = (rows[index].name for index in running.values())
-            started = [f"{name}: {notes[name]}" for name in names if name in notes]
-            more = [f"and {len(started) - MAX_SHOWN} more"] if len(started) > MAX_SHOWN else []
-            report(", ".join(["learning tasks", *started[:MAX_SHOWN], *more]), len(outcomes), len(rows))
+        notes: dict[str, str] = {}
+        with suppress(ray.exceptions.RayError):  # the actor was lost, or does not respond in time
+            notes = ray.get(board.read.remote(), timeout=REFRESH_S)
+        names = (rows[index].name for index in running.values())
+        started = [f"{name}: {notes[name]}" for name in names if name in notes]
+        more = [f"and {len(started) - MAX_SHOWN} more"] if len(started) > MAX_SHOWN else []
+        report(", ".join(["learning tasks", *started[:MAX_SHOWN], *more]), len(outcomes), len(rows))
     return [outcomes[index] for index in range(len(rows))]
 
 
@@ -134,12 +132,12 @@ def _result(reference: Any, row: LearnRow) -> tuple[float, LearnResult]:
     return seconds, result
 
 
-def _learn(job: LearningJob, row: LearnRow, board: ProgressBoard) -> tuple[float, LearnResult, list[tuple[int, str]]]:
+def _learn(job: LearningJob, row: LearnRow, board: Any) -> tuple[float, LearnResult, list[tuple[int, str]]]:
     """Learns a row on a worker: seconds, result, and the warnings logged meanwhile."""
     import ray
 
     started = time.perf_counter()
-    report = board.reporter(row.name)
+    report = _reporter(board, row.name)
     report("starting", 0, 1)
     torch.set_num_threads(job.cpus)
 
@@ -172,8 +170,8 @@ def _opened(workplace: Workplace) -> tuple[ExitStack, Registry, FrozenBackbone]:
     return stack, *stack.enter_context(workplace.opened())
 
 
-class ProgressNotes:
-    """Actor state: the latest progress note of each row."""
+class ProgressBoard:
+    """State of an actor: the latest progress note of each row. Learning continues if the actor is lost."""
 
     def __init__(self) -> None:
         self._notes: dict[str, str] = {}
@@ -187,34 +185,14 @@ class ProgressNotes:
         return self._notes
 
 
-class ProgressBoard:
-    """Progress notes that all nodes can write, in an actor on the driver's node; learning continues if it is lost."""
+def _reporter(board: Any, name: str) -> Report:
+    """A progress callback that writes a row's note on a board at most once in `REFRESH_S` seconds."""
+    last_s = -REFRESH_S
 
-    def __init__(self) -> None:
-        import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+    def report(what: str, done: int, total: int) -> None:
+        nonlocal last_s
+        if time.monotonic() - last_s >= REFRESH_S:
+            last_s = time.monotonic()
+            board.write.remote(name, f"{what.partition(',')[0]} {done}/{total}")
 
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self._actor: Any = ray.remote(ProgressNotes).options(num_cpus=0, scheduling_strategy=here).remote()
-
-    def read(self) -> dict[str, str]:
-        """The latest note of each row; empty if the actor does not respond in time."""
-        import ray
-
-        try:
-            notes: dict[str, str] = ray.get(self._actor.read.remote(), timeout=REFRESH_S)
-        except ray.exceptions.RayError:
-            return {}
-        return notes
-
-    def reporter(self, name: str) -> Report:
-        """A progress callback that writes the row's note at most once in `REFRESH_S` seconds."""
-        last_s = -REFRESH_S
-
-        def report(what: str, done: int, total: int) -> None:
-            nonlocal last_s
-            if time.monotonic() - last_s >= REFRESH_S:
-                last_s = time.monotonic()
-                self._actor.write.remote(name, f"{what.partition(',')[0]} {done}/{total}")
-
-        return report
+    return report

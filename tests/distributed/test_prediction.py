@@ -18,9 +18,17 @@ import pytest
 from addenda.backbones import FrozenBackbone
 from addenda.combined import CombinedModel, golden
 from addenda.distributed.cluster import Workplace, connected
-from addenda.distributed.parts import Manifest, PartWriter, PredictionJob, read_manifest, resolve_tasks
-from addenda.distributed.prediction import Crew, Question, Summary, predict_many
+from addenda.distributed.prediction import (
+    Manifest,
+    PredictionJob,
+    Summary,
+    open_model,
+    predict_many,
+    read_manifest,
+    resolve_tasks,
+)
 from addenda.exceptions import AddendaError, DataError, ExactnessError, IntegrityError
+from addenda.learner.context import silent
 from addenda.registry import Registry
 from tests.distributed.conftest import NODE
 from tests.support.commands import Run
@@ -32,22 +40,21 @@ from tests.support.tasks import random_task
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.*")]
 
 PART_SIZE, NUM_PARTS = 4, 15
-TWO = Crew(workers=2)
 
 INTERRUPTED = """
 import os, signal, sys
 from pathlib import Path
 from addenda import Registry
 from addenda.distributed.cluster import Workplace, connected
-from addenda.distributed.prediction import Crew, Question, predict_many
+from addenda.distributed.prediction import PredictionJob, predict_many
 
 def die(*progress):
     os.kill(os.getpid(), signal.SIGKILL)
 
 address, folder, location, *images = sys.argv[1:]
 with Registry.open(location) as registry, connected(address):
-    workplace, question = Workplace(location, device="cpu"), Question(part_size=4)
-    predict_many([*map(Path, images)], Path(folder), registry, workplace, question, Crew(workers=1), die)
+    job = PredictionJob(Workplace(location, device="cpu"), part_size=4, workers=1)
+    predict_many(job, [*map(Path, images)], Path(folder), registry, die)
 """
 """A driver that is killed when its first part is reported."""
 
@@ -82,11 +89,10 @@ def register(
 @pytest.fixture(scope="module")
 def predict(cluster: tuple[Any, str], tasks: Registry) -> Iterator[Predict]:
     """Predicts into a folder on the cluster; its workers start together."""
-    workplace = Workplace(tasks.location, device="cpu")
+    default = PredictionJob(Workplace(tasks.location, device="cpu"), part_size=PART_SIZE, workers=2)
 
-    def run(images: Sequence[Path], folder: Path, crew: Crew = TWO, report: Any = None, **options: Any) -> Summary:
-        question = Question(**{"part_size": PART_SIZE, **options})
-        return predict_many(images, folder, tasks, workplace, question, crew, report)
+    def run(images: Sequence[Path], folder: Path, report: Any = silent, **options: Any) -> Summary:
+        return predict_many(dataclasses.replace(default, **options), images, folder, tasks, report)
 
     with connected(cluster[1]):
         from ray.data import DataContext
@@ -140,7 +146,7 @@ def workers(node: Any) -> list[psutil.Process]:
     matches = []
     for child in children:
         with suppress(psutil.NoSuchProcess):  # it may be a zombie
-            matches += [child] if "_Worker" in " ".join(child.cmdline()) else []
+            matches += [child] if "PartWriter" in " ".join(child.cmdline()) else []
     return matches
 
 
@@ -252,7 +258,7 @@ def test_a_folder_with_predictions_of_another_run_is_refused(
     with pytest.raises(DataError, match=r"tasks shades:1 was [0-9a-f]{12}…, now none"):
         predict(images, folder, refs=["colours", "tags"])
     with pytest.raises(DataError, match="numerics threads was 1, now 2"):
-        predict(images, folder, Crew(cpus=2))
+        predict(images, folder, workers=None, cpus=2)
     assert contents(folder) == before
 
 
@@ -264,7 +270,7 @@ def test_an_unreadable_image_ends_the_run_or_is_skipped(
     try:
         paths = sorted([*images[:18], bad])
         with pytest.raises(AddendaError, match=r"9-bad\.png' cannot be read") as error:
-            predict(paths, tmp_path / "parts", Crew(workers=1))
+            predict(paths, tmp_path / "parts", workers=1)
         assert "\n" not in str(error.value)
         before = parts(tmp_path / "parts")
         summary = predict(paths, tmp_path / "parts", skip_bad=True)
@@ -280,20 +286,15 @@ def test_an_unreadable_image_ends_the_run_or_is_skipped(
     assert row["task"] is row["label"] is row["probability"] is None
 
 
-@pytest.fixture
-def job(tasks: Registry, tmp_path: Path) -> PredictionJob:
-    workplace = Workplace(tasks.location, device="cpu")
-    manifest = Manifest(images=1, images_sha256="", part_size=1, top=None, **resolve_tasks(workplace, (), True, 1))
-    return PredictionJob(tmp_path, workplace, manifest, 1, skip_bad=False)
-
-
-def test_a_worker_with_other_numerics_or_content_is_refused(job: PredictionJob) -> None:
-    PartWriter(job)
+def test_a_worker_with_other_numerics_or_content_is_refused(tasks: Registry) -> None:
+    job = PredictionJob(Workplace(tasks.location, device="cpu"))
+    manifest = Manifest(images=1, images_sha256="", part_size=1, top=None, **resolve_tasks(job))
+    open_model(job, manifest)
     with threads(1), pytest.raises(ExactnessError, match=r"differ from the manifest's.* threads was 1, now 2"):
-        PartWriter(dataclasses.replace(job, threads=2))
-    other = dataclasses.replace(job.manifest, tasks={**job.manifest.tasks, "shades:1": "0" * 64})
+        open_model(dataclasses.replace(job, cpus=2), manifest)
+    other = dataclasses.replace(manifest, tasks={**manifest.tasks, "shades:1": "0" * 64})
     with pytest.raises(IntegrityError, match="'shades:1' in the registry is not the one in the manifest"):
-        PartWriter(dataclasses.replace(job, manifest=other))
+        open_model(job, other)
 
 
 def test_bad_input_is_one_line(run: Run) -> None:

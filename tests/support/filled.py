@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from addenda.benchmarks.registry.registry_fill import fill
+from addenda.benchmarks.registry.registry_timings import fill
 from addenda.registry import Registry, Task
 
 BACKBONES = [f"{number:064x}" for number in range(1, 5)]

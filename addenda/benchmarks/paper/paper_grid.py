@@ -221,10 +221,8 @@ class _Run:
         for name in names:
             self.train(name, seed, UNMASKED)
         tests = {name: self._test(name, open_images(self._subset(name, seed)).labels) for name in names}
-        unmasked = [
-            cell for cell in best_of_rates(self.comparable()) if cell["method"] == UNMASKED and cell["seed"] == seed
-        ]
-        best = {cell["set"]: cell for cell in unmasked}
+        unmasked = {"method": UNMASKED, "seed": seed}.items()
+        best = {cell["set"]: cell for cell in best_of_rates(self.comparable()) if cell.items() >= unmasked}
         tensors = {name: load_file(self._unmasked_file(name, seed, best[name]["rate"])) for name in names}
         together = joined_accuracies(self.backbone, tensors, tests, self.comparison.baselines.autocast)
         alone = [best[name]["test"] for name in names]

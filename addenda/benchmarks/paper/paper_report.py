@@ -19,7 +19,7 @@ from markupsafe import Markup
 from addenda.backbones import FrozenBackbone
 from addenda.benchmarks.baselines.paper_methods import AS_SHIPPED
 from addenda.benchmarks.report.tables import NOTHING, Spread, Table, markdown, shown
-from addenda.terminal import console
+from addenda.terminal import console, percent
 
 PAIRS, COLLAPSE = "pairs", "collapse"
 """The two methods that combine several datasets."""
@@ -124,7 +124,7 @@ def accuracy_table(plain: Cells) -> Table:
     rows: list[list[str]] = [[name, *(_test(plain, name, method) for method in methods)] for name in sets]
     if len(rows) > 1:
         means = {method: _mean_of_sets(plain, method) for method in methods}
-        bold = (NOTHING if mean is None else Markup(f"**{mean:.1f}**") for mean in means.values())
+        bold = (NOTHING if mean is None else Markup(f"**{percent(mean)}**") for mean in means.values())
         rows.append([Markup("**mean**"), *bold])
         full, head = means.get("full"), means.get("head")
         if full is not None and head is not None:
@@ -140,24 +140,16 @@ def shipped_table(plain: Cells) -> Table:
     methods = _methods(plain)
     baselines = [method for method in methods if method.removesuffix(LAST).partition("-")[0] in STRONG]
     ours, sets = [method for method in methods if method in AS_SHIPPED], _sets(plain)
-    means = {method: _mean_of_sets(plain, method) for method in baselines}
-    complete = {method: mean for method, mean in means.items() if mean is not None}
+    complete = {method: mean for method in baselines if (mean := _mean_of_sets(plain, method)) is not None}
     best = max(complete, key=complete.__getitem__) if complete else None
-    rows = []
-    for names in (*([name] for name in sets), *([sets] if len(sets) > 1 else [])):
-        title = names[0] if len(names) == 1 else Markup("**mean**")
-        row: list[str] = [title]
-        for method in (*baselines, *ours):
-            mean = _mean_of_sets([cell for cell in plain if cell["set"] in names], method)
-            row.append(
-                _test(plain, names[0], method) if len(names) == 1 else NOTHING if mean is None else f"{mean:.1f}"
-            )
-        for method in ours if best else ():
-            gain = paired_gain(plain, names, method, best or "")
-            row.append(NOTHING if gain is None else f"{gain[0]:+.1f} ± {gain[1]:.1f}")
-        rows.append(row)
-    differences = [f"{method} minus {best}" for method in ours] if best else []
-    return Table(("dataset", *baselines, *ours, *differences), rows)
+    columns, compared = (*baselines, *ours), [(method, best) for method in ours if best is not None]
+    rows = [[name, *(_test(plain, name, method) for method in columns)] for name in sets]
+    if len(sets) > 1:
+        rows.append([Markup("**mean**"), *(percent(_mean_of_sets(plain, method)) for method in columns)])
+    for row, names in zip(rows, (*([name] for name in sets), sets), strict=False):
+        gains = (paired_gain(plain, names, method, over) for method, over in compared)
+        row += (NOTHING if gain is None else f"{gain[0]:+.1f} ± {gain[1]:.1f}" for gain in gains)
+    return Table(("dataset", *columns, *(f"{method} minus {over}" for method, over in compared)), rows)
 
 
 def paired_gain(cells: Cells, names: Sequence[str], method: str, over: str) -> tuple[float, float] | None:
@@ -167,14 +159,14 @@ def paired_gain(cells: Cells, names: Sequence[str], method: str, over: str) -> t
     """
     random, resampled, means = np.random.default_rng(0), np.zeros(RESAMPLES), []
     for name in names:
-        ours, base = ({cell["seed"]: cell for cell in _of(cells, set=name, method=m)} for m in (method, over))
-        seeds = [seed for seed in ours if seed in base and ours[seed].get("right") and base[seed].get("right")]
-        if not seeds:
-            return None
-        correct, base_correct = (
-            np.array([list(map(int, by_seed[seed]["right"])) for seed in seeds]) for by_seed in (ours, base)
+        scored = [cell for cell in _of(cells, set=name) if cell.get("right")]
+        ours, base = (
+            {cell["seed"]: [*map(int, cell["right"])] for cell in _of(scored, method=m)} for m in (method, over)
         )
-        gains = 100 * (correct - base_correct).mean(0)  # per test image, averaged over seeds
+        differences = [np.subtract(ours[seed], base[seed]) for seed in ours if seed in base]
+        if not differences:
+            return None
+        gains = 100 * np.mean(differences, axis=0)  # per test image, averaged over seeds
         means.append(gains.mean())
         resampled += gains[random.integers(len(gains), size=(RESAMPLES, len(gains)))].mean(1) / len(names)
     return float(np.mean(means)), float(resampled.std())
@@ -190,7 +182,7 @@ def _training_table(plain: Cells) -> Table:
         )
         most_common = "; ".join(f"{text} ({count})" for text, count in chosen.most_common(3))
         seconds, images = (sum(cell[key] for cell in cells) for key in ("seconds", "num_images"))
-        validation = f"{100 * statistics.mean(cell['validation'] for cell in cells):.1f}"
+        validation = percent(statistics.mean(cell["validation"] for cell in cells))
         rate = f"{images / seconds:.0f}" if images else NOTHING
         rows.append([method, validation, f"{seconds / len(cells):.0f}", rate, most_common])
     return Table(("method", "validation, %", "seconds", "images/s", "most frequent selection"), rows)
@@ -251,7 +243,12 @@ def _plot(joined: Cells, plain: Cells, file: Path) -> None:
 
     gains = {}
     for name in _sets(plain):
-        spreads = {method: Spread.of(_gains(plain, name, method, "head")) for method in _methods(plain)}
+        head = {cell["seed"]: cell["test"] for cell in _of(plain, set=name, method="head")}
+        scored = [cell for cell in _of(plain, set=name) if cell["seed"] in head]
+        spreads = {
+            method: Spread.of(100 * (cell["test"] - head[cell["seed"]]) for cell in _of(scored, method=method))
+            for method in _methods(plain)
+        }
         if known := {method: spread for method, spread in spreads.items() if spread is not None}:
             gains[name] = known
     paper = {name: {m: Spread(value - row["head"], None) for m, value in row.items()} for name, row in PAPER.items()}
@@ -271,13 +268,6 @@ def _plot(joined: Cells, plain: Cells, file: Path) -> None:
 
 def _of(cells: Cells, **key: str) -> list[Mapping[str, Any]]:
     return [cell for cell in cells if cell.items() >= key.items()]
-
-
-def _gains(cells: Cells, name: str, method: str, over: str) -> list[float]:
-    """Difference between two methods on a dataset in points, for each common seed."""
-    base = {cell["seed"]: cell["test"] for cell in _of(cells, set=name, method=over)}
-    of_method = _of(cells, set=name, method=method)
-    return [100 * (cell["test"] - base[cell["seed"]]) for cell in of_method if cell["seed"] in base]
 
 
 def _methods(plain: Cells) -> list[str]:
@@ -300,9 +290,9 @@ def _test(plain: Cells, name: str, method: str) -> str:
 
 
 def _mean_of_sets(plain: Cells, method: str) -> float | None:
-    """Mean accuracy over datasets in %; None if the method is missing for one."""
+    """Mean accuracy over datasets; None if the method is missing for one."""
     accuracies = [[cell["test"] for cell in _of(plain, set=name, method=method)] for name in _sets(plain)]
-    return 100 * statistics.mean(map(statistics.mean, accuracies)) if all(accuracies) else None
+    return statistics.mean(map(statistics.mean, accuracies)) if all(accuracies) else None
 
 
 def _difference(before: Sequence[float], after: Sequence[float]) -> list[str]:

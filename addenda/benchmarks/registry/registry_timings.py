@@ -6,29 +6,38 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+import addenda
 from addenda.backbones import FrozenBackbone
 from addenda.benchmarks.cost import Run, interleave, random_task
-from addenda.benchmarks.registry.registry_fill import disk_bytes, fill
 from addenda.benchmarks.report.tables import Figure, write
 from addenda.combined import feature_statistics, numerics, numerics_fingerprint, tensor_digest
 from addenda.combined.probe_inputs import NUM_PROBES
 from addenda.exceptions import RegistryError
 from addenda.files import output_folder
 from addenda.learner import LearnConfig
+from addenda.learner.context import Report
 from addenda.learner.objectives import SingleLabel
 from addenda.registry import FeatureStatistics, Golden, Registry, Task, TaskFilter
+from addenda.registry.store import ledger, schema
+from addenda.registry.store.database import database_errors, reading, writing
+from addenda.registry.store.registration import derived, packages
 from addenda.terminal import progress
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
 
 CPU = torch.device("cpu")
 IMAGES, PAGE = 500, 100
@@ -38,6 +47,8 @@ REGISTER_PER_S, LOAD_MS_EACH, PAGE_MS = 100, 2, 50
 """Targets."""
 CHUNKS = 20
 """Number of chunks of a series of registrations; the rate of each chunk is one measurement."""
+BATCH = 1000
+"""Number of tasks that `fill` writes at once."""
 
 
 def run_registry(
@@ -90,25 +101,25 @@ def _measure(
     num_tasks: int,
     num_listed: int,
     rounds: int,
-    report: Callable[[str, int, int], None],
+    report: Report,
 ) -> Iterator[Figure]:
     """All measurements of one database, in this order: the tasks registered first are then loaded and listed."""
     dialect = registry._engine.dialect
-    group = {"sqlite": "SQLite", "postgresql": "PostgreSQL"}[dialect.name]
-    group = f"{group} {'.'.join(map(str, dialect.server_version_info or ()))}"
+    kind = {"sqlite": "SQLite", "postgresql": "PostgreSQL"}[dialect.name]
+    group = f"{kind} {'.'.join(map(str, dialect.server_version_info or ()))}"
     figure, count = partial(Figure.of_rounds, group), num_tasks // 2
     others = [f"{number:064x}" for number in range(1, 5)]
     for fingerprint in (backbone.fingerprint, *others):
         registry.add_backbone({**backbone.record(), "fingerprint": fingerprint})
     routing = feature_statistics(_normal(0, IMAGES, backbone.embed_dim), TARGETS, len(LABELS))
     for what, statistics in (("registered without statistics", None), ("registered with statistics", routing)):
-        before, seconds = disk_bytes(registry), []
+        before, seconds = _disk_bytes(registry), []
         for done, arguments in enumerate(_registrations(backbone, count, statistics), 1):
             start = time.perf_counter()
             registry.register(*arguments)
             seconds.append(time.perf_counter() - start)
             report(f"{group}: tasks {what}", done, count)
-        task_kb = (disk_bytes(registry) - before) / count / 1000
+        task_kb = (_disk_bytes(registry) - before) / count / 1000
         size = -(-count // CHUNKS)
         chunks = [seconds[start : start + size] for start in range(0, count, size)]
         yield figure(what, "per s", [len(chunk) / sum(chunk) for chunk in chunks], REGISTER_PER_S, more=True)
@@ -117,7 +128,9 @@ def _measure(
             rates = _disk_rates(Path(location).parent, int(1000 * task_kb))
             yield figure("these bytes twice, the disk alone", "per s", rates)
     report(f"{group}: filling the list", 0, 1)
-    fill(registry, _small_task(), others, num_listed)
+    head = _normal(0, len(LABELS), 8), _normal(0, len(LABELS))
+    small = Task("line", "", LABELS, *head, _normal(0, 8), _normal(0, 1, 1, 8), **_details())  # no tensors are listed
+    fill(registry, small, others, num_listed)
     report(f"{group}: filling the list", 1, 1)
     loads = interleave({"load": lambda: registry.load(backbone)}, max(3, rounds // 4), CPU)["load"]
     yield figure(f"{num_tasks:,} tasks read and hashed", "s", loads, LOAD_MS_EACH * num_tasks / 1000)
@@ -134,15 +147,12 @@ def _registrations(
 ) -> Iterator[tuple[Task, Golden, FeatureStatistics | None]]:
     """Arguments of `register` for new tasks, whose digests are not cached yet."""
     described = numerics(backbone)
-    fingerprint = numerics_fingerprint(described)
     for number in range(count):
         name, seed = (f"plain-{number}", number) if statistics is None else (f"known-{number}", 2 * count + number)
         task = replace(random_task(backbone, seed), name=name, labels=LABELS, **_details())
         logits = _normal(seed, NUM_PROBES, len(LABELS))
-        task_statistics = (
-            None if statistics is None else replace(statistics, sums=_normal(seed, *statistics.sums.shape))
-        )
-        yield task, Golden(described, fingerprint, logits, tensor_digest(logits)), task_statistics
+        golden = Golden(described, numerics_fingerprint(described), logits, tensor_digest(logits))
+        yield task, golden, statistics and replace(statistics, sums=_normal(seed, *statistics.sums.shape))
 
 
 def _normal(seed: int, *shape: int) -> Tensor:
@@ -172,17 +182,6 @@ def _details() -> dict[str, Any]:
         "metrics": dict.fromkeys(("linear_probe", "layer_probe"), splits) | splits,
         "data": {"num_images": IMAGES, "counts": dict.fromkeys(LABELS, IMAGES // len(LABELS)), "skipped": []},
     }
-
-
-def _small_task() -> Task:
-    """A task with small tensors, because listing does not read them."""
-    weight, bias, token, memory = (
-        _normal(0, len(LABELS), 8),
-        _normal(0, len(LABELS)),
-        _normal(0, 8),
-        _normal(0, 1, 1, 8),
-    )
-    return Task("line", "", LABELS, weight, bias, token, memory, **_details())
 
 
 def _pages(registry: Registry, fingerprint: str, num_listed: int) -> dict[str, Run]:
@@ -223,3 +222,74 @@ def _notice_delays(registry: Registry, location: str, rounds: int) -> Iterator[f
             registry.note("plain-0", "a change")
             changed = time.perf_counter()
             yield max(0.0, waiting.result() - changed)
+
+
+def fill(registry: Registry, template: Task, backbones: Sequence[str], count: int) -> None:
+    """Adds tasks with sealed events as `register` does, in batches, but without golden probes and routing statistics.
+
+    The names are `line-00-0` to `line-99-N` with two versions each. The backbones (at most 20) are used in rotation;
+    scores are spread over 0 to 1, and creation times are a minute apart from 2020 on. Every tenth task is tagged
+    `audited`, every thousandth `pilot`; every twentieth extends the first; every hundredth is retired.
+    """
+    with database_errors("The registry was not filled"), writing(registry._engine) as connection:
+        offset = ledger.next_id(connection, schema.task)
+        for start in range(0, count, BATCH):
+            _add(connection, template, backbones, range(start, min(start + BATCH, count)), offset)
+    if registry._engine.dialect.name == "postgresql":  # as autovacuum would do some time later
+        with registry._engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.exec_driver_sql("VACUUM ANALYZE")
+
+
+def _disk_bytes(registry: Registry) -> int:
+    """Size of a registry's database on disk, without its write-ahead log."""
+    sizes = {
+        "sqlite": "SELECT page_count * page_size FROM pragma_page_count(), pragma_page_size()",
+        "postgresql": "SELECT pg_database_size(current_database())",
+    }
+    with reading(registry._engine) as connection:
+        return int(connection.exec_driver_sql(sizes[connection.dialect.name]).scalar_one())
+
+
+def _add(connection: Connection, template: Task, backbones: Sequence[str], indexes: range, offset: int) -> None:
+    rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    events: list[dict[str, Any]] = []
+    first = ledger.generation(connection) + 1
+
+    def event(kind: str, subject: str, **details: str) -> int:
+        events.append({"id": first + len(events), "kind": kind, "subject": subject, "details": details, **stamp})
+        return first + len(events) - 1
+
+    for index in indexes:
+        task_id, name, version = offset + index, f"line-{index // 2 % 100:02}-{index // 200}", 1 + index % 2
+        task = replace(
+            template, name=name, backbone=backbones[index % len(backbones)], head_bias=template.head_bias + index,
+            parents=(replace(template, backbone=backbones[0]),) if index and index % 20 == 0 else (),
+        )  # fmt: skip
+        ref, time = f"{name}:{version}", datetime(2020, 1, 1, tzinfo=UTC) + timedelta(minutes=index)
+        stamp = {"created_by": "filler", "created_at": time.isoformat(timespec="microseconds")}
+        rows["artifact"].append({"sha256": task.sha256, "data": task.artifact})
+        rows["task"].append({
+            **derived(task), "id": task_id, "name": name, "version": version, "artifact": task.sha256,
+            "config": dict(task.config), "metrics": dict(task.metrics), "data": dict(task.data),
+            "score": index * 7919 % 10_000 / 10_000,  # a prime factor, so that neighbours have distant scores
+            "code_version": addenda.__version__, "packages": packages(),
+            "event_id": event("registered", ref, sha256=task.sha256), **stamp,
+        })  # fmt: skip
+        if task.parents:
+            rows["task_parent"].append({"task_id": task_id, "position": 0, "parent_id": offset})
+        for tag, every in (("audited", 10), ("pilot", 1000)):
+            if index % every == 3:
+                rows["tag"].append({"task_id": task_id, "tag": tag})
+                event("tagged", ref, tag=tag)
+        if index % 100 == 7:
+            number = event("retired", ref, reason="")
+            rows["retirement"].append({"task_id": task_id, "reason": "", **stamp, "event_id": number})
+    for table in schema.metadata.sorted_tables:
+        if table.name in rows:
+            connection.execute(table.insert(), rows[table.name])
+    written = ledger.written(connection, first, first + len(events) - 1)
+    latest = connection.execute(schema.event.select().where(schema.event.c.id == first - 1)).one_or_none()
+    digest = latest.digest if latest else ""
+    for row in events:
+        digest = row["digest"] = ledger.seal(digest, row, written.get(row["id"], []))
+    connection.execute(schema.event.insert(), events)

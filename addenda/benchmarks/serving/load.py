@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import cycle
 
@@ -88,6 +89,27 @@ async def _exchange(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, 
     length = head.partition(b"\r\ncontent-length:")[2].partition(b"\r\n")[0]
     await reader.readexactly(int(length))
     return int(head.split(maxsplit=2)[1])
+
+
+@contextmanager
+def generator(images: Sequence[bytes]) -> Iterator[Callable[..., Measured]]:
+    """Starts the load generator; yields a function of a server's host and port and the options of `load`."""
+    command = (sys.executable, "-m", "addenda.benchmarks.serving.load")
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        stdin, stdout = process.stdin, process.stdout
+
+        def load(host: str, port: int, **options: float) -> Measured:
+            head = f"POST /api/v1/predict HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: image/jpeg\r\n"
+            requests = [f"{head}Content-Length: {len(image)}\r\n\r\n".encode() + image for image in images]
+            order = {"host": host, "port": port, "requests": [request.hex() for request in requests], **options}
+            stdin.write(json.dumps(order) + "\n")
+            stdin.flush()
+            return Measured(**json.loads(stdout.readline()))
+
+        yield load
+        stdin.close()
 
 
 if __name__ == "__main__":

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import http.client
 import io
 import math
 import os
+import re
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import count as numbers_from
@@ -23,12 +28,12 @@ from torch import Tensor
 from addenda.backbones import FrozenBackbone
 from addenda.benchmarks.cost import random_task
 from addenda.benchmarks.report.tables import Figure, write
-from addenda.benchmarks.serving.load import Measured
-from addenda.benchmarks.serving.processes import ServerProcess, generator, goldens, served
-from addenda.combined import CombinedModel, micro_batch, numerics
+from addenda.benchmarks.serving.load import Measured, generator
+from addenda.combined import CombinedModel, micro_batch, numerics, numerics_fingerprint, tensor_digest
 from addenda.combined.probe_inputs import probe_images
+from addenda.exceptions import AddendaError
 from addenda.files import output_folder
-from addenda.registry import Golden, Task
+from addenda.registry import Golden, Registry, Task
 from addenda.terminal import plural, progress
 
 SHARES = (0.5, 0.7, 0.9)
@@ -61,12 +66,10 @@ def run_serving(
     counts = counts or ((CHANGED,) if ray is not None else (1, 10) if quick else (1, 10, 100, 1000))
     if quick:
         seconds, rounds, cycles = min(seconds, 2), 2, min(cycles, 20)
-    device, batch_size = numerics(backbone)["device"], micro_batch(backbone.device)
-    _, height, width = backbone.preprocessing["input_size"]
+    device, batch_size, threads = numerics(backbone)["device"], micro_batch(backbone.device), torch.get_num_threads()
     figures: list[Figure] = []
-    with generator([_image(number, width, height) for number in range(16)]) as load, progress() as report:
-        serve = partial(served, backbone, weights)
-        bench = _Bench(backbone, partial(load, seconds=seconds), serve, seconds, rounds, clients=3 * batch_size)
+    with generator([_image(backbone, number) for number in range(16)]) as load, progress() as report:
+        bench = _Bench(backbone, weights, partial(load, seconds=seconds), seconds, rounds, clients=3 * batch_size)
         if ray is None:
             steps = [("Serving tasks", partial(bench.throughput, count)) for count in counts]
             steps.append(("Changing the registry", partial(bench.changes, cycles)))
@@ -85,23 +88,23 @@ def run_serving(
         + (f"--cycles {cycles}" if ray is None else f"--ray {ray} --replicas {','.join(map(str, replicas))}"),
         "backbone": backbone.name,
         "device": device,
-        "threads": torch.get_num_threads(),
+        "threads": threads,
         "micro_batch": batch_size,
         "counts": list(counts),
     }
-    title = f"{backbone.name}, {device}, {torch.get_num_threads()} threads; {seconds:g} s per load, {rounds} rounds"
+    title = f"{backbone.name}, {device}, {threads} threads; {seconds:g} s per load, {rounds} rounds"
     write("serving", title, figures, details, out)
     return figures
 
 
 @dataclass(frozen=True)
 class _Bench:
-    """Shared state of all measurements; `load` is from `generator`, and `served` already has backbone and weights."""
+    """Shared state of all measurements."""
 
     backbone: FrozenBackbone
-    load: Callable[..., Measured]
-    served: Callable[..., AbstractContextManager[ServerProcess]]
-    seconds: float
+    weights: Path | None
+    load: Callable[..., Measured]  # from `generator`
+    seconds: float  # of a load
     rounds: int
     clients: int  # per server in a closed loop: enough for one running and two waiting full batches
 
@@ -112,12 +115,12 @@ class _Bench:
         bare: list[float] = []
         combined: list[float] = []
         loads: list[Measured] = []
-        with self.served(tasks) as server:
-            self.load(server, clients=self.clients, seconds=min(2, self.seconds))  # warms up
+        with self._served(tasks) as server:
+            self.load(*server.address, clients=self.clients, seconds=min(2, self.seconds))  # warms up
             for _ in range(self.rounds):
                 bare.append(self._alone(self.backbone.backbone_logits))
                 combined.append(self._alone(model))
-                loads.append(self.load(server, clients=self.clients))
+                loads.append(self.load(*server.address, clients=self.clients))
             rates = [load.rate for load in loads]
             figures = [
                 of_rounds("stock timm alone", "images/s", bare),
@@ -129,7 +132,7 @@ class _Bench:
             ]
             for share in SHARES:
                 rate = share * statistics.median(rates)
-                opened = [self.load(server, rate=rate, seed=seed) for seed in range(self.rounds)]
+                opened = [self.load(*server.address, rate=rate, seed=seed) for seed in range(self.rounds)]
                 figures += _latencies(f"{count:,} tasks", f"at {share:.0%} of that", opened)
         return figures
 
@@ -141,12 +144,12 @@ class _Bench:
         served: list[float] = []
         memory: list[float] = []
         tasks = [random_task(self.backbone, number) for number in range(CHANGED)]
-        with self.served(tasks) as server, ThreadPoolExecutor(1) as pool:
-            rate = SHARES[0] * self.load(server, clients=self.clients).rate
+        with self._served(tasks) as server, ThreadPoolExecutor(1) as pool:
+            rate = SHARES[0] * self.load(*server.address, clients=self.clients).rate
             for seed in range(self.rounds):
-                unchanged.append(self.load(server, rate=rate, seed=seed))
+                unchanged.append(self.load(*server.address, rate=rate, seed=seed))
                 changes = pool.submit(server.change, *(next(new) for _ in range(max(2, int(self.seconds)))))
-                changing.append(self.load(server, rate=rate, seed=seed))
+                changing.append(self.load(*server.address, rate=rate, seed=seed))
                 served += changes.result()
             idle = server.change(*(next(new) for _ in range(10)))
             for _ in range(cycles):
@@ -176,9 +179,9 @@ class _Bench:
         for count in counts:
             clients, name = self.clients * count, f"replicas: {count}"
             options = ("--ray", ray, "--replicas", str(count), "--cpus", str(cpus), "--drain", "0")
-            with self.served(tasks, *options, ready=f" with {count} replica") as server:
-                self.load(server, clients=clients, seconds=min(2, self.seconds))  # warms up
-                loads = [self.load(server, clients=clients) for _ in range(self.rounds)]
+            with self._served(tasks, *options, ready=f" with {count} replica") as server:
+                self.load(*server.address, clients=clients, seconds=min(2, self.seconds))  # warms up
+                loads = [self.load(*server.address, clients=clients) for _ in range(self.rounds)]
                 memory = server.memory_mb()
             rates = [load.rate for load in loads]
             first = first or rates
@@ -190,6 +193,28 @@ class _Bench:
                 Figure(group, f"{name}, memory of one", "MB", memory),
             ]
         return figures
+
+    @contextmanager
+    def _served(self, tasks: Sequence[Task], *options: str, ready: str = "") -> Iterator[_ServerProcess]:
+        """Serves the tasks from a new registry; the server is ready when it prints its address followed by `ready`."""
+        with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+            registry = stack.enter_context(Registry.open(f"{folder}/tasks.db"))
+            registry.add_backbone(self.backbone.record())
+            for task, golden in zip(tasks, _goldens(self.backbone, tasks), strict=True):
+                registry.register(task, golden)
+            command = [sys.executable, "-m", "addenda.cli", "serve", "--registry", f"{folder}/tasks.db"]
+            command += ["--port", "0", "--keys", f"{folder}/keys.json", "--log-level", "error"]
+            command += ["--device", str(self.backbone.device), *options]
+            if self.weights is not None:
+                command += ["--weights", str(self.weights.resolve())]
+            log = stack.enter_context(open(f"{folder}/log", "w+"))
+            environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+            process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+            try:
+                yield _ServerProcess(process, registry, Path(log.name), len(tasks), ready)
+            finally:
+                process.terminate()
+                process.wait()
 
     def _alone(self, run: Callable[[Tensor], object]) -> float:
         """Images per second of a function, in canonical micro-batches."""
@@ -205,11 +230,11 @@ class _Bench:
                 images += batch_size
         return images / (time.perf_counter() - start)
 
-    def _new_tasks(self, chunk: int = 20) -> Iterator[tuple[Task, Golden]]:
+    def _new_tasks(self) -> Iterator[tuple[Task, Golden]]:
         """An endless supply of unregistered tasks with their golden probes."""
-        for start in numbers_from(CHANGED, chunk):
-            tasks = [random_task(self.backbone, number) for number in range(start, start + chunk)]
-            yield from zip(tasks, goldens(self.backbone, tasks), strict=True)
+        for start in numbers_from(CHANGED, 20):
+            tasks = [random_task(self.backbone, number) for number in range(start, start + 20)]
+            yield from zip(tasks, _goldens(self.backbone, tasks), strict=True)
 
 
 def _cost_per_task(figures: Sequence[Figure], fewest: int, most: int, count: int) -> list[Figure]:
@@ -229,8 +254,9 @@ def _ratios(numerators: Sequence[float], denominators: Sequence[float]) -> list[
     return [numerator / denominator for numerator, denominator in zip(numerators, denominators, strict=True)]
 
 
-def _image(number: int, width: int, height: int) -> bytes:
+def _image(backbone: FrozenBackbone, number: int) -> bytes:
     """A JPEG file of the backbone's input size."""
+    _, height, width = backbone.preprocessing["input_size"]
     blocks = np.random.RandomState(number).randint(0, 255, (8, 8, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(blocks).resize((width, height), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
@@ -254,3 +280,59 @@ def _latencies(group: str, when: str, loads: Sequence[Measured]) -> list[Figure]
 
 def _failed(group: str, what: str, loads: Sequence[Measured]) -> Figure:
     return Figure(group, what, "", sum(sum(load.failed.values()) for load in loads), target=0)
+
+
+class _ServerProcess:
+    """A server process and its registry."""
+
+    def __init__(
+        self, process: subprocess.Popen[bytes], registry: Registry, log: Path, num_tasks: int, ready: str
+    ) -> None:
+        self._registry, start = registry, time.perf_counter()
+        while (match := re.search(rf" on http://([\d.]+):(\d+){ready}", log.read_text())) is None:
+            if process.poll() is not None:
+                raise AddendaError(f"The server did not start: {log.read_text()[-500:]}")
+            time.sleep(0.05)
+        self.address = match[1], int(match[2])
+        while self._num_tasks() != num_tasks:
+            time.sleep(0.05)
+        self.started_s = time.perf_counter() - start
+
+    def change(self, *tasks: tuple[Task, Golden]) -> list[float]:
+        """Registers each task and then retires it; returns the seconds until each was served."""
+        seconds, before = [], self._num_tasks()
+        for task, golden in tasks:
+            start = time.perf_counter()
+            registered = self._registry.register(task, golden)
+            while self._num_tasks() == before:
+                time.sleep(0.01)
+            seconds.append(time.perf_counter() - start)
+            self._registry.retire(registered.ref)
+            while self._num_tasks() != before:
+                time.sleep(0.01)
+        return seconds
+
+    def memory_mb(self) -> float:
+        """Resident memory of the process that responds; NaN except on Linux, where the metric exists."""
+        return self._metric("process_resident_memory_bytes", float("nan")) / 1e6
+
+    def _num_tasks(self) -> int:
+        """Number of served tasks; -1 before the server responds."""
+        try:
+            return int(self._metric("addenda_tasks", -1))
+        except ConnectionError:
+            return -1
+
+    def _metric(self, name: str, default: float) -> float:
+        """The value of a Prometheus metric, or the default if it is missing."""
+        with closing(http.client.HTTPConnection(*self.address, timeout=60)) as connection:
+            connection.request("GET", "/metrics")
+            match = re.search(rf"^{name} (\S+)", connection.getresponse().read().decode(), re.MULTILINE)
+        return float(match[1]) if match else default
+
+
+def _goldens(backbone: FrozenBackbone, tasks: Sequence[Task]) -> list[Golden]:
+    """Golden probes of many tasks in one forward pass; each has the same bits as if computed alone."""
+    described, outputs = numerics(backbone), CombinedModel(backbone, tasks)(probe_images(backbone))
+    logits = [outputs[task.name].cpu() for task in tasks]
+    return [Golden(described, numerics_fingerprint(described), values, tensor_digest(values)) for values in logits]

@@ -6,8 +6,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,22 +17,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from addenda.backbones import FrozenBackbone
+from addenda.benchmarks.baselines.dense_mask import DENSE_NAMES, DenseMask
 from addenda.benchmarks.baselines.paper_methods import batches
 from addenda.benchmarks.cost import Run, interleave
 from addenda.benchmarks.listing import write_listing
 from addenda.benchmarks.report.tables import Figure, write
-from addenda.benchmarks.training.dense import DenseTraining, Setting, as_task, peak_bytes
-from addenda.combined import CombinedModel, forward_pass, micro_batch, numerics, prove, task_cost
+from addenda.benchmarks.training.peak_memory import peak_bytes
+from addenda.combined import CombinedModel, forward_pass, micro_batch, task_cost
+from addenda.combined.numerics import numerics_settings
 from addenda.exceptions import DataError
 from addenda.files import output_folder
 from addenda.learner import ActivationCache, Augmentation, LearnConfig, Learner
 from addenda.learner.activations import Activations
-from addenda.learner.candidates import first_tensors
+from addenda.learner.candidates import HEAD_WEIGHTS, Candidate, as_fields, first_tensors
 from addenda.learner.context import RunContext
 from addenda.learner.data import LabelledImages, check_same_labels, has_test_part, open_images
-from addenda.learner.objectives import accuracy
+from addenda.learner.objectives import LinearProbe, accuracy
 from addenda.learner.trainer import Trainer
-from addenda.registry import Registry
+from addenda.registry import Registry, Task
 from addenda.terminal import console, progress, size
 
 MEMORY = 5
@@ -71,7 +73,7 @@ def run_training(
     details: dict[str, Any] = {
         "command": f"addenda {' '.join(sys.argv[1:])}",
         "backbone": backbone.name,
-        "numerics": {key: value for key, value in numerics(backbone).items() if key != "probe"},
+        "numerics": numerics_settings(backbone),
         "train_images": len(images),
         "test_images": len(test),
         "batch_size": config.batch_size,
@@ -125,18 +127,16 @@ def _measure(setting: Setting, test: LabelledImages, details: dict[str, Any], re
     (learned,) = setting.train(one, config, EPOCHS)
     train_s = time.perf_counter() - start
     (cached,) = setting.train(one, config, dense_epochs)
+    trained = {"start": dense.tensors, "cached": cached.snapshot()}
     steps = [step_rows for epoch in range(dense_epochs) for step_rows in dense.batches(epoch + 1)]
     for number, step_rows in enumerate(steps, 1):
         dense.step(setting.pixels(step_rows.tolist()), step_rows)
         report("training through the dense mask", number, len(steps))
-    start_tensors = first_tensors(backbone, setting.linear_probe, config.candidates[0], config.memory_std)
-    trained = {
-        "start": start_tensors, "cached": cached.snapshot(), "dense": dense.tensors, "learned": learned.snapshot(),
-    }  # fmt: skip
+    trained |= {"dense": dense.tensors, "learned": learned.snapshot()}
     accuracies = _accuracies(setting, test, trained)
     memory = _memory(setting, sweep, batch, rows)
-    filling = measure_filling(backbone, setting.images.select(range(min(STOCK_IMAGES, count))), rounds=rounds)
-    layer_head_s = measure_layer_head(backbone, setting.images)
+    filling = measure_filling(backbone, setting.images.select(range(min(STOCK_IMAGES, count))), VIEWS, rounds)
+    layer_head_s = _measure_layer_head(backbone, setting.images)
     passes_s = count * (1 + VIEWS.num_views) / filling["pass_images_per_s"]
 
     cost, dense_operations = task_cost(backbone, MEMORY), _dense_operations(backbone)
@@ -167,45 +167,108 @@ def _measure(setting: Setting, test: LabelledImages, details: dict[str, Any], re
     ]
 
 
+@dataclass(frozen=True)
+class Setting:
+    """Shared state of all measurements; all training starts from the linear probe."""
+
+    backbone: FrozenBackbone
+    images: LabelledImages
+    activations: Activations
+    linear_probe: LinearProbe
+    config: LearnConfig
+
+    def train(self, trainer: Trainer, config: LearnConfig, epochs: int, count: int | None = None) -> list[Candidate]:
+        """Trains the config's candidates for `epochs` of its schedule, on all images or the first `count`."""
+        rows = torch.arange(count or len(self.activations), dtype=torch.int64, device="cpu")
+        no_rows = torch.empty(0, dtype=torch.long, device="cpu")
+        return trainer.run(self.linear_probe, config.candidates, rows, no_rows, epochs, "refit")[0]
+
+    def pixels(self, rows: Sequence[int]) -> Tensor:
+        """The preprocessed images of these rows."""
+        return torch.stack([self.images.read(row, self.backbone) for row in rows])
+
+
+class DenseTraining:
+    """Training through the dense mask with the same initialization, image order, loss, optimizer and schedule."""
+
+    def __init__(self, setting: Setting) -> None:
+        backbone, config = setting.backbone, setting.config
+        (settings,) = config.candidates
+        first = first_tensors(backbone, setting.linear_probe, settings, config.memory_std)
+        self._setting = setting
+        self._order = Trainer(setting.activations, [], config)._order
+        self._penalty = 1 / (setting.linear_probe.strength * len(setting.activations))  # as in the Trainer
+        num_steps = -(-len(setting.activations) // config.batch_size) * config.epochs
+        self._candidate = Candidate(settings, first, config, num_steps, backbone.device)
+        self._model = DenseMask(backbone, [as_task(setting, "dense", first)])
+        dense_parameters = dict(self._model.named_parameters())
+        parameters = {name: dense_parameters[dense_name] for name, dense_name in DENSE_NAMES.items()}
+        self._parameters = [parameters[name] for name in self._candidate.tensors]
+        self._head = [parameters[name] for name in HEAD_WEIGHTS]
+        for parameter, tensor in zip(self._parameters, self._candidate.tensors.values(), strict=True):
+            parameter.data = tensor.data  # shared memory, so that the candidate's optimizer updates the model
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The current tensors of the task."""
+        return self._candidate.snapshot()
+
+    def batches(self, epoch: int) -> Iterator[Tensor]:
+        """The image rows of each step."""
+        order, _ = self._order(torch.arange(len(self._setting.activations), dtype=torch.int64, device="cpu"), epoch)
+        yield from order.split(self._setting.config.batch_size)
+
+    def step(self, images: Tensor, rows: Tensor) -> None:
+        """One optimizer step."""
+        activations = self._setting.activations
+        targets = activations.targets[rows].to(self._setting.backbone.device)
+        loss = activations.objective.loss(self._model(images)["dense"], targets)
+        penalty = self._penalty * torch.stack([weight.square().sum() for weight in self._head]).sum()
+        self._candidate.step(torch.autograd.grad(loss + penalty, self._parameters))
+
+
+def as_task(setting: Setting, name: str, tensors: dict[str, Tensor]) -> Task:
+    """A task with these tensors."""
+    return Task(name, setting.backbone.fingerprint, setting.images.labels, **as_fields(tensors))
+
+
 def measure_filling(
-    backbone: FrozenBackbone, images: LabelledImages, augmentation: Augmentation = VIEWS, rounds: int = 3
+    backbone: FrozenBackbone, images: LabelledImages, augmentation: Augmentation, rounds: int
 ) -> dict[str, Any]:
     """Times filling a new cache from files, and forward passes over as many images and views in memory.
 
     Images are hashed beforehand, because every run does so. A ratio of 1 between filling and forward passes means that
     all reading is hidden.
     """
-    prove(backbone, [])
     images, num_views = images.hashed(), 1 + augmentation.num_views
     pixels, count = images.read_all(backbone), len(images) * num_views
-    fill_s, pass_s = [], []
-    for _ in range(rounds):
-        start = time.perf_counter()
+
+    def fill() -> None:
         with tempfile.TemporaryDirectory() as folder:
             Activations(backbone, images, augmentation, ActivationCache(folder))
-            fill_s.append(time.perf_counter() - start)
-        start = time.perf_counter()
+
+    def forward() -> None:
         for _ in range(num_views):
             outputs = forward_pass(backbone, pixels, sizes=(micro_batch(backbone.device),), pooled=True)
             assert outputs.pooled is not None
             outputs.pooled.cpu()
-        pass_s.append(time.perf_counter() - start)
+
+    seconds = interleave({"fill": fill, "forward": forward}, rounds, backbone.device)
     return {
         "num_images": count,
-        "images_per_s": count / statistics.median(fill_s),
-        "pass_images_per_s": count / statistics.median(pass_s),
-        "ratios": [fill / alone for fill, alone in zip(fill_s, pass_s, strict=True)],
+        "images_per_s": count / statistics.median(seconds["fill"]),
+        "pass_images_per_s": count / statistics.median(seconds["forward"]),
+        "ratios": [fill_s / forward_s for fill_s, forward_s in zip(*seconds.values(), strict=True)],
     }
 
 
-def measure_layer_head(backbone: FrozenBackbone, images: LabelledImages, augmentation: Augmentation = VIEWS) -> float:
+def _measure_layer_head(backbone: FrozenBackbone, images: LabelledImages) -> float:
     """Seconds of learning and registering a head-only task from files, with a new cache."""
-    prove(backbone, [])
     with tempfile.TemporaryDirectory() as folder, Registry.open(f"{folder}/tasks.db") as registry:
         data = write_listing(Path(folder) / "images.csv", images, range(len(images)))
         learner = Learner(backbone, registry, ActivationCache(f"{folder}/cache"))
         start = time.perf_counter()
-        learner.learn("layers", data, config=LearnConfig(head_only=True, augmentation=augmentation))
+        learner.learn("layers", data, config=LearnConfig(head_only=True, augmentation=VIEWS))
         return time.perf_counter() - start
 
 
@@ -226,14 +289,10 @@ def _memory(setting: Setting, sweep: LearnConfig, batch: Tensor, rows: Tensor) -
     backbone, activations = setting.backbone, setting.activations
     two_batches = 2 * setting.config.batch_size
     existing = [*backbone.weights.state_dict().values(), *_cached(activations), batch]
-
-    def cached(config: LearnConfig) -> None:
-        setting.train(Trainer(activations, [], config), config, 1, min(two_batches, len(activations)))
-
-    peaks = {
-        name: peak_bytes(partial(cached, config), existing, backbone.device)
-        for name, config in {"one": setting.config, "eight": sweep}.items()
-    }
+    peaks = {}
+    for name, config in {"one": setting.config, "eight": sweep}.items():
+        steps = partial(setting.train, Trainer(activations, [], config), config, 1, min(two_batches, len(activations)))
+        peaks[name] = peak_bytes(steps, existing, backbone.device)
     model = backbone.trainable_copy(activations.num_classes)
     images, targets = batch.to(backbone.device), activations.targets[rows].to(backbone.device)
 

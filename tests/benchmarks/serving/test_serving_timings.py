@@ -6,13 +6,11 @@ import asyncio
 import json
 import math
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from addenda import FrozenBackbone
-from addenda.benchmarks.serving.load import Measured, load
-from addenda.benchmarks.serving.processes import generator
+from addenda.benchmarks.serving.load import Measured, generator, load
 from addenda.benchmarks.serving.serving_timings import run_serving
 
 
@@ -49,9 +47,8 @@ def test_a_status_other_than_200_is_a_failure() -> None:
 
 
 def test_failures_are_returned_by_the_process_of_the_load_generator() -> None:
-    closed = SimpleNamespace(host="127.0.0.1", port=1)
     with generator([b"image"]) as send_load:
-        measured = send_load(closed, seconds=0.2, clients=1)
+        measured = send_load("127.0.0.1", 1, seconds=0.2, clients=1)
     assert not measured.latencies_s
     assert measured.failed["ConnectionRefusedError"] > 1
 

@@ -12,8 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from addenda import FrozenBackbone, LearnConfig
 from addenda.benchmarks.baselines.dense_mask import DenseMask
 from addenda.benchmarks.training import learning_cost
-from addenda.benchmarks.training.dense import DenseTraining, Setting
-from addenda.benchmarks.training.learning_cost import run_training
+from addenda.benchmarks.training.learning_cost import DenseTraining, Setting, run_training
 from addenda.exceptions import DataError
 from addenda.learner import ActivationCache, Augmentation
 from addenda.learner.activations import Activations

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from addenda.benchmarks.training.dense import peak_bytes
+from addenda.benchmarks.training.peak_memory import peak_bytes
 
 WEIGHT = torch.ones(1000, requires_grad=True)
 
