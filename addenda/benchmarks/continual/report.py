@@ -40,13 +40,10 @@ def write_report(results: Results, folder: Path) -> None:
 
 def print_report(results: Results, folder: Path) -> None:
     """Print the comparison table, its notes and the paths of the report."""
-    indices = {
-        "method": 0, "task-inc. %": 1, "class-inc. %": 2, "forgetting": 5, "old logits": 6, "per task": 7, "train s": 8,
-        "passes": 9,
-    }  # fmt: skip
     console.print(columns.verdict(results), markup=False, highlight=False)
-    rows = [[row[index] for index in indices.values()] for row in columns.comparison_table(results).rows]
-    show(f"Accuracy on stream {results.stream}", Table(tuple(indices), rows))
+    titles = "method", "task-inc. %", "class-inc. %", "forgetting", "old logits", "per task", "train s", "passes"
+    rows = columns.method_rows(results, columns.SHORT)
+    show(f"Accuracy on stream {results.stream}", Table(titles, rows))
     for note in columns.footnotes(results):
         console.print(f"- {note}", markup=False, highlight=False)
     console.print(f"Report: {folder / 'report.html'} and {folder / 'report.md'}", markup=False, highlight=False)
@@ -59,12 +56,8 @@ def _content(results: Results, values: dict[str, Any]) -> dict[str, Any]:
     final = ", ".join(f"{label} {100 * last.mean:.1f} %" for label, (*_, last) in lines.values() if last)
     curves_caption = f"Class-incremental accuracy after each experience, averaged over those so far; final: {final}"
     draw = partial(curves, lines, OURS, names)
-    early = (
-        row[i + 1 :]
-        for c in results.cells
-        for matrix in (c.task_incremental, c.class_incremental)
-        for i, row in enumerate(matrix)
-    )
+    matrices = (matrix for cell in results.cells for matrix in (cell.task_incremental, cell.class_incremental))
+    early = (value for matrix in matrices for i, row in enumerate(matrix) for value in row[i + 1 :])
     return {
         "results": results,
         "verdict": columns.verdict(results),
@@ -84,7 +77,7 @@ def _content(results: Results, values: dict[str, Any]) -> dict[str, Any]:
         "extra": columns.extra_table(results),
         "metrics": columns.metrics_table(results),
         "not_offered": columns.NOT_OFFERED if len(names) > 1 else "",
-        "early": any(value is not None for row in early for value in row),
+        "early": any(value is not None for value in early),
         "experiences": columns.experience_table(results),
         **{
             key: yaml.safe_dump(values[key], sort_keys=False, allow_unicode=True) if values[key] else ""

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from addenda.benchmarks.continual.columns import exactness, verdict
-from addenda.benchmarks.continual.comparison import compare_reports, print_comparison
+from addenda.benchmarks.continual.columns import compare_reports, exactness, print_comparison, verdict
 from addenda.benchmarks.continual.report import accuracy_so_far, mean_matrix, write_report
 from addenda.benchmarks.continual.results import (
     Cell,
