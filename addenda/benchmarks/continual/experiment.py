@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ from addenda.combined import numerics
 from addenda.exceptions import DataError, TrainingError
 from addenda.files import output_folder
 from addenda.learner import LearnConfig
-from addenda.learner.context import Report
+from addenda.learner.context import Report, silent
 from addenda.learner.objectives import accuracy
 from addenda.registry import Registry, canonical_json
 from addenda.terminal import plural
@@ -75,12 +75,7 @@ def run_continual(
         stream = build_stream(config, data_root, seed)
         for index, note in enumerate(notes):
             run = MethodRun(config, backbone, stream, note.name, seed, out)
-
-            def report_cell(what: str, done: int, run: MethodRun = run, index: int = index) -> None:
-                count = len(run.stream.experiences)
-                report(f"seed {run.seed}: {run.name}, {what}", index * count + done, len(notes) * count)
-
-            cells.append(run.cell(report_cell))
+            cells.append(run.cell(report, index, len(notes)))
     environment = numerics(backbone)
     processes, threads = "", environment["threads"]
     if config.jobs > 1:
@@ -119,7 +114,7 @@ def _compute_in_parallel(
 def _compute(config: StreamConfig, device: str, out: Path, data_root: Path | None, seed: int, name: str) -> str:
     settings, stream = config.backbone, build_stream(config, data_root, seed)
     backbone = _load(settings.name, settings.weights, settings.mean, settings.std, device=device)
-    MethodRun(config, backbone, stream, name, seed, out).cell(lambda *_: None)
+    MethodRun(config, backbone, stream, name, seed, out).cell(silent)
     return f"seed {seed}: {name}"
 
 
@@ -163,17 +158,12 @@ class MethodRun:
         if self.name in OURS:
             self._ours = LearnConfig.parse({**self.config.learn, **OURS[self.name][-1], "seed": self.seed})
             settings = self._ours.to_json()
-        dependencies = {
-            "method": self.name,
-            "seed": self.seed,
-            "settings": settings,
-            "backbone": self.backbone.fingerprint,
-            "images": self.stream.fingerprints,
-        }
+        dependencies = {"method": self.name, "seed": self.seed, "settings": settings}
+        dependencies |= {"backbone": self.backbone.fingerprint, "images": self.stream.fingerprints}
         self._key = hashlib.sha256(canonical_json(dependencies).encode()).hexdigest()[:16]
 
-    def cell(self, report: Callable[[str, int], None]) -> Cell:
-        """Return the stored cell, or compute and store it; `report` is called with the experiences done."""
+    def cell(self, report: Report, index: int = 0, num_methods: int = 1) -> Cell:
+        """Return the stored cell, or compute and store it, as number `index` of the seed's methods."""
         cells = TypeAdapter(Cell)
         for line in read_lines(self.out / CELLS):
             if line["key"] == self._key:
@@ -182,43 +172,44 @@ class MethodRun:
                 except ValidationError:
                     continue  # written by another version; compute it again
         with self._method() as method:
-            cell = self._compute(method, report)
+            cell = self._compute(method, report, index, num_methods)
         append_line(self.out / CELLS, {"key": self._key, "cell": json.loads(cells.dump_json(cell))})
         return cell
 
     @contextmanager
     def _method(self) -> Iterator[Method]:
+        common = self.name, self.stream, self.backbone, self.config.baselines, self.seed
         if self._ours is None:
-            make = baseline(self.name).make
-            yield make(self.name, self.stream, self.backbone, self.config.baselines, self.seed)
+            yield baseline(self.name).make(*common)
             return
         folder = self.out / REGISTRIES
         folder.mkdir(exist_ok=True)
         with Registry.open(folder / f"{self.name}-seed{self.seed}-{self._key}.db") as registry:
-            yield Masked(self.stream, self.backbone, self._ours, registry)
+            yield Masked(*common, config=self._ours, registry=registry)
 
-    def _compute(self, method: Method, report: Callable[[str, int], None]) -> Cell:
+    def _compute(self, method: Method, report: Report, index: int, num_methods: int) -> Cell:
         experiences = self.stream.experiences
-        matrices, seconds = _Matrices(len(experiences)), []
+        count = len(experiences)
+
+        def report_done(what: str, done: int) -> None:
+            report(f"seed {self.seed}: {self.name}, {what}", index * count + done, num_methods * count)
+
+        matrices, seconds = _Matrices(count), []
         for number, experience in enumerate(experiences):
-            report(f"learning {experience.name}", number)
+            report_done(f"learning {experience.name}", number)
             start = time.monotonic()
             method.learn(number)
             seconds.append(self._seconds(number, time.monotonic() - start))
-            report(f"testing after {experience.name}", number)
+            report_done(f"testing after {experience.name}", number)
             for on, tested in enumerate(experiences[: number + 2]):
                 matrices.add(number, on, tested, method.scores(tested))
-        report(DONE, len(experiences))
+        report_done(DONE, count)
+        measured = {name: value for name, value in vars(matrices).items() if not name.startswith("_")}
         return Cell(
             method=self.name,
             seed=self.seed,
-            task_incremental=matrices.task_incremental,
-            class_incremental=matrices.class_incremental,
-            comparisons=matrices.comparisons,
-            identical=matrices.identical,
-            max_difference=matrices.max_difference,
-            changed_decisions=matrices.changed_decisions,
             train_seconds=seconds,
+            **measured,
             **method.price()._asdict(),
             task_incremental_metrics=measure(matrices.task_incremental),
             class_incremental_metrics=measure(matrices.class_incremental),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -124,11 +125,9 @@ def by_set(name: str, sets: Sequence[ImageSet]) -> Stream:
 
 def distinct(images: ImageSet) -> ImageSet:
     """Rename each class to `dataset/class`, so that it differs from those of other datasets."""
-    train, test = (
-        replace(split, labels=tuple(f"{images.name}/{label}" for label in split.labels))
-        for split in (images.train, images.test)
-    )
-    return ImageSet(images.name, train, test)
+    splits = (images.train, images.test)
+    renamed = (replace(split, labels=tuple(f"{images.name}/{label}" for label in split.labels)) for split in splits)
+    return ImageSet(images.name, *renamed)
 
 
 def limited(stream: Stream, limit: int | None, test_limit: int | None, seed: int) -> Stream:
@@ -156,11 +155,8 @@ def limited(stream: Stream, limit: int | None, test_limit: int | None, seed: int
 
 def round_robin(order: Sequence[int], targets: Sequence[int], limit: int) -> list[int]:
     """Take `limit` rows: the first of each class in the order, then the second of each, and so on; sorted."""
-    counts: Counter[int] = Counter()
-    turn = {}
-    for row in order:
-        turn[row] = counts[targets[row]]
-        counts[targets[row]] += 1
+    turns = defaultdict[int, Iterator[int]](count)
+    turn = {row: next(turns[targets[row]]) for row in order}
     return sorted(sorted(order, key=turn.__getitem__)[:limit])
 
 
