@@ -19,7 +19,7 @@ from torch import Tensor
 from addenda.backbones import FrozenBackbone
 from addenda.benchmarks.baselines.paper_methods import batches
 from addenda.benchmarks.cost import Run, interleave
-from addenda.benchmarks.listing import write_listing
+from addenda.benchmarks.report.files import write_listing
 from addenda.benchmarks.report.tables import Figure, write
 from addenda.benchmarks.training.dense import DenseTraining, Setting, as_task, peak_bytes
 from addenda.combined import CombinedModel, forward_pass, micro_batch, numerics, prove, task_cost
