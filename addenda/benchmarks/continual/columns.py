@@ -122,10 +122,8 @@ def footnotes(results: Results) -> list[str]:
         notes.append(
             f"Old task-incremental logits do not change with {', '.join(baselines)} either: compare accuracy and cost."
         )
-    changed = [
-        (label, Spread.of(cell.changed_decisions for cell in results.of(name))) for name, label in labels.items()
-    ]
-    if shares := [f"{label} {shown(spread)} %" for label, spread in changed if spread]:
+    changed = {name: Spread.of(cell.changed_decisions for cell in results.of(name)) for name in labels}
+    if shares := [f"{labels[name]} {shown(spread)} %" for name, spread in changed.items() if spread]:
         notes.append(
             "Class-incremental predictions can change when classes are added, even if no logit does. Share of changed "
             f"predictions on the test images of old experiences: {', '.join(shares)}."

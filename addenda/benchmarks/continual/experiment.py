@@ -112,9 +112,8 @@ def _compute_in_parallel(
 
 
 def _compute(config: StreamConfig, device: str, out: Path, data_root: Path | None, seed: int, name: str) -> str:
-    settings, stream = config.backbone, build_stream(config, data_root, seed)
-    backbone = _load(settings.name, settings.weights, settings.mean, settings.std, device=device)
-    MethodRun(config, backbone, stream, name, seed, out).cell(silent)
+    backbone = _load(**dict(config.backbone), device=device)
+    MethodRun(config, backbone, build_stream(config, data_root, seed), name, seed, out).cell(silent)
     return f"seed {seed}: {name}"
 
 
