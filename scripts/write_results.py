@@ -18,7 +18,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from addenda.benchmarks.continual.columns import FORGETTING_CLASS_INCREMENTAL, PRICE, QUALITY, exactness
+from addenda.benchmarks.continual.columns import CLASS_ACCURACY, SHORT, method_rows
 from addenda.benchmarks.continual.results import Results
 from addenda.benchmarks.cost import COLUMNS, CostRow
 from addenda.benchmarks.paper.paper_report import COLLAPSE, PAIRS, accuracy_table, best_of_rates, shipped_table
@@ -89,20 +89,14 @@ def stream_table(name: str) -> str:
     """All methods on a stream."""
     results = stream(name)
     settings = ("with task labels", "without") if name in DOMAINS else ("task-incremental", "class-incremental")
-    task_incremental, class_incremental = QUALITY[:2]
-    rows = []
-    for note in results.methods:
-        cells = results.of(note.name)
-        quality = (column.text(cells) for column in (task_incremental, class_incremental, FORGETTING_CLASS_INCREMENTAL))
-        rows.append([note.label, *quality, exactness(cells), *(column.text(cells) for column in PRICE)])
     columns = ("method", *settings, "forgetting", "old logits", "stored per task", "training, s", "forward passes")
-    return markdown(Table(columns, rows))
+    return markdown(Table(columns, method_rows(results, SHORT)))
 
 
 def streams_table() -> str:
     """Accuracy without task labels of the methods on a frozen backbone that were run on every stream."""
     names = ("addenda", "ranpac", "nearest-mean", "slda")
-    rows = [[name, *(QUALITY[1].text(stream(name).of(method)) for method in names)] for name in STREAMS]
+    rows = [[name, *(CLASS_ACCURACY.text(stream(name).of(method)) for method in names)] for name in STREAMS]
     labels = {note.name: note.label for note in stream(STREAMS[0]).methods}
     return markdown(Table(["without task labels, %", *(labels[name] for name in names)], rows))
 

@@ -214,7 +214,7 @@ def test_required_options_are_marked() -> None:
 @pytest.mark.filterwarnings("ignore")  # Avalanche and its imports emit warnings
 def test_the_names_of_methods_are_those_that_the_commands_take() -> None:
     from addenda.benchmarks.baselines.methods import BASELINES
-    from addenda.benchmarks.continual.cell import OURS
+    from addenda.benchmarks.continual.experiment import OURS
     from addenda.benchmarks.paper import paper_grid
     from addenda.commands.bench import METHODS, PAPER_METHODS
 

@@ -7,6 +7,9 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
+from avalanche.core import SupervisedPlugin
+from avalanche.training.plugins import strategy_plugin
+from avalanche.training.plugins.clock import Clock
 from avalanche.training.plugins.evaluation import EvaluationPlugin, default_evaluator
 from avalanche.training.templates import SupervisedTemplate
 from jaxtyping import Float, Int
@@ -15,7 +18,6 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from addenda.backbones import FrozenBackbone
-from addenda.benchmarks.plugins import check_plugin
 from addenda.combined import CombinedModel, Router, TaskLogits
 from addenda.exceptions import DataError, RegistryError
 from addenda.learner import ActivationCache, LearnConfig, Learner
@@ -25,6 +27,13 @@ log = logging.getLogger(__name__)
 
 NEVER = -1e4
 """Score of a class that no selected task has; Avalanche's own padding of 0 would win over an all-negative head."""
+
+
+STEPS = ("training_epoch", "training_iteration", "forward", "backward", "update")
+"""Steps of Avalanche's training loop, which `MaskedMemory` does not run."""
+
+PLUGIN_BASES = tuple(vars(strategy_plugin).values())
+"""Avalanche's base classes of plugins."""
 
 
 class LearnedTask(NamedTuple):
@@ -49,6 +58,11 @@ class StreamClassifier(nn.Module):
         self.combined = CombinedModel(backbone, [])
         self.learned: dict[str, LearnedTask] = {}
         self._routers: dict[tuple[str, ...], Router] = {}
+
+    @property
+    def task_labels(self) -> set[int]:
+        """The task labels of the learned tasks."""
+        return {entry.task_label for entry in self.learned.values()}
 
     def add(self, learned: LearnedTask) -> None:
         """Adds a task to the combined model."""
@@ -95,8 +109,7 @@ class StreamClassifier(nn.Module):
 
     def _router(self, names: tuple[str, ...]) -> Router:
         if names not in self._routers:
-            statistics = {name: self.learned[name].statistics for name in names}
-            known = {name: entry for name, entry in statistics.items() if entry is not None}
+            known = {name: entry for name in names if (entry := self.learned[name].statistics) is not None}
             if missing := sorted(set(names) - set(known)):
                 raise RegistryError(
                     f"The stream has no task labels, and task {missing[0]!r} has no routing statistics because it has "
@@ -196,12 +209,10 @@ class MaskedMemory(SupervisedTemplate):  # type: ignore[misc]
         listed = list(experiences) if isinstance(experiences, Iterable) else [experiences]
         if any(isinstance(_first_image(experience.dataset.eval()), Image.Image) for experience in listed):
             raise DataError("The test images are PIL images; give the benchmark `eval_transform=backbone.transform`.")
-        labels = set().union(*map(_task_labels, listed))
-        known = {entry.task_label for entry in self.model.learned.values()}
+        labels, known = set().union(*map(_task_labels, listed)), self.model.task_labels
         if labels - known and not self._within_train:
-            unknown = ", ".join(map(str, sorted(labels - known)))
+            unknown, learned = (", ".join(map(str, sorted(some))) for some in (labels - known, known))
             if not known & labels:
-                learned = ", ".join(map(str, sorted(known)))
                 raise DataError(
                     f"No task was learned for task label {unknown}, so there is nothing to evaluate. "
                     + (f"Learned labels: {learned}." if learned else "Call train first; it reuses registered tasks.")
@@ -228,8 +239,8 @@ class MaskedMemory(SupervisedTemplate):  # type: ignore[misc]
         scores: Tensor = self.model(self.mb_x, labels, int(self.mb_y.max()) + 1)
         if labels is None:
             return scores
-        known = [entry.task_label for entry in self.model.learned.values()]
-        unknown = ~torch.isin(labels.to(scores.device), scores.new_tensor(known, dtype=torch.int64))
+        known = scores.new_tensor(list(self.model.task_labels), dtype=torch.int64)
+        unknown = ~torch.isin(labels.to(scores.device), known)
         if not unknown.any():
             return scores
         return torch.cat([scores, torch.where(unknown, 0.0, NEVER)[:, None].to(scores)], dim=1)
@@ -252,6 +263,24 @@ def _task_labels(experience: Any) -> set[int]:
     if labels is None:
         labels = getattr(experience.dataset, "targets_task_labels", None)
     return {int(label) for label in labels or ()} or {0}
+
+
+def check_plugin(plugin: Any) -> None:
+    """Raises DataError if a plugin would change training or uses a hook that is never called."""
+    if isinstance(plugin, EvaluationPlugin | Clock):
+        return
+    kind, name = type(plugin), type(plugin).__name__
+    if any(b.__module__.startswith("avalanche.training.plugins.") and b not in PLUGIN_BASES for b in kind.mro()):
+        raise DataError(
+            f"{name} changes how a strategy trains. MaskedMemory has its own training and does not forget earlier "
+            "tasks; remove the plugin."
+        )
+    for hook in (f"{when}_{step}" for step in STEPS for when in ("before", "after")):
+        if getattr(kind, hook, None) is not getattr(SupervisedPlugin, hook):
+            raise DataError(
+                f"{name} uses the hook `{hook}`, which MaskedMemory never calls because it does not run Avalanche's "
+                "training loop; remove the plugin."
+            )
 
 
 class ExperienceImages(Dataset[tuple[Any, int]]):

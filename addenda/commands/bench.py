@@ -129,7 +129,7 @@ def bench_continual(
 
 def _print_finished_cell(what: str, done: int, total: int) -> None:
     """Prints a plain line for each finished cell, for a standard error that is not a terminal."""
-    from addenda.benchmarks.continual.cell import DONE
+    from addenda.benchmarks.continual.experiment import DONE
 
     if what.endswith(f", {DONE}"):
         print(what, file=sys.stderr, flush=True)
@@ -142,7 +142,7 @@ def bench_compare(
     as_json: options.Json = False,
 ) -> None:
     """Compares two runs of a stream: the change from the first to the second, with the spread of both."""
-    from addenda.benchmarks.continual.comparison import compare_reports, print_comparison
+    from addenda.benchmarks.continual.columns import compare_reports, print_comparison
 
     comparison = compare_reports(first, second)
     if as_json:

@@ -10,15 +10,38 @@ from typing import Any
 
 import pytest
 import torch
+from avalanche.benchmarks import (
+    benchmark_from_datasets,
+    benchmark_with_validation_stream,
+    nc_benchmark,
+    with_classes_timeline,
+    with_task_labels,
+)
+from avalanche.benchmarks.scenarios.online import split_online_stream
+from avalanche.benchmarks.utils import DataAttribute, TransformGroups, as_classification_dataset
+from avalanche.benchmarks.utils.classification_dataset import ClassificationDataset
+from avalanche.benchmarks.utils.flat_data import ConstantSequence
+from avalanche.core import SupervisedPlugin
+from avalanche.evaluation.metrics import accuracy_metrics, bwt_metrics, forgetting_metrics, forward_transfer_metrics
+from avalanche.models import SimpleMLP, as_multitask
+from avalanche.training import plugins
+from avalanche.training.plugins import EvaluationPlugin, LwFPlugin
+from avalanche.training.plugins.clock import Clock
+from avalanche.training.supervised import Naive
 from PIL import Image
 from torch import Tensor
+from torchvision.datasets import ImageFolder
 
 from addenda import FrozenBackbone, LearnConfig, Registry
 from addenda.backbones import KeyValue
+from addenda.benchmarks import LogitBits, MaskedMemory
+from addenda.benchmarks.demo import digits
+from addenda.benchmarks.strategy import NEVER, LearnedTask, StreamClassifier
 from addenda.combined import CombinedModel, Router, feature_statistics, forward
 from addenda.combined.forward import attend
-from addenda.exceptions import IntegrityError, RegistryError
+from addenda.exceptions import DataError, IntegrityError, RegistryError
 from addenda.registry import Task
+from tests.support.images import colour_folder
 from tests.support.tasks import random_task
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Avalanche and what it imports warn while they load
@@ -34,7 +57,6 @@ def registry(tmp_path: Path) -> Iterator[Registry]:
 
 def stream(task_labels: bool = True, classes: int = 6, **options: Any) -> Any:
     """Three experiences of two classes; each class is noise of one brightness."""
-    from avalanche.benchmarks import nc_benchmark
 
     def split(seed: int) -> torch.utils.data.TensorDataset:
         random = torch.Generator().manual_seed(seed)
@@ -49,11 +71,6 @@ def stream(task_labels: bool = True, classes: int = 6, **options: Any) -> Any:
 
 
 def train(backbone: FrozenBackbone, registry: Registry, benchmark: Any) -> tuple[Any, Any, list[dict[str, float]]]:
-    from avalanche.evaluation.metrics import accuracy_metrics, bwt_metrics, forgetting_metrics, forward_transfer_metrics
-    from avalanche.training.plugins import EvaluationPlugin
-
-    from addenda.benchmarks import LogitBits, MaskedMemory
-
     bits = LogitBits()
     evaluator = EvaluationPlugin(
         accuracy_metrics(experience=True), forgetting_metrics(experience=True, stream=True), bwt_metrics(stream=True),
@@ -112,12 +129,6 @@ def test_the_metric_detects_a_broken_mask(
 
 
 def test_the_metric_detects_that_naive_fine_tuning_changes_logits() -> None:
-    from avalanche.models import SimpleMLP, as_multitask
-    from avalanche.training.plugins import EvaluationPlugin
-    from avalanche.training.supervised import Naive
-
-    from addenda.benchmarks import LogitBits
-
     torch.manual_seed(0)
     model = as_multitask(SimpleMLP(input_size=3 * 32 * 32, num_classes=2, drop_rate=0.0), "classifier")
     bits = LogitBits(num_images=4)
@@ -137,9 +148,6 @@ def test_without_task_labels_a_router_chooses(tiny: FrozenBackbone, registry: Re
     """Avalanche gives no task label, or the same one to every experience."""
     benchmark = stream(task_labels=False)
     if shared_label:
-        from avalanche.benchmarks import benchmark_from_datasets, with_classes_timeline, with_task_labels
-        from avalanche.benchmarks.utils.flat_data import ConstantSequence
-
         datasets = {
             split: [
                 experience.dataset.update_data_attribute(
@@ -165,8 +173,6 @@ def test_without_task_labels_a_router_chooses(tiny: FrozenBackbone, registry: Re
 
 
 def test_a_routed_probability_is_the_tasks_times_the_heads(tiny: FrozenBackbone) -> None:
-    from addenda.benchmarks.strategy import LearnedTask, StreamClassifier
-
     classifier, statistics, images = StreamClassifier(tiny), {}, torch.randn(5, 3, 32, 32)
     noise = torch.Generator().manual_seed(0)
     tasks = {name: random_task(tiny, name, classes=2, seed=i) for i, name in enumerate("ab")}
@@ -181,8 +187,6 @@ def test_a_routed_probability_is_the_tasks_times_the_heads(tiny: FrozenBackbone)
 
 
 def test_the_probability_of_a_class_is_summed_over_the_tasks_that_have_it(tiny: FrozenBackbone) -> None:
-    from addenda.benchmarks.strategy import LearnedTask, StreamClassifier
-
     classifier, noise = StreamClassifier(tiny), torch.Generator().manual_seed(0)
     for number, name in enumerate("ab"):
         features = number + torch.randn(30, tiny.embed_dim, generator=noise)
@@ -194,8 +198,6 @@ def test_the_probability_of_a_class_is_summed_over_the_tasks_that_have_it(tiny: 
 
 
 def test_a_task_without_statistics_needs_task_labels(tiny: FrozenBackbone) -> None:
-    from addenda.benchmarks.strategy import LearnedTask, StreamClassifier
-
     classifier = StreamClassifier(tiny)
     for number, name in enumerate("ab"):
         task = random_task(tiny, name, classes=2)
@@ -207,8 +209,6 @@ def test_a_task_without_statistics_needs_task_labels(tiny: FrozenBackbone) -> No
 
 
 def test_a_head_of_negative_logits_still_wins_within_its_task(tiny: FrozenBackbone) -> None:
-    from addenda.benchmarks.strategy import NEVER, LearnedTask, StreamClassifier
-
     task = random_task(tiny, "a", classes=2)
     task.head_bias.sub_(1000)
     classifier = StreamClassifier(tiny)
@@ -239,9 +239,6 @@ def shades(count: int, seed: int) -> tuple[list[Image.Image], list[int]]:
 
 def pictures(backbone: FrozenBackbone, train_transform: Any) -> Any:
     """One experience of PIL images with a script's transforms."""
-    from avalanche.benchmarks import benchmark_from_datasets, with_classes_timeline
-    from avalanche.benchmarks.utils import DataAttribute, TransformGroups
-    from avalanche.benchmarks.utils.classification_dataset import ClassificationDataset
 
     def dataset(seed: int, group: str) -> Any:
         images, targets = shades(16, seed)
@@ -286,8 +283,6 @@ class DigitImages:
     """Every fourth image of some digits, with the `targets` that Avalanche needs."""
 
     def __init__(self, chosen: tuple[int, ...], test: bool) -> None:
-        from addenda.benchmarks.demo import digits
-
         data = digits(chosen, test=test)
         self.items = [(data[i][0], int(data[i][1])) for i in range(0, len(data), 4)]
         self.targets = [target for _, target in self.items]
@@ -301,8 +296,6 @@ class DigitImages:
 
 def digits_stream(backbone: FrozenBackbone, digits: tuple[int, ...] = (0, 1, 2, 3), **options: Any) -> Any:
     """Two experiences of PIL images, with the backbone's transform for evaluation."""
-    from avalanche.benchmarks import nc_benchmark
-
     return nc_benchmark(
         DigitImages(digits, False), DigitImages(digits, True), n_experiences=2, shuffle=False, train_transform=None,
         **{"task_labels": True, "eval_transform": backbone.transform} | options,
@@ -310,11 +303,6 @@ def digits_stream(backbone: FrozenBackbone, digits: tuple[int, ...] = (0, 1, 2, 
 
 
 def masked_memory(backbone: FrozenBackbone, registry: Registry, **options: Any) -> Any:
-    from avalanche.evaluation.metrics import accuracy_metrics
-    from avalanche.training.plugins import EvaluationPlugin
-
-    from addenda.benchmarks import MaskedMemory
-
     evaluator = EvaluationPlugin(accuracy_metrics(experience=True), loggers=[])
     return MaskedMemory(
         backbone=backbone, registry=registry, config=LearnConfig(head_only=True), evaluator=evaluator, **options
@@ -323,9 +311,6 @@ def masked_memory(backbone: FrozenBackbone, registry: Registry, **options: Any) 
 
 @pytest.mark.parametrize("kind", ["plain", "validation", "online"])
 def test_task_labels_are_found_in_streams_of_every_kind(glyphs: FrozenBackbone, registry: Registry, kind: str) -> None:
-    from avalanche.benchmarks import benchmark_with_validation_stream
-    from avalanche.benchmarks.scenarios.online import split_online_stream
-
     benchmark = digits_stream(glyphs)
     experiences = {
         "plain": lambda: benchmark.train_stream,
@@ -342,8 +327,6 @@ def test_task_labels_are_found_in_streams_of_every_kind(glyphs: FrozenBackbone, 
 def test_an_unknown_task_label_is_refused_or_counts_as_an_error(
     glyphs: FrozenBackbone, registry: Registry, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from addenda.exceptions import DataError
-
     benchmark, strategy = digits_stream(glyphs), masked_memory(glyphs, registry)
     strategy.train(benchmark.train_stream[0])
     with pytest.raises(DataError, match=r"No task was learned for task label 1, .* Learned labels: 0\."):
@@ -374,14 +357,6 @@ def test_an_experience_may_have_one_class(glyphs: FrozenBackbone, registry: Regi
 def test_the_metric_accepts_images_that_only_the_test_datasets_transform(
     glyphs: FrozenBackbone, registry: Registry, tmp_path: Path
 ) -> None:
-    from avalanche.benchmarks import benchmark_from_datasets
-    from avalanche.benchmarks.utils import as_classification_dataset
-    from avalanche.training.plugins import EvaluationPlugin
-    from torchvision.datasets import ImageFolder
-
-    from addenda.benchmarks import LogitBits, MaskedMemory
-    from tests.support.images import colour_folder
-
     folder = str(colour_folder(tmp_path / "images"))
     train = as_classification_dataset(ImageFolder(folder))
     test = as_classification_dataset(ImageFolder(folder, transform=glyphs.transform))
@@ -402,22 +377,12 @@ def test_the_metric_accepts_images_that_only_the_test_datasets_transform(
 def test_plugins_that_change_training_are_refused_before_it(
     glyphs: FrozenBackbone, registry: Registry, name: str
 ) -> None:
-    from avalanche.training import plugins
-
-    from addenda.exceptions import DataError
-
     plugin = object.__new__(getattr(plugins, name))
     with pytest.raises(DataError, match=f"^{name} changes how a strategy trains.* remove the plugin"):
         masked_memory(glyphs, registry, plugins=[plugin])
 
 
 def test_a_custom_plugin_may_only_observe(glyphs: FrozenBackbone, registry: Registry) -> None:
-    from avalanche.core import SupervisedPlugin
-    from avalanche.training.plugins import EvaluationPlugin
-    from avalanche.training.plugins.clock import Clock
-
-    from addenda.exceptions import DataError
-
     seen: list[str] = []
 
     class Observing(SupervisedPlugin):  # type: ignore[misc]
@@ -468,12 +433,6 @@ def test_a_copied_model_gives_the_same_bits(
 
 
 def test_targets_must_equal_those_of_the_items(glyphs: FrozenBackbone, registry: Registry, tmp_path: Path) -> None:
-    from avalanche.benchmarks import nc_benchmark
-    from torchvision.datasets import ImageFolder
-
-    from addenda.exceptions import DataError
-    from tests.support.images import colour_folder
-
     folder = str(colour_folder(tmp_path / "images", classes=("red", "blue")))
     data = ImageFolder(folder, target_transform=lambda y: 1 - y)
     benchmark = nc_benchmark(
@@ -486,8 +445,6 @@ def test_targets_must_equal_those_of_the_items(glyphs: FrozenBackbone, registry:
 
 
 def test_a_new_strategy_cannot_evaluate_before_training(glyphs: FrozenBackbone, registry: Registry) -> None:
-    from addenda.exceptions import DataError
-
     benchmark = digits_stream(glyphs)
     with pytest.raises(DataError, match=r"nothing to evaluate\. Call train first; it reuses registered tasks"):
         masked_memory(glyphs, registry).eval(benchmark.test_stream)
@@ -501,11 +458,6 @@ def test_a_new_strategy_cannot_evaluate_before_training(glyphs: FrozenBackbone, 
 def test_an_experience_is_refused_before_anything_is_learned_from_it(
     glyphs: FrozenBackbone, registry: Registry
 ) -> None:
-    from avalanche.core import SupervisedPlugin
-    from avalanche.training.plugins import LwFPlugin
-
-    from addenda.exceptions import DataError
-
     class Halving(SupervisedPlugin):  # type: ignore[misc]
         def after_train_dataset_adaptation(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
             strategy.adapted_dataset = strategy.adapted_dataset.subset(range(6))

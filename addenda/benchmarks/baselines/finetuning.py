@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from avalanche.models import IncrementalClassifier
-from avalanche.training.plugins import EWCPlugin, LwFPlugin, ReplayPlugin, SupervisedPlugin
+from avalanche.training.plugins import LwFPlugin, ReplayPlugin, SupervisedPlugin
 from avalanche.training.supervised import EWC, JointTraining, LwF, Naive, Replay
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -66,9 +66,9 @@ class FineTuning(OneHead):
 
     def _learn(self, number: int) -> None:
         self._train(number, self._experiences[number])
-        if (lwf := self._plugin(LwFPlugin)) is not None:
+        if self.name == "lwf":
             # With a single head, Avalanche distils only the classes recorded for task 0.
-            classes_by_task = lwf.lwf.prev_classes_by_task
+            classes_by_task = self._plugin(LwFPlugin).lwf.prev_classes_by_task
             classes_by_task[0] = set().union(*classes_by_task.values())
 
     def _train(self, number: int, experiences: Any) -> None:
@@ -87,7 +87,7 @@ class FineTuning(OneHead):
         return torch.cat([self._model(batch.to(self.backbone.device)).cpu() for batch in pixels])
 
     def _plugin(self, kind: type) -> Any:
-        return next((plugin for plugin in self._strategy.plugins if isinstance(plugin, kind)), None)
+        return next(plugin for plugin in self._strategy.plugins if isinstance(plugin, kind))
 
     def _stored_bytes(self) -> float:
         """The fine-tuned weights, plus EWC's importances or the replay buffer.
@@ -95,10 +95,9 @@ class FineTuning(OneHead):
         Between experiences, EWC's anchor and LwF's teacher are the fine-tuned weights themselves and count once.
         """
         weights = 4 * sum(parameter.numel() for parameter in self._model.parameters())
-        if self._plugin(EWCPlugin) is not None:
-            return 2 * weights
-        replay = self._plugin(ReplayPlugin)
-        return weights + (0 if replay is None else self._images_bytes(replay.storage_policy.buffer))
+        if self.name == "replay":
+            return weights + self._images_bytes(self._plugin(ReplayPlugin).storage_policy.buffer)
+        return 2 * weights if self.name == "ewc" else weights
 
     def _images_bytes(self, images: Sized) -> int:
         """Bytes of images at the model's input size, one byte per value."""
@@ -135,10 +134,9 @@ class Classifier(nn.Module):
         super().__init__()
         self.body = backbone.trainable_copy(num_classes)
         self.body.head = nn.Identity()
-        head: Any = IncrementalClassifier(backbone.embed_dim, num_classes, mask_value=NEVER).to(backbone.device)
-        nn.init.zeros_(head.classifier.weight)
-        nn.init.zeros_(head.classifier.bias)
-        self.head = head
+        self.head = IncrementalClassifier(backbone.embed_dim, num_classes, mask_value=NEVER).to(backbone.device)
+        for parameter in self.head.parameters():
+            nn.init.zeros_(parameter)
         self._autocast = autocast
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C"]:

@@ -62,29 +62,9 @@ class Price(NamedTuple):
     relative_inference: float  # operations to predict one image, relative to a forward pass of the backbone
 
 
-class Method(ABC):
-    """A continual-learning method; each seed has its own instance."""
-
-    @abstractmethod
-    def learn(self, number: int) -> None:
-        """Learn experience `number`; experiences are learned in order."""
-
-    @abstractmethod
-    def scores(self, experience: Experience) -> Scores:
-        """Score the test images of an experience, learned or not."""
-
-    @abstractmethod
-    def price(self) -> Price:
-        """The current cost."""
-
-    def extra(self) -> dict[str, float | dict[str, float]]:
-        """Additional metrics of this method."""
-        return {}
-
-
 @dataclass(eq=False)
-class Baseline(Method):
-    """A method that Addenda is compared with; it starts from the backbone and leaves it unchanged."""
+class Method(ABC):
+    """A continual-learning method with one seed; it starts from the backbone and leaves it unchanged."""
 
     name: str  # as in `--methods`
     stream: Stream
@@ -95,17 +75,26 @@ class Baseline(Method):
     # Keyed by the id of the images; holds a reference to them, so that no other object can get the same id.
     _features: dict[int, tuple[LabelledImages, Tensor]] = field(default_factory=dict, init=False)
 
+    @abstractmethod
     def __post_init__(self) -> None:
-        """Set up what the method needs in addition."""
+        """Create what the method needs in addition."""
 
     def learn(self, number: int) -> None:
         """Learn experience `number`; experiences are learned in order."""
         self._learn(number)
         self.num_learned = number + 1
 
+    @abstractmethod
+    def scores(self, experience: Experience) -> Scores:
+        """Score the test images of an experience, learned or not."""
+
     def price(self) -> Price:
         """The current cost."""
         return Price(self._stored_bytes() / max(1, self.num_learned), self._relative_inference())
+
+    def extra(self) -> dict[str, float | dict[str, float]]:
+        """Additional metrics of this method."""
+        return {}
 
     @abstractmethod
     def _learn(self, number: int) -> None: ...
@@ -129,7 +118,7 @@ class Baseline(Method):
         return torch.full((len(images), len(self.stream.labels)), NEVER, dtype=torch.float32, device="cpu")
 
 
-class OneHead(Baseline):
+class OneHead(Method):
     """A method with a single head; task-incremental scores are the class-incremental ones of the task's classes."""
 
     def scores(self, experience: Experience) -> Scores:

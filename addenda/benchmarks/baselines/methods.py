@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from addenda.benchmarks.baselines.finetuning import FineTuning, Joint
 from addenda.benchmarks.baselines.frozen_features import NearestMean, RanPAC, StreamingDiscriminant
-from addenda.benchmarks.baselines.method import Baseline
+from addenda.benchmarks.baselines.method import Method
 from addenda.benchmarks.baselines.per_task import LinearProbePerTask, TrainedPerTask
 from addenda.exceptions import TrainingError
 
@@ -16,7 +16,7 @@ from addenda.exceptions import TrainingError
 class BaselineInfo(NamedTuple):
     """A baseline's class, which takes its name as the first argument, its label, and a note for below the tables."""
 
-    make: type[Baseline]
+    make: type[Method]
     label: str
     note: str = ""
 

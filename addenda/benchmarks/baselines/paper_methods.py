@@ -48,13 +48,9 @@ BASELINES = {
 }
 """Why each baseline cannot be registered."""
 
-OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
-    "adamw": torch.optim.AdamW, "sgd": partial(torch.optim.SGD, momentum=0.9),
-}  # fmt: skip
-
 
 class Rate(NamedTuple):
-    """An optimizer of OPTIMIZERS and its peak learning rate."""
+    """An optimizer, "adamw" or "sgd" with momentum 0.9, and its peak learning rate."""
 
     optimizer: str
     learning_rate: float
@@ -73,8 +69,6 @@ RATES: Mapping[str, tuple[Rate, ...]] = {
 
 LORA_LAYERS = r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(fc1|fc2))"
 EVALUATION_BATCH = 32
-
-Model = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -133,9 +127,7 @@ def method_config(method: str, config: LearnConfig) -> LearnConfig:
         return LearnConfig.parse({**AS_SHIPPED[kind], "seed": config.seed})
     if kind == "head":
         return replace(config, head_only=True)
-    if kind == "adapters":
-        return replace(config, adapter_rank=size)
-    return replace(config, num_memory_tokens=size)
+    return replace(config, adapter_rank=size) if kind == "adapters" else replace(config, num_memory_tokens=size)
 
 
 def rates_of(method: str, config: BaselineConfig) -> tuple[Rate, ...]:
@@ -195,7 +187,8 @@ def train_baselines(
             {"params": [p for name, p in trained.items() if name not in head]},
             {"params": list(head.values()), "weight_decay": 0.0},
         ]
-        optimizer = OPTIMIZERS[rate.optimizer](groups, lr=rate.learning_rate, weight_decay=config.weight_decay)
+        make = torch.optim.AdamW if rate.optimizer == "adamw" else partial(torch.optim.SGD, momentum=0.9)
+        optimizer = make(groups, lr=rate.learning_rate, weight_decay=config.weight_decay)
         factor = partial(schedule, warmup_steps=config.warmup_steps, steps=steps * config.epochs)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         random = torch.Generator().manual_seed(config.seed)
@@ -219,13 +212,11 @@ def train_baselines(
             logits = _logits(predict, pixels[0, validation], backbone, config.autocast)
             validation_loss = objective.loss(logits, targets[validation]).item()
             best = replace(best, last_validation_accuracy=accuracy(logits, targets[validation]))
-            current = replace(
-                best, epoch=epoch, validation_loss=validation_loss, validation_accuracy=best.last_validation_accuracy
-            )  # fmt: skip
+            score = best.last_validation_accuracy
+            current = replace(best, epoch=epoch, validation_loss=validation_loss, validation_accuracy=score)
             if math.isfinite(validation_loss) and current.rank < best.rank:
-                tensors = {
-                    name: p.detach().clone(memory_format=torch.contiguous_format).cpu() for name, p in trained.items()
-                }
+                layout = torch.contiguous_format
+                tensors = {name: p.detach().clone(memory_format=layout).cpu() for name, p in trained.items()}
                 best = replace(current, tensors=tensors)
         if test is not None and test_pixels is not None and best.epoch:
             last_logits = _logits(predict, test_pixels, backbone, config.autocast)
@@ -284,10 +275,7 @@ def _read_views(
     images: LabelledImages, backbone: FrozenBackbone, augmentation: Augmentation
 ) -> Float[Tensor, "V N 3 H W"]:
     """Each image without augmentation, then the same views of it that a task is trained on."""
-
-    def view(image: Any, seed: int) -> Tensor:
-        return augment(image, augmentation, seed, backbone.preprocessing)
-
+    view = partial(augment, how=augmentation, preprocessing=backbone.preprocessing)
     stacks = []
     for index in range(len(images)):
         seeds = [view_seed(images.digest(index), number) for number in range(1, 1 + augmentation.num_views)]
@@ -298,7 +286,7 @@ def _read_views(
 
 def _build(
     method: str, backbone: FrozenBackbone, linear_probe: LinearProbe, labels: tuple[str, ...], seed: int
-) -> tuple[nn.Module, Model]:
+) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
     """A baseline before training and its forward function; parameters that require gradients are trained."""
     kind, size = _parse(method)
     if kind == "unmasked":
@@ -378,6 +366,8 @@ def batches(images: LabelledImages, backbone: FrozenBackbone, size: int) -> Iter
 
 
 @torch.no_grad()
-def _logits(predict: Model, pixels: Tensor, backbone: FrozenBackbone, autocast: bool) -> Float[Tensor, "N C"]:
+def _logits(
+    predict: Callable[[Tensor], Tensor], pixels: Tensor, backbone: FrozenBackbone, autocast: bool
+) -> Float[Tensor, "N C"]:
     with torch.autocast(backbone.device.type, torch.bfloat16, enabled=autocast):
         return torch.cat([predict(batch.to(backbone.device)).float().cpu() for batch in pixels.split(EVALUATION_BATCH)])

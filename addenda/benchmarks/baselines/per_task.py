@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from addenda.benchmarks.baselines.method import Baseline, Scores
+from addenda.benchmarks.baselines.method import Method, Scores
 from addenda.benchmarks.baselines.paper_methods import (
     BaselineConfig,
     Rate,
@@ -25,7 +25,7 @@ from addenda.learner.data import LabelledImages, check_learnable
 from addenda.learner.objectives import LinearProbe
 
 
-class PerTask(Baseline):
+class PerTask(Method):
     """A method that predicts with the task's own model; without a task label, with the most confident task's.
 
     A task's predictions never change, so they are computed once per experience.

@@ -1,13 +1,16 @@
-"""Columns, tables and notes of the report of `addenda bench continual`."""
+"""Columns, tables and notes of the report of `addenda bench continual`, and the comparison of two runs of a stream."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
-from addenda.benchmarks.continual.results import Cell, ContinualMetrics, Results, largest
-from addenda.benchmarks.report.tables import Spread, Table, Unit, shown
+from addenda.benchmarks.continual.results import Cell, ContinualMetrics, Results, largest, read_results
+from addenda.benchmarks.report.tables import NOTHING, Spread, Table, Unit, number, show, shown
+from addenda.exceptions import DataError
+from addenda.terminal import console
 
 OURS = "addenda"
 """The method whose exactness the report verifies."""
@@ -43,30 +46,28 @@ def _metric(name: str, setting: Setting, title: str) -> Column:
     return Column(f"{name}_{setting}", title, "%", lambda cell: getattr(getattr(cell, f"{setting}_metrics"), name))
 
 
-AVERAGE_CLASS_INCREMENTAL = _metric("average_accuracy", "class_incremental", "class-incremental accuracy, %")
-FORGETTING_TASK_INCREMENTAL = _metric("forgetting", "task_incremental", "task-incremental forgetting")
-FORGETTING_CLASS_INCREMENTAL = _metric("forgetting", "class_incremental", "class-incremental forgetting")
 QUALITY = (
     _metric("average_accuracy", "task_incremental", "task-incremental accuracy, %"),
-    AVERAGE_CLASS_INCREMENTAL,
+    _metric("average_accuracy", "class_incremental", "class-incremental accuracy, %"),
     _metric("average_incremental_accuracy", "class_incremental", "average incremental accuracy, %"),
-    FORGETTING_TASK_INCREMENTAL,
-    FORGETTING_CLASS_INCREMENTAL,
+    _metric("forgetting", "task_incremental", "task-incremental forgetting"),
+    _metric("forgetting", "class_incremental", "class-incremental forgetting"),
 )
+TASK_ACCURACY, CLASS_ACCURACY, _, TASK_FORGETTING, CLASS_FORGETTING = QUALITY
+SHORT = TASK_ACCURACY, CLASS_ACCURACY, CLASS_FORGETTING  # where there is room for three
 PRICE = (
     Column("stored_bytes", "stored per task", "bytes", lambda cell: cell.stored_bytes),
     Column("train_seconds", "training, s", "s", lambda cell: sum(cell.train_seconds)),
     Column("relative_inference", "forward passes per image", "passes", lambda cell: cell.relative_inference),
 )
+COLUMNS = {column.key: column for column in (*QUALITY, *PRICE)}
 
 
 def exactness(cells: Sequence[Cell]) -> str:
     """Whether old tasks' logits are identical in all seeds, or their largest change."""
     if not any(cell.comparisons for cell in cells):
         return "nothing to compare"
-    if all(cell.identical for cell in cells):
-        return "identical"
-    return f"change by {_largest_change(cells)}"
+    return "identical" if all(cell.identical for cell in cells) else f"change by {_largest_change(cells)}"
 
 
 def _largest_change(cells: Sequence[Cell]) -> str:
@@ -75,36 +76,39 @@ def _largest_change(cells: Sequence[Cell]) -> str:
 
 def verdict(results: Results) -> str:
     """One sentence on Addenda's exactness and forgetting; without Addenda, on the method with the highest accuracy."""
-    cells = results.of(OURS)
+    labels, cells = {note.name: note.label for note in results.methods}, results.of(OURS)
     if not cells:
-        means = ((AVERAGE_CLASS_INCREMENTAL.spread(results.of(note.name)), note.label) for note in results.methods)
+        means = ((CLASS_ACCURACY.spread(results.of(name)), label) for name, label in labels.items())
         spread, label = max((spread, label) for spread, label in means if spread is not None)
-        value = shown(spread, AVERAGE_CLASS_INCREMENTAL.unit)
-        return f"{label} has the highest class-incremental average accuracy, {value} %."
-    label = next(note.label for note in results.methods if note.name == OURS)
+        return f"{label} has the highest class-incremental average accuracy, {shown(spread)} %."
     seeds = "the single seed" if len(cells) == 1 else f"all {len(cells)} seeds"
     num_changed = sum(not cell.identical for cell in cells)
-    task_incremental, class_incremental = (
-        column.text(cells) for column in (FORGETTING_TASK_INCREMENTAL, FORGETTING_CLASS_INCREMENTAL)
-    )
     changed = f"old tasks' logits CHANGED in {num_changed} of {len(cells)} seeds (by up to {_largest_change(cells)})"
     logits = {
         "nothing to compare": "no old task's logits to compare, since there is only one experience",
         "identical": f"old tasks' logits identical, byte for byte, in {seeds}",
     }.get(exactness(cells), changed)
-    forgetting = f"forgetting {task_incremental} points task-incremental, {class_incremental} class-incremental"
-    return f"{label}: {logits}; {forgetting}."
+    forgetting = (
+        f"{TASK_FORGETTING.text(cells)} points task-incremental, {CLASS_FORGETTING.text(cells)} class-incremental"
+    )
+    return f"{labels[OURS]}: {logits}; forgetting {forgetting}."
 
 
-def comparison_table(results: Results) -> Table:
-    """The main metrics of all methods, as mean ± standard deviation over seeds."""
+def method_rows(results: Results, quality: Sequence[Column] = QUALITY) -> list[list[str]]:
+    """A row per method: label, metrics as mean ± standard deviation over seeds, exactness and price."""
     rows = []
     for note in results.methods:
         cells = results.of(note.name)
-        quality, price = ([column.text(cells) for column in group] for group in (QUALITY, PRICE))
-        rows.append([note.label + ("" if note.verified else f" {UNVERIFIED}"), *quality, exactness(cells), *price])
+        values, price = ([column.text(cells) for column in group] for group in (quality, PRICE))
+        rows.append([note.label + ("" if note.verified else f" {UNVERIFIED}"), *values, exactness(cells), *price])
+    return rows
+
+
+def comparison_table(results: Results) -> Table:
+    """The main metrics of all methods."""
     titles = ["method", *(c.title for c in QUALITY), "old tasks' logits", *(c.title for c in PRICE)]
-    return Table(titles, rows, ours=next((i for i, note in enumerate(results.methods) if note.name == OURS), None))
+    ours = next((i for i, note in enumerate(results.methods) if note.name == OURS), None)
+    return Table(titles, method_rows(results), ours=ours)
 
 
 def footnotes(results: Results) -> list[str]:
@@ -118,8 +122,8 @@ def footnotes(results: Results) -> list[str]:
         notes.append(
             f"Old task-incremental logits do not change with {', '.join(baselines)} either: compare accuracy and cost."
         )
-    changed = {label: Spread.of(cell.changed_decisions for cell in results.of(name)) for name, label in labels.items()}
-    if shares := [f"{label} {shown(spread)} %" for label, spread in changed.items() if spread]:
+    changed = {name: Spread.of(cell.changed_decisions for cell in results.of(name)) for name in labels}
+    if shares := [f"{labels[name]} {shown(spread)} %" for name, spread in changed.items() if spread]:
         notes.append(
             "Class-incremental predictions can change when classes are added, even if no logit does. Share of changed "
             f"predictions on the test images of old experiences: {', '.join(shares)}."
@@ -163,23 +167,13 @@ def flat(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]
 
 def metrics_table(results: Results) -> Table:
     """All of Avalanche's metrics that at least one method has."""
-    all_metrics = [
-        metrics for cell in results.cells for metrics in (cell.task_incremental_metrics, cell.class_incremental_metrics)
-    ]
-    names = [
-        name
-        for name in ContinualMetrics.__dataclass_fields__
-        if any(getattr(metrics, name) is not None for metrics in all_metrics)
-    ]
-    rows = [
-        [
-            note.label,
-            setting.replace("_", "-"),
-            *(_metric(name, setting, name).text(results.of(note.name)) for name in names),
-        ]
-        for note in results.methods
-        for setting in SETTINGS
-    ]
+    fields = ContinualMetrics.__dataclass_fields__
+    names = [name for name in fields if any(_metric(name, setting, "").spread(results.cells) for setting in SETTINGS)]
+    rows = []
+    for note in results.methods:
+        for setting in SETTINGS:
+            values = (_metric(name, setting, "").text(results.of(note.name)) for name in names)
+            rows.append([note.label, setting.replace("_", "-"), *values])
     return Table(["method", "setting", *(name.replace("_", " ") for name in names)], rows, num_left=2)
 
 
@@ -190,3 +184,99 @@ def experience_table(results: Results) -> Table:
         for note in results.experiences
     ]
     return Table(["experience", "classes", "training images", "test images"], rows, num_left=2)
+
+
+@dataclass(frozen=True)
+class MetricChange:
+    """A metric of a method in both runs, accuracy and forgetting as fractions; `change` is B minus A."""
+
+    method: str
+    figure: str
+    a: Spread | None
+    b: Spread | None
+    change: float | None
+
+
+@dataclass(frozen=True)
+class ResultsComparison:
+    """Comparison of run B with run A."""
+
+    stream: str
+    a: str  # path of run A
+    b: str
+    differences: tuple[MetricChange, ...]  # main metrics of every method in both runs
+    exactness: Mapping[str, tuple[str, str]]  # whether old logits changed in A and in B, per method in both
+    only_a: tuple[str, ...]  # methods missing from B
+    only_b: tuple[str, ...]
+    settings: Mapping[str, tuple[str, str]]  # other differences by dotted name: the values in A and in B
+
+    def to_json(self) -> dict[str, Any]:
+        """The comparison as plain JSON values."""
+        return asdict(self)
+
+
+def compare_reports(a: Path, b: Path) -> ResultsComparison:
+    """Compare two runs of a stream, each given as a report's folder or its results.json; differences are b minus a."""
+    first, second = read_results(a), read_results(b)
+    streams = [(run.stream, run.labels, [(e.name, e.classes) for e in run.experiences]) for run in (first, second)]
+    if streams[0] != streams[1]:
+        difference = (
+            f"{str(a)!r} is of {first.stream!r}, {str(b)!r} of {second.stream!r}"
+            if first.stream != second.stream
+            else f"{str(a)!r} and {str(b)!r} are both of {first.stream!r}, but their experiences differ"
+        )
+        raise DataError(f"Runs of different streams cannot be compared: {difference}. Give two runs of one stream.")
+    names_a, names_b = ([note.name for note in results.methods] for results in (first, second))
+    both = [name for name in names_a if name in names_b]
+    if not both:
+        raise DataError(
+            f"The runs have no method in common: {str(a)!r} has {', '.join(names_a)}; {str(b)!r} has "
+            f"{', '.join(names_b)}. Give two runs that share a method."
+        )
+    differences = []
+    for name in both:
+        for key, column in COLUMNS.items():
+            before, after = column.spread(first.of(name)), column.spread(second.of(name))
+            change = None if before is None or after is None else after.mean - before.mean
+            differences.append(MetricChange(name, key, before, after, change))
+    return ResultsComparison(
+        first.stream, str(a), str(b), tuple(differences),
+        {name: (exactness(first.of(name)), exactness(second.of(name))) for name in both},
+        tuple(name for name in names_a if name not in both), tuple(name for name in names_b if name not in both),
+        _settings(first, second, both),
+    )  # fmt: skip
+
+
+def print_comparison(comparison: ResultsComparison) -> None:
+    """Print the metrics of every method in both runs, then the other differences."""
+    rows: list[tuple[str, ...]] = []
+    for name, logits in comparison.exactness.items():
+        for i, metric in enumerate(c for c in comparison.differences if c.method == name):
+            column = COLUMNS[metric.figure]
+            change = NOTHING if metric.change is None else number(metric.change, column.unit, "+")
+            values = shown(metric.a, column.unit), shown(metric.b, column.unit), change
+            rows.append((name if i == 0 else "", column.title, *values))
+        rows.append(("", "old tasks' logits", *logits, ""))
+    title = f"{comparison.stream}: B minus A; mean ± standard deviation over seeds"
+    show(title, Table(("method", "metric", "A", "B", "B - A"), rows, num_left=2))
+    for run, path, only in (("A", comparison.a, comparison.only_a), ("B", comparison.b, comparison.only_b)):
+        text = f"{run}: {path}" + (f"; only in {run}: {', '.join(only)}" if only else "")
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+    if comparison.settings:
+        settings = [(name, *values) for name, values in comparison.settings.items()]
+        show("Other differences", Table(("setting", "A", "B"), settings, num_left=3))
+    else:
+        console.print("Configuration, environment and numbers of images are the same.")
+
+
+def _settings(first: Results, second: Results, both: Sequence[str]) -> dict[str, tuple[str, str]]:
+    a, b = (
+        {name: str(value) for name, value in flat({
+            "config": run.config, "environment": run.environment, "hardware": run.hardware,
+            "images": {note.name: f"{note.num_train} + {note.num_test}" for note in run.experiences},
+            "seeds": {name: [cell.seed for cell in run.of(name)] for name in both},
+        })}
+        for run in (first, second)
+    )  # fmt: skip
+    names = [name for name in dict.fromkeys((*a, *b)) if a.get(name) != b.get(name)]
+    return {name: (a.get(name, NOTHING), b.get(name, NOTHING)) for name in names}

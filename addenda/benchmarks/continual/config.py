@@ -108,9 +108,7 @@ def build_stream(config: StreamConfig, data_root: Path | None = None, seed: int 
 
 def _is_reference_run(config: StreamConfig, overrides: Mapping[str, Any]) -> bool:
     """Whether Addenda's settings are those under which `expected` was measured."""
-    changes = _merge({}, overrides)
-    for name in ("download", "jobs"):
-        changes.pop(name, None)
+    changes = {key: value for key, value in _merge({}, overrides).items() if key not in ("download", "jobs")}
     if "addenda" in changes.get("methods", ()):
         del changes["methods"]
     if "--weights" in config.command:
@@ -131,9 +129,9 @@ def _merge(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str,
 
 def _problem(error: ErrorDetails) -> str:
     """Format a pydantic error as `setting: message`."""
-    location = list(error["loc"])
-    if location[0] == "data" and len(location) > 2:
-        del location[1]  # pydantic's discriminator tag: the source
+    section, *location = error["loc"]
+    if section == "data" and len(location) > 1:
+        del location[0]  # pydantic's discriminator tag: the source
     context = error.get("ctx", {})
     messages = {
         "extra_forbidden": "unknown setting",
@@ -146,4 +144,4 @@ def _problem(error: ErrorDetails) -> str:
     }
     message = messages.get(error["type"], error["msg"].removeprefix("Value error, "))
     message = message.replace("Tuple", "List").replace("a valid tuple", "a valid list")
-    return f"{'.'.join(map(str, location))}: {message}"
+    return f"{'.'.join(map(str, (section, *location)))}: {message}"

@@ -1,26 +1,56 @@
-"""`addenda bench continual`: run every method with every seed on a stream, and write the report."""
+"""`addenda bench continual`: every method learns the stream with every seed; each such cell is stored at once."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
 
 from addenda.backbones import FrozenBackbone, load_backbone
+from addenda.benchmarks.baselines.method import BaselineSettings, Method, Scores
 from addenda.benchmarks.baselines.methods import BASELINES, baseline
-from addenda.benchmarks.continual.cell import DONE, OURS, MethodRun, Report
 from addenda.benchmarks.continual.config import StreamConfig, build_stream
+from addenda.benchmarks.continual.ours import Masked
 from addenda.benchmarks.continual.report import write_report
-from addenda.benchmarks.continual.results import ExperienceNote, MethodNote, Results
+from addenda.benchmarks.continual.results import Cell, ExperienceNote, Matrix, MethodNote, Results, largest, measure
+from addenda.benchmarks.continual.stream import Experience, Stream
+from addenda.benchmarks.report.files import append_line, read_lines
+from addenda.benchmarks.strategy import NEVER
 from addenda.combined import numerics
 from addenda.exceptions import DataError, TrainingError
 from addenda.files import output_folder
+from addenda.learner import LearnConfig
+from addenda.learner.context import Report, silent
+from addenda.learner.objectives import accuracy
+from addenda.registry import Registry, canonical_json
+from addenda.terminal import plural
+
+OURS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = MappingProxyType({
+    "addenda": (
+        "Addenda", "defaults of `addenda learn`; faster where an earlier seed filled the activation cache", {},
+    ),
+    "addenda-adapters": (
+        "Addenda, adapters", "with adapters where validation prefers them", {"adapter_rank": "auto"},
+    ),
+})  # fmt: skip
+"""Addenda's methods: label, note and `LearnConfig` settings of each."""
+
+CELLS, SECONDS, REGISTRIES = "cells.jsonl", "seconds.jsonl", "registries"
+DONE = "done"  # last progress message of a cell
 
 REFERENCE_RUN = {"command", "hardware", "minutes", "expected", "expected_with"}
 """Fields of a stream's file that describe an earlier run; results leave them out of their configuration."""
@@ -45,18 +75,15 @@ def run_continual(
         stream = build_stream(config, data_root, seed)
         for index, note in enumerate(notes):
             run = MethodRun(config, backbone, stream, note.name, seed, out)
-
-            def report_cell(what: str, done: int, total: int, run: MethodRun = run, index: int = index) -> None:
-                report(f"seed {run.seed}: {run.name}, {what}", index * total + done, len(notes) * total)
-
-            cells.append(run.cell(report_cell))
+            cells.append(run.cell(report, index, len(notes)))
     environment = numerics(backbone)
-    threads = _threads_per_process(config.jobs) if config.jobs > 1 else environment["threads"]
-    processes = f"{config.jobs} processes of " if config.jobs > 1 else ""
+    processes, threads = "", environment["threads"]
+    if config.jobs > 1:
+        processes, threads = f"{config.jobs} processes of ", _threads_per_process(config.jobs)
     results = Results(
         stream=config.name,
         command=command,
-        hardware=f"{environment['device']}, {processes}{threads} thread{'' if threads == 1 else 's'}",
+        hardware=f"{environment['device']}, {processes}{plural(threads, 'thread')}",
         expected=config.expected,
         experiences=[ExperienceNote(e.name, list(e.classes), len(e.train), len(e.test)) for e in stream.experiences],
         labels=list(stream.labels),
@@ -79,19 +106,15 @@ def _compute_in_parallel(
     try:
         cells = [pool.submit(cell, seed, name) for seed in range(config.seeds) for name in names]
         for done, future in enumerate(as_completed(cells), start=1):
-            seed, name = future.result()
-            report(f"seed {seed}: {name}, {DONE}", done, len(cells))
+            report(f"{future.result()}, {DONE}", done, len(cells))
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _compute(
-    config: StreamConfig, device: str, out: Path, data_root: Path | None, seed: int, name: str
-) -> tuple[int, str]:
-    settings, stream = config.backbone, build_stream(config, data_root, seed)
-    backbone = _load(settings.name, settings.weights, settings.mean, settings.std, device=device)
-    MethodRun(config, backbone, stream, name, seed, out).cell(lambda *_: None)
-    return seed, name
+def _compute(config: StreamConfig, device: str, out: Path, data_root: Path | None, seed: int, name: str) -> str:
+    backbone = _load(**dict(config.backbone), device=device)
+    MethodRun(config, backbone, build_stream(config, data_root, seed), name, seed, out).cell(silent)
+    return f"seed {seed}: {name}"
 
 
 _load = cache(load_backbone)  # once per process
@@ -115,3 +138,124 @@ def _methods(config: StreamConfig) -> list[MethodNote]:
             raise DataError(f"Unknown method {name!r}. Known: {known}, and lora-R with any other rank R.") from error
         notes.append(MethodNote(name, label, note))
     return notes
+
+
+@dataclass
+class MethodRun:
+    """A method with one seed, which also drew the stream; `out` is the folder of the whole run."""
+
+    config: StreamConfig
+    backbone: FrozenBackbone
+    stream: Stream
+    name: str
+    seed: int
+    out: Path
+
+    def __post_init__(self) -> None:
+        self._ours: LearnConfig | None = None
+        settings = TypeAdapter(BaselineSettings).dump_python(self.config.baselines, mode="json")
+        if self.name in OURS:
+            self._ours = LearnConfig.parse({**self.config.learn, **OURS[self.name][-1], "seed": self.seed})
+            settings = self._ours.to_json()
+        dependencies = {"method": self.name, "seed": self.seed, "settings": settings}
+        dependencies |= {"backbone": self.backbone.fingerprint, "images": self.stream.fingerprints}
+        self._key = hashlib.sha256(canonical_json(dependencies).encode()).hexdigest()[:16]
+
+    def cell(self, report: Report, index: int = 0, num_methods: int = 1) -> Cell:
+        """Return the stored cell, or compute and store it, as number `index` of the seed's methods."""
+        cells = TypeAdapter(Cell)
+        for line in read_lines(self.out / CELLS):
+            if line["key"] == self._key:
+                try:
+                    return cells.validate_python(line["cell"])
+                except ValidationError:
+                    continue  # written by another version; compute it again
+        with self._method() as method:
+            cell = self._compute(method, report, index, num_methods)
+        append_line(self.out / CELLS, {"key": self._key, "cell": json.loads(cells.dump_json(cell))})
+        return cell
+
+    @contextmanager
+    def _method(self) -> Iterator[Method]:
+        common = self.name, self.stream, self.backbone, self.config.baselines, self.seed
+        if self._ours is None:
+            yield baseline(self.name).make(*common)
+            return
+        folder = self.out / REGISTRIES
+        folder.mkdir(exist_ok=True)
+        with Registry.open(folder / f"{self.name}-seed{self.seed}-{self._key}.db") as registry:
+            yield Masked(*common, config=self._ours, registry=registry)
+
+    def _compute(self, method: Method, report: Report, index: int, num_methods: int) -> Cell:
+        experiences = self.stream.experiences
+        count = len(experiences)
+
+        def report_done(what: str, done: int) -> None:
+            report(f"seed {self.seed}: {self.name}, {what}", index * count + done, num_methods * count)
+
+        matrices, seconds = _Matrices(count), []
+        for number, experience in enumerate(experiences):
+            report_done(f"learning {experience.name}", number)
+            start = time.monotonic()
+            method.learn(number)
+            seconds.append(self._seconds(number, time.monotonic() - start))
+            report_done(f"testing after {experience.name}", number)
+            for on, tested in enumerate(experiences[: number + 2]):
+                matrices.add(number, on, tested, method.scores(tested))
+        report_done(DONE, count)
+        measured = {name: value for name, value in vars(matrices).items() if not name.startswith("_")}
+        return Cell(
+            method=self.name,
+            seed=self.seed,
+            train_seconds=seconds,
+            **measured,
+            **method.price()._asdict(),
+            task_incremental_metrics=measure(matrices.task_incremental),
+            class_incremental_metrics=measure(matrices.class_incremental),
+            extra=method.extra(),
+        )
+
+    def _seconds(self, number: int, measured: float) -> float:
+        """Training seconds of an experience; if an interrupted run registered its task, those that it recorded."""
+        key = f"{self._key}-{number}"
+        recorded = [line["seconds"] for line in read_lines(self.out / SECONDS) if line["key"] == key]
+        if recorded and self._ours is not None:
+            return float(recorded[0])
+        append_line(self.out / SECONDS, {"key": key, "seconds": measured})
+        return measured
+
+
+class _Matrices:
+    """Accuracy matrices, and the changes in old experiences' scores; the public attributes are those of a Cell."""
+
+    def __init__(self, count: int) -> None:
+        self.task_incremental: Matrix = [[None] * count for _ in range(count)]
+        self.class_incremental: Matrix = [[None] * count for _ in range(count)]
+        self.comparisons, self.max_difference = 0, 0.0
+        self.identical: bool | None = None
+        self.changed_decisions: float | None = None
+        self._first: dict[int, tuple[Tensor, Tensor]] = {}
+        self._num_decisions, self._num_changed = 0, 0
+
+    def add(self, after: int, on: int, experience: Experience, scores: Scores) -> None:
+        """Record the scores on experience `on` after experience `after`; ignored while no class can be predicted."""
+        if (scores.class_incremental == NEVER).all():
+            return
+        classes = list(experience.classes)
+        for matrix, values in zip((self.task_incremental, self.class_incremental), scores, strict=True):
+            if (values[:, classes] > NEVER).any():
+                matrix[after][on] = accuracy(values, experience.test.targets)
+        logits, decisions = scores.task_incremental[:, classes], scores.class_incremental.argmax(1)
+        if on == after:
+            self._first[on] = logits, decisions
+        elif on < after and on in self._first:
+            first_logits, first_decisions = self._first[on]
+            self.comparisons += 1
+            same = first_logits.numpy().tobytes() == logits.numpy().tobytes()
+            self.identical = same and self.identical is not False
+            if not same:
+                self.max_difference = largest((self.max_difference, (first_logits - logits).abs().max().item()))
+            if after == len(self.task_incremental) - 1:
+                self._num_decisions += len(decisions)
+                self._num_changed += int((first_decisions != decisions).sum())
+                self.changed_decisions = self._num_changed / self._num_decisions

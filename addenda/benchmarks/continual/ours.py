@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from addenda.backbones import FrozenBackbone
-from addenda.benchmarks.baselines.method import Method, Price, Scores, quiet_evaluator
+from addenda.benchmarks.baselines.method import Method, Scores, quiet_evaluator
 from addenda.benchmarks.baselines.paper_methods import batches
-from addenda.benchmarks.continual.stream import Experience, Stream
-from addenda.benchmarks.strategy import NEVER, MaskedMemory
+from addenda.benchmarks.continual.stream import Experience
+from addenda.benchmarks.strategy import LearnedTask, MaskedMemory
 from addenda.combined import Router, TaskLogits, pass_operations, task_cost
 from addenda.learner import LearnConfig
 from addenda.registry import Registry
 
 
+@dataclass(eq=False, kw_only=True)
 class Masked(Method):
     """Addenda as a method of the benchmark; an interrupted run resumes with the tasks in its registry."""
 
-    def __init__(self, stream: Stream, backbone: FrozenBackbone, config: LearnConfig, registry: Registry) -> None:
-        self._stream, self._backbone, self._registry = stream, backbone, registry
+    config: LearnConfig
+    registry: Registry
+
+    def __post_init__(self) -> None:
         self._strategy = MaskedMemory(
-            backbone=backbone, registry=registry, config=config, prefix=stream.name, evaluator=quiet_evaluator()
+            backbone=self.backbone,
+            registry=self.registry,
+            config=self.config,
+            prefix=self.stream.name,
+            evaluator=quiet_evaluator(),
         )
-        self._experiences = stream.benchmark(None, backbone.transform).train_stream
+        self._experiences = self.stream.benchmark(None, self.backbone.transform).train_stream
+        self._learned: dict[str, LearnedTask] = self._strategy.model.learned  # filled as it learns
         self._predictions: dict[str, TaskLogits] = {}
 
-    def learn(self, number: int) -> None:
-        """Learn experience `number` as a new task."""
+    def _learn(self, number: int) -> None:
         self._strategy.train(self._experiences[number])
         self._predictions.clear()
 
@@ -38,20 +46,20 @@ class Masked(Method):
         Task-incremental scores are the logits of the experience's task; class-incremental scores are each task's class
         probabilities weighted by the router.
         """
-        predictions = self._predict(experience)
-        num_classes = len(self._stream.labels)
-        task_incremental = torch.full((len(experience.test), num_classes), NEVER, dtype=torch.float32, device="cpu")
-        for name, learned in self._strategy.model.learned.items():
-            if learned.number == self._stream.experiences.index(experience):
+        predictions, task_incremental = self._predict(experience), self.no_scores(experience.test)
+        for name, learned in self._learned.items():
+            if learned.number == self.stream.experiences.index(experience):
                 task_incremental[:, list(learned.classes)] = predictions[name].cpu()
-        return Scores(task_incremental, self._strategy.model.score(predictions, num_classes=num_classes))
+        return Scores(task_incremental, self._strategy.model.score(predictions, num_classes=len(self.stream.labels)))
 
-    def price(self) -> Price:
-        """Bytes of artifacts and routing statistics per task, and operations of a forward pass with all tasks."""
-        records = [self._registry.record(learned.task.ref) for learned in self._strategy.model.learned.values()]
-        sizes = [record.size_bytes + record.statistics_bytes for record in records]
-        operations = pass_operations(self._strategy.model.combined)
-        return Price(sum(sizes) / len(sizes), operations / task_cost(self._backbone, 0).backbone_operations)
+    def _stored_bytes(self) -> float:
+        """Bytes of artifacts and routing statistics."""
+        records = [self.registry.record(learned.task.ref) for learned in self._learned.values()]
+        return sum(record.size_bytes + record.statistics_bytes for record in records)
+
+    def _relative_inference(self) -> float:
+        """Operations of a forward pass with all tasks."""
+        return pass_operations(self._strategy.model.combined) / task_cost(self.backbone, 0).backbone_operations
 
     def extra(self) -> dict[str, float | dict[str, float]]:
         """Compare routers, and measure how well a router detects images of unknown tasks.
@@ -60,17 +68,16 @@ class Masked(Method):
         experiences. `auroc`: images of later tasks against those of known tasks by familiarity, averaged over the
         routers after each experience but the last.
         """
-        return {"routers": self._routers()} | ({"auroc": self._auroc()} if len(self._stream.experiences) > 1 else {})
+        return {"routers": self._routers()} | ({"auroc": self._auroc()} if len(self.stream.experiences) > 1 else {})
 
     def _routers(self) -> dict[str, float]:
-        learned = self._strategy.model.learned
+        learned, router = self._learned, self._router(len(self._learned))
         classes = {name: torch.tensor(task.classes, dtype=torch.int64, device="cpu") for name, task in learned.items()}
-        router = self._router(len(learned))
         accuracies: dict[str, list[float]] = {}
-        for experience in self._stream.experiences:
+        for experience in self.stream.experiences:
             predictions = self._predict(experience)
             logits = {name: predictions[name].cpu() / entry.task.temperature for name, entry in learned.items()}
-            predicted = torch.stack([classes[name][rows.argmax(1)] for name, rows in logits.items()], dim=1)
+            predicted = torch.stack([classes[name][rows.argmax(1)] for name, rows in logits.items()])
             scores = {
                 "max softmax": {name: rows.log_softmax(1).amax(1) for name, rows in logits.items()},
                 "energy": {name: rows.logsumexp(1) for name, rows in logits.items()},
@@ -80,14 +87,13 @@ class Masked(Method):
                 if method != "pooled":
                     scores[method.replace("-", " ")] = {name: rows.amax(1) for name, rows in by_task.items()}
             for method, task_scores in scores.items():
-                task = torch.stack([task_scores[name] for name in learned], dim=1).argmax(1)
-                labels = predicted.gather(1, task[:, None])[:, 0]
-                correct = (labels == experience.test.targets).float().mean().item()
-                accuracies.setdefault(method, []).append(correct)
+                chosen = torch.stack([task_scores[name] for name in learned]).argmax(0, keepdim=True)
+                correct = predicted.gather(0, chosen)[0] == experience.test.targets
+                accuracies.setdefault(method, []).append(correct.float().mean().item())
         return {method: sum(values) / len(values) for method, values in accuracies.items()}
 
     def _auroc(self) -> float:
-        features = [_pooled(self._predict(experience)) for experience in self._stream.experiences]
+        features = [_pooled(self._predict(experience)) for experience in self.stream.experiences]
         values: list[float] = []
         for num_known in range(1, len(features)):
             router = self._router(num_known)
@@ -98,14 +104,14 @@ class Masked(Method):
 
     def _router(self, count: int) -> Router:
         """A router over the first `count` tasks."""
-        learned = list(self._strategy.model.learned.items())[:count]
+        learned = list(self._learned.items())[:count]
         return Router({name: entry.statistics for name, entry in learned if entry.statistics is not None})
 
     def _predict(self, experience: Experience) -> TaskLogits:
         """All tasks' logits on an experience's test images, from a single forward pass."""
         if experience.name not in self._predictions:
             model, images = self._strategy.model.combined, experience.test
-            chunks = [model(pixels, pooled=True) for pixels in batches(images, self._backbone, model.micro_batch)]
+            chunks = [model(pixels, pooled=True) for pixels in batches(images, self.backbone, model.micro_batch)]
             logits = {name: torch.cat([chunk[name] for chunk in chunks]) for name in model.tasks}
             self._predictions[experience.name] = TaskLogits(
                 logits, model.exact, torch.cat([_pooled(chunk) for chunk in chunks])

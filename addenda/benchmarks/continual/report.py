@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import yaml
 
 from addenda.benchmarks.continual import columns
 from addenda.benchmarks.continual.columns import OURS, Setting
-from addenda.benchmarks.continual.results import FILE, Cell, Results
+from addenda.benchmarks.continual.results import FILE, Cell, MethodNote, Results
 from addenda.benchmarks.report.plots import Picture, Scheme, curves, heat_map, scale
 from addenda.benchmarks.report.tables import NOTHING, Spread, Table, show, write_json, write_pages
 from addenda.terminal import console
@@ -32,65 +32,51 @@ def write_report(results: Results, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     values = results.to_json()
     write_json(folder / FILE, values)
-    content = _content(results, values)
-    for drawn in (content["curves"], content["scale"], *(matrix for _, pair in content["matrices"] for matrix in pair)):
-        (folder / drawn.file).write_bytes(drawn.light.png)
-    write_pages("continual", content, folder)
-
-
-def print_report(results: Results, folder: Path) -> None:
-    """Print the comparison table, its notes and the paths of the report."""
-    indices = {
-        "method": 0, "task-inc. %": 1, "class-inc. %": 2, "forgetting": 5, "old logits": 6, "per task": 7, "train s": 8,
-        "passes": 9,
-    }  # fmt: skip
-    console.print(columns.verdict(results), markup=False, highlight=False)
-    rows = [[row[index] for index in indices.values()] for row in columns.comparison_table(results).rows]
-    show(f"Accuracy on stream {results.stream}", Table(tuple(indices), rows))
-    for note in columns.footnotes(results):
-        console.print(f"- {note}", markup=False, highlight=False)
-    console.print(f"Report: {folder / 'report.html'} and {folder / 'report.md'}", markup=False, highlight=False)
-
-
-def _content(results: Results, values: dict[str, Any]) -> dict[str, Any]:
-    """Values for both templates."""
     names = [note.name for note in results.experiences]
     lines = {note.name: (note.label, accuracy_so_far(results.of(note.name))) for note in results.methods}
     final = ", ".join(f"{label} {100 * last.mean:.1f} %" for label, (*_, last) in lines.values() if last)
     curves_caption = f"Class-incremental accuracy after each experience, averaged over those so far; final: {final}"
     draw = partial(curves, lines, OURS, names)
-    early = (
-        row[i + 1 :]
-        for c in results.cells
-        for matrix in (c.task_incremental, c.class_incremental)
-        for i, row in enumerate(matrix)
-    )
-    return {
+    along = _drawn("curves.png", curves_caption, draw, partial(draw, narrow=True))
+    colours = _drawn("scale.png", "Colour scale from 0 to 100 % accuracy", scale)
+    matrices = [
+        (note.label, [_matrix(note, results.of(note.name), setting, names) for setting in columns.SETTINGS])
+        for note in results.methods
+    ]
+    for drawn in (along, colours, *(matrix for _, pair in matrices for matrix in pair)):
+        (folder / drawn.file).write_bytes(drawn.light.png)
+    accuracies = (matrix for cell in results.cells for matrix in (cell.task_incremental, cell.class_incremental))
+    early = (value for matrix in accuracies for i, row in enumerate(matrix) for value in row[i + 1 :])
+    content = {
         "results": results,
         "verdict": columns.verdict(results),
         "exact": all(cell.identical for cell in results.of(OURS)),
         "comparison": columns.comparison_table(results),
         "footnotes": columns.footnotes(results),
-        "curves": _drawn("curves.png", curves_caption, draw, partial(draw, narrow=True)),
-        "scale": _drawn("scale.png", "Colour scale from 0 to 100 % accuracy", scale),
-        "matrices": [
-            (
-                note.label,
-                [_matrix(note.name, note.label, results.of(note.name), setting, names) for setting in columns.SETTINGS],
-            )
-            for note in results.methods
-        ],
+        "curves": along,
+        "scale": colours,
+        "matrices": matrices,
         "proof": columns.proof_table(results),
         "extra": columns.extra_table(results),
         "metrics": columns.metrics_table(results),
         "not_offered": columns.NOT_OFFERED if len(names) > 1 else "",
-        "early": any(value is not None for row in early for value in row),
+        "early": any(value is not None for value in early),
         "experiences": columns.experience_table(results),
-        **{
-            key: yaml.safe_dump(values[key], sort_keys=False, allow_unicode=True) if values[key] else ""
-            for key in ("expected", "config", "environment")
-        },
     }
+    for key in ("expected", "config", "environment"):
+        content[key] = yaml.safe_dump(values[key], sort_keys=False, allow_unicode=True) if values[key] else ""
+    write_pages("continual", content, folder)
+
+
+def print_report(results: Results, folder: Path) -> None:
+    """Print the comparison table, its notes and the paths of the report."""
+    console.print(columns.verdict(results), markup=False, highlight=False)
+    titles = "method", "task-inc. %", "class-inc. %", "forgetting", "old logits", "per task", "train s", "passes"
+    rows = columns.method_rows(results, columns.SHORT)
+    show(f"Accuracy on stream {results.stream}", Table(titles, rows))
+    for note in columns.footnotes(results):
+        console.print(f"- {note}", markup=False, highlight=False)
+    console.print(f"Report: {folder / 'report.html'} and {folder / 'report.md'}", markup=False, highlight=False)
 
 
 def mean_matrix(cells: Sequence[Cell], setting: Setting) -> list[list[float | None]]:
@@ -106,12 +92,11 @@ def accuracy_so_far(cells: Sequence[Cell]) -> list[Spread | None]:
     return [Spread.of(spread.mean for spread in stage if spread) for stage in zip(*means, strict=True)]
 
 
-def _matrix(name: str, label: str, cells: list[Cell], setting: Setting, names: list[str]) -> Drawn:
-    matrix = mean_matrix(cells, setting)
+def _matrix(note: MethodNote, cells: list[Cell], setting: Setting, names: list[str]) -> Drawn:
+    matrix, setting_name = mean_matrix(cells, setting), setting.replace("_", "-")
     last = ", ".join(NOTHING if value is None else f"{100 * value:.1f}" for value in matrix[-1])
-    setting_name = setting.replace("_", "-")
-    alt = f"Accuracy matrix of {label}, {setting_name}; last row, in %: {last}"
-    return _drawn(f"accuracy-{name}-{setting_name}.png", alt, partial(heat_map, matrix, names))
+    alt = f"Accuracy matrix of {note.label}, {setting_name}; last row, in %: {last}"
+    return _drawn(f"accuracy-{note.name}-{setting_name}.png", alt, partial(heat_map, matrix, names))
 
 
 def _drawn(

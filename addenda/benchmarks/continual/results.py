@@ -62,10 +62,8 @@ class Cell:
 
     @model_validator(mode="after")
     def _consistent(self) -> Cell:
-        for name, matrix in (
-            ("task_incremental", self.task_incremental),
-            ("class_incremental", self.class_incremental),
-        ):
+        for name in ("task_incremental", "class_incremental"):
+            matrix: Matrix = getattr(self, name)
             if any(len(row) != len(self.train_seconds) for row in matrix) or len(matrix) != len(self.train_seconds):
                 raise ValueError(f"{name} is not a square matrix with a row per experience in train_seconds")
             missing = [{value is None for value in row[: i + 1]} for i, row in enumerate(matrix)]

@@ -1,20 +1,25 @@
-"""Sources of a stream's images: the `data` section of its configuration, one class per source."""
+"""Sources of a stream's images: the `data` section of its configuration, one class per source, and how it is opened."""
 
 from __future__ import annotations
 
+import sys
 from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
+from torchvision.datasets import CIFAR10, CIFAR100, MNIST, SVHN, FashionMNIST
 from torchvision.datasets.utils import download_and_extract_archive
 
-from addenda.benchmarks.continual.sets import explaining_missing, open_folder, open_torchvision, read_list
-from addenda.benchmarks.continual.stream import ImageSet, Stream, by_class, by_set
+from addenda.benchmarks.continual.stream import ImageSet, Stream, by_class, by_set, distinct
 from addenda.benchmarks.demo import PAIRS, digits
-from addenda.learner.data import LabelledImages, open_images
+from addenda.exceptions import DataError
+from addenda.learner.data import LabelledImages, open_images, open_parts
 
+TEST_FRACTION = 0.2
 NOT_MNIST = "https://github.com/facebookresearch/Adversarial-Continual-Learning/raw/main/data/notMNIST.zip"
 # Avalanche warns that its own address may be offline; this archive has the same checksum.
 CUB200_ADDRESS = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"
@@ -44,11 +49,16 @@ ClassOrder = Annotated[
 
 
 class _Source(BaseModel):
+    """A source of datasets, each of which becomes an experience."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
 
-    @abstractmethod
     def stream(self, name: str, options: SourceOptions) -> Stream:
         """Build the stream, with all its images."""
+        return by_set(name, self._sets(options))
+
+    @abstractmethod
+    def _sets(self, options: SourceOptions) -> list[ImageSet]: ...
 
 
 class _Rooted(_Source):
@@ -67,12 +77,10 @@ class _SplitByClass(_Rooted):
     class_order: ClassOrder = "sorted"  # the dataset's order; or a seed to draw one (usually 1993); or all class names
     first: Annotated[int, Field(ge=2)] | None = None  # classes of the first experience; None: as many as the others
 
-    @abstractmethod
-    def _images(self, options: SourceOptions) -> ImageSet: ...
-
     def stream(self, name: str, options: SourceOptions) -> Stream:
         """Build the stream, with all its images."""
-        return by_class(name, self._images(options), self.num_experiences, self.class_order, self.first)
+        (images,) = self._sets(options)
+        return by_class(name, images, self.num_experiences, self.class_order, self.first)
 
 
 class Digits(_Source):
@@ -80,13 +88,11 @@ class Digits(_Source):
 
     source: Literal["digits"]
 
-    def stream(self, name: str, options: SourceOptions) -> Stream:
-        """Build the stream, with all its images."""
-        sets = [
+    def _sets(self, options: SourceOptions) -> list[ImageSet]:
+        return [
             ImageSet(f"digits-{a}{b}", *(open_images(digits((a, b), test, options.seed)) for test in (False, True)))
             for a, b in PAIRS
         ]
-        return by_set(name, sets, shared_labels=True)
 
 
 class Folders(_Rooted):
@@ -97,11 +103,9 @@ class Folders(_Rooted):
     shared_labels: bool = False  # equal class names are the same class; otherwise a class is named `dataset/class`
     address: str | None = None  # where the images can be obtained, for error messages
 
-    def stream(self, name: str, options: SourceOptions) -> Stream:
-        """Build the stream, with all its images."""
-        root = self._folder(options)
-        sets = [open_folder(Path(folder).name, root / folder, options.seed, self.address) for folder in self.sets]
-        return by_set(name, sets, self.shared_labels)
+    def _sets(self, options: SourceOptions) -> list[ImageSet]:
+        sets = [open_folder(self._folder(options) / folder, options.seed, self.address) for folder in self.sets]
+        return sets if self.shared_labels else [distinct(images) for images in sets]
 
 
 class Split(_SplitByClass):
@@ -111,9 +115,8 @@ class Split(_SplitByClass):
     root: str
     address: str | None = None  # where the images can be obtained, for error messages
 
-    def _images(self, options: SourceOptions) -> ImageSet:
-        root = self._folder(options)
-        return open_folder(root.name, root, options.seed, self.address)
+    def _sets(self, options: SourceOptions) -> list[ImageSet]:
+        return [open_folder(self._folder(options), options.seed, self.address)]
 
 
 class Torchvision(_SplitByClass):
@@ -122,8 +125,8 @@ class Torchvision(_SplitByClass):
     source: Literal["torchvision"]
     dataset: Literal["cifar10", "cifar100", "svhn", "mnist", "fashion_mnist"]
 
-    def _images(self, options: SourceOptions) -> ImageSet:
-        return open_torchvision(self.dataset, self._folder(options), options.download)
+    def _sets(self, options: SourceOptions) -> list[ImageSet]:
+        return [open_torchvision(self.dataset, self._folder(options), options.download)]
 
 
 class FiveDatasets(_Rooted):
@@ -131,24 +134,24 @@ class FiveDatasets(_Rooted):
 
     source: Literal["five-datasets"]
 
-    def stream(self, name: str, options: SourceOptions) -> Stream:
-        """Build the stream, with all its images."""
+    def _sets(self, options: SourceOptions) -> list[ImageSet]:
         root = self._folder(options)
         four = [open_torchvision(n, root, options.download) for n in ("cifar10", "mnist", "fashion_mnist", "svhn")]
-        fifth = open_folder("notMNIST", root / "notMNIST", options.seed, NOT_MNIST)
-        return by_set(name, [*four, fifth], shared_labels=False)
+        return [distinct(images) for images in (*four, open_folder(root / "notMNIST", options.seed, NOT_MNIST))]
 
 
 class Core50(_Rooted):
-    """CORe50 in its authors' experiences; `root` contains core50_128x128/ and batches_filelists/."""
+    """CORe50 in its authors' experiences; `root` contains core50_128x128/ and batches_filelists/.
+
+    With new instances (`ni`) all experiences share one test split.
+    """
 
     source: Literal["core50"]
     scenario: Literal["ni", "nc"]  # new instances: eight sessions of all fifty objects; new classes: nine groups
     run: Annotated[int, Field(ge=0, le=9)] = 0  # one of the authors' ten orders
     root: str = "core50"
 
-    def stream(self, name: str, options: SourceOptions) -> Stream:
-        """Build the stream, with all its images; with new instances (`ni`) all experiences share one test split."""
+    def _sets(self, options: SourceOptions) -> list[ImageSet]:
         from avalanche.benchmarks.datasets.core50 import core50_data
 
         root = self._folder(options)
@@ -165,10 +168,9 @@ class Core50(_Rooted):
         sets = []
         for number in range(CORE50_EXPERIENCES[self.scenario]):
             train = read_list(lists / f"train_batch_{number:02}_filelist.txt", images)
-            is_known = torch.tensor([label in train.labels for label in test.labels], dtype=torch.bool, device="cpu")
-            known = test.select(is_known[test.targets].nonzero().flatten().tolist())
-            sets.append(ImageSet(f"core50-{self.scenario}-{number + 1}", train, known))
-        return by_set(name, sets, shared_labels=True)
+            known = [row for row, target in enumerate(test.targets.tolist()) if test.labels[target] in train.labels]
+            sets.append(ImageSet(f"core50-{self.scenario}-{number + 1}", train, test.select(known)))
+        return sets
 
 
 class Cub200(_SplitByClass):
@@ -176,20 +178,111 @@ class Cub200(_SplitByClass):
 
     source: Literal["cub200"]
 
-    def _images(self, options: SourceOptions) -> ImageSet:
+    def _sets(self, options: SourceOptions) -> list[ImageSet]:
         from avalanche.benchmarks.datasets import CUB200
 
         root = self._folder(options)
+        folder = root / CUB200.images_folder
         with explaining_missing("cub200", root, "the unpacked CUB_200_2011/", CUB200_ADDRESS, options.download):
-            if options.download and not (root / CUB200.images_folder).is_dir():
+            if options.download and not folder.is_dir():
                 download_and_extract_archive(CUB200_ADDRESS, root, md5=CUB200.tgz_md5)
             splits = [CUB200(root, train=train, download=False).imgs for train in (True, False)]
-        folders = {number: Path(path).parent.name for split in splits for path, number, _ in split}
-        where, labels = f"CUB-200 in {str(root)!r}", tuple(folders[number] for number in sorted(folders))
-        targets = [torch.tensor([n for _, n, _ in split], dtype=torch.int64, device="cpu") for split in splits]
-        files = [[root / CUB200.images_folder / path for path, _, _ in split] for split in splits]
-        images = (LabelledImages(where, labels, *split) for split in zip(targets, files, strict=True))
-        return ImageSet("cub200", *images)
+        files = ([folder / path for path, *_ in split] for split in splits)
+        return [ImageSet("cub200", *(from_files(f"CUB-200 in {str(root)!r}", split) for split in files))]
 
 
 Data = Annotated[Digits | Folders | Split | Torchvision | FiveDatasets | Core50 | Cub200, Field(discriminator="source")]
+
+
+def open_folder(folder: Path, seed: int, address: str | None) -> ImageSet:
+    """Open a dataset in class folders; error messages mention the address of its images.
+
+    The folder contains train/ and test/; or class folders only, of which a stratified fifth becomes the test split; or
+    class folders only, next to the file lists NAME_train.txt and NAME_test.txt, as published for DomainNet.
+    """
+    if not folder.is_dir():
+        origin = f" The images are available from {address}." if address else ""
+        raise DataError(
+            f"There is no folder {str(folder)!r}. Put dataset {folder.name!r} there, with class folders or with train/ "
+            f"and test/ of class folders.{origin} For another location, pass --data FOLDER or set `root` in the YAML "
+            "file."
+        )
+    lists = [folder.with_name(f"{folder.name}_{split}.txt") for split in ("train", "test")]
+    if all(file.is_file() for file in lists):
+        train, test = (read_list(file, folder.parent) for file in lists)
+        if unknown := sorted(set(test.labels) - set(train.labels)):
+            raise DataError(
+                f"{test.where} has class {unknown[0]!r}, which {train.where} lacks; remove it, or add it for training."
+            )
+        return ImageSet(folder.name, train, test)
+    images, test_split = open_parts(folder)
+    if test_split is not None:
+        return ImageSet(folder.name, images, test_split)
+    train_rows, test_rows = images.objective.split(images.targets, len(images.labels), TEST_FRACTION, seed)
+    return ImageSet(folder.name, *(images.select(sorted(rows.tolist())) for rows in (train_rows, test_rows)))
+
+
+def read_list(file: Path, root: Path) -> LabelledImages:
+    """Read a file list with a path and a number per line; an image's class is the folder that contains it.
+
+    The numbers are ignored: in CORe50's lists they depend on the order of the experiences.
+    """
+    from avalanche.benchmarks.utils.datasets_from_filelists import default_flist_reader
+
+    try:
+        paths = [root / path for path, _ in default_flist_reader(file)]
+    except OSError as error:
+        raise DataError(f"File list {str(file)!r} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise DataError(f"File list {str(file)!r} must have a path and a number per line: {error}.") from error
+    if not paths:
+        raise DataError(f"File list {str(file)!r} is empty; it must have a path and a number per line.")
+    if not paths[0].is_file():
+        raise DataError(
+            f"File list {str(file)!r} names {str(paths[0])!r}, which does not exist. Add the file, or remove the line."
+        )
+    return from_files(f"{str(file)!r}", paths)
+
+
+def from_files(where: str, files: Sequence[Path]) -> LabelledImages:
+    """Image files, each with the name of its folder as its class."""
+    labels = sorted({file.parent.name for file in files})
+    targets = [labels.index(file.parent.name) for file in files]
+    return LabelledImages(where, tuple(labels), torch.tensor(targets, dtype=torch.int64, device="cpu"), list(files))
+
+
+_TORCHVISION: Mapping[str, tuple[Callable[..., Any], str, str]] = {
+    "cifar10": (CIFAR10, "the unpacked cifar-10-batches-py/", CIFAR10.url),
+    "cifar100": (CIFAR100, "the unpacked cifar-100-python/", CIFAR100.url),
+    "svhn": (SVHN, "train_32x32.mat and test_32x32.mat", "http://ufldl.stanford.edu/housenumbers/"),
+    "mnist": (MNIST, "MNIST/raw/ with its four unpacked files", MNIST.mirrors[0]),
+    "fashion_mnist": (FashionMNIST, "FashionMNIST/raw/ with its four unpacked files", FashionMNIST.mirrors[0]),
+}
+"""Constructor of each torchvision dataset, the files expected in its root, and where to obtain them."""
+
+
+def open_torchvision(name: str, root: Path, download: bool) -> ImageSet:
+    """Open a torchvision dataset, and download it if asked and missing."""
+    read, files, address = _TORCHVISION[name]
+    is_train, attribute = (("train", "test"), "labels") if name == "svhn" else ((True, False), "targets")
+    with explaining_missing(name, root, files, address, download):
+        splits = [read(root, value, download=download) for value in is_train]
+    labels = tuple(map(str, getattr(splits[0], "classes", range(10))))
+    targets = [torch.as_tensor(getattr(split, attribute), dtype=torch.int64, device="cpu") for split in splits]
+    where = f"{name} in {str(root)!r}"
+    return ImageSet(name, *(LabelledImages(where, labels, *split) for split in zip(targets, splits, strict=True)))
+
+
+@contextmanager
+def explaining_missing(name: str, root: Path, files: str, address: str, download: bool) -> Iterator[None]:
+    """Turn a library's error about missing images into instructions, and send its output to standard error."""
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    except (OSError, RuntimeError, ValueError) as error:
+        problem = "could not be downloaded to" if download else "was not found in"
+        hint = "" if download else ", or pass --download"
+        raise DataError(
+            f"{name} {problem} {str(root)!r} ({error}). Put {files} there, from {address}. For another location, pass "
+            f"--data FOLDER or set `root` in the YAML file{hint}."
+        ) from error

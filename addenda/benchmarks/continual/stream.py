@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -51,12 +52,6 @@ class Stream:
     labels: tuple[str, ...]
     experiences: tuple[Experience, ...]
 
-    @property
-    def shares_classes(self) -> bool:
-        """Whether a class occurs in several experiences, so that the stream is domain-incremental."""
-        classes = [number for experience in self.experiences for number in experience.classes]
-        return len(set(classes)) < len(classes)
-
     @cached_property
     def fingerprints(self) -> list[list[str]]:
         """Fingerprints of the training and test images of each experience."""
@@ -69,25 +64,18 @@ class Stream:
         task_labels: bool = True,
     ) -> Any:
         """The training images as an Avalanche benchmark; without `train_transform` they stay as stored, mostly PIL."""
-        from avalanche.benchmarks import benchmark_from_datasets, with_classes_timeline, with_task_labels
-        from avalanche.benchmarks.utils.classification_dataset import (
-            ClassificationDataset,
-            TaskAwareSupervisedClassificationDataset,
-        )
-        from avalanche.benchmarks.utils.data_attribute import DataAttribute, TaskLabels
-        from avalanche.benchmarks.utils.flat_data import ConstantSequence
-        from avalanche.benchmarks.utils.transform_groups import TransformGroups
+        from avalanche.benchmarks import benchmark_from_datasets, utils, with_classes_timeline, with_task_labels
+        from avalanche.benchmarks.utils.classification_dataset import ClassificationDataset
 
-        dataset_class = TaskAwareSupervisedClassificationDataset if task_labels else ClassificationDataset
+        kind = utils.TaskAwareSupervisedClassificationDataset if task_labels else ClassificationDataset
         groups = {"train": (train_transform, None), "eval": (eval_transform, None)}
         datasets = []
-        for number, experience in enumerate(self.experiences):
-            images = experience.train
-            attributes = [DataAttribute(images.targets.tolist(), "targets")]
+        for number, images in enumerate(experience.train for experience in self.experiences):
+            attributes = [utils.DataAttribute(images.targets.tolist(), "targets")]
             if task_labels:
-                attributes.append(TaskLabels(ConstantSequence(number, len(images))))
-            transforms = TransformGroups(groups, current_group="train")
-            datasets.append(dataset_class([_Pictures(images)], transform_groups=transforms, data_attributes=attributes))
+                attributes.append(utils.TaskLabels(utils.ConstantSequence(number, len(images))))
+            transforms = utils.TransformGroups(groups, current_group="train")
+            datasets.append(kind([_Pictures(images)], transform_groups=transforms, data_attributes=attributes))
         benchmark = with_classes_timeline(benchmark_from_datasets(train=datasets))
         return with_task_labels(benchmark) if task_labels else benchmark
 
@@ -111,51 +99,42 @@ def slug(name: str) -> str:
 
 
 def by_class(
-    name: str,
-    images: ImageSet,
-    num_experiences: int,
-    class_order: str | int | Sequence[str] = "sorted",
-    first: int | None = None,
+    name: str, images: ImageSet, num_experiences: int, class_order: str | int | Sequence[str], first: int | None = None
 ) -> Stream:
     """Split the classes of a dataset into disjoint experiences; the stream's labels follow the class order."""
     sizes = _num_classes(images.name, len(images.train.labels), num_experiences, first)
     labels = _ordered_labels(images.name, images.train.labels, class_order)
-    splits = [_relabelled(split, labels, split.labels) for split in (images.train, images.test)]
     experience_of = torch.repeat_interleave(torch.tensor(sizes, dtype=torch.int64, device="cpu"))
+    splits = [(split, experience_of[split.targets]) for split in _relabelled(images, labels)]
     experiences = []
     for number in range(num_experiences):
-        train, test = (
-            split.select((experience_of[split.targets] == number).nonzero().flatten().tolist()) for split in splits
-        )
+        train, test = (split.select((of == number).nonzero().flatten().tolist()) for split, of in splits)
         experiences.append(Experience(f"{name}-{number + 1:0{len(str(num_experiences))}}", train, test))
     return Stream(name, labels, tuple(experiences))
 
 
-def by_set(name: str, sets: Sequence[ImageSet], shared_labels: bool) -> Stream:
-    """Make each dataset an experience; with `shared_labels` equal class names are one class, else `dataset/class`."""
+def by_set(name: str, sets: Sequence[ImageSet]) -> Stream:
+    """Make each dataset an experience; equal class names are one class."""
     names = [slug(dataset.name) for dataset in sets]
     if repeated := sorted({n for n in names if names.count(n) > 1}):
         raise DataError(f"Stream {name!r} has two datasets named {repeated[0]!r}. Rename one of the folders.")
+    labels = tuple(dict.fromkeys(label for dataset in sets for label in dataset.train.labels))
+    experiences = zip(names, sets, strict=True)
+    return Stream(name, labels, tuple(Experience(name, *_relabelled(dataset, labels)) for name, dataset in experiences))
 
-    def stream_labels(dataset: ImageSet, split: LabelledImages) -> list[str]:
-        return [label if shared_labels else f"{dataset.name}/{label}" for label in split.labels]
 
-    labels = tuple(dict.fromkeys(label for dataset in sets for label in stream_labels(dataset, dataset.train)))
-    experiences = []
-    for experience, dataset in zip(names, sets, strict=True):
-        train, test = (
-            _relabelled(split, labels, stream_labels(dataset, split)) for split in (dataset.train, dataset.test)
-        )
-        experiences.append(Experience(experience, train, test))
-    return Stream(name, labels, tuple(experiences))
+def distinct(images: ImageSet) -> ImageSet:
+    """Rename each class to `dataset/class`, so that it differs from those of other datasets."""
+    splits = (images.train, images.test)
+    renamed = (replace(split, labels=tuple(f"{images.name}/{label}" for label in split.labels)) for split in splits)
+    return ImageSet(images.name, *renamed)
 
 
 def limited(stream: Stream, limit: int | None, test_limit: int | None, seed: int) -> Stream:
     """Limit the images of each experience, drawn by the seed and balanced over classes as far as they go."""
 
-    def subset(
-        experience: Experience, images: LabelledImages, setting: str, limit: int | None, per_class: int
-    ) -> LabelledImages:
+    def subset(experience: Experience, split: str, setting: str, limit: int | None, per_class: int) -> LabelledImages:
+        images: LabelledImages = getattr(experience, split)
         if limit is None or limit >= len(images):
             return images
         if limit < (minimum := per_class * len(experience.classes)):
@@ -168,26 +147,26 @@ def limited(stream: Stream, limit: int | None, test_limit: int | None, seed: int
 
     experiences = []
     for experience in stream.experiences:
-        train = subset(experience, experience.train, "limit", limit, 2)  # one for training and one for validation
-        test = subset(experience, experience.test, "test_limit", test_limit, 1)
+        train = subset(experience, "train", "limit", limit, 2)  # one for training and one for validation
+        test = subset(experience, "test", "test_limit", test_limit, 1)
         experiences.append(replace(experience, train=train, test=test))
     return replace(stream, experiences=tuple(experiences))
 
 
 def round_robin(order: Sequence[int], targets: Sequence[int], limit: int) -> list[int]:
     """Take `limit` rows: the first of each class in the order, then the second of each, and so on; sorted."""
-    counts: Counter[int] = Counter()
-    turn = {}
-    for row in order:
-        turn[row] = counts[targets[row]]
-        counts[targets[row]] += 1
+    turns = defaultdict[int, Iterator[int]](count)
+    turn = {row: next(turns[targets[row]]) for row in order}
     return sorted(sorted(order, key=turn.__getitem__)[:limit])
 
 
-def _relabelled(images: LabelledImages, labels: tuple[str, ...], names: Sequence[str]) -> LabelledImages:
-    """The images with targets as indices into `labels`; `names` are the stream's labels for their classes."""
-    numbers = torch.tensor([labels.index(label) for label in names], dtype=torch.int64, device="cpu")
-    return replace(images, labels=labels, targets=numbers[images.targets])
+def _relabelled(images: ImageSet, labels: tuple[str, ...]) -> list[LabelledImages]:
+    """Both splits with targets as indices into the stream's labels."""
+    splits = []
+    for split in (images.train, images.test):
+        numbers = torch.tensor([labels.index(label) for label in split.labels], dtype=torch.int64, device="cpu")
+        splits.append(replace(split, labels=labels, targets=numbers[split.targets]))
+    return splits
 
 
 def _num_classes(name: str, num_classes: int, num_experiences: int, first: int | None) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BytesIO
-from itertools import count
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
+from sklearn.isotonic import isotonic_regression
 
 from addenda.benchmarks.report.tables import Spread
 from addenda.terminal import size
@@ -23,18 +24,15 @@ SCHEMES: Mapping[Scheme, Mapping[str, str]] = {
     "light": {"paper": "#ffffff", "ink": "#1c2126", "faint": "#d5dade"},
     "dark": {"paper": "#171b1f", "ink": "#e3e7ea", "faint": "#3a4148"},
 }
+# The colour-blind-safe palette of Okabe and Ito; its green is reserved for our method.
 HUES = ("#0072b2", "#d55e00", "#cc79a7", "#e69f00", "#56b4e9", "#8c8c8c")
-"""The colour-blind-safe palette of Okabe and Ito; its green is reserved for our method."""
-
+# Colours of the plots of cost, training and the paper.
 INKS, FAINT = ("#0b6e4f", "#c1666b", "#4059ad", "#b8860b", "#8d3b72", "#555555"), "#bbbbbb"
-"""Colours of the plots of cost, training and the paper."""
-
 MARKS, STROKES = "sD^vPX*", ("-", "--", ":")
 OURS_STYLE: Mapping[str, Any] = {"color": "#009e73", "marker": "o", "linewidth": 2.8, "zorder": 3}
 SLANTED: Mapping[str, Any] = {"rotation": 35, "ha": "right", "rotation_mode": "anchor", "parse_math": False}
 SCALE = "viridis"
 CSS_DPI, SHARPNESS = 100, 2
-LONGEST_NAME = 16
 
 
 class Picture(NamedTuple):
@@ -49,14 +47,12 @@ def heat_map(matrix: Sequence[Sequence[float | None]], names: Sequence[str], sch
     count, short = len(names), [_short(name) for name in names]
     side = 0.46 * count + 0.6 + 0.08 * max(map(len, short))
     with _drawing(scheme, (max(2.6, side), max(2.3, side))) as (figure, axes):
-        values = [[float("nan") if value is None else 100 * value for value in row] for row in matrix]
-        axes.imshow(values, cmap=matplotlib.colormaps[SCALE], vmin=0, vmax=100)
-        for i, row in enumerate(matrix):
-            for j, value in enumerate(row):
-                if value is not None:
-                    slant = "italic" if j > i else "normal"
-                    ink = "#ffffff" if value < 0.48 else "#10151a"
-                    axes.text(j, i, f"{100 * value:.1f}", ha="center", va="center", size=8.5, color=ink, style=slant)
+        values = 100 * np.array(matrix, dtype=float)  # None becomes NaN
+        axes.imshow(values, cmap=SCALE, vmin=0, vmax=100)
+        for (i, j), value in np.ndenumerate(values):
+            if not np.isnan(value):
+                slant, ink = "italic" if j > i else "normal", "#ffffff" if value < 48 else "#10151a"
+                axes.text(j, i, f"{value:.1f}", ha="center", va="center", size=8.5, color=ink, style=slant)
         axes.set_xticks(range(count), short, **SLANTED)
         axes.set_yticks(range(count), short, parse_math=False)
         axes.set(xlabel="tested on", ylabel="after learning")
@@ -87,9 +83,12 @@ def curves(
     height = max(4.2, 1.2 + 0.27 * len(lines))
     with _drawing(scheme, (3.7, 3.4 + 0.23 * len(lines)) if narrow else (7.4, height)) as (figure, axes):
         stages, last = range(1, len(names) + 1), len(names)
-        ends, baselines = [], count()
+        ends, baselines = [], zip(cycle(product(STROKES, HUES)), cycle(MARKS), strict=False)
         for name, (label, spreads) in lines.items():
-            style = OURS_STYLE if name == ours else _style(next(baselines))
+            style = OURS_STYLE
+            if name != ours:
+                (stroke, hue), mark = next(baselines)
+                style = {"color": hue, "linestyle": stroke, "marker": mark, "linewidth": 1.6}
             points = [(stage, spread) for stage, spread in zip(stages, spreads, strict=True) if spread is not None]
             x = [stage for stage, _ in points]
             means, deviations = 100 * np.array([(spread.mean, spread.deviation or 0) for _, spread in points]).T
@@ -215,30 +214,15 @@ def paper_panels(
     figure.savefig(file, dpi=140)
 
 
-def _style(number: int) -> dict[str, Any]:
-    """Colour, line style and marker of a baseline."""
-    hue, stroke = HUES[number % len(HUES)], STROKES[number // len(HUES) % len(STROKES)]
-    return {"color": hue, "linestyle": stroke, "marker": MARKS[number % len(MARKS)], "linewidth": 1.6}
-
-
 def _apart(values: Sequence[float], gap: float) -> list[float]:
-    """Positions of labels near their values: in the same order, at least `gap` apart, none below zero."""
-    order = sorted(range(len(values)), key=values.__getitem__)
-    groups: list[list[int]] = []
-
-    def low(group: list[int]) -> float:
-        return max(0.0, sum(values[i] for i in group) / len(group) - gap * (len(group) - 1) / 2)
-
-    for i in order:
-        groups.append([i])
-        while len(groups) > 1 and low(groups[-1]) < low(groups[-2]) + gap * len(groups[-2]):
-            last = groups.pop()
-            groups[-1] += last
-    positions = {i: low(group) + gap * k for group in groups for k, i in enumerate(group)}
-    return [positions[i] for i in range(len(values))]
+    """Positions of labels as near their values as possible: in the same order, `gap` apart, none below zero."""
+    order, steps = np.argsort(values, kind="stable"), gap * np.arange(len(values))
+    positions = np.empty(len(values))
+    positions[order] = isotonic_regression(np.array(values)[order] - steps, y_min=0) + steps
+    return list(positions)
 
 
-def _short(name: str, longest: int = LONGEST_NAME) -> str:
+def _short(name: str, longest: int = 16) -> str:
     return name if len(name) <= longest else name[: longest - 1] + "…"
 
 

@@ -101,14 +101,12 @@ def write_pages(name: str, content: Mapping[str, Any], folder: Path) -> None:
             finalize=(lambda value: Markup(escaped(value))) if kind == "md" else None,
             trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
         )  # fmt: skip
-        environment.filters |= {"base64": lambda data: b64encode(data).decode(), "block": _block, "markdown": markdown}
+        environment.filters["markdown"] = markdown
+        environment.filters["base64"] = lambda data: b64encode(data).decode()
+        # A code block by indentation, which no content can terminate.
+        environment.filters["block"] = lambda text: Markup(textwrap.indent(text, "    ", lambda line: True))
         text = environment.get_template(f"{name}.{kind}.j2").render(content)
         (folder / f"report.{kind}").write_text(text, encoding="utf-8")
-
-
-def _block(text: str) -> Markup:
-    """A code block by indentation, which no content can terminate."""
-    return Markup(textwrap.indent(text, "    ", lambda line: True))
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from addenda import FrozenBackbone, Registry, cli, load_backbone
-from addenda.benchmarks.continual.cell import CELLS, REGISTRIES, MethodRun, _Matrices
+from addenda.benchmarks.baselines.method import Scores
 from addenda.benchmarks.continual.config import StreamConfig, build_stream, read_config
-from addenda.benchmarks.continual.experiment import run_continual
+from addenda.benchmarks.continual.experiment import CELLS, REGISTRIES, MethodRun, _Matrices, run_continual
 from addenda.benchmarks.continual.results import Results, measure, read_results
 from addenda.benchmarks.strategy import NEVER
 from addenda.combined import numerics
@@ -249,8 +249,8 @@ def test_a_change_of_one_bit_is_detected(tmp_path: Path) -> None:
     changed[3, experience.classes[0]] = changed[3, experience.classes[0]].nextafter(torch.tensor(9.0))
     for again, same in ((task_incremental.clone(), True), (changed, False)):
         matrices = _Matrices(2)
-        matrices.add(0, 0, experience, task_incremental, task_incremental)
-        matrices.add(1, 0, experience, again, again)
+        matrices.add(0, 0, experience, Scores(task_incremental, task_incremental))
+        matrices.add(1, 0, experience, Scores(again, again))
         assert matrices.comparisons == 1
         assert matrices.identical is same
         assert (matrices.max_difference > 0) is not same
@@ -262,8 +262,8 @@ def test_scores_that_become_nan_differ_and_scores_that_stay_nan_do_not() -> None
     task_incremental, nan = torch.zeros(10, 10), torch.full((10, 10), torch.nan)
     for first, again, same in ((task_incremental, nan, False), (nan, nan, True)):
         matrices = _Matrices(2)
-        matrices.add(0, 0, experience, first, task_incremental)
-        matrices.add(1, 0, experience, again, task_incremental)
+        matrices.add(0, 0, experience, Scores(first, task_incremental))
+        matrices.add(1, 0, experience, Scores(again, task_incremental))
         assert matrices.identical is same
         assert math.isnan(matrices.max_difference) is not same
 

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from addenda.benchmarks.continual.columns import exactness, verdict
-from addenda.benchmarks.continual.comparison import compare_reports, print_comparison
+from addenda.benchmarks.continual.columns import compare_reports, exactness, footnotes, print_comparison, verdict
 from addenda.benchmarks.continual.report import accuracy_so_far, mean_matrix, write_report
 from addenda.benchmarks.continual.results import (
     Cell,
@@ -168,10 +167,13 @@ def test_the_proof_counts_each_old_task_after_each_later_experience(folder: Path
     assert [row_of(text, seed) for seed in "01"] == [[seed, "3", "61", "yes", "0"] for seed in "01"]
 
 
-def test_the_notes_complete_the_table(folder: Path) -> None:
+def test_the_notes_complete_the_table(results: Results, folder: Path) -> None:
     text = (folder / "report.md").read_text()
     assert "old experiences: addenda 2.5 ± 0.7 %." in text
     assert "code not checked against a published figure" in text
+    alike = [replace(note, label="one name") for note in results.methods[:2]]
+    changed = [replace(cell, changed_decisions=0.5) for cell in results.cells[:4]]
+    assert footnotes(replace(results, methods=alike, cells=changed))[-1].count("one name 50.0 ± 0.0 %") == 2
     assert "| addenda | routers: nearest mean | 85.0 ± 7.1 % |" in text
     assert "| addenda | auroc | 0.875 |" in text
 
