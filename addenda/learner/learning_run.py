@@ -21,12 +21,11 @@ from addenda.learner.learn_config import LearnConfig
 from addenda.learner.objectives import LinearProbe
 from addenda.learner.probes import (
     EIGHTHS,
+    LayerFeatures,
     LinearHead,
     as_tensors,
     best_weight,
-    choose_recipe,
     from_linear_probe,
-    layer_probe,
     subsample,
 )
 from addenda.learner.trainer import Trainer
@@ -161,15 +160,14 @@ class LearningRun:
         """Fits the layer probe to the training split, where its recipe is chosen, and to all images if `refit`."""
         objective, num_classes, groups = self._objective, self._activations.num_classes, self._activations.groups
         pooled, layers, targets = self._activations.pooled, self._activations.layers, self._activations.targets
-        train_data = layers[:, self._train], targets[self._train], num_classes
+        train = LayerFeatures(objective, layers[:, self._train], targets[self._train], num_classes)
         train_groups = None if groups is None else [groups[row] for row in self._train.tolist()]
-        seed = self._config.first_seed
-        recipe = choose_recipe(objective, pooled[self._train], *train_data, strength, seed, train_groups)
+        recipe = train.choose_recipe(pooled[self._train], strength, self._config.first_seed, train_groups)
         self._metrics[LAYER_PROBE] = {"fit": recipe.fit, "weight": recipe.weight}
-        train_head = layer_probe(recipe, objective, train_linear, *train_data)
+        train_head = train.probe(recipe, train_linear)
         if not self._config.refit:
             return train_head, train_head
-        return train_head, layer_probe(recipe, objective, final_linear, layers, targets, num_classes)
+        return train_head, LayerFeatures(objective, layers, targets, num_classes).probe(recipe, final_linear)
 
     def _fuse(self, trainer: Trainer, candidate: Candidate) -> Fusion:
         """Chooses the weight of a candidate's token beside the probe; without a layer head it is 0 or 1."""
