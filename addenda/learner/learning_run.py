@@ -104,24 +104,23 @@ class LearningRun:
         self._probe = final_head * (1 / temperature)
         self._probe_logits = logits / temperature
 
-    def warnings(self) -> list[str]:
-        """Returns warnings about the validation split, for the user."""
-        texts, count = [], len(self._validation)
+    def log_warnings(self) -> None:
+        """Warns the user about the validation split."""
+        count = len(self._validation)
         if self.near_duplicates > MAX_NEAR_DUPLICATES * count:
-            texts.append(
-                f"{self.near_duplicates} of {count} validation images have near-duplicates among the training images, "
-                "such as frames of one video or crops of one photo, which inflates the validation score. Name the "
-                "groups with --group-by (in Python: group_by) or in a listing's column `group`."
-            )
+            log.warning(
+                "%d of %d validation images have near-duplicates among the training images, such as frames of one "
+                "video or crops of one photo, which inflates the validation score. Name the groups with --group-by "
+                "(in Python: group_by) or in a listing's column `group`.", self.near_duplicates, count,
+            )  # fmt: skip
         counts = self._objective.counts(self._validation_targets, self._activations.num_classes)
         missing = (counts == 0).nonzero()[:, 0].tolist()
         if missing and self._activations.groups is not None:
             classes = ", ".join(repr(self._activations.labels[label]) for label in missing[:3])
-            texts.append(
-                f"The validation split has no image of {classes}{' and others' if len(missing) > 3 else ''}: all are "
-                "in one group, or in groups that other classes need for training."
-            )
-        return texts
+            log.warning(
+                "The validation split has no image of %s%s: all are in one group, or in groups that other classes need "
+                "for training.", classes, " and others" if len(missing) > 3 else "",
+            )  # fmt: skip
 
     def task(self, parents: tuple[Task, ...], pool: Sequence[Task] | None = None) -> Task:
         """Learns the task.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,8 @@ from addenda.registry import check_labels
 
 Split = Literal["train", "test"]
 Data = str | Path | ImageDataset | HubDataset
+
+log = logging.getLogger(__name__)
 
 
 def open_parts(
@@ -242,7 +245,7 @@ def check_same_labels(labels: Sequence[str], images: LabelledImages, objective: 
 
 
 def repeats(train: LabelledImages, test: LabelledImages | None) -> dict[str, int]:
-    """Counts identical images, byte for byte, among hashed images.
+    """Counts identical images, byte for byte, among hashed images, and warns of them.
 
     `classes`: training images that also occur with other labels; `test`: test images that are training images too.
     """
@@ -251,7 +254,11 @@ def repeats(train: LabelledImages, test: LabelledImages | None) -> dict[str, int
     for digest, target in zip(train.digests, train.targets.tolist(), strict=True):
         if digest != UNREADABLE:
             labels.setdefault(digest, set()).add(train.label_text(target))
-    return {
-        "classes": sum(len(labels.get(digest, ())) > 1 for digest in train.digests),
-        "test": 0 if test is None else sum(test.digest(index) in labels for index in range(len(test))),
-    }
+    in_classes = sum(len(labels.get(digest, ())) > 1 for digest in train.digests)
+    in_test = 0 if test is None else sum(test.digest(index) in labels for index in range(len(test)))
+    remarks = [f"{in_classes} training images also occur with other labels"] if in_classes else []
+    if test is not None and in_test:
+        remarks.append(f"{in_test} of {len(test)} test images are also training images, which inflates the test score")
+    if remarks:
+        log.warning("Byte-identical images: %s.", "; ".join(remarks))
+    return {"classes": in_classes, "test": in_test}
