@@ -144,10 +144,6 @@ class MultiLabel(Objective):
         """Which images have a label."""
         return targets[:, label]
 
-    def strata(self, targets: MultiHot) -> Int[Tensor, " N"]:
-        """Zeros: folds are not stratified, since an image may have several labels."""
-        return torch.zeros(len(targets), dtype=torch.int64, device="cpu")
-
     def fit_layers(
         self, z: Float64[Tensor, "N k"], targets: MultiHot, num_classes: int, num_features: int
     ) -> LayerFits:

@@ -216,9 +216,9 @@ class Objective(ABC):
         weight, bias = self._fit(x, targets.numpy(), strength, num_classes)
         return LinearProbe(torch.from_numpy(weight).float(), torch.from_numpy(bias - weight @ mean).float(), strength)
 
-    @abstractmethod
     def strata(self, targets: Targets) -> Int[Tensor, " N"]:
-        """What folds are stratified by: the class of each image, or 0 for multi-label images."""
+        """What folds are stratified by: the class of each image, or zeros if an image may have several labels."""
+        return torch.zeros(len(targets), dtype=torch.int64, device="cpu")
 
     @abstractmethod
     def fit_layers(self, z: Float64[Tensor, "N k"], targets: Targets, num_classes: int, num_features: int) -> LayerFits:
