@@ -258,7 +258,6 @@ class Learner:
             return self._evaluate(task, images, RunContext(skip_bad, report or silent))
 
     def _evaluate(self, task: Task, images: LabelledImages, context: RunContext) -> EvaluationRecord:
-        """Evaluates a task on some images and records the result."""
         ((metrics, logits_digest),), scored, bad = self._score([task], images, context)
         counts = {"skipped": len(scored.lost) + len(bad), "left_out": counted(scored.left_out)}
         metrics |= {key: value for key, value in counts.items() if value}

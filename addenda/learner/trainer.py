@@ -262,7 +262,6 @@ def _by_shape(candidates: Iterable[Candidate]) -> list[list[Candidate]]:
 
 
 def _progress(history: Sequence[Epoch]) -> str:
-    """Describes the last epoch for progress messages."""
     if not history:
         return ""
     last = history[-1]

@@ -300,7 +300,6 @@ def _name(value: Any) -> str:
 
 
 def _length(target: Any) -> int:
-    """The number of values in a target."""
     if isinstance(target, Tensor):
         return target.numel()
     return len(target) if hasattr(target, "__len__") and not isinstance(target, str) else 1

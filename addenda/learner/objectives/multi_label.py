@@ -167,7 +167,6 @@ class MultiLabel(Objective):
             yield total / y.size
 
     def _fit(self, x: Array, y: NDArray[Any], strength: float, num_classes: int | None) -> tuple[Array, Array]:
-        """One logistic regression per label."""
         return _Logistic(y.shape[1]).fit(x, y, strength)
 
 

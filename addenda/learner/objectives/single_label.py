@@ -144,7 +144,6 @@ class SingleLabel(Objective):
         return heads
 
     def _fold_losses(self, x: Array, y: NDArray[Any], folds: Sequence[NDArray[np.bool_]]) -> Iterator[float]:
-        """Mean log loss of a logistic regression per fold, for each of STRENGTHS in turn."""
         for strength in STRENGTHS:
             total = 0.0
             for held_out in folds:
