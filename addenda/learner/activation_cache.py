@@ -18,19 +18,9 @@ from addenda.backbones import PREPARATION, FrozenBackbone
 from addenda.combined import numerics, numerics_fingerprint
 from addenda.exceptions import TrainingError
 from addenda.files import claim, is_claimed, is_unfinished, leave_alone
+from addenda.learner import store
 from addenda.learner.context import Checkpoint, discard_run
-from addenda.learner.store import (
-    ENTRY,
-    ENTRY_MARKER,
-    ENTRY_TEXT,
-    CacheEntry,
-    Store,
-    create,
-    describe,
-    evict,
-    load,
-    row_bytes,
-)
+from addenda.learner.store import CacheEntry, Store, evict, row_bytes
 
 FORMAT = 3
 NAME = "addenda-activations-v1"
@@ -71,11 +61,7 @@ class ActivationCache:
         if budget_gb is not None and not budget_gb >= 0:
             raise TrainingError(f"A cache budget of {budget_gb:g} GB is invalid; give a number of at least 0.")
         self._budget_gb = budget_gb
-
-    @property
-    def runs(self) -> Path:
-        """Folder for checkpoints of interrupted runs."""
-        return self.folder / RUNS
+        self.runs = self.folder / RUNS
 
     def claim(self) -> None:
         """Creates the cache's own folder, or checks that it is Addenda's and that no other user can write to it.
@@ -108,7 +94,7 @@ class ActivationCache:
         entries = []
         for folder in self._folders():
             with suppress(FileNotFoundError):  # another process evicted it
-                entries.append(describe(folder))
+                entries.append(store.describe(folder))
         return sorted(entries, key=lambda entry: entry.used_at, reverse=True)
 
     def clear(self, names: Sequence[str] | None = None) -> tuple[int, list[str]]:
@@ -119,7 +105,7 @@ class ActivationCache:
         """
         if not is_claimed(self.folder, MARKER, MARKER_TEXT):
             return 0, []
-        with self._lock():
+        with FileLock(self.folder / ".lock"):
             if names is None and self.runs.is_dir():
                 for run in self.runs.iterdir():
                     discard_run(run)
@@ -167,31 +153,27 @@ class ActivationCache:
             "width": backbone.embed_dim + backbone.num_layer_features,
         }
         self.claim()
-        with self._lock():
-            stores = [(folder, store) for folder in self._folders() if (store := load(folder, meta)) is not None]
-            for folder, store in stores:
-                if set(keys) <= store.row_of.keys():
+        with FileLock(self.folder / ".lock"):
+            others = [(folder, other) for folder in self._folders() if (other := store.load(folder, meta)) is not None]
+            for folder, other in others:
+                if set(keys) <= other.row_of.keys():
                     with suppress(FileNotFoundError):
                         os.utime(folder)
-                    return store
-            for _, store in stores:
-                store.release()
+                    return other
+            for _, other in others:
+                other.release()
             self._make_room(len(keys) * row_bytes(meta["shape"], meta["width"]))
-            created = create(self.folder, meta, keys)
-            for _, store in stores:
-                created.copy_from(store)
+            created = store.create(self.folder, meta, keys)
+            for _, other in others:
+                created.copy_from(other)
             created.flush()
             return created
-
-    def _lock(self) -> FileLock:
-        """Lets one process at a time create and delete entries."""
-        return FileLock(self.folder / ".lock")
 
     def _folders(self) -> list[Path]:
         """Lists the entries' folders; reports anything else once and leaves it alone."""
         folders = []
         for path in sorted(self.folder.iterdir()) if is_claimed(self.folder, MARKER, MARKER_TEXT) else ():
-            if re.fullmatch(ENTRY, path.name) and is_claimed(path, ENTRY_MARKER, ENTRY_TEXT):
+            if re.fullmatch(store.ENTRY, path.name) and is_claimed(path, store.ENTRY_MARKER, store.ENTRY_TEXT):
                 folders.append(path)
             elif path.name not in (MARKER, ".lock", RUNS) and not is_unfinished(path, MARKER):
                 leave_alone(path)
@@ -200,9 +182,8 @@ class ActivationCache:
     def _make_room(self, num_bytes: int) -> None:
         entries = self.sets()
         total = sum(entry.num_bytes for entry in entries) + num_bytes
-        for oldest in reversed(entries):
-            if total <= self.budget_bytes:
-                break
+        while entries and total > self.budget_bytes:
+            oldest = entries.pop()
             if evict(self.folder / oldest.name):
                 total -= oldest.num_bytes
                 size_gb = oldest.num_bytes / 1e9

@@ -76,7 +76,7 @@ class Activations:
         bad = self._fill(pooled, layers, context)
         self.skipped = tuple(dict.fromkeys(bad.values()))
         readable = [i for i in range(len(digests)) if i not in bad]
-        self._readable = torch.tensor(readable, dtype=torch.long, device="cpu")
+        self._readable = torch.tensor(readable, dtype=torch.int64, device="cpu")
         self._pooled, self.pooled, self.layers = pooled, pooled[self._readable], layers[:, self._readable]
         self.labels, self.targets, self.objective = images.labels, images.targets[self._readable], images.objective
         self.groups = None if images.groups is None else [images.groups[i] or f"\0{i}" for i in readable]
@@ -94,18 +94,15 @@ class Activations:
         cache_rows = torch.where(known, self._cache_row[rows.clamp(max=len(self._cache_row) - 1)], -1)
         cached = cache_rows >= 0
         if cached.all() and self._resident is not None:
-            return Batch(
-                self.backbone, self._resident, cache_rows, self._parent_key_values[cache_rows], self._pooled[rows]
-            )
+            parents = self._parent_key_values[cache_rows]
+            return Batch(self.backbone, self._resident, cache_rows, parents, self._pooled[rows])
         key_values, pooled = self._gather(rows, cache_rows)
-        parent_key_values = self._empty_parent_key_values(len(rows))
-        if cached.any():
-            parent_key_values[cached] = self._parent_key_values[cache_rows[cached]]
+        parents = self._empty_parent_key_values(len(rows))
+        parents[cached] = self._parent_key_values[cache_rows[cached]]
         for missing in (~cached).nonzero()[:, 0].split(self._micro_batch):
-            parent_key_values[missing] = self._run_parents(key_values[missing])
-        on_device = key_values.to(self.backbone.device)
+            parents[missing] = self._run_parents(key_values[missing])
         positions = torch.arange(len(rows), dtype=torch.int64, device="cpu")
-        return Batch(self.backbone, on_device, positions, parent_key_values, pooled)
+        return Batch(self.backbone, key_values.to(self.backbone.device), positions, parents, pooled)
 
     def with_parents(self, parents: Sequence[Task], report: Report = silent) -> Activations:
         """Returns the same activations for a task with these parents, without running the frozen stream again."""
@@ -170,9 +167,9 @@ class Activations:
                 to_cache = [i for i, row in enumerate(rows) if cache_rows[row] >= 0]
                 if store is not None and to_cache:
                     store.put([cache_rows[rows[i]] for i in to_cache], key_values[to_cache], features[to_cache])
-                if store is not None and time.monotonic() - flushed > FLUSH_S:
-                    store.flush()
-                    flushed = time.monotonic()
+                    if time.monotonic() - flushed > FLUSH_S:
+                        store.flush()
+                        flushed = time.monotonic()
         finally:
             if store is not None:
                 store.flush()

@@ -25,19 +25,21 @@ AUTO_RANK = 8
 """Adapter rank that `adapter_rank="auto"` tries."""
 
 
-class Rates(NamedTuple):
-    """Default learning rates and weight decay for one optimiser."""
-
-    token: tuple[float, ...]
-    adapters: tuple[float, ...]
-    head: float
-    decay: float
-
-
 DEFAULTS = {
-    "adamw": Rates(token=(0.001, 0.003), adapters=(0.001, 0.002), head=0.001, decay=0.05),
-    "sgd": Rates(token=(0.1, 0.3, 1.0), adapters=(0.1, 0.3), head=0.003, decay=0.0),
-}
+    "adamw": {
+        "learning_rate": (0.001, 0.003), "adapter_learning_rate": (0.001, 0.002), "head_learning_rate": 0.001,
+        "weight_decay": 0.05,
+    },
+    "sgd": {
+        "learning_rate": (0.1, 0.3, 1.0), "adapter_learning_rate": (0.1, 0.3), "head_learning_rate": 0.003,
+        "weight_decay": 0.0,
+    },
+}  # fmt: skip
+"""Default learning rates and weight decay for each optimiser."""
+
+
+def _default(setting: str) -> Any:
+    return Field(default_factory=lambda given: DEFAULTS[given["optimizer"]][setting])
 
 
 class Settings(NamedTuple):
@@ -102,14 +104,10 @@ class LearnConfig:
     extends: tuple[str, ...] | Literal["auto"] = ()
     epochs: Annotated[int, Field(ge=1)] = 30
     batch_size: Annotated[int, Field(ge=1)] = 64
-    learning_rate: OneOrMore[Positive] = Field(default_factory=lambda given: DEFAULTS[given["optimizer"]].token)
-    adapter_learning_rate: OneOrMore[Positive] = Field(
-        default_factory=lambda given: DEFAULTS[given["optimizer"]].adapters
-    )
-    head_learning_rate: Positive = Field(default_factory=lambda given: DEFAULTS[given["optimizer"]].head)
-    weight_decay: OneOrMore[Annotated[float, Field(ge=0)]] = Field(
-        default_factory=lambda given: DEFAULTS[given["optimizer"]].decay
-    )
+    learning_rate: OneOrMore[Positive] = _default("learning_rate")
+    adapter_learning_rate: OneOrMore[Positive] = _default("adapter_learning_rate")
+    head_learning_rate: Positive = _default("head_learning_rate")
+    weight_decay: OneOrMore[Annotated[float, Field(ge=0)]] = _default("weight_decay")
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     class_weights: Literal["none", "balanced"] = "none"

@@ -19,7 +19,7 @@ from addenda.learner.activations import Activations
 from addenda.learner.context import OnEpoch, Report, RunContext, silent
 from addenda.learner.data import Data, LabelledImages, check_learnable, check_same_labels, open_images, open_parts
 from addenda.learner.data.labelled import Item, read_in_batches, unreadable
-from addenda.learner.data.openers import repeats
+from addenda.learner.data.opening import repeats
 from addenda.learner.learn_config import LearnConfig
 from addenda.learner.learning_run import LearningRun
 from addenda.learner.objectives import OBJECTIVES
@@ -125,8 +125,9 @@ class Learner:
                     "learn it again with `fall_back: false`."
                 )
         images, test_images = open_parts(train, test, context.skip_bad)
-        for split in filter(None, (images, test_images)):
-            _log_remarks(split)
+        _log_remarks(images)
+        if test_images is not None:
+            _log_remarks(test_images)
         augments = images.can_vary and not (config.head_only and not config.layer_head)
         config = replace(config, augmentation=config.augmentation.resolved(augments))
         if config.group_by is not None:
@@ -156,8 +157,7 @@ class Learner:
         identity = run | {"name": name, "backbone": self.backbone.fingerprint, "skipped": activations.skipped}
         checkpoint = self.cache.checkpoint(digest(canonical_json(identity).encode()))
         learning_run = LearningRun(name, activations, config, replace(context, checkpoint=checkpoint))
-        for warning in learning_run.warnings():
-            log.warning("%s", warning)
+        learning_run.log_warnings()
         try:
             task = learning_run.task(parents, pool)
         except TrainingError:
@@ -166,22 +166,18 @@ class Learner:
         metrics, evaluations = dict(task.metrics), []
         if test_images is not None:
             evaluated = [task, *learning_run.baselines]
-            ((metrics["test"], logits_digest), *probes), _, _ = self._score(
-                evaluated, test_images, RunContext(report=context.report)
-            )
+            ((metrics["test"], logits_digest), *probes), _, _ = self._score(evaluated, test_images, context)
             for baseline, (scores, _) in zip(learning_run.baselines, probes, strict=True):
                 key = baseline.name.replace(" ", "_")
                 metrics[key] = metrics[key] | {"test": scores}
             evaluations.append(Evaluation(test_images.fingerprint(), fingerprint, metrics["test"], logits_digest))
-        repeated = repeats(images, test_images)
-        _warn_of_duplicates(repeated, test_images)
         data = {
             "run": run,
             "num_images": len(readable),
             "counts": readable.counts,
             "skipped": [shown(text) for text in (*images.lost, *activations.skipped)],
             "left_out": counted(images.left_out),
-            "repeated": repeated,
+            "repeated": repeats(images, test_images),
             "near_duplicates": learning_run.near_duplicates,
         }
         finished = replace(task, metrics=metrics, data=data | test_data)
@@ -228,9 +224,7 @@ class Learner:
         evaluations = {record.data_fingerprint: record for record in self.registry.evaluations(ref)}
         if images.lost or images.fingerprint() not in evaluations:
             images, skipped = self._check_readable(images, context)
-        record = evaluations.get(images.fingerprint()) or self._evaluate(
-            task, images, RunContext(report=context.report)
-        )
+        record = evaluations.get(images.fingerprint()) or self._evaluate(task, images, context)
         result = copy(task)
         if record.metrics != task.metrics.get("test"):
             probes = {  # without their test metrics, which are of the earlier test split
@@ -264,7 +258,6 @@ class Learner:
             return self._evaluate(task, images, RunContext(skip_bad, report or silent))
 
     def _evaluate(self, task: Task, images: LabelledImages, context: RunContext) -> EvaluationRecord:
-        """Evaluates a task on some images and records the result."""
         ((metrics, logits_digest),), scored, bad = self._score([task], images, context)
         counts = {"skipped": len(scored.lost) + len(bad), "left_out": counted(scored.left_out)}
         metrics |= {key: value for key, value in counts.items() if value}
@@ -321,16 +314,3 @@ def _log_remarks(images: LabelledImages) -> None:
         log.log(logging.INFO if only_hidden else logging.WARNING, "%s", images.remarks)
     if images.objective.is_settled(len(images.labels)):
         log.warning("%s has one class: every prediction will be %r.", images.where, images.labels[0])
-
-
-def _warn_of_duplicates(repeated: Mapping[str, int], test: LabelledImages | None) -> None:
-    """Warns of identical images with different labels, or in both training and test split."""
-    remarks = []
-    if repeated["classes"]:
-        remarks.append(f"{repeated['classes']} training images also occur with other labels")
-    if repeated["test"] and test is not None:
-        remarks.append(
-            f"{repeated['test']} of {len(test)} test images are also training images, which inflates the test score"
-        )
-    if remarks:
-        log.warning("Byte-identical images: %s.", "; ".join(remarks))

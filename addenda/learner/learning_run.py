@@ -19,16 +19,7 @@ from addenda.learner.candidates import HEAD, Candidate, Tensors, as_fields
 from addenda.learner.context import Epoch, RunContext
 from addenda.learner.learn_config import LearnConfig
 from addenda.learner.objectives import LinearProbe
-from addenda.learner.probes import (
-    EIGHTHS,
-    LinearHead,
-    as_tensors,
-    best_weight,
-    choose_recipe,
-    from_linear_probe,
-    layer_probe,
-    subsample,
-)
+from addenda.learner.probes import EIGHTHS, LayerFeatures, as_tensors, best_weight, from_linear_probe, subsample
 from addenda.learner.trainer import Trainer
 from addenda.registry import Task, digest
 
@@ -88,9 +79,17 @@ class LearningRun:
         # For each probe the head fitted to the training split, and the one fitted to all images.
         heads = {LINEAR_PROBE: (from_linear_probe(self._train_probe), from_linear_probe(self._final_probe))}
         self._metrics: dict[str, Any] = {LINEAR_PROBE: {"strength": strength}}
-        settled = objective.is_settled(activations.num_classes)
-        if config.layer_head and layers.shape[2] and not settled:
-            heads[LAYER_PROBE] = self._layer_probe(strength, *heads[LINEAR_PROBE])
+        if config.layer_head and layers.shape[2] and not objective.is_settled(activations.num_classes):
+            train_linear, final_linear = heads[LINEAR_PROBE]
+            train = LayerFeatures(objective, layers[:, self._train], targets[self._train], activations.num_classes)
+            train_groups = None if groups is None else [groups[row] for row in self._train.tolist()]
+            recipe = train.choose_recipe(pooled[self._train], strength, config.first_seed, train_groups)
+            self._metrics[LAYER_PROBE] = {"fit": recipe.fit, "weight": recipe.weight}
+            train_head = final_head = train.probe(recipe, train_linear)
+            if config.refit:
+                everything = LayerFeatures(objective, layers, targets, activations.num_classes)
+                final_head = everything.probe(recipe, final_linear)
+            heads[LAYER_PROBE] = train_head, final_head
         self.baselines = []
         for name_in_metrics, (train_head, final_head) in heads.items():
             logits = train_head(pooled[self._validation], layers[0, self._validation])
@@ -105,24 +104,23 @@ class LearningRun:
         self._probe = final_head * (1 / temperature)
         self._probe_logits = logits / temperature
 
-    def warnings(self) -> list[str]:
-        """Returns warnings about the validation split, for the user."""
-        texts, count = [], len(self._validation)
+    def log_warnings(self) -> None:
+        """Warns the user about the validation split."""
+        count = len(self._validation)
         if self.near_duplicates > MAX_NEAR_DUPLICATES * count:
-            texts.append(
-                f"{self.near_duplicates} of {count} validation images have near-duplicates among the training images, "
-                "such as frames of one video or crops of one photo, which inflates the validation score. Name the "
-                "groups with --group-by (in Python: group_by) or in a listing's column `group`."
-            )
+            log.warning(
+                "%d of %d validation images have near-duplicates among the training images, such as frames of one "
+                "video or crops of one photo, which inflates the validation score. Name the groups with --group-by "
+                "(in Python: group_by) or in a listing's column `group`.", self.near_duplicates, count,
+            )  # fmt: skip
         counts = self._objective.counts(self._validation_targets, self._activations.num_classes)
         missing = (counts == 0).nonzero()[:, 0].tolist()
         if missing and self._activations.groups is not None:
             classes = ", ".join(repr(self._activations.labels[label]) for label in missing[:3])
-            texts.append(
-                f"The validation split has no image of {classes}{' and others' if len(missing) > 3 else ''}: all are "
-                "in one group, or in groups that other classes need for training."
-            )
-        return texts
+            log.warning(
+                "The validation split has no image of %s%s: all are in one group, or in groups that other classes need "
+                "for training.", classes, " and others" if len(missing) > 3 else "",
+            )  # fmt: skip
 
     def task(self, parents: tuple[Task, ...], pool: Sequence[Task] | None = None) -> Task:
         """Learns the task.
@@ -154,22 +152,6 @@ class LearningRun:
         without_layers = replace(probe, layer_weight=None, layer_down=None)
         task = replace(without_layers, parents=best.parents, temperature=temperature, metrics=metrics)
         return replace(task, **as_fields(tensors), **probe_tensors)
-
-    def _layer_probe(
-        self, strength: float, train_linear: LinearHead, final_linear: LinearHead
-    ) -> tuple[LinearHead, LinearHead]:
-        """Fits the layer probe to the training split, where its recipe is chosen, and to all images if `refit`."""
-        objective, num_classes, groups = self._objective, self._activations.num_classes, self._activations.groups
-        pooled, layers, targets = self._activations.pooled, self._activations.layers, self._activations.targets
-        train_data = layers[:, self._train], targets[self._train], num_classes
-        train_groups = None if groups is None else [groups[row] for row in self._train.tolist()]
-        seed = self._config.first_seed
-        recipe = choose_recipe(objective, pooled[self._train], *train_data, strength, seed, train_groups)
-        self._metrics[LAYER_PROBE] = {"fit": recipe.fit, "weight": recipe.weight}
-        train_head = layer_probe(recipe, objective, train_linear, *train_data)
-        if not self._config.refit:
-            return train_head, train_head
-        return train_head, layer_probe(recipe, objective, final_linear, layers, targets, num_classes)
 
     def _fuse(self, trainer: Trainer, candidate: Candidate) -> Fusion:
         """Chooses the weight of a candidate's token beside the probe; without a layer head it is 0 or 1."""

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Float64, Int, Shaped
 from torch import Tensor
 
-from addenda.learner.objectives import Groups, LinearProbe, Objective, Targets
+from addenda.learner.objectives import Groups, LayerFits, LinearProbe, Objective, Targets
 
 EIGHTHS = tuple(i / 8 for i in range(9))
 """Candidate weights for the second of two heads in their sum."""
@@ -129,75 +129,71 @@ def out_of_fold(
 class ProbeRecipe:
     """How to fit a layer probe: chosen by cross-validation, then used for the training split and for all images."""
 
-    fit: int  # index into the objective's fits to the layer features
+    fit: int  # index into the fits to the layer features
     sharpness: tuple[float, float]  # factors of the linear probe's logits and of the fit's
     weight: float  # of the fit's logits in the sum
 
 
-def choose_recipe(
-    objective: Objective, pooled: Float[Tensor, "N D"], layers: Float[Tensor, "V N n"], targets: Targets,
-    num_classes: int, strength: float, seed: int, groups: Groups = None,
-) -> ProbeRecipe:  # fmt: skip
-    """Chooses the recipe of a layer probe by cross-validated log loss on unaugmented images.
+class LayerFeatures:
+    """The layer features of some images in V views, in the space that they span; view 0 is the unaugmented image."""
 
-    View 0 of the V views is the unaugmented image; all views of an image are in the same fold.
-    """
-    fold = objective.folds(targets, seed, groups)
-    _, z = _coordinates(layers)
+    def __init__(
+        self, objective: Objective, layers: Float[Tensor, "V N n"], targets: Targets, num_classes: int
+    ) -> None:
+        self._objective, self._targets, self._num_classes = objective, targets, num_classes
+        flat = layers.flatten(0, 1)
+        self._space = Space.of(flat)
+        self._z = self._space.coordinates(flat).unflatten(0, layers.shape[:2])
 
-    def fit_linear(rows: Tensor, held_out: Tensor) -> list[Tensor]:
-        head = from_linear_probe(objective.fit_linear_probe(pooled[rows], targets[rows], strength, num_classes))
-        return [head(pooled[held_out], layers[0, held_out])]
+    def choose_recipe(
+        self, pooled: Float[Tensor, "N D"], strength: float, seed: int, groups: Groups = None
+    ) -> ProbeRecipe:
+        """Chooses the recipe of a layer probe by cross-validated log loss on unaugmented images.
 
-    def fit_layers(rows: Tensor, held_out: Tensor) -> list[Tensor]:
-        heads = _fits(objective, z[:, rows], targets[rows], num_classes, layers.shape[2])
-        return [z[0, held_out] @ weight.T + bias for weight, bias in heads]
+        All views of an image are in the same fold.
+        """
+        objective, targets, num_classes = self._objective, self._targets, self._num_classes
+        fold = objective.folds(targets, seed, groups)
 
-    (linear,), tried = out_of_fold(fold, num_classes, fit_linear), out_of_fold(fold, num_classes, fit_layers)
-    linear_factor = sharpness(objective, linear, targets)
-    factors = [sharpness(objective, logits, targets) for logits in tried]
-    losses = [objective.loss(logits * factor, targets).item() for logits, factor in zip(tried, factors, strict=True)]
-    best = losses.index(min(losses))
-    weight = best_weight(objective, linear * linear_factor, tried[best] * factors[best], targets)
-    return ProbeRecipe(best, (linear_factor, factors[best]), weight)
+        def fit_linear(rows: Tensor, held_out: Tensor) -> list[Tensor]:
+            probe = objective.fit_linear_probe(pooled[rows], targets[rows], strength, num_classes)
+            return [pooled[held_out].double() @ probe.weight.double().T + probe.bias.double()]
 
+        def fit_layers(rows: Tensor, held_out: Tensor) -> list[Tensor]:
+            return [self._z[0, held_out] @ weight.T + bias for weight, bias in self._fits(rows)]
 
-def _coordinates(layers: Float[Tensor, "V N n"]) -> tuple[Space, Float64[Tensor, "V N k"]]:
-    """Returns the space that all views of some images span, and their coordinates in it."""
-    flat = layers.flatten(0, 1)
-    space = Space.of(flat)
-    return space, space.coordinates(flat).unflatten(0, layers.shape[:2])
+        (linear,), tried = out_of_fold(fold, num_classes, fit_linear), out_of_fold(fold, num_classes, fit_layers)
+        linear_factor = sharpness(objective, linear, targets)
+        factors = [sharpness(objective, logits, targets) for logits in tried]
+        scaled = [logits * factor for logits, factor in zip(tried, factors, strict=True)]
+        losses = [objective.loss(logits, targets).item() for logits in scaled]
+        best = losses.index(min(losses))
+        weight = best_weight(objective, linear * linear_factor, scaled[best], targets)
+        return ProbeRecipe(best, (linear_factor, factors[best]), weight)
 
+    def probe(self, recipe: ProbeRecipe, linear: LinearHead) -> LinearHead:
+        """Adds a linear probe and a fit to the layer features, with the factors and the weight of a recipe."""
+        linear_factor, layer_factor = recipe.sharpness
+        linear = linear * (linear_factor * (1 - recipe.weight))
+        if not recipe.weight:
+            return linear
+        weight, bias = self._fits(slice(None))[recipe.fit]
+        if self._num_classes > MAX_RANK:  # project onto the directions in which these images' logits vary most
+            logits = self._z[0] @ weight.T
+            _, _, directions = torch.linalg.svd(logits - logits.mean(0), full_matrices=False)
+            projection = directions[:MAX_RANK].T @ directions[:MAX_RANK]
+            bias = bias + (weight - projection @ weight) @ self._z[0].mean(0)
+            weight = projection @ weight
+        return linear + self._space.head(weight, bias) * (layer_factor * recipe.weight)
 
-def _fits(
-    objective: Objective, z: Float64[Tensor, "V N k"], targets: Targets, num_classes: int, num_features: int
-) -> list[tuple[Float64[Tensor, "C k"], Float64[Tensor, " C"]]]:
-    """Returns the objective's fits to the unaugmented images, then its fits to all views."""
-    fits = []
-    for num_views in sorted({1, len(z) if objective.learns_from_views else 1}):
-        view_targets = torch.cat([targets] * num_views)
-        fits += objective.fit_layers(z[:num_views].flatten(0, 1), view_targets, num_classes, num_features)
-    return fits
-
-
-def layer_probe(
-    recipe: ProbeRecipe, objective: Objective, linear: LinearHead, layers: Float[Tensor, "V N n"], targets: Targets,
-    num_classes: int,
-) -> LinearHead:  # fmt: skip
-    """Adds a linear probe and a fit to the layer features, with the factors and the weight of a recipe."""
-    linear_factor, layer_factor = recipe.sharpness
-    linear = linear * (linear_factor * (1 - recipe.weight))
-    if not recipe.weight:
-        return linear
-    space, z = _coordinates(layers)
-    weight, bias = _fits(objective, z, targets, num_classes, layers.shape[2])[recipe.fit]
-    if num_classes > MAX_RANK:  # project onto the directions in which the logits of these images vary most
-        logits = z[0] @ weight.T
-        _, _, directions = torch.linalg.svd(logits - logits.mean(0), full_matrices=False)
-        projection = directions[:MAX_RANK].T @ directions[:MAX_RANK]
-        bias = bias + (weight - projection @ weight) @ z[0].mean(0)
-        weight = projection @ weight
-    return linear + space.head(weight, bias) * (layer_factor * recipe.weight)
+    def _fits(self, rows: Tensor | slice) -> LayerFits:
+        """The objective's fits to the unaugmented images of some rows, then its fits to all views."""
+        z, targets, num_features = self._z[:, rows], self._targets[rows], len(self._space.mean)
+        fits = []
+        for num_views in sorted({1, len(z) if self._objective.learns_from_views else 1}):
+            flat, flat_targets = z[:num_views].flatten(0, 1), torch.cat([targets] * num_views)
+            fits += self._objective.fit_layers(flat, flat_targets, self._num_classes, num_features)
+        return fits
 
 
 def from_linear_probe(probe: LinearProbe) -> LinearHead:

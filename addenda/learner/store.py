@@ -59,15 +59,14 @@ class Store:
     def __init__(self, folder: Path, mode: Any, meta: dict[str, Any], keys: UInt8[np.ndarray, "K 32"]) -> None:
         """Maps the files; raises ValueError if one does not have the shape and dtype that `meta` implies."""
         count = meta["num_rows"]
-        layout: dict[str, tuple[Any, tuple[int, ...]]] = {
-            "key_values": (np.float16, (count, *meta["shape"])),
-            "features": (np.float32, (count, meta["width"])),
-            "digests": (np.uint8, (count, 32)),
-        }
-        if not meta["shape"]:  # created by a run that trains no token
-            del layout["key_values"]
+        layout: list[tuple[str, Any, tuple[int, ...]]] = [
+            ("features", np.float32, (count, meta["width"])),
+            ("digests", np.uint8, (count, 32)),
+        ]
+        if meta["shape"]:  # else created by a run that trains no token
+            layout.insert(0, ("key_values", np.float16, (count, *meta["shape"])))
         self._maps: list[Any] = []
-        for name, (dtype, shape) in layout.items():
+        for name, dtype, shape in layout:
             path = folder / f"{name}.npy"
             if mode == "w+":
                 self._maps.append(np.lib.format.open_memmap(path, mode, dtype, shape))
@@ -77,7 +76,9 @@ class Store:
                 raise ValueError(f"{path.name} holds {array.dtype} {array.shape}")
             self._maps.append(np.lib.format.open_memmap(path, mode))
         self._keys, self._digests = keys, self._maps[-1]
-        self.key_values: Float16[Tensor, "K ..."] = torch.from_numpy(self._maps[0]) if meta["shape"] else _empty(count)
+        self.key_values: Float16[Tensor, "K ..."] = torch.empty(count, 0, dtype=torch.float16, device="cpu")
+        if meta["shape"]:
+            self.key_values = torch.from_numpy(self._maps[0])
         self.features: Float32[Tensor, "K F"] = torch.from_numpy(self._maps[-2])
         self.row_of = {key.tobytes().hex(): row for row, key in enumerate(keys)}
         self._checked: set[int] = set()
@@ -145,10 +146,6 @@ class Store:
 
         with ThreadPoolExecutor(THREADS) as pool:
             return list(pool.map(digest, rows))
-
-
-def _empty(count: int) -> Float16[Tensor, "K 0"]:
-    return torch.empty(count, 0, dtype=torch.float16, device="cpu")
 
 
 def create(cache: Path, meta: dict[str, Any], keys: Sequence[str]) -> Store:

@@ -193,9 +193,8 @@ class _FrozenAttention(torch.autograd.Function):
 
 def _matmul(rows: Float[Tensor, "c H R k"], matrices: Float[Tensor, "c H k n"]) -> Float[Tensor, "c H R n"]:
     """Batched matrix product; unlike `@`, it does not copy non-contiguous rows."""
-    products: Tensor = torch.bmm(rows.flatten(0, 1), matrices.flatten(0, 1))
-    by_head: Tensor = products.unflatten(0, rows.shape[:2])
-    return by_head
+    product: Tensor = torch.bmm(rows.flatten(0, 1), matrices.flatten(0, 1)).unflatten(0, rows.shape[:2])
+    return product
 
 
 def _by_image(by_candidate: Float[Tensor, "S H B k"]) -> Float[Tensor, "B H R k"]:

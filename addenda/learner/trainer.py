@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TypeVar
 
@@ -86,7 +86,7 @@ class Trainer:
             live = [candidate for candidate in candidates if candidate.stopped is None]
             if not live:
                 break
-            totals = {id(candidate): torch.zeros((), device=device, dtype=torch.float32) for candidate in live}
+            totals = {candidate: torch.zeros((), device=device, dtype=torch.float32) for candidate in live}
             order, views = self._order(train, epoch)
             batches = zip(order.split(config.batch_size), views.split(config.batch_size), strict=True)
             for step, (rows, batch_views) in enumerate(batches, (epoch - 1) * steps_per_epoch + 1):
@@ -95,14 +95,18 @@ class Trainer:
                     results = self._gradients(group, batch, targets, penalty)
                     for candidate, (mean, *gradients) in zip(group, results, strict=True):
                         candidate.step(gradients)
-                        totals[id(candidate)] += mean * len(rows)
+                        totals[candidate] += mean * len(rows)
                 self._context.report(f"{self._description}, {_progress(history)}", step, stop_after * steps_per_epoch)
-            losses = tuple((totals[id(c)] / len(train)).item() if c in live else math.nan for c in candidates)
-            scores = self._validate(epoch, losses, candidates, validation)
-            all_settings = tuple(candidate.settings for candidate in candidates)
-            history.append(Epoch(phase, epoch, stop_after, losses, *scores, all_settings))
+            losses = {candidate: (total / len(train)).item() for candidate, total in totals.items()}
+            scores = self._validate(epoch, losses, validation)
+            train_loss, validation_loss, accuracy = (
+                tuple(values.get(candidate, math.nan) for candidate in candidates if values)
+                for values in (losses, *scores)
+            )
+            result = Epoch(phase, epoch, stop_after, train_loss, validation_loss, accuracy, tuple(sweep))
+            history.append(result)
             self._save_checkpoint(phase, candidates, history)
-            self._context.on_epoch(history[-1])
+            self._context.on_epoch(result)
         return candidates, history
 
     def _save_checkpoint(self, phase: str, candidates: Sequence[Candidate], history: Sequence[Epoch]) -> None:
@@ -124,17 +128,14 @@ class Trainer:
         for i, (candidate, candidate_values) in enumerate(zip(candidates, values["candidates"], strict=True)):
             state = {key.removeprefix(f"{i}."): value for key, value in tensors.items() if key.startswith(f"{i}.")}
             candidate.restore(state, candidate_values)
-        all_settings = tuple(candidate.settings for candidate in candidates)
-        adapter = TypeAdapter(Epoch)
-        return [adapter.validate_python(row | {"candidates": all_settings}) for row in values["history"]]
+        settings, adapter = tuple(candidate.settings for candidate in candidates), TypeAdapter(Epoch)
+        return [adapter.validate_python(row | {"candidates": settings}) for row in values["history"]]
 
-    @torch.no_grad()
-    def losses(self, tensors: Tensors, rows: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
-        """Returns the losses by which candidates are compared, after temperature scaling if `calibrate` is set."""
-        return self._calibrated_losses(self.logits(tensors, rows), self._activations.targets[rows])
+    def losses(self, logits: Float[Tensor, "N C"], targets: Tensor) -> Float[Tensor, " N"]:
+        """Returns the losses by which candidates are compared: after temperature scaling if `calibrate` is set.
 
-    def _calibrated_losses(self, logits: Float[Tensor, "N C"], targets: Tensor) -> Float[Tensor, " N"]:
-        """Returns losses after temperature scaling on the same images, so that overconfidence does not count."""
+        It is fitted to the same images, so that overconfidence does not count.
+        """
         calibrate = self._config.calibrate and bool(logits.isfinite().all())
         temperature = self._objective.fit_temperature(logits, targets) if calibrate else 1.0
         return self._objective.losses(logits / temperature, targets)
@@ -225,28 +226,24 @@ class Trainer:
         return torch.cat(batches, dim=1)
 
     def _validate(
-        self, epoch: int, train_losses: Sequence[float], candidates: Sequence[Candidate], validation: Tensor
-    ) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        self, epoch: int, train_losses: Mapping[Candidate, float], validation: Tensor
+    ) -> tuple[dict[Candidate, float], dict[Candidate, float]]:
         """Evaluates the remaining candidates on the validation split and applies early stopping.
 
         Returns:
-            Each candidate's loss and accuracy, NaN if it has stopped; both empty without validation images.
+            Their losses and their accuracies; both empty without validation images.
         """
-        live = [candidate for candidate in candidates if candidate.stopped is None]
         targets = self._activations.targets[validation]
         patience = self._config.patience if len(validation) >= ENOUGH_TO_CHOOSE_AN_EPOCH else None
-        scores: dict[int, tuple[float, float]] = {}
-        for group in _by_shape(live) if len(validation) else ():
+        losses, accuracies = dict[Candidate, float](), dict[Candidate, float]()
+        for group in _by_shape(train_losses) if len(validation) else ():
             logits = self._evaluate([candidate.tensors for candidate in group], validation)
             for candidate, candidate_logits in zip(group, logits, strict=True):
-                mean = self._calibrated_losses(candidate_logits, targets).mean().item()
-                scores[id(candidate)] = mean, self._objective.accuracy(candidate_logits, targets)
-        for candidate, train_loss in zip(candidates, train_losses, strict=True):
-            if candidate in live:
-                loss = scores[id(candidate)][0] if scores else None
-                candidate.end_epoch(epoch, train_loss, loss, patience)
-        ordered = [scores.get(id(candidate), (math.nan, math.nan)) for candidate in candidates] if scores else []
-        return tuple(loss for loss, _ in ordered), tuple(accuracy for _, accuracy in ordered)
+                losses[candidate] = self.losses(candidate_logits, targets).mean().item()
+                accuracies[candidate] = self._objective.accuracy(candidate_logits, targets)
+        for candidate, train_loss in train_losses.items():
+            candidate.end_epoch(epoch, train_loss, losses.get(candidate), patience)
+        return losses, accuracies
 
 
 def parent_memory(backbone: FrozenBackbone, parents: Sequence[Task]) -> list[KeyValue]:
@@ -256,7 +253,7 @@ def parent_memory(backbone: FrozenBackbone, parents: Sequence[Task]) -> list[Key
     return [KeyValue(*(torch.cat(parts, dim=1).unsqueeze(0) for parts in zip(*layer, strict=True))) for layer in layers]
 
 
-def _by_shape(candidates: Sequence[Candidate]) -> list[list[Candidate]]:
+def _by_shape(candidates: Iterable[Candidate]) -> list[list[Candidate]]:
     """Groups candidates that can share a forward pass, in order."""
     groups: dict[object, list[Candidate]] = {}
     for candidate in candidates:
@@ -265,7 +262,6 @@ def _by_shape(candidates: Sequence[Candidate]) -> list[list[Candidate]]:
 
 
 def _progress(history: Sequence[Epoch]) -> str:
-    """Describes the last epoch for progress messages."""
     if not history:
         return ""
     last = history[-1]

@@ -12,9 +12,7 @@ from addenda.learner.learn_config import DEFAULTS
 def test_each_optimiser_has_learning_rates_of_its_own() -> None:
     for optimizer, rates in DEFAULTS.items():
         config = LearnConfig.parse({"optimizer": optimizer})
-        assert (config.learning_rate, config.head_learning_rate, config.weight_decay) == (
-            rates.token, rates.head, rates.decay,
-        )  # fmt: skip
+        assert {name: getattr(config, name) for name in rates} == rates
     assert LearnConfig(optimizer="sgd", learning_rate=0.2).learning_rate == 0.2
     with pytest.raises(TrainingError) as caught:
         LearnConfig.parse({"optimizer": "adam"})

@@ -275,7 +275,7 @@ def test_a_token_of_weight_one_leaves_nothing_of_the_layer_probe(
 ) -> None:
     monkeypatch.setattr(probes, "MAX_RANK", 2)  # so that the layer weight of three classes is in two factors
     monkeypatch.setattr(learning_run, "best_weight", lambda *_: 1.0)
-    monkeypatch.setattr(learning_run, "choose_recipe", lambda *_: probes.ProbeRecipe(0, (1.0, 1.0), 0.5))
+    monkeypatch.setattr(probes.LayerFeatures, "choose_recipe", lambda *_: probes.ProbeRecipe(0, (1.0, 1.0), 0.5))
     probe = learner.learn("probe", colours, config=replace(QUICK, head_only=True))
     assert probe.layer_down is not None
     task = learner.learn("token", colours, config=QUICK)

@@ -9,17 +9,16 @@ import torch
 from torch import Tensor
 
 from addenda.learner import probes
-from addenda.learner.objectives import MultiLabel, SingleLabel
-from addenda.learner.objectives.single_label import SHRINKAGES, discriminants
+from addenda.learner.objectives import MultiLabel, SingleLabel, single_label
+from addenda.learner.objectives.single_label import SHRINKAGES
 from addenda.learner.probes import (
+    LayerFeatures,
     LinearHead,
     ProbeRecipe,
     Space,
     as_tensors,
     best_weight,
-    choose_recipe,
     from_linear_probe,
-    layer_probe,
     out_of_fold,
     sharpness,
 )
@@ -41,6 +40,10 @@ def standardised(features: Tensor) -> Tensor:
     return (x - x.mean(0)) / (variance + 1e-6 * variance.mean()).sqrt() / x.shape[1] ** 0.5
 
 
+def discriminants(z: Tensor, targets: Tensor, num_classes: int, num_features: int) -> list[tuple[Tensor, Tensor]]:
+    return SingleLabel().fit_layers(z, targets, num_classes, num_features)
+
+
 def test_coordinates_keep_every_inner_product() -> None:
     features, _ = data()
     z = Space.of(features).coordinates(features)
@@ -50,7 +53,10 @@ def test_coordinates_keep_every_inner_product() -> None:
 
 @pytest.mark.parametrize("num_images", [40, 200])  # fewer and more than there are features
 @pytest.mark.parametrize("shrinkage", [0.05, 0.5, 0.95])
-def test_a_discriminant_is_that_of_the_full_shrunken_covariance(num_images: int, shrinkage: float) -> None:
+def test_a_discriminant_is_that_of_the_full_shrunken_covariance(
+    num_images: int, shrinkage: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(single_label, "SHRINKAGES", [shrinkage])
     features, targets = data(num_images)
     x, space = standardised(features), Space.of(features)
     means = torch.stack([x[targets == label].mean(0) for label in range(3)])
@@ -59,7 +65,7 @@ def test_a_discriminant_is_that_of_the_full_shrunken_covariance(num_images: int,
     identity = torch.eye(x.shape[1], dtype=torch.float64) * covariance.trace() / x.shape[1]
     weight = torch.linalg.solve((1 - shrinkage) * covariance + shrinkage * identity, means.T).T
     expected = x @ weight.T - 0.5 * (weight * means).sum(1)
-    ((space_weight, bias),) = discriminants(space.coordinates(features), targets, 3, x.shape[1], [shrinkage])
+    ((space_weight, bias),) = discriminants(space.coordinates(features), targets, 3, x.shape[1])
     logits = space.head(space_weight, bias)(torch.zeros(len(x), 1), features)
     torch.testing.assert_close(logits, expected, rtol=1e-6, atol=1e-6 * expected.abs().max().item())
 
@@ -67,10 +73,11 @@ def test_a_discriminant_is_that_of_the_full_shrunken_covariance(num_images: int,
 def test_many_images_are_fitted_in_the_space_that_a_sample_spans(monkeypatch: pytest.MonkeyPatch) -> None:
     features, targets = data(400)
     monkeypatch.setattr(probes, "MAX_ROWS", 30)
+    monkeypatch.setattr(single_label, "SHRINKAGES", [0.1])
     space = Space.of(features)
     z = space.coordinates(features)
     assert z.shape[1] <= 30
-    ((weight, bias),) = discriminants(z, targets, 3, features.shape[1], [0.1])
+    ((weight, bias),) = discriminants(z, targets, 3, features.shape[1])
     logits = space.head(weight, bias)(torch.zeros(len(features), 1), features)
     torch.testing.assert_close(logits, z @ weight.T + bias, rtol=0, atol=1e-6)
     assert SingleLabel().accuracy(logits, targets) > 0.95
@@ -165,16 +172,17 @@ def test_a_layer_probe_follows_its_recipe(views: int) -> None:
     random = torch.Generator().manual_seed(2)
     layers = features + 0.5 * torch.randn(views, *features.shape, generator=random)
     pooled, objective = torch.randn(60, 4, generator=random), SingleLabel()
-    recipe = choose_recipe(objective, pooled, layers, targets, 3, 0.1, 0)
+    layer_features = LayerFeatures(objective, layers, targets, 3)
+    recipe = layer_features.choose_recipe(pooled, 0.1, 0)
     assert recipe.weight > 0.5  # the pooled feature is noise
     probe = from_linear_probe(objective.fit_linear_probe(pooled, targets, 0.1))
-    head = layer_probe(recipe, objective, probe, layers, targets, 3)
+    head = layer_features.probe(recipe, probe)
     fitted_views = layers if recipe.fit >= len(SHRINKAGES) else layers[:1]
     assert recipe.fit < len(SHRINKAGES) * min(views, 2)
     space = Space.of(layers.flatten(0, 1))
     z = space.coordinates(fitted_views.flatten(0, 1))
-    shrinkage = [SHRINKAGES[recipe.fit % len(SHRINKAGES)]]
-    (fit,) = discriminants(z, targets.repeat(len(fitted_views)), 3, features.shape[1], shrinkage)
+    fits = discriminants(z, targets.repeat(len(fitted_views)), 3, features.shape[1])
+    fit = fits[recipe.fit % len(SHRINKAGES)]
     linear = probe * recipe.sharpness[0]
     expected = linear * (1 - recipe.weight) + space.head(*fit) * (recipe.sharpness[1] * recipe.weight)
     torch.testing.assert_close(head(pooled, features), expected(pooled, features))
@@ -194,8 +202,8 @@ def test_random_views_are_used_if_they_help_on_unaugmented_images() -> None:
     pooled = torch.zeros(60, 4)
     helpful = torch.stack([features, *(data(60, seed=0)[0] + 0.8 * torch.randn(60, 60, generator=random),) * 3])
     harmful = torch.stack([features, features[torch.randperm(60, generator=random)]])
-    assert choose_recipe(SingleLabel(), pooled, helpful, targets, 3, 0.1, 0).fit >= len(SHRINKAGES)
-    assert choose_recipe(SingleLabel(), pooled, harmful, targets, 3, 0.1, 0).fit < len(SHRINKAGES)
+    assert LayerFeatures(SingleLabel(), helpful, targets, 3).choose_recipe(pooled, 0.1, 0).fit >= len(SHRINKAGES)
+    assert LayerFeatures(SingleLabel(), harmful, targets, 3).choose_recipe(pooled, 0.1, 0).fit < len(SHRINKAGES)
 
 
 def test_with_many_classes_a_layer_head_is_stored_as_two_factors() -> None:
@@ -203,7 +211,7 @@ def test_with_many_classes_a_layer_head_is_stored_as_two_factors() -> None:
     layers, pooled, objective = features.unsqueeze(0), features[:, 2:7], SingleLabel()
     recipe = ProbeRecipe(3, (0.1, 1.0), 0.75)
     linear = from_linear_probe(objective.fit_linear_probe(pooled, targets, 0.1))
-    head = layer_probe(recipe, objective, linear, layers, targets, 80)
+    head = LayerFeatures(objective, layers, targets, 80).probe(recipe, linear)
     tensors = as_tensors(head)
     assert tensors["layer_weight"].shape == (80, 64)
     assert tensors["layer_down"].shape == (64, 300)

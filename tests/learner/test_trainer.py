@@ -125,8 +125,10 @@ def test_candidates_are_compared_after_temperature_scaling(tiny: FrozenBackbone,
     config = LearnConfig(epochs=2, batch_size=16, learning_rate=0.003, calibrate=calibrate)
     (candidate,), _, trainer = run(learned, config)
     rows, tensors = torch.arange(30, 40), candidate.best.tensors
-    losses = trainer.losses(tensors, rows)
+    targets = activations.targets[rows]
+    losses = trainer.losses(trainer.logits(tensors, rows), targets)
     assert losses.mean().item() == pytest.approx(candidate.best.loss, rel=1e-5)
     # The same predictions with more confidence.
-    scaled = trainer.losses(tensors | {name: 1.5 * tensors[name] for name in HEAD}, rows)
+    scaled_logits = trainer.logits(tensors | {name: 1.5 * tensors[name] for name in HEAD}, rows)
+    scaled = trainer.losses(scaled_logits, targets)
     assert torch.allclose(losses, scaled, rtol=5e-3) == calibrate

@@ -13,6 +13,7 @@ import io
 import json
 import os
 import re
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -260,11 +261,9 @@ class LabelledImages:
             return Item(called, item.content, item.name)
         return Item(called, prepared(item[0], called) if isinstance(item[0], Image.Image) else item[0])
 
-    def read(
-        self, index: int, backbone: FrozenBackbone, transform: Callable[[Image.Image], Tensor] | None = None
-    ) -> Float[Tensor, "3 H W"]:
+    def read(self, index: int, backbone: FrozenBackbone) -> Float[Tensor, "3 H W"]:
         """One image as input of the backbone; see `item` and `Item.views`."""
-        return self.item(index).views(backbone, [transform])[0]
+        return self.item(index).views(backbone)[0]
 
     def read_all(self, backbone: FrozenBackbone) -> Float[Tensor, "N 3 H W"]:
         """All images as one tensor, for datasets that fit into memory."""
@@ -326,6 +325,15 @@ def read_in_batches(
         raise unreadable(list(dict.fromkeys(bad.values())), len(images), images.where) from first
     if batch:
         yield batch
+
+
+def class_name(text: str, owner: str = "A class") -> str:
+    """A class name in Unicode's composed form (macOS decomposes names); DataError if it is not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{owner} has a name that is not UTF-8, {text!r}; rename it.") from error
+    return unicodedata.normalize("NFC", text)
 
 
 def ten_of(texts: Sequence[str]) -> str:

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from addenda.exceptions import DataError
-from addenda.learner.data.folders import class_name, split_named
-from addenda.learner.data.labelled import LabelledImages, encoded, ten_of
+from addenda.learner.data.labelled import LabelledImages, class_name, encoded, ten_of
 
 SUFFIXES = (".csv", ".parquet")
 COLUMNS = ("path", "label", "labels", "split", "group")
+DIFFERENCES = {"labels": "with other labels", "split": "in another split", "group": "in another group"}
+"""What two rows of one image may not differ in."""
+_SPLIT_WORDS = {
+    "train": r"(train|training|trn)(set|data|images|imgs)?|训练集?",
+    "test": r"(test|testing|tst)(set|data|images|imgs)?|测试集?",
+    "validation": r"(val|valid|validation|dev|eval|evaluation)(set|data|images|imgs)?|验证集?",
+}
+"""Words in the name of a folder that holds a split: seg_train, test2017, Training Set, valImages."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +34,15 @@ class _Row:
     position: str  # in messages: "line 3" or "row 2"
 
 
+def split_named(name: str) -> str | None:
+    """The split that a name stands for: "train", "test" or "validation"; None for any other name."""
+    words = re.findall(r"[A-Z]?[^\W\d_A-Z]+|[A-Z]+(?![^\W\d_A-Z])", name)
+    splits = {
+        split for split, form in _SPLIT_WORDS.items() if any(re.fullmatch(form, word.casefold()) for word in words)
+    }
+    return splits.pop() if len(splits) == 1 else None
+
+
 def open_listing(file: Path, split: str) -> LabelledImages:
     """Opens a split of a listing without reading its images.
 
@@ -34,9 +51,7 @@ def open_listing(file: Path, split: str) -> LabelledImages:
     Images of one `group` are held out together or not at all; an empty group makes an image a group of its own. Other
     columns are ignored, and identical rows count once. The classes are those of all rows, sorted by name.
     """
-    columns, lines = _read(file)
-    multi = "labels" in columns
-    rows = _check_rows(file, columns, lines, multi)
+    columns, rows = _read(file)
     labels = tuple(sorted({label for row in rows for label in row.labels}))
     if not labels:
         raise DataError(f"No image in the listing {str(file)!r} has a label; fill its column 'label' or 'labels'.")
@@ -52,7 +67,7 @@ def open_listing(file: Path, split: str) -> LabelledImages:
     if not existing:
         raise DataError(f"None of the files in the listing {str(file)!r} exists, relative to its folder: {lost[0]}")
     number = {label: i for i, label in enumerate(labels)}
-    targets = encoded([[number[label] for label in row.labels] for row in existing], len(labels), multi)
+    targets = encoded([[number[label] for label in row.labels] for row in existing], len(labels), "labels" in columns)
     return LabelledImages(
         f"{str(file)!r}", labels, targets, [row.path for row in existing], folder=file.parent,
         groups=tuple(row.group for row in existing) if "group" in columns else None, lost=lost,
@@ -61,10 +76,7 @@ def open_listing(file: Path, split: str) -> LabelledImages:
 
 def listing_has_test_split(file: Path) -> bool:
     """Whether a listing has a row with split test."""
-    columns, lines = _read(file)
-    return "split" in columns and any(
-        split_named(_text(dict(zip(columns, values, strict=False)).get("split"))) == "test" for _, values in lines
-    )
+    return any(row.split == "test" for row in _read(file)[1])
 
 
 SHOWN_COLUMNS, SHOWN_LETTERS = 12, 40
@@ -74,11 +86,28 @@ Lines = Sequence[tuple[str, list[Any]]]
 """Rows, each with its position in messages."""
 
 
-def _read(file: Path) -> tuple[list[str], Lines]:
-    """Reads a listing's columns and rows."""
+def _read(file: Path) -> tuple[list[str], list[_Row]]:
+    """Reads a listing's columns, and its rows, one per image. Raises DataError that lists the invalid rows."""
     if not file.is_file():
         raise DataError(f"There is no listing {str(file)!r}.")
-    return _read_csv(file) if file.suffix.lower() == ".csv" else _read_parquet(file)
+    columns, lines = _read_csv(file) if file.suffix.lower() == ".csv" else _read_parquet(file)
+    if not lines:
+        raise DataError(f"The listing {str(file)!r} has column names but no rows.")
+    known: dict[Path, _Row] = {}
+    problems = []
+    for position, values in lines:
+        try:
+            row = _row(file.parent, columns, values, position)
+            first = known.setdefault(row.path, row)
+            for column, difference in DIFFERENCES.items():
+                if getattr(first, column) != getattr(row, column):
+                    raise DataError(f"{str(row.path)!r} is also on {first.position}, {difference}")
+        except DataError as error:
+            problems.append(f"{position}: {error}")
+    if problems:
+        summary = f"{len(problems)} of {len(lines)} rows of the listing {str(file)!r} are invalid"
+        raise DataError(f"{summary}:{ten_of(problems)}")
+    return columns, list(known.values())
 
 
 def _read_csv(file: Path) -> tuple[list[str], Lines]:
@@ -137,31 +166,7 @@ def _check_columns(file: Path, columns: Sequence[str]) -> None:
         raise DataError(f"The listing {str(file)!r} has several columns {repeated[0]!r}. {found}")
 
 
-def _check_rows(file: Path, columns: Sequence[str], lines: Lines, multi: bool) -> list[_Row]:
-    """The checked rows, one per image. Raises DataError that lists the invalid rows."""
-    known: dict[Path, _Row] = {}
-    problems = []
-    for position, values in lines:
-        try:
-            row = _row(file.parent, columns, values, multi, position)
-            first = known.setdefault(row.path, row)
-            if first.labels != row.labels:
-                raise DataError(f"{str(row.path)!r} is also on {first.position}, with other labels")
-            if first.split != row.split:
-                raise DataError(f"{str(row.path)!r} is also on {first.position}, in another split")
-            if first.group != row.group:
-                raise DataError(f"{str(row.path)!r} is also on {first.position}, in another group")
-        except DataError as error:
-            problems.append(f"{position}: {error}")
-    if not lines:
-        raise DataError(f"The listing {str(file)!r} has column names but no rows.")
-    if problems:
-        summary = f"{len(problems)} of {len(lines)} rows of the listing {str(file)!r} are invalid"
-        raise DataError(f"{summary}:{ten_of(problems)}")
-    return list(known.values())
-
-
-def _row(folder: Path, columns: Sequence[str], values: Sequence[Any], multi: bool, position: str) -> _Row:
+def _row(folder: Path, columns: Sequence[str], values: Sequence[Any], position: str) -> _Row:
     """Parses one row; DataError says what is wrong with it."""
     if len(values) != len(columns):
         raise DataError(
@@ -171,7 +176,7 @@ def _row(folder: Path, columns: Sequence[str], values: Sequence[Any], multi: boo
     if not isinstance(fields["path"], str) or not fields["path"]:
         raise DataError("its path is empty" if fields["path"] in (None, "") else f"its path is {fields['path']!r}")
     path = Path(os.path.normpath(folder / fields["path"]))
-    labels = _labels(fields["labels"]) if multi else (_text(fields["label"]),)
+    labels = _labels(fields["labels"]) if "labels" in fields else (_text(fields["label"]),)
     if "" in labels:
         raise DataError("it has an empty label")
     text = _text(fields["split"]) if "split" in fields else None

@@ -9,13 +9,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from addenda.learner.objectives.multi_label import MultiLabel
-from addenda.learner.objectives.objective import ClassWeights, Groups, LinearProbe, Objective, Targets
+from addenda.learner.objectives.objective import Groups, LayerFits, LinearProbe, Objective, Targets
 from addenda.learner.objectives.single_label import SingleLabel
 
 __all__ = [
     "OBJECTIVES",
-    "ClassWeights",
     "Groups",
+    "LayerFits",
     "LinearProbe",
     "MultiLabel",
     "Objective",

@@ -12,11 +12,21 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Float64, Int
 from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torchmetrics.functional.classification import binary_average_precision, binary_calibration_error, binary_f1_score
 
 from addenda.combined.predictions import LIKELY
-from addenda.learner.objectives.objective import STRENGTHS, Array, ClassWeights, Objective, Splits, converged, logistic
+from addenda.learner.objectives.objective import (
+    STRENGTHS,
+    Array,
+    LayerFits,
+    MultiHot,
+    Objective,
+    Rows,
+    Weights,
+    fit_logistic,
+)
 from addenda.registry import probabilities
 
 LAYER_STRENGTHS = (1.0, 10.0, 100.0, 1000.0)
@@ -34,7 +44,7 @@ class MultiLabel(Objective):
         """Whether targets are multi-hot."""
         return targets.ndim == 2 and targets.dtype == torch.bool
 
-    def counts(self, targets: Bool[Tensor, "N C"], num_classes: int) -> Int[Tensor, " C"]:
+    def counts(self, targets: MultiHot, num_classes: int) -> Int[Tensor, " C"]:
         """The number of images with each label."""
         return targets.sum(0)
 
@@ -42,9 +52,7 @@ class MultiLabel(Objective):
         """The sorted labels of one target, as JSON."""
         return json.dumps(sorted(label for label, has in zip(labels, target, strict=True) if has))
 
-    def reordered(
-        self, targets: Bool[Tensor, "N c"], order: Int[Tensor, " c"], num_classes: int
-    ) -> Bool[Tensor, "N C"]:
+    def reordered(self, targets: Bool[Tensor, "N c"], order: Int[Tensor, " c"], num_classes: int) -> MultiHot:
         """Targets with reordered columns; new labels are absent from every image."""
         reordered = torch.zeros(len(targets), num_classes, dtype=torch.bool, device="cpu")
         reordered[:, order] = targets
@@ -54,13 +62,7 @@ class MultiLabel(Objective):
         """Labels that fewer than two images lack."""
         return [label for label, count in enumerate(counts) if count > num_images - 2]
 
-    def is_settled(self, num_classes: int) -> bool:
-        """Never: an image may lack the only label."""
-        return False
-
-    def _split(
-        self, targets: Bool[Tensor, "N C"], num_classes: int, fraction: float, seed: int
-    ) -> tuple[Int[Tensor, " T"], Int[Tensor, " V"]]:
+    def _split(self, targets: MultiHot, num_classes: int, fraction: float, seed: int) -> Rows:
         """Iterative stratification: rarest label first, each image to the split that still needs most of that label.
 
         The absence of a label counts as a label too. A label on at least two images has at least one in validation.
@@ -88,11 +90,7 @@ class MultiLabel(Objective):
         return torch.from_numpy(np.flatnonzero(split == 0)), torch.from_numpy(np.flatnonzero(split == 1))
 
     def losses(
-        self,
-        logits: Float[Tensor, "*S N C"],
-        targets: Bool[Tensor, "N C"],
-        label_smoothing: float = 0.0,
-        class_weights: ClassWeights | None = None,
+        self, logits: Float[Tensor, "*S N C"], targets: MultiHot, smoothing: float = 0.0, class_weights: Weights = None
     ) -> Float[Tensor, "*S N"]:
         """Binary cross-entropy, summed over the labels of an image.
 
@@ -100,25 +98,23 @@ class MultiLabel(Objective):
         a penalty has the same relative weight as with cross-entropy.
         """
         truth = targets.to(logits.dtype)
-        smooth = truth * (1 - label_smoothing) + label_smoothing / 2
+        smooth = truth * (1 - smoothing) + smoothing / 2
         if class_weights is None:
             class_weights = logits.new_ones(2, logits.shape[-1])
         absent, present = class_weights
         losses: Tensor = -present * smooth * F.logsigmoid(logits) - absent * (1 - smooth) * F.logsigmoid(-logits)
         return losses.sum(-1)
 
-    def balanced_weights(self, targets: Bool[Tensor, "N C"], num_classes: int) -> Float[Tensor, "2 C"]:
+    def balanced_weights(self, targets: MultiHot, num_classes: int) -> Float[Tensor, "2 C"]:
         """Balances presence against absence for each label."""
         total, counts = len(targets), targets.sum(0)
         return total / (2 * torch.stack([total - counts, counts]).clamp(min=1).float())
 
-    def accuracy(self, logits: Float[Tensor, "N C"], targets: Bool[Tensor, "N C"]) -> float:
+    def accuracy(self, logits: Float[Tensor, "N C"], targets: MultiHot) -> float:
         """The share of correct predictions over all images and labels."""
         return ((logits > 0) == targets).float().mean().item()
 
-    def score(
-        self, logits: Float[Tensor, "N C"], targets: Bool[Tensor, "N C"], labels: Sequence[str]
-    ) -> dict[str, Any]:
+    def score(self, logits: Float[Tensor, "N C"], targets: MultiHot, labels: Sequence[str]) -> dict[str, Any]:
         """Mean average precision, F1 at probability 0.5, exact match and calibration error.
 
         Means are over the labels that some image has; the average precision of other labels is None. `exact_match` is
@@ -144,64 +140,55 @@ class MultiLabel(Objective):
             "num_images": len(targets),
         }
 
-    def has_label(self, targets: Bool[Tensor, "N C"], label: int) -> Bool[Tensor, " N"]:
+    def has_label(self, targets: MultiHot, label: int) -> Bool[Tensor, " N"]:
         """Which images have a label."""
         return targets[:, label]
 
-    def strata(self, targets: Bool[Tensor, "N C"]) -> Int[Tensor, " N"]:
-        """Zeros: folds are not stratified, since an image may have several labels."""
-        return torch.zeros(len(targets), dtype=torch.int64, device="cpu")
-
     def fit_layers(
-        self, z: Float64[Tensor, "N k"], targets: Bool[Tensor, "N C"], num_classes: int, num_features: int
-    ) -> list[tuple[Float64[Tensor, "C k"], Float64[Tensor, " C"]]]:
+        self, z: Float64[Tensor, "N k"], targets: MultiHot, num_classes: int, num_features: int
+    ) -> LayerFits:
         """A logistic regression per label, for each of LAYER_STRENGTHS."""
-        x, models, heads = z.numpy(), [_Binary(LAYER_STRENGTHS[0]) for _ in range(num_classes)], []
+        models, heads = _Logistic(num_classes), []
         for strength in LAYER_STRENGTHS:
-            for model, column in zip(models, targets.numpy().T, strict=True):
-                model.strength = strength
-                model.fit(x, column)
-            weight, bias = np.stack([model.weight for model in models]), np.array([model.bias for model in models])
+            weight, bias = models.fit(z.numpy(), targets.numpy(), strength)
             heads.append((torch.from_numpy(weight), torch.from_numpy(bias)))
         return heads
 
-    def _fold_losses(self, x: Array, y: NDArray[Any], splits: Splits) -> Iterator[float]:
+    def _fold_losses(self, x: Array, y: NDArray[Any], folds: Sequence[NDArray[np.bool_]]) -> Iterator[float]:
         """Mean loss over all labels, which share one C; each fit starts from the previous solution."""
-        models = [[_Binary(STRENGTHS[0]) for _ in range(y.shape[1])] for _ in splits]
+        models = [_Logistic(y.shape[1]) for _ in folds]
         for strength in STRENGTHS:
             total = 0.0
-            for (train, held_out), models_of_fold in zip(splits, models, strict=True):
-                for label, model in enumerate(models_of_fold):
-                    model.strength = strength
-                    model.fit(x[train], y[train, label])
-                    margin = x[held_out] @ model.weight + model.bias
-                    total += np.logaddexp(0, np.where(y[held_out, label], -margin, margin)).sum()
+            for held_out, model in zip(folds, models, strict=True):
+                weights, biases = model.fit(x[~held_out], y[~held_out], strength)
+                for has, weight, bias in zip(y[held_out].T, weights, biases, strict=True):
+                    margin = x[held_out] @ weight + bias
+                    total += np.logaddexp(0, np.where(has, -margin, margin)).sum()
             yield total / y.size
 
     def _fit(self, x: Array, y: NDArray[Any], strength: float, num_classes: int | None) -> tuple[Array, Array]:
-        """One logistic regression per label."""
-        models = [_Binary(strength).fit(x, column) for column in y.T]
-        return np.stack([model.weight for model in models]), np.array([model.bias for model in models])
+        return _Logistic(y.shape[1]).fit(x, y, strength)
 
 
-class _Binary:
-    """Logistic regression of one label with warm start.
+class _Logistic:
+    """A logistic regression for each label; each fit starts from the solution of the previous one.
 
     A label that every image has, or none, gets weight 0 and a bias that gives it the probability
     (images with it + 1) / (images + 2), Laplace's rule of succession.
     """
 
-    def __init__(self, strength: float) -> None:
-        self.strength = strength
-        self._model = logistic(strength, warm_start=True)
+    def __init__(self, num_labels: int) -> None:
+        self._models: list[LogisticRegression | None] = [None] * num_labels
 
-    def fit(self, x: Array, y: NDArray[np.bool_]) -> _Binary:
-        if y.all() or not y.any():
-            self.weight, self.bias = np.zeros(x.shape[1]), math.log((y.sum() + 1) / ((~y).sum() + 1))
-            return self
-        fitted = converged(self._model.set_params(C=self.strength), x, y)
-        self.weight, self.bias = fitted.coef_[0], fitted.intercept_[0]
-        return self
+    def fit(self, x: Array, y: NDArray[np.bool_], strength: float) -> tuple[Array, Array]:
+        weight, bias = np.zeros((y.shape[1], x.shape[1])), np.zeros(y.shape[1])
+        for label, has in enumerate(y.T):
+            if has.all() or not has.any():
+                bias[label] = math.log((has.sum() + 1) / ((~has).sum() + 1))
+                continue
+            self._models[label] = model = fit_logistic(x, has, strength, self._models[label])
+            weight[label], bias[label] = model.coef_[0], model.intercept_[0]
+        return weight, bias
 
 
 def _ranks(logits: Float[Tensor, " N"]) -> Float[Tensor, " N"]:

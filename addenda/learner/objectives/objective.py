@@ -21,28 +21,30 @@ from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from addenda.exceptions import DataError
+from addenda.registry import OBJECTIVES
 
-Targets = Int[Tensor, " N"] | Bool[Tensor, "N C"]
-"""The class of each image; or, of a multi-label task, whether each image has each label."""
+Classes = Int[Tensor, " N"]
+"""Single-label targets: the class of each image."""
+MultiHot = Bool[Tensor, "N C"]
+"""Multi-label targets: whether each image has each label."""
+Targets = Classes | MultiHot
+Weights = Float[Tensor, " C"] | Float[Tensor, "2 C"] | None
+"""Weights of the loss. Single-label: of each class. Multi-label: of the absence and of the presence of each label."""
+Groups = Sequence[str] | None
+"""The group of each image; a group is on one side of every split. None makes each image a group of its own."""
+Rows = tuple[Int[Tensor, " T"], Int[Tensor, " V"]]
+"""Rows of the training and of the validation split."""
+LayerFits = list[tuple[Float64[Tensor, "C k"], Float64[Tensor, " C"]]]
+"""Weight and bias of heads on layer features, for several regularisation strengths."""
+Array = NDArray[np.float64]
 
-ClassWeights = Float[Tensor, " C"] | Float[Tensor, "2 C"]
-"""Single-label: a weight for each class. Multi-label: weights for the absence and for the presence of each label."""
 
 STRENGTHS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Candidate values of scikit-learn's C for the linear probe."""
-
 NUM_FOLDS = 5
 """Folds of cross-validation; fewer if there are fewer groups."""
-
 TEMPERATURES = (0.2, 5.0)
 """Bounds of the temperature. If all predictions are correct, the unbounded optimum is 0."""
-
-Array = NDArray[np.float64]
-Splits = Sequence[tuple[NDArray[np.bool_], NDArray[np.bool_]]]
-"""For each fold, masks of the images to fit on and of the held-out images."""
-
-Groups = Sequence[str] | None
-"""The group of each image; a group is on one side of every split. None makes each image a group of its own."""
 
 
 @dataclass(frozen=True)
@@ -77,17 +79,15 @@ class Objective(ABC):
     def reordered(self, targets: Targets, order: Int[Tensor, " c"], num_classes: int) -> Targets:
         """Targets with renumbered classes: class i becomes order[i], of num_classes."""
 
-    @abstractmethod
     def too_common(self, counts: Sequence[int], num_images: int) -> list[int]:
-        """Labels on so many images that too few images without them are left."""
+        """Labels on so many images that too few images without them are left; none if labels exclude each other."""
+        return []
 
-    @abstractmethod
     def is_settled(self, num_classes: int) -> bool:
         """Whether there is nothing to learn, since only one prediction is possible."""
+        return num_classes == 1 and OBJECTIVES[self.name].exclusive
 
-    def split(
-        self, targets: Targets, num_classes: int, fraction: float, seed: int, groups: Groups = None
-    ) -> tuple[Int[Tensor, " T"], Int[Tensor, " V"]]:
+    def split(self, targets: Targets, num_classes: int, fraction: float, seed: int, groups: Groups = None) -> Rows:
         """Rows of the training and the validation split.
 
         Validation takes a fraction of each class, and at least one image of a class with two or more. The images of a
@@ -112,9 +112,7 @@ class Objective(ABC):
         return (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
 
     @abstractmethod
-    def _split(
-        self, targets: Targets, num_classes: int, fraction: float, seed: int
-    ) -> tuple[Int[Tensor, " T"], Int[Tensor, " V"]]:
+    def _split(self, targets: Targets, num_classes: int, fraction: float, seed: int) -> Rows:
         """`split` without groups."""
 
     @abstractmethod
@@ -143,29 +141,21 @@ class Objective(ABC):
 
     @abstractmethod
     def losses(
-        self,
-        logits: Float[Tensor, "*S N C"],
-        targets: Targets,
-        label_smoothing: float = 0.0,
-        class_weights: ClassWeights | None = None,
+        self, logits: Float[Tensor, "*S N C"], targets: Targets, smoothing: float = 0.0, class_weights: Weights = None
     ) -> Float[Tensor, "*S N"]:
-        """The loss of each of S candidates on each image.
+        """The loss of each of S candidates on each image, with label smoothing.
 
         Unlike in torch, class weights do not change the divisor of the mean, which is the number of images.
         """
 
     def loss(
-        self,
-        logits: Float[Tensor, "*S N C"],
-        targets: Targets,
-        label_smoothing: float = 0.0,
-        class_weights: ClassWeights | None = None,
+        self, logits: Float[Tensor, "*S N C"], targets: Targets, smoothing: float = 0.0, class_weights: Weights = None
     ) -> Float[Tensor, "*S"]:
         """The mean of `losses` over the images, for each candidate."""
-        return self.losses(logits, targets, label_smoothing, class_weights).mean(-1)
+        return self.losses(logits, targets, smoothing, class_weights).mean(-1)
 
     @abstractmethod
-    def balanced_weights(self, targets: Targets, num_classes: int) -> ClassWeights:
+    def balanced_weights(self, targets: Targets, num_classes: int) -> Weights:
         """Weights inverse to class frequency: equal sums for all classes, and a mean of 1 over the images."""
 
     @abstractmethod
@@ -190,12 +180,12 @@ class Objective(ABC):
         return temperature if better else 1.0
 
     def least_loss_temperature(
-        self, logits: Float[Tensor, "N C"], targets: Targets, bounds: tuple[float, float], label_smoothing: float = 0.0
+        self, logits: Float[Tensor, "N C"], targets: Targets, bounds: tuple[float, float], smoothing: float = 0.0
     ) -> float:
         """The temperature of minimal loss, between two bounds."""
 
         def loss(log_temperature: float) -> float:  # convex in 1 / temperature, so there is one minimum
-            return self.loss(logits / math.exp(log_temperature), targets, label_smoothing).item()
+            return self.loss(logits / math.exp(log_temperature), targets, smoothing).item()
 
         log_bounds = tuple(map(math.log, bounds))
         return math.exp(minimize_scalar(loss, bounds=log_bounds, method="bounded", options={"xatol": 1e-6}).x)
@@ -203,11 +193,13 @@ class Objective(ABC):
     def choose_strength(
         self, features: Float[Tensor, "N D"], targets: Targets, seed: int, groups: Groups = None
     ) -> float:
-        """The C of minimal cross-validated log loss, from STRENGTHS."""
+        """The C of minimal cross-validated log loss, from STRENGTHS; 1.0, where none matters, for a single class."""
+        if self.is_settled(int(targets.max()) + 1):
+            return 1.0
         fold, losses = self.folds(targets, seed, groups).numpy(), list[float]()
-        splits = [(fold != number, fold == number) for number in range(fold.max() + 1)]
+        held_out = [fold == number for number in range(fold.max() + 1)]
         # Starts with the strongest penalty; past the best one, weaker penalties are slower and worse.
-        for mean_loss in self._fold_losses(_centred(features)[0], targets.numpy(), splits):
+        for mean_loss in self._fold_losses(_centred(features)[0], targets.numpy(), held_out):
             losses.append(mean_loss)
             if len(losses) > 2 and losses[-1] > losses[-2] > losses[-3]:
                 break
@@ -224,14 +216,12 @@ class Objective(ABC):
         weight, bias = self._fit(x, targets.numpy(), strength, num_classes)
         return LinearProbe(torch.from_numpy(weight).float(), torch.from_numpy(bias - weight @ mean).float(), strength)
 
-    @abstractmethod
     def strata(self, targets: Targets) -> Int[Tensor, " N"]:
-        """What folds are stratified by: the class of each image, or 0 for multi-label images."""
+        """What folds are stratified by: the class of each image, or zeros if an image may have several labels."""
+        return torch.zeros(len(targets), dtype=torch.int64, device="cpu")
 
     @abstractmethod
-    def fit_layers(
-        self, z: Float64[Tensor, "N k"], targets: Targets, num_classes: int, num_features: int
-    ) -> list[tuple[Float64[Tensor, "C k"], Float64[Tensor, " C"]]]:
+    def fit_layers(self, z: Float64[Tensor, "N k"], targets: Targets, num_classes: int, num_features: int) -> LayerFits:
         """Fits heads on layer features for several regularisation strengths, in their order, as (weight, bias).
 
         Args:
@@ -242,8 +232,8 @@ class Objective(ABC):
         """
 
     @abstractmethod
-    def _fold_losses(self, x: Array, y: NDArray[Any], splits: Splits) -> Iterator[float]:
-        """Mean log loss on held-out images, for each of STRENGTHS in turn."""
+    def _fold_losses(self, x: Array, y: NDArray[Any], folds: Sequence[NDArray[np.bool_]]) -> Iterator[float]:
+        """Mean log loss on held-out images, for each of STRENGTHS in turn; `folds` has the mask of each fold."""
 
     @abstractmethod
     def _fit(self, x: Array, y: NDArray[Any], strength: float, num_classes: int | None) -> tuple[Array, Array]:
@@ -262,16 +252,14 @@ def _blas() -> ThreadpoolController:
     return ThreadpoolController()
 
 
-def logistic(strength: float, warm_start: bool = False) -> LogisticRegression:
-    """scikit-learn's logistic regression with the settings used here."""
-    return LogisticRegression(C=strength, max_iter=20_000, tol=1e-5, warm_start=warm_start)
-
-
-def converged(model: LogisticRegression, x: Array, y: NDArray[Any]) -> LogisticRegression:
-    """Fits a model; a fit that does not converge raises.
+def fit_logistic(
+    x: Array, y: NDArray[Any], strength: float, start: LogisticRegression | None = None
+) -> LogisticRegression:
+    """Logistic regression by scikit-learn, which starts from an earlier fit if given; raises if it does not converge.
 
     Uses one thread: the matrix products are small, and OpenBLAS with two threads takes ten to twenty times as long.
     """
+    model = LogisticRegression(max_iter=20_000, tol=1e-5, warm_start=True) if start is None else start
     with warnings.catch_warnings(), _blas().limit(limits=1, user_api="blas"):
         warnings.simplefilter("error", ConvergenceWarning)
-        return model.fit(x, y)
+        return model.set_params(C=strength).fit(x, y)

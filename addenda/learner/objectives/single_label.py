@@ -14,21 +14,17 @@ from numpy.typing import NDArray
 from scipy.special import logsumexp
 from sklearn.model_selection import train_test_split
 from torch import Tensor
-from torchmetrics.functional.classification import (
-    multiclass_accuracy,
-    multiclass_calibration_error,
-    multiclass_confusion_matrix,
-)
+from torchmetrics.functional import classification as metrics
 
 from addenda.learner.objectives.objective import (
     STRENGTHS,
     Array,
-    ClassWeights,
-    Groups,
+    Classes,
+    LayerFits,
     Objective,
-    Splits,
-    converged,
-    logistic,
+    Rows,
+    Weights,
+    fit_logistic,
 )
 from addenda.registry import probabilities
 
@@ -47,7 +43,7 @@ class SingleLabel(Objective):
         """Whether targets are class indices."""
         return targets.ndim == 1 and not targets.is_floating_point()
 
-    def counts(self, targets: Int[Tensor, " N"], num_classes: int) -> Int[Tensor, " C"]:
+    def counts(self, targets: Classes, num_classes: int) -> Int[Tensor, " C"]:
         """The number of images of each class."""
         return targets.bincount(minlength=num_classes)
 
@@ -55,21 +51,11 @@ class SingleLabel(Objective):
         """The label of the class."""
         return labels[target]
 
-    def reordered(self, targets: Int[Tensor, " N"], order: Int[Tensor, " c"], num_classes: int) -> Int[Tensor, " N"]:
+    def reordered(self, targets: Classes, order: Int[Tensor, " c"], num_classes: int) -> Classes:
         """Targets with renumbered classes."""
         return order[targets]
 
-    def too_common(self, counts: Sequence[int], num_images: int) -> list[int]:
-        """Always empty: every image may be of one class."""
-        return []
-
-    def is_settled(self, num_classes: int) -> bool:
-        """Whether there is only one class."""
-        return num_classes == 1
-
-    def _split(
-        self, targets: Int[Tensor, " N"], num_classes: int, fraction: float, seed: int
-    ) -> tuple[Int[Tensor, " T"], Int[Tensor, " V"]]:
+    def _split(self, targets: Classes, num_classes: int, fraction: float, seed: int) -> Rows:
         """Stratified by scikit-learn, with at least as many images as classes on either side."""
         num_held_out = min(max(num_classes, round(fraction * len(targets))), len(targets) - num_classes)
         train, validation = train_test_split(
@@ -82,27 +68,23 @@ class SingleLabel(Objective):
         return first, second
 
     def losses(
-        self,
-        logits: Float[Tensor, "*S N C"],
-        targets: Int[Tensor, " N"],
-        label_smoothing: float = 0.0,
-        class_weights: ClassWeights | None = None,
+        self, logits: Float[Tensor, "*S N C"], targets: Classes, smoothing: float = 0.0, class_weights: Weights = None
     ) -> Float[Tensor, "*S N"]:
         """Cross-entropy."""
         flat = logits.reshape(-1, logits.shape[-1])
         classes = targets.expand(logits.shape[:-1]).reshape(-1)
-        each = F.cross_entropy(flat, classes, class_weights, reduction="none", label_smoothing=label_smoothing)
+        each = F.cross_entropy(flat, classes, class_weights, reduction="none", label_smoothing=smoothing)
         return each.view(logits.shape[:-1])
 
-    def balanced_weights(self, targets: Int[Tensor, " N"], num_classes: int) -> Float[Tensor, " C"]:
+    def balanced_weights(self, targets: Classes, num_classes: int) -> Float[Tensor, " C"]:
         """N / (C n_c) for a class with n_c of N images."""
         return len(targets) / (num_classes * self.counts(targets, num_classes).clamp(min=1).float())
 
-    def accuracy(self, logits: Float[Tensor, "N C"], targets: Int[Tensor, " N"]) -> float:
+    def accuracy(self, logits: Float[Tensor, "N C"], targets: Classes) -> float:
         """Top-1 accuracy."""
         return (logits.argmax(-1) == targets).float().mean().item()
 
-    def score(self, logits: Float[Tensor, "N C"], targets: Int[Tensor, " N"], labels: Sequence[str]) -> dict[str, Any]:
+    def score(self, logits: Float[Tensor, "N C"], targets: Classes, labels: Sequence[str]) -> dict[str, Any]:
         """Top-1 accuracy, balanced accuracy, expected calibration error in 15 bins, and accuracy per class.
 
         `per_class` is None for a class without images; `confusion` has true classes in rows, predicted ones in columns.
@@ -113,46 +95,59 @@ class SingleLabel(Objective):
                 "accuracy": 1.0, "balanced_accuracy": 1.0, "calibration_error": 0.0, "per_class": {labels[0]: 1.0},
                 "confusion": [[len(targets)]], "num_images": len(targets),
             }  # fmt: skip
-        per_class = multiclass_accuracy(logits, targets, count, average="none")
+        chance = probabilities(logits, self.name)
+        per_class = metrics.multiclass_accuracy(logits, targets, count, average="none")
         present = targets.bincount(minlength=count) > 0
         return {
-            "accuracy": multiclass_accuracy(logits, targets, count, average="micro").item(),
+            "accuracy": metrics.multiclass_accuracy(logits, targets, count, average="micro").item(),
             "balanced_accuracy": per_class[present].mean().item(),
-            "calibration_error": multiclass_calibration_error(probabilities(logits, self.name), targets, count).item(),
+            "calibration_error": metrics.multiclass_calibration_error(chance, targets, count).item(),
             "per_class": {
                 label: value.item() if is_present else None
                 for label, value, is_present in zip(labels, per_class, present.tolist(), strict=True)
             },
-            "confusion": multiclass_confusion_matrix(logits, targets, count).tolist(),
+            "confusion": metrics.multiclass_confusion_matrix(logits, targets, count).tolist(),
             "num_images": len(targets),
         }
 
-    def choose_strength(
-        self, features: Float[Tensor, "N D"], targets: Int[Tensor, " N"], seed: int, groups: Groups = None
-    ) -> float:
-        """The C of minimal cross-validated log loss; 1.0 for a single class, where it does not matter."""
-        return super().choose_strength(features, targets, seed, groups) if targets.any() else 1.0
-
-    def has_label(self, targets: Int[Tensor, " N"], label: int) -> Bool[Tensor, " N"]:
+    def has_label(self, targets: Classes, label: int) -> Bool[Tensor, " N"]:
         """Which images are of a class."""
         return targets == label
 
-    def strata(self, targets: Int[Tensor, " N"]) -> Int[Tensor, " N"]:
+    def strata(self, targets: Classes) -> Classes:
         """The class of each image."""
         return targets
 
-    def fit_layers(
-        self, z: Float64[Tensor, "N k"], targets: Int[Tensor, " N"], num_classes: int, num_features: int
-    ) -> list[tuple[Float64[Tensor, "C k"], Float64[Tensor, " C"]]]:
-        """A linear discriminant for each of SHRINKAGES."""
-        return discriminants(z, targets, num_classes, num_features)
+    def fit_layers(self, z: Float64[Tensor, "N k"], targets: Classes, num_classes: int, num_features: int) -> LayerFits:
+        """Linear discriminant analysis with equal priors, for each shrinkage s of SHRINKAGES.
 
-    def _fold_losses(self, x: Array, y: NDArray[Any], splits: Splits) -> Iterator[float]:
-        """Mean log loss of a logistic regression per fold, for each of STRENGTHS in turn."""
+        The shared covariance is (1 - s) S + s tr(S) / n I, where S is the within-class covariance and n is
+        `num_features`. A class without images, as may happen in a fold, has the mean of all images. If no class has two
+        images, S is 0 and the result is a nearest-mean classifier.
+
+        Source: Friedman, "Regularized Discriminant Analysis", JASA 1989, equation 18; there with one covariance per
+        class.
+        """
+        counts = self.counts(targets, num_classes)
+        means = torch.zeros(num_classes, z.shape[1], dtype=z.dtype, device="cpu").index_add_(0, targets, z)
+        means = torch.where(counts.unsqueeze(1) > 0, means / counts.clamp(min=1).unsqueeze(1), z.mean(0))
+        centred = z - means[targets]
+        values, vectors = torch.linalg.eigh(centred.T @ centred / len(z))
+        values = values.clamp(min=0)
+        spread = values.sum() / num_features
+        rotated = means @ vectors
+        heads = []
+        for shrinkage in SHRINKAGES:
+            covariance = (1 - shrinkage) * values + shrinkage * spread if spread > 0 else torch.ones_like(values)
+            weight = rotated / covariance
+            heads.append((weight @ vectors.T, -0.5 * (weight * rotated).sum(1)))
+        return heads
+
+    def _fold_losses(self, x: Array, y: NDArray[Any], folds: Sequence[NDArray[np.bool_]]) -> Iterator[float]:
         for strength in STRENGTHS:
             total = 0.0
-            for train, held_out in splits:
-                weight, bias = self._fit(x[train], y[train], strength, int(y.max()) + 1)
+            for held_out in folds:
+                weight, bias = self._fit(x[~held_out], y[~held_out], strength, int(y.max()) + 1)
                 logits = x[held_out] @ weight.T + bias
                 total += (logsumexp(logits, axis=1) - np.take_along_axis(logits, y[held_out, None], 1)[:, 0]).sum()
             yield total / len(y)
@@ -167,37 +162,9 @@ class SingleLabel(Objective):
         weight, bias = np.zeros((count, x.shape[1])), np.full(count, -math.log(len(y)))
         bias[present] = 0.0
         if len(present) > 1:
-            fitted = converged(logistic(strength), x, y)
+            fitted = fit_logistic(x, y, strength)
             coef, intercept = fitted.coef_, fitted.intercept_
             if len(coef) == 1:  # scikit-learn fits two classes as one margin; half of it for each class is equivalent
                 coef, intercept = np.concatenate([-coef, coef]) / 2, np.concatenate([-intercept, intercept]) / 2
             weight[present], bias[present] = coef, intercept
         return weight, bias
-
-
-def discriminants(
-    z: Float64[Tensor, "N k"], targets: Int[Tensor, " N"], num_classes: int, num_features: int,
-    shrinkages: Sequence[float] = SHRINKAGES,
-) -> list[tuple[Float64[Tensor, "C k"], Float64[Tensor, " C"]]]:  # fmt: skip
-    """Linear discriminant analysis with equal priors, as (weight, bias) for each shrinkage s.
-
-    The shared covariance is (1 - s) S + s tr(S) / n I, where S is the within-class covariance and n is `num_features`.
-    A class without images, as may happen in a fold, has the mean of all images. If no class has two images, S is 0 and
-    the result is a nearest-mean classifier.
-
-    Source: Friedman, "Regularized Discriminant Analysis", JASA 1989, equation 18; there with one covariance per class.
-    """
-    counts = targets.bincount(minlength=num_classes)
-    means = torch.zeros(num_classes, z.shape[1], dtype=z.dtype, device="cpu").index_add_(0, targets, z)
-    means = torch.where(counts.unsqueeze(1) > 0, means / counts.clamp(min=1).unsqueeze(1), z.mean(0))
-    centred = z - means[targets]
-    values, vectors = torch.linalg.eigh(centred.T @ centred / len(z))
-    values = values.clamp(min=0)
-    spread = values.sum() / num_features
-    rotated = means @ vectors
-    heads = []
-    for shrinkage in shrinkages:
-        covariance = (1 - shrinkage) * values + shrinkage * spread if spread > 0 else torch.ones_like(values)
-        weight = rotated / covariance
-        heads.append((weight @ vectors.T, -0.5 * (weight * rotated).sum(1)))
-    return heads

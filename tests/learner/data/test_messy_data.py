@@ -22,10 +22,10 @@ from addenda.backbones import read_image
 from addenda.exceptions import BackboneError, DataError, NameTakenError, RegistryError, RetiredError, UnsteadyError
 from addenda.learner import LearnRow, learn_many
 from addenda.learner.data import open_images, open_parts
-from addenda.learner.data.folders import Split, split_named
+from addenda.learner.data.dataset_objects import Items
 from addenda.learner.data.labelled import LabelledImages
-from addenda.learner.data.listings import open_listing
-from addenda.learner.data.torch_datasets import Items
+from addenda.learner.data.listings import open_listing, split_named
+from addenda.learner.data.opening import Split
 from tests.support.commands import Run
 from tests.support.images import colour_folder
 from tests.support.tiny import tiny_vit

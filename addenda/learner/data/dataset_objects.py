@@ -1,13 +1,14 @@
-"""Torch Datasets as labelled images: targets and class names from the dataset's attributes, else from its items."""
+"""Datasets as Python objects: torch Datasets, and Hugging Face datasets by structural typing, without its package."""
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable, Mapping, Sequence, Set
 from copy import copy
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -16,9 +17,113 @@ from torch.utils.data import ConcatDataset, Subset
 
 from addenda.backbones import read_image
 from addenda.exceptions import DataError, UnsteadyError
-from addenda.learner.data.folders import class_name
-from addenda.learner.data.labelled import ImageDataset, LabelledImages
+from addenda.learner.data.labelled import EncodedImage, ImageDataset, LabelledImages, class_name, encoded
 from addenda.registry import LABELS
+
+SPLITS = {"train", "test"}
+
+
+@runtime_checkable
+class HubDataset(Protocol):
+    """A Hugging Face Dataset with one column of type Image and one of ClassLabel (or a list of them); or a DatasetDict.
+
+    Its images are read like files: `set_format` and `set_transform` are ignored.
+    """
+
+    @property
+    def column_names(self) -> Any:
+        """The column names; of a DatasetDict, for each split."""
+
+    def cast_column(self, column: str, feature: Any) -> Any:
+        """The dataset with a column cast to another type."""
+
+    def with_format(self, type: str | None = None) -> Any:
+        """The dataset with items in another format; None gives plain Python values."""
+
+
+def open_hub_dataset(data: HubDataset, split: str) -> LabelledImages:
+    """Opens a whole Dataset, or a split of a DatasetDict of train and test, without decoding its images."""
+    where = f"the given {type(data).__name__}"
+    dataset: Any = data
+    if isinstance(data, Mapping):
+        if set(data) - SPLITS:
+            raise DataError(
+                f"{where} has the splits {_listed(data)}; Addenda takes train and test, and draws its own validation "
+                'split from train. Pass DatasetDict({"train": data[...], "test": data[...]}) with the splits to use.'
+            )
+        if split not in data:
+            raise DataError(f"{where} has no split {split!r}, only {_listed(data)}.")
+        dataset, where = data[split], f"the split {split!r} of {where}"
+    if not hasattr(dataset, "__len__"):
+        raise DataError(
+            f"{where} is a streaming dataset, whose images cannot be counted or shuffled. Load it without streaming."
+        )
+    if len(dataset) == 0:
+        raise DataError(f"{where} is empty.")
+    dataset = dataset.with_format(None)
+    image = _only("image", [name for name, kind in dataset.features.items() if _is(kind, "Image")], dataset, where)
+    labelled = [name for name, kind in dataset.features.items() if _is(_element(kind), "ClassLabel")]
+    label = _only("label", labelled, dataset, where)
+    feature = dataset.features[label]
+    values, names = list(dataset[label]), tuple(map(class_name, _element(feature).names))
+    single = _is(feature, "ClassLabel")
+    numbers = [[value] if single else value or () for value in values]
+    unknown = [i for i, classes in enumerate(numbers) if any(number not in range(len(names)) for number in classes)]
+    if unknown:
+        raise DataError(
+            f"{len(unknown)} of {len(values)} images in {where} have no class in column {label!r}: image {unknown[0]} "
+            f"has {values[unknown[0]]!r}. Remove them: data.filter(lambda row: ...)."
+        )
+    undecoded = dataclasses.replace(dataset.features[image], decode=False)
+    column = dataset.select_columns([image]).cast_column(image, undecoded)
+    targets = encoded(numbers, len(names), not single)
+    return LabelledImages(where, names, targets, EncodedColumn(column, image, where))
+
+
+class EncodedColumn:
+    """The image column of a dataset as undecoded files: bytes or a path for each."""
+
+    def __init__(self, data: Any, column: str, where: str) -> None:
+        self._data, self._column, self._where = data, column, where
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index: int) -> Path | EncodedImage:
+        stored = self._data[index][self._column] or {"bytes": b"", "path": None}
+        if stored["bytes"] is None and stored["path"] is not None:
+            return Path(stored["path"])
+        return EncodedImage(f"Image {index} of {self._where}", stored["bytes"] or b"")
+
+
+def _is(kind: Any, name: str) -> bool:
+    return type(kind).__name__ == name
+
+
+def _element(kind: Any) -> Any:
+    """The element type of a list column, in any of its notations; of another column, its own type."""
+    if isinstance(kind, list):
+        return kind[0]
+    return getattr(kind, "feature", kind)
+
+
+def _only(what: str, candidates: Sequence[str], data: Any, where: str) -> str:
+    """The only column that can be the image or the label; DataError if there is none, or several."""
+    if len(candidates) == 1:
+        return candidates[0]
+    kinds = "Image" if what == "image" else "ClassLabel, or a list of ClassLabel,"
+    if candidates:
+        raise DataError(
+            f"{where} has several columns of type {kinds} that could be the {what}: {_listed(candidates)}. Keep one: "
+            f"data.remove_columns([...])."
+        )
+    columns = ", ".join(f"{name!r}: {type(kind).__name__}" for name, kind in data.features.items())
+    hint = "cast_column(NAME, datasets.Image())" if what == "image" else "class_encode_column(NAME)"
+    raise DataError(f"{where} has no column of type {kinds} to be the {what}, only {columns}. Create one: data.{hint}.")
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(map(repr, names))
 
 
 def open_torch_dataset(data: ImageDataset) -> LabelledImages:
@@ -36,9 +141,12 @@ def open_torch_dataset(data: ImageDataset) -> LabelledImages:
     raw = stored_targets if samples is None else [target for _, target in samples]
     items: Any = Items(_by_our_reader(data), where) if samples is None else [path for path, _ in samples]
     if raw is None:
-        raw, lost = items.load_targets()
-    if len(raw) + len(lost) != len(data):
-        raise DataError(f"{where} has {len(data)} items and {len(raw)} targets.")
+        raw = []
+        for row in range(len(items)):
+            try:
+                raw.append(items[row][1])
+            except DataError as error:
+                lost[row] = str(error)
     if not raw:
         raise DataError(f"{where} has no readable item: {next(iter(lost.values()))}")
     targets = _multi_hot(raw, where) if _length(raw[0]) > 1 else _class_numbers(raw, where)
@@ -53,17 +161,17 @@ def open_torch_dataset(data: ImageDataset) -> LabelledImages:
         raise DataError(f"{where} has targets from {targets.min()} to {targets.max()} but {len(labels)} classes.")
     if samples is None:
         rows = [row for row in range(len(data)) if row not in lost]
-        items.expect(targets, rows)
+        items.expected = dict(zip(rows, targets, strict=True))
         items = Subset(items, rows) if lost else items
     return LabelledImages(where, labels, targets, items, lost=tuple(lost.values()))
 
 
 class Items:
-    """The items of a dataset, checked against the expected targets; `where` names it in messages."""
+    """The items of a dataset, checked against the targets `expected` of rows; `where` names it in messages."""
 
     def __init__(self, data: Any, where: str) -> None:
         self._data, self._where = data, where
-        self._expected: dict[int, Any] = {}
+        self.expected: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
         return len(self._data)
@@ -79,8 +187,8 @@ class Items:
         if not isinstance(item, tuple | list) or len(item) < 2:
             raise DataError(f"{called} is a {type(item).__name__}, not a pair of image and target.")
         image, target = item[:2]
-        if index in self._expected:
-            expected = self._expected[index]
+        if index in self.expected:
+            expected = self.expected[index]
             parsed = _class_numbers([target], called) if expected.ndim == 0 else _multi_hot([target], called)
             if not torch.equal(parsed[0], expected):
                 raise UnsteadyError(
@@ -88,20 +196,6 @@ class Items:
                     "dataset whose `targets` and `classes` match its items, or one without them."
                 )
         return image, target
-
-    def load_targets(self) -> tuple[list[Any], dict[int, str]]:
-        """Loads all items: the targets of the readable ones, and the errors of the others by row."""
-        targets, lost = [], {}
-        for row in range(len(self)):
-            try:
-                targets.append(self[row][1])
-            except DataError as error:
-                lost[row] = str(error)
-        return targets, lost
-
-    def expect(self, targets: Tensor, rows: list[int]) -> None:
-        """Sets the targets that items must have from now on."""
-        self._expected = dict(zip(rows, targets, strict=True))
 
 
 def _samples(data: Any) -> list[tuple[Path, int]] | None:
@@ -174,30 +268,24 @@ def _names(data: Any) -> list[str] | None:
             raise DataError(f"The classes of the given {type(data).__name__} are not numbered from 0 without gaps.")
     if isinstance(classes, Sequence | np.ndarray | Tensor) or type(classes).__name__ == "Index":
         ordered: list[Any] = list(classes)
-        names = [_name(value) for value in ordered]
-        if isinstance(numbers, Mapping) and any(
-            numbers.get(name, number) != number for number, name in enumerate(ordered) if isinstance(name, str)
-        ):
+        known = numbers if isinstance(numbers, Mapping) else {}
+        if any(known.get(name, number) != number for number, name in enumerate(ordered) if isinstance(name, str)):
             raise DataError(
                 f"The given {type(data).__name__} has its classes in one order in `classes` and in another in "
                 "`class_to_idx`."
             )
-        return names or None
+        return [_name(value) for value in ordered] or None
     if isinstance(data, Subset):
         return _names(data.dataset)
     if isinstance(data, ConcatDataset):
         lists = [joined for dataset in data.datasets if (joined := _names(dataset)) is not None]
         for other in lists[1:]:
-            if other != lists[0]:
-                number, pair = next(
-                    (number, pair)
-                    for number, pair in enumerate(zip_longest(lists[0], other, fillvalue="nothing"))
-                    if pair[0] != pair[1]
-                )
-                raise DataError(
-                    f"The concatenated datasets have different classes: number {number} is {pair[0]!r} in one and "
-                    f"{pair[1]!r} in another. Give them the same `classes` in the same order."
-                )
+            for number, (name, another) in enumerate(zip_longest(lists[0], other, fillvalue="nothing")):
+                if name != another:
+                    raise DataError(
+                        f"The concatenated datasets have different classes: number {number} is {name!r} in one and "
+                        f"{another!r} in another. Give them the same `classes` in the same order."
+                    )
         return lists[0] if lists else None
     return None
 
@@ -212,7 +300,6 @@ def _name(value: Any) -> str:
 
 
 def _length(target: Any) -> int:
-    """The number of values in a target."""
     if isinstance(target, Tensor):
         return target.numel()
     return len(target) if hasattr(target, "__len__") and not isinstance(target, str) else 1

@@ -1,45 +1,87 @@
-"""Folders of class folders, with or without train, validation and test folders: which folder is what."""
+"""Opens and checks training and test data: folders of class folders, listings, torch and Hugging Face datasets."""
 
 from __future__ import annotations
 
+import logging
 import os
-import re
-import unicodedata
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from addenda.backbones.image_files import LeftOut, image_files, in_words, is_hidden, joined
+from addenda.backbones import LeftOut, image_files, in_words, joined
+from addenda.backbones.image_files import is_hidden
 from addenda.exceptions import DataError
-from addenda.learner.data.labelled import LabelledImages
+from addenda.learner.data.dataset_objects import HubDataset, open_hub_dataset, open_torch_dataset
+from addenda.learner.data.labelled import UNREADABLE, ImageDataset, LabelledImages, class_name
+from addenda.learner.data.listings import SUFFIXES, listing_has_test_split, open_listing, split_named
+from addenda.registry import check_labels
 
 Split = Literal["train", "test"]
+Data = str | Path | ImageDataset | HubDataset
 
-_SPLIT_WORDS = {
-    "train": r"(train|training|trn)(set|data|images|imgs)?|训练集?",
-    "test": r"(test|testing|tst)(set|data|images|imgs)?|测试集?",
-    "validation": r"(val|valid|validation|dev|eval|evaluation)(set|data|images|imgs)?|验证集?",
-}
-"""Words in the name of a folder that holds a split: seg_train, test2017, Training Set, valImages."""
+log = logging.getLogger(__name__)
 
 
-def split_named(name: str) -> str | None:
-    """The split that a name stands for: "train", "test" or "validation"; None for any other name."""
-    words = re.findall(r"[A-Z]?[^\W\d_A-Z]+|[A-Z]+(?![^\W\d_A-Z])", name)
-    splits = {
-        split for split, form in _SPLIT_WORDS.items() if any(re.fullmatch(form, word.casefold()) for word in words)
-    }
-    return splits.pop() if len(splits) == 1 else None
+def open_parts(
+    train: Data, test: Data | None = None, skip_bad: bool = False
+) -> tuple[LabelledImages, LabelledImages | None]:
+    """Opens training and test data, and checks both without reading an image.
+
+    Args:
+        train: the training data.
+        test: the test data; None takes the test split of `train`, if it has one.
+        skip_bad: skip images that cannot be loaded.
+
+    Raises:
+        DataError: the data cannot be opened or learned from, or training and test classes differ.
+    """
+    images = open_images(train).check_whole(skip_bad)
+    check_learnable(images)
+    test = train if test is None and has_test_part(train) else test
+    if test is None:
+        return images, None
+    test_images = open_images(test, "test").check_whole(skip_bad)
+    return images, check_same_labels(images.labels, test_images, images.objective.name)
 
 
-def class_name(text: str, owner: str = "A class") -> str:
-    """A class name in Unicode's composed form (macOS decomposes names); DataError if it is not UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{owner} has a name that is not UTF-8, {text!r}; rename it.") from error
-    return unicodedata.normalize("NFC", text)
+def open_images(data: Data, split: Split = "train") -> LabelledImages:
+    """Opens a dataset, or the given split of data that has splits, without reading its images.
+
+    Splits are train/ and test/ in a folder, a column `split` of a listing, or the keys of a DatasetDict.
+    """
+    if isinstance(data, HubDataset):
+        return open_hub_dataset(data, split)
+    if not isinstance(data, str | Path):
+        return open_torch_dataset(data)
+    path = Path(data)
+    if _is_listing(path):
+        return open_listing(path, split)
+    if os.path.isfile(path):
+        raise DataError(
+            f"{str(path)!r} is not a folder or listing. Pass a folder with one folder of images per class, or a "
+            f"listing that ends in {' or '.join(SUFFIXES)}."
+        )
+    return open_folder(path, split)
+
+
+def has_test_part(data: Data) -> bool:
+    """Whether data has a test split beside the training split."""
+    if isinstance(data, HubDataset):
+        return isinstance(data, Mapping) and "test" in data
+    if not isinstance(data, str | Path):
+        return False
+    path = Path(data)
+    if _is_listing(path):
+        return listing_has_test_split(path)
+    return path.is_dir() and {"train", "test"} <= split_folders(path).keys()
+
+
+def _is_listing(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and not os.path.isdir(path)
 
 
 def split_folders(folder: Path) -> dict[str, Path]:
@@ -163,3 +205,67 @@ def _folders(folder: Path) -> list[Path]:
         return sorted(child for child in folder.iterdir() if os.path.isdir(child) and not is_hidden(child.name))
     except OSError as error:
         raise DataError(f"The folder {str(folder)!r} cannot be read: {error.strerror}.") from error
+
+
+def check_learnable(images: LabelledImages) -> None:
+    """Raises DataError if there are too few classes, or too few images of a class for training and validation."""
+    check_labels(images.labels)
+    repeated = sorted(label for label, count in Counter(images.labels).items() if count > 1)
+    if repeated:
+        raise DataError(f"{images.where} has several classes named {repeated[0]!r}; class names must be unique.")
+    counts = images.counts
+    short = [(label, count) for label, count in zip(images.labels, counts, strict=True) if count < 2]
+    if short:
+        label, count = short[0]
+        more = f", and {len(short) - 1} more classes have fewer than two" if len(short) > 1 else ""
+        raise DataError(
+            f"Class {label!r} in {images.where} has {count} image{'' if count == 1 else 's'}{more}: each class needs "
+            "at least two, one for training and one for validation."
+        )
+    common = [images.labels[label] for label in images.objective.too_common(counts, len(images))]
+    if common:
+        more = f", and so are {len(common) - 1} more labels" if len(common) > 1 else ""
+        raise DataError(
+            f"Label {common[0]!r} in {images.where} is on every image, or on all but one{more}: at least two images "
+            "must lack it, one for training and one for validation."
+        )
+
+
+def check_same_labels(labels: Sequence[str], images: LabelledImages, objective: str) -> LabelledImages:
+    """The images with their targets in the order of a task's labels. Not every label needs an image."""
+    if images.objective.name != objective:
+        raise DataError(
+            f"{images.where} is {images.objective.name}; the task is {objective}. Give it {objective} data."
+        )
+    expected = [class_name(label) for label in labels]
+    missing, extra = sorted(set(expected) - set(images.labels)), sorted(set(images.labels) - set(expected))
+    if extra:
+        differences = [f"it lacks {', '.join(map(repr, missing))}"] if missing else []
+        differences += [f"it also has {', '.join(map(repr, extra))}"]
+        raise DataError(
+            f"{images.where} does not have the classes of the task: {' and '.join(differences)}. Rename or remove the "
+            "classes that the task lacks."
+        )
+    order = torch.tensor([expected.index(label) for label in images.labels], dtype=torch.long, device="cpu")
+    targets = images.objective.reordered(images.targets, order, len(labels))
+    return replace(images, labels=tuple(labels), targets=targets)
+
+
+def repeats(train: LabelledImages, test: LabelledImages | None) -> dict[str, int]:
+    """Counts identical images, byte for byte, among hashed images, and warns of them.
+
+    `classes`: training images that also occur with other labels; `test`: test images that are training images too.
+    """
+    assert train.digests is not None
+    labels: dict[str, set[str]] = {}
+    for digest, target in zip(train.digests, train.targets.tolist(), strict=True):
+        if digest != UNREADABLE:
+            labels.setdefault(digest, set()).add(train.label_text(target))
+    in_classes = sum(len(labels.get(digest, ())) > 1 for digest in train.digests)
+    in_test = 0 if test is None else sum(test.digest(index) in labels for index in range(len(test)))
+    remarks = [f"{in_classes} training images also occur with other labels"] if in_classes else []
+    if test is not None and in_test:
+        remarks.append(f"{in_test} of {len(test)} test images are also training images, which inflates the test score")
+    if remarks:
+        log.warning("Byte-identical images: %s.", "; ".join(remarks))
+    return {"classes": in_classes, "test": in_test}
