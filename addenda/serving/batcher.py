@@ -29,7 +29,7 @@ class _Chunk:
     snapshot: Snapshot
     images: Sequence[Tensor]
     tasks: tuple[str, ...]
-    pooled: bool
+    features: bool
     deadline: float
     result: asyncio.Future[TaskLogits] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
@@ -81,15 +81,15 @@ class Batcher:
         images: Iterable[Float[Tensor, "3 H W"]],
         tasks: Sequence[str],
         deadline: float = math.inf,
-        pooled: bool = False,
+        features: bool = False,
     ) -> TaskLogits:
         """Computes the logits of tasks of one snapshot; cancelling the call removes its images from the queue.
 
-        `deadline` is a time of the event loop's clock; `pooled` also returns the backbone's pooled features.
+        `deadline` is a time of the event loop's clock; `features` also returns the backbone's features.
         """
         pixels, size = list(images), snapshot.model.micro_batch
         chunks = [
-            _Chunk(snapshot, pixels[start : start + size], tuple(tasks), pooled, deadline)
+            _Chunk(snapshot, pixels[start : start + size], tuple(tasks), features, deadline)
             for start in range(0, len(pixels), size)
         ]
         self._queue += chunks
@@ -102,8 +102,8 @@ class Batcher:
         if len(results) == 1:
             return results[0]
         logits = {name: torch.cat([result[name] for result in results]) for name in tasks}
-        features = [result.pooled for result in results if result.pooled is not None]
-        return TaskLogits(logits, results[0].exact, torch.cat(features) if pooled else None)
+        parts = [result.features for result in results if result.features is not None]
+        return TaskLogits(logits, results[0].exact, torch.cat(parts) if features else None)
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -154,11 +154,13 @@ def _compute(batch: Sequence[_Chunk]) -> list[TaskLogits]:
     model = batch[0].snapshot.model
     tasks = [name for name in model.tasks if name in requested]
     images = torch.stack([image for chunk in batch for image in chunk.images])
-    result = model(images, tasks, any(chunk.pooled for chunk in batch))
+    result = model(images, tasks, any(chunk.features for chunk in batch))
     sizes = [len(chunk.images) for chunk in batch]
     logits = {name: values.cpu().split(sizes) for name, values in result.items()}
-    pooled = result.pooled.cpu().split(sizes) if result.pooled is not None else ()
+    features = result.features.cpu().split(sizes) if result.features is not None else ()
     return [
-        TaskLogits({name: logits[name][i] for name in chunk.tasks}, result.exact, pooled[i] if chunk.pooled else None)
+        TaskLogits(
+            {name: logits[name][i] for name in chunk.tasks}, result.exact, features[i] if chunk.features else None
+        )
         for i, chunk in enumerate(batch)
     ]

@@ -90,7 +90,7 @@ class Service:
         """Predicts for encoded image files or preprocessed images; `tasks` defaults to all."""
         snapshot = snapshot or self.snapshot
         names = self._check_served(snapshot, tasks)
-        logits = await self._predict(snapshot, images, names, timeout_s, pooled=False)
+        logits = await self._predict(snapshot, images, names, timeout_s, features=False)
         flat = [values.flatten() for values in logits.values()]
         if flat and not (torch.cat(flat).abs() < SMALL).all():  # NaN fails this too; one check covers all tasks
             requested = [snapshot.model.tasks[name] for name in names]
@@ -106,9 +106,9 @@ class Service:
         snapshot = self.snapshot
         async with self._routing:
             router = await asyncio.to_thread(self._router_of, snapshot)
-        logits = await self._predict(snapshot, images, router.tasks, timeout_s, pooled=True)
-        assert logits.pooled is not None
-        return ServedPrediction(snapshot, logits, await asyncio.to_thread(router.choose, logits.pooled))
+        logits = await self._predict(snapshot, images, router.tasks, timeout_s, features=True)
+        assert logits.features is not None
+        return ServedPrediction(snapshot, logits, await asyncio.to_thread(router.choose, logits.features))
 
     async def attention(
         self, image: bytes, task: str
@@ -144,7 +144,7 @@ class Service:
         images: Sequence[bytes] | Tensor,
         names: tuple[str, ...],
         timeout_s: float | None,
-        pooled: bool,
+        features: bool,
     ) -> TaskLogits:
         if not 0 < len(images) <= self.limits.images:
             raise DataError(f"A request has 1 to {self.limits.images} images; this one has {len(images)}.")
@@ -155,11 +155,11 @@ class Service:
         async with self._reserve(len(images), timeout_s) as deadline:
             if isinstance(images, Tensor):
                 self.backbone.check_images(images)
-                return await self.batcher.predict(snapshot, images, names, deadline, pooled)
+                return await self.batcher.predict(snapshot, images, names, deadline, features)
             loop = asyncio.get_running_loop()
             decoding = [loop.run_in_executor(self._decoders, self._decode, i, file) for i, file in enumerate(images)]
             pixels = [decoded for decoded, _ in await asyncio.gather(*decoding)]
-            return await self.batcher.predict(snapshot, pixels, names, deadline, pooled)
+            return await self.batcher.predict(snapshot, pixels, names, deadline, features)
 
     @asynccontextmanager
     async def _reserve(self, num_images: int, timeout_s: float | None = None) -> AsyncIterator[float]:
