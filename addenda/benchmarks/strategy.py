@@ -74,14 +74,14 @@ class StreamClassifier(nn.Module):
         self, images: Float[Tensor, "B 3 H W"], task_labels: Int[Tensor, " B"] | None = None, num_classes: int = 0
     ) -> Float[Tensor, "B C"]:
         """Log-probabilities of at least `num_classes` classes; NEVER for a class that no selected task has."""
-        return self.score(self.combined(images, pooled=True), task_labels, num_classes).to(images.device)
+        return self.score(self.combined(images, features=True), task_labels, num_classes).to(images.device)
 
     def score(
         self, outputs: TaskLogits, task_labels: Int[Tensor, " B"] | None = None, num_classes: int = 0
     ) -> Float[Tensor, "B C"]:
-        """Like `forward`, from outputs of the combined model that include the pooled feature; on the CPU."""
-        assert outputs.pooled is not None
-        count, learned = len(outputs.pooled), self.learned.values()
+        """Like `forward`, from outputs of the combined model that include the backbone's features; on the CPU."""
+        assert outputs.features is not None
+        count, learned = len(outputs.features), self.learned.values()
         width = max([num_classes, *(max(entry.classes) + 1 for entry in learned)])
         scores = torch.full((count, width), NEVER, dtype=torch.float32, device="cpu")
         labels = torch.zeros(count, dtype=torch.int64, device="cpu") if task_labels is None else task_labels.cpu()
@@ -93,7 +93,7 @@ class StreamClassifier(nn.Module):
                 for name, entry in selected.items()
             }
             if len(selected) > 1:
-                log_probs = self._router(tuple(selected)).routed(log_probs, outputs.pooled[rows])
+                log_probs = self._router(tuple(selected)).routed(log_probs, outputs.features[rows])
             selected_scores = scores[rows]
             for name, values in log_probs.items():
                 columns = list(selected[name].classes)

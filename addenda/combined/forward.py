@@ -36,6 +36,12 @@ class ForwardResult(NamedTuple):
     pooled: Tensor | None  # the pooled feature in the backbone's precision, Float[B, D], if requested
     layers: Tensor | None  # the layer features, Float[B, n], if requested
 
+    @property
+    def features(self) -> Float[Tensor, "B F"] | None:
+        """The requested features in float32, side by side; None if none was requested."""
+        requested = [part.float() for part in (self.pooled, self.layers) if part is not None]
+        return torch.cat(requested, dim=1) if requested else None
+
 
 def forward_pass(
     backbone: FrozenBackbone,

@@ -32,13 +32,13 @@ class TaskLogits(dict[str, Tensor]):
 
     Attributes:
         exact: whether the exactness promise holds for these logits.
-        pooled: the backbone's pooled feature of each image, Float[B, D], if requested.
+        features: the backbone's pooled and layer features of each image, Float[B, D + n], if requested.
     """
 
-    def __init__(self, logits: dict[str, Tensor], exact: bool, pooled: Tensor | None = None) -> None:
+    def __init__(self, logits: dict[str, Tensor], exact: bool, features: Tensor | None = None) -> None:
         super().__init__(logits)
         self.exact = exact
-        self.pooled = pooled
+        self.features = features
 
 
 class CombinedModel:
@@ -131,13 +131,13 @@ class CombinedModel:
         return tuple(self.tasks) if tasks is None else tuple(dict.fromkeys(tasks))
 
     @uncompiled
-    def __call__(self, images: Tensor, tasks: Sequence[str] | None = None, pooled: bool = False) -> TaskLogits:
+    def __call__(self, images: Tensor, tasks: Sequence[str] | None = None, features: bool = False) -> TaskLogits:
         """Logits of all or some tasks, in float32 on the backbone's device.
 
         Args:
             images: Float[B, 3, H, W] from `backbone.transform`.
             tasks: names of the tasks to compute; None computes all.
-            pooled: whether to return the pooled feature too, for a `Router`.
+            features: whether to return the backbone's features too, for a `Router`.
 
         Returns:
             Float[B, C] for each task, by name.
@@ -152,15 +152,16 @@ class CombinedModel:
         if self.exact:
             self._check_settings()
         names = self._select(tasks)
-        if not names and not pooled:
+        if not names and not features:
             return TaskLogits({}, self.exact)
         requested = [self.tasks[name] for name in names]
         layout = self.layout if len(requested) == len(self.tasks) else self._subset_layout(*requested)
         heads = {task.sha256: self._heads[task.sha256] for task in requested}
         sizes = self.shapes.images if self.exact else None
-        outputs, feature, _ = forward_pass(self.backbone, images, layout, heads, sizes, pooled)
-        logits = {task.name: outputs[task.sha256] for task in requested}
-        return TaskLogits(logits, self.exact, None if feature is None else feature.float())
+        layers = features and self.backbone.num_layer_features > 0
+        result = forward_pass(self.backbone, images, layout, heads, sizes, pooled=features, layers=layers)
+        logits = {task.name: result.answers[task.sha256] for task in requested}
+        return TaskLogits(logits, self.exact, result.features)
 
     def _check_settings(self) -> None:
         self.backbone.check_as_loaded()
@@ -234,10 +235,10 @@ class CombinedModel:
         self, images: Float[Tensor, "B 3 H W"], router: Router, top: int | None = None
     ) -> list[tuple[Choice, Prediction]]:
         """Like `route`, for images from `backbone.transform`."""
-        logits = self(images, router.tasks, pooled=True)
-        assert logits.pooled is not None
+        logits = self(images, router.tasks, features=True)
+        assert logits.features is not None
         results = predictions_of(map(self.tasks.__getitem__, logits), logits, top)
-        return [(choice, results[choice.task][i]) for i, choice in enumerate(router.choose(logits.pooled))]
+        return [(choice, results[choice.task][i]) for i, choice in enumerate(router.choose(logits.features))]
 
 
 def _check_fits(task: Task, backbone: FrozenBackbone) -> None:

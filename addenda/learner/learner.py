@@ -183,7 +183,9 @@ class Learner:
         finished = replace(task, metrics=metrics, data=data | test_data)
         statistics = None
         if activations.objective.routable:
-            statistics = feature_statistics(activations.pooled, activations.targets, activations.num_classes)
+            statistics = feature_statistics(
+                activations.pooled, activations.targets, activations.num_classes, activations.layers[0]
+            )
             if statistics.excess is not None:
                 log.warning("A router cannot choose this task: %s.", statistics.excess)
                 statistics = None

@@ -90,7 +90,7 @@ class Service:
         """Predicts for images; `tasks` defaults to all."""
         snapshot = snapshot or self.snapshot
         names = self._check_served(snapshot, tasks)
-        logits = await self._predict(snapshot, images, names, timeout_s, pooled=False)
+        logits = await self._predict(snapshot, images, names, timeout_s, features=False)
         flat = [values.flatten() for values in logits.values()]
         if flat and not (torch.cat(flat).abs() < SMALL).all():  # NaN fails this too; one check covers all tasks
             requested = [snapshot.model.tasks[name] for name in names]
@@ -106,9 +106,9 @@ class Service:
         snapshot = self.snapshot
         async with self._routing:
             router = await asyncio.to_thread(self._router_of, snapshot)
-        logits = await self._predict(snapshot, images, router.tasks, timeout_s, pooled=True)
-        assert logits.pooled is not None
-        return ServedPrediction(snapshot, logits, await asyncio.to_thread(router.choose, logits.pooled))
+        logits = await self._predict(snapshot, images, router.tasks, timeout_s, features=True)
+        assert logits.features is not None
+        return ServedPrediction(snapshot, logits, await asyncio.to_thread(router.choose, logits.features))
 
     async def attention(
         self, image: bytes, task: str
@@ -137,7 +137,7 @@ class Service:
         return tuple(snapshot.model.tasks if tasks is None else dict.fromkeys(tasks))
 
     async def _predict(
-        self, snapshot: Snapshot, images: Images, names: tuple[str, ...], timeout_s: float | None, pooled: bool
+        self, snapshot: Snapshot, images: Images, names: tuple[str, ...], timeout_s: float | None, features: bool
     ) -> TaskLogits:
         if not 0 < len(images) <= self.limits.images:
             raise DataError(
@@ -151,11 +151,11 @@ class Service:
         async with self._reserve(len(images), timeout_s):
             if isinstance(images, Tensor):
                 self.backbone.check_images(images)
-                return await self.batcher.predict(snapshot, images, names, pooled)
+                return await self.batcher.predict(snapshot, images, names, features)
             loop = asyncio.get_running_loop()
             decoding = [loop.run_in_executor(self._decoders, self._decode, i, file) for i, file in enumerate(images)]
             pixels = [decoded for decoded, _ in await asyncio.gather(*decoding)]
-            return await self.batcher.predict(snapshot, pixels, names, pooled)
+            return await self.batcher.predict(snapshot, pixels, names, features)
 
     @asynccontextmanager
     async def _reserve(self, num_images: int, timeout_s: float | None = None) -> AsyncIterator[None]:
@@ -191,7 +191,7 @@ class _Chunk:
     snapshot: Snapshot
     images: Sequence[Tensor]
     tasks: tuple[str, ...]
-    pooled: bool
+    features: bool
     result: asyncio.Future[TaskLogits] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
@@ -237,15 +237,15 @@ class Batcher:
             self.num_waiting -= num_images
 
     async def predict(
-        self, snapshot: Snapshot, images: Iterable[Float[Tensor, "3 H W"]], tasks: Sequence[str], pooled: bool = False
+        self, snapshot: Snapshot, images: Iterable[Float[Tensor, "3 H W"]], tasks: Sequence[str], features: bool = False
     ) -> TaskLogits:
         """Computes the logits of tasks of one snapshot; cancelling the call removes its images from the queue.
 
-        `pooled` also returns the backbone's pooled features.
+        `features` also returns the backbone's features.
         """
         pixels, size = list(images), snapshot.model.micro_batch
         parts = [pixels[start : start + size] for start in range(0, len(pixels), size)]
-        chunks = [_Chunk(snapshot, part, tuple(tasks), pooled) for part in parts]
+        chunks = [_Chunk(snapshot, part, tuple(tasks), features) for part in parts]
         self._queue += chunks
         self._filled.set()
         try:
@@ -256,8 +256,8 @@ class Batcher:
         if len(results) == 1:
             return results[0]
         logits = {name: torch.cat([result[name] for result in results]) for name in tasks}
-        features = [result.pooled for result in results if result.pooled is not None]
-        return TaskLogits(logits, results[0].exact, torch.cat(features) if pooled else None)
+        computed = [result.features for result in results if result.features is not None]
+        return TaskLogits(logits, results[0].exact, torch.cat(computed) if features else None)
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -306,11 +306,13 @@ def _compute(batch: Sequence[_Chunk]) -> list[TaskLogits]:
     model = batch[0].snapshot.model
     tasks = [name for name in model.tasks if name in requested]
     images = torch.stack([image for chunk in batch for image in chunk.images])
-    result = model(images, tasks, any(chunk.pooled for chunk in batch))
+    result = model(images, tasks, any(chunk.features for chunk in batch))
     sizes = [len(chunk.images) for chunk in batch]
     logits = {name: values.cpu().split(sizes) for name, values in result.items()}
-    pooled = result.pooled.cpu().split(sizes) if result.pooled is not None else ()
+    features = result.features.cpu().split(sizes) if result.features is not None else ()
     return [
-        TaskLogits({name: logits[name][i] for name in chunk.tasks}, result.exact, pooled[i] if chunk.pooled else None)
+        TaskLogits(
+            {name: logits[name][i] for name in chunk.tasks}, result.exact, features[i] if chunk.features else None
+        )
         for i, chunk in enumerate(batch)
     ]

@@ -180,8 +180,8 @@ def test_a_routed_probability_is_the_tasks_times_the_heads(tiny: FrozenBackbone)
         features = number + torch.randn(30, tiny.embed_dim, generator=noise)
         statistics[name] = feature_statistics(features, torch.arange(30) % 2, 2)
         classifier.add(LearnedTask(task, number, number, (2 * number, 2 * number + 1), statistics[name]))
-    outputs = CombinedModel(tiny, list(tasks.values()))(images, pooled=True)
-    of_task = Router(statistics).log_probabilities(outputs.pooled)
+    outputs = CombinedModel(tiny, list(tasks.values()))(images, features=True)
+    of_task = Router(statistics).log_probabilities(outputs.features)
     expected = [of_task[name][:, None] + (outputs[name] / tasks[name].temperature).log_softmax(1) for name in "ab"]
     torch.testing.assert_close(classifier(images), torch.cat(expected, dim=1).float())
 

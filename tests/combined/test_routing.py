@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -11,14 +13,14 @@ from torch import Tensor
 from addenda import CombinedModel, FrozenBackbone
 from addenda.combined import Router, feature_statistics
 from addenda.combined.routing.router import REJECTED
-from addenda.combined.routing.statistics import SAMPLE
+from addenda.combined.routing.statistics import HASHED, SAMPLE, hash_layers
 from addenda.exceptions import RegistryError, UnknownTaskError
 from addenda.registry import FeatureStatistics
 from addenda.registry.store.task_reader import MAX_BYTES
 from tests.support.tasks import random_task
 
 WIDTH = 16
-CLASSIFIERS = ("nearest-mean", "mahalanobis", "ridge", "pooled")
+CLASSIFIERS = ("nearest-mean", "mahalanobis", "ridge", "layers", "combined")
 
 
 def cloud(task: int, count: int, seed: int, classes: int = 2) -> tuple[Tensor, Tensor]:
@@ -29,8 +31,26 @@ def cloud(task: int, count: int, seed: int, classes: int = 2) -> tuple[Tensor, T
     return centres[task * classes + targets] + torch.randn(count, WIDTH, generator=noise), targets
 
 
+def with_layers(pooled: Tensor) -> Tensor:
+    """Pooled features and layer features of six vectors, which are rotations of the pooled feature."""
+    rotations = torch.linalg.qr(torch.randn(6, WIDTH, WIDTH, generator=torch.Generator().manual_seed(9))).Q
+    return torch.cat([pooled, *(pooled @ rotation for rotation in rotations)], dim=1)
+
+
 def task_statistics(tasks: int = 3, count: int = 60) -> dict[str, FeatureStatistics]:
     return {f"task-{i}": feature_statistics(*cloud(i, count, seed=0), num_classes=2) for i in range(tasks)}
+
+
+def layer_statistics(tasks: int = 3, count: int = 60) -> dict[str, FeatureStatistics]:
+    clouds = {f"task-{i}": cloud(i, count, seed=0) for i in range(tasks)}
+    return {
+        name: feature_statistics(pooled, targets, 2, with_layers(pooled)[:, WIDTH:])
+        for name, (pooled, targets) in clouds.items()
+    }
+
+
+def without_layers(statistics: FeatureStatistics) -> FeatureStatistics:
+    return replace(statistics, layer_sums=None, layer_gram=None, layer_sample=None)
 
 
 def test_images_are_routed_to_the_task_with_similar_images() -> None:
@@ -43,10 +63,10 @@ def test_images_are_routed_to_the_task_with_similar_images() -> None:
 
 
 def test_every_classifier_separates_the_classes() -> None:
-    router, tested = Router(task_statistics()), set()
+    router, tested = Router(layer_statistics()), set()
     for i in range(3):
         features, targets = cloud(i, 100, seed=1)
-        for classifier, scores in router.class_scores(features).items():
+        for classifier, scores in router.class_scores(with_layers(features)).items():
             assert list(scores) == ["task-0", "task-1", "task-2"]
             predicted = torch.cat(list(scores.values()), dim=1).argmax(1)
             assert (predicted == 2 * i + targets).float().mean() > 0.9
@@ -67,8 +87,8 @@ def test_probabilities_add_up_to_one() -> None:
 
 
 def test_the_same_tasks_in_any_order_give_the_same_bits() -> None:
-    statistics = task_statistics()
-    features, _ = cloud(1, 20, seed=1)
+    statistics = layer_statistics()
+    features = with_layers(cloud(1, 20, seed=1)[0])
     results = []
     for order in itertools.permutations(statistics):
         router = Router({name: statistics[name] for name in order})
@@ -88,10 +108,12 @@ def test_choices_name_the_same_task_in_any_order() -> None:
         assert sum(choice.task == "task-2" for choice in chosen) >= 45
 
 
-def test_images_of_no_task_are_unfamiliar() -> None:
-    router = Router(task_statistics(count=400))
-    own = torch.cat([cloud(i, 200, seed=1)[0] for i in range(3)])
-    other = torch.cat([cloud(i, 200, seed=1)[0] for i in (5, 6, 7)])
+@pytest.mark.parametrize("layers", [False, True])
+def test_images_of_no_task_are_unfamiliar(layers: bool) -> None:
+    router = Router((layer_statistics if layers else task_statistics)(count=400))
+    own, other = (torch.cat([cloud(i, 200, seed=1)[0] for i in tasks]) for tasks in ((0, 1, 2), (5, 6, 7)))
+    if layers:
+        own, other = with_layers(own), with_layers(other)
     rejected = [not choice.familiar for choice in router.choose(own)]
     assert sum(rejected) < 3 * REJECTED * len(rejected)
     assert sum(not choice.familiar for choice in router.choose(other)) > 0.7 * len(other)
@@ -108,6 +130,45 @@ def test_sums_are_those_of_the_features() -> None:
     rows, columns = torch.triu_indices(width, width)
     gram[rows, columns] = statistics.gram
     torch.testing.assert_close(gram[:WIDTH, :WIDTH].triu(), (features.T @ features).triu(), rtol=1e-5, atol=1e-4)
+
+
+def test_layer_features_are_scaled_signed_and_added_in_groups() -> None:
+    layers = torch.randn(5, 10 * WIDTH * 8, generator=torch.Generator().manual_seed(0))
+    hashed = hash_layers(layers, WIDTH)
+    assert hashed.shape == (5, HASHED)
+    vectors = layers.double().unflatten(1, (-1, WIDTH))
+    unit = (vectors / vectors.norm(dim=2, keepdim=True)).flatten(1)
+    random, matrix = np.random.RandomState(0), np.zeros((unit.shape[1], HASHED))
+    order, signs = random.permutation(unit.shape[1]), random.choice([-1.0, 1.0], unit.shape[1])
+    matrix[order, np.arange(unit.shape[1]) % HASHED] = signs[order]
+    torch.testing.assert_close(hashed, unit @ torch.from_numpy(matrix), rtol=1e-12, atol=1e-12)
+
+
+def test_layer_features_separate_what_the_pooled_feature_cannot() -> None:
+    random = torch.Generator().manual_seed(1)
+    statistics, tests = {}, {}
+    for i, name in enumerate(("left", "right")):
+        pooled, targets = torch.randn(160, WIDTH, generator=random), torch.arange(160) % 2
+        layers = torch.randn(160, 8 * WIDTH, generator=random) + (4 * i - 2)
+        statistics[name] = feature_statistics(pooled[:80], targets[:80], 2, layers[:80])
+        tests[name] = torch.cat([pooled, layers], dim=1)[80:]
+    router = Router(statistics)
+    assert all(sum(choice.task == name for choice in router.choose(images)) >= 78 for name, images in tests.items())
+    # One task has the statistics of an earlier version: no classifier reads the layers.
+    mixed = Router({"left": statistics["left"], "right": without_layers(statistics["right"])})
+    assert "layers" not in mixed.class_scores(tests["left"])
+    assert any(sum(choice.task == name for choice in mixed.choose(images)) < 78 for name, images in tests.items())
+
+
+def test_layer_statistics_leave_the_others_as_they_were_and_are_left_out_where_they_do_not_fit() -> None:
+    pooled, targets = torch.randn(40, 768), torch.arange(40) % 4
+    layers = torch.randn(40, 33 * 768)
+    both, plain = (feature_statistics(pooled, targets, 4, given) for given in (layers, None))
+    assert both.layers is not None
+    assert without_layers(both).data == plain.data
+    assert len(both.data) < MAX_BYTES
+    many = torch.arange(400)
+    assert feature_statistics(torch.randn(400, 768), many, 400, torch.randn(400, 33 * 768)).layers is None
 
 
 def test_the_sample_is_small_and_leaves_an_image_of_each_class() -> None:
@@ -148,13 +209,14 @@ def test_an_unknown_task_is_named() -> None:
 
 
 @pytest.mark.parametrize("pooled", [False, True])
-def test_a_model_returns_the_pooled_feature_without_changing_logits(tiny: FrozenBackbone, pooled: bool) -> None:
+def test_a_model_returns_the_features_without_changing_logits(tiny: FrozenBackbone, pooled: bool) -> None:
     tasks = [random_task(tiny, f"task-{i}", seed=i, pooled=pooled) for i in range(3)]
     model = CombinedModel(tiny, tasks)
     images = torch.randn(11, 3, 32, 32)
-    plain, with_pooled = model(images), model(images, pooled=True)
-    assert plain.pooled is None
-    assert with_pooled.pooled is not None
-    assert with_pooled.pooled.shape == (11, tiny.embed_dim)
-    assert all(plain[name].numpy().tobytes() == with_pooled[name].numpy().tobytes() for name in plain)
-    assert with_pooled.pooled.numpy().tobytes() == CombinedModel(tiny, [])(images, pooled=True).pooled.numpy().tobytes()
+    plain, with_features = model(images), model(images, features=True)
+    assert plain.features is None
+    assert with_features.features is not None
+    assert with_features.features.shape == (11, tiny.embed_dim + tiny.num_layer_features)
+    assert all(plain[name].numpy().tobytes() == with_features[name].numpy().tobytes() for name in plain)
+    alone = CombinedModel(tiny, [])(images, features=True)
+    assert with_features.features.numpy().tobytes() == alone.features.numpy().tobytes()

@@ -75,6 +75,9 @@ def a_statistic(num_classes: int = 3, **changes: Any) -> FeatureStatistics:
         "gram": torch.randn(45, generator=noise),
         "sample": torch.randn(6, 8, generator=noise),
         "sample_targets": torch.arange(6) % num_classes,
+        "layer_sums": torch.randn(num_classes, 3, generator=noise),
+        "layer_gram": torch.randn(6, generator=noise),
+        "layer_sample": torch.randn(6, 3, generator=noise),
     }
     return FeatureStatistics(**{**content, **changes})
 

@@ -81,10 +81,10 @@ class Masked(Method):
             scores = {
                 "max softmax": {name: rows.log_softmax(1).amax(1) for name, rows in logits.items()},
                 "energy": {name: rows.logsumexp(1) for name, rows in logits.items()},
-                "the router": router.log_probabilities(_pooled(predictions)),
+                "the router": router.log_probabilities(_features(predictions)),
             }
-            for method, by_task in router.class_scores(_pooled(predictions)).items():
-                if method != "pooled":
+            for method, by_task in router.class_scores(_features(predictions)).items():
+                if method != "combined":
                     scores[method.replace("-", " ")] = {name: rows.amax(1) for name, rows in by_task.items()}
             for method, task_scores in scores.items():
                 chosen = torch.stack([task_scores[name] for name in learned]).argmax(0, keepdim=True)
@@ -93,11 +93,11 @@ class Masked(Method):
         return {method: sum(values) / len(values) for method, values in accuracies.items()}
 
     def _auroc(self) -> float:
-        features = [_pooled(self._predict(experience)) for experience in self.stream.experiences]
+        features = [_features(self._predict(experience)) for experience in self.stream.experiences]
         values: list[float] = []
         for num_known in range(1, len(features)):
             router = self._router(num_known)
-            familiarity = [router.familiarity(pooled) for pooled in features]
+            familiarity = [router.familiarity(images) for images in features]
             is_known = [number < num_known for number, images in enumerate(familiarity) for _ in range(len(images))]
             values.append(roc_auc_score(is_known, torch.cat(familiarity).numpy()))
         return sum(values) / len(values)
@@ -111,14 +111,14 @@ class Masked(Method):
         """All tasks' logits on an experience's test images, from a single forward pass."""
         if experience.name not in self._predictions:
             model, images = self._strategy.model.combined, experience.test
-            chunks = [model(pixels, pooled=True) for pixels in batches(images, self.backbone, model.micro_batch)]
+            chunks = [model(pixels, features=True) for pixels in batches(images, self.backbone, model.micro_batch)]
             logits = {name: torch.cat([chunk[name] for chunk in chunks]) for name in model.tasks}
             self._predictions[experience.name] = TaskLogits(
-                logits, model.exact, torch.cat([_pooled(chunk) for chunk in chunks])
+                logits, model.exact, torch.cat([_features(chunk) for chunk in chunks])
             )
         return self._predictions[experience.name]
 
 
-def _pooled(predictions: TaskLogits) -> Tensor:
-    assert predictions.pooled is not None
-    return predictions.pooled
+def _features(predictions: TaskLogits) -> Tensor:
+    assert predictions.features is not None
+    return predictions.features

@@ -1,10 +1,11 @@
-"""A router that chooses a task for images without a task label, from the backbone's pooled feature.
+"""A router that chooses a task for images without a task label, from the backbone's features.
 
 It uses the feature statistics stored at registration, not the tasks' logits: softmax and energy scores of heads that
-never saw the other tasks' images are poor indicators (docs/results.md). Two classifiers over the classes of all tasks,
-linear discriminant analysis and ridge regression on random features, are averaged with equal weight. A task's
-probability is the sum over its classes. A router depends on the set of its tasks: adding a task may change its choices,
-but never a logit.
+never saw the other tasks' images are poor indicators (docs/results.md). Classifiers over the classes of all tasks are
+averaged with equal weight: ridge regression on the pooled feature with random projections, linear discriminant analysis
+of the pooled feature, and the same of hashed layer features if every task has their statistics. A task's probability is
+the sum over its classes. A router depends on the set of its tasks: adding a task may change its choices, but never a
+logit.
 
 Sources: Mahalanobis distance and shared covariance, Lee et al., NeurIPS 2018; relative distance, Ren et al., 2021,
 arXiv 2106.09022; random projection and ridge regression, McDonnell et al., NeurIPS 2023 (RanPAC). Unlike RanPAC, a
@@ -13,7 +14,7 @@ small projection is appended to the feature, so that both classifiers share one 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -23,16 +24,16 @@ from jaxtyping import Float, Float64, Int64
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-from addenda.combined.routing.statistics import Moments, double, expand
+from addenda.combined.routing.statistics import Moments, double, expand, hash_layers
 from addenda.exceptions import RegistryError, UnknownTaskError
 from addenda.registry import FeatureStatistics
 
 PENALTIES = tuple(10.0**power for power in np.arange(-4, 2.1, 0.5))
 """Candidate penalties of the ridge regression, relative to the mean diagonal of the Gram matrix."""
+SHRINKAGES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
+"""Candidate shrinkages of a covariance towards a multiple of the identity."""
 REJECTED = 0.05
 """Fraction of the tasks' own images that the familiarity threshold rejects."""
-SHRINKAGE = 0.1
-"""Shrinkage of a covariance towards a multiple of the identity."""
 
 
 class Choice(NamedTuple):
@@ -45,6 +46,8 @@ class Choice(NamedTuple):
 
 class Router:
     """Chooses the task for an image.
+
+    Its methods take the backbone's features of images, `TaskLogits.features`.
 
     Args:
         statistics: feature statistics of each task, by name.
@@ -78,58 +81,81 @@ class Router:
         self.tasks = tuple(statistics)
         # Sums of floats depend on their order. Sorting by content gives the same bits for tasks in any order.
         ordered = dict(sorted(statistics.items(), key=lambda item: (item[1].sha256, item[0])))
-        ends = np.cumsum([len(task.counts) for task in ordered.values()]).tolist()
+        tasks, ends = list(ordered.values()), np.cumsum([len(task.counts) for task in ordered.values()]).tolist()
         starts = dict(zip(ordered, [0, *ends[:-1]], strict=True))
         ranges = {
             name: torch.arange(start, end, dtype=torch.int64, device="cpu")
             for (name, start), end in zip(starts.items(), ends, strict=True)
         }
         self._columns = {name: ranges[name] for name in self.tasks}
-        moments = Moments.sum(list(ordered.values()))
-        sample = torch.cat([task.sample for task in ordered.values()])
+        self._width = tasks[0].sample.shape[1]
         targets = torch.cat([starts[name] + task.sample_targets for name, task in ordered.items()])
-        penalty, self._temperatures, self._threshold = PENALTIES[-1], (1.0, 1.0), -np.inf
-        if len(sample):  # tune on images that are held out of the fit
-            training, features = moments.without(sample, targets), expand(sample)
-            fits = [_temperature(features @ weights, targets) for weights in _ridge(training, PENALTIES)]
-            penalty, (_, temperature) = min(zip(PENALTIES, fits, strict=True), key=lambda fit: fit[1][0])
-            discriminant = Discriminant(training)
-            self._temperatures = _temperature(discriminant.scores(sample), targets)[1], temperature
-            self._threshold = discriminant.familiarity(sample).quantile(REJECTED).item()
-        self._discriminant = Discriminant(moments)
-        self._weights = _ridge(moments, (penalty,))[0]
+        counts = [task.counts for task in tasks]
+        moments = Moments.sum(counts, [task.sums for task in tasks], [task.gram for task in tasks])
+        sample = torch.cat([task.sample for task in tasks])
+        spaces = {"ridge": (moments, expand(sample)), "mahalanobis": (moments.first(self._width), double(sample))}
+        layers = [task.layers for task in tasks if task.layers is not None]
+        if len(layers) == len(tasks) and len({sums.shape[1] for sums, _, _ in layers}) == 1:
+            sums, grams, samples = (list(parts) for parts in zip(*layers, strict=True))
+            spaces["layers"] = Moments.sum(counts, sums, grams), torch.cat(samples).double()
+        self._classifiers: dict[str, _Linear] = {}
+        self._distances: dict[str, _RelativeDistance] = {}
+        held_out = torch.zeros(len(sample), dtype=torch.float64, device="cpu")
+        for kind, (all_images, features) in spaces.items():
+            training = all_images.without(features, targets)
+            fit = _ridge if kind == "ridge" else _discriminant
+            self._classifiers[kind] = _tuned(fit, all_images, training, features, targets)
+            if kind != "ridge":
+                distances = _RelativeDistance(training)(features)
+                scale = max(distances.std().item(), 1e-12) if len(sample) > 1 else 1.0
+                self._distances[kind] = _RelativeDistance(all_images, scale)
+                held_out += distances / scale
+        self._threshold = held_out.quantile(REJECTED).item() if len(sample) else -np.inf
 
-    def class_scores(self, pooled: Float[Tensor, "B D"]) -> dict[str, dict[str, Float64[Tensor, "B C"]]]:
-        """Each classifier's scores of each task's classes: `"nearest-mean"`, `"mahalanobis"`, `"ridge"`, `"pooled"`.
+    def _spaces(self, features: Float[Tensor, "B F"]) -> dict[str, Float64[Tensor, "B G"]]:
+        """What each classifier reads."""
+        pooled = features[:, : self._width]
+        spaces = {"ridge": expand(pooled), "mahalanobis": double(pooled)}
+        if "layers" in self._classifiers:
+            spaces["layers"] = hash_layers(features[:, self._width :], self._width)
+        return spaces
 
-        `"pooled"` combines the second and third into log-probabilities over the classes of all tasks; `choose` uses it.
+    def class_scores(self, features: Float[Tensor, "B F"]) -> dict[str, dict[str, Float64[Tensor, "B C"]]]:
+        """Each classifier's scores of each task's classes.
+
+        `"ridge"`, `"mahalanobis"` and `"layers"` (absent if a task lacks the statistics) are log-probabilities over the
+        classes of all tasks, `"combined"` is their mean, which `choose` uses, and `"nearest-mean"` is the cosine
+        similarity to the class means of the pooled feature.
         """
-        discriminant, ridge = self._discriminant.scores(pooled), expand(pooled) @ self._weights
-        pairs = zip((discriminant, ridge), self._temperatures, strict=True)
-        calibrated = torch.stack([(scores / temperature).log_softmax(1) for scores, temperature in pairs])
+        spaces = self._spaces(features)
         scores = {
-            "nearest-mean": self._discriminant.cosine(pooled),
-            "mahalanobis": discriminant,
-            "ridge": ridge,
-            "pooled": calibrated.mean(0).log_softmax(1),
+            kind: (spaces[kind] @ classifier.weights + classifier.bias).log_softmax(1)
+            for kind, classifier in self._classifiers.items()
         }
+        scores["combined"] = torch.stack(list(scores.values())).mean(0).log_softmax(1)
+        means = self._distances["mahalanobis"].means
+        scores["nearest-mean"] = F.normalize(spaces["mahalanobis"]) @ F.normalize(means).T
         return {
-            method: {name: values[:, columns] for name, columns in self._columns.items()}
-            for method, values in scores.items()
+            kind: {name: values[:, columns] for name, columns in self._columns.items()}
+            for kind, values in scores.items()
         }
 
-    def log_probabilities(self, pooled: Float[Tensor, "B D"]) -> dict[str, Float64[Tensor, " B"]]:
-        """Log-probability of each task, by name, for images with these pooled features."""
-        return {name: scores.logsumexp(1) for name, scores in self.class_scores(pooled)["pooled"].items()}
+    def log_probabilities(self, features: Float[Tensor, "B F"]) -> dict[str, Float64[Tensor, " B"]]:
+        """Log-probability of each task, by name."""
+        return {name: scores.logsumexp(1) for name, scores in self.class_scores(features)["combined"].items()}
 
-    def familiarity(self, pooled: Float[Tensor, "B D"]) -> Float64[Tensor, " B"]:
-        """Relative Mahalanobis distance: how much closer each image is to some class than to images in general."""
-        return self._discriminant.familiarity(pooled)
+    def familiarity(self, features: Float[Tensor, "B F"]) -> Float64[Tensor, " B"]:
+        """Relative Mahalanobis distance: how much closer each image is to some class than to images in general.
 
-    def choose(self, pooled: Float[Tensor, "B D"]) -> list[Choice]:
+        Distances of pooled and layer features are added, each divided by its standard deviation over held-out images.
+        """
+        spaces = self._spaces(features)
+        return torch.stack([distance(spaces[kind]) for kind, distance in self._distances.items()]).sum(0)
+
+    def choose(self, features: Float[Tensor, "B F"]) -> list[Choice]:
         """Chooses the most probable task for each image, and tests whether the image is familiar."""
-        best = torch.stack(list(self.log_probabilities(pooled).values()), dim=1).max(1)
-        familiar = self.familiarity(pooled) >= self._threshold
+        best = torch.stack(list(self.log_probabilities(features).values()), dim=1).max(1)
+        familiar = self.familiarity(features) >= self._threshold
         return [
             Choice(self.tasks[index], probability, is_familiar)
             for index, probability, is_familiar in zip(
@@ -138,13 +164,13 @@ class Router:
         ]
 
     def routed(
-        self, log_probabilities: Mapping[str, Float[Tensor, "B C"]], pooled: Float[Tensor, "B D"]
+        self, log_probabilities: Mapping[str, Float[Tensor, "B C"]], features: Float[Tensor, "B F"]
     ) -> dict[str, Float64[Tensor, "B C"]]:
         """Log-probabilities of every task's classes among the classes of all tasks.
 
         Args:
             log_probabilities: log-probabilities of each task's classes from its own head.
-            pooled: the pooled features of the images.
+            features: the features of the images.
 
         Raises:
             UnknownTaskError: a task is not in this router.
@@ -152,59 +178,96 @@ class Router:
         unknown = sorted(set(log_probabilities) - set(self.tasks))
         if unknown:
             raise UnknownTaskError(f"Task {unknown[0]!r} is not in this router. Known: {', '.join(self.tasks)}.")
-        of_tasks = self.log_probabilities(pooled)
+        of_tasks = self.log_probabilities(features)
         return {name: of_tasks[name][:, None] + within.double().cpu() for name, within in log_probabilities.items()}
 
 
-class Discriminant:
-    """Linear discriminant analysis: Gaussian classes with shared covariance, and one Gaussian over all images."""
+class _Linear(NamedTuple):
+    """A linear classifier over the classes of all tasks."""
 
-    def __init__(self, moments: Moments) -> None:
-        width, total = moments.width, moments.counts.sum()
-        sums, second = moments.sums[:, :width], moments.gram[:width, :width] / total
-        self.means = sums / moments.counts.clamp(min=1)[:, None]
-        self._mean = sums.sum(0) / total
-        within = second - (self.means * (moments.counts / total)[:, None]).T @ self.means
+    weights: Float64[Tensor, "F C"]
+    bias: Float64[Tensor, " C"]
+
+
+class _RelativeDistance:
+    """Squared Mahalanobis distance to all images, minus that to the nearest class; greater is more familiar.
+
+    Classes are Gaussians with a shared covariance, all images are one Gaussian.
+    """
+
+    def __init__(self, moments: Moments, scale: float = 1.0) -> None:
+        self._scale = scale
+        self.means, within = _gaussians(moments)
+        total = moments.counts.sum()
+        self._mean = moments.sums.sum(0) / total
         self._within = _inverse(within)
-        self._overall = _inverse(second - torch.outer(self._mean, self._mean))
+        self._overall = _inverse(moments.gram / total - torch.outer(self._mean, self._mean))
 
-    def scores(self, pooled: Tensor) -> Float64[Tensor, "B C"]:
-        """Log-likelihoods of the classes, up to a common constant."""
-        projected = self.means @ self._within
-        return double(pooled) @ projected.T - 0.5 * (projected * self.means).sum(1)
-
-    def cosine(self, pooled: Tensor) -> Float64[Tensor, "B C"]:
-        """Cosine similarity to the class means."""
-        return F.normalize(double(pooled)) @ F.normalize(self.means).T
-
-    def familiarity(self, pooled: Tensor) -> Float64[Tensor, " B"]:
-        """Squared Mahalanobis distance to all images, minus that to the nearest class."""
-        features = double(pooled)
-        centred = features - self._mean
+    def __call__(self, features: Float64[Tensor, "B F"]) -> Float64[Tensor, " B"]:
+        centred, projected = features - self._mean, self.means @ self._within
         to_all = ((centred @ self._overall) * centred).sum(1)
-        to_nearest = ((features @ self._within) * features).sum(1) - 2 * self.scores(pooled).max(1).values
-        return to_all - to_nearest
+        likelihoods = features @ projected.T - 0.5 * (projected * self.means).sum(1)
+        to_nearest = ((features @ self._within) * features).sum(1) - 2 * likelihoods.max(1).values
+        return (to_all - to_nearest) / self._scale
 
 
-def _ridge(moments: Moments, penalties: tuple[float, ...]) -> list[Float64[Tensor, "F C"]]:
-    """Ridge regressions of class indicators on the expanded features, one per penalty."""
+def _tuned(
+    fit: Callable[[Moments], list[_Linear]],
+    all_images: Moments,
+    training: Moments,
+    sample: Float64[Tensor, "K F"],
+    targets: Int64[Tensor, " K"],
+) -> _Linear:
+    """Selects a fit and its temperature by log loss on the sample, which `training` lacks; refits to all images."""
+    if not len(sample):
+        return fit(all_images)[-1]
+    scaled = [_temperature(sample @ weights + bias, targets) for weights, bias in fit(training)]
+    number = min(range(len(scaled)), key=lambda i: scaled[i][0])
+    weights, bias = fit(all_images)[number]
+    return _Linear(weights / scaled[number][1], bias / scaled[number][1])
+
+
+def _ridge(moments: Moments) -> list[_Linear]:
+    """Ridge regressions of class indicators, one per penalty."""
     values, vectors = torch.linalg.eigh(moments.gram)
     scale, rotated = moments.gram.diagonal().mean(), vectors.T @ moments.sums.T
-    return [vectors @ (rotated / (values.clamp(min=0) + penalty * scale)[:, None]) for penalty in penalties]
+    bias = torch.zeros(len(moments.counts), dtype=torch.float64, device="cpu")
+    return [
+        _Linear(vectors @ (rotated / (values.clamp(min=0) + penalty * scale)[:, None]), bias) for penalty in PENALTIES
+    ]
+
+
+def _discriminant(moments: Moments) -> list[_Linear]:
+    """Linear discriminants, one per shrinkage."""
+    means, within = _gaussians(moments)
+    values, vectors = torch.linalg.eigh(within)
+    rotated, linear = means @ vectors, []
+    for shrinkage in SHRINKAGES:
+        shrunk = (1 - shrinkage) * values.clamp(min=0) + shrinkage * values.mean()
+        weights = vectors @ (rotated / shrunk).T
+        linear.append(_Linear(weights, -0.5 * (means * weights.T).sum(1)))
+    return linear
+
+
+def _gaussians(moments: Moments) -> tuple[Float64[Tensor, "C F"], Float64[Tensor, "F F"]]:
+    """The class means and the covariance within classes."""
+    total = moments.counts.sum()
+    means = moments.sums / moments.counts.clamp(min=1)[:, None]
+    return means, moments.gram / total - (means * (moments.counts / total)[:, None]).T @ means
 
 
 def _temperature(scores: Float64[Tensor, "K C"], targets: Int64[Tensor, " K"]) -> tuple[float, float]:
     """Temperature scaling: the minimum log loss of the scores, and the temperature that gives it."""
 
     def loss(power: float) -> float:
-        return F.cross_entropy(scores / 10**power, targets).item()
+        return F.cross_entropy(scores / 10**power, targets, label_smoothing=1 / (1 + len(targets))).item()
 
     optimum = minimize_scalar(loss, bounds=(-4.0, 4.0), method="bounded")
     return float(optimum.fun), float(10**optimum.x)
 
 
-def _inverse(covariance: Tensor) -> Tensor:
+def _inverse(covariance: Float64[Tensor, "F F"]) -> Float64[Tensor, "F F"]:
+    """The inverse of a covariance plus its mean variance on the diagonal."""
     scale = covariance.diagonal().mean()
-    shrunk = covariance + SHRINKAGE * scale * torch.eye(len(covariance), dtype=torch.float64, device="cpu")
-    inverse: Tensor = torch.linalg.inv(shrunk)
+    inverse: Tensor = torch.linalg.inv(covariance + scale * torch.eye(len(covariance), dtype=scale.dtype, device="cpu"))
     return inverse

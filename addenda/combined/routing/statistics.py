@@ -1,7 +1,13 @@
-"""Feature statistics: sums over the features of a task's images, stored at registration for routers."""
+"""Feature statistics: sums over the features of a task's images, stored at registration for routers.
+
+The sums are over the pooled feature with random projections (as in RanPAC), and over hashed layer features.
+
+Source of feature hashing: Weinberger et al., ICML 2009, arXiv 0902.2206.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -15,16 +21,22 @@ from addenda.registry import FeatureStatistics
 
 WIDTH, RANDOM = 1024, 256
 """Width of the expanded feature (at most four times the feature's width), and its minimum number of projections."""
+HASHED = 768
+"""Width of the hashed layer features, if there are at least as many."""
 SAMPLE = 64
 """Maximum features stored per task (and at most a fifth of all), on which penalty and temperatures are tuned."""
 
 
 def feature_statistics(
-    pooled: Float[Tensor, "N D"], targets: Int64[Tensor, " N"], num_classes: int
+    pooled: Float[Tensor, "N D"],
+    targets: Int64[Tensor, " N"],
+    num_classes: int,
+    layers: Float[Tensor, "N n"] | None = None,
 ) -> FeatureStatistics:
-    """Sums the pooled features of a task's images by class, in float64."""
-    features = expand(pooled)
-    one_hot = F.one_hot(targets, num_classes).double()
+    """Sums the features of a task's images by class, in float64.
+
+    Layer features, if given, are left out where the statistics would otherwise exceed the maximum size.
+    """
     counts = targets.bincount(minlength=num_classes)
     rows: list[int] = []
     remaining = counts.tolist()
@@ -33,13 +45,20 @@ def feature_statistics(
         if len(rows) < min(SAMPLE, len(targets) // 5) and remaining[targets[row]] > 1:  # one per class stays
             rows.append(row)
             remaining[targets[row]] -= 1
-    return FeatureStatistics(
-        counts=counts,
-        sums=(one_hot.T @ features).float(),
-        gram=(features.T @ features)[_triangle(features.shape[1])].float(),
-        sample=pooled[rows].float().cpu(),
-        sample_targets=targets[rows],
-    )
+    sums, gram = _sums(expand(pooled), targets, num_classes)
+    statistics = FeatureStatistics(counts, sums, gram, pooled[rows].float().cpu(), targets[rows])
+    if layers is None or not layers.shape[1]:
+        return statistics
+    hashed = hash_layers(layers, pooled.shape[1])
+    sums, gram = _sums(hashed, targets, num_classes)
+    complete = replace(statistics, layer_sums=sums, layer_gram=gram, layer_sample=hashed[rows].float())
+    return complete if complete.excess is None else statistics
+
+
+def _sums(features: Float64[Tensor, "N F"], targets: Int64[Tensor, " N"], num_classes: int) -> tuple[Tensor, Tensor]:
+    """The sum per class, Float32[C, F], and the upper triangle of the Gram matrix, Float32[F (F + 1) / 2]."""
+    one_hot = F.one_hot(targets, num_classes).double()
+    return (one_hot.T @ features).float(), (features.T @ features)[_triangle(features.shape[1])].float()
 
 
 def can_be_routed(statistics: FeatureStatistics, width: int) -> bool:
@@ -49,40 +68,58 @@ def can_be_routed(statistics: FeatureStatistics, width: int) -> bool:
 
 
 class Moments(NamedTuple):
-    """Sums over the expanded features of many images, in float64."""
+    """Sums over the features of many images, in float64."""
 
     counts: Float64[Tensor, " C"]
     sums: Float64[Tensor, "C F"]
     gram: Float64[Tensor, "F F"]
-    width: int  # D, width of the feature, which precedes its projections
 
     @classmethod
-    def sum(cls, tasks: list[FeatureStatistics]) -> Moments:
-        """Combines tasks: concatenates their classes and adds their Gram matrices."""
-        size = tasks[0].sums.shape[1]
-        upper = torch.zeros(size * (size + 1) // 2, dtype=torch.float64, device="cpu")
-        for task in tasks:
-            upper += task.gram.double()
+    def sum(cls, counts: list[Tensor], sums: list[Tensor], triangles: list[Tensor]) -> Moments:
+        """Combines tasks: concatenates their classes and adds their Gram matrices, given as upper triangles."""
+        size = sums[0].shape[1]
+        upper = torch.zeros_like(triangles[0], dtype=torch.float64)
+        for triangle in triangles:
+            upper += triangle.double()
         gram = torch.zeros(size, size, dtype=torch.float64, device="cpu")
         gram[_triangle(size)] = upper
-        gram = gram + gram.triu(1).T
-        sums = torch.cat([task.sums for task in tasks]).double()
-        return cls(torch.cat([task.counts for task in tasks]).double(), sums, gram, tasks[0].sample.shape[1])
+        return cls(torch.cat(counts).double(), torch.cat(sums).double(), gram + gram.triu(1).T)
 
-    def without(self, sample: Tensor, targets: Tensor) -> Moments:
+    def without(self, features: Float64[Tensor, "K F"], targets: Int64[Tensor, " K"]) -> Moments:
         """Subtracts some of the images."""
-        features, one_hot = expand(sample), F.one_hot(targets, len(self.counts)).double()
-        return self._replace(
-            counts=self.counts - one_hot.sum(0),
-            sums=self.sums - one_hot.T @ features,
-            gram=self.gram - features.T @ features,
+        one_hot = F.one_hot(targets, len(self.counts)).double()
+        return Moments(
+            self.counts - one_hot.sum(0), self.sums - one_hot.T @ features, self.gram - features.T @ features
         )
+
+    def first(self, width: int) -> Moments:
+        """The sums over the first `width` features."""
+        return Moments(self.counts, self.sums[:, :width], self.gram[:width, :width])
 
 
 def expand(pooled: Float[Tensor, "N D"]) -> Float64[Tensor, "N F"]:
     """Appends rectified random projections to the features."""
     features = double(pooled)
     return torch.cat([features, (features @ projection(features.shape[1])).relu()], dim=1)
+
+
+def hash_layers(layers: Float[Tensor, "N n"], width: int) -> Float64[Tensor, "N H"]:
+    """Scales each vector of D = `width` layer features to length 1, and adds up random groups with random signs."""
+    order, signs = _hashing(layers.shape[1])
+    size = min(HASHED, layers.shape[1])
+    hashed = []
+    for chunk in layers.split(1024):
+        unit = F.normalize(double(chunk).unflatten(1, (-1, width)), dim=2).flatten(1)
+        hashed.append(F.pad((unit * signs)[:, order], (0, -len(order) % size)).unflatten(1, (-1, size)).sum(1))
+    return torch.cat(hashed)
+
+
+@lru_cache(maxsize=4)
+def _hashing(num_features: int) -> tuple[Int64[Tensor, " n"], Float64[Tensor, " n"]]:
+    """An order and signs of the layer features, which never change."""
+    random = np.random.RandomState(0)
+    order, signs = random.permutation(num_features), random.choice([-1.0, 1.0], num_features)
+    return torch.tensor(order, dtype=torch.int64, device="cpu"), torch.tensor(signs, dtype=torch.float64, device="cpu")
 
 
 @lru_cache(maxsize=4)

@@ -52,7 +52,7 @@ def open_hub_dataset(data: HubDataset, split: str) -> LabelledImages:
                 'split from train. Pass DatasetDict({"train": data[...], "test": data[...]}) with the splits to use.'
             )
         if split not in data:
-            raise DataError(f"{where} has no split {split!r}, only {_listed(data)}.")
+            raise DataError(f"{where} has no split {split!r}, only {_listed(data)}. Pass a DatasetDict that has it.")
         dataset, where = data[split], f"the split {split!r} of {where}"
     if not hasattr(dataset, "__len__"):
         raise DataError(

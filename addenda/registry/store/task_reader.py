@@ -35,6 +35,8 @@ class FeatureStatistics:
         gram: upper triangle, row by row, of the sum of the features' outer products, Float32[F (F + 1) / 2].
         sample: frozen features of some of the images, Float32[K, D].
         sample_targets: classes of the sample, Int64[K].
+        layer_sums, layer_gram, layer_sample: the same of hashed layer features; None in statistics of version 0.2 and
+            earlier, of backbones without layer features, and of tasks with many classes.
     """
 
     counts: Tensor
@@ -42,11 +44,27 @@ class FeatureStatistics:
     gram: Tensor
     sample: Tensor
     sample_targets: Tensor
+    layer_sums: Tensor | None = None
+    layer_gram: Tensor | None = None
+    layer_sample: Tensor | None = None
+
+    @property
+    def layers(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The sums, Gram matrix and sample of the hashed layer features, if present."""
+        if self.layer_sums is None or self.layer_gram is None or self.layer_sample is None:
+            return None
+        return self.layer_sums, self.layer_gram, self.layer_sample
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that are present, by name."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: tensor for name, tensor in values.items() if tensor is not None}
 
     @cached_property
     def data(self) -> bytes:
         """The statistics as safetensors bytes; equal content gives equal bytes."""
-        return bytes(save({field.name: getattr(self, field.name).contiguous() for field in fields(self)}))
+        return bytes(save({name: tensor.contiguous() for name, tensor in self.tensors.items()}))
 
     @property
     def excess(self) -> str | None:
@@ -75,23 +93,20 @@ class FeatureStatistics:
 
     def check(self, num_classes: int) -> None:
         """Raises IntegrityError unless the tensors are finite and fit each other and the number of classes."""
-        width = self.sums.shape[-1] if self.sums.ndim else 0
-        fits = (
-            self.counts.shape == (num_classes,)
-            and self.sums.shape == (num_classes, width)
-            and self.gram.shape == (width * (width + 1) // 2,)
-            and self.sample.ndim == 2
-            and self.sample_targets.shape == (len(self.sample),)
-        )
+        fits = self.counts.shape == (num_classes,) and self.sample_targets.ndim == 1
+        fits &= len(self.tensors) == (5 if self.layers is None else 8)
+        for sums, gram, sample in ((self.sums, self.gram, self.sample), *([self.layers] if self.layers else [])):
+            width = sums.shape[-1] if sums.ndim else 0
+            fits &= sums.shape == (num_classes, width) and gram.shape == (width * (width + 1) // 2,)
+            fits &= sample.ndim == 2 and self.sample_targets.shape == (len(sample),)
         if not fits:
-            shapes = {field.name: list(getattr(self, field.name).shape) for field in fields(self)}
+            shapes = {name: list(tensor.shape) for name, tensor in self.tensors.items()}
             raise IntegrityError(f"its statistics do not fit {num_classes} classes or each other: {shapes}")
-        for name in ("counts", "sample_targets"):
-            if (tensor := getattr(self, name)).dtype != torch.int64:
-                raise IntegrityError(f"its statistics' {name} must be int64, not {tensor.dtype}")
-        for name in ("sums", "gram", "sample"):
-            tensor = getattr(self, name)
-            if tensor.dtype != torch.float32 or not tensor.isfinite().all():
+        for name, tensor in self.tensors.items():
+            if name in ("counts", "sample_targets"):
+                if tensor.dtype != torch.int64:
+                    raise IntegrityError(f"its statistics' {name} must be int64, not {tensor.dtype}")
+            elif tensor.dtype != torch.float32 or not tensor.isfinite().all():
                 raise IntegrityError(
                     f"its statistics' {name} must be finite float32; it is {tensor.dtype}, or contains NaN or infinity"
                 )

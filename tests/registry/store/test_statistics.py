@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-
 import pytest
 import torch
 
 from addenda.exceptions import IntegrityError, RegistryError, UnknownTaskError
-from addenda.registry import FeatureStatistics
 from tests.support.databases import rows, tamper
 from tests.support.registries import a_statistic, a_task, keep, probe
 
@@ -17,8 +14,9 @@ def test_statistics_come_back_bit_for_bit(book):
     keep(book, a_task())
     stored, original = book.statistics("digits:1"), a_statistic()
     assert stored.sha256 == original.sha256
-    for field in fields(FeatureStatistics):
-        assert getattr(stored, field.name).numpy().tobytes() == getattr(original, field.name).numpy().tobytes()
+    assert list(stored.tensors) == list(original.tensors)
+    for name, tensor in original.tensors.items():
+        assert stored.tensors[name].numpy().tobytes() == tensor.numpy().tobytes()
     assert book.record("digits").statistics_bytes == len(original.data)
 
 
@@ -39,6 +37,8 @@ def test_a_task_without_statistics_has_none(book):
         ({"sums": torch.full((3, 9), torch.nan)}, "sums must be finite float32"),
         ({"sample_targets": torch.full((6,), 3)}, "negative counts or classes out of range"),
         ({"counts": torch.tensor([1, 1, -1])}, "negative counts or classes out of range"),
+        ({"layer_gram": torch.ones(4)}, r"do not fit .*'layer_gram': \[4\]"),
+        ({"layer_sample": torch.full((6, 3), torch.nan)}, "layer_sample must be finite float32"),
     ],
 )
 def test_statistics_that_do_not_fit_are_refused_and_nothing_is_registered(shared_book, changes, message):
@@ -50,7 +50,8 @@ def test_statistics_that_do_not_fit_are_refused_and_nothing_is_registered(shared
 
 def test_statistics_that_are_too_large_are_refused_and_nothing_is_registered(shared_book):
     before, task = rows(shared_book), a_task()
-    large = a_statistic(sample=torch.zeros(320_000, 4), sample_targets=torch.zeros(320_000, dtype=torch.long))
+    targets = torch.zeros(320_000, dtype=torch.long)
+    large = a_statistic(sample=torch.zeros(320_000, 4), sample_targets=targets, layer_sample=torch.zeros(320_000, 1))
     with pytest.raises(RegistryError, match=r"3 classes have [0-9,]+ bytes; the maximum is 5,000,000"):
         shared_book.register(task, probe(task), large)
     assert rows(shared_book) == before
