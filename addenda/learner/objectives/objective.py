@@ -155,7 +155,7 @@ class Objective(ABC):
         return self.losses(logits, targets, smoothing, class_weights).mean(-1)
 
     @abstractmethod
-    def balanced_weights(self, targets: Targets, num_classes: int) -> Weights:
+    def balanced_weights(self, targets: Targets, num_classes: int) -> Float[Tensor, " C"] | Float[Tensor, "2 C"]:
         """Weights inverse to class frequency: equal sums for all classes, and a mean of 1 over the images."""
 
     @abstractmethod
