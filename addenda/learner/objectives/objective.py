@@ -38,7 +38,6 @@ LayerFits = list[tuple[Float64[Tensor, "C k"], Float64[Tensor, " C"]]]
 """Weight and bias of heads on layer features, for several regularisation strengths."""
 Array = NDArray[np.float64]
 
-
 STRENGTHS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Candidate values of scikit-learn's C for the linear probe."""
 NUM_FOLDS = 5
@@ -155,7 +154,7 @@ class Objective(ABC):
         return self.losses(logits, targets, smoothing, class_weights).mean(-1)
 
     @abstractmethod
-    def balanced_weights(self, targets: Targets, num_classes: int) -> Weights:
+    def balanced_weights(self, targets: Targets, num_classes: int) -> Float[Tensor, " C"] | Float[Tensor, "2 C"]:
         """Weights inverse to class frequency: equal sums for all classes, and a mean of 1 over the images."""
 
     @abstractmethod
