@@ -86,8 +86,8 @@ def test_a_task_is_learned_on_an_eva_and_stays_as_it_is_when_another_joins(
         verdict.ok for verdict in verify(eva, [(task, registry.goldens(task.ref)) for task in registry.load(eva)])
     )
     router = Router({name: registry.statistics(f"{name}:1") for name in ("colours", "more")})
-    pooled = CombinedModel(eva, [])(pixels, pooled=True).pooled
-    assert len(router.choose(pooled)) == len(pixels)
+    features = CombinedModel(eva, [])(pixels, features=True).features
+    assert len(router.choose(features)) == len(pixels)
 
 
 def test_adapters_that_an_evas_gated_mlp_cannot_carry_are_refused(registry: Registry, colours: Path) -> None:

@@ -299,7 +299,7 @@ def test_curves_of_the_selected_candidate_are_on_top_and_within_the_chart() -> N
 
 def test_a_task_is_drawn_to_the_right_of_all_tasks_that_it_extends() -> None:
     oldest = Kin("a:1", False)
-    current = Kin("own:1", False, (Kin("a:1", False, shown=True), Kin("b:1", True, (oldest,)), *(
+    current = Kin("own:1", False, (Kin("a:1", False, repeated=True), Kin("b:1", True, (oldest,)), *(
         Kin(f"c{i}:1", False) for i in range(20))))  # fmt: skip
     graph = page_charts.graph(Lineage(current, Kin("own:1", False, (Kin("z:1", False, left_out=3),))))
     assert graph is not None

@@ -380,9 +380,9 @@ def test_a_single_class_can_be_learned_and_is_always_predicted(
     known = {name: learner.registry.statistics(name) for name in ("red", "two")}
     choices = Router({name: statistics for name, statistics in known.items() if statistics is not None})
     images = open_images(tmp_path / "one").read_all(learner.backbone)
-    pooled = CombinedModel(learner.backbone, [task])(images, pooled=True).pooled
-    assert pooled is not None
-    assert [choice.task for choice in choices.choose(pooled)].count("red") >= 6
+    features = CombinedModel(learner.backbone, [task])(images, features=True).features
+    assert features is not None
+    assert [choice.task for choice in choices.choose(features)].count("red") >= 6
 
 
 def test_a_class_of_one_image_is_refused_by_name(learner: Learner, folder: Path) -> None:
