@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from mako.template import Template
 from sqlalchemy import Column, String, text
 
 from addenda.exceptions import RegistryError
@@ -14,6 +15,7 @@ from addenda.registry.store.database import connect, writing
 from addenda.registry.store.upgrade import VERSION_TABLE, migrate, schema_faults
 from tests.support.databases import Database, address, everything, raw
 from tests.support.old_registries import Rows, as_it_was_told, make_old, mappings
+from tests.support.places import ROOT
 from tests.support.processes import all_at_once, killed_at_each_statement
 from tests.support.registries import BACKBONE, HERE, a_task, keep, same_content, verify_ledger
 
@@ -117,6 +119,14 @@ def test_a_process_killed_at_any_statement_of_an_upgrade_leaves_the_old_schema(d
     with Registry.open(location) as registry:
         assert schema_faults(registry._engine) == []
     verify_ledger(location)
+
+
+def test_a_new_migration_imports_only_what_exists():
+    template = Template(filename=str(ROOT / "addenda" / "registry" / "migrations" / "script.py.mako"))
+    source = template.render(message="Next", up_revision="9999", down_revision="0003", upgrades="")
+    migration: dict[str, Any] = {}
+    exec(source, migration)
+    assert (migration["revision"], migration["down_revision"]) == ("9999", "0003")
 
 
 def test_a_registry_of_a_newer_version_is_refused_untouched(full_book):
