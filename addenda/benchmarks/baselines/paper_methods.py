@@ -48,9 +48,13 @@ BASELINES = {
 }
 """Why each baseline cannot be registered."""
 
+OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": torch.optim.AdamW, "sgd": partial(torch.optim.SGD, momentum=0.9),
+}  # fmt: skip
+
 
 class Rate(NamedTuple):
-    """An optimizer, "adamw" or "sgd" with momentum 0.9, and its peak learning rate."""
+    """An optimizer of OPTIMIZERS and its peak learning rate."""
 
     optimizer: str
     learning_rate: float
@@ -69,6 +73,8 @@ RATES: Mapping[str, tuple[Rate, ...]] = {
 
 LORA_LAYERS = r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(fc1|fc2))"
 EVALUATION_BATCH = 32
+
+Model = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -187,8 +193,7 @@ def train_baselines(
             {"params": [p for name, p in trained.items() if name not in head]},
             {"params": list(head.values()), "weight_decay": 0.0},
         ]
-        make = torch.optim.AdamW if rate.optimizer == "adamw" else partial(torch.optim.SGD, momentum=0.9)
-        optimizer = make(groups, lr=rate.learning_rate, weight_decay=config.weight_decay)
+        optimizer = OPTIMIZERS[rate.optimizer](groups, lr=rate.learning_rate, weight_decay=config.weight_decay)
         factor = partial(schedule, warmup_steps=config.warmup_steps, steps=steps * config.epochs)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         random = torch.Generator().manual_seed(config.seed)
@@ -286,7 +291,7 @@ def _read_views(
 
 def _build(
     method: str, backbone: FrozenBackbone, linear_probe: LinearProbe, labels: tuple[str, ...], seed: int
-) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+) -> tuple[nn.Module, Model]:
     """A baseline before training and its forward function; parameters that require gradients are trained."""
     kind, size = _parse(method)
     if kind == "unmasked":
@@ -366,8 +371,6 @@ def batches(images: LabelledImages, backbone: FrozenBackbone, size: int) -> Iter
 
 
 @torch.no_grad()
-def _logits(
-    predict: Callable[[Tensor], Tensor], pixels: Tensor, backbone: FrozenBackbone, autocast: bool
-) -> Float[Tensor, "N C"]:
+def _logits(predict: Model, pixels: Tensor, backbone: FrozenBackbone, autocast: bool) -> Float[Tensor, "N C"]:
     with torch.autocast(backbone.device.type, torch.bfloat16, enabled=autocast):
         return torch.cat([predict(batch.to(backbone.device)).float().cpu() for batch in pixels.split(EVALUATION_BATCH)])
