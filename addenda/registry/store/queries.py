@@ -199,7 +199,7 @@ def records(connection: Connection, rows: Sequence[Row[Any]]) -> list[TaskRecord
 
 
 def _records(connection: Connection, rows: Sequence[Row[Any]]) -> list[TaskRecord]:
-    ids = {row.id for row in rows}
+    ids, hashes = {row.id for row in rows}, {row.artifact for row in rows}
     parent, edge = schema.task.alias(), schema.task_parent.c
     edges = select(edge.task_id, ref_column(parent)).join(parent, edge.parent_id == parent.c.id)
     edges = edges.where(edge.task_id.in_(ids)).order_by(edge.task_id, edge.position)
@@ -209,18 +209,22 @@ def _records(connection: Connection, rows: Sequence[Row[Any]]) -> list[TaskRecor
     aliases = rows_where(connection, schema.alias, "task_id", ids)
     tags = rows_where(connection, schema.tag, "task_id", ids)
     retirements = rows_where(connection, schema.retirement, "task_id", ids)
-    lengths = func.length(schema.artifact.c.data), func.length(schema.statistics.c.data)
-    query = select(schema.task.c.id, *lengths).join(schema.artifact, isouter=True).join(schema.statistics, isouter=True)
-    sizes = {task_id: lengths for task_id, *lengths in connection.execute(query.where(schema.task.c.id.in_(ids)))}
-    headers = read_headers(connection, {row.artifact for row in rows})
+
+    def sizes(table: Table, key: str, values: Collection[Any]) -> dict[Any, int]:
+        query = select(table.c[key], func.length(table.c.data)).where(table.c[key].in_(values))
+        return dict(connection.execute(query).all())
+
+    size_bytes = sizes(schema.artifact, "sha256", hashes)
+    statistics_bytes = sizes(schema.statistics, "task_id", ids)
+    headers = read_headers(connection, hashes)
     return [
         TaskRecord(
             **{column: getattr(row, column) for column in columns_of(TaskColumns) if column != "labels"},
             labels=tuple(row.labels),
             sha256=row.artifact,
-            size_bytes=sizes[row.id][0] or 0,
+            size_bytes=size_bytes.get(row.artifact, 0),
             **headers[row.artifact]._asdict(),
-            statistics_bytes=sizes[row.id][1] or 0,
+            statistics_bytes=statistics_bytes.get(row.id, 0),
             extends=tuple(parents[row.id]),
             aliases=tuple(alias.alias for alias in aliases[row.id]),
             tags=tuple(tag.tag for tag in tags[row.id]),
