@@ -32,7 +32,8 @@ class Family(ABC):
     """
 
     TIMM_CLASS: ClassVar[type]  # the exact class of its models; subclasses do not qualify
-    LAST_PROJECTIONS: ClassVar[int] = 3  # of q, k and v, those that `last` computes for all tokens if it computes less
+    # How many of q, k and v `last` computes for all tokens unless reading is "tokens".
+    LAST_PROJECTIONS: ClassVar[int] = 3
     convert: ClassVar[Callable[..., dict[str, Tensor]]]  # renames a checkpoint's tensors to the model's names
 
     def __init__(self, model: Any) -> None:
