@@ -39,8 +39,8 @@ def test_the_total_size_of_a_task_includes_its_routing_statistics(run: Run, lear
         record = opened.record("ones")
     assert record.statistics_bytes > 10_000
     lines = [" ".join(line.split()) for line in run("tasks", "show", "ones").out.splitlines()]
-    assert f"total size {(record.size_bytes + record.statistics_bytes) / 1000:.1f} kB" in lines
-    assert f"routing statistics {record.statistics_bytes / 1000:.1f} kB" in lines
+    assert f"total size {(record.size_bytes + record.statistics_bytes) / 1e6:.1f} MB" in lines
+    assert f"routing statistics {record.statistics_bytes / 1e6:.1f} MB" in lines
 
 
 def test_verify_passes_and_names_a_task_whose_bytes_changed(
