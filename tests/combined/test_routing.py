@@ -12,7 +12,7 @@ from torch import Tensor
 
 from addenda import CombinedModel, FrozenBackbone
 from addenda.combined import Router, feature_statistics
-from addenda.combined.routing.router import REJECTED
+from addenda.combined.routing.router import REJECTED, _temperature
 from addenda.combined.routing.statistics import HASHED, SAMPLE, hash_layers
 from addenda.exceptions import RegistryError, UnknownTaskError
 from addenda.registry import FeatureStatistics
@@ -106,6 +106,20 @@ def test_choices_name_the_same_task_in_any_order() -> None:
     for order in itertools.permutations(statistics):
         chosen = Router({name: statistics[name] for name in order}).choose(features)
         assert sum(choice.task == "task-2" for choice in chosen) >= 45
+
+
+def test_a_router_of_one_task_with_one_class_chooses_it() -> None:
+    features, _ = cloud(0, 40, seed=0)
+    choices = Router({"only": feature_statistics(features, torch.zeros(40, dtype=torch.long), 1)}).choose(features[:5])
+    assert [(choice.task, choice.probability) for choice in choices] == [("only", 1.0)] * 5
+
+
+def test_certainty_is_limited_where_all_held_out_images_are_right() -> None:
+    scores = 100.0 * torch.eye(4, dtype=torch.float64)
+    loss, temperature = _temperature(scores, torch.arange(4))
+    probabilities = (scores / temperature).softmax(1).diagonal()
+    torch.testing.assert_close(probabilities, torch.full_like(probabilities, 0.8), rtol=1e-3, atol=0)
+    assert 0 < loss < 1
 
 
 @pytest.mark.parametrize("layers", [False, True])

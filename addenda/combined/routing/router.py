@@ -257,10 +257,19 @@ def _gaussians(moments: Moments) -> tuple[Float64[Tensor, "C F"], Float64[Tensor
 
 
 def _temperature(scores: Float64[Tensor, "K C"], targets: Int64[Tensor, " K"]) -> tuple[float, float]:
-    """Temperature scaling: the minimum log loss of the scores, and the temperature that gives it."""
+    """Temperature scaling: the minimum log loss of the scores, and the temperature that gives it.
+
+    The loss counts one further observation that has the label of its runner-up, because on few images all scores may be
+    right, and certainty would then have no limit.
+    """
+    if scores.shape[1] == 1:
+        return 0.0, 1.0
+    true, doubt = F.one_hot(targets, scores.shape[1]).bool(), 1 / (1 + len(targets))
 
     def loss(power: float) -> float:
-        return F.cross_entropy(scores / 10**power, targets, label_smoothing=1 / (1 + len(targets))).item()
+        log_probs = (scores / 10**power).log_softmax(1)
+        runner_up = log_probs.masked_fill(true, -np.inf).amax(1)
+        return -((1 - doubt) * log_probs[true] + doubt * runner_up).mean().item()
 
     optimum = minimize_scalar(loss, bounds=(-4.0, 4.0), method="bounded")
     return float(optimum.fun), float(10**optimum.x)

@@ -58,7 +58,7 @@ def test_a_run_measures_every_method_on_the_same_images(tiny: FrozenBackbone, tm
         assert all(cell.class_incremental[i][j] is None for i in range(5) for j in range(i + 1, 5))  # unseen classes
         assert cell.task_incremental_metrics.forward_transfer is cell.class_incremental_metrics.forward_transfer is None
         assert set(cell.extra["routers"]) == {
-            "max softmax", "energy", "the router", "nearest mean", "mahalanobis", "ridge",
+            "max softmax", "energy", "the router", "nearest mean", "mahalanobis", "ridge", "layers",
         }  # fmt: skip
         assert cell.class_incremental_metrics.average_accuracy == pytest.approx(
             cell.extra["routers"]["the router"], abs=0.1
