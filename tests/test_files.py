@@ -183,7 +183,7 @@ LOOKED_AT = {
     "benchmarks/cost.py": "in an output_folder",
     "benchmarks/continual/report.py": "in an output_folder",
     "benchmarks/report/tables.py": "in an output_folder",
-    "benchmarks/report/files.py": "a path from `written`; appends results in an output_folder",
+    "benchmarks/report/output.py": "a path from `written`; appends results in an output_folder",
     "benchmarks/demo.py": "in a temporary folder",
     "benchmarks/serving/serving_timings.py": "in a temporary folder",
     "serving/routes.py": "a bundle, in the temporary folder of its request",

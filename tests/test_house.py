@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -39,3 +40,14 @@ def test_it_is_done_in_one_place(name: str) -> None:
     }
     assert found, f"{name} is nowhere"
     assert {path for path in found if not path.startswith(ONLY[name])} == set()
+
+
+def test_no_two_modules_and_no_two_classes_share_a_name() -> None:
+    modules = Counter(path.name for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
+    classes = Counter(
+        node.name
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    )
+    assert [name for name, count in (modules + classes).items() if count > 1] == []

@@ -1,10 +1,10 @@
 """One forward pass for all tasks: shared-prefix attention, tiles, exactness, routing."""
 
-from addenda.combined.cost import TaskCost, loaded_bytes, pass_operations, task_cost
 from addenda.combined.forward import Observer, attention_map, forward_pass
 from addenda.combined.golden import Verdict, golden, verdicts, verify
 from addenda.combined.model import CombinedModel, TaskLogits
 from addenda.combined.numerics import numerics, numerics_fingerprint, tensor_digest
+from addenda.combined.operations import TaskCost, loaded_bytes, pass_operations, task_cost
 from addenda.combined.predictions import not_finite, predictions, predictions_of
 from addenda.combined.recorded import recorded_backbone
 from addenda.combined.routing import Choice, Router, can_be_routed, feature_statistics

@@ -19,7 +19,7 @@ from addenda.learner.activations import Activations
 from addenda.learner.context import OnEpoch, Report, RunContext, silent
 from addenda.learner.data import Data, LabelledImages, check_learnable, check_same_labels, open_images, open_parts
 from addenda.learner.data.labelled import Item, read_in_batches, unreadable
-from addenda.learner.data.opening import repeats
+from addenda.learner.data.openers import repeats
 from addenda.learner.learn_config import LearnConfig
 from addenda.learner.learning_run import LearningRun
 from addenda.learner.objectives import OBJECTIVES

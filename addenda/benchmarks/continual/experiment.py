@@ -28,7 +28,7 @@ from addenda.benchmarks.continual.ours import Masked
 from addenda.benchmarks.continual.report import write_report
 from addenda.benchmarks.continual.results import Cell, ExperienceNote, Matrix, MethodNote, Results, largest, measure
 from addenda.benchmarks.continual.stream import Experience, Stream
-from addenda.benchmarks.report.files import append_line, read_lines
+from addenda.benchmarks.report.output import append_line, read_lines
 from addenda.benchmarks.strategy import NEVER
 from addenda.combined import numerics
 from addenda.exceptions import DataError, TrainingError

@@ -29,7 +29,7 @@ from addenda.benchmarks.baselines.paper_methods import (
 )
 from addenda.benchmarks.continual.stream import round_robin
 from addenda.benchmarks.paper.paper_report import COLLAPSE, PAIRS, best_of_rates, write_report
-from addenda.benchmarks.report.files import append_line, read_lines, write_listing
+from addenda.benchmarks.report.output import append_line, read_lines, write_listing
 from addenda.combined import CombinedModel
 from addenda.exceptions import DataError, TrainingError
 from addenda.files import output_folder

@@ -20,7 +20,7 @@ from addenda.backbones import FrozenBackbone
 from addenda.benchmarks.baselines.dense_mask import DENSE_NAMES, DenseMask
 from addenda.benchmarks.baselines.paper_methods import batches
 from addenda.benchmarks.cost import Run, interleave
-from addenda.benchmarks.report.files import write_listing
+from addenda.benchmarks.report.output import write_listing
 from addenda.benchmarks.report.tables import Figure, write
 from addenda.benchmarks.training.peak_memory import peak_bytes
 from addenda.combined import CombinedModel, forward_pass, micro_batch, task_cost

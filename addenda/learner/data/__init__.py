@@ -1,7 +1,7 @@
 """Labelled images from folders, listings, torch Datasets and Hugging Face datasets, behind one interface."""
 
 from addenda.learner.data.labelled import LabelledImages
-from addenda.learner.data.opening import (
+from addenda.learner.data.openers import (
     Data,
     check_learnable,
     check_same_labels,

@@ -25,7 +25,7 @@ from addenda.learner.data import open_images, open_parts
 from addenda.learner.data.dataset_objects import Items
 from addenda.learner.data.labelled import LabelledImages
 from addenda.learner.data.listings import open_listing, split_named
-from addenda.learner.data.opening import Split
+from addenda.learner.data.openers import Split
 from tests.support.commands import Run
 from tests.support.images import colour_folder
 from tests.support.tiny import tiny_vit

@@ -15,7 +15,7 @@ from addenda import FrozenBackbone, LearnConfig, Learner, Registry
 from addenda.exceptions import DataError
 from addenda.learner.data import check_same_labels, has_test_part, open_images
 from addenda.learner.data.labelled import LabelledImages
-from addenda.learner.data.opening import check_learnable
+from addenda.learner.data.openers import check_learnable
 from addenda.registry import TaskFilter
 from tests.support.images import colour_folder
 
