@@ -107,7 +107,7 @@ def test_ctrl_c_at_any_moment_leaves_no_incomplete_task_and_the_next_run_complet
             assert "KeyboardInterrupt" in errors
             assert not database.exists()
         else:
-            assert process.returncode in (130, -signal.SIGINT)
+            assert process.returncode in (130, -signal.SIGINT), errors
         if process.returncode == 130:
             assert "Interrupted" in errors
             assert "Traceback" not in errors
