@@ -218,12 +218,12 @@ class Activations:
 
             pixels = torch.stack([view for _, view in batch])
             observe = store_half if self._tokens else None
-            _, pooled, layers = forward_pass(
+            result = forward_pass(
                 self.backbone, pixels, sizes=(self._micro_batch,), pooled=True,
                 layers=self.backbone.num_layer_features > 0, observe=observe,
             )  # fmt: skip
-            assert pooled is not None
-            features = torch.cat([part.float() for part in (pooled, layers) if part is not None], dim=1).cpu()
+            assert result.features is not None
+            features = result.features.cpu()
             for (row, _), of_row in zip(batch, features, strict=True):
                 if not of_row.isfinite().all():
                     raise DataError(

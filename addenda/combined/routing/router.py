@@ -14,7 +14,7 @@ small projection is appended to the feature, so that both classifiers share one 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -103,8 +103,8 @@ class Router:
         held_out = torch.zeros(len(sample), dtype=torch.float64, device="cpu")
         for kind, (all_images, features) in spaces.items():
             training = all_images.without(features, targets)
-            fit = _ridge if kind == "ridge" else _discriminant
-            self._classifiers[kind] = _tuned(fit, all_images, training, features, targets)
+            fit, strengths = (_ridge, PENALTIES) if kind == "ridge" else (_discriminant, SHRINKAGES)
+            self._classifiers[kind] = _tuned(fit, strengths, all_images, training, features, targets)
             if kind != "ridge":
                 distances = _RelativeDistance(training)(features)
                 scale = max(distances.std().item(), 1e-12) if len(sample) > 1 else 1.0
@@ -128,11 +128,7 @@ class Router:
         similarity to the class means of the pooled feature.
         """
         spaces = self._spaces(features)
-        scores = {
-            kind: (spaces[kind] @ classifier.weights + classifier.bias).log_softmax(1)
-            for kind, classifier in self._classifiers.items()
-        }
-        scores["combined"] = torch.stack(list(scores.values())).mean(0).log_softmax(1)
+        scores = self._scores(spaces)
         means = self._distances["mahalanobis"].means
         scores["nearest-mean"] = F.normalize(spaces["mahalanobis"]) @ F.normalize(means).T
         return {
@@ -140,22 +136,37 @@ class Router:
             for kind, values in scores.items()
         }
 
+    def _scores(self, spaces: Mapping[str, Float64[Tensor, "B G"]]) -> dict[str, Float64[Tensor, "B C"]]:
+        """Log-probabilities over all classes: of each classifier, and `"combined"`."""
+        scores = {
+            kind: (spaces[kind] @ classifier.weights + classifier.bias).log_softmax(1)
+            for kind, classifier in self._classifiers.items()
+        }
+        return scores | {"combined": torch.stack(list(scores.values())).mean(0).log_softmax(1)}
+
     def log_probabilities(self, features: Float[Tensor, "B F"]) -> dict[str, Float64[Tensor, " B"]]:
         """Log-probability of each task, by name."""
-        return {name: scores.logsumexp(1) for name, scores in self.class_scores(features)["combined"].items()}
+        return self._of_tasks(self._spaces(features))
+
+    def _of_tasks(self, spaces: Mapping[str, Float64[Tensor, "B G"]]) -> dict[str, Float64[Tensor, " B"]]:
+        combined = self._scores(spaces)["combined"]
+        return {name: combined[:, columns].logsumexp(1) for name, columns in self._columns.items()}
 
     def familiarity(self, features: Float[Tensor, "B F"]) -> Float64[Tensor, " B"]:
         """Relative Mahalanobis distance: how much closer each image is to some class than to images in general.
 
         Distances of pooled and layer features are added, each divided by its standard deviation over held-out images.
         """
-        spaces = self._spaces(features)
+        return self._closeness(self._spaces(features))
+
+    def _closeness(self, spaces: Mapping[str, Float64[Tensor, "B G"]]) -> Float64[Tensor, " B"]:
         return torch.stack([distance(spaces[kind]) for kind, distance in self._distances.items()]).sum(0)
 
     def choose(self, features: Float[Tensor, "B F"]) -> list[Choice]:
         """Chooses the most probable task for each image, and tests whether the image is familiar."""
-        best = torch.stack(list(self.log_probabilities(features).values()), dim=1).max(1)
-        familiar = self.familiarity(features) >= self._threshold
+        spaces = self._spaces(features)
+        best = torch.stack(list(self._of_tasks(spaces).values()), dim=1).max(1)
+        familiar = self._closeness(spaces) >= self._threshold
         return [
             Choice(self.tasks[index], probability, is_familiar)
             for index, probability, is_familiar in zip(
@@ -202,47 +213,50 @@ class _RelativeDistance:
         self._mean = moments.sums.sum(0) / total
         self._within = _inverse(within)
         self._overall = _inverse(moments.gram / total - torch.outer(self._mean, self._mean))
+        self._projected = self.means @ self._within
+        self._offsets = 0.5 * (self._projected * self.means).sum(1)
 
     def __call__(self, features: Float64[Tensor, "B F"]) -> Float64[Tensor, " B"]:
-        centred, projected = features - self._mean, self.means @ self._within
+        centred = features - self._mean
         to_all = ((centred @ self._overall) * centred).sum(1)
-        likelihoods = features @ projected.T - 0.5 * (projected * self.means).sum(1)
+        likelihoods = features @ self._projected.T - self._offsets
         to_nearest = ((features @ self._within) * features).sum(1) - 2 * likelihoods.max(1).values
         return (to_all - to_nearest) / self._scale
 
 
 def _tuned(
-    fit: Callable[[Moments], list[_Linear]],
+    fit: Callable[[Moments, Sequence[float]], list[_Linear]],
+    strengths: Sequence[float],
     all_images: Moments,
     training: Moments,
     sample: Float64[Tensor, "K F"],
     targets: Int64[Tensor, " K"],
 ) -> _Linear:
-    """Selects a fit and its temperature by log loss on the sample, which `training` lacks; refits to all images."""
+    """Selects a strength and a temperature by log loss on the sample, which `training` lacks; refits to all images."""
     if not len(sample):
-        return fit(all_images)[-1]
-    scaled = [_temperature(sample @ weights + bias, targets) for weights, bias in fit(training)]
-    number = min(range(len(scaled)), key=lambda i: scaled[i][0])
-    weights, bias = fit(all_images)[number]
-    return _Linear(weights / scaled[number][1], bias / scaled[number][1])
+        return fit(all_images, strengths[-1:])[0]
+    scaled = [_temperature(sample @ weights + bias, targets) for weights, bias in fit(training, strengths)]
+    strength, (_, temperature) = min(zip(strengths, scaled, strict=True), key=lambda pair: pair[1][0])
+    weights, bias = fit(all_images, (strength,))[0]
+    return _Linear(weights / temperature, bias / temperature)
 
 
-def _ridge(moments: Moments) -> list[_Linear]:
+def _ridge(moments: Moments, penalties: Sequence[float]) -> list[_Linear]:
     """Ridge regressions of class indicators, one per penalty."""
     values, vectors = torch.linalg.eigh(moments.gram)
     scale, rotated = moments.gram.diagonal().mean(), vectors.T @ moments.sums.T
     bias = torch.zeros(len(moments.counts), dtype=torch.float64, device="cpu")
     return [
-        _Linear(vectors @ (rotated / (values.clamp(min=0) + penalty * scale)[:, None]), bias) for penalty in PENALTIES
+        _Linear(vectors @ (rotated / (values.clamp(min=0) + penalty * scale)[:, None]), bias) for penalty in penalties
     ]
 
 
-def _discriminant(moments: Moments) -> list[_Linear]:
+def _discriminant(moments: Moments, shrinkages: Sequence[float]) -> list[_Linear]:
     """Linear discriminants, one per shrinkage."""
     means, within = _gaussians(moments)
     values, vectors = torch.linalg.eigh(within)
     rotated, linear = means @ vectors, []
-    for shrinkage in SHRINKAGES:
+    for shrinkage in shrinkages:
         shrunk = (1 - shrinkage) * values.clamp(min=0) + shrinkage * values.mean()
         weights = vectors @ (rotated / shrunk).T
         linear.append(_Linear(weights, -0.5 * (means * weights.T).sum(1)))
