@@ -35,8 +35,8 @@ class FeatureStatistics:
         gram: upper triangle, row by row, of the sum of the features' outer products, Float32[F (F + 1) / 2].
         sample: frozen features of some of the images, Float32[K, D].
         sample_targets: classes of the sample, Int64[K].
-        layer_sums, layer_gram, layer_sample: the same of hashed layer features; None in statistics of version 0.2 and
-            earlier, of backbones without layer features, and of tasks with many classes.
+        layer_sums, layer_gram, layer_sample: the same of hashed layer features; None in statistics of version 0.1, of
+            backbones without layer features, and of tasks with many classes.
     """
 
     counts: Tensor
