@@ -22,7 +22,8 @@ BackboneOption = Annotated[str, Option("--backbone", help=options.TIMM_NAME)]
 STREAM_BACKBONE = f"{options.TIMM_NAME} Default: the stream's, else {options.DEFAULT_BACKBONE}."
 METHODS = (
     "Methods, separated by commas: addenda, addenda-adapters, naive, joint, ewc, lwf, replay, slda, nearest-mean, "
-    "ranpac, linear-probe, full, lora-R of any rank R. Default: the stream's, else all of these, with lora-8."
+    "ranpac, ranpac-adapted, fecam, gaussian-replay, linear-probe, full, lora-R of any rank R. Default: the stream's, "
+    "else all of these, with lora-8."
 )
 PAPER_METHODS = (
     "Methods, separated by commas: full, lora-R, unmasked-M, attentive, head, head+class, memory-M, adapters-R, "

@@ -45,6 +45,8 @@ class BaselineSettings:
     lwf_alpha: NonNegativeFloat = 1.0  # weight of the distillation loss
     lwf_temperature: PositiveFloat = 2.0  # of the distillation softmax
     replay_images: Count = 200  # size of the replay buffer over all experiences
+    gaussian_samples: Count = 256  # drawn per class for the Gaussian-replay head, as by SLCA
+    gaussian_strength: PositiveFloat = 0.01  # inverse penalty C of that head
     ranpac_width: Count = 2000  # number M of random features; the paper uses 10,000, each experience costs O(M^3)
 
 

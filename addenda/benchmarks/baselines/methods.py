@@ -7,7 +7,14 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from addenda.benchmarks.baselines.finetuning import FineTuning, Joint
-from addenda.benchmarks.baselines.frozen_features import NearestMean, RanPAC, StreamingDiscriminant
+from addenda.benchmarks.baselines.frozen_features import (
+    AdaptedRanPAC,
+    FeCAM,
+    GaussianReplay,
+    NearestMean,
+    RanPAC,
+    StreamingDiscriminant,
+)
 from addenda.benchmarks.baselines.method import Method
 from addenda.benchmarks.baselines.per_task import LinearProbePerTask, TrainedPerTask
 from addenda.exceptions import TrainingError
@@ -45,6 +52,13 @@ BASELINES: Mapping[str, BaselineInfo] = MappingProxyType({
     ),
     "ranpac": BaselineInfo(
         RanPAC, "RanPAC", "ridge regression on random projections of frozen features, without first-session adaptation"
+    ),
+    "ranpac-adapted": BaselineInfo(
+        AdaptedRanPAC, "RanPAC, adapted", "with a LoRA of rank 8 as first-session adaptation of the backbone"
+    ),
+    "fecam": BaselineInfo(FeCAM, "FeCAM", "Mahalanobis distance with a covariance per class, on frozen features"),
+    "gaussian-replay": BaselineInfo(
+        GaussianReplay, "Gaussian replay", "a head trained on features drawn from a Gaussian per class (as in SLCA)"
     ),
     "linear-probe": BaselineInfo(
         LinearProbePerTask, "linear probes", f"one logistic regression on frozen features per task; {_PER_TASK}"

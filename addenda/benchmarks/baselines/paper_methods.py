@@ -241,6 +241,19 @@ def baseline_logits(
     return _logits(predict, pixels, backbone, autocast)
 
 
+def merged(backbone: FrozenBackbone, lora: TrainedBaseline) -> FrozenBackbone:
+    """A copy of the backbone with a trained LoRA merged into its weights."""
+    weight = torch.zeros(len(lora.labels), backbone.embed_dim, dtype=torch.float32, device="cpu")
+    model, _ = _build(lora.method, backbone, LinearProbe(weight, weight[:, 0], 1.0), lora.labels, 0)
+    model.load_state_dict(lora.tensors, strict=False)
+    for name, module in list(model.named_modules()):
+        if hasattr(module, "base_layer"):  # a layer of PEFT's
+            module.merge()
+            model.set_submodule(name, module.base_layer)
+    mean, std = backbone.preprocessing["mean"], backbone.preprocessing["std"]
+    return FrozenBackbone(model, backbone.name, "adapted", mean, std, backbone.precision, backbone.device)
+
+
 def joined_accuracies(
     backbone: FrozenBackbone,
     baselines: Mapping[str, Tensors],

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from addenda.benchmarks.baselines.method import Method, Scores
+from addenda.backbones import FrozenBackbone
+from addenda.benchmarks.baselines.method import BaselineSettings, Method, Rates, Scores
 from addenda.benchmarks.baselines.paper_methods import (
     BaselineConfig,
     Rate,
@@ -70,16 +71,8 @@ class TrainedPerTask(PerTask):
     _tasks: list[TrainedBaseline]
 
     def _fit(self, images: LabelledImages) -> TrainedBaseline:
-        settings = self.settings
-        rates = settings.full_rates if self.name == "full" else settings.lora_rates
-        config = BaselineConfig(
-            epochs=settings.epochs, batch_size=settings.batch_size, warmup_steps=settings.warmup_steps,
-            clip_norm=settings.clip_norm, rates=tuple(Rate("adamw", rate) for rate in rates),
-            weight_decay=settings.weight_decay,
-            augmentation=Augmentation(views=settings.views if images.can_vary else 0), autocast=settings.autocast,
-            seed=self.seed,
-        )  # fmt: skip
-        return best_baseline(train_baselines(self.name, self.backbone, images, config=config))
+        rates = self.settings.full_rates if self.name == "full" else self.settings.lora_rates
+        return train(self.name, self.backbone, images, self.settings, rates, self.seed)
 
     def _logits(self, tasks: Sequence[TrainedBaseline], images: LabelledImages) -> list[Float[Tensor, "N c"]]:
         pixels = images.read_all(self.backbone)
@@ -91,6 +84,20 @@ class TrainedPerTask(PerTask):
     def _relative_inference(self) -> float:
         """One forward pass per task: without a task label, an image runs through every model."""
         return float(len(self._tasks))
+
+
+def train(
+    name: str, backbone: FrozenBackbone, images: LabelledImages, settings: BaselineSettings, rates: Rates, seed: int
+) -> TrainedBaseline:
+    """A model of the images, trained with AdamW at the rate that validation selects."""
+    config = BaselineConfig(
+        epochs=settings.epochs, batch_size=settings.batch_size, warmup_steps=settings.warmup_steps,
+        clip_norm=settings.clip_norm, rates=tuple(Rate("adamw", rate) for rate in rates),
+        weight_decay=settings.weight_decay,
+        augmentation=Augmentation(views=settings.views if images.can_vary else 0), autocast=settings.autocast,
+        seed=seed,
+    )  # fmt: skip
+    return best_baseline(train_baselines(name, backbone, images, config=config))
 
 
 class LinearProbePerTask(PerTask):

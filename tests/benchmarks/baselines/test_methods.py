@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from addenda import FrozenBackbone
 from addenda.benchmarks.baselines.finetuning import Classifier, FineTuning, SchedulePlugin
-from addenda.benchmarks.baselines.frozen_features import RIDGES, choose_ridge
+from addenda.benchmarks.baselines.frozen_features import RIDGES, FeCAM, GaussianReplay, choose_ridge
 from addenda.benchmarks.baselines.method import BaselineSettings, Method, Scores
 from addenda.benchmarks.baselines.methods import BASELINES, baseline
 from addenda.benchmarks.baselines.paper_methods import (
@@ -26,6 +26,7 @@ from addenda.benchmarks.baselines.paper_methods import (
     best_baseline,
     train_baselines,
 )
+from addenda.benchmarks.baselines.per_task import train
 from addenda.benchmarks.continual.stream import Experience, Stream
 from addenda.benchmarks.strategy import NEVER
 from addenda.exceptions import TrainingError
@@ -39,7 +40,7 @@ COLOURS = ((210, 40, 40), (40, 180, 60), (50, 60, 210), (220, 220, 40), (30, 30,
 PAIRS = ((0, 1), (2, 3), (4, 5))
 QUICK = BaselineSettings(
     epochs=8, batch_size=8, finetuning_rate=1e-3, full_rates=(3e-3,), lora_rates=(1e-2,),
-    warmup_steps=2, views=1, ranpac_width=60, replay_images=12, ewc_lambda=1.0,
+    warmup_steps=2, views=1, ranpac_width=60, replay_images=12, ewc_lambda=1.0, gaussian_samples=32,
 )  # fmt: skip
 PER_TASK = ("linear-probe", "lora-8", "full")
 ONE_HEAD = tuple(name for name in BASELINES if name not in PER_TASK)
@@ -123,7 +124,7 @@ def test_the_same_seed_gives_the_same_scores(name: str, tiny: FrozenBackbone) ->
     first = class_incremental(learned(name, tiny, "two", epochs=1))
     torch.rand(5)  # the global generator's state does not matter
     assert torch.equal(first, class_incremental(learned.__wrapped__(name, tiny, "two", epochs=1)))
-    if name not in ("nearest-mean", *PER_TASK):
+    if name not in ("nearest-mean", "fecam", *PER_TASK):
         assert not torch.equal(first, class_incremental(learned(name, tiny, "two", epochs=1, seed=4)))
 
 
@@ -179,6 +180,8 @@ def test_prices_count_the_stored_bytes(tiny: FrozenBackbone) -> None:
         "nearest-mean": 4 * classes * width / 2,
         "slda": 4 * (classes * width + classes + width**2) / 2,
         "ranpac": (4 * width * 60 + 8 * (60 * 60 + 2 * 60 * classes)) / 2,
+        "fecam": 4 * 4 * (width + width**2) / 2,
+        "gaussian-replay": 4 * 4 * (width + width**2) / 2,
         "linear-probe": 4 * 2 * (width + 1),
     }
     for name, expected in stored_bytes.items():
@@ -261,6 +264,55 @@ def test_ranpac_is_a_ridge_regression_on_all_images_so_far(tiny: FrozenBackbone)
     hidden = (features @ method._projection).relu().double()
     assert torch.allclose(method._gram, hidden.T @ hidden)
     assert torch.allclose(method._sums, hidden.T @ F.one_hot(targets, 6).double())
+
+
+def test_class_gaussians_are_the_mean_and_covariance_of_all_images_of_a_class(tiny: FrozenBackbone) -> None:
+    method = learned("gaussian-replay", tiny, "domains")
+    assert isinstance(method, GaussianReplay)
+    experiences = STREAMS["domains"].experiences
+    features = torch.cat([method.pooled(experience.train) for experience in experiences]).double().numpy()
+    targets = torch.cat([experience.train.targets for experience in experiences]).numpy()
+    gaussians = method._gaussians()
+    assert list(gaussians) == [0, 2, 4]
+    for number, (mean, covariance) in gaussians.items():
+        rows = features[targets == number]
+        assert len(rows) == 16
+        np.testing.assert_allclose(mean, rows.mean(0), atol=1e-9)
+        np.testing.assert_allclose(covariance, np.cov(rows.T), atol=1e-9)
+
+
+def test_fecam_is_the_distance_to_each_class_under_its_shrunk_and_normalised_covariance(tiny: FrozenBackbone) -> None:
+    method = learned("fecam", tiny, "domains")
+    assert isinstance(method, FeCAM)
+    experiences = STREAMS["domains"].experiences
+    rows = [F.normalize(method.pooled(experience.train), dim=1).double().numpy() for experience in experiences]
+    features, targets = np.concatenate(rows), torch.cat([e.train.targets for e in experiences]).numpy()
+    images = F.normalize(method.pooled(experiences[0].test), dim=1).double().numpy()
+    scores, identity = method._logits(experiences[0].test), np.eye(tiny.embed_dim)
+    for number in (0, 2, 4):
+        mean, covariance = features[targets == number].mean(0), np.cov(features[targets == number].T)
+        for _ in range(2):
+            diagonal = np.diag(covariance).mean()
+            covariance = covariance + 2.3 * diagonal * identity
+        deviations = np.sqrt(np.diag(covariance))
+        differences = images - mean / np.linalg.norm(mean)
+        solved = np.linalg.solve(covariance / np.outer(deviations, deviations), differences.T).T
+        np.testing.assert_allclose(scores[:, number], -(solved * differences).sum(1), rtol=2e-3)
+
+
+def test_first_session_adaptation_merges_the_first_experiences_lora(tiny: FrozenBackbone) -> None:
+    method = learned("ranpac-adapted", tiny, "two", epochs=1)
+    experience = STREAM.experiences[0]
+    images, test = experience.relabelled(experience.train), experience.relabelled(experience.test)
+    lora = train("lora-8", tiny, images, method.settings, method.settings.lora_rates, seed=0)
+    pixels = test.read_all(tiny)
+    expected = baseline_logits(tiny, lora, pixels)
+    assert torch.allclose(method.backbone.backbone_logits(pixels), expected, atol=1e-5)
+    assert not torch.allclose(method.pooled(experience.test), learned("ranpac", tiny, "two").pooled(experience.test))
+    weights = sum(parameter.nbytes for parameter in method.backbone.weights.parameters())
+    ranpac = learned("ranpac", tiny, "two", epochs=1).price()
+    assert method.price().stored_bytes == pytest.approx(ranpac.stored_bytes + weights / 2)
+    assert method.price().relative_inference == ranpac.relative_inference
 
 
 def test_unknown_and_invalid_settings_are_refused() -> None:
