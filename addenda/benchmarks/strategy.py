@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from addenda.backbones import FrozenBackbone
-from addenda.combined import CombinedModel, Router, TaskLogits
+from addenda.combined import CombinedModel, Router, TaskLogits, joined_statistics
 from addenda.exceptions import DataError, RegistryError
 from addenda.learner import ActivationCache, LearnConfig, Learner
 from addenda.registry import FeatureStatistics, Registry, Task
@@ -50,14 +50,15 @@ class StreamClassifier(nn.Module):
     """The combined model as a classifier over all classes of the stream.
 
     An image is classified by the task with its task label. Without task labels, or if several tasks share a label, a
-    router weights these tasks, and the probability of a class is summed over the tasks that have it.
+    router weights these tasks, and the probability of a class is summed over the tasks that have it. If there is such a
+    class, the probabilities are averaged, in logarithms, with those of classifiers of the images of all tasks by class.
     """
 
     def __init__(self, backbone: FrozenBackbone) -> None:
         super().__init__()
         self.combined = CombinedModel(backbone, [])
         self.learned: dict[str, LearnedTask] = {}
-        self._routers: dict[tuple[str, ...], Router] = {}
+        self._routers: dict[tuple[tuple[str, ...], bool], Router] = {}
 
     @property
     def task_labels(self) -> set[int]:
@@ -99,6 +100,11 @@ class StreamClassifier(nn.Module):
                 columns = list(selected[name].classes)
                 summed = selected_scores[:, columns].logaddexp(values.float())
                 selected_scores[:, columns] = summed.clamp(min=NEVER / 2)
+            classes = sorted({number for entry in selected.values() for number in entry.classes})
+            if len(classes) < sum(len(entry.classes) for entry in selected.values()):
+                across = self._router(tuple(selected), classes).class_scores(outputs.features[rows])
+                mean = (selected_scores[:, classes] + across["combined"][""].float()) / 2
+                selected_scores[:, classes] = mean.log_softmax(1).clamp(min=NEVER / 2)
             scores[rows] = selected_scores
         return scores
 
@@ -107,16 +113,20 @@ class StreamClassifier(nn.Module):
         (name,) = [name for name, entry in self.learned.items() if entry.number == number]
         return self.combined(images)[name].cpu()
 
-    def _router(self, names: tuple[str, ...]) -> Router:
-        if names not in self._routers:
+    def _router(self, names: tuple[str, ...], classes: Sequence[int] = ()) -> Router:
+        """A router over tasks; given the classes that they share, over one task of these classes, named ""."""
+        if (names, bool(classes)) not in self._routers:
             known = {name: entry for name in names if (entry := self.learned[name].statistics) is not None}
             if missing := sorted(set(names) - set(known)):
                 raise RegistryError(
                     f"The stream has no task labels, and task {missing[0]!r} has no routing statistics because it has "
                     "too many classes; give the benchmark task labels."
                 )
-            self._routers[names] = Router(known)
-        return self._routers[names]
+            if classes:
+                parts = [(known[name], list(map(classes.index, self.learned[name].classes))) for name in names]
+                known = {"": joined_statistics(parts, len(classes))}
+            self._routers[names, bool(classes)] = Router(known)
+        return self._routers[names, bool(classes)]
 
 
 class MaskedMemory(SupervisedTemplate):  # type: ignore[misc]

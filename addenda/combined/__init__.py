@@ -7,7 +7,7 @@ from addenda.combined.numerics import numerics, numerics_fingerprint, tensor_dig
 from addenda.combined.operations import TaskCost, loaded_bytes, pass_operations, task_cost
 from addenda.combined.predictions import not_finite, predictions, predictions_of
 from addenda.combined.recorded import recorded_backbone
-from addenda.combined.routing import Choice, Router, can_be_routed, feature_statistics
+from addenda.combined.routing import Choice, Router, can_be_routed, feature_statistics, joined_statistics
 from addenda.combined.selftest import prove
 from addenda.combined.shapes import micro_batch
 from addenda.combined.tiles import Layout, TileStore
@@ -27,6 +27,7 @@ __all__ = [
     "feature_statistics",
     "forward_pass",
     "golden",
+    "joined_statistics",
     "loaded_bytes",
     "micro_batch",
     "not_finite",

@@ -37,7 +37,7 @@ from addenda.backbones import KeyValue
 from addenda.benchmarks import LogitBits, MaskedMemory
 from addenda.benchmarks.demo import digits
 from addenda.benchmarks.strategy import NEVER, LearnedTask, StreamClassifier
-from addenda.combined import CombinedModel, Router, feature_statistics, forward
+from addenda.combined import CombinedModel, Router, feature_statistics, forward, joined_statistics
 from addenda.combined.forward import attend
 from addenda.exceptions import DataError, IntegrityError, RegistryError
 from addenda.registry import Task
@@ -186,15 +186,28 @@ def test_a_routed_probability_is_the_tasks_times_the_heads(tiny: FrozenBackbone)
     torch.testing.assert_close(classifier(images), torch.cat(expected, dim=1).float())
 
 
-def test_the_probability_of_a_class_is_summed_over_the_tasks_that_have_it(tiny: FrozenBackbone) -> None:
-    classifier, noise = StreamClassifier(tiny), torch.Generator().manual_seed(0)
+def test_the_scores_of_a_class_that_several_tasks_have_come_from_tasks_and_from_all_images(
+    tiny: FrozenBackbone,
+) -> None:
+    classifier, noise, statistics = StreamClassifier(tiny), torch.Generator().manual_seed(0), {}
     for number, name in enumerate("ab"):
         features = number + torch.randn(30, tiny.embed_dim, generator=noise)
-        statistics = feature_statistics(features, torch.arange(30) % 2, 2)
-        classifier.add(LearnedTask(random_task(tiny, name, classes=2, seed=number), number, number, (0, 1), statistics))
-    scores = classifier(torch.randn(5, 3, 32, 32))
-    assert scores.shape == (5, 2)
-    torch.testing.assert_close(scores.exp().sum(1), torch.ones(5))
+        statistics[name] = feature_statistics(features, torch.arange(30) % 2, 2)
+        task = random_task(tiny, name, classes=2, seed=number)
+        classifier.add(LearnedTask(task, number, number, (5 * number, 5 + 3 * number), statistics[name]))
+    images = torch.randn(5, 3, 32, 32)
+    scores = classifier(images)
+    assert (scores[:, [1, 2, 3, 4, 6, 7]] == NEVER).all()
+    torch.testing.assert_close(scores[:, [0, 5, 8]].exp().sum(1), torch.ones(5))
+    outputs = classifier.combined(images, features=True)
+    logits = {name: outputs[name] / entry.task.temperature for name, entry in classifier.learned.items()}
+    within = {name: values.log_softmax(1) for name, values in logits.items()}
+    routed = Router(statistics).routed(within, outputs.features)
+    (a0, a5), (b5, b8) = routed["a"].T, routed["b"].T
+    of_tasks = torch.stack([a0, a5.logaddexp(b5), b8], dim=1)
+    joined = joined_statistics([(statistics["a"], (0, 1)), (statistics["b"], (1, 2))], 3)
+    of_all = Router({"": joined}).class_scores(outputs.features)["combined"][""]
+    torch.testing.assert_close(scores[:, [0, 5, 8]], ((of_tasks + of_all) / 2).log_softmax(1).float())
 
 
 def test_a_task_without_statistics_needs_task_labels(tiny: FrozenBackbone) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from addenda import CombinedModel, FrozenBackbone
 from addenda.combined import Router, feature_statistics
 from addenda.combined.routing.router import REJECTED, _temperature
-from addenda.combined.routing.statistics import HASHED, SAMPLE, hash_layers
+from addenda.combined.routing.statistics import HASHED, SAMPLE, hash_layers, joined_statistics
 from addenda.exceptions import RegistryError, UnknownTaskError
 from addenda.registry import FeatureStatistics
 from addenda.registry.store.task_reader import MAX_BYTES
@@ -51,6 +51,34 @@ def layer_statistics(tasks: int = 3, count: int = 60) -> dict[str, FeatureStatis
 
 def without_layers(statistics: FeatureStatistics) -> FeatureStatistics:
     return replace(statistics, layer_sums=None, layer_gram=None, layer_sample=None)
+
+
+@pytest.mark.parametrize("layers", [True, False])
+def test_joined_statistics_are_those_of_all_images_whatever_the_order_of_the_tasks(layers: bool) -> None:
+    clouds = [cloud(i, 60, seed=i) for i in range(3)]
+    classes = [(0, 1), (2, 0), (3, 2)]
+    parts = [
+        (feature_statistics(pooled, targets, 2, with_layers(pooled)[:, WIDTH:] if layers else None), becomes)
+        for (pooled, targets), becomes in zip(clouds, classes, strict=True)
+    ]
+    joined = joined_statistics(parts, 4)
+    joined.check(4)
+    assert {joined_statistics(order, 4).sha256 for order in itertools.permutations(parts)} == {joined.sha256}
+    pooled = torch.cat([pooled for pooled, _ in clouds])
+    targets = torch.cat([torch.tensor(becomes)[rows] for (_, rows), becomes in zip(clouds, classes, strict=True)])
+    expected = feature_statistics(pooled, targets, 4, with_layers(pooled)[:, WIDTH:] if layers else None)
+    for name in ("counts", "sums", "gram", *(("layer_sums", "layer_gram") if layers else ())):
+        torch.testing.assert_close(getattr(joined, name), getattr(expected, name), rtol=1e-5, atol=1e-3)
+    sampled = {
+        (row.numpy().tobytes(), becomes[target])
+        for part, becomes in parts
+        for row, target in zip(part.sample, part.sample_targets.tolist(), strict=True)
+    }
+    rows = (row.numpy().tobytes() for row in joined.sample)
+    assert set(zip(rows, joined.sample_targets.tolist(), strict=True)) == sampled
+    assert len(sampled) == 3 * 12
+    mixed = joined_statistics([*parts[:2], (without_layers(parts[2][0]), parts[2][1])], 4)
+    assert mixed.layers is None
 
 
 def test_images_are_routed_to_the_task_with_similar_images() -> None:

@@ -7,6 +7,7 @@ Source of feature hashing: Weinberger et al., ICML 2009, arXiv 0902.2206.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
@@ -59,6 +60,39 @@ def _sums(features: Float64[Tensor, "N F"], targets: Int64[Tensor, " N"], num_cl
     """The sum per class, Float32[C, F], and the upper triangle of the Gram matrix, Float32[F (F + 1) / 2]."""
     one_hot = F.one_hot(targets, num_classes).double()
     return (one_hot.T @ features).float(), (features.T @ features)[_triangle(features.shape[1])].float()
+
+
+def joined_statistics(parts: Sequence[tuple[FeatureStatistics, Sequence[int]]], num_classes: int) -> FeatureStatistics:
+    """The statistics of several tasks' images as one task, given the class that each class of a task becomes.
+
+    Layer features are left out unless all have them. The order of the parts does not change a bit.
+    """
+    parts = sorted(parts, key=lambda part: (part[0].sha256, list(part[1])))
+    classes = [torch.tensor(part, dtype=torch.int64, device="cpu") for _, part in parts]
+
+    def by_class(tensors: Sequence[Tensor]) -> Tensor:
+        """The sum of rows that become one class."""
+        total = torch.zeros(num_classes, *tensors[0].shape[1:], dtype=torch.float64, device="cpu")
+        for rows, tensor in zip(classes, tensors, strict=True):
+            total.index_add_(0, rows, tensor.double())
+        return total
+
+    def added(tensors: Sequence[Tensor]) -> Tensor:
+        return torch.stack([tensor.double() for tensor in tensors]).sum(0).float()
+
+    of_tasks = [statistics for statistics, _ in parts]
+    joined = FeatureStatistics(
+        by_class([task.counts for task in of_tasks]).long(),
+        by_class([task.sums for task in of_tasks]).float(),
+        added([task.gram for task in of_tasks]),
+        torch.cat([task.sample for task in of_tasks]),
+        torch.cat([rows[task.sample_targets] for rows, task in zip(classes, of_tasks, strict=True)]),
+    )
+    layers = [task.layers for task in of_tasks if task.layers is not None]
+    if len(layers) < len(parts) or len({sums.shape[1] for sums, _, _ in layers}) != 1:
+        return joined
+    sums, grams, samples = zip(*layers, strict=True)
+    return replace(joined, layer_sums=by_class(sums).float(), layer_gram=added(grams), layer_sample=torch.cat(samples))
 
 
 def can_be_routed(statistics: FeatureStatistics, width: int) -> bool:
