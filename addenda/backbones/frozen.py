@@ -34,6 +34,7 @@ class FrozenBackbone:
         std: normalisation standard deviation per channel; None takes the model's.
         precision: dtype of the weights and of all computation.
         device: device of the weights.
+        conversion: how the weights file's tensors were converted, in one line; empty if they were not.
 
     Attributes:
         fingerprint: sha256 over architecture, input size, weights (as loaded, before any cast) and preprocessing.
@@ -61,6 +62,7 @@ class FrozenBackbone:
         std: Sequence[float] | None = None,
         precision: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        conversion: str = "",
     ) -> None:
         reason = obstacle(model)
         if reason is not None:
@@ -79,7 +81,7 @@ class FrozenBackbone:
                 raise BackboneError(
                     f"Weight {parameter!r} of backbone {name!r} ({source}) holds NaN or infinity; use other weights."
                 )
-        self.name, self.source = name, source
+        self.name, self.source, self.conversion = name, source, conversion
         self.precision, self.device = precision, torch.device(device)
         self.precision_name = str(precision).removeprefix("torch.")
         family = FAMILIES[type(model)]
