@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
-from timm.layers import Mlp
+from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import Tensor, nn
 from torchvision.transforms.functional import normalize
 
@@ -236,12 +236,14 @@ class FrozenBackbone:
     def adapter_obstacle(self) -> str | None:
         """Returns why this backbone's blocks cannot carry adapters, or None if they can."""
         for block in self.model.blocks:
-            if type(block.mlp) is not Mlp:
-                return f"its MLPs are {type(block.mlp).__name__}, not timm's plain Mlp of fc1 and fc2"
+            if type(block.mlp) not in (Mlp, GluMlp, SwiGLU):
+                return f"its MLPs are {type(block.mlp).__name__}, not timm's Mlp, GluMlp or SwiGLU"
         return None
 
     def adapter_shapes(self) -> dict[str, tuple[int, int]]:
         """(inputs, outputs) of each linear layer that adapters update, by its name in BlockAdapters.
+
+        In a gated MLP, `fc1` is both of its first layers, whose outputs are joined.
 
         Raises:
             BackboneError: the blocks cannot carry adapters.
@@ -253,9 +255,13 @@ class FrozenBackbone:
                 "backbone."
             )
         attn, mlp = self.blocks[0].attn, self.blocks[0].mlp
-        layers = {"proj": attn.proj, "fc1": mlp.fc1, "fc2": mlp.fc2}
-        queries = (self.embed_dim, attn.proj.in_features)
-        return {"q": queries} | {site: (layer.in_features, layer.out_features) for site, layer in layers.items()}
+        first = [mlp.fc1_g, mlp.fc1_x] if isinstance(mlp, SwiGLU) else [mlp.fc1]
+        return {
+            "q": (self.embed_dim, attn.proj.in_features),
+            "proj": (attn.proj.in_features, self.embed_dim),
+            "fc1": (self.embed_dim, sum(layer.out_features for layer in first)),
+            "fc2": (mlp.fc2.in_features, self.embed_dim),
+        }
 
     @property
     def weights(self) -> nn.Module:

@@ -38,8 +38,8 @@ Weights = Annotated[
     Path | None,
     Option(
         "--weights",
-        help="Local weights file of the backbone, or its folder. Default: the path recorded in the registry, or timm's weights, "
-        "downloaded, if none is recorded.",
+        help="Local weights file of the backbone, or its folder. Default: the path recorded in the registry, or "
+        "timm's weights, downloaded, if none is recorded.",
     ),
 ]
 TimmWeights = Annotated[
