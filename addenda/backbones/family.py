@@ -128,9 +128,12 @@ def _hidden(mlp: Any, normed: Float[Tensor, "B N D"], update: Float[Tensor, "B N
     """Hidden units of timm's Mlp (m = h), GluMlp or SwiGLU (m = 2 h), the first layer's outputs being updated."""
     if isinstance(mlp, SwiGLU):
         gate, value = update.chunk(2, dim=-1)
-        return mlp.act(mlp.fc1_g(normed) + gate) * (mlp.fc1_x(normed) + value)
+        hidden: Tensor = mlp.act(mlp.fc1_g(normed) + gate) * (mlp.fc1_x(normed) + value)
+        return hidden
     outputs = mlp.fc1(normed) + update
     if isinstance(mlp, GluMlp):
         first, second = outputs.chunk(2, dim=-1)
-        return first * mlp.act(second) if mlp.gate_last else mlp.act(first) * second
-    return mlp.act(outputs)
+        hidden = first * mlp.act(second) if mlp.gate_last else mlp.act(first) * second
+    else:
+        hidden = mlp.act(outputs)
+    return hidden

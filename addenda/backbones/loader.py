@@ -123,7 +123,7 @@ def _device(device: str | torch.device) -> torch.device:
         torch.empty(0, device=resolved, dtype=torch.float32)
     except (RuntimeError, AssertionError) as error:
         raise BackboneError(
-            f"Device {str(device)!r} cannot be used: {str(error).splitlines()[0].rstrip('.')}. Use auto, cpu or cuda:N."
+            f"Device {str(device)!r} cannot be used: {first_line(error)}. Use auto, cpu, cuda:N or mps."
         ) from error
     if resolved.type == "cuda":
         torch.backends.cudnn.allow_tf32 = False

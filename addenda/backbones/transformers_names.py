@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -98,6 +100,28 @@ def layout_of(names: Iterable[str]) -> tuple[Layout, str] | None:
     return None
 
 
+def check_config(folder: Path, model: Any) -> None:
+    """Compares a config.json beside the weights with the model, in what no tensor shows and timm has by name.
+
+    Raises:
+        ValueError: the numbers of heads differ, or one of the two has QuickGELU.
+    """
+    if not (folder / "config.json").is_file():
+        return
+    config = json.loads((folder / "config.json").read_bytes())
+    config = config.get("vision_config", config)
+    block = model.blocks[0]
+    heads, own_heads = config.get("num_attention_heads"), block.attn.num_heads
+    if heads not in (None, own_heads):
+        raise ValueError(f"its config.json has {heads} attention heads, the model {own_heads}; name the file's model")
+    quick, own = config.get("hidden_act") == "quick_gelu", type(block.mlp.act).__name__
+    if quick != (own == "QuickGELU"):
+        raise ValueError(
+            f"its config.json has the activation {config.get('hidden_act')!r}, the model {own}; name the timm model "
+            f"{'with' if quick else 'without'} 'quickgelu' in its name"
+        )
+
+
 def renamed(layout: Layout, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Renames the tensors of one network, without their prefix, and joins queries, keys and values.
 
@@ -123,14 +147,12 @@ def renamed(layout: Layout, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _join_queries_keys_values(tensors: dict[str, Tensor]) -> None:
     for name in [name for name in tensors if re.fullmatch(r"blocks\.\d+\.attn\.q\.(weight|bias)", name)]:
         names = [name.replace("attn.q.", f"attn.{part}.") for part in "qkv"]
-        parts = [tensors.pop(part, None) for part in names]
         if "storage_tokens" in tensors and name.endswith("bias"):  # DINOv3: timm gives keys no bias
-            if parts[1] is not None and parts[1].any():
+            if tensors.setdefault(names[1], torch.zeros_like(tensors[name])).any():
                 raise ValueError(f"{names[1]!r} is not zero, and keys have no bias in timm")
-            parts[1] = torch.zeros_like(parts[0])
-        if None in parts:
-            raise ValueError(f"{names[parts.index(None)]!r} is missing")
-        tensors[name.replace("attn.q.", "attn.qkv.")] = torch.cat(parts)
+        if missing := [part for part in names if part not in tensors]:
+            raise ValueError(f"{missing[0]!r} is missing")
+        tensors[name.replace("attn.q.", "attn.qkv.")] = torch.cat([tensors.pop(part) for part in names])
 
 
 def _adjust_shapes(tensors: dict[str, Tensor]) -> None:

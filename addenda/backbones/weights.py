@@ -24,9 +24,10 @@ from addenda.backbones.checkpoint import (
 )
 from addenda.backbones.family import Family
 from addenda.backbones.nearest import nearest
-from addenda.backbones.transformers_names import layout_of, renamed
+from addenda.backbones.transformers_names import check_config, layout_of, renamed
 from addenda.exceptions import BackboneError
 
+TRANSFORMERS = "transformers'"
 UNREAD = re.compile(r"(head|classifier|fc|lm_head|pooler|attn_pool|decoder\w*|mask_token|embeddings\.position_ids)\b")
 """Tensors that a model without them does not need: those of other heads, of training, and counters."""
 
@@ -64,6 +65,8 @@ def load_weights(model: Any, family: type[Family], name: str, path: Path, resamp
     found = _Network(tensors, "")
     try:
         found = _single_network(tensors, model)
+        if found.names.startswith(TRANSFORMERS):
+            check_config(path.parent, model)
         resampled = _check_sizes(found.tensors, model, resample)
         with redirect_stdout(io.StringIO()):  # timm prints what its DINOv3 models lack
             prefixed = {found.converter_prefix + key: value for key, value in found.tensors.items()}
@@ -92,7 +95,7 @@ def _single_network(tensors: Mapping[str, Tensor], model: Any) -> _Network:
     """Finds the tensors of a network like the model, by transformers', OpenAI's or timm's names."""
     if (found := layout_of(tensors)) is not None:
         layout, prefix = found
-        return _Network(renamed(layout, under(prefix, tensors)), prefix, f"transformers' {layout.title}")
+        return _Network(renamed(layout, under(prefix, tensors)), prefix, f"{TRANSFORMERS} {layout.title}")
     first, last = "conv1.weight", "transformer.resblocks.0.ln_1.weight"
     prefixes = [key.removesuffix(first) for key in tensors if f".{key}".endswith(f".{first}")]
     if prefixes := [prefix for prefix in prefixes if prefix + last in tensors]:

@@ -101,11 +101,10 @@ def operations_sample() -> bytes:
 def numerics_settings(backbone: FrozenBackbone) -> dict[str, Any]:
     """Versions, device and settings that can change bits."""
     device = backbone.device
-    cuda = device.type == "cuda"
     return {
         "torch": torch.__version__,
         "timm": version("timm"),
-        "device": f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}" if cuda else _cpu(),
+        "device": _device(device),
         **runtime_settings(backbone),
         "precision": backbone.precision_name,
         "tile": TILE,
@@ -152,6 +151,12 @@ def numerics_fingerprint(numerics: Mapping[str, Any]) -> str:
 def tensor_digest(tensor: Tensor) -> str:
     """sha256 of a float32 tensor's bytes."""
     return digest(tensor.detach().cpu().contiguous().numpy().tobytes())
+
+
+def _device(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
+    return _cpu() if device.type == "cpu" else f"{device.type} of {_cpu()}, {platform.platform()}"
 
 
 @cache

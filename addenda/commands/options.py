@@ -75,7 +75,10 @@ Precision = Annotated[
         help="Precision of the backbone: float32 or bfloat16. Default: float32; a registered backbone keeps its own.",
     ),
 ]
-Device = Annotated[str, Option("--device", help="Device: cpu, cuda, cuda:1, or auto, which takes CUDA if available.")]
+Device = Annotated[
+    str,
+    Option("--device", help="Device: cpu, cuda, cuda:1, mps (Apple's GPU), or auto, which takes CUDA if available."),
+]
 Json = Annotated[bool, Option("--json", help="Print JSON.")]
 CacheGb = Annotated[
     float | None,

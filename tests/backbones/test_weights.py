@@ -86,6 +86,10 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], Callable[...,
         lambda: transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**WIDE, **EPS, hidden_act="gelu")),
         lambda: tiny_vit(**HEADLESS, pre_norm=True), pooled, feature,
     ),
+    "CLIP with QuickGELU": (
+        lambda: transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**WIDE, **EPS)),
+        lambda: tiny_vit(**HEADLESS, pre_norm=True, act_layer="quick_gelu"), pooled, feature,
+    ),
 }  # fmt: skip
 
 
@@ -246,6 +250,26 @@ def test_tensors_that_are_ambiguous_too_many_or_too_few_are_refused_by_name(tmp_
     save_file({key: value.clone() for key, value in change(state).items()}, tmp_path / "w.safetensors")
     with pytest.raises(BackboneError, match=rf"w\.safetensors' does not fit 'tiny': {reason}"):
         read(timm.create_model("test_vit", num_classes=0), tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (
+            "CLIP with QuickGELU",
+            {"pre_norm": True},
+            "activation 'quick_gelu', the model GELU; name .* with 'quickgelu'",
+        ),
+        ("CLIP", {"pre_norm": True, "act_layer": "quick_gelu"}, "'gelu', the model QuickGELU; name .* without 'quick"),
+        ("ViT", {"num_heads": 6}, "its config.json has 3 attention heads, the model 6"),
+    ],
+)
+def test_what_only_the_config_beside_a_file_tells_is_compared(tmp_path, kind, options, message):
+    path = written(CASES[kind][0](), tmp_path)
+    with pytest.raises(BackboneError, match=message):
+        read(tiny_vit(**HEADLESS, **options), path)
+    (tmp_path / "config.json").unlink()
+    read(tiny_vit(**HEADLESS, **options), path)
 
 
 def test_two_tensors_of_transformers_that_would_be_one_are_refused(tmp_path):
