@@ -23,7 +23,7 @@ _ATTENTION: Rules = (
 _LAYER = r"((model|encoder)\.)?layers?\.(?=\d)"
 
 
-class Layout(NamedTuple):
+class Names(NamedTuple):
     """The names in one kind of transformers model."""
 
     title: str
@@ -31,8 +31,8 @@ class Layout(NamedTuple):
     rules: Rules
 
 
-LAYOUTS = (
-    Layout(
+KINDS = (
+    Names(
         "ViT or DINOv2",
         "embeddings.patch_embeddings.projection.weight",
         (
@@ -49,7 +49,7 @@ LAYOUTS = (
             (r"layernorm\.", "norm."),
         ),
     ),
-    Layout(
+    Names(
         "DINOv3",
         "embeddings.patch_embeddings.weight",
         (
@@ -64,7 +64,7 @@ LAYOUTS = (
             (r"layer_scale([12])\.lambda1$", r"ls\1.gamma"),
         ),
     ),
-    Layout(
+    Names(
         "SigLIP or CLIP",
         "embeddings.patch_embedding.weight",
         (
@@ -86,17 +86,17 @@ LAYOUTS = (
 )
 
 
-def layout_of(names: Iterable[str]) -> tuple[Layout, str] | None:
-    """The layout of a file and the prefix of its tensors; None if it is not one of transformers'.
+def names_of(names: Iterable[str]) -> tuple[Names, str] | None:
+    """The kind of a file's names and the prefix of its tensors; None if they are not transformers'.
 
     Raises:
         ValueError: the file has several networks.
     """
     names = list(names)
-    for layout in LAYOUTS:
-        anchors = [name for name in names if f".{name}".endswith(f".{layout.anchor}")]
+    for kind in KINDS:
+        anchors = [name for name in names if f".{name}".endswith(f".{kind.anchor}")]
         if anchors:
-            return layout, single_network([anchor.removesuffix(layout.anchor) for anchor in anchors])
+            return kind, single_network([anchor.removesuffix(kind.anchor) for anchor in anchors])
     return None
 
 
@@ -122,7 +122,7 @@ def check_config(folder: Path, model: Any) -> None:
         )
 
 
-def renamed(layout: Layout, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def renamed(kind: Names, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Renames the tensors of one network, without their prefix, and joins queries, keys and values.
 
     Raises:
@@ -132,7 +132,7 @@ def renamed(layout: Layout, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     result: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         new = name
-        for pattern, replacement in layout.rules:
+        for pattern, replacement in kind.rules:
             new = re.sub(rf"(?:^|(?<=\.)){pattern}", replacement, new)
         if not gated:
             new = new.replace("mlp.w2.", "mlp.fc1.").replace("mlp.w3.", "mlp.fc2.")
@@ -148,7 +148,8 @@ def _join_queries_keys_values(tensors: dict[str, Tensor]) -> None:
     for name in [name for name in tensors if re.fullmatch(r"blocks\.\d+\.attn\.q\.(weight|bias)", name)]:
         names = [name.replace("attn.q.", f"attn.{part}.") for part in "qkv"]
         if "storage_tokens" in tensors and name.endswith("bias"):  # DINOv3: timm gives keys no bias
-            if tensors.setdefault(names[1], torch.zeros_like(tensors[name])).any():
+            keys_bias = tensors.setdefault(names[1], torch.zeros_like(tensors[name]))
+            if keys_bias.any():
                 raise ValueError(f"{names[1]!r} is not zero, and keys have no bias in timm")
         if missing := [part for part in names if part not in tensors]:
             raise ValueError(f"{missing[0]!r} is missing")

@@ -24,7 +24,7 @@ from addenda.backbones.checkpoint import (
 )
 from addenda.backbones.family import Family
 from addenda.backbones.nearest import nearest
-from addenda.backbones.transformers_names import check_config, layout_of, renamed
+from addenda.backbones.transformers_names import check_config, names_of, renamed
 from addenda.exceptions import BackboneError
 
 TRANSFORMERS = "transformers'"
@@ -93,9 +93,9 @@ def load_weights(model: Any, family: type[Family], name: str, path: Path, resamp
 
 def _single_network(tensors: Mapping[str, Tensor], model: Any) -> _Network:
     """Finds the tensors of a network like the model, by transformers', OpenAI's or timm's names."""
-    if (found := layout_of(tensors)) is not None:
-        layout, prefix = found
-        return _Network(renamed(layout, under(prefix, tensors)), prefix, f"{TRANSFORMERS} {layout.title}")
+    if (found := names_of(tensors)) is not None:
+        kind, prefix = found
+        return _Network(renamed(kind, under(prefix, tensors)), prefix, f"{TRANSFORMERS} {kind.title}")
     first, last = "conv1.weight", "transformer.resblocks.0.ln_1.weight"
     prefixes = [key.removesuffix(first) for key in tensors if f".{key}".endswith(f".{first}")]
     if prefixes := [prefix for prefix in prefixes if prefix + last in tensors]:
