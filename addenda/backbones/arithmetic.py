@@ -92,7 +92,9 @@ class Adapter(NamedTuple):
 
 
 class BlockAdapters(NamedTuple):
-    """Low-rank updates of one block's linear layers, by timm's names; `q` is the query rows of timm's `qkv`.
+    """Low-rank updates of one block's linear layers, by timm's names.
+
+    `q` is the query rows of timm's `qkv`; in a gated MLP, `fc1` is the layers of gate and value, as timm joins them.
 
     Each slot's updates apply to its own token only. All keys and values come from the backbone's unmodified `qkv`.
     """

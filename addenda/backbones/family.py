@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
+from timm.layers import GluMlp, SwiGLU
 from torch import Tensor
 
 from addenda.backbones.arithmetic import BlockAdapters
@@ -108,8 +109,8 @@ class Family(ABC):
         normed, mlp = block.norm2(tokens), block.mlp
         if adapters is None:
             update = mlp(normed)
-        else:  # timm's plain Mlp, with the updates added
-            hidden = mlp.norm(mlp.act(mlp.fc1(normed) + adapters.fc1(normed)))
+        else:
+            hidden = mlp.norm(_hidden(mlp, normed, adapters.fc1(normed)))
             update = mlp.fc2(hidden) + adapters.fc2(hidden)
         result: Tensor = tokens + block.ls2(update)
         return result
@@ -121,3 +122,18 @@ class Family(ABC):
         parts = qkv.unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
         queries, keys, values = parts.unbind(0)
         return attn.q_norm(queries), attn.k_norm(keys), values
+
+
+def _hidden(mlp: Any, normed: Float[Tensor, "B N D"], update: Float[Tensor, "B N m"]) -> Float[Tensor, "B N h"]:
+    """Hidden units of timm's Mlp (m = h), GluMlp or SwiGLU (m = 2 h), the first layer's outputs being updated."""
+    if isinstance(mlp, SwiGLU):
+        gate, value = update.chunk(2, dim=-1)
+        hidden: Tensor = mlp.act(mlp.fc1_g(normed) + gate) * (mlp.fc1_x(normed) + value)
+        return hidden
+    outputs = mlp.fc1(normed) + update
+    if isinstance(mlp, GluMlp):
+        first, second = outputs.chunk(2, dim=-1)
+        hidden = first * mlp.act(second) if mlp.gate_last else mlp.act(first) * second
+    else:
+        hidden = mlp.act(outputs)
+    return hidden

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
-from timm.layers import Mlp
+from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import Tensor, nn
 from torchvision.transforms.functional import normalize
 
@@ -34,6 +34,7 @@ class FrozenBackbone:
         std: normalisation standard deviation per channel; None takes the model's.
         precision: dtype of the weights and of all computation.
         device: device of the weights.
+        conversion: how the weights file's tensors were converted, in one line; empty if they were not.
 
     Attributes:
         fingerprint: sha256 over architecture, input size, weights (as loaded, before any cast) and preprocessing.
@@ -61,6 +62,7 @@ class FrozenBackbone:
         std: Sequence[float] | None = None,
         precision: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        conversion: str = "",
     ) -> None:
         reason = obstacle(model)
         if reason is not None:
@@ -79,7 +81,7 @@ class FrozenBackbone:
                 raise BackboneError(
                     f"Weight {parameter!r} of backbone {name!r} ({source}) holds NaN or infinity; use other weights."
                 )
-        self.name, self.source = name, source
+        self.name, self.source, self.conversion = name, source, conversion
         self.precision, self.device = precision, torch.device(device)
         self.precision_name = str(precision).removeprefix("torch.")
         family = FAMILIES[type(model)]
@@ -234,12 +236,14 @@ class FrozenBackbone:
     def adapter_obstacle(self) -> str | None:
         """Returns why this backbone's blocks cannot carry adapters, or None if they can."""
         for block in self.model.blocks:
-            if type(block.mlp) is not Mlp:
-                return f"its MLPs are {type(block.mlp).__name__}, not timm's plain Mlp of fc1 and fc2"
+            if type(block.mlp) not in (Mlp, GluMlp, SwiGLU):
+                return f"its MLPs are {type(block.mlp).__name__}, not timm's Mlp, GluMlp or SwiGLU"
         return None
 
     def adapter_shapes(self) -> dict[str, tuple[int, int]]:
         """(inputs, outputs) of each linear layer that adapters update, by its name in BlockAdapters.
+
+        In a gated MLP, `fc1` is both of its first layers, whose outputs are joined.
 
         Raises:
             BackboneError: the blocks cannot carry adapters.
@@ -251,9 +255,13 @@ class FrozenBackbone:
                 "backbone."
             )
         attn, mlp = self.blocks[0].attn, self.blocks[0].mlp
-        layers = {"proj": attn.proj, "fc1": mlp.fc1, "fc2": mlp.fc2}
-        queries = (self.embed_dim, attn.proj.in_features)
-        return {"q": queries} | {site: (layer.in_features, layer.out_features) for site, layer in layers.items()}
+        first = [mlp.fc1_g, mlp.fc1_x] if isinstance(mlp, SwiGLU) else [mlp.fc1]
+        return {
+            "q": (self.embed_dim, attn.proj.in_features),
+            "proj": (attn.proj.in_features, self.embed_dim),
+            "fc1": (self.embed_dim, sum(layer.out_features for layer in first)),
+            "fc2": (mlp.fc2.in_features, self.embed_dim),
+        }
 
     @property
     def weights(self) -> nn.Module:

@@ -5,22 +5,24 @@ from __future__ import annotations
 import difflib
 import math
 import os
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError
 from timm.models import load_state_dict
 from timm.models.vision_transformer import VisionTransformer
 
 from addenda.backbones.arithmetic import float32_on_cpu
+from addenda.backbones.checkpoint import first_line, weights_file
 from addenda.backbones.frozen import FrozenBackbone
 from addenda.backbones.scope import FAMILIES, SUPPORTED_EXAMPLES, obstacle
+from addenda.backbones.weights import load_weights
 from addenda.exceptions import BackboneError
 
+LOCAL = "local-dir:"
+"""timm's prefix of the name of a model in a folder."""
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 GLYPHS = Path(__file__).with_name("glyphs.safetensors")
 """Weights of the `glyphs` backbone, a small letter-recognition ViT included in the package, for the demo and the tests.
@@ -35,17 +37,21 @@ def load_backbone(
     std: Sequence[float] | float | None = None,
     precision: str = "float32",
     device: str | torch.device = "auto",
+    img_size: int | Sequence[int] | None = None,
 ) -> FrozenBackbone:
     """Loads a backbone and freezes it.
 
     Args:
-        name: a timm model name, with or without its pretrained tag, or `"glyphs"`, which is part of the package.
-        weights: a local `.safetensors`, `.pth`, `.pt` or `.bin` file; None takes timm's pretrained weights from the
-            hub or its cache.
+        name: a timm model name, with or without its pretrained tag; `"hf-hub:ORG/NAME"` or `"local-dir:FOLDER"`, as in
+            timm; or `"glyphs"`, which is part of the package.
+        weights: a local `.safetensors`, `.pth`, `.pt` or `.bin` file, an index of shards, or a folder with one of
+            them; None takes timm's pretrained weights from the hub or its cache.
         mean: normalisation mean of pixel values in 0..1, one per channel or one for all; None takes timm's.
         std: normalisation standard deviation, likewise.
         precision: `"float32"` or `"bfloat16"`, the dtype of the backbone and its tasks.
         device: a torch device; `"auto"` selects CUDA if available, else the CPU.
+        img_size: input size in pixels, or height and width, to which position embeddings are resampled as in timm;
+            None takes the model's.
 
     Returns:
         The frozen backbone, in eval mode, without gradients.
@@ -68,28 +74,38 @@ def load_backbone(
             raise BackboneError(f"{label} must be finite; got {tuple(values)}.")
     if std is not None and min(std) <= 0:
         raise BackboneError(f"std must be positive; got {tuple(std)}.")
-    resolved_device = _device(device)
+    resolved_device, conversion = _device(device), ""
+    if name.startswith(LOCAL) and name != LOCAL:
+        moved = weights is not None and Path(weights).is_dir()
+        folder = Path(str(weights) if moved else name.removeprefix(LOCAL)).resolve()
+        name, weights = f"{LOCAL}{folder}", weights or folder  # absolute, for whoever loads a record of it
     with float32_on_cpu():
         if name == "glyphs":
             if weights is not None:
                 raise BackboneError("Backbone 'glyphs' includes its weights; omit the weights argument.")
-            model, source = _glyphs(), "embedded"
+            model, source = _glyphs(img_size), "embedded"
         elif weights is None:
-            model, source = _from_hub(name), "hub"
+            model, source = _from_hub(name, img_size), "hub"
         else:
-            model, source = _from_file(name, Path(weights)), str(Path(weights).resolve())
-    return FrozenBackbone(model, name=name, source=source, mean=mean, std=std, precision=dtype, device=resolved_device)
+            model, conversion = _from_file(name, Path(weights), img_size)
+            source = str(Path(weights).resolve())
+    return FrozenBackbone(model, name, source, mean, std, dtype, resolved_device, conversion)
 
 
-def untrained_backbone(name: str, precision: str = "float32", device: str | torch.device = "auto") -> FrozenBackbone:
+def untrained_backbone(
+    name: str,
+    precision: str = "float32",
+    device: str | torch.device = "auto",
+    img_size: int | Sequence[int] | None = None,
+) -> FrozenBackbone:
     """A backbone with random weights, the same in every call, for measurements that do not depend on weights.
 
     Raises:
-        BackboneError: the name or precision is unknown or unsupported, or the device cannot be used.
+        BackboneError: the name, precision or size is unknown or unsupported, or the device cannot be used.
     """
     with float32_on_cpu(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = _supported_model(name)
+        model = _supported_model(name, img_size)
     return FrozenBackbone(model, name, "untrained", precision=_dtype(precision), device=_device(device))
 
 
@@ -107,7 +123,7 @@ def _device(device: str | torch.device) -> torch.device:
         torch.empty(0, device=resolved, dtype=torch.float32)
     except (RuntimeError, AssertionError) as error:
         raise BackboneError(
-            f"Device {str(device)!r} cannot be used: {str(error).splitlines()[0].rstrip('.')}. Use auto, cpu or cuda:N."
+            f"Device {str(device)!r} cannot be used: {first_line(error)}. Use auto, cpu, cuda:N or mps."
         ) from error
     if resolved.type == "cuda":
         torch.backends.cudnn.allow_tf32 = False
@@ -116,45 +132,78 @@ def _device(device: str | torch.device) -> torch.device:
     return resolved
 
 
-def _supported_model(name: str, **options: Any) -> Any:
+def _supported_model(name: str, img_size: int | Sequence[int] | None = None, **options: Any) -> Any:
     """Builds a model, after checking it without allocating memory."""
-    architecture = name.partition(".")[0]
-    if not timm.is_model(architecture):
+    if ":" not in name and not timm.is_model(architecture := name.partition(".")[0]):
         similar = difflib.get_close_matches(architecture, timm.list_models(), n=3) or list(SUPPORTED_EXAMPLES)
         raise BackboneError(
             f"timm has no model {name!r}. Similar names: {', '.join(similar)}. See: addenda backbones list 'vit_*'"
         )
-    reason = obstacle(timm.create_model(architecture, device="meta"))
+    model = _described(name)
+    reason = obstacle(model)
     if reason is not None:
         raise BackboneError(
             f"Backbone {name!r} cannot carry task tokens: {reason}. Supported, for example: "
             f"{', '.join(SUPPORTED_EXAMPLES)}."
         )
+    if img_size is not None:
+        options |= _input_size(name, img_size, model.patch_embed)
     try:
         return timm.create_model(name, **options)
     except RuntimeError as error:  # timm raises it for an unknown pretrained tag
         if options.get("pretrained"):
             raise
-        raise BackboneError(f"timm cannot create {name!r}: {_first_line(error)}") from error
+        raise BackboneError(f"timm cannot create {name!r}: {first_line(error)}") from error
 
 
-def glyphs_architecture(num_classes: int) -> VisionTransformer:
-    """A timm ViT with 1.0 M parameters for 32 px images and patches of 4 px."""
-    return VisionTransformer(img_size=32, patch_size=4, embed_dim=128, depth=5, num_heads=4, num_classes=num_classes)
+def _described(name: str) -> Any:
+    """The model of a name, without memory; its config.json is read if the name is of a folder or of the hub."""
+    try:
+        return timm.create_model(name if ":" in name else name.partition(".")[0], device="meta")
+    except Exception as error:  # each hub client has its own exception classes, which change
+        raise BackboneError(
+            f"timm cannot read the model of {name!r} ({type(error).__name__}: {first_line(error)}). Its config.json "
+            "must be timm's; for others name the timm model, and pass --weights FILE (in Python: weights=...)."
+        ) from error
 
 
-def _glyphs() -> Any:
+def _input_size(name: str, img_size: int | Sequence[int], patches: Any) -> dict[str, tuple[int, int]]:
+    """Arguments that give a timm model an input size; none if it is its own, which some models do not take."""
+    size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    if len(size) != 2:
+        raise BackboneError(f"Input size {size} must be one number, or height and width.")
+    for pixels, patch in zip(size, patches.patch_size, strict=True):
+        if pixels < patch or pixels % patch:
+            raise BackboneError(
+                f"Input size {pixels} does not fit {name!r}: it must be a multiple of its patch size {patch}, such as "
+                f"{max(1, round(pixels / patch)) * patch}."
+            )
+    return {} if size == tuple(patches.img_size) else {"img_size": size}
+
+
+def glyphs_architecture(num_classes: int, img_size: int | tuple[int, int] = 32) -> VisionTransformer:
+    """A timm ViT with 1.0 M parameters for images of 32 px by default, and patches of 4 px."""
+    return VisionTransformer(
+        img_size=img_size, patch_size=4, embed_dim=128, depth=5, num_heads=4, num_classes=num_classes
+    )
+
+
+def _glyphs(img_size: int | Sequence[int] | None) -> Any:
     state = load_state_dict(str(GLYPHS), device="cpu")
-    model: Any = glyphs_architecture(num_classes=len(state["head.bias"]))
+    classes = len(state["head.bias"])
+    model: Any = glyphs_architecture(classes)
+    if img_size is not None and (changed := _input_size("glyphs", img_size, model.patch_embed)):
+        model = glyphs_architecture(classes, **changed)
+        state = FAMILIES[VisionTransformer].convert(state, model)
     channels = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
     model.pretrained_cfg = {"input_size": (3, 32, 32), "crop_pct": 1.0, "interpolation": "bicubic", **channels}
     model.load_state_dict(state)
     return model
 
 
-def _from_hub(name: str) -> Any:
+def _from_hub(name: str, img_size: int | Sequence[int] | None) -> Any:
     try:
-        return _supported_model(name, pretrained=True)
+        return _supported_model(name, img_size, pretrained=True)
     except BackboneError:
         raise
     except Exception as error:  # each hub client has its own exception classes, which change
@@ -164,39 +213,7 @@ def _from_hub(name: str) -> Any:
         ) from error
 
 
-def _from_file(name: str, path: Path) -> Any:
-    if not path.is_file():
-        raise BackboneError(f"Weights file {str(path)!r} does not exist.")
-    try:
-        state = load_state_dict(str(path), device="cpu", weights_only=True)
-        if not all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()):
-            raise TypeError("it contains more than named tensors")
-    except (
-        RuntimeError, SafetensorError, OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError,
-        pickle.UnpicklingError,
-    ) as error:  # fmt: skip
-        raise BackboneError(
-            f"Weights file {str(path)!r} cannot be read: {_first_line(error)}. It must be a safetensors file or "
-            "a torch checkpoint that contains only tensors."
-        ) from error
-    model = _supported_model(name, num_classes=len(state["head.weight"]) if "head.weight" in state else 0)
-    expected = model.state_dict()
-    for key in ("patch_embed.proj.weight", "pos_embed"):  # timm would resample these silently, giving another model
-        if key in state and key in expected and state[key].shape != expected[key].shape:
-            raise BackboneError(
-                f"Weights file {str(path)!r} does not fit {name!r}: {key} has shape {list(state[key].shape)}, not "
-                f"{list(expected[key].shape)}. Name the model that the file is of: patch size or input size differs."
-            )
-    try:
-        model.load_state_dict(FAMILIES[type(model)].convert(state, model))
-    except (RuntimeError, KeyError, AttributeError, IndexError) as error:
-        lines = [line.strip() for line in str(error).splitlines()]
-        raise BackboneError(
-            f"Weights file {str(path)!r} does not fit {name!r}: {' '.join(lines[1:3] or lines)[:300].rstrip('.')}. "
-            "Name the model that the file is of."
-        ) from error
-    return model
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
+def _from_file(name: str, path: Path, img_size: int | Sequence[int] | None) -> tuple[Any, str]:
+    file = weights_file(path)
+    model = _supported_model(name, img_size, num_classes=0)
+    return model, load_weights(model, FAMILIES[type(model)], name, file, resample=img_size is not None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,17 +64,22 @@ def cached_weights(name: str) -> Path | None:
     """Path of a model's pretrained weights in the local cache; None if they are not cached or do not exist.
 
     Args:
-        name: a timm model name, with or without its pretrained tag.
+        name: a timm model name, with or without its pretrained tag, or "hf-hub:ORG/NAME".
     """
+    if name.startswith("hf-hub:"):
+        repository, _, revision = name.removeprefix("hf-hub:").partition("@")
+        return _in_hub_cache(repository, HUB_FILES, revision or None)
     config = timm.get_pretrained_cfg(name)
     if config is None:
         return None
     if config.hf_hub_id:
-        for file in (config.hf_hub_filename,) if config.hf_hub_filename else HUB_FILES:
-            cached = try_to_load_from_cache(config.hf_hub_id, file)
-            if isinstance(cached, str):
-                return Path(cached)
-    elif isinstance(config.url, str):
+        return _in_hub_cache(config.hf_hub_id, (config.hf_hub_filename,) if config.hf_hub_filename else HUB_FILES)
+    if isinstance(config.url, str):
         path = Path(torch.hub.get_dir()) / "checkpoints" / Path(config.url).name
         return path if path.is_file() else None
     return None
+
+
+def _in_hub_cache(repository: str, files: Sequence[str], revision: str | None = None) -> Path | None:
+    found = (try_to_load_from_cache(repository, file, revision=revision) for file in files)
+    return next((Path(path) for path in found if isinstance(path, str)), None)

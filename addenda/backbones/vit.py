@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ class VisionTransformerFamily(Family):
 
     TIMM_CLASS = VisionTransformer
     LAST_PROJECTIONS = 2
-    convert = staticmethod(checkpoint_filter_fn)
+    convert = staticmethod(partial(checkpoint_filter_fn, adapt_layer_scale=True))  # DeiT-III's names of LayerScale
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)

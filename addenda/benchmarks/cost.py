@@ -48,6 +48,7 @@ def run_cost(
     rounds: int = 7,
     precision: str = "float32",
     device: str = "auto",
+    img_size: int | None = None,
 ) -> list[CostRow]:
     """Times all methods, interleaved, on the same images, threads and weights, and prints a table.
 
@@ -61,7 +62,7 @@ def run_cost(
     rows: dict[str, list[CostRow]] = {}
     described: dict[str, Any] = {}
     for name in backbones:
-        backbone = untrained_backbone(name, precision=precision, device=device)
+        backbone = untrained_backbone(name, precision, device, img_size)
         described = numerics_settings(backbone)
         rows[backbone.name] = _measure_backbone(backbone, counts, dense, batch, rounds)
         console.print(f"{name}: {described['device']}, {described['threads']} threads, {described['precision']}")

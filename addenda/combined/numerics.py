@@ -101,11 +101,10 @@ def operations_sample() -> bytes:
 def numerics_settings(backbone: FrozenBackbone) -> dict[str, Any]:
     """Versions, device and settings that can change bits."""
     device = backbone.device
-    cuda = device.type == "cuda"
     return {
         "torch": torch.__version__,
         "timm": version("timm"),
-        "device": f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}" if cuda else _cpu(),
+        "device": _device(device),
         **runtime_settings(backbone),
         "precision": backbone.precision_name,
         "tile": TILE,
@@ -130,7 +129,9 @@ def _probe_digest(backbone: FrozenBackbone) -> str:
     backbone.check_as_loaded()
     images = probe_images(backbone)
     images = images[torch.arange(micro_batch(backbone.device), dtype=torch.int64, device="cpu") % len(images)]
-    ranks = (0, 8) if backbone.adapter_obstacle() is None else (0,)
+    shapes = {} if backbone.adapter_obstacle() else backbone.adapter_shapes()
+    # Gated MLPs could carry no adapters at first; a probe with adapters would change the numerics of their registries.
+    ranks = (0, 8) if shapes and shapes["fc1"][1] == shapes["fc2"][0] else (0,)
     tasks = [probe_task(backbone, SizeClass(tokens=2, memory=8, rank=rank)) for rank in ranks]
     heads = {task.sha256: _feature_and_logits(Head(backbone, task)) for task in tasks}
     outputs, pooled, _ = forward_pass(backbone, images, Layout(TileStore(backbone), tasks), heads, pooled=True)
@@ -150,6 +151,12 @@ def numerics_fingerprint(numerics: Mapping[str, Any]) -> str:
 def tensor_digest(tensor: Tensor) -> str:
     """sha256 of a float32 tensor's bytes."""
     return digest(tensor.detach().cpu().contiguous().numpy().tobytes())
+
+
+def _device(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
+    return _cpu() if device.type == "cpu" else f"{device.type} of {_cpu()}, {platform.platform()}"
 
 
 @cache

@@ -43,6 +43,7 @@ def recorded_backbone(
         preprocessing["std"],
         record["precision"],
         device,
+        preprocessing["input_size"][1:],
     )
     if loaded.preprocessing != preprocessing:
         raise IntegrityError(

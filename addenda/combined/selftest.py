@@ -63,7 +63,7 @@ class SelfTest:
                 f"settings allow float32 to be computed in lower precision ({', '.join(reduced)}); "
                 "for matrix products, call torch.set_float32_matmul_precision('highest')"
             )
-        if backbone.device.type == "cuda" and backbone.precision != torch.float32:
+        if backbone.device.type != "cpu" and backbone.precision != torch.float32:
             # One of 96 results differed with other tasks present, which is too rare for this test to detect.
             raise self._refusal("in this precision a GPU gave a task different bits beside other tasks; use float32")
         self._backbone = backbone.first_blocks(2)

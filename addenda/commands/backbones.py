@@ -49,6 +49,7 @@ def backbones_show(
     weights: options.TimmWeights = None,
     mean: options.Mean = None,
     std: options.Std = None,
+    img_size: options.ImgSize = None,
     memory: Annotated[int, Option(min=0, help="Memory tokens per layer of the task whose cost is shown.")] = 5,
     adapter_rank: Annotated[int, Option(min=0, help="Rank of that task's adapters; 0 for none.")] = 0,
     as_json: options.Json = False,
@@ -56,7 +57,7 @@ def backbones_show(
     """Loads a backbone and shows its properties, and the cost of one task on it."""
     from addenda.combined import task_cost
 
-    loaded = options.load_backbone(name, weights, mean, std, None, "cpu")
+    loaded = options.load_backbone(name, weights, mean, std, img_size, None, "cpu")
     record, cost = loaded.record(), task_cost(loaded, memory, adapter_rank)
     adapted = f" and adapters of rank {adapter_rank}" if adapter_rank else ""
     rows = [(key, str(value)) for key, value in record.items()]

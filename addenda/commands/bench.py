@@ -91,6 +91,7 @@ def bench_continual(
     weights: options.TimmWeights = None,
     mean: options.Mean = None,
     std: options.Std = None,
+    img_size: options.ImgSize = None,
     device: options.Device = "auto",
     as_json: options.Json = False,
 ) -> None:
@@ -107,7 +108,8 @@ def bench_continual(
             f"{stream!r} has fixed experiences; omit --split, which is for folders and streams of one dataset."
         )
     config = read_config(stream, {
-        "backbone": {"name": backbone, "weights": weights, "mean": options.numbers(mean), "std": options.numbers(std)},
+        "backbone": {"name": backbone, "weights": weights, "mean": options.numbers(mean), "std": options.numbers(std),
+                     "img_size": img_size},
         "baselines": {"epochs": epochs, "autocast": bf16}, "seeds": seeds, "jobs": jobs,
         "limit": limit, "test_limit": test_limit, "download": download,
         "methods": methods.split(",") if methods else None,
@@ -115,7 +117,8 @@ def bench_continual(
     })  # fmt: skip
     check_run(config, data)
     spec = config.backbone
-    loaded = addenda.load_backbone(spec.name, spec.weights, spec.mean, spec.std, device=device)
+    loaded = addenda.load_backbone(**dict(spec), device=device)
+    options.print_conversion(loaded)
     folder = out or Path(f"continual-{config.name}")
     with progress(quiet=as_json) as bars:
         report = bars if as_json or sys.stderr.isatty() else _print_finished_cell
@@ -164,6 +167,7 @@ def bench_cost(
     out: Annotated[
         Path | None, Option(help="Folder for the table, the plot and the JSON. Default: print the table only.")
     ] = None,
+    img_size: options.ImgSize = None,
     precision: options.Precision = None,
     device: options.Device = "auto",
 ) -> None:
@@ -174,7 +178,7 @@ def bench_cost(
     from addenda.benchmarks.cost import FULL, QUICK, run_cost
 
     names = backbones.split(",") if backbones else list(QUICK if quick else FULL)
-    run_cost(names, out, quick, batch, rounds, precision or "float32", device)
+    run_cost(names, out, quick, batch, rounds, precision or "float32", device, img_size)
 
 
 @app.command("registry")
@@ -187,6 +191,7 @@ def bench_registry(
     listed: Annotated[int, Option(min=100, help="Length of the task list from which pages are read.")] = 100_000,
     quick: Annotated[bool, Option("--quick", help="100 tasks, a list of 5,000: takes under two minutes.")] = False,
     backbone: BackboneOption = options.DEFAULT_BACKBONE,
+    img_size: options.ImgSize = None,
     out: Annotated[
         Path | None, Option(help="Folder for the table and the JSON. Default: print the table only.")
     ] = None,
@@ -195,7 +200,7 @@ def bench_registry(
     from addenda.backbones import untrained_backbone
     from addenda.benchmarks.registry.registry_timings import run_registry
 
-    run_registry(untrained_backbone(backbone), registry or (), out, quick, tasks, listed)
+    run_registry(untrained_backbone(backbone, img_size=img_size), registry or (), out, quick, tasks, listed)
 
 
 @app.command("serving")
@@ -223,13 +228,14 @@ def bench_serving(
     ] = None,
     backbone: BackboneOption = options.DEFAULT_BACKBONE,
     weights: options.TimmWeights = None,
+    img_size: options.ImgSize = None,
     device: options.Device = "auto",
 ) -> None:
     """Load-tests a server of 1 to 1,000 tasks: throughput relative to the bare model, latency, registry changes."""
     from addenda.benchmarks.serving.serving_timings import run_serving
 
     counts = None if tasks is None else _counts("--tasks", tasks)
-    loaded = addenda.load_backbone(backbone, weights, device=device)
+    loaded = options.load_backbone(backbone, weights, None, None, img_size, None, device)
     run_serving(loaded, weights, out, quick, counts, seconds, rounds, cycles, ray, _counts("--replicas", replicas))
 
 
@@ -255,13 +261,14 @@ def bench_training(
     weights: options.TimmWeights = None,
     mean: options.Mean = None,
     std: options.Std = None,
+    img_size: options.ImgSize = None,
     precision: options.Precision = None,
     device: options.Device = "auto",
 ) -> None:
     """Measures time and memory of learning against timm's forward pass, a dense mask and full fine-tuning."""
     from addenda.benchmarks.training.learning_cost import run_training
 
-    loaded = options.load_backbone(backbone, weights, mean, std, precision, device)
+    loaded = options.load_backbone(backbone, weights, mean, std, img_size, precision, device)
     run_training(loaded, data, out, quick, limit, rounds, dense_epochs)
 
 
@@ -292,6 +299,7 @@ def bench_paper(
     weights: options.TimmWeights = None,
     mean: options.Mean = None,
     std: options.Std = None,
+    img_size: options.ImgSize = None,
     device: options.Device = "auto",
 ) -> None:
     """Compares learnable memory (Sandler et al., 2022), masked and unmasked, with LoRA and full fine-tuning.
@@ -305,7 +313,7 @@ def bench_paper(
     paper_grid.check_run(data, names, method_names)
     augmentation = addenda.Augmentation(views=views)
     config = paper_grid.PaperConfig(
-        options.load_backbone(backbone, weights, mean, std, None, device), data, limit,
+        options.load_backbone(backbone, weights, mean, std, img_size, None, device), data, limit,
         replace(paper_grid.OURS, epochs=epochs, augmentation=augmentation),
         BaselineConfig(epochs=baseline_epochs, augmentation=augmentation, autocast=bf16),
     )  # fmt: skip

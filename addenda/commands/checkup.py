@@ -87,6 +87,8 @@ def _devices() -> Iterator[Finding]:
     if not torch.cuda.is_available():
         reason = "finds no CUDA device" if torch.version.cuda else "was built without CUDA"
         yield Finding("cuda", "absent", f"torch {torch.__version__} {reason}")
+    if torch.backends.mps.is_available():
+        yield Finding("mps", "works", "Apple's GPU; without --device mps it is not used")
     for number in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(number)
         yield Finding(f"cuda:{number}", "works", f"{gpu.name}, {size(gpu.total_memory)}, CUDA {torch.version.cuda}")

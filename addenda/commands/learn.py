@@ -131,6 +131,7 @@ def learn(
     weights: options.Weights = None,
     mean: options.Mean = None,
     std: options.Std = None,
+    img_size: options.ImgSize = None,
     precision: options.Precision = None,
     device: options.Device = "auto",
     as_json: options.Json = False,
@@ -155,7 +156,7 @@ def learn(
     open_parts(data, test, skip_bad)  # a wrong path is reported before weights are fetched or a registry is made
     with options.open_registry(registry, create=True) as opened:
         before = opened.generation
-        loaded = options.backbone_to_learn_on(opened, backbone, weights, mean, std, precision, device)
+        loaded = options.backbone_to_learn_on(opened, backbone, weights, mean, std, img_size, precision, device)
         _print_cost(loaded, [settings], quiet=as_json)
         learner = addenda.Learner(loaded, opened, ActivationCache(budget_gb=cache_gb))
         with show_log(quiet=as_json), progress(quiet=as_json) as report:
@@ -203,6 +204,7 @@ def learn_many(
     weights: options.Weights = None,
     mean: options.Mean = None,
     std: options.Std = None,
+    img_size: options.ImgSize = None,
     precision: options.Precision = None,
     device: options.Device = "auto",
     as_json: options.Json = False,
@@ -214,7 +216,9 @@ def learn_many(
         raise AddendaError("--cpus and --gpus require --ray.")
     with options.open_registry(registry, create=True) as opened:
         rows = learning.read_rows(file, opened, skip_bad)
-        loaded = options.backbone_to_learn_on(opened, backbone, weights, mean, std, precision, "cpu" if ray else device)
+        loaded = options.backbone_to_learn_on(
+            opened, backbone, weights, mean, std, img_size, precision, "cpu" if ray else device
+        )
         _print_cost(loaded, [row.config for row in rows], quiet=as_json)
         with show_log(quiet=as_json), progress(quiet=as_json) as report:
             if ray is None:

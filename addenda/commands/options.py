@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from typer import Argument, Option
+from typer import Argument, Option, echo
 
 import addenda
 from addenda.exceptions import BackboneError, DataError
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 DEFAULT_REGISTRY = "addenda.db"
 DEFAULT_BACKBONE = "vit_base_patch16_224.augreg_in21k"
-TIMM_NAME = "timm model name, or 'glyphs', a small bundled ViT."
+TIMM_NAME = "timm model name, also hf-hub:ORG/NAME or local-dir:FOLDER; or 'glyphs', a small bundled ViT."
 REPEAT = "Repeat to try several."
 RAY = "'local' starts one on this machine, 'auto' joins the one on this node, HOST:PORT another."
 
@@ -38,13 +38,16 @@ Weights = Annotated[
     Path | None,
     Option(
         "--weights",
-        help="Local weights file of the backbone. Default: the path recorded in the registry, or timm's weights, "
-        "downloaded, if none is recorded.",
+        help="Local weights file of the backbone, or its folder. Default: the path recorded in the registry, or "
+        "timm's weights, downloaded, if none is recorded.",
     ),
 ]
 TimmWeights = Annotated[
     Path | None,
-    Option("--weights", help="Local weights file of the backbone. Default: timm's pretrained weights, downloaded."),
+    Option(
+        "--weights",
+        help="Local weights file of the backbone, or its folder. Default: timm's pretrained weights, downloaded.",
+    ),
 ]
 Mean = Annotated[
     str | None,
@@ -57,6 +60,14 @@ Std = Annotated[
         help="Standard deviation for normalisation: one number, or three separated by commas. Default: the backbone's.",
     ),
 ]
+ImgSize = Annotated[
+    int | None,
+    Option(
+        "--img-size",
+        help="Input size of the backbone in pixels; its position embeddings are resampled to it. Default: the model's; "
+        "a registered backbone keeps its own.",
+    ),
+]
 Precision = Annotated[
     str | None,
     Option(
@@ -64,7 +75,10 @@ Precision = Annotated[
         help="Precision of the backbone: float32 or bfloat16. Default: float32; a registered backbone keeps its own.",
     ),
 ]
-Device = Annotated[str, Option("--device", help="Device: cpu, cuda, cuda:1, or auto, which takes CUDA if available.")]
+Device = Annotated[
+    str,
+    Option("--device", help="Device: cpu, cuda, cuda:1, mps (Apple's GPU), or auto, which takes CUDA if available."),
+]
 Json = Annotated[bool, Option("--json", help="Print JSON.")]
 CacheGb = Annotated[
     float | None,
@@ -126,6 +140,7 @@ def backbone_to_learn_on(
     weights: Weights,
     mean: Mean,
     std: Std,
+    img_size: ImgSize,
     precision: Precision,
     device: Device,
 ) -> addenda.FrozenBackbone:
@@ -133,7 +148,8 @@ def backbone_to_learn_on(
     from addenda.combined import recorded_backbone
 
     records = registry.backbones()
-    overrides = [option for option, value in (("--mean", mean), ("--std", std), ("--precision", precision)) if value]
+    given = {"--mean": mean, "--std": std, "--img-size": img_size, "--precision": precision}
+    overrides = [option for option, value in given.items() if value is not None]
     if name is None and records:
         if overrides:
             raise BackboneError(
@@ -142,14 +158,23 @@ def backbone_to_learn_on(
         return recorded_backbone(registry, weights, device)
     if not overrides and weights is None and [b["name"] for b in records].count(name or "") == 1:
         return recorded_backbone(registry, None, device, name=name)
-    return load_backbone(name or DEFAULT_BACKBONE, weights, mean, std, precision, device)
+    return load_backbone(name or DEFAULT_BACKBONE, weights, mean, std, img_size, precision, device)
 
 
 def load_backbone(
-    name: str, weights: Weights, mean: Mean, std: Std, precision: Precision, device: Device
+    name: str, weights: Weights, mean: Mean, std: Std, img_size: ImgSize, precision: Precision, device: Device
 ) -> addenda.FrozenBackbone:
-    """Loads the backbone that the options describe."""
-    return addenda.load_backbone(name, weights, numbers(mean), numbers(std), precision or "float32", device)
+    """Loads the backbone that the options describe, and prints on standard error how its weights were converted."""
+    channels = numbers(mean), numbers(std)
+    loaded = addenda.load_backbone(name, weights, *channels, precision or "float32", device, img_size)
+    print_conversion(loaded)
+    return loaded
+
+
+def print_conversion(backbone: addenda.FrozenBackbone) -> None:
+    """Prints on standard error how a backbone's weights were converted, if they were."""
+    if backbone.conversion:
+        echo(f"Weights of {backbone.name}: {backbone.conversion}.", err=True)
 
 
 def workplace(

@@ -245,6 +245,8 @@ class Activations:
         key_values, device = self._store.key_values, self.backbone.device
         if device.type == "cpu":
             return key_values
+        if device.type != "cuda":  # Apple's GPUs share the CPU's memory
+            return None
         return key_values.to(device) if key_values.nbytes < torch.cuda.mem_get_info(device)[0] / 2 else None
 
     def _set_parents(self, parents: Sequence[Task], report: Report) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from addenda.backbones import FrozenBackbone, load_backbone
+from addenda.backbones.scope import FAMILIES
+from addenda.backbones.weights import load_weights
 from addenda.exceptions import BackboneError
 from tests.support.tiny import shaken, some_images
 
@@ -108,6 +111,143 @@ def test_weights_that_timm_would_resample_are_refused(tmp_path, options):
         load_backbone("test_vit", tmp_path / "w.safetensors", device="cpu")
 
 
+def test_the_refusal_of_another_input_size_names_both_remedies(tmp_path):
+    save_file(timm.create_model("test_vit", img_size=192).state_dict(), tmp_path / "w.safetensors")
+    with pytest.raises(BackboneError) as refusal:
+        load_backbone("test_vit", tmp_path / "w.safetensors", device="cpu")
+    assert str(refusal.value).endswith(
+        "its input size is 192, the model's 160; --img-size 192 takes the file's size, --img-size 160 resamples its "
+        "position embeddings (in Python: img_size=...)."
+    )
+
+
+@pytest.mark.parametrize("img_size", [96, 160, 192, (96, 160)])
+def test_position_embeddings_are_resampled_as_timm_does(tmp_path, weights, img_size):
+    save_file(weights, tmp_path / "w.safetensors")
+    backbone = load_backbone("test_vit", tmp_path / "w.safetensors", device="cpu", img_size=img_size)
+    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    model = timm.create_model(
+        "test_vit", img_size=img_size, num_classes=4, pretrained=True,
+        pretrained_cfg_overlay={"file": str(tmp_path / "w.safetensors"), "num_classes": 4},
+    )  # fmt: skip
+    expected = FrozenBackbone(model, "test_vit", "hub")
+    assert backbone.preprocessing["input_size"] == [3, height, width]
+    assert backbone.grid_size == (height // 16, width // 16)
+    assert backbone.fingerprint == expected.fingerprint
+    images = some_images(model)
+    assert torch.equal(backbone.backbone_logits(images), expected.backbone_logits(images))
+    assert backbone.transform(Image.new("RGB", (300, 200))).shape == (3, height, width)
+    assert backbone.conversion == (
+        "" if img_size == 160 else f"position embeddings resampled from 160 x 160 to {height} x {width} pixels"
+    )
+
+
+def test_dinov2_of_518_pixels_is_loaded_at_224(tmp_path):
+    model = timm.create_model("vit_small_patch14_reg4_dinov2", num_classes=0, depth=1)
+    authors = {key: value for key, value in model.state_dict().items() if key != "reg_token"}
+    authors |= {"register_tokens": model.reg_token.detach(), "mask_token": torch.zeros(1, 384)}
+    authors["pos_embed"] = torch.cat([torch.ones(1, 1, 384), model.pos_embed.detach()], dim=1)
+    tiny = timm.create_model("vit_small_patch14_reg4_dinov2", num_classes=0, depth=1, img_size=224)
+    save_file(authors, tmp_path / "w.safetensors")
+    said = load_weights(tiny, FAMILIES[type(tiny)], "dinov2", tmp_path / "w.safetensors", resample=True)
+    assert said == "position embeddings resampled from 518 x 518 to 224 x 224 pixels"
+    assert torch.equal(tiny.cls_token, model.cls_token + 1), "DINOv2's class token has a position, timm's has none"
+    backbone = FrozenBackbone(tiny, "dinov2", "file")
+    assert (backbone.num_tokens, backbone.preprocessing["input_size"]) == (5 + 16 * 16, [3, 224, 224])
+
+
+@pytest.mark.parametrize(
+    ("img_size", "message"),
+    [
+        (161, "Input size 161 does not fit 'test_vit': it must be a multiple of its patch size 16, such as 160."),
+        (0, "Input size 0 does not fit 'test_vit': it must be a multiple of its patch size 16, such as 16."),
+        (-16, "Input size -16 does not fit 'test_vit': it must be a multiple of its patch size 16, such as 16."),
+        (
+            (160, 170),
+            "Input size 170 does not fit 'test_vit': it must be a multiple of its patch size 16, such as 176.",
+        ),
+        ((160,), "Input size (160,) must be one number, or height and width."),
+        ((160, 160, 3), "Input size (160, 160, 3) must be one number, or height and width."),
+    ],
+)
+def test_an_input_size_that_patches_do_not_divide_is_refused(tmp_path, weights, img_size, message):
+    save_file(weights, tmp_path / "w.safetensors")
+    with pytest.raises(BackboneError) as refusal:
+        load_backbone("test_vit", tmp_path / "w.safetensors", device="cpu", img_size=img_size)
+    assert str(refusal.value) == message
+
+
+def test_glyphs_takes_another_input_size(glyphs):
+    other = load_backbone("glyphs", device="cpu", img_size=48)
+    assert other.preprocessing["input_size"] == [3, 48, 48]
+    assert other.num_tokens == 1 + 12 * 12
+    assert other.fingerprint != glyphs.fingerprint
+    assert load_backbone("glyphs", device="cpu", img_size=32).fingerprint == glyphs.fingerprint
+
+
+def saved_folder(folder: Path, weights: dict[str, Tensor], **config: object) -> Path:
+    """A folder as timm's save_for_hf writes it."""
+    folder.mkdir()
+    save_file(weights, folder / "model.safetensors")
+    about = timm.get_pretrained_cfg("test_vit").to_dict() | config.pop("pretrained_cfg", {})
+    (folder / "config.json").write_text(json.dumps({"architecture": "test_vit", "pretrained_cfg": about, **config}))
+    return folder
+
+
+def test_a_folder_of_timm_is_loaded_by_name_and_again_from_its_record(tmp_path, weights, monkeypatch):
+    folder = saved_folder(tmp_path / "mine", weights, pretrained_cfg={"mean": [0.1, 0.2, 0.3], "crop_pct": 0.5})
+    monkeypatch.chdir(tmp_path)
+    backbone = load_backbone("local-dir:mine", device="cpu")
+    assert (backbone.name, backbone.source) == (f"local-dir:{folder}", str(folder))
+    assert (backbone.preprocessing["mean"], backbone.preprocessing["crop_pct"]) == ([0.1, 0.2, 0.3], 0.5)
+    monkeypatch.chdir("/")
+    assert load_backbone(backbone.name, backbone.source, device="cpu").fingerprint == backbone.fingerprint
+    folder.rename(tmp_path / "moved")
+    assert load_backbone(backbone.name, tmp_path / "moved", device="cpu").fingerprint == backbone.fingerprint
+
+
+def test_the_settings_in_a_folders_config_make_its_model(tmp_path):
+    model = shaken(timm.create_model("test_vit", num_classes=0, img_size=96, depth=2))
+    folder = saved_folder(tmp_path / "mine", model.state_dict(), model_args={"img_size": 96, "depth": 2})
+    backbone = load_backbone(f"local-dir:{folder}", device="cpu")
+    assert (backbone.depth, backbone.preprocessing["input_size"]) == (2, [3, 96, 96])
+    assert torch.equal(backbone.backbone_logits(some_images(model)), model(some_images(model)))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (None, r"timm cannot read the model of 'local-dir:.*mine' \(FileNotFoundError: .*config\.json must be timm's"),
+        ('{"model_type": "dinov2"}', r"local-dir:.*mine' \(KeyError: 'architecture'\).*name the timm model, and pass"),
+        ('{"architecture": "nonsense"}', r"local-dir:.*mine' \(RuntimeError: Unknown model \(nonsense\)\)"),
+        ("[", r"local-dir:.*mine' \(JSONDecodeError: "),
+        ('{"architecture": "resnet18"}', r"'local-dir:.*mine' cannot carry task tokens: it is a ResNet"),
+    ],
+)
+def test_a_folder_that_is_not_timms_is_refused(tmp_path, weights, config, message):
+    folder = saved_folder(tmp_path / "mine", weights)
+    (folder / "config.json").unlink() if config is None else (folder / "config.json").write_text(config)
+    with pytest.raises(BackboneError, match=message):
+        load_backbone(f"local-dir:{folder}", device="cpu")
+
+
+def test_a_name_on_the_hub_is_resolved_by_timm(tmp_path, weights, monkeypatch):
+    folder = saved_folder(tmp_path / "cached", weights, num_classes=4)
+    monkeypatch.setattr("timm.models._hub.hf_hub_download", lambda repo_id, filename, **options: str(folder / filename))
+    backbone = load_backbone("hf-hub:someone/model@main", device="cpu")
+    assert (backbone.name, backbone.source) == ("hf-hub:someone/model@main", "hub")
+    save_file(weights, tmp_path / "w.safetensors")
+    assert backbone.fingerprint == load_backbone("test_vit", tmp_path / "w.safetensors", device="cpu").fingerprint
+
+
+@pytest.mark.parametrize("name", ["hf-hub:someone/model", "ftp:someone/model", "local-dir:", "hf-hub:"])
+def test_a_source_that_cannot_be_reached_or_is_unknown_is_refused(name, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BackboneError, match=f"timm cannot read the model of '{name}.*' "):
+        load_backbone(name, device="cpu")
+
+
 @pytest.mark.parametrize(
     "content",
     [[1, 2], torch.zeros(3), {"model": "x"}, {"head.weight": 5}, {1: 2}, {"pos_embed": torch.zeros(3)}, {}],
@@ -140,7 +280,7 @@ def test_a_truncated_weights_file_is_refused(tmp_path, weights, name):
 def test_a_missing_weights_file_is_refused(tmp_path):
     with pytest.raises(BackboneError, match=r"Weights file '.*nowhere\.pth' does not exist"):
         load_backbone("test_vit", tmp_path / "nowhere.pth", device="cpu")
-    with pytest.raises(BackboneError, match="does not exist"):
+    with pytest.raises(BackboneError, match=r"Folder '.*' has no weights file; it must hold one of 'model\.safeten"):
         load_backbone("test_vit", tmp_path, device="cpu")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from timm.layers import GluMlp, SwiGLU
+from timm.layers import GatedMlp, GluMlp, SwiGLU
 from torch import Tensor
 
 from addenda.backbones import MIN_ROWS, Adapter, BlockAdapters, FrozenBackbone, product
@@ -42,11 +42,13 @@ def merged(on: FrozenBackbone, variant: str, adapters: BlockAdapters, slot: int)
     """A backbone with one slot's adapters merged into the weights of its last block."""
     model = lively_vit(variant).to(on.precision)
     attn, mlp = model.blocks[-1].attn, model.blocks[-1].mlp
-    queries = attn.qkv.weight[: on.embed_dim]
-    weights = {"q": queries, "proj": attn.proj.weight, "fc1": mlp.fc1.weight, "fc2": mlp.fc2.weight}
+    queries = attn.q_proj.weight if attn.qkv is None else attn.qkv.weight[: on.embed_dim]
+    weights = {"q": [queries], "proj": [attn.proj.weight], "fc2": [mlp.fc2.weight]}
+    weights["fc1"] = [mlp.fc1_g.weight, mlp.fc1_x.weight] if isinstance(mlp, SwiGLU) else [mlp.fc1.weight]
     with torch.no_grad():
         for site, (down, up) in adapters._asdict().items():
-            weights[site] += up[slot] @ down[slot]
+            for weight, change in zip(weights[site], (up[slot] @ down[slot]).chunk(len(weights[site])), strict=True):
+                weight += change
     return FrozenBackbone(model, "merged", "hub", precision=on.precision)
 
 
@@ -55,7 +57,9 @@ def test_the_backbone_and_the_registry_name_the_same_layers() -> None:
     assert backbone().adapter_shapes() == {"q": (48, 48), "proj": (48, 48), "fc1": (48, 192), "fc2": (192, 48)}
 
 
-@pytest.mark.parametrize("variant", ["plain", "layer-scale", "qk-norm", "clip", "dinov3", "rope-mixed"])
+@pytest.mark.parametrize(
+    "variant", ["plain", "layer-scale", "qk-norm", "clip", "gate-last", "dinov3", "rope-mixed", "eva02", "eva02-small"]
+)
 @pytest.mark.parametrize("slot", [0, 2])
 def test_an_adapted_block_equals_one_with_merged_weights_except_for_keys_and_values(variant: str, slot: int) -> None:
     on = backbone(variant, torch.float64)
@@ -77,8 +81,9 @@ def test_an_adapted_block_equals_one_with_merged_weights_except_for_keys_and_val
 
 
 @PRECISIONS
-def test_updates_of_zero_change_nothing(precision: torch.dtype) -> None:
-    on = backbone("qk-norm", precision)
+@pytest.mark.parametrize("variant", ["qk-norm", "gate-last", "eva02", "eva02-small"])
+def test_updates_of_zero_change_nothing(precision: torch.dtype, variant: str) -> None:
+    on = backbone(variant, precision)
     adapters, (tokens, read), block = some_adapters(on), some_tokens(on), on.blocks[0]
     idle = BlockAdapters(*(Adapter(down, torch.zeros_like(up)) for down, up in adapters))
     pairs = zip(on.family.project(block, tokens, idle), on.family.project(block, tokens), strict=True)
@@ -86,8 +91,9 @@ def test_updates_of_zero_change_nothing(precision: torch.dtype) -> None:
     assert torch.equal(on.family.finish(block, tokens, read, idle), on.family.finish(block, tokens, read))
 
 
-def test_gradients_reach_adapters_and_tokens() -> None:
-    on = backbone("qk-norm", torch.float64)
+@pytest.mark.parametrize("variant", ["qk-norm", "eva02", "eva02-small"])
+def test_gradients_reach_adapters_and_tokens(variant: str) -> None:
+    on = backbone(variant, torch.float64)
     adapters, (tokens, read), block = some_adapters(on, slots=2, rank=2), some_tokens(on, 2, 3), on.blocks[0]
     weights = torch.randn(4, 2, 3, on.embed_dim, generator=torch.Generator().manual_seed(9)).double()
 
@@ -122,19 +128,26 @@ def test_a_product_of_few_rows_is_padded(count: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "mlp"),
+    ("model", "hidden"),
     [
-        (lambda: tiny_vit(mlp_layer=SwiGLU), "SwiGLU"),
-        (lambda: tiny_vit(mlp_layer=GluMlp), "GluMlp"),
-        (lambda: timm.create_model("vit_giant_patch14_dinov2", **NARROW), "GluMlp"),
-        (lambda: tiny_eva("eva02"), "SwiGLU"),
-        (lambda: tiny_eva("eva02-small"), "GluMlp"),
+        (lambda: tiny_vit(mlp_layer=SwiGLU), 192),
+        (lambda: tiny_vit(mlp_layer=GluMlp), 96),
+        (lambda: timm.create_model("vit_giant_patch14_dinov2", **NARROW), 128),
+        (lambda: tiny_eva("eva02"), 128),
+        (lambda: tiny_eva("eva02-small"), 128),
     ],
 )
-def test_blocks_that_cannot_carry_adapters_are_named(model: object, mlp: str) -> None:
+def test_the_first_layer_of_a_gated_mlp_is_twice_as_wide(model: object, hidden: int) -> None:
     on = FrozenBackbone(model(), "gated", "hub")
-    assert on.adapter_obstacle() == f"its MLPs are {mlp}, not timm's plain Mlp of fc1 and fc2"
-    with pytest.raises(BackboneError, match=f"Backbone 'gated' cannot carry adapters: its MLPs are {mlp}, not timm"):
+    assert on.adapter_obstacle() is None
+    assert (on.adapter_shapes()["fc1"], on.adapter_shapes()["fc2"]) == ((48, 2 * hidden), (hidden, 48))
+
+
+def test_blocks_that_cannot_carry_adapters_are_named() -> None:
+    on = FrozenBackbone(tiny_vit(mlp_layer=GatedMlp), "gated", "hub")
+    with pytest.raises(
+        BackboneError, match="Backbone 'gated' cannot carry adapters: its MLPs are GatedMlp, not timm's Mlp, GluMlp or"
+    ):
         on.adapter_shapes()
 
 

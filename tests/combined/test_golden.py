@@ -157,6 +157,21 @@ def test_weights_changed_in_memory_are_caught_before_anything_is_compared() -> N
             check()
 
 
+@pytest.mark.parametrize("kind", ["gate-last", "eva02", "eva02-small"])
+def test_gated_backbones_keep_the_numerics_that_they_had_without_adapters(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on = backbone(kind)
+    before = numerics_fingerprint(numerics(on))
+    monkeypatch.setattr(FrozenBackbone, "adapter_obstacle", lambda self: "its MLPs are gated")
+    monkeypatch.setattr(on, "memo", {})
+    assert numerics_fingerprint(numerics(on)) == before
+    monkeypatch.setattr(backbone("plain"), "memo", {})
+    plain = numerics_fingerprint(numerics(backbone("plain")))
+    monkeypatch.undo()
+    assert numerics_fingerprint(numerics(backbone("plain"))) != plain, "a probe with adapters has other numerics"
+
+
 def test_another_tile_size_is_a_numerics_change(monkeypatch: pytest.MonkeyPatch) -> None:
     on = backbone()
     task = family(on)["five"]

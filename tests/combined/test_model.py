@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from timm.layers import SwiGLU
+from timm.layers import GatedMlp
 
 from addenda.backbones import FrozenBackbone, read_image
 from addenda.combined import CombinedModel, predictions
@@ -259,10 +259,10 @@ def test_adapters_of_another_size_are_refused(what: str) -> None:
 
 
 def test_adapters_on_blocks_that_cannot_carry_them_are_refused() -> None:
-    on = FrozenBackbone(tiny_vit(mlp_layer=SwiGLU), "gated", "hub")
+    on = FrozenBackbone(tiny_vit(mlp_layer=GatedMlp), "gated", "hub")
     plain = random_task(on, "task")
     adapted = dataclasses.replace(plain, adapters=random_task(backbone(), "other", rank=4).adapters)
-    message = "Task 'task' has adapters, which backbone 'gated' cannot carry: its MLPs are SwiGLU, not timm's plain Mlp"
+    message = "Task 'task' has adapters, which backbone 'gated' cannot carry: its MLPs are GatedMlp, not timm's Mlp"
     for tasks in ([adapted], [random_task(on, "child", parents=(adapted,))]):
         with pytest.raises(BackboneError, match=message):
             CombinedModel(on, tasks, exact=False)

@@ -109,7 +109,7 @@ def test_backbones_of_several_kinds_can_be_exported(
     registry: Registry, tmp_path: Path, format: str, model: Callable[..., Any]
 ) -> None:
     backbone = FrozenBackbone(model(seed=1, depth=2), "other", "hub")
-    child = random_task(backbone, "child", parents=(first := random_task(backbone, "first"),), seed=1)
+    child = random_task(backbone, "child", parents=(first := random_task(backbone, "first", rank=2),), seed=1, rank=4)
     tasks = register_all(registry, backbone, [first, child])
     path = tmp_path / f"model{FORMATS[format].suffix}"
     export_model(registry, backbone, tasks[1:], path, format)  # the parent is computed, but is not an output

@@ -9,7 +9,7 @@ import copy
 from collections.abc import Callable, Sequence
 
 import torch
-from timm.layers import Mlp
+from timm.layers import Mlp, SwiGLU
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -112,7 +112,7 @@ class DenseMask:
         read = attn.norm(attention(attn.q_norm(q), attn.k_norm(k), v, mask))
         tokens = tokens + block.ls1(changed("proj", read, attn.proj(read)))
         normed = block.norm2(tokens)
-        hidden = mlp.norm(mlp.act(changed("fc1", normed, mlp.fc1(normed))))
+        hidden = self.hidden(mlp, normed, changed)
         return tokens + block.ls2(changed("fc2", hidden, mlp.fc2(hidden)))
 
     def eva_block(self, block: nn.Module, layer: int, tokens: Tensor, mask: Tensor, changed: Changed) -> Tensor:
@@ -136,10 +136,18 @@ class DenseMask:
         gammas = (1.0 if gamma is None else gamma for gamma in (block.gamma_1, block.gamma_2))
         tokens = tokens + next(gammas) * changed("proj", read, attn.proj(read))
         normed = block.norm2(tokens)
-        if type(mlp) is not Mlp:
-            return tokens + next(gammas) * mlp(normed)
-        hidden = mlp.norm(mlp.act(changed("fc1", normed, mlp.fc1(normed))))
+        hidden = self.hidden(mlp, normed, changed)
         return tokens + next(gammas) * changed("fc2", hidden, mlp.fc2(hidden))
+
+    def hidden(self, mlp: nn.Module, normed: Tensor, changed: Changed) -> Tensor:
+        """The inputs of an MLP's second layer; a gated MLP multiplies one half of the first's outputs by the other."""
+        layers = [mlp.fc1_g, mlp.fc1_x] if isinstance(mlp, SwiGLU) else [mlp.fc1]
+        outputs = changed("fc1", normed, torch.cat([layer(normed) for layer in layers], dim=-1))
+        if type(mlp) is Mlp:
+            return mlp.norm(mlp.act(outputs))
+        first, second = outputs.tensor_split(2, dim=-1)
+        gate, value = (second, first) if getattr(mlp, "gate_last", False) else (first, second)
+        return mlp.norm(mlp.act(gate) * value)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from functools import cache
 
 import pytest
 import torch
+from timm.layers import GluMlp
 from torch import Tensor
 
 from addenda.backbones import FrozenBackbone
@@ -29,6 +30,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "deit3": {"no_embed_class": True, "init_values": 0.3},
     "dinov2": {"reg_tokens": 4, "no_embed_class": True, "init_values": 0.3},
     "no-position": {"pos_embed": "none"},
+    "gate-last": {"mlp_layer": GluMlp},
     "average": {"global_pool": "avg"},
     "average-after-norm": {"global_pool": "avg", "fc_norm": False, "reg_tokens": 2},
     **{kind: {} for kind in EVA if kind != "eva"},

@@ -28,6 +28,7 @@ class BackboneConfig(BaseModel):
     weights: Path | None = None  # local weights file; None: timm's pretrained weights
     mean: Channels | None = None  # for input normalisation; None: timm's
     std: Channels | None = None
+    img_size: int | None = None  # input size in pixels; None: the model's
 
 
 class StreamConfig(BaseModel):

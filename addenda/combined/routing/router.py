@@ -190,7 +190,7 @@ class Router:
         if unknown:
             raise UnknownTaskError(f"Task {unknown[0]!r} is not in this router. Known: {', '.join(self.tasks)}.")
         of_tasks = self.log_probabilities(features)
-        return {name: of_tasks[name][:, None] + within.double().cpu() for name, within in log_probabilities.items()}
+        return {name: of_tasks[name][:, None] + double(within) for name, within in log_probabilities.items()}
 
 
 class _Linear(NamedTuple):

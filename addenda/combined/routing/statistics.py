@@ -169,5 +169,5 @@ def _triangle(size: int) -> tuple[Tensor, Tensor]:
 
 
 def double(pooled: Tensor) -> Float64[Tensor, "N D"]:
-    """Converts features to float64 on the CPU."""
-    return pooled.double().cpu()
+    """Converts features to float64 on the CPU; Apple's GPUs have no float64."""
+    return pooled.cpu().double()

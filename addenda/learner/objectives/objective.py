@@ -173,7 +173,7 @@ class Objective(ABC):
         """
         if not len(targets):
             return 1.0
-        logits, targets = logits.double().cpu(), targets.cpu()
+        logits, targets = logits.cpu().double(), targets.cpu()
         temperature = round(self.least_loss_temperature(logits, targets, TEMPERATURES), 3)
         better = self.loss(logits / temperature, targets) < self.loss(logits, targets)
         return temperature if better else 1.0

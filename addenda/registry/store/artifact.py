@@ -141,8 +141,9 @@ def _check_adapters(tensors: Mapping[str, Tensor], width: int) -> None:
     shapes = {site: [list(factor.shape) for factor in update] for site, update in sites.items()}
     depth, fits = len(memory), all(factor.ndim == 3 for update in sites.values() for factor in update)
     if fits:
-        rank, heads, hidden = sites["q"].down.shape[1], sites["q"].up.shape[1], sites["fc1"].up.shape[1]
-        ends = {"q": (width, heads), "proj": (heads, width), "fc1": (width, hidden), "fc2": (hidden, width)}
+        rank, heads, hidden = sites["q"].down.shape[1], sites["q"].up.shape[1], sites["fc2"].down.shape[2]
+        first = 2 * hidden if sites["fc1"].up.shape[1] == 2 * hidden else hidden  # twice as wide in a gated MLP
+        ends = {"q": (width, heads), "proj": (heads, width), "fc1": (width, first), "fc2": (hidden, width)}
         expected = {site: [[depth, rank, fan_in], [depth, fan_out, rank]] for site, (fan_in, fan_out) in ends.items()}
         fits = rank > 0 and shapes == expected
     if not fits:

@@ -55,6 +55,16 @@ def test_adapters_that_do_not_fit_are_refused(site, down, up):
         encode(a_task(adapters=changed))
 
 
+def test_the_first_layer_of_a_gated_mlp_is_twice_as_wide_as_the_second(book):
+    gated = adapters() | {"fc1": LowRank(torch.zeros(2, 3, 8), torch.ones(2, 24, 3))}
+    task = a_task(adapters=gated)
+    keep(book, task)
+    assert same_content(book.get("digits"), task)
+    for outputs in (18, 36, 6):
+        with pytest.raises(IntegrityError, match="do not fit 2 layers"):
+            encode(a_task(adapters=gated | {"fc1": LowRank(torch.zeros(2, 3, 8), torch.ones(2, outputs, 3))}))
+
+
 def test_adapters_of_rank_0_are_refused():
     with pytest.raises(IntegrityError, match="do not have one rank of at least 1"):
         encode(a_task(adapters=adapters(rank=0)))
