@@ -66,10 +66,10 @@ def product(rows: Float[Tensor, "*n B k"], matrices: Float[Tensor, "*n k w"]) ->
     return products[..., :count, :]
 
 
-def layer_statistics(normed: Float[Tensor, "B P D"], num_patches: int) -> Float[Tensor, "B n"]:
-    """Layer features of one block: its class token, and the mean and standard deviation over its patches (n = 3 D).
+def layer_statistics(normed: Float[Tensor, "B P D"], num_patches: int, class_token: bool) -> Float[Tensor, "B n"]:
+    """Layer features of one block: its class token, if any, and the mean and standard deviation over its patches.
 
-    `normed` is the block's output after the next block's first norm. The variance takes two passes, in float32 or
+    So n is 3 D, or 2 D without a class token. `normed` is the block's output after the next block's first norm. The variance takes two passes, in float32 or
     higher: E[x^2] - E[x]^2 cancels where patches hardly differ, and torch's `var_mean` is far slower over this axis
     (docs/performance.md).
     """
@@ -77,7 +77,7 @@ def layer_statistics(normed: Float[Tensor, "B P D"], num_patches: int) -> Float[
     patches = tokens[:, -num_patches:]
     mean = patches.mean(1)
     deviation = (patches - mean.unsqueeze(1)).square().mean(1).sqrt()
-    return torch.cat([tokens[:, 0], mean, deviation], dim=1)
+    return torch.cat([*([tokens[:, 0]] if class_token else []), mean, deviation], dim=1)
 
 
 class Adapter(NamedTuple):

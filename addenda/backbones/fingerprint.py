@@ -26,9 +26,21 @@ def fingerprint(model: Any, family: type[Family], preprocessing: dict[str, Any])
         "norm": [type(block.norm1).__name__, getattr(block.norm1, "eps", None)],
         "mlp": [type(block.mlp).__name__, type(getattr(block.mlp, "act", None)).__name__],
         "preprocessing": preprocessing,
+        **_pooling(model),
         **family.structure(model),
     }
     return hash_state(model, json.dumps(structure, sort_keys=True).encode())
+
+
+def _pooling(model: Any) -> dict[str, Any]:
+    """Settings of pooling that are in no checkpoint; none for pooling by class token or mean over patches."""
+    settings: dict[str, Any] = {}
+    if getattr(model, "pool_include_prefix", False):
+        settings["pool_include_prefix"] = True
+    if model.attn_pool is not None:
+        pool = model.attn_pool
+        settings["attn_pool"] = [type(pool).__name__, pool.num_heads, pool.pool]
+    return settings
 
 
 def hash_state(model: Any, start: bytes = b"") -> str:

@@ -27,7 +27,7 @@ class FrozenBackbone:
     """A timm VisionTransformer or Eva whose outputs never change.
 
     Args:
-        model: a model with a class token and pre-norm blocks of plain attention.
+        model: a model with pre-norm blocks of plain attention.
         name: its timm name.
         source: origin of the weights: `"hub"`, `"embedded"`, or a file's path.
         mean: normalisation mean per channel; None takes the model's.
@@ -43,6 +43,7 @@ class FrozenBackbone:
         grid_size: rows and columns of patches, which are the last of the frozen tokens.
         patch_size: height of a patch in pixels.
         patch_operations: multiply-adds of the patch embedding of one image.
+        has_class_token: whether the model has a class token of its own.
         pools_class_token: whether the pooled feature is the class token, so that no patch of the last block is read.
         family: the computation for its class of models.
         blocks: the blocks that the task stream runs through: timm's, or views of them.
@@ -98,6 +99,7 @@ class FrozenBackbone:
         self.grid_size: tuple[int, int] = tuple(patches.grid_size)
         self.patch_size: int = patches.patch_size[0]
         self.patch_operations: int = patches.num_patches * patches.proj.weight.numel()
+        self.has_class_token: bool = model.cls_token is not None
         self.pools_class_token: bool = model.global_pool == "token"
         # Normalisation is ours: timm's would use torch's default dtype.
         settings: Any = {key: tuple(v) if isinstance(v, list) else v for key, v in self.preprocessing.items()}
@@ -154,8 +156,9 @@ class FrozenBackbone:
 
     @property
     def fused_attention(self) -> bool | str:
-        """Whether attention uses torch's fused operation; a string of 1 or 0 per block where blocks differ."""
-        fused = [bool(block.attn.fused_attn) for block in self.blocks]
+        """Whether attention uses torch's fused operation; a string of 1 or 0 per block and pool where they differ."""
+        attention = [*(block.attn for block in self.blocks), *filter(None, [self.model.attn_pool])]
+        fused = [bool(module.fused_attn) for module in attention]
         return fused[0] if len(set(fused)) == 1 else "".join(str(int(flag)) for flag in fused)
 
     def check_vision_transformer(self, method: str) -> None:
@@ -197,25 +200,41 @@ class FrozenBackbone:
     def first_tokens(self, class_tokens: Float[Tensor, "S D"]) -> Float[Tensor, "S D"]:
         """The first block's input for tasks' class tokens.
 
-        Each gets the position embedding of the backbone's class token (none in DeiT-III), and norm_pre where the model
-        has one (CLIP).
+        Each gets the position embedding of the backbone's class token (none in DeiT-III or without a class token), and
+        norm_pre where the model has one (CLIP).
         """
         position = self.model.pos_embed
-        if position is not None and not self.model.no_embed_class:
+        if position is not None and self.has_class_token and not self.model.no_embed_class:
             class_tokens = class_tokens + position[0, 0]
         tokens: Tensor = self.model.norm_pre(class_tokens)
         return tokens
 
     @property
     def num_layer_features(self) -> int:
-        """n, the number of layer features: three vectors per block, except the last."""
-        return 3 * self.embed_dim * (self.depth - 1)
+        """n, the number of layer features: three vectors per block (two without a class token), except the last."""
+        return (3 if self.has_class_token else 2) * self.embed_dim * (self.depth - 1)
 
     @property
     def class_token(self) -> Float[Tensor, " D"]:
-        """The backbone's class token, without position embedding."""
-        token: Tensor = self.model.cls_token[0, 0]
-        return token
+        """Where tasks' class tokens start: the backbone's class token, without position embedding.
+
+        Without one, it is the attention pool's latent query, or else the mean patch that the first block reads of an
+        image of zeros (before norm_pre).
+        """
+        model = self.model
+        if self.has_class_token:
+            token: Tensor = model.cls_token[0, 0]
+            return token
+        if hasattr(model.attn_pool, "latent"):
+            latent: Tensor = model.attn_pool.latent[0, 0]
+            return latent
+        with plain(self.device):
+            shape = (1, *self.preprocessing["input_size"])
+            patches = model.patch_embed(torch.zeros(shape, dtype=self.precision, device=self.device)).flatten(1, -2)
+            if model.pos_embed is not None:
+                patches = patches + model.pos_embed[:, -patches.shape[1] :]
+            mean: Tensor = patches.mean(dim=(0, 1))
+        return mean
 
     def pool(self, tokens: Float[Tensor, "B P D"]) -> Float[Tensor, "B D"]:
         """Pools the last block's frozen tokens into the feature that the backbone's head reads."""
@@ -337,7 +356,8 @@ class FrozenStream:
             outputs = family.last(block, tokens, self._reading) if is_last else family.run(block, tokens)
             tokens, key_values, normed = outputs
             if number > 1 and self._layers is not None:  # of the block before, while its output is in the CPU's caches
-                self._layers.append(layer_statistics(normed, backbone.model.patch_embed.num_patches))
+                num_patches = backbone.model.patch_embed.num_patches
+                self._layers.append(layer_statistics(normed, num_patches, backbone.has_class_token))
             if is_last and self._reading != "nothing":
                 self._tokens = tokens
             yield key_values

@@ -29,12 +29,8 @@ def obstacle(model: Any) -> str | None:
     if family is None:
         supported = " or ".join(timm_class.__name__ for timm_class in FAMILIES)
         return f"it is a {type(model).__name__}, not timm's {supported}"
-    if model.cls_token is None:
-        return "it has no class token, whose position task tokens take"
-    if model.attn_pool is not None or model.global_pool not in ("token", "avg"):
-        return (
-            f"it pools by {model.global_pool!r}; only 'token' and 'avg' give a feature that task tokens can provide too"
-        )
+    if not model.global_pool:
+        return "it does not pool its tokens into one feature"
     if type(model.patch_embed) is not PatchEmbed:
         return f"its patches come from a {type(model.patch_embed).__name__}, not timm's PatchEmbed"
     if model.patch_embed.proj.in_channels != 3:

@@ -31,6 +31,9 @@ VARIANTS: dict[str, dict[str, object]] = {
     "no-position": {"pos_embed": "none"},
     "average": {"global_pool": "avg"},
     "average-after-norm": {"global_pool": "avg", "fc_norm": False, "reg_tokens": 2},
+    "gap": {"class_token": False, "global_pool": "avg", "fc_norm": False},
+    "gap-registers": {"class_token": False, "global_pool": "avg", "reg_tokens": 1, "init_values": 0.3},
+    "siglip": {"class_token": False, "global_pool": "map"},
     **{kind: {} for kind in EVA if kind != "eva"},
 }
 

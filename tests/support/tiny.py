@@ -33,9 +33,18 @@ EVA: dict[str, dict[str, object]] = {
         "attn_type": "rope", "qk_norm": True, "init_values": 0.3, "use_abs_pos_emb": False, "use_rot_pos_emb": True,
         "rope_type": "mixed", "rope_temperature": 10.0, "rope_grid_indexing": "xy", "global_pool": "token",
     },
+    "pe-core": {
+        "attn_type": "rope", "use_rot_pos_emb": True, "ref_feat_shape": (16, 16), "rope_grid_indexing": "xy",
+        "use_pre_transformer_norm": True, "global_pool": "map", "attn_pool_num_heads": 4, "use_fc_norm": False,
+    },
+    "rope-gap": {
+        "attn_type": "rope", "qkv_bias": False, "init_values": 0.3, "class_token": False, "num_reg_tokens": 1,
+        "use_abs_pos_emb": False, "use_rot_pos_emb": True, "use_fc_norm": False,
+    },
     "eva": {"init_values": 0.3, "global_pool": "token", "use_pre_transformer_norm": True},
 }  # fmt: skip
-"""Settings of timm's Eva models: DINOv3; EVA-02 of CLIP and small; learned rotations; no rotations."""
+"""Settings of timm's Eva models: DINOv3; EVA-02 of CLIP and small; learned rotations; Perception Encoder's core;
+rotations without a class token; no rotations."""
 
 
 def tiny_eva(kind: str, seed: int = 0, **options: object) -> Eva:
