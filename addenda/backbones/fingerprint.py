@@ -11,12 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from addenda.backbones.family import Family
+from addenda.backbones.stages import stage_structure
 
 
-def fingerprint(model: Any, family: type[Family], preprocessing: dict[str, Any]) -> str:
-    """Hashes the content that determines the bits of a feature; file names and library versions are excluded."""
+def fingerprint(model: Any, family: type[Family] | None, preprocessing: dict[str, Any]) -> str:
+    """Hashes the content that determines the bits of a feature; file names and library versions are excluded.
+
+    Without a family, the model has no blocks for task tokens.
+    """
+    structure = {"preprocessing": preprocessing, **stage_structure(model)}
+    if family is not None:
+        structure = _block_structure(model, family, preprocessing)
+    return hash_state(model, json.dumps(structure, sort_keys=True).encode())
+
+
+def _block_structure(model: Any, family: type[Family], preprocessing: dict[str, Any]) -> dict[str, Any]:
     block = model.blocks[0]
-    structure = {
+    return {
         "class": type(model).__name__,
         "depth": len(model.blocks),
         "num_heads": block.attn.num_heads,
@@ -29,7 +40,6 @@ def fingerprint(model: Any, family: type[Family], preprocessing: dict[str, Any])
         **_pooling(model),
         **family.structure(model),
     }
-    return hash_state(model, json.dumps(structure, sort_keys=True).encode())
 
 
 def _pooling(model: Any) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from addenda.backbones.arithmetic import float32_on_cpu
 from addenda.backbones.frozen import FrozenBackbone
-from addenda.backbones.scope import FAMILIES, SUPPORTED_EXAMPLES, obstacle
+from addenda.backbones.scope import SUPPORTED_EXAMPLES, convert, obstacle
 from addenda.exceptions import BackboneError
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -127,7 +127,7 @@ def _supported_model(name: str, **options: Any) -> Any:
     reason = obstacle(timm.create_model(architecture, device="meta"))
     if reason is not None:
         raise BackboneError(
-            f"Backbone {name!r} cannot carry task tokens: {reason}. Supported, for example: "
+            f"Backbone {name!r} cannot be used: {reason}. Supported, for example: "
             f"{', '.join(SUPPORTED_EXAMPLES)}."
         )
     try:
@@ -179,7 +179,8 @@ def _from_file(name: str, path: Path) -> Any:
             f"Weights file {str(path)!r} cannot be read: {_first_line(error)}. It must be a safetensors file or "
             "a torch checkpoint that contains only tensors."
         ) from error
-    model = _supported_model(name, num_classes=len(state["head.weight"]) if "head.weight" in state else 0)
+    head = f"{timm.get_pretrained_cfg_value(name, 'classifier') or 'head'}.weight"
+    model = _supported_model(name, num_classes=len(state[head]) if head in state else 0)
     expected = model.state_dict()
     for key in ("patch_embed.proj.weight", "pos_embed"):  # timm would resample these silently, giving another model
         if key in state and key in expected and state[key].shape != expected[key].shape:
@@ -188,7 +189,7 @@ def _from_file(name: str, path: Path) -> Any:
                 f"{list(expected[key].shape)}. Name the model that the file is of: patch size or input size differs."
             )
     try:
-        model.load_state_dict(FAMILIES[type(model)].convert(state, model))
+        model.load_state_dict(convert(state, model))
     except (RuntimeError, KeyError, AttributeError, IndexError) as error:
         lines = [line.strip() for line in str(error).splitlines()]
         raise BackboneError(

@@ -117,7 +117,8 @@ def numerics(backbone: FrozenBackbone) -> dict[str, Any]:
     """The versions, device and settings that can change bits, and the digest of a fixed computation.
 
     Versions and settings alone have missed changes of bits. So the frozen stream, task streams (without adapters, and
-    with them if the backbone can carry them) and heads are also run on the probe images, and cached in the backbone.
+    with them if the backbone can carry them) and heads are also run on the probe images, and cached in the backbone. A
+    backbone without task tokens runs its pooled and layer features.
     """
     settings = numerics_settings(backbone)
     key = ("probe", canonical_json(settings), operations_sample())
@@ -130,6 +131,10 @@ def _probe_digest(backbone: FrozenBackbone) -> str:
     backbone.check_as_loaded()
     images = probe_images(backbone)
     images = images[torch.arange(micro_batch(backbone.device), dtype=torch.int64, device="cpu") % len(images)]
+    if backbone.token_obstacle() is not None:
+        features = forward_pass(backbone, images, pooled=True, layers=True).features
+        assert features is not None
+        return tensor_digest(features)
     ranks = (0, 8) if backbone.adapter_obstacle() is None else (0,)
     tasks = [probe_task(backbone, SizeClass(tokens=2, memory=8, rank=rank)) for rank in ranks]
     heads = {task.sha256: _feature_and_logits(Head(backbone, task)) for task in tasks}

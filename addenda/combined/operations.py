@@ -44,7 +44,7 @@ def task_cost(backbone: FrozenBackbone, num_memory_tokens: int, adapter_rank: in
     return TaskCost(
         token_bytes=4 * (width * (1 + backbone.depth * num_memory_tokens) + adapters),
         operations=linear + adapters + 2 * backbone.depth * num_keys * width,
-        backbone_operations=tokens * (linear + 2 * backbone.depth * tokens * width) + backbone.patch_operations,
+        backbone_operations=tokens * (linear + 2 * backbone.depth * tokens * width) + backbone.patch_operations(),
         num_layer_features=backbone.num_layer_features,
     )
 
