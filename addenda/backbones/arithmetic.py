@@ -30,7 +30,7 @@ def plain(device: torch.device, grad: bool = False) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.set_grad_enabled(grad))
-        for kind in {"cpu", device.type}:
+        for kind in {"cpu", device.type} - {"meta"}:
             stack.enter_context(torch.autocast(kind, enabled=False))
         if torch.get_default_device().type != "cpu":  # timm creates tensors on the default device
             stack.enter_context(torch.device("cpu"))

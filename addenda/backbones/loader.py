@@ -127,8 +127,7 @@ def _supported_model(name: str, **options: Any) -> Any:
     reason = obstacle(timm.create_model(architecture, device="meta"))
     if reason is not None:
         raise BackboneError(
-            f"Backbone {name!r} cannot be used: {reason}. Supported, for example: "
-            f"{', '.join(SUPPORTED_EXAMPLES)}."
+            f"Backbone {name!r} cannot be used: {reason}. Supported, for example: {', '.join(SUPPORTED_EXAMPLES)}."
         )
     try:
         return timm.create_model(name, **options)

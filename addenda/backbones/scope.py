@@ -68,6 +68,7 @@ class Listed(NamedTuple):
     """A timm model in the catalogue, and why it cannot carry layer heads or tokens; None if it can."""
 
     name: str
+    timm_class: str
     layer_heads: str | None
     tokens: str | None
 
@@ -83,9 +84,9 @@ def catalogue(pattern: str = "vit_*_patch16_224") -> Iterator[Listed]:
             model = timm.create_model(name, device="meta")
         except Exception as error:  # a model's own code may raise anything
             reason = f"timm cannot create it: {error}"
-            yield Listed(name, reason, reason)
+            yield Listed(name, "", reason, reason)
         else:
-            yield Listed(name, obstacle(model), token_obstacle(model))
+            yield Listed(name, type(model).__name__, obstacle(model), token_obstacle(model))
 
 
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")

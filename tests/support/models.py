@@ -16,7 +16,7 @@ from addenda.backbones import FrozenBackbone
 from addenda.combined import CombinedModel
 from addenda.registry import Task
 from tests.support.tasks import random_task
-from tests.support.tiny import EVA, tiny_eva, tiny_vit
+from tests.support.tiny import EVA, STAGED, tiny_eva, tiny_staged, tiny_vit
 
 PRECISIONS = pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 
@@ -40,7 +40,10 @@ VARIANTS: dict[str, dict[str, object]] = {
 
 def lively_vit(variant: str = "plain") -> torch.nn.Module:
     """A tiny backbone in which every parameter matters; at initialisation, attention is nearly uniform."""
-    model = tiny_eva(variant, 1) if variant in EVA else tiny_vit(1, **VARIANTS[variant])
+    if variant in STAGED:
+        model = tiny_staged(variant, 1)
+    else:
+        model = tiny_eva(variant, 1) if variant in EVA else tiny_vit(1, **VARIANTS[variant])
     random = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():
