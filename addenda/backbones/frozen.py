@@ -155,7 +155,7 @@ class FrozenBackbone:
         return self.depth, 2, self.num_heads, self.num_tokens, self.embed_dim // max(self.num_heads, 1)
 
     def patch_operations(self) -> int:
-        """Multiply-adds of one image outside of blocks: the patch embedding, or the whole model without blocks."""
+        """Multiply-adds of one image before the blocks: the patch embedding, or a whole model without blocks."""
         if self.stages is not None:
             return self.stages.operations()
         patches = self.model.patch_embed
