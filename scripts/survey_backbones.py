@@ -1,7 +1,7 @@
 """Writes docs/results/backbones.json: which of timm's models carry layer heads and tokens, and why others do not.
 
-    python scripts/survey_backbones.py            # half an hour on two cores; builds every model without its weights
-    python scripts/write_results.py               # writes the table of docs/backbones.md from it
+python scripts/survey_backbones.py            # half an hour on two cores; builds every model without its weights
+python scripts/write_results.py               # writes the table of docs/backbones.md from it
 """
 
 from __future__ import annotations

@@ -6,7 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 
 from addenda import CombinedModel, FrozenBackbone, LearnConfig, Learner, Registry, Task
 from addenda.combined import Router, verify
@@ -21,7 +23,12 @@ from tests.support.tasks import random_task
 from tests.support.tiny import STAGED
 
 WITH_TOKENS = ("gap", "gap-registers", "siglip", "pe-core", "rope-gap")
+SLOW = ("gap", "rope-gap", "mobilenet", "efficientnet", "maxvit")
 QUICK = LearnConfig(epochs=1, learning_rate=0.003, batch_size=8, augmentation=Augmentation(views=0))
+
+
+def slow(kind: str) -> object:
+    return pytest.param(kind, marks=pytest.mark.slow)
 
 
 def learned(on: FrozenBackbone, registry: Registry, folder: Path) -> list[Task]:
@@ -35,13 +42,13 @@ def learned(on: FrozenBackbone, registry: Registry, folder: Path) -> list[Task]:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # torch's export warns about itself
-@pytest.mark.parametrize("kind", [*WITH_TOKENS, *STAGED])
+@pytest.mark.parametrize("kind", [slow(kind) if kind in SLOW else kind for kind in (*WITH_TOKENS, *STAGED)])
 def test_a_task_is_learned_verified_predicted_routed_served_and_exported(
     kind: str, registry: Registry, tmp_path: Path
 ) -> None:
     on = backbone(kind)
     tasks = learned(on, registry, tmp_path)
-    assert [task.class_token is not None for task in tasks][0] == (kind in WITH_TOKENS)
+    assert (tasks[0].class_token is not None) == (kind in WITH_TOKENS)
     assert all(task.metrics["layer_probe"]["validation"]["accuracy"] >= 0.5 for task in tasks)
     verdicts = verify(on, [(task, registry.goldens(task.ref)) for task in tasks])
     assert [verdict.identical for verdict in verdicts] == [True, True]
@@ -96,7 +103,9 @@ def test_what_needs_tokens_is_refused_by_name_where_there_are_none(
     settings: dict[str, object], name: str, registry: Registry, tmp_path: Path
 ) -> None:
     learner = Learner(backbone("resnet"), registry)
-    with pytest.raises(BackboneError, match=rf"^The setting {name} requires task tokens, which backbone 'resnet' cannot"):
+    with pytest.raises(
+        BackboneError, match=rf"^The setting {name} requires task tokens, which backbone 'resnet' cannot"
+    ):
         learner.learn("colours", colour_folder(tmp_path / "colours"), config=replace(QUICK, **settings))
     assert not registry.tasks()
 
@@ -118,7 +127,10 @@ def test_learning_again_without_tokens_does_nothing(registry: Registry, tmp_path
     assert first.num_layer_features == on.num_layer_features
 
 
-def test_the_command_line_refuses_memory_tokens_by_the_option(run: Run, tmp_path: Path) -> None:
-    data = colour_folder(tmp_path / "colours", 4)
-    result = run("learn", "colours", str(data), "--memory", "5", "--backbone", "test_resnet", "--device", "cpu")
-    assert result.exit_code == 2
+def test_memory_tokens_are_refused_by_option_on_a_backbone_from_a_weights_file(run: Run, tmp_path: Path) -> None:
+    data, file = colour_folder(tmp_path / "colours", 4), tmp_path / "resnet.safetensors"
+    save_file(timm.create_model("test_resnet", num_classes=5).state_dict(), file)
+    options = ("--backbone", "test_resnet", "--weights", file, "--registry", tmp_path / "tasks.db", "--views", 0)
+    result = run("learn", "colours", data, "--memory", 5, *options)
+    assert result.code == 2
+    assert "--memory requires task tokens, which backbone 'test_resnet' cannot carry" in result.err

@@ -69,7 +69,7 @@ def product(rows: Float[Tensor, "*n B k"], matrices: Float[Tensor, "*n k w"]) ->
 def layer_statistics(normed: Float[Tensor, "B P D"], num_patches: int, class_token: bool) -> Float[Tensor, "B n"]:
     """Layer features of one block: its class token, if any, and the mean and standard deviation over its patches.
 
-    So n is 3 D, or 2 D without a class token. `normed` is the block's output after the next block's first norm. The variance takes two passes, in float32 or
+    `normed` is the block's output after the next block's first norm. The variance takes two passes, in float32 or
     higher: E[x^2] - E[x]^2 cancels where patches hardly differ, and torch's `var_mean` is far slower over this axis
     (docs/performance.md).
     """

@@ -8,9 +8,10 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from addenda.backbones.arithmetic import BlockAdapters
+from addenda.backbones.pooling import pool_operations
 
 Reading = Literal["tokens", "pooled", "nothing"]
 """What the caller reads from the last block's output."""
@@ -66,19 +67,9 @@ class Family(ABC):
     def last(self, block: Any, tokens: Float[Tensor, "B P D"], reading: Reading) -> tuple[Tensor, KeyValue, Tensor]:
         """Like `run`, for the last block, which need only compute the outputs that are read."""
 
-    def pool_operations(self) -> int:
+    def pool_operations(self, num_queries: int) -> int:
         """Multiply-adds of pooling one image by attention; 0 for other pooling."""
-        model, pool = self.model, self.model.attn_pool
-        if pool is None:
-            return 0
-        width, num_tokens = model.embed_dim, model.num_prefix_tokens + model.patch_embed.num_patches
-        if not getattr(model, "pool_include_prefix", True):
-            num_tokens = model.patch_embed.num_patches
-        if not hasattr(pool, "latent"):  # each token attends to all, without any linear layer
-            return int(2 * num_tokens * num_tokens * width)
-        linear = {name: layer.weight.numel() for name, layer in pool.named_modules() if isinstance(layer, nn.Linear)}
-        of_tokens = num_tokens * (linear.pop("kv") + 2 * pool.latent_len * width)
-        return int(of_tokens + pool.latent_len * sum(linear.values()))
+        return pool_operations(self.model, num_queries)
 
     def place(self, block: Any, heads: Float[Tensor, "B H N d"]) -> Float[Tensor, "B H N d"]:
         """Applies rotary positions to queries or keys of a sequence that begins with the frozen tokens.

@@ -8,10 +8,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 from addenda.backbones.family import Family
-from addenda.backbones.stages import stage_structure
+from addenda.backbones.stages import layer_settings, stage_structure
 
 
 def fingerprint(model: Any, family: type[Family] | None, preprocessing: dict[str, Any]) -> str:
@@ -37,6 +38,7 @@ def _block_structure(model: Any, family: type[Family], preprocessing: dict[str, 
         "norm": [type(block.norm1).__name__, getattr(block.norm1, "eps", None)],
         "mlp": [type(block.mlp).__name__, type(getattr(block.mlp, "act", None)).__name__],
         "preprocessing": preprocessing,
+        **({} if type(model.patch_embed) is PatchEmbed else {"stem": layer_settings(model.patch_embed)}),
         **_pooling(model),
         **family.structure(model),
     }

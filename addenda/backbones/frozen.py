@@ -20,8 +20,9 @@ from addenda.backbones.family import Family, Reading
 from addenda.backbones.fingerprint import ModuleState, fingerprint, hash_state
 from addenda.backbones.frozen_stream import FrozenStream
 from addenda.backbones.images import prepared
+from addenda.backbones.pooling import pool_by_latent_query, pools_by_latent_query
 from addenda.backbones.scope import FAMILIES, input_size, obstacle, token_obstacle
-from addenda.backbones.stages import StageFeatures
+from addenda.backbones.stages import StageFeatures, counted_operations
 from addenda.backbones.vit import VisionTransformerFamily
 from addenda.exceptions import BackboneError, IntegrityError
 
@@ -99,9 +100,8 @@ class FrozenBackbone:
         self.num_parameters: int = sum(p.numel() for p in model.parameters())
         if family is not None:
             self._read_blocks(family)
-        else:
-            if (reason := self._read_stages().instability()) is not None:
-                raise BackboneError(f"Backbone {name!r} cannot be used: {reason}. See: addenda backbones list")
+        elif (reason := self._read_stages().instability()) is not None:
+            raise BackboneError(f"Backbone {name!r} cannot be used: {reason}. See: addenda backbones list")
         # Normalisation is ours: timm's would use torch's default dtype.
         settings: Any = {key: tuple(v) if isinstance(v, list) else v for key, v in self.preprocessing.items()}
         self._resize_and_crop: Any = create_transform(**settings, is_training=False, normalize=False)
@@ -144,7 +144,7 @@ class FrozenBackbone:
 
     @property
     def num_layer_features(self) -> int:
-        """n, the number of layer features: of a ViT three vectors per block (two without a class token) but the last."""
+        """n, the number of layer features: three vectors per block, two without a class token, but the last."""
         if self.stages is not None:
             return self.stages.num_layer_features
         return (3 if self.has_class_token else 2) * self.embed_dim * (self.depth - 1)
@@ -158,8 +158,12 @@ class FrozenBackbone:
         """Multiply-adds of one image before the blocks: the patch embedding, or a whole model without blocks."""
         if self.stages is not None:
             return self.stages.operations()
-        patches = self.model.patch_embed
-        return int(patches.num_patches * patches.proj.weight.numel())
+        return counted_operations(self.model.patch_embed, self._zeros())
+
+    def _zeros(self) -> Tensor:
+        """An image of zeros, in a batch of its own."""
+        shape = (1, *self.preprocessing["input_size"])
+        return torch.zeros(shape, dtype=self.precision, device=self.device)
 
     def token_obstacle(self) -> str | None:
         """Returns why this backbone cannot carry task tokens, or None if it can."""
@@ -294,16 +298,21 @@ class FrozenBackbone:
             latent: Tensor = model.attn_pool.latent[0, 0]
             return latent
         with plain(self.device):
-            shape = (1, *self.preprocessing["input_size"])
-            patches = model.patch_embed(torch.zeros(shape, dtype=self.precision, device=self.device)).flatten(1, -2)
+            patches = model.patch_embed(self._zeros()).flatten(1, -2)
             if model.pos_embed is not None:
                 patches = patches + model.pos_embed[:, -patches.shape[1] :]
             mean: Tensor = patches.mean(dim=(0, 1))
         return mean
 
-    def pool(self, tokens: Float[Tensor, "B P D"]) -> Float[Tensor, "B D"]:
-        """Pools the last block's frozen tokens into the feature that the backbone's head reads."""
-        feature: Tensor = self.model.forward_head(self.model.norm(tokens), pre_logits=True)
+    def pool(self, tokens: Float[Tensor, "B P D"], reading: Reading = "pooled") -> Float[Tensor, "B D"]:
+        """Pools the last block's frozen tokens into the feature that the backbone's head reads.
+
+        Only with reading "tokens" it has timm's bits where the model pools by attention.
+        """
+        normed = self.model.norm(tokens)
+        if reading != "tokens" and pools_by_latent_query(self.model):
+            return pool_by_latent_query(self.model, normed)
+        feature: Tensor = self.model.forward_head(normed, pre_logits=True)
         return feature
 
     def final_norm(self, tokens: Tensor) -> Tensor:

@@ -69,4 +69,4 @@ class FrozenStream:
         if self._stages is not None:
             return self._stages[0]
         assert self._tokens is not None, "the stream was not read to its end, or was made with reading='nothing'"
-        return self._backbone.pool(self._tokens)
+        return self._backbone.pool(self._tokens, self._reading)

@@ -11,7 +11,7 @@ import timm
 import torch
 from huggingface_hub import try_to_load_from_cache
 from timm.data import resolve_model_data_config
-from timm.layers import PatchEmbed
+from timm.layers import HybridEmbed, PatchEmbed
 from torch import Tensor
 
 from addenda.backbones.eva import EvaFamily
@@ -36,10 +36,10 @@ def token_obstacle(model: Any) -> str | None:
         return f"it is a {type(model).__name__}, not timm's {supported}"
     if not model.global_pool:
         return "it does not pool its tokens into one feature"
-    if type(model.patch_embed) is not PatchEmbed:
-        return f"its patches come from a {type(model.patch_embed).__name__}, not timm's PatchEmbed"
-    if model.patch_embed.proj.in_channels != 3:
-        return f"it takes {model.patch_embed.proj.in_channels} input channels, not 3"
+    if type(model.patch_embed) not in (PatchEmbed, HybridEmbed):
+        return f"its patches come from a {type(model.patch_embed).__name__}, not timm's PatchEmbed or HybridEmbed"
+    if (channels := input_size(model)[0]) != 3:
+        return f"it takes {channels} input channels, not 3"
     return family.obstacle(model)
 
 

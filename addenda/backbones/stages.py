@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,9 +52,7 @@ class StageFeatures:
 
     def operations(self) -> int:
         """Multiply-adds of one image's forward pass: convolutions and matrix products."""
-        with plain(self._device), FlopCounterMode(display=False) as counter:
-            self(self._zeros(), layers=False)
-        return int(counter.get_total_flops()) // 2
+        return counted_operations(lambda images: self(images, layers=False), self._zeros())
 
     def instability(self) -> str | None:
         """Returns how an image's features vary between runs, or None if they are its own."""
@@ -71,6 +70,13 @@ class StageFeatures:
 
     def _zeros(self) -> Tensor:
         return torch.zeros(self._shape, dtype=self._dtype, device=self._device)
+
+
+def counted_operations(run: Callable[[Tensor], object], images: Tensor) -> int:
+    """Multiply-adds of a computation, as torch counts them."""
+    with plain(images.device), FlopCounterMode(display=False) as counter:
+        run(images)
+    return int(counter.get_total_flops()) // 2
 
 
 def _map_statistics(stage: Float[Tensor, "B C h w"]) -> Float[Tensor, "B n"]:
@@ -101,12 +107,17 @@ def stage_obstacle(model: Any, input_size: list[int]) -> str | None:
 
 def stage_structure(model: Any) -> dict[str, Any]:
     """Settings of a model besides its weights on which its features depend, for the fingerprint."""
-    layers = {name: _settings(module) for name, module in model.named_modules()}
     return {
         "class": type(model).__name__,
         "architecture": getattr(model, "pretrained_cfg", {}).get("architecture"),
-        "layers": {name: settings for name, settings in layers.items() if settings},
+        "layers": layer_settings(model),
     }
+
+
+def layer_settings(model: nn.Module) -> dict[str, list[Any]]:
+    """Settings of a model's layers that are in no checkpoint, by the layers' names."""
+    layers = {name: _settings(module) for name, module in model.named_modules()}
+    return {name: settings for name, settings in layers.items() if settings}
 
 
 def _settings(module: nn.Module) -> list[Any]:

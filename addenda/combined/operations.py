@@ -50,8 +50,8 @@ def task_cost(backbone: FrozenBackbone, num_memory_tokens: int, adapter_rank: in
     )
 
 
-def _pool_operations(backbone: FrozenBackbone) -> int:
-    return backbone.family.pool_operations() if backbone.blocks else 0
+def _pool_operations(backbone: FrozenBackbone, num_queries: int = 1) -> int:
+    return backbone.family.pool_operations(num_queries) if backbone.blocks else 0
 
 
 def _adapter_weights(backbone: FrozenBackbone, rank: int) -> int:
@@ -76,8 +76,9 @@ def pass_operations(model: CombinedModel, filled: bool = True) -> int:
         operations -= backbone.num_tokens * (of_block - projections + attention)
         if any(task.reads_pooled for task in model.tasks.values()):
             operations += (MIN_ROWS if filled else 1) * (of_block - projections + attention)
-    if not any(task.reads_pooled for task in model.tasks.values()):
-        operations -= _pool_operations(backbone)
+    operations -= _pool_operations(backbone)
+    if any(task.reads_pooled for task in model.tasks.values()):
+        operations += _pool_operations(backbone, MIN_ROWS if filled else 1)
     for tile in model.layout.tiles:
         num_slots, num_private = tile.bias.shape
         queries = num_slots if filled else len(tile.slots)

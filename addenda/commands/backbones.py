@@ -83,6 +83,6 @@ def backbones_show(
             "a layer head, per class",
             f"{cost.num_layer_features:,} layer features, {size(4 * cost.num_layer_features)}; "
             f"{100 * cost.num_layer_features / cost.backbone_operations:.4f} % of the forward pass",
-        ),
+        )
     ]
     print_result(as_json, record | {"task_cost": vars(cost)}, table(name, ("", "value"), rows))

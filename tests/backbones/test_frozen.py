@@ -88,6 +88,8 @@ STOCK = [
         lambda m: m.attn_pool.num_heads == 4,
     ),
     ("vit_pe_core_gigantic_patch14_448", {**NARROW, "img_size": 56}, lambda m: m.cls_token is None),
+    ("vit_tiny_r_s16_p8_224", {**NARROW, "img_size": 128}, lambda m: m.patch_embed.proj.kernel_size == (8, 8)),
+    ("vit_base_mci_224", {**SMALL, **NARROW, "embed_dim": 768}, lambda m: isinstance(m.patch_embed.proj, nn.Identity)),
     ("vit_base_patch16_224", {**SMALL, **NARROW, "global_pool": "avgmax"}, lambda m: m.global_pool == "avgmax"),
     ("vit_base_patch16_224", {**SMALL, **NARROW, "global_pool": "prr"}, lambda m: m.attn_pool.pool == "token"),
 ]

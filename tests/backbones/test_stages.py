@@ -48,7 +48,9 @@ def test_features_are_timms_pooled_feature_and_statistics_of_every_stage_but_the
         assert torch.equal(result.pooled, expected)
         assert torch.equal(on.backbone_logits(pictures), model(pictures))
         maps = model.double().forward_intermediates(pictures.double(), intermediates_only=True)
-    torch.testing.assert_close(result.layers.double(), torch.cat([*map(statistics, maps[:-1])], 1), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        result.layers.double(), torch.cat([*map(statistics, maps[:-1])], 1), rtol=1e-3, atol=1e-3
+    )
     assert torch.equal(forward_pass(on, pictures, pooled=True).pooled, result.pooled)
     assert on.backbone_logits(pictures).std() > 0
 
@@ -57,7 +59,9 @@ def test_a_model_without_blocks_for_tokens_has_none() -> None:
     on = backbone("resnet")
     assert (on.blocks, on.depth, on.num_heads, on.num_tokens, on.key_value_shape[0]) == ([], 0, 0, 0, 0)
     assert on.token_obstacle() == on.adapter_obstacle() == "it is a ResNet, not timm's VisionTransformer or Eva"
-    with pytest.raises(BackboneError, match=r"^--memory requires task tokens, which backbone 'resnet' cannot carry: it is"):
+    with pytest.raises(
+        BackboneError, match=r"^--memory requires task tokens, which backbone 'resnet' cannot carry: it is"
+    ):
         on.check_tokens("--memory")
 
 

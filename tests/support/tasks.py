@@ -21,7 +21,8 @@ def random_task(
 ) -> Task:
     """A task with random tensors, at the scale of trained ones, and with adapters if `rank` is not 0.
 
-    It has no adapters if the backbone does not support them, and is head-only if it cannot carry tokens. `layers` adds a layer head, full (0) or of that rank.
+    It has no adapters if the backbone does not support them, and is head-only if it cannot carry tokens. `layers` adds
+    a layer head, full (0) or of that rank.
     """
     random = torch.Generator().manual_seed(seed)
     width = backbone.embed_dim
