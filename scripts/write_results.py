@@ -229,6 +229,24 @@ STREAMS: Sequence[str] = ("digits", "mixed", "split-cifar10", "pacs")
 DOMAINS = ("pacs",)
 """Domain-incremental streams."""
 
+
+def backbones_table() -> str:
+    """How many of timm's models carry layer heads and tokens, and why the others do not."""
+    found = json.loads((RECORDS / "backbones.json").read_text(encoding="utf-8"))
+    models, vits, tokens = found["models"], found["vits"], found["tokens"]
+    rows = [
+        [f"all models, in {found['classes']} classes", f"{models:,}", ""],
+        ["carry layer heads", f"{found['layer_heads']:,}", f"{100 * found['layer_heads'] / models:.1f} % of all"],
+        ["VisionTransformer and Eva", f"{vits:,}", ""],
+        ["carry tokens", f"{tokens:,}", f"{100 * tokens / vits:.1f} % of these"],
+    ]
+    for reason, count in found["vits_without_tokens"].items():
+        rows.append([f"one of these without tokens: {reason}", f"{count:,}", ""])
+    for reason, names in found["without_layer_heads"].items():
+        rows.append([f"no layer heads: {reason}", f"{len(names):,}", ", ".join(names[:3])])
+    return markdown(Table([f"timm {found['timm']}", "models", ""], rows))
+
+
 REGIONS: Mapping[str, Callable[[], str]] = {
     "learn": learn_table,
     "paper": paper_table,
@@ -241,6 +259,7 @@ REGIONS: Mapping[str, Callable[[], str]] = {
     "serving": serving_table,
     "serving-whole": lambda: figures_table("serving", "one-process", "replicas", "2000-tasks"),
     "training": lambda: markdown(table_of(measured("training", "cpu"))),
+    "backbones": backbones_table,
 }
 
 if __name__ == "__main__":

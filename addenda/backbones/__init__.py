@@ -2,7 +2,8 @@
 
 from addenda.backbones.arithmetic import MIN_ROWS, Adapter, BlockAdapters, plain, product, uncompiled
 from addenda.backbones.family import KeyValue, Reading
-from addenda.backbones.frozen import FrozenBackbone, FrozenStream
+from addenda.backbones.frozen import FrozenBackbone
+from addenda.backbones.frozen_stream import FrozenStream
 from addenda.backbones.image_files import (
     THREADS,
     Files,

@@ -30,7 +30,7 @@ def plain(device: torch.device, grad: bool = False) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.set_grad_enabled(grad))
-        for kind in {"cpu", device.type}:
+        for kind in {"cpu", device.type} - {"meta"}:
             stack.enter_context(torch.autocast(kind, enabled=False))
         if torch.get_default_device().type != "cpu":  # timm creates tensors on the default device
             stack.enter_context(torch.device("cpu"))
@@ -66,8 +66,8 @@ def product(rows: Float[Tensor, "*n B k"], matrices: Float[Tensor, "*n k w"]) ->
     return products[..., :count, :]
 
 
-def layer_statistics(normed: Float[Tensor, "B P D"], num_patches: int) -> Float[Tensor, "B n"]:
-    """Layer features of one block: its class token, and the mean and standard deviation over its patches (n = 3 D).
+def layer_statistics(normed: Float[Tensor, "B P D"], num_patches: int, class_token: bool) -> Float[Tensor, "B n"]:
+    """Layer features of one block: its class token, if any, and the mean and standard deviation over its patches.
 
     `normed` is the block's output after the next block's first norm. The variance takes two passes, in float32 or
     higher: E[x^2] - E[x]^2 cancels where patches hardly differ, and torch's `var_mean` is far slower over this axis
@@ -77,7 +77,7 @@ def layer_statistics(normed: Float[Tensor, "B P D"], num_patches: int) -> Float[
     patches = tokens[:, -num_patches:]
     mean = patches.mean(1)
     deviation = (patches - mean.unsqueeze(1)).square().mean(1).sqrt()
-    return torch.cat([tokens[:, 0], mean, deviation], dim=1)
+    return torch.cat([*([tokens[:, 0]] if class_token else []), mean, deviation], dim=1)
 
 
 class Adapter(NamedTuple):

@@ -29,7 +29,7 @@ class EvaFamily(Family):
     def __init__(self, model: Any) -> None:
         super().__init__(model)
         with torch.no_grad():  # timm computes every kind of rotation from the input size alone
-            pixels = model.patch_embed.proj.weight.new_zeros(1, 3, *model.patch_embed.img_size)
+            pixels = next(model.parameters()).new_zeros(1, 3, *model.patch_embed.img_size)
             _, rotation = model._pos_embed(model.patch_embed(pixels))
         rotations = rotation if model.rope_mixed else [rotation] * len(model.blocks)
         self.blocks = [_BlockView(block, rotation) for block, rotation in zip(model.blocks, rotations, strict=True)]

@@ -8,15 +8,27 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 from addenda.backbones.family import Family
+from addenda.backbones.stages import layer_settings, stage_structure
 
 
-def fingerprint(model: Any, family: type[Family], preprocessing: dict[str, Any]) -> str:
-    """Hashes the content that determines the bits of a feature; file names and library versions are excluded."""
+def fingerprint(model: Any, family: type[Family] | None, preprocessing: dict[str, Any]) -> str:
+    """Hashes the content that determines the bits of a feature; file names and library versions are excluded.
+
+    Without a family, the model has no blocks for task tokens.
+    """
+    structure = {"preprocessing": preprocessing, **stage_structure(model)}
+    if family is not None:
+        structure = _block_structure(model, family, preprocessing)
+    return hash_state(model, json.dumps(structure, sort_keys=True).encode())
+
+
+def _block_structure(model: Any, family: type[Family], preprocessing: dict[str, Any]) -> dict[str, Any]:
     block = model.blocks[0]
-    structure = {
+    return {
         "class": type(model).__name__,
         "depth": len(model.blocks),
         "num_heads": block.attn.num_heads,
@@ -26,9 +38,21 @@ def fingerprint(model: Any, family: type[Family], preprocessing: dict[str, Any])
         "norm": [type(block.norm1).__name__, getattr(block.norm1, "eps", None)],
         "mlp": [type(block.mlp).__name__, type(getattr(block.mlp, "act", None)).__name__],
         "preprocessing": preprocessing,
+        **({} if type(model.patch_embed) is PatchEmbed else {"stem": layer_settings(model.patch_embed)}),
+        **_pooling(model),
         **family.structure(model),
     }
-    return hash_state(model, json.dumps(structure, sort_keys=True).encode())
+
+
+def _pooling(model: Any) -> dict[str, Any]:
+    """Settings of pooling that are in no checkpoint; none for pooling by class token or mean over patches."""
+    settings: dict[str, Any] = {}
+    if getattr(model, "pool_include_prefix", False):
+        settings["pool_include_prefix"] = True
+    if model.attn_pool is not None:
+        pool = model.attn_pool
+        settings["attn_pool"] = [type(pool).__name__, pool.num_heads, pool.pool]
+    return settings
 
 
 def hash_state(model: Any, start: bytes = b"") -> str:

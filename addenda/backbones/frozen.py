@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from copy import copy, deepcopy
+from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -14,20 +14,27 @@ from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import Tensor, nn
 from torchvision.transforms.functional import normalize
 
-from addenda.backbones.arithmetic import float32_on_cpu, layer_statistics, plain
-from addenda.backbones.family import Family, KeyValue, Reading
+from addenda.backbones.arithmetic import float32_on_cpu, plain
+from addenda.backbones.copies import headless, with_new_head
+from addenda.backbones.family import Family, Reading
 from addenda.backbones.fingerprint import ModuleState, fingerprint, hash_state
+from addenda.backbones.frozen_stream import FrozenStream
 from addenda.backbones.images import prepared
-from addenda.backbones.scope import FAMILIES, obstacle
+from addenda.backbones.pooling import pool_by_latent_query, pools_by_latent_query
+from addenda.backbones.scope import FAMILIES, input_size, obstacle, token_obstacle
+from addenda.backbones.stages import StageFeatures, counted_operations
 from addenda.backbones.vit import VisionTransformerFamily
 from addenda.exceptions import BackboneError, IntegrityError
 
 
 class FrozenBackbone:
-    """A timm VisionTransformer or Eva whose outputs never change.
+    """A timm model whose outputs never change.
+
+    A VisionTransformer or Eva of plain pre-norm blocks carries task tokens. Any other model carries head-only tasks,
+    which read its pooled feature and the statistics of its stages.
 
     Args:
-        model: a model with a class token and pre-norm blocks of plain attention.
+        model: a model in eval or training mode; it is put into eval mode.
         name: its timm name.
         source: origin of the weights: `"hub"`, `"embedded"`, or a file's path.
         mean: normalisation mean per channel; None takes the model's.
@@ -40,13 +47,15 @@ class FrozenBackbone:
         fingerprint: sha256 over architecture, input size, weights (as loaded, before any cast) and preprocessing.
         precision_name: `"float32"` or `"bfloat16"`.
         preprocessing: timm's data configuration: input_size, interpolation, mean, std, crop_pct, crop_mode.
+        embed_dim: D, the width of the pooled feature and of tokens.
+        depth: L, the number of blocks; like the following numbers 0 if the model cannot carry task tokens.
         num_tokens: P, the number of frozen tokens: class token, registers and patches.
         grid_size: rows and columns of patches, which are the last of the frozen tokens.
         patch_size: height of a patch in pixels.
-        patch_operations: multiply-adds of the patch embedding of one image.
+        has_class_token: whether the model has a class token of its own.
         pools_class_token: whether the pooled feature is the class token, so that no patch of the last block is read.
-        family: the computation for its class of models.
         blocks: the blocks that the task stream runs through: timm's, or views of them.
+        stages: the features of a model that cannot carry task tokens; None for one that can.
         memo: cache of values derived from this backbone.
 
     Raises:
@@ -66,47 +75,109 @@ class FrozenBackbone:
     ) -> None:
         reason = obstacle(model)
         if reason is not None:
-            raise BackboneError(f"Backbone {name!r} cannot carry task tokens: {reason}. See: addenda backbones list")
+            raise BackboneError(f"Backbone {name!r} cannot be used: {reason}. See: addenda backbones list")
         config = resolve_model_data_config(model)
         self.preprocessing: dict[str, Any] = {
-            "input_size": [3, *model.patch_embed.img_size],
+            "input_size": input_size(model),
             "interpolation": config["interpolation"],
             "mean": [float(v) for v in (mean or config["mean"])],
             "std": [float(v) for v in (std or config["std"])],
             "crop_pct": float(config["crop_pct"]),
             "crop_mode": config["crop_mode"],
         }
-        for parameter, weight in model.named_parameters():
-            if not weight.detach().isfinite().all():
+        for parameter, weight in model.state_dict().items():
+            if not weight.isfinite().all():
                 raise BackboneError(
                     f"Weight {parameter!r} of backbone {name!r} ({source}) holds NaN or infinity; use other weights."
                 )
         self.name, self.source, self.conversion = name, source, conversion
         self.precision, self.device = precision, torch.device(device)
         self.precision_name = str(precision).removeprefix("torch.")
-        family = FAMILIES[type(model)]
+        self._token_obstacle = token_obstacle(model)
+        family = FAMILIES[type(model)] if self._token_obstacle is None else None
         self.fingerprint = fingerprint(model, family, self.preprocessing)
         with float32_on_cpu():
             # timm's module attributes have no static types; `obstacle` has checked them.
             self.model: Any = model.to(self.device, precision).eval().requires_grad_(False)
-            self.family: Family = family(self.model)
-        self.blocks: list[Any] = self.family.blocks
-        self.embed_dim: int = model.embed_dim
-        self.depth: int = len(model.blocks)
-        self.num_heads: int = model.blocks[0].attn.num_heads
-        patches = model.patch_embed
-        self.num_tokens: int = model.num_prefix_tokens + patches.num_patches
         self.num_parameters: int = sum(p.numel() for p in model.parameters())
-        self.grid_size: tuple[int, int] = tuple(patches.grid_size)
-        self.patch_size: int = patches.patch_size[0]
-        self.patch_operations: int = patches.num_patches * patches.proj.weight.numel()
-        self.pools_class_token: bool = model.global_pool == "token"
+        if family is not None:
+            self._read_blocks(family)
+        elif (reason := self._read_stages().instability()) is not None:
+            raise BackboneError(f"Backbone {name!r} cannot be used: {reason}. See: addenda backbones list")
         # Normalisation is ours: timm's would use torch's default dtype.
         settings: Any = {key: tuple(v) if isinstance(v, list) else v for key, v in self.preprocessing.items()}
         self._resize_and_crop: Any = create_transform(**settings, is_training=False, normalize=False)
         self._contents = hash_state(self.model)
         self._module_state = ModuleState(self.model.named_modules())
         self.memo: dict[Any, Any] = {}
+
+    def _read_stages(self) -> StageFeatures:
+        """Sets the attributes of a model that cannot carry task tokens: it has no blocks, tokens or patches."""
+        with float32_on_cpu():
+            stages = StageFeatures(self.model, self.preprocessing["input_size"])
+        self.stages: StageFeatures | None = stages
+        self.blocks: list[Any] = []
+        self.embed_dim: int = stages.pooled_width
+        self.depth, self.num_heads, self.num_tokens, self.patch_size = 0, 0, 0, 0
+        self.grid_size: tuple[int, int] = (0, 0)
+        self.has_class_token, self.pools_class_token = False, False
+        return stages
+
+    def _read_blocks(self, family: type[Family]) -> None:
+        """Sets the attributes of a model that can carry task tokens."""
+        self.stages = None
+        model, patches = self.model, self.model.patch_embed
+        with float32_on_cpu():
+            self._family = family(model)
+        self.blocks = self._family.blocks
+        self.embed_dim = model.embed_dim
+        self.depth = len(model.blocks)
+        self.num_heads = model.blocks[0].attn.num_heads
+        self.num_tokens = model.num_prefix_tokens + patches.num_patches
+        self.patch_size = patches.patch_size[0]
+        self.grid_size = tuple(patches.grid_size)
+        self.has_class_token = model.cls_token is not None
+        self.pools_class_token = model.global_pool == "token"
+
+    @property
+    def family(self) -> Family:
+        """The computation of blocks for the model's class; only for a model that can carry task tokens."""
+        return self._family
+
+    @property
+    def num_layer_features(self) -> int:
+        """n, the number of layer features: three vectors per block, two without a class token, but the last."""
+        if self.stages is not None:
+            return self.stages.num_layer_features
+        return (3 if self.has_class_token else 2) * self.embed_dim * (self.depth - 1)
+
+    @property
+    def key_value_shape(self) -> tuple[int, int, int, int, int]:
+        """Layers, two, heads, frozen tokens and dimensions per head: the keys and values of one image."""
+        return self.depth, 2, self.num_heads, self.num_tokens, self.embed_dim // max(self.num_heads, 1)
+
+    def patch_operations(self) -> int:
+        """Multiply-adds of one image before the blocks: the patch embedding, or a whole model without blocks."""
+        if self.stages is not None:
+            return self.stages.operations()
+        return counted_operations(self.model.patch_embed, self._zeros())
+
+    def _zeros(self) -> Tensor:
+        """An image of zeros, in a batch of its own."""
+        shape = (1, *self.preprocessing["input_size"])
+        return torch.zeros(shape, dtype=self.precision, device=self.device)
+
+    def token_obstacle(self) -> str | None:
+        """Returns why this backbone cannot carry task tokens, or None if it can."""
+        return self._token_obstacle
+
+    def check_tokens(self, asked: str) -> None:
+        """Raises BackboneError, naming what was asked for, if this backbone cannot carry task tokens."""
+        if self._token_obstacle is not None:
+            raise BackboneError(
+                f"{asked} requires task tokens, which backbone {self.name!r} cannot carry: {self._token_obstacle}. "
+                "Learn with its layer head alone, or choose a backbone: addenda backbones list"
+            )
 
     def transform(self, image: Image.Image) -> Float[Tensor, "3 H W"]:
         """Converts an image of any mode and size to the model's input: `prepared`, resized, cropped, normalised.
@@ -156,14 +227,20 @@ class FrozenBackbone:
 
     @property
     def fused_attention(self) -> bool | str:
-        """Whether attention uses torch's fused operation; a string of 1 or 0 per block where blocks differ."""
-        fused = [bool(block.attn.fused_attn) for block in self.blocks]
+        """Whether attention uses torch's fused operation; a string of 1 or 0 per block and pool where they differ.
+
+        It is empty for a model without attention.
+        """
+        attention = self.model.modules()
+        if self.stages is None:
+            attention = [*(block.attn for block in self.blocks), self.model.attn_pool]
+        fused = [bool(module.fused_attn) for module in attention if hasattr(module, "fused_attn")]
         return fused[0] if len(set(fused)) == 1 else "".join(str(int(flag)) for flag in fused)
 
     def check_vision_transformer(self, method: str) -> None:
         """Raises BackboneError, naming the method, unless the model is timm's VisionTransformer."""
-        if not isinstance(self.family, VisionTransformerFamily):
-            timm_class = self.family.TIMM_CLASS.__name__
+        if self.stages is not None or not isinstance(self.family, VisionTransformerFamily):
+            timm_class = type(self.model).__name__
             raise BackboneError(
                 f"{method} requires timm's VisionTransformer; backbone {self.name!r} is timm's {timm_class}. Leave the "
                 "method out, or choose another backbone."
@@ -199,29 +276,45 @@ class FrozenBackbone:
     def first_tokens(self, class_tokens: Float[Tensor, "S D"]) -> Float[Tensor, "S D"]:
         """The first block's input for tasks' class tokens.
 
-        Each gets the position embedding of the backbone's class token (none in DeiT-III), and norm_pre where the model
-        has one (CLIP).
+        Each gets the position embedding of the backbone's class token (none in DeiT-III or without a class token), and
+        norm_pre where the model has one (CLIP).
         """
         position = self.model.pos_embed
-        if position is not None and not self.model.no_embed_class:
+        if position is not None and self.has_class_token and not self.model.no_embed_class:
             class_tokens = class_tokens + position[0, 0]
         tokens: Tensor = self.model.norm_pre(class_tokens)
         return tokens
 
     @property
-    def num_layer_features(self) -> int:
-        """n, the number of layer features: three vectors per block, except the last."""
-        return 3 * self.embed_dim * (self.depth - 1)
-
-    @property
     def class_token(self) -> Float[Tensor, " D"]:
-        """The backbone's class token, without position embedding."""
-        token: Tensor = self.model.cls_token[0, 0]
-        return token
+        """Where tasks' class tokens start: the backbone's class token, without position embedding.
 
-    def pool(self, tokens: Float[Tensor, "B P D"]) -> Float[Tensor, "B D"]:
-        """Pools the last block's frozen tokens into the feature that the backbone's head reads."""
-        feature: Tensor = self.model.forward_head(self.model.norm(tokens), pre_logits=True)
+        Without one, it is the attention pool's latent query, or else the mean patch that the first block reads of an
+        image of zeros (before norm_pre).
+        """
+        model = self.model
+        if self.has_class_token:
+            token: Tensor = model.cls_token[0, 0]
+            return token
+        if hasattr(model.attn_pool, "latent"):
+            latent: Tensor = model.attn_pool.latent[0, 0]
+            return latent
+        with plain(self.device):
+            patches = model.patch_embed(self._zeros()).flatten(1, -2)
+            if model.pos_embed is not None:
+                patches = patches + model.pos_embed[:, -patches.shape[1] :]
+            mean: Tensor = patches.mean(dim=(0, 1))
+        return mean
+
+    def pool(self, tokens: Float[Tensor, "B P D"], reading: Reading = "pooled") -> Float[Tensor, "B D"]:
+        """Pools the last block's frozen tokens into the feature that the backbone's head reads.
+
+        Only with reading "tokens" it has timm's bits where the model pools by attention.
+        """
+        normed = self.model.norm(tokens)
+        if reading != "tokens" and pools_by_latent_query(self.model):
+            return pool_by_latent_query(self.model, normed)
+        feature: Tensor = self.model.forward_head(normed, pre_logits=True)
         return feature
 
     def final_norm(self, tokens: Tensor) -> Tensor:
@@ -231,10 +324,16 @@ class FrozenBackbone:
 
     def embed(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B P D"]:
         """The first block's input, computed as in timm's forward_features."""
-        return self.family.embed(images.detach().to(self.device, self.precision))
+        return self.family.embed(self.on_device(images))
+
+    def on_device(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
+        """Images in the backbone's precision, without gradients."""
+        return images.detach().to(self.device, self.precision)
 
     def adapter_obstacle(self) -> str | None:
         """Returns why this backbone's blocks cannot carry adapters, or None if they can."""
+        if self._token_obstacle is not None:
+            return self._token_obstacle
         for block in self.model.blocks:
             if type(block.mlp) not in (Mlp, GluMlp, SwiGLU):
                 return f"its MLPs are {type(block.mlp).__name__}, not timm's Mlp, GluMlp or SwiGLU"
@@ -271,9 +370,7 @@ class FrozenBackbone:
 
     def without_head(self) -> FrozenBackbone:
         """This backbone without its classifier, which no task reads; everything else is shared."""
-        headless = copy(self.model)
-        headless._modules = {**self.model._modules, "head": nn.Identity()}
-        return self._shallow_copy(model=headless)
+        return self._shallow_copy(model=headless(self.model))
 
     def _shallow_copy(self, **changed: Any) -> FrozenBackbone:
         """A copy with some attributes changed and all others shared."""
@@ -283,31 +380,30 @@ class FrozenBackbone:
 
     def trainable_copy(self, num_classes: int) -> nn.Module:
         """A trainable float32 copy of the timm model with a new head, initialised to zeros."""
-        model = self._copy_without_hooks()
-        model.reset_classifier(num_classes)
-        nn.init.zeros_(model.head.weight)
-        nn.init.zeros_(model.head.bias)
-        trainable: nn.Module = model.float().to(self.device).requires_grad_(True)
-        return trainable
+        return with_new_head(self._copy_without_hooks(), num_classes).to(self.device)
 
     def _copy_without_hooks(self) -> Any:
-        model: Any = deepcopy(self.model, {id(self.family): self.family})  # hooks are bound to the family
+        family = vars(self).get("_family")
+        model: Any = deepcopy(self.model, {id(family): family})  # hooks are bound to the family
         for module in model.modules():
             module._forward_hooks.clear()
         return model
 
     def __getstate__(self) -> dict[str, Any]:
         """State for deep copies and pickles: everything that is not bound to this model."""
-        bound = ("model", "family", "blocks", "memo", "_module_state")
+        bound = ("model", "_family", "stages", "blocks", "memo", "_module_state")
         state = {name: value for name, value in vars(self).items() if name not in bound}
         return {"model": self._copy_without_hooks()} | state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Rebuilds what is bound to the model."""
         vars(self).update(state)
-        with float32_on_cpu():
-            self.family = FAMILIES[type(self.model)](self.model)
-        self.blocks = self.family.blocks[: self.depth]
+        depth = self.depth
+        if self._token_obstacle is None:
+            self._read_blocks(FAMILIES[type(self.model)])
+            self.blocks, self.depth = self.blocks[:depth], depth
+        else:
+            self._read_stages()
         self._module_state, self.memo = ModuleState(self.model.named_modules()), {}
 
     def record(self) -> dict[str, Any]:
@@ -324,50 +420,3 @@ class FrozenBackbone:
             "num_tokens": self.num_tokens,
             "num_parameters": self.num_parameters,
         }
-
-
-class FrozenStream:
-    """One frozen forward pass over one batch. Iterate once, then read `pooled` and `layers`."""
-
-    def __init__(self, backbone: FrozenBackbone, images: Tensor, reading: Reading, layers: bool) -> None:
-        self._backbone = backbone
-        self._images = images
-        self._reading = reading
-        self._tokens: Tensor | None = None
-        self._layers: list[Tensor] | None = [] if layers else None
-
-    def __iter__(self) -> Iterator[KeyValue]:
-        """Yields each layer's keys and values, Float[B, H, P, d]."""
-        backbone, family = self._backbone, self._backbone.family
-        tokens = backbone.embed(self._images)
-        for number, block in enumerate(backbone.blocks, 1):
-            is_last = number == backbone.depth
-            outputs = family.last(block, tokens, self._reading) if is_last else family.run(block, tokens)
-            tokens, key_values, normed = outputs
-            if number > 1 and self._layers is not None:  # of the block before, while its output is in the CPU's caches
-                self._layers.append(layer_statistics(normed, backbone.model.patch_embed.num_patches))
-            if is_last and self._reading != "nothing":
-                self._tokens = tokens
-            yield key_values
-
-    @property
-    def layers(self) -> Float[Tensor, "B n"]:
-        """The layer features of every block except the last, in float32 or higher."""
-        assert self._layers is not None, "layer features were not requested"
-        assert len(self._layers) == self._backbone.depth - 1, "the stream was not read to its end"
-        count = self._images.shape[0]  # not len(), which would fix the batch size of a traced model
-        empty = torch.zeros(count, 0, dtype=torch.float32, device=self._backbone.device)
-        return torch.cat(self._layers or [empty], dim=1)
-
-    @property
-    def tokens(self) -> Float[Tensor, "B P D"]:
-        """The last block's output after the final norm, as returned by timm's forward_features."""
-        assert self._tokens is not None, "the stream was not read to its end, or was made with reading='nothing'"
-        normed: Tensor = self._backbone.model.norm(self._tokens)
-        return normed
-
-    @property
-    def pooled(self) -> Float[Tensor, "B D"]:
-        """The pooled feature, which the backbone's head reads."""
-        assert self._tokens is not None, "the stream was not read to its end, or was made with reading='nothing'"
-        return self._backbone.pool(self._tokens)

@@ -17,7 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 from addenda.backbones.arithmetic import float32_on_cpu
 from addenda.backbones.checkpoint import first_line, weights_file
 from addenda.backbones.frozen import FrozenBackbone
-from addenda.backbones.scope import FAMILIES, SUPPORTED_EXAMPLES, obstacle
+from addenda.backbones.scope import SUPPORTED_EXAMPLES, convert, obstacle
 from addenda.backbones.weights import load_weights
 from addenda.exceptions import BackboneError
 
@@ -143,11 +143,10 @@ def _supported_model(name: str, img_size: int | Sequence[int] | None = None, **o
     reason = obstacle(model)
     if reason is not None:
         raise BackboneError(
-            f"Backbone {name!r} cannot carry task tokens: {reason}. Supported, for example: "
-            f"{', '.join(SUPPORTED_EXAMPLES)}."
+            f"Backbone {name!r} cannot be used: {reason}. Supported, for example: {', '.join(SUPPORTED_EXAMPLES)}."
         )
     if img_size is not None:
-        options |= _input_size(name, img_size, model.patch_embed)
+        options |= _input_size(name, img_size, model)
     try:
         return timm.create_model(name, **options)
     except RuntimeError as error:  # timm raises it for an unknown pretrained tag
@@ -167,11 +166,14 @@ def _described(name: str) -> Any:
         ) from error
 
 
-def _input_size(name: str, img_size: int | Sequence[int], patches: Any) -> dict[str, tuple[int, int]]:
+def _input_size(name: str, img_size: int | Sequence[int], model: Any) -> dict[str, Any]:
     """Arguments that give a timm model an input size; none if it is its own, which some models do not take."""
     size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
     if len(size) != 2:
         raise BackboneError(f"Input size {size} must be one number, or height and width.")
+    patches = getattr(model, "patch_embed", None)
+    if getattr(patches, "img_size", None) is None:  # a convolutional network, which takes any size
+        return {"pretrained_cfg_overlay": {"input_size": (3, *size)}}
     for pixels, patch in zip(size, patches.patch_size, strict=True):
         if pixels < patch or pixels % patch:
             raise BackboneError(
@@ -192,9 +194,9 @@ def _glyphs(img_size: int | Sequence[int] | None) -> Any:
     state = load_state_dict(str(GLYPHS), device="cpu")
     classes = len(state["head.bias"])
     model: Any = glyphs_architecture(classes)
-    if img_size is not None and (changed := _input_size("glyphs", img_size, model.patch_embed)):
+    if img_size is not None and (changed := _input_size("glyphs", img_size, model)):
         model = glyphs_architecture(classes, **changed)
-        state = FAMILIES[VisionTransformer].convert(state, model)
+        state = convert(state, model)
     channels = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
     model.pretrained_cfg = {"input_size": (3, 32, 32), "crop_pct": 1.0, "interpolation": "bicubic", **channels}
     model.load_state_dict(state)
@@ -216,4 +218,4 @@ def _from_hub(name: str, img_size: int | Sequence[int] | None) -> Any:
 def _from_file(name: str, path: Path, img_size: int | Sequence[int] | None) -> tuple[Any, str]:
     file = weights_file(path)
     model = _supported_model(name, img_size, num_classes=0)
-    return model, load_weights(model, FAMILIES[type(model)], name, file, resample=img_size is not None)
+    return model, load_weights(model, name, file, resample=img_size is not None)

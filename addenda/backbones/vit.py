@@ -32,9 +32,7 @@ class VisionTransformerFamily(Family):
 
     @staticmethod
     def obstacle(model: Any) -> str | None:
-        """Rejects pooling with prefix tokens, and blocks other than timm's standard ones."""
-        if model.pool_include_prefix:
-            return "its pooling includes the prefix tokens"
+        """Rejects blocks other than timm's standard ones."""
         for block in model.blocks:
             if type(block) is not Block:
                 return f"its blocks are {type(block).__name__}, not timm's standard Block"

@@ -22,8 +22,8 @@ from addenda.backbones.checkpoint import (
     under,
     without_chunks,
 )
-from addenda.backbones.family import Family
 from addenda.backbones.nearest import nearest
+from addenda.backbones.scope import convert
 from addenda.backbones.transformers_names import check_config, names_of, renamed
 from addenda.exceptions import BackboneError
 
@@ -45,12 +45,11 @@ class _Network(NamedTuple):
     converter_prefix: str = ""  # under which timm's converter expects them
 
 
-def load_weights(model: Any, family: type[Family], name: str, path: Path, resample: bool) -> str:
+def load_weights(model: Any, name: str, path: Path, resample: bool) -> str:
     """Loads a weights file into a model, and gives the model a classifier if the file has a fitting one.
 
     Args:
         model: a timm model without a classifier.
-        family: the model's family.
         name: the timm name that was asked for.
         path: the weights file.
         resample: whether position embeddings for another input size are resampled, as timm does, or refused.
@@ -70,7 +69,7 @@ def load_weights(model: Any, family: type[Family], name: str, path: Path, resamp
         resampled = _check_sizes(found.tensors, model, resample)
         with redirect_stdout(io.StringIO()):  # timm prints what its DINOv3 models lack
             prefixed = {found.converter_prefix + key: value for key, value in found.tensors.items()}
-            state = family.convert(prefixed, model)
+            state = convert(prefixed, model)
         unread = _fitting(state, model)
         model.load_state_dict(state)
     except (RuntimeError, KeyError, AttributeError, IndexError, TypeError, ValueError) as error:

@@ -63,6 +63,7 @@ def run_cost(
     described: dict[str, Any] = {}
     for name in backbones:
         backbone = untrained_backbone(name, precision, device, img_size)
+        backbone.check_tokens("`bench cost`")
         described = numerics_settings(backbone)
         rows[backbone.name] = _measure_backbone(backbone, counts, dense, batch, rounds)
         console.print(f"{name}: {described['device']}, {described['threads']} threads, {described['precision']}")

@@ -259,6 +259,8 @@ def _check_fits(task: Task, backbone: FrozenBackbone) -> None:
             f"Task {task.ref!r} does not fit backbone {backbone.name!r}: it reads {task.num_layer_features} layer "
             f"features, not {backbone.num_layer_features}. {RELEARN}"
         )
+    if task.class_token is not None:
+        backbone.check_tokens(f"Task {task.ref!r}")
     for parent in task.parents:
         if parent.class_token is None:
             raise RegistryError(

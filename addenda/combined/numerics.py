@@ -116,7 +116,8 @@ def numerics(backbone: FrozenBackbone) -> dict[str, Any]:
     """The versions, device and settings that can change bits, and the digest of a fixed computation.
 
     Versions and settings alone have missed changes of bits. So the frozen stream, task streams (without adapters, and
-    with them if the backbone can carry them) and heads are also run on the probe images, and cached in the backbone.
+    with them if the backbone can carry them) and heads are also run on the probe images, and cached in the backbone. A
+    backbone without task tokens runs its pooled and layer features.
     """
     settings = numerics_settings(backbone)
     key = ("probe", canonical_json(settings), operations_sample())
@@ -129,6 +130,10 @@ def _probe_digest(backbone: FrozenBackbone) -> str:
     backbone.check_as_loaded()
     images = probe_images(backbone)
     images = images[torch.arange(micro_batch(backbone.device), dtype=torch.int64, device="cpu") % len(images)]
+    if backbone.token_obstacle() is not None:
+        features = forward_pass(backbone, images, pooled=True, layers=True).features
+        assert features is not None
+        return tensor_digest(features)
     shapes = {} if backbone.adapter_obstacle() else backbone.adapter_shapes()
     # Gated MLPs could carry no adapters at first; a probe with adapters would change the numerics of their registries.
     ranks = (0, 8) if shapes and shapes["fc1"][1] == shapes["fc2"][0] else (0,)

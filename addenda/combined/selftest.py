@@ -79,9 +79,8 @@ class SelfTest:
         }
         reference, rolled = self._streams[self._micro_batch]
         if not self._same(rolled, reference):
-            raise self._refusal(
-                f"an image's frozen keys and values depend on its position in a batch of {self._micro_batch}"
-            )
+            what = "keys and values" if backbone.blocks else "features"
+            raise self._refusal(f"an image's frozen {what} depend on its position in a batch of {self._micro_batch}")
         can_detect_order = backbone.precision.itemsize >= torch.float32.itemsize
         self._tile_sizes = TILE_SIZES if can_detect_order else (TILE,)
         for size in BATCH_SIZES if can_detect_order else ():

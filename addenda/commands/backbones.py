@@ -23,24 +23,34 @@ def backbones_list(
     registry: options.Registry = options.DEFAULT_REGISTRY,
     as_json: options.Json = False,
 ) -> None:
-    """Lists backbones: those in the registry, the bundled one, and the timm models that match a pattern."""
+    """Lists backbones: those in the registry, the bundled one, and the timm models that match a pattern.
+
+    Every backbone carries layer heads; those of plain attention also carry class tokens, memory tokens and adapters.
+    """
     from addenda.backbones import catalogue
 
-    rows: list[tuple[str, str, str]] = []
+    rows: list[tuple[str, str, str, str]] = []
     with (
         suppress(RegistryError),
         options.open_registry(registry) as opened,
     ):  # without a registry, only the others are listed
         for b in opened.backbones():
-            rows.append((b["name"], "in this registry", f"{b['fingerprint'][:12]}… from {b['source']}"))
-    rows.append(("glyphs", "works", "bundled; for the demo and tests"))
-    models = catalogue(pattern)
+            where = f"in this registry: {b['fingerprint'][:12]}… from {b['source']}"
+            rows.append((b["name"], "yes", _yes(b["depth"] > 0), where))
+    rows.append(("glyphs", "yes", "yes", "bundled; for the demo and tests"))
+    models = list(catalogue(pattern))
     if not models:
         typer.echo(f"No timm model matches {pattern!r}; '*' matches any characters.", err=True)
-    rows += [(name, "works" if reason is None else "refused", reason or "") for name, reason in models]
-    columns = ("name", "status", "detail")
+    for model in models:
+        reason = model.layer_heads or model.tokens or ""
+        rows.append((model.name, _yes(model.layer_heads is None), _yes(model.tokens is None), reason))
+    columns = ("name", "layer heads", "tokens", "detail")
     title = f"Backbones in the registry, and timm models that match {pattern!r}"
     print_result(as_json, [dict(zip(columns, row, strict=True)) for row in rows], table(title, columns, rows))
+
+
+def _yes(carries: bool) -> str:
+    return "yes" if carries else "no"
 
 
 @app.command("show")
@@ -58,16 +68,22 @@ def backbones_show(
     from addenda.combined import task_cost
 
     loaded = options.load_backbone(name, weights, mean, std, img_size, None, "cpu")
+    obstacle = loaded.token_obstacle()
+    if obstacle is not None and adapter_rank:
+        loaded.check_tokens("--adapter-rank")
     record, cost = loaded.record(), task_cost(loaded, memory, adapter_rank)
     adapted = f" and adapters of rank {adapter_rank}" if adapter_rank else ""
     rows = [(key, str(value)) for key, value in record.items()]
-    rows += [
+    of_tokens = [
         (f"one task with {memory} memory tokens{adapted}", f"{size(cost.token_bytes)}, without its head"),
         ("its arithmetic", f"{100 * cost.relative_operations:.2f} % of the backbone's forward pass"),
+    ]
+    rows += of_tokens if obstacle is None else [("task tokens", f"none: {obstacle}")]
+    rows += [
         (
             "a layer head, per class",
             f"{cost.num_layer_features:,} layer features, {size(4 * cost.num_layer_features)}; "
             f"{100 * cost.num_layer_features / cost.backbone_operations:.4f} % of the forward pass",
-        ),
+        )
     ]
     print_result(as_json, record | {"task_cost": vars(cost)}, table(name, ("", "value"), rows))

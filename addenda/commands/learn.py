@@ -157,6 +157,8 @@ def learn(
     with options.open_registry(registry, create=True) as opened:
         before = opened.generation
         loaded = options.backbone_to_learn_on(opened, backbone, weights, mean, std, img_size, precision, device)
+        if memory is not None and not settings.head_only:
+            loaded.check_tokens("--memory")
         _print_cost(loaded, [settings], quiet=as_json)
         learner = addenda.Learner(loaded, opened, ActivationCache(budget_gb=cache_gb))
         with show_log(quiet=as_json), progress(quiet=as_json) as report:
@@ -301,7 +303,7 @@ def _print_cost(backbone: addenda.FrozenBackbone, configs: Sequence[addenda.Lear
 
     sweep = [candidate for config in configs if not config.head_only for candidate in config.candidates]
     rank, memory = max(((settings.adapter_rank, settings.num_memory_tokens) for settings in sweep), default=(0, 0))
-    if quiet or not rank:
+    if quiet or not rank or backbone.token_obstacle() is not None:
         return
     plain, adapted = task_cost(backbone, memory), task_cost(backbone, memory, rank)
     typer.echo(

@@ -141,7 +141,6 @@ class ActivationCache:
         Raises:
             TrainingError: the disk is full, or the folder does not belong to the user.
         """
-        head_dim = backbone.embed_dim // backbone.num_heads
         meta: dict[str, Any] = {
             "format": FORMAT,
             "preparation": PREPARATION,
@@ -149,7 +148,7 @@ class ActivationCache:
             "backbone": backbone.fingerprint,
             "numerics": numerics_fingerprint(numerics(backbone)),
             "num_rows": len(keys),
-            "shape": [backbone.depth, 2, backbone.num_heads, backbone.num_tokens, head_dim] if tokens else [],
+            "shape": list(backbone.key_value_shape) if tokens else [],
             "width": backbone.embed_dim + backbone.num_layer_features,
         }
         self.claim()

@@ -61,8 +61,7 @@ class Activations:
         self._images, self._num_images = replace(images, digests=digests), len(digests)
         self._augmentation = augmentation
         self._micro_batch, self._tokens = micro_batch(backbone.device), tokens
-        num_heads, head_dim = backbone.num_heads, backbone.embed_dim // backbone.num_heads
-        self._shape = backbone.depth, 2, num_heads, backbone.num_tokens, head_dim  # of one view's keys and values
+        self._shape = backbone.key_value_shape
         keys = self._keys(digests)
         self._store = self._open(cache, list(dict.fromkeys(keys)))
         row_of = {} if self._store is None else self._store.row_of

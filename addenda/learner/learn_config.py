@@ -154,6 +154,13 @@ class LearnConfig:
         return not self.fall_back or self.extends not in ((), "auto")
 
     @property
+    def settings_of_tokens(self) -> list[str]:
+        """The settings whose values ask for task tokens, unlike the defaults, which only allow them."""
+        default = LearnConfig()
+        names = ("num_memory_tokens", "adapter_rank", "extends", "fall_back")
+        return [name for name in names if getattr(self, name) != getattr(default, name)]
+
+    @property
     def first_seed(self) -> int:
         """Seed of the split and of the order of images."""
         return _several(self.seed)[0]

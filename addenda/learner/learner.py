@@ -103,6 +103,7 @@ class Learner:
             that split.
 
         Raises:
+            BackboneError: a setting asks for tokens that the backbone cannot carry.
             DataError: the images cannot be used for training.
             NameTakenError: the name is registered with other content.
             RetiredError: the same task was learned before and retired; pass `new_version` to register it again.
@@ -116,6 +117,10 @@ class Learner:
         self, name: str, train: Data, test: Data | None, config: LearnConfig, new_version: bool, context: RunContext
     ) -> Task:
         check_new_name(name)
+        if self.backbone.token_obstacle() is not None:
+            for setting in config.settings_of_tokens:
+                self.backbone.check_tokens(f"The setting {setting}")
+            config = replace(config, head_only=True)
         auto = config.extends == "auto"
         parents = () if auto else tuple(self.registry.get(ref) for ref in config.extends)
         for parent in parents:

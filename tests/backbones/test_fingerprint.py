@@ -89,3 +89,29 @@ def test_a_fingerprint_does_not_depend_on_the_memory_layout(tiny):
         model.head.weight.data = model.head.weight.data.T.contiguous().T
     assert not model.head.weight.is_contiguous()
     assert fingerprint(model) == tiny.fingerprint
+
+
+RECORDED = {  # by version 0.2 before backbones without tokens
+    "vit": "f6583cadbe171d17", "dinov2": "c7a66bd13c2eb42b", "average": "ed77bf4ae73c2f54", "clip": "68fd4a18eb14f3ec",
+    "dinov3": "406654cbc715cd59", "eva02": "1f5eaa63a4070ba2", "eva02-small": "06f1a1183fd76e51",
+    "rope-mixed": "d2710d1fe79951d0", "eva": "f004ee219cacd6b3",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", RECORDED)
+def test_fingerprints_that_registries_hold_never_change(kind):
+    options = {
+        "vit": {}, "average": {"global_pool": "avg"}, "clip": {"pre_norm": True},
+        "dinov2": {"reg_tokens": 4, "no_embed_class": True, "init_values": 0.3},
+    }  # fmt: skip
+    model = tiny_vit(**options[kind]) if kind in options else tiny_eva(kind)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.arange(parameter.numel()).reshape(parameter.shape) % 7 / 64)
+    assert fingerprint(model).startswith(RECORDED[kind])
+
+
+def test_pooling_by_attention_and_with_registers_is_part_of_the_fingerprint():
+    heads = {fingerprint(tiny_eva("pe-core", attn_pool_num_heads=count)) for count in (3, 4)}
+    included = {fingerprint(tiny_vit(global_pool="avg", pool_include_prefix=flag)) for flag in (False, True)}
+    assert len(heads) == len(included) == 2

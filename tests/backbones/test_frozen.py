@@ -63,6 +63,35 @@ STOCK = [
     ("vit_pe_spatial_base_patch16_512", {**SMALL, **NARROW}, lambda m: isinstance(m.norm_pre, LayerNorm)),
     ("vit_small_patch16_rope_224", {**SMALL, **NARROW}, lambda m: m.pos_embed is None),
     ("vit_small_patch16_rope_mixed_ape_224", {**SMALL, **NARROW}, lambda m: m.rope_mixed and m.pos_embed is not None),
+    ("vit_base_patch16_siglip_224", {**SMALL, **NARROW}, lambda m: m.cls_token is None and m.global_pool == "map"),
+    (
+        "vit_base_patch16_siglip_gap_224",
+        {**SMALL, **NARROW},
+        lambda m: m.attn_pool is None and m.num_prefix_tokens == 0,
+    ),
+    (
+        "vit_medium_patch16_gap_240",
+        {"img_size": 80, **NARROW},
+        lambda m: m.cls_token is None and m.global_pool == "avg",
+    ),
+    ("vit_betwixt_patch16_reg4_gap_256", {**SMALL, **NARROW}, lambda m: m.cls_token is None and m.num_reg_tokens == 4),
+    (
+        "vit_so150m_patch16_reg4_map_256",
+        {**SMALL, **NARROW},
+        lambda m: m.num_prefix_tokens == 4 and m.attn_pool.latent_len,
+    ),
+    ("test_vit3", {"depth": 3}, lambda m: m.pool_include_prefix and m.attn_pool is not None),
+    ("vit_medium_patch16_rope_reg1_gap_256", {**SMALL, **NARROW}, lambda m: type(m) is Eva and m.cls_token is None),
+    (
+        "vit_pe_core_base_patch16_224",
+        {**SMALL, **NARROW, "attn_pool_num_heads": 4},
+        lambda m: m.attn_pool.num_heads == 4,
+    ),
+    ("vit_pe_core_gigantic_patch14_448", {**NARROW, "img_size": 56}, lambda m: m.cls_token is None),
+    ("vit_tiny_r_s16_p8_224", {**NARROW, "img_size": 128}, lambda m: m.patch_embed.proj.kernel_size == (8, 8)),
+    ("vit_base_mci_224", {**SMALL, **NARROW, "embed_dim": 768}, lambda m: isinstance(m.patch_embed.proj, nn.Identity)),
+    ("vit_base_patch16_224", {**SMALL, **NARROW, "global_pool": "avgmax"}, lambda m: m.global_pool == "avgmax"),
+    ("vit_base_patch16_224", {**SMALL, **NARROW, "global_pool": "prr"}, lambda m: m.attn_pool.pool == "token"),
 ]
 
 
@@ -84,8 +113,8 @@ def stock_keys_and_values(model: nn.Module, images: Tensor) -> list[tuple[Tensor
     """Each layer's keys and values in timm's own forward pass."""
     with Spy() as spy:
         model(images)
-    assert len(spy.seen) == len(model.blocks)
-    return spy.seen
+    assert len(spy.seen) == len(model.blocks) + (model.attn_pool is not None)
+    return spy.seen[: len(model.blocks)]
 
 
 def same(ours: list[tuple[Tensor, Tensor]], stock: list[tuple[Tensor, Tensor]]) -> bool:
@@ -257,7 +286,7 @@ def test_a_frozen_backbone_has_no_gradients_and_no_dropout():
     "made",
     [
         *(partial(tiny_vit, **o) for o in ({}, {"no_embed_class": True}, {"pre_norm": True}, {"pos_embed": "none"})),
-        *(partial(tiny_eva, kind) for kind in EVA),
+        *(partial(tiny_eva, kind) for kind in EVA if kind != "rope-gap"),
     ],
 )
 def test_a_first_token_has_the_class_tokens_position(made):
@@ -266,6 +295,25 @@ def test_a_first_token_has_the_class_tokens_position(made):
     backbone.model.blocks[0].register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0]))
     backbone.backbone_logits(some_images(backbone.model))
     assert torch.equal(backbone.first_tokens(backbone.class_token[None])[0], inputs[0][0, 0])
+
+
+@pytest.mark.parametrize("kind", ["gap", "registers", "siglip", "rope-gap"])
+def test_without_a_class_token_tasks_start_as_latent_query_or_mean_patch_and_have_no_position(kind):
+    options = {"class_token": False, "global_pool": "map" if kind == "siglip" else "avg"}
+    registers = {"reg_tokens": 2} if kind == "registers" else {}
+    model = shaken(tiny_eva(kind) if kind == "rope-gap" else tiny_vit(**options, **registers))
+    stock, backbone, inputs = copy.deepcopy(model), FrozenBackbone(model, kind, "hub"), []
+    assert backbone.num_tokens == 16 + {"registers": 2, "rope-gap": 1}.get(kind, 0)
+    if kind == "siglip":
+        expected = stock.attn_pool.latent[0, 0]
+    else:
+        stock.blocks[0].register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0]))
+        stock.forward_features(torch.zeros(1, 3, 32, 32))
+        expected = inputs[0][0, stock.num_prefix_tokens :].mean(0)
+    torch.testing.assert_close(backbone.class_token, expected)
+    assert backbone.class_token.std() > 0
+    token = torch.arange(48.0)[None]
+    assert torch.equal(backbone.first_tokens(token), token)
 
 
 def test_the_final_norm_is_the_one_before_the_head():

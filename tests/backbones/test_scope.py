@@ -1,4 +1,4 @@
-"""Which models are supported as backbones; others are refused with a reason and two supported examples."""
+"""Which models carry tokens, which only layer heads, and which are no backbones; each with a reason."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from timm.models.eva import EvaAttention
 from timm.models.vision_transformer import ParallelScalingBlock
 
 from addenda.backbones import FrozenBackbone, catalogue, load_backbone
-from addenda.backbones.scope import SUPPORTED_EXAMPLES, obstacle
+from addenda.backbones.scope import SUPPORTED_EXAMPLES, obstacle, token_obstacle
 from addenda.exceptions import BackboneError
 from tests.support.tiny import tiny_eva, tiny_vit
 
@@ -20,47 +20,45 @@ REFUSED = [
     ("beit_base_patch16_224", "it is a Beit"),
     ("eva02_enormous_patch14_clip_224", "its blocks are EvaBlockPostNorm, not timm's pre-norm EvaBlock"),
     ("vit_large_patch16_sapiens2", "its attention is grouped: 2 query heads share each key head"),
-    ("vit_pe_core_base_patch16_224", "it pools by 'map'"),
-    ("vit_medium_patch16_rope_reg1_gap_256", "it has no class token"),
     ("resnet50", "it is a ResNet"),
     ("deit_tiny_distilled_patch16_224", "it is a VisionTransformerDistilled"),
     ("vit_relpos_small_patch16_224", "it is a VisionTransformerRelPos"),
-    ("vit_base_patch16_siglip_224", "it has no class token"),
-    ("vit_medium_patch16_gap_240", "it has no class token"),
-    ("vit_so150m_patch16_reg4_map_256", "it has no class token"),
-    ("vit_base_patch16_rpn_224", "it has no class token"),
+    ("vit_base_patch16_rpn_224", "its blocks are ResPostBlock, not timm's standard Block"),
     ("vit_small_patch16_18x2_224", "its blocks are ParallelThingsBlock"),
     ("vit_base_patch16_xp_224", "its blocks are ParallelScalingBlock"),
 ]
 
 
 @pytest.mark.parametrize(("name", "reason"), REFUSED, ids=[name for name, _ in REFUSED])
-def test_an_unsupported_model_is_refused_with_a_reason_and_two_supported_examples(name, reason):
-    with pytest.raises(BackboneError) as refusal:
-        load_backbone(name, device="cpu")
-    message = str(refusal.value)
-    assert message.startswith(f"Backbone {name!r} cannot carry task tokens: {reason}")
-    assert message.endswith(f"Supported, for example: {SUPPORTED_EXAMPLES[0]}, {SUPPORTED_EXAMPLES[1]}.")
+def test_a_model_that_cannot_carry_tokens_is_listed_with_the_reason_and_carries_layer_heads(name, reason):
+    [listed] = catalogue(name)
+    assert listed.layer_heads is None
+    assert listed.tokens.startswith(reason)
 
 
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"global_pool": "avgmax"}, "it pools by 'avgmax'"),
-        ({"global_pool": ""}, "it pools by ''"),
-        ({"global_pool": "map"}, "it pools by 'map'"),
-        ({"global_pool": "prr"}, "it pools by 'prr'"),
-        ({"global_pool": "avg", "pool_include_prefix": True}, "its pooling includes the prefix tokens"),
-        ({"global_pool": "avg", "class_token": False}, "it has no class token"),
+        ({"global_pool": ""}, "it does not pool an image into one feature"),
         ({"in_chans": 1}, "it takes 1 input channels, not 3"),
-        ({"block_fn": ParallelScalingBlock}, "its blocks are ParallelScalingBlock"),
-        ({"attn_layer": "diff", "embed_dim": 96}, "its attention is DiffAttention"),
     ],
 )
 def test_an_unsupported_property_is_named(options, reason):
-    with pytest.raises(BackboneError, match=r"^Backbone 'odd' cannot carry task tokens: ") as refusal:
+    with pytest.raises(BackboneError, match=rf"^Backbone 'odd' cannot be used: {reason}\. See: addenda backbones list"):
         FrozenBackbone(tiny_vit(**options), "odd", "hub")
-    assert reason in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"block_fn": ParallelScalingBlock}, "its blocks are ParallelScalingBlock, not timm's standard Block"),
+        ({"attn_layer": "diff", "embed_dim": 96}, "its attention is DiffAttention, not timm's standard Attention"),
+    ],
+)
+def test_blocks_that_cannot_carry_tokens_are_named(options, reason):
+    backbone = FrozenBackbone(tiny_vit(**options), "odd", "hub")
+    assert backbone.token_obstacle() == reason
+    assert backbone.num_layer_features == 2 * 2 * backbone.embed_dim
 
 
 @pytest.mark.parametrize(
@@ -71,8 +69,7 @@ def test_an_unsupported_property_is_named(options, reason):
 def test_gated_attention_is_named_even_in_one_block(model, attention):
     model = model()
     model.blocks[2].attn = attention(48, num_heads=3, gated=True)
-    with pytest.raises(BackboneError, match="'odd' cannot carry task tokens: its attention is gated"):
-        FrozenBackbone(model, "odd", "hub")
+    assert token_obstacle(model) == "its attention is gated"
 
 
 def test_the_examples_in_errors_are_supported():
@@ -80,10 +77,12 @@ def test_the_examples_in_errors_are_supported():
     assert [obstacle(timm.create_model(name, device="meta")) for name in SUPPORTED_EXAMPLES] == [None, None]
 
 
-@pytest.mark.parametrize("name", ["vit_base_mci_224", "vit_tiny_r_s16_p8_224"])
-def test_a_convolutional_stem_is_refused_by_name(name):
-    with pytest.raises(BackboneError, match=r"cannot carry task tokens: .*HybridEmbed"):
-        load_backbone(name, device="cpu")
+def test_a_model_that_is_no_classifier_is_refused_by_name():
+    with pytest.raises(
+        BackboneError, match=r"^Backbone 'deepseek_vit_412m_enc' cannot be used: its features"
+    ) as refusal:
+        load_backbone("deepseek_vit_412m_enc", device="cpu")
+    assert str(refusal.value).endswith(f"Supported, for example: {SUPPORTED_EXAMPLES[0]}, {SUPPORTED_EXAMPLES[1]}.")
 
 
 def test_an_unknown_name_is_refused_with_similar_names():
@@ -102,7 +101,9 @@ def test_a_name_similar_to_none_is_refused_with_two_supported_examples():
 
 def test_the_catalogue_lists_supported_models_and_reasons():
     supported = ["vit_tiny_patch16_224", "vit_tiny_patch16_384", "vit_tiny_patch16_dinov3_qkvb"]
-    assert catalogue("vit_tiny_patch16_*") == [(name, None) for name in supported]
-    [(name, reason)] = catalogue("vit_base_patch16_xp_224")
-    assert name == "vit_base_patch16_xp_224"
-    assert "ParallelScalingBlock" in reason
+    assert [(row.name, row.layer_heads, row.tokens) for row in catalogue("vit_tiny_patch16_*")] == [
+        (name, None, None) for name in supported
+    ]
+    [row] = catalogue("vit_base_patch16_xp_224")
+    assert (row.name, row.timm_class, row.layer_heads) == ("vit_base_patch16_xp_224", "VisionTransformer", None)
+    assert "ParallelScalingBlock" in row.tokens

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from addenda.backbones import MIN_ROWS
 from addenda.benchmarks.baselines.dense_mask import DenseMask
 from addenda.benchmarks.cost import DENSE, DENSE_PRECOMPUTED, LAYER_HEADS, STOCK, run_cost
 from addenda.combined import CombinedModel, loaded_bytes, pass_operations, task_cost
@@ -32,7 +33,7 @@ def test_the_baseline_is_the_papers_dense_mask(variant: str, precomputed: bool) 
         assert (logits - expected[name]).abs().max() <= 1e-6 * expected[name].abs().max()  # its heads are in float32
 
 
-@pytest.mark.parametrize("variant", ["plain", "average", *EVA])
+@pytest.mark.parametrize("variant", ["plain", "average", "siglip", "gap-registers", *EVA])
 def test_operations_are_those_that_torch_counts(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "addenda.combined.model.operations_sample", bytes
@@ -50,7 +51,8 @@ def test_operations_are_those_that_torch_counts(variant: str, monkeypatch: pytes
     # torch does not count elementwise products (a query with its own token) nor, in older versions, the CPU's fused
     # attention. If the class token is pooled, the last block has MIN_ROWS queries.
     own = sum(2 * on.depth * on.embed_dim * len(tile.class_tokens) for tile in model.layout.tiles)
-    queries = on.num_tokens * on.depth if on.model.global_pool == "avg" else on.num_tokens * (on.depth - 1) + 4
+    queries = on.num_tokens * (on.depth - 1) + 4 if on.pools_class_token else on.num_tokens * on.depth
+    queries += MIN_ROWS * (on.model.global_pool == "map")  # the attention pool's
     fused = 2 * on.embed_dim * on.num_tokens * queries
     assert pass_operations(model) == counted + own + fused
     assert pass_operations(model, filled=False) < pass_operations(model)
@@ -65,6 +67,14 @@ def test_a_tasks_cost_is_what_it_adds_to_the_forward_pass() -> None:
         head = 2 * 3 * on.embed_dim  # 3 classes, two features
         assert operations[1] - operations[0] == cost.operations + head
         assert cost.token_bytes == 4 * (task.num_parameters - 3 * (2 * on.embed_dim + 1))
+
+
+def test_operations_of_a_model_without_blocks_are_its_own_and_its_heads() -> None:
+    on = backbone("resnet")
+    task = random_task(on, "task", classes=3, layers=0)
+    assert task_cost(on, 0).backbone_operations == on.patch_operations() > 0
+    head = 3 * (on.embed_dim + on.num_layer_features)
+    assert pass_operations(CombinedModel(on, [task]), filled=False) == on.patch_operations() + head
 
 
 def test_loaded_bytes_grow_by_the_bytes_of_a_task() -> None:

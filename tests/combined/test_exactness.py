@@ -40,6 +40,7 @@ from tests.support.models import (
 )
 from tests.support.places import ROOT, SHARED
 from tests.support.tasks import random_task
+from tests.support.tiny import STAGED
 
 # --- random registries ------------------------------------------------------------------------------------------------
 
@@ -77,7 +78,9 @@ REGISTRY = {"seed": st.integers(0, 2**20), "num_images": st.integers(1, 33), "da
 
 
 @PRECISIONS
-@pytest.mark.parametrize("variant", ["plain", "dinov2", "average", "wide", "dinov3", "eva02"])
+@pytest.mark.parametrize(
+    "variant", ["plain", "dinov2", "average", "wide", "dinov3", "eva02", "siglip", "gap-registers", "pe-core", *STAGED]
+)
 @settings(deadline=None, max_examples=2)
 @given(num_tasks=st.integers(1, 24), **REGISTRY)
 def test_a_task_keeps_its_bits_in_any_registry(
@@ -87,10 +90,30 @@ def test_a_task_keeps_its_bits_in_any_registry(
     check_a_random_registry(on, seed, num_tasks, num_images, 3, data)
 
 
+@PRECISIONS
+@pytest.mark.parametrize("kind", ["siglip", *STAGED])
+def test_a_head_on_layer_features_keeps_its_bits_in_any_batch_on_one_and_two_threads(
+    kind: str, precision: torch.dtype
+) -> None:
+    on, pictures = backbone(kind, precision), images(9)
+    tasks = [head_only(random_task(on, f"task-{i}", classes=2 + i, seed=i, layers=(0, 3)[i])) for i in range(2)]
+    compared = 0
+    for num_threads in (1, 2):
+        with threads(num_threads):
+            model = CombinedModel(on, tasks)
+            expected = {name: bits(logits) for name, logits in model(pictures).items()}
+            for task in tasks:
+                assert alone(on, task, pictures) == expected[task.name]
+                for order in (torch.arange(9).roll(4), torch.arange(8), torch.arange(5).flip(0)):
+                    assert bits(model(pictures[order])[task.name]) == [expected[task.name][i] for i in order]
+                    compared += 1
+    assert compared == 12
+
+
 @pytest.mark.slow
 @PRECISIONS
 @pytest.mark.parametrize("num_threads", [1, 2])
-@pytest.mark.parametrize("variant", ["plain", "clip", "wide", "dinov3", "eva02-small"])
+@pytest.mark.parametrize("variant", ["plain", "clip", "wide", "dinov3", "eva02-small", "siglip", "resnet", "maxvit"])
 @settings(deadline=None, max_examples=6)
 @given(num_tasks=st.integers(1, 70), **REGISTRY)
 def test_a_task_keeps_its_bits_in_any_large_registry(

@@ -191,8 +191,9 @@ def test_backbones_are_listed_and_shown_with_the_cost_of_a_task(run: Run, learne
     listed = run("backbones", "list", "vit_tiny*")
     assert "in this registry" in listed.out
     assert "vit_tiny_patch16_224" in listed.out
-    refused = json.loads(run("backbones", "list", "vit_base_patch16_gap*", "--json").out)
-    assert any(row["status"] == "refused" and "class token" in row["detail"] for row in refused)
+    *_, swin = json.loads(run("backbones", "list", "swin_tiny*", "--json").out)
+    assert (swin["layer heads"], swin["tokens"]) == ("yes", "no")
+    assert swin["detail"] == "it is a SwinTransformer, not timm's VisionTransformer or Eva"
     assert "No timm model matches 'vit_huuge*'" in run("backbones", "list", "vit_huuge*").err
     plain = json.loads(run("backbones", "show", "glyphs", "--json").out)["task_cost"]
     assert plain["token_bytes"] == 4 * 128 * (1 + 5 * 5)

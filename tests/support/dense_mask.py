@@ -61,8 +61,9 @@ class DenseMask:
             frozen, self.rotation = frozen
         frozen = model.norm_pre(frozen)
         queries = frozen.new_zeros(len(images), len(tasks), model.embed_dim)
+        has_position = model.pos_embed is not None and model.cls_token is not None and not model.no_embed_class
         for index, task in enumerate(tasks):
-            position = 0 if model.no_embed_class or model.pos_embed is None else model.pos_embed[0, 0]
+            position = model.pos_embed[0, 0] if has_position else 0
             queries[:, index] = model.norm_pre(task.class_token.double() + position)
         return frozen, queries
 

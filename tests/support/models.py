@@ -17,7 +17,7 @@ from addenda.backbones import FrozenBackbone
 from addenda.combined import CombinedModel
 from addenda.registry import Task
 from tests.support.tasks import random_task
-from tests.support.tiny import EVA, tiny_eva, tiny_vit
+from tests.support.tiny import EVA, STAGED, tiny_eva, tiny_staged, tiny_vit
 
 PRECISIONS = pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 
@@ -33,13 +33,19 @@ VARIANTS: dict[str, dict[str, object]] = {
     "gate-last": {"mlp_layer": GluMlp},
     "average": {"global_pool": "avg"},
     "average-after-norm": {"global_pool": "avg", "fc_norm": False, "reg_tokens": 2},
+    "gap": {"class_token": False, "global_pool": "avg", "fc_norm": False},
+    "gap-registers": {"class_token": False, "global_pool": "avg", "reg_tokens": 1, "init_values": 0.3},
+    "siglip": {"class_token": False, "global_pool": "map"},
     **{kind: {} for kind in EVA if kind != "eva"},
 }
 
 
 def lively_vit(variant: str = "plain") -> torch.nn.Module:
     """A tiny backbone in which every parameter matters; at initialisation, attention is nearly uniform."""
-    model = tiny_eva(variant, 1) if variant in EVA else tiny_vit(1, **VARIANTS[variant])
+    if variant in STAGED:
+        model = tiny_staged(variant, 1)
+    else:
+        model = tiny_eva(variant, 1) if variant in EVA else tiny_vit(1, **VARIANTS[variant])
     random = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -21,7 +21,8 @@ def random_task(
 ) -> Task:
     """A task with random tensors, at the scale of trained ones, and with adapters if `rank` is not 0.
 
-    It has no adapters if the backbone does not support them. `layers` adds a layer head, full (0) or of that rank.
+    It has no adapters if the backbone does not support them, and is head-only if it cannot carry tokens. `layers` adds
+    a layer head, full (0) or of that rank.
     """
     random = torch.Generator().manual_seed(seed)
     width = backbone.embed_dim
@@ -35,15 +36,20 @@ def random_task(
             return {"layer_weight": normal(classes, features) * features**-0.5}
         return {"layer_weight": normal(classes, layers), "layer_down": normal(layers, features) * features**-0.5}
 
+    def tokens() -> dict[str, torch.Tensor]:
+        return {
+            "class_token": backbone.class_token.float().cpu() + 0.1 * normal(width),
+            "memory": 0.5 * normal(backbone.depth, memory, width),
+        }
+
     return Task(
         name=name,
         backbone=backbone.fingerprint,
         labels=tuple(f"class {i}" for i in range(classes)),
-        class_token=backbone.class_token.float().cpu() + 0.1 * normal(width),
-        memory=0.5 * normal(backbone.depth, memory, width),
+        **(tokens() if backbone.blocks else {}),
         head_weight=normal(classes, width),
         head_bias=normal(classes),
-        pooled_weight=normal(classes, width) if pooled else None,
+        pooled_weight=normal(classes, width) if pooled and backbone.blocks else None,
         adapters=adapters(backbone, rank, seed) if rank and backbone.adapter_obstacle() is None else None,
         parents=parents,
         **({} if layers is None else layer_head()),

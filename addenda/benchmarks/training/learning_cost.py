@@ -281,7 +281,7 @@ def _dense_operations(backbone: FrozenBackbone) -> int:
     tokens = backbone.num_tokens + 1
     linear = cost.operations - 2 * backbone.depth * tokens * width
     attention = 2 * backbone.depth * width * tokens * (tokens + MEMORY)
-    return tokens * 2 * linear + 3 * attention + backbone.patch_operations
+    return tokens * 2 * linear + 3 * attention + backbone.patch_operations()
 
 
 def _memory(setting: Setting, sweep: LearnConfig, batch: Tensor, rows: Tensor) -> dict[str, int]:

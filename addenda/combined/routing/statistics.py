@@ -138,7 +138,11 @@ def expand(pooled: Float[Tensor, "N D"]) -> Float64[Tensor, "N F"]:
 
 
 def hash_layers(layers: Float[Tensor, "N n"], width: int) -> Float64[Tensor, "N H"]:
-    """Scales each vector of D = `width` layer features to length 1, and adds up random groups with random signs."""
+    """Scales each vector of D = `width` layer features to length 1, and adds up random groups with random signs.
+
+    If their number is no multiple of D (stages of several widths), all of them are scaled as one vector.
+    """
+    width = layers.shape[1] if layers.shape[1] % width else width
     order, signs = _hashing(layers.shape[1])
     size = min(HASHED, layers.shape[1])
     hashed = []
