@@ -5,7 +5,7 @@ from addenda.combined.golden import Verdict, golden, verdicts, verify
 from addenda.combined.model import CombinedModel, TaskLogits
 from addenda.combined.numerics import numerics, numerics_fingerprint, tensor_digest
 from addenda.combined.operations import TaskCost, loaded_bytes, pass_operations, task_cost
-from addenda.combined.predictions import not_finite, predictions, predictions_of
+from addenda.combined.predictions import not_finite, predictions, predictions_of, task_groups
 from addenda.combined.recorded import recorded_backbone
 from addenda.combined.routing import Choice, Router, can_be_routed, feature_statistics
 from addenda.combined.selftest import prove
@@ -38,6 +38,7 @@ __all__ = [
     "prove",
     "recorded_backbone",
     "task_cost",
+    "task_groups",
     "tensor_digest",
     "verdicts",
     "verify",

@@ -182,15 +182,20 @@ class CombinedModel:
         return backbone_logits(self.backbone, images)
 
     def predict(
-        self, paths: Sequence[str | Path], top: int | None = None, tasks: Sequence[str] | None = None
+        self,
+        paths: Sequence[str | Path],
+        top: int | None = None,
+        tasks: Sequence[str] | None = None,
+        min_probability: float | None = None,
     ) -> dict[str, list[Prediction]]:
         """Reads image files and predicts every task.
 
         Args:
             paths: image files.
-            top: maximum number of labels per image, best first. None gives 3 for a single-label task, and every label
-                with probability 0.5 or more for a multi-label task.
+            top: maximum number of labels per image, best first. None gives 3 for a single-label task if
+                `min_probability` is None, or else every label.
             tasks: names of the tasks to predict; None predicts all.
+            min_probability: minimum probability of a label. None gives 0.5 for a multi-label task, or else 0.
 
         Returns:
             For each task and path, (label, probability) pairs.
@@ -200,26 +205,31 @@ class CombinedModel:
         """
         results: dict[str, list[Prediction]] = {name: [] for name in self._select(tasks)}
         for files in read_files(self.backbone, paths, self.micro_batch):
-            for name, batch in self.predict_images(files.images, top, tasks).items():
+            for name, batch in self.predict_images(files.images, top, tasks, min_probability).items():
                 results[name] += batch
         return results
 
     def predict_images(
-        self, images: Float[Tensor, "B 3 H W"], top: int | None = None, tasks: Sequence[str] | None = None
+        self,
+        images: Float[Tensor, "B 3 H W"],
+        top: int | None = None,
+        tasks: Sequence[str] | None = None,
+        min_probability: float | None = None,
     ) -> dict[str, list[Prediction]]:
         """Like `predict`, for images from `backbone.transform`."""
         logits = self(images, tasks)
-        return predictions_of(map(self.tasks.__getitem__, logits), logits, top)
+        return predictions_of(map(self.tasks.__getitem__, logits), logits, top, min_probability)
 
     def route(
-        self, paths: Sequence[str | Path], router: Router, top: int | None = None
+        self, paths: Sequence[str | Path], router: Router, top: int | None = None, min_probability: float | None = None
     ) -> list[tuple[Choice, Prediction]]:
         """Reads image files, chooses a task for each with a router, and returns that task's prediction.
 
         Args:
             paths: image files.
             router: a router over tasks of this model.
-            top: maximum number of labels per image; None gives 3.
+            top: maximum number of labels per image; see `predict`.
+            min_probability: minimum probability of a label.
 
         Returns:
             For each path, the choice and (label, probability) pairs of the chosen task.
@@ -229,15 +239,19 @@ class CombinedModel:
             UnknownTaskError: the router has a task that is not in this model.
         """
         batches = read_files(self.backbone, paths, self.micro_batch)
-        return [routed for files in batches for routed in self.route_images(files.images, router, top)]
+        return [routed for files in batches for routed in self.route_images(files.images, router, top, min_probability)]
 
     def route_images(
-        self, images: Float[Tensor, "B 3 H W"], router: Router, top: int | None = None
+        self,
+        images: Float[Tensor, "B 3 H W"],
+        router: Router,
+        top: int | None = None,
+        min_probability: float | None = None,
     ) -> list[tuple[Choice, Prediction]]:
         """Like `route`, for images from `backbone.transform`."""
         logits = self(images, router.tasks, features=True)
         assert logits.features is not None
-        results = predictions_of(map(self.tasks.__getitem__, logits), logits, top)
+        results = predictions_of(map(self.tasks.__getitem__, logits), logits, top, min_probability)
         return [(choice, results[choice.task][i]) for i, choice in enumerate(router.choose(logits.features))]
 
 

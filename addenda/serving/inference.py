@@ -134,7 +134,8 @@ async def version_ready(request: Request, service: Served, model: str, version: 
 async def infer(request: Request, service: Served, model: str) -> Response:
     """Runs inference on encoded images (`image`) or preprocessed pixels (`pixel_values`).
 
-    `parameters.tasks` selects tasks of `combined` (comma-separated); `parameters.timeout` is in microseconds.
+    `parameters.tasks` (comma-separated names or patterns) and `parameters.tag` select tasks of `combined`;
+    `parameters.timeout` is in microseconds.
     """
     return await _predict(request, service, model)
 
@@ -184,17 +185,15 @@ class _Model(NamedTuple):
 
     def requested(self, snapshot: Snapshot, request: tensors.Request) -> list[_Output]:
         """The outputs that a request names, or else all outputs of its tasks."""
-        names, model = request.parameters.get("tasks"), self
-        if names is not None:
-            if self.name != COMBINED or not isinstance(names, str):
+        names, tag, model = request.parameters.get("tasks"), request.parameters.get("tag"), self
+        if names is not None or tag is not None:
+            if self.name != COMBINED or not all(isinstance(value, str | None) for value in (names, tag)):
                 raise DataError(
-                    f"The parameter 'tasks' is only for model {COMBINED!r}: a string of comma-separated task names."
+                    f"The parameters 'tasks' and 'tag' are only for model {COMBINED!r}: comma-separated names or "
+                    "patterns of tasks, and a tag, as strings."
                 )
-            selected = list(dict.fromkeys(name.strip() for name in names.split(",")))
-            for name in selected:
-                if name not in snapshot.model.tasks:
-                    raise ProblemError(404, f"Task {short(name)} {snapshot.absence(name, (COMBINED,))}")
-            model = self._replace(tasks=[snapshot.model.tasks[name] for name in selected])
+            selectors = None if names is None else [name.strip() for name in names.split(",")]
+            model = self._replace(tasks=[snapshot.model.tasks[name] for name in snapshot.select(selectors, tag)])
         available = model.outputs()
         for name in request.outputs:
             if name not in available:

@@ -18,9 +18,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from addenda.backbones import FrozenBackbone, read_image
-from addenda.combined import Choice, Router, TaskLogits, Verdict, attention_map, can_be_routed, not_finite, verdicts
-from addenda.exceptions import DataError, DeadlineError, OverloadedError, RegistryError, TooLargeError, UnknownTaskError
+from addenda.combined import Choice, Router, Verdict, attention_map, can_be_routed, not_finite, verdicts
+from addenda.exceptions import DataError, DeadlineError, OverloadedError, RegistryError, TooLargeError
 from addenda.registry import Registry, is_finite
+from addenda.serving.outputs import Outputs, joined
 from addenda.serving.snapshot import Follower, Snapshot
 
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -50,7 +51,7 @@ class ServedPrediction:
     """Predictions for a request's images from one snapshot, and the router's choice for each image if it was used."""
 
     snapshot: Snapshot
-    logits: TaskLogits
+    logits: Outputs
     choices: list[Choice] | None = None
 
 
@@ -86,13 +87,13 @@ class Service:
         tasks: Sequence[str] | None = None,
         timeout_s: float | None = None,
         snapshot: Snapshot | None = None,
+        tag: str | None = None,
     ) -> ServedPrediction:
-        """Predicts for images; `tasks` defaults to all."""
+        """Predicts for images with the tasks that `Snapshot.select` selects, by default all."""
         snapshot = snapshot or self.snapshot
-        names = self._check_served(snapshot, tasks)
+        names = snapshot.select(tasks, tag)
         logits = await self._predict(snapshot, images, names, timeout_s, features=False)
-        flat = [values.flatten() for values in logits.values()]
-        if flat and not (torch.cat(flat).abs() < SMALL).all():  # NaN fails this too; one check covers all tasks
+        if not (logits.matrix.abs() < SMALL).all():  # NaN fails this too; one check covers all tasks
             requested = [snapshot.model.tasks[name] for name in names]
             invalid = [task for task in requested if not is_finite(logits[task.name], task.objective, task.temperature)]
             if invalid and len(invalid) == len(names) and isinstance(images, Tensor):
@@ -115,7 +116,7 @@ class Service:
     ) -> tuple[Snapshot, Float[Tensor, "rows columns"], tuple[int, int]]:
         """The attention of a task's class token over an image's patches, and the image's size; runs one at a time."""
         snapshot, loop = self.snapshot, asyncio.get_running_loop()
-        self._check_served(snapshot, [task])
+        snapshot.select([task])
         async with self._reserve(1):
             pixels, size = await loop.run_in_executor(self._decoders, self._decode, 0, image)
             arguments = self.backbone, snapshot.model.tasks[task], pixels.unsqueeze(0)
@@ -129,16 +130,9 @@ class Service:
         self.backbone.check_unchanged()
         return snapshot, verdicts(snapshot.model, [(task, self.registry.goldens(task.ref)) for task in served])
 
-    def _check_served(self, snapshot: Snapshot, tasks: Sequence[str] | None) -> tuple[str, ...]:
-        """The requested tasks without duplicates (None: all); raises UnknownTaskError if one is not served."""
-        for name in tasks or ():
-            if name not in snapshot.model.tasks:
-                raise UnknownTaskError(f"Task {name!r} {snapshot.absence(name)}")
-        return tuple(snapshot.model.tasks if tasks is None else dict.fromkeys(tasks))
-
     async def _predict(
         self, snapshot: Snapshot, images: Images, names: tuple[str, ...], timeout_s: float | None, features: bool
-    ) -> TaskLogits:
+    ) -> Outputs:
         if not 0 < len(images) <= self.limits.images:
             raise DataError(
                 f"A request may have 1 to {self.limits.images} images; this one has {len(images)}. Divide it."
@@ -192,7 +186,7 @@ class _Chunk:
     images: Sequence[Tensor]
     tasks: tuple[str, ...]
     features: bool
-    result: asyncio.Future[TaskLogits] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    result: asyncio.Future[Outputs] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
 class Batcher:
@@ -238,7 +232,7 @@ class Batcher:
 
     async def predict(
         self, snapshot: Snapshot, images: Iterable[Float[Tensor, "3 H W"]], tasks: Sequence[str], features: bool = False
-    ) -> TaskLogits:
+    ) -> Outputs:
         """Computes the logits of tasks of one snapshot; cancelling the call removes its images from the queue.
 
         `features` also returns the backbone's features.
@@ -249,15 +243,10 @@ class Batcher:
         self._queue += chunks
         self._filled.set()
         try:
-            results = await asyncio.gather(*(chunk.result for chunk in chunks))
+            return joined(await asyncio.gather(*(chunk.result for chunk in chunks)))
         finally:
             for chunk in chunks:
                 chunk.result.cancel()
-        if len(results) == 1:
-            return results[0]
-        logits = {name: torch.cat([result[name] for result in results]) for name in tasks}
-        computed = [result.features for result in results if result.features is not None]
-        return TaskLogits(logits, results[0].exact, torch.cat(computed) if features else None)
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -300,19 +289,12 @@ class Batcher:
         return batch
 
 
-def _compute(batch: Sequence[_Chunk]) -> list[TaskLogits]:
+def _compute(batch: Sequence[_Chunk]) -> list[Outputs]:
     """Runs one forward pass for all tasks that any chunk requests, and splits the result by chunk."""
     requested = {name for chunk in batch for name in chunk.tasks}
     model = batch[0].snapshot.model
     tasks = [name for name in model.tasks if name in requested]
     images = torch.stack([image for chunk in batch for image in chunk.images])
     result = model(images, tasks, any(chunk.features for chunk in batch))
-    sizes = [len(chunk.images) for chunk in batch]
-    logits = {name: values.cpu().split(sizes) for name, values in result.items()}
-    features = result.features.cpu().split(sizes) if result.features is not None else ()
-    return [
-        TaskLogits(
-            {name: logits[name][i] for name in chunk.tasks}, result.exact, features[i] if chunk.features else None
-        )
-        for i, chunk in enumerate(batch)
-    ]
+    rows = Outputs.of(len(images), result, result.exact, result.features).split([len(chunk.images) for chunk in batch])
+    return [part.select(chunk.tasks, chunk.features) for part, chunk in zip(rows, batch, strict=True)]

@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from itertools import chain, islice
 
 from addenda.backbones import FrozenBackbone
 from addenda.combined import CombinedModel, verdicts
 from addenda.exceptions import AddendaError, RegistryError, RegistryUnavailableError
-from addenda.registry import Golden, Registry, Task, TaskRecord
+from addenda.registry import Golden, Registry, Task, TaskRecord, select_tasks
+from addenda.serving.answers import AnswerPlan
 
 WAIT_S = 1.0
 """Seconds that one wait for a registry change lasts; stopping may take as long."""
@@ -37,6 +39,16 @@ class Snapshot:
     def refs(self) -> dict[str, str]:
         """The references of the served versions, by task name."""
         return {name: record.ref for name, record in self.records.items()}
+
+    def select(self, selectors: Sequence[str] | None = None, tag: str | None = None) -> tuple[str, ...]:
+        """The names of the selected tasks; see `select_tasks`."""
+        return tuple(select_tasks(self.records, selectors, tag, self.absence))
+
+    @cached_property
+    def plan(self) -> Callable[..., AnswerPlan]:
+        """Returns the plan of answering with the tasks of some names; eight are kept."""
+        tasks = self.model.tasks  # not `self`: that cycle would keep the model until a garbage collection
+        return lru_cache(maxsize=8)(lambda *names: AnswerPlan([tasks[name] for name in names]))
 
     def state(self, ref: str) -> tuple[str, str | None]:
         """The state of a version, "serving", "quarantined" or "not served", and the reason if quarantined."""
