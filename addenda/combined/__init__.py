@@ -1,7 +1,7 @@
 """One forward pass for all tasks: shared-prefix attention, tiles, exactness, routing."""
 
 from addenda.combined.forward import Observer, attention_map, forward_pass
-from addenda.combined.golden import Verdict, golden, verdicts, verify
+from addenda.combined.golden import Background, Verdict, golden, verdicts, verify
 from addenda.combined.model import CombinedModel, TaskLogits
 from addenda.combined.numerics import numerics, numerics_fingerprint, tensor_digest
 from addenda.combined.operations import TaskCost, loaded_bytes, pass_operations, task_cost
@@ -13,6 +13,7 @@ from addenda.combined.shapes import micro_batch
 from addenda.combined.tiles import Layout, TileStore
 
 __all__ = [
+    "Background",
     "Choice",
     "CombinedModel",
     "Layout",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -131,13 +131,20 @@ class CombinedModel:
         return tuple(self.tasks) if tasks is None else tuple(dict.fromkeys(tasks))
 
     @uncompiled
-    def __call__(self, images: Tensor, tasks: Sequence[str] | None = None, features: bool = False) -> TaskLogits:
+    def __call__(
+        self,
+        images: Tensor,
+        tasks: Sequence[str] | None = None,
+        features: bool = False,
+        pause: Callable[[], object] | None = None,
+    ) -> TaskLogits:
         """Logits of all or some tasks, in float32 on the backbone's device.
 
         Args:
             images: Float[B, 3, H, W] from `backbone.transform`.
             tasks: names of the tasks to compute; None computes all.
             features: whether to return the backbone's features too, for a `Router`.
+            pause: called after each layer; it may wait while other work uses the cores.
 
         Returns:
             Float[B, C] for each task, by name.
@@ -159,7 +166,8 @@ class CombinedModel:
         heads = {task.sha256: self._heads[task.sha256] for task in requested}
         sizes = self.shapes.images if self.exact else None
         layers = features and self.backbone.num_layer_features > 0
-        result = forward_pass(self.backbone, images, layout, heads, sizes, pooled=features, layers=layers)
+        observe = None if pause is None else lambda *_: pause()
+        result = forward_pass(self.backbone, images, layout, heads, sizes, features, layers, observe)
         logits = {task.name: result.answers[task.sha256] for task in requested}
         return TaskLogits(logits, self.exact, result.features)
 

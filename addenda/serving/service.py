@@ -23,6 +23,7 @@ from addenda.exceptions import DataError, DeadlineError, OverloadedError, Regist
 from addenda.registry import Registry, is_finite
 from addenda.serving.outputs import Outputs, joined
 from addenda.serving.snapshot import Follower, Snapshot
+from addenda.serving.turns import Turns
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 SMALL = 1e30
@@ -63,8 +64,9 @@ class Service:
     ) -> None:
         self.backbone, self.registry, self.alias = backbone, registry, alias
         self.limits = limits or Limits()
-        self.follower = Follower(backbone, registry, alias)
-        self.batcher = Batcher(self.limits.waiting_images)
+        self._turns = Turns()
+        self.follower = Follower(backbone, registry, alias, self._turns.background)
+        self.batcher = Batcher(self.limits.waiting_images, self._turns)
         self._decoders = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="addenda-decoder")
         self._attention_thread = ThreadPoolExecutor(1, thread_name_prefix="addenda-attention")
         self._router_of, self._routing = lru_cache(maxsize=1)(self._make_router), asyncio.Lock()
@@ -128,7 +130,8 @@ class Service:
         snapshot = self.snapshot
         served = snapshot.model.tasks.values()
         self.backbone.check_unchanged()
-        return snapshot, verdicts(snapshot.model, [(task, self.registry.goldens(task.ref)) for task in served])
+        recorded = [(task, self.registry.goldens(task.ref)) for task in served]
+        return snapshot, verdicts(snapshot.model, recorded, self._turns.background)
 
     async def _predict(
         self, snapshot: Snapshot, images: Images, names: tuple[str, ...], timeout_s: float | None, features: bool
@@ -197,8 +200,9 @@ class Batcher:
     one event loop.
     """
 
-    def __init__(self, max_waiting: int) -> None:
+    def __init__(self, max_waiting: int, turns: Turns | None = None) -> None:
         self.max_waiting, self.num_waiting = max_waiting, 0  # images queued or being computed
+        self._turns = turns or Turns()
         self.report: Callable[[int, float], None] = lambda images, seconds: None  # called after each forward pass
         self._queue: deque[_Chunk] = deque()
         self._filled = asyncio.Event()
@@ -225,10 +229,12 @@ class Batcher:
                 min(max(1, seconds), 60),
             )
         self.num_waiting += num_images
+        self._turns.report(self.num_waiting)
         try:
             yield
         finally:
             self.num_waiting -= num_images
+            self._turns.report(self.num_waiting)
 
     async def predict(
         self, snapshot: Snapshot, images: Iterable[Float[Tensor, "3 H W"]], tasks: Sequence[str], features: bool = False
@@ -258,7 +264,7 @@ class Batcher:
                 continue
             started, num_images = loop.time(), sum(len(chunk.images) for chunk in batch)
             try:
-                results = await loop.run_in_executor(self._thread, _compute, batch)
+                results = await loop.run_in_executor(self._thread, self._compute, batch)
             except Exception as error:  # fails this batch only
                 for chunk in batch:
                     if not chunk.result.done():
@@ -270,6 +276,10 @@ class Batcher:
             for chunk, result in zip(batch, results, strict=True):
                 if not chunk.result.done():
                     chunk.result.set_result(result)
+
+    def _compute(self, batch: Sequence[_Chunk]) -> list[Outputs]:
+        with self._turns.request():
+            return _compute(batch)
 
     def _next(self) -> list[_Chunk]:
         """Dequeues the next batch: the oldest chunks of one snapshot; drops cancelled ones."""
