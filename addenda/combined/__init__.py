@@ -1,5 +1,6 @@
 """One forward pass for all tasks: shared-prefix attention, tiles, exactness, routing."""
 
+from addenda.combined.features import TASK_FEATURE, feature_tasks, feature_widths
 from addenda.combined.forward import Observer, attention_map, forward_pass
 from addenda.combined.golden import Background, Verdict, golden, verdicts, verify
 from addenda.combined.model import CombinedModel, TaskLogits
@@ -13,6 +14,7 @@ from addenda.combined.shapes import micro_batch
 from addenda.combined.tiles import Layout, TileStore
 
 __all__ = [
+    "TASK_FEATURE",
     "Background",
     "Choice",
     "CombinedModel",
@@ -26,6 +28,8 @@ __all__ = [
     "attention_map",
     "can_be_routed",
     "feature_statistics",
+    "feature_tasks",
+    "feature_widths",
     "forward_pass",
     "golden",
     "loaded_bytes",

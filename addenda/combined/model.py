@@ -12,7 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from addenda.backbones import FrozenBackbone, read_files, uncompiled
-from addenda.combined.forward import backbone_logits, forward_pass
+from addenda.combined.features import TASK_FEATURE, feature_tasks
+from addenda.combined.forward import HeadFunction, backbone_logits, forward_pass
 from addenda.combined.heads import Head
 from addenda.combined.numerics import operations_sample, runtime_settings
 from addenda.combined.predictions import Prediction, predictions_of
@@ -170,6 +171,34 @@ class CombinedModel:
         result = forward_pass(self.backbone, images, layout, heads, sizes, features, layers, observe)
         logits = {task.name: result.answers[task.sha256] for task in requested}
         return TaskLogits(logits, self.exact, result.features)
+
+    @uncompiled
+    def embed(self, images: Tensor, features: Sequence[str] = ("pooled",)) -> dict[str, Tensor]:
+        """Features of images, for retrieval or for detecting drift; like logits, their bits depend on no other image.
+
+        Args:
+            images: Float[B, 3, H, W] from `backbone.transform`.
+            features: `"pooled"`, the backbone's pooled feature; `"layers"`, its layer features; and `"task:NAME"`, the
+                feature that the head of a task of this model reads (of a head-only task, the pooled one).
+
+        Returns:
+            Float[B, D], for layer features Float[B, n], in float32 by name of the feature.
+
+        Raises:
+            DataError: a feature is unknown, or none is named.
+            BackboneError, ExactnessError, IntegrityError, UnknownTaskError: as in a call of the model.
+        """
+        self.backbone.check_images(images)
+        if self.exact:
+            self._check_settings()
+        tasks = [self.tasks[name] for name in self._select(feature_tasks(features, self.backbone))]
+        layout = self._subset_layout(*tasks)
+        heads: dict[str, HeadFunction] = {task.sha256: lambda feature, *_: feature for task in tasks}
+        sizes = self.shapes.images if self.exact else None
+        result = forward_pass(self.backbone, images, layout, heads, sizes, "pooled" in features, "layers" in features)
+        found = {f"{TASK_FEATURE}{task.name}": result.answers[task.sha256] for task in tasks}
+        found |= {name: each for name in ("pooled", "layers") if (each := getattr(result, name)) is not None}
+        return {name: found[name].float() for name in features}
 
     def _check_settings(self) -> None:
         self.backbone.check_as_loaded()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping
 from functools import cache
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,7 @@ def numerics_settings(backbone: FrozenBackbone) -> dict[str, Any]:
     cuda = device.type == "cuda"
     return {
         "torch": torch.__version__,
-        "timm": version("timm"),
+        "timm": _timm_version(),
         "device": f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}" if cuda else _cpu(),
         **runtime_settings(backbone),
         "precision": backbone.precision_name,
@@ -150,6 +150,12 @@ def numerics_fingerprint(numerics: Mapping[str, Any]) -> str:
 def tensor_digest(tensor: Tensor) -> str:
     """sha256 of a float32 tensor's bytes."""
     return digest(tensor.detach().cpu().contiguous().numpy().tobytes())
+
+
+@cache
+def _timm_version() -> str:
+    """timm's version; reading it takes milliseconds, and importing timm is left to `backbones`."""
+    return metadata.version("timm")
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Predictions as JSON, for all tasks of one size at once."""
+"""Responses for an image as JSON: predictions, of all tasks of one size at once, and features."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from addenda.combined import Choice, task_groups
+from addenda.combined import Choice, CombinedModel, numerics, numerics_fingerprint, task_groups
 from addenda.registry import Task
+from addenda.serving.outputs import Outputs
 
 INLINE = 1000
 """Number of logits whose answer takes well under a millisecond, so that the event loop may compute it."""
@@ -56,3 +57,15 @@ class AnswerPlan:
             response["chosen"] = choice._asdict()
         response["tasks"] = {name: {**facts, "labels": labels[name]} for name, facts in self._facts.items()}
         return orjson.dumps(response)
+
+
+def embedding(generation: int, model: CombinedModel, features: Outputs) -> bytes:
+    """The response with the features of one image."""
+    entries: dict[str, dict[str, Any]] = {}
+    for name, values in features.items():
+        entries[name] = {"values": values[0].tolist()}
+        if task := model.tasks.get(name.partition(":")[2]):
+            entries[name] |= {"ref": task.ref, "sha256": task.sha256}
+    response = {"generation": generation, "exact": features.exact, "backbone_fingerprint": model.backbone.fingerprint}
+    response["numerics_fingerprint"] = numerics_fingerprint(numerics(model.backbone))
+    return orjson.dumps(response | {"features": entries})

@@ -16,7 +16,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from addenda import __version__
 from addenda.combined import numerics, numerics_fingerprint
 from addenda.exceptions import DataError
-from addenda.serving.answers import INLINE
+from addenda.serving.answers import INLINE, embedding
 from addenda.serving.routes import BINARY, Served, body_schema, needs, problem_responses, read_images, while_connected
 from addenda.serving.service import ServedPrediction
 
@@ -61,6 +61,24 @@ class Prediction(BaseModel):
     exact: bool
     chosen: RoutedTask | None = None
     tasks: dict[str, TaskPrediction]
+
+
+class Feature(BaseModel):
+    """A feature of an image; of a task's feature also the task's reference and the digest of its artifact."""
+
+    values: list[float]
+    ref: str | None = None
+    sha256: str | None = None
+
+
+class Embedding(BaseModel):
+    """Features of one image, all from one generation."""
+
+    generation: int
+    exact: bool
+    backbone_fingerprint: str
+    numerics_fingerprint: str
+    features: dict[str, Feature]
 
 
 class Status(BaseModel):
@@ -120,7 +138,7 @@ async def predict(
     timeout_s = None if addenda_timeout_ms is None else addenda_timeout_ms / 1000
     if task == AUTO and (tasks or tag):
         raise DataError("'task=auto' chooses among all tasks and cannot be combined with 'tasks' or 'tag'.")
-    names = [name.strip() for group in tasks or () for name in group.split(",")] + ([] if task is None else [task])
+    names = _listed(tasks) + ([] if task is None else [task])
     if task == AUTO:
         work = service.route([image], timeout_s)
     else:
@@ -131,6 +149,44 @@ async def predict(
     else:
         content = await asyncio.to_thread(_answer, served, top, min_probability)
     return Response(content, media_type="application/json")
+
+
+@router.post(
+    "/embed",
+    tags=["predict"],
+    dependencies=[needs("predict")],
+    summary="Computes features of an image",
+    responses=problem_responses(400, 404, 408, 413, 415, 422, 503, 504),
+    response_model=Embedding,
+    openapi_extra=body_schema({"image/*": BINARY, "multipart/form-data": _FORM}),
+)
+async def embed(
+    request: Request,
+    service: Served,
+    features: Annotated[
+        list[str] | None,
+        Query(
+            description="'pooled', 'layers' and 'task:NAME', the feature that a task's head reads; repeated or "
+            "comma-separated. Default: 'pooled'."
+        ),
+    ] = None,
+    addenda_timeout_ms: Annotated[int | None, Header(ge=1, le=3_600_000)] = None,
+) -> Response:
+    """Computes features of a JPEG, PNG or WebP file, sent as the body or as the form field `image`.
+
+    Features are comparable between responses with the same fingerprints, and a task's with the same `sha256`.
+    """
+    image = await _image(request, await read_images(request, service))
+    timeout_s = None if addenda_timeout_ms is None else addenda_timeout_ms / 1000
+    work = service.embed([image], _listed(features) or ["pooled"], timeout_s)
+    embedded = await while_connected(request, work)
+    content = embedding(embedded.snapshot.generation, embedded.snapshot.model, embedded.logits)
+    return Response(content, media_type="application/json")
+
+
+def _listed(values: list[str] | None) -> list[str]:
+    """The items of a parameter that is repeated or comma-separated."""
+    return [item.strip() for value in values or () for item in value.split(",")]
 
 
 async def _image(request: Request, body: bytes) -> bytes:

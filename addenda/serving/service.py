@@ -18,8 +18,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from addenda.backbones import FrozenBackbone, read_image
-from addenda.combined import Choice, Router, Verdict, attention_map, can_be_routed, not_finite, verdicts
-from addenda.exceptions import DataError, DeadlineError, OverloadedError, RegistryError, TooLargeError
+from addenda.combined import Choice, Router, Verdict, attention_map, can_be_routed, feature_tasks, not_finite, verdicts
+from addenda.exceptions import DataError, DeadlineError, OverloadedError, RegistryError, TooLargeError, UnknownTaskError
 from addenda.registry import Registry, is_finite
 from addenda.serving.outputs import Outputs, joined
 from addenda.serving.snapshot import Follower, Snapshot
@@ -94,7 +94,7 @@ class Service:
         """Predicts for images with the tasks that `Snapshot.select` selects, by default all."""
         snapshot = snapshot or self.snapshot
         names = snapshot.select(tasks, tag)
-        logits = await self._predict(snapshot, images, names, timeout_s, features=False)
+        logits = await self._predict(snapshot, images, names, timeout_s)
         if not (logits.matrix.abs() < SMALL).all():  # NaN fails this too; one check covers all tasks
             requested = [snapshot.model.tasks[name] for name in names]
             invalid = [task for task in requested if not is_finite(logits[task.name], task.objective, task.temperature)]
@@ -112,6 +112,19 @@ class Service:
         logits = await self._predict(snapshot, images, router.tasks, timeout_s, features=True)
         assert logits.features is not None
         return ServedPrediction(snapshot, logits, await asyncio.to_thread(router.choose, logits.features))
+
+    async def embed(
+        self, images: Images, features: Sequence[str], timeout_s: float | None = None, snapshot: Snapshot | None = None
+    ) -> ServedPrediction:
+        """Computes features of images, named as in `CombinedModel.embed`."""
+        snapshot = snapshot or self.snapshot
+        for task in feature_tasks(features, self.backbone):
+            if task not in snapshot.records:
+                raise UnknownTaskError(f"Task {task[:100]!r} {snapshot.absence(task)}")
+        embedded = await self._predict(snapshot, images, tuple(dict.fromkeys(features)), timeout_s, embed=True)
+        if not embedded.matrix.isfinite().all():
+            raise DataError("These images give features that are not finite. Check their pixel values.")
+        return ServedPrediction(snapshot, embedded)
 
     async def attention(
         self, image: bytes, task: str
@@ -134,7 +147,13 @@ class Service:
         return snapshot, verdicts(snapshot.model, recorded, self._turns.background)
 
     async def _predict(
-        self, snapshot: Snapshot, images: Images, names: tuple[str, ...], timeout_s: float | None, features: bool
+        self,
+        snapshot: Snapshot,
+        images: Images,
+        names: tuple[str, ...],
+        timeout_s: float | None,
+        features: bool = False,
+        embed: bool = False,
     ) -> Outputs:
         if not 0 < len(images) <= self.limits.images:
             raise DataError(
@@ -148,11 +167,11 @@ class Service:
         async with self._reserve(len(images), timeout_s):
             if isinstance(images, Tensor):
                 self.backbone.check_images(images)
-                return await self.batcher.predict(snapshot, images, names, features)
+                return await self.batcher.predict(snapshot, images, names, features, embed)
             loop = asyncio.get_running_loop()
             decoding = [loop.run_in_executor(self._decoders, self._decode, i, file) for i, file in enumerate(images)]
             pixels = [decoded for decoded, _ in await asyncio.gather(*decoding)]
-            return await self.batcher.predict(snapshot, pixels, names, features)
+            return await self.batcher.predict(snapshot, pixels, names, features, embed)
 
     @asynccontextmanager
     async def _reserve(self, num_images: int, timeout_s: float | None = None) -> AsyncIterator[None]:
@@ -187,8 +206,9 @@ class _Chunk:
 
     snapshot: Snapshot
     images: Sequence[Tensor]
-    tasks: tuple[str, ...]
-    features: bool
+    names: tuple[str, ...]  # of tasks, or of features
+    features: bool  # whether the router's features are returned too
+    embed: bool  # whether features are computed instead of logits
     result: asyncio.Future[Outputs] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
@@ -237,15 +257,20 @@ class Batcher:
             self._turns.report(self.num_waiting)
 
     async def predict(
-        self, snapshot: Snapshot, images: Iterable[Float[Tensor, "3 H W"]], tasks: Sequence[str], features: bool = False
+        self,
+        snapshot: Snapshot,
+        images: Iterable[Float[Tensor, "3 H W"]],
+        names: Sequence[str],
+        features: bool = False,
+        embed: bool = False,
     ) -> Outputs:
         """Computes the logits of tasks of one snapshot; cancelling the call removes its images from the queue.
 
-        `features` also returns the backbone's features.
+        `features` also returns the backbone's features; `embed` computes the named features instead of logits.
         """
         pixels, size = list(images), snapshot.model.micro_batch
         parts = [pixels[start : start + size] for start in range(0, len(pixels), size)]
-        chunks = [_Chunk(snapshot, part, tuple(tasks), features) for part in parts]
+        chunks = [_Chunk(snapshot, part, tuple(names), features, embed) for part in parts]
         self._queue += chunks
         self._filled.set()
         try:
@@ -282,7 +307,7 @@ class Batcher:
             return _compute(batch)
 
     def _next(self) -> list[_Chunk]:
-        """Dequeues the next batch: the oldest chunks of one snapshot; drops cancelled ones."""
+        """Dequeues the next batch: the oldest chunks of one kind and snapshot; drops cancelled ones."""
         batch: list[_Chunk] = []
         count = 0
         while self._queue:
@@ -291,7 +316,8 @@ class Batcher:
                 self._queue.popleft()
                 continue
             if batch and (
-                chunk.snapshot is not batch[0].snapshot or count + len(chunk.images) > chunk.snapshot.model.micro_batch
+                (chunk.snapshot, chunk.embed) != (batch[0].snapshot, batch[0].embed)
+                or count + len(chunk.images) > chunk.snapshot.model.micro_batch
             ):
                 break
             count += len(chunk.images)
@@ -300,11 +326,15 @@ class Batcher:
 
 
 def _compute(batch: Sequence[_Chunk]) -> list[Outputs]:
-    """Runs one forward pass for all tasks that any chunk requests, and splits the result by chunk."""
-    requested = {name for chunk in batch for name in chunk.tasks}
+    """Runs one forward pass for all that any chunk requests, and splits the result by chunk."""
+    requested = dict.fromkeys(name for chunk in batch for name in chunk.names)
     model = batch[0].snapshot.model
-    tasks = [name for name in model.tasks if name in requested]
     images = torch.stack([image for chunk in batch for image in chunk.images])
-    result = model(images, tasks, any(chunk.features for chunk in batch))
-    rows = Outputs.of(len(images), result, result.exact, result.features).split([len(chunk.images) for chunk in batch])
-    return [part.select(chunk.tasks, chunk.features) for part, chunk in zip(rows, batch, strict=True)]
+    if batch[0].embed:
+        whole = Outputs.of(len(images), model.embed(images, list(requested)), model.exact)
+    else:
+        tasks = [name for name in model.tasks if name in requested]
+        result = model(images, tasks, any(chunk.features for chunk in batch))
+        whole = Outputs.of(len(images), result, result.exact, result.features)
+    rows = whole.split([len(chunk.images) for chunk in batch])
+    return [part.select(chunk.names, chunk.features) for part, chunk in zip(rows, batch, strict=True)]

@@ -109,6 +109,7 @@ def test_a_quarantined_task_is_unavailable_with_its_reason(
     index = client.post("/v2/repository/index").json()
     assert [(model["name"], model["version"], model["state"]) for model in index] == [
         ("combined", str(registry.generation), "READY"),
+        ("features", str(registry.generation), "READY"),
         ("digits", "1", "READY"),
         ("tags", "1", "READY"),
         ("false", "1", "UNAVAILABLE"),
@@ -165,10 +166,10 @@ INVALID: list[tuple[int, str, dict[str, Any]]] = [
     (404, "Task '' is not served", {"parameters": {"tasks": ""}}),
     (404, "No available task matches 'car*'", {"parameters": {"tasks": "car*"}}),
     (404, "None of the 2 selected tasks has the tag 'beta'", {"parameters": {"tag": "beta"}}),
-    (400, "parameters 'tasks' and 'tag' are only for model", {"parameters": {"tag": 1}}),
-    (400, "parameters 'tasks' and 'tag' are only for model", {"parameters": {"tasks": ["digits"]}}),
-    (400, "parameters 'tasks' and 'tag' are only for model", {"model": "digits", "parameters": {"tasks": "digits"}}),
-    (404, "Model 'cars' is not served. Served: 'combined', 'digits', 'tags'.", {"model": "cars"}),
+    (400, "parameters 'tasks' and 'tag' are only for models", {"parameters": {"tag": 1}}),
+    (400, "parameters 'tasks' and 'tag' are only for models", {"parameters": {"tasks": ["digits"]}}),
+    (400, "parameters 'tasks' and 'tag' are only for models", {"model": "digits", "parameters": {"tasks": "digits"}}),
+    (404, "Model 'cars' is not served. Served: 'combined', 'features', 'digits', 'tags'.", {"model": "cars"}),
     (400, "Parameter 'timeout' is -1; it must be a number of microseconds", {"parameters": {"timeout": -1}}),
     (400, "Parameter 'timeout' is True", {"parameters": {"timeout": True}}),
     (504, "The request timed out after 1e-06 s", {"parameters": {"timeout": 1}}),
