@@ -16,7 +16,7 @@ from addenda.registry import Golden, Task, is_finite
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-1}
 """Largest allowed max |difference| / max |logit| under another numerics fingerprint (docs/exactness.md)."""
-Background = Callable[[], AbstractContextManager[Callable[[], object] | None]]
+Background = Callable[[], AbstractContextManager[Callable[[], None] | None]]
 """Makes the context of a forward pass that gives way to more urgent ones, after each layer."""
 
 
@@ -74,9 +74,7 @@ def verify(backbone: FrozenBackbone, recorded: Sequence[tuple[Task, Sequence[Gol
 
 
 def verdicts(
-    model: CombinedModel,
-    recorded: Sequence[tuple[Task, Sequence[Golden]]],
-    background: Background = nullcontext,
+    model: CombinedModel, recorded: Sequence[tuple[Task, Sequence[Golden]]], background: Background = nullcontext
 ) -> list[Verdict]:
     """Like `verify`, for an existing model and some of its tasks, without hashing the backbone's weights.
 

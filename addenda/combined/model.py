@@ -13,7 +13,7 @@ from torch import Tensor
 
 from addenda.backbones import FrozenBackbone, read_files, uncompiled
 from addenda.combined.features import TASK_FEATURE, feature_tasks
-from addenda.combined.forward import HeadFunction, backbone_logits, forward_pass
+from addenda.combined.forward import HeadFunction, Observer, backbone_logits, forward_pass
 from addenda.combined.heads import Head
 from addenda.combined.numerics import operations_sample, runtime_settings
 from addenda.combined.predictions import Prediction, predictions_of
@@ -137,7 +137,7 @@ class CombinedModel:
         images: Tensor,
         tasks: Sequence[str] | None = None,
         features: bool = False,
-        pause: Callable[[], object] | None = None,
+        pause: Callable[[], None] | None = None,
     ) -> TaskLogits:
         """Logits of all or some tasks, in float32 on the backbone's device.
 
@@ -158,7 +158,7 @@ class CombinedModel:
         """
         self.backbone.check_images(images)
         if self.exact:
-            self._check_settings()
+            self.check_settings()
         names = self._select(tasks)
         if not names and not features:
             return TaskLogits({}, self.exact)
@@ -167,7 +167,7 @@ class CombinedModel:
         heads = {task.sha256: self._heads[task.sha256] for task in requested}
         sizes = self.shapes.images if self.exact else None
         layers = features and self.backbone.num_layer_features > 0
-        observe = None if pause is None else lambda *_: pause()
+        observe: Observer | None = None if pause is None else lambda *_: pause()
         result = forward_pass(self.backbone, images, layout, heads, sizes, features, layers, observe)
         logits = {task.name: result.answers[task.sha256] for task in requested}
         return TaskLogits(logits, self.exact, result.features)
@@ -190,7 +190,7 @@ class CombinedModel:
         """
         self.backbone.check_images(images)
         if self.exact:
-            self._check_settings()
+            self.check_settings()
         tasks = [self.tasks[name] for name in self._select(feature_tasks(features, self.backbone))]
         layout = self._subset_layout(*tasks)
         heads: dict[str, HeadFunction] = {task.sha256: lambda feature, *_: feature for task in tasks}
@@ -200,7 +200,8 @@ class CombinedModel:
         found |= {name: each for name in ("pooled", "layers") if (each := getattr(result, name)) is not None}
         return {name: found[name].float() for name in features}
 
-    def _check_settings(self) -> None:
+    def check_settings(self) -> None:
+        """Raises ExactnessError or IntegrityError if a setting, module or weight changed since the model was made."""
         self.backbone.check_as_loaded()
         (before, sample), now = self._settings, runtime_settings(self.backbone)
         if now == before and operations_sample() == sample:

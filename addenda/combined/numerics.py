@@ -154,7 +154,7 @@ def tensor_digest(tensor: Tensor) -> str:
 
 @cache
 def _timm_version() -> str:
-    """timm's version; reading it takes milliseconds, and importing timm is left to `backbones`."""
+    """Timm's version; reading it takes milliseconds, and importing timm is left to `backbones`."""
     return metadata.version("timm")
 
 

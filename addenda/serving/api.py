@@ -17,6 +17,7 @@ from addenda import __version__
 from addenda.combined import numerics, numerics_fingerprint
 from addenda.exceptions import DataError
 from addenda.serving.answers import INLINE, embedding
+from addenda.serving.outputs import Wanted
 from addenda.serving.routes import BINARY, Served, body_schema, needs, problem_responses, read_images, while_connected
 from addenda.serving.service import ServedPrediction
 
@@ -148,7 +149,7 @@ async def predict(
         content = _answer(served, top, min_probability)
     else:
         content = await asyncio.to_thread(_answer, served, top, min_probability)
-    return Response(content, media_type="application/json")
+    return Response(content, headers=served.logits.headers, media_type="application/json")
 
 
 @router.post(
@@ -181,7 +182,7 @@ async def embed(
     work = service.embed([image], _listed(features) or ["pooled"], timeout_s)
     embedded = await while_connected(request, work)
     content = embedding(embedded.snapshot.generation, embedded.snapshot.model, embedded.logits)
-    return Response(content, media_type="application/json")
+    return Response(content, headers=embedded.logits.headers, media_type="application/json")
 
 
 def _listed(values: list[str] | None) -> list[str]:
@@ -215,7 +216,7 @@ def _answer(served: ServedPrediction, top: int | None, min_probability: float | 
     """The response for the request's image; with a router, of the chosen task."""
     choice, logits = served.choices[0] if served.choices else None, served.logits
     if choice is not None:
-        logits = logits.select((choice.task,), features=False)
+        logits = logits.select(Wanted((choice.task,)))
     plan = served.snapshot.plan(*logits)
     return plan.answer(served.snapshot.generation, logits.exact, logits.matrix, top, min_probability, choice)
 

@@ -192,7 +192,9 @@ class _Model(NamedTuple):
         if self.features:
             names = {task.name: f"{TASK_FEATURE}{task.name}" for task in self.tasks}
             width = self.features["pooled"]
-            return outputs | {names[task.name]: _Output(names[task.name], task, "feature", width) for task in self.tasks}
+            return outputs | {
+                names[task.name]: _Output(names[task.name], task, "feature", width) for task in self.tasks
+            }
         for task in self.tasks:
             prefix = f"{task.name}." if self.name == COMBINED else ""
             for kind in ("logits", "probs", "label")[: 3 if OBJECTIVES[task.objective].exclusive else 2]:
@@ -252,7 +254,7 @@ def _metadata(service: Service, name: str, version: str | None = None) -> dict[s
 async def _predict(request: Request, service: Service, name: str, version: str | None = None) -> Response:
     body, header_length = await read_images(request, service), request.headers.get(tensors.HEADER_LENGTH)
 
-    async def predict() -> tuple[bytes, int | None]:
+    async def predict() -> tuple[bytes, int | None, dict[str, str]]:
         parsed = await asyncio.to_thread(tensors.parse, body, header_length)
         images, snapshot = _images(parsed), service.snapshot
         model = _model(snapshot, name, version)
@@ -260,12 +262,13 @@ async def _predict(request: Request, service: Service, name: str, version: str |
         compute = service.embed if name == FEATURES else service.predict
         names = [output.computed for output in outputs]
         prediction = await compute(images, names, _timeout_s(parsed), snapshot)
-        return await asyncio.to_thread(_encode, model, parsed, outputs, prediction)
+        encoded = await asyncio.to_thread(_encode, model, parsed, outputs, prediction)
+        return *encoded, prediction.logits.headers
 
-    content, json_length = await while_connected(request, predict())
+    content, json_length, headers = await while_connected(request, predict())
     if json_length is None:
-        return Response(content, media_type="application/json")
-    headers = {tensors.HEADER_LENGTH: str(json_length)}
+        return Response(content, headers=headers, media_type="application/json")
+    headers[tensors.HEADER_LENGTH] = str(json_length)
     return Response(content, headers=headers, media_type="application/octet-stream")
 
 

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import accumulate
+from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+
+class Wanted(NamedTuple):
+    """What is to be computed for images."""
+
+    names: tuple[str, ...]  # of tasks, for their logits, or of features
+    features: bool = False  # the backbone's features for a router, too
+    embed: bool = False  # features instead of logits
 
 
 class Outputs(Mapping[str, Tensor]):
@@ -25,16 +36,16 @@ class Outputs(Mapping[str, Tensor]):
         features: Float[Tensor, "B F"] | None = None,
     ) -> None:
         self.columns, self.matrix, self.exact, self.features = columns, matrix, exact, features
+        self.cached: bool | None = None  # whether no image was computed; None without a cache
 
     @classmethod
     def of(cls, num_images: int, tensors: Mapping[str, Tensor], exact: bool, features: Tensor | None = None) -> Outputs:
         """Puts a model's outputs for some images side by side, on the CPU."""
-        widths = [tensor.shape[1] for tensor in tensors.values()]
-        slices = (slice(end - width, end) for width, end in zip(widths, accumulate(widths), strict=True))
+        columns = columns_of(tuple(tensors), tuple(tensor.shape[1] for tensor in tensors.values()))
         empty = torch.zeros(num_images, 0, dtype=torch.float32, device="cpu")
         matrix = torch.cat([*tensors.values()], dim=1).cpu() if tensors else empty
         features = None if features is None else features.cpu()
-        return cls(dict(zip(tensors, slices, strict=True)), matrix, exact, features)
+        return cls(columns, matrix, exact, features)
 
     def split(self, sizes: list[int]) -> list[Outputs]:
         """Divides the images."""
@@ -42,12 +53,17 @@ class Outputs(Mapping[str, Tensor]):
         matrices = self.matrix.split(sizes)
         return [Outputs(self.columns, rows, self.exact, own) for rows, own in zip(matrices, features, strict=True)]
 
-    def select(self, names: tuple[str, ...], features: bool) -> Outputs:
+    def select(self, wanted: Wanted) -> Outputs:
         """Some of the outputs, in this order, and the features or not."""
-        kept = self.features if features else None
+        names, kept = wanted.names, self.features if wanted.features else None
         if names == tuple(self.columns):
             return Outputs(self.columns, self.matrix, self.exact, kept)
         return Outputs.of(len(self.matrix), {name: self[name] for name in names}, self.exact, kept)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The response header that says whether these outputs were cached."""
+        return {} if self.cached is None else {"X-Cache": "hit" if self.cached else "miss"}
 
     def __getitem__(self, name: str) -> Tensor:
         return self.matrix[:, self.columns[name]].contiguous()
@@ -57,6 +73,13 @@ class Outputs(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.columns)
+
+
+@lru_cache(maxsize=64)
+def columns_of(names: tuple[str, ...], widths: tuple[int, ...]) -> Mapping[str, slice]:
+    """The columns of outputs with these widths."""
+    slices = (slice(end - width, end) for width, end in zip(widths, accumulate(widths), strict=True))
+    return MappingProxyType(dict(zip(names, slices, strict=True)))
 
 
 def joined(parts: Sequence[Outputs]) -> Outputs:

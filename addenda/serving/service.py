@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequenc
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from io import BytesIO
 
 import torch
@@ -21,7 +21,8 @@ from addenda.backbones import FrozenBackbone, read_image
 from addenda.combined import Choice, Router, Verdict, attention_map, can_be_routed, feature_tasks, not_finite, verdicts
 from addenda.exceptions import DataError, DeadlineError, OverloadedError, RegistryError, TooLargeError, UnknownTaskError
 from addenda.registry import Registry, is_finite
-from addenda.serving.outputs import Outputs, joined
+from addenda.serving.content_cache import ContentCache, content_key, widths_of
+from addenda.serving.outputs import Outputs, Wanted, joined
 from addenda.serving.snapshot import Follower, Snapshot
 from addenda.serving.turns import Turns
 
@@ -41,6 +42,7 @@ class Limits:
     images: int = 128  # of a request
     waiting_images: int = 256  # queued or being computed
     timeout_s: float = 30.0  # of a request; it may ask for less
+    cache_bytes: int = 0  # of cached outputs; 0: nothing is cached
 
 
 Images = Sequence[bytes] | Float[Tensor, "B 3 H W"]
@@ -52,7 +54,7 @@ class ServedPrediction:
     """Predictions for a request's images from one snapshot, and the router's choice for each image if it was used."""
 
     snapshot: Snapshot
-    logits: Outputs
+    logits: Outputs  # or features
     choices: list[Choice] | None = None
 
 
@@ -67,6 +69,7 @@ class Service:
         self._turns = Turns()
         self.follower = Follower(backbone, registry, alias, self._turns.background)
         self.batcher = Batcher(self.limits.waiting_images, self._turns)
+        self.cache = ContentCache(self.limits.cache_bytes) if self.limits.cache_bytes else None
         self._decoders = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="addenda-decoder")
         self._attention_thread = ThreadPoolExecutor(1, thread_name_prefix="addenda-attention")
         self._router_of, self._routing = lru_cache(maxsize=1)(self._make_router), asyncio.Lock()
@@ -94,7 +97,7 @@ class Service:
         """Predicts for images with the tasks that `Snapshot.select` selects, by default all."""
         snapshot = snapshot or self.snapshot
         names = snapshot.select(tasks, tag)
-        logits = await self._predict(snapshot, images, names, timeout_s)
+        logits = await self._predict(snapshot, images, Wanted(names), timeout_s)
         if not (logits.matrix.abs() < SMALL).all():  # NaN fails this too; one check covers all tasks
             requested = [snapshot.model.tasks[name] for name in names]
             invalid = [task for task in requested if not is_finite(logits[task.name], task.objective, task.temperature)]
@@ -109,7 +112,7 @@ class Service:
         snapshot = self.snapshot
         async with self._routing:
             router = await asyncio.to_thread(self._router_of, snapshot)
-        logits = await self._predict(snapshot, images, router.tasks, timeout_s, features=True)
+        logits = await self._predict(snapshot, images, Wanted(router.tasks, features=True), timeout_s)
         assert logits.features is not None
         return ServedPrediction(snapshot, logits, await asyncio.to_thread(router.choose, logits.features))
 
@@ -121,7 +124,7 @@ class Service:
         for task in feature_tasks(features, self.backbone):
             if task not in snapshot.records:
                 raise UnknownTaskError(f"Task {task[:100]!r} {snapshot.absence(task)}")
-        embedded = await self._predict(snapshot, images, tuple(dict.fromkeys(features)), timeout_s, embed=True)
+        embedded = await self._predict(snapshot, images, Wanted(tuple(dict.fromkeys(features)), embed=True), timeout_s)
         if not embedded.matrix.isfinite().all():
             raise DataError("These images give features that are not finite. Check their pixel values.")
         return ServedPrediction(snapshot, embedded)
@@ -146,15 +149,7 @@ class Service:
         recorded = [(task, self.registry.goldens(task.ref)) for task in served]
         return snapshot, verdicts(snapshot.model, recorded, self._turns.background)
 
-    async def _predict(
-        self,
-        snapshot: Snapshot,
-        images: Images,
-        names: tuple[str, ...],
-        timeout_s: float | None,
-        features: bool = False,
-        embed: bool = False,
-    ) -> Outputs:
+    async def _predict(self, snapshot: Snapshot, images: Images, wanted: Wanted, timeout_s: float | None) -> Outputs:
         if not 0 < len(images) <= self.limits.images:
             raise DataError(
                 f"A request may have 1 to {self.limits.images} images; this one has {len(images)}. Divide it."
@@ -167,11 +162,23 @@ class Service:
         async with self._reserve(len(images), timeout_s):
             if isinstance(images, Tensor):
                 self.backbone.check_images(images)
-                return await self.batcher.predict(snapshot, images, names, features, embed)
-            loop = asyncio.get_running_loop()
-            decoding = [loop.run_in_executor(self._decoders, self._decode, i, file) for i, file in enumerate(images)]
+                return await self.batcher.predict(snapshot, images, *wanted)
+            return await self._compute(snapshot, images, wanted)
+
+    async def _compute(self, snapshot: Snapshot, images: Sequence[bytes], wanted: Wanted) -> Outputs:
+        """The outputs for image files, which are decoded unless their outputs are cached."""
+        loop = asyncio.get_running_loop()
+
+        async def compute(numbers: Sequence[int]) -> Outputs:
+            decoding = [loop.run_in_executor(self._decoders, self._decode, i, images[i]) for i in numbers]
             pixels = [decoded for decoded, _ in await asyncio.gather(*decoding)]
-            return await self.batcher.predict(snapshot, pixels, names, features, embed)
+            return await self.batcher.predict(snapshot, pixels, *wanted)
+
+        if self.cache is None:
+            return await compute(range(len(images)))
+        key_of = partial(content_key, snapshot=snapshot, wanted=wanted)
+        keys = await asyncio.gather(*(loop.run_in_executor(self._decoders, key_of, file) for file in images))
+        return await self.cache.outputs(keys, widths_of(snapshot, wanted), compute)
 
     @asynccontextmanager
     async def _reserve(self, num_images: int, timeout_s: float | None = None) -> AsyncIterator[None]:
@@ -206,9 +213,7 @@ class _Chunk:
 
     snapshot: Snapshot
     images: Sequence[Tensor]
-    names: tuple[str, ...]  # of tasks, or of features
-    features: bool  # whether the router's features are returned too
-    embed: bool  # whether features are computed instead of logits
+    wanted: Wanted
     result: asyncio.Future[Outputs] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
@@ -264,13 +269,10 @@ class Batcher:
         features: bool = False,
         embed: bool = False,
     ) -> Outputs:
-        """Computes the logits of tasks of one snapshot; cancelling the call removes its images from the queue.
-
-        `features` also returns the backbone's features; `embed` computes the named features instead of logits.
-        """
+        """Computes what is `Wanted` of one snapshot; cancelling the call removes its images from the queue."""
         pixels, size = list(images), snapshot.model.micro_batch
         parts = [pixels[start : start + size] for start in range(0, len(pixels), size)]
-        chunks = [_Chunk(snapshot, part, tuple(names), features, embed) for part in parts]
+        chunks = [_Chunk(snapshot, part, Wanted(tuple(names), features, embed)) for part in parts]
         self._queue += chunks
         self._filled.set()
         try:
@@ -316,7 +318,7 @@ class Batcher:
                 self._queue.popleft()
                 continue
             if batch and (
-                (chunk.snapshot, chunk.embed) != (batch[0].snapshot, batch[0].embed)
+                (chunk.snapshot, chunk.wanted.embed) != (batch[0].snapshot, batch[0].wanted.embed)
                 or count + len(chunk.images) > chunk.snapshot.model.micro_batch
             ):
                 break
@@ -327,14 +329,14 @@ class Batcher:
 
 def _compute(batch: Sequence[_Chunk]) -> list[Outputs]:
     """Runs one forward pass for all that any chunk requests, and splits the result by chunk."""
-    requested = dict.fromkeys(name for chunk in batch for name in chunk.names)
+    requested = dict.fromkeys(name for chunk in batch for name in chunk.wanted.names)
     model = batch[0].snapshot.model
     images = torch.stack([image for chunk in batch for image in chunk.images])
-    if batch[0].embed:
+    if batch[0].wanted.embed:
         whole = Outputs.of(len(images), model.embed(images, list(requested)), model.exact)
     else:
         tasks = [name for name in model.tasks if name in requested]
-        result = model(images, tasks, any(chunk.features for chunk in batch))
+        result = model(images, tasks, any(chunk.wanted.features for chunk in batch))
         whole = Outputs.of(len(images), result, result.exact, result.features)
     rows = whole.split([len(chunk.images) for chunk in batch])
-    return [part.select(chunk.names, chunk.features) for part, chunk in zip(rows, batch, strict=True)]
+    return [part.select(chunk.wanted) for part, chunk in zip(rows, batch, strict=True)]

@@ -78,8 +78,9 @@ def next_snapshot(
 ) -> Snapshot:
     """The snapshot of the registry's current generation; it shares the tasks that `previous` already serves.
 
-    Golden probes are computed in the background, in slices. A task is quarantined if its stored bytes have changed, its golden probe differs, or this machine cannot compute it
-    exactly: it is reported, and the others are served. It is checked again at every registry change.
+    Golden probes are computed in the background, in slices. A task is quarantined if its stored bytes have changed, its
+    golden probe differs, or this machine cannot compute it exactly: it is reported, and the others are served. It is
+    checked again at every registry change.
     """
     generation, current = registry.current(previous.model.backbone, alias)
     quarantined: dict[str, str] = {}
@@ -123,9 +124,7 @@ def _verified(
 class Follower:
     """Keeps a snapshot up to date with a registry in a background thread; the last one stays during an outage."""
 
-    def __init__(
-        self, backbone: FrozenBackbone, registry: Registry, alias: str | None, background: Background
-    ) -> None:
+    def __init__(self, backbone: FrozenBackbone, registry: Registry, alias: str | None, background: Background) -> None:
         self._registry, self._alias, self._background = registry, alias, background
         self._changed, self._stopping = threading.Condition(), threading.Event()
         self.snapshot: Snapshot = empty_snapshot(backbone)  # replaced as a whole, never mutated

@@ -17,9 +17,7 @@ def tasks(tiny: FrozenBackbone) -> list[Task]:
     token = random_task(tiny, "token", memory=5, layers=0)
     child = random_task(tiny, "child", memory=0, rank=4, parents=(token,), seed=2)
     head = random_task(tiny, "head-only", seed=3)
-    head_only = Task(
-        "head-only", tiny.fingerprint, head.labels, head_weight=head.head_weight, head_bias=head.head_bias
-    )
+    head_only = Task("head-only", tiny.fingerprint, head.labels, head_weight=head.head_weight, head_bias=head.head_bias)
     others = [random_task(tiny, f"other-{number}", memory=number, seed=10 + number) for number in range(5)]
     return [token, child, head_only, *others]
 
@@ -44,7 +42,9 @@ def test_features_have_the_same_bits_in_any_company(tiny: FrozenBackbone, tasks:
 def test_a_tasks_feature_is_what_its_head_reads(tiny: FrozenBackbone, tasks: list[Task]) -> None:
     model, images = CombinedModel(tiny, tasks), images_of(3)
     features, logits = model.embed(images, EVERY), model(images, features=True)
-    assert torch.equal(torch.cat([features["pooled"], features["layers"]], 1), logits.features), "as a router reads them"
+    assert torch.equal(torch.cat([features["pooled"], features["layers"]], 1), logits.features), (
+        "as a router reads them"
+    )
     assert torch.equal(features["task:head-only"], features["pooled"])
     assert not torch.equal(features["task:token"], features["pooled"])
     for task in tasks[:3]:

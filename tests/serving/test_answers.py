@@ -13,7 +13,7 @@ import torch
 from addenda import FrozenBackbone, Registry, Task
 from addenda.combined import Choice, golden, predictions_of
 from addenda.serving.answers import INLINE, AnswerPlan
-from addenda.serving.outputs import Outputs
+from addenda.serving.outputs import Outputs, Wanted
 from tests.serving.test_api import picture, problem
 from tests.support.servers import AppClient, client_of
 from tests.support.tasks import random_task
@@ -73,7 +73,7 @@ def test_outputs_are_split_joined_and_selected_with_their_bits() -> None:
     whole = Outputs.of(5, tensors, True, torch.randn(5, 2))
     parts = whole.split([2, 3])
     for part, rows in zip(parts, (slice(0, 2), slice(2, 5)), strict=True):
-        chosen = part.select(("c", "a"), features=False)
+        chosen = part.select(Wanted(("c", "a")))
         assert [*chosen] == ["c", "a"]
         assert chosen.features is None
         assert all(torch.equal(chosen[name], tensors[name][rows]) for name in chosen)
