@@ -25,11 +25,7 @@ def content_key(image: bytes, snapshot: Snapshot, wanted: Wanted) -> bytes:
     """
     model = snapshot.model
     model.check_settings()
-    parts = [
-        numerics_fingerprint(numerics(model.backbone)),
-        model.backbone.fingerprint,
-        f"{wanted.features} {wanted.embed}",
-    ]
+    parts = [numerics_fingerprint(numerics(model.backbone)), model.backbone.fingerprint, repr(wanted[1:])]
     for name in wanted.names:
         task = model.tasks.get(name.removeprefix(TASK_FEATURE) if wanted.embed else name)
         own = wanted.embed and not name.startswith(TASK_FEATURE)
