@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from typing import Any
@@ -14,9 +15,17 @@ from PIL import Image
 
 from addenda import CombinedModel, FrozenBackbone, Registry, Task
 from tests.serving.test_api import picture, problem
+from tests.support.places import ROOT
 from tests.support.servers import AppClient, client_of
 
 EMBED = "/api/v1/embed"
+
+
+def test_the_example_of_the_page_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    match = re.search(r"```python\n(.*?)```\n\n```\n(.*?)```", (ROOT / "docs" / "serving.md").read_text(), re.DOTALL)
+    assert match is not None
+    exec(compile(match[1], "serving.md", "exec"), {})
+    assert capsys.readouterr().out == match[2]
 
 
 @pytest.fixture
