@@ -433,7 +433,7 @@ def test_an_unknown_name_is_compared_with_few_known_ones(
 
         snapshot.model.tasks = Tasks(snapshot.model.tasks)
         for path in ("/v2/models/unknown", "/v2/models/unknown/ready"):
-            assert "and 21 more" in client.get(path).json()["detail"]
+            assert "and 22 more" in client.get(path).json()["detail"]
         assert client.post(f"{PREDICT}?tasks=unknown", content=pictures(1)[0]).status_code == 404
         assert 0 < len(iterated) <= 30
         compared: list[list[str]] = []
