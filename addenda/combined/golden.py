@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -15,6 +16,8 @@ from addenda.registry import Golden, Task, is_finite
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-1}
 """Largest allowed max |difference| / max |logit| under another numerics fingerprint (docs/exactness.md)."""
+Background = Callable[[], AbstractContextManager[Callable[[], None] | None]]
+"""Makes the context of a forward pass that gives way to more urgent ones, after each layer."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +73,17 @@ def verify(backbone: FrozenBackbone, recorded: Sequence[tuple[Task, Sequence[Gol
     return verdicts(CombinedModel(backbone, [task for task, _ in named]), named)
 
 
-def verdicts(model: CombinedModel, recorded: Sequence[tuple[Task, Sequence[Golden]]]) -> list[Verdict]:
-    """Like `verify`, for an existing model and some of its tasks, without hashing the backbone's weights."""
+def verdicts(
+    model: CombinedModel, recorded: Sequence[tuple[Task, Sequence[Golden]]], background: Background = nullcontext
+) -> list[Verdict]:
+    """Like `verify`, for an existing model and some of its tasks, without hashing the backbone's weights.
+
+    `background` makes a context in which the forward pass runs, with the function that it calls after each layer.
+    """
     now = numerics_fingerprint(numerics(model.backbone))
-    logits = model(probe_images(model.backbone), [task.name for task, _ in recorded])
+    images, names = probe_images(model.backbone), [task.name for task, _ in recorded]
+    with background() as pause:
+        logits = model(images, names, pause=pause)
     results = []
     for task, probes in recorded:
         # The sort is stable: the probe of the current numerics first, then the newest.

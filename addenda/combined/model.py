@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -12,7 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from addenda.backbones import FrozenBackbone, read_files, uncompiled
-from addenda.combined.forward import backbone_logits, forward_pass
+from addenda.combined.features import TASK_FEATURE, feature_tasks
+from addenda.combined.forward import HeadFunction, Observer, backbone_logits, forward_pass
 from addenda.combined.heads import Head
 from addenda.combined.numerics import operations_sample, runtime_settings
 from addenda.combined.predictions import Prediction, predictions_of
@@ -131,13 +132,20 @@ class CombinedModel:
         return tuple(self.tasks) if tasks is None else tuple(dict.fromkeys(tasks))
 
     @uncompiled
-    def __call__(self, images: Tensor, tasks: Sequence[str] | None = None, features: bool = False) -> TaskLogits:
+    def __call__(
+        self,
+        images: Tensor,
+        tasks: Sequence[str] | None = None,
+        features: bool = False,
+        pause: Callable[[], None] | None = None,
+    ) -> TaskLogits:
         """Logits of all or some tasks, in float32 on the backbone's device.
 
         Args:
             images: Float[B, 3, H, W] from `backbone.transform`.
             tasks: names of the tasks to compute; None computes all.
             features: whether to return the backbone's features too, for a `Router`.
+            pause: called after each layer; it may wait while other work uses the cores.
 
         Returns:
             Float[B, C] for each task, by name.
@@ -150,7 +158,7 @@ class CombinedModel:
         """
         self.backbone.check_images(images)
         if self.exact:
-            self._check_settings()
+            self.check_settings()
         names = self._select(tasks)
         if not names and not features:
             return TaskLogits({}, self.exact)
@@ -159,11 +167,41 @@ class CombinedModel:
         heads = {task.sha256: self._heads[task.sha256] for task in requested}
         sizes = self.shapes.images if self.exact else None
         layers = features and self.backbone.num_layer_features > 0
-        result = forward_pass(self.backbone, images, layout, heads, sizes, pooled=features, layers=layers)
+        observe: Observer | None = None if pause is None else lambda *_: pause()
+        result = forward_pass(self.backbone, images, layout, heads, sizes, features, layers, observe)
         logits = {task.name: result.answers[task.sha256] for task in requested}
         return TaskLogits(logits, self.exact, result.features)
 
-    def _check_settings(self) -> None:
+    @uncompiled
+    def embed(self, images: Tensor, features: Sequence[str] = ("pooled",)) -> dict[str, Tensor]:
+        """Features of images, for retrieval or for detecting drift; like logits, their bits depend on no other image.
+
+        Args:
+            images: Float[B, 3, H, W] from `backbone.transform`.
+            features: `"pooled"`, the backbone's pooled feature; `"layers"`, its layer features; and `"task:NAME"`, the
+                feature that the head of a task of this model reads (of a head-only task, the pooled one).
+
+        Returns:
+            Float[B, D], for layer features Float[B, n], in float32 by name of the feature.
+
+        Raises:
+            DataError: a feature is unknown, or none is named.
+            BackboneError, ExactnessError, IntegrityError, UnknownTaskError: as in a call of the model.
+        """
+        self.backbone.check_images(images)
+        if self.exact:
+            self.check_settings()
+        tasks = [self.tasks[name] for name in self._select(feature_tasks(features, self.backbone))]
+        layout = self._subset_layout(*tasks)
+        heads: dict[str, HeadFunction] = {task.sha256: lambda feature, *_: feature for task in tasks}
+        sizes = self.shapes.images if self.exact else None
+        result = forward_pass(self.backbone, images, layout, heads, sizes, "pooled" in features, "layers" in features)
+        found = {f"{TASK_FEATURE}{task.name}": result.answers[task.sha256] for task in tasks}
+        found |= {name: each for name in ("pooled", "layers") if (each := getattr(result, name)) is not None}
+        return {name: found[name].float() for name in features}
+
+    def check_settings(self) -> None:
+        """Raises ExactnessError or IntegrityError if a setting, module or weight changed since the model was made."""
         self.backbone.check_as_loaded()
         (before, sample), now = self._settings, runtime_settings(self.backbone)
         if now == before and operations_sample() == sample:
@@ -182,15 +220,20 @@ class CombinedModel:
         return backbone_logits(self.backbone, images)
 
     def predict(
-        self, paths: Sequence[str | Path], top: int | None = None, tasks: Sequence[str] | None = None
+        self,
+        paths: Sequence[str | Path],
+        top: int | None = None,
+        tasks: Sequence[str] | None = None,
+        min_probability: float | None = None,
     ) -> dict[str, list[Prediction]]:
         """Reads image files and predicts every task.
 
         Args:
             paths: image files.
-            top: maximum number of labels per image, best first. None gives 3 for a single-label task, and every label
-                with probability 0.5 or more for a multi-label task.
+            top: maximum number of labels per image, best first. None gives 3 for a single-label task if
+                `min_probability` is None, or else every label.
             tasks: names of the tasks to predict; None predicts all.
+            min_probability: minimum probability of a label. None gives 0.5 for a multi-label task, or else 0.
 
         Returns:
             For each task and path, (label, probability) pairs.
@@ -200,26 +243,31 @@ class CombinedModel:
         """
         results: dict[str, list[Prediction]] = {name: [] for name in self._select(tasks)}
         for files in read_files(self.backbone, paths, self.micro_batch):
-            for name, batch in self.predict_images(files.images, top, tasks).items():
+            for name, batch in self.predict_images(files.images, top, tasks, min_probability).items():
                 results[name] += batch
         return results
 
     def predict_images(
-        self, images: Float[Tensor, "B 3 H W"], top: int | None = None, tasks: Sequence[str] | None = None
+        self,
+        images: Float[Tensor, "B 3 H W"],
+        top: int | None = None,
+        tasks: Sequence[str] | None = None,
+        min_probability: float | None = None,
     ) -> dict[str, list[Prediction]]:
         """Like `predict`, for images from `backbone.transform`."""
         logits = self(images, tasks)
-        return predictions_of(map(self.tasks.__getitem__, logits), logits, top)
+        return predictions_of(map(self.tasks.__getitem__, logits), logits, top, min_probability)
 
     def route(
-        self, paths: Sequence[str | Path], router: Router, top: int | None = None
+        self, paths: Sequence[str | Path], router: Router, top: int | None = None, min_probability: float | None = None
     ) -> list[tuple[Choice, Prediction]]:
         """Reads image files, chooses a task for each with a router, and returns that task's prediction.
 
         Args:
             paths: image files.
             router: a router over tasks of this model.
-            top: maximum number of labels per image; None gives 3.
+            top: maximum number of labels per image; see `predict`.
+            min_probability: minimum probability of a label.
 
         Returns:
             For each path, the choice and (label, probability) pairs of the chosen task.
@@ -229,15 +277,19 @@ class CombinedModel:
             UnknownTaskError: the router has a task that is not in this model.
         """
         batches = read_files(self.backbone, paths, self.micro_batch)
-        return [routed for files in batches for routed in self.route_images(files.images, router, top)]
+        return [routed for files in batches for routed in self.route_images(files.images, router, top, min_probability)]
 
     def route_images(
-        self, images: Float[Tensor, "B 3 H W"], router: Router, top: int | None = None
+        self,
+        images: Float[Tensor, "B 3 H W"],
+        router: Router,
+        top: int | None = None,
+        min_probability: float | None = None,
     ) -> list[tuple[Choice, Prediction]]:
         """Like `route`, for images from `backbone.transform`."""
         logits = self(images, router.tasks, features=True)
         assert logits.features is not None
-        results = predictions_of(map(self.tasks.__getitem__, logits), logits, top)
+        results = predictions_of(map(self.tasks.__getitem__, logits), logits, top, min_probability)
         return [(choice, results[choice.task][i]) for i, choice in enumerate(router.choose(logits.features))]
 
 

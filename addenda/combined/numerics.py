@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping
 from functools import cache
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,7 @@ def numerics_settings(backbone: FrozenBackbone) -> dict[str, Any]:
     device = backbone.device
     return {
         "torch": torch.__version__,
-        "timm": version("timm"),
+        "timm": _timm_version(),
         "device": _device(device),
         **runtime_settings(backbone),
         "precision": backbone.precision_name,
@@ -162,6 +162,12 @@ def _device(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
     return _cpu() if device.type == "cpu" else f"{device.type} of {_cpu()}, {platform.platform()}"
+
+
+@cache
+def _timm_version() -> str:
+    """Timm's version; reading it takes milliseconds, and importing timm is left to `backbones`."""
+    return metadata.version("timm")
 
 
 @cache

@@ -1,8 +1,8 @@
-"""Predictions: labels and probabilities from a task's logits."""
+"""Predictions: labels and probabilities from the logits of tasks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -17,7 +17,7 @@ Prediction = list[tuple[str, float]]
 TOP = 3
 """Default number of labels in a single-label prediction."""
 LIKELY = 0.5
-"""Minimum probability of a label in a multi-label prediction."""
+"""Default minimum probability of a label in a multi-label prediction."""
 
 
 def not_finite(task: Task) -> IntegrityError:
@@ -28,42 +28,72 @@ def not_finite(task: Task) -> IntegrityError:
     )
 
 
+class TaskGroup:
+    """Tasks with equal objective and number of labels, whose predictions are computed at once."""
+
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        self.tasks = tasks
+        self._objective, self._exclusive = tasks[0].objective, OBJECTIVES[tasks[0].objective].exclusive
+        temperatures = [task.temperature for task in tasks]
+        self._temperatures = torch.tensor(temperatures, dtype=torch.float64, device="cpu")[:, None, None]
+
+    def best(
+        self, logits: Float[Tensor, "T B C"], top: int | None = None, min_probability: float | None = None
+    ) -> Iterator[tuple[Task, list[list[float]], list[list[int]]]]:
+        """Each task with the probabilities and indices of the best labels for each image; see `predictions_of`."""
+        count = TOP if self._exclusive and top is None and min_probability is None else top
+        least = min_probability if min_probability is not None else 0 if self._exclusive else LIKELY
+        values = probabilities(logits, self._objective, self._temperatures.to(logits.dtype))
+        best = values.sort(descending=True, stable=True)
+        finite = best.values.isfinite().flatten(1).all(1)
+        if not finite.all():
+            raise not_finite(self.tasks[finite.tolist().index(False)])
+        best_values, best_indices = best.values[..., :count].tolist(), best.indices[..., :count].tolist()
+        if least > 0:
+            best_values = [[[v for v in values if v >= least] for values in images] for images in best_values]
+        return zip(self.tasks, best_values, best_indices, strict=True)
+
+
+def task_groups(tasks: Iterable[Task]) -> list[TaskGroup]:
+    """Divides tasks into groups."""
+    groups: dict[tuple[str, int], list[Task]] = {}
+    for task in tasks:
+        groups.setdefault((task.objective, len(task.labels)), []).append(task)
+    return [TaskGroup(group) for group in groups.values()]
+
+
 def predictions(task: Task, logits: Float[Tensor, "B C"], top: int | None = None) -> list[Prediction]:
     """Converts one task's logits to predictions; see `predictions_of`."""
     return predictions_of([task], {task.name: logits}, top)[task.name]
 
 
 def predictions_of(
-    tasks: Iterable[Task], logits: Mapping[str, Float[Tensor, "B C"]], top: int | None = None
+    tasks: Iterable[Task],
+    logits: Mapping[str, Float[Tensor, "B C"]],
+    top: int | None = None,
+    min_probability: float | None = None,
 ) -> dict[str, list[Prediction]]:
-    """Converts logits to predictions, batching tasks with equal objective, temperature and number of classes.
+    """Converts logits to predictions.
 
     Args:
         tasks: the tasks to convert.
         logits: logits of the same images by task name, from the combined model.
-        top: maximum number of labels per image. None gives TOP for a single-label task, and every label above the
-            threshold for a multi-label task.
+        top: maximum number of labels per image. None gives every label if `min_probability` is given or the task is
+            multi-label, or else TOP.
+        min_probability: minimum probability of a label. None gives LIKELY for a multi-label task, or else 0.
 
     Returns:
-        For each task and image, (label, probability) pairs, best first. A multi-label prediction contains only labels
-        with a probability of at least LIKELY, possibly none.
+        For each task and image, (label, probability) pairs, best first; none if no label is probable enough.
+
+    Raises:
+        IntegrityError: a probability is NaN or infinite.
     """
-    groups: dict[tuple[str, float, int], list[Task]] = {}
-    for task in tasks:
-        groups.setdefault((task.objective, task.temperature, len(task.labels)), []).append(task)
     results: dict[str, list[Prediction]] = {}
-    for (objective, temperature, _), group in groups.items():
-        single = OBJECTIVES[objective].exclusive
-        count = TOP if top is None and single else top
-        stacked = torch.stack([logits[task.name].cpu() for task in group])
-        best = probabilities(stacked, objective, temperature).sort(dim=-1, descending=True, stable=True)
-        if not best.values.isfinite().all():
-            values_by_task = zip(group, best.values, strict=True)
-            raise not_finite(next(task for task, values in values_by_task if not values.isfinite().all()))
-        top_values, top_indices = best.values[..., :count].tolist(), best.indices[..., :count].tolist()
-        for task, task_values, task_indices in zip(group, top_values, top_indices, strict=True):
+    for group in task_groups(tasks):
+        stacked = torch.stack([logits[task.name] for task in group.tasks]).cpu()
+        for task, values, indices in group.best(stacked, top, min_probability):
             results[task.name] = [
-                [(task.labels[i], value) for i, value in zip(*pairs, strict=True) if single or value >= LIKELY]
-                for pairs in zip(task_indices, task_values, strict=True)
+                [(task.labels[i], value) for value, i in zip(*pairs, strict=False)]  # there may be fewer values
+                for pairs in zip(values, indices, strict=True)
             ]
     return results

@@ -34,15 +34,21 @@ def predict(
     task: Annotated[
         list[str] | None,
         Option(
-            help="Task to predict with; repeat for several. 'auto' chooses one task for each image, or reports that "
-            "the image resembles none. Default: the newest version of each task."
+            help="Task to predict with: NAME, NAME:VERSION, NAME@ALIAS, or a pattern with * over the newest versions; "
+            "repeat for several. 'auto' chooses one task for each image, or reports that the image resembles none. "
+            "Default: the newest version of each task."
         ),
     ] = None,
+    tag: Annotated[str | None, Option(help="Predict only with tasks whose newest version has this tag.")] = None,
     top: Annotated[
         int | None,
         Option(
-            min=1, help="Labels per task, at most. Default: 3; multi-label: all with a probability of at least 0.5."
+            min=1, help="Labels per task, at most. Default: 3; with --min-probability, or for a multi-label task, all."
         ),
+    ] = None,
+    min_probability: Annotated[
+        float | None,
+        Option(min=0, max=1, help="Minimum probability of a label. Default: 0; for a multi-label task 0.5."),
     ] = None,
     skip_bad: options.SkipBad = False,
     registry: options.Registry = options.DEFAULT_REGISTRY,
@@ -83,7 +89,11 @@ def predict(
         raise AddendaError("--json and --csv exclude each other; give one of them.")
     if task is not None and "auto" in task and not auto:
         raise AddendaError("--task auto chooses among all tasks; give it alone, or give task names without it.")
+    if auto and tag is not None:
+        raise AddendaError("--task auto chooses among all tasks and cannot be combined with --tag.")
     if ray is not None:
+        if tag is not None or any("*" in ref for ref in task or ()):
+            raise AddendaError("--tag and patterns cannot be used with --ray; name each task with --task.")
         if as_csv or auto:
             option = "--csv" if as_csv else "--task auto"
             raise AddendaError(f"{option} cannot be used with --ray, which writes each task's predictions to Parquet.")
@@ -95,8 +105,8 @@ def predict(
         paths = _image_files(images)[0]
         with options.open_registry(registry) as opened:
             job = PredictionJob(
-                options.workplace(registry, opened, weights, device, gpus, None), tuple(task or ()), top, not inexact,
-                part_size or PART_SIZE, skip_bad, workers, cpus or 1, gpus or 0.0,
+                options.workplace(registry, opened, weights, device, gpus, None), tuple(task or ()), top,
+                min_probability, not inexact, part_size or PART_SIZE, skip_bad, workers, cpus or 1, gpus or 0.0,
             )  # fmt: skip
             with connected(ray), progress(quiet=as_json) as report:
                 summary = predict_many(job, paths, out, opened, report)
@@ -110,8 +120,9 @@ def predict(
 
     paths, left_out = _image_files(images)
     with options.open_registry(registry) as opened:
-        requested = [opened.get(ref) for ref in task or () if not auto]
-        loaded = recorded_backbone(opened, weights, device, requested[0].backbone if requested else None)
+        named = [ref for ref in task or () if "*" not in ref and not auto]
+        loaded = recorded_backbone(opened, weights, device, opened.record(named[0]).backbone if named else None)
+        requested = [] if auto else _requested(opened, loaded, task, tag)
         model = addenda.CombinedModel(loaded, requested or opened.load(loaded), exact=not inexact)
         router = _router(opened, model) if auto and model.tasks else None
     if not model.tasks:
@@ -123,10 +134,10 @@ def predict(
             done = 0
             for files in read_files(loaded, paths, model.micro_batch, skip_bad):
                 if files.paths and router is not None:
-                    routed = model.route_images(files.images, router, top)
+                    routed = model.route_images(files.images, router, top, min_probability)
                     predictions |= zip(map(str, files.paths), routed, strict=True)
                 elif files.paths:
-                    by_task = model.predict_images(files.images, top)
+                    by_task = model.predict_images(files.images, top, None, min_probability)
                     for i, path in enumerate(files.paths):
                         predictions[str(path)] = {name: best[i] for name, best in by_task.items()}
                 skipped += files.bad.values()
@@ -143,6 +154,20 @@ def predict(
         csv.writer(sys.stdout).writerows(map(csv_row, rows))
     else:
         console.print(table(title + ("" if model.exact else ", inexact"), columns, lines))
+
+
+def _requested(
+    registry: addenda.Registry, backbone: addenda.FrozenBackbone, refs: list[str] | None, tag: str | None
+) -> list[addenda.Task]:
+    """The tasks that --task and --tag select; empty if neither is given."""
+    from addenda.registry import select_tasks
+
+    selectors = refs if tag is not None else [ref for ref in refs or () if "*" in ref]
+    selected = [] if tag is not None else [ref for ref in refs or () if "*" not in ref]
+    if selectors or tag is not None:
+        records = {record.name: record for record in registry.current(backbone)[1]}
+        selected += [records[name].ref for name in select_tasks(records, selectors, tag)]
+    return [registry.get(ref) for ref in selected]
 
 
 def _render_all(predictions: dict[str, dict[str, Best]], model: addenda.CombinedModel) -> Rendered:

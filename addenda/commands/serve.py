@@ -46,6 +46,9 @@ def serve(
             min=1, help="Images queued or being computed, at most; beyond it the server answers 503 with Retry-After."
         ),
     ] = 256,
+    cache_mb: Annotated[
+        float, Option(min=0, help="Memory in MB for outputs of images that may be sent again; 0 caches nothing.")
+    ] = 0,
     timeout: Annotated[float, Option(min=0.001, help="Request timeout in seconds.")] = 30.0,
     drain: Annotated[
         float, Option(min=0, help="Drain time in seconds after SIGTERM: requests are served while /readyz answers 503.")
@@ -97,7 +100,7 @@ def serve(
             f"Listening on {host!r} requires API keys, and {str(keys)!r} has none. Create one: addenda keys create "
             f"NAME --scope predict --keys {keys}"
         )
-    limits = Limits(waiting_images=max_waiting, timeout_s=timeout)
+    limits = Limits(waiting_images=max_waiting, timeout_s=timeout, cache_bytes=int(cache_mb * 1e6))
     if ray is not None:
         if metrics_port is not None:
             raise AddendaError(

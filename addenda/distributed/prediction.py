@@ -44,6 +44,7 @@ class PredictionJob:
     workplace: Workplace
     refs: Sequence[str] = ()  # the tasks; empty: all tasks active when the manifest is written
     top: int | None = None  # as in `CombinedModel.predict`
+    min_probability: float | None = None  # as well
     exact: bool = True
     part_size: int = PART_SIZE
     skip_bad: bool = False  # whether to skip unreadable images instead of ending the run
@@ -66,6 +67,7 @@ class Manifest:
     numerics: Mapping[str, Any]
     numerics_fingerprint: str
     generation: int  # of the registry when the tasks were selected; informational
+    min_probability: float | None = None  # as in `CombinedModel.predict`; not in manifests of earlier versions
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,7 @@ def predict_many(
         images_sha256=_digest(paths),
         part_size=job.part_size,
         top=job.top,
+        min_probability=job.min_probability,
         **fetch(resolve.remote(job)),
     )
     manifest = _ensure_manifest(folder, before, manifest)
@@ -239,7 +242,8 @@ class PartWriter:
 
     def _rows(self, files: Files[str]) -> Iterator[dict[str, Any]]:
         """One row per predicted label; for an unreadable image, one row with the reason."""
-        predictions = self._model.predict_images(files.images, self._manifest.top) if files.paths else {}
+        top, least = self._manifest.top, self._manifest.min_probability
+        predictions = self._model.predict_images(files.images, top, None, least) if files.paths else {}
         by_image = {name: dict(zip(files.paths, labels, strict=True)) for name, labels in predictions.items()}
         for image in files.asked:
             if image in files.bad:

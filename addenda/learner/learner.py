@@ -87,7 +87,7 @@ class Learner:
         influence on the result.
 
         Args:
-            name: the task's name; "auto", "combined" and "none" are reserved.
+            name: the task's name; "auto", "combined", "features" and "none" are reserved.
             train: a folder of class folders, a CSV or Parquet listing, a torch Dataset or a Hugging Face dataset. A
                 folder, listing or DatasetDict may hold train and test splits.
             test: data to evaluate on, likewise. Default: the test split of `train`, if it has one.

@@ -16,6 +16,7 @@ from addenda.registry.store.names import LABELS, check_labels, check_name, check
 from addenda.registry.store.objectives import BASELINES, OBJECTIVES, baselines, headline
 from addenda.registry.store.queries import TaskFilter
 from addenda.registry.store.records import Evaluation, EvaluationRecord, Event, TaskRecord
+from addenda.registry.store.selection import select_tasks
 
 if TYPE_CHECKING:
     from addenda.registry.audit.faults import Fault
@@ -67,6 +68,7 @@ __all__ = [
     "is_finite",
     "probabilities",
     "restore",
+    "select_tasks",
 ]
 
 

@@ -7,15 +7,17 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Query, Request
+from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import BaseModel
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from addenda import __version__
-from addenda.combined import numerics, numerics_fingerprint, predictions_of
+from addenda.combined import numerics, numerics_fingerprint
 from addenda.exceptions import DataError
+from addenda.serving.answers import INLINE, embedding
+from addenda.serving.outputs import Wanted
 from addenda.serving.routes import BINARY, Served, body_schema, needs, problem_responses, read_images, while_connected
 from addenda.serving.service import ServedPrediction
 
@@ -62,6 +64,24 @@ class Prediction(BaseModel):
     tasks: dict[str, TaskPrediction]
 
 
+class Feature(BaseModel):
+    """A feature of an image; of a task's feature also the task's reference and the digest of its artifact."""
+
+    values: list[float]
+    ref: str | None = None
+    sha256: str | None = None
+
+
+class Embedding(BaseModel):
+    """Features of one image, all from one generation."""
+
+    generation: int
+    exact: bool
+    backbone_fingerprint: str
+    numerics_fingerprint: str
+    features: dict[str, Feature]
+
+
 class Status(BaseModel):
     """The current state of the server."""
 
@@ -93,27 +113,81 @@ class Verification(BaseModel):
     dependencies=[needs("predict")],
     summary="Predicts for an image",
     responses=problem_responses(400, 404, 408, 409, 413, 415, 422, 503, 504),
-    response_model_exclude_none=True,
+    response_model=Prediction,
     openapi_extra=body_schema({"image/*": BINARY, "multipart/form-data": _FORM}),
 )
 async def predict(
     request: Request,
     service: Served,
     tasks: Annotated[
-        list[str] | None, Query(description="Task names, repeated or comma-separated. Default: all.")
+        list[str] | None,
+        Query(
+            description="Task names, or patterns with '*', either with ':version' or '@alias'; repeated or "
+            "comma-separated. Default: all."
+        ),
     ] = None,
+    tag: Annotated[str | None, Query(max_length=100, description="Only tasks with this tag.")] = None,
     task: Annotated[str | None, Query(description="A task name, or 'auto' to let the router choose the task.")] = None,
     top: Annotated[int | None, Query(ge=1, le=1000, description="Maximum number of labels per task.")] = None,
+    min_probability: Annotated[
+        float | None, Query(ge=0, le=1, description="Minimum probability of a label; then 'top' defaults to all.")
+    ] = None,
     addenda_timeout_ms: Annotated[int | None, Header(ge=1, le=3_600_000)] = None,
-) -> Prediction:
+) -> Response:
     """Predicts for a JPEG, PNG or WebP file, sent as the body or as the form field `image`."""
     image = await _image(request, await read_images(request, service))
     timeout_s = None if addenda_timeout_ms is None else addenda_timeout_ms / 1000
-    if task == AUTO and tasks:
-        raise DataError("'task=auto' chooses among all tasks and cannot be combined with 'tasks'.")
-    names = [name.strip() for group in tasks or () for name in group.split(",")] + ([] if task is None else [task])
-    work = service.route([image], timeout_s) if task == AUTO else service.predict([image], names or None, timeout_s)
-    return _response(await while_connected(request, work), top)
+    if task == AUTO and (tasks or tag):
+        raise DataError("'task=auto' chooses among all tasks and cannot be combined with 'tasks' or 'tag'.")
+    names = _listed(tasks) + ([] if task is None else [task])
+    if task == AUTO:
+        work = service.route([image], timeout_s)
+    else:
+        work = service.predict([image], names or None, timeout_s, tag=tag)
+    served = await while_connected(request, work)
+    if served.logits.matrix.numel() <= INLINE:
+        content = _answer(served, top, min_probability)
+    else:
+        content = await asyncio.to_thread(_answer, served, top, min_probability)
+    return Response(content, headers=served.logits.headers, media_type="application/json")
+
+
+@router.post(
+    "/embed",
+    tags=["predict"],
+    dependencies=[needs("predict")],
+    summary="Computes features of an image",
+    responses=problem_responses(400, 404, 408, 413, 415, 422, 503, 504),
+    response_model=Embedding,
+    openapi_extra=body_schema({"image/*": BINARY, "multipart/form-data": _FORM}),
+)
+async def embed(
+    request: Request,
+    service: Served,
+    features: Annotated[
+        list[str] | None,
+        Query(
+            description="'pooled', 'layers' and 'task:NAME', the feature that a task's head reads; repeated or "
+            "comma-separated. Default: 'pooled'."
+        ),
+    ] = None,
+    addenda_timeout_ms: Annotated[int | None, Header(ge=1, le=3_600_000)] = None,
+) -> Response:
+    """Computes features of a JPEG, PNG or WebP file, sent as the body or as the form field `image`.
+
+    Features are comparable between responses with the same fingerprints, and a task's with the same `sha256`.
+    """
+    image = await _image(request, await read_images(request, service))
+    timeout_s = None if addenda_timeout_ms is None else addenda_timeout_ms / 1000
+    work = service.embed([image], _listed(features) or ["pooled"], timeout_s)
+    embedded = await while_connected(request, work)
+    content = embedding(embedded.snapshot.generation, embedded.snapshot.model, embedded.logits)
+    return Response(content, headers=embedded.logits.headers, media_type="application/json")
+
+
+def _listed(values: list[str] | None) -> list[str]:
+    """The items of a parameter that is repeated or comma-separated."""
+    return [item.strip() for value in values or () for item in value.split(",")]
 
 
 async def _image(request: Request, body: bytes) -> bytes:
@@ -138,23 +212,13 @@ async def _image(request: Request, body: bytes) -> bytes:
         await form.close()
 
 
-def _response(served: ServedPrediction, top: int | None) -> Prediction:
-    choice = served.choices[0] if served.choices else None
-    names = [choice.task] if choice else list(served.logits)
-    tasks = {name: served.snapshot.model.tasks[name] for name in names}
-    predictions = predictions_of(tasks.values(), served.logits, top)
-    task_predictions = {}
-    for name, task in tasks.items():
-        labels = [Label(label=label, probability=probability) for label, probability in predictions[name][0]]
-        task_predictions[name] = TaskPrediction(
-            ref=task.ref, sha256=task.sha256, objective=task.objective, labels=labels
-        )
-    return Prediction(
-        generation=served.snapshot.generation,
-        exact=served.logits.exact,
-        chosen=None if choice is None else RoutedTask(**choice._asdict()),
-        tasks=task_predictions,
-    )
+def _answer(served: ServedPrediction, top: int | None, min_probability: float | None) -> bytes:
+    """The response for the request's image; with a router, of the chosen task."""
+    choice, logits = served.choices[0] if served.choices else None, served.logits
+    if choice is not None:
+        logits = logits.select(Wanted((choice.task,)))
+    plan = served.snapshot.plan(*logits)
+    return plan.answer(served.snapshot.generation, logits.exact, logits.matrix, top, min_probability, choice)
 
 
 @router.get("/status", **_SERVER, summary="The server's state")

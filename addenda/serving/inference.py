@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from reprlib import repr as short
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from addenda import __version__
-from addenda.combined import predictions
+from addenda.combined import TASK_FEATURE, feature_widths, predictions
 from addenda.exceptions import DataError
 from addenda.registry import OBJECTIVES, Task
 from addenda.serving import tensors
@@ -27,6 +27,8 @@ from addenda.serving.telemetry import check_ready
 
 COMBINED = "combined"
 """The model of all tasks; a task of this name has no model of its own, only outputs of this one."""
+FEATURES = "features"
+"""The model of the images' features; likewise."""
 
 router = APIRouter(prefix="/v2", tags=["inference"], responses=problem_responses(401, 403))
 
@@ -95,8 +97,9 @@ async def server() -> dict[str, Any]:
 async def index(service: Served) -> list[dict[str, str]]:
     """Lists the served models, and the quarantined ones with the reason."""
     snapshot = service.snapshot
-    served = {COMBINED: str(snapshot.generation)}
-    served |= {name: str(record.version) for name, record in snapshot.records.items() if name != COMBINED}
+    served = {name: str(record.version) for name, record in snapshot.records.items()}
+    own = dict.fromkeys((COMBINED, FEATURES), str(snapshot.generation))
+    served = own | served | own  # the first two, also if tasks have these names
     models = [{"name": name, "version": version, "state": "READY", "reason": ""} for name, version in served.items()]
     for ref, reason in snapshot.quarantined.items():
         name, version = ref.rsplit(":", 1)
@@ -134,7 +137,8 @@ async def version_ready(request: Request, service: Served, model: str, version: 
 async def infer(request: Request, service: Served, model: str) -> Response:
     """Runs inference on encoded images (`image`) or preprocessed pixels (`pixel_values`).
 
-    `parameters.tasks` selects tasks of `combined` (comma-separated); `parameters.timeout` is in microseconds.
+    `parameters.tasks` (comma-separated names or patterns) and `parameters.tag` select tasks of `combined` and of
+    `features`; `parameters.timeout` is in microseconds.
     """
     return await _predict(request, service, model)
 
@@ -146,55 +150,68 @@ async def version_infer(request: Request, service: Served, model: str, version: 
 
 
 class _Output(NamedTuple):
-    """An output of a model; `kind` is "logits", "probs" or "label"."""
+    """An output of a model; `kind` is "logits", "probs", "label" or "feature"."""
 
     name: str
-    task: Task
+    task: Task | None  # None for features of the backbone
     kind: str
+    width: int
 
     def metadata(self) -> dict[str, Any]:
         """The output's metadata in the protocol."""
         if self.kind == "label":
             return {"name": self.name, "datatype": "BYTES", "shape": [-1]}
-        return {"name": self.name, "datatype": "FP32", "shape": [-1, len(self.task.labels)]}
+        return {"name": self.name, "datatype": "FP32", "shape": [-1, self.width]}
 
-    def values(self, logits: Float[Tensor, "B C"]) -> NDArray[Any]:
-        """Computes the output from its task's logits."""
-        if self.kind == "label":
-            return np.array([labels[0][0] for labels in predictions(self.task, logits, top=1)], dtype=object)
-        values: NDArray[Any] = (logits if self.kind == "logits" else self.task.probabilities(logits)).numpy()
+    @property
+    def computed(self) -> str:
+        """The name of what the service computes for it."""
+        return self.name if self.kind == "feature" or self.task is None else self.task.name
+
+    def values(self, computed: Float[Tensor, "B n"]) -> NDArray[Any]:
+        """Converts its task's logits, or the feature."""
+        if self.task is not None and self.kind == "label":
+            return np.array([labels[0][0] for labels in predictions(self.task, computed, top=1)], dtype=object)
+        if self.task is not None and self.kind == "probs":
+            computed = self.task.probabilities(computed)
+        values: NDArray[Any] = computed.numpy()
         return values
 
 
 class _Model(NamedTuple):
-    """A model of one or all tasks of a snapshot; only this `version` of it is served."""
+    """A model of one or all tasks of a snapshot, or of features; only this `version` of it is served."""
 
     name: str
     version: str
     tasks: Sequence[Task]
+    features: Mapping[str, int]  # the backbone's features and their widths, of the model of features
 
     def outputs(self) -> dict[str, _Output]:
         """All outputs by name; multi-label tasks have no `label`."""
-        outputs = {}
+        outputs = {name: _Output(name, None, "feature", width) for name, width in self.features.items()}
+        if self.features:
+            names = {task.name: f"{TASK_FEATURE}{task.name}" for task in self.tasks}
+            width = self.features["pooled"]
+            return outputs | {
+                names[task.name]: _Output(names[task.name], task, "feature", width) for task in self.tasks
+            }
         for task in self.tasks:
             prefix = f"{task.name}." if self.name == COMBINED else ""
             for kind in ("logits", "probs", "label")[: 3 if OBJECTIVES[task.objective].exclusive else 2]:
-                outputs[f"{prefix}{kind}"] = _Output(f"{prefix}{kind}", task, kind)
+                outputs[f"{prefix}{kind}"] = _Output(f"{prefix}{kind}", task, kind, len(task.labels))
         return outputs
 
     def requested(self, snapshot: Snapshot, request: tensors.Request) -> list[_Output]:
         """The outputs that a request names, or else all outputs of its tasks."""
-        names, model = request.parameters.get("tasks"), self
-        if names is not None:
-            if self.name != COMBINED or not isinstance(names, str):
+        names, tag, model = request.parameters.get("tasks"), request.parameters.get("tag"), self
+        if names is not None or tag is not None:
+            if self.name not in (COMBINED, FEATURES) or not all(isinstance(each, str | None) for each in (names, tag)):
                 raise DataError(
-                    f"The parameter 'tasks' is only for model {COMBINED!r}: a string of comma-separated task names."
+                    f"The parameters 'tasks' and 'tag' are only for models {COMBINED!r} and {FEATURES!r}: "
+                    "comma-separated names or patterns of tasks, and a tag, as strings."
                 )
-            selected = list(dict.fromkeys(name.strip() for name in names.split(",")))
-            for name in selected:
-                if name not in snapshot.model.tasks:
-                    raise ProblemError(404, f"Task {short(name)} {snapshot.absence(name, (COMBINED,))}")
-            model = self._replace(tasks=[snapshot.model.tasks[name] for name in selected])
+            selectors = None if names is None else [name.strip() for name in names.split(",")]
+            model = self._replace(tasks=[snapshot.model.tasks[name] for name in snapshot.select(selectors, tag)])
         available = model.outputs()
         for name in request.outputs:
             if name not in available:
@@ -206,12 +223,13 @@ class _Model(NamedTuple):
 def _model(snapshot: Snapshot, name: str, version: str | None = None) -> _Model:
     """The served model of a name; raises ProblemError (404) if it, or this version, is not served."""
     tasks = snapshot.model.tasks
-    if name == COMBINED:
-        model = _Model(name, str(snapshot.generation), list(tasks.values()))
+    if name in (COMBINED, FEATURES):
+        features = feature_widths(snapshot.model.backbone) if name == FEATURES else {}
+        model = _Model(name, str(snapshot.generation), list(tasks.values()), features)
     elif name in tasks:
-        model = _Model(name, str(tasks[name].version), [tasks[name]])
+        model = _Model(name, str(tasks[name].version), [tasks[name]], {})
     else:
-        raise ProblemError(404, f"Model {name!r} {snapshot.absence(name, (COMBINED,))}")
+        raise ProblemError(404, f"Model {name!r} {snapshot.absence(name, (COMBINED, FEATURES))}")
     if version not in (None, model.version):
         raise ProblemError(
             404, f"Version {version!r} of model {name!r} is not served. Served: version {model.version!r}."
@@ -236,19 +254,21 @@ def _metadata(service: Service, name: str, version: str | None = None) -> dict[s
 async def _predict(request: Request, service: Service, name: str, version: str | None = None) -> Response:
     body, header_length = await read_images(request, service), request.headers.get(tensors.HEADER_LENGTH)
 
-    async def predict() -> tuple[bytes, int | None]:
+    async def predict() -> tuple[bytes, int | None, dict[str, str]]:
         parsed = await asyncio.to_thread(tensors.parse, body, header_length)
         images, snapshot = _images(parsed), service.snapshot
         model = _model(snapshot, name, version)
         outputs = model.requested(snapshot, parsed)
-        task_names = [output.task.name for output in outputs]
-        prediction = await service.predict(images, task_names, _timeout_s(parsed), snapshot)
-        return await asyncio.to_thread(_encode, model, parsed, outputs, prediction)
+        compute = service.embed if name == FEATURES else service.predict
+        names = [output.computed for output in outputs]
+        prediction = await compute(images, names, _timeout_s(parsed), snapshot)
+        encoded = await asyncio.to_thread(_encode, model, parsed, outputs, prediction)
+        return *encoded, prediction.logits.headers
 
-    content, json_length = await while_connected(request, predict())
+    content, json_length, headers = await while_connected(request, predict())
     if json_length is None:
-        return Response(content, media_type="application/json")
-    headers = {tensors.HEADER_LENGTH: str(json_length)}
+        return Response(content, headers=headers, media_type="application/json")
+    headers[tensors.HEADER_LENGTH] = str(json_length)
     return Response(content, headers=headers, media_type="application/octet-stream")
 
 
@@ -289,8 +309,8 @@ def _encode(
     }
     encoded = []
     for output in outputs:
-        parameters = {"task": output.task.ref, "sha256": output.task.sha256}
-        values = output.values(prediction.logits[output.task.name])
+        parameters = {} if output.task is None else {"task": output.task.ref, "sha256": output.task.sha256}
+        values = output.values(prediction.logits[output.computed])
         binary = request.outputs.get(output.name, request.binary)
         encoded.append(tensors.Output(output.name, values, parameters, binary))
     return tensors.encode(response, encoded)

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequenc
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from io import BytesIO
 
 import torch
@@ -18,10 +18,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from addenda.backbones import FrozenBackbone, read_image
-from addenda.combined import Choice, Router, TaskLogits, Verdict, attention_map, can_be_routed, not_finite, verdicts
+from addenda.combined import Choice, Router, Verdict, attention_map, can_be_routed, feature_tasks, not_finite, verdicts
 from addenda.exceptions import DataError, DeadlineError, OverloadedError, RegistryError, TooLargeError, UnknownTaskError
 from addenda.registry import Registry, is_finite
+from addenda.serving.content_cache import ContentCache, content_key, widths_of
+from addenda.serving.outputs import Outputs, Wanted, joined
 from addenda.serving.snapshot import Follower, Snapshot
+from addenda.serving.turns import Turns
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 SMALL = 1e30
@@ -39,6 +42,7 @@ class Limits:
     images: int = 128  # of a request
     waiting_images: int = 256  # queued or being computed
     timeout_s: float = 30.0  # of a request; it may ask for less
+    cache_bytes: int = 0  # of cached outputs; 0: nothing is cached
 
 
 Images = Sequence[bytes] | Float[Tensor, "B 3 H W"]
@@ -50,7 +54,7 @@ class ServedPrediction:
     """Predictions for a request's images from one snapshot, and the router's choice for each image if it was used."""
 
     snapshot: Snapshot
-    logits: TaskLogits
+    logits: Outputs  # or features
     choices: list[Choice] | None = None
 
 
@@ -62,8 +66,10 @@ class Service:
     ) -> None:
         self.backbone, self.registry, self.alias = backbone, registry, alias
         self.limits = limits or Limits()
-        self.follower = Follower(backbone, registry, alias)
-        self.batcher = Batcher(self.limits.waiting_images)
+        self._turns = Turns()
+        self.follower = Follower(backbone, registry, alias, self._turns.background)
+        self.batcher = Batcher(self.limits.waiting_images, self._turns)
+        self.cache = ContentCache(self.limits.cache_bytes) if self.limits.cache_bytes else None
         self._decoders = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="addenda-decoder")
         self._attention_thread = ThreadPoolExecutor(1, thread_name_prefix="addenda-attention")
         self._router_of, self._routing = lru_cache(maxsize=1)(self._make_router), asyncio.Lock()
@@ -86,13 +92,13 @@ class Service:
         tasks: Sequence[str] | None = None,
         timeout_s: float | None = None,
         snapshot: Snapshot | None = None,
+        tag: str | None = None,
     ) -> ServedPrediction:
-        """Predicts for images; `tasks` defaults to all."""
+        """Predicts for images with the tasks that `Snapshot.select` selects, by default all."""
         snapshot = snapshot or self.snapshot
-        names = self._check_served(snapshot, tasks)
-        logits = await self._predict(snapshot, images, names, timeout_s, features=False)
-        flat = [values.flatten() for values in logits.values()]
-        if flat and not (torch.cat(flat).abs() < SMALL).all():  # NaN fails this too; one check covers all tasks
+        names = snapshot.select(tasks, tag)
+        logits = await self._predict(snapshot, images, Wanted(names), timeout_s)
+        if not (logits.matrix.abs() < SMALL).all():  # NaN fails this too; one check covers all tasks
             requested = [snapshot.model.tasks[name] for name in names]
             invalid = [task for task in requested if not is_finite(logits[task.name], task.objective, task.temperature)]
             if invalid and len(invalid) == len(names) and isinstance(images, Tensor):
@@ -106,16 +112,29 @@ class Service:
         snapshot = self.snapshot
         async with self._routing:
             router = await asyncio.to_thread(self._router_of, snapshot)
-        logits = await self._predict(snapshot, images, router.tasks, timeout_s, features=True)
+        logits = await self._predict(snapshot, images, Wanted(router.tasks, features=True), timeout_s)
         assert logits.features is not None
         return ServedPrediction(snapshot, logits, await asyncio.to_thread(router.choose, logits.features))
+
+    async def embed(
+        self, images: Images, features: Sequence[str], timeout_s: float | None = None, snapshot: Snapshot | None = None
+    ) -> ServedPrediction:
+        """Computes features of images, named as in `CombinedModel.embed`."""
+        snapshot = snapshot or self.snapshot
+        for task in feature_tasks(features, self.backbone):
+            if task not in snapshot.records:
+                raise UnknownTaskError(f"Task {task[:100]!r} {snapshot.absence(task)}")
+        embedded = await self._predict(snapshot, images, Wanted(tuple(dict.fromkeys(features)), embed=True), timeout_s)
+        if not embedded.matrix.isfinite().all():
+            raise DataError("These images give features that are not finite. Check their pixel values.")
+        return ServedPrediction(snapshot, embedded)
 
     async def attention(
         self, image: bytes, task: str
     ) -> tuple[Snapshot, Float[Tensor, "rows columns"], tuple[int, int]]:
         """The attention of a task's class token over an image's patches, and the image's size; runs one at a time."""
         snapshot, loop = self.snapshot, asyncio.get_running_loop()
-        self._check_served(snapshot, [task])
+        snapshot.select([task])
         async with self._reserve(1):
             pixels, size = await loop.run_in_executor(self._decoders, self._decode, 0, image)
             arguments = self.backbone, snapshot.model.tasks[task], pixels.unsqueeze(0)
@@ -127,18 +146,10 @@ class Service:
         snapshot = self.snapshot
         served = snapshot.model.tasks.values()
         self.backbone.check_unchanged()
-        return snapshot, verdicts(snapshot.model, [(task, self.registry.goldens(task.ref)) for task in served])
+        recorded = [(task, self.registry.goldens(task.ref)) for task in served]
+        return snapshot, verdicts(snapshot.model, recorded, self._turns.background)
 
-    def _check_served(self, snapshot: Snapshot, tasks: Sequence[str] | None) -> tuple[str, ...]:
-        """The requested tasks without duplicates (None: all); raises UnknownTaskError if one is not served."""
-        for name in tasks or ():
-            if name not in snapshot.model.tasks:
-                raise UnknownTaskError(f"Task {name!r} {snapshot.absence(name)}")
-        return tuple(snapshot.model.tasks if tasks is None else dict.fromkeys(tasks))
-
-    async def _predict(
-        self, snapshot: Snapshot, images: Images, names: tuple[str, ...], timeout_s: float | None, features: bool
-    ) -> TaskLogits:
+    async def _predict(self, snapshot: Snapshot, images: Images, wanted: Wanted, timeout_s: float | None) -> Outputs:
         if not 0 < len(images) <= self.limits.images:
             raise DataError(
                 f"A request may have 1 to {self.limits.images} images; this one has {len(images)}. Divide it."
@@ -151,11 +162,23 @@ class Service:
         async with self._reserve(len(images), timeout_s):
             if isinstance(images, Tensor):
                 self.backbone.check_images(images)
-                return await self.batcher.predict(snapshot, images, names, features)
-            loop = asyncio.get_running_loop()
-            decoding = [loop.run_in_executor(self._decoders, self._decode, i, file) for i, file in enumerate(images)]
+                return await self.batcher.predict(snapshot, images, *wanted)
+            return await self._compute(snapshot, images, wanted)
+
+    async def _compute(self, snapshot: Snapshot, images: Sequence[bytes], wanted: Wanted) -> Outputs:
+        """The outputs for image files, which are decoded unless their outputs are cached."""
+        loop = asyncio.get_running_loop()
+
+        async def compute(numbers: Sequence[int]) -> Outputs:
+            decoding = [loop.run_in_executor(self._decoders, self._decode, i, images[i]) for i in numbers]
             pixels = [decoded for decoded, _ in await asyncio.gather(*decoding)]
-            return await self.batcher.predict(snapshot, pixels, names, features)
+            return await self.batcher.predict(snapshot, pixels, *wanted)
+
+        if self.cache is None:
+            return await compute(range(len(images)))
+        key_of = partial(content_key, snapshot=snapshot, wanted=wanted)
+        keys = await asyncio.gather(*(loop.run_in_executor(self._decoders, key_of, file) for file in images))
+        return await self.cache.outputs(keys, widths_of(snapshot, wanted), compute)
 
     @asynccontextmanager
     async def _reserve(self, num_images: int, timeout_s: float | None = None) -> AsyncIterator[None]:
@@ -190,9 +213,8 @@ class _Chunk:
 
     snapshot: Snapshot
     images: Sequence[Tensor]
-    tasks: tuple[str, ...]
-    features: bool
-    result: asyncio.Future[TaskLogits] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    wanted: Wanted
+    result: asyncio.Future[Outputs] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
 class Batcher:
@@ -203,8 +225,9 @@ class Batcher:
     one event loop.
     """
 
-    def __init__(self, max_waiting: int) -> None:
+    def __init__(self, max_waiting: int, turns: Turns | None = None) -> None:
         self.max_waiting, self.num_waiting = max_waiting, 0  # images queued or being computed
+        self._turns = turns or Turns()
         self.report: Callable[[int, float], None] = lambda images, seconds: None  # called after each forward pass
         self._queue: deque[_Chunk] = deque()
         self._filled = asyncio.Event()
@@ -231,33 +254,32 @@ class Batcher:
                 min(max(1, seconds), 60),
             )
         self.num_waiting += num_images
+        self._turns.report(self.num_waiting)
         try:
             yield
         finally:
             self.num_waiting -= num_images
+            self._turns.report(self.num_waiting)
 
     async def predict(
-        self, snapshot: Snapshot, images: Iterable[Float[Tensor, "3 H W"]], tasks: Sequence[str], features: bool = False
-    ) -> TaskLogits:
-        """Computes the logits of tasks of one snapshot; cancelling the call removes its images from the queue.
-
-        `features` also returns the backbone's features.
-        """
+        self,
+        snapshot: Snapshot,
+        images: Iterable[Float[Tensor, "3 H W"]],
+        names: Sequence[str],
+        features: bool = False,
+        embed: bool = False,
+    ) -> Outputs:
+        """Computes what is `Wanted` of one snapshot; cancelling the call removes its images from the queue."""
         pixels, size = list(images), snapshot.model.micro_batch
         parts = [pixels[start : start + size] for start in range(0, len(pixels), size)]
-        chunks = [_Chunk(snapshot, part, tuple(tasks), features) for part in parts]
+        chunks = [_Chunk(snapshot, part, Wanted(tuple(names), features, embed)) for part in parts]
         self._queue += chunks
         self._filled.set()
         try:
-            results = await asyncio.gather(*(chunk.result for chunk in chunks))
+            return joined(await asyncio.gather(*(chunk.result for chunk in chunks)))
         finally:
             for chunk in chunks:
                 chunk.result.cancel()
-        if len(results) == 1:
-            return results[0]
-        logits = {name: torch.cat([result[name] for result in results]) for name in tasks}
-        computed = [result.features for result in results if result.features is not None]
-        return TaskLogits(logits, results[0].exact, torch.cat(computed) if features else None)
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -269,7 +291,7 @@ class Batcher:
                 continue
             started, num_images = loop.time(), sum(len(chunk.images) for chunk in batch)
             try:
-                results = await loop.run_in_executor(self._thread, _compute, batch)
+                results = await loop.run_in_executor(self._thread, self._compute, batch)
             except Exception as error:  # fails this batch only
                 for chunk in batch:
                     if not chunk.result.done():
@@ -282,8 +304,12 @@ class Batcher:
                 if not chunk.result.done():
                     chunk.result.set_result(result)
 
+    def _compute(self, batch: Sequence[_Chunk]) -> list[Outputs]:
+        with self._turns.request():
+            return _compute(batch)
+
     def _next(self) -> list[_Chunk]:
-        """Dequeues the next batch: the oldest chunks of one snapshot; drops cancelled ones."""
+        """Dequeues the next batch: the oldest chunks of one kind and snapshot; drops cancelled ones."""
         batch: list[_Chunk] = []
         count = 0
         while self._queue:
@@ -292,7 +318,8 @@ class Batcher:
                 self._queue.popleft()
                 continue
             if batch and (
-                chunk.snapshot is not batch[0].snapshot or count + len(chunk.images) > chunk.snapshot.model.micro_batch
+                (chunk.snapshot, chunk.wanted.embed) != (batch[0].snapshot, batch[0].wanted.embed)
+                or count + len(chunk.images) > chunk.snapshot.model.micro_batch
             ):
                 break
             count += len(chunk.images)
@@ -300,19 +327,16 @@ class Batcher:
         return batch
 
 
-def _compute(batch: Sequence[_Chunk]) -> list[TaskLogits]:
-    """Runs one forward pass for all tasks that any chunk requests, and splits the result by chunk."""
-    requested = {name for chunk in batch for name in chunk.tasks}
+def _compute(batch: Sequence[_Chunk]) -> list[Outputs]:
+    """Runs one forward pass for all that any chunk requests, and splits the result by chunk."""
+    requested = dict.fromkeys(name for chunk in batch for name in chunk.wanted.names)
     model = batch[0].snapshot.model
-    tasks = [name for name in model.tasks if name in requested]
     images = torch.stack([image for chunk in batch for image in chunk.images])
-    result = model(images, tasks, any(chunk.features for chunk in batch))
-    sizes = [len(chunk.images) for chunk in batch]
-    logits = {name: values.cpu().split(sizes) for name, values in result.items()}
-    features = result.features.cpu().split(sizes) if result.features is not None else ()
-    return [
-        TaskLogits(
-            {name: logits[name][i] for name in chunk.tasks}, result.exact, features[i] if chunk.features else None
-        )
-        for i, chunk in enumerate(batch)
-    ]
+    if batch[0].wanted.embed:
+        whole = Outputs.of(len(images), model.embed(images, list(requested)), model.exact)
+    else:
+        tasks = [name for name in model.tasks if name in requested]
+        result = model(images, tasks, any(chunk.wanted.features for chunk in batch))
+        whole = Outputs.of(len(images), result, result.exact, result.features)
+    rows = whole.split([len(chunk.images) for chunk in batch])
+    return [part.select(chunk.wanted) for part, chunk in zip(rows, batch, strict=True)]

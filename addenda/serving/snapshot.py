@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from itertools import chain, islice
 
 from addenda.backbones import FrozenBackbone
-from addenda.combined import CombinedModel, verdicts
+from addenda.combined import Background, CombinedModel, verdicts
 from addenda.exceptions import AddendaError, RegistryError, RegistryUnavailableError
-from addenda.registry import Golden, Registry, Task, TaskRecord
+from addenda.registry import Golden, Registry, Task, TaskRecord, select_tasks
+from addenda.serving.answers import AnswerPlan
 
 WAIT_S = 1.0
 """Seconds that one wait for a registry change lasts; stopping may take as long."""
@@ -38,6 +41,16 @@ class Snapshot:
         """The references of the served versions, by task name."""
         return {name: record.ref for name, record in self.records.items()}
 
+    def select(self, selectors: Sequence[str] | None = None, tag: str | None = None) -> tuple[str, ...]:
+        """The names of the selected tasks; see `select_tasks`."""
+        return tuple(select_tasks(self.records, selectors, tag, self.absence))
+
+    @cached_property
+    def plan(self) -> Callable[..., AnswerPlan]:
+        """Returns the plan of answering with the tasks of some names; eight are kept."""
+        tasks = self.model.tasks  # not `self`: that cycle would keep the model until a garbage collection
+        return lru_cache(maxsize=8)(lambda *names: AnswerPlan([tasks[name] for name in names]))
+
     def state(self, ref: str) -> tuple[str, str | None]:
         """The state of a version, "serving", "quarantined" or "not served", and the reason if quarantined."""
         served = self.records.get(ref.partition(":")[0])
@@ -60,11 +73,14 @@ def empty_snapshot(backbone: FrozenBackbone) -> Snapshot:
     return Snapshot(0, CombinedModel(backbone, []), {}, {})
 
 
-def next_snapshot(previous: Snapshot, registry: Registry, alias: str | None = None) -> Snapshot:
+def next_snapshot(
+    previous: Snapshot, registry: Registry, alias: str | None = None, background: Background = nullcontext
+) -> Snapshot:
     """The snapshot of the registry's current generation; it shares the tasks that `previous` already serves.
 
-    A task is quarantined if its stored bytes have changed, its golden probe differs, or this machine cannot compute it
-    exactly: it is reported, and the others are served. It is checked again at every registry change.
+    Golden probes are computed in the background, in slices. A task is quarantined if its stored bytes have changed, its
+    golden probe differs, or this machine cannot compute it exactly: it is reported, and the others are served. It is
+    checked again at every registry change.
     """
     generation, current = registry.current(previous.model.backbone, alias)
     quarantined: dict[str, str] = {}
@@ -79,26 +95,28 @@ def next_snapshot(previous: Snapshot, registry: Registry, alias: str | None = No
                 raise
             except AddendaError as error:
                 quarantined[record.ref] = str(error)
-    verified |= {task.ref: task for task in _verified(previous.model, new, quarantined)}
+    verified |= {task.ref: task for task in _verified(previous.model, new, quarantined, background)}
     records = {record.name: record for record in current if record.ref in verified}
     model = previous.model.with_tasks([verified[record.ref] for record in records.values()])
     return Snapshot(generation, model, records, quarantined)
 
 
-def _verified(model: CombinedModel, new: Sequence[RecordedTask], quarantined: dict[str, str]) -> list[Task]:
+def _verified(
+    model: CombinedModel, new: Sequence[RecordedTask], quarantined: dict[str, str], background: Background
+) -> list[Task]:
     """The tasks whose golden probes match; on an error the batch is bisected, to quarantine only the faulty tasks."""
     if not new:
         return []
     try:
-        results = verdicts(model.with_tasks([task for task, _ in new]), new)
+        results = verdicts(model.with_tasks([task for task, _ in new]), new, background)
     except Exception as error:  # a task of any content must not stop the others from being served
         if len(new) == 1:
             quarantined[new[0][0].ref] = str(error) or type(error).__name__
             if not isinstance(error, AddendaError):
                 log.exception("Task %s cannot be computed", new[0][0].ref)
             return []
-        half = len(new) // 2
-        return _verified(model, new[:half], quarantined) + _verified(model, new[half:], quarantined)
+        halves = new[: len(new) // 2], new[len(new) // 2 :]
+        return [task for half in halves for task in _verified(model, half, quarantined, background)]
     quarantined |= {verdict.task: f"Its golden probe {verdict.detail}." for verdict in results if not verdict.ok}
     return [task for (task, _), verdict in zip(new, results, strict=True) if verdict.ok]
 
@@ -106,8 +124,8 @@ def _verified(model: CombinedModel, new: Sequence[RecordedTask], quarantined: di
 class Follower:
     """Keeps a snapshot up to date with a registry in a background thread; the last one stays during an outage."""
 
-    def __init__(self, backbone: FrozenBackbone, registry: Registry, alias: str | None) -> None:
-        self._registry, self._alias = registry, alias
+    def __init__(self, backbone: FrozenBackbone, registry: Registry, alias: str | None, background: Background) -> None:
+        self._registry, self._alias, self._background = registry, alias, background
         self._changed, self._stopping = threading.Condition(), threading.Event()
         self.snapshot: Snapshot = empty_snapshot(backbone)  # replaced as a whole, never mutated
         self.reachable = True  # whether the last registry query succeeded
@@ -143,7 +161,7 @@ class Follower:
 
     def _follow(self) -> None:
         started, previous = time.monotonic(), self.snapshot
-        snapshot = next_snapshot(previous, self._registry, self._alias)
+        snapshot = next_snapshot(previous, self._registry, self._alias, self._background)
         with self._changed:
             self.snapshot = snapshot
             self._changed.notify_all()

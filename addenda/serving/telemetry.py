@@ -39,6 +39,7 @@ class ServerMetrics:
         self.seconds = histogram("addenda_request_seconds", latency, ("route",))
         self.pass_images = histogram("addenda_pass_images", "Number of images in a forward pass.", buckets=IMAGES)
         self.pass_seconds = histogram("addenda_pass_seconds", "Forward-pass latency in seconds.")
+        self.cached = count("addenda_cache_images", "Number of images looked up in the cache.", ("result",))
 
     def report(self, images: int, seconds: float) -> None:
         """Records a forward pass."""
@@ -48,6 +49,10 @@ class ServerMetrics:
     def watch(self, service: Service) -> None:
         """Observes a service's forward passes, and adds gauges of its current state."""
         service.batcher.report = self.report
+        if (cache := service.cache) is not None:
+            cache.report = lambda hit: self.cached.labels("hit" if hit else "miss").inc()
+            size = Gauge("addenda_cache_bytes", "Bytes of cached outputs.", registry=self.registry)
+            size.set_function(lambda: cache.size_bytes)
         for name, description, value in (
             ("generation", "Registry generation being served.", lambda: service.snapshot.generation),
             ("tasks", "Number of served tasks.", lambda: len(service.snapshot.records)),

@@ -65,6 +65,31 @@ def two_tasks(run: Run, learned: Result, tmp_path: Path) -> Path:
     return mixed
 
 
+def test_predict_selects_tasks_by_pattern_and_tag_and_labels_by_probability(
+    run: Run, two_tasks: Path, tmp_path: Path
+) -> None:
+    def predicted(*options: str) -> dict[str, list[dict[str, float]]]:
+        result = run("predict", two_tasks / "ones-0.png", "--json", *options)
+        assert result.code == 0, result.err
+        return json.loads(result.out)["images"][str(two_tasks / "ones-0.png")]
+
+    assert run("tasks", "tag", "eights", "beta").code == 0
+    assert list(predicted("--task", "on*")) == list(predicted("--task", "ones", "--task", "on*")) == ["ones"]
+    assert list(predicted("--task", "*")) == ["ones", "eights"]
+    assert list(predicted("--tag", "beta")) == list(predicted("--tag", "beta", "--task", "*")) == ["eights"]
+    every = predicted("--min-probability", "0")["ones"]
+    assert len(every) == 2
+    assert predicted("--min-probability", repr(every[0]["probability"]))["ones"] == every[:1]
+    for options, message in (
+        (("--task", "tw*"), "No available task matches 'tw*'"),
+        (("--tag", "beta", "--task", "ones"), "None of the 1 selected tasks has the tag 'beta'"),
+        (("--tag", "beta", "--task", "auto"), "--task auto chooses among all tasks"),
+        (("--tag", "beta", "--ray", "local", "--out", str(tmp_path / "out")), "cannot be used with --ray"),
+    ):
+        result = run("predict", two_tasks / "ones-0.png", *options)
+        assert (result.code, message in result.err) == (2, True), result.err
+
+
 def test_predict_chooses_the_task_for_each_image(run: Run, two_tasks: Path) -> None:
     result = json.loads(run("predict", two_tasks, "--task", "auto", "--json").out)
     routed = {Path(path).stem: choice for path, choice in result["images"].items()}

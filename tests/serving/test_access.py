@@ -44,6 +44,7 @@ NEEDS = {
         "POST /v2/models/{model}/infer",
         "POST /v2/models/{model}/versions/{version}/infer",
         "POST /v2/repository/index",
+        "POST /api/v1/embed",
         "POST /api/v1/predict",
         "GET /api/v1/status",
         "GET /api/v1/verifications",

@@ -192,10 +192,10 @@ def test_only_the_task_with_an_unexpected_error_is_quarantined(
     snapshots = import_module("addenda.serving.snapshot")
     real = snapshots.verdicts
 
-    def failing(model: CombinedModel, recorded: Any) -> Any:
+    def failing(model: CombinedModel, recorded: Any, background: Any) -> Any:
         if any(task.name == "bad" for task, _ in recorded):
             raise RuntimeError("shapes")
-        return real(model, recorded)
+        return real(model, recorded, background)
 
     monkeypatch.setattr(snapshots, "verdicts", failing)
     with client_of(tiny, registry) as client:
@@ -433,7 +433,7 @@ def test_an_unknown_name_is_compared_with_few_known_ones(
 
         snapshot.model.tasks = Tasks(snapshot.model.tasks)
         for path in ("/v2/models/unknown", "/v2/models/unknown/ready"):
-            assert "and 21 more" in client.get(path).json()["detail"]
+            assert "and 22 more" in client.get(path).json()["detail"]
         assert client.post(f"{PREDICT}?tasks=unknown", content=pictures(1)[0]).status_code == 404
         assert 0 < len(iterated) <= 30
         compared: list[list[str]] = []

@@ -61,6 +61,7 @@ def test_outputs_are_selected_by_name_or_by_task(client: AppClient) -> None:
     everything = ["digits.logits", "digits.probs", "digits.label", "tags.logits", "tags.probs"]
     assert names(infer(client)) == everything
     assert names(infer(client, parameters={"tasks": "tags"})) == everything[3:]
+    assert names(infer(client, parameters={"tasks": "ta*"})) == everything[3:]
     assert names(infer(client, parameters={"tasks": "tags, digits,tags"})) == everything[3:] + everything[:3]
     assert names(infer(client, outputs=[{"name": "tags.probs"}, {"name": "digits.label"}])) == [
         "tags.probs",
@@ -108,6 +109,7 @@ def test_a_quarantined_task_is_unavailable_with_its_reason(
     index = client.post("/v2/repository/index").json()
     assert [(model["name"], model["version"], model["state"]) for model in index] == [
         ("combined", str(registry.generation), "READY"),
+        ("features", str(registry.generation), "READY"),
         ("digits", "1", "READY"),
         ("tags", "1", "READY"),
         ("false", "1", "UNAVAILABLE"),
@@ -160,11 +162,14 @@ INVALID: list[tuple[int, str, dict[str, Any]]] = [
     (400, "has no output 'logits' for this request. Outputs: 'digits.logits',", {"outputs": [{"name": "logits"}]}),
     (400, "has no output 'tags.probs'", {"outputs": [{"name": "tags.probs"}], "parameters": {"tasks": "digits"}}),
     (400, "has no output 'tags.label'", {"outputs": [{"name": "tags.label"}]}),
-    (404, "Task 'cars' is not served. Served: 'combined', 'digits', 'tags'.", {"parameters": {"tasks": "cars"}}),
+    (404, "Task 'cars' is not served. Served: 'digits', 'tags'.", {"parameters": {"tasks": "cars"}}),
     (404, "Task '' is not served", {"parameters": {"tasks": ""}}),
-    (400, "The parameter 'tasks' is only for model 'combined'", {"parameters": {"tasks": ["digits"]}}),
-    (400, "The parameter 'tasks' is only for model 'combined'", {"model": "digits", "parameters": {"tasks": "digits"}}),
-    (404, "Model 'cars' is not served. Served: 'combined', 'digits', 'tags'.", {"model": "cars"}),
+    (404, "No available task matches 'car*'", {"parameters": {"tasks": "car*"}}),
+    (404, "None of the 2 selected tasks has the tag 'beta'", {"parameters": {"tag": "beta"}}),
+    (400, "parameters 'tasks' and 'tag' are only for models", {"parameters": {"tag": 1}}),
+    (400, "parameters 'tasks' and 'tag' are only for models", {"parameters": {"tasks": ["digits"]}}),
+    (400, "parameters 'tasks' and 'tag' are only for models", {"model": "digits", "parameters": {"tasks": "digits"}}),
+    (404, "Model 'cars' is not served. Served: 'combined', 'features', 'digits', 'tags'.", {"model": "cars"}),
     (400, "Parameter 'timeout' is -1; it must be a number of microseconds", {"parameters": {"timeout": -1}}),
     (400, "Parameter 'timeout' is True", {"parameters": {"timeout": True}}),
     (504, "The request timed out after 1e-06 s", {"parameters": {"timeout": 1}}),

@@ -14,9 +14,10 @@ import torch
 
 from addenda import FrozenBackbone, Registry, Task
 from addenda.backbones import KeyValue
-from addenda.combined import TaskLogits, golden, tiles
+from addenda.combined import golden, tiles
 from addenda.combined.tiles import memory_key_values
 from addenda.exceptions import DataError, DeadlineError, OverloadedError
+from addenda.serving.outputs import Outputs
 from addenda.serving.service import Batcher, Limits, ServedPrediction, Service
 from addenda.serving.snapshot import Snapshot, empty_snapshot, next_snapshot
 from tests.support.databases import tamper
@@ -24,7 +25,7 @@ from tests.support.servers import client_of
 from tests.support.tasks import random_task
 
 Register = Callable[..., Task]
-Result = TypeVar("Result", TaskLogits, ServedPrediction)
+Result = TypeVar("Result", Outputs, ServedPrediction)
 
 
 def test_a_server_without_a_task_is_ready(tiny: FrozenBackbone, registry: Registry) -> None:
@@ -183,7 +184,7 @@ def test_batching_across_requests_is_bitwise_identical_to_single_requests(
     registered("strokes", seed=2)
     snapshot, passes = snapshot_of(registry, tiny), []
 
-    async def ask() -> list[TaskLogits]:
+    async def ask() -> list[Outputs]:
         batcher = Batcher(64)
         batcher.report = lambda images, seconds: passes.append(images)
         with busy(batcher):
@@ -210,7 +211,7 @@ def test_a_forward_pass_never_mixes_two_snapshots(
     registered("digits", new_version=True, seed=2)
     after = next_snapshot(before, registry)
 
-    async def ask() -> list[TaskLogits]:
+    async def ask() -> list[Outputs]:
         batcher = Batcher(64)
         batcher.report = lambda images, seconds: passes.append(images)
         with busy(batcher):
@@ -238,7 +239,7 @@ def test_small_requests_are_not_delayed_by_a_later_large_one(
     async def ask() -> None:
         batcher = Batcher(256)
 
-        async def send(name: str, count: int) -> TaskLogits:
+        async def send(name: str, count: int) -> Outputs:
             result = await batcher.predict(snapshot, images_of(count), ["digits"])
             order.append(name)
             return result

@@ -57,7 +57,13 @@ def test_tritons_client_reads_the_metadata(triton: InferenceServerClient) -> Non
     assert not triton.is_model_ready("strokes", "2")
     assert triton.get_server_metadata()["name"] == "addenda"
     assert [output["name"] for output in triton.get_model_metadata("tags", "1")["outputs"]] == ["logits", "probs"]
-    assert [model["name"] for model in triton.get_model_repository_index()] == ["combined", "digits", "strokes", "tags"]
+    assert [model["name"] for model in triton.get_model_repository_index()] == [
+        "combined",
+        "features",
+        "digits",
+        "strokes",
+        "tags",
+    ]
 
 
 @pytest.mark.parametrize("compression", [None, "gzip", "deflate"])
@@ -98,7 +104,9 @@ def test_tritons_client_gets_the_bits_of_the_model(
 def test_tritons_client_raises_with_the_servers_message(triton: InferenceServerClient) -> None:
     inputs = [images_of(pictures(1))]
     arguments_by_message: dict[str, Any] = {
-        "Model 'cars' is not served. Served: 'combined', 'digits', 'strokes', 'tags'.": {"model_name": "cars"},
+        "Model 'cars' is not served. Served: 'combined', 'features', 'digits', 'strokes', 'tags'.": {
+            "model_name": "cars"
+        },
         "Version '7' of model 'digits' is not served. Served: version '1'.": {
             "model_name": "digits",
             "model_version": "7",

@@ -13,6 +13,7 @@ TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=:/-]{0,99}")
 RESERVED = {
     "auto": "`--task auto` and `--extends auto` choose among all tasks",
     "combined": "the server uses it for predictions of all tasks together",
+    "features": "the server uses it for the features of images",
     "none": "a router returns it when no task fits",
 }
 """Reserved words, and their meaning in the place of a task name."""

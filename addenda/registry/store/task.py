@@ -141,13 +141,15 @@ class Task:
         return tuple(seen.values())
 
 
-def probabilities(logits: Float[Tensor, "*B C"], objective: str, temperature: float = 1.0) -> Float[Tensor, "*B C"]:
+def probabilities(
+    logits: Float[Tensor, "*B C"], objective: str, temperature: float | Tensor = 1.0
+) -> Float[Tensor, "*B C"]:
     """Turns logits into probabilities.
 
     Args:
-        logits: a task's logits.
+        logits: a task's logits, or those of several tasks with equally many labels.
         objective: one of OBJECTIVES.
-        temperature: divides the logits; above 1 it lowers the confidence.
+        temperature: divides the logits; above 1 it lowers the confidence. A tensor is broadcast to the logits.
 
     Returns:
         The softmax for an exclusive objective, or else the sigmoid of each logit.

@@ -454,7 +454,7 @@ def test_a_retired_version_is_refused_and_can_be_added_again(learner: Learner, f
     assert learner.registry.check_integrity().ok
 
 
-@pytest.mark.parametrize("name", ["auto", "combined", "none"])
+@pytest.mark.parametrize("name", ["auto", "combined", "features", "none"])
 def test_reserved_words_cannot_name_a_task(learner: Learner, folder: Path, run: Run, name: str) -> None:
     with pytest.raises(RegistryError, match=f"The name '{name}' is reserved"):
         learner.learn(name, folder, config=HEAD_ONLY)
