@@ -14,6 +14,7 @@ from addenda.backbones.image_files import (
     read_ahead,
     read_files,
 )
+from addenda.backbones.image_input import ImageInput
 from addenda.backbones.images import PREPARATION, prepared, read_image
 from addenda.backbones.loader import load_backbone, untrained_backbone
 from addenda.backbones.scope import cached_weights, catalogue
@@ -27,6 +28,7 @@ __all__ = [
     "Files",
     "FrozenBackbone",
     "FrozenStream",
+    "ImageInput",
     "KeyValue",
     "LeftOut",
     "Reading",

@@ -8,22 +8,20 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from PIL import Image
-from timm.data import create_transform, resolve_model_data_config
+from timm.data import resolve_model_data_config
 from timm.layers import Mlp
 from torch import Tensor, nn
-from torchvision.transforms.functional import normalize
 
 from addenda.backbones.arithmetic import float32_on_cpu, layer_statistics, plain
 from addenda.backbones.family import Family, KeyValue, Reading
 from addenda.backbones.fingerprint import ModuleState, fingerprint, hash_state
-from addenda.backbones.images import prepared
+from addenda.backbones.image_input import ImageInput
 from addenda.backbones.scope import FAMILIES, obstacle
 from addenda.backbones.vit import VisionTransformerFamily
 from addenda.exceptions import BackboneError, IntegrityError
 
 
-class FrozenBackbone:
+class FrozenBackbone(ImageInput):
     """A timm VisionTransformer or Eva whose outputs never change.
 
     Args:
@@ -38,7 +36,6 @@ class FrozenBackbone:
     Attributes:
         fingerprint: sha256 over architecture, input size, weights (as loaded, before any cast) and preprocessing.
         precision_name: `"float32"` or `"bfloat16"`.
-        preprocessing: timm's data configuration: input_size, interpolation, mean, std, crop_pct, crop_mode.
         num_tokens: P, the number of frozen tokens: class token, registers and patches.
         grid_size: rows and columns of patches, which are the last of the frozen tokens.
         patch_size: height of a patch in pixels.
@@ -66,20 +63,23 @@ class FrozenBackbone:
         if reason is not None:
             raise BackboneError(f"Backbone {name!r} cannot carry task tokens: {reason}. See: addenda backbones list")
         config = resolve_model_data_config(model)
-        self.preprocessing: dict[str, Any] = {
-            "input_size": [3, *model.patch_embed.img_size],
-            "interpolation": config["interpolation"],
-            "mean": [float(v) for v in (mean or config["mean"])],
-            "std": [float(v) for v in (std or config["std"])],
-            "crop_pct": float(config["crop_pct"]),
-            "crop_mode": config["crop_mode"],
-        }
+        super().__init__(
+            name,
+            {
+                "input_size": [3, *model.patch_embed.img_size],
+                "interpolation": config["interpolation"],
+                "mean": [float(v) for v in (mean or config["mean"])],
+                "std": [float(v) for v in (std or config["std"])],
+                "crop_pct": float(config["crop_pct"]),
+                "crop_mode": config["crop_mode"],
+            },
+        )
         for parameter, weight in model.named_parameters():
             if not weight.detach().isfinite().all():
                 raise BackboneError(
                     f"Weight {parameter!r} of backbone {name!r} ({source}) holds NaN or infinity; use other weights."
                 )
-        self.name, self.source = name, source
+        self.source = source
         self.precision, self.device = precision, torch.device(device)
         self.precision_name = str(precision).removeprefix("torch.")
         family = FAMILIES[type(model)]
@@ -99,36 +99,9 @@ class FrozenBackbone:
         self.patch_size: int = patches.patch_size[0]
         self.patch_operations: int = patches.num_patches * patches.proj.weight.numel()
         self.pools_class_token: bool = model.global_pool == "token"
-        # Normalisation is ours: timm's would use torch's default dtype.
-        settings: Any = {key: tuple(v) if isinstance(v, list) else v for key, v in self.preprocessing.items()}
-        self._resize_and_crop: Any = create_transform(**settings, is_training=False, normalize=False)
         self._contents = hash_state(self.model)
         self._module_state = ModuleState(self.model.named_modules())
         self.memo: dict[Any, Any] = {}
-
-    def transform(self, image: Image.Image) -> Float[Tensor, "3 H W"]:
-        """Converts an image of any mode and size to the model's input: `prepared`, resized, cropped, normalised.
-
-        Raises:
-            DataError: the scale of the pixel values is unknown.
-        """
-        with plain(torch.device("cpu")):
-            pixels = self._resize_and_crop(prepared(image)).float() / 255
-            normalised: Tensor = normalize(pixels, self.preprocessing["mean"], self.preprocessing["std"])
-        return normalised
-
-    def check_images(self, images: Tensor) -> None:
-        """Raises BackboneError unless images are Float[B, 3, H, W] of the model's input size."""
-        expected = tuple(self.preprocessing["input_size"])
-        if images.ndim != 4 or tuple(images.shape[1:]) != expected:
-            raise BackboneError(
-                f"Images must have the shape [B, {', '.join(map(str, expected))}] of backbone {self.name!r}; "
-                f"got {list(images.shape)}. Use `backbone.transform`."
-            )
-        if not images.is_floating_point():
-            raise BackboneError(
-                f"Images must be floating point and normalised; got {images.dtype}. Use `backbone.transform`."
-            )
 
     def check_unchanged(self) -> None:
         """Raises IntegrityError if a module or weight has changed since loading; hashes all weights."""

@@ -21,6 +21,7 @@ from addenda.backbones import FrozenBackbone, read_image
 from addenda.combined import Choice, Router, TaskLogits, Verdict, attention_map, can_be_routed, not_finite, verdicts
 from addenda.exceptions import DataError, DeadlineError, OverloadedError, RegistryError, TooLargeError, UnknownTaskError
 from addenda.registry import Registry, is_finite
+from addenda.serving.shared import Quota
 from addenda.serving.snapshot import Follower, Snapshot
 
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -204,11 +205,11 @@ class Batcher:
     """
 
     def __init__(self, max_waiting: int) -> None:
-        self.max_waiting, self.num_waiting = max_waiting, 0  # images queued or being computed
+        self.waiting = Quota(max_waiting)  # images queued or being computed
         self.report: Callable[[int, float], None] = lambda images, seconds: None  # called after each forward pass
         self._queue: deque[_Chunk] = deque()
         self._filled = asyncio.Event()
-        self._seconds_per_image = 0.01
+        self.seconds_per_image = 0.01
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="addenda-model")
         self._task = asyncio.get_running_loop().create_task(self._run())
 
@@ -223,18 +224,22 @@ class Batcher:
     @contextmanager
     def reserve(self, num_images: int) -> Iterator[None]:
         """Reserves queue capacity for images, from before they are decoded until their predictions are computed."""
-        if self.num_waiting + num_images > self.max_waiting:
-            seconds = math.ceil(self.num_waiting * self._seconds_per_image)
+        if not self.waiting.take(num_images):
+            seconds = math.ceil(self.num_waiting * self.seconds_per_image)
             raise OverloadedError(
                 f"The queue is full: this request has {num_images} images, {self.num_waiting} of at most "
-                f"{self.max_waiting} are queued (--max-waiting). Try again later.",
+                f"{self.waiting.limit} are queued (--max-waiting). Try again later.",
                 min(max(1, seconds), 60),
             )
-        self.num_waiting += num_images
         try:
             yield
         finally:
-            self.num_waiting -= num_images
+            self.waiting.give(num_images)
+
+    @property
+    def num_waiting(self) -> int:
+        """Images queued or being computed."""
+        return self.waiting.used
 
     async def predict(
         self, snapshot: Snapshot, images: Iterable[Float[Tensor, "3 H W"]], tasks: Sequence[str], features: bool = False
@@ -276,7 +281,7 @@ class Batcher:
                         chunk.result.set_exception(error)
                 continue
             seconds = loop.time() - started
-            self._seconds_per_image += (seconds / num_images - self._seconds_per_image) / 10
+            self.seconds_per_image += (seconds / num_images - self.seconds_per_image) / 10
             self.report(num_images, seconds)
             for chunk, result in zip(batch, results, strict=True):
                 if not chunk.result.done():
