@@ -30,7 +30,6 @@ from addenda.benchmarks.serving.load import Measured, generator
 from addenda.benchmarks.serving.server_process import ServerProcess
 from addenda.combined import CombinedModel, micro_batch, numerics, numerics_fingerprint, tensor_digest
 from addenda.combined.probe_inputs import probe_images
-from addenda.exceptions import AddendaError
 from addenda.files import output_folder
 from addenda.registry import Golden, Registry, Task
 from addenda.terminal import plural, progress
