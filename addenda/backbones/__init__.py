@@ -15,6 +15,7 @@ from addenda.backbones.image_files import (
     read_ahead,
     read_files,
 )
+from addenda.backbones.image_input import ImageInput
 from addenda.backbones.images import PREPARATION, prepared, read_image
 from addenda.backbones.loader import load_backbone, untrained_backbone
 from addenda.backbones.scope import cached_weights, catalogue
@@ -28,6 +29,7 @@ __all__ = [
     "Files",
     "FrozenBackbone",
     "FrozenStream",
+    "ImageInput",
     "KeyValue",
     "LeftOut",
     "Reading",

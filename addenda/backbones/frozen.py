@@ -8,18 +8,16 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from PIL import Image
-from timm.data import create_transform, resolve_model_data_config
+from timm.data import resolve_model_data_config
 from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import Tensor, nn
-from torchvision.transforms.functional import normalize
 
 from addenda.backbones.arithmetic import float32_on_cpu, plain
 from addenda.backbones.copies import headless, with_new_head
 from addenda.backbones.family import Family, Reading
 from addenda.backbones.fingerprint import ModuleState, fingerprint, hash_state
 from addenda.backbones.frozen_stream import FrozenStream
-from addenda.backbones.images import prepared
+from addenda.backbones.image_input import ImageInput
 from addenda.backbones.pooling import pool_by_latent_query, pools_by_latent_query
 from addenda.backbones.scope import FAMILIES, input_size, obstacle, token_obstacle
 from addenda.backbones.stages import StageFeatures, counted_operations
@@ -27,7 +25,7 @@ from addenda.backbones.vit import VisionTransformerFamily
 from addenda.exceptions import BackboneError, IntegrityError
 
 
-class FrozenBackbone:
+class FrozenBackbone(ImageInput):
     """A timm model whose outputs never change.
 
     A VisionTransformer or Eva of plain pre-norm blocks carries task tokens. Any other model carries head-only tasks,
@@ -46,7 +44,6 @@ class FrozenBackbone:
     Attributes:
         fingerprint: sha256 over architecture, input size, weights (as loaded, before any cast) and preprocessing.
         precision_name: `"float32"` or `"bfloat16"`.
-        preprocessing: timm's data configuration: input_size, interpolation, mean, std, crop_pct, crop_mode.
         embed_dim: D, the width of the pooled feature and of tokens.
         depth: L, the number of blocks; like the following numbers 0 if the model cannot carry task tokens.
         num_tokens: P, the number of frozen tokens: class token, registers and patches.
@@ -77,20 +74,23 @@ class FrozenBackbone:
         if reason is not None:
             raise BackboneError(f"Backbone {name!r} cannot be used: {reason}. See: addenda backbones list")
         config = resolve_model_data_config(model)
-        self.preprocessing: dict[str, Any] = {
-            "input_size": input_size(model),
-            "interpolation": config["interpolation"],
-            "mean": [float(v) for v in (mean or config["mean"])],
-            "std": [float(v) for v in (std or config["std"])],
-            "crop_pct": float(config["crop_pct"]),
-            "crop_mode": config["crop_mode"],
-        }
+        super().__init__(
+            name,
+            {
+                "input_size": input_size(model),
+                "interpolation": config["interpolation"],
+                "mean": [float(v) for v in (mean or config["mean"])],
+                "std": [float(v) for v in (std or config["std"])],
+                "crop_pct": float(config["crop_pct"]),
+                "crop_mode": config["crop_mode"],
+            },
+        )
         for parameter, weight in model.state_dict().items():
             if not weight.isfinite().all():
                 raise BackboneError(
                     f"Weight {parameter!r} of backbone {name!r} ({source}) holds NaN or infinity; use other weights."
                 )
-        self.name, self.source, self.conversion = name, source, conversion
+        self.source, self.conversion = source, conversion
         self.precision, self.device = precision, torch.device(device)
         self.precision_name = str(precision).removeprefix("torch.")
         self._token_obstacle = token_obstacle(model)
@@ -104,9 +104,6 @@ class FrozenBackbone:
             self._read_blocks(family)
         elif (reason := self._read_stages().instability()) is not None:
             raise BackboneError(f"Backbone {name!r} cannot be used: {reason}. See: addenda backbones list")
-        # Normalisation is ours: timm's would use torch's default dtype.
-        settings: Any = {key: tuple(v) if isinstance(v, list) else v for key, v in self.preprocessing.items()}
-        self._resize_and_crop: Any = create_transform(**settings, is_training=False, normalize=False)
         self._contents = hash_state(self.model)
         self._module_state = ModuleState(self.model.named_modules())
         self.memo: dict[Any, Any] = {}
@@ -177,30 +174,6 @@ class FrozenBackbone:
             raise BackboneError(
                 f"{asked} requires task tokens, which backbone {self.name!r} cannot carry: {self._token_obstacle}. "
                 "Learn with its layer head alone, or choose a backbone: addenda backbones list"
-            )
-
-    def transform(self, image: Image.Image) -> Float[Tensor, "3 H W"]:
-        """Converts an image of any mode and size to the model's input: `prepared`, resized, cropped, normalised.
-
-        Raises:
-            DataError: the scale of the pixel values is unknown.
-        """
-        with plain(torch.device("cpu")):
-            pixels = self._resize_and_crop(prepared(image)).float() / 255
-            normalised: Tensor = normalize(pixels, self.preprocessing["mean"], self.preprocessing["std"])
-        return normalised
-
-    def check_images(self, images: Tensor) -> None:
-        """Raises BackboneError unless images are Float[B, 3, H, W] of the model's input size."""
-        expected = tuple(self.preprocessing["input_size"])
-        if images.ndim != 4 or tuple(images.shape[1:]) != expected:
-            raise BackboneError(
-                f"Images must have the shape [B, {', '.join(map(str, expected))}] of backbone {self.name!r}; "
-                f"got {list(images.shape)}. Use `backbone.transform`."
-            )
-        if not images.is_floating_point():
-            raise BackboneError(
-                f"Images must be floating point and normalised; got {images.dtype}. Use `backbone.transform`."
             )
 
     def check_unchanged(self) -> None:

@@ -223,6 +223,9 @@ def bench_serving(
         Option(help="Measure replicas on a Ray cluster instead: local, auto or HOST:PORT. Default: one process."),
     ] = None,
     replicas: Annotated[str, Option(help="With --ray: numbers of replicas, separated by commas.")] = "1,2",
+    workers: Annotated[
+        int, Option(min=0, max=64, help="Load a server with this many workers too, in turn. Default: 0, none.")
+    ] = 0,
     out: Annotated[
         Path | None, Option(help="Folder for the table and the JSON. Default: print the table only.")
     ] = None,
@@ -236,7 +239,9 @@ def bench_serving(
 
     counts = None if tasks is None else _counts("--tasks", tasks)
     loaded = options.load_backbone(backbone, weights, None, None, img_size, None, device)
-    run_serving(loaded, weights, out, quick, counts, seconds, rounds, cycles, ray, _counts("--replicas", replicas))
+    run_serving(
+        loaded, weights, out, quick, counts, seconds, rounds, cycles, ray, _counts("--replicas", replicas), workers
+    )
 
 
 def _counts(option: str, text: str) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -53,6 +54,16 @@ def serve(
     drain: Annotated[
         float, Option(min=0, help="Drain time in seconds after SIGTERM: requests are served while /readyz answers 503.")
     ] = 5.0,
+    workers: Annotated[
+        int,
+        Option(
+            min=0,
+            max=64,
+            help="Processes that accept connections and decode images beside the one that computes; not with --ray "
+            "or --cache-mb. "
+            "Default: 0, one process for all.",
+        ),
+    ] = 0,
     log_level: Annotated[str, Option(help="Log level: debug, info, warning or error.")] = "info",
     registry: options.Registry = options.DEFAULT_REGISTRY,
     weights: options.Weights = None,
@@ -78,7 +89,8 @@ def serve(
     """Serves every task over HTTP and picks up new tasks while it runs; stop it with SIGTERM or Ctrl-C."""
     try:
         from addenda.serving.routes import LOOPBACK
-        from addenda.serving.server import Server, bind, keep_memory, log_as_json, make_app, serve_metrics
+        from addenda.serving.server import STOP_S, Server, bind, keep_memory, log_as_json, make_app, serve_metrics
+        from addenda.serving.supervisor import Supervisor, WorkerSettings
     except ImportError as error:
         raise AddendaError(f"Serving requires {error.name}: pip install 'addenda[serve]'.") from error
     from addenda.combined import recorded_backbone
@@ -100,12 +112,16 @@ def serve(
             f"Listening on {host!r} requires API keys, and {str(keys)!r} has none. Create one: addenda keys create "
             f"NAME --scope predict --keys {keys}"
         )
+    if workers and cache_mb:
+        raise AddendaError("--cache-mb cannot be used with --workers: the cache is of the process that decodes images.")
     limits = Limits(waiting_images=max_waiting, timeout_s=timeout, cache_bytes=int(cache_mb * 1e6))
     if ray is not None:
         if metrics_port is not None:
             raise AddendaError(
                 "--metrics-port cannot be used with --ray; docs/scale.md describes the metrics of replicas."
             )
+        if workers:
+            raise AddendaError("--workers cannot be used with --ray; use --replicas.")
         from addenda.distributed.cluster import Workplace, connected
         from addenda.distributed.replicas import Serving, serve_replicas
 
@@ -121,7 +137,7 @@ def serve(
         return
     log_as_json(log_level)
     keep_memory()
-    with options.open_registry(registry) as opened, bind(host, port) as listening:
+    with options.open_registry(registry) as opened, bind(host, port) as listening, ExitStack() as stack:
         loaded = recorded_backbone(opened, weights, device)
         app = make_app(lambda: Service(loaded, opened, alias, limits), key_file, loopback=host in LOOPBACK)
         notes = [] if alias is None else [f"only the versions of alias {alias!r}"]
@@ -132,7 +148,11 @@ def serve(
         typer.echo(line + (f" ({'; '.join(notes)})" if notes else ""))  # standard error is the log, JSON in every line
         sys.stdout.flush()
         logging.getLogger(__name__).info("%s as generation %d", line, opened.generation)
-        server = Server(app, drain, stop_s=30)
+        settings = WorkerSettings(
+            workers, loaded.name, loaded.preprocessing, limits, str(keys), host in LOOPBACK, log_level, STOP_S
+        )
+        supervisor = stack.enter_context(Supervisor(app, settings, listening)) if workers else None
+        server = Server(app, drain, STOP_S, supervisor)
         server.run([listening])
         if not server.started:
             sys.exit(1)

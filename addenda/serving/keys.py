@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableSequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -46,7 +46,8 @@ class KeyFile:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._version: object = None
-        self._existed = False
+        self._existed: MutableSequence[int] = [False]  # of each process of the server
+        self._own = 0
         self._keys: dict[str, Key] = {}
         self.keys()
 
@@ -71,9 +72,14 @@ class KeyFile:
 
     @property
     def guards(self) -> bool:
-        """Whether keys are required: the file exists, or has existed since this object was made."""
-        self._existed = self._existed or self.path.exists()
-        return self._existed
+        """Whether keys are required: the file exists, or any process of the server has seen it exist."""
+        if not any(self._existed):
+            self._existed[self._own] = self.path.exists()
+        return any(self._existed)
+
+    def share(self, existed: MutableSequence[int], own: int) -> None:
+        """Shares with the server's other processes that the file has existed."""
+        existed[own], self._existed, self._own = self.guards, existed, own
 
     def find(self, key: str) -> Key | None:
         """The record of a key, or None if the key is not valid."""

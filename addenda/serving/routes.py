@@ -23,6 +23,7 @@ from addenda import exceptions
 from addenda.exceptions import AddendaError, KeyFileError, TooLargeError
 from addenda.serving.keys import SCOPES, KeyFile
 from addenda.serving.service import Service
+from addenda.serving.shared import Quota
 
 MEDIA_TYPE = "application/problem+json"
 STATUS: dict[type[AddendaError], int] = {
@@ -202,14 +203,13 @@ def body_schema(schemas: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 async def read_body(request: Request, limit: int) -> bytes:
     """Reads and decompresses a request's body; it counts towards the memory limit of all bodies until the response."""
-    state, total_limit = request.app.state, request.app.state.service.limits.bodies_bytes
+    bodies: Quota = request.app.state.bodies
     body = bytearray()
     async for chunk in _chunks(request, limit):
-        if state.body_bytes + len(chunk) > total_limit:
-            detail = f"The bodies of all current requests exceed {total_limit // 2**20} MiB. Try again later."
+        if not bodies.take(len(chunk)):
+            detail = f"The bodies of all current requests exceed {bodies.limit // 2**20} MiB. Try again later."
             raise ProblemError(503, detail, {"Retry-After": "1"})
         body += chunk
-        state.body_bytes += len(chunk)
         request.state.body_bytes = len(body)
     return bytes(body)
 

@@ -28,6 +28,8 @@ from addenda.serving import api, api_tasks, inference, page, telemetry
 from addenda.serving.keys import KeyFile
 from addenda.serving.routes import HANDLERS
 from addenda.serving.service import Limits, Service
+from addenda.serving.shared import Quota
+from addenda.serving.supervisor import Supervisor
 from addenda.serving.telemetry import JsonLines, ServerMetrics, Telemetry
 
 HEAD_S = 10
@@ -36,6 +38,8 @@ READ_S, READ_BYTES = 20, 2**16
 """Seconds between checks of the write buffer, and bytes by which it must shrink each time unless it empties."""
 CONNECTIONS = 256
 """Concurrent connections; uvicorn rejects more with 503."""
+STOP_S = 30
+"""Seconds that pending requests may take after the drain."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's mallopt(3)."""
 
@@ -48,6 +52,7 @@ def make_app(start: Callable[[], Service], keys: KeyFile, loopback: bool = True)
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.service = service = start()
+        app.state.bodies = Quota(service.limits.bodies_bytes)
         metrics.watch(service)
         try:
             yield
@@ -67,7 +72,7 @@ def make_app(start: Callable[[], Service], keys: KeyFile, loopback: bool = True)
         max_body_size=Limits().bundle_bytes,
     )
     app.state.keys, app.state.loopback, app.state.metrics, app.state.draining = keys, loopback, metrics, False
-    app.state.body_bytes, app.state.uploads = 0, asyncio.Semaphore(api_tasks.UPLOADS)
+    app.state.uploads = asyncio.Semaphore(api_tasks.UPLOADS)
     app.state.verifying, app.state.verifications = threading.Lock(), deque(maxlen=100)
     app.state.registering, app.state.replies = asyncio.Lock(), {}
     for module in (telemetry, inference, api, api_tasks, page):
@@ -76,7 +81,7 @@ def make_app(start: Callable[[], Service], keys: KeyFile, loopback: bool = True)
     return app
 
 
-class _Protocol(H11Protocol):
+class StrictProtocol(H11Protocol):
     """HTTP/1.1 that closes the connections of slow clients.
 
     Too slow are headers, the remaining body of a rejected request, and reading a response: the write buffer must shrink
@@ -87,24 +92,29 @@ class _Protocol(H11Protocol):
     _send_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
+        """Starts waiting for headers."""
         super().connection_made(transport)
         self._watch_receiving()
 
     def data_received(self, data: bytes) -> None:
+        """Handles what has arrived."""
         super().data_received(data)
         self._watch_receiving()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """Stops all timers."""
         for timer in (self._receive_timer, self._send_timer):
             if timer is not None:
                 timer.cancel()
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
+        """Starts waiting for a slow reader."""
         super().pause_writing()
         self._watch_sending()
 
     def on_response_complete(self) -> None:
+        """Starts waiting for the rest of a response to be read, and of a rejected body to arrive."""
         super().on_response_complete()
         self._watch_sending()
         if self.conn.their_state is h11.SEND_BODY:
@@ -132,18 +142,15 @@ class _Protocol(H11Protocol):
             self._receive_timer = None
 
 
-class Server(uvicorn.Server):
-    """Runs an application until SIGTERM or SIGINT, then drains it and exits with code 0.
+class ConnectionServer(uvicorn.Server):
+    """Serves an application on listening sockets, and on connections that others have accepted."""
 
-    For `drain_s` seconds it is not ready but still accepts requests; then pending ones have `stop_s` seconds to finish.
-    """
-
-    def __init__(self, app: FastAPI, drain_s: float, stop_s: int) -> None:
+    def __init__(self, app: Any, stop_s: int, protocol: type[StrictProtocol] = StrictProtocol) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
                 loop="asyncio",
-                http=_Protocol,
+                http=protocol,
                 ws="none",
                 lifespan="on",
                 log_config=None,
@@ -153,7 +160,46 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=stop_s,
             )
         )
-        self._app, self._drain_s = app, drain_s
+        self._protocol, self._connecting = protocol, set[asyncio.Task[Any]]()
+
+    def serve_connection(self, accepted: socket.socket) -> None:
+        """Serves an accepted connection; it becomes the server's."""
+        accepted.setblocking(False)
+
+        def protocol() -> StrictProtocol:
+            return self._protocol(self.config, self.server_state, self.lifespan.state)
+
+        task = asyncio.ensure_future(asyncio.get_running_loop().connect_accepted_socket(protocol, accepted))
+        self._connecting.add(task)
+        task.add_done_callback(self._connecting.discard)
+
+
+class Server(ConnectionServer):
+    """Runs an application until SIGTERM or SIGINT, then drains it and exits with code 0.
+
+    For `drain_s` seconds it is not ready but still accepts requests; then pending ones have `stop_s` seconds to finish.
+    With `workers`, these accept the connections, and it serves what they relay.
+    """
+
+    def __init__(self, app: FastAPI, drain_s: float, stop_s: int, workers: Supervisor | None = None) -> None:
+        super().__init__(app, stop_s)
+        self._app, self._drain_s, self._workers = app, drain_s, workers
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Starts serving; with workers, once they all do."""
+        if self._workers is None:
+            await super().startup(sockets)
+            return
+        await super().startup([])
+        await self._workers.start(self._app.state.service, self.serve_connection)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Refuses new connections and completes pending requests."""
+        if self._workers is not None:
+            for listening in sockets or []:
+                listening.close()
+            await self._workers.stop()
+        await super().shutdown(sockets)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -23,6 +23,7 @@ from addenda.exceptions import DataError, DeadlineError, OverloadedError, Regist
 from addenda.registry import Registry, is_finite
 from addenda.serving.content_cache import ContentCache, content_key, widths_of
 from addenda.serving.outputs import Outputs, Wanted, joined
+from addenda.serving.shared import Quota
 from addenda.serving.snapshot import Follower, Snapshot
 from addenda.serving.turns import Turns
 
@@ -226,12 +227,12 @@ class Batcher:
     """
 
     def __init__(self, max_waiting: int, turns: Turns | None = None) -> None:
-        self.max_waiting, self.num_waiting = max_waiting, 0  # images queued or being computed
+        self.waiting, self._num_pending = Quota(max_waiting), 0  # images queued or being computed
         self._turns = turns or Turns()
         self.report: Callable[[int, float], None] = lambda images, seconds: None  # called after each forward pass
         self._queue: deque[_Chunk] = deque()
         self._filled = asyncio.Event()
-        self._seconds_per_image = 0.01
+        self.seconds_per_image = 0.01
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="addenda-model")
         self._task = asyncio.get_running_loop().create_task(self._run())
 
@@ -246,20 +247,34 @@ class Batcher:
     @contextmanager
     def reserve(self, num_images: int) -> Iterator[None]:
         """Reserves queue capacity for images, from before they are decoded until their predictions are computed."""
-        if self.num_waiting + num_images > self.max_waiting:
-            seconds = math.ceil(self.num_waiting * self._seconds_per_image)
+        if not self.waiting.take(num_images):
+            seconds = math.ceil(self.num_waiting * self.seconds_per_image)
             raise OverloadedError(
                 f"The queue is full: this request has {num_images} images, {self.num_waiting} of at most "
-                f"{self.max_waiting} are queued (--max-waiting). Try again later.",
+                f"{self.waiting.limit} are queued (--max-waiting). Try again later.",
                 min(max(1, seconds), 60),
             )
-        self.num_waiting += num_images
-        self._turns.report(self.num_waiting)
+        try:
+            with self._pending(num_images):
+                yield
+        finally:
+            self.waiting.give(num_images)
+
+    @property
+    def num_waiting(self) -> int:
+        """Images queued or being computed."""
+        return self.waiting.used
+
+    @contextmanager
+    def _pending(self, num_images: int) -> Iterator[None]:
+        """Makes background work give way to images."""
+        self._num_pending += num_images
+        self._turns.report(self._num_pending)
         try:
             yield
         finally:
-            self.num_waiting -= num_images
-            self._turns.report(self.num_waiting)
+            self._num_pending -= num_images
+            self._turns.report(self._num_pending)
 
     async def predict(
         self,
@@ -276,7 +291,8 @@ class Batcher:
         self._queue += chunks
         self._filled.set()
         try:
-            return joined(await asyncio.gather(*(chunk.result for chunk in chunks)))
+            with self._pending(len(pixels)):
+                return joined(await asyncio.gather(*(chunk.result for chunk in chunks)))
         finally:
             for chunk in chunks:
                 chunk.result.cancel()
@@ -298,7 +314,7 @@ class Batcher:
                         chunk.result.set_exception(error)
                 continue
             seconds = loop.time() - started
-            self._seconds_per_image += (seconds / num_images - self._seconds_per_image) / 10
+            self.seconds_per_image += (seconds / num_images - self.seconds_per_image) / 10
             self.report(num_images, seconds)
             for chunk, result in zip(batch, results, strict=True):
                 if not chunk.result.done():

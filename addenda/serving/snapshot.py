@@ -129,6 +129,7 @@ class Follower:
         self._changed, self._stopping = threading.Condition(), threading.Event()
         self.snapshot: Snapshot = empty_snapshot(backbone)  # replaced as a whole, never mutated
         self.reachable = True  # whether the last registry query succeeded
+        self._publish: Callable[[Snapshot], None] = lambda snapshot: None
         self._follow()
         self._thread = threading.Thread(target=self._run, name="addenda-follower", daemon=True)
         self._thread.start()
@@ -137,6 +138,12 @@ class Follower:
         """Waits until a generation or a later one is served; returns False on timeout. Blocks the calling thread."""
         with self._changed:
             return self._changed.wait_for(lambda: self.snapshot.generation >= generation, timeout_s)
+
+    def subscribe(self, publish: Callable[[Snapshot], None]) -> Snapshot:
+        """Returns the current snapshot; `publish` is called with each new one before it counts as served."""
+        with self._changed:
+            self._publish = publish
+            return self.snapshot
 
     def stop(self) -> None:
         """Stops the thread."""
@@ -163,6 +170,7 @@ class Follower:
         started, previous = time.monotonic(), self.snapshot
         snapshot = next_snapshot(previous, self._registry, self._alias, self._background)
         with self._changed:
+            self._publish(snapshot)
             self.snapshot = snapshot
             self._changed.notify_all()
         elapsed_ms = 1000 * (time.monotonic() - started)

@@ -9,6 +9,7 @@ import secrets
 import time
 from datetime import UTC, datetime
 from functools import partial
+from typing import Protocol
 
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -27,6 +28,13 @@ IMAGES = (1, 2, 4, 8, 16, 32, 64)
 log = logging.getLogger("addenda.serving.requests")
 
 
+class RequestMetrics(Protocol):
+    """Where requests are counted."""
+
+    def count(self, method: str, route: str, status: int, seconds: float) -> None:
+        """Records a request."""
+
+
 class ServerMetrics:
     """The metrics of one server, in their own prometheus_client registry."""
 
@@ -40,6 +48,11 @@ class ServerMetrics:
         self.pass_images = histogram("addenda_pass_images", "Number of images in a forward pass.", buckets=IMAGES)
         self.pass_seconds = histogram("addenda_pass_seconds", "Forward-pass latency in seconds.")
         self.cached = count("addenda_cache_images", "Number of images looked up in the cache.", ("result",))
+
+    def count(self, method: str, route: str, status: int, seconds: float) -> None:
+        """Records a request."""
+        self.requests.labels(method, route, status).inc()
+        self.seconds.labels(route).observe(seconds)
 
     def report(self, images: int, seconds: float) -> None:
         """Records a forward pass."""
@@ -66,7 +79,7 @@ class ServerMetrics:
 class Telemetry:
     """ASGI middleware that assigns request ids, counts requests and logs each one, without its headers and query."""
 
-    def __init__(self, app: ASGIApp, metrics: ServerMetrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: RequestMetrics) -> None:
         self.app, self.metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -97,10 +110,9 @@ class Telemetry:
             raise
         finally:
             seconds = time.monotonic() - started
-            scope["app"].state.body_bytes -= state.get("body_bytes", 0)
+            scope["app"].state.bodies.give(state.get("body_bytes", 0))
             route = getattr(scope.get("route"), "path", "none")
-            self.metrics.requests.labels(method if method in METHODS else "other", route, status).inc()
-            self.metrics.seconds.labels(route).observe(seconds)
+            self.metrics.count(method if method in METHODS else "other", route, status, seconds)
             facts = {"method": method, "path": scope["path"], "status": status, "request_id": request_id}
             log.info("request", extra={"facts": {**facts, "key": state.get("key"), "ms": round(1000 * seconds, 1)}})
 

@@ -444,19 +444,19 @@ def test_an_unknown_name_is_compared_with_few_known_ones(
 
 def test_all_bodies_share_a_memory_limit_and_release_it(client: AppClient) -> None:
     app: Any = client.app
-    app.state.service.limits = replace(app.state.service.limits, bodies_bytes=10_000)
+    app.state.bodies.limit = 10_000
     small, large = pictures(1)[0], b"x" * 20_000
     for _ in range(5):
         rejected = client.post(PREDICT, content=large)
         assert (rejected.status_code, rejected.headers["Retry-After"]) == (503, "1")
         assert client.post(PREDICT, content=small).status_code == 200
         assert client.post(PREDICT, content=b"junk").status_code == 400
-    assert app.state.body_bytes == 0
+    assert app.state.bodies.used == 0
 
 
 def test_a_bundle_is_streamed_to_a_file(client: AppClient, theirs: Callable[..., bytes]) -> None:
     app: Any = client.app
-    app.state.service.limits = replace(app.state.service.limits, bodies_bytes=100)
+    app.state.bodies.limit = 100
     assert client.post("/api/v1/tasks", content=theirs("fish")).status_code == 201
     app.state.service.limits = replace(app.state.service.limits, bundle_bytes=100)
     assert client.post("/api/v1/tasks", content=theirs("fish", 2)).status_code == 413

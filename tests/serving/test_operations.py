@@ -37,6 +37,8 @@ PREDICT = "/api/v1/predict"
 
 
 class Server(ServedProcess):
+    start_s = 180
+
     def predict(self, image: bytes) -> httpx2.Response:
         return httpx2.post(self.url + PREDICT, content=image, timeout=60)
 
@@ -86,10 +88,11 @@ def predictions(server: Server, images: list[bytes]) -> list[dict[str, object]]:
     return [response.json() for response in responses]
 
 
+@pytest.mark.parametrize("workers", [0, 2])
 def test_a_server_that_is_stopped_completes_all_pending_requests(
-    location: str, images: list[bytes], tmp_path: Path
+    workers: int, location: str, images: list[bytes], tmp_path: Path
 ) -> None:
-    with Server(location, tmp_path, "--drain", 3) as server, ExitStack() as stack:
+    with Server(location, tmp_path, "--drain", 3, "--workers", workers) as server, ExitStack() as stack:
         expected = predictions(server, images)
         pending = stack.enter_context(server.connect())
         head = f"POST {PREDICT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(images[0])}\r\n\r\n"
@@ -245,13 +248,14 @@ def memory_kb(process: subprocess.Popen[bytes]) -> int:
     return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS")))
 
 
-def test_a_full_queue_gives_503_with_retry_after(location: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_full_queue_gives_503_with_retry_after(workers: int, location: str, tmp_path: Path) -> None:
     images = []
     for grey in range(20):
         file = BytesIO()
         Image.new("RGB", (2000, 1500), (grey, 0, 0)).save(file, "PNG")
         images.append(file.getvalue())
-    with Server(location, tmp_path, "--max-waiting", 4) as server:
+    with Server(location, tmp_path, "--max-waiting", 4, "--workers", workers) as server:
         expected = predictions(server, images)
         before = memory_kb(server.process)
         with Load(server.url + PREDICT, images, clients=20) as load:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import http.client
 import io
 import math
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -14,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import count as numbers_from
@@ -29,9 +27,9 @@ from addenda.backbones import FrozenBackbone
 from addenda.benchmarks.cost import random_task
 from addenda.benchmarks.report.tables import Figure, write
 from addenda.benchmarks.serving.load import Measured, generator
+from addenda.benchmarks.serving.server_process import ServerProcess
 from addenda.combined import CombinedModel, micro_batch, numerics, numerics_fingerprint, tensor_digest
 from addenda.combined.probe_inputs import probe_images
-from addenda.exceptions import AddendaError
 from addenda.files import output_folder
 from addenda.registry import Golden, Registry, Task
 from addenda.terminal import plural, progress
@@ -55,8 +53,11 @@ def run_serving(
     cycles: int = 1000,
     ray: str | None = None,
     replicas: Sequence[int] = (1, 2),
+    workers: int = 0,
 ) -> list[Figure]:
-    """Serves random tasks in one process, generates load in another, and prints a table.
+    """Serves random tasks, generates load in another process, and prints a table.
+
+    With `workers`, a server with that many is loaded beside the one without, in turn.
 
     Each load takes `seconds` and is repeated for `rounds`. With `ray`, the address of a cluster, only replicas on that
     cluster are measured.
@@ -69,7 +70,7 @@ def run_serving(
     device, batch_size, threads = numerics(backbone)["device"], micro_batch(backbone.device), torch.get_num_threads()
     figures: list[Figure] = []
     with generator([_image(backbone, number) for number in range(16)]) as load, progress() as report:
-        bench = _Bench(backbone, weights, partial(load, seconds=seconds), seconds, rounds, clients=3 * batch_size)
+        bench = _Bench(backbone, weights, partial(load, seconds=seconds), seconds, rounds, 3 * batch_size, workers)
         if ray is None:
             steps = [("Serving tasks", partial(bench.throughput, count)) for count in counts]
             steps.append(("Changing the registry", partial(bench.changes, cycles)))
@@ -85,6 +86,7 @@ def run_serving(
     details = {
         "command": f"addenda bench serving --backbone {backbone.name} --tasks {','.join(map(str, counts))} "
         f"--seconds {seconds:g} --rounds {rounds} "
+        + (f"--workers {workers} " if workers else "")
         + (f"--cycles {cycles}" if ray is None else f"--ray {ray} --replicas {','.join(map(str, replicas))}"),
         "backbone": backbone.name,
         "device": device,
@@ -107,6 +109,7 @@ class _Bench:
     seconds: float  # of a load
     rounds: int
     clients: int  # per server in a closed loop: enough for one running and two waiting full batches
+    workers: int  # of the server that is compared with one without; 0 for none
 
     def throughput(self, count: int) -> list[Figure]:
         """Measures a server with `count` tasks: a closed loop relative to the model alone, then an open loop."""
@@ -115,12 +118,19 @@ class _Bench:
         bare: list[float] = []
         combined: list[float] = []
         loads: list[Measured] = []
-        with self._served(tasks) as server:
-            self.load(*server.address, clients=self.clients, seconds=min(2, self.seconds))  # warms up
+        with ExitStack() as stack:
+            server = stack.enter_context(self._served(tasks))
+            servers = [server]
+            if self.workers:
+                servers.append(stack.enter_context(self._served(tasks, "--workers", str(self.workers))))
+            for each in servers:
+                self.load(*each.address, clients=self.clients, seconds=min(2, self.seconds))  # warms up
+            with_workers: list[Measured] = []
             for _ in range(self.rounds):
                 bare.append(self._alone(self.backbone.backbone_logits))
                 combined.append(self._alone(model))
                 loads.append(self.load(*server.address, clients=self.clients))
+                with_workers += [self.load(*each.address, clients=self.clients) for each in servers[1:]]
             rates = [load.rate for load in loads]
             figures = [
                 of_rounds("stock timm alone", "images/s", bare),
@@ -130,6 +140,14 @@ class _Bench:
                 of_rounds("served / the combined model", "x", _ratios(rates, combined), THROUGHPUT, more=True),
                 _failed(f"{count:,} tasks", "failed requests, closed loop", loads),
             ]
+            if self.workers:
+                name, faster = plural(self.workers, "worker"), [load.rate for load in with_workers]
+                figures += [
+                    of_rounds(f"served with {name}", "images/s", faster),
+                    of_rounds(f"with {name} / the combined model", "x", _ratios(faster, combined)),
+                    of_rounds(f"with {name} / without", "x", _ratios(faster, rates)),
+                    _failed(f"{count:,} tasks", f"failed requests with {name}", with_workers),
+                ]
             for share in SHARES:
                 rate = share * statistics.median(rates)
                 opened = [self.load(*server.address, rate=rate, seed=seed) for seed in range(self.rounds)]
@@ -195,7 +213,7 @@ class _Bench:
         return figures
 
     @contextmanager
-    def _served(self, tasks: Sequence[Task], *options: str, ready: str = "") -> Iterator[_ServerProcess]:
+    def _served(self, tasks: Sequence[Task], *options: str, ready: str = "") -> Iterator[ServerProcess]:
         """Serves the tasks from a new registry; the server is ready when it prints its address followed by `ready`."""
         with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
             registry = stack.enter_context(Registry.open(f"{folder}/tasks.db"))
@@ -211,7 +229,7 @@ class _Bench:
             environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
             process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
             try:
-                yield _ServerProcess(process, registry, Path(log.name), len(tasks), ready)
+                yield ServerProcess(process, registry, Path(log.name), len(tasks), ready)
             finally:
                 process.terminate()
                 process.wait()
@@ -280,55 +298,6 @@ def _latencies(group: str, when: str, loads: Sequence[Measured]) -> list[Figure]
 
 def _failed(group: str, what: str, loads: Sequence[Measured]) -> Figure:
     return Figure(group, what, "", sum(sum(load.failed.values()) for load in loads), target=0)
-
-
-class _ServerProcess:
-    """A server process and its registry."""
-
-    def __init__(
-        self, process: subprocess.Popen[bytes], registry: Registry, log: Path, num_tasks: int, ready: str
-    ) -> None:
-        self._registry, start = registry, time.perf_counter()
-        while (match := re.search(rf" on http://([\d.]+):(\d+){ready}", log.read_text())) is None:
-            if process.poll() is not None:
-                raise AddendaError(f"The server did not start: {log.read_text()[-500:]}")
-            time.sleep(0.05)
-        self.address = match[1], int(match[2])
-        while self._num_tasks() != num_tasks:
-            time.sleep(0.05)
-        self.started_s = time.perf_counter() - start
-
-    def change(self, *tasks: tuple[Task, Golden]) -> list[float]:
-        """Registers each task and then retires it; returns the seconds until each was served."""
-        seconds, before = [], self._num_tasks()
-        for task, golden in tasks:
-            start = time.perf_counter()
-            registered = self._registry.register(task, golden)
-            while self._num_tasks() == before:
-                time.sleep(0.01)
-            seconds.append(time.perf_counter() - start)
-            self._registry.retire(registered.ref)
-            while self._num_tasks() != before:
-                time.sleep(0.01)
-        return seconds
-
-    def memory_mb(self) -> float:
-        """Resident memory of the process that responds; NaN except on Linux, where the metric exists."""
-        return self._metric("process_resident_memory_bytes", float("nan")) / 1e6
-
-    def _num_tasks(self) -> int:
-        """Number of served tasks; -1 before the server responds."""
-        try:
-            return int(self._metric("addenda_tasks", -1))
-        except ConnectionError:
-            return -1
-
-    def _metric(self, name: str, default: float) -> float:
-        """The value of a Prometheus metric, or the default if it is missing."""
-        with closing(http.client.HTTPConnection(*self.address, timeout=60)) as connection:
-            connection.request("GET", "/metrics")
-            match = re.search(rf"^{name} (\S+)", connection.getresponse().read().decode(), re.MULTILINE)
-        return float(match[1]) if match else default
 
 
 def _goldens(backbone: FrozenBackbone, tasks: Sequence[Task]) -> list[Golden]:
