@@ -12,7 +12,8 @@ from torch import Tensor
 
 from addenda import CombinedModel, FrozenBackbone
 from addenda.combined import Router, feature_statistics
-from addenda.combined.routing.router import REJECTED, _temperature
+from addenda.combined.routing.classifiers import best_temperature
+from addenda.combined.routing.router import REJECTED
 from addenda.combined.routing.statistics import HASHED, SAMPLE, hash_layers
 from addenda.exceptions import RegistryError, UnknownTaskError
 from addenda.registry import FeatureStatistics
@@ -116,7 +117,7 @@ def test_a_router_of_one_task_with_one_class_chooses_it() -> None:
 
 def test_certainty_is_limited_where_all_held_out_images_are_right() -> None:
     scores = 100.0 * torch.eye(4, dtype=torch.float64)
-    loss, temperature = _temperature(scores, torch.arange(4))
+    loss, temperature = best_temperature(scores, torch.arange(4))
     probabilities = (scores / temperature).softmax(1).diagonal()
     torch.testing.assert_close(probabilities, torch.full_like(probabilities, 0.8), rtol=1e-3, atol=0)
     assert 0 < loss < 1
