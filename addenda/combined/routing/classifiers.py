@@ -68,6 +68,7 @@ def discriminant(moments: Moments, shrinkages: Sequence[float]) -> list[Linear]:
     rotated, linear = means @ vectors, []
     for shrinkage in shrinkages:
         shrunk = (1 - shrinkage) * values.clamp(min=0) + shrinkage * values.mean()
+        shrunk = torch.where(shrunk > 0, shrunk, 1.0)  # without any spread within classes: nearest mean
         weights = vectors @ (rotated / shrunk).T
         linear.append(Linear(weights, -0.5 * (means * weights.T).sum(1)))
     return linear
