@@ -11,9 +11,11 @@ from torch import Tensor
 
 from addenda.combined.routing.classifiers import SHRINKAGES, Linear, discriminant, gaussians, tuned
 from addenda.combined.routing.statistics import Moments, unhashed
-from addenda.learner.objectives import SingleLabel
-from addenda.learner.probes import LinearHead, best_weight, limited_rank
+from addenda.learner.probes import LinearHead, limited_rank
 from addenda.registry import FeatureStatistics
+
+LAYER_WEIGHT = 0.75
+"""Share of the layer features in the logits; a weight chosen on the small sample is worse (docs/results.md)."""
 
 
 class ClosedForm(NamedTuple):
@@ -21,14 +23,13 @@ class ClosedForm(NamedTuple):
 
     head: LinearHead
     sample_logits: Float64[Tensor, "K C"]  # of the statistics' sample, by the same fit to all other images
-    layer_weight: float  # share of the layer features in the logits
 
 
 def closed_form(statistics: FeatureStatistics) -> ClosedForm:
     """Fits linear discriminants of the pooled feature and of the hashed layer features, and sums their logits.
 
-    Shrinkages, temperatures and the weight of the sum minimise the log loss of the sample. Equal statistics give equal
-    heads, so learning classes one after another is the same as learning them at once.
+    Shrinkages and temperatures minimise the log loss of the sample. Equal statistics give equal heads, so learning
+    classes one after another is the same as learning them at once.
     """
     counts, targets, width = statistics.counts, statistics.sample_targets, statistics.sample.shape[1]
     expanded = Moments.sum([counts], [statistics.sums], [statistics.gram])
@@ -36,16 +37,16 @@ def closed_form(statistics: FeatureStatistics) -> ClosedForm:
     head = LinearHead(linear.bias, linear.weights.T)
     lengths, directions = statistics.layer_lengths, statistics.layer_directions
     if statistics.layers is None or lengths is None or directions is None:
-        return ClosedForm(head, logits, 0.0)
+        return ClosedForm(head, logits)
     sums, gram, sample = statistics.layers
     moments = Moments.sum([counts], [sums], [gram])
     linear, layer_logits = _fitted(moments, sample, targets)
-    weight = best_weight(SingleLabel(), logits, layer_logits, targets) if len(targets) else 1.0
     hashed_weight, bias = limited_rank(linear.weights.T, linear.bias, gaussians(moments)[0])
     total = counts.sum()
     layer_head = _on_layers(hashed_weight, bias, lengths.double() / total, directions.double() / total)
-    logits = (1 - weight) * logits + weight * layer_logits
-    return ClosedForm(head * (1 - weight) + layer_head * weight, logits, weight)
+    return ClosedForm(
+        head * (1 - LAYER_WEIGHT) + layer_head * LAYER_WEIGHT, logits * (1 - LAYER_WEIGHT) + layer_logits * LAYER_WEIGHT
+    )
 
 
 def _on_layers(

@@ -122,7 +122,7 @@ class Growth:
                 "The next version of %s has a head alone; the class token of %s is not continued.", old.name, old.ref
             )
         temperature = objective.fit_temperature(fit.sample_logits, targets)
-        metrics: dict[str, Any] = {"closed_form": {"layer_weight": fit.layer_weight}}
+        metrics: dict[str, Any] = {}
         if len(targets):
             metrics["validation"] = objective.score(fit.sample_logits / temperature, targets, activations.labels)
         task = Task(
