@@ -104,7 +104,7 @@ class CombinedModel:
         self.tasks: dict[str, Task] = {}
         for task in tasks:
             for member in (*task.closure, task):
-                _check_fits(member, self.backbone)
+                check_fits(member, self.backbone)
             if self.tasks.setdefault(task.name, task).sha256 != task.sha256:
                 raise RegistryError(
                     f"Two different tasks are named {task.name!r}; a combined model can hold one. Leave one out."
@@ -293,7 +293,7 @@ class CombinedModel:
         return [(choice, results[choice.task][i]) for i, choice in enumerate(router.choose(logits.features))]
 
 
-def _check_fits(task: Task, backbone: FrozenBackbone) -> None:
+def check_fits(task: Task, backbone: FrozenBackbone) -> None:
     """Raises an error unless the task can run on this backbone."""
     if task.backbone != backbone.fingerprint:
         raise BackboneError(

@@ -18,6 +18,7 @@ from addenda.terminal import (
     SCORES,
     console,
     percent,
+    plural,
     print_json,
     print_result,
     progress,
@@ -29,6 +30,7 @@ from addenda.text import shown_lines
 
 
 def learn(
+    context: typer.Context,
     name: Annotated[str, Argument(help="Name of the task.")],
     data: Annotated[
         Path,
@@ -125,6 +127,14 @@ def learn(
         Path | None, Option(help="YAML file of LearnConfig settings; command-line options override it. Default: none.")
     ] = None,
     new_version: options.NewVersion = False,
+    grow: Annotated[
+        bool,
+        Option(
+            "--grow",
+            help="Register the next version of task NAME, with the further classes or images in DATA, without its "
+            "earlier images. Takes no training settings.",
+        ),
+    ] = False,
     skip_bad: options.SkipBad = False,
     registry: options.Registry = options.DEFAULT_REGISTRY,
     backbone: options.Backbone = None,
@@ -140,6 +150,7 @@ def learn(
 
     A fifth of the images is held out for validation, which selects and calibrates the task.
     """
+    from addenda.combined import recorded_backbone
     from addenda.learner import ActivationCache, open_parts
     from addenda.registry import check_new_name
 
@@ -151,27 +162,44 @@ def learn(
         "weight_decay": single(weight_decay), "optimizer": optimizer, "label_smoothing": label_smoothing,
         "class_weights": class_weights, "refit": refit, "layer_head": layer_head, "group_by": group_by,
     }  # fmt: skip
-    settings = options.learn_settings(config, given_options, {"views": views, "fresh": fresh})
-    check_new_name(name)
-    open_parts(data, test, skip_bad)  # a wrong path is reported before weights are fetched or a registry is made
-    with options.open_registry(registry, create=True) as opened:
+    augmentation = {"views": views, "fresh": fresh}
+    if grow:
+        options.check_growing(context)
+    settings = options.learn_settings(config, given_options, augmentation)
+    if not grow:
+        check_new_name(name)
+        open_parts(data, test, skip_bad)  # a wrong path is reported before weights are fetched or a registry is made
+    with options.open_registry(registry, create=not grow) as opened:
         before = opened.generation
-        loaded = options.backbone_to_learn_on(opened, backbone, weights, mean, std, img_size, precision, device)
-        if memory is not None and not settings.head_only:
-            loaded.check_tokens("--memory")
-        _print_cost(loaded, [settings], quiet=as_json)
+        if grow:
+            fingerprint = opened.record(name).backbone
+            loaded = recorded_backbone(opened, weights, device, fingerprint=fingerprint)
+        else:
+            loaded = options.backbone_to_learn_on(opened, backbone, weights, mean, std, img_size, precision, device)
+            if memory is not None and not settings.head_only:
+                loaded.check_tokens("--memory")
+            _print_cost(loaded, [settings], quiet=as_json)
         learner = addenda.Learner(loaded, opened, ActivationCache(budget_gb=cache_gb))
         with show_log(quiet=as_json), progress(quiet=as_json) as report:
-            task = learner.learn(name, data, test, settings, new_version=new_version, skip_bad=skip_bad, report=report)
+            if grow:
+                task = learner.grow(name, data, test, skip_bad, report)
+            else:
+                task = learner.learn(
+                    name, data, test, settings, new_version=new_version, skip_bad=skip_bad, report=report
+                )
         record, after = opened.record(task.ref), opened.generation
     already, test_data = record.generation <= before, task.data.get("test", {})
     if as_json:
-        print_json({"task": task.ref, "sha256": task.sha256, "already": already, "metrics": dict(task.metrics),
-                    **_data_summary(task.data)})  # fmt: skip
+        print_json({"task": task.ref, "sha256": task.sha256, "already": already, "grown_from": record.grown_from,
+                    "metrics": dict(task.metrics), **_data_summary(task.data)})  # fmt: skip
         return
     if already:
         action = "nothing was done" if after == before else "it was now evaluated on this test set"
         console.print(f"{task.ref} was already learned from these images with these settings; {action}.")
+    elif record.grown_from:
+        added, known = task.data["grown_from"]["added"], task.data["grown_from"]["known"]
+        left_out = f"; {plural(known, 'image')} that it was learned from were left out" if known else ""
+        console.print(f"{task.ref} was grown from {record.grown_from} by {plural(added, 'image')}{left_out}.")
     for message in (*task.data["skipped"], *test_data.get("skipped", ())):
         console.print(f"skipped: {message}", markup=False, highlight=False, soft_wrap=True)
     show_task(record)

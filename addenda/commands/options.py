@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from typer import Argument, Option, echo
+from typer import Argument, Context, Option, echo
 
 import addenda
 from addenda.exceptions import BackboneError, DataError
@@ -118,6 +118,26 @@ def learn_settings(file: Path | None, options: dict[str, Any], augmentation: dic
     if overrides and isinstance(in_file, dict):
         values["augmentation"] = in_file | overrides
     return addenda.LearnConfig.parse(values | {key: value for key, value in options.items() if value is not None})
+
+
+GROWS_WITH = (
+    "name", "data", "test", "grow", "new_version", "skip_bad", "cache_gb", "registry", "weights", "device", "as_json",
+)  # fmt: skip
+"""The parameters of `learn` that a task which grows accepts."""
+
+
+def check_growing(context: Context) -> None:
+    """Raises an error if an option was given that a task which grows does not take."""
+    given = []
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if parameter.name not in GROWS_WITH and source is not None and source.name == "COMMANDLINE":
+            given.append(parameter.opts[0])
+    if given:
+        raise DataError(
+            f"--grow takes no {' or '.join(given)}: it fits a head in closed form, on the task's own backbone. Leave "
+            "the option out, or learn the task again from all its images."
+        )
 
 
 def single(values: list[Any] | None) -> Any:

@@ -104,6 +104,7 @@ def tasks_show(
 def _details(record: TaskRecord) -> str:
     """Aliases, tags and parents of a task, in one cell."""
     parents = [f"extends {', '.join(record.extends)}"] if record.extends else []
+    parents += [f"grown from {record.grown_from}"] if record.grown_from else []
     return " ".join([*(f"@{alias}" for alias in record.aliases), *(f"#{tag}" for tag in record.tags), *parents])
 
 
@@ -121,6 +122,7 @@ def show_task(record: TaskRecord) -> None:
         ("head reads", record.reads),
         ("parameters", parameters),
         ("extends", ", ".join(record.extends) or "nothing"),
+        *([("grown from", record.grown_from)] if record.grown_from else []),
         ("temperature", "damaged" if record.temperature is None else f"{record.temperature:.3g}"),
         ("routing statistics", statistics),
         ("total size", size(record.size_bytes + record.statistics_bytes)),
@@ -167,7 +169,7 @@ def headlines(record: TaskRecord, metrics: Mapping[str, Any] | None = None) -> t
 
 
 def _record_json(record: TaskRecord) -> dict[str, Any]:
-    return {"ref": record.ref, **vars(record)}
+    return {"ref": record.ref, "grown_from": record.grown_from, **vars(record)}
 
 
 @app.command()
@@ -247,11 +249,12 @@ def history(
 
     Exits with 1 if a score changed without explanation.
     """
-    from addenda.registry import headline
+    from addenda.registry import TaskFilter, headline
 
     rows = []
     with options.open_registry(registry) as opened:
         entries = opened.history(name)
+        versions = opened.tasks(TaskFilter(name=name, retired=True))
         for entry in entries:
             evaluation, objective = entry.evaluation, opened.record(entry.evaluation.task).objective
             value, kind = evaluation.metrics.get(headline(objective)), SCORES[objective][headline(objective)]
@@ -261,7 +264,8 @@ def history(
     columns = ("generation", "task", "data", "score", "change since the last evaluation")
     title = f"{plural(len(rows), 'evaluation')} of {name}"
     view = table(title, columns, rows, right=columns[:1], whole=columns[:3]) if rows else title
-    print_result(as_json, [asdict(entry) for entry in entries], view)
+    grown = [f"{record.ref} was grown from {record.grown_from}." for record in versions if record.grown_from]
+    print_result(as_json, [asdict(entry) for entry in entries], view, *grown)
     if any(entry.verdict == "unexplained" for entry in entries):
         typer.echo("A score changed without explanation. See: addenda verify --deep", err=True)
         raise typer.Exit(1)

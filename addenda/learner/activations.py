@@ -39,10 +39,10 @@ class Activations:
     """Frozen activations of every view of a dataset; view 0 is the unaugmented image.
 
     A view's activations have the same bits whether they are cached or recomputed: images run through the frozen stream
-    in the canonical micro-batch, and keys and values are rounded to half precision. `targets`, `groups` and `pooled`
-    (the backbone's own feature) cover the unaugmented readable images; `layers`, the layer features, covers their views
-    too if memory allows. `skipped` says why the other images could not be read. With `tokens=False` there are no keys
-    and values.
+    in the canonical micro-batch, and keys and values are rounded to half precision. `targets`, `groups`, `digests`
+    and `pooled` (the backbone's own feature) cover the unaugmented readable images; `layers`, the layer features,
+    covers their views too if memory allows. `skipped` says why the other images could not be read. With `tokens=False`
+    there are no keys and values.
     """
 
     def __init__(
@@ -78,6 +78,7 @@ class Activations:
         self._readable = torch.tensor(readable, dtype=torch.int64, device="cpu")
         self._pooled, self.pooled, self.layers = pooled, pooled[self._readable], layers[:, self._readable]
         self.labels, self.targets, self.objective = images.labels, images.targets[self._readable], images.objective
+        self.digests = [digests[i] for i in readable]
         self.groups = None if images.groups is None else [images.groups[i] or f"\0{i}" for i in readable]
         self.num_classes = len(images.labels)
         self._resident = self._to_device()

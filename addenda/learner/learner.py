@@ -8,25 +8,25 @@ from copy import copy
 from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from addenda.backbones import FrozenBackbone, counted, plain
-from addenda.combined import CombinedModel, feature_statistics, golden, numerics, numerics_fingerprint, tensor_digest
+from addenda.combined import feature_statistics, golden, numerics, numerics_fingerprint
 from addenda.exceptions import NameTakenError, RegistryError, RetiredError, TrainingError
 from addenda.learner.activation_cache import ActivationCache
 from addenda.learner.activations import Activations
+from addenda.learner.augmentation import Augmentation
 from addenda.learner.context import OnEpoch, Report, RunContext, silent
 from addenda.learner.data import Data, LabelledImages, check_learnable, check_same_labels, open_images, open_parts
-from addenda.learner.data.labelled import Item, read_in_batches, unreadable
+from addenda.learner.data.labelled import unreadable
 from addenda.learner.data.openers import repeats
+from addenda.learner.evaluation import check_readable, score
+from addenda.learner.growing import Growth
 from addenda.learner.learn_config import LearnConfig
 from addenda.learner.learning_run import LearningRun
-from addenda.learner.objectives import OBJECTIVES
 from addenda.registry import (
     BASELINES,
     Evaluation,
     EvaluationRecord,
+    FeatureStatistics,
     Registry,
     Task,
     TaskFilter,
@@ -36,9 +36,6 @@ from addenda.registry import (
     digest,
 )
 from addenda.text import shown
-
-BY_CONTENT = "2:"
-"""Prefix of a digest of logits ordered by image content; version 0.1 ordered them by file."""
 
 log = logging.getLogger(__name__)
 
@@ -151,7 +148,7 @@ class Learner:
 
         test_data: dict[str, Any] = {}
         if test_images is not None:  # fail on bad test images before hours of training
-            test_images, skipped = self._check_readable(test_images, context)
+            test_images, skipped = check_readable(self.backbone, test_images, context)
             test_data["test"] = {"skipped": skipped, "left_out": counted(test_images.left_out)}
         pool = [task for task in self.registry.load(self.backbone) if task.class_token is not None] if auto else None
         tokens = not config.head_only
@@ -168,14 +165,6 @@ class Learner:
         except TrainingError:
             checkpoint.clear()
             raise
-        metrics, evaluations = dict(task.metrics), []
-        if test_images is not None:
-            evaluated = [task, *learning_run.baselines]
-            ((metrics["test"], logits_digest), *probes), _, _ = self._score(evaluated, test_images, context)
-            for baseline, (scores, _) in zip(learning_run.baselines, probes, strict=True):
-                key = baseline.name.replace(" ", "_")
-                metrics[key] = metrics[key] | {"test": scores}
-            evaluations.append(Evaluation(test_images.fingerprint(), fingerprint, metrics["test"], logits_digest))
         data = {
             "run": run,
             "num_images": len(readable),
@@ -185,20 +174,100 @@ class Learner:
             "repeated": repeats(images, test_images),
             "near_duplicates": learning_run.near_duplicates,
         }
-        finished = replace(task, metrics=metrics, data=data | test_data)
         statistics = None
         if activations.objective.routable:
             statistics = feature_statistics(
-                activations.pooled, activations.targets, activations.num_classes, activations.layers[0]
-            )
-            if statistics.excess is not None:
-                log.warning("A router cannot choose this task: %s.", statistics.excess)
-                statistics = None
-        self.registry.add_backbone(self.backbone.record())
-        golden_probe = golden(self.backbone, finished)
-        registered_task = self.registry.register(finished, golden_probe, statistics, new_version, evaluations)
+                activations.pooled, activations.targets, activations.num_classes, activations.layers[0],
+                activations.digests,
+            )  # fmt: skip
+        task = replace(task, data=data | test_data)
+        registered_task = self._register(task, statistics, learning_run.baselines, test_images, new_version, context)
         checkpoint.clear()
         return registered_task
+
+    def grow(
+        self, ref: str, data: Data, test: Data | None = None, skip_bad: bool = False, report: Report | None = None
+    ) -> Task:
+        """Registers the next version of a task, with further classes or further images, without its earlier images.
+
+        The new version is a head in closed form from the statistics of the earlier images and of the new ones; it has
+        no token. Labels keep their positions; new ones follow in sorted order. The earlier version does not change.
+
+        Args:
+            ref: the registered task.
+            data: the new images, as for `learn`, of new and known classes. Images that the task was learned from are
+                left out.
+            test: data to evaluate on, likewise, of any of the classes. Default: the test split of `data`, if any.
+            skip_bad: skip missing and unreadable images in both splits.
+            report: progress callback.
+
+        Returns:
+            The registered version. If it is registered already, nothing is done but to evaluate a new test split.
+
+        Raises:
+            BackboneError: the task is on another backbone.
+            DataError: the images cannot be used, or none is new.
+            RegistryError: the task has no routing statistics, or is multi-label.
+            UnknownTaskError: the task is not registered.
+        """
+        with plain(self.backbone.device):
+            return self._grow(ref, data, test, RunContext(skip_bad, report or silent))
+
+    def _grow(self, ref: str, data: Data, test: Data | None, context: RunContext) -> Task:
+        growth = Growth.of(self.registry, ref, self.backbone)
+        images, test_images = growth.open(data, test, context.skip_bad)
+        _log_remarks(images)
+        images = images.hashed()
+        fingerprint = numerics_fingerprint(numerics(self.backbone))
+        run = {"data": images.fingerprint(), "grown_from": growth.task.sha256, "numerics": fingerprint}
+        registered = self._find_registered(growth.task.name, images, run, True, context.skip_bad)
+        if registered is not None:
+            return self._reuse(registered.ref, test_images, context)
+        test_data: dict[str, Any] = {}
+        if test_images is not None:
+            _log_remarks(test_images)
+            test_images, skipped = check_readable(self.backbone, test_images, context)
+            test_data["test"] = {"skipped": skipped, "left_out": counted(test_images.left_out)}
+            growth.warn_of_repeats(test_images)
+        new = growth.new_images(images)
+        activations = Activations(self.backbone, new, Augmentation(views=0), self.cache, context=context, tokens=False)
+        task, statistics = growth.version(activations, run["data"], len(images) - len(new))
+        data_record = {
+            "run": run,
+            "skipped": [shown(text) for text in (*images.lost, *activations.skipped)],
+            "left_out": counted(images.left_out),
+            "repeated": repeats(images, test_images),
+        }
+        task = replace(task, data={**task.data, **data_record, **test_data})
+        return self._register(task, statistics, (), test_images, True, context)
+
+    def _register(
+        self,
+        task: Task,
+        statistics: FeatureStatistics | None,
+        probes: Sequence[Task],
+        test_images: LabelledImages | None,
+        new_version: bool,
+        context: RunContext,
+    ) -> Task:
+        """Evaluates a task and its probes on the test split, if there is one, and registers the task."""
+        metrics, evaluations = dict(task.metrics), []
+        if test_images is not None:
+            ((metrics["test"], logits_digest), *scores), _, _ = score(
+                self.backbone, [task, *probes], test_images, context
+            )
+            for probe, (of_probe, _) in zip(probes, scores, strict=True):
+                key = probe.name.replace(" ", "_")
+                metrics[key] = metrics[key] | {"test": of_probe}
+            fingerprint = numerics_fingerprint(numerics(self.backbone))
+            evaluations.append(Evaluation(test_images.fingerprint(), fingerprint, metrics["test"], logits_digest))
+        if statistics is not None and statistics.excess is not None:
+            log.warning("A router cannot choose this task: %s.", statistics.excess)
+            statistics = None
+        finished = replace(task, metrics=metrics)
+        self.registry.add_backbone(self.backbone.record())
+        golden_probe = golden(self.backbone, finished)
+        return self.registry.register(finished, golden_probe, statistics, new_version, evaluations)
 
     def _find_registered(
         self, name: str, images: LabelledImages, run: Mapping[str, Any], new_version: bool, skip_bad: bool
@@ -230,7 +299,7 @@ class Learner:
         images, skipped = test.hashed(), list[str]()
         evaluations = {record.data_fingerprint: record for record in self.registry.evaluations(ref)}
         if images.lost or images.fingerprint() not in evaluations:
-            images, skipped = self._check_readable(images, context)
+            images, skipped = check_readable(self.backbone, images, context)
         record = evaluations.get(images.fingerprint()) or self._evaluate(task, images, context)
         result = copy(task)
         if record.metrics != task.metrics.get("test"):
@@ -265,53 +334,11 @@ class Learner:
             return self._evaluate(task, images, RunContext(skip_bad, report or silent))
 
     def _evaluate(self, task: Task, images: LabelledImages, context: RunContext) -> EvaluationRecord:
-        ((metrics, logits_digest),), scored, bad = self._score([task], images, context)
+        ((metrics, logits_digest),), scored, bad = score(self.backbone, [task], images, context)
         counts = {"skipped": len(scored.lost) + len(bad), "left_out": counted(scored.left_out)}
         metrics |= {key: value for key, value in counts.items() if value}
         fingerprint = numerics_fingerprint(numerics(self.backbone))
         return self.registry.add_evaluation(task.ref, scored.fingerprint(), fingerprint, metrics, logits_digest)
-
-    def _check_readable(self, images: LabelledImages, context: RunContext) -> tuple[LabelledImages, list[str]]:
-        """Decodes every image; returns the readable ones, hashed and ordered, and the errors of the others."""
-        bad: dict[int, str] = {}
-
-        def decode(row: int, item: Item) -> list[tuple[int, str]]:
-            item.views(self.backbone)
-            return [(row, item.digest)]
-
-        batches = read_in_batches(images, range(len(images)), decode, 1, "checking test images", context, bad)
-        readable, _ = images.in_order(dict(row_digest for batch in batches for row_digest in batch))
-        return readable, [shown(text) for text in (*images.lost, *bad.values())]
-
-    def _score(
-        self, tasks: Sequence[Task], images: LabelledImages, context: RunContext
-    ) -> tuple[list[tuple[dict[str, Any], str]], LabelledImages, dict[int, str]]:
-        """Evaluates several tasks in one forward pass per image.
-
-        Returns:
-            Metrics and logits digest of each task, the readable images, hashed, and the errors of the others by row.
-        """
-        model = CombinedModel(self.backbone, tasks)
-        logits: dict[str, dict[int, Tensor]] = {task.name: {} for task in tasks}
-        digests: dict[int, str] = {}
-        bad: dict[int, str] = {}
-
-        def view(row: int, item: Item) -> list[tuple[int, str, Tensor]]:
-            return [(row, item.digest, item.views(self.backbone)[0])]
-
-        all_rows, what = range(len(images)), "evaluating test images"
-        for batch in read_in_batches(images, all_rows, view, model.micro_batch, what, context, bad):
-            rows, batch_digests, pixels = zip(*batch, strict=True)
-            digests |= zip(rows, batch_digests, strict=True)
-            for name, batch_logits in model(torch.stack(pixels)).items():
-                logits[name] |= zip(rows, batch_logits.cpu(), strict=True)
-        readable, order = images.in_order(digests)
-        scores = []
-        for task in tasks:
-            joined = torch.stack([logits[task.name][row] for row in order])
-            metrics = OBJECTIVES[task.objective].score(joined / task.temperature, readable.targets, images.labels)
-            scores.append((metrics, f"{BY_CONTENT}{tensor_digest(joined)}"))
-        return scores, readable, bad
 
 
 def _log_remarks(images: LabelledImages) -> None:

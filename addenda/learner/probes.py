@@ -178,12 +178,7 @@ class LayerFeatures:
         if not recipe.weight:
             return linear
         weight, bias = self._fits(slice(None))[recipe.fit]
-        if self._num_classes > MAX_RANK:  # project onto the directions in which these images' logits vary most
-            logits = self._z[0] @ weight.T
-            _, _, directions = torch.linalg.svd(logits - logits.mean(0), full_matrices=False)
-            projection = directions[:MAX_RANK].T @ directions[:MAX_RANK]
-            bias = bias + (weight - projection @ weight) @ self._z[0].mean(0)
-            weight = projection @ weight
+        weight, bias = limited_rank(weight, bias, self._z[0])
         return linear + self._space.head(weight, bias) * (layer_factor * recipe.weight)
 
     def _fits(self, rows: Tensor | slice) -> LayerFits:
@@ -194,6 +189,19 @@ class LayerFeatures:
             flat, flat_targets = z[:num_views].flatten(0, 1), torch.cat([targets] * num_views)
             fits += self._objective.fit_layers(flat, flat_targets, self._num_classes, num_features)
         return fits
+
+
+def limited_rank(
+    weight: Float64[Tensor, "C k"], bias: Float64[Tensor, " C"], points: Float64[Tensor, "N k"]
+) -> tuple[Float64[Tensor, "C k"], Float64[Tensor, " C"]]:
+    """Projects the logits of over MAX_RANK classes onto the directions in which the points' logits vary most."""
+    if len(weight) <= MAX_RANK:
+        return weight, bias
+    logits = points @ weight.T
+    _, _, directions = torch.linalg.svd(logits - logits.mean(0), full_matrices=False)
+    projection = directions[:MAX_RANK].T @ directions[:MAX_RANK]
+    bias = bias + (weight - projection @ weight) @ points.mean(0)
+    return projection @ weight, bias
 
 
 def from_linear_probe(probe: LinearProbe) -> LinearHead:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from addenda import Registry
 from tests.support.commands import Result, Run
+from tests.support.images import colour_folder
 
 
 def test_learn_prints_the_scores_of_the_task_and_both_probes(learned: Result) -> None:
@@ -32,6 +33,27 @@ def test_a_taken_name_is_one_line_and_exit_code_2(run: Run, learned: Result, dig
     assert result.code == 2
     assert result.err.startswith("Error: Task 'ones' is already registered (version 1)")
     assert "--new-version" in result.err
+
+
+def test_a_task_grows_by_a_class_and_says_from_what(run: Run, tmp_path: Path) -> None:
+    first, more = (colour_folder(tmp_path / part, classes=c) for part, c in (("a", ("blue", "red")), ("b", ("green",))))
+    assert run("learn", "colours", first, "--backbone", "glyphs", "--head-only").code == 0
+    refused = run("learn", "colours", more, "--grow", "--lr", "0.1", "--head-only")
+    assert refused.code == 2
+    assert refused.err.startswith("Error: --grow takes no --head-only or --lr: it fits a head in closed form")
+    test = colour_folder(tmp_path / "test", seed=1)
+    grown = run("learn", "colours", more, "--grow", "--test", test)
+    assert grown.out.startswith("colours:2 was grown from colours:1 by 8 images.\n")
+    assert re.search(r"grown from +colours:1 ", grown.out)
+    assert re.search(r"test \(24\) +task ", grown.out)
+    assert "colours:2 was grown from colours:1." in run("tasks", "history", "colours").out
+    assert "grown from colours:1" in run("tasks", "list").out
+    assert json.loads(run("tasks", "show", "colours", "--json").out)["grown_from"] == "colours:1"
+    again = run("learn", "colours:1", more, "--grow", "--json")
+    assert [json.loads(again.out)[key] for key in ("task", "already", "grown_from")] == ["colours:2", True, "colours:1"]
+    nothing_new = run("learn", "colours", first, "--grow")
+    assert (nothing_new.code, "has nothing new" in nothing_new.err) == (2, True)
+    assert run("verify").code == 0
 
 
 def test_settings_come_from_defaults_then_file_then_options(run: Run, digits_folder: Path, tmp_path: Path) -> None:

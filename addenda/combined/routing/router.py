@@ -14,24 +14,20 @@ small projection is appended to the feature, so that both classifiers share one 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Float64, Int64
-from scipy.optimize import minimize_scalar
+from jaxtyping import Float, Float64
 from torch import Tensor
 
+from addenda.combined.routing.classifiers import PENALTIES, SHRINKAGES, Linear, discriminant, gaussians, ridge, tuned
 from addenda.combined.routing.statistics import Moments, double, expand, hash_layers
 from addenda.exceptions import RegistryError, UnknownTaskError
 from addenda.registry import FeatureStatistics
 
-PENALTIES = tuple(10.0**power for power in np.arange(-4, 2.1, 0.5))
-"""Candidate penalties of the ridge regression, relative to the mean diagonal of the Gram matrix."""
-SHRINKAGES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
-"""Candidate shrinkages of a covariance towards a multiple of the identity."""
 REJECTED = 0.05
 """Fraction of the tasks' own images that the familiarity threshold rejects."""
 
@@ -98,13 +94,13 @@ class Router:
         if len(layers) == len(tasks) and len({sums.shape[1] for sums, _, _ in layers}) == 1:
             sums, grams, samples = (list(parts) for parts in zip(*layers, strict=True))
             spaces["layers"] = Moments.sum(counts, sums, grams), torch.cat(samples).double()
-        self._classifiers: dict[str, _Linear] = {}
+        self._classifiers: dict[str, Linear] = {}
         self._distances: dict[str, _RelativeDistance] = {}
         held_out = torch.zeros(len(sample), dtype=torch.float64, device="cpu")
         for kind, (all_images, features) in spaces.items():
             training = all_images.without(features, targets)
-            fit, strengths = (_ridge, PENALTIES) if kind == "ridge" else (_discriminant, SHRINKAGES)
-            self._classifiers[kind] = _tuned(fit, strengths, all_images, training, features, targets)
+            fit, strengths = (ridge, PENALTIES) if kind == "ridge" else (discriminant, SHRINKAGES)
+            self._classifiers[kind], _ = tuned(fit, strengths, all_images, training, features, targets)
             if kind != "ridge":
                 distances = _RelativeDistance(training)(features)
                 scale = max(distances.std().item(), 1e-12) if len(sample) > 1 else 1.0
@@ -193,13 +189,6 @@ class Router:
         return {name: of_tasks[name][:, None] + double(within) for name, within in log_probabilities.items()}
 
 
-class _Linear(NamedTuple):
-    """A linear classifier over the classes of all tasks."""
-
-    weights: Float64[Tensor, "F C"]
-    bias: Float64[Tensor, " C"]
-
-
 class _RelativeDistance:
     """Squared Mahalanobis distance to all images, minus that to the nearest class; greater is more familiar.
 
@@ -208,7 +197,7 @@ class _RelativeDistance:
 
     def __init__(self, moments: Moments, scale: float = 1.0) -> None:
         self._scale = scale
-        self.means, within = _gaussians(moments)
+        self.means, within = gaussians(moments)
         total = moments.counts.sum()
         self._mean = moments.sums.sum(0) / total
         self._within = _inverse(within)
@@ -222,71 +211,6 @@ class _RelativeDistance:
         likelihoods = features @ self._projected.T - self._offsets
         to_nearest = ((features @ self._within) * features).sum(1) - 2 * likelihoods.max(1).values
         return (to_all - to_nearest) / self._scale
-
-
-def _tuned(
-    fit: Callable[[Moments, Sequence[float]], list[_Linear]],
-    strengths: Sequence[float],
-    all_images: Moments,
-    training: Moments,
-    sample: Float64[Tensor, "K F"],
-    targets: Int64[Tensor, " K"],
-) -> _Linear:
-    """Selects a strength and a temperature by log loss on the sample, which `training` lacks; refits to all images."""
-    if not len(sample):
-        return fit(all_images, strengths[-1:])[0]
-    scaled = [_temperature(sample @ weights + bias, targets) for weights, bias in fit(training, strengths)]
-    strength, (_, temperature) = min(zip(strengths, scaled, strict=True), key=lambda pair: pair[1][0])
-    weights, bias = fit(all_images, (strength,))[0]
-    return _Linear(weights / temperature, bias / temperature)
-
-
-def _ridge(moments: Moments, penalties: Sequence[float]) -> list[_Linear]:
-    """Ridge regressions of class indicators, one per penalty."""
-    values, vectors = torch.linalg.eigh(moments.gram)
-    scale, rotated = moments.gram.diagonal().mean(), vectors.T @ moments.sums.T
-    bias = torch.zeros(len(moments.counts), dtype=torch.float64, device="cpu")
-    return [
-        _Linear(vectors @ (rotated / (values.clamp(min=0) + penalty * scale)[:, None]), bias) for penalty in penalties
-    ]
-
-
-def _discriminant(moments: Moments, shrinkages: Sequence[float]) -> list[_Linear]:
-    """Linear discriminants, one per shrinkage."""
-    means, within = _gaussians(moments)
-    values, vectors = torch.linalg.eigh(within)
-    rotated, linear = means @ vectors, []
-    for shrinkage in shrinkages:
-        shrunk = (1 - shrinkage) * values.clamp(min=0) + shrinkage * values.mean()
-        weights = vectors @ (rotated / shrunk).T
-        linear.append(_Linear(weights, -0.5 * (means * weights.T).sum(1)))
-    return linear
-
-
-def _gaussians(moments: Moments) -> tuple[Float64[Tensor, "C F"], Float64[Tensor, "F F"]]:
-    """The class means and the covariance within classes."""
-    total = moments.counts.sum()
-    means = moments.sums / moments.counts.clamp(min=1)[:, None]
-    return means, moments.gram / total - (means * (moments.counts / total)[:, None]).T @ means
-
-
-def _temperature(scores: Float64[Tensor, "K C"], targets: Int64[Tensor, " K"]) -> tuple[float, float]:
-    """Temperature scaling: the minimum log loss of the scores, and the temperature that gives it.
-
-    The loss counts one further observation that has the label of its runner-up, because on few images all scores may be
-    right, and certainty would then have no limit.
-    """
-    if scores.shape[1] == 1:
-        return 0.0, 1.0
-    true, doubt = F.one_hot(targets, scores.shape[1]).bool(), 1 / (1 + len(targets))
-
-    def loss(power: float) -> float:
-        log_probs = (scores / 10**power).log_softmax(1)
-        runner_up = log_probs.masked_fill(true, -np.inf).amax(1)
-        return -((1 - doubt) * log_probs[true] + doubt * runner_up).mean().item()
-
-    optimum = minimize_scalar(loss, bounds=(-4.0, 4.0), method="bounded")
-    return float(optimum.fun), float(10**optimum.x)
 
 
 def _inverse(covariance: Float64[Tensor, "F F"]) -> Float64[Tensor, "F F"]:

@@ -7,15 +7,19 @@ Source of feature hashing: Weinberger et al., ICML 2009, arXiv 0902.2206.
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
+from itertools import zip_longest
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Float64, Int64
+from jaxtyping import Float, Float64, Int64, Shaped
 from torch import Tensor
 
 from addenda.registry import FeatureStatistics
@@ -25,7 +29,11 @@ WIDTH, RANDOM = 1024, 256
 HASHED = 768
 """Width of the hashed layer features, if there are at least as many."""
 SAMPLE = 64
-"""Maximum features stored per task (and at most a fifth of all), on which penalty and temperatures are tuned."""
+"""Maximum features stored per task, on which penalty and temperatures are tuned."""
+
+
+SAMPLES = ("sample", "layer_sample")
+"""The tensors of statistics with a row for each image of the sample."""
 
 
 def feature_statistics(
@@ -33,27 +41,113 @@ def feature_statistics(
     targets: Int64[Tensor, " N"],
     num_classes: int,
     layers: Float[Tensor, "N n"] | None = None,
+    digests: Sequence[str] | None = None,
 ) -> FeatureStatistics:
     """Sums the features of a task's images by class, in float64.
 
-    Layer features, if given, are left out where the statistics would otherwise exceed the maximum size.
+    The sample is a fifth of each class, at least one image of three, chosen by content. `digests` are the sha256 of the
+    images. They, and then the layer statistics, are left out where the maximum size would otherwise be exceeded.
     """
     counts = targets.bincount(minlength=num_classes)
-    rows: list[int] = []
-    remaining = counts.tolist()
-    random = torch.Generator().manual_seed(0)
-    for row in torch.randperm(len(targets), generator=random, dtype=torch.int64, device="cpu").tolist():
-        if len(rows) < min(SAMPLE, len(targets) // 5) and remaining[targets[row]] > 1:  # one per class stays
-            rows.append(row)
-            remaining[targets[row]] -= 1
     sums, gram = _sums(expand(pooled), targets, num_classes)
-    statistics = FeatureStatistics(counts, sums, gram, pooled[rows].float().cpu(), targets[rows])
+    features, sizes = pooled.float().cpu(), counts.tolist()
+    rows = [
+        row
+        for rank, row in _by_rank(features, targets)
+        if rank < min(max(1, sizes[targets[row]] // 5), sizes[targets[row]] - 2)
+    ][:SAMPLE]
+    statistics = FeatureStatistics(counts, sums, gram, features[rows], targets[rows])
+    if digests is not None:
+        numbers = torch.tensor([*map(_prefix, digests)], dtype=torch.int64, device="cpu")
+        statistics = replace(statistics, digests=_joined([numbers[targets == c] for c in range(num_classes)]))
     if layers is None or not layers.shape[1]:
-        return statistics
+        return _fitting(statistics)
     hashed = hash_layers(layers, pooled.shape[1])
     sums, gram = _sums(hashed, targets, num_classes)
-    complete = replace(statistics, layer_sums=sums, layer_gram=gram, layer_sample=hashed[rows].float())
-    return complete if complete.excess is None else statistics
+    chunks = [_vectors(chunk, pooled.shape[1]) for chunk in layers.split(1024)]
+    with_layers = replace(
+        statistics,
+        layer_sums=sums,
+        layer_gram=gram,
+        layer_sample=hashed[rows].float(),
+        layer_lengths=torch.cat([chunk.norm(dim=2) for chunk in chunks]).sum(0).float(),
+        layer_directions=torch.cat([F.normalize(chunk, dim=2) for chunk in chunks]).sum(0).flatten().float(),
+    )
+    return _fitting(with_layers)
+
+
+def added(old: FeatureStatistics, new: FeatureStatistics) -> FeatureStatistics:
+    """Statistics of the images of both; the classes of `new` are those of `old` and possibly more.
+
+    The sums are those of all images at once, but for their rounding to float32, and so is the sample if no class has
+    images on both sides. What one side lacks is left out.
+    """
+    sample, targets = torch.cat([old.sample, new.sample]), torch.cat([old.sample_targets, new.sample_targets])
+    rows = [row for _, row in _by_rank(sample, targets)][:SAMPLE]
+    tensors = {"sample_targets": targets[rows]}
+    for name in old.tensors.keys() & new.tensors.keys() - {"sample_targets", "digests"}:
+        first, second = old.tensors[name], new.tensors[name]
+        tensors[name] = torch.cat([first, second])[rows] if name in SAMPLES else _plus(first, second)
+    if old.digests is not None and new.digests is not None:
+        halves = (
+            each.split(counts.tolist()) for each, counts in ((old.digests, old.counts), (new.digests, new.counts))
+        )
+        tensors["digests"] = _joined([torch.cat(parts) for parts in zip_longest(*halves, fillvalue=_NO_DIGESTS)])
+    return _fitting(FeatureStatistics(**tensors))
+
+
+def _plus(old: Shaped[Tensor, "C ..."], new: Shaped[Tensor, "C_ ..."]) -> Shaped[Tensor, "C_ ..."]:
+    """Adds sums in float64; `new` may have more rows."""
+    total = new.double()
+    total[: len(old)] += old.double()
+    return total.to(new.dtype)
+
+
+def _fitting(statistics: FeatureStatistics) -> FeatureStatistics:
+    """Leaves out digests, and then layer statistics, where they would exceed the maximum size."""
+    for prefix in ("digests", "layer_"):
+        if statistics.excess is not None:
+            kept = {name: each for name, each in statistics.tensors.items() if not name.startswith(prefix)}
+            statistics = FeatureStatistics(**kept)
+    return statistics
+
+
+_NO_DIGESTS = torch.empty(0, dtype=torch.int64, device="cpu")
+
+
+def known_classes(statistics: FeatureStatistics, digests: Sequence[str]) -> list[set[int]]:
+    """The classes of each image among those that the statistics were summed over, by sha256; none of other images."""
+    if statistics.digests is None:
+        raise ValueError("The statistics have no digests.")
+    known: dict[int, set[int]] = {}
+    for label, numbers in enumerate(statistics.digests.split(statistics.counts.tolist())):
+        for number in numbers.tolist():
+            known.setdefault(number, set()).add(label)
+    return [known.get(_prefix(digest), set()) for digest in digests]
+
+
+def _prefix(digest: str) -> int:
+    """The first eight bytes of a hexadecimal digest as a signed number."""
+    return int.from_bytes(bytes.fromhex(digest[:16]), "big", signed=True)
+
+
+def _joined(digests: Sequence[Int64[Tensor, " N_c"]]) -> Int64[Tensor, " N"]:
+    return torch.cat([of_class.sort().values for of_class in digests])
+
+
+def _by_rank(features: Float[Tensor, "N D"], targets: Int64[Tensor, " N"]) -> list[tuple[int, int]]:
+    """(rank within its class, row) of each image, in this order; ranks and equal ranks are by content.
+
+    So the first rows of a union are the same whichever images were joined first, and in whatever order.
+    """
+    contents = [hashlib.sha256(row.numpy().tobytes()).digest() for row in features]
+    seen: Counter[int] = Counter()
+    ranked = []
+    for row in sorted(range(len(contents)), key=contents.__getitem__):
+        label = int(targets[row])
+        ranked.append((seen[label], row))
+        seen[label] += 1
+    return sorted(ranked, key=itemgetter(0))
 
 
 def _sums(features: Float64[Tensor, "N F"], targets: Int64[Tensor, " N"], num_classes: int) -> tuple[Tensor, Tensor]:
@@ -99,6 +193,18 @@ def can_be_routed(statistics: FeatureStatistics, width: int) -> bool:
     """Whether the statistics are of features of this width, with the expansion of this version."""
     expanded = width + projection(width).shape[1]
     return statistics.sample.shape[1] == width and statistics.sums.shape[1] == expanded
+
+
+def can_be_grown(statistics: FeatureStatistics, width: int, num_layer_features: int) -> bool:
+    """Whether the statistics are of features of these widths, with the expansion and the hashing of this version."""
+    sizes = {
+        "layer_sums": min(HASHED, num_layer_features),
+        "layer_lengths": num_layer_features // width,
+        "layer_directions": num_layer_features,
+    }
+    return can_be_routed(statistics, width) and all(
+        statistics.tensors[name].shape[-1] == size for name, size in sizes.items() if name in statistics.tensors
+    )
 
 
 class Moments(NamedTuple):
@@ -147,9 +253,22 @@ def hash_layers(layers: Float[Tensor, "N n"], width: int) -> Float64[Tensor, "N 
     size = min(HASHED, layers.shape[1])
     hashed = []
     for chunk in layers.split(1024):
-        unit = F.normalize(double(chunk).unflatten(1, (-1, width)), dim=2).flatten(1)
+        unit = F.normalize(_vectors(chunk, width), dim=2).flatten(1)
         hashed.append(F.pad((unit * signs)[:, order], (0, -len(order) % size)).unflatten(1, (-1, size)).sum(1))
     return torch.cat(hashed)
+
+
+def unhashed(weight: Float64[Tensor, "C H"], num_features: int) -> Float64[Tensor, "C n"]:
+    """The weight on layer features, if scaled as in `hash_layers`, that equals a weight on hashed layer features."""
+    order, signs = _hashing(num_features)
+    unhashed = torch.empty(len(weight), num_features, dtype=torch.float64, device="cpu")
+    unhashed[:, order] = weight.repeat(1, -(-num_features // weight.shape[1]))[:, :num_features]
+    return unhashed * signs
+
+
+def _vectors(layers: Float[Tensor, "N n"], width: int) -> Float64[Tensor, "N V D"]:
+    vectors: Tensor = double(layers).unflatten(1, (-1, width))
+    return vectors
 
 
 @lru_cache(maxsize=4)

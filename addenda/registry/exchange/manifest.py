@@ -163,6 +163,17 @@ class _Metrics(_Measured):
     curves: list[_Epoch] = []
 
 
+class _GrownFrom(_Shaped):
+    version: Version
+    sha256: Sha256
+
+
+class _Data(_Shaped):
+    grown_from: _GrownFrom | None = None
+    datasets: list[str] = []
+    run: dict[str, Any] = {}
+
+
 def check_arrival(entry: Entry) -> None:
     """Raises IntegrityError if a task's records are too large, too many or malformed."""
     row = entry.task
@@ -186,6 +197,10 @@ def check_arrival(entry: Entry) -> None:
             _Scores.model_validate(evaluation.metrics)
     except ValidationError as error:
         raise IntegrityError(f"its metrics are not valid: {first_error(error)}") from error
+    try:
+        _Data.model_validate(row.data)
+    except ValidationError as error:
+        raise IntegrityError(f"its data are not valid: {first_error(error)}") from error
     num_classes = len(row.labels)
     metrics = [row.metrics.get(split) or {} for split in ("validation", "test")]
     metrics += [evaluation.metrics for evaluation in entry.evaluations]

@@ -99,6 +99,12 @@ class TaskRecord(TaskColumns):
         return f"{self.name}:{self.version}"
 
     @property
+    def grown_from(self) -> str | None:
+        """`name:version` of the version that this one was grown from; None for a task learned at once."""
+        grown = self.data.get("grown_from")
+        return None if grown is None else f"{self.name}:{grown['version']}"
+
+    @property
     def reads(self) -> str:
         """The features that the head reads, in words."""
         if self.has_token is None:

@@ -27,7 +27,8 @@ MAX_BYTES = 5_000_000  # maximum size of one task's statistics
 class FeatureStatistics:
     """Routing statistics: sums over the features of a task's training images, and a sample of the features.
 
-    They contain no images. Imported statistics are untrusted: no shape is guaranteed before `check`.
+    A router chooses among tasks by them, and a task grows from its own. They contain no images. Imported statistics are
+    untrusted: no shape is guaranteed before `check`.
 
     Attributes:
         counts: number of images per class, Int64[C].
@@ -37,6 +38,9 @@ class FeatureStatistics:
         sample_targets: classes of the sample, Int64[K].
         layer_sums, layer_gram, layer_sample: the same of hashed layer features; None in statistics of version 0.1, of
             backbones without layer features, and of tasks with many classes.
+        layer_lengths: sum of the length of each of the V vectors of layer features, Float32[V]; None if not stored.
+        layer_directions: sum of these vectors scaled to length 1, Float32[n]; None if not stored.
+        digests: first eight bytes of each image's sha256, class by class, Int64[N]; None if they were not stored.
     """
 
     counts: Tensor
@@ -47,6 +51,9 @@ class FeatureStatistics:
     layer_sums: Tensor | None = None
     layer_gram: Tensor | None = None
     layer_sample: Tensor | None = None
+    layer_lengths: Tensor | None = None
+    layer_directions: Tensor | None = None
+    digests: Tensor | None = None
 
     @property
     def layers(self) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -94,7 +101,10 @@ class FeatureStatistics:
     def check(self, num_classes: int) -> None:
         """Raises IntegrityError unless the tensors are finite and fit each other and the number of classes."""
         fits = self.counts.shape == (num_classes,) and self.sample_targets.ndim == 1
-        fits &= len(self.tensors) == (5 if self.layers is None else 8)
+        fits &= self.layers is not None or not any(name.startswith("layer_") for name in self.tensors)
+        fits &= all(each is None or each.ndim == 1 for each in (self.layer_lengths, self.layer_directions))
+        if self.digests is not None:
+            fits &= self.digests.ndim == 1 and bool(self.counts.sum() == len(self.digests))
         for sums, gram, sample in ((self.sums, self.gram, self.sample), *([self.layers] if self.layers else [])):
             width = sums.shape[-1] if sums.ndim else 0
             fits &= sums.shape == (num_classes, width) and gram.shape == (width * (width + 1) // 2,)
@@ -103,7 +113,7 @@ class FeatureStatistics:
             shapes = {name: list(tensor.shape) for name, tensor in self.tensors.items()}
             raise IntegrityError(f"its statistics do not fit {num_classes} classes or each other: {shapes}")
         for name, tensor in self.tensors.items():
-            if name in ("counts", "sample_targets"):
+            if name in ("counts", "sample_targets", "digests"):
                 if tensor.dtype != torch.int64:
                     raise IntegrityError(f"its statistics' {name} must be int64, not {tensor.dtype}")
             elif tensor.dtype != torch.float32 or not tensor.isfinite().all():

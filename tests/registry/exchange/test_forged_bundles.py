@@ -194,6 +194,10 @@ FORGERIES: dict[str, tuple[Callable[[dict[str, Any], dict[str, bytes]], Any], st
     "another score": (lambda m, b: of(m, "tip:1")["task"].update(score=1.0), "row does not match .*: score"),
     "another size": (lambda m, b: of(m, "tip:1")["task"].update(num_parameters=1), "does not match .*num_parameters"),
     "invalid metrics": (lambda m, b: of(m, "tip:1")["task"].update(metrics={"test": 1}), "metrics are not valid"),
+    "a version grown from nothing": (
+        lambda m, b: of(m, "tip:1")["task"]["data"].update(grown_from={"version": "1"}), "not valid: grown_from"),
+    "datasets that are no list": (
+        lambda m, b: of(m, "tip:1")["task"]["data"].update(datasets=5), "data are not valid: datasets"),
     "no backbone": (lambda m, b: m["backbones"].clear(), "do not fit its backbone, or its backbone is missing"),
     "a backbone of other sizes": (lambda m, b: m["backbones"][0].update(depth=3), "tensors do not fit its backbone"),
     "a number too large": (lambda m, b: m["backbones"][0].update(depth=2**31), "depth: Input should be less than"),

@@ -11,8 +11,10 @@ from tests.support.registries import a_statistic, a_task, keep, probe
 
 
 def test_statistics_come_back_bit_for_bit(book):
-    keep(book, a_task())
-    stored, original = book.statistics("digits:1"), a_statistic()
+    task, vectors = a_task(), {"layer_lengths": torch.rand(2), "layer_directions": torch.randn(16)}
+    original = a_statistic(**vectors, digests=torch.arange(15))
+    book.register(task, probe(task), original)
+    stored = book.statistics("digits:1")
     assert stored.sha256 == original.sha256
     assert list(stored.tensors) == list(original.tensors)
     for name, tensor in original.tensors.items():
@@ -38,6 +40,10 @@ def test_a_task_without_statistics_has_none(book):
         ({"sample_targets": torch.full((6,), 3)}, "negative counts or classes out of range"),
         ({"counts": torch.tensor([1, 1, -1])}, "negative counts or classes out of range"),
         ({"layer_gram": torch.ones(4)}, r"do not fit .*'layer_gram': \[4\]"),
+        ({"layer_directions": torch.ones(4, 4)}, r"do not fit .*'layer_directions': \[4, 4\]"),
+        ({"layer_sums": None, "layer_lengths": torch.ones(2)}, r"do not fit .*'layer_lengths': \[2\]"),
+        ({"digests": torch.arange(14)}, r"do not fit .*'digests': \[14\]"),
+        ({"digests": torch.ones(15)}, "digests must be int64"),
         ({"layer_sample": torch.full((6, 3), torch.nan)}, "layer_sample must be finite float32"),
     ],
 )
