@@ -166,19 +166,19 @@ def joined_statistics(parts: Sequence[tuple[FeatureStatistics, Sequence[int]]], 
 
     def by_class(tensors: Sequence[Tensor]) -> Tensor:
         """The sum of rows that become one class."""
-        total = torch.zeros(num_classes, *tensors[0].shape[1:], dtype=torch.float64, device="cpu")
+        sums = torch.zeros(num_classes, *tensors[0].shape[1:], dtype=torch.float64, device="cpu")
         for rows, tensor in zip(classes, tensors, strict=True):
-            total.index_add_(0, rows, tensor.double())
-        return total
+            sums.index_add_(0, rows, tensor.double())
+        return sums
 
-    def added(tensors: Sequence[Tensor]) -> Tensor:
+    def total(tensors: Sequence[Tensor]) -> Tensor:
         return torch.stack([tensor.double() for tensor in tensors]).sum(0).float()
 
     of_tasks = [statistics for statistics, _ in parts]
     joined = FeatureStatistics(
         by_class([task.counts for task in of_tasks]).long(),
         by_class([task.sums for task in of_tasks]).float(),
-        added([task.gram for task in of_tasks]),
+        total([task.gram for task in of_tasks]),
         torch.cat([task.sample for task in of_tasks]),
         torch.cat([rows[task.sample_targets] for rows, task in zip(classes, of_tasks, strict=True)]),
     )
@@ -186,7 +186,7 @@ def joined_statistics(parts: Sequence[tuple[FeatureStatistics, Sequence[int]]], 
     if len(layers) < len(parts) or len({sums.shape[1] for sums, _, _ in layers}) != 1:
         return joined
     sums, grams, samples = zip(*layers, strict=True)
-    return replace(joined, layer_sums=by_class(sums).float(), layer_gram=added(grams), layer_sample=torch.cat(samples))
+    return replace(joined, layer_sums=by_class(sums).float(), layer_gram=total(grams), layer_sample=torch.cat(samples))
 
 
 def can_be_routed(statistics: FeatureStatistics, width: int) -> bool:
@@ -199,7 +199,7 @@ def can_be_grown(statistics: FeatureStatistics, width: int, num_layer_features: 
     """Whether the statistics are of features of these widths, with the expansion and the hashing of this version."""
     sizes = {
         "layer_sums": min(HASHED, num_layer_features),
-        "layer_lengths": num_layer_features // width,
+        "layer_lengths": _num_vectors(num_layer_features, width),
         "layer_directions": num_layer_features,
     }
     return can_be_routed(statistics, width) and all(
@@ -244,11 +244,7 @@ def expand(pooled: Float[Tensor, "N D"]) -> Float64[Tensor, "N F"]:
 
 
 def hash_layers(layers: Float[Tensor, "N n"], width: int) -> Float64[Tensor, "N H"]:
-    """Scales each vector of D = `width` layer features to length 1, and adds up random groups with random signs.
-
-    If their number is no multiple of D (stages of several widths), all of them are scaled as one vector.
-    """
-    width = layers.shape[1] if layers.shape[1] % width else width
+    """Scales each vector of layer features to length 1, and adds up random groups with random signs."""
     order, signs = _hashing(layers.shape[1])
     size = min(HASHED, layers.shape[1])
     hashed = []
@@ -267,8 +263,13 @@ def unhashed(weight: Float64[Tensor, "C H"], num_features: int) -> Float64[Tenso
 
 
 def _vectors(layers: Float[Tensor, "N n"], width: int) -> Float64[Tensor, "N V D"]:
-    vectors: Tensor = double(layers).unflatten(1, (-1, width))
+    vectors: Tensor = double(layers).unflatten(1, (_num_vectors(layers.shape[1], width), -1))
     return vectors
+
+
+def _num_vectors(num_features: int, width: int) -> int:
+    """Into how many vectors layer features are divided: of width D, or a single one for stages of several widths."""
+    return 1 if num_features % width else num_features // width
 
 
 @lru_cache(maxsize=4)
