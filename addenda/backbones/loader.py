@@ -178,7 +178,7 @@ def _from_file(name: str, path: Path) -> Any:
             f"Weights file {str(path)!r} cannot be read: {_first_line(error)}. It must be a safetensors file or "
             "a torch checkpoint that contains only tensors."
         ) from error
-    head = f"{timm.get_pretrained_cfg_value(name, 'classifier') or 'head'}.weight"
+    head = f"{timm.get_pretrained_cfg_value(name.partition('.')[0], 'classifier') or 'head'}.weight"
     model = _supported_model(name, num_classes=len(state[head]) if head in state else 0)
     expected = model.state_dict()
     for key in ("patch_embed.proj.weight", "pos_embed"):  # timm would resample these silently, giving another model
