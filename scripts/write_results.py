@@ -241,9 +241,10 @@ def backbones_table() -> str:
         ["carry tokens", f"{tokens:,}", f"{100 * tokens / vits:.1f} % of these"],
     ]
     for reason, count in found["vits_without_tokens"].items():
-        rows.append([f"one of these without tokens: {reason}", f"{count:,}", ""])
+        rows.append([f"no tokens: {reason}", f"{count:,}", ""])
     for reason, names in found["without_layer_heads"].items():
-        rows.append([f"no layer heads: {reason}", f"{len(names):,}", ", ".join(names[:3])])
+        *_, error = reason.partition("eval mode: ")
+        rows.append([f"no layer heads: {error or reason}", f"{len(names):,}", f"{names[0]}" + " …" * (len(names) > 1)])
     return markdown(Table([f"timm {found['timm']}", "models", ""], rows))
 
 

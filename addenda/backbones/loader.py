@@ -171,7 +171,7 @@ def _input_size(name: str, img_size: int | Sequence[int], model: Any) -> dict[st
     size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
     if len(size) != 2:
         raise BackboneError(f"Input size {size} must be one number, or height and width.")
-    patches = getattr(model, "patch_embed", None)
+    patches: Any = getattr(model, "patch_embed", None)
     if getattr(patches, "img_size", None) is None:  # a convolutional network, which takes any size
         return {"pretrained_cfg_overlay": {"input_size": (3, *size)}}
     for pixels, patch in zip(size, patches.patch_size, strict=True):

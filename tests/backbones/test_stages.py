@@ -160,7 +160,7 @@ def test_an_odd_model_that_is_not_spoilt_is_a_backbone() -> None:
 def test_other_channels_a_missing_method_several_features_and_batch_statistics_are_named() -> None:
     assert stage_obstacle(Odd(channels=4), input_size(Odd(channels=4))) == "it takes 4 input channels, not 3"
     assert stage_obstacle(nn.Linear(2, 2), [3, 8, 8]) == "timm's Linear has no forward_intermediates"
-    unpooled = Odd()
+    unpooled: Any = Odd()
     unpooled.forward_head = lambda maps, pre_logits: maps
     assert stage_obstacle(unpooled, [3, 8, 8]) == "it does not pool an image into one feature"
     batch = tiny_staged("resnet")

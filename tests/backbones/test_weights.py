@@ -28,7 +28,7 @@ EPS = {"layer_norm_eps": 1e-6}
 
 
 def read(model: Any, path: Path, resample: bool = False) -> str:
-    return load_weights(model, FAMILIES[type(model)], "tiny", path, resample)
+    return load_weights(model, "tiny", path, resample)
 
 
 def tokens(output: Any) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from addenda.backbones import FrozenBackbone, frozen
+from addenda.backbones import FrozenBackbone, frozen_stream
 from addenda.backbones.arithmetic import layer_statistics
 from addenda.combined import CombinedModel, forward_pass, golden
 from addenda.combined.golden import verify
@@ -96,7 +96,7 @@ def not_normalised(normed: Tensor, num_patches: int, class_token: bool) -> Tenso
 @pytest.mark.parametrize("fault", [without_a_patch, of_the_neighbour, not_normalised])
 def test_a_planted_fault_is_detected(fault: object, monkeypatch: pytest.MonkeyPatch) -> None:
     on, pictures = fresh_backbone(), images(4)
-    monkeypatch.setattr(frozen, "layer_statistics", fault)
+    monkeypatch.setattr(frozen_stream, "layer_statistics", fault)
     with pytest.raises(AssertionError, match="not close"):
         torch.testing.assert_close(
             features(on, pictures).double(), expected_features("plain", pictures), rtol=1e-4, atol=1e-4
@@ -105,7 +105,7 @@ def test_a_planted_fault_is_detected(fault: object, monkeypatch: pytest.MonkeyPa
 
 def test_a_neighbours_row_is_detected_by_the_exactness_tests(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("addenda.combined.selftest._equal", lambda one, other: True)
-    monkeypatch.setattr(frozen, "layer_statistics", of_the_neighbour)
+    monkeypatch.setattr(frozen_stream, "layer_statistics", of_the_neighbour)
     on = fresh_backbone()
     task = head_only(random_task(on, "layers-only", layers=0))
     with pytest.raises(AssertionError):
@@ -116,7 +116,7 @@ def test_a_neighbours_row_is_refused_by_the_self_test(monkeypatch: pytest.Monkey
     def of_the_first(normed: Tensor, num_patches: int, class_token: bool) -> Tensor:
         return layer_statistics(normed, num_patches, class_token)[:1].expand(len(normed), -1)
 
-    monkeypatch.setattr(frozen, "layer_statistics", of_the_first)
+    monkeypatch.setattr(frozen_stream, "layer_statistics", of_the_first)
     on = fresh_backbone()
     with pytest.raises(Exception, match="Exact mode is refused"):
         CombinedModel(on, [random_task(on, "any")])
@@ -156,7 +156,7 @@ def test_layer_features_are_computed_only_for_requested_tasks_with_layer_heads(m
     on = backbone()
     model = CombinedModel(on, [random_task(on, "layers", layers=0), random_task(on, "token")])
     calls: list[int] = []
-    monkeypatch.setattr(frozen, "layer_statistics", lambda *inputs: calls.append(1) or layer_statistics(*inputs))
+    monkeypatch.setattr(frozen_stream, "layer_statistics", lambda *inputs: calls.append(1) or layer_statistics(*inputs))
     model(images(2), ["token"])
     assert not calls
     model(images(2), ["layers"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import timm
 import torch
 from timm.models.eva import Eva
@@ -68,11 +70,11 @@ STAGED: dict[str, tuple[str, dict[str, object]]] = {
 """timm names of models that cannot carry task tokens, and settings that make them small."""
 
 
-def tiny_staged(kind: str, seed: int = 0, **options: object) -> nn.Module:
+def tiny_staged(kind: str, seed: int = 0, **options: object) -> Any:
     """A random model that cannot carry task tokens, for 32 px images; its batch norms have uneven statistics."""
     name, settings = STAGED[kind]
     torch.manual_seed(seed)
-    model = timm.create_model(name, num_classes=7, **{**settings, **options}).eval()
+    model: Any = timm.create_model(name, num_classes=7, **{**settings, **options}).eval()
     model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, 32, 32)}
     with torch.no_grad():
         for name, buffer in model.named_buffers():
