@@ -161,8 +161,9 @@ def _described(name: str) -> Any:
         return timm.create_model(name if ":" in name else name.partition(".")[0], device="meta")
     except Exception as error:  # each hub client has its own exception classes, which change
         raise BackboneError(
-            f"timm cannot read the model of {name!r} ({type(error).__name__}: {first_line(error)}). Its config.json "
-            "must be timm's; for others name the timm model, and pass --weights FILE (in Python: weights=...)."
+            f"timm cannot read the model of {name!r} ({type(error).__name__}: {first_line(error)[:100]}). Its "
+            "config.json must be timm's; for others name the timm model, and pass --weights FILE (in Python: "
+            "weights=...)."
         ) from error
 
 

@@ -38,7 +38,10 @@ def nearest(tensors: Mapping[str, Tensor], name: str) -> str:
     }
     if not differing:
         return f"No timm ViT has patches of {traits['patch size']} pixels."
-    best = min(differing, key=lambda candidate: (len(differing[candidate]), candidate != name, len(candidate)))
+    asked = name.partition(".")[0]
+    best = min(differing, key=lambda candidate: (len(differing[candidate]), candidate != asked, len(candidate)))
+    if not differing[best] and best == asked:
+        return "Its shapes are otherwise those of the model; the file is incomplete, or of a variant."
     if not differing[best]:
         return f"Name the model that the file is of: by its shapes {best!r}, or one like it."
     return f"Name the model that the file is of; {best!r} is nearest, but differs in {' and '.join(differing[best])}."

@@ -78,15 +78,11 @@ def load_weights(model: Any, name: str, path: Path, resample: bool) -> str:
         raise BackboneError(
             f"Weights file {str(path)!r} does not fit {name!r}: {first_line(error)}.{advice}"
         ) from error
-    outside = [key for key in tensors if not key.startswith(found.prefix)]
+    left_out = [key for key in tensors if not key.startswith(found.prefix)] + [found.prefix + key for key in unread]
     said = [f"its tensors under {found.prefix!r}"] if found.prefix else []
     said += [f"{found.names} names"] if found.names else []
     said += [resampled] if resampled else []
-    said += (
-        [f"left out {summary([*outside, *(found.prefix + key for key in unread)], found.prefix)}"]
-        if outside or unread
-        else []
-    )
+    said += [f"left out {summary(left_out, found.prefix)}"] if left_out else []
     return "; ".join(said)
 
 

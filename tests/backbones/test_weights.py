@@ -371,6 +371,12 @@ def test_a_file_of_another_architecture_is_refused_with_the_model_that_fits(tmp_
         BackboneError, match=r"Name the model that the file is of: by its shapes 'vit_small_patch32_224'"
     ):
         read(tiny, tmp_path / "w.safetensors")
+    incomplete = {key: value for key, value in small.state_dict().items() if key != "norm.bias"}
+    save_file(incomplete, tmp_path / "w.safetensors")
+    with pytest.raises(
+        BackboneError, match=r"it lacks 'norm\.bias'\. Its shapes are otherwise those of the model; the"
+    ):
+        load_weights(small, FAMILIES[type(small)], "vit_small_patch32_224.augreg", tmp_path / "w.safetensors", False)
     save_file({"layer1.0.conv1.weight": torch.ones(3, 3, 3, 3)}, tmp_path / "other.safetensors")
     with pytest.raises(BackboneError, match="Its tensors have neither timm's names nor any that Addenda converts"):
         read(tiny, tmp_path / "other.safetensors")
