@@ -94,6 +94,7 @@ def test_the_next_version_knows_all_classes_and_the_earlier_one_keeps_its_bytes(
     assert grown.metrics["test"]["accuracy"] > 0.9
     assert min(grown.metrics["test"]["per_class"].values()) > 0.7
     assert grown.metrics["validation"]["num_images"] == 6
+    assert grown.metrics["validation"]["accuracy"] > 0.6
     verdicts = verify(tiny, [(task, registry.goldens(task.ref)) for task in (again, grown)])
     assert all(verdict.identical for verdict in verdicts)
 
