@@ -135,7 +135,8 @@ class Service:
     ) -> tuple[Snapshot, Float[Tensor, "rows columns"], tuple[int, int]]:
         """The attention of a task's class token over an image's patches, and the image's size; runs one at a time."""
         snapshot, loop = self.snapshot, asyncio.get_running_loop()
-        snapshot.select([task])
+        if task not in snapshot.records:
+            raise UnknownTaskError(f"Task {task[:100]!r} {snapshot.absence(task)}")
         async with self._reserve(1):
             pixels, size = await loop.run_in_executor(self._decoders, self._decode, 0, image)
             arguments = self.backbone, snapshot.model.tasks[task], pixels.unsqueeze(0)

@@ -12,6 +12,7 @@ import torch
 
 from addenda import FrozenBackbone, Registry, Task
 from addenda.combined import Choice, golden, predictions_of
+from addenda.exceptions import UnknownTaskError
 from addenda.serving.answers import INLINE, AnswerPlan
 from addenda.serving.outputs import Outputs, Wanted
 from tests.serving.test_api import picture, problem
@@ -120,6 +121,13 @@ def test_a_selector_that_selects_nothing_is_refused_by_name(client: AppClient) -
     refused("tasks=" + ",".join(f"{number}*" for number in range(33)), 400, "33 patterns; the maximum is 32")
     refused("task=auto&tag=beta", 400, "cannot be combined with 'tasks' or 'tag'")
     refused("min_probability=1.5", 422, "query.min_probability")
+
+
+@pytest.mark.parametrize("task", ["bird-*", "car:2", "car@production", "other"])
+def test_the_attention_of_a_task_is_requested_by_its_name_only(client: AppClient, task: str) -> None:
+    service = client.app.state.service
+    with pytest.raises(UnknownTaskError, match=r"is not served\. Served: 'bird-colour'"):
+        client.portal.call(service.attention, picture(), task)
 
 
 def test_labels_are_limited_by_probability(client: AppClient) -> None:
