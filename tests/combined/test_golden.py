@@ -190,7 +190,7 @@ def test_the_numerics_fingerprint_changes_with_everything_that_can_change_a_bit(
     assert numerics_fingerprint(numerics(on)) == fingerprints["unchanged"]
     with threads(torch.get_num_threads() + 1):
         fingerprints["threads"] = numerics_fingerprint(numerics(on))
-    for name, value in (("TILE", 2 * TILE), ("micro_batch", lambda device: 2), ("version", lambda package: "0")):
+    for name, value in (("TILE", 2 * TILE), ("micro_batch", lambda device: 2), ("_timm_version", lambda: "0")):
         with monkeypatch.context() as patch:
             patch.setattr(NUMERICS, name, value)
             fingerprints[name] = numerics_fingerprint(numerics(on))
