@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from timm.layers import SwiGLUPacked
 from torch import Tensor, nn
 
-from addenda.backbones.scope import FAMILIES
 from addenda.backbones.weights import load_weights
 from addenda.exceptions import BackboneError
 from tests.support.tiny import shaken, some_images, tiny_eva, tiny_vit
@@ -376,7 +375,7 @@ def test_a_file_of_another_architecture_is_refused_with_the_model_that_fits(tmp_
     with pytest.raises(
         BackboneError, match=r"it lacks 'norm\.bias'\. Its shapes are otherwise those of the model; the"
     ):
-        load_weights(small, FAMILIES[type(small)], "vit_small_patch32_224.augreg", tmp_path / "w.safetensors", False)
+        load_weights(small, "vit_small_patch32_224.augreg", tmp_path / "w.safetensors", False)
     save_file({"layer1.0.conv1.weight": torch.ones(3, 3, 3, 3)}, tmp_path / "other.safetensors")
     with pytest.raises(BackboneError, match="Its tensors have neither timm's names nor any that Addenda converts"):
         read(tiny, tmp_path / "other.safetensors")
