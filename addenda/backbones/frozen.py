@@ -40,6 +40,7 @@ class FrozenBackbone(ImageInput):
         precision: dtype of the weights and of all computation.
         device: device of the weights.
         conversion: how the weights file's tensors were converted, in one line; empty if they were not.
+        crop_pct: share of an image that the centre crop keeps; None takes the model's.
 
     Attributes:
         fingerprint: sha256 over architecture, input size, weights (as loaded, before any cast) and preprocessing.
@@ -69,6 +70,7 @@ class FrozenBackbone(ImageInput):
         precision: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         conversion: str = "",
+        crop_pct: float | None = None,
     ) -> None:
         reason = obstacle(model)
         if reason is not None:
@@ -81,7 +83,7 @@ class FrozenBackbone(ImageInput):
                 "interpolation": config["interpolation"],
                 "mean": [float(v) for v in (mean or config["mean"])],
                 "std": [float(v) for v in (std or config["std"])],
-                "crop_pct": float(config["crop_pct"]),
+                "crop_pct": float(crop_pct or config["crop_pct"]),
                 "crop_mode": config["crop_mode"],
             },
         )

@@ -38,6 +38,7 @@ def load_backbone(
     precision: str = "float32",
     device: str | torch.device = "auto",
     img_size: int | Sequence[int] | None = None,
+    crop_pct: float | None = None,
 ) -> FrozenBackbone:
     """Loads a backbone and freezes it.
 
@@ -52,6 +53,7 @@ def load_backbone(
         device: a torch device; `"auto"` selects CUDA if available, else the CPU.
         img_size: input size in pixels, or height and width, to which position embeddings are resampled as in timm;
             None takes the model's.
+        crop_pct: share of an image's shorter side that the centre crop keeps, at most 1; None takes timm's.
 
     Returns:
         The frozen backbone, in eval mode, without gradients.
@@ -74,6 +76,8 @@ def load_backbone(
             raise BackboneError(f"{label} must be finite; got {tuple(values)}.")
     if std is not None and min(std) <= 0:
         raise BackboneError(f"std must be positive; got {tuple(std)}.")
+    if crop_pct is not None and not 0 < crop_pct <= 1:
+        raise BackboneError(f"crop_pct must be above 0 and at most 1; got {crop_pct}.")
     resolved_device, conversion = _device(device), ""
     if name.startswith(LOCAL) and name != LOCAL:
         moved = weights is not None and Path(weights).is_dir()
@@ -89,7 +93,7 @@ def load_backbone(
         else:
             model, conversion = _from_file(name, Path(weights), img_size)
             source = str(Path(weights).resolve())
-    return FrozenBackbone(model, name, source, mean, std, dtype, resolved_device, conversion)
+    return FrozenBackbone(model, name, source, mean, std, dtype, resolved_device, conversion, crop_pct)
 
 
 def untrained_backbone(

@@ -44,6 +44,7 @@ def recorded_backbone(
         record["precision"],
         device,
         preprocessing["input_size"][1:],
+        preprocessing["crop_pct"],
     )
     if loaded.preprocessing != preprocessing:
         raise IntegrityError(

@@ -116,8 +116,7 @@ def bench_continual(
         **({"data": {"num_experiences": split}} if split is not None else {}),
     })  # fmt: skip
     check_run(config, data)
-    spec = config.backbone
-    loaded = addenda.load_backbone(**dict(spec), device=device)
+    loaded = addenda.load_backbone(**dict(config.backbone), device=device)
     options.print_conversion(loaded)
     folder = out or Path(f"continual-{config.name}")
     with progress(quiet=as_json) as bars:

@@ -29,6 +29,7 @@ class BackboneConfig(BaseModel):
     mean: Channels | None = None  # for input normalisation; None: timm's
     std: Channels | None = None
     img_size: int | None = None  # input size in pixels; None: the model's
+    crop_pct: float | None = None  # share of an image that the centre crop keeps; None: timm's
 
 
 class StreamConfig(BaseModel):
