@@ -24,7 +24,11 @@ async def relay(handoff: socket.socket, scope: Scope, receive: Receive, send: Se
     """
     ours, theirs = socket.socketpair()
     with theirs:
-        socket.send_fds(handoff, [b"\0"], [theirs.fileno()])
+        try:
+            socket.send_fds(handoff, [b"\0"], [theirs.fileno()])
+        except OSError:
+            ours.close()
+            raise
     reader, writer = await asyncio.open_connection(sock=ours)
     connection = h11.Connection(h11.CLIENT)
     target = scope["raw_path"] + (b"?" + scope["query_string"] if scope["query_string"] else b"")

@@ -127,7 +127,7 @@ class WorkerServer(ConnectionServer):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Accepts connections from now on."""
         await super().startup([])
-        asyncio.get_running_loop().add_reader(self._listening, self._accept)
+        self._listen()
         self._worker.accepts()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -136,6 +136,10 @@ class WorkerServer(ConnectionServer):
         self._listening.close()
         await super().shutdown([])
 
+    def _listen(self) -> None:
+        if not self.should_exit:
+            asyncio.get_running_loop().add_reader(self._listening, self._accept)
+
     def _accept(self) -> None:
         """Accepts one connection; asyncio would accept all that wait, and other workers none of them."""
         try:
@@ -143,7 +147,9 @@ class WorkerServer(ConnectionServer):
         except (BlockingIOError, ConnectionError):  # another worker was faster, or the client has gone
             return
         except OSError as error:  # such as too many open files
-            log.error("Cannot accept a connection: %s", error)
+            log.error("Cannot accept connections for a second: %s", error)
+            asyncio.get_running_loop().remove_reader(self._listening)
+            asyncio.get_running_loop().call_later(1, self._listen)
             return
         self.serve_connection(accepted)
 
