@@ -250,8 +250,10 @@ def merged(backbone: FrozenBackbone, lora: TrainedBaseline) -> FrozenBackbone:
         if hasattr(module, "base_layer"):  # a layer of PEFT's
             module.merge()
             model.set_submodule(name, module.base_layer)
-    mean, std = backbone.preprocessing["mean"], backbone.preprocessing["std"]
-    return FrozenBackbone(model, backbone.name, "adapted", mean, std, backbone.precision, backbone.device)
+    settings = {name: backbone.preprocessing[name] for name in ("mean", "std", "crop_pct")}
+    return FrozenBackbone(
+        model, backbone.name, "adapted", precision=backbone.precision, device=backbone.device, **settings
+    )
 
 
 def joined_accuracies(
