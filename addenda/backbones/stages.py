@@ -42,8 +42,8 @@ class StageFeatures:
 
     def __call__(
         self, images: Float[Tensor, "B 3 H W"], layers: bool = True
-    ) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B n"]]:
-        """The pooled feature as timm computes it, and the layer features; without `layers` n is 0."""
+    ) -> tuple[Float[Tensor, "B ..."], Float[Tensor, "B n"]]:
+        """The pooled feature as timm computes it, of any shape, and the layer features; without `layers` n is 0."""
         final, maps = self._model.forward_intermediates(images)
         pooled: Tensor = self._model.forward_head(final, pre_logits=True)
         statistics = [_map_statistics(stage) for stage in maps[:-1]] if layers else []

@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import secrets
-from collections.abc import Iterator, MutableSequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -46,7 +46,7 @@ class KeyFile:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._version: object = None
-        self._existed: MutableSequence[int] = [False]  # of each process of the server
+        self._existed: memoryview | list[int] = [0]  # of each process of the server
         self._own = 0
         self._keys: dict[str, Key] = {}
         self.keys()
@@ -77,7 +77,7 @@ class KeyFile:
             self._existed[self._own] = self.path.exists()
         return any(self._existed)
 
-    def share(self, existed: MutableSequence[int], own: int) -> None:
+    def share(self, existed: memoryview | list[int], own: int) -> None:
         """Shares with the server's other processes that the file has existed."""
         existed[own], self._existed, self._own = self.guards, existed, own
 

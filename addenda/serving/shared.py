@@ -5,13 +5,14 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
-from collections.abc import MutableSequence
 from math import prod
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+Cells = memoryview | list[int]
+"""A count of each process."""
 COUNTS = ("images", "body_bytes", "connections", "key_file_existed")
 """What is counted in each process."""
 
@@ -30,7 +31,7 @@ def shared_memory(num_bytes: int) -> int:
 class Quota:
     """A count with a limit that holds for all processes of a server; each process changes its own cell only."""
 
-    def __init__(self, limit: int, cells: MutableSequence[int] | None = None, own: int = 0) -> None:
+    def __init__(self, limit: int, cells: Cells | None = None, own: int = 0) -> None:
         self.limit = limit
         self._cells, self._own = [0] if cells is None else cells, own
 
@@ -76,11 +77,10 @@ class Board:
         """The size of the memory."""
         return 8 * len(COUNTS) * (workers + 1)
 
-    def cells(self, count: str) -> MutableSequence[int]:
+    def cells(self, count: str) -> Cells:
         """The cells of one of COUNTS, one for each process."""
         start = COUNTS.index(count) * self._width
-        cells: MutableSequence[int] = self._cells[start : start + self._width]  # type: ignore[assignment]
-        return cells
+        return self._cells[start : start + self._width]
 
     def clear(self, process: int) -> None:
         """Sets the counts of a process that has ended to 0; that the key file existed stays known."""

@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from addenda.backbones import FrozenBackbone, load_backbone
-from addenda.backbones.scope import FAMILIES
 from addenda.backbones.weights import load_weights
 from addenda.exceptions import BackboneError
 from tests.support.tiny import shaken, some_images
@@ -149,7 +148,7 @@ def test_dinov2_of_518_pixels_is_loaded_at_224(tmp_path):
     authors["pos_embed"] = torch.cat([torch.ones(1, 1, 384), model.pos_embed.detach()], dim=1)
     tiny = timm.create_model("vit_small_patch14_reg4_dinov2", num_classes=0, depth=1, img_size=224)
     save_file(authors, tmp_path / "w.safetensors")
-    said = load_weights(tiny, FAMILIES[type(tiny)], "dinov2", tmp_path / "w.safetensors", resample=True)
+    said = load_weights(tiny, "dinov2", tmp_path / "w.safetensors", resample=True)
     assert said == "position embeddings resampled from 518 x 518 to 224 x 224 pixels"
     assert torch.equal(tiny.cls_token, model.cls_token + 1), "DINOv2's class token has a position, timm's has none"
     backbone = FrozenBackbone(tiny, "dinov2", "file")
@@ -221,7 +220,7 @@ def test_the_settings_in_a_folders_config_make_its_model(tmp_path):
         ('{"model_type": "dinov2"}', r"local-dir:.*mine' \(KeyError: 'architecture'\).*name the timm model, and pass"),
         ('{"architecture": "nonsense"}', r"local-dir:.*mine' \(RuntimeError: Unknown model \(nonsense\)\)"),
         ("[", r"local-dir:.*mine' \(JSONDecodeError: "),
-        ('{"architecture": "resnet18"}', r"'local-dir:.*mine' cannot carry task tokens: it is a ResNet"),
+        ('{"architecture": "resnet18"}', r"model\.safetensors' does not fit 'local-dir:.*mine': it lacks 'bn1\.bias'"),
     ],
 )
 def test_a_folder_that_is_not_timms_is_refused(tmp_path, weights, config, message):
@@ -310,6 +309,8 @@ def test_pretrained_weights_that_are_not_cached_offline_ask_for_a_file(tmp_path,
         ({"std": (0.5, -1.0, 0.5)}, "std must be positive"),
         ({"std": (0.5, float("nan"), 0.5)}, "std "),
         ({"mean": (0.5, float("nan"), 0.5)}, "mean "),
+        ({"crop_pct": 1.5}, "crop_pct must be above 0 and at most 1; got 1.5."),
+        ({"crop_pct": 0.0}, "crop_pct must be above 0"),
     ],
 )
 def test_an_invalid_argument_is_refused(options, message):

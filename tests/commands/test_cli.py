@@ -70,7 +70,8 @@ def test_verify_passes_and_names_a_task_whose_bytes_changed(
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "message"), [("mean", [0.4] * 3, "has fingerprint"), ("crop_pct", 0.5, "has preprocessing")]
+    ("key", "value", "message"),
+    [("mean", [0.4] * 3, "has fingerprint"), ("interpolation", "nearest", "has preprocessing")],
 )
 def test_verify_names_the_tasks_of_a_backbone_whose_preprocessing_changed(
     run: Run, learned: Result, tmp_path: Path, key: str, value: object, message: str
@@ -127,7 +128,7 @@ DATA = "the folder to learn from"
         (("predict", "x.png"), "There is no registry at"),
         (("learn", "Bad Name", "."), "'Bad Name' is not a valid name"),
         (("learn", "a", "nowhere", "--backbone", "glyphs"), "There is no folder 'nowhere'"),
-        (("learn", "a", DATA, "--backbone", "resnet50"), "is a ResNet"),
+        (("learn", "a", DATA, "--backbone", "resnet50", "--memory", "5"), "No weights for 'resnet50'"),
         (("learn", "a", DATA, "--backbone", "glyphs", "--mean", "x"), "'x' must be one number"),
         (("learn", "a", DATA, "--backbone", "glyphs", "--device", "nonsense"), "Device 'nonsense'"),
         (("learn", "a", "x" * 300, "--backbone", "glyphs"), "File name too long"),

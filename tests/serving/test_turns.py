@@ -53,7 +53,7 @@ def test_background_work_waits_while_images_wait(monkeypatch: pytest.MonkeyPatch
 
 
 def test_slices_alternate_with_forward_passes_and_neither_waits_forever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PATIENCE_S", 0)
+    monkeypatch.setattr(module, "PATIENCE_S", 0.2)
     turns, running, order = Turns(), threading.Lock(), []
 
     def run(kind: str) -> None:

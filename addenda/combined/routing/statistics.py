@@ -131,7 +131,7 @@ def _prefix(digest: str) -> int:
     return int.from_bytes(bytes.fromhex(digest[:16]), "big", signed=True)
 
 
-def _joined(digests: Sequence[Int64[Tensor, " N_c"]]) -> Int64[Tensor, " N"]:
+def _joined(digests: Sequence[Int64[Tensor, " _"]]) -> Int64[Tensor, " N"]:
     return torch.cat([of_class.sort().values for of_class in digests])
 
 
