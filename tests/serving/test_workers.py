@@ -9,6 +9,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -338,20 +339,29 @@ def test_a_key_file_that_one_worker_has_seen_protects_all(location: Path, tmp_pa
 
 
 def test_a_client_that_leaves_also_leaves_the_process_of_the_model(location: Path, tmp_path: Path) -> None:
-    with Workers(location, tmp_path) as served:
-        main = Path(f"/proc/{served.process.pid}/fd")
+    with Workers(location, tmp_path) as served, ExitStack() as stack:
+
+        def num_open() -> int:
+            return len(list(Path(f"/proc/{served.process.pid}/fd").iterdir()))
+
+        def is_settled() -> bool:
+            count = num_open()
+            time.sleep(0.5)
+            return count == num_open()
+
         served.get("/readyz")
-        before = len(list(main.iterdir()))
-        events = [served.connect() for _ in range(5)]
+        until(is_settled, "the connection of this request is closed")
+        before = num_open()
+        events = [stack.enter_context(served.connect()) for _ in range(5)]
         for connection in events:
             connection.sendall(b"GET /api/v1/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
             received = b""
             while b"data: {" not in received:
                 received += connection.recv(1000)
-        assert len(list(main.iterdir())) >= before + 5
+        assert num_open() >= before + 5
         for connection in events:
             connection.close()
-        until(lambda: len(list(main.iterdir())) <= before + 1, "relayed connections are closed")
+        until(lambda: num_open() <= before, "relayed connections are closed")
         assert "Traceback" not in served.log.read_text()
 
 
