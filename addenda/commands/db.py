@@ -80,7 +80,7 @@ def db_backup(
     """Copies a registry, SQLite or PostgreSQL, to a new SQLite file, even while it is written, and checks the copy."""
     with options.open_registry(registry) as opened:
         copy = opened.backup(file)
-    typer.echo(f"{file}: {copy.num_tasks} tasks, generation {copy.generation}, digest {copy.head}.")
+    typer.echo(f"{file}: {plural(copy.num_tasks, 'task')}, generation {copy.generation}, digest {copy.head}.")
 
 
 @app.command("restore")
@@ -92,7 +92,7 @@ def db_restore(
     from addenda.registry import restore
 
     copy = restore(file, registry)
-    typer.echo(f"Restored {copy.num_tasks} tasks, generation {copy.generation}, digest {copy.head}.")
+    typer.echo(f"Restored {plural(copy.num_tasks, 'task')}, generation {copy.generation}, digest {copy.head}.")
 
 
 def _brief(value: object) -> str:

@@ -15,7 +15,7 @@ from typer import Argument, Option
 import addenda
 from addenda.commands import options
 from addenda.exceptions import AddendaError, DataError
-from addenda.terminal import console, print_json, progress, size, table
+from addenda.terminal import console, plural, print_json, progress, size, table
 from addenda.text import csv_row, shown
 
 if TYPE_CHECKING:
@@ -178,7 +178,11 @@ def _render_all(predictions: dict[str, dict[str, Best]], model: addenda.Combined
         (path, name, *pair) for path, tasks in predictions.items() for name, best in tasks.items() for pair in best
     )
     lines = [(path, *(_as_text(best) or "none" for best in tasks.values())) for path, tasks in predictions.items()]
-    return values, rows, (f"{len(predictions)} images, {len(model.tasks)} tasks", ("image", *model.tasks), lines)
+    return (
+        values,
+        rows,
+        (f"{plural(len(predictions), 'image')}, {plural(len(model.tasks), 'task')}", ("image", *model.tasks), lines),
+    )
 
 
 def _render_routed(predictions: dict[str, tuple[Choice, Best]], model: addenda.CombinedModel) -> Rendered:
@@ -191,7 +195,7 @@ def _render_routed(predictions: dict[str, tuple[Choice, Best]], model: addenda.C
         rows += ((path, *choice, *pair) for pair in best)
         task = choice.task if choice.familiar else f"none; nearest {choice.task}"
         lines.append((path, task, f"{100 * choice.probability:.0f} %", _as_text(best) if choice.familiar else "–"))
-    title = f"{len(predictions)} images, task chosen from {len(model.tasks)}"
+    title = f"{plural(len(predictions), 'image')}, task chosen from {len(model.tasks)}"
     return values, rows, (title, ("image", "task", "task probability", "labels"), lines)
 
 

@@ -82,7 +82,7 @@ def test_predict_selects_tasks_by_pattern_and_tag_and_labels_by_probability(
     assert predicted("--min-probability", repr(every[0]["probability"]))["ones"] == every[:1]
     for options, message in (
         (("--task", "tw*"), "No available task matches 'tw*'"),
-        (("--tag", "beta", "--task", "ones"), "None of the 1 selected tasks has the tag 'beta'"),
+        (("--tag", "beta", "--task", "ones"), "No selected task has the tag 'beta'"),
         (("--tag", "beta", "--task", "auto"), "--task auto chooses among all tasks"),
         (("--tag", "beta", "--ray", "local", "--out", str(tmp_path / "out")), "cannot be used with --ray"),
     ):

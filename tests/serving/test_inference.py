@@ -165,7 +165,7 @@ INVALID: list[tuple[int, str, dict[str, Any]]] = [
     (404, "Task 'cars' is not served. Served: 'digits', 'tags'.", {"parameters": {"tasks": "cars"}}),
     (404, "Task '' is not served", {"parameters": {"tasks": ""}}),
     (404, "No available task matches 'car*'", {"parameters": {"tasks": "car*"}}),
-    (404, "None of the 2 selected tasks has the tag 'beta'", {"parameters": {"tag": "beta"}}),
+    (404, "No selected task has the tag 'beta'", {"parameters": {"tag": "beta"}}),
     (400, "parameters 'tasks' and 'tag' are only for models", {"parameters": {"tag": 1}}),
     (400, "parameters 'tasks' and 'tag' are only for models", {"parameters": {"tasks": ["digits"]}}),
     (400, "parameters 'tasks' and 'tag' are only for models", {"model": "digits", "parameters": {"tasks": "digits"}}),

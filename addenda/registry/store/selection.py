@@ -42,9 +42,7 @@ def select_tasks(
         return list(names)
     tagged = [name for name in names if tag in records[name].tags]
     if not tagged:
-        raise UnknownTaskError(
-            f"None of the {len(names)} selected tasks has the tag {tag[:100]!r}. Choose another tag."
-        )
+        raise UnknownTaskError(f"No selected task has the tag {tag[:100]!r}. Choose another tag.")
     return tagged
 
 
