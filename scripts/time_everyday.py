@@ -59,11 +59,11 @@ def prepare(folder: Path) -> None:
         for number in range(PER_CLASS):
             pixels = random.normal(40 + 25 * label, 60, (256, 320, 3)).clip(0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(folder / "photos" / f"class {label}" / f"{number}.jpg")
-    for label in ("a", "b"):
-        (folder / "small" / label).mkdir(parents=True)
+    for name in ("a", "b"):
+        (folder / "small" / name).mkdir(parents=True)
         for number in range(6):
             pixels = random.integers(0, 255, (64, 64, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / "small" / label / f"{number}.png")
+            Image.fromarray(pixels).save(folder / "small" / name / f"{number}.png")
     backbone = load_backbone(MODEL, folder / "weights.safetensors", device="cpu")
     for file, count in (("tasks.db", TASKS), ("two.db", 2)):
         with Registry.open(folder / file) as registry:
