@@ -64,6 +64,9 @@ class Prediction(BaseModel):
     tasks: dict[str, TaskPrediction]
 
 
+TimeoutMs = Annotated[int | None, Header(ge=1, le=3_600_000)]
+
+
 class Feature(BaseModel):
     """A feature of an image; of a task's feature also the task's reference and the digest of its artifact."""
 
@@ -132,11 +135,11 @@ async def predict(
     min_probability: Annotated[
         float | None, Query(ge=0, le=1, description="Minimum probability of a label; then 'top' defaults to all.")
     ] = None,
-    addenda_timeout_ms: Annotated[int | None, Header(ge=1, le=3_600_000)] = None,
+    addenda_timeout_ms: TimeoutMs = None,
 ) -> Response:
     """Predicts for a JPEG, PNG or WebP file, sent as the body or as the form field `image`."""
     image = await _image(request, await read_images(request, service))
-    timeout_s = None if addenda_timeout_ms is None else addenda_timeout_ms / 1000
+    timeout_s = _seconds(addenda_timeout_ms)
     if task == AUTO and (tasks or tag):
         raise DataError("'task=auto' chooses among all tasks and cannot be combined with 'tasks' or 'tag'.")
     names = _listed(tasks) + ([] if task is None else [task])
@@ -171,18 +174,22 @@ async def embed(
             "comma-separated. Default: 'pooled'."
         ),
     ] = None,
-    addenda_timeout_ms: Annotated[int | None, Header(ge=1, le=3_600_000)] = None,
+    addenda_timeout_ms: TimeoutMs = None,
 ) -> Response:
     """Computes features of a JPEG, PNG or WebP file, sent as the body or as the form field `image`.
 
     Features are comparable between responses with the same fingerprints, and a task's with the same `sha256`.
     """
     image = await _image(request, await read_images(request, service))
-    timeout_s = None if addenda_timeout_ms is None else addenda_timeout_ms / 1000
+    timeout_s = _seconds(addenda_timeout_ms)
     work = service.embed([image], _listed(features) or ["pooled"], timeout_s)
     embedded = await while_connected(request, work)
     content = embedding(embedded.snapshot.generation, embedded.snapshot.model, embedded.logits)
     return Response(content, headers=embedded.logits.headers, media_type="application/json")
+
+
+def _seconds(timeout_ms: int | None) -> float | None:
+    return None if timeout_ms is None else timeout_ms / 1000
 
 
 def _listed(values: list[str] | None) -> list[str]:

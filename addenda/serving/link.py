@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from addenda.serving.channel import Channel, Kind, Message
-from addenda.serving.outputs import Outputs
+from addenda.serving.outputs import Outputs, Wanted
 from addenda.serving.service import Batcher
 from addenda.serving.snapshot import Snapshot
 
@@ -160,7 +160,7 @@ class Link:
         snapshot = self._used[message.value]
         names = list(snapshot.model.tasks) if request["tasks"] is None else request["tasks"]
         images = [self._pixels[slot] for slot in request["slots"]]
-        return await self._batcher.predict(snapshot, images, names)
+        return await self._batcher.predict(snapshot, images, Wanted(tuple(names)))
 
     def _reply(self, number: int, answer: asyncio.Task[Outputs]) -> None:
         """Sends logits or an error; even a cancelled request gets its reply, which makes its slots free again."""

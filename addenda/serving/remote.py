@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from typing import Any, NamedTuple, cast
@@ -21,7 +21,7 @@ from addenda.combined import CombinedModel
 from addenda.exceptions import AddendaError, OverloadedError
 from addenda.registry import Task, TaskRecord
 from addenda.serving.channel import Channel, Kind, Message
-from addenda.serving.outputs import Outputs, columns_of
+from addenda.serving.outputs import Outputs, Wanted, columns_of
 from addenda.serving.service import Batcher, Limits, Service
 from addenda.serving.shared import Quota
 from addenda.serving.snapshot import Snapshot
@@ -60,24 +60,17 @@ class RemoteBatcher(Batcher):
     async def close(self) -> None:
         """Has nothing to stop."""
 
-    async def predict(
-        self,
-        snapshot: Snapshot,
-        images: Iterable[Float[Tensor, "3 H W"]],
-        names: Sequence[str],
-        features: bool = False,
-        embed: bool = False,
-    ) -> Outputs:
+    async def predict(self, snapshot: Snapshot, images: Iterable[Float[Tensor, "3 H W"]], wanted: Wanted) -> Outputs:
         """Asks for the logits of tasks of one snapshot; cancelling the call removes its images from the queue."""
-        assert not features
-        assert not embed, "requests for features are relayed"
+        names = wanted.names
+        assert wanted == Wanted(names), "requests for features are relayed"
         pixels, model, number = list(images), cast(RemoteModel, snapshot.model), next(self._numbers) % 2**32
         if len(pixels) > len(self._free):  # those of cancelled requests are free once the model's process says so
             raise OverloadedError("The queue is full: cancelled images have not left it yet. Try again later.", 1)
         slots = self._slots[number] = [self._free.pop() for _ in pixels]
         for slot, image in zip(slots, pixels, strict=True):
             self._pixels[slot].copy_(image)
-        tasks = None if tuple(names) == tuple(model.tasks) else list(names)
+        tasks = None if names == tuple(model.tasks) else list(names)
         request = json.dumps({"slots": slots, "tasks": tasks})
         result = self._results[number] = asyncio.get_running_loop().create_future()
         self._channel.send(Message(Kind.PREDICT, number, model.number, request.encode()))
@@ -87,7 +80,7 @@ class RemoteBatcher(Batcher):
             if not result.done() or result.cancelled():
                 self._channel.send(Message(Kind.CANCEL, number))
         matrix = torch.frombuffer(bytearray(message.payload), dtype=torch.float32).view(len(pixels), -1)
-        columns = columns_of(tuple(names), tuple(len(model.tasks[name].labels) for name in names))
+        columns = columns_of(names, tuple(len(model.tasks[name].labels) for name in names))
         return Outputs(columns, matrix, model.exact)
 
     def receive(self, message: Message) -> None:

@@ -164,7 +164,7 @@ class Service:
         async with self._reserve(len(images), timeout_s):
             if isinstance(images, Tensor):
                 self.backbone.check_images(images)
-                return await self.batcher.predict(snapshot, images, *wanted)
+                return await self.batcher.predict(snapshot, images, wanted)
             return await self._compute(snapshot, images, wanted)
 
     async def _compute(self, snapshot: Snapshot, images: Sequence[bytes], wanted: Wanted) -> Outputs:
@@ -174,7 +174,7 @@ class Service:
         async def compute(numbers: Sequence[int]) -> Outputs:
             decoding = [loop.run_in_executor(self._decoders, self._decode, i, images[i]) for i in numbers]
             pixels = [decoded for decoded, _ in await asyncio.gather(*decoding)]
-            return await self.batcher.predict(snapshot, pixels, *wanted)
+            return await self.batcher.predict(snapshot, pixels, wanted)
 
         if self.cache is None:
             return await compute(range(len(images)))
@@ -277,18 +277,11 @@ class Batcher:
             self._num_pending -= num_images
             self._turns.report(self._num_pending)
 
-    async def predict(
-        self,
-        snapshot: Snapshot,
-        images: Iterable[Float[Tensor, "3 H W"]],
-        names: Sequence[str],
-        features: bool = False,
-        embed: bool = False,
-    ) -> Outputs:
-        """Computes what is `Wanted` of one snapshot; cancelling the call removes its images from the queue."""
+    async def predict(self, snapshot: Snapshot, images: Iterable[Float[Tensor, "3 H W"]], wanted: Wanted) -> Outputs:
+        """Computes what is wanted of one snapshot; cancelling the call removes its images from the queue."""
         pixels, size = list(images), snapshot.model.micro_batch
         parts = [pixels[start : start + size] for start in range(0, len(pixels), size)]
-        chunks = [_Chunk(snapshot, part, Wanted(tuple(names), features, embed)) for part in parts]
+        chunks = [_Chunk(snapshot, part, wanted) for part in parts]
         self._queue += chunks
         self._filled.set()
         try:

@@ -17,7 +17,7 @@ from addenda.backbones import KeyValue
 from addenda.combined import golden, tiles
 from addenda.combined.tiles import memory_key_values
 from addenda.exceptions import DataError, DeadlineError, OverloadedError
-from addenda.serving.outputs import Outputs
+from addenda.serving.outputs import Outputs, Wanted
 from addenda.serving.service import Batcher, Limits, ServedPrediction, Service
 from addenda.serving.snapshot import Snapshot, empty_snapshot, next_snapshot
 from tests.support.databases import tamper
@@ -189,7 +189,9 @@ def test_batching_across_requests_is_bitwise_identical_to_single_requests(
         batcher.report = lambda images, seconds: passes.append(images)
         with busy(batcher):
             names = [["digits"], ["strokes"], ["digits", "strokes"]]
-            requests = [batcher.predict(snapshot, images_of(1 + i % 3, i), names[i % 3]) for i in range(6)]
+            requests = [
+                batcher.predict(snapshot, images_of(1 + i % 3, i), Wanted(tuple(names[i % 3]))) for i in range(6)
+            ]
             tasks = await started(*requests)
         results = await asyncio.gather(*tasks)
         await batcher.close()
@@ -215,9 +217,9 @@ def test_a_forward_pass_never_mixes_two_snapshots(
         batcher = Batcher(64)
         batcher.report = lambda images, seconds: passes.append(images)
         with busy(batcher):
-            await started(*(batcher.predict(before, images_of(1), ["digits"]) for _ in range(1)))
+            await started(*(batcher.predict(before, images_of(1), Wanted(("digits",))) for _ in range(1)))
             order = (before, after, after, before)
-            tasks = await started(*(batcher.predict(snapshot, images_of(1), ["digits"]) for snapshot in order))
+            tasks = await started(*(batcher.predict(snapshot, images_of(1), Wanted(("digits",))) for snapshot in order))
         results = await asyncio.gather(*tasks)
         await batcher.close()
         return results
@@ -240,7 +242,7 @@ def test_small_requests_are_not_delayed_by_a_later_large_one(
         batcher = Batcher(256)
 
         async def send(name: str, count: int) -> Outputs:
-            result = await batcher.predict(snapshot, images_of(count), ["digits"])
+            result = await batcher.predict(snapshot, images_of(count), Wanted(("digits",)))
             order.append(name)
             return result
 
@@ -291,8 +293,8 @@ def test_a_failed_forward_pass_fails_only_its_own_requests(
         batcher = Batcher(64)
         unlike = [torch.zeros(3, 32, 32), torch.zeros(3, 8, 8)]
         with pytest.raises(RuntimeError, match="size"):
-            await asyncio.wait_for(batcher.predict(snapshot, unlike, ["digits"]), 30)
-        result = await asyncio.wait_for(batcher.predict(snapshot, images_of(1), ["digits"]), 30)
+            await asyncio.wait_for(batcher.predict(snapshot, unlike, Wanted(("digits",))), 30)
+        result = await asyncio.wait_for(batcher.predict(snapshot, images_of(1), Wanted(("digits",))), 30)
         assert torch.equal(result["digits"], snapshot.model(images_of(1))["digits"])
         await batcher.close()
 

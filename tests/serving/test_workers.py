@@ -266,7 +266,7 @@ def test_killed_workers_are_replaced_and_nothing_wrong_is_answered(
         assert [served.predict(image).json()["tasks"]["digits"] for image in IMAGES] == [
             tasks["digits"] for tasks in expected
         ]
-        assert served.metric("addenda_waiting_images") == 0, "what killed workers held counts no more"
+        assert served.metric("addenda_waiting_images") == 0, "images of killed workers do not count"
         assert registry.check_integrity().ok
         assert {record.name for record in registry.tasks()} == {"digits", "strokes", "tags", "late"}
 

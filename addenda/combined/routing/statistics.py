@@ -64,14 +64,15 @@ def feature_statistics(
         return _fitting(statistics)
     hashed = hash_layers(layers, pooled.shape[1])
     sums, gram = _sums(hashed, targets, num_classes)
-    chunks = [_vectors(chunk, pooled.shape[1]) for chunk in layers.split(1024)]
+    chunks = (_vectors(chunk, pooled.shape[1]) for chunk in layers.split(1024))
+    lengths, directions = zip(*((v.norm(dim=2).sum(0), F.normalize(v, dim=2).sum(0)) for v in chunks), strict=True)
     with_layers = replace(
         statistics,
         layer_sums=sums,
         layer_gram=gram,
         layer_sample=hashed[rows].float(),
-        layer_lengths=torch.cat([chunk.norm(dim=2) for chunk in chunks]).sum(0).float(),
-        layer_directions=torch.cat([F.normalize(chunk, dim=2) for chunk in chunks]).sum(0).flatten().float(),
+        layer_lengths=torch.stack(lengths).sum(0).float(),
+        layer_directions=torch.stack(directions).sum(0).flatten().float(),
     )
     return _fitting(with_layers)
 
