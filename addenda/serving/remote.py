@@ -8,6 +8,7 @@ import os
 import weakref
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import count
 from typing import Any, NamedTuple, cast
 
@@ -130,12 +131,18 @@ class RemoteService(Service):
         )
         records = {name: cast(TaskRecord, RemoteRecord(*facts)) for name, facts in document["records"].items()}
         self._snapshot = Snapshot(document["generation"], cast(CombinedModel, model), records, document["quarantined"])
-        loop, release = asyncio.get_running_loop(), Message(Kind.RELEASE, value=message.value)
-        weakref.finalize(self._snapshot, loop.call_soon_threadsafe, channel.send, release).atexit = False
+        release = partial(_release, asyncio.get_running_loop(), channel, message.value)
+        weakref.finalize(self._snapshot, release).atexit = False
 
     async def close(self) -> None:
         """Stops all threads."""
         self._decoders.shutdown()
+
+
+def _release(loop: asyncio.AbstractEventLoop, channel: Channel, number: int) -> None:
+    """Tells the model's process, unless this one is ending, that no request uses a snapshot any more."""
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(channel.send, Message(Kind.RELEASE, value=number))
 
 
 def _task(fields: dict[str, Any]) -> Task:
