@@ -95,7 +95,7 @@ def stream_table(name: str) -> str:
 
 def streams_table() -> str:
     """Accuracy without task labels of the methods on a frozen backbone that were run on every stream."""
-    names = ("addenda", "ranpac", "nearest-mean", "slda")
+    names = ("addenda", "ranpac", "ranpac-adapted", "fecam", "gaussian-replay", "nearest-mean", "slda")
     rows = [[name, *(CLASS_ACCURACY.text(stream(name).of(method)) for method in names)] for name in STREAMS]
     labels = {note.name: note.label for note in stream(STREAMS[0]).methods}
     return markdown(Table(["without task labels, %", *(labels[name] for name in names)], rows))
@@ -103,14 +103,14 @@ def streams_table() -> str:
 
 def routers_table() -> str:
     """Accuracy without task labels of each router, and the AUROC for unknown tasks."""
-    routers = ("max softmax", "energy", "nearest mean", "mahalanobis", "ridge", "the router")
+    routers = ("max softmax", "energy", "nearest mean", "mahalanobis", "ridge", "layers", "the router")
     rows = []
     for name in STREAMS:
         extras = [cell.extra for cell in stream(name).of("addenda")]
         means = (statistics.mean(extra["routers"][router] for extra in extras) for router in routers)
         auroc = statistics.mean(extra["auroc"] for extra in extras)
         rows.append([name, *(f"{100 * mean:.1f}" for mean in means), f"{auroc:.3f}"])
-    return markdown(Table(["stream", *routers[:3], "Mahalanobis", "ridge", "pooled (default)", "AUROC"], rows))
+    return markdown(Table(["stream", *routers[:3], "Mahalanobis", "ridge", "layers", "all three (default)", "AUROC"], rows))
 
 
 def measured(kind: str, name: str) -> list[Figure]:
