@@ -332,7 +332,7 @@ def test_an_unknown_task_label_is_refused_or_counts_as_an_error(
     result = accuracies(strategy.eval(benchmark.test_stream))  # as scripts do after each experience
     assert result[0] > 0.9
     assert result[1] == 0.0
-    assert "No task was learned for task label 1 yet" in caplog.text
+    assert "No task was learned yet for task label 1;" in caplog.text
 
 
 def test_predictions_for_an_unknown_task_label_are_never_correct(glyphs: FrozenBackbone, registry: Registry) -> None:
