@@ -27,6 +27,7 @@ from tests.support.commands import Run
 from tests.support.inference import images_of, pictures, pixels, served_tasks
 from tests.support.load import Load
 from tests.support.moments import until
+from tests.support.processes import descriptors
 from tests.support.servers import ServedProcess
 from tests.support.tasks import random_task
 
@@ -92,15 +93,6 @@ def children(pid: int) -> list[int]:
 def running(pids: list[int]) -> list[int]:
     """Those processes that run: neither ended nor zombies."""
     return [pid for pid in pids if Path(f"/proc/{pid}/stat").exists() and state(pid) not in "ZX"]
-
-
-def descriptors(pid: int) -> list[str]:
-    """What a process has open."""
-    found = []
-    for path in Path(f"/proc/{pid}/fd").iterdir():
-        with suppress(FileNotFoundError):  # closed meanwhile
-            found.append(os.readlink(path))
-    return found
 
 
 def state(pid: int) -> str:

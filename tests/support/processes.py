@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import import_module
 from itertools import count
 from multiprocessing import forkserver
@@ -93,6 +94,15 @@ def _main(words: list[str], log: Path, errors: Path | None, folder: Path, enviro
     sys.argv = words
     signal.signal(signal.SIGINT, signal.default_int_handler)  # tests run in the background ignore it
     import_module(words[0]).main()
+
+
+def descriptors(pid: int) -> list[str]:
+    """What a process has open."""
+    found = []
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            found.append(os.readlink(path))
+    return found
 
 
 def start_another_interpreter() -> None:
