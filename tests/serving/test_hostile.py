@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 from weakref import WeakValueDictionary
 
 import httpx2
+import psutil
 import pytest
 import torch
 from sqlalchemy import text as sql
@@ -52,7 +53,6 @@ from tests.support.databases import Database, raw, tamper
 from tests.support.inference import pictures, pixels
 from tests.support.moments import until
 from tests.support.places import ROOT
-from tests.support.processes import descriptors
 from tests.support.registries import BACKBONE, a_task, keep
 from tests.support.servers import AppClient, ServedProcess, client_of
 from tests.support.tasks import random_task
@@ -550,7 +550,6 @@ def test_clients_that_do_not_read_are_disconnected_and_slow_readers_are_not(
                     received += len(chunk)
             return received
 
-        before = len(descriptors(served.process.pid))
         stuck = [connect() for _ in range(10)]
         for connection in stuck:
             connection.sendall(request * 40)  # more than the system's buffers hold
@@ -561,7 +560,12 @@ def test_clients_that_do_not_read_are_disconnected_and_slow_readers_are_not(
             received += len(slow.recv(2**16))
             time.sleep(0.02)
         # They are checked every second. Reading from one before it is disconnected would set it free.
-        until(lambda: len(descriptors(served.process.pid)) <= before + 3, "they are disconnected", 300)
+        ports, process = {connection.getsockname()[1] for connection in stuck}, psutil.Process(served.process.pid)
+
+        def connected() -> set[int]:
+            return ports & {each.raddr.port for each in process.net_connections() if each.raddr}
+
+        until(lambda: not connected(), "they are disconnected", 300)
         assert all(num_readable_bytes(connection) < 40 * num_bytes for connection in stuck)
         for connection in (*stuck, slow):
             connection.close()

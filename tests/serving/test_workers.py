@@ -27,7 +27,7 @@ from tests.support.commands import Run
 from tests.support.inference import images_of, pictures, pixels, served_tasks
 from tests.support.load import Load
 from tests.support.moments import until
-from tests.support.processes import descriptors
+from tests.support.processes import descriptors, num_sockets
 from tests.support.servers import ServedProcess
 from tests.support.tasks import random_task
 
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.slow
 PREDICT = "/api/v1/predict"
 IMAGES = pictures(9)
 SPARE = 5
-"""Descriptors by which a process's number may differ for other reasons, such as a connection that is still closed."""
+"""Sockets by which a process's number may differ for other reasons, such as a connection that is being closed."""
 READY = b"GET /readyz HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
@@ -372,15 +372,15 @@ def test_a_key_file_that_one_worker_has_seen_protects_all(location: Path, tmp_pa
 
 def test_a_client_that_leaves_also_leaves_the_process_of_the_model(shared: Workers) -> None:
     shared.settle()
-    before = len(descriptors(shared.process.pid))
+    before = num_sockets(shared.process.pid)
     with ExitStack() as stack:
         for connection in [stack.enter_context(shared.connect()) for _ in range(20)]:
             connection.sendall(b"GET /api/v1/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
             received = b""
             while b"data: {" not in received:
                 received += connection.recv(1000)
-        assert len(descriptors(shared.process.pid)) >= before + 20 - SPARE
-    until(lambda: len(descriptors(shared.process.pid)) <= before + SPARE, "relayed connections are closed", 120)
+        assert num_sockets(shared.process.pid) >= before + 20 - SPARE
+    until(lambda: num_sockets(shared.process.pid) <= before + SPARE, "relayed connections are closed", 120)
     assert "Traceback" not in shared.log.read_text()
 
 

@@ -105,6 +105,11 @@ def descriptors(pid: int) -> list[str]:
     return found
 
 
+def num_sockets(pid: int) -> int:
+    """How many sockets a process has open."""
+    return sum(name.startswith("socket:") for name in descriptors(pid))
+
+
 def start_another_interpreter() -> None:
     """Starts the interpreter that processes are forked from, with slow imports done and another hash seed."""
     seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
