@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from addenda.backbones import FrozenBackbone, FrozenStream, KeyValue, Reading, plain, product
+from addenda.combined.heads import HeadGroup, complete_groups, head_rows
 from addenda.combined.shapes import batch_size, micro_batch
 from addenda.combined.tiles import Layout, Tile, TileStore
 from addenda.exceptions import RegistryError
@@ -26,7 +27,7 @@ AttentionObserver = Callable[[int, int, Tensor], None]
 """Called per batch, layer and tile with the indices of both and the slots' attention weights [B, H, S, P + w]."""
 HeadFunction = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
 """A `Head` or another function of a task's feature [B, D] (the pooled one for head-only tasks), the pooled feature and
-the layer features [B, n]."""
+the layer features [B, n], all from `head_rows`."""
 
 
 class ForwardResult(NamedTuple):
@@ -76,7 +77,11 @@ def forward_pass(
     requested = [task for task in layout.tasks if task.sha256 in heads]
     reading: Reading = "pooled" if pooled or any(task.reads_pooled for task in requested) else "nothing"
     needs_layers = layers or any(task.num_layer_features for task in requested)
+    grouped: dict[HeadGroup, list[Tensor]] = {group: [] for group in complete_groups(heads)}
     answers: dict[str, list[Tensor]] = {sha256: [] for sha256 in heads}
+    for group in grouped:
+        for sha256 in group.num_labels:
+            del answers[sha256]
     features: dict[str, list[Tensor]] = {"pooled": [], "layers": []}
     # When traced for export, the caller has already entered `plain`.
     with nullcontext() if torch.compiler.is_compiling() else plain(backbone.device):
@@ -87,18 +92,21 @@ def forward_pass(
             if isinstance(stream, FrozenStream):
                 pooled_feature = stream.pooled if reading == "pooled" else None
                 layer_features = stream.layers if needs_layers else None
-            for sha256, head in heads.items():
-                feature = pooled_feature
-                if sha256 in layout.slot:
-                    tile, slot = layout.slot[sha256]
-                    feature = tiles[tile][slot]
-                assert feature is not None
-                answers[sha256].append(head(feature, pooled_feature, layer_features)[:count])
+            if not isinstance(images, Tensor):
+                count = next((tokens.shape[1] for tokens in tiles), None)
+            read = _read_by_heads(backbone, layout, tiles, heads, pooled_feature)
+            shared = [None if each is None else head_rows(each, backbone) for each in (pooled_feature, layer_features)]
+            for sha256, batches in answers.items():
+                batches.append(heads[sha256](read[sha256], *shared)[:count])
+            for group, batches in grouped.items():
+                batches.append(group(torch.stack([read[sha256] for sha256 in group.num_labels]), *shared)[:, :count])
             if pooled and pooled_feature is not None:
                 features["pooled"].append(pooled_feature[:count])
             if layers and layer_features is not None:
                 features["layers"].append(layer_features[:count])
         joined = {sha256: torch.cat(batches) for sha256, batches in answers.items()}
+        for group, batches in grouped.items():
+            joined |= group.divide(torch.cat(batches, dim=1))
         return ForwardResult(joined, *(torch.cat(batches) if batches else None for batches in features.values()))
 
 
@@ -165,6 +173,18 @@ def _task_streams(
         if observe is not None:
             observe(layer, frozen, offered)
     return [backbone.final_norm(tokens) for tokens in hidden]
+
+
+def _read_by_heads(
+    backbone: FrozenBackbone, layout: Layout, tiles: Sequence[Tensor], heads: Iterable[str], pooled: Tensor | None
+) -> dict[str, Float[Tensor, "B D"]]:
+    """The feature that each head reads: of its task's slot, or the pooled one."""
+    slots = [head_rows(tokens, backbone).unbind(0) for tokens in tiles]
+    features = {sha256: slots[tile][slot] for sha256, (tile, slot) in layout.slot.items()}
+    if pooled is not None:
+        rows = head_rows(pooled, backbone)
+        features |= {sha256: rows for sha256 in heads if sha256 not in features}
+    return features
 
 
 def _visible_tokens(tile: Tile, own: KeyValue, offered: KeyValue) -> KeyValue:
