@@ -210,7 +210,8 @@ def attend(
     weights = attention_weights(scale, queries, frozen, tokens, memory, bias)
     from_frozen = weights[..., :num_frozen].flatten(0, 1) @ frozen.values.flatten(0, 1)
     from_private = private_read(weights[..., num_frozen:].permute(2, 1, 0, 3), tokens, memory)
-    output: Tensor = from_frozen.unflatten(0, (batch, num_heads)).permute(2, 1, 0, 3) + from_private
+    # The order of these operands decides the memory layout of the sum: with this one, nothing is copied below.
+    output: Tensor = from_private + from_frozen.unflatten(0, (batch, num_heads)).permute(2, 1, 0, 3)
     return output.transpose(1, 2).reshape(num_tasks, batch, -1)
 
 
@@ -224,26 +225,29 @@ def attention_weights(
 ) -> Float[Tensor, "B H S K"]:
     """Softmax weights of each task's query over its K = P + w keys: the frozen ones, then the private ones."""
     _, num_heads, batch, _ = queries.shape
-    queries = (queries * scale).contiguous()
+    queries = queries * scale
     by_image = queries.permute(2, 1, 0, 3).flatten(0, 1)  # [B H, S, d]: all tasks share an image's frozen keys
     on_frozen = by_image @ frozen.keys.flatten(0, 1).transpose(1, 2)
-    private = private_scores(queries, tokens, memory)
+    private = (scores.permute(2, 1, 0, 3) for scores in private_scores(queries.contiguous(), tokens, memory))
+    scores = torch.cat([on_frozen.unflatten(0, (batch, num_heads)), *private], dim=-1)
     if bias is not None:
-        private = private + bias[:, None, None]
-    scores = torch.cat([on_frozen.unflatten(0, (batch, num_heads)), private.permute(2, 1, 0, 3)], dim=-1)
+        scores[..., -bias.shape[1] :].add_(bias)
     return scores.softmax(dim=-1)
 
 
-def private_scores(queries: Float[Tensor, "S H B d"], tokens: KeyValue, memory: KeyValue) -> Float[Tensor, "S H B w"]:
-    """Scores of scaled queries for the private keys: tokens first, then memory."""
-    on_tokens = (queries.unsqueeze(-2) * tokens.keys).sum(-1)
-    return torch.cat([on_tokens, product(queries, memory.keys.transpose(-1, -2))], dim=-1)
+def private_scores(
+    queries: Float[Tensor, "S H B d"], tokens: KeyValue, memory: KeyValue
+) -> tuple[Float[Tensor, "S H B t"], Float[Tensor, "S H B m"]]:
+    """Scores of scaled queries for the private keys: of tokens and of memory."""
+    return (queries.unsqueeze(-2) * tokens.keys).sum(-1), product(queries, memory.keys.transpose(-1, -2))
 
 
 def private_read(weights: Float[Tensor, "S H B w"], tokens: KeyValue, memory: KeyValue) -> Float[Tensor, "S H B d"]:
     """Weighted sum of the private values."""
     on_tokens, on_memory = weights.tensor_split((tokens.values.shape[-2],), dim=-1)
-    return (on_tokens.unsqueeze(-1) * tokens.values).sum(-2) + product(on_memory, memory.values)
+    weighted = tokens.values * on_tokens.unsqueeze(-1)
+    from_tokens = weighted.squeeze(-2) if weighted.shape[-2] == 1 else weighted.sum(-2)
+    return from_tokens + product(on_memory, memory.values)
 
 
 def attention_map(

@@ -36,7 +36,7 @@ HEAD_ROWS = 16
 """Heads are padded to a multiple of this: with fewer rows, an image's bits depend on its position in the batch."""
 
 
-HEAD_GROUP = 16
+HEAD_GROUP = 32
 """Heads in a batched product, which is used where the self-test proves that each has the bits that it has alone."""
 
 MAX_GROUPED_WEIGHTS = 2**20
