@@ -85,7 +85,7 @@ class Activations:
         self.digests = [digests[i] for i in readable]
         self.groups = None if images.groups is None else [images.groups[i] or f"\0{i}" for i in readable]
         self.num_classes = len(images.labels)
-        self._resident = self._to_device()
+        self._key_values = self._to_device()
         self._set_parents(parents, context.report)
 
     def __len__(self) -> int:
@@ -97,9 +97,10 @@ class Activations:
         known = rows < len(self._cache_row)
         cache_rows = torch.where(known, self._cache_row[rows.clamp(max=len(self._cache_row) - 1)], -1)
         cached = cache_rows >= 0
-        if cached.all() and self._resident is not None:
-            parents = self._parent_key_values[cache_rows]
-            return Batch(self.backbone, self._resident, cache_rows, parents, self._pooled[rows])
+        if self._resident is not None and cached.numpy().all():  # not torch's `all`: nothing here waits for the device
+            key_values, pooled, parents = self._resident
+            on_device = cache_rows.to(self.backbone.device)
+            return Batch(self.backbone, key_values, on_device, parents[on_device], pooled[rows.to(pooled.device)])
         key_values, pooled = self._gather(rows, cache_rows)
         parents = self._empty_parent_key_values(len(rows))
         parents[cached] = self._parent_key_values[cache_rows[cached]]
@@ -219,7 +220,7 @@ class Activations:
 
         for batch in read_in_batches(images, list(rows_of), views, self._micro_batch, "reading images", context, bad):
             shape = self._shape if self._tokens else (0,)
-            half = torch.empty(len(batch), *shape, dtype=torch.float16, device="cpu")
+            half = torch.empty(len(batch), *shape, dtype=torch.float16, device=self.backbone.device)
 
             def store_half(layer: int, frozen: KeyValue, offered: KeyValue, half: Tensor = half) -> None:
                 for which, values in enumerate(frozen):
@@ -239,7 +240,7 @@ class Activations:
                         f"{images.item(row % self._num_images).called} has a backbone feature with NaN or infinity. "
                         "Tensors must be normalised as `backbone.transform` does it."
                     )
-            yield [row for row, _ in batch], half, features
+            yield [row for row, _ in batch], half.cpu(), features
 
     def _views(self, item: Item, rows: Sequence[int]) -> list[tuple[int, Tensor]]:
         """Returns the views of one image that some rows stand for, each with its row."""
@@ -259,16 +260,24 @@ class Activations:
         return key_values.to(device) if key_values.nbytes < torch.cuda.mem_get_info(device)[0] / 2 else None
 
     def _set_parents(self, parents: Sequence[Task], report: Report) -> None:
-        """Computes keys and values of the parents' tokens for every cached row."""
+        """Computes keys and values of the parents' tokens for every cached row.
+
+        They join the keys and values and the pooled features that a batch of cached rows is made from, on its device.
+        """
         self._parents = extended = extended_tasks(parents)
         self._layout = Layout(TileStore(self.backbone), extended, offered=extended)
         num_rows = 0 if self._store is None else len(self._store.key_values)
         self._parent_key_values = self._empty_parent_key_values(num_rows)
-        if self._store is None or not parents:
-            return
-        for rows in torch.arange(num_rows, dtype=torch.int64, device="cpu").split(self._micro_batch):
-            self._parent_key_values[rows] = self._run_parents(self._store.key_values[rows])
-            report("running the tasks to extend", int(rows[-1]) + 1, num_rows)
+        if self._store is not None and parents:
+            for rows in torch.arange(num_rows, dtype=torch.int64, device="cpu").split(self._micro_batch):
+                self._parent_key_values[rows] = self._run_parents(self._store.key_values[rows])
+                report("running the tasks to extend", int(rows[-1]) + 1, num_rows)
+        self._resident: tuple[Tensor, Tensor, Tensor] | None = None
+        if self._key_values is not None:
+            pooled, parent_key_values = (
+                each.to(self._key_values.device) for each in (self._pooled, self._parent_key_values)
+            )
+            self._resident = self._key_values, pooled, parent_key_values
 
     def _empty_parent_key_values(self, count: int) -> Float16[Tensor, "n L 2 H a d"]:
         depth, two, num_heads, _, head_dim = self._shape
