@@ -16,7 +16,7 @@ test-slow: .venv/dev        ## the slow tests, and those on the real images wher
 	$(PYTEST) -m "(slow or realdata) and not ray" --durations=30
 
 test-ray: .venv/dev         ## learning, predicting and serving on Ray clusters of several nodes on this machine
-	$(BIN)/pytest -m ray
+	$(BIN)/pytest -m ray tests/distributed
 
 check: .venv/dev            ## style, types, architecture, and every example in docstrings
 	$(BIN)/ruff format --check .

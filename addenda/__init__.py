@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from addenda.learner import Augmentation, LearnConfig, Learner
     from addenda.registry import Registry, Task, TaskFilter
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Augmentation",
     "CombinedModel",

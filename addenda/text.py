@@ -1,4 +1,4 @@
-"""Escapes untrusted text for terminals and spreadsheets, so that a label or a note cannot control either."""
+"""Text for people: untrusted text escaped for terminals and spreadsheets, and what long work will take."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """Control characters, bidirectional formatting characters, line separators and surrogates."""
 FORMULA = ("=", "+", "-", "@")
+NOTABLE_S = 5.0
+"""Seconds from which work that lies ahead is announced."""
 
 
 def shown(text: str) -> str:
@@ -19,6 +21,22 @@ def shown(text: str) -> str:
 def shown_lines(text: str) -> str:
     """Escapes each line of a message; line breaks stay."""
     return "\n".join(map(shown, text.split("\n")))
+
+
+def estimate(noun: str, total: int, done: int, seconds: float) -> str:
+    """Says what the rest of `total` units takes, when the first `done` took some seconds; empty if that is soon."""
+    rest = (total - done) * seconds / done
+    if rest < NOTABLE_S:
+        return ""
+    rate = done / seconds
+    return f"{total} {noun} at {rate:.{0 if rate >= 10 else 1}f} per second: about {duration(rest)}."
+
+
+def duration(seconds: float) -> str:
+    """A duration in a readable unit: 41 s, 12 min, 3.5 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def csv_row(cells: Iterable[Any]) -> list[Any]:

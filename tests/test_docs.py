@@ -172,6 +172,31 @@ def test_a_walk_through_a_page_works_as_written(
     assert walked >= 5
 
 
+@pytest.mark.slow
+def test_the_tutorial_prints_what_it_says_but_for_digits(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def masked(text: str) -> list[list[str]]:
+        return [re.sub(r"\d+", "0", re.sub("─+", "─", line)).split() for line in text.splitlines()]
+
+    monkeypatch.chdir(tmp_path)
+    printed, compared = list[list[str]](), 0
+    for language, block in BLOCK.findall((DOCS / "tutorial.md").read_text()):
+        if language == "python":
+            exec(compile(block, "tutorial.md", "exec"), {})
+        elif block.startswith("addenda "):
+            lines = [shlex.split(line)[1:] for line in block.splitlines()]
+            results = [run(*words) for words in lines if words != ["serve"]]  # tested in tests/serving
+            assert [result.code for result in results] == [0] * len(results), results
+            printed = [line for result in results for line in masked(result.out)]
+        elif not block.startswith("curl "):
+            expected = masked(block)
+            start = printed.index(expected[0])
+            assert printed[start : start + len(expected)] == expected
+            compared += 1
+    assert compared == 5
+
+
 def test_every_command_line_in_the_documents_is_one() -> None:
     lines = [(page, words) for page in PAGES for words in command_lines(page)]
     assert len(lines) > 50

@@ -51,3 +51,8 @@ def test_no_two_modules_and_no_two_classes_share_a_name() -> None:
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
     )
     assert [name for name, count in (modules + classes).items() if count > 1] == []
+
+
+def test_what_starts_ray_is_in_the_folder_that_make_test_ray_runs() -> None:
+    tests = [path for path in (ROOT / "tests").rglob("test_*.py") if "mark." + "ray" in path.read_text()]
+    assert {path.parent.name for path in tests} == {"distributed"}

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import os
 import re
-import subprocess
-import sys
 import tarfile
 import zipfile
 from email.message import Message
@@ -19,6 +18,7 @@ from addenda import FrozenBackbone, Registry
 from addenda.benchmarks.demo import digits
 from addenda.combined import golden
 from tests.support.places import ROOT
+from tests.support.processes import Forked
 from tests.support.tasks import random_task
 
 
@@ -111,13 +111,10 @@ def test_without_its_packages_an_extra_is_asked_for_by_name(
         registry.register(task, golden(glyphs, task))
     digits((0, 1), test=True, limit=2).save(tmp_path / "digits")
     (tmp_path / "listing.parquet").touch()
-    code = (
-        f"import sys; sys.modules.update(dict.fromkeys({PACKAGES[extra]}))\n"
-        f"from addenda.cli import main; sys.argv = ['addenda', *{script.EXTRAS[extra].command}]; main()"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert re.fullmatch(rf"Error: .*pip install 'addenda\[{extra}\]'.*\n", done.stderr)
+    log, environment = tmp_path / "log", {**os.environ, "WITHOUT": " ".join(PACKAGES[extra])}
+    command = tuple(script.EXTRAS[extra].command)
+    assert Forked(command, log, tmp_path, environment, module="tests.support.without").wait(120) == 2
+    assert re.fullmatch(rf"Error: .*pip install 'addenda\[{extra}\]'.*\n", log.read_text())
 
 
 def test_the_pythons_named_are_those_that_were_tried_and_the_others_are_said_to_be_untried(script: ModuleType) -> None:

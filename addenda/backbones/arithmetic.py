@@ -58,11 +58,10 @@ MIN_ROWS = 4
 
 def product(rows: Float[Tensor, "*n B k"], matrices: Float[Tensor, "*n k w"]) -> Float[Tensor, "*n B w"]:
     """Batched matrix product; fewer than MIN_ROWS rows are padded with zeros."""
-    if torch.compiler.is_compiling():  # traced for export: any number of rows, no promise about bits
+    # Traced for export: any number of rows, no promise about bits.
+    if torch.compiler.is_compiling() or (count := rows.shape[-2]) >= MIN_ROWS:
         return rows @ matrices
-    count = rows.shape[-2]
-    padded = F.pad(rows, (0, 0, 0, max(0, MIN_ROWS - count)))
-    products: Tensor = padded @ matrices
+    products: Tensor = F.pad(rows, (0, 0, 0, MIN_ROWS - count)) @ matrices
     return products[..., :count, :]
 
 

@@ -27,11 +27,7 @@ AVERAGES = {"ema", "teacher", "target", "averaged", "avg"}
 
 
 def weights_file(path: Path) -> Path:
-    """The weights file at a path, which may be a folder.
-
-    Raises:
-        BackboneError: there is none.
-    """
+    """The weights file at a path, which may be a folder; BackboneError if there is none."""
     if path.is_dir():
         found = [path / name for name in FOLDER_FILES if (path / name).is_file()]
         if not found:
@@ -47,10 +43,8 @@ def weights_file(path: Path) -> Path:
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Reads every tensor of a safetensors file, of the shards that an index names, or of a torch checkpoint.
 
-    Nested dictionaries give names joined by dots; anything else than tensors is left out.
-
-    Raises:
-        BackboneError: the file is unreadable, contains pickled objects or no tensors, or two tensors have one name.
+    Nested dictionaries give names joined by dots; anything else than tensors is left out. BackboneError if the file is
+    unreadable, contains pickled objects or no tensors, or two tensors have one name.
     """
     try:
         if path.name.endswith(INDEX):
@@ -104,11 +98,7 @@ _CHUNKED = re.compile(r"\bblocks\.\d+\.(?=\d+\.)")
 
 
 def without_chunks(tensors: Mapping[str, Tensor], names: Collection[str]) -> Mapping[str, Tensor]:
-    """Renames the blocks of a model whose training grouped them, as DINOv2's does: blocks.1.7. is blocks.7.
-
-    Raises:
-        ValueError: two tensors get the same name.
-    """
+    """Renames the blocks of a model whose training grouped them, as DINOv2's does: blocks.1.7. is blocks.7."""
     if any(_CHUNKED.search(name) for name in names):  # the model's own
         return tensors
     renamed = {_CHUNKED.sub("blocks.", name): tensor for name, tensor in tensors.items()}
@@ -118,15 +108,7 @@ def without_chunks(tensors: Mapping[str, Tensor], names: Collection[str]) -> Map
 
 
 def network(tensors: Mapping[str, Tensor], names: Collection[str]) -> str:
-    """The prefix of the tensors of one network, such as "module." or "teacher.backbone.".
-
-    Args:
-        tensors: tensors of a file.
-        names: names of the network's tensors, without prefix; most of a network's must be among them.
-
-    Raises:
-        ValueError: several networks have these names, and not exactly one is a running average.
-    """
+    """The prefix of the tensors of one network, such as "module."; most of its `names` must be among them."""
     found = Counter(name[:start] for name in tensors for start in _starts(name) if name[start:] in names)
     most = max(found.values(), default=0)
     if 2 * most < len(names):
@@ -135,11 +117,7 @@ def network(tensors: Mapping[str, Tensor], names: Collection[str]) -> str:
 
 
 def single_network(prefixes: Sequence[str]) -> str:
-    """The only prefix, or the only one of a running average.
-
-    Raises:
-        ValueError: there are several.
-    """
+    """The only prefix, or the only one of a running average; ValueError if there are several."""
     averages = [prefix for prefix in prefixes if AVERAGES & set(re.split(r"[._]", prefix))]
     chosen = averages if len(averages) == 1 else prefixes
     if len(chosen) > 1:

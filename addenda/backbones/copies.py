@@ -1,8 +1,8 @@
-"""Copies of a timm model: without its classifier, and with a new one to be trained."""
+"""Copies of a timm model: without its classifier, with a new one to be trained, and without our hooks."""
 
 from __future__ import annotations
 
-from copy import copy
+from copy import copy, deepcopy
 from typing import Any
 
 from torch import nn
@@ -29,3 +29,11 @@ def with_new_head(model: Any, num_classes: int) -> nn.Module:
         nn.init.zeros_(parameter)
     trainable: nn.Module = model.float().requires_grad_(True)
     return trainable
+
+
+def without_hooks(model: Any, family: object) -> Any:
+    """A deep copy without the hooks, which are bound to the family."""
+    copied: Any = deepcopy(model, {id(family): family})
+    for module in copied.modules():
+        module._forward_hooks.clear()
+    return copied

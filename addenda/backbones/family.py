@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
-from timm.layers import GluMlp, SwiGLU
+from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import Tensor
 
 from addenda.backbones.arithmetic import BlockAdapters
@@ -119,6 +119,54 @@ class Family(ABC):
             update = mlp.fc2(hidden) + adapters.fc2(hidden)
         result: Tensor = tokens + block.ls2(update)
         return result
+
+    def first_tokens(self, class_tokens: Float[Tensor, "S D"]) -> Float[Tensor, "S D"]:
+        """The first block's input for tasks' class tokens.
+
+        Each gets the position embedding of the backbone's class token (none in DeiT-III or without a class token), and
+        norm_pre where the model has one (CLIP).
+        """
+        model, position = self.model, self.model.pos_embed
+        if position is not None and model.cls_token is not None and not model.no_embed_class:
+            class_tokens = class_tokens + position[0, 0]
+        tokens: Tensor = model.norm_pre(class_tokens)
+        return tokens
+
+    def class_token(self, zeros: Float[Tensor, "1 3 H W"]) -> Float[Tensor, " D"]:
+        """The backbone's class token, without position embedding.
+
+        Without one, it is the attention pool's latent query, or else the mean patch that the first block reads of an
+        image of zeros (before norm_pre).
+        """
+        model = self.model
+        if model.cls_token is not None:
+            token: Tensor = model.cls_token[0, 0]
+        elif hasattr(model.attn_pool, "latent"):
+            token = model.attn_pool.latent[0, 0]
+        else:
+            patches = model.patch_embed(zeros).flatten(1, -2)
+            if model.pos_embed is not None:
+                patches = patches + model.pos_embed[:, -patches.shape[1] :]
+            token = patches.mean(dim=(0, 1))
+        return token
+
+    def adapter_obstacle(self) -> str | None:
+        """Returns why the blocks cannot carry adapters, or None if they can."""
+        for block in self.model.blocks:
+            if type(block.mlp) not in (Mlp, GluMlp, SwiGLU):
+                return f"its MLPs are {type(block.mlp).__name__}, not timm's Mlp, GluMlp or SwiGLU"
+        return None
+
+    def adapter_shapes(self) -> dict[str, tuple[int, int]]:
+        """(inputs, outputs) of each linear layer that adapters update, by its name in BlockAdapters."""
+        attn, mlp, width = self.blocks[0].attn, self.blocks[0].mlp, self.model.embed_dim
+        first = [mlp.fc1_g, mlp.fc1_x] if isinstance(mlp, SwiGLU) else [mlp.fc1]
+        return {
+            "q": (width, attn.proj.in_features),
+            "proj": (attn.proj.in_features, width),
+            "fc1": (width, sum(layer.out_features for layer in first)),
+            "fc2": (mlp.fc2.in_features, width),
+        }
 
     @staticmethod
     def split_qkv(block: Any, qkv: Float[Tensor, "B N _"]) -> tuple[Tensor, Tensor, Tensor]:

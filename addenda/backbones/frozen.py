@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import deepcopy
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from timm.data import resolve_model_data_config
-from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import Tensor, nn
 
 from addenda.backbones.arithmetic import float32_on_cpu, plain
-from addenda.backbones.copies import headless, with_new_head
+from addenda.backbones.copies import headless, with_new_head, without_hooks
 from addenda.backbones.family import Family, Reading
 from addenda.backbones.fingerprint import ModuleState, fingerprint, hash_state
 from addenda.backbones.frozen_stream import FrozenStream
@@ -110,21 +108,21 @@ class FrozenBackbone(ImageInput):
         self._module_state = ModuleState(self.model.named_modules())
         self.memo: dict[Any, Any] = {}
 
+    # Of a model that cannot carry task tokens, which has no blocks, tokens or patches.
+    stages: StageFeatures | None = None
+    depth = num_heads = num_tokens = patch_size = 0
+    grid_size: tuple[int, int] = (0, 0)
+    has_class_token = pools_class_token = False
+
     def _read_stages(self) -> StageFeatures:
-        """Sets the attributes of a model that cannot carry task tokens: it has no blocks, tokens or patches."""
         with float32_on_cpu():
-            stages = StageFeatures(self.model, self.preprocessing["input_size"])
-        self.stages: StageFeatures | None = stages
+            self.stages = stages = StageFeatures(self.model, self.preprocessing["input_size"])
         self.blocks: list[Any] = []
         self.embed_dim: int = stages.pooled_width
-        self.depth, self.num_heads, self.num_tokens, self.patch_size = 0, 0, 0, 0
-        self.grid_size: tuple[int, int] = (0, 0)
-        self.has_class_token, self.pools_class_token = False, False
         return stages
 
     def _read_blocks(self, family: type[Family]) -> None:
         """Sets the attributes of a model that can carry task tokens."""
-        self.stages = None
         model, patches = self.model, self.model.patch_embed
         with float32_on_cpu():
             self._family = family(model)
@@ -192,10 +190,7 @@ class FrozenBackbone(ImageInput):
             )
 
     def check_as_loaded(self) -> None:
-        """Like `check_unchanged`, in microseconds: hashes the weights only after a write to one of them.
-
-        Only `check_unchanged` detects a write through `.data`.
-        """
+        """Like `check_unchanged`, in microseconds: misses a write through `.data`, which torch does not count."""
         if self._module_state.changed or self._module_state.written:
             self.check_unchanged()
             self._module_state.record()
@@ -206,10 +201,9 @@ class FrozenBackbone(ImageInput):
 
         It is empty for a model without attention.
         """
-        attention = self.model.modules()
-        if self.stages is None:
-            attention = [*(block.attn for block in self.blocks), self.model.attn_pool]
-        fused = [bool(module.fused_attn) for module in attention if hasattr(module, "fused_attn")]
+        by_blocks = [*(block.attn for block in self.blocks), self.model.attn_pool] if self.stages is None else None
+        modules = by_blocks or self.model.modules()
+        fused = [bool(module.fused_attn) for module in modules if hasattr(module, "fused_attn")]
         return fused[0] if len(set(fused)) == 1 else "".join(str(int(flag)) for flag in fused)
 
     def check_vision_transformer(self, method: str) -> None:
@@ -249,37 +243,14 @@ class FrozenBackbone(ImageInput):
         return logits
 
     def first_tokens(self, class_tokens: Float[Tensor, "S D"]) -> Float[Tensor, "S D"]:
-        """The first block's input for tasks' class tokens.
-
-        Each gets the position embedding of the backbone's class token (none in DeiT-III or without a class token), and
-        norm_pre where the model has one (CLIP).
-        """
-        position = self.model.pos_embed
-        if position is not None and self.has_class_token and not self.model.no_embed_class:
-            class_tokens = class_tokens + position[0, 0]
-        tokens: Tensor = self.model.norm_pre(class_tokens)
-        return tokens
+        """The first block's input for tasks' class tokens."""
+        return self.family.first_tokens(class_tokens)
 
     @property
     def class_token(self) -> Float[Tensor, " D"]:
-        """Where tasks' class tokens start: the backbone's class token, without position embedding.
-
-        Without one, it is the attention pool's latent query, or else the mean patch that the first block reads of an
-        image of zeros (before norm_pre).
-        """
-        model = self.model
-        if self.has_class_token:
-            token: Tensor = model.cls_token[0, 0]
-            return token
-        if hasattr(model.attn_pool, "latent"):
-            latent: Tensor = model.attn_pool.latent[0, 0]
-            return latent
+        """Where tasks' class tokens start."""
         with plain(self.device):
-            patches = model.patch_embed(self._zeros()).flatten(1, -2)
-            if model.pos_embed is not None:
-                patches = patches + model.pos_embed[:, -patches.shape[1] :]
-            mean: Tensor = patches.mean(dim=(0, 1))
-        return mean
+            return self.family.class_token(self._zeros())
 
     def pool(self, tokens: Float[Tensor, "B P D"], reading: Reading = "pooled") -> Float[Tensor, "B D"]:
         """Pools the last block's frozen tokens into the feature that the backbone's head reads.
@@ -307,35 +278,17 @@ class FrozenBackbone(ImageInput):
 
     def adapter_obstacle(self) -> str | None:
         """Returns why this backbone's blocks cannot carry adapters, or None if they can."""
-        if self._token_obstacle is not None:
-            return self._token_obstacle
-        for block in self.model.blocks:
-            if type(block.mlp) not in (Mlp, GluMlp, SwiGLU):
-                return f"its MLPs are {type(block.mlp).__name__}, not timm's Mlp, GluMlp or SwiGLU"
-        return None
+        return self._token_obstacle or self.family.adapter_obstacle()
 
     def adapter_shapes(self) -> dict[str, tuple[int, int]]:
-        """(inputs, outputs) of each linear layer that adapters update, by its name in BlockAdapters.
-
-        In a gated MLP, `fc1` is both of its first layers, whose outputs are joined.
-
-        Raises:
-            BackboneError: the blocks cannot carry adapters.
-        """
+        """(inputs, outputs) of each linear layer that adapters update; BackboneError if they cannot be carried."""
         reason = self.adapter_obstacle()
         if reason is not None:
             raise BackboneError(
                 f"Backbone {self.name!r} cannot carry adapters: {reason}. Learn without adapters, or choose another "
                 "backbone."
             )
-        attn, mlp = self.blocks[0].attn, self.blocks[0].mlp
-        first = [mlp.fc1_g, mlp.fc1_x] if isinstance(mlp, SwiGLU) else [mlp.fc1]
-        return {
-            "q": (self.embed_dim, attn.proj.in_features),
-            "proj": (attn.proj.in_features, self.embed_dim),
-            "fc1": (self.embed_dim, sum(layer.out_features for layer in first)),
-            "fc2": (mlp.fc2.in_features, self.embed_dim),
-        }
+        return self.family.adapter_shapes()
 
     @property
     def weights(self) -> nn.Module:
@@ -355,20 +308,16 @@ class FrozenBackbone(ImageInput):
 
     def trainable_copy(self, num_classes: int) -> nn.Module:
         """A trainable float32 copy of the timm model with a new head, initialised to zeros."""
-        return with_new_head(self._copy_without_hooks(), num_classes).to(self.device)
+        return with_new_head(self._model_copy(), num_classes).to(self.device)
 
-    def _copy_without_hooks(self) -> Any:
-        family = vars(self).get("_family")
-        model: Any = deepcopy(self.model, {id(family): family})  # hooks are bound to the family
-        for module in model.modules():
-            module._forward_hooks.clear()
-        return model
+    def _model_copy(self) -> Any:
+        return without_hooks(self.model, vars(self).get("_family"))
 
     def __getstate__(self) -> dict[str, Any]:
         """State for deep copies and pickles: everything that is not bound to this model."""
         bound = ("model", "_family", "stages", "blocks", "memo", "_module_state")
         state = {name: value for name, value in vars(self).items() if name not in bound}
-        return {"model": self._copy_without_hooks()} | state
+        return {"model": self._model_copy()} | state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Rebuilds what is bound to the model."""

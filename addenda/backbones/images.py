@@ -63,6 +63,8 @@ def read_image(
                 raise TooLargeError(f"{size}; the maximum aspect ratio is {MAX_ASPECT}:1. Crop it.")
             return prepared(image, label)
 
+    if isinstance(source, BytesIO) and not source.getbuffer().nbytes:
+        raise DataError(f"{label} cannot be read: it is empty, 0 bytes.")
     with _pillow_errors(label, formats):
         try:
             return read(source)
@@ -84,7 +86,7 @@ def _pillow_errors(label: str, formats: tuple[str, ...] | None = None) -> Iterat
     except FileNotFoundError as error:
         raise DataError(f"{label} does not exist.") from error
     except UnidentifiedImageError as error:
-        expected = f"a {', '.join(formats)} file" if formats else "an image of a known format"
+        expected = f"a {', '.join(formats[:-1])} or {formats[-1]} file" if formats else "an image of a known format"
         raise DataError(f"{label} cannot be read: it is not {expected}.") from error
     except Exception as error:  # Pillow's format readers may raise anything on a damaged file
         raise DataError(f"{label} cannot be read: {error}") from error

@@ -87,11 +87,7 @@ KINDS = (
 
 
 def names_of(names: Iterable[str]) -> tuple[Names, str] | None:
-    """The kind of a file's names and the prefix of its tensors; None if they are not transformers'.
-
-    Raises:
-        ValueError: the file has several networks.
-    """
+    """The kind of a file's names and the prefix of its tensors; None if they are not transformers'."""
     names = list(names)
     for kind in KINDS:
         anchors = [name for name in names if f".{name}".endswith(f".{kind.anchor}")]
@@ -101,11 +97,7 @@ def names_of(names: Iterable[str]) -> tuple[Names, str] | None:
 
 
 def check_config(folder: Path, model: Any) -> None:
-    """Compares a config.json beside the weights with the model, in what no tensor shows and timm has by name.
-
-    Raises:
-        ValueError: the numbers of heads differ, or one of the two has QuickGELU.
-    """
+    """ValueError if a config.json beside the weights has other heads than the model, or QuickGELU in one alone."""
     if not (folder / "config.json").is_file():
         return
     config = json.loads((folder / "config.json").read_bytes())
@@ -123,11 +115,7 @@ def check_config(folder: Path, model: Any) -> None:
 
 
 def renamed(kind: Names, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Renames the tensors of one network, without their prefix, and joins queries, keys and values.
-
-    Raises:
-        ValueError: two tensors get the same name, or queries lack their keys and values.
-    """
+    """Renames the tensors of one network, without their prefix, and joins queries, keys and values."""
     gated = any(".mlp.gate_proj." in name for name in tensors)
     result: dict[str, Tensor] = {}
     for name, tensor in tensors.items():

@@ -48,17 +48,8 @@ class _Network(NamedTuple):
 def load_weights(model: Any, name: str, path: Path, resample: bool) -> str:
     """Loads a weights file into a model, and gives the model a classifier if the file has a fitting one.
 
-    Args:
-        model: a timm model without a classifier.
-        name: the timm name that was asked for.
-        path: the weights file.
-        resample: whether position embeddings for another input size are resampled, as timm does, or refused.
-
-    Returns:
-        What was converted and left out, in one line; empty if the file holds just the model's tensors.
-
-    Raises:
-        BackboneError: the file is unreadable or does not fit.
+    Unless `resample`, position embeddings for another input size are refused. Returns what was converted and left out,
+    in one line; empty if the file holds just the model's tensors.
     """
     tensors = read_tensors(path)
     found = _Network(tensors, "")

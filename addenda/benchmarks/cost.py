@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -59,20 +58,29 @@ def run_cost(
         output_folder(out)
     counts, dense = ((1, 10, 100), (100,)) if quick else ((1, 10, 100, 256, 1000), (100, 256))
     rounds = min(3, rounds) if quick else rounds
-    rows: dict[str, list[CostRow]] = {}
+    rows: list[CostRow] = []
+    tables: list[str] = []
     described: dict[str, Any] = {}
     for name in backbones:
         backbone = untrained_backbone(name, precision, device, img_size)
         backbone.check_tokens("`bench cost`")
         described = numerics_settings(backbone)
-        rows[backbone.name] = _measure_backbone(backbone, counts, dense, batch, rounds)
+        measured = _measure_backbone(backbone, counts, dense, batch, rounds)
+        rows += measured
         console.print(f"{name}: {described['device']}, {described['threads']} threads, {described['precision']}")
         title = "ratio to stock timm (one image: to one image; vit-pytorch: to its own ViT)"
-        cells = [[row.cells()[column] for column in NARROW] for row in rows[backbone.name]]
-        show(title, Table([COLUMNS[column] for column in NARROW], cells))
+        cells = [row.cells() for row in measured]
+        show(title, Table([COLUMNS[c] for c in NARROW], [[row[c] for c in NARROW] for row in cells]))
+        tables.append(f"**{backbone.name}**\n\n{markdown(Table(COLUMNS, cells))}")
     if out is not None:
-        _write(rows, {"numerics": described, "rounds": rounds}, out)
-    return list(chain.from_iterable(rows.values()))
+        from addenda.benchmarks.report.plots import cost_curves
+
+        values = [asdict(row) for row in rows]
+        write_json(out / "cost.json", {"numerics": described, "rounds": rounds, "rows": values})
+        (out / "cost.md").write_text("\n".join(tables))
+        cost_curves(values, out / "cost.png")
+        console.print(f"Written to {out}: cost.json, cost.md, cost.png.")
+    return rows
 
 
 def _measure_backbone(
@@ -88,9 +96,8 @@ def _measure_backbone(
     ]
     combined = {count: CombinedModel(backbone, tasks[:count]) for count in counts}
     single = [CombinedModel(backbone, [task]) for task in tasks[:SEPARATE]]
-    one_image: Variant = ("one image, exact", 10, 1, STOCK_ONE)
     models: dict[Variant, CombinedModel] = {
-        one_image: combined[10],
+        ("one image, exact", 10, 1, STOCK_ONE): combined[10],
         **{("combined, exact", count, batch, STOCK): model for count, model in combined.items()},
         **{(LAYER_HEADS, count, batch, STOCK): CombinedModel(backbone, heads[:count]) for count in counts},
         ("combined, inexact", 10, batch, STOCK): CombinedModel(backbone, tasks[:10], exact=False),
@@ -98,9 +105,8 @@ def _measure_backbone(
     variants: dict[Variant, Run] = {
         (STOCK, 0, batch, STOCK): lambda: backbone.backbone_logits(images),
         (STOCK_ONE, 0, 1, STOCK_ONE): lambda: backbone.backbone_logits(images[:1]),
-        one_image: partial(combined[10], images[:1]),
         ("separate passes", SEPARATE, batch, STOCK): lambda: [model(images) for model in single],
-        **{variant: partial(model, images) for variant, model in models.items() if variant != one_image},
+        **{variant: partial(model, images[: variant[2]]) for variant, model in models.items()},
     }
     for count in dense:
         for method, precomputed in ((DENSE_PRECOMPUTED, True), (DENSE, False)):
@@ -223,14 +229,3 @@ class CostRow:
             "" if operations is None else f"{operations * self.num_images / self.seconds:.0f}",
             "" if num_bytes is None else size(num_bytes),
         )
-
-
-def _write(rows: Mapping[str, Sequence[CostRow]], details: Mapping[str, Any], out: Path) -> None:
-    from addenda.benchmarks.report.plots import cost_curves
-
-    values = {name: [asdict(row) for row in of_backbone] for name, of_backbone in rows.items()}
-    write_json(out / "cost.json", {**details, "rows": list(chain.from_iterable(values.values()))})
-    tables = {name: markdown(Table(COLUMNS, [row.cells() for row in measured])) for name, measured in rows.items()}
-    (out / "cost.md").write_text("\n".join(f"**{name}**\n\n{table}" for name, table in tables.items()))
-    cost_curves(values, out / "cost.png")
-    console.print(f"Written to {out}: cost.json, cost.md, cost.png.")

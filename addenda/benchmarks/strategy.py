@@ -227,7 +227,7 @@ class MaskedMemory(SupervisedTemplate):  # type: ignore[misc]
                     f"No task was learned for task label {unknown}, so there is nothing to evaluate. "
                     + (f"Learned labels: {learned}." if learned else "Call train first; it reuses registered tasks.")
                 )
-            log.warning("No task was learned for task label %s yet; its images count as errors.", unknown)
+            log.warning("No task was learned yet for task label %s; such images count as errors.", unknown)
         return super().eval(listed, **kwargs)
 
     def _train_exp(self, experience: Any, eval_streams: Any = None, **kwargs: Any) -> None:

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from addenda.backbones import FrozenBackbone, FrozenStream, KeyValue, Reading, plain, product
+from addenda.combined.heads import HeadGroup, complete_groups, head_rows
 from addenda.combined.shapes import batch_size, micro_batch
 from addenda.combined.tiles import Layout, Tile, TileStore
 from addenda.exceptions import RegistryError
@@ -26,7 +27,7 @@ AttentionObserver = Callable[[int, int, Tensor], None]
 """Called per batch, layer and tile with the indices of both and the slots' attention weights [B, H, S, P + w]."""
 HeadFunction = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
 """A `Head` or another function of a task's feature [B, D] (the pooled one for head-only tasks), the pooled feature and
-the layer features [B, n]."""
+the layer features [B, n], all from `head_rows`."""
 
 
 class ForwardResult(NamedTuple):
@@ -76,7 +77,11 @@ def forward_pass(
     requested = [task for task in layout.tasks if task.sha256 in heads]
     reading: Reading = "pooled" if pooled or any(task.reads_pooled for task in requested) else "nothing"
     needs_layers = layers or any(task.num_layer_features for task in requested)
+    grouped: dict[HeadGroup, list[Tensor]] = {group: [] for group in complete_groups(heads)}
     answers: dict[str, list[Tensor]] = {sha256: [] for sha256 in heads}
+    for group in grouped:
+        for sha256 in group.num_labels:
+            del answers[sha256]
     features: dict[str, list[Tensor]] = {"pooled": [], "layers": []}
     # When traced for export, the caller has already entered `plain`.
     with nullcontext() if torch.compiler.is_compiling() else plain(backbone.device):
@@ -87,18 +92,21 @@ def forward_pass(
             if isinstance(stream, FrozenStream):
                 pooled_feature = stream.pooled if reading == "pooled" else None
                 layer_features = stream.layers if needs_layers else None
-            for sha256, head in heads.items():
-                feature = pooled_feature
-                if sha256 in layout.slot:
-                    tile, slot = layout.slot[sha256]
-                    feature = tiles[tile][slot]
-                assert feature is not None
-                answers[sha256].append(head(feature, pooled_feature, layer_features)[:count])
+            if not isinstance(images, Tensor):
+                count = next((tokens.shape[1] for tokens in tiles), None)
+            read = _read_by_heads(backbone, layout, tiles, heads, pooled_feature)
+            shared = [None if each is None else head_rows(each, backbone) for each in (pooled_feature, layer_features)]
+            for sha256, batches in answers.items():
+                batches.append(heads[sha256](read[sha256], *shared)[:count])
+            for group, batches in grouped.items():
+                batches.append(group(torch.stack([read[sha256] for sha256 in group.num_labels]), *shared)[:, :count])
             if pooled and pooled_feature is not None:
                 features["pooled"].append(pooled_feature[:count])
             if layers and layer_features is not None:
                 features["layers"].append(layer_features[:count])
         joined = {sha256: torch.cat(batches) for sha256, batches in answers.items()}
+        for group, batches in grouped.items():
+            joined |= group.divide(torch.cat(batches, dim=1))
         return ForwardResult(joined, *(torch.cat(batches) if batches else None for batches in features.values()))
 
 
@@ -167,6 +175,18 @@ def _task_streams(
     return [backbone.final_norm(tokens) for tokens in hidden]
 
 
+def _read_by_heads(
+    backbone: FrozenBackbone, layout: Layout, tiles: Sequence[Tensor], heads: Iterable[str], pooled: Tensor | None
+) -> dict[str, Float[Tensor, "B D"]]:
+    """The feature that each head reads: of its task's slot, or the pooled one."""
+    slots = [head_rows(tokens, backbone).unbind(0) for tokens in tiles]
+    features = {sha256: slots[tile][slot] for sha256, (tile, slot) in layout.slot.items()}
+    if pooled is not None:
+        rows = head_rows(pooled, backbone)
+        features |= {sha256: rows for sha256 in heads if sha256 not in features}
+    return features
+
+
 def _visible_tokens(tile: Tile, own: KeyValue, offered: KeyValue) -> KeyValue:
     """Keys and values of the task tokens that each slot sees in one layer: its own and its ancestors'."""
     visible = KeyValue(own.keys.unsqueeze(3), own.values.unsqueeze(3))  # [S, H, B, t, d]
@@ -190,7 +210,8 @@ def attend(
     weights = attention_weights(scale, queries, frozen, tokens, memory, bias)
     from_frozen = weights[..., :num_frozen].flatten(0, 1) @ frozen.values.flatten(0, 1)
     from_private = private_read(weights[..., num_frozen:].permute(2, 1, 0, 3), tokens, memory)
-    output: Tensor = from_frozen.unflatten(0, (batch, num_heads)).permute(2, 1, 0, 3) + from_private
+    # The order of these operands decides the memory layout of the sum: with this one, nothing is copied below.
+    output: Tensor = from_private + from_frozen.unflatten(0, (batch, num_heads)).permute(2, 1, 0, 3)
     return output.transpose(1, 2).reshape(num_tasks, batch, -1)
 
 
@@ -204,26 +225,29 @@ def attention_weights(
 ) -> Float[Tensor, "B H S K"]:
     """Softmax weights of each task's query over its K = P + w keys: the frozen ones, then the private ones."""
     _, num_heads, batch, _ = queries.shape
-    queries = (queries * scale).contiguous()
+    queries = queries * scale
     by_image = queries.permute(2, 1, 0, 3).flatten(0, 1)  # [B H, S, d]: all tasks share an image's frozen keys
     on_frozen = by_image @ frozen.keys.flatten(0, 1).transpose(1, 2)
-    private = private_scores(queries, tokens, memory)
+    private = (scores.permute(2, 1, 0, 3) for scores in private_scores(queries.contiguous(), tokens, memory))
+    scores = torch.cat([on_frozen.unflatten(0, (batch, num_heads)), *private], dim=-1)
     if bias is not None:
-        private = private + bias[:, None, None]
-    scores = torch.cat([on_frozen.unflatten(0, (batch, num_heads)), private.permute(2, 1, 0, 3)], dim=-1)
+        scores[..., -bias.shape[1] :].add_(bias)
     return scores.softmax(dim=-1)
 
 
-def private_scores(queries: Float[Tensor, "S H B d"], tokens: KeyValue, memory: KeyValue) -> Float[Tensor, "S H B w"]:
-    """Scores of scaled queries for the private keys: tokens first, then memory."""
-    on_tokens = (queries.unsqueeze(-2) * tokens.keys).sum(-1)
-    return torch.cat([on_tokens, product(queries, memory.keys.transpose(-1, -2))], dim=-1)
+def private_scores(
+    queries: Float[Tensor, "S H B d"], tokens: KeyValue, memory: KeyValue
+) -> tuple[Float[Tensor, "S H B t"], Float[Tensor, "S H B m"]]:
+    """Scores of scaled queries for the private keys: of tokens and of memory."""
+    return (queries.unsqueeze(-2) * tokens.keys).sum(-1), product(queries, memory.keys.transpose(-1, -2))
 
 
 def private_read(weights: Float[Tensor, "S H B w"], tokens: KeyValue, memory: KeyValue) -> Float[Tensor, "S H B d"]:
     """Weighted sum of the private values."""
     on_tokens, on_memory = weights.tensor_split((tokens.values.shape[-2],), dim=-1)
-    return (on_tokens.unsqueeze(-1) * tokens.values).sum(-2) + product(on_memory, memory.values)
+    weighted = tokens.values * on_tokens.unsqueeze(-1)
+    from_tokens = weighted.squeeze(-2) if weighted.shape[-2] == 1 else weighted.sum(-2)
+    return from_tokens + product(on_memory, memory.values)
 
 
 def attention_map(

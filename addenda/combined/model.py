@@ -11,10 +11,10 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from addenda.backbones import FrozenBackbone, read_files, uncompiled
+from addenda.backbones import FrozenBackbone, plain, read_files, uncompiled
 from addenda.combined.features import TASK_FEATURE, feature_tasks
 from addenda.combined.forward import HeadFunction, Observer, backbone_logits, forward_pass
-from addenda.combined.heads import Head
+from addenda.combined.heads import Head, group_heads, load_head
 from addenda.combined.numerics import operations_sample, runtime_settings
 from addenda.combined.predictions import Prediction, predictions_of
 from addenda.combined.routing import Choice, Router
@@ -45,8 +45,9 @@ class TaskLogits(dict[str, Tensor]):
 class CombinedModel:
     """Computes all tasks in one forward pass; a task's bits depend on no other tasks than those that it extends.
 
-    Images run in zero-padded batches of proven sizes, task tokens in tiles of fixed size, and heads one by one, as
-    docs/exactness.md explains. A self-test proves these shapes on this machine before anything is computed.
+    Images run in zero-padded batches of proven sizes, task tokens in tiles of fixed size, and heads one by one or in
+    groups with the same bits, as docs/exactness.md explains. A self-test proves these shapes on this machine before
+    anything is computed.
 
     Args:
         backbone: the frozen backbone.
@@ -112,12 +113,14 @@ class CombinedModel:
         now = runtime_settings(self.backbone), operations_sample()
         if now != self._settings:  # bits may differ: share nothing
             self._settings, self._store, self._heads = now, TileStore(self.backbone), {}
-        self._heads = {
-            task.sha256: self._heads.get(task.sha256) or Head(self.backbone, task) for task in self.tasks.values()
-        }
         self.shapes = Shapes((self.micro_batch,), (TILE,))
         if self.exact and tasks:
             self.shapes = prove(self.backbone, tasks)
+        self._heads = {
+            task.sha256: self._heads.get(task.sha256) or load_head(self.backbone, task) for task in self.tasks.values()
+        }
+        with plain(self.backbone.device):
+            group_heads(self._heads, self.shapes.heads)
         slots = self.shapes.slots if self.exact else None
         self.layout = layout = Layout(self._store, list(self.tasks.values()), slots)
         # The closure must not reference the model: that cycle would keep device memory until a garbage collection.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
@@ -10,10 +11,22 @@ from torch import Tensor
 
 from addenda.backbones import FrozenBackbone, KeyValue, plain
 from addenda.combined.forward import forward_pass
-from addenda.combined.heads import Head
+from addenda.combined.heads import HeadGroup, head_rows, random_head
 from addenda.combined.numerics import numerics_settings, operations_sample, reduced_precision
 from addenda.combined.probe_inputs import probe_task
-from addenda.combined.shapes import BATCH_SIZES, TILE, TILE_SIZES, Shapes, SizeClass, micro_batch, size_class
+from addenda.combined.shapes import (
+    BATCH_SIZES,
+    HEAD_GROUP,
+    MAX_GROUPED_WEIGHTS,
+    TILE,
+    TILE_SIZES,
+    HeadShape,
+    Shapes,
+    SizeClass,
+    head_shape,
+    micro_batch,
+    size_class,
+)
 from addenda.combined.tiles import Layout, TileStore
 from addenda.exceptions import ExactnessError
 from addenda.registry import Task, canonical_json
@@ -41,13 +54,15 @@ def prove(backbone: FrozenBackbone, tasks: Iterable[Task]) -> Shapes:
         if key not in backbone.memo:
             backbone.memo[key] = SelfTest(backbone)
         test: SelfTest = backbone.memo[key]
-        for task in tasks:
-            test.check_head(task)
+        heads = Counter(head_shape(task) for task in tasks)
+        for shape in heads:
+            test.check_head(shape)
         sizes = {size_class(member) for member in members if member.class_token is not None}
         shapes = [test.proven_shapes(size) for size in sizes]
     return Shapes(
         images=tuple(n for n in test.images if all(n in shape.images for shape in shapes)),
         slots=tuple(n for n in TILE_SIZES if all(n in shape.slots for shape in shapes)),
+        heads=frozenset(shape for shape, count in heads.items() if count >= HEAD_GROUP and test.proven_group(shape)),
     )
 
 
@@ -69,7 +84,8 @@ class SelfTest:
         self._backbone = backbone.first_blocks(2)
         self._micro_batch = micro_batch(backbone.device)
         self._proven: dict[SizeClass, Shapes] = {}
-        self._tested_heads: set[tuple[int, ...]] = set()
+        # Each tested shape of head, with whether groups of it are proven; None if they were not tested.
+        self._proven_groups: dict[HeadShape, bool | None] = {}
         shape = (self._micro_batch, *backbone.preprocessing["input_size"])
         batch = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
         order = torch.arange(self._micro_batch, dtype=torch.int64, device="cpu")
@@ -89,27 +105,38 @@ class SelfTest:
                 self._streams[size] = batches
         self.images = tuple(sorted(self._streams))
 
-    def check_head(self, task: Task) -> None:
+    def check_head(self, shape: HeadShape) -> None:
         """Tests, once per shape of head, that an image's logits do not depend on its position in the batch."""
-        head = Head(self._backbone, task)
-        rows = len(head.weight)
-        layer_widths = [weight.shape[1] for weight in (head.layer_down, head.layer_weight) if weight is not None]
-        shape = (rows, head.pooled_weight is not None, *layer_widths)
-        if shape in self._tested_heads:
+        if shape in self._proven_groups:
             return
-        random = torch.Generator().manual_seed(rows)
-        features, layers = (
-            torch.randn(self._micro_batch, width, generator=random, dtype=torch.float32, device="cpu").to(
-                self._backbone.device
-            )
-            for width in (self._backbone.embed_dim, layer_widths[0] if layer_widths else 0)
-        )
-        logits, rolled = head(features, features, layers), features.roll(1, 0)
-        if not _equal(head(rolled, rolled, layers.roll(1, 0)).roll(-1, 0), logits):
+        head = random_head(shape, self._backbone, 0)
+        feature, pooled, layers = self._head_inputs(shape)
+        logits, rolled = head(feature, pooled, layers), head(*(each.roll(1, 0) for each in (feature, pooled, layers)))
+        if not _equal(rolled.roll(-1, 0), logits):
             raise self._refusal(
-                f"logits depend on an image's position in the batch: a head of {rows} rows on {len(features)} images"
+                f"logits depend on an image's position in the batch: a head of {shape.rows} rows on {len(logits)} "
+                "images"
             )
-        self._tested_heads.add(shape)
+        self._proven_groups[shape] = None
+
+    def proven_group(self, shape: HeadShape) -> bool:
+        """Tests, once per shape, whether each head of a group has the bits that it has alone."""
+        if self._proven_groups[shape] is None and shape.num_weights <= MAX_GROUPED_WEIGHTS:
+            heads = {str(seed): random_head(shape, self._backbone, seed) for seed in range(HEAD_GROUP)}
+            feature, *shared = self._head_inputs(shape)
+            features = torch.stack([feature.roll(slot, 1) for slot in range(HEAD_GROUP)])
+            alone = [head(each, *shared) for head, each in zip(heads.values(), features, strict=True)]
+            self._proven_groups[shape] = _equal(HeadGroup(heads)(features, *shared), torch.stack(alone))
+        return bool(self._proven_groups[shape])
+
+    def _head_inputs(self, shape: HeadShape) -> list[Tensor]:
+        """A feature, a pooled feature and layer features of the canonical micro-batch."""
+        random, batch = torch.Generator().manual_seed(shape.rows), self._micro_batch
+        inputs = [
+            torch.randn(batch, width, generator=random, dtype=torch.float32, device="cpu")
+            for width in (shape.width, shape.width, shape.num_layer_features)
+        ]
+        return [head_rows(each.to(self._backbone.device), self._backbone) for each in inputs]
 
     def proven_shapes(self, size: SizeClass) -> Shapes:
         """Tests the tile and batch sizes of a size class; non-canonical sizes that fail are left out."""

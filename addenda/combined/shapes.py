@@ -36,6 +36,29 @@ HEAD_ROWS = 16
 """Heads are padded to a multiple of this: with fewer rows, an image's bits depend on its position in the batch."""
 
 
+HEAD_GROUP = 32
+"""Heads in a batched product, which is used where the self-test proves that each has the bits that it has alone."""
+
+MAX_GROUPED_WEIGHTS = 2**20
+"""A head of more weights is computed alone: its own product takes far longer than calling it."""
+
+
+class HeadShape(NamedTuple):
+    """All sizes of a head, including padding."""
+
+    rows: int  # labels
+    width: int  # of the feature
+    pooled: bool  # whether it also reads the pooled feature
+    num_layer_features: int  # 0 without a layer head
+    rank: int  # of a low-rank layer head, otherwise 0
+
+    @property
+    def num_weights(self) -> int:
+        """Number of weights."""
+        of_layers = self.rank * (self.num_layer_features + self.rows) or self.num_layer_features * self.rows
+        return self.rows * self.width * (1 + self.pooled) + of_layers
+
+
 class SizeClass(NamedTuple):
     """Numbers of private token keys and memory keys, and adapter rank, including padding."""
 
@@ -49,6 +72,7 @@ class Shapes(NamedTuple):
 
     images: tuple[int, ...]  # batch sizes, ascending; the last one is the canonical micro-batch
     slots: tuple[int, ...]  # tile sizes, ascending, including the canonical one
+    heads: frozenset[HeadShape] = frozenset()  # computed in groups
 
 
 def micro_batch(device: torch.device) -> int:
@@ -74,6 +98,14 @@ def size_class(task: Task) -> SizeClass:
         memory=max(MIN_MEMORY, _power_of_two(num_memory)) if num_memory else 0,
         rank=max(MIN_RANK, _power_of_two(task.adapter_rank)) if task.adapter_rank else 0,
     )
+
+
+def head_shape(task: Task) -> HeadShape:
+    """The sizes of a task's head."""
+    padded = -(-len(task.labels) // HEAD_ROWS) * HEAD_ROWS
+    rank = 0 if task.layer_down is None else -(-len(task.layer_down) // HEAD_ROWS) * HEAD_ROWS
+    width = task.head_weight.shape[1]
+    return HeadShape(padded, width, task.pooled_weight is not None, task.num_layer_features, rank)
 
 
 def _power_of_two(count: int) -> int:

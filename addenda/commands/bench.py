@@ -149,7 +149,7 @@ def bench_compare(
 
     comparison = compare_reports(first, second)
     if as_json:
-        print_json(comparison.to_json())
+        print_json(comparison)
     else:
         print_comparison(comparison)
 

@@ -27,7 +27,7 @@ def cache_list(as_json: options.Json = False) -> None:
     ]
     total = size(sum(entry.num_bytes for entry in entries))
     title = f"{len(entries)} cache entr{'y' if len(entries) == 1 else 'ies'} in {cache.folder}, {total}"
-    columns = ("entry", "backbone", "images", "done", "size", "used")
+    columns = ("entry", "backbone", "views", "done", "size", "used")
     values = [vars(entry) | {"used_at": entry.used_at.isoformat()} for entry in entries]
     print_result(as_json, values, table(title, columns, rows, right=columns[2:5]))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +17,7 @@ import addenda
 from addenda.commands import options
 from addenda.exceptions import AddendaError, DataError
 from addenda.terminal import console, plural, print_json, progress, size, table
-from addenda.text import csv_row, shown
+from addenda.text import csv_row, estimate, shown
 
 if TYPE_CHECKING:
     from addenda.backbones import LeftOut
@@ -131,7 +132,7 @@ def predict(
     skipped: list[str] = []
     with progress(quiet=as_json or as_csv or len(paths) < 16) as report:
         try:
-            done = 0
+            done, started = 0, time.monotonic()
             for files in read_files(loaded, paths, model.micro_batch, skip_bad):
                 if files.paths and router is not None:
                     routed = model.route_images(files.images, router, top, min_probability)
@@ -142,9 +143,12 @@ def predict(
                         predictions[str(path)] = {name: best[i] for name, best in by_task.items()}
                 skipped += files.bad.values()
                 done += len(files.asked)
+                ahead = estimate("images", len(paths), done, time.monotonic() - started)
+                if ahead and done == len(files.asked) and not as_json:
+                    typer.echo(ahead, err=True)
                 report("predicting", done, len(paths))
         except DataError as error:
-            raise DataError(f"{error} Pass --skip-bad to skip unreadable images.") from error
+            raise DataError(f"{str(error).removesuffix('.')}. Pass --skip-bad to skip unreadable images.") from error
     for message in skipped:
         typer.echo(f"skipped: {shown(message)}", err=True)
     values, rows, (title, columns, lines) = (_render_all if router is None else _render_routed)(predictions, model)

@@ -25,12 +25,16 @@ from addenda.learner.data.labelled import Item, LabelledImages, read_in_batches
 from addenda.learner.store import Store, row_bytes
 from addenda.learner.token_stream import Batch
 from addenda.registry import Task
+from addenda.text import estimate
 
 FLUSH_S = 10.0
 """Seconds between flushes while the cache is filled, and so the most work that a power cut can cost."""
 
 MAX_LAYER_FEATURE_BYTES = 2**31
 """Above this size, layer features are held in memory for the unaugmented images only, not for their random views."""
+
+FIT_MEMORY = 6
+"""Peak memory of a fit to layer features, as a multiple of their size: 5.7 was measured."""
 
 log = logging.getLogger(__name__)
 
@@ -63,14 +67,14 @@ class Activations:
         self._micro_batch, self._tokens = micro_batch(backbone.device), tokens
         self._shape = backbone.key_value_shape
         keys = self._keys(digests)
-        self._store = self._open(cache, list(dict.fromkeys(keys)))
+        views, width = 1 + augmentation.num_views, backbone.num_layer_features
+        if 4 * len(keys) * width > MAX_LAYER_FEATURE_BYTES:
+            views = 1
+        self._store = self._open(cache, list(dict.fromkeys(keys)), 4 * views * len(digests) * width)
         row_of = {} if self._store is None else self._store.row_of
         # The cache row of each view, or -1 if it is not cached.
         self._cache_row = torch.tensor([row_of.get(key, -1) for key in keys], dtype=torch.int64, device="cpu")
         pooled = torch.zeros(len(keys), backbone.embed_dim, dtype=torch.float32, device="cpu")
-        views, width = 1 + augmentation.num_views, backbone.num_layer_features
-        if 4 * len(keys) * width > MAX_LAYER_FEATURE_BYTES:
-            views = 1
         layers = torch.zeros(views, len(digests), width, dtype=torch.float32, device="cpu")
         bad = self._fill(pooled, layers, context)
         self.skipped = tuple(dict.fromkeys(bad.values()))
@@ -81,7 +85,7 @@ class Activations:
         self.digests = [digests[i] for i in readable]
         self.groups = None if images.groups is None else [images.groups[i] or f"\0{i}" for i in readable]
         self.num_classes = len(images.labels)
-        self._resident = self._to_device()
+        self._key_values = self._to_device()
         self._set_parents(parents, context.report)
 
     def __len__(self) -> int:
@@ -93,9 +97,10 @@ class Activations:
         known = rows < len(self._cache_row)
         cache_rows = torch.where(known, self._cache_row[rows.clamp(max=len(self._cache_row) - 1)], -1)
         cached = cache_rows >= 0
-        if cached.all() and self._resident is not None:
-            parents = self._parent_key_values[cache_rows]
-            return Batch(self.backbone, self._resident, cache_rows, parents, self._pooled[rows])
+        if self._resident is not None and cached.numpy().all():  # not torch's `all`: nothing here waits for the device
+            key_values, pooled, parents = self._resident
+            on_device = cache_rows.to(self.backbone.device)
+            return Batch(self.backbone, key_values, on_device, parents[on_device], pooled[rows.to(pooled.device)])
         key_values, pooled = self._gather(rows, cache_rows)
         parents = self._empty_parent_key_values(len(rows))
         parents[cached] = self._parent_key_values[cache_rows[cached]]
@@ -126,8 +131,8 @@ class Activations:
         views = ["plain", *(f"{recipe} {number}" for number in range(1, 1 + self._augmentation.num_views))]
         return [hashlib.sha256(f"{digest} {view}".encode()).hexdigest() for view in views for digest in digests]
 
-    def _open(self, cache: ActivationCache, keys: Sequence[str]) -> Store | None:
-        """Opens a cache entry for as many rows as the budget allows."""
+    def _open(self, cache: ActivationCache, keys: Sequence[str], layer_bytes: int) -> Store | None:
+        """Opens a cache entry for as many rows as the budget allows; says what disk and memory it all takes."""
         num_views = self._augmentation.num_views
         num_features = self.backbone.embed_dim + self.backbone.num_layer_features
         of_row = row_bytes(self._shape if self._tokens else (), num_features)
@@ -135,7 +140,8 @@ class Activations:
         total_gb, cached_gb = len(keys) * of_row / 1e9, capacity * of_row / 1e9
         views = f" in {1 + num_views} views each" if num_views else ""
         log.info(
-            "Activations of %d images%s take %.2f GB; %s.", self._num_images, views, total_gb,
+            "Activations of %d images%s take %.2f GB, fits to them up to %.2f GB of memory; %s.",
+            self._num_images, views, total_gb, FIT_MEMORY * layer_bytes / 1e9,
             f"all are cached in {cache.folder}" if capacity == len(keys)
             else f"{cached_gb:.2f} GB are cached in {cache.folder}, the others are recomputed in each epoch",
         )  # fmt: skip
@@ -160,9 +166,13 @@ class Activations:
         valid = set() if store is None else store.valid_rows([row for row in cache_rows if row >= 0])
         missing = [row for row, cache_row in enumerate(cache_rows) if cache_row not in valid]
         bad: dict[int, str] = {}
-        flushed = time.monotonic()
+        started = flushed = time.monotonic()
+        announced = False
         try:
             for rows, key_values, features in self._compute(missing, context, bad):
+                if not announced and (ahead := estimate("views", len(missing), len(rows), time.monotonic() - started)):
+                    log.info("%s", ahead)
+                announced = True
                 set_features(torch.tensor(rows, dtype=torch.int64, device="cpu"), features)
                 to_cache = [i for i, row in enumerate(rows) if cache_rows[row] >= 0]
                 if store is not None and to_cache:
@@ -210,7 +220,7 @@ class Activations:
 
         for batch in read_in_batches(images, list(rows_of), views, self._micro_batch, "reading images", context, bad):
             shape = self._shape if self._tokens else (0,)
-            half = torch.empty(len(batch), *shape, dtype=torch.float16, device="cpu")
+            half = torch.empty(len(batch), *shape, dtype=torch.float16, device=self.backbone.device)
 
             def store_half(layer: int, frozen: KeyValue, offered: KeyValue, half: Tensor = half) -> None:
                 for which, values in enumerate(frozen):
@@ -230,7 +240,7 @@ class Activations:
                         f"{images.item(row % self._num_images).called} has a backbone feature with NaN or infinity. "
                         "Tensors must be normalised as `backbone.transform` does it."
                     )
-            yield [row for row, _ in batch], half, features
+            yield [row for row, _ in batch], half.cpu(), features
 
     def _views(self, item: Item, rows: Sequence[int]) -> list[tuple[int, Tensor]]:
         """Returns the views of one image that some rows stand for, each with its row."""
@@ -250,16 +260,24 @@ class Activations:
         return key_values.to(device) if key_values.nbytes < torch.cuda.mem_get_info(device)[0] / 2 else None
 
     def _set_parents(self, parents: Sequence[Task], report: Report) -> None:
-        """Computes keys and values of the parents' tokens for every cached row."""
+        """Computes keys and values of the parents' tokens for every cached row.
+
+        They join the keys and values and the pooled features that a batch of cached rows is made from, on its device.
+        """
         self._parents = extended = extended_tasks(parents)
         self._layout = Layout(TileStore(self.backbone), extended, offered=extended)
         num_rows = 0 if self._store is None else len(self._store.key_values)
         self._parent_key_values = self._empty_parent_key_values(num_rows)
-        if self._store is None or not parents:
-            return
-        for rows in torch.arange(num_rows, dtype=torch.int64, device="cpu").split(self._micro_batch):
-            self._parent_key_values[rows] = self._run_parents(self._store.key_values[rows])
-            report("running the tasks to extend", int(rows[-1]) + 1, num_rows)
+        if self._store is not None and parents:
+            for rows in torch.arange(num_rows, dtype=torch.int64, device="cpu").split(self._micro_batch):
+                self._parent_key_values[rows] = self._run_parents(self._store.key_values[rows])
+                report("running the tasks to extend", int(rows[-1]) + 1, num_rows)
+        self._resident: tuple[Tensor, Tensor, Tensor] | None = None
+        if self._key_values is not None:
+            pooled, parent_key_values = (
+                each.to(self._key_values.device) for each in (self._pooled, self._parent_key_values)
+            )
+            self._resident = self._key_values, pooled, parent_key_values
 
     def _empty_parent_key_values(self, count: int) -> Float16[Tensor, "n L 2 H a d"]:
         depth, two, num_heads, _, head_dim = self._shape

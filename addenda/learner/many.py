@@ -19,6 +19,7 @@ from addenda.learner.data import Data, open_parts
 from addenda.learner.learn_config import LearnConfig, read_mapping
 from addenda.learner.learner import Learner
 from addenda.registry import Registry, Task, TaskFilter, check_new_name
+from addenda.text import NOTABLE_S, duration
 
 State = Literal["learned", "learned before", "failed", "skipped"]
 
@@ -146,7 +147,8 @@ def learn_many(
         report: progress callback.
     """
     results = LearnManyResults(learner.registry, rows)
-    for row in rows:
+    announced = False
+    for number, row in enumerate(rows, start=1):
         started, label = time.perf_counter(), results.label(row)
 
         def step(what: str, done: int, total: int, label: str = label) -> None:
@@ -156,7 +158,12 @@ def learn_many(
         learn = partial(learner.learn, row.name, row.data, row.test, row.config, new_version, skip_bad, report=step)
         obstacle = results.obstacle(row)
         result = LearnResult(reason=obstacle) if obstacle else attempt(row.name, learn)
-        yield results.add(row, time.perf_counter() - started, result)
+        outcome = results.add(row, time.perf_counter() - started, result)
+        if outcome.state == "learned" and not announced:
+            announced, seconds = True, (len(rows) - number) * outcome.seconds
+            if seconds >= NOTABLE_S:
+                log.info("Tasks left: %d, about %s if each takes as long.", len(rows) - number, duration(seconds))
+        yield outcome
 
 
 class LearnManyResults:

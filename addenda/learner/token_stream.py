@@ -141,7 +141,8 @@ def stream_features(
         memory_kv = KeyValue(*(torch.cat([part, *inherited[i : i + 1]], dim=2) for i, part in enumerate(own)))
         private = KeyValue(keys.unsqueeze(3), values.unsqueeze(3))
         queries = queries * block.attn.scale
-        attended, weights = _FrozenAttention.apply(batch, layer, queries, private_scores(queries, private, memory_kv))
+        scores = torch.cat(private_scores(queries, private, memory_kv), dim=-1)
+        attended, weights = _FrozenAttention.apply(batch, layer, queries, scores)
         attended = attended + private_read(weights, private, memory_kv)
         tokens = backbone.family.finish(block, tokens, attended.transpose(1, 2).flatten(2), updates)
     return backbone.final_norm(tokens).float()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TypeVar
@@ -21,6 +23,7 @@ from addenda.learner.learn_config import LearnConfig, Settings
 from addenda.learner.objectives import LinearProbe
 from addenda.learner.token_stream import Batch, stream_features
 from addenda.registry import Task
+from addenda.text import estimate
 
 EVALUATION_BATCH = 64
 
@@ -29,6 +32,8 @@ ENOUGH_TO_CHOOSE_AN_EPOCH = 200
 lowest validation loss (docs/results.md)."""
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -82,6 +87,7 @@ class Trainer:
         # Twice the linear probe's penalty: a weight split in halves over two features has half the squared norm.
         penalty = 1 / (linear_probe.strength * len(train))
         history = self._resume(phase, candidates)
+        total_steps, first_step, clock = stop_after * steps_per_epoch, len(history) * steps_per_epoch + 1, 0.0
         for epoch in range(len(history) + 1, stop_after + 1):
             live = [candidate for candidate in candidates if candidate.stopped is None]
             if not live:
@@ -96,7 +102,12 @@ class Trainer:
                     for candidate, (mean, *gradients) in zip(group, results, strict=True):
                         candidate.step(gradients)
                         totals[candidate] += mean * len(rows)
-                self._context.report(f"{self._description}, {_progress(history)}", step, stop_after * steps_per_epoch)
+                self._context.report(f"{self._description}, {_progress(history)}", step, total_steps)
+                if step == first_step + 1:  # the first step also tests whether candidates can share a forward pass
+                    seconds = time.monotonic() - clock
+                    if ahead := estimate(f"steps of the {phase}", total_steps - first_step, 1, seconds):
+                        log.info("%s", ahead)
+                clock = time.monotonic()
             losses = {candidate: (total / len(train)).item() for candidate, total in totals.items()}
             scores = self._validate(epoch, losses, validation)
             train_loss, validation_loss, accuracy = (

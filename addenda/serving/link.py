@@ -27,34 +27,18 @@ NumberedSnapshot = tuple[int, Snapshot]
 
 
 class Link:
-    """A worker that has been started. Create and use it on the event loop.
-
-    Args:
-        number: the worker's number.
-        channel: the channel to it.
-        relayed: passes connections, on which it relays requests.
-        pixels: shared memory, in which it leaves images.
-        batcher: computes their logits.
-        newest: returns the snapshot to serve first.
-        count: records a request in the metrics.
-        serve_connection: serves a relayed request.
-
-    Attributes:
-        pid: its process id; None until it has started.
-        serving: done once it serves its first snapshot, or has ended.
-        ended: done once it has ended.
-    """
+    """A worker that has been started. Create and use it on the event loop."""
 
     def __init__(
         self,
         number: int,
         channel: Channel,
-        relayed: socket.socket,
-        pixels: Float[Tensor, "N 3 H W"],
-        batcher: Batcher,
-        newest: Callable[[], NumberedSnapshot],
-        count: Callable[[str, str, int, float], None],
-        serve_connection: Callable[[socket.socket], None],
+        relayed: socket.socket,  # passes connections, on which it relays requests
+        pixels: Float[Tensor, "N 3 H W"],  # shared memory, in which it leaves images
+        batcher: Batcher,  # computes their logits
+        newest: Callable[[], NumberedSnapshot],  # the snapshot to serve first
+        count: Callable[[str, str, int, float], None],  # records a request in the metrics
+        serve_connection: Callable[[socket.socket], None],  # serves a relayed request
     ) -> None:
         self.number = number
         self._channel, self._relayed, self._pixels, self._batcher = channel, relayed, pixels, batcher
@@ -63,9 +47,9 @@ class Link:
         self._refs: set[tuple[str, str]] = set()  # tasks that it knows
         self._shown: dict[int, asyncio.Future[None]] = {}
         self._answers: dict[int, asyncio.Task[Outputs]] = {}
-        self.pid: int | None = None
+        self.pid: int | None = None  # until it has started
         self._loop = asyncio.get_running_loop()
-        self.serving = self._loop.create_future()
+        self.serving = self._loop.create_future()  # done once it serves its first snapshot, or has ended
         relayed.setblocking(False)
         self._loop.add_reader(relayed, self._accept)
         self.ended = asyncio.ensure_future(self._run())

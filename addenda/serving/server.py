@@ -68,7 +68,7 @@ def make_app(start: Callable[[], Service], keys: KeyFile, loopback: bool = True)
         docs_url=None,  # its page loads scripts from another site
         redoc_url=None,
         exception_handlers=HANDLERS,
-        middleware=[Middleware(Telemetry, metrics=metrics)],
+        middleware=[Middleware(Telemetry, count=metrics.count)],
         max_body_size=Limits().bundle_bytes,
     )
     app.state.keys, app.state.loopback, app.state.metrics, app.state.draining = keys, loopback, metrics, False

@@ -84,14 +84,9 @@ class Supervisor:
         os.close(self._memory)
 
     async def start(self, service: Service, serve_connection: Callable[[socket.socket], None]) -> None:
-        """Starts the workers, and returns once all of them accept connections.
+        """Starts the workers, and returns once all of them accept connections; AddendaError if one did not start.
 
-        Args:
-            service: has the snapshots, and computes what workers ask for.
-            serve_connection: serves a connection on which a worker relays a request.
-
-        Raises:
-            AddendaError: a worker did not start.
+        The service computes what they ask for, and `serve_connection` serves what they relay.
         """
         state, cells = self._app.state, self._board.cells
         service.batcher.waiting = Quota(service.limits.waiting_images, cells("images"))

@@ -7,9 +7,9 @@ import logging
 import re
 import secrets
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
-from typing import Protocol
 
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -26,13 +26,6 @@ SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 IMAGES = (1, 2, 4, 8, 16, 32, 64)
 
 log = logging.getLogger("addenda.serving.requests")
-
-
-class RequestMetrics(Protocol):
-    """Where requests are counted."""
-
-    def count(self, method: str, route: str, status: int, seconds: float) -> None:
-        """Records a request."""
 
 
 class ServerMetrics:
@@ -79,8 +72,8 @@ class ServerMetrics:
 class Telemetry:
     """ASGI middleware that assigns request ids, counts requests and logs each one, without its headers and query."""
 
-    def __init__(self, app: ASGIApp, metrics: RequestMetrics) -> None:
-        self.app, self.metrics = app, metrics
+    def __init__(self, app: ASGIApp, count: Callable[[str, str, int, float], None]) -> None:
+        self.app, self.count = app, count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handles a request."""
@@ -112,7 +105,7 @@ class Telemetry:
             seconds = time.monotonic() - started
             scope["app"].state.bodies.give(state.get("body_bytes", 0))
             route = getattr(scope.get("route"), "path", "none")
-            self.metrics.count(method if method in METHODS else "other", route, status, seconds)
+            self.count(method if method in METHODS else "other", route, status, seconds)
             facts = {"method": method, "path": scope["path"], "status": status, "request_id": request_id}
             log.info("request", extra={"facts": {**facts, "key": state.get("key"), "ms": round(1000 * seconds, 1)}})
 

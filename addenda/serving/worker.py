@@ -48,7 +48,7 @@ class Worker:
         self._pixels = pixel_slots(pixels, settings.shape)
         self._settings, board = settings, Board(memory, settings.workers)
         self._app = app = FastAPI(
-            lifespan=self._lifespan, exception_handlers=HANDLERS, middleware=[Middleware(Telemetry, metrics=self)]
+            lifespan=self._lifespan, exception_handlers=HANDLERS, middleware=[Middleware(Telemetry, count=self.count)]
         )
         self._routes = [r for module in (api, inference) for r in module.router.routes if r.endpoint in ENDPOINTS]
         app.router.routes[:] = self._routes

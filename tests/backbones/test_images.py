@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -116,3 +117,10 @@ def test_an_image_too_large_to_be_safe_is_refused(tmp_path, monkeypatch):
     Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
     with pytest.raises(DataError, match=r"a\.png' cannot be read: .*decompression bomb"):
         read_image(tmp_path / "a.png")
+
+
+def test_empty_bytes_are_said_to_be_empty() -> None:
+    with pytest.raises(DataError, match=r"^Image 0 cannot be read: it is empty, 0 bytes\.$"):
+        read_image(BytesIO(), "Image 0", ("JPEG", "PNG"))
+    with pytest.raises(DataError, match=r"it is not a JPEG or PNG file\.$"):
+        read_image(BytesIO(b"text"), "Image 0", ("JPEG", "PNG"))

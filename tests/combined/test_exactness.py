@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 import gc
 import random
-import subprocess
-import sys
 import weakref
 from functools import cache
+from multiprocessing.connection import Connection
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from addenda.backbones import FrozenBackbone, KeyValue, load_backbone
-from addenda.combined import CombinedModel, Layout, TileStore, forward_pass, loaded_bytes, tiles
+from addenda.combined import CombinedModel, Layout, TileStore, forward_pass, golden, loaded_bytes, tiles
 from addenda.combined.shapes import TILE, TILE_SIZES, size_class, tile_sizes
 from addenda.combined.tiles import memory_key_values
 from addenda.exceptions import ExactnessError
@@ -38,7 +37,8 @@ from tests.support.models import (
     threads,
     wide_backbone,
 )
-from tests.support.places import ROOT, SHARED
+from tests.support.places import SHARED
+from tests.support.processes import FORKS, exit_code
 from tests.support.tasks import random_task
 from tests.support.tiny import STAGED
 
@@ -114,7 +114,7 @@ def test_a_head_on_layer_features_keeps_its_bits_in_any_batch_on_one_and_two_thr
 @PRECISIONS
 @pytest.mark.parametrize("num_threads", [1, 2])
 @pytest.mark.parametrize("variant", ["plain", "clip", "wide", "dinov3", "eva02-small", "siglip", "resnet", "maxvit"])
-@settings(deadline=None, max_examples=6)
+@settings(deadline=None, max_examples=3)
 @given(num_tasks=st.integers(1, 70), **REGISTRY)
 def test_a_task_keeps_its_bits_in_any_large_registry(
     variant: str,
@@ -313,18 +313,14 @@ def test_observed_keys_and_values_do_not_depend_on_other_tasks(precision: torch.
     assert observed[0] == observed[1]
 
 
-PROGRAM = """
-import torch
-from addenda.combined import CombinedModel, golden
-from tests.support.models import backbone, random_registry
-
-torch.set_num_threads(1)
-on = backbone("dinov2")
-print(*(golden(on, task).digest for task in random_registry(on, 8, seed=4)))
-"""
+def send_digests(sender: Connection) -> None:
+    torch.set_num_threads(1)
+    on = backbone("dinov2")
+    sender.send([golden(on, task).digest for task in random_registry(on, 8, seed=4)])
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("another_interpreter")
 def test_a_task_keeps_its_bits_in_another_process() -> None:
     from addenda.combined import tensor_digest
     from addenda.combined.probe_inputs import probe_images
@@ -332,9 +328,9 @@ def test_a_task_keeps_its_bits_in_another_process() -> None:
     on = backbone("dinov2")
     tasks = random_registry(on, 8, seed=4)
     together = CombinedModel(on, tasks)(probe_images(on))
-    folder = ROOT
-    other = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True, cwd=folder)
-    assert other.stdout.split() == [tensor_digest(together[task.name]) for task in tasks]
+    receiver, sender = FORKS.Pipe(duplex=False)
+    assert exit_code(send_digests, sender, timeout_s=300) == 0
+    assert receiver.recv() == [tensor_digest(together[task.name]) for task in tasks]
 
 
 # --- adding tasks to a live model -------------------------------------------------------------------------------------

@@ -6,6 +6,8 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 from addenda import Registry
 from tests.support.commands import Result, Run
 from tests.support.images import colour_folder
@@ -16,6 +18,21 @@ def test_learn_prints_the_scores_of_the_task_and_both_probes(learned: Result) ->
     for split in (r"validation \(\d+\)", r"test \(24\)"):
         for model in ("linear probe", "layer probe", "task"):
             assert re.search(rf"{split} +{model} ", learned.out)
+
+
+def test_what_learning_will_take_is_said_beforehand(
+    run: Run, learned: Result, digits_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("addenda.text.NOTABLE_S", 0)
+    again = run("learn", "zeros", digits_folder, "--epochs", "2", "--views", "5")
+    assert again.code == 0, again.err
+    for said in (
+        r"take \d\.\d\d GB, fits to them up to \d\.\d\d GB of memory; all are cached in ",
+        r"^\d+ views at \S+ per second: about \d+ s\.$",
+        r"^\d+ steps of the sweep at \S+ per second: about \d+ s\.$",
+    ):
+        assert len(re.findall(said, again.err, re.MULTILINE)) == 1, said
+    assert "per second" not in run("learn", "more", digits_folder, "--epochs", "2", "--seed", "1", "--json").err
 
 
 def test_learning_the_same_task_again_reports_that_and_does_nothing(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -122,13 +123,25 @@ def test_predict_names_tasks_without_routing_statistics(run: Run, two_tasks: Pat
     assert "No registered task has routing statistics, so none can be chosen; name tasks with --task." in refused.err
 
 
+def test_what_many_images_will_take_is_said_after_the_first_batch(
+    run: Run, learned: Result, digits_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, said = digits_folder / "test", re.compile(r"^(\d+) images at \S+ per second: about \d+ s\.$", re.MULTILINE)
+    assert not said.search(run("predict", folder).err)  # soon done
+    monkeypatch.setattr("addenda.text.NOTABLE_S", 0)
+    csv_run = run("predict", folder, "--csv")
+    assert said.findall(csv_run.err) == [str(len(list(folder.rglob("*.png"))))]
+    assert not said.search(csv_run.out)
+    assert run("predict", folder, "--json").err == ""
+
+
 def test_a_bad_image_is_an_error_or_skipped_on_request(run: Run, learned: Result, digits_folder: Path) -> None:
     bad = digits_folder / "test" / "0" / "bad.png"
     bad.write_bytes(b"no image")
     refused = run("predict", digits_folder / "test")
     assert refused.code == 2
     assert str(bad) in refused.err
-    assert "Pass --skip-bad to skip unreadable images." in refused.err
+    assert ". Pass --skip-bad to skip unreadable images." in refused.err
     skipped = run("predict", digits_folder / "test", "--skip-bad", "--json")
     assert skipped.code == 0
     assert str(bad) in skipped.err

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -35,28 +34,12 @@ from tests.support.commands import Run
 from tests.support.images import colour_folder
 from tests.support.models import threads
 from tests.support.moments import until
+from tests.support.processes import KILLED, Forked, exit_code
 from tests.support.tasks import random_task
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.*")]
 
 PART_SIZE, NUM_PARTS = 4, 15
-
-INTERRUPTED = """
-import os, signal, sys
-from pathlib import Path
-from addenda import Registry
-from addenda.distributed.cluster import Workplace, connected
-from addenda.distributed.prediction import PredictionJob, predict_many
-
-def die(*progress):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-address, folder, location, *images = sys.argv[1:]
-with Registry.open(location) as registry, connected(address):
-    job = PredictionJob(Workplace(location, device="cpu"), part_size=4, workers=1)
-    predict_many(job, [*map(Path, images)], Path(folder), registry, die)
-"""
-"""A driver that is killed when its first part is reported."""
 
 Rows = list[tuple[str, str, str, str, float]]
 Predict = Callable[..., Summary]
@@ -139,6 +122,17 @@ def predicted(on: FrozenBackbone, registry: Registry, images: Sequence[Path], **
     ]
 
 
+def predict_and_die(address: str, images: list[Path], folder: Path, location: str) -> None:
+    """A driver that is killed when its first part is reported."""
+
+    def die(*progress: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with Registry.open(location) as registry, connected(address):
+        job = PredictionJob(Workplace(location, device="cpu"), part_size=PART_SIZE, workers=1)
+        predict_many(job, images, folder, registry, die)
+
+
 def workers(node: Any) -> list[psutil.Process]:
     """The prediction workers of a node."""
     (raylet,) = node.all_processes["raylet"]
@@ -216,14 +210,10 @@ def test_the_parts_of_a_lost_node_are_recomputed_by_others(
 
 def test_an_interrupted_run_resumes_with_the_missing_parts_and_the_same_tasks(
     undisturbed: tuple[Path, Summary], predict: Predict, cluster: tuple[Any, str], images: list[Path], tmp_path: Path,
-    tasks: Registry, glyphs: FrozenBackbone,
+    tasks: Registry, glyphs: FrozenBackbone, another_interpreter: None,
 ) -> None:  # fmt: skip
     folder = tmp_path / "parts"
-    command = [sys.executable, "-c", INTERRUPTED, cluster[1], str(folder), tasks.location, *map(str, images)]
-    log = tmp_path / "stderr"
-    with log.open("w") as file:  # not a pipe, because child processes of the driver may hold it open
-        driver = subprocess.run(command, stderr=file)
-    assert driver.returncode == -signal.SIGKILL, log.read_text()
+    assert exit_code(predict_and_die, cluster[1], images, folder, tasks.location, timeout_s=300) == KILLED
     until(lambda: not any(map(workers, cluster[0].list_all_nodes())), "its workers end with the driver", 120)
     before = {path.name: path.stat() for path in folder.glob("part-*.parquet")}
     assert 0 < len(before) < NUM_PARTS
@@ -232,12 +222,13 @@ def test_an_interrupted_run_resumes_with_the_missing_parts_and_the_same_tasks(
     register(tasks, glyphs, "newcomer", seed=3)
     try:
         options = f"--ray {cluster[1]} --out {folder} --part-size {PART_SIZE} --workers 2 --registry {tasks.location}"
-        command = [sys.executable, "-m", "addenda.cli", "predict", *map(str, images), *options.split(), "--json"]
-        done = subprocess.run(command, capture_output=True, text=True)
+        command = ("predict", *images, *options.split(), "--json")
+        out, errors = tmp_path / "out", tmp_path / "errors"
+        code = Forked(command, out, tmp_path, {**os.environ}, errors).wait(600)
     finally:
         tasks.retire("newcomer")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["computed_parts"] == NUM_PARTS - len(before)
+    assert code == 0, errors.read_text()
+    assert json.loads(out.read_text())["computed_parts"] == NUM_PARTS - len(before)
     assert contents(folder) == contents(undisturbed[0]) | {"novel.unfinished": b"a user's file"}
     for name, stat in before.items():
         assert (folder / name).stat().st_ino == stat.st_ino

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -25,7 +24,7 @@ from addenda.learner.objectives import objective_of
 from addenda.learner.token_stream import stream_features
 from addenda.learner.trainer import Trainer, parent_memory
 from tests.support.images import colour_folder
-from tests.support.places import ROOT
+from tests.support.processes import FORKS, exit_code
 from tests.support.tasks import random_task
 from tests.support.tiny import tiny_eva, tiny_vit
 
@@ -188,25 +187,23 @@ def test_seed_data_and_numerics_fix_the_artifact(tiny: FrozenBackbone, colours: 
     assert digests[0] == digests[1] != digests[2]
 
 
+REPEATED = LearnConfig(optimizer="sgd", epochs=2, learning_rate=(0.1, 0.3))
+
+
+def learn_and_send(folder: Path, location: Path, cache: Path, sender: Connection) -> None:
+    torch.set_num_threads(1)
+    with Registry.open(location) as registry:
+        learner = Learner(FrozenBackbone(tiny_vit(), "tiny", "hub"), registry, ActivationCache(cache))
+        sender.send(learner.learn("colours", folder, config=REPEATED).sha256)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("another_interpreter")
 def test_another_process_learns_the_same_artifact(tiny: FrozenBackbone, registry: Registry, tmp_path: Path) -> None:
     folder = colour_folder(tmp_path / "data")
-    script = (
-        "import sys, torch; sys.path.insert(0, sys.argv[1]); torch.set_num_threads(1)\n"
-        "from tests.support.tiny import tiny_vit\n"
-        "from addenda import FrozenBackbone, LearnConfig, Learner, Registry\n"
-        "from addenda.learner import ActivationCache\n"
-        "backbone = FrozenBackbone(tiny_vit(), 'tiny', 'hub')\n"
-        "config = LearnConfig(optimizer='sgd', epochs=2, learning_rate=(0.1, 0.3))\n"
-        "with Registry.open(sys.argv[3]) as registry:\n"
-        "    learner = Learner(backbone, registry, ActivationCache(sys.argv[4]))\n"
-        "    print(learner.learn('colours', sys.argv[2], config=config).sha256)\n"
-    )
-    root = ROOT
-    command = [sys.executable, "-c", script, root, folder, tmp_path / "other.db", tmp_path / "other-cache"]
-    other = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout.strip()
-    config = LearnConfig(optimizer="sgd", epochs=2, learning_rate=(0.1, 0.3))
-    assert Learner(tiny, registry).learn("colours", folder, config=config).sha256 == other
+    receiver, sender = FORKS.Pipe(duplex=False)
+    assert exit_code(learn_and_send, folder, tmp_path / "other.db", tmp_path / "other-cache", sender) == 0
+    assert Learner(tiny, registry).learn("colours", folder, config=REPEATED).sha256 == receiver.recv()
 
 
 def test_training_lowers_the_loss_and_changes_every_tensor(tiny: FrozenBackbone) -> None:

@@ -151,6 +151,19 @@ def test_tasks_are_learned_in_order_and_not_repeated_by_a_second_call(learner: L
     assert learner.registry.generation == generation + 1
 
 
+def test_after_the_first_task_the_time_of_the_others_is_said(
+    learner: Learner, colours: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("addenda.learner.many.NOTABLE_S", 0)
+    rows = [
+        LearnRow(name, colours, None, LearnConfig(head_only=True, seed=i)) for i, name in enumerate(("a", "b", "c"))
+    ]
+    with caplog.at_level(logging.INFO):
+        assert set(states(list(learn_many(learner, rows))).values()) == {"learned"}
+    (said,) = [message for message in caplog.messages if message.startswith("Tasks left: ")]
+    assert said.startswith("Tasks left: 2, about ")
+
+
 def test_only_tasks_that_extend_a_failed_task_are_skipped(
     learner: Learner, colours: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

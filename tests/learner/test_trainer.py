@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from addenda import FrozenBackbone, LearnConfig
 from addenda.learner import ActivationCache, Augmentation, trainer
 from addenda.learner.activations import Activations
 from addenda.learner.candidates import HEAD, Candidate
-from addenda.learner.context import Epoch
+from addenda.learner.context import Epoch, RunContext
 from addenda.learner.data import open_images
 from addenda.learner.objectives import LinearProbe, objective_of
 from addenda.learner.trainer import Trainer
@@ -55,6 +59,50 @@ def test_each_candidate_of_a_sweep_is_bitwise_identical_to_training_it_alone(
         assert all(torch.equal(candidate.best.tensors[n], only.best.tensors[n]) for n in candidate.best.tensors)
         index = alone.index(only)
         assert [e.train_loss[i] for e in history] == [e.train_loss[index] for e in alone_history]
+
+
+class NothingWaits(TorchDispatchMode):
+    """Stands in for a GPU: fails on operations that wait for the device, except in torch's optimizers.
+
+    Their step counters stay on the CPU on every device.
+    """
+
+    WAITING = ("_local_scalar_dense", "equal", "nonzero", "is_nonzero", "masked_select", "unique", "_unique2")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_operations = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> object:
+        self.num_operations += 1
+        if function._schema.name.removeprefix("aten::") in self.WAITING:
+            files = [frame.filename for frame in inspect.stack()]
+            assert any("torch/optim/" in file for file in files), f"{function} waits for the device in {files[:9]}"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_training_step_waits_for_no_result_of_the_device(
+    learned: tuple[Activations, LinearProbe], optimizer: str
+) -> None:
+    activations, linear_probe = learned
+    config = LearnConfig(optimizer=optimizer, epochs=1, batch_size=10, num_memory_tokens=3, adapter_rank=2)
+    config = LearnConfig.parse(config.to_json() | {"learning_rate": [0.01, 0.1]})
+    guard, reported = NothingWaits(), list[int]()
+
+    def report(what: str, done: int, total: int) -> None:
+        reported.append(done)
+        if done == 1:  # in the first step it is tested whether candidates may share a forward pass
+            guard.__enter__()
+        elif done == total:
+            guard.__exit__(None, None, None)
+
+    trainer = Trainer(activations, [], config, RunContext(report=report))
+    trainer.run(linear_probe, config.candidates, torch.arange(30), torch.arange(30, 40), 1, "sweep")
+    assert reported == [1, 2, 3]
+    assert guard.num_operations > 200
+    with pytest.raises(AssertionError, match="waits for the device"), NothingWaits():
+        torch.ones(1).item()
 
 
 def test_candidates_share_a_forward_pass_if_it_preserves_the_bits(learned: tuple[Activations, LinearProbe]) -> None:

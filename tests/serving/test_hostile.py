@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 from weakref import WeakValueDictionary
 
 import httpx2
+import psutil
 import pytest
 import torch
 from sqlalchemy import text as sql
@@ -50,6 +51,7 @@ from addenda.text import csv_row, shown
 from tests.support.commands import Run
 from tests.support.databases import Database, raw, tamper
 from tests.support.inference import pictures, pixels
+from tests.support.moments import until
 from tests.support.places import ROOT
 from tests.support.registries import BACKBONE, a_task, keep
 from tests.support.servers import AppClient, ServedProcess, client_of
@@ -557,7 +559,13 @@ def test_clients_that_do_not_read_are_disconnected_and_slow_readers_are_not(
         while received < num_bytes:  # slower than the network, but always reading
             received += len(slow.recv(2**16))
             time.sleep(0.02)
-        time.sleep(6)  # connections are checked every second
+        # They are checked every second. Reading from one before it is disconnected would set it free.
+        ports, process = {connection.getsockname()[1] for connection in stuck}, psutil.Process(served.process.pid)
+
+        def connected() -> set[int]:
+            return ports & {each.raddr.port for each in process.net_connections() if each.raddr}
+
+        until(lambda: not connected(), "they are disconnected", 300)
         assert all(num_readable_bytes(connection) < 40 * num_bytes for connection in stuck)
         for connection in (*stuck, slow):
             connection.close()

@@ -157,7 +157,7 @@ INVALID: list[tuple[int, str, dict[str, Any]]] = [
     (400, "1 to 128 images; this one has 129", {"inputs": [image(b"")[0] | {"shape": [129], "data": [""] * 129}]}),
     (400, "Input 'pixel_values' has values that are not finite", {"inputs": pixels(1e39)}),
     (400, "These pixel values give logits that are not finite", {"inputs": pixels(1e38)}),
-    (400, "Image 0 cannot be read: it is not a JPEG, PNG, WEBP file", {"inputs": image(b"no image")}),
+    (400, "Image 0 cannot be read: it is not a JPEG, PNG or WEBP file", {"inputs": image(b"no image")}),
     (413, "1 x 2000000 pixels; the maximum aspect ratio is 100:1. Crop it.", {"inputs": image(thin())}),
     (400, "has no output 'logits' for this request. Outputs: 'digits.logits',", {"outputs": [{"name": "logits"}]}),
     (400, "has no output 'tags.probs'", {"outputs": [{"name": "tags.probs"}], "parameters": {"tasks": "digits"}}),

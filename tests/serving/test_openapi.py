@@ -18,7 +18,7 @@ from tests.support.servers import ServedProcess
 from tests.support.tasks import random_task
 
 pytestmark = pytest.mark.slow
-EXAMPLES = 25
+EXAMPLES = 15
 # A schema cannot express that bytes are an image, that a header is a version or that one of two headers is required;
 # and a timeout of a millisecond gives 504 on a busy machine. The document declares these statuses, and never 500.
 EXCLUDED_CHECKS = [positive_data_acceptance, not_a_server_error]

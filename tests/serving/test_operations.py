@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import socket
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from tests.support.images import colour_folder
 from tests.support.load import Load
 from tests.support.moments import until
 from tests.support.places import ROOT
+from tests.support.processes import Forked
 from tests.support.servers import ServedProcess
 from tests.support.tasks import random_task
 
@@ -243,7 +243,7 @@ def test_slow_senders_are_disconnected_and_others_are_served(
         assert server.log.read_text().count('"status": 408') == 200
 
 
-def memory_kb(process: subprocess.Popen[bytes]) -> int:
+def memory_kb(process: Forked) -> int:
     status = Path(f"/proc/{process.pid}/status").read_text()
     return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS")))
 

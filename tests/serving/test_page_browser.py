@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,13 +14,13 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from addenda import FrozenBackbone, Registry
+from addenda import FrozenBackbone, Registry, load_backbone
 from addenda.combined import golden
 from addenda.serving.keys import KeyFile
 from addenda.serving.server import Server, bind, make_app
 from addenda.serving.service import Service
 from tests.serving.test_page import TRAINED, register, scores
-from tests.support.places import ROOT
+from tests.support.processes import exit_code
 from tests.support.tasks import random_task
 
 pytestmark = pytest.mark.slow
@@ -98,17 +96,10 @@ def registry_of_two(glyphs: FrozenBackbone, tmp_path: Path) -> Iterator[Registry
         yield registry
 
 
-REGISTER_NEWCOMER = """
-import sys
-from addenda import Registry, load_backbone
-from addenda.combined import golden, predictions
-from tests.support.tasks import random_task
-from tests.support.places import ROOT
-backbone = load_backbone("glyphs", device="cpu")
-with Registry.open(sys.argv[1]) as registry:
-    task = random_task(backbone, "newcomer", seed=9)
-    registry.register(task, golden(backbone, task))
-"""
+def register_newcomer(location: str) -> None:
+    backbone = load_backbone("glyphs", device="cpu")
+    with Registry.open(location) as registry:
+        register(registry, backbone, random_task(backbone, "newcomer", seed=9))
 
 
 def redness(canvas: Any) -> float:
@@ -125,6 +116,7 @@ def redness(canvas: Any) -> float:
     )
 
 
+@pytest.mark.usefixtures("another_interpreter")
 def test_an_image_is_dropped_and_a_new_task_appears_while_the_page_is_open(
     browser: Any, glyphs: FrozenBackbone, registry_of_two: Registry, picture: Path, tmp_path: Path
 ) -> None:
@@ -162,8 +154,7 @@ def test_an_image_is_dropped_and_a_new_task_appears_while_the_page_is_open(
         visit.shoot("predictions")
 
         generation = int(page.inner_text("[data-generation]"))
-        location = registry_of_two.location.removeprefix("sqlite:///")
-        subprocess.run([sys.executable, "-c", REGISTER_NEWCOMER, location], check=True, cwd=ROOT)
+        assert exit_code(register_newcomer, registry_of_two.location) == 0
         page.wait_for_selector("#tasks tr[data-ref='newcomer:1']")
         assert "Now served: newcomer:1. Generation" in page.locator("[data-news]").inner_text()
         assert int(page.inner_text("header [data-generation]")) > generation

@@ -53,7 +53,7 @@ def test_background_work_waits_while_images_wait(monkeypatch: pytest.MonkeyPatch
 
 
 def test_slices_alternate_with_forward_passes_and_neither_waits_forever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(module, "PATIENCE_S", 0.6)  # far longer than a busy machine stops a thread
     turns, running, order = Turns(), threading.Lock(), []
 
     def run(kind: str) -> None:
@@ -64,7 +64,7 @@ def test_slices_alternate_with_forward_passes_and_neither_waits_forever(monkeypa
 
     def work() -> None:
         with turns.background() as give_way:
-            for _ in range(10):
+            for _ in range(5):
                 run("slice")
                 give_way()
 
@@ -74,7 +74,7 @@ def test_slices_alternate_with_forward_passes_and_neither_waits_forever(monkeypa
         with turns.request():
             run("pass")
         threading.Event().wait(0.001)  # as the event loop prepares the next batch
-    assert order.count("slice") == 10
+    assert order.count("slice") == 5
     assert order.count("pass") >= 5
     longest = max(len(part) for part in "".join(kind[0] for kind in order).replace("p", " ").split())
     assert longest <= 2
@@ -100,15 +100,15 @@ def test_a_joining_task_gives_way_to_requests_and_is_served_once_its_golden_prob
     tiny: FrozenBackbone, registry: Registry, registered: Callable[..., Task], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registered("digits")
-    monkeypatch.setattr(module, "PATIENCE_S", 60)
+    monkeypatch.setattr(module, "PATIENCE_S", 600)
 
     async def ask() -> None:
         service = Service(tiny, registry)
         with service.batcher.reserve(1):  # as if an image waited all the time
             registered("joining", seed=3)
             assert not await asyncio.to_thread(service.follower.settle, registry.generation, 2)
-            assert [*(await asyncio.wait_for(service.predict(images_of(1)), 30)).logits] == ["digits"]
-        assert await asyncio.to_thread(service.follower.settle, registry.generation, 30)
+            assert [*(await asyncio.wait_for(service.predict(images_of(1)), 120)).logits] == ["digits"]
+        assert await asyncio.to_thread(service.follower.settle, registry.generation, 120)
         assert [*(await service.predict(images_of(1))).logits] == ["digits", "joining"]
         await service.close()
 

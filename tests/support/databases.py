@@ -109,6 +109,21 @@ def rows(location: str | Registry) -> dict[str, list[tuple[Any, ...]]]:
         }
 
 
+@contextmanager
+def unchanged(registry: str | Registry) -> Iterator[None]:
+    """Expects all rows to stay as they are."""
+    before = rows(registry)
+    yield
+    assert rows(registry) == before
+
+
+@contextmanager
+def refused(registry: str | Registry, error: type[Exception], match: str | None = None) -> Iterator[Any]:
+    """Expects an error, and all rows to stay as they are."""
+    with unchanged(registry), pytest.raises(error, match=match) as refusal:
+        yield refusal
+
+
 _DEFINITIONS = {
     "sqlite": {
         "tables": "SELECT tbl_name, name, sql FROM sqlite_schema WHERE type != 'trigger' ORDER BY tbl_name, name",

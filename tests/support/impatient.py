@@ -7,7 +7,8 @@ import os
 from addenda import cli
 from addenda.serving import routes, server
 
-if __name__ == "__main__":
+
+def main() -> None:
     server.HEAD_S, routes.BODY_S = int(os.environ["HEAD_S"]), int(os.environ["BODY_S"])
     server.READ_S = int(os.environ.get("READ_S", server.READ_S))
     cli.main()

@@ -49,7 +49,7 @@ class Load:
         for thread in self._threads:
             thread.join()
 
-    def wait(self, more: int, timeout_s: float = 60) -> None:
+    def wait(self, more: int, timeout_s: float = 180) -> None:
         """Waits until that many more responses have arrived."""
         total, deadline = len(self.told) + more, time.monotonic() + timeout_s
         while len(self.told) < total:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +20,7 @@ from addenda import FrozenBackbone, Registry
 from addenda.serving.keys import KeyFile
 from addenda.serving.server import make_app
 from addenda.serving.service import Limits, Service
+from tests.support.processes import Forked
 
 
 class AppClient(TestClient):
@@ -59,12 +58,10 @@ class ServedProcess:
 
     def __init__(self, registry: str | Path, folder: Path, *options: object, **environment: str) -> None:
         self.log = folder / "serve.log"
-        command = [sys.executable, "-m", self.module, "serve", "--registry", registry, "--port", 0, *options]
+        command = ("serve", "--registry", registry, "--port", 0, *options)
         environment = {**os.environ, "ADDENDA_KEYS": str(folder / "keys.json"), "OMP_NUM_THREADS": "1", **environment}
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [str(word) for word in command], stdout=log, stderr=log, env=environment, cwd=folder
-            )
+        self.log.touch()
+        self.process = Forked(command, self.log, folder, environment, module=self.module)
         self.url = ""
         deadline = time.monotonic() + self.start_s
         while not self._is_ready():

@@ -235,17 +235,12 @@ def baseline_logits(
     backbone: FrozenBackbone, baseline: TrainedBaseline, pixels: Float[Tensor, "N 3 H W"], autocast: bool = False
 ) -> Float[Tensor, "N C"]:
     """Logits of a trained baseline on images prepared for its backbone."""
-    weight = torch.zeros(len(baseline.labels), backbone.embed_dim, dtype=torch.float32, device="cpu")
-    module, predict = _build(baseline.method, backbone, LinearProbe(weight, weight[:, 0], 1.0), baseline.labels, 0)
-    module.load_state_dict(baseline.tensors, strict=False)
-    return _logits(predict, pixels, backbone, autocast)
+    return _logits(_rebuilt(backbone, baseline)[1], pixels, backbone, autocast)
 
 
 def merged(backbone: FrozenBackbone, lora: TrainedBaseline) -> FrozenBackbone:
     """A copy of the backbone with a trained LoRA merged into its weights."""
-    weight = torch.zeros(len(lora.labels), backbone.embed_dim, dtype=torch.float32, device="cpu")
-    model, _ = _build(lora.method, backbone, LinearProbe(weight, weight[:, 0], 1.0), lora.labels, 0)
-    model.load_state_dict(lora.tensors, strict=False)
+    model, _ = _rebuilt(backbone, lora)
     for name, module in list(model.named_modules()):
         if hasattr(module, "base_layer"):  # a layer of PEFT's
             module.merge()
@@ -254,6 +249,14 @@ def merged(backbone: FrozenBackbone, lora: TrainedBaseline) -> FrozenBackbone:
     return FrozenBackbone(
         model, backbone.name, "adapted", precision=backbone.precision, device=backbone.device, **settings
     )
+
+
+def _rebuilt(backbone: FrozenBackbone, baseline: TrainedBaseline) -> tuple[nn.Module, Model]:
+    """A trained baseline as a module, and its forward function."""
+    weight = torch.zeros(len(baseline.labels), backbone.embed_dim, dtype=torch.float32, device="cpu")
+    module, predict = _build(baseline.method, backbone, LinearProbe(weight, weight[:, 0], 1.0), baseline.labels, 0)
+    module.load_state_dict(baseline.tensors, strict=False)
+    return module, predict
 
 
 def joined_accuracies(

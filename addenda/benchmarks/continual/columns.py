@@ -17,7 +17,6 @@ OURS = "addenda"
 
 Setting = Literal["task_incremental", "class_incremental"]
 SETTINGS: tuple[Setting, ...] = ("task_incremental", "class_incremental")
-UNVERIFIED = "†"
 NOT_OFFERED = (
     "Forward transfer, and accuracy on an experience before it is learned, are shown only where a method can already "
     "predict a class of that experience; with new classes in every experience it never can."
@@ -67,11 +66,9 @@ def exactness(cells: Sequence[Cell]) -> str:
     """Whether old tasks' logits are identical in all seeds, or their largest change."""
     if not any(cell.comparisons for cell in cells):
         return "nothing to compare"
-    return "identical" if all(cell.identical for cell in cells) else f"change by {_largest_change(cells)}"
-
-
-def _largest_change(cells: Sequence[Cell]) -> str:
-    return f"{largest(cell.max_difference for cell in cells):.2g}"
+    if all(cell.identical for cell in cells):
+        return "identical"
+    return f"change by {largest(cell.max_difference for cell in cells):.2g}"
 
 
 def verdict(results: Results) -> str:
@@ -82,12 +79,11 @@ def verdict(results: Results) -> str:
         spread, label = max((spread, label) for spread, label in means if spread is not None)
         return f"{label} has the highest class-incremental average accuracy, {shown(spread)} %."
     seeds = "the single seed" if len(cells) == 1 else f"all {len(cells)} seeds"
-    num_changed = sum(not cell.identical for cell in cells)
-    changed = f"old tasks' logits CHANGED in {num_changed} of {len(cells)} seeds (by up to {_largest_change(cells)})"
+    num_changed, change = sum(not cell.identical for cell in cells), exactness(cells).removeprefix("change by ")
     logits = {
         "nothing to compare": "no old task's logits to compare, since there is only one experience",
         "identical": f"old tasks' logits identical, byte for byte, in {seeds}",
-    }.get(exactness(cells), changed)
+    }.get(change, f"old tasks' logits CHANGED in {num_changed} of {len(cells)} seeds (by up to {change})")
     forgetting = (
         f"{TASK_FORGETTING.text(cells)} points task-incremental, {CLASS_FORGETTING.text(cells)} class-incremental"
     )
@@ -100,7 +96,7 @@ def method_rows(results: Results, quality: Sequence[Column] = QUALITY) -> list[l
     for note in results.methods:
         cells = results.of(note.name)
         values, price = ([column.text(cells) for column in group] for group in (quality, PRICE))
-        rows.append([note.label + ("" if note.verified else f" {UNVERIFIED}"), *values, exactness(cells), *price])
+        rows.append([note.label, *values, exactness(cells), *price])
     return rows
 
 
@@ -115,8 +111,6 @@ def footnotes(results: Results) -> list[str]:
     """Notes below the comparison table."""
     labels = {note.name: note.label for note in results.methods}
     notes = [f"{note.label}: {note.note.rstrip('.')}." for note in results.methods if note.note]
-    if unverified := [note.label for note in results.methods if not note.verified]:
-        notes.insert(0, f"{UNVERIFIED} {', '.join(unverified)}: code not checked against a published figure.")
     baselines = [labels[name] for name in labels if name != OURS and exactness(results.of(name)) == "identical"]
     if baselines:
         notes.append(
@@ -186,37 +180,14 @@ def experience_table(results: Results) -> Table:
     return Table(["experience", "classes", "training images", "test images"], rows, num_left=2)
 
 
-@dataclass(frozen=True)
-class MetricChange:
-    """A metric of a method in both runs, accuracy and forgetting as fractions; `change` is B minus A."""
+def compare_reports(a: Path, b: Path) -> dict[str, Any]:
+    """Compare two runs of a stream, each given as a report's folder or its results.json.
 
-    method: str
-    figure: str
-    a: Spread | None
-    b: Spread | None
-    change: float | None
-
-
-@dataclass(frozen=True)
-class ResultsComparison:
-    """Comparison of run B with run A."""
-
-    stream: str
-    a: str  # path of run A
-    b: str
-    differences: tuple[MetricChange, ...]  # main metrics of every method in both runs
-    exactness: Mapping[str, tuple[str, str]]  # whether old logits changed in A and in B, per method in both
-    only_a: tuple[str, ...]  # methods missing from B
-    only_b: tuple[str, ...]
-    settings: Mapping[str, tuple[str, str]]  # other differences by dotted name: the values in A and in B
-
-    def to_json(self) -> dict[str, Any]:
-        """The comparison as plain JSON values."""
-        return asdict(self)
-
-
-def compare_reports(a: Path, b: Path) -> ResultsComparison:
-    """Compare two runs of a stream, each given as a report's folder or its results.json; differences are b minus a."""
+    Returns:
+        The stream, the paths `a` and `b`, and, of the methods in both runs: `differences`, each metric in a, in b and
+        b minus a, accuracy and forgetting as fractions; `exactness`, whether old logits changed in a and in b. Then the
+        methods of only one run, and `settings`, all other differences by dotted name.
+    """
     first, second = read_results(a), read_results(b)
     streams = [(run.stream, run.labels, [(e.name, e.classes) for e in run.experiences]) for run in (first, second)]
     if streams[0] != streams[1]:
@@ -238,38 +209,44 @@ def compare_reports(a: Path, b: Path) -> ResultsComparison:
         for key, column in COLUMNS.items():
             before, after = column.spread(first.of(name)), column.spread(second.of(name))
             change = None if before is None or after is None else after.mean - before.mean
-            differences.append(MetricChange(name, key, before, after, change))
-    return ResultsComparison(
-        first.stream, str(a), str(b), tuple(differences),
-        {name: (exactness(first.of(name)), exactness(second.of(name))) for name in both},
-        tuple(name for name in names_a if name not in both), tuple(name for name in names_b if name not in both),
-        _settings(first, second, both),
-    )  # fmt: skip
+            values = {"a": before and asdict(before), "b": after and asdict(after), "change": change}
+            differences.append({"method": name, "figure": key, **values})
+    return {
+        "stream": first.stream,
+        "a": str(a),
+        "b": str(b),
+        "differences": differences,
+        "exactness": {name: [exactness(first.of(name)), exactness(second.of(name))] for name in both},
+        "only_a": [name for name in names_a if name not in both],
+        "only_b": [name for name in names_b if name not in both],
+        "settings": _settings(first, second, both),
+    }
 
 
-def print_comparison(comparison: ResultsComparison) -> None:
+def print_comparison(comparison: Mapping[str, Any]) -> None:
     """Print the metrics of every method in both runs, then the other differences."""
     rows: list[tuple[str, ...]] = []
-    for name, logits in comparison.exactness.items():
-        for i, metric in enumerate(c for c in comparison.differences if c.method == name):
-            column = COLUMNS[metric.figure]
-            change = NOTHING if metric.change is None else number(metric.change, column.unit, "+")
-            values = shown(metric.a, column.unit), shown(metric.b, column.unit), change
-            rows.append((name if i == 0 else "", column.title, *values))
+    for name, logits in comparison["exactness"].items():
+        for i, metric in enumerate(m for m in comparison["differences"] if m["method"] == name):
+            column = COLUMNS[metric["figure"]]
+            change = NOTHING if metric["change"] is None else number(metric["change"], column.unit, "+")
+            values = (shown(metric[run] and Spread(**metric[run]), column.unit) for run in ("a", "b"))
+            rows.append((name if i == 0 else "", column.title, *values, change))
         rows.append(("", "old tasks' logits", *logits, ""))
-    title = f"{comparison.stream}: B minus A; mean ± standard deviation over seeds"
+    title = f"{comparison['stream']}: B minus A; mean ± standard deviation over seeds"
     show(title, Table(("method", "metric", "A", "B", "B - A"), rows, num_left=2))
-    for run, path, only in (("A", comparison.a, comparison.only_a), ("B", comparison.b, comparison.only_b)):
-        text = f"{run}: {path}" + (f"; only in {run}: {', '.join(only)}" if only else "")
+    for run in ("a", "b"):
+        only = comparison[f"only_{run}"]
+        text = f"{run.upper()}: {comparison[run]}" + (f"; only in {run.upper()}: {', '.join(only)}" if only else "")
         console.print(text, markup=False, highlight=False, soft_wrap=True)
-    if comparison.settings:
-        settings = [(name, *values) for name, values in comparison.settings.items()]
+    if comparison["settings"]:
+        settings = [(name, *values) for name, values in comparison["settings"].items()]
         show("Other differences", Table(("setting", "A", "B"), settings, num_left=3))
     else:
         console.print("Configuration, environment and numbers of images are the same.")
 
 
-def _settings(first: Results, second: Results, both: Sequence[str]) -> dict[str, tuple[str, str]]:
+def _settings(first: Results, second: Results, both: Sequence[str]) -> dict[str, list[str]]:
     a, b = (
         {name: str(value) for name, value in flat({
             "config": run.config, "environment": run.environment, "hardware": run.hardware,
@@ -279,4 +256,4 @@ def _settings(first: Results, second: Results, both: Sequence[str]) -> dict[str,
         for run in (first, second)
     )  # fmt: skip
     names = [name for name in dict.fromkeys((*a, *b)) if a.get(name) != b.get(name)]
-    return {name: (a.get(name, NOTHING), b.get(name, NOTHING)) for name in names}
+    return {name: [a.get(name, NOTHING), b.get(name, NOTHING)] for name in names}

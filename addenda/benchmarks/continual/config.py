@@ -71,19 +71,16 @@ def stream_names() -> list[str]:
 
 
 def read_config(stream: str | Path, overrides: Mapping[str, Any] | None = None) -> StreamConfig:
-    """Read and validate the configuration of a stream.
+    """Read and validate a packaged stream by its name, a YAML file, or a folder of class folders.
 
-    Args:
-        stream: the name of a packaged stream, a YAML file, or a folder of class folders.
-        overrides: settings that replace those of the file, key by key; None values are ignored.
+    Settings in `overrides` replace those of the file, key by key; None values are ignored.
     """
-    path = Path(stream)
+    path, folder, overrides = Path(stream), Path(), overrides or {}
     if str(stream) in stream_names():
-        file = STREAMS / f"{stream}.yaml"
-        values, folder = read_mapping(file), Path()
+        values = read_mapping(STREAMS / f"{stream}.yaml")
     elif path.is_dir():
         name = slug(path.resolve().name)[:40]
-        values, folder = {"name": name, "data": {"source": "split", "root": str(path.resolve())}}, Path()
+        values = {"name": name, "data": {"source": "split", "root": str(path.resolve())}}
     elif path.suffix in (".yaml", ".yml"):
         values, folder = read_mapping(path), path.parent
     else:
@@ -92,11 +89,11 @@ def read_config(stream: str | Path, overrides: Mapping[str, Any] | None = None) 
             "YAML file, or a folder with one subfolder of images per class."
         )
     try:
-        config = StreamConfig.model_validate(_merge(values, overrides or {}))
+        config = StreamConfig.model_validate(_merge(values, overrides))
     except ValidationError as error:
         problems = "\n  ".join(map(_problem, error.errors()))
         raise DataError(f"The configuration of stream {str(stream)!r} is invalid:\n  {problems}") from error
-    if not _is_reference_run(config, overrides or {}):
+    if not _is_reference_run(config, overrides):
         config = config.model_copy(update={"expected": {}})
     config._folder = folder
     return config

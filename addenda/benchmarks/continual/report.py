@@ -11,7 +11,7 @@ import yaml
 
 from addenda.benchmarks.continual import columns
 from addenda.benchmarks.continual.columns import OURS, Setting
-from addenda.benchmarks.continual.results import FILE, Cell, MethodNote, Results
+from addenda.benchmarks.continual.results import FILE, Cell, Results
 from addenda.benchmarks.report.plots import Picture, Scheme, curves, heat_map, scale
 from addenda.benchmarks.report.tables import NOTHING, Spread, Table, show, write_json, write_pages
 from addenda.terminal import console
@@ -39,10 +39,15 @@ def write_report(results: Results, folder: Path) -> None:
     draw = partial(curves, lines, OURS, names)
     along = _drawn("curves.png", curves_caption, draw, partial(draw, narrow=True))
     colours = _drawn("scale.png", "Colour scale from 0 to 100 % accuracy", scale)
-    matrices = [
-        (note.label, [_matrix(note, results.of(note.name), setting, names) for setting in columns.SETTINGS])
-        for note in results.methods
-    ]
+    matrices: list[tuple[str, list[Drawn]]] = []
+    for note in results.methods:
+        pair = []
+        for setting in columns.SETTINGS:
+            matrix, setting_name = mean_matrix(results.of(note.name), setting), setting.replace("_", "-")
+            last = ", ".join(NOTHING if value is None else f"{100 * value:.1f}" for value in matrix[-1])
+            alt = f"Accuracy matrix of {note.label}, {setting_name}; last row, in %: {last}"
+            pair.append(_drawn(f"accuracy-{note.name}-{setting_name}.png", alt, partial(heat_map, matrix, names)))
+        matrices.append((note.label, pair))
     for drawn in (along, colours, *(matrix for _, pair in matrices for matrix in pair)):
         (folder / drawn.file).write_bytes(drawn.light.png)
     accuracies = (matrix for cell in results.cells for matrix in (cell.task_incremental, cell.class_incremental))
@@ -90,13 +95,6 @@ def accuracy_so_far(cells: Sequence[Cell]) -> list[Spread | None]:
     """Class-incremental accuracy after each experience, averaged over those so far; None without predictions."""
     means = [[Spread.of(row[: i + 1]) for i, row in enumerate(cell.class_incremental)] for cell in cells]
     return [Spread.of(spread.mean for spread in stage if spread) for stage in zip(*means, strict=True)]
-
-
-def _matrix(note: MethodNote, cells: list[Cell], setting: Setting, names: list[str]) -> Drawn:
-    matrix, setting_name = mean_matrix(cells, setting), setting.replace("_", "-")
-    last = ", ".join(NOTHING if value is None else f"{100 * value:.1f}" for value in matrix[-1])
-    alt = f"Accuracy matrix of {note.label}, {setting_name}; last row, in %: {last}"
-    return _drawn(f"accuracy-{note.name}-{setting_name}.png", alt, partial(heat_map, matrix, names))
 
 
 def _drawn(

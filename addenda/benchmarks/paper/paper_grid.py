@@ -95,14 +95,11 @@ def check_run(data: Path, sets: Sequence[str], methods: Sequence[str]) -> None:
 def run_paper(
     comparison: PaperConfig, sets: Sequence[str], seeds: int, methods: Sequence[str], out: Path
 ) -> list[dict[str, Any]]:
-    """Compute the cells missing from `out`/cells.jsonl, store each at once, then write the report.
+    """Compute the cells missing from `out`/cells.jsonl, store each at once, write the report, and return all cells.
 
     The seed draws the subset, the validation split, the initial values and the order of images. `"pairs"` takes each
     dataset and the next, learns the second as an extension of the first, and runs both in one combined model.
     `"collapse"` joins the first two, three, ... datasets without the mask.
-
-    Returns:
-        All cells with these settings, including those of earlier runs and other datasets.
     """
     check_run(comparison.data, sets, methods)
     single_set = [method for method in methods if method not in (PAIRS, COLLAPSE)]

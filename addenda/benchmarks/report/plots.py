@@ -113,19 +113,20 @@ def curves(
         return _picture(figure)
 
 
-def cost_curves(measured: Mapping[str, Sequence[Mapping[str, Any]]], file: Path) -> None:
-    """Cost against the number of tasks, a panel per backbone; `measured` maps backbone names to rows of `CostRow`."""
+def cost_curves(measured: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """Cost against the number of tasks, a panel per backbone; `measured` are rows of `CostRow`."""
     styles = {
         "combined, exact": {"color": INKS[0], "marker": "o"},
         "dense mask, precomputed": {"color": INKS[1], "marker": "s"},
         "dense mask": {"color": INKS[4], "marker": "^"},
         "separate passes": {"color": INKS[5], "marker": "x", "linestyle": "none"},
     }
-    figure = Figure(figsize=(max(7, 1 + 4.2 * len(measured)), 5), layout="constrained")
-    panels = figure.subplots(1, len(measured), sharey=True, squeeze=False)[0]
-    for axis, (name, backbone_rows) in zip(panels, measured.items(), strict=True):
+    names = list(dict.fromkeys(row["backbone"] for row in measured))
+    figure = Figure(figsize=(max(7, 1 + 4.2 * len(names)), 5), layout="constrained")
+    panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    for axis, name in zip(panels, names, strict=True):
         for method, style in styles.items():
-            rows = [row for row in backbone_rows if row["what"] == method]
+            rows = [row for row in measured if (row["backbone"], row["what"]) == (name, method)]
             keys = ("num_tasks", "ratio", "low", "seconds", "high")
             tasks, ratios, low, seconds, high = (np.array([row[key] for row in rows]) for key in keys)
             quartiles = ratios * (1 - low / seconds), ratios * (high / seconds - 1)
@@ -140,7 +141,7 @@ def cost_curves(measured: Mapping[str, Sequence[Mapping[str, Any]]], file: Path)
         axis.set_xticks([1, 10, 100, 1000], ["1", "10", "100", "1,000"])
     panels[0].set_ylabel("forward-pass time, stock timm = 1")
     handles, labels = panels[0].get_legend_handles_labels()
-    columns = 3 if len(measured) > 1 else 2
+    columns = 3 if len(names) > 1 else 2
     figure.legend(handles, labels, frameon=False, fontsize=9, loc="outside lower center", ncols=columns)
     figure.savefig(file, dpi=140)
 
@@ -177,14 +178,10 @@ Gains = Mapping[str, Mapping[str, Spread]]
 def paper_panels(
     here: Gains, paper: Gains, joined: Mapping[str, Mapping[int, float]], masked: tuple[str, float] | None, file: Path
 ) -> None:
-    """Gains of each method over the head alone, here and in the paper; and accuracy as tasks join without the mask.
+    """Gains of each method over the head alone, here and in the paper, in points by dataset and method.
 
-    Args:
-        here: gains in points, by dataset and method.
-        paper: the same, from the paper.
-        joined: accuracy in % without the mask, by label and number of tasks in the sequence.
-        masked: label and accuracy in % with the mask.
-        file: the PNG to write.
+    `joined` is the accuracy in % without the mask, by label and number of tasks in the sequence; `masked` the label and
+    accuracy of a line for the mask.
     """
     methods = [list(dict.fromkeys(method for gains in source.values() for method in gains)) for source in (here, paper)]
     figure = Figure(figsize=(15, 5.2), layout="constrained")

@@ -161,17 +161,16 @@ def write(
 
 def table_of(figures: Sequence[Figure]) -> Table:
     """The figures of a group as a table; the last column is omitted if it would be empty."""
-    columns = ("metric", "measured", "quartiles", "target", "met", "by operations")
+
+    def digits(value: float | None) -> str:
+        return "" if value is None else f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
+
+    columns, rows = ("metric", "measured", "quartiles", "target", "met", "by operations"), []
+    for figure in figures:
+        quartiles = "" if figure.low is None else f"{digits(figure.low)}–{digits(figure.high)}"
+        target = "" if figure.target is None else f"{'≥' if figure.more else '≤'} {figure.target:g} {figure.unit}"
+        met = {None: "", True: "yes", False: "no"}[figure.met]
+        measured = f"{digits(figure.measured)} {figure.unit}"
+        rows.append((figure.what, measured, quartiles, target, met, digits(figure.limit)))
     end = len(columns) if any(figure.limit is not None for figure in figures) else -1
-    return Table(columns[:end], [_cells(figure)[:end] for figure in figures])
-
-
-def _cells(figure: Figure) -> tuple[str, ...]:
-    def digits(value: float) -> str:
-        return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
-
-    target = "" if figure.target is None else f"{'≥' if figure.more else '≤'} {figure.target:g} {figure.unit}"
-    quartiles = "" if figure.low is None or figure.high is None else f"{digits(figure.low)}–{digits(figure.high)}"
-    met = {None: "", True: "yes", False: "no"}[figure.met]
-    limit = "" if figure.limit is None else digits(figure.limit)
-    return figure.what, f"{digits(figure.measured)} {figure.unit}", quartiles, target, met, limit
+    return Table(columns[:end], [row[:end] for row in rows])

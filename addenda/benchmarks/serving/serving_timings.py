@@ -57,10 +57,8 @@ def run_serving(
 ) -> list[Figure]:
     """Serves random tasks, generates load in another process, and prints a table.
 
-    With `workers`, a server with that many is loaded beside the one without, in turn.
-
-    Each load takes `seconds` and is repeated for `rounds`. With `ray`, the address of a cluster, only replicas on that
-    cluster are measured.
+    Each load takes `seconds` and is repeated for `rounds`. With `workers`, a server with that many is loaded beside the
+    one without, in turn. With `ray`, the address of a cluster, only replicas on that cluster are measured.
     """
     if out is not None:
         output_folder(out)
@@ -114,10 +112,12 @@ class _Bench:
     def throughput(self, count: int) -> list[Figure]:
         """Measures a server with `count` tasks: a closed loop relative to the model alone, then an open loop."""
         tasks = [random_task(self.backbone, number) for number in range(count)]
-        model, of_rounds = CombinedModel(self.backbone, tasks), partial(Figure.of_rounds, f"{count:,} tasks")
+        model, group = CombinedModel(self.backbone, tasks), f"{count:,} tasks"
+        of_rounds = partial(Figure.of_rounds, group)
         bare: list[float] = []
         combined: list[float] = []
         loads: list[Measured] = []
+        with_workers: list[Measured] = []
         with ExitStack() as stack:
             server = stack.enter_context(self._served(tasks))
             servers = [server]
@@ -125,7 +125,6 @@ class _Bench:
                 servers.append(stack.enter_context(self._served(tasks, "--workers", str(self.workers))))
             for each in servers:
                 self.load(*each.address, clients=self.clients, seconds=min(2, self.seconds))  # warms up
-            with_workers: list[Measured] = []
             for _ in range(self.rounds):
                 bare.append(self._alone(self.backbone.backbone_logits))
                 combined.append(self._alone(model))
@@ -138,7 +137,7 @@ class _Bench:
                 of_rounds(f"served, {self.clients} clients", "images/s", rates),
                 of_rounds("served / stock timm", "x", _ratios(rates, bare)),
                 of_rounds("served / the combined model", "x", _ratios(rates, combined), THROUGHPUT, more=True),
-                _failed(f"{count:,} tasks", "failed requests, closed loop", loads),
+                _failed(group, "failed requests, closed loop", loads),
             ]
             if self.workers:
                 name, faster = plural(self.workers, "worker"), [load.rate for load in with_workers]
@@ -146,12 +145,12 @@ class _Bench:
                     of_rounds(f"served with {name}", "images/s", faster),
                     of_rounds(f"with {name} / the combined model", "x", _ratios(faster, combined)),
                     of_rounds(f"with {name} / without", "x", _ratios(faster, rates)),
-                    _failed(f"{count:,} tasks", f"failed requests with {name}", with_workers),
+                    _failed(group, f"failed requests with {name}", with_workers),
                 ]
             for share in SHARES:
                 rate = share * statistics.median(rates)
                 opened = [self.load(*server.address, rate=rate, seed=seed) for seed in range(self.rounds)]
-                figures += _latencies(f"{count:,} tasks", f"at {share:.0%} of that", opened)
+                figures += _latencies(group, f"at {share:.0%} of that", opened)
         return figures
 
     def changes(self, cycles: int) -> list[Figure]:

@@ -133,7 +133,11 @@ def _measure(setting: Setting, test: LabelledImages, details: dict[str, Any], re
         dense.step(setting.pixels(step_rows.tolist()), step_rows)
         report("training through the dense mask", number, len(steps))
     trained |= {"dense": dense.tensors, "learned": learned.snapshot()}
-    accuracies = _accuracies(setting, test, trained)
+    model = CombinedModel(backbone, [as_task(setting, name, tensors) for name, tensors in trained.items()])
+    outputs = [model(pixels) for pixels in batches(test, backbone, model.micro_batch)]
+    accuracies = {
+        name: accuracy(torch.cat([logits[name].cpu() for logits in outputs]), test.targets) for name in trained
+    }
     memory = _memory(setting, sweep, batch, rows)
     filling = measure_filling(backbone, setting.images.select(range(min(STOCK_IMAGES, count))), VIEWS, rounds)
     layer_head_s = _measure_layer_head(backbone, setting.images)
@@ -311,13 +315,6 @@ def _cached(activations: Activations) -> list[Tensor]:
     store = activations._store
     assert store is not None
     return [store.key_values, store.features]
-
-
-def _accuracies(setting: Setting, test: LabelledImages, trained: dict[str, dict[str, Tensor]]) -> dict[str, float]:
-    """Test accuracy of each set of trained tensors, by the combined model."""
-    model = CombinedModel(setting.backbone, [as_task(setting, name, tensors) for name, tensors in trained.items()])
-    outputs = [model(batch) for batch in batches(test, setting.backbone, model.micro_batch)]
-    return {name: accuracy(torch.cat([logits[name].cpu() for logits in outputs]), test.targets) for name in trained}
 
 
 def _subset(images: LabelledImages, count: int) -> LabelledImages:

@@ -128,13 +128,7 @@ def content_faults(connection: Connection) -> Iterator[Fault]:
 
 
 def check_stored(connection: Connection, row: Mapping[str, Any], damaged: Mapping[int, str]) -> None:
-    """Checks a task's stored bytes and its parents; raises IntegrityError.
-
-    Args:
-        connection: a connection to the registry.
-        row: the task's row.
-        damaged: references of the tasks known to be damaged, by id; a task that extends one is damaged too.
-    """
+    """Checks a task's stored bytes and its parents; a task that extends one of `damaged` is damaged too."""
     parent = schema.task_parent.c
     stored = connection.scalar(select(schema.artifact.c.data).where(schema.artifact.c.sha256 == row["artifact"]))
     if stored is None:

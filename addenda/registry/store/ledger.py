@@ -71,17 +71,11 @@ def next_id(connection: Connection, table: Table) -> int:
 
 @dataclass(frozen=True)
 class Writer:
-    """Writes to a registry within a write transaction, with an event for each change.
-
-    Attributes:
-        connection: a connection in a write transaction.
-        stamp: author and time of the changes.
-        details: details added to every event.
-    """
+    """Writes to a registry within a write transaction, with an event for each change."""
 
     connection: Connection
-    stamp: Mapping[str, str]
-    details: Mapping[str, str]
+    stamp: Mapping[str, str]  # author and time
+    details: Mapping[str, str]  # added to every event
 
     def append(self, kind: str, subject: str, **details: Any) -> int:
         """Adds an event after its rows were written with the next event id; returns that id."""

@@ -198,14 +198,7 @@ def encode(task: Task) -> bytes:
 
 
 def decode(data: bytes, sha256: str, parent: Callable[[str], Task], record: Mapping[str, Any]) -> Task:
-    """Decodes an artifact.
-
-    Args:
-        data: the artifact.
-        sha256: its expected digest.
-        parent: returns a parent task by its sha256.
-        record: fields of the task that an artifact does not contain.
-    """
+    """Decodes an artifact. `parent` returns a task by its sha256; `record` has the fields that artifacts lack."""
     manifest, tensors = read(data, sha256)
     task = Task(
         backbone=manifest["backbone"],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from dataclasses import replace
 from importlib.util import find_spec
@@ -18,13 +17,14 @@ from addenda.benchmarks.baselines.dense_mask import DenseMask
 from addenda.benchmarks.baselines.paper_methods import (
     BaselineConfig,
     Rate,
+    _low_rank,
     best_baseline,
     is_baseline,
     joined_accuracies,
     method_config,
     train_baselines,
 )
-from addenda.exceptions import BackboneError, TrainingError
+from addenda.exceptions import AddendaError, BackboneError, TrainingError
 from addenda.learner import Augmentation
 from addenda.learner.activation_cache import ActivationCache
 from addenda.learner.activations import Activations
@@ -227,17 +227,10 @@ def test_joining_unmasked_baselines_changes_their_predictions() -> None:
     assert min(joined.values()) < 1
 
 
-@pytest.mark.slow
-def test_lora_without_peft_says_what_to_install() -> None:
-    code = """
-import sys; sys.modules["peft"] = None
-import torch
-from addenda.benchmarks.baselines.paper_methods import _low_rank
-_low_rank(torch.nn.Linear(2, 2), 8)
-"""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "Method 'lora-8' requires PEFT" in result.stderr
-    assert "pip install 'addenda[bench]'" in result.stderr
+def test_lora_without_peft_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(AddendaError, match=r"Method 'lora-8' requires PEFT.*pip install 'addenda\[bench\]'"):
+        _low_rank(torch.nn.Linear(2, 2), 8)
 
 
 def test_lora_on_another_backbone_family_is_refused(train: LabelledImages) -> None:

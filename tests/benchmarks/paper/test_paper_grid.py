@@ -173,8 +173,7 @@ def test_the_report_includes_the_papers_results(out: Path) -> None:
 
 def test_accuracies_are_means_and_standard_deviations_over_seeds(tiny: FrozenBackbone, tmp_path: Path) -> None:
     results = [
-        {"set": name, "seed": seed, "method": method, "validation": 0.5, "test": test, "seconds": 2.0, "num_images": 8,
-         "chosen": {"epoch": seed}}
+        scored(method, "", name, seed, test=test, chosen={"epoch": seed})
         for name, seed, method, test in (
             ("a", 0, "head", 0.5), ("a", 1, "head", 0.7), ("b", 0, "head", 0.8), ("b", 1, "head", 0.8),
             ("a", 0, "full", 0.9), ("a", 1, "full", 0.9),
@@ -234,11 +233,10 @@ def test_a_paired_gain_compares_the_same_images_and_has_a_standard_error() -> No
 
 def test_the_share_of_the_gap_from_head_to_full_follows_from_the_means(tiny: FrozenBackbone, tmp_path: Path) -> None:
     results = [
-        {"set": name, "seed": 0, "method": method, "validation": 0.5, "test": test, "seconds": 2.0, "num_images": 8,
-         "chosen": {"epoch": 1}}
+        scored(method, "", name, test=test)
         for name in ("a", "b")
         for method, test in (("full", 0.9), ("head", 0.6), ("adapters-8", 0.8))
-    ]  # fmt: skip
+    ]
     write_report(results, tiny, tmp_path, None, tmp_path)
     assert "| share of the gap from head to full | 100 % | 0 % | 67 % |" in (tmp_path / "paper.md").read_text()
 

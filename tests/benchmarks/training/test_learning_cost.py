@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from addenda import FrozenBackbone, LearnConfig
 from addenda.benchmarks.baselines.dense_mask import DenseMask
 from addenda.benchmarks.training import learning_cost
-from addenda.benchmarks.training.learning_cost import DenseTraining, Setting, run_training
+from addenda.benchmarks.training.learning_cost import DenseTraining, Setting, measure_filling, run_training
 from addenda.exceptions import DataError
 from addenda.learner import ActivationCache, Augmentation
 from addenda.learner.activations import Activations
@@ -100,3 +100,10 @@ def test_a_subset_is_random_but_always_the_same(data: Path) -> None:
     assert list(subset.items) == list(learning_cost._subset(labelled, 10).items)
     assert [labelled.targets[labelled.items.index(item)] for item in subset.items] == subset.targets.tolist()
     assert len(torch.unique(subset.targets)) > 1
+
+
+def test_filling_is_measured_over_every_view_relative_to_forward_passes(tiny: FrozenBackbone, data: Path) -> None:
+    images = open_images(data, "test")
+    filling = measure_filling(tiny, images, Augmentation(views=2), rounds=1)
+    assert filling["num_images"] == 3 * len(images)
+    assert filling["ratios"] == [pytest.approx(filling["pass_images_per_s"] / filling["images_per_s"])]

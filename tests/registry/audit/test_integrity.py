@@ -358,34 +358,6 @@ def test_each_index_that_is_dropped_is_named(copied):
             assert all(any(repr(one) in line for line in said) for one in indexes[:number])
 
 
-@pytest.mark.parametrize(
-    ("statement", "name"),
-    [
-        ("ALTER TABLE task DISABLE TRIGGER task_no_change", "task_no_change"),
-        ("ALTER TABLE task ENABLE REPLICA TRIGGER task_no_truncate", "task_no_truncate"),
-        ("CREATE OR REPLACE FUNCTION addenda_refuse() RETURNS trigger LANGUAGE plpgsql AS "
-         "'BEGIN RETURN NEW; END'", "golden_no_change"),
-        ("CREATE OR REPLACE TRIGGER task_no_change BEFORE UPDATE OR DELETE ON task FOR EACH ROW WHEN (OLD.id < 0) "
-         "EXECUTE FUNCTION addenda_refuse()", "task_no_change"),
-        ("CREATE OR REPLACE TRIGGER task_no_change BEFORE UPDATE OF name OR DELETE ON task FOR EACH ROW "
-         "EXECUTE FUNCTION addenda_refuse()", "task_no_change"),
-        ("CREATE OR REPLACE TRIGGER task_no_change AFTER UPDATE OR DELETE ON task FOR EACH ROW "
-         "EXECUTE FUNCTION addenda_refuse()", "task_no_change"),
-        ("CREATE TRIGGER swallows BEFORE INSERT ON tag FOR EACH ROW EXECUTE FUNCTION addenda_refuse()", "swallows"),
-    ],
-)  # fmt: skip
-def test_a_trigger_that_no_longer_guards_is_named(on_postgres, statement, name):
-    copied = on_postgres.new()
-    with Registry.open(copied) as book:
-        assert book.check_integrity().ok
-    with raw(copied) as connection:
-        connection.execute(text(statement))
-    with Registry.open(copied) as book:
-        assert f"trigger: {name} is missing, changed or unexpected" in [
-            fault.message for fault in book.check_integrity().faults
-        ]
-
-
 def test_a_missing_table_is_named_and_the_other_tables_are_checked(copied):
     with raw(copied) as connection:
         connection.execute(text("DROP TABLE tag"))

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from addenda.combined import CombinedModel, golden
 from addenda.exceptions import IntegrityError, RegistryError, UnknownTaskError
 from addenda.registry import Registry, digest
-from tests.support.databases import rows, tamper
+from tests.support.databases import refused, tamper, unchanged
 from tests.support.models import bits, images
 from tests.support.processes import KILLED, exit_code, killed_at_each_statement
 from tests.support.registries import BACKBONE, HERE, a_large_task, a_task, probe, verify_ledger
@@ -118,17 +118,15 @@ def test_logits_are_the_same_bits_on_arrival(tiny, database, elsewhere, tmp_path
 
 def test_importing_twice_adds_nothing(here, sent):
     here.import_bundle(sent)
-    before = rows(here.location)
-    again = here.import_bundle(sent)
+    with unchanged(here):
+        again = here.import_bundle(sent)
     assert states(again) == dict.fromkeys(FULL, "there already")
     assert {each.generation for each in again} == {None}
-    assert rows(here.location) == before
 
 
 def test_a_dry_run_returns_what_would_be_done_and_changes_no_row(here, sent):
-    before = rows(here.location)
-    planned = here.import_bundle(sent, dry_run=True)
-    assert rows(here.location) == before
+    with unchanged(here):
+        planned = here.import_bundle(sent, dry_run=True)
     assert here.import_bundle(sent) == planned
 
 
@@ -138,10 +136,9 @@ def test_content_that_exists_under_another_version_is_not_imported_again(here, h
     add(here, a_task("digits", 3), new_version=True)
     add(here, a_task("digits", 8), new_version=True)
     home.export(["digits:2"], tmp_path / "two.addenda")
-    before = rows(here.location)
-    [received] = here.import_bundle(tmp_path / "two.addenda")
+    with unchanged(here):
+        [received] = here.import_bundle(tmp_path / "two.addenda")
     assert (received.ref, received.origin, received.state) == ("digits:2", "digits:2", "there already")
-    assert rows(here.location) == before
     [renamed] = here.import_bundle(tmp_path / "two.addenda", renames={"digits": "numerals"})
     assert (renamed.ref, renamed.origin, renamed.state) == ("numerals:2", "digits:2", "added")
 
@@ -165,10 +162,9 @@ def test_golden_probes_that_differ_under_the_same_numerics_are_reported(here, ho
     here.add_backbone(BACKBONE)
     task, other = a_task("strokes", 1), torch.ones(4, 3)
     here.register(task, replace(probe(task), logits=other, digest=digest(other.numpy().tobytes())))
-    before = rows(here.location)
-    [received] = here.import_bundle(tmp_path / "one.addenda")
+    with unchanged(here):
+        [received] = here.import_bundle(tmp_path / "one.addenda")
     assert received.detail == "golden probes DIFFER under the same numerics (nnnnnnnnnnnn…); see: addenda verify"
-    assert rows(here.location) == before
 
 
 def test_an_older_version_that_arrives_later_is_not_the_newest(here, home, tmp_path):
@@ -188,13 +184,11 @@ def test_all_conflicts_are_named_and_nothing_is_imported(here, sent):
     for seed, name in ((20, "strokes"), (21, "digits"), (22, "bare")):
         add(here, a_task(name, seed))
     here.retire("bare:1")
-    before = rows(here.location)
-    with pytest.raises(RegistryError, match=r"Nothing was changed.*--rename OLD=NEW") as refusal:
+    with refused(here, RegistryError, match=r"Nothing was changed.*--rename OLD=NEW") as refusal:
         here.import_bundle(sent)
     assert [f"'{name}:1'" in str(refusal.value) for name in ("bare", "digits", "strokes")] == [True] * 3
     assert "tip" not in str(refusal.value)
     assert "digits:2" not in str(refusal.value)
-    assert rows(here.location) == before
 
 
 def test_renamed_tasks_arrive_with_their_children(here, home, sent):
@@ -224,10 +218,8 @@ def test_renamed_tasks_arrive_with_their_children(here, home, sent):
     ],
 )
 def test_impossible_renames_are_refused(here, sent, renames, message):
-    before = rows(here.location)
-    with pytest.raises(RegistryError, match=message):
+    with refused(here.location, RegistryError, match=message):
         here.import_bundle(sent, renames)
-    assert rows(here.location) == before
 
 
 def test_two_names_of_one_content_can_become_one(here, home, tmp_path):

@@ -11,7 +11,7 @@ from sqlalchemy import text
 from addenda.combined import CombinedModel, golden, verify
 from addenda.exceptions import IntegrityError, RegistryError
 from addenda.registry import Received, Registry, TaskFilter
-from tests.support.databases import raw, rows, tamper, without_triggers
+from tests.support.databases import raw, refused, tamper, unchanged, without_triggers
 from tests.support.models import bits, images
 from tests.support.processes import killed_at_each_statement
 from tests.support.registries import BACKBONE, a_task, verify_ledger
@@ -27,8 +27,8 @@ def home(tmp_path: Path) -> Iterator[Registry]:
 
 
 def test_every_task_of_the_other_arrives_with_its_retirement_and_alias(there, here):
-    before = rows(there.location)
-    received = here.merge(there)
+    with unchanged(there):
+        received = here.merge(there)
     assert {each.ref: each.state for each in received} == dict.fromkeys({*FULL, "digits@production"}, "added")
     assert_same(here, there, FULL)
     assert here.get("digits@production").version == 1
@@ -36,15 +36,13 @@ def test_every_task_of_the_other_arrives_with_its_retirement_and_alias(there, he
     assert here.tasks(TaskFilter(name="old")) == []
     assert verify_ledger(here.location) == here.generation
     assert {event.details["source"] for event in here.events()} == {there.location}
-    assert rows(there.location) == before
 
 
 def test_merged_twice_adds_nothing_and_the_generation_stays(home, here):
     here.merge(home)
-    before = rows(here.location)
-    assert {each.state for each in here.merge(home)} == {"there already"}
-    assert {each.state for each in here.merge(here)} == {"there already"}
-    assert rows(here.location) == before
+    with unchanged(here):
+        assert {each.state for each in here.merge(home)} == {"there already"}
+        assert {each.state for each in here.merge(here)} == {"there already"}
 
 
 def damaged(received: list[Received]) -> list[str]:
@@ -58,10 +56,8 @@ def test_damaged_bytes_of_existing_tasks_are_reported_and_nothing_is_built_on_th
     sha256 = here.get("strokes").sha256
     tamper(here, "artifact", "UPDATE artifact SET data = :data WHERE sha256 = :sha256", data=b"other", sha256=sha256)
     assert damaged(here.merge(home)) == ["strokes:1"]
-    before = rows(here.location)
-    with pytest.raises(IntegrityError, match=f"The stored artifact with sha256 {sha256[:12]}… has changed"):
+    with refused(here.location, IntegrityError, match=f"The stored artifact with sha256 {sha256[:12]}… has changed"):
         here.merge(home, renames={"strokes": "lines"})
-    assert rows(here.location) == before
 
 
 @pytest.mark.parametrize(("table", "column"), [("statistics", "data"), ("golden", "logits")])
@@ -73,9 +69,8 @@ def test_damaged_statistics_or_golden_probes_of_existing_tasks_are_reported(home
 
 
 def test_a_dry_run_returns_what_would_be_done_and_changes_no_row(home, here):
-    before = rows(here.location)
-    planned = here.merge(home, dry_run=True)
-    assert rows(here.location) == before
+    with unchanged(here):
+        planned = here.merge(home, dry_run=True)
     assert here.merge(home) == planned
 
 
@@ -118,10 +113,8 @@ def test_all_clashes_are_named_and_nothing_is_merged(home, here):
     here.add_backbone(BACKBONE)
     add(here, a_task("strokes", 20))
     add(here, a_task("tip", 21))
-    before = rows(here.location)
-    with pytest.raises(RegistryError, match=r"'strokes:1' \(.* is not .*\), 'tip:1' \(.*--rename OLD=NEW"):
+    with refused(here.location, RegistryError, match=r"'strokes:1' \(.* is not .*\), 'tip:1' \(.*--rename OLD=NEW"):
         here.merge(home)
-    assert rows(here.location) == before
     received = here.merge(home, renames={"strokes": "lines", "tip": "top"})
     assert {each.ref for each in received} == {*FULL, "digits@production"} - {"strokes:1", "tip:1"} | {
         "lines:1", "top:1",
@@ -152,41 +145,36 @@ def test_an_alias_follows_its_task_to_another_name(home, here):
 def test_a_task_retired_only_in_the_source_stays_active_and_is_reported(home, here):
     here.merge(home)
     home.retire("bare", "no use")
-    before = rows(here.location)
-    details = {each.ref: each.detail for each in here.merge(home)}
+    with unchanged(here):
+        details = {each.ref: each.detail for each in here.merge(home)}
     assert details["bare:1"] == "retired in the source (no use), active here"
     assert details["old:1"] == ""
-    assert rows(here.location) == before
 
 
 def test_a_task_damaged_there_is_named_and_nothing_is_merged(home, here):
     sql = "UPDATE artifact SET data = :data WHERE sha256 = :sha256"
     tamper(home.location, "artifact", sql, data=b"1234", sha256=home.get("tip").sha256)
-    before = rows(here.location)
-    with pytest.raises(IntegrityError, match=r"Task 'tip:1' was not imported: its artifact's stored bytes are missing"):
+    with refused(
+        here.location, IntegrityError, match=r"Task 'tip:1' was not imported: its artifact's stored bytes are missing"
+    ):
         here.merge(home)
-    assert rows(here.location) == before
 
 
 def test_a_row_damaged_there_is_named_and_nothing_is_merged(home, here):
     tamper(home.location, "task", "UPDATE task SET num_parameters = 1 WHERE name = 'tip'")
-    before = rows(here.location)
-    with pytest.raises(IntegrityError, match=r"Task 'tip:1' .* does not match .*: num_parameters"):
+    with refused(here, IntegrityError, match=r"Task 'tip:1' .* does not match .*: num_parameters"):
         here.merge(home)
     tamper(home.location, "task", "UPDATE task SET created_at = 'then' WHERE name = 'tip'")
-    with pytest.raises(IntegrityError, match=r"Task 'tip:1' has a damaged record: task\.created_at: String"):
+    with refused(here, IntegrityError, match=r"Task 'tip:1' has a damaged record: task\.created_at: String"):
         here.merge(home)
-    assert rows(here.location) == before
 
 
 def test_a_parent_missing_in_the_source_is_reported_and_nothing_is_merged(home, here):
     with raw(home.location) as connection:
         without_triggers(connection, "task")
         connection.execute(text("DELETE FROM task WHERE name = 'strokes'"))
-    before = rows(here.location)
-    with pytest.raises(IntegrityError, match=r"Task '(digits|tip):1' extends a task that is missing"):
+    with refused(here.location, IntegrityError, match=r"Task '(digits|tip):1' extends a task that is missing"):
         here.merge(home)
-    assert rows(here.location) == before
 
 
 @pytest.mark.slow

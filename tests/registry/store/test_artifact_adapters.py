@@ -65,25 +65,20 @@ def test_the_first_layer_of_a_gated_mlp_is_twice_as_wide_as_the_second(book):
             encode(a_task(adapters=gated | {"fc1": LowRank(torch.zeros(2, 3, 8), torch.ones(2, outputs, 3))}))
 
 
-def test_adapters_of_rank_0_are_refused():
-    with pytest.raises(IntegrityError, match="do not have one rank of at least 1"):
-        encode(a_task(adapters=adapters(rank=0)))
+INCOMPLETE = {site: update for site, update in adapters().items() if site != "proj"}
+HEAD_ONLY = {"class_token": None, "memory": None, "pooled_weight": None}
 
 
-def test_half_of_the_adapters_are_refused():
-    incomplete = adapters()
-    del incomplete["proj"]
-    with pytest.raises(
-        IntegrityError, match=r"its adapters lack \['adapters\.proj\.down', 'adapters\.proj\.up'\]: a task"
-    ):
-        encode(a_task(adapters=incomplete))
-
-
-def test_adapters_of_another_layer_are_refused():
-    with pytest.raises(IntegrityError, match=r"has the tensors \['adapters\.fc1\.down', .*'adapters\.k\.down', "):
-        encode(a_task(adapters={**adapters(), "k": adapters()["q"]}))
-
-
-def test_adapters_of_a_head_only_task_are_refused():
-    with pytest.raises(IntegrityError, match="it has adapters but no class token"):
-        encode(a_task(class_token=None, memory=None, pooled_weight=None, adapters=adapters()))
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"adapters": adapters(rank=0)}, "do not have one rank of at least 1"),
+        ({"adapters": INCOMPLETE}, r"its adapters lack \['adapters\.proj\.down', 'adapters\.proj\.up'\]: a task"),
+        ({"adapters": adapters() | {"k": adapters()["q"]}}, r"has the tensors \['adapters\.fc1.*'adapters\.k\.down', "),
+        ({"adapters": adapters(), **HEAD_ONLY}, "it has adapters but no class token"),
+    ],
+    ids=["rank 0", "half of them", "of another layer", "of a head-only task"],
+)
+def test_adapters_that_no_task_can_have_are_refused(content, message):
+    with pytest.raises(IntegrityError, match=message):
+        encode(a_task(**content))

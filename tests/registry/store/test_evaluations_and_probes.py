@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from addenda.exceptions import RegistryError
-from tests.support.databases import rows
+from tests.support.databases import refused
 from tests.support.registries import a_task, keep, probe
 
 
@@ -44,35 +44,27 @@ def test_a_golden_probe_comes_back_bit_for_bit(book):
 
 
 def test_a_golden_probe_of_other_labels_is_refused(shared_book):
-    before = rows(shared_book)
-    with pytest.raises(RegistryError, match="'digits' has 3 labels; its golden probe has 2 columns"):
+    with refused(shared_book, RegistryError, match="'digits' has 3 labels; its golden probe has 2 columns"):
         shared_book.register(a_task(), replace(probe(a_task()), logits=torch.zeros(4, 2)))
-    assert rows(shared_book) == before
 
 
 def test_a_golden_probe_with_a_wrong_digest_is_refused(shared_book):
-    before = rows(shared_book)
-    with pytest.raises(RegistryError, match="golden probe"):
+    with refused(shared_book, RegistryError, match="golden probe"):
         shared_book.register(a_task(), replace(probe(a_task()), digest="0" * 64))
-    assert rows(shared_book) == before
 
 
 @pytest.mark.parametrize("field", ["config", "metrics", "data"])
 @pytest.mark.parametrize("value", [float("nan"), Path("x")], ids=["nan", "path"])
 def test_a_value_that_json_cannot_hold_is_refused(shared_book, field, value):
-    before = rows(shared_book)
-    with pytest.raises(RegistryError, match="Task 'digits' was not registered"):
+    with refused(shared_book, RegistryError, match="Task 'digits' was not registered"):
         keep(shared_book, a_task(**{field: {"value": value}}))
-    assert rows(shared_book) == before
 
 
 def test_a_probe_under_other_numerics_is_added(book):
     keep(book, a_task())
     book.add_golden("digits", probe(a_task(), "m" * 64))
     assert [golden.numerics_fingerprint for golden in book.goldens("digits")] == ["m" * 64, "n" * 64]
-    before = rows(book)
-    with pytest.raises(RegistryError, match="'digits:1' has 3 labels; its golden probe has 2 columns"):
+    with refused(book, RegistryError, match="'digits:1' has 3 labels; its golden probe has 2 columns"):
         book.add_golden("digits", replace(probe(a_task(), "o" * 64), logits=torch.zeros(4, 2)))
-    with pytest.raises(RegistryError, match="does not match its digest"):
+    with refused(book, RegistryError, match="does not match its digest"):
         book.add_golden("digits", replace(probe(a_task(), "o" * 64), digest="0" * 64))
-    assert rows(book) == before

@@ -11,7 +11,7 @@ from addenda.exceptions import RegistryError
 from addenda.registry import Registry
 from addenda.registry.store import ledger, schema
 from addenda.registry.store.database import reading
-from tests.support.databases import address, rows, tamper
+from tests.support.databases import address, refused, tamper, unchanged
 from tests.support.registries import BACKBONE, EVALUATION, HERE, a_task, keep, probe, verify_ledger
 
 Change = Callable[[Registry], object]
@@ -62,17 +62,14 @@ def test_a_change_is_one_event_and_the_ledger_verifies(full_book, kind):
 
 @pytest.mark.parametrize("what", SAME)
 def test_a_call_that_changes_nothing_adds_no_event(full_book, what):
-    before = rows(full_book)
-    SAME[what](full_book)
-    assert rows(full_book) == before
+    with unchanged(full_book):
+        SAME[what](full_book)
 
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_a_refused_change_adds_no_event(full_book, what):
-    before = rows(full_book)
-    with pytest.raises(RegistryError):
+    with refused(full_book, RegistryError):
         REFUSED[what](full_book)
-    assert rows(full_book) == before
 
 
 def test_events_have_kind_subject_and_details(full_book):

@@ -110,7 +110,7 @@ def test_eight_processes_that_open_a_registry_at_once_upgrade_it_once(database, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", ["none", *OLD])
+@pytest.mark.parametrize("first", ["none", OLD[0]])  # an upgrade from the first schema takes every later step too
 def test_a_process_killed_at_any_statement_of_an_upgrade_leaves_the_old_schema(database, present, first):
     location = database.new()
     if first != "none":

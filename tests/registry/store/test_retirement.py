@@ -8,7 +8,7 @@ import pytest
 
 from addenda.exceptions import NameTakenError, RegistryError, UnknownTaskError
 from addenda.registry import Registry, TaskFilter
-from tests.support.databases import address, rows
+from tests.support.databases import address, refused
 from tests.support.registries import HERE, a_task, keep, same_content, verify_ledger
 
 
@@ -30,14 +30,10 @@ def test_a_version_with_an_alias_is_not_retired_and_a_retired_version_gets_no_al
     keep(book, a_task("child", parents=(book.get("digits:2"),)))
     book.set_alias("digits", "production", 2)
     book.set_alias("child", "next", 1)
-    before = rows(book)
     for ref, along in (("digits:2", ["child"]), ("child", [])):
-        with pytest.raises(
-            RegistryError,
-            match=f"'{ref.partition(':')[0]}:.' cannot be retired: '.*@.*' points at '.*', which would be retired",
-        ):
+        name = ref.partition(":")[0]
+        with refused(book, RegistryError, f"'{name}:.' cannot be retired: '.*@.*' points at '.*', which would be"):
             book.retire(ref, along=along)
-    assert rows(book) == before
     book.retire("digits:1")
     with pytest.raises(RegistryError, match="Task 'digits:1' is retired; an alias cannot point at it"):
         book.set_alias("digits", "production", 1)
@@ -67,10 +63,8 @@ def test_the_bare_name_falls_back_to_the_newest_active_version(book):
 def test_a_task_is_retired_once(book):
     keep(book, a_task())
     book.retire("digits", "first")
-    before = rows(book)
-    with pytest.raises(RegistryError, match="Task 'digits:1' is already retired"):
+    with refused(book, RegistryError, match="Task 'digits:1' is already retired"):
         book.retire("digits:1", "second")
-    assert rows(book) == before
 
 
 def test_a_task_with_active_children_is_not_retired(book):
@@ -100,13 +94,11 @@ def family(book: Registry) -> Registry:
 
 @pytest.mark.parametrize("missing", ["left", "right", "tip"])
 def test_a_parent_is_retired_only_when_every_active_descendant_is_named(family, missing):
-    before = rows(family)
     along = [name for name in ("left", "right", "tip") if name != missing]
-    with pytest.raises(
-        RegistryError, match=rf"cannot be retired: active tasks extend it \(.*{missing}:1.*\)\. Retire them"
+    with refused(
+        family, RegistryError, rf"cannot be retired: active tasks extend it \(.*{missing}:1.*\)\. Retire them"
     ):
         family.retire("root", along=along)
-    assert rows(family) == before
 
 
 @pytest.mark.parametrize("order", list(permutations(("left", "right", "tip"))))
@@ -126,9 +118,7 @@ def test_a_descendant_that_was_retired_before_need_not_be_named(family):
 
 
 def test_a_task_that_does_not_extend_it_is_not_retired_along(family):
-    before = rows(family)
-    with pytest.raises(RegistryError, match="Task 'stranger:1' does not extend 'root:1'"):
+    with refused(family, RegistryError, match="Task 'stranger:1' does not extend 'root:1'"):
         family.retire("root", along=("left", "right", "tip", "stranger"))
-    with pytest.raises(RegistryError, match="Task 'root:1' does not extend 'left:1'"):
+    with refused(family, RegistryError, match="Task 'root:1' does not extend 'left:1'"):
         family.retire("left", along=("tip", "root"))
-    assert rows(family) == before

@@ -111,59 +111,45 @@ def test_every_table_but_aliases_and_tags_has_triggers(full_book, database):
     assert schema_faults(full_book._engine) == []
 
 
-def faults_after(registry: Registry, *statements: str) -> list[str]:
-    with raw(registry) as connection:
+ADDED = {
+    "sqlite": "CREATE TRIGGER other AFTER INSERT ON event BEGIN DELETE FROM alias; END",
+    "postgresql": "CREATE TRIGGER other AFTER INSERT ON event EXECUTE FUNCTION addenda_refuse()",
+}
+CHANGED = "CREATE TRIGGER task_no_update BEFORE UPDATE ON task WHEN NEW.id > 9 BEGIN SELECT RAISE(ABORT, 'no'); END"
+WEAKER = (
+    "CREATE OR REPLACE TRIGGER task_no_change {} OR DELETE ON task FOR EACH ROW {} EXECUTE FUNCTION addenda_refuse()"
+)
+REPLACED = "CREATE OR REPLACE FUNCTION addenda_refuse() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END'"
+EVERY = sorted(f"{table.name}_no_{kind}" for table in schema.IMMUTABLE for kind in ("change", "truncate"))
+
+
+@pytest.mark.parametrize(
+    ("database", "statements", "names"),
+    [
+        ("sqlite", ["DROP TRIGGER task_no_update"], ["task_no_update"]),
+        ("sqlite", [ADDED["sqlite"]], ["other"]),
+        ("sqlite", ["DROP TRIGGER task_no_update", CHANGED], ["task_no_update"]),
+        ("postgresql", ["DROP TRIGGER task_no_change ON task"], ["task_no_change"]),
+        ("postgresql", [ADDED["postgresql"]], ["other"]),
+        ("postgresql", [WEAKER.format("BEFORE UPDATE", "WHEN (OLD.id < 0)")], ["task_no_change"]),
+        ("postgresql", [WEAKER.format("BEFORE UPDATE OF name", "")], ["task_no_change"]),
+        ("postgresql", [WEAKER.format("AFTER UPDATE", "")], ["task_no_change"]),
+        (
+            "postgresql",
+            ["CREATE TRIGGER swallows BEFORE INSERT ON tag FOR EACH ROW EXECUTE FUNCTION addenda_refuse()"],
+            ["swallows"],
+        ),
+        ("postgresql", ["ALTER TABLE event DISABLE TRIGGER event_no_change"], ["event_no_change"]),
+        ("postgresql", ["ALTER TABLE event ENABLE REPLICA TRIGGER event_no_truncate"], ["event_no_truncate"]),
+        ("postgresql", ["ALTER TABLE golden DISABLE TRIGGER USER"], ["golden_no_change", "golden_no_truncate"]),
+        ("postgresql", [REPLACED], EVERY),
+    ],
+    indirect=["database"],
+)
+def test_a_trigger_that_was_dropped_added_changed_or_switched_off_is_named(full_book, statements, names):
+    with raw(full_book) as connection:
         for sql in statements:
             connection.execute(text(sql))
-    before = everything(registry)
-    faults = schema_faults(registry._engine)
-    assert everything(registry) == before, "the check changed something"
-    return faults
-
-
-def test_a_trigger_that_was_dropped_is_named(full_book, database):
-    sql = {"sqlite": "DROP TRIGGER task_no_update", "postgresql": "DROP TRIGGER task_no_change ON task"}
-    name = {"sqlite": "task_no_update", "postgresql": "task_no_change"}
-    assert faults_after(full_book, sql[database.kind]) == [
-        f"trigger: {name[database.kind]} is missing, changed or unexpected"
-    ]
-
-
-def test_a_trigger_that_was_added_is_named(full_book, database):
-    sql = {
-        "sqlite": "CREATE TRIGGER other AFTER INSERT ON event BEGIN DELETE FROM alias; END",
-        "postgresql": "CREATE TRIGGER other AFTER INSERT ON event EXECUTE FUNCTION addenda_refuse()",
-    }
-    assert faults_after(full_book, sql[database.kind]) == ["trigger: other is missing, changed or unexpected"]
-
-
-@ON_SQLITE
-def test_an_sqlite_trigger_that_was_changed_is_named(full_book):
-    faults = faults_after(
-        full_book,
-        "DROP TRIGGER task_no_update",
-        "CREATE TRIGGER task_no_update BEFORE UPDATE ON task WHEN NEW.id > 9 BEGIN SELECT RAISE(ABORT, 'no'); END",
-    )
-    assert faults == ["trigger: task_no_update is missing, changed or unexpected"]
-
-
-@ON_POSTGRESQL
-@pytest.mark.parametrize(
-    ("sql", "names"),
-    [
-        ("ALTER TABLE event DISABLE TRIGGER event_no_change", ["event_no_change"]),
-        ("ALTER TABLE event ENABLE REPLICA TRIGGER event_no_truncate", ["event_no_truncate"]),
-        ("ALTER TABLE golden DISABLE TRIGGER USER", ["golden_no_change", "golden_no_truncate"]),
-    ],
-)
-def test_a_postgresql_trigger_that_was_switched_off_or_added_is_named(full_book, sql, names):
-    assert faults_after(full_book, sql) == [f"trigger: {name} is missing, changed or unexpected" for name in names]
-
-
-@ON_POSTGRESQL
-def test_a_postgresql_trigger_function_that_was_replaced_is_named(full_book):
-    faults = faults_after(
-        full_book,
-        "CREATE OR REPLACE FUNCTION addenda_refuse() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END'",
-    )
-    assert len(faults) == 2 * len(schema.IMMUTABLE)
+    before = everything(full_book)
+    assert schema_faults(full_book._engine) == [f"trigger: {name} is missing, changed or unexpected" for name in names]
+    assert everything(full_book) == before, "the check changed something"
