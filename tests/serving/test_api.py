@@ -74,8 +74,8 @@ def test_tasks_and_the_number_of_labels_are_selected(client: AppClient) -> None:
 
 def test_an_invalid_request_gets_a_problem_document_with_the_reason(client: AppClient) -> None:
     post = client.post
-    problem(post("/api/v1/predict", content=b"GIF89a"), 400, "not a JPEG, PNG, WEBP file")
-    problem(post("/api/v1/predict", content=picture(kind="GIF")), 400, "not a JPEG, PNG, WEBP file")
+    problem(post("/api/v1/predict", content=b"GIF89a"), 400, "not a JPEG, PNG or WEBP file")
+    problem(post("/api/v1/predict", content=picture(kind="GIF")), 400, "not a JPEG, PNG or WEBP file")
     problem(post("/api/v1/predict", content=picture()[:200]), 400, "cannot be read")
     problem(post("/api/v1/predict", content=b""), 400, "cannot be read")
     problem(post("/api/v1/predict?tasks=other", content=picture()), 404, "'other' is not served. Served: 'digits'")

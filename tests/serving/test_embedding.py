@@ -63,7 +63,7 @@ def test_features_over_http_have_the_bits_of_the_model(client: AppClient, tiny: 
 def test_a_request_for_unknown_features_is_refused(client: AppClient) -> None:
     problem(client.post(f"{EMBED}?features=final", content=picture()), 400, "There is no feature 'final'")
     problem(client.post(f"{EMBED}?features=task:cars", content=picture()), 404, "Task 'cars' is not served")
-    problem(client.post(EMBED, content=b"GIF89a"), 400, "not a JPEG, PNG, WEBP file")
+    problem(client.post(EMBED, content=b"GIF89a"), 400, "not a JPEG, PNG or WEBP file")
 
 
 def test_the_model_of_features_returns_them_by_name(client: AppClient, tiny: FrozenBackbone) -> None:
