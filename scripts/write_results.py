@@ -110,7 +110,9 @@ def routers_table() -> str:
         means = (statistics.mean(extra["routers"][router] for extra in extras) for router in routers)
         auroc = statistics.mean(extra["auroc"] for extra in extras)
         rows.append([name, *(f"{100 * mean:.1f}" for mean in means), f"{auroc:.3f}"])
-    return markdown(Table(["stream", *routers[:3], "Mahalanobis", "ridge", "layers", "all three (default)", "AUROC"], rows))
+    return markdown(
+        Table(["stream", *routers[:3], "Mahalanobis", "ridge", "layers", "all three (default)", "AUROC"], rows)
+    )
 
 
 def measured(kind: str, name: str) -> list[Figure]:

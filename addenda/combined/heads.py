@@ -114,12 +114,15 @@ def load_head(backbone: FrozenBackbone, task: Task) -> Head:
 
 
 def head_rows(features: Tensor, backbone: FrozenBackbone) -> Tensor:
-    """Features Float[..., B, D] as heads read them: in their dtype, padded with zeros to the canonical micro-batch."""
+    """Features Float[..., B, D] as heads read them: in their dtype, padded with zeros to the canonical micro-batch.
+
+    Rows are contiguous: on an Intel Xeon with two threads, MKL gives rows at other strides other bits.
+    """
     rows = features.to(torch.promote_types(backbone.precision, torch.float32))
     if torch.compiler.is_compiling():  # traced for export: any number of rows, no promise about bits
         return rows
     missing = micro_batch(backbone.device) - rows.shape[-2]
-    return F.pad(rows, (0, 0, 0, missing)) if missing else rows  # F.pad always copies
+    return F.pad(rows, (0, 0, 0, missing)) if missing else rows.contiguous()
 
 
 def group_heads(heads: dict[str, Head], proven: Container[HeadShape]) -> None:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from addenda.backbones import FrozenBackbone
 from addenda.combined import CombinedModel, loaded_bytes
-from addenda.combined.heads import HeadGroup, load_head
+from addenda.combined.heads import HeadGroup, head_rows, load_head
 from addenda.combined.shapes import HEAD_GROUP, head_shape
 from addenda.registry import Task
-from tests.support.models import backbone, bits, family, fresh_backbone, head_only, images, threads
+from tests.support.models import backbone, bits, family, fresh_backbone, head_only, images, threads, wide_backbone
 from tests.support.tasks import random_task
 
 
@@ -127,3 +127,23 @@ def test_labels_beyond_a_tasks_own_are_not_returned() -> None:
     tasks = [replace(head_only(random_task(on, f"t{i}", classes=1 + i, seed=i))) for i in range(HEAD_GROUP)]
     logits = CombinedModel(on, tasks)(images(3))
     assert [logits[task.name].shape for task in tasks] == [torch.Size((3, 1 + i)) for i in range(HEAD_GROUP)]
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_a_head_of_many_labels_has_the_same_bits_for_one_image_and_for_many(num_threads: int) -> None:
+    on = wide_backbone(torch.float32)
+    task = random_task(on, "task", classes=144, seed=1)
+    assert task.pooled_weight is not None
+    with threads(num_threads):
+        model = CombinedModel(on, [task])
+        assert bits(model(images(1))["task"]) == bits(model(images(9))["task"])[:1]
+
+
+def test_heads_read_contiguous_rows_however_a_feature_lies_in_memory() -> None:
+    on = backbone()
+    tokens = torch.randn(8, 4, on.embed_dim, generator=torch.Generator().manual_seed(0))
+    for count in (8, 4):
+        rows = head_rows(tokens[:count, 0], on)
+        assert rows.is_contiguous()
+        assert torch.equal(rows[:count], tokens[:count, 0])
+        assert not rows[count:].any()
