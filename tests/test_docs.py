@@ -13,7 +13,6 @@ from collections.abc import Callable
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -27,6 +26,7 @@ from addenda.learner import read_rows
 from tests.support.commands import Run
 from tests.support.images import colour_folder
 from tests.support.places import ROOT
+from tests.support.scripts import script
 
 DOCS = ROOT / "docs"
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.rglob("*.md")])
@@ -34,16 +34,6 @@ COMMANDS: Any = typer.main.get_command(cli.app)
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 OTHERS = {"--node-ip-address", "--include-dashboard"}
 """Options of other programs that pages mention without the program's name."""
-
-
-def script(name: str) -> ModuleType:
-    """Imports a script of scripts/ as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def command_lines(page: Path) -> list[list[str]]:

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-from tests.support.places import ROOT
-
-
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gpu_check", ROOT / "scripts" / "gpu_check.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from tests.support.scripts import script
 
 
 @pytest.mark.slow
 def test_every_part_runs_and_writes_its_file(tmp_path: Path) -> None:
-    module = script()
+    module = script("gpu_check")
     assert module.main(["--device", "cpu", "--quick", "--out", str(tmp_path)]) == 0
     files = {path.stem: path.read_text() for path in tmp_path.iterdir()}
     assert set(files) == {name for name, *_ in module.plan("cpu", True)}
@@ -36,7 +25,7 @@ def test_every_part_runs_and_writes_its_file(tmp_path: Path) -> None:
 def test_a_part_that_fails_or_has_no_time_is_named_and_the_others_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = script()
+    module = script("gpu_check")
 
     def fail() -> str:
         raise ValueError("no such kernel")
@@ -50,7 +39,7 @@ def test_a_part_that_fails_or_has_no_time_is_named_and_the_others_run(
 
 
 def test_the_whole_run_measures_what_was_asked_within_ten_minutes() -> None:
-    module = script()
+    module = script("gpu_check")
     parts = module.plan("cuda", False)
     assert sum(seconds for _, seconds, _ in parts) <= module.LIMIT_S
     names = " ".join(name for name, *_ in parts)

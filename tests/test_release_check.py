@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import os
 import re
@@ -19,17 +18,13 @@ from addenda.benchmarks.demo import digits
 from addenda.combined import golden
 from tests.support.places import ROOT
 from tests.support.processes import Forked
+from tests.support.scripts import script
 from tests.support.tasks import random_task
 
 
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("release_check", ROOT / "scripts" / "release_check.py")
-    assert spec is not None
-    assert spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
+@pytest.fixture(scope="module", name="script")
+def release_check() -> ModuleType:
+    return script("release_check")
 
 
 def archived(folder: Path, name: str, files: dict[str, int]) -> Path:

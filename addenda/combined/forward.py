@@ -78,10 +78,8 @@ def forward_pass(
     reading: Reading = "pooled" if pooled or any(task.reads_pooled for task in requested) else "nothing"
     needs_layers = layers or any(task.num_layer_features for task in requested)
     grouped: dict[HeadGroup, list[Tensor]] = {group: [] for group in complete_groups(heads)}
-    answers: dict[str, list[Tensor]] = {sha256: [] for sha256 in heads}
-    for group in grouped:
-        for sha256 in group.num_labels:
-            del answers[sha256]
+    in_groups = {sha256 for group in grouped for sha256 in group.num_labels}
+    answers: dict[str, list[Tensor]] = {sha256: [] for sha256 in heads if sha256 not in in_groups}
     features: dict[str, list[Tensor]] = {"pooled": [], "layers": []}
     # When traced for export, the caller has already entered `plain`.
     with nullcontext() if torch.compiler.is_compiling() else plain(backbone.device):
@@ -94,8 +92,8 @@ def forward_pass(
                 layer_features = stream.layers if needs_layers else None
             if not isinstance(images, Tensor):
                 count = next((tokens.shape[1] for tokens in tiles), None)
-            read = _read_by_heads(backbone, layout, tiles, heads, pooled_feature)
             shared = [None if each is None else head_rows(each, backbone) for each in (pooled_feature, layer_features)]
+            read = _read_by_heads(backbone, layout, tiles, heads, shared[0])
             for sha256, batches in answers.items():
                 batches.append(heads[sha256](read[sha256], *shared)[:count])
             for group, batches in grouped.items():
@@ -178,12 +176,11 @@ def _task_streams(
 def _read_by_heads(
     backbone: FrozenBackbone, layout: Layout, tiles: Sequence[Tensor], heads: Iterable[str], pooled: Tensor | None
 ) -> dict[str, Float[Tensor, "B D"]]:
-    """The feature that each head reads: of its task's slot, or the pooled one."""
+    """The rows that each head reads: of its task's slot, or those of the pooled feature."""
     slots = [head_rows(tokens, backbone).unbind(0) for tokens in tiles]
     features = {sha256: slots[tile][slot] for sha256, (tile, slot) in layout.slot.items()}
     if pooled is not None:
-        rows = head_rows(pooled, backbone)
-        features |= {sha256: rows for sha256 in heads if sha256 not in features}
+        features |= {sha256: pooled for sha256 in heads if sha256 not in features}
     return features
 
 
