@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import sys
+import traceback as tracebacks
 from io import TextIOWrapper
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -19,6 +23,7 @@ from addenda.exceptions import AddendaError
 from addenda.text import shown, shown_lines
 
 INTERRUPTED = 130  # exit code of typer after Ctrl-C
+INTERRUPTED_NOTE = "Interrupted. No incomplete task was registered; run the same command again to continue."
 TRACEBACK = "--traceback"
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -47,8 +52,18 @@ def _is_not_interrupt(record: logging.LogRecord) -> bool:
     return not (record.exc_info and isinstance(record.exc_info[1], KeyboardInterrupt))
 
 
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Ends the process at once while a package is imported: one that is half imported may call itself without end."""
+    if any(frame.f_code.co_filename.startswith("<frozen importlib") for frame, _ in tracebacks.walk_stack(frame)):
+        os.write(2, f"{INTERRUPTED_NOTE}\n".encode())
+        os._exit(INTERRUPTED)
+    signal.default_int_handler(number, frame)
+
+
 def main() -> None:
     """Runs the command line. Bad input prints one line and exits with 2, without a traceback."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not in a background job, which ignores it
+        signal.signal(signal.SIGINT, _interrupt)
     if logging.lastResort:
         logging.lastResort.addFilter(_is_not_interrupt)
     if isinstance(sys.stdout, TextIOWrapper) and (
@@ -75,9 +90,7 @@ def main() -> None:
         sys.exit(2 if isinstance(error, AddendaError | OSError) else 1)
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
-            typer.echo(
-                "Interrupted. No incomplete task was registered; run the same command again to continue.", err=True
-            )
+            typer.echo(INTERRUPTED_NOTE, err=True)
         raise
 
 

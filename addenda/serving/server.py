@@ -173,6 +173,13 @@ class ConnectionServer(uvicorn.Server):
         self._connecting.add(task)
         task.add_done_callback(self._connecting.discard)
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Refuses new connections, completes pending requests, and then ends the application."""
+        for server in self.servers:
+            server.close()
+        await asyncio.sleep(0.1)  # connections accepted just now are made: uvicorn closes only those that are
+        await super().shutdown(sockets)
+
 
 class Server(ConnectionServer):
     """Runs an application until SIGTERM or SIGINT, then drains it and exits with code 0.

@@ -1,0 +1,38 @@
+"""A stopping server closes every connection, also those that it has accepted a moment before."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from contextlib import suppress
+
+import pytest
+from fastapi import FastAPI
+
+from addenda.serving.server import ConnectionServer, bind
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["accepted-by-the-server", "accepted-by-others"])
+def test_a_connection_accepted_just_before_the_shutdown_is_closed_at_once(
+    own: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def stop() -> None:
+        server = ConnectionServer(FastAPI(), stop_s=2)
+        running = asyncio.ensure_future(server.serve([bind("127.0.0.1", 0)]))
+        while not server.started:
+            await asyncio.sleep(0.01)
+        if own:
+            client = socket.create_connection(server.servers[0].sockets[0].getsockname())
+            await asyncio.sleep(0)  # the next turn of the event loop accepts it
+        else:
+            client, accepted = socket.socketpair()
+            server.serve_connection(accepted)
+        client.setblocking(False)
+        await server.shutdown()
+        with client, suppress(ConnectionResetError):  # it was not accepted yet
+            assert await asyncio.wait_for(asyncio.get_running_loop().sock_recv(client, 1), 30) == b""
+        server.should_exit = True
+        await running
+
+    asyncio.run(stop())
+    assert "timeout graceful shutdown exceeded" not in caplog.text
