@@ -18,8 +18,8 @@ ENTRY_BYTES = 1500
 Entry = tuple[Tensor, Tensor | None]
 
 
-def content_key(image: bytes, snapshot: Snapshot, wanted: Wanted) -> bytes:
-    """The digest of all that an image's outputs depend on; raises an error if the model may not compute now.
+def content_keys(images: Sequence[bytes], snapshot: Snapshot, wanted: Wanted) -> list[bytes]:
+    """For each image, the digest of all that its outputs depend on; raises an error if the model may not compute now.
 
     The model checks settings and weights here as it does for a forward pass, so no entry is used after they change.
     """
@@ -30,9 +30,8 @@ def content_key(image: bytes, snapshot: Snapshot, wanted: Wanted) -> bytes:
         task = model.tasks.get(name.removeprefix(TASK_FEATURE) if wanted.embed else name)
         own = wanted.embed and not name.startswith(TASK_FEATURE)
         parts.append(name if task is None or own else ",".join(each.sha256 for each in (*task.closure, task)))
-    digest = hashlib.sha256("\n".join(parts).encode())
-    digest.update(hashlib.sha256(image).digest())
-    return digest.digest()
+    common = "\n".join(parts).encode()
+    return [hashlib.sha256(common + hashlib.sha256(image).digest()).digest() for image in images]
 
 
 def widths_of(snapshot: Snapshot, wanted: Wanted) -> dict[str, int]:

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequenc
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 from io import BytesIO
 
 import torch
@@ -21,7 +21,7 @@ from addenda.backbones import FrozenBackbone, read_image
 from addenda.combined import Choice, Router, Verdict, attention_map, can_be_routed, feature_tasks, not_finite, verdicts
 from addenda.exceptions import DataError, DeadlineError, OverloadedError, RegistryError, TooLargeError, UnknownTaskError
 from addenda.registry import Registry, is_finite
-from addenda.serving.content_cache import ContentCache, content_key, widths_of
+from addenda.serving.content_cache import ContentCache, content_keys, widths_of
 from addenda.serving.outputs import Outputs, Wanted, joined
 from addenda.serving.shared import Quota
 from addenda.serving.snapshot import Follower, Snapshot
@@ -178,8 +178,7 @@ class Service:
 
         if self.cache is None:
             return await compute(range(len(images)))
-        key_of = partial(content_key, snapshot=snapshot, wanted=wanted)
-        keys = await asyncio.gather(*(loop.run_in_executor(self._decoders, key_of, file) for file in images))
+        keys = await loop.run_in_executor(self._decoders, content_keys, images, snapshot, wanted)
         return await self.cache.outputs(keys, widths_of(snapshot, wanted), compute)
 
     @asynccontextmanager

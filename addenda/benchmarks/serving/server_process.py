@@ -48,10 +48,10 @@ class ServerProcess:
         return self._metric("process_resident_memory_bytes", float("nan")) / 1e6
 
     def _num_tasks(self) -> int:
-        """Number of served tasks; -1 before the server responds."""
+        """Number of served tasks; -1 while the server does not respond."""
         try:
             return int(self._metric("addenda_tasks", -1))
-        except ConnectionError:
+        except (ConnectionError, TimeoutError):
             return -1
 
     def _metric(self, name: str, default: float) -> float:
