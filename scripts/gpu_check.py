@@ -132,7 +132,7 @@ def learning(name: str, device: str, num_images: int) -> str:
 
 def plan(device: str, quick: bool) -> list[tuple[str, float, Callable[[], str]]]:
     """Parts in order of importance: a file's name, the seconds that it may need, and what measures it."""
-    backbones = ("vit_tiny_patch16_224",) if quick else BACKBONES
+    backbones = ("test_vit",) if quick else BACKBONES
     counts, many, rounds = ((1, 2), 3, 1) if quick else ((1, 10, 100), 1000, 5)
     parts: list[tuple[str, float, Callable[[], str]]] = [("1-exactness", 120, exactness)]
     for precision in ("float32", "bfloat16"):
@@ -142,13 +142,8 @@ def plan(device: str, quick: bool) -> list[tuple[str, float, Callable[[], str]]]
         (f"3-cost-{name}-float32-{many}", 80, partial(cost, name, "float32", device, (many,), min(rounds, 3)))
         for name in backbones
     ]
-    parts.append(
-        (
-            "4-serving",
-            100,
-            partial(serving, backbones[0], device, "1,2" if quick else "1,10,100", 0.5 + 3 * (not quick)),
-        )
-    )
+    loads = ("1", 0.5) if quick else ("1,10,100", 3.5)
+    parts.append(("4-serving", 100, partial(serving, backbones[0], device, *loads)))
     parts.append(("5-learning", 30, partial(learning, backbones[0], device, 32 if quick else 1024)))
     return parts
 

@@ -17,9 +17,9 @@ def test_every_part_runs_and_writes_its_file(tmp_path: Path) -> None:
     assert set(files) == {name for name, *_ in module.plan("cpu", True)}
     assert not [name for name, text in files.items() if "FAILED" in text or "Not run" in text]
     for precision in ("float32", "bfloat16"):
-        table = files[f"2-cost-vit_tiny_patch16_224-{precision}"]
+        table = files[f"2-cost-test_vit-{precision}"]
         assert all(f"| {what} | 2 | 8 |" in table for what in ("token tasks", "layer heads", "dense mask"))
-    assert "| layer heads | 3 | 8 |" in files["3-cost-vit_tiny_patch16_224-float32-3"]
+    assert "| layer heads | 3 | 8 |" in files["3-cost-test_vit-float32-3"]
 
 
 def test_a_part_that_fails_or_has_no_time_is_named_and_the_others_run(

@@ -144,9 +144,10 @@ def all_at_once(function: Callable[..., None], arguments: list[tuple[Any, ...]])
 
 
 def killed_at_each_statement(change: Callable[..., None], location: str, *arguments: object) -> int:
-    """Kills a process before each statement that writes in its write transaction, and at the commit, until it completes.
+    """Kills a process before each statement that writes, and at the commit, until its change completes.
 
-    Before a statement that only reads, the database is as it was after the last one that wrote. A killed change must leave nothing behind, and the next process must find the registry unlocked.
+    A read is skipped: the database is then as it was after the last write. A killed change must leave nothing behind,
+    and the next process must find the registry unlocked.
 
     Args:
         change: a module-level function that changes the registry, so that another process can import it.
