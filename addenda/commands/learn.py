@@ -150,9 +150,13 @@ def learn(
 
     A fifth of the images is held out for validation, which selects and calibrates the task.
     """
+    from addenda.registry import check_new_name
+
+    if not grow:
+        check_new_name(name)  # before the imports that take seconds
+
     from addenda.combined import recorded_backbone
     from addenda.learner import ActivationCache, open_parts
-    from addenda.registry import check_new_name
 
     single = options.single
     given_options = {
@@ -167,7 +171,6 @@ def learn(
         options.check_growing(context)
     settings = options.learn_settings(config, given_options, augmentation)
     if not grow:
-        check_new_name(name)
         open_parts(data, test, skip_bad)  # a wrong path is reported before weights are fetched or a registry is made
     with options.open_registry(registry, create=not grow) as opened:
         before = opened.generation

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import time
 from collections.abc import Iterator, Sequence
 from copy import copy
@@ -140,8 +141,8 @@ class Activations:
         total_gb, cached_gb = len(keys) * of_row / 1e9, capacity * of_row / 1e9
         views = f" in {1 + num_views} views each" if num_views else ""
         log.info(
-            "Activations of %d images%s take %.2f GB, fits to them up to %.2f GB of memory; %s.",
-            self._num_images, views, total_gb, FIT_MEMORY * layer_bytes / 1e9,
+            "Activations of %d images%s take %s GB, and fits to them up to %s GB of memory; %s.",
+            self._num_images, views, _rounded_up(total_gb), _rounded_up(FIT_MEMORY * layer_bytes / 1e9),
             f"all are cached in {cache.folder}" if capacity == len(keys)
             else f"{cached_gb:.2f} GB are cached in {cache.folder}, the others are recomputed in each epoch",
         )  # fmt: skip
@@ -305,6 +306,11 @@ class Activations:
         stream = [KeyValue(layers[:, layer, 0], layers[:, layer, 1]) for layer in range(self.backbone.depth)]
         reads = {task.sha256: lambda feature, *_: feature for task in layout.tasks}
         return forward_pass(self.backbone, stream, layout, reads, observe=observe).answers
+
+
+def _rounded_up(gigabytes: float) -> str:
+    """To two digits, and never 0.00."""
+    return f"{math.ceil(100 * gigabytes) / 100:.2f}"
 
 
 def extended_tasks(parents: Sequence[Task]) -> list[Task]:

@@ -109,7 +109,7 @@ class LearningRun:
         count = len(self._validation)
         if self.near_duplicates > MAX_NEAR_DUPLICATES * count:
             log.warning(
-                "%d of %d validation images have near-duplicates among the training images, such as frames of one "
+                "Near-duplicates of %d of %d validation images are among the training images, such as frames of one "
                 "video or crops of one photo, which inflates the validation score. Name the groups with --group-by "
                 "(in Python: group_by) or in a listing's column `group`.", self.near_duplicates, count,
             )  # fmt: skip

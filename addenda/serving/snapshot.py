@@ -174,8 +174,8 @@ class Follower:
             self.snapshot = snapshot
             self._changed.notify_all()
         elapsed_ms = 1000 * (time.monotonic() - started)
-        num_tasks = len(snapshot.records)
-        log.info("Serving generation %d: %d tasks, loaded in %.0f ms", snapshot.generation, num_tasks, elapsed_ms)
+        tasks = "1 task" if len(snapshot.records) == 1 else f"{len(snapshot.records)} tasks"
+        log.info("Serving generation %d: %s, loaded in %.0f ms", snapshot.generation, tasks, elapsed_ms)
         if not (snapshot.records or snapshot.quarantined):
             condition = "is registered" if self._alias is None else f"has the alias {self._alias!r}"
             log.warning("No task is served: no task of backbone %s %s", snapshot.model.backbone.name, condition)

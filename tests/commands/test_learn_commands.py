@@ -27,7 +27,7 @@ def test_what_learning_will_take_is_said_beforehand(
     again = run("learn", "zeros", digits_folder, "--epochs", "2", "--views", "5")
     assert again.code == 0, again.err
     for said in (
-        r"take \d\.\d\d GB, fits to them up to \d\.\d\d GB of memory; all are cached in ",
+        r"take 0\.0[1-9] GB, and fits to them up to 0\.0[1-9] GB of memory; all are cached in ",
         r"^\d+ views at \S+ per second: about \d+ s\.$",
         r"^\d+ steps of the sweep at \S+ per second: about \d+ s\.$",
     ):
