@@ -85,11 +85,6 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}"
 
 
-def plural(number: int, noun: str) -> str:
-    """A number with its noun: 1, "task" -> 1 task; 2, "task" -> 2 tasks."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
 def minute(time: str) -> str:
     """A registry timestamp to the minute: 2026-01-31T12:00:59.123456 -> 2026-01-31 12:00."""
     return time[:16].replace("T", " ")

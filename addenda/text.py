@@ -1,4 +1,4 @@
-"""Text for people: untrusted text escaped for terminals and spreadsheets, and what long work will take."""
+"""Text for people: escaped for terminals and spreadsheets, numbers with nouns, and what long work will take."""
 
 from __future__ import annotations
 
@@ -21,6 +21,11 @@ def shown(text: str) -> str:
 def shown_lines(text: str) -> str:
     """Escapes each line of a message; line breaks stay."""
     return "\n".join(map(shown, text.split("\n")))
+
+
+def plural(number: int, noun: str) -> str:
+    """A number with its noun: 1, "task" -> 1 task; 2, "task" -> 2 tasks."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def estimate(noun: str, total: int, done: int, seconds: float) -> str:

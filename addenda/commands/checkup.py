@@ -20,7 +20,8 @@ from addenda.combined.shapes import SizeClass
 from addenda.commands import options
 from addenda.exceptions import AddendaError, RegistryError
 from addenda.learner import ActivationCache
-from addenda.terminal import plural, size
+from addenda.terminal import size
+from addenda.text import plural
 
 
 class Finding(NamedTuple):

@@ -12,7 +12,8 @@ from typer import Argument, Option
 import addenda
 from addenda.commands import options, tasks
 from addenda.exceptions import RegistryError
-from addenda.terminal import minute, plural, print_json, print_result, size, table
+from addenda.terminal import minute, print_json, print_result, size, table
+from addenda.text import plural
 
 if TYPE_CHECKING:
     from addenda.registry import Received

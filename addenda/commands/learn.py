@@ -18,7 +18,6 @@ from addenda.terminal import (
     SCORES,
     console,
     percent,
-    plural,
     print_json,
     print_result,
     progress,
@@ -26,7 +25,7 @@ from addenda.terminal import (
     size,
     table,
 )
-from addenda.text import shown_lines
+from addenda.text import plural, shown_lines
 
 
 def learn(

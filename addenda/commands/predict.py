@@ -16,8 +16,8 @@ from typer import Argument, Option
 import addenda
 from addenda.commands import options
 from addenda.exceptions import AddendaError, DataError
-from addenda.terminal import console, plural, print_json, progress, size, table
-from addenda.text import csv_row, estimate, shown
+from addenda.terminal import console, print_json, progress, size, table
+from addenda.text import csv_row, estimate, plural, shown
 
 if TYPE_CHECKING:
     from addenda.backbones import LeftOut

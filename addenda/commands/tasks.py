@@ -11,7 +11,8 @@ from rich.tree import Tree
 from typer import Argument, Option
 
 from addenda.commands import options
-from addenda.terminal import SCORES, console, minute, percent, plural, print_json, print_result, size, table
+from addenda.terminal import SCORES, console, minute, percent, print_json, print_result, size, table
+from addenda.text import plural
 
 if TYPE_CHECKING:
     from addenda.registry import Kin, TaskRecord

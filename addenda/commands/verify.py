@@ -13,7 +13,8 @@ from typer import Argument, Option
 import addenda
 from addenda.commands import options
 from addenda.exceptions import AddendaError, IntegrityError
-from addenda.terminal import console, plural, print_json, print_result, table
+from addenda.terminal import console, print_json, print_result, table
+from addenda.text import plural
 
 
 def verify(

@@ -16,6 +16,7 @@ from addenda.combined import Background, CombinedModel, verdicts
 from addenda.exceptions import AddendaError, RegistryError, RegistryUnavailableError
 from addenda.registry import Golden, Registry, Task, TaskRecord, select_tasks
 from addenda.serving.answers import AnswerPlan
+from addenda.text import plural
 
 WAIT_S = 1.0
 """Seconds that one wait for a registry change lasts; stopping may take as long."""
@@ -174,7 +175,7 @@ class Follower:
             self.snapshot = snapshot
             self._changed.notify_all()
         elapsed_ms = 1000 * (time.monotonic() - started)
-        tasks = "1 task" if len(snapshot.records) == 1 else f"{len(snapshot.records)} tasks"
+        tasks = plural(len(snapshot.records), "task")
         log.info("Serving generation %d: %s, loaded in %.0f ms", snapshot.generation, tasks, elapsed_ms)
         if not (snapshot.records or snapshot.quarantined):
             condition = "is registered" if self._alias is None else f"has the alias {self._alias!r}"

@@ -37,7 +37,7 @@ from addenda.learner import LearnConfig
 from addenda.learner.context import Report, silent
 from addenda.learner.objectives import accuracy
 from addenda.registry import Registry, canonical_json
-from addenda.terminal import plural
+from addenda.text import plural
 
 OURS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = MappingProxyType({
     "addenda": (

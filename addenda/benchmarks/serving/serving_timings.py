@@ -32,7 +32,8 @@ from addenda.combined import CombinedModel, micro_batch, numerics, numerics_fing
 from addenda.combined.probe_inputs import probe_images
 from addenda.files import output_folder
 from addenda.registry import Golden, Registry, Task
-from addenda.terminal import plural, progress
+from addenda.terminal import progress
+from addenda.text import plural
 
 SHARES = (0.5, 0.7, 0.9)
 """Arrival rates in the open loop, as fractions of the closed-loop throughput."""

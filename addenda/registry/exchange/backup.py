@@ -38,7 +38,7 @@ def backup(engine: Engine, path: str | Path) -> Integrity:
             discard(folder, _FILES, _MARKER)
         with _staging(engine, target.parent) as staged:
             with _disposed(connect(staged, create=True)) as copy:
-                integrity = _copy(engine, copy)
+                integrity = _copy(engine, copy, str(target))
             staged.chmod(file_mode(engine))
             put(staged, target, replace=False)
     except FileExistsError as error:
@@ -67,7 +67,7 @@ def restore(path: str | Path, location: str | Path) -> Integrity:
         with _disposed(connect(location, create=True)) as target:
             if target.dialect.name == "sqlite" and not os.path.lexists(display_location(target)):
                 os.close(os.open(display_location(target), os.O_CREAT | os.O_EXCL | os.O_WRONLY, file_mode(source)))
-            return _copy(source, target)
+            return _copy(source, target, display_location(target))
 
 
 def remains(engine: Engine, folder: Path | None = None) -> list[Path]:
@@ -116,10 +116,12 @@ def _disposed(engine: Engine) -> Iterator[Engine]:
         engine.dispose()
 
 
-def _copy(source: Engine, target: Engine) -> Integrity:
-    """Copies every row into an empty registry, in one transaction that is rolled back if the copy has faults."""
+def _copy(source: Engine, target: Engine, location: str) -> Integrity:
+    """Copies every row into an empty registry, in one transaction that is rolled back if the copy has faults.
+
+    `location` names the target in errors: an unfinished backup has another path.
+    """
     upgrade(target, create=True)
-    location = display_location(target)
     with reading(source) as read, database_errors(f"{location!r} was not written"), writing(target) as write:
         for table in schema.metadata.sorted_tables:
             if write.execute(select(table).limit(1)).first() is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from addenda.registry.store import schema
 from tests.registry.audit.test_integrity import fill
 from tests.support.databases import Database, raw, refused, rows, tamper
 from tests.support.places import ROOT
-from tests.support.registries import BACKBONE, a_task, keep
+from tests.support.registries import BACKBONE, a_large_task, a_task, keep
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +97,20 @@ def test_a_backup_overwrites_nothing(book, tmp_path):
 def test_a_backup_into_no_folder_is_refused(book, tmp_path):
     with pytest.raises(RegistryError, match=r"The backup's folder '.*nowhere' does not exist"):
         book.backup(tmp_path / "nowhere" / "safe.db")
+
+
+def test_a_backup_to_a_full_disk_leaves_no_file_and_names_the_one_asked_for(registry, tmp_path):
+    registry.add_backbone(BACKBONE)
+    keep(registry, a_large_task())
+    folder, before = tmp_path / "full", resource.getrlimit(resource.RLIMIT_FSIZE)
+    folder.mkdir()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
+    try:
+        with pytest.raises(RegistryError, match=rf"^'{folder}/safe\.db' was not written: "):
+            registry.backup(folder / "safe.db")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(folder.iterdir()) == []
 
 
 def test_a_damaged_registry_is_not_backed_up(book, location, tmp_path):
