@@ -54,7 +54,7 @@ def _is_not_interrupt(record: logging.LogRecord) -> bool:
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     """Ends the process at once while a package is imported: one that is half imported may call itself without end."""
-    if any(frame.f_code.co_filename.startswith("<frozen importlib") for frame, _ in tracebacks.walk_stack(frame)):
+    if any(each.f_code.co_filename.startswith("<frozen importlib") for each, _ in tracebacks.walk_stack(frame)):
         os.write(2, f"{INTERRUPTED_NOTE}\n".encode())
         os._exit(INTERRUPTED)
     signal.default_int_handler(number, frame)

@@ -183,7 +183,7 @@ def serving_table() -> str:
             rows.append([group.removesuffix(" tasks"), *(f"{by_name[rate].measured:.1f}" for rate in rates), *ranges])
     columns = (
         "tasks", "stock timm alone, images/s", "combined model alone", "served, 24 clients", "with a worker",
-        "served, of the combined model alone", "with a worker",
+        "share of the combined model alone", "that share with a worker",
     )  # fmt: skip
     return markdown(Table(columns, rows))
 

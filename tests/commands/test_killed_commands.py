@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from itertools import count
 from pathlib import Path
 
@@ -137,6 +138,26 @@ def test_ctrl_c_while_a_package_is_imported_ends_the_command_at_once(tmp_path: P
     assert (done.returncode, done.stdout) == (130, ""), done.stderr
     assert done.stderr.startswith("Interrupted. No incomplete task was registered")
     assert not database.exists()
+
+
+def test_ctrl_c_while_python_starts_leaves_nothing(tmp_path: Path) -> None:
+    folder = colour_folder(tmp_path / "data")
+    database = tmp_path / "tasks.db"
+    command = [sys.executable, "-m", "addenda.cli", "learn", "colours", str(folder), *BACKBONE]
+    process = subprocess.Popen(
+        [*command, "--registry", str(database)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests run in the background ignore it
+    )  # fmt: skip
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode in (130, -signal.SIGINT), errors
+    if process.returncode == 130:
+        assert "Interrupted" in errors
+        assert "Traceback" not in errors
+    if database.exists():
+        with Registry.open(database) as registry:
+            assert registry.tasks(TaskFilter(retired=True)) == []
 
 
 def learn_and_die(folder: Path, root: Path, log: Path, kill_after: int, optimizer: str) -> None:

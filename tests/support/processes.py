@@ -144,10 +144,9 @@ def all_at_once(function: Callable[..., None], arguments: list[tuple[Any, ...]])
 
 
 def killed_at_each_statement(change: Callable[..., None], location: str, *arguments: object) -> int:
-    """Kills a process before each statement that writes, and at the commit, until its change completes.
+    """Kills a process at each statement of its write transaction and at the commit, until it completes.
 
-    A read is skipped: the database is then as it was after the last write. A killed change must leave nothing behind,
-    and the next process must find the registry unlocked.
+    A killed change must leave nothing behind, and the next process must find the registry unlocked.
 
     Args:
         change: a module-level function that changes the registry, so that another process can import it.
@@ -171,9 +170,8 @@ def killed_at_each_statement(change: Callable[..., None], location: str, *argume
 def _change_and_die(statements: int, change: Callable[..., None], *arguments: object) -> None:
     numbers = count()
 
-    def die_in_turn(connection: Connection, cursor: object = None, statement: str = "COMMIT", *_: object) -> None:
-        reads = statement.lstrip().upper().startswith(("SELECT", "PRAGMA"))
-        if connection.get_execution_options().get("writes") and not reads and next(numbers) == statements:
+    def die_in_turn(connection: Connection, *_: object) -> None:
+        if connection.get_execution_options().get("writes") and next(numbers) == statements:
             os.kill(os.getpid(), signal.SIGKILL)
 
     event.listen(Engine, "before_cursor_execute", die_in_turn)
