@@ -1,8 +1,8 @@
 """One forward pass for all tasks: shared-prefix attention, tiles, exactness, routing."""
 
 from addenda.combined.features import TASK_FEATURE, feature_tasks, feature_widths
-from addenda.combined.forward import Observer, attention_map, forward_pass
-from addenda.combined.golden import Background, Verdict, golden, verdicts, verify
+from addenda.combined.forward import Observer, attention_map, forward_pass, pausing
+from addenda.combined.golden import Verdict, golden, verdicts, verify
 from addenda.combined.model import CombinedModel, TaskLogits
 from addenda.combined.numerics import numerics, numerics_fingerprint, tensor_digest
 from addenda.combined.operations import TaskCost, loaded_bytes, pass_operations, task_cost
@@ -15,7 +15,6 @@ from addenda.combined.tiles import Layout, TileStore
 
 __all__ = [
     "TASK_FEATURE",
-    "Background",
     "Choice",
     "CombinedModel",
     "Layout",
@@ -39,6 +38,7 @@ __all__ = [
     "numerics",
     "numerics_fingerprint",
     "pass_operations",
+    "pausing",
     "predictions",
     "predictions_of",
     "prove",

@@ -6,7 +6,8 @@ Nothing else runs these. The caller's contexts (autocast, gradients, inference m
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,18 @@ AttentionObserver = Callable[[int, int, Tensor], None]
 HeadFunction = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
 """A `Head` or another function of a task's feature [B, D] (the pooled one for head-only tasks), the pooled feature and
 the layer features [B, n], all from `head_rows`."""
+
+_PAUSE: ContextVar[Callable[[], None] | None] = ContextVar("pause", default=None)
+
+
+@contextmanager
+def pausing(pause: Callable[[], None] | None) -> Iterator[None]:
+    """In this context, forward passes call a function after each layer; it may run other forward passes meanwhile."""
+    token = _PAUSE.set(pause)
+    try:
+        yield
+    finally:
+        _PAUSE.reset(token)
 
 
 class ForwardResult(NamedTuple):
@@ -170,6 +183,8 @@ def _task_streams(
             hidden[i] = backbone.family.finish(block, hidden[i], attend(*attention), updates[i])
         if observe is not None:
             observe(layer, frozen, offered)
+        if not torch.compiler.is_compiling() and (pause := _PAUSE.get()) is not None:
+            pause()
     return [backbone.final_norm(tokens) for tokens in hidden]
 
 

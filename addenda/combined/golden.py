@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -16,8 +15,6 @@ from addenda.registry import Golden, Task, is_finite
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-1}
 """Largest allowed max |difference| / max |logit| under another numerics fingerprint (docs/exactness.md)."""
-Background = Callable[[], AbstractContextManager[Callable[[], None] | None]]
-"""Makes the context of a forward pass that gives way to more urgent ones, after each layer."""
 
 
 @dataclass(frozen=True)
@@ -73,17 +70,11 @@ def verify(backbone: FrozenBackbone, recorded: Sequence[tuple[Task, Sequence[Gol
     return verdicts(CombinedModel(backbone, [task for task, _ in named]), named)
 
 
-def verdicts(
-    model: CombinedModel, recorded: Sequence[tuple[Task, Sequence[Golden]]], background: Background = nullcontext
-) -> list[Verdict]:
-    """Like `verify`, for an existing model and some of its tasks, without hashing the backbone's weights.
-
-    `background` makes a context in which the forward pass runs, with the function that it calls after each layer.
-    """
+def verdicts(model: CombinedModel, recorded: Sequence[tuple[Task, Sequence[Golden]]]) -> list[Verdict]:
+    """Like `verify`, for an existing model and some of its tasks, without hashing the backbone's weights."""
     now = numerics_fingerprint(numerics(model.backbone))
     images, names = probe_images(model.backbone), [task.name for task, _ in recorded]
-    with background() as pause:
-        logits = model(images, names, pause=pause)
+    logits = model(images, names)
     results = []
     for task, probes in recorded:
         # The sort is stable: the probe of the current numerics first, then the newest.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from addenda.backbones import FrozenBackbone, plain, read_files, uncompiled
 from addenda.combined.features import TASK_FEATURE, feature_tasks
-from addenda.combined.forward import HeadFunction, Observer, backbone_logits, forward_pass
+from addenda.combined.forward import HeadFunction, backbone_logits, forward_pass
 from addenda.combined.heads import Head, group_heads, load_head
 from addenda.combined.numerics import operations_sample, runtime_settings
 from addenda.combined.predictions import Prediction, predictions_of
@@ -135,20 +135,13 @@ class CombinedModel:
         return tuple(self.tasks) if tasks is None else tuple(dict.fromkeys(tasks))
 
     @uncompiled
-    def __call__(
-        self,
-        images: Tensor,
-        tasks: Sequence[str] | None = None,
-        features: bool = False,
-        pause: Callable[[], None] | None = None,
-    ) -> TaskLogits:
+    def __call__(self, images: Tensor, tasks: Sequence[str] | None = None, features: bool = False) -> TaskLogits:
         """Logits of all or some tasks, in float32 on the backbone's device.
 
         Args:
             images: Float[B, 3, H, W] from `backbone.transform`.
             tasks: names of the tasks to compute; None computes all.
             features: whether to return the backbone's features too, for a `Router`.
-            pause: called after each layer; it may wait while other work uses the cores.
 
         Returns:
             Float[B, C] for each task, by name.
@@ -170,8 +163,7 @@ class CombinedModel:
         heads = {task.sha256: self._heads[task.sha256] for task in requested}
         sizes = self.shapes.images if self.exact else None
         layers = features and self.backbone.num_layer_features > 0
-        observe: Observer | None = None if pause is None else lambda *_: pause()
-        result = forward_pass(self.backbone, images, layout, heads, sizes, features, layers, observe)
+        result = forward_pass(self.backbone, images, layout, heads, sizes, features, layers)
         logits = {task.name: result.answers[task.sha256] for task in requested}
         return TaskLogits(logits, self.exact, result.features)
 
@@ -203,10 +195,15 @@ class CombinedModel:
         found |= {name: each for name in ("pooled", "layers") if (each := getattr(result, name)) is not None}
         return {name: found[name].float() for name in features}
 
-    def check_settings(self) -> None:
-        """Raises ExactnessError or IntegrityError if a setting, module or weight changed since the model was made."""
+    def check_settings(self, threads: bool = True) -> None:
+        """Raises ExactnessError or IntegrityError if a setting, module or weight changed since the model was made.
+
+        `threads`: whether torch's number of threads counts, which each thread has for itself.
+        """
         self.backbone.check_as_loaded()
         (before, sample), now = self._settings, runtime_settings(self.backbone)
+        if not threads:
+            now["threads"] = before["threads"]
         if now == before and operations_sample() == sample:
             return
         pairs = {name: (before.get(name, "the default"), now.get(name, "the default")) for name in before | now}

@@ -95,6 +95,7 @@ def serve(
         raise AddendaError(f"Serving requires {error.name}: pip install 'addenda[serve]'.") from error
     from addenda.combined import recorded_backbone
     from addenda.serving.keys import KeyFile
+    from addenda.serving.model_thread import ModelThread
     from addenda.serving.service import Limits, Service
 
     ray_options = {
@@ -138,8 +139,11 @@ def serve(
     log_as_json(log_level)
     keep_memory()
     with options.open_registry(registry) as opened, bind(host, port) as listening, ExitStack() as stack:
+        model_thread = ModelThread.of_process()
         loaded = recorded_backbone(opened, weights, device)
-        app = make_app(lambda: Service(loaded, opened, alias, limits), key_file, loopback=host in LOOPBACK)
+        app = make_app(
+            lambda: Service(loaded, opened, alias, limits, model_thread), key_file, loopback=host in LOOPBACK
+        )
         notes = [] if alias is None else [f"only the versions of alias {alias!r}"]
         if metrics_port is not None:
             notes.append(f"metrics on port {serve_metrics(app, host, metrics_port)}")

@@ -11,14 +11,13 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
-import torch
-
 from addenda.backbones import FrozenBackbone
 from addenda.combined import numerics, numerics_fingerprint
 from addenda.distributed.cluster import Workplace, check_shared, fetch
 from addenda.exceptions import AddendaError, ExactnessError, KeyFileError
 from addenda.registry import Registry
 from addenda.serving.keys import KeyFile
+from addenda.serving.model_thread import ModelThread
 from addenda.serving.server import CONNECTIONS, bind, keep_memory, log_as_json, make_app
 from addenda.serving.service import Limits, Service
 
@@ -51,11 +50,11 @@ class Serving:
     log_level: str
 
     @contextmanager
-    def opened(self) -> Iterator[tuple[Registry, FrozenBackbone, dict[str, Any]]]:
-        """Opens the registry and the backbone, and describes the numerics of this process."""
-        torch.set_num_threads(self.cpus)
+    def opened(self) -> Iterator[tuple[Registry, FrozenBackbone, ModelThread, dict[str, Any]]]:
+        """Opens the registry, the backbone and the thread of the model, and describes its numerics."""
+        model_thread = ModelThread.of_process(self.cpus)
         with self.workplace.opened() as (registry, backbone):
-            yield registry, backbone, numerics(backbone)
+            yield registry, backbone, model_thread, model_thread.run(numerics, backbone).result()
 
 
 class Replica:
@@ -65,7 +64,7 @@ class Replica:
         log_as_json(serving.log_level)
         keep_memory()
         self._open = ExitStack()
-        registry, backbone, described = self._open.enter_context(serving.opened())
+        registry, backbone, model_thread, described = self._open.enter_context(serving.opened())
         fingerprint, wanted = numerics_fingerprint(described), numerics_fingerprint(expected)
         if fingerprint != wanted:
             differing = [key for key in expected if described.get(key) != expected[key]]
@@ -79,7 +78,11 @@ class Replica:
             raise KeyFileError(
                 f"The key file {str(serving.keys)!r} does not exist on this node; it must be on every node."
             )
-        self._app = make_app(lambda: Service(backbone, registry, serving.alias, serving.limits), keys, serving.loopback)
+
+        def start() -> Service:
+            return Service(backbone, registry, serving.alias, serving.limits, model_thread)
+
+        self._app = make_app(start, keys, serving.loopback)
 
     def __serve_build_asgi_app__(self) -> object:
         return self._app
@@ -127,7 +130,7 @@ def _worker_numerics(serving: Serving, say: Callable[[str], None]) -> dict[str, 
     import ray
 
     def describe() -> dict[str, Any]:
-        with serving.opened() as (_, _, described):
+        with serving.opened() as (*_, described):
             return described
 
     reference = ray.remote(num_cpus=serving.cpus, num_gpus=serving.gpus, max_calls=1)(describe).remote()

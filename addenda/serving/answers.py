@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from addenda.combined import Choice, CombinedModel, numerics, numerics_fingerprint, task_groups
+from addenda.combined import Choice, CombinedModel, task_groups
 from addenda.registry import Task
 from addenda.serving.outputs import Outputs
 
@@ -59,7 +59,7 @@ class AnswerPlan:
         return orjson.dumps(response)
 
 
-def embedding(generation: int, model: CombinedModel, features: Outputs) -> bytes:
+def embedding(generation: int, model: CombinedModel, numerics_fingerprint: str, features: Outputs) -> bytes:
     """The response with the features of one image."""
     entries: dict[str, dict[str, Any]] = {}
     for name, values in features.items():
@@ -67,5 +67,5 @@ def embedding(generation: int, model: CombinedModel, features: Outputs) -> bytes
         if task := model.tasks.get(name.partition(":")[2]):
             entries[name] |= {"ref": task.ref, "sha256": task.sha256}
     response = {"generation": generation, "exact": features.exact, "backbone_fingerprint": model.backbone.fingerprint}
-    response["numerics_fingerprint"] = numerics_fingerprint(numerics(model.backbone))
+    response["numerics_fingerprint"] = numerics_fingerprint
     return orjson.dumps(response | {"features": entries})

@@ -14,7 +14,6 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from addenda import __version__
-from addenda.combined import numerics, numerics_fingerprint
 from addenda.exceptions import DataError
 from addenda.serving.answers import INLINE, embedding
 from addenda.serving.outputs import Wanted
@@ -184,7 +183,8 @@ async def embed(
     timeout_s = _seconds(addenda_timeout_ms)
     work = service.embed([image], _listed(features) or ["pooled"], timeout_s)
     embedded = await while_connected(request, work)
-    content = embedding(embedded.snapshot.generation, embedded.snapshot.model, embedded.logits)
+    snapshot = embedded.snapshot
+    content = embedding(snapshot.generation, snapshot.model, snapshot.numerics_fingerprint, embedded.logits)
     return Response(content, headers=embedded.logits.headers, media_type="application/json")
 
 
@@ -239,7 +239,7 @@ def status(request: Request, service: Served) -> Status:
         alias=service.alias,
         backbone=service.backbone.name,
         backbone_fingerprint=service.backbone.fingerprint,
-        numerics_fingerprint=numerics_fingerprint(numerics(service.backbone)),
+        numerics_fingerprint=snapshot.numerics_fingerprint,
         tasks=snapshot.refs,
         quarantined=snapshot.quarantined,
         waiting_images=service.batcher.num_waiting,

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from torch import Tensor
 
-from addenda.combined import TASK_FEATURE, feature_widths, numerics, numerics_fingerprint
+from addenda.combined import TASK_FEATURE, feature_widths
 from addenda.serving.outputs import Outputs, Wanted, columns_of, joined
 from addenda.serving.snapshot import Snapshot
 
@@ -24,8 +24,8 @@ def content_keys(images: Sequence[bytes], snapshot: Snapshot, wanted: Wanted) ->
     The model checks settings and weights here as it does for a forward pass, so no entry is used after they change.
     """
     model = snapshot.model
-    model.check_settings()
-    parts = [numerics_fingerprint(numerics(model.backbone)), model.backbone.fingerprint, repr(wanted[1:])]
+    model.check_settings(threads=False)
+    parts = [snapshot.numerics_fingerprint, model.backbone.fingerprint, repr(wanted[1:])]
     for name in wanted.names:
         task = model.tasks.get(name.removeprefix(TASK_FEATURE) if wanted.embed else name)
         own = wanted.embed and not name.startswith(TASK_FEATURE)

@@ -17,7 +17,6 @@ from fastapi.routing import APIRoute
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import BaseModel
 
-from addenda.combined import numerics, numerics_fingerprint
 from addenda.exceptions import AddendaError, RegistryError, UnknownTaskError
 from addenda.registry import TaskFilter, TaskRecord, check_name, headline
 from addenda.serving import page_charts
@@ -116,8 +115,8 @@ def task_version(request: Request, service: Served, name: str, version: int) -> 
 @router.get("/exactness", dependencies=_PREDICT, summary="Page: exactness", **_PAGE)
 def exactness(request: Request, service: Served) -> Response:
     """Shows the exactness guarantee, its verifications, and the numerics of this server."""
-    values = numerics(service.backbone)
-    return _render(request, "exactness.html", numerics=values, fingerprint=numerics_fingerprint(values))
+    snapshot = service.snapshot
+    return _render(request, "exactness.html", numerics=snapshot.numerics, fingerprint=snapshot.numerics_fingerprint)
 
 
 @router.get("/login", dependencies=_PUBLIC, summary="Page: login", **_PAGE)

@@ -6,8 +6,9 @@ import asyncio
 import json
 import os
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from itertools import count
 from typing import Any, NamedTuple, cast
@@ -26,7 +27,6 @@ from addenda.serving.outputs import Outputs, Wanted, columns_of
 from addenda.serving.service import Batcher, Limits, Service
 from addenda.serving.shared import Quota
 from addenda.serving.snapshot import Snapshot
-from addenda.serving.turns import Turns
 
 
 class RemoteModel(NamedTuple):
@@ -52,7 +52,6 @@ class RemoteBatcher(Batcher):
 
     def __init__(self, channel: Channel, pixels: Float[Tensor, "N 3 H W"], waiting: Quota) -> None:
         self.waiting, self.seconds_per_image = waiting, 0.01
-        self._num_pending, self._turns = 0, Turns()  # nothing runs in the background here
         self._channel, self._pixels, self._numbers = channel, pixels, count()
         self._free = list(reversed(range(len(pixels))))  # the slot freed last is used first: memory grows with the load
         self._slots: dict[int, list[int]] = {}
@@ -60,6 +59,11 @@ class RemoteBatcher(Batcher):
 
     async def close(self) -> None:
         """Has nothing to stop."""
+
+    @contextmanager
+    def _pending(self, num_images: int) -> Iterator[None]:
+        """Nothing runs in the background here."""
+        yield
 
     async def predict(self, snapshot: Snapshot, images: Iterable[Float[Tensor, "3 H W"]], wanted: Wanted) -> Outputs:
         """Asks for the logits of tasks of one snapshot; cancelling the call removes its images from the queue."""
@@ -130,7 +134,9 @@ class RemoteService(Service):
             message.value, {name: tasks[name] for name in document["tasks"]}, document["exact"], document["micro_batch"]
         )
         records = {name: cast(TaskRecord, RemoteRecord(*facts)) for name, facts in document["records"].items()}
-        self._snapshot = Snapshot(document["generation"], cast(CombinedModel, model), records, document["quarantined"])
+        self._snapshot = Snapshot(
+            document["generation"], cast(CombinedModel, model), records, document["quarantined"], {}
+        )
         release = partial(_release, asyncio.get_running_loop(), channel, message.value)
         weakref.finalize(self._snapshot, release).atexit = False
 

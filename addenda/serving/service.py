@@ -22,10 +22,10 @@ from addenda.combined import Choice, Router, Verdict, attention_map, can_be_rout
 from addenda.exceptions import DataError, DeadlineError, OverloadedError, RegistryError, TooLargeError, UnknownTaskError
 from addenda.registry import Registry, is_finite
 from addenda.serving.content_cache import ContentCache, content_keys, widths_of
+from addenda.serving.model_thread import ModelThread
 from addenda.serving.outputs import Outputs, Wanted, joined
 from addenda.serving.shared import Quota
 from addenda.serving.snapshot import Follower, Snapshot
-from addenda.serving.turns import Turns
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 SMALL = 1e30
@@ -60,19 +60,26 @@ class ServedPrediction:
 
 
 class Service:
-    """Predicts with the current tasks of a registry. Create it on the event loop that uses it."""
+    """Predicts with the current tasks of a registry. Create it on the event loop that uses it.
+
+    It closes the thread of the model, by default a new one.
+    """
 
     def __init__(
-        self, backbone: FrozenBackbone, registry: Registry, alias: str | None = None, limits: Limits | None = None
+        self,
+        backbone: FrozenBackbone,
+        registry: Registry,
+        alias: str | None = None,
+        limits: Limits | None = None,
+        model_thread: ModelThread | None = None,
     ) -> None:
         self.backbone, self.registry, self.alias = backbone, registry, alias
         self.limits = limits or Limits()
-        self._turns = Turns()
-        self.follower = Follower(backbone, registry, alias, self._turns.background)
-        self.batcher = Batcher(self.limits.waiting_images, self._turns)
+        self._model_thread = model_thread or ModelThread()
+        self.follower = Follower(backbone, registry, alias, self._model_thread.background)
+        self.batcher = Batcher(self.limits.waiting_images, self._model_thread)
         self.cache = ContentCache(self.limits.cache_bytes) if self.limits.cache_bytes else None
         self._decoders = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="addenda-decoder")
-        self._attention_thread = ThreadPoolExecutor(1, thread_name_prefix="addenda-attention")
         self._router_of, self._routing = lru_cache(maxsize=1)(self._make_router), asyncio.Lock()
 
     @property
@@ -84,8 +91,8 @@ class Service:
         """Stops all threads."""
         await self.batcher.close()
         await asyncio.to_thread(self.follower.stop)
+        await asyncio.to_thread(self._model_thread.close)
         self._decoders.shutdown()
-        self._attention_thread.shutdown()
 
     async def predict(
         self,
@@ -115,7 +122,8 @@ class Service:
             router = await asyncio.to_thread(self._router_of, snapshot)
         logits = await self._predict(snapshot, images, Wanted(router.tasks, features=True), timeout_s)
         assert logits.features is not None
-        return ServedPrediction(snapshot, logits, await asyncio.to_thread(router.choose, logits.features))
+        choices = await asyncio.wrap_future(self._model_thread.run(router.choose, logits.features))
+        return ServedPrediction(snapshot, logits, choices)
 
     async def embed(
         self, images: Images, features: Sequence[str], timeout_s: float | None = None, snapshot: Snapshot | None = None
@@ -133,14 +141,14 @@ class Service:
     async def attention(
         self, image: bytes, task: str
     ) -> tuple[Snapshot, Float[Tensor, "rows columns"], tuple[int, int]]:
-        """The attention of a task's class token over an image's patches, and the image's size; runs one at a time."""
+        """The attention of a task's class token over an image's patches, and the image's size."""
         snapshot, loop = self.snapshot, asyncio.get_running_loop()
         if task not in snapshot.records:
             raise UnknownTaskError(f"Task {task[:100]!r} {snapshot.absence(task)}")
         async with self._reserve(1):
             pixels, size = await loop.run_in_executor(self._decoders, self._decode, 0, image)
             arguments = self.backbone, snapshot.model.tasks[task], pixels.unsqueeze(0)
-            weights = await loop.run_in_executor(self._attention_thread, attention_map, *arguments)
+            weights = await asyncio.wrap_future(self._model_thread.run(attention_map, *arguments))
         return snapshot, weights[0], size
 
     def verify(self) -> tuple[Snapshot, list[Verdict]]:
@@ -149,7 +157,7 @@ class Service:
         served = snapshot.model.tasks.values()
         self.backbone.check_unchanged()
         recorded = [(task, self.registry.goldens(task.ref)) for task in served]
-        return snapshot, verdicts(snapshot.model, recorded, self._turns.background)
+        return snapshot, self._model_thread.background(verdicts, snapshot.model, recorded)
 
     async def _predict(self, snapshot: Snapshot, images: Images, wanted: Wanted, timeout_s: float | None) -> Outputs:
         if not 0 < len(images) <= self.limits.images:
@@ -205,7 +213,7 @@ class Service:
             raise RegistryError(
                 "No registered task has routing statistics, so none can be chosen; name tasks instead of 'auto'."
             )
-        return Router(routable)
+        return self._model_thread.background(Router, routable)
 
 
 @dataclass(eq=False)
@@ -226,23 +234,21 @@ class Batcher:
     one event loop.
     """
 
-    def __init__(self, max_waiting: int, turns: Turns | None = None) -> None:
+    def __init__(self, max_waiting: int, model_thread: ModelThread) -> None:
         self.waiting, self._num_pending = Quota(max_waiting), 0  # images queued or being computed
-        self._turns = turns or Turns()
+        self._model_thread = model_thread
         self.report: Callable[[int, float], None] = lambda images, seconds: None  # called after each forward pass
         self._queue: deque[_Chunk] = deque()
         self._filled = asyncio.Event()
         self.seconds_per_image = 0.01
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="addenda-model")
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def close(self) -> None:
-        """Stops the model thread and cancels queued work."""
+        """Cancels queued work."""
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
         for chunk in self._queue:
             chunk.result.cancel()
-        self._thread.shutdown()
 
     @contextmanager
     def reserve(self, num_images: int) -> Iterator[None]:
@@ -269,12 +275,12 @@ class Batcher:
     def _pending(self, num_images: int) -> Iterator[None]:
         """Makes background work give way to images."""
         self._num_pending += num_images
-        self._turns.report(self._num_pending)
+        self._model_thread.report(self._num_pending)
         try:
             yield
         finally:
             self._num_pending -= num_images
-            self._turns.report(self._num_pending)
+            self._model_thread.report(self._num_pending)
 
     async def predict(self, snapshot: Snapshot, images: Iterable[Float[Tensor, "3 H W"]], wanted: Wanted) -> Outputs:
         """Computes what is wanted of one snapshot; cancelling the call removes its images from the queue."""
@@ -300,7 +306,7 @@ class Batcher:
                 continue
             started, num_images = loop.time(), sum(len(chunk.images) for chunk in batch)
             try:
-                results = await loop.run_in_executor(self._thread, self._compute, batch)
+                results = await asyncio.wrap_future(self._model_thread.run(_compute, batch))
             except Exception as error:  # fails this batch only
                 for chunk in batch:
                     if not chunk.result.done():
@@ -312,10 +318,6 @@ class Batcher:
             for chunk, result in zip(batch, results, strict=True):
                 if not chunk.result.done():
                     chunk.result.set_result(result)
-
-    def _compute(self, batch: Sequence[_Chunk]) -> list[Outputs]:
-        with self._turns.request():
-            return _compute(batch)
 
     def _next(self) -> list[_Chunk]:
         """Dequeues the next batch: the oldest chunks of one kind and snapshot; drops cancelled ones."""

@@ -6,13 +6,13 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import chain, islice
+from typing import Any
 
 from addenda.backbones import FrozenBackbone
-from addenda.combined import Background, CombinedModel, verdicts
+from addenda.combined import CombinedModel, numerics, numerics_fingerprint, verdicts
 from addenda.exceptions import AddendaError, RegistryError, RegistryUnavailableError
 from addenda.registry import Golden, Registry, Task, TaskRecord, select_tasks
 from addenda.serving.answers import AnswerPlan
@@ -26,6 +26,8 @@ RETRY_S = 1.0
 log = logging.getLogger(__name__)
 
 RecordedTask = tuple[Task, list[Golden]]
+Background = Callable[[Callable[[], "Loaded"]], "Loaded"]
+"""Runs a function on the thread that runs the model, in slices that give way to requests."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +38,12 @@ class Snapshot:
     model: CombinedModel
     records: Mapping[str, TaskRecord]  # of the served tasks, by name
     quarantined: dict[str, str]  # reasons by reference, of versions that failed their checks
+    numerics: Mapping[str, Any]  # of the thread that runs the model; a worker has none
+
+    @property
+    def numerics_fingerprint(self) -> str:
+        """The numerics fingerprint of all responses."""
+        return numerics_fingerprint(self.numerics)
 
     @property
     def refs(self) -> dict[str, str]:
@@ -70,18 +78,27 @@ class Snapshot:
 
 
 def empty_snapshot(backbone: FrozenBackbone) -> Snapshot:
-    """The snapshot of a registry without tasks."""
-    return Snapshot(0, CombinedModel(backbone, []), {}, {})
+    """A snapshot before the first one of a registry."""
+    return Snapshot(0, CombinedModel(backbone, []), {}, {}, {})
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The tasks that passed their checks, by reference, the model of them, and its numerics."""
+
+    tasks: dict[str, Task]
+    model: CombinedModel
+    numerics: Mapping[str, Any]
 
 
 def next_snapshot(
-    previous: Snapshot, registry: Registry, alias: str | None = None, background: Background = nullcontext
+    previous: Snapshot, registry: Registry, alias: str | None = None, background: Background = lambda load: load()
 ) -> Snapshot:
     """The snapshot of the registry's current generation; it shares the tasks that `previous` already serves.
 
-    Golden probes are computed in the background, in slices. A task is quarantined if its stored bytes have changed, its
-    golden probe differs, or this machine cannot compute it exactly: it is reported, and the others are served. It is
-    checked again at every registry change.
+    Tasks are loaded and golden probes computed in the background. A task is quarantined if its stored bytes have
+    changed, its golden probe differs, or this machine cannot compute it exactly: it is reported, and the others are
+    served. It is checked again at every registry change.
     """
     generation, current = registry.current(previous.model.backbone, alias)
     quarantined: dict[str, str] = {}
@@ -96,20 +113,23 @@ def next_snapshot(
                 raise
             except AddendaError as error:
                 quarantined[record.ref] = str(error)
-    verified |= {task.ref: task for task in _verified(previous.model, new, quarantined, background)}
-    records = {record.name: record for record in current if record.ref in verified}
-    model = previous.model.with_tasks([verified[record.ref] for record in records.values()])
-    return Snapshot(generation, model, records, quarantined)
+
+    def load() -> Loaded:
+        tasks = verified | {task.ref: task for task in _verified(previous.model, new, quarantined)}
+        model = previous.model.with_tasks([tasks[record.ref] for record in current if record.ref in tasks])
+        return Loaded(tasks, model, numerics(model.backbone))
+
+    loaded = background(load)
+    records = {record.name: record for record in current if record.ref in loaded.tasks}
+    return Snapshot(generation, loaded.model, records, quarantined, loaded.numerics)
 
 
-def _verified(
-    model: CombinedModel, new: Sequence[RecordedTask], quarantined: dict[str, str], background: Background
-) -> list[Task]:
+def _verified(model: CombinedModel, new: Sequence[RecordedTask], quarantined: dict[str, str]) -> list[Task]:
     """The tasks whose golden probes match; on an error the batch is bisected, to quarantine only the faulty tasks."""
     if not new:
         return []
     try:
-        results = verdicts(model.with_tasks([task for task, _ in new]), new, background)
+        results = verdicts(model.with_tasks([task for task, _ in new]), new)
     except Exception as error:  # a task of any content must not stop the others from being served
         if len(new) == 1:
             quarantined[new[0][0].ref] = str(error) or type(error).__name__
@@ -117,7 +137,7 @@ def _verified(
                 log.exception("Task %s cannot be computed", new[0][0].ref)
             return []
         halves = new[: len(new) // 2], new[len(new) // 2 :]
-        return [task for half in halves for task in _verified(model, half, quarantined, background)]
+        return [task for half in halves for task in _verified(model, half, quarantined)]
     quarantined |= {verdict.task: f"Its golden probe {verdict.detail}." for verdict in results if not verdict.ok}
     return [task for (task, _), verdict in zip(new, results, strict=True) if verdict.ok]
 

@@ -15,6 +15,7 @@ from addenda import FrozenBackbone, Registry, Task
 from addenda.exceptions import AddendaError, OverloadedError
 from addenda.serving.channel import Channel, Kind, Message
 from addenda.serving.link import Link
+from addenda.serving.model_thread import ModelThread
 from addenda.serving.outputs import Outputs, Wanted
 from addenda.serving.remote import RemoteBatcher, RemoteService
 from addenda.serving.service import Batcher, Limits
@@ -50,7 +51,7 @@ async def connected(snapshot: Snapshot) -> AsyncIterator[Both]:
     """A worker that serves a snapshot."""
     (one, other), (relayed, its_relayed) = socket.socketpair(), socket.socketpair()
     memory = shared_memory(pixel_bytes(SLOTS, IMAGES.shape[1:]))
-    local, channel = Batcher(SLOTS), await Channel.over(other)
+    local, channel = Batcher(SLOTS, ModelThread()), await Channel.over(other)
     link = Link(
         1, await Channel.over(one), relayed, pixel_slots(memory, IMAGES.shape[1:]), local, lambda: (7, snapshot),
         lambda *request: None, lambda connection: None,

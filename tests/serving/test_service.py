@@ -17,6 +17,7 @@ from addenda.backbones import KeyValue
 from addenda.combined import golden, tiles
 from addenda.combined.tiles import memory_key_values
 from addenda.exceptions import DataError, DeadlineError, OverloadedError
+from addenda.serving.model_thread import ModelThread
 from addenda.serving.outputs import Outputs, Wanted
 from addenda.serving.service import Batcher, Limits, ServedPrediction, Service
 from addenda.serving.snapshot import Snapshot, empty_snapshot, next_snapshot
@@ -47,7 +48,7 @@ def test_a_registered_task_is_served(tiny: FrozenBackbone, registry: Registry, r
 def busy(batcher: Batcher) -> Iterator[None]:
     """Keeps the model thread busy, so that images are queued."""
     done = threading.Event()
-    batcher._thread.submit(done.wait)
+    batcher._model_thread.run(done.wait)
     try:
         yield
     finally:
@@ -185,7 +186,7 @@ def test_batching_across_requests_is_bitwise_identical_to_single_requests(
     snapshot, passes = snapshot_of(registry, tiny), []
 
     async def ask() -> list[Outputs]:
-        batcher = Batcher(64)
+        batcher = Batcher(64, ModelThread())
         batcher.report = lambda images, seconds: passes.append(images)
         with busy(batcher):
             names = [["digits"], ["strokes"], ["digits", "strokes"]]
@@ -214,7 +215,7 @@ def test_a_forward_pass_never_mixes_two_snapshots(
     after = next_snapshot(before, registry)
 
     async def ask() -> list[Outputs]:
-        batcher = Batcher(64)
+        batcher = Batcher(64, ModelThread())
         batcher.report = lambda images, seconds: passes.append(images)
         with busy(batcher):
             await started(*(batcher.predict(before, images_of(1), Wanted(("digits",))) for _ in range(1)))
@@ -239,7 +240,7 @@ def test_small_requests_are_not_delayed_by_a_later_large_one(
     snapshot, order = snapshot_of(registry, tiny), []
 
     async def ask() -> None:
-        batcher = Batcher(256)
+        batcher = Batcher(256, ModelThread())
 
         async def send(name: str, count: int) -> Outputs:
             result = await batcher.predict(snapshot, images_of(count), Wanted(("digits",)))
@@ -290,7 +291,7 @@ def test_a_failed_forward_pass_fails_only_its_own_requests(
     snapshot = snapshot_of(registry, tiny)
 
     async def ask() -> None:
-        batcher = Batcher(64)
+        batcher = Batcher(64, ModelThread())
         unlike = [torch.zeros(3, 32, 32), torch.zeros(3, 8, 8)]
         with pytest.raises(RuntimeError, match="size"):
             await asyncio.wait_for(batcher.predict(snapshot, unlike, Wanted(("digits",))), 30)
@@ -331,17 +332,19 @@ def test_queue_capacity_is_released_however_a_request_ends(
 
 
 def test_requests_use_the_snapshot_from_their_start(
-    tiny: FrozenBackbone, registry: Registry, registered: Register
+    tiny: FrozenBackbone, registry: Registry, registered: Register, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registered("digits")
 
     async def ask() -> None:
         service = Service(tiny, registry)
-        with busy(service.batcher):
+        with monkeypatch.context() as patch:
+            patch.setattr(service.batcher, "_next", list)  # images stay queued
             [early] = await started(service.predict(images_of(1)))
             registered("strokes")
             assert await asyncio.to_thread(service.follower.settle, registry.generation, 10)
             [late] = await started(service.predict(images_of(1)))
+        service.batcher._filled.set()
         assert [*(await early).logits] == ["digits"]
         assert [*(await late).logits] == ["digits", "strokes"]
         assert (await early).snapshot.generation < (await late).snapshot.generation

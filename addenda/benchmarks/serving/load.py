@@ -13,24 +13,22 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import cycle
+from statistics import linear_regression
 
 MAX_CONNECTIONS = 200
 TIMEOUT_S = 60
+KEEP_S = 2
+"""Seconds after which an idle connection is not used again; servers close it after a few."""
 
 
 @dataclass
 class Measured:
     """The result of a load."""
 
-    seconds: float = 0
+    rate: float = 0  # successful requests (status 200) per second; in a closed loop once every client has a response
     latencies_s: list[float] = field(default_factory=list)  # of responses with 200; in an open loop since the due time
     failed: Counter[str] = field(default_factory=Counter)  # all other requests, by status or error
     lag_s: float = 0  # largest delay between due time and sending; if large, the generator was too slow
-
-    @property
-    def rate(self) -> float:
-        """Successful requests (status 200) per second."""
-        return len(self.latencies_s) / self.seconds
 
 
 async def load(
@@ -42,21 +40,27 @@ async def load(
     requests are sent at the times of a Poisson process, whether or not earlier ones have been answered.
     """
     measured, rotation, noise = Measured(), cycle(requests), random.Random(seed)
-    free: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+    answered: list[float] = []  # times of responses with 200
+    free: list[tuple[float, tuple[asyncio.StreamReader, asyncio.StreamWriter]]] = []  # with the time of their last use
     connections = asyncio.Semaphore(MAX_CONNECTIONS)
 
     async def send(due: float) -> None:
         request = next(rotation)
         try:
             async with connections, asyncio.timeout(TIMEOUT_S):
-                connection = free.pop() if free else await asyncio.open_connection(host, port)
+                used, connection = free.pop() if free else (0.0, None)
+                if connection is None or time.perf_counter() > used + KEEP_S:
+                    if connection is not None:
+                        connection[1].close()
+                    connection = await asyncio.open_connection(host, port)
                 status = await _exchange(*connection, request)
-                free.append(connection)
+                free.append((time.perf_counter(), connection))
         except (OSError, EOFError, ValueError, TimeoutError) as error:
             measured.failed[type(error).__name__] += 1
             return
         if status == 200:
-            measured.latencies_s.append(time.perf_counter() - due)
+            answered.append(time.perf_counter())
+            measured.latencies_s.append(answered[-1] - due)
         else:
             measured.failed[str(status)] += 1
 
@@ -74,8 +78,11 @@ async def load(
 
     start = time.perf_counter()
     await (arrivals() if rate else asyncio.gather(*(client() for _ in range(clients))))
-    measured.seconds = time.perf_counter() - start
-    for _, writer in free:
+    measured.rate = len(answered) / (time.perf_counter() - start)
+    full = [moment for moment in answered[clients:] if moment < start + seconds]  # neither filling nor emptying
+    if clients and len(full) > clients:
+        measured.rate = linear_regression(full, range(len(full))).slope
+    for _, (_, writer) in free:
         writer.close()
         with suppress(OSError):
             await writer.wait_closed()

@@ -37,10 +37,12 @@ from addenda.text import plural
 
 SHARES = (0.5, 0.7, 0.9)
 """Arrival rates in the open loop, as fractions of the closed-loop throughput."""
-THROUGHPUT, P99_RATIO, SERVED_S, GROWTH = 0.85, 1.2, 2, 1.05
+THROUGHPUT, LOW_LOAD, P99_RATIO, SERVED_S, GROWTH = 0.85, 1.3, 1.2, 2, 1.05
 """Targets."""
+CLIENTS = (1, 2, 4, 8, 16, 32, 64)
+"""Numbers of clients of the sweep."""
 CHANGED = 10
-"""Number of tasks in the registry whose changes are measured."""
+"""Number of tasks of the sweep, and in the registry whose changes are measured."""
 
 
 def run_serving(
@@ -72,6 +74,7 @@ def run_serving(
         bench = _Bench(backbone, weights, partial(load, seconds=seconds), seconds, rounds, 3 * batch_size, workers)
         if ray is None:
             steps = [("Serving tasks", partial(bench.throughput, count)) for count in counts]
+            steps.append(("One client to many", partial(bench.sweep)))
             steps.append(("Changing the registry", partial(bench.changes, cycles)))
         else:
             steps = [("Serving tasks on replicas", partial(bench.replicas, count, ray, replicas)) for count in counts]
@@ -113,12 +116,14 @@ class _Bench:
     def throughput(self, count: int) -> list[Figure]:
         """Measures a server with `count` tasks: a closed loop relative to the model alone, then an open loop."""
         tasks = [random_task(self.backbone, number) for number in range(count)]
-        model, group = CombinedModel(self.backbone, tasks), f"{count:,} tasks"
+        model, group = CombinedModel(self.backbone, tasks), plural(count, "task")
         of_rounds = partial(Figure.of_rounds, group)
         bare: list[float] = []
         combined: list[float] = []
         loads: list[Measured] = []
         with_workers: list[Measured] = []
+        alone_ms: tuple[list[float], list[float]] = [], []
+        one_client_ms: list[float] = []
         with ExitStack() as stack:
             server = stack.enter_context(self._served(tasks))
             servers = [server]
@@ -131,6 +136,9 @@ class _Bench:
                 combined.append(self._alone(model))
                 loads.append(self.load(*server.address, clients=self.clients))
                 with_workers += [self.load(*each.address, clients=self.clients) for each in servers[1:]]
+                alone_ms[0].append(1000 / self._alone(self.backbone.backbone_logits, 1))
+                alone_ms[1].append(1000 / self._alone(model, 1))
+                one_client_ms.append(_p(50, self.load(*server.address, clients=1)))
             rates = [load.rate for load in loads]
             figures = [
                 of_rounds("stock timm alone", "images/s", bare),
@@ -148,10 +156,35 @@ class _Bench:
                     of_rounds(f"with {name} / without", "x", _ratios(faster, rates)),
                     _failed(group, f"failed requests with {name}", with_workers),
                 ]
+            figures += [
+                of_rounds("one image, stock timm alone", "ms", alone_ms[0]),
+                of_rounds("one image, the combined model alone", "ms", alone_ms[1]),
+                of_rounds("one image, served, p50 of one client", "ms", one_client_ms),
+                of_rounds("that / the combined model", "x", _ratios(one_client_ms, alone_ms[1]), LOW_LOAD),
+                of_rounds("that / stock timm", "x", _ratios(one_client_ms, alone_ms[0])),
+            ]
             for share in SHARES:
                 rate = share * statistics.median(rates)
                 opened = [self.load(*server.address, rate=rate, seed=seed) for seed in range(self.rounds)]
                 figures += _latencies(group, f"at {share:.0%} of that", opened)
+        return figures
+
+    def sweep(self) -> list[Figure]:
+        """Measures a server in a closed loop of one to many clients."""
+        group, loads = f"{CHANGED} tasks, by clients", {clients: list[Measured]() for clients in CLIENTS}
+        with self._served([random_task(self.backbone, number) for number in range(CHANGED)]) as server:
+            self.load(*server.address, clients=CLIENTS[-1], seconds=min(2, self.seconds))  # warms up
+            for _ in range(self.rounds):
+                for clients, measured in loads.items():
+                    measured.append(self.load(*server.address, clients=clients))
+        figures = []
+        for clients, measured in loads.items():
+            name = plural(clients, "client")
+            figures.append(Figure.of_rounds(group, name, "images/s", [load.rate for load in measured]))
+            figures += [
+                Figure.of_rounds(group, f"p{p}, {name}", "ms", [_p(p, load) for load in measured]) for p in (50, 99)
+            ]
+            figures.append(_failed(group, f"failed requests, {name}", measured))
         return figures
 
     def changes(self, cycles: int) -> list[Figure]:
@@ -234,10 +267,10 @@ class _Bench:
                 process.terminate()
                 process.wait()
 
-    def _alone(self, run: Callable[[Tensor], object]) -> float:
-        """Images per second of a function, in canonical micro-batches."""
+    def _alone(self, run: Callable[[Tensor], object], batch_size: int | None = None) -> float:
+        """Images per second of a function, by default in canonical micro-batches."""
         device, probes = self.backbone.device, probe_images(self.backbone)
-        batch_size = micro_batch(device)
+        batch_size = batch_size or micro_batch(device)
         batch = torch.cat([probes] * -(-batch_size // len(probes)))[:batch_size]
         images, start = 0, time.perf_counter()
         with torch.no_grad():

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from addenda import FrozenBackbone
+from addenda.benchmarks.serving import load as load_module
 from addenda.benchmarks.serving.load import Measured, generator, load
 from addenda.benchmarks.serving.serving_timings import run_serving
 
@@ -40,6 +41,47 @@ def test_each_request_is_sent_completely_and_counted_once(open_loop: bool) -> No
     assert abs(heads.count(b"one--") - heads.count(b"two--")) <= 1
 
 
+def test_the_rate_of_a_closed_loop_is_that_of_a_full_server() -> None:
+    """A connection's requests take 10 ms each and the first one 0.4 s, which the rate does not include."""
+
+    async def respond(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        delay = 0.4
+        while await reader.read(5):
+            await asyncio.sleep(delay)
+            writer.write(b"HTTP/1.1 200 Any\r\nContent-Length: 3\r\n\r\nyes")
+            delay = 0.01
+        writer.close()
+
+    async def measure() -> Measured:
+        async with await asyncio.start_server(respond, "127.0.0.1", 0) as server:
+            return await load("127.0.0.1", server.sockets[0].getsockname()[1], [b"image"], 1, clients=2)
+
+    measured = asyncio.run(measure())
+    served_s = 1 - 0.4
+    assert measured.rate == pytest.approx((len(measured.latencies_s) - 2) / served_s, rel=0.2)
+    assert measured.rate > len(measured.latencies_s) / 1 * 1.2
+
+
+def test_a_connection_that_was_idle_for_long_is_not_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load_module, "KEEP_S", 0)
+    connections = 0
+
+    async def respond(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        while await reader.read(5):
+            writer.write(b"HTTP/1.1 200 Any\r\nContent-Length: 3\r\n\r\nyes")
+        writer.close()
+
+    async def measure() -> Measured:
+        async with await asyncio.start_server(respond, "127.0.0.1", 0) as server:
+            return await load("127.0.0.1", server.sockets[0].getsockname()[1], [b"image"], 0.1, clients=1)
+
+    measured = asyncio.run(measure())
+    assert connections == len(measured.latencies_s) > 2
+    assert not measured.failed
+
+
 def test_a_status_other_than_200_is_a_failure() -> None:
     measured, heads = asyncio.run(loaded(b"503", open_loop=False))
     assert not measured.latencies_s
@@ -55,12 +97,12 @@ def test_failures_are_returned_by_the_process_of_the_load_generator() -> None:
 
 @pytest.mark.slow
 def test_bench_serving_measures_and_records(glyphs: FrozenBackbone, tmp_path: Path) -> None:
-    figures = run_serving(glyphs, None, tmp_path, quick=True, seconds=1, cycles=2, workers=1)
+    figures = run_serving(glyphs, None, tmp_path, quick=True, seconds=0.5, cycles=2, workers=1)
     groups = dict.fromkeys(figure.group for figure in figures)
-    assert [*groups] == ["1 tasks", "10 tasks", "10 tasks, changing"]
+    assert [*groups] == ["1 task", "10 tasks", "10 tasks, by clients", "10 tasks, changing"]
     assert all(math.isfinite(figure.measured) for figure in figures)
     failed = [figure for figure in figures if figure.what.startswith("failed requests")]
-    assert len(failed) == 12
+    assert len(failed) == 19
     assert all(figure.measured == 0 for figure in failed)
     served = next(figure for figure in figures if figure.what.startswith("served, "))
     assert served.measured > 1
