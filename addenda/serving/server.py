@@ -240,10 +240,13 @@ def bind(host: str, port: int) -> socket.socket:
     """Opens a listening socket; port 0 takes a free one."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address, family=family, backlog=2048)
+        listening = socket.create_server(address, family=family, backlog=2048)
     except OSError as error:
         hint = " Choose another with --port." if error.errno == errno.EADDRINUSE else ""
         raise AddendaError(f"Cannot listen on {host}:{port}: {error.strerror}.{hint}") from error
+    # Accepted connections inherit it. Otherwise a response's body waits 40 ms for the client to acknowledge its headers.
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listening
 
 
 def serve_metrics(app: FastAPI, host: str, port: int) -> int:

@@ -312,6 +312,13 @@ def test_the_start_up_line_has_the_alias_and_the_metrics_port(location: str, tmp
     assert "addenda_" in response.text
 
 
+def test_a_response_is_sent_at_once_and_not_when_the_client_has_acknowledged_its_headers() -> None:
+    with bind("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname()):
+        accepted, _ = listening.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def test_the_port_option_is_suggested_only_if_the_port_is_in_use() -> None:
     with (
         bind("127.0.0.1", 0) as taken,
