@@ -244,7 +244,7 @@ def bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         hint = " Choose another with --port." if error.errno == errno.EADDRINUSE else ""
         raise AddendaError(f"Cannot listen on {host}:{port}: {error.strerror}.{hint}") from error
-    # Accepted connections inherit it. Otherwise a response's body waits 40 ms for the client to acknowledge its headers.
+    # Accepted connections inherit it. Otherwise a response's body waits 40 ms until its headers are acknowledged.
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listening
 
