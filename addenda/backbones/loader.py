@@ -5,19 +5,23 @@ from __future__ import annotations
 import difflib
 import math
 import os
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import timm
 import torch
+from huggingface_hub.constants import ENDPOINT
 from timm.models import load_state_dict
 from timm.models.vision_transformer import VisionTransformer
 
 from addenda.backbones.arithmetic import float32_on_cpu
 from addenda.backbones.checkpoint import first_line, weights_file
 from addenda.backbones.frozen import FrozenBackbone
-from addenda.backbones.scope import SUPPORTED_EXAMPLES, convert, obstacle
+from addenda.backbones.scope import SUPPORTED_EXAMPLES, cached_weights, convert, obstacle
 from addenda.backbones.weights import load_weights
 from addenda.exceptions import BackboneError
 
@@ -210,6 +214,8 @@ def _glyphs(img_size: int | Sequence[int] | None) -> Any:
 
 def _from_hub(name: str, img_size: int | Sequence[int] | None) -> Any:
     try:
+        if cached_weights(name) is None and not getproxies():
+            socket.getaddrinfo(urlsplit(ENDPOINT).hostname, None)  # without a network the hub's client tries a minute
         return _supported_model(name, img_size, pretrained=True)
     except BackboneError:
         raise

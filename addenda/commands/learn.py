@@ -246,6 +246,8 @@ def learn_many(
 
     if ray is None and (cpus is not None or gpus is not None):
         raise AddendaError("--cpus and --gpus require --ray.")
+    if "://" not in registry and not Path(registry).expanduser().exists():
+        learning.read_rows(file, None, skip_bad)  # a faulty file is refused before a registry is created
     with options.open_registry(registry, create=True) as opened:
         rows = learning.read_rows(file, opened, skip_bad)
         loaded = options.backbone_to_learn_on(

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from addenda.exceptions import AddendaError, DataError
+from addenda.exceptions import AddendaError, DataError, RegistryError
 from addenda.learner.context import Report
 from addenda.learner.data import Data, open_parts
 from addenda.learner.learn_config import LearnConfig, read_mapping
@@ -91,7 +91,7 @@ class _Entry(BaseModel):
     extends: Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = []
 
 
-def read_rows(file: Path, registry: Registry, skip_bad: bool = False) -> list[LearnRow]:
+def read_rows(file: Path, registry: Registry | None, skip_bad: bool = False) -> list[LearnRow]:
     """Reads and checks a YAML file of tasks to learn, without reading images.
 
     The file holds `tasks`, a list whose entries have `name` and `data`, and optionally `test`, `extends` and `config`.
@@ -100,7 +100,7 @@ def read_rows(file: Path, registry: Registry, skip_bad: bool = False) -> list[Le
 
     Args:
         file: the YAML file.
-        registry: registry of other tasks that the entries may extend.
+        registry: registry of other tasks that the entries may extend; None if there is none yet.
         skip_bad: skip missing images.
 
     Raises:
@@ -214,7 +214,7 @@ def extended_refs(config: LearnConfig) -> Sequence[str]:
 
 
 def _row(
-    entry: Any, shared: dict[str, Any], earlier: Sequence[Any], folder: Path, registry: Registry, skip_bad: bool
+    entry: Any, shared: dict[str, Any], earlier: Sequence[Any], folder: Path, registry: Registry | None, skip_bad: bool
 ) -> tuple[list[str], LearnRow | None]:
     """Checks one entry; returns its errors, and its row if its schema is valid."""
     problems = _schema_errors(_Entry, entry)
@@ -235,7 +235,9 @@ def _row(
         open_parts(data, test, skip_bad)
     for ref in extended_refs(config):
         with _collecting(problems, "it extends neither an earlier task nor a registered one: "):
-            if ref not in earlier:
+            if ref not in earlier and registry is None:
+                raise RegistryError(f"there is no registry yet that could have {ref!r}.")
+            if ref not in earlier and registry is not None:
                 registry.record(ref)
     return problems, LearnRow(parsed.name, data, test, config)
 

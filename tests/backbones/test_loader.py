@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -292,9 +293,23 @@ def test_an_unknown_tag_is_refused_by_name(tmp_path, weights):
 
 def test_pretrained_weights_that_are_not_cached_offline_ask_for_a_file(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("socket.getaddrinfo", lambda *arguments: [])
     with pytest.raises(BackboneError, match=r"No weights for 'test_vit': .*--weights FILE\.safetensors") as refusal:
         load_backbone("test_vit", device="cpu")
     assert "LocalEntryNotFoundError" in str(refusal.value)
+
+
+def test_without_a_network_the_hub_is_not_asked_at_all(tmp_path, monkeypatch):
+    """Its client would try for a minute."""
+
+    def no_network(*arguments: object) -> None:
+        raise socket.gaierror(-3, "Temporary failure in name resolution")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("socket.getaddrinfo", no_network)
+    monkeypatch.setattr("addenda.backbones.loader._supported_model", None)  # calling it would be another error
+    with pytest.raises(BackboneError, match=r"No weights for 'test_vit': .*gaierror.*--weights FILE\.safetensors"):
+        load_backbone("test_vit", device="cpu")
 
 
 @pytest.mark.parametrize(

@@ -186,6 +186,11 @@ def test_many_tasks_are_learned_from_one_file(run: Run, digits_folder: Path, tmp
     refused = run("learn-many", file)
     assert refused.code == 2
     assert refused.err.startswith("Error: Nothing was learned.")
+    file.write_text("tasks: [{name: ones, data: digits, extends: other}]")
+    refused = run("learn-many", file, "--registry", "new.db")
+    assert refused.code == 2
+    assert "there is no registry yet that could have 'other'" in refused.err
+    assert not Path("new.db").exists()
 
 
 def test_an_evaluation_is_shown_with_its_task(run: Run, learned: Result, digits_folder: Path) -> None:
