@@ -172,7 +172,7 @@ def cost_table() -> str:
 
 
 def serving_table() -> str:
-    """Throughput relative to the bare model, without and with a worker."""
+    """Throughput and the latency of one image relative to the bare model; the first without and with a worker."""
     rows, figures = [], measured("serving", "one-process")
     for group in dict.fromkeys(figure.group for figure in figures):
         by_name = {figure.what: figure for figure in figures if figure.group == group}
@@ -180,10 +180,12 @@ def serving_table() -> str:
             rates = ("stock timm alone", "the combined model alone", "served, 24 clients", "served with 1 worker")
             shares = [by_name[what] for what in ("served / the combined model", "with 1 worker / the combined model")]
             ranges = [f"{share.measured:.2f} ({share.low:.2f}–{share.high:.2f})" for share in shares]
-            rows.append([group.removesuffix(" tasks"), *(f"{by_name[rate].measured:.1f}" for rate in rates), *ranges])
+            ranges.append(f"{by_name['that / the combined model'].measured:.2f}")
+            rows.append([f"{int(group.split()[0]):,}", *(f"{by_name[rate].measured:.1f}" for rate in rates), *ranges])
     columns = (
         "tasks", "stock timm alone, images/s", "combined model alone", "served, 24 clients", "with a worker",
         "share of the combined model alone", "that share with a worker",
+        "p50 of one image, one client, relative to the model alone",
     )  # fmt: skip
     return markdown(Table(columns, rows))
 
