@@ -41,7 +41,8 @@ class ImageInput:
         Raises:
             DataError: the scale of the pixel values is unknown.
         """
-        pixels = self._resize_and_crop(prepared(image)).numpy()
+        with plain(torch.device("cpu")):
+            pixels = self._resize_and_crop(prepared(image)).numpy()
         return torch.from_numpy(np.stack([of.take(channel) for of, channel in zip(self._values, pixels, strict=True)]))
 
     def check_images(self, images: Tensor) -> None:

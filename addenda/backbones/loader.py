@@ -156,6 +156,8 @@ def _supported_model(name: str, img_size: int | Sequence[int] | None = None, **o
     if img_size is not None:
         options |= _input_size(name, img_size, model)
     try:
+        if options.get("pretrained") and cached_weights(name) is None and not getproxies():
+            socket.getaddrinfo(urlsplit(ENDPOINT).hostname, None)  # without a network the hub's client tries a minute
         return timm.create_model(name, **options)
     except RuntimeError as error:  # timm raises it for an unknown pretrained tag
         if options.get("pretrained"):
@@ -214,8 +216,6 @@ def _glyphs(img_size: int | Sequence[int] | None) -> Any:
 
 def _from_hub(name: str, img_size: int | Sequence[int] | None) -> Any:
     try:
-        if cached_weights(name) is None and not getproxies():
-            socket.getaddrinfo(urlsplit(ENDPOINT).hostname, None)  # without a network the hub's client tries a minute
         return _supported_model(name, img_size, pretrained=True)
     except BackboneError:
         raise

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from addenda.backbones import read_image
+from addenda.backbones import load_backbone, read_image
 from addenda.exceptions import DataError
 
 
@@ -124,3 +125,16 @@ def test_empty_bytes_are_said_to_be_empty() -> None:
         read_image(BytesIO(), "Image 0", ("JPEG", "PNG"))
     with pytest.raises(DataError, match=r"it is not a JPEG or PNG file\.$"):
         read_image(BytesIO(b"text"), "Image 0", ("JPEG", "PNG"))
+
+
+def test_every_pixel_value_is_normalised_as_torch_computes_it():
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    backbone = load_backbone("glyphs", mean=mean, std=std, device="cpu")
+    pixels = np.random.default_rng(0).permuted(np.arange(3 * 32 * 32).reshape(32, 32, 3) % 256, axis=0)
+    expected = (torch.from_numpy(pixels).permute(2, 0, 1).float() / 255 - torch.tensor(mean)[:, None, None]) / (
+        torch.tensor(std)[:, None, None]
+    )
+    assert all(len(np.unique(pixels[..., channel])) == 256 for channel in range(3))
+    transformed = backbone.transform(Image.fromarray(pixels.astype(np.uint8)))
+    assert transformed.is_contiguous()
+    assert torch.equal(transformed, expected)

@@ -233,6 +233,7 @@ def test_a_folder_that_is_not_timms_is_refused(tmp_path, weights, config, messag
 
 def test_a_name_on_the_hub_is_resolved_by_timm(tmp_path, weights, monkeypatch):
     folder = saved_folder(tmp_path / "cached", weights, num_classes=4)
+    monkeypatch.setattr("socket.getaddrinfo", lambda *arguments: [])  # as with a network
     monkeypatch.setattr("timm.models._hub.hf_hub_download", lambda repo_id, filename, **options: str(folder / filename))
     backbone = load_backbone("hf-hub:someone/model@main", device="cpu")
     assert (backbone.name, backbone.source) == ("hf-hub:someone/model@main", "hub")
@@ -307,7 +308,13 @@ def test_without_a_network_the_hub_is_not_asked_at_all(tmp_path, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("socket.getaddrinfo", no_network)
-    monkeypatch.setattr("addenda.backbones.loader._supported_model", None)  # calling it would be another error
+    create = timm.create_model
+
+    def on_meta(*arguments: object, **options: object) -> object:
+        assert not options.get("pretrained"), "asked"
+        return create(*arguments, **options)
+
+    monkeypatch.setattr("timm.create_model", on_meta)
     with pytest.raises(BackboneError, match=r"No weights for 'test_vit': .*gaierror.*--weights FILE\.safetensors"):
         load_backbone("test_vit", device="cpu")
 

@@ -194,10 +194,10 @@ def test_only_the_task_with_an_unexpected_error_is_quarantined(
     snapshots = import_module("addenda.serving.snapshot")
     real = snapshots.verdicts
 
-    def failing(model: CombinedModel, recorded: Any, background: Any) -> Any:
+    def failing(model: CombinedModel, recorded: Any) -> Any:
         if any(task.name == "bad" for task, _ in recorded):
             raise RuntimeError("shapes")
-        return real(model, recorded, background)
+        return real(model, recorded)
 
     monkeypatch.setattr(snapshots, "verdicts", failing)
     with client_of(tiny, registry) as client:
