@@ -66,15 +66,18 @@ def table(
     """
     grid = Table(header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     cells = [[cell if isinstance(cell, Text) else Text(shown(str(cell))) for cell in row] for row in rows]
-    widths = []
-    for number, column in enumerate(columns):
-        words = " ".join([column, *(row[number].plain for row in cells)]).split()
-        widths.append(max((len(word) for word in words if len(word) <= WORD), default=0))
-    fits = sum(widths) + 2 * len(widths) <= console.width
+    lines = [[column, *(row[number].plain for row in cells)] for number, column in enumerate(columns)]
+    least = [max((len(word) for word in " ".join(each).split() if len(word) <= WORD), default=0) for each in lines]
+    widths = [max(len(line) for line in "\n".join(each).split("\n")) for each in lines]
+    least = [width if column in whole else word for column, width, word in zip(columns, widths, least, strict=True)]
+    room = console.width - 2 * len(widths)
+    while sum(widths) > max(room, sum(least)):  # the widest columns wrap; rich would cut off the last one
+        widest = max(range(len(widths)), key=lambda number: widths[number] - least[number])
+        widths[widest] -= 1
     for column, width in zip(columns, widths, strict=True):
         side: Literal["left", "right"] = "right" if column in right else "left"
-        min_width = width if fits else None
-        grid.add_column(column, justify=side, overflow="fold", no_wrap=column in whole, min_width=min_width)
+        fixed = width if sum(least) <= room else None
+        grid.add_column(column, justify=side, overflow="fold", no_wrap=column in whole, width=fixed)
     for row in cells:
         grid.add_row(*row)
     return Group(Text(shown(title), "bold"), grid)  # rich would wrap the table's own title to the table's width

@@ -20,3 +20,16 @@ def test_words_are_broken_only_in_narrow_terminals(width: int, whole: bool, monk
     assert max(map(len, out.getvalue().splitlines())) <= width
     assert {"airplane-bird:1", "accuracy", "identical,", "numerics"} <= {*words} or not whole
     assert out.getvalue().count("y") == 3, "letters are lost"
+
+
+def test_no_column_is_cut_off_when_the_table_is_just_wide_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(terminal, "console", Console(file=(out := StringIO()), width=80))
+    columns = ("method", "task-inc. %", "class-inc. %", "forgetting", "old logits", "per task", "train s", "passes")
+    rows = [
+        ("Addenda", "77.8", "62.7", "8.3", "identical", "1.8 MB", "21.4", "0.84"),
+        ("streaming LDA", "63.5", "21.4", "25.0", "change by 18", "22.9 kB", "0.3", "1.00"),
+    ]
+    terminal.console.print(terminal.table("Accuracy", columns, rows, right=columns[1:]))
+    printed = out.getvalue().split()
+    assert max(map(len, out.getvalue().splitlines())) <= 80
+    assert not {word for row in (columns, *rows) for cell in row for word in cell.split()} - {*printed}
