@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import cycle
@@ -98,11 +99,21 @@ async def _exchange(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, 
     return int(head.split(maxsplit=2)[1])
 
 
+def pin(process: int, cores: Collection[int]) -> None:
+    """Keeps a process that has just started, and so all its threads, on some cores, if there are any."""
+    if cores and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(process, cores)
+
+
 @contextmanager
-def generator(images: Sequence[bytes]) -> Iterator[Callable[..., Measured]]:
-    """Starts the load generator; yields a function of a server's host and port and the options of `load`."""
+def generator(images: Sequence[bytes], cores: Collection[int] = ()) -> Iterator[Callable[..., Measured]]:
+    """Starts the load generator, on some cores if they are given.
+
+    Yields a function of a server's host and port and the options of `load`.
+    """
     command = (sys.executable, "-m", "addenda.benchmarks.serving.load")
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        pin(process.pid, cores)
         assert process.stdin is not None
         assert process.stdout is not None
         stdin, stdout = process.stdin, process.stdout

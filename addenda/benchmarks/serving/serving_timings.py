@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from torch import Tensor
 from addenda.backbones import FrozenBackbone
 from addenda.benchmarks.cost import random_task
 from addenda.benchmarks.report.tables import Figure, write
-from addenda.benchmarks.serving.load import Measured, generator
+from addenda.benchmarks.serving.load import Measured, generator, pin
 from addenda.benchmarks.serving.server_process import ServerProcess
 from addenda.combined import CombinedModel, micro_batch, numerics, numerics_fingerprint, tensor_digest
 from addenda.combined.probe_inputs import probe_images
@@ -72,8 +72,11 @@ def run_serving(
         seconds, rounds, cycles = min(seconds, 2), 2, min(cycles, 20)
     device, batch_size, threads = numerics(backbone)["device"], micro_batch(backbone.device), torch.get_num_threads()
     figures: list[Figure] = []
-    with generator([_image(backbone, number) for number in range(16)]) as load, progress() as report:
-        bench = _Bench(backbone, weights, partial(load, seconds=seconds), seconds, rounds, 3 * batch_size, workers)
+    images, (server_cores, generator_cores) = [_image(backbone, number) for number in range(16)], cores_apart(threads)
+    with generator(images, generator_cores) as load, progress() as report:
+        bench = _Bench(
+            backbone, weights, partial(load, seconds=seconds), seconds, rounds, 3 * batch_size, workers, server_cores
+        )
         if ray is None:
             steps = [("Serving tasks", partial(bench.throughput, count)) for count in counts]
             steps.append(("One client to many", partial(bench.sweep)))
@@ -114,6 +117,7 @@ class _Bench:
     rounds: int
     clients: int  # per server in a closed loop: enough for one running and two waiting full batches
     workers: int  # of the server that is compared with one without; 0 for none
+    cores: Collection[int]  # those of the servers, if the load generator has one of its own
 
     def throughput(self, count: int) -> list[Figure]:
         """Measures a server with `count` tasks: a closed loop relative to the model alone, then an open loop."""
@@ -263,6 +267,7 @@ class _Bench:
             log = stack.enter_context(open(f"{folder}/log", "w+"))
             environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
             process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+            pin(process.pid, self.cores)
             try:
                 yield ServerProcess(process, registry, Path(log.name), len(tasks), ready)
             finally:
@@ -288,6 +293,12 @@ class _Bench:
         for start in numbers_from(CHANGED, 20):
             tasks = [random_task(self.backbone, number) for number in range(start, start + 20)]
             yield from zip(tasks, _goldens(self.backbone, tasks), strict=True)
+
+
+def cores_apart(threads: int) -> tuple[list[int], list[int]]:
+    """The cores of the servers and that of the load generator; none if torch's threads leave no core free."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    return (cores[:-1], cores[-1:]) if threads < len(cores) else ([], [])
 
 
 def _cost_per_task(figures: Sequence[Figure], fewest: int, most: int, count: int) -> list[Figure]:

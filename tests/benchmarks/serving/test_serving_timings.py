@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from addenda import FrozenBackbone
 from addenda.benchmarks.serving import load as load_module
-from addenda.benchmarks.serving.load import Measured, generator, load
-from addenda.benchmarks.serving.serving_timings import run_serving
+from addenda.benchmarks.serving import serving_timings
+from addenda.benchmarks.serving.load import Measured, generator, load, pin
+from addenda.benchmarks.serving.serving_timings import cores_apart, run_serving
 
 
 async def loaded(status: bytes, open_loop: bool) -> tuple[Measured, list[bytes]]:
@@ -95,14 +99,30 @@ def test_failures_are_returned_by_the_process_of_the_load_generator() -> None:
     assert measured.failed["ConnectionRefusedError"] > 1
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system pins no process")
+def test_the_load_generator_has_a_core_of_its_own_if_the_model_leaves_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {1, 3, 4, 6})
+    assert cores_apart(3) == ([1, 3, 4], [6])
+    assert cores_apart(4) == ([], [])
+    monkeypatch.undo()
+    own = sorted(os.sched_getaffinity(0))
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        pin(process.pid, own[-1:])
+        assert os.sched_getaffinity(process.pid) == {own[-1]}
+        process.communicate(b"\n")
+
+
 @pytest.mark.slow
-def test_bench_serving_measures_and_records(glyphs: FrozenBackbone, tmp_path: Path) -> None:
+def test_bench_serving_measures_and_records(
+    glyphs: FrozenBackbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving_timings, "CLIENTS", (1, 3))
     figures = run_serving(glyphs, None, tmp_path, quick=True, seconds=0.5, cycles=2, workers=1)
     groups = dict.fromkeys(figure.group for figure in figures)
     assert [*groups] == ["1 task", "10 tasks", "10 tasks, by clients", "10 tasks, changing"]
     assert all(math.isfinite(figure.measured) for figure in figures)
     failed = [figure for figure in figures if figure.what.startswith("failed requests")]
-    assert len(failed) == 19
+    assert len(failed) == 14
     assert all(figure.measured == 0 for figure in failed)
     served = next(figure for figure in figures if figure.what.startswith("served, "))
     assert served.measured > 1
