@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
 from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -66,17 +67,20 @@ def table(
     """
     grid = Table(header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     cells = [[cell if isinstance(cell, Text) else Text(shown(str(cell))) for cell in row] for row in rows]
-    lines = [[column, *(row[number].plain for row in cells)] for number, column in enumerate(columns)]
-    least = [max((len(word) for word in " ".join(each).split() if len(word) <= WORD), default=0) for each in lines]
-    widths = [max(len(line) for line in "\n".join(each).split("\n")) for each in lines]
-    least = [width if column in whole else word for column, width, word in zip(columns, widths, least, strict=True)]
-    room = console.width - 2 * len(widths)
-    while sum(widths) > max(room, sum(least)):  # the widest columns wrap; rich would cut off the last one
+    widths, least = [], []
+    for number, column in enumerate(columns):
+        text = "\n".join([column, *(row[number].plain for row in cells)])
+        words = [cell_len(word) for word in text.split() if len(word) <= WORD]
+        widths.append(max(map(cell_len, text.split("\n"))))
+        least.append(widths[-1] if column in whole else max(words, default=0))
+    room = console.width - 2 * len(columns)
+    fits = sum(least) <= room
+    while fits and sum(widths) > room:  # the widest columns wrap; rich would cut off the last one
         widest = max(range(len(widths)), key=lambda number: widths[number] - least[number])
         widths[widest] -= 1
     for column, width in zip(columns, widths, strict=True):
         side: Literal["left", "right"] = "right" if column in right else "left"
-        fixed = width if sum(least) <= room else None
+        fixed = width if fits else None
         grid.add_column(column, justify=side, overflow="fold", no_wrap=column in whole, width=fixed)
     for row in cells:
         grid.add_row(*row)

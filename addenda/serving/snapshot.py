@@ -26,7 +26,7 @@ RETRY_S = 1.0
 log = logging.getLogger(__name__)
 
 RecordedTask = tuple[Task, list[Golden]]
-Background = Callable[[Callable[[], "Loaded"]], "Loaded"]
+Background = Callable[[Callable[[], "Snapshot"]], "Snapshot"]
 """Runs a function on the thread that runs the model, in slices that give way to requests."""
 
 
@@ -40,7 +40,7 @@ class Snapshot:
     quarantined: dict[str, str]  # reasons by reference, of versions that failed their checks
     numerics: Mapping[str, Any]  # of the thread that runs the model; a worker has none
 
-    @property
+    @cached_property
     def numerics_fingerprint(self) -> str:
         """The numerics fingerprint of all responses."""
         return numerics_fingerprint(self.numerics)
@@ -82,15 +82,6 @@ def empty_snapshot(backbone: FrozenBackbone) -> Snapshot:
     return Snapshot(0, CombinedModel(backbone, []), {}, {}, {})
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """The tasks that passed their checks, by reference, the model of them, and its numerics."""
-
-    tasks: dict[str, Task]
-    model: CombinedModel
-    numerics: Mapping[str, Any]
-
-
 def next_snapshot(
     previous: Snapshot, registry: Registry, alias: str | None = None, background: Background = lambda load: load()
 ) -> Snapshot:
@@ -114,14 +105,13 @@ def next_snapshot(
             except AddendaError as error:
                 quarantined[record.ref] = str(error)
 
-    def load() -> Loaded:
+    def load() -> Snapshot:
         tasks = verified | {task.ref: task for task in _verified(previous.model, new, quarantined)}
-        model = previous.model.with_tasks([tasks[record.ref] for record in current if record.ref in tasks])
-        return Loaded(tasks, model, numerics(model.backbone))
+        records = {record.name: record for record in current if record.ref in tasks}
+        model = previous.model.with_tasks([tasks[record.ref] for record in records.values()])
+        return Snapshot(generation, model, records, quarantined, numerics(model.backbone))
 
-    loaded = background(load)
-    records = {record.name: record for record in current if record.ref in loaded.tasks}
-    return Snapshot(generation, loaded.model, records, quarantined, loaded.numerics)
+    return background(load)
 
 
 def _verified(model: CombinedModel, new: Sequence[RecordedTask], quarantined: dict[str, str]) -> list[Task]:

@@ -33,3 +33,9 @@ def test_no_column_is_cut_off_when_the_table_is_just_wide_enough(monkeypatch: py
     printed = out.getvalue().split()
     assert max(map(len, out.getvalue().splitlines())) <= 80
     assert not {word for row in (columns, *rows) for cell in row for word in cell.split()} - {*printed}
+
+
+def test_wide_characters_are_not_wrapped_while_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(terminal, "console", Console(file=(out := StringIO()), width=80))
+    terminal.console.print(terminal.table("Labels", ("label", "images"), [("柴犬と雪景色", 3)]))
+    assert "柴犬と雪景色" in out.getvalue()

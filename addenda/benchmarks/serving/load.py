@@ -45,15 +45,19 @@ async def load(
     free: list[tuple[float, tuple[asyncio.StreamReader, asyncio.StreamWriter]]] = []  # with the time of their last use
     connections = asyncio.Semaphore(MAX_CONNECTIONS)
 
+    async def connected() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        while free:
+            used, connection = free.pop()
+            if time.perf_counter() <= used + KEEP_S:
+                return connection
+            connection[1].close()
+        return await asyncio.open_connection(host, port)
+
     async def send(due: float) -> None:
         request = next(rotation)
         try:
             async with connections, asyncio.timeout(TIMEOUT_S):
-                used, connection = free.pop() if free else (0.0, None)
-                if connection is None or time.perf_counter() > used + KEEP_S:
-                    if connection is not None:
-                        connection[1].close()
-                    connection = await asyncio.open_connection(host, port)
+                connection = await connected()
                 status = await _exchange(*connection, request)
                 free.append((time.perf_counter(), connection))
         except (OSError, EOFError, ValueError, TimeoutError) as error:

@@ -13,7 +13,7 @@ from addenda.exceptions import AddendaError
 from addenda.registry import Golden, Registry, Task
 
 POLL_S = 0.05
-"""Seconds between readings of the metrics, which cost the server 1 % of a core at this rate."""
+"""Seconds between readings of the metrics, which take time from the server that is measured."""
 
 
 class ServerProcess:
@@ -26,7 +26,7 @@ class ServerProcess:
         while (match := re.search(rf" on http://([\d.]+):(\d+){ready}", log.read_text())) is None:
             if process.poll() is not None:
                 raise AddendaError(f"The server did not start: {log.read_text()[-500:]}")
-            time.sleep(0.05)
+            time.sleep(POLL_S)
         self.address = match[1], int(match[2])
         while self._num_tasks() != num_tasks:
             time.sleep(POLL_S)
