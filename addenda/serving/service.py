@@ -213,7 +213,7 @@ class Service:
             raise RegistryError(
                 "No registered task has routing statistics, so none can be chosen; name tasks instead of 'auto'."
             )
-        return self._model_thread.background(Router, routable)
+        return Router(routable)  # not on the model's thread, where requests would wait for seconds
 
 
 @dataclass(eq=False)

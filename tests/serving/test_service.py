@@ -351,3 +351,31 @@ def test_requests_use_the_snapshot_from_their_start(
         await service.close()
 
     asyncio.run(ask())
+
+
+def test_predictions_do_not_wait_for_a_router_that_is_being_made(
+    tiny: FrozenBackbone, registry: Registry, registered: Register, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registered("digits")
+    entered, made = threading.Event(), threading.Event()
+
+    def slowly(statistics: object) -> None:
+        entered.set()
+        made.wait(60)
+        raise DataError("made at last")
+
+    monkeypatch.setattr("addenda.serving.service.Router", slowly)
+    monkeypatch.setattr("addenda.serving.service.can_be_routed", lambda *arguments: True)
+
+    async def ask() -> None:
+        service = Service(tiny, registry)
+        monkeypatch.setattr(service.registry, "statistics", lambda ref: object())
+        routed = asyncio.ensure_future(service.route([b"image"]))
+        assert await asyncio.to_thread(entered.wait, 60)
+        assert [*(await asyncio.wait_for(service.predict(images_of(1)), 30)).logits] == ["digits"]
+        made.set()
+        with pytest.raises(DataError, match="made at last"):
+            await routed
+        await service.close()
+
+    asyncio.run(ask())
