@@ -67,7 +67,7 @@ RATES: Mapping[str, tuple[Rate, ...]] = {
     "full": (*(Rate("adamw", rate) for rate in (1e-5, 3e-5, 1e-4)), *(Rate("sgd", rate) for rate in (0.003, 0.01))),
     "lora": (Rate("adamw", 3e-4), Rate("adamw", 1e-3)),
     "unmasked": (Rate("adamw", 1e-3), Rate("adamw", 3e-3)),
-    "attentive": (Rate("adamw", 3e-4), Rate("adamw", 1e-3)),
+    "attentive": (Rate("adamw", 3e-4), Rate("adamw", 1e-3), Rate("adamw", 3e-3)),
 }
 """Default optimizers and learning rates of each baseline; validation selects one."""
 
@@ -108,7 +108,7 @@ class TrainedBaseline:
     # Whether each test image is predicted correctly, at the best epoch and after the last; None without test images.
     right: Bool[Tensor, " N"] | None = None
     last_right: Bool[Tensor, " N"] | None = None
-    tensors: Tensors = field(default_factory=dict)  # trained parameters by name
+    tensors: Tensors = field(default_factory=dict)  # trained parameters and buffers by name
 
     @property
     def rank(self) -> tuple[float, float]:
@@ -178,8 +178,8 @@ def train_baselines(
     train, validation = objective.split(targets, len(images.labels), config.validation_fraction, config.seed)
     strength = objective.choose_strength(activations.pooled, targets, config.seed)
     linear_probe = objective.fit_linear_probe(activations.pooled[train], targets[train], strength)
-    pixels = _read_views(images, backbone, config.augmentation)
-    test_pixels = None if test is None else test.read_all(backbone)
+    inputs = _inputs(method, backbone, _read_views(images, backbone, config.augmentation))
+    test_inputs = None if test is None else _inputs(method, backbone, test.read_all(backbone))
 
     rates, steps = rates_of(method, config), math.ceil(len(train) / config.batch_size)
     for rate_index, rate in enumerate(rates):
@@ -199,12 +199,13 @@ def train_baselines(
         random = torch.Generator().manual_seed(config.seed)
         best = TrainedBaseline(method, images.labels, config.epochs * len(train), rate)
         for epoch in range(1, config.epochs + 1):
+            module.train(kind == "attentive")
             order = train[torch.randperm(len(train), generator=random, dtype=torch.int64, device="cpu")]
-            drawn = torch.randint(len(pixels), (len(order),), generator=random, dtype=torch.int64, device="cpu")
+            drawn = torch.randint(len(inputs), (len(order),), generator=random, dtype=torch.int64, device="cpu")
             batches = zip(order.split(config.batch_size), drawn.split(config.batch_size), strict=True)
             for step, (rows, views) in enumerate(batches, 1):
                 with torch.autocast(backbone.device.type, torch.bfloat16, enabled=config.autocast):
-                    logits = predict(pixels[views, rows].to(backbone.device))
+                    logits = predict(inputs[views, rows].to(backbone.device))
                 loss = objective.loss(logits.float(), targets[rows].to(backbone.device))
                 (loss + penalty * torch.stack([w.square().sum() for w in head_weights]).sum()).backward()
                 nn.utils.clip_grad_norm_(trained.values(), config.clip_norm)
@@ -214,18 +215,20 @@ def train_baselines(
                 done = (rate_index * config.epochs + epoch - 1) * steps + step
                 best_so_far = f", validation {100 * best.validation_accuracy:.1f} %" if best.epoch else ""
                 report(f"training {method} with {rate}{best_so_far}", done, len(rates) * config.epochs * steps)
-            logits = _logits(predict, pixels[0, validation], backbone, config.autocast)
+            module.eval()
+            logits = _logits(predict, inputs[0, validation], backbone, config.autocast)
             validation_loss = objective.loss(logits, targets[validation]).item()
             best = replace(best, last_validation_accuracy=accuracy(logits, targets[validation]))
             score = best.last_validation_accuracy
             current = replace(best, epoch=epoch, validation_loss=validation_loss, validation_accuracy=score)
             if math.isfinite(validation_loss) and current.rank < best.rank:
                 layout = torch.contiguous_format
-                tensors = {name: p.detach().clone(memory_format=layout).cpu() for name, p in trained.items()}
+                state = trained | dict(module.named_buffers())
+                tensors = {name: t.detach().clone(memory_format=layout).cpu() for name, t in state.items()}
                 best = replace(current, tensors=tensors)
-        if test is not None and test_pixels is not None and best.epoch:
-            last_logits = _logits(predict, test_pixels, backbone, config.autocast)
-            best_logits = baseline_logits(backbone, best, test_pixels, config.autocast)
+        if test is not None and test_inputs is not None and best.epoch:
+            last_logits = _logits(predict, test_inputs, backbone, config.autocast)
+            best_logits = _logits(_rebuilt(backbone, best)[1], test_inputs, backbone, config.autocast)
             right, last_right = (logits.argmax(1) == test.targets for logits in (best_logits, last_logits))
             best = replace(best, right=right, last_right=last_right)
         yield best
@@ -235,7 +238,7 @@ def baseline_logits(
     backbone: FrozenBackbone, baseline: TrainedBaseline, pixels: Float[Tensor, "N 3 H W"], autocast: bool = False
 ) -> Float[Tensor, "N C"]:
     """Logits of a trained baseline on images prepared for its backbone."""
-    return _logits(_rebuilt(backbone, baseline)[1], pixels, backbone, autocast)
+    return _logits(_rebuilt(backbone, baseline)[1], _inputs(baseline.method, backbone, pixels), backbone, autocast)
 
 
 def merged(backbone: FrozenBackbone, lora: TrainedBaseline) -> FrozenBackbone:
@@ -256,6 +259,7 @@ def _rebuilt(backbone: FrozenBackbone, baseline: TrainedBaseline) -> tuple[nn.Mo
     weight = torch.zeros(len(baseline.labels), backbone.embed_dim, dtype=torch.float32, device="cpu")
     module, predict = _build(baseline.method, backbone, LinearProbe(weight, weight[:, 0], 1.0), baseline.labels, 0)
     module.load_state_dict(baseline.tensors, strict=False)
+    module.eval()
     return module, predict
 
 
@@ -337,33 +341,46 @@ def _build(
 class AttentiveProbe(nn.Module):
     """A linear head on a learned query that attends to the class token and mean patch token of every block.
 
-    Source: Ciernik, Morik et al., "Beyond the Final Layer", arXiv 2601.09322. Here, inputs are the normalised layer
-    features and, for the last block, the pooled feature; there is one query, with as many heads as the backbone.
+    Source: Ciernik, Morik et al., "Beyond the Final Layer", arXiv 2601.09322, with the authors' initial query, dropout
+    on the attention and batch normalisation before the head. Here, inputs are the normalised layer features and, for
+    the last block, the pooled feature; there is one query, with as many heads as the backbone.
     """
 
     def __init__(self, backbone: FrozenBackbone, num_classes: int) -> None:
         super().__init__()
         width = backbone.embed_dim
-        self._backbone = [backbone]  # in a list, so that it is no submodule
-        self.query = nn.Parameter(torch.randn(1, 1, width, dtype=torch.float32, device="cpu") * width**-0.5)
-        self.norm = nn.LayerNorm(width)
-        self.attention = nn.MultiheadAttention(width, backbone.num_heads, batch_first=True)
+        self.query = nn.Parameter(torch.randn(1, 1, width, dtype=torch.float32, device="cpu") * 0.02)
+        self.query_norm, self.key_norm, self.value_norm = (nn.LayerNorm(width) for _ in range(3))
+        self.attention = nn.MultiheadAttention(width, backbone.num_heads, dropout=0.1, batch_first=True)
+        self.batch_norm = nn.BatchNorm1d(width)
         self.head = nn.Linear(width, num_classes)
 
-    def forward(self, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C"]:
-        """Logits; the backbone runs without gradients."""
-        (backbone,) = self._backbone
-        with torch.no_grad():
-            _, pooled, layers = forward_pass(
-                backbone, pixels, sizes=(micro_batch(backbone.device),), pooled=True, layers=True
-            )  # fmt: skip
-        assert pooled is not None
-        assert layers is not None
-        means = layers.view(len(pixels), -1, 3, backbone.embed_dim)[:, :, :2].flatten(1, 2)  # without the deviations
-        tokens = self.norm(torch.cat([means, pooled.unsqueeze(1).to(means.dtype)], dim=1))
-        attended, _ = self.attention(self.query.expand(len(pixels), -1, -1), tokens, tokens, need_weights=False)
-        logits: Tensor = self.head(attended[:, 0])
+    def forward(self, tokens: Float[Tensor, "B T D"]) -> Float[Tensor, "B C"]:
+        """Computes logits from `layer_tokens`."""
+        query = self.query_norm(self.query).expand(len(tokens), -1, -1)
+        attended, _ = self.attention(query, self.key_norm(tokens), self.value_norm(tokens), need_weights=False)
+        self.batch_norm.train(self.training and len(tokens) > 1)  # one image has no variance
+        logits: Tensor = self.head(self.batch_norm(attended[:, 0]))
         return logits
+
+
+@torch.no_grad()
+def layer_tokens(backbone: FrozenBackbone, pixels: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B T D"]:
+    """Computes the class token and mean patch token of every block but the last, and the pooled feature."""
+    _, pooled, layers = forward_pass(backbone, pixels, sizes=(micro_batch(backbone.device),), pooled=True, layers=True)
+    assert pooled is not None
+    assert layers is not None
+    means = layers.view(len(pixels), -1, 3, backbone.embed_dim)[:, :, :2].flatten(1, 2)  # without the deviations
+    return torch.cat([means, pooled.unsqueeze(1).to(means.dtype)], dim=1)
+
+
+def _inputs(method: str, backbone: FrozenBackbone, pixels: Float[Tensor, "... 3 H W"]) -> Tensor:
+    """Returns what a baseline's forward function reads: pixels, or the attentive probe's tokens, computed once."""
+    if method != "attentive":
+        return pixels
+    batches = pixels.flatten(0, -4).split(EVALUATION_BATCH)
+    tokens = torch.cat([layer_tokens(backbone, batch.to(backbone.device)).cpu() for batch in batches])
+    return tokens.view(*pixels.shape[:-3], *tokens.shape[1:])
 
 
 def _low_rank(model: nn.Module, rank: int) -> nn.Module:
@@ -389,6 +406,6 @@ def batches(images: LabelledImages, backbone: FrozenBackbone, size: int) -> Iter
 
 
 @torch.no_grad()
-def _logits(predict: Model, pixels: Tensor, backbone: FrozenBackbone, autocast: bool) -> Float[Tensor, "N C"]:
+def _logits(predict: Model, inputs: Tensor, backbone: FrozenBackbone, autocast: bool) -> Float[Tensor, "N C"]:
     with torch.autocast(backbone.device.type, torch.bfloat16, enabled=autocast):
-        return torch.cat([predict(batch.to(backbone.device)).float().cpu() for batch in pixels.split(EVALUATION_BATCH)])
+        return torch.cat([predict(batch.to(backbone.device)).float().cpu() for batch in inputs.split(EVALUATION_BATCH)])

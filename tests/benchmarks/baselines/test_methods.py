@@ -197,7 +197,7 @@ def test_prices_count_the_stored_bytes(tiny: FrozenBackbone) -> None:
     assert 4 * 8 * 3 * 2 * width < lora.stored_bytes < full.stored_bytes
 
 
-@pytest.mark.parametrize("method", ["full", "lora-4"])
+@pytest.mark.parametrize("method", ["full", "lora-4", "attentive"])
 def test_logits_of_a_trained_baseline_reproduce_its_test_score(method: str, tiny: FrozenBackbone) -> None:
     experience = stream([(0, 1, 2, 3, 4, 5)]).experiences[0]
     train, test = experience.relabelled(experience.train), experience.relabelled(experience.test)
