@@ -93,7 +93,7 @@ class Candidate:
         self.settings = settings
         self.tensors = {name: Parameter(tensor.detach().clone().to(device)) for name, tensor in tensors.items()}
         self.best = Best()
-        self.stopped: str | None = None  # why training ended: "diverged" or "no better" (early stopping)
+        self.stopped: str | None = None  # why training ended: "diverged", "no better" (early stopping) or "hopeless"
         self._clip_norm = config.clip_norm
         decay = settings.weight_decay
         head, token = [self.tensors[name] for name in HEAD], [self.tensors[name] for name in TOKEN]

@@ -25,6 +25,8 @@ from addenda.registry import Task, digest
 
 TOKEN_ERRORS = 2
 """Standard errors by which a token must lower the loss; two, since the same images also chose its weight."""
+TRIAL_ERRORS = 1
+"""Standard errors by which a token must lower the loss after a third of the epochs for training to go on."""
 MAX_TRIED_PARENTS = 3
 """Maximum number of tasks that `extends="auto"` tries by training."""
 LINEAR_PROBE, LAYER_PROBE = "linear_probe", "layer_probe"
@@ -153,7 +155,7 @@ class LearningRun:
         task = replace(without_layers, parents=best.parents, temperature=temperature, metrics=metrics)
         return replace(task, **as_fields(tensors), **probe_tensors)
 
-    def _fuse(self, trainer: Trainer, candidate: Candidate) -> Fusion:
+    def _fuse(self, trainer: Trainer, candidate: Candidate, num_errors: int = TOKEN_ERRORS) -> Fusion:
         """Chooses the weight of a candidate's token beside the probe; without a layer head it is 0 or 1."""
         objective, config, targets = self._objective, self._config, self._validation_targets
         token_logits = trainer.logits(candidate.best.tensors, self._validation).double()
@@ -165,7 +167,7 @@ class LearningRun:
         logits = (1 - weight) * self._probe_logits + weight * token_logits / temperature
         losses = objective.losses(logits, targets)
         probe_losses = objective.losses(self._probe_logits, targets)
-        if weight and not config.keeps_token and not pays(losses, probe_losses, TOKEN_ERRORS):
+        if weight and not config.keeps_token and not pays(losses, probe_losses, num_errors):
             return Fusion(0.0, temperature, self._probe_logits, probe_losses)
         return Fusion(weight, temperature, logits, losses)
 
@@ -181,9 +183,15 @@ class LearningRun:
         if checkpoint is not None:
             checkpoint = checkpoint.within(digest(" ".join(parent.sha256 for parent in parents).encode())[:16])
         trainer = Trainer(activations, parents, config, replace(self._context, checkpoint=checkpoint))
+
+        def hopeless(candidates: Sequence[Candidate]) -> bool:
+            return not any(self._fuse(trainer, candidate, TRIAL_ERRORS).weight for candidate in candidates)
+
+        beside_layers = len(self.baselines) > 1 and not config.keeps_token
         candidates, history = trainer.run(
-            self._train_probe, config.candidates, self._train, self._validation, config.epochs, "sweep"
-        )
+            self._train_probe, config.candidates, self._train, self._validation, config.epochs, "sweep",
+            hopeless if beside_layers else None,
+        )  # fmt: skip
         for candidate in candidates:
             if candidate.stopped == "diverged":
                 log.warning("Dropped a candidate whose loss became infinite or NaN: %s.", candidate.settings)

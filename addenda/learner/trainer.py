@@ -30,6 +30,8 @@ EVALUATION_BATCH = 64
 ENOUGH_TO_CHOOSE_AN_EPOCH = 200
 """Minimum number of validation images for early stopping; with fewer, the last epoch is better than the one with the
 lowest validation loss (docs/results.md)."""
+MIN_TRIAL_EPOCHS = 5
+"""A sweep may be given up after a third of its epochs, but not before this many."""
 
 T = TypeVar("T")
 
@@ -64,6 +66,7 @@ class Trainer:
         validation: Int[Tensor, " M"],
         stop_after: int,
         phase: str,
+        hopeless: Callable[[Sequence[Candidate]], bool] | None = None,
     ) -> tuple[list[Candidate], list[Epoch]]:
         """Trains a candidate for each of the settings, starting from a linear probe.
 
@@ -74,6 +77,7 @@ class Trainer:
             validation: rows of the validation images; empty in the refit.
             stop_after: last epoch to train; the learning rate schedule spans the config's `epochs` nevertheless.
             phase: `"sweep"` or `"refit"`.
+            hopeless: whether no candidate can pay any more; asked once, after a third of the epochs.
 
         Returns:
             The candidates, and the results of all epochs.
@@ -86,9 +90,13 @@ class Trainer:
             candidates.append(Candidate(settings, first, config, steps_per_epoch * config.epochs, device))
         # Twice the linear probe's penalty: a weight split in halves over two features has half the squared norm.
         penalty = 1 / (linear_probe.strength * len(train))
-        history = self._resume(phase, candidates)
+        history, trial_epochs = self._resume(phase, candidates), max(MIN_TRIAL_EPOCHS, config.epochs // 3)
         total_steps, first_step, clock = stop_after * steps_per_epoch, len(history) * steps_per_epoch + 1, 0.0
         for epoch in range(len(history) + 1, stop_after + 1):
+            if hopeless and epoch == trial_epochs + 1 and hopeless([c for c in candidates if c.best.epoch]):
+                log.info("Training ends after %d of %d epochs: no token is likely to pay.", epoch - 1, stop_after)
+                for candidate in candidates:
+                    candidate.stopped = candidate.stopped or "hopeless"
             live = [candidate for candidate in candidates if candidate.stopped is None]
             if not live:
                 break

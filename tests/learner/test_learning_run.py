@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from sklearn.metrics import log_loss
 
 from addenda import CombinedModel, FrozenBackbone, LearnConfig, Learner, Registry, Task
 from addenda.combined import golden
-from addenda.learner import ActivationCache, Augmentation
+from addenda.learner import ActivationCache, Augmentation, trainer
 from addenda.learner.activations import Activations
+from addenda.learner.context import Epoch
 from addenda.learner.data import open_images
 from addenda.learner.learn_config import AUTO_RANK
 from addenda.learner.learning_run import MAX_TRIED_PARENTS, pays, promising
@@ -103,6 +105,49 @@ def test_extends_auto_takes_nothing_if_nothing_is_registered_or_helps(tiny: Froz
     generation = registry.generation
     assert learner.learn("first", CountingDataset(images, targets), config=config).sha256 == first.sha256
     assert registry.generation == generation  # further tasks in the pool do not make it another run
+
+
+def easy(count: int = 48) -> CountingDataset:
+    """Images whose class is their brightness, which no token predicts better than a probe."""
+    images, targets = noise(count)
+    images[:, 0] += 20 * targets[:, None, None]
+    return CountingDataset(images, targets)
+
+
+def test_a_search_that_cannot_pay_ends_after_a_third_of_its_epochs(
+    tiny: FrozenBackbone, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = LearnConfig(epochs=18, batch_size=16, optimizer="sgd", learning_rate=(0.5, 1.0))
+    task = Learner(tiny, registry).learn("new", easy(), config=config)
+    assert len(task.metrics["curves"]) == 6
+    assert {row["stopped"] for row in task.metrics["candidates"]} == {"hopeless"}
+
+    kept = Learner(tiny, registry).learn("kept", easy(), config=replace(config, fall_back=False))
+    assert len(kept.metrics["curves"]) == 18
+    monkeypatch.setattr(trainer, "MIN_TRIAL_EPOCHS", 18)
+    whole = Learner(tiny, registry).learn("whole", easy(), config=config)
+    assert len(whole.metrics["curves"]) == 18
+    for name in ("head_weight", "layer_weight", "head_bias"):
+        assert torch.equal(getattr(whole, name), getattr(task, name))
+
+
+@pytest.mark.parametrize("interrupted_after", [5, 6])
+def test_a_resumed_search_ends_where_the_uninterrupted_one_does(
+    tiny: FrozenBackbone, tmp_path: Path, interrupted_after: int
+) -> None:
+    def interrupt(epoch: Epoch) -> None:
+        if epoch.epoch == interrupted_after:
+            raise KeyboardInterrupt
+
+    def learner(name: str) -> Learner:
+        return Learner(tiny, Registry.open(tmp_path / f"{name}.db"), ActivationCache(tmp_path / name))
+
+    config = LearnConfig(epochs=18, batch_size=16, optimizer="sgd", learning_rate=1.0)
+    with pytest.raises(KeyboardInterrupt):
+        learner("interrupted").learn("new", easy(), config=config, on_epoch=interrupt)
+    resumed = learner("interrupted").learn("new", easy(), config=config)
+    assert len(resumed.metrics["curves"]) == 6
+    assert resumed.metrics == learner("uninterrupted").learn("new", easy(), config=config).metrics
 
 
 @pytest.mark.parametrize("fall_back", [True, False])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -159,6 +160,29 @@ def test_early_stopping_ends_a_candidate_after_patience_epochs(
         losses = [e.validation_loss[index] for e in history if e.validation_loss[index] == e.validation_loss[index]]
         assert len(losses) == candidate.best.epoch + 2
         assert min(losses) == losses[candidate.best.epoch - 1] == candidate.best.loss
+
+
+@pytest.mark.parametrize("hopeless", [True, False])
+@pytest.mark.parametrize(("epochs", "trial"), [(5, 5), (8, 5), (18, 6)])
+def test_a_sweep_is_given_up_after_a_third_of_its_epochs_if_no_candidate_can_pay(
+    learned: tuple[Activations, LinearProbe], hopeless: bool, epochs: int, trial: int
+) -> None:
+    activations, linear_probe = learned
+    config = LearnConfig(epochs=epochs, batch_size=16, learning_rate=(0.001, 1e30), clip_norm=1e30)
+    asked = list[list[int]]()
+
+    def answer(candidates: Sequence[Candidate]) -> bool:
+        asked.append([candidate.best.epoch for candidate in candidates])
+        return hopeless
+
+    train, validation = torch.arange(30), torch.arange(30, 40)
+    (good, bad), history = Trainer(activations, [], config).run(
+        linear_probe, config.candidates, train, validation, epochs, "sweep", answer
+    )
+    assert asked == ([[trial]] if trial < epochs else [])  # the candidate that diverged is not asked about
+    ended = hopeless and trial < epochs
+    assert (good.stopped, bad.stopped) == ("hopeless" if ended else None, "diverged")
+    assert len(history) == (trial if ended else epochs)
 
 
 @pytest.mark.parametrize("calibrate", [True, False])
