@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from addenda.backbones import FrozenBackbone, plain
 from addenda.combined.forward import HeadFunction, forward_pass
 from addenda.combined.heads import Head, load_head
-from addenda.combined.probe_inputs import probe_images, probe_task
+from addenda.combined.probe_inputs import probe_images, probe_tasks
 from addenda.combined.shapes import TILE, SizeClass, micro_batch
 from addenda.combined.tiles import Layout, TileStore
 from addenda.registry import canonical_json, digest
@@ -137,7 +137,7 @@ def _probe_digest(backbone: FrozenBackbone) -> str:
     shapes = {} if backbone.adapter_obstacle() else backbone.adapter_shapes()
     # Gated MLPs could carry no adapters at first; a probe with adapters would change the numerics of their registries.
     ranks = (0, 8) if shapes and shapes["fc1"][1] == shapes["fc2"][0] else (0,)
-    tasks = [probe_task(backbone, SizeClass(tokens=2, memory=8, rank=rank)) for rank in ranks]
+    tasks = [probe_tasks(backbone, SizeClass(tokens=2, memory=8, rank=rank))[0] for rank in ranks]
     heads = {task.sha256: _feature_and_logits(load_head(backbone, task)) for task in tasks}
     outputs, pooled, _ = forward_pass(backbone, images, Layout(TileStore(backbone), tasks), heads, pooled=True)
     assert pooled is not None

@@ -23,10 +23,10 @@ def probe_images(backbone: FrozenBackbone) -> Float[Tensor, "N 3 H W"]:
     return torch.from_numpy((blocks[:, :, :height, :width] + noise).astype(np.float32))
 
 
-def probe_task(backbone: FrozenBackbone, size: SizeClass, seed: int = 0) -> Task:
-    """A task that fills its size class; its ancestors have class tokens only."""
+def probe_tasks(backbone: FrozenBackbone, size: SizeClass, count: int = 1) -> list[Task]:
+    """Tasks that fill their size class; all extend the same ancestors, which have class tokens only."""
     ancestors = tuple(_task(backbone, 0, 0, (), seed=1000 + i) for i in range(size.tokens - 1))
-    return _task(backbone, size.memory, size.rank, ancestors, seed)
+    return [_task(backbone, size.memory, size.rank, ancestors, seed) for seed in range(count)]
 
 
 def _task(backbone: FrozenBackbone, num_memory: int, rank: int, parents: tuple[Task, ...], seed: int) -> Task:

@@ -13,7 +13,7 @@ from addenda.backbones import FrozenBackbone, KeyValue, plain
 from addenda.combined.forward import forward_pass
 from addenda.combined.heads import HeadGroup, head_rows, random_head
 from addenda.combined.numerics import numerics_settings, operations_sample, reduced_precision
-from addenda.combined.probe_inputs import probe_task
+from addenda.combined.probe_inputs import probe_tasks
 from addenda.combined.shapes import (
     BATCH_SIZES,
     HEAD_GROUP,
@@ -142,18 +142,22 @@ class SelfTest:
         """Tests the tile and batch sizes of a size class; non-canonical sizes that fail are left out."""
         if size in self._proven:
             return self._proven[size]
-        task, largest = probe_task(self._backbone, size), self._tile_sizes[-1]
+        largest = self._tile_sizes[-1]
+        task, *others = probe_tasks(self._backbone, size, 1 + largest // 2)
         twins = [replace(task, labels=(f"twin {i}", "other")) for i in range(largest)]
-        others = [probe_task(self._backbone, size, seed) for seed in range(1, largest // 2 + 1)]
         mixed = [others[i // 2] if i % 2 else twin for i, twin in enumerate(twins)]
         store = TileStore(self._backbone)
         (reference,) = self._features(Layout(store, [task]), [task], self._streams[self._micro_batch][0])
-        # All layouts are built first, so that they share the memory keys and values of the largest tile.
-        layouts = {
-            slots: (Layout(store, twins[:slots], (slots,)), Layout(store, mixed[:slots], (slots,)))
-            for slots in self._tile_sizes[::-1]
+        full, between = (Layout(store, tasks, (largest,)) for tasks in (twins, mixed))
+        batches = {
+            slots: self._exact_batches(
+                Layout(full, twins[:slots], (slots,)),
+                Layout(between, mixed[:slots], (slots,)),
+                twins[:slots],
+                reference,
+            )
+            for slots in self._tile_sizes
         }
-        batches = {slots: self._exact_batches(*pair, twins[:slots], reference) for slots, pair in layouts.items()}
         if self._micro_batch not in batches[TILE]:
             rank = f", rank {size.rank}" if size.rank else ""
             raise self._refusal(

@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from addenda import FrozenBackbone, Registry, Task, __version__, load_backbone
 from addenda.backbones import cached_weights
 from addenda.combined import prove, recorded_backbone
-from addenda.combined.probe_inputs import probe_task
+from addenda.combined.probe_inputs import probe_tasks
 from addenda.combined.shapes import SizeClass
 from addenda.commands import options
 from addenda.exceptions import AddendaError, RegistryError
@@ -39,7 +39,7 @@ def checkup(registry: str, device: str) -> Iterator[Finding]:
     yield from _devices()
     yield _cache()
     glyphs = load_backbone("glyphs", device=device)
-    yield self_test(glyphs, [probe_task(glyphs, SizeClass(2, 8, rank)) for rank in (0, 8)])
+    yield self_test(glyphs, [probe_tasks(glyphs, SizeClass(2, 8, rank))[0] for rank in (0, 8)])
     yield from _registry(registry, device)
 
 

@@ -341,8 +341,8 @@ def _build(
 class AttentiveProbe(nn.Module):
     """A linear head on a learned query that attends to the class token and mean patch token of every block.
 
-    Source: Ciernik, Morik et al., "Beyond the Final Layer", arXiv 2601.09322, with the authors' initial query, dropout
-    on the attention and batch normalisation before the head. Here, inputs are the normalised layer features and, for
+    Source: Ciernik, Morik et al., "Beyond the Final Layer", arXiv 2601.09322, with the authors' initial query, three
+    layer norms, and batch normalisation before the head. Here, inputs are the normalised layer features and, for
     the last block, the pooled feature; there is one query, with as many heads as the backbone.
     """
 
@@ -351,7 +351,7 @@ class AttentiveProbe(nn.Module):
         width = backbone.embed_dim
         self.query = nn.Parameter(torch.randn(1, 1, width, dtype=torch.float32, device="cpu") * 0.02)
         self.query_norm, self.key_norm, self.value_norm = (nn.LayerNorm(width) for _ in range(3))
-        self.attention = nn.MultiheadAttention(width, backbone.num_heads, dropout=0.1, batch_first=True)
+        self.attention = nn.MultiheadAttention(width, backbone.num_heads, batch_first=True)
         self.batch_norm = nn.BatchNorm1d(width)
         self.head = nn.Linear(width, num_classes)
 
