@@ -14,7 +14,7 @@ from addenda.benchmarks.baselines.dense_mask import DenseMask
 from addenda.benchmarks.cost import DENSE, DENSE_PRECOMPUTED, LAYER_HEADS, STOCK, run_cost
 from addenda.combined import CombinedModel, loaded_bytes, pass_operations, task_cost
 from tests.support import dense_mask as reference
-from tests.support.models import backbone, images, lively_vit
+from tests.support.models import backbone, images, lively_vit, quick_first
 from tests.support.tasks import random_task
 from tests.support.tiny import EVA
 
@@ -33,7 +33,7 @@ def test_the_baseline_is_the_papers_dense_mask(variant: str, precomputed: bool) 
         assert (logits - expected[name]).abs().max() <= 1e-6 * expected[name].abs().max()  # its heads are in float32
 
 
-@pytest.mark.parametrize("variant", ["plain", "average", "siglip", "gap-registers", *EVA])
+@quick_first(["plain", "average", "siglip", "gap-registers", *EVA])
 def test_operations_are_those_that_torch_counts(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "addenda.combined.model.operations_sample", bytes

@@ -21,7 +21,7 @@ from addenda.combined import CombinedModel, predictions
 from addenda.exceptions import AddendaError, BackboneError, DataError, RegistryError, UnknownTaskError
 from addenda.registry import LowRank, Task
 from tests.support.dense_mask import DenseMask
-from tests.support.models import VARIANTS, backbone, family, head_only, images, lively_vit
+from tests.support.models import VARIANTS, backbone, family, head_only, images, lively_vit, quick_first
 from tests.support.tasks import random_task
 from tests.support.tiny import tiny_vit
 
@@ -78,7 +78,7 @@ def made(on: FrozenBackbone, nodes: Sequence[Node]) -> list[Task]:
     return tasks
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@quick_first(VARIANTS)
 @settings(deadline=None, max_examples=3)
 @given(nodes=task_graphs(), count=st.integers(1, 5), data=st.data())
 def test_the_combined_model_equals_the_dense_mask(

@@ -247,6 +247,7 @@ def test_a_live_model_keeps_its_bits_or_refuses(variant: str, setting: str) -> N
     assert same_bits(model(pixels, ["child", "adapted"]), expected)
 
 
+@pytest.mark.slow
 @VARIANTS
 @MAKING
 def test_a_model_made_under_a_setting_has_the_bits_of_its_numerics(variant: str, setting: str) -> None:
@@ -368,6 +369,7 @@ def learned(on: FrozenBackbone, folder: Path) -> tuple[str, str, str]:
         return task.sha256, probe.digest, learner.evaluate("colours", colours).logits_digest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", LEARNED)
 def test_a_task_learned_and_evaluated_under_a_setting_is_the_same(
     setting: str, tiny: FrozenBackbone, learned_plainly: tuple[str, str, str], tmp_path: Path

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 
@@ -20,6 +20,17 @@ from tests.support.tasks import random_task
 from tests.support.tiny import EVA, STAGED, tiny_eva, tiny_staged, tiny_vit
 
 PRECISIONS = pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+
+QUICK = ("plain", "dinov3", "eva02", "siglip", "wide", *STAGED)
+"""Variants on which expensive tests run in the quick stage; the slow stage runs them on the others."""
+
+
+def quick_first(names: Iterable[str]) -> pytest.MarkDecorator:
+    """Parametrises a test by variant; those not in QUICK are slow."""
+    return pytest.mark.parametrize(
+        "variant", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names]
+    )
+
 
 VARIANTS: dict[str, dict[str, object]] = {
     "plain": {},

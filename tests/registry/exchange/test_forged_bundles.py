@@ -66,6 +66,7 @@ def test_every_byte_matters(registry, small, tmp_path):
     assert states(registry.import_bundle(path)) == {"digits:1": "added"}
 
 
+@pytest.mark.slow
 def test_a_truncated_or_extended_bundle_is_refused(registry, small, tmp_path):
     path = tmp_path / "a.addenda"
     for data in [*(small[:length] for length in range(0, len(small), 7)), small + b"\0", small + small]:
