@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import shutil
+import weakref
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -66,15 +67,20 @@ class Store:
         if meta["shape"]:  # else created by a run that trains no token
             layout.insert(0, ("key_values", np.float16, (count, *meta["shape"])))
         self._maps: list[Any] = []
+        self._files: list[Any] = []  # the files of the maps
         for name, dtype, shape in layout:
             path = folder / f"{name}.npy"
             if mode == "w+":
-                self._maps.append(np.lib.format.open_memmap(path, mode, dtype, shape))
-                continue
-            array = np.load(path, mmap_mode="r")  # rejects a truncated file, which opening for writing would extend
+                np.lib.format.open_memmap(path, mode, dtype, shape)
+            array: Any = np.load(
+                path, mmap_mode="r"
+            )  # rejects a truncated file, which opening for writing would extend
             if array.shape != shape or array.dtype != dtype:
                 raise ValueError(f"{path.name} holds {array.dtype} {array.shape}")
-            self._maps.append(np.lib.format.open_memmap(path, mode))
+            file = path.open("r+b")
+            weakref.finalize(self, file.close)
+            self._files.append(file)
+            self._maps.append(np.memmap(file, dtype, "r+", array.offset, shape))
         self._keys, self._digests = keys, self._maps[-1]
         self.key_values: Float16[Tensor, "K ..."] = torch.empty(count, 0, dtype=torch.float16, device="cpu")
         if meta["shape"]:
@@ -86,8 +92,12 @@ class Store:
 
     def put(self, rows: Sequence[int], key_values: Float16[Tensor, "n ..."], features: Float32[Tensor, "n F"]) -> None:
         """Writes rows, then their digests."""
-        for row, row_key_values, row_features in zip(rows, key_values, features, strict=True):
-            self.key_values[row], self.features[row] = row_key_values, row_features
+        written = [features] if len(self._maps) == 2 else [key_values, features]
+        for file, mapped, values in zip(self._files, self._maps, written, strict=False):
+            for row, value in zip(rows, values.contiguous().numpy(), strict=True):
+                file.seek(mapped.offset + row * value.nbytes)
+                file.write(value)  # not through the map, where every page would be a page fault
+            file.flush()
         for row, digest in zip(rows, self._row_digests(rows), strict=True):
             self._digests[row] = np.frombuffer(digest, np.uint8)
         self._checked.update(rows)
