@@ -187,10 +187,10 @@ class LearningRun:
         def hopeless(candidates: Sequence[Candidate]) -> bool:
             return not any(self._fuse(trainer, candidate, TRIAL_ERRORS).weight for candidate in candidates)
 
-        beside_layers = len(self.baselines) > 1 and not config.keeps_token
+        may_give_up = len(self.baselines) > 1 and not config.keeps_token
         candidates, history = trainer.run(
             self._train_probe, config.candidates, self._train, self._validation, config.epochs, "sweep",
-            hopeless if beside_layers else None,
+            hopeless if may_give_up else None,
         )  # fmt: skip
         for candidate in candidates:
             if candidate.stopped == "diverged":

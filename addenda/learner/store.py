@@ -72,9 +72,8 @@ class Store:
             path = folder / f"{name}.npy"
             if mode == "w+":
                 np.lib.format.open_memmap(path, mode, dtype, shape)
-            array: Any = np.load(
-                path, mmap_mode="r"
-            )  # rejects a truncated file, which opening for writing would extend
+            # This rejects a truncated file, which opening for writing would extend.
+            array: Any = np.load(path, mmap_mode="r")
             if array.shape != shape or array.dtype != dtype:
                 raise ValueError(f"{path.name} holds {array.dtype} {array.shape}")
             file = path.open("r+b")
@@ -92,11 +91,11 @@ class Store:
 
     def put(self, rows: Sequence[int], key_values: Float16[Tensor, "n ..."], features: Float32[Tensor, "n F"]) -> None:
         """Writes rows, then their digests."""
-        written = [features] if len(self._maps) == 2 else [key_values, features]
-        for file, mapped, values in zip(self._files, self._maps, written, strict=False):
+        # Not through the maps, where every new page would be a page fault.
+        for file, mapped, values in zip(self._files[-2::-1], self._maps[-2::-1], (features, key_values), strict=False):
             for row, value in zip(rows, values.contiguous().numpy(), strict=True):
                 file.seek(mapped.offset + row * value.nbytes)
-                file.write(value)  # not through the map, where every page would be a page fault
+                file.write(value)
             file.flush()
         for row, digest in zip(rows, self._row_digests(rows), strict=True):
             self._digests[row] = np.frombuffer(digest, np.uint8)

@@ -34,12 +34,8 @@ CALLED: set[tuple[str, str]] = set()
 
 
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps a function with shape annotations so that each call checks types and shapes and is recorded.
-
-    jaxtyping passes each function twice: with the result as a further parameter, which is checked after a call with all
-    others, and without, to be checked before a call as well, which would double the work.
-    """
-    if "jaxtyping." not in str(function.__annotations__) or "return" not in function.__annotations__:
+    """Wraps a function with shape annotations so that each call checks types and shapes and is recorded."""
+    if "jaxtyping." not in str(function.__annotations__):
         return function
     check = beartype(conf=BeartypeConf(is_pep484_tower=True))(function)
     name = (function.__module__, function.__qualname__)
