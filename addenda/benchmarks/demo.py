@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import which
@@ -60,6 +63,17 @@ def digits(keep: tuple[int, ...], test: bool, seed: int = 0, limit: int | None =
     return DigitImages(images, targets, tuple(map(str, keep)))
 
 
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """Hides the warning of near-duplicates: to a backbone of letters, many digits of 8 x 8 px look the same."""
+    logger = logging.getLogger("addenda.learner.learning_run")
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = False
+
+
 def run_demo() -> bool:
     """Runs the demo on the CPU in a temporary folder; returns whether all earlier logits stayed bit-identical."""
     start = time.monotonic()
@@ -80,7 +94,7 @@ def run_demo() -> bool:
         learner = Learner(backbone, registry)
         for stage, (name, pair) in enumerate(zip(names, PAIRS, strict=True)):
             config = LearnConfig(epochs=6, fall_back=False)
-            with progress() as report:
+            with progress() as report, without_warnings():
                 learner.learn(name, digits(pair, test=False, limit=160), config=config, report=report)
             model = CombinedModel(backbone, registry.load(backbone))
             logits = {known: model(images[known])[known] for known in names[: stage + 1]}

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # Avalanche and what it impor
 
 @pytest.mark.slow
 def test_the_demo_proves_that_no_earlier_logit_changes(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from addenda.benchmarks.demo import run_demo
 
@@ -20,6 +20,7 @@ def test_the_demo_proves_that_no_earlier_logit_changes(
     out = capsys.readouterr().out
     assert ["digits-89", *["100.0"] * 5, "4", "of", "4"] in [line.split() for line in out.splitlines()]
     assert "One more task costs" in out
+    assert "Near-duplicates" not in caplog.text
     assert all(f"addenda {command} " in out for command in ("tasks list", "predict", "verify"))
 
 
