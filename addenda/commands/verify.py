@@ -73,7 +73,8 @@ def verify(
             )
         if integrity is not None:
             outcome = "none was altered." if integrity.ok else plural(len(integrity.faults), "fault") + "."
-            console.print(f"{plural(integrity.num_tasks, 'version')} and {plural(integrity.generation, 'event')} hashed: {outcome}")
+            hashed = f"{plural(integrity.num_tasks, 'version')} and {plural(integrity.generation, 'event')}"
+            console.print(f"{hashed} hashed: {outcome}")
             findings = [(fault.subject, fault.message) for fault in integrity.faults]
             findings += [("–", unchecked) for unchecked in integrity.unchecked]
             if findings:

@@ -217,14 +217,14 @@ def check_learnable(images: LabelledImages) -> None:
     short = [(label, count) for label, count in zip(images.labels, counts, strict=True) if count < 2]
     if short:
         label, count = short[0]
-        more = f", and {len(short) - 1} more classes have fewer than two" if len(short) > 1 else ""
+        more = f" (and {len(short) - 1} more like it)" if len(short) > 1 else ""
         raise DataError(
             f"Class {label!r} in {images.where} has {count} image{'' if count == 1 else 's'}{more}: each class needs "
             "at least two, one for training and one for validation."
         )
     common = [images.labels[label] for label in images.objective.too_common(counts, len(images))]
     if common:
-        more = f", and so are {len(common) - 1} more labels" if len(common) > 1 else ""
+        more = f" (and {len(common) - 1} more like it)" if len(common) > 1 else ""
         raise DataError(
             f"Label {common[0]!r} in {images.where} is on every image, or on all but one{more}: at least two images "
             "must lack it, one for training and one for validation."
