@@ -256,6 +256,8 @@ def test_a_label_needs_two_images_with_it_and_two_without() -> None:
     check_learnable(tagged(HOT))
     with pytest.raises(DataError, match="Class 'c' in the tags has 1 image: each class needs at least two"):
         check_learnable(tagged([*HOT[:4], [0, 0, 0]]))
+    with pytest.raises(DataError, match=r"Class 'b' in the tags has 0 images \(and 1 more like it\): each class needs"):
+        check_learnable(tagged([[1, 0, 0], [1, 0, 1], [0, 0, 0], [0, 0, 0]]))
     for common in ([[1, 0, 0], [1, 1, 0], [1, 1, 1], [1, 0, 1]], [[0, 0, 0], [1, 1, 0], [1, 1, 1], [1, 0, 1]]):
         with pytest.raises(DataError, match="Label 'a' in the tags is on every image, or on all but one"):
             check_learnable(tagged(common))
