@@ -187,10 +187,10 @@ class LearningRun:
         def hopeless(candidates: Sequence[Candidate]) -> bool:
             return not any(self._fuse(trainer, candidate, TRIAL_ERRORS).weight for candidate in candidates)
 
-        may_give_up = len(self.baselines) > 1 and not config.keeps_token
+        has_layer_probe = len(self.baselines) > 1
         candidates, history = trainer.run(
             self._train_probe, config.candidates, self._train, self._validation, config.epochs, "sweep",
-            hopeless if may_give_up else None,
+            hopeless if has_layer_probe else None,
         )  # fmt: skip
         for candidate in candidates:
             if candidate.stopped == "diverged":
