@@ -1,6 +1,6 @@
 """Frozen timm backbones: loading, fingerprints, preprocessing, and the keys and values of each layer."""
 
-from addenda.backbones.arithmetic import MIN_ROWS, Adapter, BlockAdapters, plain, product, uncompiled
+from addenda.backbones.arithmetic import MIN_ROWS, Adapter, BlockAdapters, is_traced, plain, product, traced, uncompiled
 from addenda.backbones.family import KeyValue, Reading
 from addenda.backbones.frozen import FrozenBackbone
 from addenda.backbones.frozen_stream import FrozenStream
@@ -38,6 +38,7 @@ __all__ = [
     "counted",
     "image_files",
     "in_words",
+    "is_traced",
     "joined",
     "load_backbone",
     "plain",
@@ -46,6 +47,7 @@ __all__ = [
     "read_ahead",
     "read_files",
     "read_image",
+    "traced",
     "uncompiled",
     "untrained_backbone",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple, TypeVar, cast
 
 import torch
@@ -17,6 +18,27 @@ Function = TypeVar("Function", bound=Callable[..., object])
 def uncompiled(function: Function) -> Function:
     """Excludes a function from torch.compile: a compiled forward pass gives different bits."""
     return cast(Function, torch.compiler.disable(function))
+
+
+_TRACED: ContextVar[bool] = ContextVar("traced", default=False)
+
+
+@contextmanager
+def traced() -> Iterator[None]:
+    """Marks this thread as tracing for export: any number of rows, no promise about bits.
+
+    `torch.compiler.is_compiling` would not do: it is also true while any other thread compiles.
+    """
+    token = _TRACED.set(True)
+    try:
+        yield
+    finally:
+        _TRACED.reset(token)
+
+
+def is_traced() -> bool:
+    """Whether this thread traces for export."""
+    return _TRACED.get()
 
 
 @contextmanager
@@ -58,8 +80,7 @@ MIN_ROWS = 4
 
 def product(rows: Float[Tensor, "*n B k"], matrices: Float[Tensor, "*n k w"]) -> Float[Tensor, "*n B w"]:
     """Batched matrix product; fewer than MIN_ROWS rows are padded with zeros."""
-    # Traced for export: any number of rows, no promise about bits.
-    if torch.compiler.is_compiling() or (count := rows.shape[-2]) >= MIN_ROWS:
+    if is_traced() or (count := rows.shape[-2]) >= MIN_ROWS:
         return rows @ matrices
     products: Tensor = F.pad(rows, (0, 0, 0, MIN_ROWS - count)) @ matrices
     return products[..., :count, :]

@@ -5,7 +5,11 @@ from __future__ import annotations
 from copy import copy, deepcopy
 from typing import Any
 
+import torch
 from torch import nn
+
+from addenda.backbones.arithmetic import plain
+from addenda.backbones.family import Family
 
 
 def headless(model: Any) -> Any:
@@ -29,6 +33,27 @@ def with_new_head(model: Any, num_classes: int) -> nn.Module:
         nn.init.zeros_(parameter)
     trainable: nn.Module = model.float().requires_grad_(True)
     return trainable
+
+
+def hooked(model: nn.Module) -> str | None:
+    """Returns which module has a hook that is not of a backbone of ours: no fingerprint would show what it does."""
+    for name, module in model.named_modules():
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            if not isinstance(getattr(hook, "__self__", None), Family):
+                return f"its module {name or 'model'!r} has a forward hook; remove it"
+    return None
+
+
+def replace_inference_tensors(model: nn.Module) -> None:
+    """Replaces tensors made in inference mode by equal normal ones: torch does not count the writes to them."""
+    with plain(torch.device("cpu")):
+        for module in model.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is not None and tensor.is_inference():
+                        copied = tensor.clone()
+                        is_parameter = isinstance(tensor, nn.Parameter)
+                        tensors[name] = nn.Parameter(copied, requires_grad=False) if is_parameter else copied
 
 
 def without_hooks(model: Any, family: object) -> Any:

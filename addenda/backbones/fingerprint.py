@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ def fingerprint(model: Any, family: type[Family] | None, preprocessing: dict[str
     structure = {"preprocessing": preprocessing, **stage_structure(model)}
     if family is not None:
         structure = _block_structure(model, family, preprocessing)
-    return hash_state(model, json.dumps(structure, sort_keys=True).encode())
+    return _hash(model.state_dict(), json.dumps(structure, sort_keys=True).encode())
 
 
 def _block_structure(model: Any, family: type[Family], preprocessing: dict[str, Any]) -> dict[str, Any]:
@@ -55,10 +55,15 @@ def _pooling(model: Any) -> dict[str, Any]:
     return settings
 
 
-def hash_state(model: Any, start: bytes = b"") -> str:
-    """sha256 over the name, dtype, shape and bytes of every tensor of a model."""
+def hash_contents(model: Any) -> str:
+    """sha256 over every tensor of a model, also those that no checkpoint has, such as the angles of rotations."""
+    return _hash({**dict(model.named_buffers()), **model.state_dict()})
+
+
+def _hash(tensors: Mapping[str, Tensor], start: bytes = b"") -> str:
+    """sha256 over the name, dtype, shape and bytes of tensors."""
     digest = hashlib.sha256(start)
-    for key, tensor in sorted(model.state_dict().items()):
+    for key, tensor in sorted(tensors.items()):
         digest.update(f"{key}:{tensor.dtype}:{list(tensor.shape)}".encode())
         digest.update(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
     return digest.hexdigest()
@@ -117,7 +122,7 @@ class ModuleState:
         return (
             [module.__class__ for module in self._modules],
             [owner.get(name) for owner, name in self._settings],
-            list(map(len, self._hooks)),
+            [hook for hooks in self._hooks for hook in hooks.values()],
             [id(child) for children in self._children for child in children.values()],
         )
 

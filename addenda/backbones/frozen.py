@@ -10,10 +10,10 @@ from jaxtyping import Float
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from addenda.backbones.arithmetic import float32_on_cpu, plain
-from addenda.backbones.copies import headless, with_new_head, without_hooks
+from addenda.backbones.arithmetic import float32_on_cpu, plain, uncompiled
+from addenda.backbones.copies import headless, hooked, replace_inference_tensors, with_new_head, without_hooks
 from addenda.backbones.family import Family, Reading
-from addenda.backbones.fingerprint import ModuleState, fingerprint, hash_state
+from addenda.backbones.fingerprint import ModuleState, fingerprint, hash_contents
 from addenda.backbones.frozen_stream import FrozenStream
 from addenda.backbones.image_input import ImageInput
 from addenda.backbones.pooling import pool_by_latent_query, pools_by_latent_query
@@ -70,7 +70,8 @@ class FrozenBackbone(ImageInput):
         conversion: str = "",
         crop_pct: float | None = None,
     ) -> None:
-        reason = obstacle(model)
+        replace_inference_tensors(model)
+        reason = obstacle(model) or hooked(model)
         if reason is not None:
             raise BackboneError(f"Backbone {name!r} cannot be used: {reason}. See: addenda backbones list")
         config = resolve_model_data_config(model)
@@ -104,7 +105,7 @@ class FrozenBackbone(ImageInput):
             self._read_blocks(family)
         elif (reason := self._read_stages().instability()) is not None:
             raise BackboneError(f"Backbone {name!r} cannot be used: {reason}. See: addenda backbones list")
-        self._contents = hash_state(self.model)
+        self._contents = hash_contents(self.model)
         self._module_state = ModuleState(self.model.named_modules())
         self.memo: dict[Any, Any] = {}
 
@@ -183,7 +184,7 @@ class FrozenBackbone(ImageInput):
                 f"Module {self._module_state.where()!r} of backbone {self.name!r} has changed since it was loaded "
                 "(replaced, reconfigured, hooked, compiled, moved or cast). Undo the change, or reload the backbone."
             )
-        if hash_state(self.model) != self._contents:
+        if hash_contents(self.model) != self._contents:
             raise IntegrityError(
                 f"The weights of backbone {self.name!r} in memory have changed since they were loaded. "
                 "Reload the backbone."
@@ -235,6 +236,7 @@ class FrozenBackbone(ImageInput):
         self.check_images(images)
         return FrozenStream(self, images, reading, layers)
 
+    @uncompiled
     def backbone_logits(self, images: Tensor) -> Float[Tensor, "B C"]:
         """Runs timm's own forward pass, including its head, on images Float[B, 3, H, W]."""
         self.check_images(images)
@@ -247,6 +249,7 @@ class FrozenBackbone(ImageInput):
         return self.family.first_tokens(class_tokens)
 
     @property
+    @uncompiled
     def class_token(self) -> Float[Tensor, " D"]:
         """Where tasks' class tokens start."""
         with plain(self.device):
@@ -314,7 +317,8 @@ class FrozenBackbone(ImageInput):
         return without_hooks(self.model, vars(self).get("_family"))
 
     def __getstate__(self) -> dict[str, Any]:
-        """State for deep copies and pickles: everything that is not bound to this model."""
+        """State for deep copies and pickles: everything that is not bound to this model, which must be unchanged."""
+        self.check_unchanged()
         bound = ("model", "_family", "stages", "blocks", "memo", "_module_state")
         state = {name: value for name, value in vars(self).items() if name not in bound}
         return {"model": self._model_copy()} | state

@@ -30,8 +30,9 @@ TRANSPOSITIONS = {
 }
 """Transposition that brings an image of each EXIF orientation upright. Pillow's `exif_transpose` also rewrites the
 metadata, and fails if it is damaged."""
-MAX_ASPECT = 100
-"""Maximum ratio of the sides: resizing the shorter side to a fixed size makes longer images exceed the memory."""
+MAX_ASPECT, MAX_UPLOAD_ASPECT = 1000, 100
+"""Maximum ratio of the sides, in general and of an upload: the shorter side is resized to a fixed size, so that longer
+images would exceed the memory."""
 
 
 def read_image(
@@ -46,21 +47,21 @@ def read_image(
         source: a path, or the bytes of a file.
         name: name of the image in messages; None takes the path.
         formats: Pillow's names of the accepted formats; None accepts all.
-        max_pixels: maximum number of pixels, with sides in a ratio of at most MAX_ASPECT; None applies Pillow's limit.
+        max_pixels: maximum number of pixels of an upload, with sides in a ratio of at most MAX_UPLOAD_ASPECT; None
+            applies Pillow's limit, and MAX_ASPECT.
 
     Raises:
-        TooLargeError: the image exceeds `max_pixels` or MAX_ASPECT; it was not decoded.
+        TooLargeError: the image exceeds `max_pixels` or the ratio; it was not decoded.
         DataError: the file is missing, truncated, unsafely large or not an image, or its scale is unknown.
     """
     label = f"Image {str(source)!r}" if name is None else name
 
     def read(file: str | Path | BytesIO) -> Image.Image:
         with Image.open(file, formats=formats) as image:
-            size = f"{label} has {image.width} x {image.height} pixels"
             if max_pixels is not None and image.width * image.height > max_pixels:
-                raise TooLargeError(f"{size}; the maximum is {max_pixels}. Scale it down.")
-            if max_pixels is not None and max(image.size) > MAX_ASPECT * min(image.size):
-                raise TooLargeError(f"{size}; the maximum aspect ratio is {MAX_ASPECT}:1. Crop it.")
+                raise TooLargeError(f"{_sized(image, label)}; the maximum is {max_pixels}. Scale it down.")
+            if max_pixels is not None:
+                _check_aspect(image, label, MAX_UPLOAD_ASPECT)
             return prepared(image, label)
 
     if isinstance(source, BytesIO) and not source.getbuffer().nbytes:
@@ -74,6 +75,15 @@ def read_image(
             if stripped is None:
                 raise
             return read(BytesIO(stripped))
+
+
+def _sized(image: Image.Image, label: str) -> str:
+    return f"{label} has {image.width} x {image.height} pixels"
+
+
+def _check_aspect(image: Image.Image, label: str, maximum: int) -> None:
+    if max(image.size) > maximum * min(image.size):
+        raise TooLargeError(f"{_sized(image, label)}; the maximum aspect ratio is {maximum}:1. Crop it.")
 
 
 @contextmanager
@@ -112,9 +122,11 @@ def prepared(image: Image.Image, label: str = "An image") -> Image.Image:
     floats from the range 0 to 1, integers from the smallest of 8, 12 or 16 bits that holds the maximum.
 
     Raises:
+        TooLargeError: the image exceeds MAX_ASPECT.
         DataError: the scale of the pixel values is unknown, the mode has no conversion to RGB, or the file is damaged.
     """
     with _pillow_errors(label):
+        _check_aspect(image, label, MAX_ASPECT)
         if ";16" in str(getattr(image, "tile", "")) and len(image.getbands()) > 1:
             image.info[CUT] = True  # `tile`, the only trace of the 16 bits, is lost on loading
         image.load()
@@ -145,7 +157,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _to_eight_bit(image: Image.Image, label: str) -> Image.Image:
     """Converts a greyscale image of floats or of more than 8 bits to 8 bits."""
-    values = np.asarray(image).astype(np.float64)
+    values = np.asarray(image)
     low, high = float(values.min()), float(values.max())
     is_integer = image.mode != "F"
     scale = next((top for top in (*(() if is_integer else (1,)), 255, 4095, 65535) if high <= top), None)
@@ -155,7 +167,12 @@ def _to_eight_bit(image: Image.Image, label: str) -> Image.Image:
             f"{label} has pixel values from {low:g} to {high:g}, of unknown scale: 8, 12 or 16 "
             "bits and floats from 0 to 1 are supported. Save it as 8-bit or 16-bit greyscale."
         )
-    scaled = np.floor(values * 255 / scale) if is_integer else np.rint(values * 255 / scale)
+    if (
+        is_integer
+    ):  # by a table, as a copy in float64 would take eight times the memory of an upload of the maximum size
+        scaled = np.floor(np.arange(scale + 1) * 255 / scale).astype(np.uint8)[values]
+    else:
+        scaled = np.rint(values.astype(np.float64) * 255 / scale).astype(np.uint8)
     if isinstance(transparent := image.info.get("transparency"), int):
         scaled[values == transparent] = 255
-    return Image.fromarray(scaled.astype(np.uint8))
+    return Image.fromarray(scaled)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
+import timm
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -111,7 +113,31 @@ def stage_structure(model: Any) -> dict[str, Any]:
         "class": type(model).__name__,
         "architecture": getattr(model, "pretrained_cfg", {}).get("architecture"),
         "layers": layer_settings(model),
+        **_unlike_stock(model),
     }
+
+
+def _unlike_stock(model: Any) -> dict[str, Any]:
+    """The pooling and the activations of timm's own that differ from its architecture's; no checkpoint has them."""
+    architecture = getattr(model, "pretrained_cfg", {}).get("architecture")
+    if not timm.is_model(architecture or ""):
+        return {}
+    own, stock = _choices(model), _stock_choices(architecture)
+    return {"unlike timm's": changed} if (changed := {k: v for k, v in own.items() if stock.get(k, v) != v}) else {}
+
+
+@cache
+def _stock_choices(architecture: str) -> dict[str, str]:
+    return _choices(timm.create_model(architecture, device="meta"))
+
+
+def _choices(model: Any) -> dict[str, str]:
+    activations = {
+        name: type(module).__name__
+        for name, module in model.named_modules()
+        if type(module).__module__.startswith("timm.layers.activations")
+    }
+    return activations | {"global_pool": str(getattr(model, "global_pool", None))}
 
 
 def layer_settings(model: nn.Module) -> dict[str, list[Any]]:

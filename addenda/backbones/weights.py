@@ -104,6 +104,10 @@ def _check_sizes(tensors: Mapping[str, Tensor], model: Any, resample: bool) -> s
         biases = [value.chunk(3) for key, value in tensors.items() if key.endswith("attn.qkv.bias")]
         if any(queries.any() or values.any() for queries, _, values in biases):  # keys' biases are masked
             raise _MisfitError("its queries and values have biases, which the model lacks")
+    for name, table in expected.items():
+        given = tensors.get(name) if name.endswith("relative_position_bias_table") else None
+        if given is not None and given.shape != table.shape and not resample:
+            raise _MisfitError(f"{name!r} has shape {list(given.shape)}, not {list(table.shape)}")
     positions, own = tensors.get("pos_embed"), expected.get("pos_embed")
     positions = tensors.get("positional_embedding") if positions is None else positions
     if positions is None or own is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ class LogitBits(PluginMetric[float]):  # type: ignore[misc]
                 continue
             now = _logits(strategy, images, label, number)[:, : before.shape[1]]
             same = now.numpy().tobytes() == before.numpy().tobytes()
-            difference = (now - before).abs().max().item()
+            difference = 0.0 if same else (now - before).abs().max().nan_to_num(nan=math.inf).item()
             self.identical = self.identical and same
             self.max_difference = max(self.max_difference, difference)
             step = strategy.clock.train_iterations

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from addenda.backbones import FrozenBackbone, FrozenStream, KeyValue, Reading, plain, product
+from addenda.backbones import FrozenBackbone, FrozenStream, KeyValue, Reading, is_traced, plain, product, uncompiled
 from addenda.combined.heads import HeadGroup, complete_groups, head_rows
 from addenda.combined.shapes import batch_size, micro_batch
 from addenda.combined.tiles import Layout, Tile, TileStore
@@ -95,7 +95,7 @@ def forward_pass(
     answers: dict[str, list[Tensor]] = {sha256: [] for sha256 in heads if sha256 not in in_groups}
     features: dict[str, list[Tensor]] = {"pooled": [], "layers": []}
     # When traced for export, the caller has already entered `plain`.
-    with nullcontext() if torch.compiler.is_compiling() else plain(backbone.device):
+    with nullcontext() if is_traced() else plain(backbone.device):
         for batch, count in _batches(backbone, images, sizes) if isinstance(images, Tensor) else ((images, None),):
             stream = backbone.stream(batch, reading, needs_layers) if isinstance(batch, Tensor) else batch
             tiles = _task_streams(backbone, stream, layout, observe, observe_attention)
@@ -133,7 +133,7 @@ def _batches(
 ) -> Iterator[tuple[Tensor, int | None]]:
     """Splits images into micro-batches, padded with zeros to one of `sizes`; yields each with its number of images."""
     backbone.check_images(images)
-    if torch.compiler.is_compiling():
+    if is_traced():
         yield images, None
         return
     for chunk in images.detach().as_subclass(Tensor).split(micro_batch(backbone.device)):
@@ -183,7 +183,7 @@ def _task_streams(
             hidden[i] = backbone.family.finish(block, hidden[i], attend(*attention), updates[i])
         if observe is not None:
             observe(layer, frozen, offered)
-        if not torch.compiler.is_compiling() and (pause := _PAUSE.get()) is not None:
+        if (pause := _PAUSE.get()) is not None:
             pause()
     return [backbone.final_norm(tokens) for tokens in hidden]
 
@@ -262,6 +262,7 @@ def private_read(weights: Float[Tensor, "S H B w"], tokens: KeyValue, memory: Ke
     return from_tokens + product(on_memory, memory.values)
 
 
+@uncompiled
 def attention_map(
     backbone: FrozenBackbone, task: Task, images: Float[Tensor, "N 3 H W"]
 ) -> Float[Tensor, "N rows columns"]:

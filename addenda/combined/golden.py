@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from addenda.backbones import FrozenBackbone
+from addenda.backbones import FrozenBackbone, uncompiled
 from addenda.combined.model import CombinedModel
 from addenda.combined.numerics import numerics, numerics_fingerprint, tensor_digest
 from addenda.combined.probe_inputs import NUM_PROBES, probe_images
@@ -32,6 +32,7 @@ class Verdict:
     detail: str  # one-line explanation
 
 
+@uncompiled
 def golden(backbone: FrozenBackbone, task: Task) -> Golden:
     """Computes a task's golden probe, with only the tasks that it extends.
 
@@ -51,6 +52,7 @@ def golden(backbone: FrozenBackbone, task: Task) -> Golden:
     )
 
 
+@uncompiled
 def verify(backbone: FrozenBackbone, recorded: Sequence[tuple[Task, Sequence[Golden]]]) -> list[Verdict]:
     """Recomputes the golden probes of all tasks in one combined forward pass and compares them.
 
@@ -70,6 +72,7 @@ def verify(backbone: FrozenBackbone, recorded: Sequence[tuple[Task, Sequence[Gol
     return verdicts(CombinedModel(backbone, [task for task, _ in named]), named)
 
 
+@uncompiled
 def verdicts(model: CombinedModel, recorded: Sequence[tuple[Task, Sequence[Golden]]]) -> list[Verdict]:
     """Like `verify`, for an existing model and some of its tasks, without hashing the backbone's weights."""
     now = numerics_fingerprint(numerics(model.backbone))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from addenda.backbones import FrozenBackbone, plain
+from addenda.backbones import FrozenBackbone, is_traced, plain
 from addenda.combined.shapes import HEAD_GROUP, HEAD_ROWS, HeadShape, head_shape, micro_batch
 from addenda.registry import Task, check_unwritten
 
@@ -119,7 +119,7 @@ def head_rows(features: Tensor, backbone: FrozenBackbone) -> Tensor:
     Rows are contiguous: on an Intel Xeon with two threads, MKL gives rows at other strides other bits.
     """
     rows = features.to(torch.promote_types(backbone.precision, torch.float32))
-    if torch.compiler.is_compiling():  # traced for export: any number of rows, no promise about bits
+    if is_traced():
         return rows
     missing = micro_batch(backbone.device) - rows.shape[-2]
     return F.pad(rows, (0, 0, 0, missing)) if missing else rows.contiguous()

@@ -81,8 +81,8 @@ def micro_batch(device: torch.device) -> int:
 
 
 def batch_size(count: int, sizes: Sequence[int] | None) -> int:
-    """Padded size of a batch of `count` images: the smallest sufficient size, or `count` if `sizes` is None."""
-    return count if sizes is None else next(size for size in sizes if size >= count)
+    """Padded size of a batch of `count` images: the smallest sufficient size, or `count`, but not 0, without sizes."""
+    return max(count, 1) if sizes is None else next(size for size in sizes if size >= count)
 
 
 def size_class(task: Task) -> SizeClass:

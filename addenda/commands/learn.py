@@ -196,7 +196,7 @@ def learn(
                     "metrics": dict(task.metrics), **_data_summary(task.data)})  # fmt: skip
         return
     if already:
-        action = "nothing was done" if after == before else "it was now evaluated on this test set"
+        action = "nothing was done" if after == before else "it was now evaluated on this test split"
         console.print(f"{task.ref} was already learned from these images with these settings; {action}.")
     elif record.grown_from:
         added, known = task.data["grown_from"]["added"], task.data["grown_from"]["known"]

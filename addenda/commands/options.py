@@ -110,14 +110,13 @@ def numbers(text: str | None) -> tuple[float, ...] | None:
 
 def learn_settings(file: Path | None, options: dict[str, Any], augmentation: dict[str, Any]) -> addenda.LearnConfig:
     """Learning settings by precedence: defaults, then the YAML file, then the options that are not None."""
-    from addenda.learner import read_mapping
+    from addenda.learner import merged, read_mapping
 
-    values = {} if file is None else read_mapping(file)
-    overrides = {key: value for key, value in augmentation.items() if value is not None}
-    in_file = values.get("augmentation") or {}
-    if overrides and isinstance(in_file, dict):
-        values["augmentation"] = in_file | overrides
-    return addenda.LearnConfig.parse(values | {key: value for key, value in options.items() if value is not None})
+    given = {key: value for key, value in options.items() if value is not None}
+    views = {key: value for key, value in augmentation.items() if value is not None}
+    return addenda.LearnConfig.parse(
+        merged({} if file is None else read_mapping(file), given | ({"augmentation": views} if views else {}))
+    )
 
 
 GROWS_WITH = (

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 import addenda
-from addenda.backbones import FrozenBackbone, plain
+from addenda.backbones import FrozenBackbone, plain, traced
 from addenda.combined import CombinedModel, forward_pass
 from addenda.combined.golden import TOLERANCE
 from addenda.combined.probe_inputs import probe_images
@@ -229,6 +229,7 @@ class ExportableModel(nn.Module):
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> dict[str, Float[Tensor, "B C"]]:
         """Logits of each task by name, for images from the backbone's transform."""
-        outputs = forward_pass(self._backbone, images, self._layout, self._heads).answers
+        with traced():
+            outputs = forward_pass(self._backbone, images, self._layout, self._heads).answers
         # Cloned, because two names with the same content need separate outputs.
         return {name: outputs[sha256].clone() for name, sha256 in self._sha256.items()}

@@ -4,7 +4,7 @@ from addenda.learner.activation_cache import ActivationCache
 from addenda.learner.augmentation import Augmentation
 from addenda.learner.context import Epoch
 from addenda.learner.data import open_parts
-from addenda.learner.learn_config import LearnConfig, read_mapping
+from addenda.learner.learn_config import LearnConfig, merged, read_mapping
 from addenda.learner.learner import Learner
 from addenda.learner.many import LearnRow, Outcome, learn_many, read_rows
 
@@ -17,6 +17,7 @@ __all__ = [
     "Learner",
     "Outcome",
     "learn_many",
+    "merged",
     "open_parts",
     "read_mapping",
     "read_rows",

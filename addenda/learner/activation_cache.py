@@ -45,8 +45,8 @@ class ActivationCache:
 
     Args:
         folder: parent of the cache's own folder. Default: `$ADDENDA_CACHE`, else the user's cache folder.
-        budget_gb: maximum size of all entries, in 10^9 bytes; 0 disables the cache. Default: half of the disk space
-            that is free or taken by the cache itself.
+        budget_gb: maximum size of all entries, in 10^9 bytes; 0 stores nothing, and no checkpoint either. Default: half
+            of the disk space that is free or taken by the cache itself.
 
     Attributes:
         folder: the cache's own folder.
@@ -77,9 +77,9 @@ class ActivationCache:
                 "of your own."
             ) from error
 
-    def checkpoint(self, run: str) -> Checkpoint:
-        """Returns the checkpoint of a run, identified by a hex digest."""
-        return Checkpoint(self.runs / run[:16], self.claim)
+    def checkpoint(self, run: str) -> Checkpoint | None:
+        """Returns the checkpoint of a run, identified by a hex digest; None if the budget is 0."""
+        return None if self._budget_gb == 0 else Checkpoint(self.runs / run[:16], self.claim)
 
     @property
     def budget_bytes(self) -> float:

@@ -15,7 +15,7 @@ from addenda.learner.probes import LinearHead, limited_rank
 from addenda.registry import FeatureStatistics
 
 LAYER_WEIGHT = 0.75
-"""Share of the layer features in the logits; a weight chosen on the small sample is worse (docs/results.md)."""
+"""Share of the layer features in the logits; a weight chosen on the small sample is worse (decision 0010)."""
 
 
 class ClosedForm(NamedTuple):

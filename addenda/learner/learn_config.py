@@ -76,8 +76,9 @@ class LearnConfig:
         head_learning_rate: peak learning rate of the head, the same for all candidates.
         weight_decay: weight decay of tokens and adapters; the head has the linear probe's L2 penalty instead.
         momentum: momentum of SGD.
-        label_smoothing: share of each target that is spread evenly over all classes.
-        class_weights: `"balanced"` weights classes inversely to their frequency.
+        label_smoothing: share of each target that is spread evenly over all classes, in the training of tokens.
+        class_weights: `"balanced"` weights classes inversely to their frequency, in probes and in the training of
+            tokens; a linear discriminant has equal priors in any case.
         clip_norm: maximum norm of a candidate's gradient.
         warmup_steps: number of linear warm-up steps before cosine decay.
         memory_std: standard deviation of the initial memory tokens (the paper: 0.02).
@@ -157,7 +158,7 @@ class LearnConfig:
     def settings_of_tokens(self) -> list[str]:
         """The settings whose values ask for task tokens, unlike the defaults, which only allow them."""
         default = LearnConfig()
-        names = ("num_memory_tokens", "adapter_rank", "extends", "fall_back")
+        names = ("num_memory_tokens", "adapter_rank", "extends", "fall_back", "label_smoothing")
         return [name for name in names if getattr(self, name) != getattr(default, name)]
 
     @property
@@ -184,6 +185,12 @@ class LearnConfig:
         """Returns plain values, as stored with the task."""
         values: dict[str, Any] = TypeAdapter(type(self)).dump_python(self, mode="json")
         return values
+
+
+def merged(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain settings with others above them; those of `augmentation` are merged one by one."""
+    both = [values["augmentation"] for values in (shared, own) if isinstance(values.get("augmentation"), Mapping)]
+    return {**shared, **own, **({"augmentation": {**both[0], **both[1]}} if len(both) == 2 else {})}
 
 
 def _several(value: T | tuple[T, ...]) -> tuple[T, ...]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from addenda.backbones import FrozenBackbone, counted, plain
 from addenda.combined import feature_statistics, golden, numerics, numerics_fingerprint
-from addenda.exceptions import NameTakenError, RegistryError, RetiredError, TrainingError
+from addenda.exceptions import DataError, NameTakenError, RegistryError, RetiredError, TrainingError
 from addenda.learner.activation_cache import ActivationCache
 from addenda.learner.activations import Activations
 from addenda.learner.augmentation import Augmentation
@@ -114,6 +114,10 @@ class Learner:
         self, name: str, train: Data, test: Data | None, config: LearnConfig, new_version: bool, context: RunContext
     ) -> Task:
         check_new_name(name)
+        if config.head_only and (asked := config.settings_of_tokens):
+            raise TrainingError(
+                f"head_only trains no token, so {', '.join(asked)} would have no effect. Remove either."
+            )
         if self.backbone.token_obstacle() is not None:
             for setting in config.settings_of_tokens:
                 self.backbone.check_tokens(f"The setting {setting}")
@@ -130,13 +134,19 @@ class Learner:
         _log_remarks(images)
         if test_images is not None:
             _log_remarks(test_images)
-        augments = images.can_vary and not (config.head_only and not config.layer_head)
+        can_vary = images.can_vary
+        if not can_vary and (config.augmentation.views or config.augmentation.fresh):
+            raise DataError(
+                f"{images.where} holds tensors, of which there are no random views. Set views to 0 and do not set "
+                "fresh, or pass PIL images."
+            )
+        augments = can_vary and not (config.head_only and not config.layer_head)
         config = replace(config, augmentation=config.augmentation.resolved(augments))
         if config.group_by is not None:
             images = images.grouped_by(config.group_by)
         images = images.hashed()
         fingerprint = numerics_fingerprint(numerics(self.backbone))
-        run = {
+        run: dict[str, Any] = {
             "data": images.fingerprint(),
             "config": config.to_json(),
             "extends": "auto" if auto else [parent.sha256 for parent in parents],
@@ -150,7 +160,10 @@ class Learner:
         if test_images is not None:  # fail on bad test images before hours of training
             test_images, skipped = check_readable(self.backbone, test_images, context)
             test_data["test"] = {"skipped": skipped, "left_out": counted(test_images.left_out)}
-        pool = [task for task in self.registry.load(self.backbone) if task.class_token is not None] if auto else None
+        pool = None
+        if auto:  # without tasks whose tokens were refitted to this run's validation images
+            others = (task for task in self.registry.load(self.backbone) if not _learned_from(task, run["data"]))
+            pool = [task for task in others if task.class_token is not None]
         tokens = not config.head_only
         extended = parents if tokens else ()
         activations = Activations(self.backbone, images, config.augmentation, self.cache, extended, context, tokens)
@@ -163,7 +176,8 @@ class Learner:
         try:
             task = learning_run.task(parents, pool)
         except TrainingError:
-            checkpoint.clear()
+            if checkpoint is not None:
+                checkpoint.clear()
             raise
         data = {
             "run": run,
@@ -182,7 +196,8 @@ class Learner:
             )  # fmt: skip
         task = replace(task, data=data | test_data)
         registered_task = self._register(task, statistics, learning_run.baselines, test_images, new_version, context)
-        checkpoint.clear()
+        if checkpoint is not None:
+            checkpoint.clear()
         return registered_task
 
     def grow(
@@ -302,7 +317,8 @@ class Learner:
             images, skipped = check_readable(self.backbone, images, context)
         record = evaluations.get(images.fingerprint()) or self._evaluate(task, images, context)
         result = copy(task)
-        if record.metrics != task.metrics.get("test"):
+        scored = task.metrics.get("test")
+        if scored is None or not scored.items() <= record.metrics.items():  # which may also count what was skipped
             probes = {  # without their test metrics, which are of the earlier test split
                 key: {split: metrics for split, metrics in task.metrics[key].items() if split != "test"}
                 for key in BASELINES.keys() & task.metrics.keys()
@@ -339,6 +355,11 @@ class Learner:
         metrics |= {key: value for key, value in counts.items() if value}
         fingerprint = numerics_fingerprint(numerics(self.backbone))
         return self.registry.add_evaluation(task.ref, scored.fingerprint(), fingerprint, metrics, logits_digest)
+
+
+def _learned_from(task: Task, dataset: str) -> bool:
+    """Whether a task was learned from a dataset with this fingerprint."""
+    return bool(task.data.get("run", {}).get("data") == dataset)
 
 
 def _log_remarks(images: LabelledImages) -> None:

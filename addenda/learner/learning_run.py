@@ -75,21 +75,30 @@ class LearningRun:
         layers = activations.layers
         features = layers[0] if layers.shape[2] else pooled
         self.near_duplicates = near_duplicates(features, objective.strata(targets), self._train, self._validation)
-        strength = objective.choose_strength(pooled, targets, config.first_seed, groups)
-        self._train_probe = objective.fit_linear_probe(pooled[self._train], targets[self._train], strength)
-        self._final_probe = objective.fit_linear_probe(pooled, targets, strength) if config.refit else self._train_probe
+        num_classes, class_weights = activations.num_classes, None
+        if config.class_weights == "balanced":
+            class_weights = objective.balanced_weights(targets, num_classes)
+        strength = objective.choose_strength(pooled, targets, config.first_seed, groups, class_weights)
+
+        def fit_linear_probe(rows: Tensor | slice) -> LinearProbe:
+            return objective.fit_linear_probe(pooled[rows], targets[rows], strength, num_classes, class_weights)
+
+        self._train_probe = fit_linear_probe(self._train)
+        self._final_probe = fit_linear_probe(slice(None)) if config.refit else self._train_probe
         # For each probe the head fitted to the training split, and the one fitted to all images.
         heads = {LINEAR_PROBE: (from_linear_probe(self._train_probe), from_linear_probe(self._final_probe))}
         self._metrics: dict[str, Any] = {LINEAR_PROBE: {"strength": strength}}
-        if config.layer_head and layers.shape[2] and not objective.is_settled(activations.num_classes):
+        if config.layer_head and layers.shape[2] and not objective.is_settled(num_classes):
             train_linear, final_linear = heads[LINEAR_PROBE]
-            train = LayerFeatures(objective, layers[:, self._train], targets[self._train], activations.num_classes)
+            train = LayerFeatures(objective, layers[:, self._train], targets[self._train], num_classes, class_weights)
             train_groups = None if groups is None else [groups[row] for row in self._train.tolist()]
+            if train_groups and len(set(train_groups)) == 1:  # cross-validation within the only group left for training
+                train_groups = None
             recipe = train.choose_recipe(pooled[self._train], strength, config.first_seed, train_groups)
             self._metrics[LAYER_PROBE] = {"fit": recipe.fit, "weight": recipe.weight}
             train_head = final_head = train.probe(recipe, train_linear)
             if config.refit:
-                everything = LayerFeatures(objective, layers, targets, activations.num_classes)
+                everything = LayerFeatures(objective, layers, targets, num_classes, class_weights)
                 final_head = everything.probe(recipe, final_linear)
             heads[LAYER_PROBE] = train_head, final_head
         self.baselines = []
@@ -117,11 +126,14 @@ class LearningRun:
             )  # fmt: skip
         counts = self._objective.counts(self._validation_targets, self._activations.num_classes)
         missing = (counts == 0).nonzero()[:, 0].tolist()
-        if missing and self._activations.groups is not None:
+        if missing:
             classes = ", ".join(repr(self._activations.labels[label]) for label in missing[:3])
+            reason = "a class has a single image"
+            if self._activations.groups is not None:
+                reason = "all are in one group, or in groups that other classes need for training"
             log.warning(
-                "The validation split has no image of %s%s: all are in one group, or in groups that other classes need "
-                "for training.", classes, " and others" if len(missing) > 3 else "",
+                "The validation split has no image of %s%s: %s.",
+                classes, " and others" if len(missing) > 3 else "", reason,
             )  # fmt: skip
 
     def task(self, parents: tuple[Task, ...], pool: Sequence[Task] | None = None) -> Task:
@@ -238,6 +250,8 @@ def near_duplicates(
     cropped or compressed copies.
     """
     rows = subsample(train)
+    if len(rows) < 2:
+        return 0
     train_features = features[rows]
     mean, scale = train_features.mean(0), train_features.std(0).clamp(min=torch.finfo(features.dtype).tiny)
     z, (present, index) = (train_features - mean) / scale, classes[rows].unique(return_inverse=True)

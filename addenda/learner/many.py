@@ -16,7 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from addenda.exceptions import AddendaError, DataError, RegistryError
 from addenda.learner.context import Report
 from addenda.learner.data import Data, open_parts
-from addenda.learner.learn_config import LearnConfig, read_mapping
+from addenda.learner.learn_config import LearnConfig, merged, read_mapping
 from addenda.learner.learner import Learner
 from addenda.registry import Registry, Task, TaskFilter, check_new_name
 from addenda.text import NOTABLE_S, duration
@@ -121,10 +121,12 @@ def read_rows(file: Path, registry: Registry | None, skip_bad: bool = False) -> 
         quoted_name = f" ({name!r})" if isinstance(name, str) else ""
         problems += [f"task {index + 1}{quoted_name}: {problem}" for problem in row_problems]
         checked.append(row)
-    if problems:
-        raise DataError(f"Nothing was learned. Errors in {str(file)!r}:\n  " + "\n  ".join(problems))
     rows = [row for row in checked if row is not None]
     extended = {name for row in rows for name in extended_refs(row.config)}
+    problems += [f"{row.name!r} is extended by a later task, but head_only trains no token"
+                 for row in rows if row.name in extended and row.config.head_only]  # fmt: skip
+    if problems:
+        raise DataError(f"Nothing was learned. Errors in {str(file)!r}:\n  " + "\n  ".join(problems))
     return [replace(row, config=replace(row.config, fall_back=False)) if row.name in extended else row for row in rows]
 
 
@@ -222,7 +224,7 @@ def _row(
         return problems, None
     parsed = _Entry(**entry)
     extends = "auto" if parsed.extends == ["auto"] else parsed.extends
-    settings = shared | parsed.config | ({"extends": extends} if "extends" in entry else {})
+    settings = merged(shared, parsed.config) | ({"extends": extends} if "extends" in entry else {})
     config, data = LearnConfig(), folder / parsed.data
     test = None if parsed.test is None else folder / parsed.test
     with _collecting(problems):

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Float64, Int, Shaped
 from torch import Tensor
 
-from addenda.learner.objectives import Groups, LayerFits, LinearProbe, Objective, Targets
+from addenda.learner.objectives import Groups, LayerFits, LinearProbe, Objective, Targets, Weights
 
 EIGHTHS = tuple(i / 8 for i in range(9))
 """Candidate weights for the second of two heads in their sum."""
@@ -138,9 +138,15 @@ class LayerFeatures:
     """The layer features of some images in V views, in the space that they span; view 0 is the unaugmented image."""
 
     def __init__(
-        self, objective: Objective, layers: Float[Tensor, "V N n"], targets: Targets, num_classes: int
+        self,
+        objective: Objective,
+        layers: Float[Tensor, "V N n"],
+        targets: Targets,
+        num_classes: int,
+        class_weights: Weights = None,
     ) -> None:
         self._objective, self._targets, self._num_classes = objective, targets, num_classes
+        self._class_weights = class_weights
         flat = layers.flatten(0, 1)
         self._space = Space.of(flat)
         self._z = self._space.coordinates(flat).unflatten(0, layers.shape[:2])
@@ -156,7 +162,7 @@ class LayerFeatures:
         fold = objective.folds(targets, seed, groups)
 
         def fit_linear(rows: Tensor, held_out: Tensor) -> list[Tensor]:
-            probe = objective.fit_linear_probe(pooled[rows], targets[rows], strength, num_classes)
+            probe = objective.fit_linear_probe(pooled[rows], targets[rows], strength, num_classes, self._class_weights)
             return [pooled[held_out].double() @ probe.weight.double().T + probe.bias.double()]
 
         def fit_layers(rows: Tensor, held_out: Tensor) -> list[Tensor]:
@@ -187,7 +193,7 @@ class LayerFeatures:
         fits = []
         for num_views in sorted({1, len(z) if self._objective.learns_from_views else 1}):
             flat, flat_targets = z[:num_views].flatten(0, 1), torch.cat([targets] * num_views)
-            fits += self._objective.fit_layers(flat, flat_targets, self._num_classes, num_features)
+            fits += self._objective.fit_layers(flat, flat_targets, self._num_classes, num_features, self._class_weights)
         return fits
 
 

@@ -29,7 +29,7 @@ EVALUATION_BATCH = 64
 
 ENOUGH_TO_CHOOSE_AN_EPOCH = 200
 """Minimum number of validation images for early stopping; with fewer, the last epoch is better than the one with the
-lowest validation loss (docs/results.md)."""
+lowest validation loss (decision 0008)."""
 MIN_TRIAL_EPOCHS = 5
 """A sweep may be given up after a third of its epochs, but not before this many."""
 

@@ -111,6 +111,14 @@ def test_weights_that_timm_would_resample_are_refused(tmp_path, options):
         load_backbone("test_vit", tmp_path / "w.safetensors", device="cpu")
 
 
+def test_relative_positions_that_timm_would_resample_are_refused(tmp_path):
+    name = "swin_tiny_patch4_window7_224"
+    model = timm.create_model(name, img_size=128, window_size=4, num_classes=0)
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    with pytest.raises(BackboneError, match=r"relative_position_bias_table' has shape \[49, 3\], not \[169, 3\]"):
+        load_backbone(name, tmp_path / "w.safetensors", device="cpu")
+
+
 def test_the_refusal_of_another_input_size_names_both_remedies(tmp_path):
     save_file(timm.create_model("test_vit", img_size=192).state_dict(), tmp_path / "w.safetensors")
     with pytest.raises(BackboneError) as refusal:

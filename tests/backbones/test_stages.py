@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import ParallelScalingBlock
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from addenda.backbones import FrozenBackbone
 from addenda.backbones.scope import input_size, token_obstacle
-from addenda.backbones.stages import StageFeatures, stage_obstacle
+from addenda.backbones.stages import StageFeatures, stage_obstacle, stage_structure
 from addenda.combined import forward_pass
 from addenda.exceptions import BackboneError, IntegrityError
 from tests.support.models import backbone, images, lively_vit
@@ -98,6 +99,20 @@ def test_running_statistics_and_settings_of_layers_are_part_of_the_fingerprint()
     ]
     assert len(set(found)) == 6
     assert resnet() == found[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("cait_xxs24_224", {"global_pool": "avg"}),
+        ("vit_relpos_base_patch16_clsgap_224", {"global_pool": "token"}),
+        ("convnext_atto", {"act_layer": "quick_gelu"}),
+    ],
+)
+def test_a_choice_unlike_the_architectures_is_part_of_the_fingerprint(name: str, options: dict[str, Any]) -> None:
+    stock, other = (stage_structure(timm.create_model(name, device="meta", **given)) for given in ({}, options))
+    assert "unlike timm's" not in stock  # older registries hold the fingerprint without it
+    assert stock != other
 
 
 def test_a_running_statistic_that_is_written_to_is_detected() -> None:

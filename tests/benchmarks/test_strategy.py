@@ -128,6 +128,21 @@ def test_the_metric_detects_a_broken_mask(
     assert 0.0 in {value for key, value in results[-1].items() if key.startswith("LogitsIdentical")}
 
 
+def test_the_metric_counts_logits_that_became_nan_as_infinitely_changed() -> None:
+    model = as_multitask(SimpleMLP(input_size=3 * 32 * 32, num_classes=2, drop_rate=0.0), "classifier")
+    bits = LogitBits(num_images=4)
+    strategy = Naive(
+        model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.0), train_mb_size=8,
+        evaluator=EvaluationPlugin(bits, loggers=[]),
+    )  # fmt: skip
+    first, second, *_ = stream().train_stream
+    strategy.train(first)
+    strategy.optimizer.param_groups[0]["lr"] = float("nan")
+    strategy.train(second)
+    assert not bits.identical
+    assert bits.result() == float("inf")
+
+
 def test_the_metric_detects_that_naive_fine_tuning_changes_logits() -> None:
     torch.manual_seed(0)
     model = as_multitask(SimpleMLP(input_size=3 * 32 * 32, num_classes=2, drop_rate=0.0), "classifier")

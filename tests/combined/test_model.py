@@ -189,11 +189,12 @@ def test_a_pooled_head_adds_a_linear_layer_on_the_pooled_feature() -> None:
 def test_a_model_without_tasks_or_images_returns_empty_results() -> None:
     on = backbone()
     assert CombinedModel(on, [])(images(2)) == {}
-    model = CombinedModel(on, list(family(on).values()))
-    assert model(images(2), []) == {}
-    assert {name: tuple(logits.shape) for name, logits in model(images(9)[:0]).items()} == {
-        name: (0, len(task.labels)) for name, task in family(on).items()
-    }
+    for exact in (True, False):
+        model = CombinedModel(on, list(family(on).values()), exact=exact)
+        assert model(images(2), []) == {}
+        assert {name: tuple(logits.shape) for name, logits in model(images(9)[:0]).items()} == {
+            name: (0, len(task.labels)) for name, task in family(on).items()
+        }
 
 
 def test_a_name_requested_twice_is_returned_once() -> None:

@@ -7,6 +7,7 @@ settings than it was made under gives its original bits or refuses.
 from __future__ import annotations
 
 import ast
+import copy
 import os
 import pickle
 import threading
@@ -26,7 +27,7 @@ import addenda
 from addenda import CombinedModel, FrozenBackbone, LearnConfig, Learner, Registry, load_backbone
 from addenda.combined import attention_map, golden, numerics, numerics_fingerprint, verify
 from addenda.combined.forward import _batches
-from addenda.exceptions import ExactnessError, IntegrityError
+from addenda.exceptions import BackboneError, ExactnessError, IntegrityError
 from addenda.learner import ActivationCache, Augmentation
 from addenda.registry import Task
 from tests.support.images import colour_folder
@@ -461,10 +462,16 @@ def other_scale(on: FrozenBackbone) -> None:
     on.model.blocks[1].attn.scale *= 2
 
 
+def other_hook(on: FrozenBackbone) -> None:
+    qkv = on.model.blocks[1].attn.qkv
+    (key, hook), *_ = qkv._forward_hooks.items()
+    qkv._forward_hooks[key] = lambda module, inputs, output: hook(module, inputs, 2 * output)
+
+
 HARMS = [
     replace_activation, replace_block, compile_block, train, add_hook, write_weight, load_weights, own_forward,
     other_epsilon, other_scale, cast_and_back, cast_up, from_a_vector, other_gelu, other_pooling,
-    weights_channels_last,
+    weights_channels_last, other_hook,
 ]  # fmt: skip
 
 
@@ -475,9 +482,36 @@ def test_a_backbone_that_has_changed_since_it_was_loaded_is_refused(harm: Callab
     model = CombinedModel(on, [task])
     model(images(1))
     harm(on)
-    for use in (lambda: model(images(1)), lambda: CombinedModel(on, [task]), lambda: golden(on, task)):
+    uses: list[Callable[[], object]] = [
+        lambda: model(images(1)), lambda: CombinedModel(on, [task]), lambda: golden(on, task),
+        lambda: copy.deepcopy(on), lambda: pickle.dumps(on),
+    ]  # fmt: skip
+    for use in uses:
         with pytest.raises(IntegrityError, match=r"has changed since it was loaded|have changed since they were"):
             use()
+
+
+@pytest.mark.parametrize("kind", ["eva02", "pe-core"])
+def test_a_buffer_that_no_checkpoint_has_is_part_of_what_must_not_change(kind: str) -> None:
+    on = FrozenBackbone(lively_vit(kind), kind, "hub")
+    model = CombinedModel(on, [random_task(on, "task")])
+    saved = on.model.state_dict()
+    for name, buffer in on.model.named_buffers():
+        if name not in saved:
+            buffer.mul_(0.5)
+    with pytest.raises(IntegrityError, match="have changed since they were loaded"):
+        model(images(1))
+
+
+def test_a_model_with_hooks_is_no_backbone() -> None:
+    for register in ("register_forward_hook", "register_forward_pre_hook"):
+        model = lively_vit()
+        hook = getattr(model.blocks[1].mlp, register)(lambda *_: None)
+        with pytest.raises(BackboneError, match=r"its module 'blocks.1.mlp' has a forward hook; remove it"):
+            FrozenBackbone(model, "hooked", "hub")
+        hook.remove()
+        on = FrozenBackbone(model, "hooked", "hub")
+        assert FrozenBackbone(model, "again", "hub").fingerprint == on.fingerprint  # with our own hooks
 
 
 def reload_state(on: FrozenBackbone) -> None:
@@ -541,6 +575,35 @@ def test_a_call_within_compiled_code_keeps_its_bits() -> None:
     tasks = tasks_of(on)
     child = torch.compile(lambda: CombinedModel(on, tasks)(pixels)["child"], backend=nudging)()
     assert bits(child) == expected["child"]
+    uses: list[Callable[[], Tensor]] = [
+        lambda: attention_map(on, tasks[0], pixels), lambda: on.backbone_logits(pixels), lambda: on.class_token,
+        lambda: golden(on, tasks[0]).logits,
+    ]  # fmt: skip
+    for use in uses:
+        assert torch.equal(torch.compile(use, backend=nudging)(), use())
+
+
+def test_compiling_in_another_thread_changes_no_bit() -> None:
+    on = backbone()
+    model, pixels = CombinedModel(on, tasks_of(on)), images(3)
+    started, finish = threading.Event(), threading.Event()
+
+    def waiting(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        started.set()
+        assert finish.wait(60)
+        return graph.forward
+
+    other = threading.Thread(target=torch.compile(lambda given: 2 * given, backend=waiting), args=(torch.ones(3),))
+    other.start()
+    assert started.wait(60)
+    try:
+        assert torch.compiler.is_compiling()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert same_bits(model(pixels), plain_bits(on))
+        assert bits(model(pixels[:1])["child"]) == plain_bits(on)["child"][:1]
+    finally:
+        finish.set()
+        other.join()
 
 
 def test_an_operation_that_was_replaced_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -650,4 +713,9 @@ def test_a_users_own_model_can_be_a_backbone() -> None:
     with torch.inference_mode():
         model = lively_vit()
     on = FrozenBackbone(model, "own", "hub")
-    assert CombinedModel(on, [random_task(on, "task")])(images(1))["task"].isfinite().all()
+    combined = CombinedModel(on, [random_task(on, "task")])
+    assert combined(images(1))["task"].isfinite().all()
+    with torch.inference_mode():
+        on.model.blocks[1].mlp.fc1.weight.mul_(1.1)
+    with pytest.raises(IntegrityError, match="have changed since they were loaded"):
+        combined(images(1))

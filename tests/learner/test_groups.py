@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import logging
 from pathlib import Path
+from unicodedata import normalize
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from addenda.exceptions import DataError, TrainingError
 from addenda.learner.data import LabelledImages, open_images
 from addenda.learner.learning_run import near_duplicates
 from addenda.learner.objectives import MultiLabel, SingleLabel
+from tests.support.images import colour_folder
 
 CONFIG = LearnConfig(head_only=True)
 VIDEOS, FRAMES = 6, 4
@@ -92,6 +94,36 @@ def test_a_label_of_one_group_is_in_the_training_split_of_a_multi_label_task() -
 def test_groups_of_which_none_can_be_held_out_are_refused() -> None:
     with pytest.raises(DataError, match="The images form 2 groups, and none can be held out for validation"):
         SingleLabel().split(torch.tensor([0] * 5 + [1] * 5), 2, 0.2, 0, ["a"] * 5 + ["b"] * 5)
+
+
+def test_a_group_that_can_be_held_out_is_found_in_any_fold() -> None:
+    groups = ["only"] * 3 + [f"p{row // 3}" for row in range(9)]
+    for classes in (torch.tensor([0] * 3 + [1] * 9), torch.tensor([1] * 3 + [0] * 9)):
+        for seed in range(6):
+            train, validation = SingleLabel().split(classes, 2, 0.2, seed, groups)
+            assert set(range(3)) <= set(train.tolist())
+            assert len({groups[row] for row in validation.tolist()}) == 1
+
+
+def test_two_groups_are_enough(frames: Path, tiny: FrozenBackbone, registry: Registry) -> None:
+    files = sorted(frames.rglob("*.png"))
+    file = frames.with_suffix(".csv")
+    sides = [f"{path.relative_to(file.parent)},{path.parts[-3]},side{path.parts[-2][-1] < '3'}" for path in files]
+    file.write_text("path,label,group\n" + "\n".join(sides))
+    task = Learner(tiny, registry).learn("sides", file, config=CONFIG)
+    assert task.metrics["validation"]["num_images"] == 24
+    assert task.layer_weight is not None
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_group_by_compares_names_in_one_unicode_form(tmp_path: Path, form: str) -> None:
+    folder = colour_folder(tmp_path / "data")
+    for label in ("red", "green", "blue"):
+        for path in sorted((folder / label).iterdir()):
+            path.rename(path.with_name(normalize(form, f"caf\xe9{int(path.stem) // 2}_{path.name}")))
+    groups = open_images(folder).grouped_by("(caf\xe9.)_").groups
+    assert groups is not None
+    assert set(groups) == {f"caf\xe9{number}" for number in range(4)}
 
 
 def test_a_listings_groups_are_kept_together_and_are_part_of_its_fingerprint(frames: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -274,7 +275,7 @@ def test_a_token_of_weight_one_leaves_nothing_of_the_layer_probe(
     monkeypatch.setattr(probes, "MAX_RANK", 2)  # so that the layer weight of three classes is in two factors
     monkeypatch.setattr(learning_run, "best_weight", lambda *_: 1.0)
     monkeypatch.setattr(probes.LayerFeatures, "choose_recipe", lambda *_: probes.ProbeRecipe(0, (1.0, 1.0), 0.5))
-    probe = learner.learn("probe", colours, config=replace(QUICK, head_only=True))
+    probe = learner.learn("probe", colours, config=replace(QUICK, head_only=True, fall_back=True))
     assert probe.layer_down is not None
     task = learner.learn("token", colours, config=QUICK)
     assert task.metrics["token_weight"] == 1
@@ -314,6 +315,49 @@ def test_a_head_only_task_is_the_better_probe_and_cannot_be_extended(learner: Le
     assert "layer_probe" not in linear.metrics
     with pytest.raises(RegistryError, match="'head:1' is head-only"):
         learner.learn("child", colours, config=LearnConfig(extends=("head",)))
+
+
+@pytest.mark.parametrize(
+    "asked", [{"extends": ("any",)}, {"num_memory_tokens": 50}, {"adapter_rank": 8}, {"label_smoothing": 0.1}]
+)
+def test_settings_of_a_token_are_refused_for_a_head_only_task(
+    learner: Learner, colours: Path, asked: dict[str, Any]
+) -> None:
+    with pytest.raises(TrainingError, match=f"head_only trains no token, so {next(iter(asked))} would have no effect"):
+        learner.learn("head", colours, config=LearnConfig(head_only=True, **asked))
+
+
+@pytest.mark.parametrize("layer_head", [False, True])
+def test_balanced_class_weights_apply_to_the_probes(learner: Learner, layer_head: bool) -> None:
+    images, targets = noise(64)
+    targets[:] = 0
+    targets[::8] = 1
+    images[:, 0] += 0.5 * targets[:, None, None]
+    config = LearnConfig(head_only=True, layer_head=layer_head, augmentation=Augmentation(views=0))
+    chances = []
+    for class_weights in ("none", "balanced"):
+        weighted = replace(config, class_weights=class_weights)
+        task = learner.learn(f"weights-{class_weights}", CountingDataset(images, targets), config=weighted)
+        logits = CombinedModel(learner.backbone, [task])(images)[task.name]
+        chances.append((logits / task.temperature).softmax(1)[:, 1].mean())
+    assert chances[1] > chances[0]
+
+
+def test_a_cache_of_0_writes_nothing(tiny: FrozenBackbone, registry: Registry, colours: Path, tmp_path: Path) -> None:
+    learner = Learner(tiny, registry, ActivationCache(tmp_path / "cache", budget_gb=0))
+    learner.learn("colours", colours, config=QUICK)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_no_task_of_the_same_images_is_tried_as_a_parent(
+    learner: Learner, colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[list[str]] = []
+    monkeypatch.setattr(learning_run, "promising", lambda _, pool, *rest: tried.append([t.ref for t in pool]) or [])
+    learner.learn("same", colours, config=QUICK)
+    learner.learn("other", colour_folder(tmp_path / "others", seed=9), config=QUICK)
+    learner.learn("same", colours, config=replace(QUICK, extends="auto"), new_version=True)
+    assert tried == [["other:1"]]
 
 
 def test_on_epoch_sees_every_epoch_of_sweep_and_refit(learner: Learner, colours: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from addenda import FrozenBackbone, LearnConfig, Learner, Registry
+from addenda import Augmentation, FrozenBackbone, LearnConfig, Learner, Registry
 from addenda.exceptions import DataError
 from addenda.learner import LearnRow, Outcome, learn_many, read_rows
 from tests.support.images import colour_folder
@@ -57,6 +57,25 @@ def test_rows_take_the_files_settings_then_their_own_and_paths_relative_to_the_f
     assert third.data == colours
     assert third.config.extends == ("first", "second")
     assert third.config.fall_back
+
+
+def test_a_tasks_own_augmentation_is_merged_with_the_files(registry: Registry, colours: Path) -> None:
+    file = write(
+        colours.parent,
+        "config: {augmentation: {views: 0, fresh: true, color_jitter: 0.4}}\n"
+        "tasks: [{name: own, data: colours, config: {augmentation: {hflip: 0.0}}}]\n",
+    )
+    (row,) = read_rows(file, registry)
+    assert row.config.augmentation == Augmentation(views=0, fresh=True, color_jitter=0.4, hflip=0.0)
+
+
+def test_a_task_without_a_token_cannot_be_extended_by_a_later_one(registry: Registry, colours: Path) -> None:
+    file = write(
+        colours.parent,
+        "tasks: [{name: first, data: colours, config: {head_only: true}}, {name: b, data: colours, extends: first}]",
+    )
+    with pytest.raises(DataError, match="'first' is extended by a later task, but head_only trains no token"):
+        read_rows(file, registry)
 
 
 def test_all_errors_are_reported_at_once(registry: Registry, colours: Path) -> None:

@@ -132,7 +132,7 @@ def method_config(method: str, config: LearnConfig) -> LearnConfig:
     if kind in AS_SHIPPED:
         return LearnConfig.parse({**AS_SHIPPED[kind], "seed": config.seed})
     if kind == "head":
-        return replace(config, head_only=True)
+        return replace(config, head_only=True, fall_back=True)
     return replace(config, adapter_rank=size) if kind == "adapters" else replace(config, num_memory_tokens=size)
 
 

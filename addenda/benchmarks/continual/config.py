@@ -40,7 +40,6 @@ class StreamConfig(BaseModel):
     about: str = ""
     command: str = ""
     hardware: str = ""
-    minutes: Annotated[float, Field(gt=0)] | None = None
     expected: dict[str, float] = {}  # Addenda's metrics in %; emptied by `read_config` if other settings are given
     expected_with: dict[str, Any] = {}  # overrides under which `expected` was measured
     backbone: BackboneConfig = BackboneConfig()

@@ -52,7 +52,7 @@ OURS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = MappingProxyType({
 CELLS, SECONDS, REGISTRIES = "cells.jsonl", "seconds.jsonl", "registries"
 DONE = "done"  # last progress message of a cell
 
-REFERENCE_RUN = {"command", "hardware", "minutes", "expected", "expected_with"}
+REFERENCE_RUN = {"command", "hardware", "expected", "expected_with"}
 """Fields of a stream's file that describe an earlier run; results leave them out of their configuration."""
 
 

@@ -178,7 +178,7 @@ class LabelledImages:
         groups, unmatched = [], []
         for item in self.items:
             name = Path(item if self.folder is None else os.path.relpath(item, self.folder)).as_posix()
-            match = re.search(pattern, name)
+            match = re.search(unicodedata.normalize("NFC", pattern), unicodedata.normalize("NFC", name))
             if match is None:
                 unmatched.append(f"{name!r}")
             else:

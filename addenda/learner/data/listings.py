@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 from addenda.exceptions import DataError
 from addenda.learner.data.labelled import LabelledImages, class_name, encoded, ten_of
@@ -113,7 +114,7 @@ def _read(file: Path) -> tuple[list[str], list[_Row]]:
 def _read_csv(file: Path) -> tuple[list[str], Lines]:
     try:
         with file.open(encoding="utf-8-sig", newline="") as opened:
-            reader = csv.reader(opened, strict=True)
+            reader = csv.reader(opened, strict=True, skipinitialspace=True)
             lines = [(f"line {reader.line_num}", fields) for fields in reader if fields]
     except UnicodeDecodeError as error:
         raise DataError(f"The listing {str(file)!r} is not UTF-8 ({error.reason}). Save it as UTF-8.") from error
@@ -175,7 +176,7 @@ def _row(folder: Path, columns: Sequence[str], values: Sequence[Any], position: 
     fields = dict(zip(columns, values, strict=True))
     if not isinstance(fields["path"], str) or not fields["path"]:
         raise DataError("its path is empty" if fields["path"] in (None, "") else f"its path is {fields['path']!r}")
-    path = Path(os.path.normpath(folder / fields["path"]))
+    path = _path(folder / fields["path"])
     labels = _labels(fields["labels"]) if "labels" in fields else (_text(fields["label"]),)
     if "" in labels:
         raise DataError("it has an empty label")
@@ -189,6 +190,17 @@ def _row(folder: Path, columns: Sequence[str], values: Sequence[Any], position: 
     if text is not None and split is None:
         raise DataError(f"its split is {text!r}; it must be train or test")
     return _Row(path, labels, split, _text(fields.get("group")), position)
+
+
+def _path(given: Path) -> Path:
+    """The path of an image in its shortest form, and in the Unicode form that its file has."""
+    path = Path(os.path.normpath(given))
+    if ".." in given.parts and os.path.realpath(path) != os.path.realpath(given):
+        path = given  # through a linked folder, `..` is the parent of the folder that the link names
+    if not str(path).isascii() and not os.path.lexists(path):
+        forms = (path.with_name(normalize(form, path.name)) for form in ("NFC", "NFD"))
+        path = next((form for form in forms if os.path.lexists(form)), path)
+    return path
 
 
 def _labels(value: Any) -> tuple[str, ...]:

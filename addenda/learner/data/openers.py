@@ -53,6 +53,14 @@ def open_images(data: Data, split: Split = "train") -> LabelledImages:
 
     Splits are train/ and test/ in a folder, a column `split` of a listing, or the keys of a DatasetDict.
     """
+    images = _opened(data, split)
+    repeated = sorted(label for label, count in Counter(images.labels).items() if count > 1)
+    if repeated:
+        raise DataError(f"{images.where} has several classes named {repeated[0]!r}; class names must be unique.")
+    return images
+
+
+def _opened(data: Data, split: Split) -> LabelledImages:
     if isinstance(data, HubDataset):
         return open_hub_dataset(data, split)
     if not isinstance(data, str | Path):
@@ -208,19 +216,16 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def check_learnable(images: LabelledImages) -> None:
-    """Raises DataError if there are too few classes, or too few images of a class for training and validation."""
+    """Raises DataError if a class has no image, or none has two: one for training and one for validation."""
     check_labels(images.labels)
-    repeated = sorted(label for label, count in Counter(images.labels).items() if count > 1)
-    if repeated:
-        raise DataError(f"{images.where} has several classes named {repeated[0]!r}; class names must be unique.")
     counts = images.counts
-    short = [(label, count) for label, count in zip(images.labels, counts, strict=True) if count < 2]
-    if short:
-        label, count = short[0]
-        more = f" (and {len(short) - 1} more like it)" if len(short) > 1 else ""
+    if empty := [label for label, count in zip(images.labels, counts, strict=True) if not count]:
+        more = f" (and {len(empty) - 1} more like it)" if len(empty) > 1 else ""
+        raise DataError(f"Class {empty[0]!r} in {images.where} has 0 images{more}. Add images, or remove the class.")
+    if max(counts) < 2:
         raise DataError(
-            f"Class {label!r} in {images.where} has {count} image{'' if count == 1 else 's'}{more}: each class needs "
-            "at least two, one for training and one for validation."
+            f"{images.where} has a single image of each class: at least one class needs two, one for training and one "
+            "for validation."
         )
     common = [images.labels[label] for label in images.objective.too_common(counts, len(images))]
     if common:

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from addenda.learner.objectives.multi_label import MultiLabel
-from addenda.learner.objectives.objective import Groups, LayerFits, LinearProbe, Objective, Targets
+from addenda.learner.objectives.objective import Groups, LayerFits, LinearProbe, Objective, Targets, Weights
 from addenda.learner.objectives.single_label import SingleLabel
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "Objective",
     "SingleLabel",
     "Targets",
+    "Weights",
     "accuracy",
     "objective_of",
 ]

@@ -145,18 +145,25 @@ class MultiLabel(Objective):
         return targets[:, label]
 
     def fit_layers(
-        self, z: Float64[Tensor, "N k"], targets: MultiHot, num_classes: int, num_features: int
+        self,
+        z: Float64[Tensor, "N k"],
+        targets: MultiHot,
+        num_classes: int,
+        num_features: int,
+        class_weights: Weights = None,
     ) -> LayerFits:
         """A logistic regression per label, for each of LAYER_STRENGTHS."""
-        models, heads = _Logistic(num_classes), []
+        models, heads = _Logistic(num_classes, None if class_weights is None else class_weights.double().numpy()), []
         for strength in LAYER_STRENGTHS:
             weight, bias = models.fit(z.numpy(), targets.numpy(), strength)
             heads.append((torch.from_numpy(weight), torch.from_numpy(bias)))
         return heads
 
-    def _fold_losses(self, x: Array, y: NDArray[Any], folds: Sequence[NDArray[np.bool_]]) -> Iterator[float]:
+    def _fold_losses(
+        self, x: Array, y: NDArray[Any], folds: Sequence[NDArray[np.bool_]], class_weights: Array | None
+    ) -> Iterator[float]:
         """Mean loss over all labels, which share one C; each fit starts from the previous solution."""
-        models = [_Logistic(y.shape[1]) for _ in folds]
+        models = [_Logistic(y.shape[1], class_weights) for _ in folds]
         for strength in STRENGTHS:
             total = 0.0
             for held_out, model in zip(folds, models, strict=True):
@@ -166,18 +173,23 @@ class MultiLabel(Objective):
                     total += np.logaddexp(0, np.where(has, -margin, margin)).sum()
             yield total / y.size
 
-    def _fit(self, x: Array, y: NDArray[Any], strength: float, num_classes: int | None) -> tuple[Array, Array]:
-        return _Logistic(y.shape[1]).fit(x, y, strength)
+    def _fit(
+        self, x: Array, y: NDArray[Any], strength: float, num_classes: int | None, class_weights: Array | None
+    ) -> tuple[Array, Array]:
+        return _Logistic(y.shape[1], class_weights).fit(x, y, strength)
 
 
 class _Logistic:
     """A logistic regression for each label; each fit starts from the solution of the previous one.
 
+    `class_weights` has the weights of absence and presence of each label.
+
     A label that every image has, or none, gets weight 0 and a bias that gives it the probability
     (images with it + 1) / (images + 2), Laplace's rule of succession.
     """
 
-    def __init__(self, num_labels: int) -> None:
+    def __init__(self, num_labels: int, class_weights: Array | None) -> None:
+        self._weights = class_weights
         self._models: list[LogisticRegression | None] = [None] * num_labels
 
     def fit(self, x: Array, y: NDArray[np.bool_], strength: float) -> tuple[Array, Array]:
@@ -186,7 +198,8 @@ class _Logistic:
             if has.all() or not has.any():
                 bias[label] = math.log((has.sum() + 1) / ((~has).sum() + 1))
                 continue
-            self._models[label] = model = fit_logistic(x, has, strength, self._models[label])
+            weights = None if self._weights is None else np.where(has, self._weights[1, label], self._weights[0, label])
+            self._models[label] = model = fit_logistic(x, has, strength, self._models[label], weights)
             weight[label], bias[label] = model.coef_[0], model.intercept_[0]
         return weight, bias
 

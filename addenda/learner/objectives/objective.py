@@ -89,26 +89,28 @@ class Objective(ABC):
     def split(self, targets: Targets, num_classes: int, fraction: float, seed: int, groups: Groups = None) -> Rows:
         """Rows of the training and the validation split.
 
-        Validation takes a fraction of each class, and at least one image of a class with two or more. The images of a
-        group stay on one side; a class that is in one group only stays in training.
+        Validation takes a fraction of each class, and at least one image of a class with two or more; an only image is
+        for training. The images of a group stay on one side; a class that is in one group only stays in training.
 
         Raises:
             DataError: no group can be held out, since each holds the last images of a class.
         """
         if groups is None:
             return self._split(targets, num_classes, fraction, seed)
-        held_out = self.folds(targets, seed, groups, max(2, round(1 / fraction))) == 0
+        folds = self.folds(targets, seed, groups, max(2, round(1 / fraction)))
         present = self.counts(targets, num_classes) > 0
-        while (lost := present & (self.counts(targets[~held_out], num_classes) == 0)).any():
-            has = self.has_label(targets, int(lost.nonzero()[0])) & held_out
-            returned = groups[int(has.nonzero()[0])]
-            held_out &= torch.tensor([group != returned for group in groups], dtype=torch.bool, device="cpu")
-        if not held_out.any():
-            raise DataError(
-                f"The images form {len(set(groups))} group{'' if len(set(groups)) == 1 else 's'}, and none can be held "
-                "out for validation: each holds the last images of a class. Use smaller groups, or none."
-            )
-        return (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
+        for number in range(int(folds.max()) + 1):
+            held_out = folds == number
+            while (lost := present & (self.counts(targets[~held_out], num_classes) == 0)).any():
+                has = self.has_label(targets, int(lost.nonzero()[0])) & held_out
+                returned = groups[int(has.nonzero()[0])]
+                held_out &= torch.tensor([group != returned for group in groups], dtype=torch.bool, device="cpu")
+            if held_out.any():
+                return (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
+        raise DataError(
+            f"The images form {len(set(groups))} group{'' if len(set(groups)) == 1 else 's'}, and none can be held "
+            "out for validation: each holds the last images of a class. Use smaller groups, or none."
+        )
 
     @abstractmethod
     def _split(self, targets: Targets, num_classes: int, fraction: float, seed: int) -> Rows:
@@ -190,29 +192,42 @@ class Objective(ABC):
         return math.exp(minimize_scalar(loss, bounds=log_bounds, method="bounded", options={"xatol": 1e-6}).x)
 
     def choose_strength(
-        self, features: Float[Tensor, "N D"], targets: Targets, seed: int, groups: Groups = None
+        self,
+        features: Float[Tensor, "N D"],
+        targets: Targets,
+        seed: int,
+        groups: Groups = None,
+        class_weights: Weights = None,
     ) -> float:
-        """The C of minimal cross-validated log loss, from STRENGTHS; 1.0, where none matters, for a single class."""
+        """The C of minimal cross-validated log loss, from STRENGTHS; 1.0, where none matters, for a single class.
+
+        Class weights apply to the fits, not to the held-out losses.
+        """
         if self.is_settled(int(targets.max()) + 1):
             return 1.0
         fold, losses = self.folds(targets, seed, groups).numpy(), list[float]()
         held_out = [fold == number for number in range(fold.max() + 1)]
         # Starts with the strongest penalty; past the best one, weaker penalties are slower and worse.
-        for mean_loss in self._fold_losses(_centred(features)[0], targets.numpy(), held_out):
+        for mean_loss in self._fold_losses(_centred(features)[0], targets.numpy(), held_out, _array(class_weights)):
             losses.append(mean_loss)
             if len(losses) > 2 and losses[-1] > losses[-2] > losses[-3]:
                 break
         return STRENGTHS[int(np.argmin(losses))]
 
     def fit_linear_probe(
-        self, features: Float[Tensor, "N D"], targets: Targets, strength: float, num_classes: int | None = None
+        self,
+        features: Float[Tensor, "N D"],
+        targets: Targets,
+        strength: float,
+        num_classes: int | None = None,
+        class_weights: Weights = None,
     ) -> LinearProbe:
         """L2-regularised logistic regression, fitted to convergence by scikit-learn.
 
         `num_classes` defaults to the number of classes in the targets.
         """
         x, mean = _centred(features)
-        weight, bias = self._fit(x, targets.numpy(), strength, num_classes)
+        weight, bias = self._fit(x, targets.numpy(), strength, num_classes, _array(class_weights))
         return LinearProbe(torch.from_numpy(weight).float(), torch.from_numpy(bias - weight @ mean).float(), strength)
 
     def strata(self, targets: Targets) -> Int[Tensor, " N"]:
@@ -220,7 +235,14 @@ class Objective(ABC):
         return torch.zeros(len(targets), dtype=torch.int64, device="cpu")
 
     @abstractmethod
-    def fit_layers(self, z: Float64[Tensor, "N k"], targets: Targets, num_classes: int, num_features: int) -> LayerFits:
+    def fit_layers(
+        self,
+        z: Float64[Tensor, "N k"],
+        targets: Targets,
+        num_classes: int,
+        num_features: int,
+        class_weights: Weights = None,
+    ) -> LayerFits:
         """Fits heads on layer features for several regularisation strengths, in their order, as (weight, bias).
 
         Args:
@@ -228,14 +250,19 @@ class Objective(ABC):
             targets: the targets.
             num_classes: C.
             num_features: n, the number of features before the change of coordinates.
+            class_weights: weights of the loss, if the fit has one.
         """
 
     @abstractmethod
-    def _fold_losses(self, x: Array, y: NDArray[Any], folds: Sequence[NDArray[np.bool_]]) -> Iterator[float]:
+    def _fold_losses(
+        self, x: Array, y: NDArray[Any], folds: Sequence[NDArray[np.bool_]], class_weights: Array | None
+    ) -> Iterator[float]:
         """Mean log loss on held-out images, for each of STRENGTHS in turn; `folds` has the mask of each fold."""
 
     @abstractmethod
-    def _fit(self, x: Array, y: NDArray[Any], strength: float, num_classes: int | None) -> tuple[Array, Array]:
+    def _fit(
+        self, x: Array, y: NDArray[Any], strength: float, num_classes: int | None, class_weights: Array | None
+    ) -> tuple[Array, Array]:
         """Fits a logistic regression; returns weight, one row per class, and bias."""
 
 
@@ -246,13 +273,21 @@ def _centred(features: Float[Tensor, "N D"]) -> tuple[Array, Array]:
     return x - mean, mean
 
 
+def _array(class_weights: Weights) -> Array | None:
+    return None if class_weights is None else class_weights.double().numpy()
+
+
 @cache
 def _blas() -> ThreadpoolController:
     return ThreadpoolController()
 
 
 def fit_logistic(
-    x: Array, y: NDArray[Any], strength: float, start: LogisticRegression | None = None
+    x: Array,
+    y: NDArray[Any],
+    strength: float,
+    start: LogisticRegression | None = None,
+    image_weights: Array | None = None,
 ) -> LogisticRegression:
     """Logistic regression by scikit-learn, which starts from an earlier fit if given; raises if it does not converge.
 
@@ -261,4 +296,4 @@ def fit_logistic(
     model = LogisticRegression(max_iter=20_000, tol=1e-5, warm_start=True) if start is None else start
     with warnings.catch_warnings(), _blas().limit(limits=1, user_api="blas"):
         warnings.simplefilter("error", ConvergenceWarning)
-        return model.set_params(C=strength).fit(x, y)
+        return model.set_params(C=strength).fit(x, y, image_weights)

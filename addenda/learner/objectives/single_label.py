@@ -56,14 +56,20 @@ class SingleLabel(Objective):
         return order[targets]
 
     def _split(self, targets: Classes, num_classes: int, fraction: float, seed: int) -> Rows:
-        """Stratified by scikit-learn, with at least as many images as classes on either side."""
-        num_held_out = min(max(num_classes, round(fraction * len(targets))), len(targets) - num_classes)
+        """Stratified by scikit-learn, with an image of every class on either side; an only image is for training."""
+        class_of, several = targets.tolist(), self.counts(targets, num_classes) > 1
+        rows, num_divided = several[targets].nonzero()[:, 0].tolist(), int(several.sum())
+        num_held_out = min(max(num_divided, round(fraction * len(rows))), len(rows) - num_divided)
         train, validation = train_test_split(
-            range(len(targets)), test_size=num_held_out, stratify=targets.tolist(), random_state=seed
+            rows, test_size=num_held_out, stratify=[class_of[row] for row in rows], random_state=seed
         )
-        for label in set(targets.tolist()) - set(targets[train].tolist()):  # a small class may be in validation only
-            train.append(next(row for row in validation if targets[row] == label))
-            validation.remove(train[-1])
+        for source, destination in ((validation, train), (train, validation)):  # may lack a small class
+            held = {class_of[row] for row in destination}
+            for label in several.nonzero()[:, 0].tolist():
+                if label not in held:
+                    destination.append(next(row for row in source if class_of[row] == label))
+                    source.remove(destination[-1])
+        train += (~several)[targets].nonzero()[:, 0].tolist()
         first, second = (torch.tensor(rows, dtype=torch.int64, device="cpu") for rows in (train, validation))
         return first, second
 
@@ -118,8 +124,15 @@ class SingleLabel(Objective):
         """The class of each image."""
         return targets
 
-    def fit_layers(self, z: Float64[Tensor, "N k"], targets: Classes, num_classes: int, num_features: int) -> LayerFits:
-        """Linear discriminant analysis with equal priors, for each shrinkage s of SHRINKAGES.
+    def fit_layers(
+        self,
+        z: Float64[Tensor, "N k"],
+        targets: Classes,
+        num_classes: int,
+        num_features: int,
+        class_weights: Weights = None,
+    ) -> LayerFits:
+        """Linear discriminant analysis with equal priors, and so without class weights, for each s of SHRINKAGES.
 
         The shared covariance is (1 - s) S + s tr(S) / n I, where S is the within-class covariance and n is
         `num_features`. A class without images, as may happen in a fold, has the mean of all images. If no class has two
@@ -143,16 +156,20 @@ class SingleLabel(Objective):
             heads.append((weight @ vectors.T, -0.5 * (weight * rotated).sum(1)))
         return heads
 
-    def _fold_losses(self, x: Array, y: NDArray[Any], folds: Sequence[NDArray[np.bool_]]) -> Iterator[float]:
+    def _fold_losses(
+        self, x: Array, y: NDArray[Any], folds: Sequence[NDArray[np.bool_]], class_weights: Array | None
+    ) -> Iterator[float]:
         for strength in STRENGTHS:
             total = 0.0
             for held_out in folds:
-                weight, bias = self._fit(x[~held_out], y[~held_out], strength, int(y.max()) + 1)
+                weight, bias = self._fit(x[~held_out], y[~held_out], strength, int(y.max()) + 1, class_weights)
                 logits = x[held_out] @ weight.T + bias
                 total += (logsumexp(logits, axis=1) - np.take_along_axis(logits, y[held_out, None], 1)[:, 0]).sum()
             yield total / len(y)
 
-    def _fit(self, x: Array, y: NDArray[Any], strength: float, num_classes: int | None) -> tuple[Array, Array]:
+    def _fit(
+        self, x: Array, y: NDArray[Any], strength: float, num_classes: int | None, class_weights: Array | None
+    ) -> tuple[Array, Array]:
         """Multinomial logistic regression; with a single class, the weight is 0.
 
         A class without images, as may happen in a fold, gets weight 0 and bias -log N.
@@ -162,7 +179,7 @@ class SingleLabel(Objective):
         weight, bias = np.zeros((count, x.shape[1])), np.full(count, -math.log(len(y)))
         bias[present] = 0.0
         if len(present) > 1:
-            fitted = fit_logistic(x, y, strength)
+            fitted = fit_logistic(x, y, strength, None, None if class_weights is None else class_weights[y])
             coef, intercept = fitted.coef_, fitted.intercept_
             if len(coef) == 1:  # scikit-learn fits two classes as one margin; half of it for each class is equivalent
                 coef, intercept = np.concatenate([-coef, coef]) / 2, np.concatenate([-intercept, intercept]) / 2

@@ -263,5 +263,5 @@ def test_registrable_methods_are_trained_like_the_baselines() -> None:
         baselines.clip_norm, baselines.warmup_steps, baselines.validation_fraction,
     )  # fmt: skip
     assert method_config("head", OURS) == LearnConfig(
-        head_only=True, layer_head=False, batch_size=OURS.batch_size, refit=False, fall_back=False, calibrate=False
+        head_only=True, layer_head=False, batch_size=OURS.batch_size, refit=False, calibrate=False
     )

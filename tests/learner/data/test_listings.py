@@ -6,6 +6,7 @@ import builtins
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import pyarrow as pa
 import pytest
@@ -115,6 +116,33 @@ def test_further_columns_absolute_paths_quotes_and_a_byte_order_mark_are_accepte
     text = f'id, label ,path\n1, "a" ,"red, dark.png"\n2,b,{folder / "blue" / "0.png"}\n\n'.replace(' "a" ', "a")
     (folder / "listing.csv").write_text("\ufeff" + text, encoding="utf-8")
     assert labels_of(open_images(folder / "listing.csv")) == [("red, dark.png", "a"), ("0.png", "b")]
+
+
+def test_spaces_after_commas_are_no_part_of_a_field(folder: Path) -> None:
+    (folder / "listing.csv").write_text('path, label\nred/0.png, "red, dark"\n red/1.png, red\nred/2.png,red\n')
+    assert labels_of(open_images(folder / "listing.csv")) == [
+        ("0.png", "red, dark"),
+        ("1.png", "red"),
+        ("2.png", "red"),
+    ]
+
+
+def test_the_parent_of_a_linked_folder_is_the_one_that_the_link_names(folder: Path, tmp_path: Path) -> None:
+    other = colour_folder(tmp_path / "other", seed=1)
+    (folder / "link").symlink_to(other / "red")
+    (folder / "listing.csv").write_text("path,label\nlink/../blue/0.png,a\nred/../blue/0.png,b\nblue/0.png,b\n")
+    images = open_images(folder / "listing.csv")
+    assert [Path(item).read_bytes() for item in images.items] == [
+        (other / "blue" / "0.png").read_bytes(), (folder / "blue" / "0.png").read_bytes(),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("listed", "stored"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_a_listing_names_files_in_either_unicode_form(folder: Path, listed: str, stored: str) -> None:
+    (folder / "red" / "0.png").rename(folder / "red" / normalize(stored, "caf\xe9.png"))
+    row = normalize(listed, "red/caf\xe9.png,red")
+    (folder / "listing.csv").write_text(f"path,label\n{row}\nred/1.png,red\n", encoding="utf-8")
+    assert len(open_images(folder / "listing.csv").check_whole(skip_bad=False)) == 2
 
 
 def test_a_repeated_row_counts_once(folder: Path) -> None:

@@ -17,7 +17,7 @@ from PIL import Image, PngImagePlugin
 from torch.utils.data import ConcatDataset, Subset, TensorDataset, random_split
 from torchvision.datasets import ImageFolder
 
-from addenda import FrozenBackbone, LearnConfig, Learner, Registry, load_backbone
+from addenda import Augmentation, CombinedModel, FrozenBackbone, LearnConfig, Learner, Registry, load_backbone
 from addenda.backbones import read_image
 from addenda.exceptions import BackboneError, DataError, NameTakenError, RegistryError, RetiredError, UnsteadyError
 from addenda.learner import LearnRow, learn_many
@@ -385,11 +385,49 @@ def test_a_single_class_can_be_learned_and_is_always_predicted(
     assert [choice.task for choice in choices.choose(features)].count("red") >= 6
 
 
-def test_a_class_of_one_image_is_refused_by_name(learner: Learner, folder: Path) -> None:
+def test_a_class_of_one_image_is_learned_and_not_validated(
+    learner: Learner, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     for number in range(1, 4):
         (folder / "red" / f"{number}.png").unlink()
-    with pytest.raises(DataError, match=r"Class 'red' in .* has 1 image: each class needs at least two"):
+    task = learner.learn("any", folder, config=HEAD_ONLY)
+    assert "The validation split has no image of 'red': a class has a single image." in caplog.text
+    assert task.metrics["validation"]["per_class"]["red"] is None
+    only = open_images(folder).select([len(open_images(folder)) - 1]).read_all(learner.backbone)
+    assert CombinedModel(learner.backbone, [task])(only)["any"].argmax(1).tolist() == [task.labels.index("red")]
+    for path in [*(folder / "blue").iterdir()][1:]:
+        path.unlink()
+    with pytest.raises(DataError, match="has a single image of each class: at least one class needs two"):
+        learner.learn("single", folder, config=HEAD_ONLY)
+
+
+@pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1)])
+def test_a_thin_image_is_refused_by_name_before_it_takes_the_memory(
+    learner: Learner, folder: Path, size: tuple[int, int]
+) -> None:
+    Image.new("RGB", size).save(folder / "red" / "thin.png")
+    with pytest.raises(DataError, match=r"thin.png' has \d+ x \d+ pixels; the maximum aspect ratio is 1000:1"):
         learner.learn("any", folder, config=HEAD_ONLY)
+    assert len(learner.learn("any", folder, config=HEAD_ONLY, skip_bad=True).data["skipped"]) == 1
+    with pytest.raises(DataError, match="aspect ratio"):
+        learner.backbone.transform(Image.new("RGB", size))
+
+
+def test_random_views_of_tensors_are_refused_before_anything_is_read(learner: Learner) -> None:
+    data = TensorDataset(torch.randn(16, 3, 32, 32), torch.arange(16) % 2)
+    for augmentation in (Augmentation(views=2), Augmentation(fresh=True)):
+        with pytest.raises(DataError, match=r"holds tensors, of which there are no random views\. Set views to 0"):
+            learner.learn("any", data, config=replace(HEAD_ONLY, augmentation=augmentation), skip_bad=True)
+
+
+def test_a_repeated_run_keeps_the_probes_scores_beside_files_that_were_left_out(tmp_path: Path, run: Run) -> None:
+    data = with_splits(tmp_path / "data", "train", "test")
+    (data / "test" / "red" / "notes.txt").write_text("no image")
+    before = json.loads(run("learn", "any", data, *LEARN, "--json").out)["metrics"]
+    run("evaluate", "any", data)
+    again = json.loads(run("learn", "any", data, *LEARN, "--json").out)["metrics"]
+    assert again["linear_probe"] == before["linear_probe"]
+    assert "test" in again["linear_probe"]
 
 
 # --- learning again ---------------------------------------------------------------------------------------------------
@@ -404,7 +442,7 @@ def test_new_test_images_are_evaluated_though_the_task_was_learned_before(tmp_pa
         blue.write_bytes(content)
     before = run("learn", "any", train, *LEARN, "--test", test, "--json")
     again = run("learn", "any", train, *LEARN, "--test", other)
-    assert "already learned from these images with these settings; it was now evaluated on this test set" in again.out
+    assert "already learned from these images with these settings; it was now evaluated on this test split" in again.out
     accuracy = json.loads(run("evaluate", "any", other, "--json").out)["metrics"]["accuracy"]
     repeated = json.loads(run("learn", "any", train, *LEARN, "--test", other, "--json").out)
     assert repeated["metrics"]["test"]["accuracy"] == accuracy

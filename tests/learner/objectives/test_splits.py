@@ -29,10 +29,10 @@ def test_a_single_label_split_is_scikit_learns() -> None:
 
 @settings(deadline=None, max_examples=60, database=None)
 @given(st.data())
-def test_each_image_is_in_one_split_and_every_class_of_two_is_in_training(data: st.DataObject) -> None:
+def test_each_image_is_in_one_split_and_every_class_of_two_is_in_both(data: st.DataObject) -> None:
     fraction, seed = data.draw(st.floats(0.05, 0.95)), data.draw(st.integers(0, 9))
     if data.draw(st.booleans()):
-        counts = data.draw(st.lists(st.integers(2, 30), min_size=2, max_size=6))
+        counts = [2, *data.draw(st.lists(st.integers(1, 30), min_size=1, max_size=6))]
         targets = torch.cat([torch.full((count,), label) for label, count in enumerate(counts)])
         sides = torch.nn.functional.one_hot(targets).bool()
     else:
@@ -42,6 +42,9 @@ def test_each_image_is_in_one_split_and_every_class_of_two_is_in_training(data: 
     train, validation = split(targets, fraction, seed)
     assert sorted([*train.tolist(), *validation.tolist()]) == list(range(len(targets)))
     assert (sides[train].sum(0) >= 1)[sides.sum(0) >= 2].all()
+    if targets.ndim == 1:
+        assert (sides[validation].sum(0) >= 1)[sides.sum(0) >= 2].all()
+        assert not sides[validation].sum(0)[sides.sum(0) == 1].any()
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -69,6 +72,13 @@ def test_the_seed_fixes_the_split(targets: torch.Tensor) -> None:
     first, again, other = (split(targets, seed=seed)[1].tolist() for seed in (1, 1, 2))
     assert first == again
     assert first != other
+
+
+def test_a_class_too_small_for_the_fraction_is_in_validation_too() -> None:
+    targets = torch.tensor([0] * 200 + [1, 1, 2, 2, 3, 3, 3])
+    for seed in range(20):
+        _, validation = split(targets, seed=seed)
+        assert set(targets[validation].tolist()) == {0, 1, 2, 3}
 
 
 def test_a_small_class_drawn_for_validation_stays_in_training_too() -> None:
