@@ -71,6 +71,14 @@ def is_unfinished(path: Path, of: str) -> bool:
     return re.fullmatch(rf"\.(?:{of})\.[0-9a-f]{{16}}{re.escape(UNFINISHED)}", path.name) is not None
 
 
+def expanded(path: str | Path) -> Path:
+    """A path with the home folder in place of `~` or `~USER`; raises DataError if there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise DataError(f"{str(path)!r}: there is no user with this home folder. Check the path.") from error
+
+
 def permissions(path: Path) -> int:
     """The read and write permissions of a file, as `written` takes them."""
     return stat.S_IMODE(path.stat().st_mode) & 0o666

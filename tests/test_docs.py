@@ -274,6 +274,18 @@ def test_every_dotted_name_in_the_documents_exists() -> None:
         assert hasattr(import_module(home), attribute) or importlib.util.find_spec(name), name
 
 
+def test_every_name_in_the_recipes_exists() -> None:
+    sources = [path for folder in ("addenda", "tests", "scripts") for path in (ROOT / folder).rglob("*.py")]
+    words = set(re.findall(r"\w+", " ".join(path.read_text() for path in sources)))
+    names = re.findall(r"`([A-Za-z_][\w.]*)`", (ROOT / "CONTRIBUTING.md").read_text())
+    assert len(names) > 40
+    for name in names:
+        if name.endswith(".py"):
+            assert any(path.name == name for path in sources), name
+        else:  # `MIN_` stands for the names that start with it
+            assert all(part in words or any(word.startswith(part) for word in words) for part in name.split(".")), name
+
+
 def test_the_drawings_are_what_their_script_draws() -> None:
     drawings = script("draw_method").drawings()
     assert len(drawings) == 6

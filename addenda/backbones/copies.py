@@ -48,12 +48,12 @@ def replace_inference_tensors(model: nn.Module) -> None:
     """Replaces tensors made in inference mode by equal normal ones: torch does not count the writes to them."""
     with plain(torch.device("cpu")):
         for module in model.modules():
-            for tensors in (module._parameters, module._buffers):
-                for name, tensor in tensors.items():
-                    if tensor is not None and tensor.is_inference():
-                        copied = tensor.clone()
-                        is_parameter = isinstance(tensor, nn.Parameter)
-                        tensors[name] = nn.Parameter(copied, requires_grad=False) if is_parameter else copied
+            for name, parameter in module._parameters.items():
+                if parameter is not None and parameter.is_inference():
+                    module._parameters[name] = nn.Parameter(parameter.clone(), requires_grad=False)
+            for name, buffer in module._buffers.items():
+                if buffer is not None and buffer.is_inference():
+                    module._buffers[name] = buffer.clone()
 
 
 def without_hooks(model: Any, family: object) -> Any:

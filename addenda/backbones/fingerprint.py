@@ -60,7 +60,7 @@ def hash_contents(model: Any) -> str:
     return _hash({**dict(model.named_buffers()), **model.state_dict()})
 
 
-def _hash(tensors: Mapping[str, Tensor], start: bytes = b"") -> str:
+def _hash(tensors: Mapping[str, Any], start: bytes = b"") -> str:
     """sha256 over the name, dtype, shape and bytes of tensors."""
     digest = hashlib.sha256(start)
     for key, tensor in sorted(tensors.items()):

@@ -17,6 +17,9 @@ PREPARATION = 1
 CUT = "addenda: 16-bit colours cut to 8"
 """Key in `Image.info` that marks 16-bit colours which Pillow has reduced to 8 bits."""
 PNG = b"\x89PNG\r\n\x1a\n"
+SCAN, MAX_SCANS = b"\xff\xda", 100
+"""The marker that starts a scan of a JPEG, and their maximum number in an upload. A progressive JPEG usually has ten;
+each further one takes the file twelve bytes, and the decoder a pass over all pixels."""
 TEXT_CHUNKS = frozenset({b"tEXt", b"zTXt", b"iTXt", b"iCCP"})
 """PNG chunks whose size Pillow limits."""
 TRANSPOSITIONS = {
@@ -47,11 +50,11 @@ def read_image(
         source: a path, or the bytes of a file.
         name: name of the image in messages; None takes the path.
         formats: Pillow's names of the accepted formats; None accepts all.
-        max_pixels: maximum number of pixels of an upload, with sides in a ratio of at most MAX_UPLOAD_ASPECT; None
-            applies Pillow's limit, and MAX_ASPECT.
+        max_pixels: maximum number of pixels of an upload, with sides in a ratio of at most MAX_UPLOAD_ASPECT and at
+            most MAX_SCANS scans; None applies Pillow's limit, and MAX_ASPECT.
 
     Raises:
-        TooLargeError: the image exceeds `max_pixels` or the ratio; it was not decoded.
+        TooLargeError: the image exceeds a limit; it was not decoded.
         DataError: the file is missing, truncated, unsafely large or not an image, or its scale is unknown.
     """
     label = f"Image {str(source)!r}" if name is None else name
@@ -62,6 +65,7 @@ def read_image(
                 raise TooLargeError(f"{_sized(image, label)}; the maximum is {max_pixels}. Scale it down.")
             if max_pixels is not None:
                 _check_aspect(image, label, MAX_UPLOAD_ASPECT)
+                _check_scans(image, file, label)
             return prepared(image, label)
 
     if isinstance(source, BytesIO) and not source.getbuffer().nbytes:
@@ -84,6 +88,12 @@ def _sized(image: Image.Image, label: str) -> str:
 def _check_aspect(image: Image.Image, label: str, maximum: int) -> None:
     if max(image.size) > maximum * min(image.size):
         raise TooLargeError(f"{_sized(image, label)}; the maximum aspect ratio is {maximum}:1. Crop it.")
+
+
+def _check_scans(image: Image.Image, file: str | Path | BytesIO, label: str) -> None:
+    content = file.getbuffer() if isinstance(file, BytesIO) else Path(file).read_bytes()
+    if image.format == "JPEG" and bytes(content).count(SCAN) > MAX_SCANS:
+        raise TooLargeError(f"{label} is a progressive JPEG of more than {MAX_SCANS} scans. Save it anew.")
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -50,7 +51,10 @@ def db_log(
 
 @app.command("upgrade")
 def db_upgrade(registry: options.Registry = options.DEFAULT_REGISTRY) -> None:
-    """Migrates the schema to the current version, as opening the registry does; other programs may keep running."""
+    """Migrates the schema to the current version, as opening the registry does.
+
+    Stop programs of an older version first: what they would still write afterwards is damage.
+    """
     with options.open_registry(registry) as opened:
         typer.echo(f"{opened.location}: schema {opened.schema_version}, generation {opened.generation}.")
 
@@ -125,7 +129,10 @@ def import_(
     as_json: options.Json = False,
 ) -> None:
     """Imports the tasks of a bundle in one transaction; creates the registry if it does not exist."""
-    with options.open_registry(registry, not dry_run) as opened:
+    from addenda.registry.exchange.bundle import open_bundle
+
+    # A bundle that cannot be opened creates no registry.
+    with open_bundle(bundle), options.open_registry(registry, not dry_run) as opened:
         _print_received(opened.import_bundle(bundle, _renames(rename), dry_run), dry_run, as_json)
 
 
@@ -147,6 +154,8 @@ def _renames(values: Sequence[str] | None) -> dict[str, str]:
     for old, equals, new in pairs:
         if not (old and equals and new):
             raise RegistryError(f"--rename must be OLD=NEW, not {old + equals + new!r}.")
+    if repeated := sorted(old for old, count in Counter(old for old, *_ in pairs).items() if count > 1):
+        raise RegistryError(f"--rename gives {repeated[0]!r} two new names; give it one.")
     return {old: new for old, _, new in pairs}
 
 

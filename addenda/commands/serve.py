@@ -13,6 +13,7 @@ from typer import Argument, Option
 
 from addenda.commands import options
 from addenda.exceptions import AddendaError, KeyFileError
+from addenda.files import expanded
 from addenda.terminal import minute, print_result, table
 
 KeysOption = Annotated[
@@ -127,7 +128,7 @@ def serve(
         from addenda.distributed.replicas import Serving, serve_replicas
 
         scale = _scale(replicas, min_replicas, max_replicas)
-        location = registry if "://" in registry else str(Path(registry).expanduser().resolve())
+        location = registry if "://" in registry else str(expanded(registry).resolve())
         weights_file = None if weights is None else str(weights.resolve())
         serving = Serving(
             Workplace(location, weights=weights_file, device=device), keys.resolve(), key_file.guards,

@@ -95,9 +95,9 @@ def tasks_show(
         kind = headline(record.objective)
         rows = []
         for e in evaluations:
-            score = percent(e.metrics[kind])
+            score, num_images = percent(e.metrics.get(kind)), e.metrics.get("num_images", "–")
             digests = e.data_fingerprint[:12], e.logits_digest[:12]
-            rows.append((minute(e.created_at), e.generation, e.metrics["num_images"], score, *digests))
+            rows.append((minute(e.created_at), e.generation, num_images, score, *digests))
         columns = ("when", "generation", "images", f"{SCORES[record.objective][kind]} %", "data", "logits")
         console.print(table("Evaluations", columns, rows, right=columns[1:4]))
 
@@ -203,12 +203,16 @@ def tag(
     registry: options.Registry = options.DEFAULT_REGISTRY,
 ) -> None:
     """Adds tags to a version; `addenda tasks list` can filter by them."""
+    from addenda.registry import check_tag
+
     with options.open_registry(registry) as opened:
-        ref = opened.record(name).ref
-        for name in tags:
-            (opened.untag if remove else opened.tag)(ref, name)
-        current = opened.record(ref).tags
-    typer.echo(f"Tags of {ref}: {', '.join(current) or 'none'}.")
+        record = opened.record(name)
+        for tag in tags:
+            check_tag(tag)
+        for tag in sorted(tags, key=record.tags.__contains__):  # one that is not there fails before any is removed
+            (opened.untag if remove else opened.tag)(record.ref, tag)
+        current = opened.record(record.ref).tags
+    typer.echo(f"Tags of {record.ref}: {', '.join(current) or 'none'}.")
 
 
 @app.command()

@@ -12,7 +12,7 @@ from typer import Argument, Option
 
 import addenda
 from addenda.commands import options
-from addenda.exceptions import AddendaError, IntegrityError
+from addenda.exceptions import AddendaError, IntegrityError, UnknownTaskError
 from addenda.terminal import console, print_json, print_result, table
 from addenda.text import plural
 
@@ -55,10 +55,15 @@ def verify(
     if names and include_retired:
         raise AddendaError("--all verifies every version, retired ones included; give it without task names.")
     with options.open_registry(registry) as opened:
-        refs = list(dict.fromkeys(opened.record(name).ref for name in names or ()))
-        refs = refs or [r.ref for r in opened.tasks(TaskFilter(retired=include_retired))]
-        verdicts = _verdicts(opened, refs, weights, device, record)
-        integrity = opened.check_integrity(head) if deep or head else None
+        integrity = opened.check_integrity(head) if deep or head is not None else None
+        try:
+            refs = list(dict.fromkeys(opened.record(name).ref for name in names or ()))
+            refs = refs or [r.ref for r in opened.tasks(TaskFilter(retired=include_retired))]
+            verdicts = _verdicts(opened, refs, weights, device, record)
+        except AddendaError as error:
+            if integrity is None or isinstance(error, UnknownTaskError):
+                raise
+            verdicts = [{"task": "golden probes", "ok": False, "same_numerics": True, "detail": str(error)}]
     if as_json:
         print_json(verdicts if integrity is None else {"tasks": verdicts, "registry": asdict(integrity)})
     else:

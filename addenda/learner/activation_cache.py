@@ -17,7 +17,7 @@ from filelock import FileLock
 from addenda.backbones import PREPARATION, FrozenBackbone
 from addenda.combined import numerics, numerics_fingerprint
 from addenda.exceptions import TrainingError
-from addenda.files import claim, is_claimed, is_unfinished, leave_alone
+from addenda.files import claim, expanded, is_claimed, is_unfinished, leave_alone
 from addenda.learner import store
 from addenda.learner.context import Checkpoint, discard_run
 from addenda.learner.store import CacheEntry, Store, evict, row_bytes
@@ -57,7 +57,7 @@ class ActivationCache:
 
     def __init__(self, folder: str | Path | None = None, budget_gb: float | None = None) -> None:
         parent = folder or os.environ.get("ADDENDA_CACHE") or platformdirs.user_cache_path("addenda")
-        self.folder = Path(parent).expanduser() / NAME
+        self.folder = expanded(parent) / NAME
         if budget_gb is not None and not budget_gb >= 0:
             raise TrainingError(f"A cache budget of {budget_gb:g} GB is invalid; give a number of at least 0.")
         self._budget_gb = budget_gb

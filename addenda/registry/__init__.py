@@ -12,9 +12,9 @@ from addenda.registry.audit.history import ComparedEvaluation, VersionDifference
 from addenda.registry.registry import Registry
 from addenda.registry.store.digests import canonical_json, digest
 from addenda.registry.store.lineage import Kin, Lineage
-from addenda.registry.store.names import LABELS, check_labels, check_name, check_new_name
+from addenda.registry.store.names import LABELS, check_labels, check_name, check_new_name, check_tag
 from addenda.registry.store.objectives import BASELINES, OBJECTIVES, baselines, headline
-from addenda.registry.store.queries import TaskFilter
+from addenda.registry.store.queries import TaskFilter, plain_name
 from addenda.registry.store.records import Evaluation, EvaluationRecord, Event, TaskRecord
 from addenda.registry.store.selection import select_tasks
 
@@ -62,10 +62,12 @@ __all__ = [
     "check_labels",
     "check_name",
     "check_new_name",
+    "check_tag",
     "check_unwritten",
     "digest",
     "headline",
     "is_finite",
+    "plain_name",
     "probabilities",
     "restore",
     "select_tasks",

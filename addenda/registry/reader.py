@@ -14,7 +14,7 @@ from addenda.registry.store import ledger, schema
 from addenda.registry.store.database import database_errors, display_location, file_mode, reading
 from addenda.registry.store.digests import integrity_errors
 from addenda.registry.store.lineage import Lineage, lineage
-from addenda.registry.store.queries import TaskFilter, current, evaluations, find, listing, records, ref_of
+from addenda.registry.store.queries import TaskFilter, current, evaluations, find, listing, plain_name, records, ref_of
 from addenda.registry.store.records import EvaluationRecord, Event, TaskRecord
 from addenda.registry.store.upgrade import revision, schema_faults
 
@@ -68,11 +68,15 @@ class Reader:
             name: only events of this task's versions and aliases.
             after: only events after this generation.
             limit: maximum number of events; the newest are returned.
+
+        Raises:
+            UnknownTaskError: `name` is a version, an alias or a pattern.
         """
         event = schema.event.c
         query = select(schema.event).where(event.id > after).order_by(event.id.desc()).limit(limit)
         if name is not None:
-            subjects = (event.subject.startswith(f"{name}{separator}", autoescape=True) for separator in ":@")
+            prefixes = (f"{plain_name(name)}{separator}" for separator in ":@")
+            subjects = (event.subject.startswith(prefix, autoescape=True) for prefix in prefixes)
             query = query.where(or_(*subjects))
         with reading(self._engine) as connection:
             return [Event(**row) for row in reversed(connection.execute(query).mappings().all())]

@@ -14,7 +14,7 @@ from addenda.registry.reader import Reader
 from addenda.registry.store import changes, schema
 from addenda.registry.store.database import connect, database_errors, reading, writing
 from addenda.registry.store.ledger import Writer, generation, next_id, stamp
-from addenda.registry.store.names import check_name, check_tag, check_text
+from addenda.registry.store.names import MAX_TEXT, check_name, check_tag, check_text
 from addenda.registry.store.queries import find, ref_of
 from addenda.registry.store.records import Evaluation, EvaluationRecord
 from addenda.registry.store.upgrade import check_readable, upgrade
@@ -211,7 +211,8 @@ class Registry(Reader):
             RegistryError: it is retired already, an alias points at it, an active descendant is not listed in
                 `along`, or a listed task is not a descendant.
         """
-        check_text(reason, "The reason")
+        if len(check_text(reason, "The reason")) > MAX_TEXT:
+            raise RegistryError(f"The reason has {len(reason):,} characters; the maximum is {MAX_TEXT:,}. Add a note.")
         with self._changing(f"Task {ref!r} was not retired") as writer:
             changes.retire_family(writer, ref, reason, along)
 

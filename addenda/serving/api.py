@@ -17,7 +17,16 @@ from addenda import __version__
 from addenda.exceptions import DataError
 from addenda.serving.answers import INLINE, embedding
 from addenda.serving.outputs import Wanted
-from addenda.serving.routes import BINARY, Served, body_schema, needs, problem_responses, read_images, while_connected
+from addenda.serving.routes import (
+    BINARY,
+    ProblemError,
+    Served,
+    body_schema,
+    needs,
+    problem_responses,
+    read_images,
+    while_connected,
+)
 from addenda.serving.service import ServedPrediction
 
 AUTO = "auto"
@@ -250,8 +259,12 @@ def status(request: Request, service: Served) -> Status:
 @router.post("/verify", tags=["server"], **_VERIFY, summary="Recomputes golden probes")
 def verify(request: Request, service: Served) -> Verification:
     """Recomputes the golden probes of the served tasks on the served model; one verification runs at a time."""
-    with request.app.state.verifying:
+    if not request.app.state.verifying.acquire(blocking=False):  # waiting ones would take all threads
+        raise ProblemError(409, "A verification is running already. Its result will be in GET /api/v1/verifications.")
+    try:
         snapshot, verdicts = service.verify()
+    finally:
+        request.app.state.verifying.release()
     verification = Verification(
         at=datetime.now(UTC).isoformat(timespec="seconds"),
         generation=snapshot.generation,

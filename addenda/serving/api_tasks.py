@@ -13,17 +13,29 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
-from pydantic import BaseModel
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ValidationError
 
 from addenda.exceptions import RegistryError, UnknownTaskError
-from addenda.registry import Registry, TaskFilter, TaskRecord
-from addenda.serving.routes import BINARY, ProblemError, Served, body_schema, needs, problem_responses, save_body
+from addenda.registry import Registry, TaskFilter, TaskRecord, plain_name
+from addenda.serving.routes import (
+    BINARY,
+    ProblemError,
+    Served,
+    body_schema,
+    needs,
+    problem_responses,
+    read_body,
+    save_body,
+)
 from addenda.serving.service import Service
 
 SETTLE_S = 30.0
 """Maximum seconds to wait until a change is served."""
 UPLOADS = 4
 """Maximum number of bundles on disk at a time."""
+MAX_TARGET_BYTES = 4096
+"""Maximum size of a request that moves an alias."""
 MAX_REPLIES = 1000
 """Maximum number of stored responses for repeated idempotency keys."""
 _KEY = re.compile(r"[\x21-\x7e]{1,200}")
@@ -121,7 +133,7 @@ def show(service: Served, name: str) -> TaskState:
 @router.get("/{name}/versions", **_PREDICT, summary="All versions of a task")
 def versions(service: Served, name: str) -> list[TaskState]:
     """Lists the newest 1,000 versions, including retired ones, oldest first."""
-    records = service.registry.tasks(TaskFilter(name=_plain_name(name), retired=True), 1000)
+    records = service.registry.tasks(TaskFilter(name=plain_name(name), retired=True), 1000)
     if not records:
         raise UnknownTaskError(f"Task {name!r} is not registered.")
     return [_state(service, record) for record in records]
@@ -226,19 +238,25 @@ async def register(
 @router.get("/{name}/aliases/{alias}", **_PREDICT, summary="An alias")
 def alias(response: Response, service: Served, name: str, alias: str) -> Alias:
     """Returns the version that the alias points at, also as the ETag that changes require."""
-    record = service.registry.record(f"{_plain_name(name)}@{alias}")
+    record = service.registry.record(f"{plain_name(name)}@{alias}")
     response.headers["ETag"] = f'"{record.version}"'
     return Alias(name=name, alias=alias, version=record.version)
 
 
-@router.put("/{name}/aliases/{alias}", **_MOVE, summary="Points an alias at a version")
-def set_alias(
+@router.put(
+    "/{name}/aliases/{alias}",
+    dependencies=[needs("admin")],
+    responses=problem_responses(408, 409, 412, 413, 415, 428),
+    summary="Points an alias at a version",
+    openapi_extra=body_schema({"application/json": AliasTarget.model_json_schema()}),
+)
+async def set_alias(
+    request: Request,
     response: Response,
     service: Served,
     registry: WritableRegistry,
     name: str,
     alias: str,
-    target: AliasTarget,
     if_match: Annotated[str | None, Header()] = None,
     if_none_match: Annotated[str | None, Header()] = None,
 ) -> Alias:
@@ -246,10 +264,18 @@ def set_alias(
 
     The precondition is `If-Match: "VERSION"` (it points at that version) or `If-None-Match: *` (it does not exist).
     """
-    registry.set_alias(_plain_name(name), alias, target.version, expected=_expected(if_match, if_none_match))
-    _wait_until_served(service, f"'{name}@{alias}'")
-    response.headers["ETag"] = f'"{target.version}"'
-    return Alias(name=name, alias=alias, version=target.version)
+    try:  # FastAPI would read a body of any size before it checks the key
+        version = AliasTarget.model_validate_json(await read_body(request, MAX_TARGET_BYTES)).version
+    except ValidationError as error:
+        raise RequestValidationError([{**fault, "loc": ("body", *fault["loc"])} for fault in error.errors()]) from error
+
+    def move() -> None:
+        registry.set_alias(plain_name(name), alias, version, expected=_expected(if_match, if_none_match))
+        _wait_until_served(service, f"'{name}@{alias}'")
+
+    await asyncio.to_thread(move)
+    response.headers["ETag"] = f'"{version}"'
+    return Alias(name=name, alias=alias, version=version)
 
 
 @router.delete("/{name}/aliases/{alias}", **_MOVE, status_code=204, summary="Removes an alias")
@@ -257,7 +283,7 @@ def remove_alias(
     service: Served, registry: WritableRegistry, name: str, alias: str, if_match: Annotated[str | None, Header()] = None
 ) -> None:
     """Removes the alias if it points at the version in `If-Match`, and responds once the change is served."""
-    registry.remove_alias(_plain_name(name), alias, expected=_expected(if_match, None))
+    registry.remove_alias(plain_name(name), alias, expected=_expected(if_match, None))
     _wait_until_served(service, f"'{name}@{alias}'")
 
 
@@ -266,20 +292,13 @@ def _tags(header: str) -> list[str]:
     return [tag.strip().removeprefix("W/").strip('"') for tag in header.split(",") if tag.strip()]
 
 
-def _plain_name(name: str) -> str:
-    """Checks that a name is not another kind of reference (version, alias or pattern)."""
-    if any(mark in name for mark in ":@*"):
-        raise UnknownTaskError(f"Task {name!r} is not registered: a name has no ':', '@' or '*'.")
-    return name
-
-
 def _ref_of(name: str, version: int) -> str:
-    return f"{_plain_name(name)}:{version}"
+    return f"{plain_name(name)}:{version}"
 
 
 def _served_or_newest(service: Service, name: str) -> str:
     served = service.snapshot.records.get(name)
-    return served.ref if served else _plain_name(name)
+    return served.ref if served else plain_name(name)
 
 
 def _state(service: Service, record: TaskRecord) -> TaskState:
@@ -303,7 +322,9 @@ def _register(
         state, reason = snapshot.state(task.ref)
         if state == "not served" and not dry_run:
             reason = "a newer version is served, or this one is retired or needs another backbone"
-            if service.alias:
+            if not settled:
+                reason = f"it is being loaded; see GET /api/v1/tasks/{task.ref.partition(':')[0]}"
+            elif service.alias:
                 reason = f"only versions with the alias {service.alias!r} are served"
         tasks.append(
             ImportedTask(

@@ -9,8 +9,9 @@ from collections.abc import Iterable
 import h11
 from starlette.types import Receive, Scope, Send
 
-HOP_BY_HOP = frozenset({b"connection", b"keep-alive", b"te", b"trailer", b"upgrade", b"expect", b"date"})
-"""Headers of one connection; each process adds its own date."""
+PROTO = b"x-forwarded-proto"
+HOP_BY_HOP = frozenset({b"connection", b"keep-alive", b"te", b"trailer", b"upgrade", b"expect", b"date", PROTO})
+"""Headers of one connection; each process adds its own date, and the worker what it has found about the protocol."""
 READ_BYTES = 2**16
 
 Headers = list[tuple[bytes, bytes]]
@@ -32,7 +33,7 @@ async def relay(handoff: socket.socket, scope: Scope, receive: Receive, send: Se
     reader, writer = await asyncio.open_connection(sock=ours)
     connection = h11.Connection(h11.CLIENT)
     target = scope["raw_path"] + (b"?" + scope["query_string"] if scope["query_string"] else b"")
-    headers = [*_end_to_end(scope["headers"]), (b"connection", b"close")]
+    headers = [*_end_to_end(scope["headers"]), (b"connection", b"close"), (PROTO, scope["scheme"].encode())]
     if not any(name == b"host" for name, _ in headers):  # HTTP/1.0
         headers.append((b"host", b""))
     writer.write(connection.send(h11.Request(method=scope["method"], target=target, headers=headers)) or b"")

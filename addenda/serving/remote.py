@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import weakref
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from itertools import count
@@ -24,7 +22,7 @@ from addenda.exceptions import AddendaError, OverloadedError
 from addenda.registry import Task, TaskRecord
 from addenda.serving.channel import Channel, Kind, Message
 from addenda.serving.outputs import Outputs, Wanted, columns_of
-from addenda.serving.service import Batcher, Limits, Service
+from addenda.serving.service import Batcher, Limits, Service, decoders
 from addenda.serving.shared import Quota
 from addenda.serving.snapshot import Snapshot
 
@@ -84,8 +82,10 @@ class RemoteBatcher(Batcher):
         finally:
             if not result.done() or result.cancelled():
                 self._channel.send(Message(Kind.CANCEL, number))
-        matrix = torch.frombuffer(bytearray(message.payload), dtype=torch.float32).view(len(pixels), -1)
         columns = columns_of(names, tuple(len(model.tasks[name].labels) for name in names))
+        matrix = torch.zeros(len(pixels), 0, dtype=torch.float32, device="cpu")
+        if message.payload:  # there is none if no task is served
+            matrix = torch.frombuffer(bytearray(message.payload), dtype=torch.float32).view(len(pixels), -1)
         return Outputs(columns, matrix, model.exact)
 
     def receive(self, message: Message) -> None:
@@ -115,7 +115,7 @@ class RemoteService(Service):
     def __init__(self, backbone: ImageInput, batcher: RemoteBatcher, limits: Limits) -> None:
         self.backbone, self.batcher, self.limits = cast(FrozenBackbone, backbone), batcher, limits
         self.cache = None
-        self._decoders = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="addenda-decoder")
+        self._decoders = decoders()
         self._snapshot: Snapshot | None = None
 
     @property
@@ -142,7 +142,7 @@ class RemoteService(Service):
 
     async def close(self) -> None:
         """Stops all threads."""
-        self._decoders.shutdown()
+        self._decoders.shutdown(wait=False, cancel_futures=True)
 
 
 def _release(loop: asyncio.AbstractEventLoop, channel: Channel, number: int) -> None:

@@ -27,7 +27,7 @@ from addenda.exceptions import AddendaError
 from addenda.serving import api, api_tasks, inference, page, telemetry
 from addenda.serving.keys import KeyFile
 from addenda.serving.routes import HANDLERS
-from addenda.serving.service import Limits, Service
+from addenda.serving.service import Service
 from addenda.serving.shared import Quota
 from addenda.serving.supervisor import Supervisor
 from addenda.serving.telemetry import JsonLines, ServerMetrics, Telemetry
@@ -69,7 +69,6 @@ def make_app(start: Callable[[], Service], keys: KeyFile, loopback: bool = True)
         redoc_url=None,
         exception_handlers=HANDLERS,
         middleware=[Middleware(Telemetry, count=metrics.count)],
-        max_body_size=Limits().bundle_bytes,
     )
     app.state.keys, app.state.loopback, app.state.metrics, app.state.draining = keys, loopback, metrics, False
     app.state.uploads = asyncio.Semaphore(api_tasks.UPLOADS)
@@ -145,7 +144,9 @@ class StrictProtocol(H11Protocol):
 class ConnectionServer(uvicorn.Server):
     """Serves an application on listening sockets, and on connections that others have accepted."""
 
-    def __init__(self, app: Any, stop_s: int, protocol: type[StrictProtocol] = StrictProtocol) -> None:
+    def __init__(
+        self, app: Any, stop_s: int, protocol: type[StrictProtocol] = StrictProtocol, trusted: str | None = None
+    ) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -157,6 +158,7 @@ class ConnectionServer(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 limit_concurrency=CONNECTIONS,
+                forwarded_allow_ips=trusted,
                 timeout_graceful_shutdown=stop_s,
             )
         )
@@ -184,21 +186,24 @@ class ConnectionServer(uvicorn.Server):
 class Server(ConnectionServer):
     """Runs an application until SIGTERM or SIGINT, then drains it and exits with code 0.
 
-    For `drain_s` seconds it is not ready but still accepts requests; then pending ones have `stop_s` seconds to finish.
-    With `workers`, these accept the connections, and it serves what they relay.
+    A second signal ends the drain. For `drain_s` seconds it is not ready but still accepts requests; then pending ones
+    have `stop_s` seconds to finish. With `workers`, these accept the connections, and it serves what they relay.
     """
 
     def __init__(self, app: FastAPI, drain_s: float, stop_s: int, workers: Supervisor | None = None) -> None:
-        super().__init__(app, stop_s)
+        super().__init__(app, stop_s, trusted=None if workers is None else "*")  # workers say what their clients said
         self._app, self._drain_s, self._workers = app, drain_s, workers
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Starts serving; with workers, once they all do."""
+        """Starts serving; with workers, once they all do. Signals drain the server from now on."""
         if self._workers is None:
             await super().startup(sockets)
-            return
-        await super().startup([])
-        await self._workers.start(self._app.state.service, self.serve_connection)
+        else:
+            await super().startup([])
+            await self._workers.start(self._app.state.service, self.serve_connection)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._drain, loop)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Refuses new connections and completes pending requests."""
@@ -210,10 +215,7 @@ class Server(ConnectionServer):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Drains on the first signal; a second one ends the drain."""
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._drain, loop)
+        """Leaves the signals to `startup`: until then they end the process, which may compute probes for minutes."""
         yield
 
     def _drain(self, loop: asyncio.AbstractEventLoop) -> None:

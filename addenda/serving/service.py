@@ -28,6 +28,8 @@ from addenda.serving.shared import Quota
 from addenda.serving.snapshot import Follower, Snapshot
 
 FORMATS = ("JPEG", "PNG", "WEBP")
+MAX_DECODERS = 4
+"""Maximum number of images that are decoded at a time."""
 SMALL = 1e30
 """Logits below this are finite and stay so when divided by any temperature that a task may have."""
 
@@ -79,7 +81,7 @@ class Service:
         self.follower = Follower(backbone, registry, alias, self._model_thread.background)
         self.batcher = Batcher(self.limits.waiting_images, self._model_thread)
         self.cache = ContentCache(self.limits.cache_bytes) if self.limits.cache_bytes else None
-        self._decoders = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="addenda-decoder")
+        self._decoders = decoders()
         self._router_of, self._routing = lru_cache(maxsize=1)(self._make_router), asyncio.Lock()
 
     @property
@@ -92,7 +94,7 @@ class Service:
         await self.batcher.close()
         await asyncio.to_thread(self.follower.stop)
         await asyncio.to_thread(self._model_thread.close)
-        self._decoders.shutdown()
+        self._decoders.shutdown(wait=False, cancel_futures=True)
 
     async def predict(
         self,
@@ -118,11 +120,12 @@ class Service:
     async def route(self, images: Sequence[bytes], timeout_s: float | None = None) -> ServedPrediction:
         """Predicts with every task that has routing statistics, and lets a router choose one of them for each image."""
         snapshot = self.snapshot
-        async with self._routing:
-            router = await asyncio.to_thread(self._router_of, snapshot)
-        logits = await self._predict(snapshot, images, Wanted(router.tasks, features=True), timeout_s)
-        assert logits.features is not None
-        choices = await asyncio.wrap_future(self._model_thread.run(router.choose, logits.features))
+        async with self._reserve(len(images), timeout_s):
+            async with self._routing:
+                router = await asyncio.to_thread(self._router_of, snapshot)
+            logits = await self._compute(snapshot, images, Wanted(router.tasks, features=True))
+            assert logits.features is not None
+            choices = await asyncio.wrap_future(self._model_thread.run(router.choose, logits.features))
         return ServedPrediction(snapshot, logits, choices)
 
     async def embed(
@@ -160,15 +163,6 @@ class Service:
         return snapshot, self._model_thread.background(verdicts, snapshot.model, recorded)
 
     async def _predict(self, snapshot: Snapshot, images: Images, wanted: Wanted, timeout_s: float | None) -> Outputs:
-        if not 0 < len(images) <= self.limits.images:
-            raise DataError(
-                f"A request may have 1 to {self.limits.images} images; this one has {len(images)}. Divide it."
-            )
-        limit = self.limits.waiting_images
-        if len(images) > limit:
-            raise TooLargeError(
-                f"This request has {len(images)} images; the queue holds at most {limit} (--max-waiting). Divide it."
-            )
         async with self._reserve(len(images), timeout_s):
             if isinstance(images, Tensor):
                 self.backbone.check_images(images)
@@ -192,6 +186,14 @@ class Service:
     @asynccontextmanager
     async def _reserve(self, num_images: int, timeout_s: float | None = None) -> AsyncIterator[None]:
         """Reserves queue capacity and enforces the timeout, which cancels queued images too."""
+        if not 0 < num_images <= self.limits.images:
+            raise DataError(
+                f"A request may have 1 to {self.limits.images} images; this one has {num_images}. Divide it."
+            )
+        if num_images > (limit := self.limits.waiting_images):
+            raise TooLargeError(
+                f"This request has {num_images} images; the queue holds at most {limit} (--max-waiting). Divide it."
+            )
         timeout_s = min(timeout_s or self.limits.timeout_s, self.limits.timeout_s)
         with self.batcher.reserve(num_images):
             try:
@@ -214,6 +216,11 @@ class Service:
                 "No registered task has routing statistics, so none can be chosen; name tasks instead of 'auto'."
             )
         return Router(routable)  # not on the model's thread, where requests would wait for seconds
+
+
+def decoders() -> ThreadPoolExecutor:
+    """Threads that decode images, each of which may take hundreds of megabytes meanwhile."""
+    return ThreadPoolExecutor(min(MAX_DECODERS, os.cpu_count() or 1), thread_name_prefix="addenda-decoder")
 
 
 @dataclass(eq=False)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from addenda.backbones import load_backbone, read_image
+from addenda.backbones import load_backbone, prepared, read_image
 from addenda.exceptions import DataError
 
 
@@ -57,6 +57,13 @@ def test_sixteen_bit_grey_is_scaled_to_eight(tmp_path, suffix):
     picture([[0, 10 * 257, 200 * 257, 65535]], np.uint16).save(path)
     assert mode(path).startswith("I")
     assert pixels(path) == [[v] * 3 for v in (0, 10, 200, 255)]
+
+
+@pytest.mark.parametrize("top", [255, 4095, 65535])
+def test_integers_are_scaled_by_their_number_of_bits_and_rounded_down(top):
+    values = np.linspace(0, top, 1000).astype(np.uint16).reshape(20, 50)
+    scaled = np.asarray(prepared(Image.fromarray(values)))[..., 0]
+    assert np.array_equal(scaled, np.floor(values.astype(np.float64) * 255 / top))
 
 
 def test_exif_orientation_turns_the_image(tmp_path):

@@ -218,13 +218,77 @@ def test_a_deep_check_detects_altered_and_removed_history(run: Run, tmp_path: Pa
     assert "2 versions and 3 events hashed: none was altered." in intact.out
     head = intact.out.split("digest:")[1].strip()
     assert run("verify", "--head", head).code == 0
-    assert "has no event with digest" in run("verify", "--head", "0" * 64).out
+    for wrong in ("0" * 64, ""):
+        assert "has no event with digest" in run("verify", "--head", wrong).out
     tamper(location, "task", "UPDATE task SET created_by = 'nobody' WHERE name = 'twos'")
     altered = run("verify", "--deep")
     assert altered.code == 1
     assert "twos:1" in altered.out.partition("Integrity findings")[2]
     assert "ones:1" not in altered.out.partition("Integrity findings")[2]
     assert "Failed: the registry." in altered.err
+
+
+@pytest.mark.parametrize("damage", ["UPDATE task SET metrics = '{damaged'", "DELETE FROM backbone"])
+def test_a_deep_check_reports_damage_that_keeps_the_rest_from_being_read(
+    run: Run, tmp_path: Path, glyphs: FrozenBackbone, damage: str
+) -> None:
+    with Registry.open(tmp_path / "tasks.db") as book:
+        book.add_backbone(glyphs.record())
+        task = random_task(glyphs, "ones")
+        book.register(task, golden(glyphs, task))
+    tamper(str(tmp_path / "tasks.db"), damage.split()[1 if "UPDATE" in damage else 2], damage)
+    result = run("verify", "--deep")
+    assert result.code == 1
+    assert "Integrity findings" in result.out
+    assert "Failed: golden probes, the registry." in result.err
+    assert run("verify", "--deep", "nosuch").code == 2
+
+
+def test_a_version_is_no_name_where_names_are_asked_for(run: Run, location: str) -> None:
+    for command in (("tasks", "history", "digits:1"), ("db", "log", "digits:1")):
+        result = run(*command)
+        assert result.code == 2
+        assert "a name has no ':', '@' or '*'" in result.err
+
+
+def test_an_evaluation_without_counts_is_shown(run: Run, location: str, full_book: Registry) -> None:
+    full_book.add_evaluation("digits", "d" * 64, "n" * 64, {"accuracy": 0.75}, "2:00")
+    result = run("tasks", "show", "digits")
+    assert result.code == 0, result.err
+    assert "75.0" in result.out
+
+
+def test_several_tags_are_added_and_removed_or_none_is(run: Run, location: str) -> None:
+    assert run("tasks", "tag", "digits", "good", "bad tag").code == 2
+    assert "good" not in run("tasks", "tag", "digits", "fine").out
+    assert run("tasks", "tag", "digits", "fine", "absent", "--remove").code == 2
+    assert "fine" in run("tasks", "tag", "digits", "more").out
+
+
+def test_what_cannot_be_meant_is_refused_and_creates_nothing(run: Run, tmp_path: Path) -> None:
+    assert run("tasks", "import", tmp_path / "nosuch.addenda").code == 2
+    assert not (tmp_path / "tasks.db").exists()
+    for command, message in (
+        (("tasks", "list", "--registry", "~nosuchuser/a.db"), "there is no user with this home folder"),
+        (("tasks", "import", tmp_path / "nosuch.addenda", "--registry", tmp_path / "none.db"), "No such file"),
+    ):
+        result = run(*command)
+        assert result.code == 2
+        assert message in result.err
+
+
+def test_a_name_is_given_one_new_name(run: Run, location: str, elsewhere: Database) -> None:
+    with Registry.open(elsewhere.new()) as other:
+        result = run("db", "merge", address(other), "--rename", "digits=x", "--rename", "digits=y")
+    assert result.code == 2
+    assert "gives 'digits' two new names" in result.err
+
+
+@pytest.mark.parametrize("time", ["0001-01-01T00:00+05:00", "9999-12-31T23:59:59-23:00"])
+def test_a_time_outside_the_calendar_is_refused(run: Run, location: str, time: str) -> None:
+    result = run("tasks", "list", "--since", time)
+    assert result.code == 2
+    assert "is not an ISO 8601 time" in result.err
 
 
 def test_a_golden_probe_of_other_numerics_is_logged(run: Run, location: str) -> None:

@@ -212,6 +212,9 @@ def test_an_alias_is_moved_only_if_the_precondition_holds(client: AppClient, reg
         return client.put(path, json={"version": version}, headers={k.replace("_", "-"): v for k, v in headers.items()})
 
     problem(client.get(path), 404, "'digits@production' is not registered")
+    for body in (b"", b"{}", b'{"version": "x"}', b"[1]"):
+        problem(client.put(path, content=body, headers={"If-None-Match": "*"}), 422, "body")
+    problem(client.put(path, content=b" " * 5000, headers={"If-None-Match": "*"}), 413, "exceeds 4096 bytes")
     problem(put(1), 428, "If-Match")
     problem(put(1, if_match='"1"'), 412, "at nothing, not at 'digits:1'")
     assert put(1, if_none_match="*").headers["etag"] == '"1"'
@@ -235,6 +238,23 @@ def test_a_verification_is_returned_and_listed(client: AppClient) -> None:
     client.post("/api/v1/verify")
     listed = client.get("/api/v1/verifications").json()
     assert (len(listed), listed[-1]) == (2, result)
+
+
+def test_one_verification_runs_at_a_time(client: AppClient) -> None:
+    verifying = client.app.state.verifying
+    with verifying:
+        problem(client.post("/api/v1/verify"), 409, "A verification is running already")
+    assert client.post("/api/v1/verify").json()["ok"]
+
+
+def test_a_registration_that_is_not_served_yet_says_so(
+    client: AppClient, bundle: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client.app.state.service.follower, "settle", lambda *_: False)
+    response = client.post("/api/v1/tasks", content=bundle)
+    assert response.status_code == 202
+    waiting = [task for task in response.json()["tasks"] if task["state"] == "not served"]
+    assert all("it is being loaded; see GET /api/v1/tasks/" in task["reason"] for task in waiting)
 
 
 def test_verification_detects_changed_head_weights(client: AppClient, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,11 +14,12 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from importlib import import_module
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -28,6 +29,7 @@ import httpx2
 import psutil
 import pytest
 import torch
+from PIL import Image
 from sqlalchemy import text as sql
 
 from addenda import CombinedModel, FrozenBackbone, Registry, Task
@@ -454,6 +456,44 @@ def test_all_bodies_share_a_memory_limit_and_release_it(client: AppClient) -> No
         assert client.post(PREDICT, content=small).status_code == 200
         assert client.post(PREDICT, content=b"junk").status_code == 400
     assert app.state.bodies.used == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("PUT", "/api/v1/tasks/digits/aliases/x"), ("POST", "/api/v1/tasks"), ("POST", PREDICT), ("POST", "/login")],
+)
+def test_no_body_is_read_before_the_key_is_checked(
+    tiny: FrozenBackbone, registered: Callable[..., Task], registry: Registry, tmp_path: Path, method: str, path: str
+) -> None:
+    registered("digits")
+    keys = KeyFile(tmp_path / "keys.json")
+    keys.create("shop", "predict")
+    read = []
+
+    def body() -> Iterator[bytes]:
+        for _ in range(100):
+            read.append(True)
+            yield b" " * 2**16
+
+    with client_of(tiny, registry, keys) as client:
+        response = client.request(method, path, content=body(), headers={"Content-Type": "application/json"})
+        assert response.status_code == (413 if path == "/login" else 401)
+        large = client.request(method, path, content=b"", headers={"Content-Length": str(300 * 2**20)})
+        assert large.status_code in (401, 413)
+        metrics = client.app.state.metrics.registry
+        assert not [s for m in metrics.collect() for s in m.samples if s.labels.get("status") == "500"]
+
+
+def test_a_jpeg_of_very_many_scans_is_rejected_before_it_is_decoded(client: AppClient) -> None:
+    file = BytesIO()
+    Image.new("RGB", (64, 64)).save(file, "JPEG", progressive=True)
+    content = file.getvalue()
+    assert client.post(PREDICT, content=content).status_code == 200
+    last_scan = content[content.rindex(b"\xff\xda") : -2]
+    bomb = content[:-2] + 200 * last_scan + content[-2:]
+    response = client.post(PREDICT, content=bomb)
+    assert response.status_code == 413
+    assert "more than 100 scans" in response.json()["detail"]
 
 
 def test_a_bundle_is_streamed_to_a_file(client: AppClient, theirs: Callable[..., bytes]) -> None:

@@ -353,6 +353,26 @@ def test_requests_use_the_snapshot_from_their_start(
     asyncio.run(ask())
 
 
+def test_a_request_that_waits_for_a_router_has_a_timeout(
+    tiny: FrozenBackbone, registry: Registry, registered: Register, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registered("digits")
+    made = threading.Event()
+    monkeypatch.setattr("addenda.serving.service.Router", lambda statistics: made.wait(60))
+    monkeypatch.setattr("addenda.serving.service.can_be_routed", lambda *arguments: True)
+
+    async def ask() -> None:
+        service = Service(tiny, registry)
+        monkeypatch.setattr(service.registry, "statistics", lambda ref: object())
+        with pytest.raises(DeadlineError):
+            await service.route([b"image"], 0.05)
+        assert service.batcher.num_waiting == 0
+        made.set()
+        await service.close()
+
+    asyncio.run(ask())
+
+
 def test_predictions_do_not_wait_for_a_router_that_is_being_made(
     tiny: FrozenBackbone, registry: Registry, registered: Register, monkeypatch: pytest.MonkeyPatch
 ) -> None:

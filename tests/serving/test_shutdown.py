@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import socket
+import subprocess
+import sys
 from contextlib import suppress
 
 import pytest
 from fastapi import FastAPI
 
 from addenda.serving.server import ConnectionServer, bind
+from tests.support.places import ROOT
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["accepted-by-the-server", "accepted-by-others"])
@@ -36,3 +40,24 @@ def test_a_connection_accepted_just_before_the_shutdown_is_closed_at_once(
 
     asyncio.run(stop())
     assert "timeout graceful shutdown exceeded" not in caplog.text
+
+
+def test_a_signal_during_the_start_ends_the_process_at_once() -> None:
+    script = (
+        "import asyncio, contextlib, time\n"
+        "from fastapi import FastAPI\n"
+        "from addenda.serving.server import Server, bind\n"
+        "@contextlib.asynccontextmanager\n"
+        "async def lifespan(app):\n"
+        "    print('starting', flush=True)\n"
+        "    time.sleep(60)\n"
+        "    yield\n"
+        "app = FastAPI(lifespan=lifespan)\n"
+        "app.state.draining = False\n"
+        "asyncio.run(Server(app, drain_s=5, stop_s=2).serve([bind('127.0.0.1', 0)]))\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "starting\n"
+        process.terminate()
+        assert process.wait(30) == -signal.SIGTERM

@@ -396,6 +396,22 @@ def test_images_of_requests_that_time_out_make_room_for_others(location: Path, t
         assert response.status_code == 504, "not 503: all slots are free again"
 
 
+def test_workers_without_a_task_answer_with_none(location: Path, tmp_path: Path) -> None:
+    with Workers(location, tmp_path, "--alias", "nothing") as served:
+        response = served.predict(IMAGES[0])
+        assert (response.status_code, response.json()["tasks"]) == (200, {})
+
+
+def test_a_cookie_behind_tls_is_for_tls_only(location: Path, tmp_path: Path) -> None:
+    keys = KeyFile(tmp_path / "keys.json")
+    key = keys.create("shop", "predict")
+    with Workers(location, tmp_path, "--keys", tmp_path / "keys.json") as served:
+        for scheme in ("https", "http"):
+            response = httpx2.post(f"{served.url}/login", data={"key": key}, headers={"X-Forwarded-Proto": scheme})
+            assert response.status_code == 303
+            assert ("Secure" in response.headers["set-cookie"]) == (scheme == "https")
+
+
 def test_a_large_bundle_is_rejected_while_it_is_still_being_sent(shared: Workers) -> None:
     with shared.connect() as connection:
         head = f"POST /api/v1/tasks HTTP/1.1\r\nHost: localhost\r\nContent-Length: {2**30}\r\n\r\n"

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 from sqlalchemy import Connection, select
 
 from addenda.registry.store import schema
-from addenda.registry.store.queries import evaluations, find
+from addenda.registry.store.queries import evaluations, find, plain_name
 from addenda.registry.store.records import EvaluationRecord, TaskRecord
 
 _PER_CLASS = "per_class"
@@ -105,7 +105,7 @@ def history(connection: Connection, name: str) -> list[ComparedEvaluation]:
     """All evaluations of all versions of a name, grouped by data, the oldest first."""
     task = schema.task.c
     if connection.scalar(select(task.id).where(task.name == name)) is None:
-        find(connection, name)
+        find(connection, plain_name(name))
     golden, numerics, by_data = schema.golden.c, _Numerics(), defaultdict[str, list[EvaluationRecord]](list)
     for record in evaluations(connection, task.name == name):
         by_data[record.data_fingerprint].append(record)

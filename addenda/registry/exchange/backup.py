@@ -12,10 +12,18 @@ from pathlib import Path
 from sqlalchemy import Connection, Engine, LargeBinary, Table, insert, select
 
 from addenda.exceptions import IntegrityError, RegistryError
-from addenda.files import Hold, discard, is_claimed, put, written
+from addenda.files import Hold, discard, expanded, is_claimed, put, written
 from addenda.registry.audit.integrity import Integrity, check_rows
 from addenda.registry.store import schema
-from addenda.registry.store.database import connect, database_errors, display_location, file_mode, reading, writing
+from addenda.registry.store.database import (
+    connect,
+    database_errors,
+    display_location,
+    file_mode,
+    leave_wal,
+    reading,
+    writing,
+)
 from addenda.registry.store.digests import digest
 from addenda.registry.store.ledger import notify
 from addenda.registry.store.upgrade import check_readable, upgrade
@@ -27,7 +35,7 @@ _FILES = rf"{re.escape(_COPY)}(-wal|-shm|-journal)?"
 
 def backup(engine: Engine, path: str | Path) -> Integrity:
     """Backs up a registry, see `Reader.backup`; removes the folders that interrupted backups left at the target."""
-    target = Path(path).expanduser().absolute()
+    target = expanded(path).absolute()
     exists_error = RegistryError(f"The file {str(target)!r} exists; a backup does not overwrite. Choose another name.")
     if os.path.lexists(target):
         raise exists_error
@@ -39,6 +47,7 @@ def backup(engine: Engine, path: str | Path) -> Integrity:
         with _staging(engine, target.parent) as staged:
             with _disposed(connect(staged, create=True)) as copy:
                 integrity = _copy(engine, copy, str(target))
+                leave_wal(copy, str(target))
             staged.chmod(file_mode(engine))
             put(staged, target, replace=False)
     except FileExistsError as error:
@@ -105,7 +114,7 @@ def _staging(engine: Engine, folder: Path) -> Iterator[Path]:
 def _folder_marks(engine: Engine) -> tuple[str, str]:
     """The name prefix of a registry's backup folders, and the text of their marker files."""
     location = display_location(engine)
-    return f".backup-{digest(location.encode())[:8]}-", f"A backup of {location} that is being made.\n"
+    return f".backup-{digest(os.fsencode(location))[:8]}-", f"A backup of {location} that is being made.\n"
 
 
 @contextmanager

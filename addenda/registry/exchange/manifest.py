@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 
 from addenda.exceptions import IntegrityError
 from addenda.registry.store.digests import canonical_json
-from addenda.registry.store.names import check_name, check_tag, check_text
+from addenda.registry.store.names import MAX_TEXT, check_name, check_tag, check_text
 from addenda.registry.store.records import ROWS, default_of
 
 Name = Annotated[str, AfterValidator(check_name)]
@@ -118,9 +118,9 @@ def first_error(error: ValidationError) -> str:
     return f"{location or 'its manifest'}: {first['msg'][:200]}"
 
 
-MAX_TEXT, MAX_JSON, MAX_METRICS, MAX_ROWS = 1_000, 1_000_000, 32_000_000, 1_000
-"""Maximum characters of a text; bytes of a configuration; bytes of metrics and data, where confusion matrices are
-largest; number of tags, golden probes and evaluations of a task."""
+MAX_JSON, MAX_METRICS, MAX_ROWS, MAX_EVALUATIONS = 1_000_000, 32_000_000, 1_000, 100_000
+"""Maximum bytes of a configuration; bytes of metrics and data, where confusion matrices are largest; number of tags and
+golden probes of a task; number of its evaluations, one a night for centuries."""
 MAX_PROBE_IMAGES = 64
 
 Share = Annotated[float, Field(ge=0, le=1)] | None
@@ -177,9 +177,13 @@ class _Data(_Shaped):
 def check_arrival(entry: Entry) -> None:
     """Raises IntegrityError if a task's records are too large, too many or malformed."""
     row = entry.task
-    for what, records in (("tags", entry.tags), ("golden probes", entry.goldens), ("evaluations", entry.evaluations)):
-        if len(records) > MAX_ROWS:
-            raise IntegrityError(f"it has {len(records):,} {what}; the maximum is {MAX_ROWS:,}")
+    for what, count, maximum in (
+        ("tags", len(entry.tags), MAX_ROWS),
+        ("golden probes", len(entry.goldens), MAX_ROWS),
+        ("evaluations", len(entry.evaluations), MAX_EVALUATIONS),
+    ):
+        if count > maximum:
+            raise IntegrityError(f"it has {count:,} {what}; the maximum is {maximum:,}")
     texts = [row.code_version, row.created_by, *([entry.retirement.reason] if entry.retirement else [])]
     texts += [record.created_by for record in (*entry.goldens, *entry.evaluations)]
     if (longest := max(map(len, texts))) > MAX_TEXT:

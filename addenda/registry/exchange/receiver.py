@@ -17,7 +17,7 @@ from addenda.registry.store import changes, schema
 from addenda.registry.store.digests import integrity_errors
 from addenda.registry.store.ledger import Writer
 from addenda.registry.store.names import RESERVED, check_new_name
-from addenda.registry.store.queries import find, is_retired
+from addenda.registry.store.queries import find, is_retired, retired
 from addenda.registry.store.records import GoldenRow, TaskRow
 from addenda.registry.store.registration import add_golden, check_bounds, derived, insert_task
 from addenda.registry.store.task import Task, decode, is_finite
@@ -76,15 +76,19 @@ def _plan(
         raise RegistryError(f"There is no task {unknown[0]!r} to rename. Tasks: {', '.join(sorted(names))}.")
     for name in renames.values():
         check_new_name(name)
-    task, stored, versions, conflicts = schema.task.c, {}, {}, []
+    task, stored, active, conflicts = schema.task.c, {}, {}, []
     for name in sorted({renames.get(name, name) for name in names}):
-        query = select(task.version, task.artifact).where(task.name == name)
-        for version, sha256 in connection.execute(query):
-            stored[name, version], versions[name, sha256] = sha256, version
+        query = select(task.version, task.artifact, retired().label("retired")).where(task.name == name)
+        for row in connection.execute(query):
+            stored[name, row.version] = row.artifact
+            if not row.retired:
+                active[name, row.artifact] = row.version
     plan = []
     for entry in entries:
         name, sha256 = renames.get(entry.task.name, entry.task.name), entry.task.artifact
-        version = versions.setdefault((name, sha256), entry.task.version)
+        version = entry.task.version
+        if stored.get((name, version)) != sha256:  # the same content may be here as another version
+            version = active.get((name, sha256), version)
         stored_sha256 = stored.get((name, version))
         if stored_sha256 is not None and stored_sha256 != sha256:
             conflicts.append(f"'{name}:{version}' ({stored_sha256[:12]}… is not {sha256[:12]}…)")
@@ -148,10 +152,13 @@ class _Receiver:
                 changes.tag(self._writer, row, tag)
                 details += [] if new else [f"tagged {tag!r}"]
         if entry.retirement is not None and new:
-            changes.retire(self._writer, row, entry.retirement.reason)
+            stamp = {"created_by": entry.retirement.created_by, "created_at": entry.retirement.created_at}
+            changes.retire(self._writer, row, entry.retirement.reason, stamp)
             details.append(f"retired: {entry.retirement.reason}")
         elif entry.retirement is not None and not is_retired(self._connection, row):  # it may be in use here
             details.append(f"retired in the source ({entry.retirement.reason}), active here")
+        elif entry.retirement is None and is_retired(self._connection, row):
+            details.append("active in the source, retired here")
         return Received(ref, entry.ref, "added" if new else "there already", "; ".join(details), generation)
 
     def add_alias(self, alias: BundledAlias, name: str) -> Received:

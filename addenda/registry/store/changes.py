@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import Connection, Row, delete, insert, select, update
@@ -69,11 +69,11 @@ def untag(writer: Writer, row: Row[Any], tag: str) -> None:
     writer.append("untagged", ref_of(row), tag=tag)
 
 
-def retire(writer: Writer, row: Row[Any], reason: str) -> None:
-    """Retires a version; raises RegistryError if it is retired already."""
+def retire(writer: Writer, row: Row[Any], reason: str, stamp: Mapping[str, str] | None = None) -> None:
+    """Retires a version, by default by the writer and now; raises RegistryError if it is retired already."""
     if is_retired(writer.connection, row):
         raise RegistryError(f"Task {ref_of(row)!r} is already retired.")
-    tombstone = {"task_id": row.id, "reason": reason, **writer.stamp}
+    tombstone = {"task_id": row.id, "reason": reason, **(stamp or writer.stamp)}
     writer.add(schema.retirement, tombstone, "retired", ref_of(row), reason=reason)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sqlite3
 import time
@@ -18,7 +19,7 @@ from sqlalchemy.exc import ArgumentError, InterfaceError, OperationalError, Prog
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from addenda.exceptions import RegistryError, RegistryFaultError, RegistryUnavailableError
-from addenda.files import permissions
+from addenda.files import expanded, permissions
 from addenda.registry.store.digests import canonical_json
 
 OUTAGES = frozenset({
@@ -131,8 +132,8 @@ def display_location(engine: Engine) -> str:
 
 
 def file_mode(engine: Engine) -> int:
-    """Permissions for copies of a registry: those of its SQLite file; for PostgreSQL, the user's alone."""
-    return permissions(Path(display_location(engine))) if engine.dialect.name == "sqlite" else 0o600
+    """Permissions for copies of a registry: those of its SQLite file, writable; for PostgreSQL, the user's alone."""
+    return 0o200 | permissions(Path(display_location(engine))) if engine.dialect.name == "sqlite" else 0o600
 
 
 def _without_password(url: URL) -> str:
@@ -148,7 +149,7 @@ def _url(location: str | Path) -> URL:
             "one in a temporary folder."
         )
     if "://" not in text:
-        return URL.create("sqlite", database=str(Path(text).expanduser()))
+        return URL.create("sqlite", database=str(expanded(text)))
     try:
         url = make_url(text)
     except (ArgumentError, ValueError) as error:
@@ -183,9 +184,18 @@ def use_wal(engine: Engine) -> None:
                 time.sleep(0.05)
 
 
+def leave_wal(engine: Engine, location: str) -> None:
+    """Moves a write-ahead log into its SQLite file; raises RegistryError if that fails, as on a full disk.
+
+    Closing the file would try the same, but ignore an error.
+    """
+    with database_errors(f"{location!r} was not written"), closing(engine.raw_connection()) as raw:
+        raw.cursor().execute("PRAGMA journal_mode=DELETE")
+
+
 def _open_sqlite_read_only(path: Path) -> sqlite3.Connection:
     """Opens a file that may have concurrent writers; on a read-only medium, opens it as immutable."""
-    uri = f"file:{quote(str(path))}"
+    uri = f"file:{quote(os.fsencode(path))}"
     # SQLite's read-only mode would leave new files of the write-ahead log behind.
     connection = sqlite3.connect(f"{uri}?mode=rw", uri=True, check_same_thread=False)
     try:
@@ -194,6 +204,12 @@ def _open_sqlite_read_only(path: Path) -> sqlite3.Connection:
         connection.close()
         if "unable to open" not in str(error) and "readonly" not in str(error):
             raise
+        log = path.with_name(f"{path.name}-wal")
+        if log.exists() and log.stat().st_size:  # which an immutable file does not have
+            raise RegistryError(
+                f"{str(path)!r} cannot be read where it is: {log.name} holds a part of it, which SQLite reads only in "
+                "a writable folder. Copy both files to one."
+            ) from error
         connection = sqlite3.connect(f"{uri}?mode=ro&immutable=1", uri=True, check_same_thread=False)
     return connection
 

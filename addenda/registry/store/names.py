@@ -68,6 +68,10 @@ def check_labels(labels: Sequence[str]) -> None:
         raise RegistryError(f"{len(labels):,} labels have {total:,} bytes in total; the maximum is {LABELS_BYTES:,}.")
 
 
+MAX_TEXT = 1_000
+"""Maximum characters of a reason or an author, here and in what is imported."""
+
+
 def check_text(text: str, what: str) -> str:
     """Returns text that every database and file can store; the message of a RegistryError starts with `what`."""
     if "\0" in text:

@@ -124,11 +124,18 @@ def _utc(text: str) -> str:
     """Converts an ISO 8601 time to its stored form; raises DataError if it is invalid."""
     try:
         time = datetime.fromisoformat(text)
-    except ValueError as error:
+        utc = time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
+    except (ValueError, OverflowError) as error:
         message = f"{text!r} is not an ISO 8601 time. Examples, in UTC: 2026-01-31, 2026-01-31T12:00."
         raise DataError(message) from error
-    utc = time.replace(tzinfo=UTC) if time.tzinfo is None else time.astimezone(UTC)
     return utc.isoformat(timespec="microseconds")
+
+
+def plain_name(name: str) -> str:
+    """Returns a task's name; raises UnknownTaskError for other references: a version, an alias or a pattern."""
+    if any(mark in name for mark in ":@*"):
+        raise UnknownTaskError(f"Task {name!r} is not registered: a name has no ':', '@' or '*'.")
+    return name
 
 
 def find(connection: Connection, ref: str) -> Row[Any]:

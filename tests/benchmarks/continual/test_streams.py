@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import struct
 from pathlib import Path
@@ -11,15 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
-from addenda.benchmarks.continual.config import StreamConfig, build_stream, read_config, stream_names
+from addenda.benchmarks.continual.config import STREAMS, StreamConfig, build_stream, read_config, stream_names
 from addenda.benchmarks.continual.sources import open_folder
 from addenda.benchmarks.continual.stream import ImageSet, Stream, by_class
 from addenda.exceptions import DataError
 from addenda.learner.data.labelled import LabelledImages
 from tests.support.images import colour_folder
-from tests.support.places import SHARED
+from tests.support.places import ROOT, SHARED
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Avalanche and what it imports warn while they load
 
@@ -451,6 +453,18 @@ def test_results_are_expected_only_with_the_settings_of_the_reference_run(
     name: str, overrides: dict[str, object], expected: bool
 ) -> None:
     assert bool(read_config(name, overrides).expected) is expected
+
+
+@pytest.mark.parametrize("name", ["digits", "mixed", "pacs", "split-cifar10"])
+def test_expected_results_are_those_on_record(name: str) -> None:
+    record = json.loads((ROOT / "docs" / "results" / "continual.json").read_text())[name]
+    expected = yaml.safe_load((STREAMS / f"{name}.yaml").read_text())["expected"]
+    for key, value in expected.items():
+        setting, _, metric = key.rpartition("incremental_")
+        cells = [
+            cell[f"{setting}incremental_metrics"][metric] for cell in record["cells"] if cell["method"] == "addenda"
+        ]
+        assert value == round(100 * sum(cells) / len(cells), 1)
 
 
 def test_all_configuration_errors_are_reported_at_once(tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -111,6 +113,59 @@ def test_a_backup_to_a_full_disk_leaves_no_file_and_names_the_one_asked_for(regi
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert list(folder.iterdir()) == []
+
+
+def test_a_backup_whose_log_does_not_fit_into_its_file_is_refused(registry, tmp_path, monkeypatch):
+    """As on a disk with room for the write-ahead log and not for the file too."""
+    registry.add_backbone(BACKBONE)
+    keep(registry, a_large_task())
+    folder, copy, before = tmp_path / "full", backup._copy, resource.getrlimit(resource.RLIMIT_FSIZE)
+    folder.mkdir()
+
+    def then_full(*arguments):
+        integrity = copy(*arguments)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
+        return integrity
+
+    monkeypatch.setattr(backup, "_copy", then_full)
+    try:
+        with pytest.raises(RegistryError, match=rf"^'{folder}/safe\.db' was not written: "):
+            registry.backup(folder / "safe.db")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(folder.iterdir()) == []
+
+
+def test_a_backup_is_one_file_and_is_restored_though_it_is_write_protected(registry, tmp_path):
+    registry.add_backbone(BACKBONE)
+    keep(registry, a_task())
+    registry.backup(tmp_path / "safe.db")
+    with sqlite3.connect(tmp_path / "safe.db") as connection:
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("delete",)
+    (tmp_path / "safe.db").chmod(0o444)
+    restore(tmp_path / "safe.db", tmp_path / "new.db")
+    assert (tmp_path / "new.db").stat().st_mode & 0o777 == 0o644
+    with Registry.open(tmp_path / "new.db") as restored:
+        assert [record.ref for record in restored.tasks()] == ["digits:1"]
+
+
+def test_a_copy_whose_log_cannot_be_read_is_refused(registry, tmp_path, monkeypatch):
+    registry.add_backbone(BACKBONE)
+    keep(registry, a_task())
+    for suffix in ("", "-wal"):
+        shutil.copy(f"{registry.location}{suffix}", tmp_path / f"snapshot.db{suffix}")
+    opened = sqlite3.connect
+
+    class Unreadable(sqlite3.Connection):
+        def execute(self, *_):
+            raise sqlite3.OperationalError("unable to open database file")  # as in a folder without write permission
+
+    def connect(name, **options):
+        return opened(name, **options, **({"factory": Unreadable} if "mode=rw" in name else {}))
+
+    monkeypatch.setattr(sqlite3, "connect", connect)
+    with pytest.raises(RegistryError, match=r"snapshot.db-wal holds a part of it"):
+        Registry.open(tmp_path / "snapshot.db", read_only=True)
 
 
 def test_a_damaged_registry_is_not_backed_up(book, location, tmp_path):

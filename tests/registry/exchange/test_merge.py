@@ -11,10 +11,10 @@ from sqlalchemy import text
 from addenda.combined import CombinedModel, golden, verify
 from addenda.exceptions import IntegrityError, RegistryError
 from addenda.registry import Received, Registry, TaskFilter
-from tests.support.databases import raw, refused, tamper, unchanged, without_triggers
+from tests.support.databases import raw, refused, rows, tamper, unchanged, without_triggers
 from tests.support.models import bits, images
 from tests.support.processes import killed_at_each_statement
-from tests.support.registries import BACKBONE, a_task, verify_ledger
+from tests.support.registries import BACKBONE, a_task, keep, verify_ledger
 from tests.support.tasks import random_task
 from tests.support.travel import FULL, add, assert_same, fill, merges
 
@@ -149,6 +149,66 @@ def test_a_task_retired_only_in_the_source_stays_active_and_is_reported(home, he
         details = {each.ref: each.detail for each in here.merge(home)}
     assert details["bare:1"] == "retired in the source (no use), active here"
     assert details["old:1"] == ""
+
+
+def test_a_version_that_was_registered_again_arrives_beside_the_retired_one(tmp_path, here):
+    with Registry.open(tmp_path / "a.db", user="alice") as there:
+        there.add_backbone(BACKBONE)
+        keep(there, a_task())
+        there.retire("digits:1", "by mistake")
+        keep(there, a_task(), new_version=True)
+        there.set_alias("digits", "production", 2)
+        received = here.merge(there)
+        assert [(each.ref, each.state) for each in received] == [
+            ("digits:1", "added"), ("digits:2", "added"), ("digits@production", "added"),
+        ]  # fmt: skip
+        assert here.get("digits").version == 2
+        assert {each.state for each in here.merge(there)} == {"there already"}
+        here.set_alias("digits", "other", 2)
+        there.export(["digits:2"], tmp_path / "second.addenda")
+    assert here.import_bundle(tmp_path / "second.addenda")[0].ref == "digits:2"
+    assert verify_ledger(here.location) == here.generation
+
+
+def test_an_active_version_arrives_where_its_content_is_retired(tmp_path, here):
+    with Registry.open(tmp_path / "a.db") as there:
+        there.add_backbone(BACKBONE)
+        keep(there, a_task("other"))
+        keep(there, a_task())
+        here.merge(there)
+        here.retire("digits:1", "old")
+        (again,) = [each for each in here.merge(there) if each.ref == "digits:1"]
+        assert (again.state, again.detail) == ("there already", "active in the source, retired here")
+        there.retire("digits:1", "old")
+        keep(there, a_task(), new_version=True)
+        there.export(["digits:2"], tmp_path / "second.addenda")
+    assert [(each.ref, each.state) for each in here.import_bundle(tmp_path / "second.addenda")] == [
+        ("digits:2", "added")
+    ]
+    assert here.get("digits").version == 2
+
+
+def test_a_retirement_keeps_its_author_and_time(tmp_path, here):
+    with Registry.open(tmp_path / "a.db", user="alice") as there:
+        there.add_backbone(BACKBONE)
+        keep(there, a_task())
+        there.retire("digits", "superseded")
+        here.merge(there)
+        stamps = [rows(registry.location)["retirement"][0] for registry in (there, here)]
+    assert stamps[0][1:4] == stamps[1][1:4]
+    assert verify_ledger(here.location) == here.generation
+    assert here.check_integrity().ok
+
+
+def test_a_task_evaluated_every_night_for_years_can_be_merged(tmp_path, here):
+    with Registry.open(tmp_path / "a.db") as there:
+        there.add_backbone(BACKBONE)
+        keep(there, a_task())
+        row = {"data_fingerprint": "d" * 64, "numerics_fingerprint": "n" * 64, "logits_digest": "2:00"}
+        for _ in range(1001):
+            there.add_evaluation("digits", metrics={"accuracy": 0.5, "num_images": 4}, **row)
+        assert [each.state for each in here.merge(there)] == ["added"]
+    assert len(here.evaluations("digits")) == 1001
 
 
 def test_a_task_damaged_there_is_named_and_nothing_is_merged(home, here):
