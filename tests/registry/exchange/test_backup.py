@@ -161,7 +161,8 @@ def test_a_copy_whose_log_cannot_be_read_is_refused(registry, tmp_path, monkeypa
             raise sqlite3.OperationalError("unable to open database file")  # as in a folder without write permission
 
     def connect(name, **options):
-        return opened(name, **options, **({"factory": Unreadable} if "mode=rw" in name else {}))
+        factory: Any = Unreadable if "mode=rw" in name else sqlite3.Connection
+        return opened(name, factory=factory, **options)
 
     monkeypatch.setattr(sqlite3, "connect", connect)
     with pytest.raises(RegistryError, match=r"snapshot.db-wal holds a part of it"):
