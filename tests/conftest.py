@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "realdata" in item.keywords and not SHARED.is_dir():
             item.add_marker(pytest.mark.skip(reason="the real weights and images are not next to this checkout"))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips the tests that would start after $ADDENDA_TEST_UNTIL, in seconds since the epoch."""
+    if time.time() > float(os.environ.get("ADDENDA_TEST_UNTIL", "inf")):
+        pytest.skip("NOT RUN: the time of this stage is over ($ADDENDA_TEST_UNTIL)")
 
 
 @pytest.fixture(autouse=True, scope="session")
