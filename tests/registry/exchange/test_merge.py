@@ -11,6 +11,7 @@ from sqlalchemy import text
 from addenda.combined import CombinedModel, golden, verify
 from addenda.exceptions import IntegrityError, RegistryError
 from addenda.registry import Received, Registry, TaskFilter
+from addenda.registry.exchange import manifest
 from tests.support.databases import raw, refused, rows, tamper, unchanged, without_triggers
 from tests.support.models import bits, images
 from tests.support.processes import killed_at_each_statement
@@ -200,15 +201,17 @@ def test_a_retirement_keeps_its_author_and_time(tmp_path, here):
     assert here.check_integrity().ok
 
 
-def test_a_task_evaluated_every_night_for_years_can_be_merged(tmp_path, here):
+def test_a_task_evaluated_every_night_for_years_can_be_merged(tmp_path, here, monkeypatch):
+    assert manifest.MAX_EVALUATIONS == 100 * manifest.MAX_ROWS
+    monkeypatch.setattr(manifest, "MAX_ROWS", 3)  # of tags and golden probes
     with Registry.open(tmp_path / "a.db") as there:
         there.add_backbone(BACKBONE)
         keep(there, a_task())
         row = {"data_fingerprint": "d" * 64, "numerics_fingerprint": "n" * 64, "logits_digest": "2:00"}
-        for _ in range(1001):
+        for _ in range(4):
             there.add_evaluation("digits", metrics={"accuracy": 0.5, "num_images": 4}, **row)
         assert [each.state for each in here.merge(there)] == ["added"]
-    assert len(here.evaluations("digits")) == 1001
+    assert len(here.evaluations("digits")) == 4
 
 
 def test_a_task_damaged_there_is_named_and_nothing_is_merged(home, here):
