@@ -201,9 +201,10 @@ class Server(ConnectionServer):
         else:
             await super().startup([])
             await self._workers.start(self._app.state.service, self.serve_connection)
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._drain, loop)
+        if threading.current_thread() is threading.main_thread():  # no other thread can handle signals
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, self._drain, loop)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Refuses new connections and completes pending requests."""
