@@ -32,7 +32,6 @@ def serving(backbone: FrozenBackbone, registry: Registry, keys: KeyFile | None =
     app = make_app(lambda: Service(backbone, registry), keys or KeyFile("no-keys.json"))
     listening: socket.socket = bind("127.0.0.1", 0)
     server = Server(app, drain_s=0, stop_s=1)
-    server.capture_signals = contextmanager(lambda: iter([None]))  # type: ignore[method-assign]  # the thread gets none
     thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()
     try:
