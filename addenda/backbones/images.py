@@ -61,9 +61,9 @@ def read_image(
 
     def read(file: str | Path | BytesIO) -> Image.Image:
         with Image.open(file, formats=formats) as image:
-            if max_pixels is not None and image.width * image.height > max_pixels:
-                raise TooLargeError(f"{_sized(image, label)}; the maximum is {max_pixels}. Scale it down.")
             if max_pixels is not None:
+                if image.width * image.height > max_pixels:
+                    raise TooLargeError(f"{_sized(image, label)}; the maximum is {max_pixels}. Scale it down.")
                 _check_aspect(image, label, MAX_UPLOAD_ASPECT)
                 _check_scans(image, file, label)
             return prepared(image, label)
@@ -74,8 +74,7 @@ def read_image(
         try:
             return read(source)
         except ValueError:  # Pillow's limits on texts and colour profiles, which do not affect the pixels
-            content = source.getvalue() if isinstance(source, BytesIO) else Path(source).read_bytes()
-            stripped = _without_text_chunks(content)
+            stripped = _without_text_chunks(_content(source))
             if stripped is None:
                 raise
             return read(BytesIO(stripped))
@@ -90,9 +89,12 @@ def _check_aspect(image: Image.Image, label: str, maximum: int) -> None:
         raise TooLargeError(f"{_sized(image, label)}; the maximum aspect ratio is {maximum}:1. Crop it.")
 
 
+def _content(file: str | Path | BytesIO) -> bytes:
+    return file.getvalue() if isinstance(file, BytesIO) else Path(file).read_bytes()
+
+
 def _check_scans(image: Image.Image, file: str | Path | BytesIO, label: str) -> None:
-    content = file.getbuffer() if isinstance(file, BytesIO) else Path(file).read_bytes()
-    if image.format == "JPEG" and bytes(content).count(SCAN) > MAX_SCANS:
+    if image.format == "JPEG" and _content(file).count(SCAN) > MAX_SCANS:
         raise TooLargeError(f"{label} is a progressive JPEG of more than {MAX_SCANS} scans. Save it anew.")
 
 

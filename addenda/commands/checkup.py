@@ -19,7 +19,6 @@ from addenda.combined.probe_inputs import probe_tasks
 from addenda.combined.shapes import SizeClass
 from addenda.commands import options
 from addenda.exceptions import AddendaError, RegistryError
-from addenda.files import expanded
 from addenda.learner import ActivationCache
 from addenda.terminal import size
 from addenda.text import plural
@@ -121,7 +120,7 @@ def self_test(backbone: FrozenBackbone, tasks: Sequence[Task], suffix: str = "")
 
 def _registry(location: str, device: str) -> Iterator[Finding]:
     """Checks the registry, and the weights and the tasks of each of its backbones."""
-    if "://" not in location and not expanded(location).exists():
+    if options.is_absent(location):
         advice = "`addenda learn` creates one, --registry selects another"
         yield Finding("registry", "absent", f"not found at {location!r}: {advice}")
         yield _weights({"name": options.DEFAULT_BACKBONE, "source": "hub"})

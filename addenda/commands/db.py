@@ -131,8 +131,10 @@ def import_(
     """Imports the tasks of a bundle in one transaction; creates the registry if it does not exist."""
     from addenda.registry.exchange.bundle import open_bundle
 
-    # A bundle that cannot be opened creates no registry.
-    with open_bundle(bundle), options.open_registry(registry, not dry_run) as opened:
+    if options.is_absent(registry):
+        with open_bundle(bundle):  # one that cannot be read is refused before a registry is created
+            pass
+    with options.open_registry(registry, not dry_run) as opened:
         _print_received(opened.import_bundle(bundle, _renames(rename), dry_run), dry_run, as_json)
 
 

@@ -13,7 +13,6 @@ import addenda
 from addenda.commands import options
 from addenda.commands.tasks import HEADLINES, headlines, show_task
 from addenda.exceptions import AddendaError
-from addenda.files import expanded
 from addenda.terminal import (
     PER_CLASS,
     SCORES,
@@ -247,7 +246,7 @@ def learn_many(
 
     if ray is None and (cpus is not None or gpus is not None):
         raise AddendaError("--cpus and --gpus require --ray.")
-    if "://" not in registry and not expanded(registry).exists():
+    if options.is_absent(registry):
         learning.read_rows(file, None, skip_bad)  # a faulty file is refused before a registry is created
     with options.open_registry(registry, create=True) as opened:
         rows = learning.read_rows(file, opened, skip_bad)

@@ -9,6 +9,7 @@ from typer import Argument, Context, Option, echo
 
 import addenda
 from addenda.exceptions import BackboneError, DataError
+from addenda.files import expanded
 
 if TYPE_CHECKING:
     from addenda.distributed.cluster import Workplace
@@ -95,6 +96,11 @@ Ref = Annotated[str, Argument(help="Task: NAME (its newest version), NAME:VERSIO
 def open_registry(location: str, create: bool = False) -> addenda.Registry:
     """Opens a registry; unless `create`, it must exist."""
     return addenda.Registry.open(location, create=create)
+
+
+def is_absent(location: str) -> bool:
+    """Whether there is no registry file yet; a database server is not asked."""
+    return "://" not in location and not expanded(location).exists()
 
 
 def numbers(text: str | None) -> tuple[float, ...] | None:

@@ -63,7 +63,7 @@ def verify(
         except AddendaError as error:
             if integrity is None or isinstance(error, UnknownTaskError):
                 raise
-            verdicts = [{"task": "golden probes", "ok": False, "same_numerics": True, "detail": str(error)}]
+            verdicts = [{"task": "golden probes", "ok": False, "detail": str(error)}]
     if as_json:
         print_json(verdicts if integrity is None else {"tasks": verdicts, "registry": asdict(integrity)})
     else:

@@ -75,9 +75,8 @@ class LearningRun:
         layers = activations.layers
         features = layers[0] if layers.shape[2] else pooled
         self.near_duplicates = near_duplicates(features, objective.strata(targets), self._train, self._validation)
-        num_classes, class_weights = activations.num_classes, None
-        if config.class_weights == "balanced":
-            class_weights = objective.balanced_weights(targets, num_classes)
+        num_classes = activations.num_classes
+        class_weights = objective.class_weights(config.class_weights, targets, num_classes)
         strength = objective.choose_strength(pooled, targets, config.first_seed, groups, class_weights)
 
         def fit_linear_probe(rows: Tensor | slice) -> LinearProbe:

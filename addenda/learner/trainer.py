@@ -53,9 +53,9 @@ class Trainer:
         refs = ", ".join(parent.ref for parent in parents)
         self._description = f"training (extends {refs})" if parents else "training"
         self._targets = activations.targets.to(self._backbone.device)
-        self._class_weights = None
-        if config.class_weights == "balanced":
-            self._class_weights = self._objective.balanced_weights(self._targets, activations.num_classes)
+        self._class_weights = self._objective.class_weights(
+            config.class_weights, self._targets, activations.num_classes
+        )
         self._together: dict[object, bool] = {}  # whether sharing a forward pass preserves the bits, by shapes
 
     def run(

@@ -164,6 +164,11 @@ class ConnectionServer(uvicorn.Server):
         )
         self._protocol, self._connecting = protocol, set[asyncio.Task[Any]]()
 
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leaves signals to whoever runs the server; uvicorn would catch them from before the start."""
+        yield
+
     def serve_connection(self, accepted: socket.socket) -> None:
         """Serves an accepted connection; it becomes the server's."""
         accepted.setblocking(False)
@@ -195,7 +200,7 @@ class Server(ConnectionServer):
         self._app, self._drain_s, self._workers = app, drain_s, workers
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Starts serving; with workers, once they all do. Signals drain the server from now on."""
+        """Starts serving; with workers, once they all do. Until then a signal ends the process, then it drains it."""
         if self._workers is None:
             await super().startup(sockets)
         else:
@@ -213,11 +218,6 @@ class Server(ConnectionServer):
                 listening.close()
             await self._workers.stop()
         await super().shutdown(sockets)
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Leaves the signals to `startup`: until then they end the process, which may compute probes for minutes."""
-        yield
 
     def _drain(self, loop: asyncio.AbstractEventLoop) -> None:
         if self._app.state.draining:

@@ -9,8 +9,8 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import torch
@@ -118,11 +118,6 @@ class WorkerServer(ConnectionServer):
     def __init__(self, worker: Worker, listening: socket.socket, connections: Quota, stop_s: int) -> None:
         super().__init__(worker, stop_s, _protocol(connections))
         self._worker, self._listening = worker, listening
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Leaves signals to the model's process, which stops its workers."""
-        yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Accepts connections from now on."""

@@ -128,13 +128,20 @@ def test_the_metric_detects_a_broken_mask(
     assert 0.0 in {value for key, value in results[-1].items() if key.startswith("LogitsIdentical")}
 
 
-def test_the_metric_counts_logits_that_became_nan_as_infinitely_changed() -> None:
+def naive(lr: float) -> tuple[Naive, LogitBits]:
+    """Naive fine-tuning of a small model, and the metric that watches it."""
+    torch.manual_seed(0)
     model = as_multitask(SimpleMLP(input_size=3 * 32 * 32, num_classes=2, drop_rate=0.0), "classifier")
     bits = LogitBits(num_images=4)
     strategy = Naive(
-        model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.0), train_mb_size=8,
+        model=model, optimizer=torch.optim.SGD(model.parameters(), lr=lr), train_mb_size=8,
         evaluator=EvaluationPlugin(bits, loggers=[]),
     )  # fmt: skip
+    return strategy, bits
+
+
+def test_the_metric_counts_logits_that_became_nan_as_infinitely_changed() -> None:
+    strategy, bits = naive(lr=0.0)
     first, second, *_ = stream().train_stream
     strategy.train(first)
     strategy.optimizer.param_groups[0]["lr"] = float("nan")
@@ -144,13 +151,7 @@ def test_the_metric_counts_logits_that_became_nan_as_infinitely_changed() -> Non
 
 
 def test_the_metric_detects_that_naive_fine_tuning_changes_logits() -> None:
-    torch.manual_seed(0)
-    model = as_multitask(SimpleMLP(input_size=3 * 32 * 32, num_classes=2, drop_rate=0.0), "classifier")
-    bits = LogitBits(num_images=4)
-    strategy = Naive(
-        model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.01), train_mb_size=8,
-        evaluator=EvaluationPlugin(bits, loggers=[]),
-    )  # fmt: skip
+    strategy, bits = naive(lr=0.01)
     for experience in stream().train_stream:
         strategy.train(experience)
     assert not bits.identical

@@ -175,10 +175,10 @@ class LabelledImages:
             raise DataError(f"{self.where} already has a column 'group'; remove the column, or do not set group_by.")
         if not isinstance(self.items, list):
             raise DataError(f"group_by matches the paths of image files, but the images of {self.where} are not files.")
-        groups, unmatched = [], []
+        groups, unmatched, pattern = [], [], unicodedata.normalize("NFC", pattern)
         for item in self.items:
             name = Path(item if self.folder is None else os.path.relpath(item, self.folder)).as_posix()
-            match = re.search(unicodedata.normalize("NFC", pattern), unicodedata.normalize("NFC", name))
+            match = re.search(pattern, unicodedata.normalize("NFC", name))
             if match is None:
                 unmatched.append(f"{name!r}")
             else:

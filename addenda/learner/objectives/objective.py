@@ -155,6 +155,10 @@ class Objective(ABC):
         """The mean of `losses` over the images, for each candidate."""
         return self.losses(logits, targets, smoothing, class_weights).mean(-1)
 
+    def class_weights(self, kind: str, targets: Targets, num_classes: int) -> Weights:
+        """The weights that `LearnConfig.class_weights` names."""
+        return self.balanced_weights(targets, num_classes) if kind == "balanced" else None
+
     @abstractmethod
     def balanced_weights(self, targets: Targets, num_classes: int) -> Float[Tensor, " C"] | Float[Tensor, "2 C"]:
         """Weights inverse to class frequency: equal sums for all classes, and a mean of 1 over the images."""

@@ -101,33 +101,21 @@ def test_a_backup_into_no_folder_is_refused(book, tmp_path):
         book.backup(tmp_path / "nowhere" / "safe.db")
 
 
-def test_a_backup_to_a_full_disk_leaves_no_file_and_names_the_one_asked_for(registry, tmp_path):
-    registry.add_backbone(BACKBONE)
-    keep(registry, a_large_task())
-    folder, before = tmp_path / "full", resource.getrlimit(resource.RLIMIT_FSIZE)
-    folder.mkdir()
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
-    try:
-        with pytest.raises(RegistryError, match=rf"^'{folder}/safe\.db' was not written: "):
-            registry.backup(folder / "safe.db")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert list(folder.iterdir()) == []
-
-
-def test_a_backup_whose_log_does_not_fit_into_its_file_is_refused(registry, tmp_path, monkeypatch):
-    """As on a disk with room for the write-ahead log and not for the file too."""
+@pytest.mark.parametrize("when", ["before the copy", "before its log is moved into its file"])
+def test_a_backup_to_a_full_disk_leaves_no_file_and_names_the_one_asked_for(registry, tmp_path, monkeypatch, when):
     registry.add_backbone(BACKBONE)
     keep(registry, a_large_task())
     folder, copy, before = tmp_path / "full", backup._copy, resource.getrlimit(resource.RLIMIT_FSIZE)
     folder.mkdir()
 
-    def then_full(*arguments):
+    def copy_and_fill(*arguments):
+        if when == "before the copy":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
         integrity = copy(*arguments)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
         return integrity
 
-    monkeypatch.setattr(backup, "_copy", then_full)
+    monkeypatch.setattr(backup, "_copy", copy_and_fill)
     try:
         with pytest.raises(RegistryError, match=rf"^'{folder}/safe\.db' was not written: "):
             registry.backup(folder / "safe.db")
