@@ -1,4 +1,4 @@
-"""House rules: some operations are allowed in a single module or folder only."""
+"""House rules: some operations are allowed in one place only, and each tensor that is made names dtype and device."""
 
 from __future__ import annotations
 
@@ -56,3 +56,24 @@ def test_no_two_modules_and_no_two_classes_share_a_name() -> None:
 def test_what_starts_ray_is_in_the_folder_that_make_test_ray_runs() -> None:
     tests = [path for path in (ROOT / "tests").rglob("test_*.py") if "mark." + "ray" in path.read_text()]
     assert {path.parent.name for path in tests} == {"distributed"}
+
+
+FACTORIES = {
+    "zeros", "ones", "empty", "full", "rand", "randn", "randint", "randperm", "arange", "linspace", "logspace", "eye",
+    "tensor", "scalar_tensor", "empty_strided", "triu_indices", "tril_indices", "normal",
+}  # fmt: skip
+
+
+def test_every_tensor_that_the_package_makes_names_its_dtype_and_device() -> None:
+    """The caller may change torch's defaults."""
+    missing_names, num_calls = [], 0
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+                continue
+            if getattr(node.func.value, "id", "") == "torch" and node.func.attr in FACTORIES:
+                num_calls += 1
+                missing = {"dtype", "device"} - {keyword.arg for keyword in node.keywords}
+                missing_names += [f"{path.relative_to(PACKAGE)}:{node.lineno}: {name}" for name in sorted(missing)]
+    assert num_calls > 50
+    assert missing_names == []

@@ -1,7 +1,7 @@
 """One forward pass for all tasks: shared-prefix attention, tiles, exactness, routing."""
 
 from addenda.combined.features import TASK_FEATURE, feature_tasks, feature_widths
-from addenda.combined.forward import Observer, attention_map, forward_pass, pausing
+from addenda.combined.forward import Observer, attention_map, forward_pass, pausing, task_features
 from addenda.combined.golden import Verdict, golden, verdicts, verify
 from addenda.combined.model import CombinedModel, TaskLogits
 from addenda.combined.numerics import numerics, numerics_fingerprint, tensor_digest
@@ -44,6 +44,7 @@ __all__ = [
     "prove",
     "recorded_backbone",
     "task_cost",
+    "task_features",
     "task_groups",
     "tensor_digest",
     "verdicts",

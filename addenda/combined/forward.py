@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from addenda.backbones import FrozenBackbone, FrozenStream, KeyValue, Reading, is_traced, plain, product, uncompiled
+from addenda.backbones import FrozenBackbone, KeyValue, Reading, is_traced, plain, product, uncompiled
 from addenda.combined.heads import HeadGroup, complete_groups, head_rows
 from addenda.combined.shapes import batch_size, micro_batch
 from addenda.combined.tiles import Layout, Tile, TileStore
@@ -59,7 +59,7 @@ class ForwardResult(NamedTuple):
 
 def forward_pass(
     backbone: FrozenBackbone,
-    images: Tensor | Iterable[KeyValue],
+    images: Tensor,
     layout: Layout | None = None,
     heads: Mapping[str, HeadFunction] | None = None,
     sizes: Sequence[int] | None = None,
@@ -72,8 +72,7 @@ def forward_pass(
 
     Args:
         backbone: the frozen backbone.
-        images: Float[B, 3, H, W] from the backbone's transform, or the frozen keys and values of each layer, computed
-            earlier for one batch.
+        images: Float[B, 3, H, W] from the backbone's transform.
         layout: the tasks' slots; None runs only the frozen stream.
         heads: functions that compute the outputs of some of the layout's tasks, by sha256.
         sizes: allowed batch sizes, ascending, ending with the micro-batch; each batch is padded with zeros to one of
@@ -96,15 +95,11 @@ def forward_pass(
     features: dict[str, list[Tensor]] = {"pooled": [], "layers": []}
     # When traced for export, the caller has already entered `plain`.
     with nullcontext() if is_traced() else plain(backbone.device):
-        for batch, count in _batches(backbone, images, sizes) if isinstance(images, Tensor) else ((images, None),):
-            stream = backbone.stream(batch, reading, needs_layers) if isinstance(batch, Tensor) else batch
+        for batch, count in _batches(backbone, images, sizes):
+            stream = backbone.stream(batch, reading, needs_layers)
             tiles = _task_streams(backbone, stream, layout, observe, observe_attention)
-            pooled_feature, layer_features = None, None
-            if isinstance(stream, FrozenStream):
-                pooled_feature = stream.pooled if reading == "pooled" else None
-                layer_features = stream.layers if needs_layers else None
-            if not isinstance(images, Tensor):
-                count = next((tokens.shape[1] for tokens in tiles), None)
+            pooled_feature = stream.pooled if reading == "pooled" else None
+            layer_features = stream.layers if needs_layers else None
             shared = [None if each is None else head_rows(each, backbone) for each in (pooled_feature, layer_features)]
             read = _read_by_heads(backbone, layout, tiles, heads, shared[0])
             for sha256, batches in answers.items():
@@ -119,6 +114,25 @@ def forward_pass(
         for group, batches in grouped.items():
             joined |= group.divide(torch.cat(batches, dim=1))
         return ForwardResult(joined, *(torch.cat(batches) if batches else None for batches in features.values()))
+
+
+def task_features(
+    backbone: FrozenBackbone, stream: Iterable[KeyValue], layout: Layout, observe: Observer | None = None
+) -> dict[str, Float[Tensor, "B D"]]:
+    """Runs only the task streams, over a frozen stream computed earlier for one batch.
+
+    Args:
+        backbone: the frozen backbone.
+        stream: the frozen keys and values of each layer.
+        layout: the tasks' slots.
+        observe: see `Observer`.
+
+    Returns:
+        The final feature of each task's token, by the task's sha256.
+    """
+    with plain(backbone.device):
+        tiles = _task_streams(backbone, stream, layout, observe)
+        return {sha256: tiles[tile][slot] for sha256, (tile, slot) in layout.slot.items()}
 
 
 def backbone_logits(backbone: FrozenBackbone, images: Tensor) -> Float[Tensor, "B C"]:
@@ -148,8 +162,8 @@ def _task_streams(
     backbone: FrozenBackbone,
     stream: Iterable[KeyValue],
     layout: Layout,
-    observe: Observer | None,
-    observe_attention: AttentionObserver | None,
+    observe: Observer | None = None,
+    observe_attention: AttentionObserver | None = None,
 ) -> list[Float[Tensor, "S B D"]]:
     """Runs a frozen stream with all task streams of a layout; returns the features of each tile's slots."""
     hidden: list[Tensor] = []

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from addenda.backbones import FrozenBackbone, KeyValue, plain
-from addenda.combined.forward import forward_pass
+from addenda.combined.forward import forward_pass, task_features
 from addenda.combined.heads import HeadGroup, head_rows, random_head
 from addenda.combined.numerics import numerics_settings, operations_sample, reduced_precision
 from addenda.combined.probe_inputs import probe_tasks
@@ -31,9 +33,19 @@ from addenda.combined.tiles import Layout, TileStore
 from addenda.exceptions import ExactnessError
 from addenda.registry import Task, canonical_json
 
-FrozenOutputs = tuple[Tensor, list[KeyValue]]
-"""Positions of images in the canonical batch, and their keys and values of each layer; the last pair is the pooled
-feature and the layer features."""
+
+class FrozenOutputs(NamedTuple):
+    """What the frozen stream computes for some images of the canonical batch."""
+
+    positions: Tensor  # of the images in the canonical batch
+    key_values: list[KeyValue]  # of each layer
+    pooled: Tensor
+    layers: Tensor
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All outputs, images first in each."""
+        return [*chain.from_iterable(self.key_values), self.pooled, self.layers]
 
 
 def prove(backbone: FrozenBackbone, tasks: Iterable[Task]) -> Shapes:
@@ -175,7 +187,7 @@ class SelfTest:
         for num_images, (first, second) in self._streams.items():
             runs = ((full, twins, first), (mixed, twins[::2], first), (mixed, twins[::2], second))
             if all(
-                _equal(features, reference[frozen[0]])
+                _equal(features, reference[frozen.positions])
                 for layout, tasks, frozen in runs
                 for features in self._features(layout, tasks, frozen)
             ):
@@ -183,8 +195,8 @@ class SelfTest:
         return exact
 
     def _features(self, layout: Layout, tasks: Sequence[Task], frozen: FrozenOutputs) -> list[Tensor]:
-        heads = {task.sha256: lambda feature, *_: feature for task in tasks}
-        return list(forward_pass(self._backbone, frozen[1][:-1], layout, heads).answers.values())
+        features = task_features(self._backbone, frozen.key_values, layout)
+        return [features[task.sha256] for task in tasks]
 
     def _frozen_outputs(self, batch: Tensor, positions: Tensor) -> FrozenOutputs:
         key_values: list[KeyValue] = []
@@ -197,12 +209,11 @@ class SelfTest:
         )
         assert pooled is not None
         assert layers is not None
-        return positions, [*key_values, KeyValue(pooled, layers)]
+        return FrozenOutputs(positions, key_values, pooled, layers)
 
     def _same(self, outputs: FrozenOutputs, reference: FrozenOutputs) -> bool:
-        positions, pairs = outputs
-        tensors, expected = ([tensor for pair in each for tensor in pair] for each in (pairs, reference[1]))
-        return all(_equal(tensor, whole[positions]) for tensor, whole in zip(tensors, expected, strict=True))
+        pairs = zip(outputs.tensors, reference.tensors, strict=True)
+        return all(_equal(tensor, whole[outputs.positions]) for tensor, whole in pairs)
 
     def _refusal(self, reason: str) -> ExactnessError:
         return ExactnessError(

@@ -178,6 +178,7 @@ def export_model(
     ] = None,
     format: Annotated[str, Option(help="Format: torch-export or onnx.")] = "torch-export",
     registry: options.Registry = options.DEFAULT_REGISTRY,
+    backbone: options.RecordedBackbone = None,
     weights: options.Weights = None,
     as_json: options.Json = False,
 ) -> None:
@@ -192,8 +193,8 @@ def export_model(
 
     with options.open_registry(registry) as opened:
         requested = [opened.get(ref.strip()) for ref in tasks.split(",")] if tasks is not None else []
-        backbone = recorded_backbone(opened, weights, "cpu", requested[0].backbone if requested else None)
-        model = exporting.export_model(opened, backbone, requested or opened.load(backbone), out, format)
+        loaded = recorded_backbone(opened, weights, "cpu", backbone or (requested[0].backbone if requested else None))
+        model = exporting.export_model(opened, loaded, requested or opened.load(loaded), out, format)
     if as_json:
         print_json(vars(model))
         return

@@ -175,7 +175,7 @@ def learn(
         before = opened.generation
         if grow:
             fingerprint = opened.record(name).backbone
-            loaded = recorded_backbone(opened, weights, device, fingerprint=fingerprint)
+            loaded = recorded_backbone(opened, weights, device, fingerprint)
         else:
             loaded = options.backbone_to_learn_on(opened, backbone, weights, mean, std, img_size, precision, device)
             if memory is not None and not settings.head_only:
@@ -311,7 +311,7 @@ def evaluate(
 
     with options.open_registry(registry) as opened:
         record = opened.record(name)
-        loaded = recorded_backbone(opened, weights, device, fingerprint=record.backbone)
+        loaded = recorded_backbone(opened, weights, device, record.backbone)
         with show_log(quiet=as_json), progress(quiet=as_json) as report:
             result = addenda.Learner(loaded, opened).evaluate(name, data, skip_bad, report)
     metrics = result.metrics

@@ -35,6 +35,14 @@ Backbone = Annotated[
         "--backbone", help=f"{TIMM_NAME} Default: the registry's backbone; in an empty registry {DEFAULT_BACKBONE}."
     ),
 ]
+RecordedBackbone = Annotated[
+    str | None,
+    Option(
+        "--backbone",
+        help="Backbone of the registry, by its name or its fingerprint. Default: that of the named tasks, or else the "
+        "only one.",
+    ),
+]
 Weights = Annotated[
     Path | None,
     Option(
@@ -182,7 +190,7 @@ def backbone_to_learn_on(
             )
         return recorded_backbone(registry, weights, device)
     if not overrides and weights is None and [b["name"] for b in records].count(name or "") == 1:
-        return recorded_backbone(registry, None, device, name=name)
+        return recorded_backbone(registry, None, device, name)
     return load_backbone(name or DEFAULT_BACKBONE, weights, mean, std, img_size, precision, device)
 
 

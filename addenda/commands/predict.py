@@ -53,6 +53,7 @@ def predict(
     ] = None,
     skip_bad: options.SkipBad = False,
     registry: options.Registry = options.DEFAULT_REGISTRY,
+    backbone: options.RecordedBackbone = None,
     weights: options.Weights = None,
     device: options.Device = "auto",
     as_json: options.Json = False,
@@ -106,7 +107,7 @@ def predict(
         paths = _image_files(images)[0]
         with options.open_registry(registry) as opened:
             job = PredictionJob(
-                options.workplace(registry, opened, weights, device, gpus, None), tuple(task or ()), top,
+                options.workplace(registry, opened, weights, device, gpus, backbone), tuple(task or ()), top,
                 min_probability, not inexact, part_size or PART_SIZE, skip_bad, workers, cpus or 1, gpus or 0.0,
             )  # fmt: skip
             with connected(ray), progress(quiet=as_json) as report:
@@ -122,7 +123,8 @@ def predict(
     paths, left_out = _image_files(images)
     with options.open_registry(registry) as opened:
         named = [ref for ref in task or () if "*" not in ref and not auto]
-        loaded = recorded_backbone(opened, weights, device, opened.record(named[0]).backbone if named else None)
+        backbone = backbone or (opened.record(named[0]).backbone if named else None)
+        loaded = recorded_backbone(opened, weights, device, backbone)
         requested = [] if auto else _requested(opened, loaded, task, tag)
         model = addenda.CombinedModel(loaded, requested or opened.load(loaded), exact=not inexact)
         router = _router(opened, model) if auto and model.tasks else None

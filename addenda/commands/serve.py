@@ -67,6 +67,10 @@ def serve(
     ] = 0,
     log_level: Annotated[str, Option(help="Log level: debug, info, warning or error.")] = "info",
     registry: options.Registry = options.DEFAULT_REGISTRY,
+    backbone: Annotated[
+        str | None,
+        Option(help="Backbone of the registry, by its name or its fingerprint. Default: the only one."),
+    ] = None,
     weights: options.Weights = None,
     device: options.Device = "auto",
     ray: Annotated[
@@ -131,7 +135,7 @@ def serve(
         location = registry if "://" in registry else str(expanded(registry).resolve())
         weights_file = None if weights is None else str(weights.resolve())
         serving = Serving(
-            Workplace(location, weights=weights_file, device=device), keys.resolve(), key_file.guards,
+            Workplace(location, backbone, weights_file, device), keys.resolve(), key_file.guards,
             host in LOOPBACK, alias, limits, cpus or 1, gpus or 0, log_level,
         )  # fmt: skip
         with connected(ray):
@@ -141,7 +145,7 @@ def serve(
     keep_memory()
     with options.open_registry(registry) as opened, bind(host, port) as listening, ExitStack() as stack:
         model_thread = ModelThread.of_process()
-        loaded = recorded_backbone(opened, weights, device)
+        loaded = recorded_backbone(opened, weights, device, backbone)
         app = make_app(
             lambda: Service(loaded, opened, alias, limits, model_thread), key_file, loopback=host in LOOPBACK
         )

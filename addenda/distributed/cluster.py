@@ -28,7 +28,7 @@ class Workplace:
     """What every worker opens for itself: locations only, because open handles cannot be sent to it."""
 
     registry: str = field(repr=False)  # its location: a URL may hold a password
-    backbone: str | None = None  # fingerprint of a backbone in the registry; None: the only one there
+    backbone: str | None = None  # name or fingerprint of a backbone in the registry; None: the only one there
     weights: str | None = None  # a file at the same path on every node; None: as recorded in the registry
     device: str = "auto"
 

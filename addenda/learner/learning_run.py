@@ -19,7 +19,15 @@ from addenda.learner.candidates import HEAD, Candidate, Tensors, as_fields
 from addenda.learner.context import Epoch, RunContext
 from addenda.learner.learn_config import LearnConfig
 from addenda.learner.objectives import LinearProbe
-from addenda.learner.probes import EIGHTHS, LayerFeatures, as_tensors, best_weight, from_linear_probe, subsample
+from addenda.learner.probes import (
+    EIGHTHS,
+    LayerFeatures,
+    LinearHead,
+    as_tensors,
+    best_weight,
+    from_linear_probe,
+    subsample,
+)
 from addenda.learner.trainer import Trainer
 from addenda.registry import Task, digest
 
@@ -49,6 +57,15 @@ class Fusion(NamedTuple):
     losses: Float64[Tensor, " V"]
 
 
+class Probe(NamedTuple):
+    """A calibrated probe, as a task, as a head, and by the logits that it has when fitted to the training split."""
+
+    task: Task
+    head: LinearHead  # divided by the temperature
+    logits: Float64[Tensor, "V C"]  # on the validation split, divided by the temperature
+    metrics: dict[str, Any]
+
+
 @dataclass(frozen=True)
 class Sweep:
     """Result of training all candidates with one choice of tasks to extend."""
@@ -75,44 +92,52 @@ class LearningRun:
         layers = activations.layers
         features = layers[0] if layers.shape[2] else pooled
         self.near_duplicates = near_duplicates(features, objective.strata(targets), self._train, self._validation)
-        num_classes = activations.num_classes
-        class_weights = objective.class_weights(config.class_weights, targets, num_classes)
-        strength = objective.choose_strength(pooled, targets, config.first_seed, groups, class_weights)
+        self._class_weights = objective.class_weights(config.class_weights, targets, activations.num_classes)
+        strength = objective.choose_strength(pooled, targets, config.first_seed, groups, self._class_weights)
+        self._train_probe = self._fit_linear_probe(self._train, strength)
+        self._final_probe = self._fit_linear_probe(slice(None), strength) if config.refit else self._train_probe
+        heads = from_linear_probe(self._train_probe), from_linear_probe(self._final_probe)
+        probes = {LINEAR_PROBE: self._calibrated(LINEAR_PROBE, *heads, {"strength": strength})}
+        if config.layer_head and layers.shape[2] and not objective.is_settled(activations.num_classes):
+            probes[LAYER_PROBE] = self._layer_probe(*heads, strength)
+        self.baselines = [probe.task for probe in probes.values()]
+        self._probe = list(probes.values())[-1]
+        self._metrics: dict[str, Any] = {name: probe.metrics for name, probe in probes.items()}
+        self._metrics["validation"] = self._probe.metrics["validation"]
 
-        def fit_linear_probe(rows: Tensor | slice) -> LinearProbe:
-            return objective.fit_linear_probe(pooled[rows], targets[rows], strength, num_classes, class_weights)
+    def _fit_linear_probe(self, rows: Tensor | slice, strength: float) -> LinearProbe:
+        pooled, targets = self._activations.pooled[rows], self._activations.targets[rows]
+        num_classes = self._activations.num_classes
+        return self._objective.fit_linear_probe(pooled, targets, strength, num_classes, self._class_weights)
 
-        self._train_probe = fit_linear_probe(self._train)
-        self._final_probe = fit_linear_probe(slice(None)) if config.refit else self._train_probe
-        # For each probe the head fitted to the training split, and the one fitted to all images.
-        heads = {LINEAR_PROBE: (from_linear_probe(self._train_probe), from_linear_probe(self._final_probe))}
-        self._metrics: dict[str, Any] = {LINEAR_PROBE: {"strength": strength}}
-        if config.layer_head and layers.shape[2] and not objective.is_settled(num_classes):
-            train_linear, final_linear = heads[LINEAR_PROBE]
-            train = LayerFeatures(objective, layers[:, self._train], targets[self._train], num_classes, class_weights)
-            train_groups = None if groups is None else [groups[row] for row in self._train.tolist()]
-            if train_groups and len(set(train_groups)) == 1:  # cross-validation within the only group left for training
-                train_groups = None
-            recipe = train.choose_recipe(pooled[self._train], strength, config.first_seed, train_groups)
-            self._metrics[LAYER_PROBE] = {"fit": recipe.fit, "weight": recipe.weight}
-            train_head = final_head = train.probe(recipe, train_linear)
-            if config.refit:
-                everything = LayerFeatures(objective, layers, targets, num_classes, class_weights)
-                final_head = everything.probe(recipe, final_linear)
-            heads[LAYER_PROBE] = train_head, final_head
-        self.baselines = []
-        for name_in_metrics, (train_head, final_head) in heads.items():
-            logits = train_head(pooled[self._validation], layers[0, self._validation])
-            temperature, scores = self._calibrate(logits)
-            self._metrics[name_in_metrics]["validation"] = self._metrics["validation"] = scores
-            task = Task(
-                name=name_in_metrics.replace("_", " "), backbone=activations.backbone.fingerprint,
-                labels=activations.labels, objective=objective.name, temperature=temperature, config=config.to_json(),
-                **as_tensors(final_head),
-            )  # fmt: skip
-            self.baselines.append(task)
-        self._probe = final_head * (1 / temperature)
-        self._probe_logits = logits / temperature
+    def _layer_probe(self, train_linear: LinearHead, final_linear: LinearHead, strength: float) -> Probe:
+        """Fits the layer probe, which adds to the linear probe; cross-validation on the training split chooses how."""
+        activations, train = self._activations, self._train
+
+        def features(rows: Tensor | slice) -> LayerFeatures:
+            layers, targets = activations.layers[:, rows], activations.targets[rows]
+            return LayerFeatures(self._objective, layers, targets, activations.num_classes, self._class_weights)
+
+        groups = None if activations.groups is None else [activations.groups[row] for row in train.tolist()]
+        if groups and len(set(groups)) == 1:  # cross-validation within the only group left for training
+            groups = None
+        of_train = features(train)
+        recipe = of_train.choose_recipe(activations.pooled[train], strength, self._config.first_seed, groups)
+        train_head = final_head = of_train.probe(recipe, train_linear)
+        if self._config.refit:
+            final_head = features(slice(None)).probe(recipe, final_linear)
+        return self._calibrated(LAYER_PROBE, train_head, final_head, {"fit": recipe.fit, "weight": recipe.weight})
+
+    def _calibrated(self, name: str, train_head: LinearHead, head: LinearHead, metrics: dict[str, Any]) -> Probe:
+        """Makes a probe of a head and of the one fitted to the training split, whose temperature it gets."""
+        activations, rows = self._activations, self._validation
+        logits = train_head(activations.pooled[rows], activations.layers[0, rows])
+        temperature, scores = self._calibrate(logits)
+        task = Task(
+            name=name.replace("_", " "), backbone=activations.backbone.fingerprint, labels=activations.labels,
+            objective=self._objective.name, temperature=temperature, config=self._config.to_json(), **as_tensors(head),
+        )  # fmt: skip
+        return Probe(task, head * (1 / temperature), logits / temperature, {**metrics, "validation": scores})
 
     def log_warnings(self) -> None:
         """Warns the user about the validation split."""
@@ -144,7 +169,7 @@ class LearningRun:
         Raises:
             TrainingError: every candidate diverged.
         """
-        probe, metrics = replace(self.baselines[-1], name=self._name), dict(self._metrics)
+        probe, metrics = replace(self._probe.task, name=self._name), dict(self._metrics)
         if self._config.head_only or self._objective.is_settled(self._activations.num_classes):
             return replace(probe, metrics=metrics)
         best = self._sweep(self._activations, parents)
@@ -154,17 +179,12 @@ class LearningRun:
         weight, token_temperature, logits, _ = best.fusion
         if not weight:
             return replace(probe, metrics=metrics)
-        tensors = dict(self._refit(best.trainer, best.chosen) if self._config.refit else best.chosen.best.tensors)
+        tensors = self._refit(best.trainer, best.chosen) if self._config.refit else best.chosen.best.tensors
+        tensors = fused(tensors, weight / token_temperature, self._probe.head * (1 - weight) if weight < 1 else None)
         temperature, metrics["validation"] = self._calibrate(logits)
-        probe_tensors: dict[str, Any] = as_tensors(self._probe * (1 - weight)) if weight < 1 else {}
-        for name in HEAD:
-            tensors[name] = tensors[name] * (weight / token_temperature)
-        if probe_tensors:
-            tensors["pooled_weight"] = tensors["pooled_weight"] + probe_tensors.pop("head_weight")
-            tensors["head_bias"] = tensors["head_bias"] + probe_tensors.pop("head_bias")
         without_layers = replace(probe, layer_weight=None, layer_down=None)
         task = replace(without_layers, parents=best.parents, temperature=temperature, metrics=metrics)
-        return replace(task, **as_fields(tensors), **probe_tensors)
+        return replace(task, **as_fields(tensors))
 
     def _fuse(self, trainer: Trainer, candidate: Candidate, num_errors: int = TOKEN_ERRORS) -> Fusion:
         """Chooses the weight of a candidate's token beside the probe; without a layer head it is 0 or 1."""
@@ -174,12 +194,12 @@ class LearningRun:
         weights = [
             weight for weight in (EIGHTHS if config.layer_head else (0.0, 1.0)) if weight or not config.keeps_token
         ]
-        weight = best_weight(objective, self._probe_logits, token_logits / temperature, targets, weights)
-        logits = (1 - weight) * self._probe_logits + weight * token_logits / temperature
+        weight = best_weight(objective, self._probe.logits, token_logits / temperature, targets, weights)
+        logits = (1 - weight) * self._probe.logits + weight * token_logits / temperature
         losses = objective.losses(logits, targets)
-        probe_losses = objective.losses(self._probe_logits, targets)
+        probe_losses = objective.losses(self._probe.logits, targets)
         if weight and not config.keeps_token and not pays(losses, probe_losses, num_errors):
-            return Fusion(0.0, temperature, self._probe_logits, probe_losses)
+            return Fusion(0.0, temperature, self._probe.logits, probe_losses)
         return Fusion(weight, temperature, logits, losses)
 
     def _calibrate(self, logits: Tensor) -> tuple[float, dict[str, Any]]:
@@ -237,6 +257,18 @@ class LearningRun:
             self._final_probe, [chosen.settings], all_rows, all_rows[:0], chosen.best.epoch, "refit"
         )
         return chosen.best.tensors if refitted.stopped else refitted.best.tensors
+
+
+def fused(tensors: Tensors, factor: float, probe: LinearHead | None) -> Tensors:
+    """Returns the tensors of a task whose logits are a token's times `factor`, plus a probe's if there is one."""
+    both = tensors | {name: tensors[name] * factor for name in HEAD}
+    if probe is None:
+        return both
+    of_probe = as_tensors(probe)
+    # The pooled feature is a probe's only one, so its head weight; beside a token it has a weight of its own.
+    both["pooled_weight"] = both["pooled_weight"] + of_probe.pop("head_weight")
+    both["head_bias"] = both["head_bias"] + of_probe.pop("head_bias")
+    return both | of_probe
 
 
 def near_duplicates(

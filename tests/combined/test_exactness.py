@@ -32,8 +32,8 @@ from tests.support.models import (
     fresh_backbone,
     head_only,
     images,
+    in_both_precisions,
     lively_vit,
-    quick_first,
     random_registry,
     threads,
     wide_backbone,
@@ -78,8 +78,9 @@ def check_a_random_registry(
 REGISTRY = {"seed": st.integers(0, 2**20), "num_images": st.integers(1, 33), "data": st.data()}
 
 
-@PRECISIONS
-@quick_first(["plain", "dinov2", "average", "wide", "dinov3", "eva02", "siglip", "gap-registers", "pe-core", *STAGED])
+@in_both_precisions(
+    ["plain", "dinov2", "average", "wide", "dinov3", "eva02", "siglip", "gap-registers", "pe-core", *STAGED]
+)
 @settings(deadline=None, max_examples=2)
 @given(num_tasks=st.integers(1, 24), **REGISTRY)
 def test_a_task_keeps_its_bits_in_any_registry(
@@ -89,12 +90,11 @@ def test_a_task_keeps_its_bits_in_any_registry(
     check_a_random_registry(on, seed, num_tasks, num_images, 3, data)
 
 
-@PRECISIONS
-@pytest.mark.parametrize("kind", ["siglip", *STAGED])
+@in_both_precisions(["siglip", *STAGED])
 def test_a_head_on_layer_features_keeps_its_bits_in_any_batch_on_one_and_two_threads(
-    kind: str, precision: torch.dtype
+    variant: str, precision: torch.dtype
 ) -> None:
-    on, pictures = backbone(kind, precision), images(9)
+    on, pictures = backbone(variant, precision), images(9)
     tasks = [head_only(random_task(on, f"task-{i}", classes=2 + i, seed=i, layers=(0, 3)[i])) for i in range(2)]
     compared = 0
     for num_threads in (1, 2):

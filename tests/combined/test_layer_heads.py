@@ -22,7 +22,6 @@ from addenda.registry.store import artifact
 from addenda.registry.store.digests import digest
 from addenda.registry.store.header import parse_header
 from tests.support.models import (
-    PRECISIONS,
     VARIANTS,
     alone,
     assert_company_moves_no_bit,
@@ -32,6 +31,7 @@ from tests.support.models import (
     fresh_backbone,
     head_only,
     images,
+    in_both_precisions,
     lively_vit,
 )
 from tests.support.tasks import random_task
@@ -122,8 +122,7 @@ def test_a_neighbours_row_is_refused_by_the_self_test(monkeypatch: pytest.Monkey
         CombinedModel(on, [random_task(on, "any")])
 
 
-@PRECISIONS
-@pytest.mark.parametrize("variant", ["plain", "dinov2", "average", "dinov3"])
+@in_both_precisions(["plain", "dinov2", "average", "dinov3"])
 def test_a_layer_head_keeps_its_bits_and_moves_no_others(variant: str, precision: torch.dtype) -> None:
     on = backbone(variant, precision)
     tasks = family(on)

@@ -79,6 +79,7 @@ def test_apples_gpu_is_named_in_the_numerics_and_refused_where_there_is_none() -
 
 def test_cached_keys_and_values_stay_in_the_memory_that_an_apple_gpu_shares() -> None:
     activations = SimpleNamespace(
-        _store=SimpleNamespace(key_values=torch.ones(2)), backbone=SimpleNamespace(device=torch.device("mps"))
+        _frozen=SimpleNamespace(store=SimpleNamespace(key_values=torch.ones(2))),
+        backbone=SimpleNamespace(device=torch.device("mps")),
     )
     assert Activations._to_device(activations) is None

@@ -32,6 +32,16 @@ def quick_first(names: Iterable[str]) -> pytest.MarkDecorator:
     )
 
 
+def in_both_precisions(names: Sequence[str]) -> pytest.MarkDecorator:
+    """Like `quick_first`, also by precision; in bfloat16 all variants after the first are slow."""
+    quick = [(name, torch.float32) for name in QUICK] + [(names[0], torch.bfloat16)]
+    cases = [(name, precision) for name in names for precision in (torch.float32, torch.bfloat16)]
+    return pytest.mark.parametrize(
+        ("variant", "precision"),
+        [pytest.param(*case, marks=() if case in quick else pytest.mark.slow) for case in cases],
+    )
+
+
 VARIANTS: dict[str, dict[str, object]] = {
     "plain": {},
     "registers": {"reg_tokens": 4},

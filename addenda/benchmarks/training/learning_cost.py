@@ -312,7 +312,7 @@ def _memory(setting: Setting, sweep: LearnConfig, batch: Tensor, rows: Tensor) -
 
 
 def _cached(activations: Activations) -> list[Tensor]:
-    store = activations._store
+    store = activations._frozen.store
     assert store is not None
     return [store.key_values, store.features]
 

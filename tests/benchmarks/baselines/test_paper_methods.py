@@ -188,7 +188,7 @@ def test_a_baseline_learns_from_the_same_views_as_a_task(tiny: FrozenBackbone, t
     assert views.shape == (3, 24, 3, 32, 32)
     for view in range(3):
         for row in (0, 13):
-            ((_, expected),) = activations._views(train.item(row), [view * 24 + row])
+            ((_, expected),) = activations._frozen._views(train.item(row), [view * 24 + row])
             assert torch.equal(views[view, row], expected)
     config = BaselineConfig(epochs=1, rates=(Rate("adamw", 1e-3),))
     augmented = best_baseline(
