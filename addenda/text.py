@@ -1,9 +1,9 @@
-"""Text for people: escaped for terminals and spreadsheets, numbers with nouns, and what long work will take."""
+"""Text for people: escaped, numbers with nouns, how mappings differ, and what long work will take."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -42,6 +42,24 @@ def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def differences(
+    first: Mapping[str, Any], second: Mapping[str, Any], separator: str = "."
+) -> list[tuple[str, Any, Any]]:
+    """(key, first value, second value) wherever two nested mappings differ; lists are compared as values."""
+    firsts, seconds = dict(flattened(first)), dict(flattened(second))
+    pairs = {path: (firsts.get(path), seconds.get(path)) for path in firsts | seconds}
+    return [(separator.join(path), value, other) for path, (value, other) in pairs.items() if value != other]
+
+
+def flattened(value: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """The values of nested mappings with the keys that lead to them."""
+    for key, inner in value.items():
+        if isinstance(inner, Mapping):
+            yield from flattened(inner, (*path, key))
+        else:
+            yield (*path, key), inner
 
 
 def csv_row(cells: Iterable[Any]) -> list[Any]:

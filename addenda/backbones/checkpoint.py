@@ -109,7 +109,8 @@ def without_chunks(tensors: Mapping[str, Tensor], names: Collection[str]) -> Map
 
 def network(tensors: Mapping[str, Tensor], names: Collection[str]) -> str:
     """The prefix of the tensors of one network, such as "module."; most of its `names` must be among them."""
-    found = Counter(name[:start] for name in tensors for start in _starts(name) if name[start:] in names)
+    starts = ((name, match.end()) for name in tensors for match in re.finditer(r"^|\.", name))
+    found = Counter(name[:start] for name, start in starts if name[start:] in names)
     most = max(found.values(), default=0)
     if 2 * most < len(names):
         return ""
@@ -128,10 +129,6 @@ def single_network(prefixes: Sequence[str]) -> str:
 def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors whose names have a prefix, without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _starts(name: str) -> list[int]:
-    return [0, *(match.end() for match in re.finditer(r"\.", name))]
 
 
 def summary(names: Iterable[str], prefix: str) -> str:

@@ -12,7 +12,6 @@ from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import Tensor
 
 from addenda.backbones.arithmetic import BlockAdapters
-from addenda.backbones.pooling import pool_operations
 
 Reading = Literal["tokens", "pooled", "nothing"]
 """What the caller reads from the last block's output."""
@@ -67,10 +66,6 @@ class Family(ABC):
     @abstractmethod
     def last(self, block: Any, tokens: Float[Tensor, "B P D"], reading: Reading) -> tuple[Tensor, KeyValue, Tensor]:
         """Like `run`, for the last block, which need only compute the outputs that are read."""
-
-    def pool_operations(self, num_queries: int) -> int:
-        """Multiply-adds of pooling one image by attention; 0 for other pooling."""
-        return pool_operations(self.model, num_queries)
 
     def place(self, block: Any, heads: Float[Tensor, "B H N d"]) -> Float[Tensor, "B H N d"]:
         """Applies rotary positions to queries or keys of a sequence that begins with the frozen tokens.

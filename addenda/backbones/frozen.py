@@ -16,7 +16,7 @@ from addenda.backbones.family import Family, Reading
 from addenda.backbones.fingerprint import ModuleState, fingerprint, hash_contents
 from addenda.backbones.frozen_stream import FrozenStream
 from addenda.backbones.image_input import ImageInput
-from addenda.backbones.pooling import pool_by_latent_query, pools_by_latent_query
+from addenda.backbones.pooling import pool_by_latent_query, pool_operations, pools_by_latent_query
 from addenda.backbones.scope import FAMILIES, input_size, obstacle, token_obstacle
 from addenda.backbones.stages import StageFeatures, counted_operations
 from addenda.backbones.vit import VisionTransformerFamily
@@ -159,6 +159,10 @@ class FrozenBackbone(ImageInput):
         if self.stages is not None:
             return self.stages.operations()
         return counted_operations(self.model.patch_embed, self._zeros())
+
+    def pool_operations(self, num_queries: int = 1) -> int:
+        """Multiply-adds of pooling one image by attention; 0 for other pooling."""
+        return pool_operations(self.model, num_queries) if self.blocks else 0
 
     def _zeros(self) -> Tensor:
         """An image of zeros, in a batch of its own."""

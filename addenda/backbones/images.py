@@ -65,7 +65,8 @@ def read_image(
                 if image.width * image.height > max_pixels:
                     raise TooLargeError(f"{_sized(image, label)}; the maximum is {max_pixels}. Scale it down.")
                 _check_aspect(image, label, MAX_UPLOAD_ASPECT)
-                _check_scans(image, file, label)
+                if image.format == "JPEG" and _content(file).count(SCAN) > MAX_SCANS:
+                    raise TooLargeError(f"{label} is a progressive JPEG of more than {MAX_SCANS} scans. Save it anew.")
             return prepared(image, label)
 
     if isinstance(source, BytesIO) and not source.getbuffer().nbytes:
@@ -91,11 +92,6 @@ def _check_aspect(image: Image.Image, label: str, maximum: int) -> None:
 
 def _content(file: str | Path | BytesIO) -> bytes:
     return file.getvalue() if isinstance(file, BytesIO) else Path(file).read_bytes()
-
-
-def _check_scans(image: Image.Image, file: str | Path | BytesIO, label: str) -> None:
-    if image.format == "JPEG" and _content(file).count(SCAN) > MAX_SCANS:
-        raise TooLargeError(f"{label} is a progressive JPEG of more than {MAX_SCANS} scans. Save it anew.")
 
 
 @contextmanager

@@ -95,8 +95,9 @@ def load_backbone(
         elif weights is None:
             model, source = _from_hub(name, img_size), "hub"
         else:
-            model, conversion = _from_file(name, Path(weights), img_size)
-            source = str(Path(weights).resolve())
+            file, source = weights_file(Path(weights)), str(Path(weights).resolve())
+            model = _supported_model(name, img_size, num_classes=0)
+            conversion = load_weights(model, name, file, resample=img_size is not None)
     return FrozenBackbone(model, name, source, mean, std, dtype, resolved_device, conversion, crop_pct)
 
 
@@ -224,9 +225,3 @@ def _from_hub(name: str, img_size: int | Sequence[int] | None) -> Any:
             f"No weights for {name!r}: they are not cached and the hub is unreachable, or they do not exist "
             f"({type(error).__name__}). Pass a local file: --weights FILE.safetensors (in Python: weights=...)."
         ) from error
-
-
-def _from_file(name: str, path: Path, img_size: int | Sequence[int] | None) -> tuple[Any, str]:
-    file = weights_file(path)
-    model = _supported_model(name, img_size, num_classes=0)
-    return model, load_weights(model, name, file, resample=img_size is not None)

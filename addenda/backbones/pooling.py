@@ -38,7 +38,7 @@ def pool_by_latent_query(model: Any, normed: Float[Tensor, "B P D"]) -> Float[Te
     return feature
 
 
-def pool_operations(model: Any, num_queries: int = 1) -> int:
+def pool_operations(model: Any, num_queries: int) -> int:
     """Multiply-adds of pooling one image by attention; 0 for other pooling."""
     pool, width = model.attn_pool, model.embed_dim
     num_tokens = model.num_prefix_tokens + model.patch_embed.num_patches

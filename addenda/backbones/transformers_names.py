@@ -16,11 +16,12 @@ from addenda.backbones.checkpoint import single_network
 Rules = tuple[tuple[str, str], ...]
 """(pattern at the start of a name or after a dot, replacement), applied in order; an empty result drops the tensor."""
 
-_ATTENTION: Rules = (
+_BLOCKS: Rules = (
+    (r"((model|encoder)\.)?layers?\.(?=\d)", "blocks."),
+    (r"layer_scale([12])\.lambda1$", r"ls\1.gamma"),
     (r"(attention\.attention|attention|self_attn)\.(q|k|v)(_proj|uery|ey|alue)\.", r"attn.\2."),
     (r"(attention\.output\.dense|attention\.o_proj|self_attn\.out_proj)\.", "attn.proj."),
 )
-_LAYER = r"((model|encoder)\.)?layers?\.(?=\d)"
 
 
 class Names(NamedTuple):
@@ -36,16 +37,14 @@ KINDS = (
         "ViT or DINOv2",
         "embeddings.patch_embeddings.projection.weight",
         (
-            *_ATTENTION,
+            *_BLOCKS,
             (r"embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
             (r"embeddings\.position_embeddings$", "pos_embed"),
             (r"embeddings\.(?=(cls|mask|register)_)", ""),
-            (_LAYER, "blocks."),
             (r"(intermediate\.dense|mlp\.weights_in)\.", "mlp.fc1."),
             (r"(output\.dense|mlp\.weights_out)\.", "mlp.fc2."),
             (r"layernorm_before\.", "norm1."),
             (r"layernorm_after\.", "norm2."),
-            (r"layer_scale([12])\.lambda1$", r"ls\1.gamma"),
             (r"layernorm\.", "norm."),
         ),
     ),
@@ -53,15 +52,13 @@ KINDS = (
         "DINOv3",
         "embeddings.patch_embeddings.weight",
         (
-            *_ATTENTION,
+            *_BLOCKS,
             (r"embeddings\.patch_embeddings\.", "patch_embed.proj."),
             (r"embeddings\.register_tokens$", "storage_tokens"),
             (r"embeddings\.(?=(cls|mask)_)", ""),
-            (_LAYER, "blocks."),
             (r"mlp\.gate_proj\.", "mlp.w1."),
             (r"mlp\.up_proj\.", "mlp.w2."),
             (r"mlp\.down_proj\.", "mlp.w3."),
-            (r"layer_scale([12])\.lambda1$", r"ls\1.gamma"),
         ),
     ),
     Names(
@@ -73,11 +70,10 @@ KINDS = (
             (r"head\.layernorm\.", "attn_pool.norm."),
             (r"head\.mlp\.", "attn_pool.mlp."),
             (r"head\.probe$", "attn_pool.latent"),
-            *_ATTENTION,
+            *_BLOCKS,
             (r"embeddings\.patch_embedding\.", "patch_embed.proj."),
             (r"embeddings\.position_embedding\.weight$", "pos_embed"),
             (r"embeddings\.class_embedding$", "cls_token"),
-            (_LAYER, "blocks."),
             (r"layer_norm([12])\.", r"norm\1."),
             (r"pre_layrnorm\.", "norm_pre."),
             (r"post_layernorm\.", "norm."),

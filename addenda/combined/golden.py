@@ -42,14 +42,15 @@ def golden(backbone: FrozenBackbone, task: Task) -> Golden:
         IntegrityError: the backbone's weights in memory have changed since they were loaded.
     """
     backbone.check_unchanged()
-    described = numerics(backbone)
-    logits = CombinedModel(backbone, [task])(probe_images(backbone))[task.name].cpu()
-    return Golden(
-        numerics=described,
-        numerics_fingerprint=numerics_fingerprint(described),
-        logits=logits,
-        digest=tensor_digest(logits),
-    )
+    return goldens(backbone, [task])[0]
+
+
+@uncompiled
+def goldens(backbone: FrozenBackbone, tasks: Sequence[Task]) -> list[Golden]:
+    """Like `golden`, for many tasks in one forward pass, without hashing the backbone's weights."""
+    described, outputs = numerics(backbone), CombinedModel(backbone, tasks)(probe_images(backbone))
+    logits = [outputs[task.name].cpu() for task in tasks]
+    return [Golden(described, numerics_fingerprint(described), values, tensor_digest(values)) for values in logits]
 
 
 @uncompiled

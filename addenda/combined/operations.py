@@ -41,17 +41,13 @@ def task_cost(backbone: FrozenBackbone, num_memory_tokens: int, adapter_rank: in
     modules = [module for block in backbone.blocks for module in block.modules()]
     linear = sum(module.weight.numel() for module in modules if isinstance(module, nn.Linear))
     num_keys = tokens + 1 + num_memory_tokens
-    outside_blocks = backbone.patch_operations() + _pool_operations(backbone)
+    outside_blocks = backbone.patch_operations() + backbone.pool_operations()
     return TaskCost(
         token_bytes=4 * (width * (1 + backbone.depth * num_memory_tokens) + adapters),
         operations=linear + adapters + 2 * backbone.depth * num_keys * width,
         backbone_operations=tokens * (linear + 2 * backbone.depth * tokens * width) + outside_blocks,
         num_layer_features=backbone.num_layer_features,
     )
-
-
-def _pool_operations(backbone: FrozenBackbone, num_queries: int = 1) -> int:
-    return backbone.family.pool_operations(num_queries) if backbone.blocks else 0
 
 
 def _adapter_weights(backbone: FrozenBackbone, rank: int) -> int:
@@ -76,9 +72,9 @@ def pass_operations(model: CombinedModel, filled: bool = True) -> int:
         operations -= backbone.num_tokens * (of_block - projections + attention)
         if any(task.reads_pooled for task in model.tasks.values()):
             operations += (MIN_ROWS if filled else 1) * (of_block - projections + attention)
-    operations -= _pool_operations(backbone)
+    operations -= backbone.pool_operations()
     if any(task.reads_pooled for task in model.tasks.values()):
-        operations += _pool_operations(backbone, MIN_ROWS if filled else 1)
+        operations += backbone.pool_operations(MIN_ROWS if filled else 1)
     for tile in model.layout.tiles:
         num_slots, num_private = tile.bias.shape
         queries = num_slots if filled else len(tile.slots)

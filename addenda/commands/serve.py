@@ -68,8 +68,7 @@ def serve(
     log_level: Annotated[str, Option(help="Log level: debug, info, warning or error.")] = "info",
     registry: options.Registry = options.DEFAULT_REGISTRY,
     backbone: Annotated[
-        str | None,
-        Option(help="Backbone of the registry, by its name or its fingerprint. Default: the only one."),
+        str | None, Option(help="Backbone of the registry, by its name or its fingerprint. Default: the only one.")
     ] = None,
     weights: options.Weights = None,
     device: options.Device = "auto",

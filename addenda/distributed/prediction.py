@@ -22,6 +22,7 @@ from addenda.exceptions import AddendaError, DataError, ExactnessError, Integrit
 from addenda.files import is_unfinished, written
 from addenda.learner.context import Report, silent
 from addenda.registry import Registry, canonical_json
+from addenda.text import differences
 
 if TYPE_CHECKING:
     import ray
@@ -321,21 +322,8 @@ def _ensure_manifest(folder: Path, before: Manifest | None, now: Manifest) -> Ma
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """The first few differences between two nested mappings as text; empty if they are equal."""
-    old, new = _flat(before), _flat(now)
-    differences = [
-        f"{key} was {_shortened(old.get(key))}, now {_shortened(new.get(key))}"
-        for key in dict.fromkeys((*old, *new))
-        if old.get(key) != new.get(key)
-    ]
-    more = f" and {len(differences) - MAX_NAMED} more" if len(differences) > MAX_NAMED else ""
-    return "; ".join(differences[:MAX_NAMED]) + more
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key} ") if isinstance(value, Mapping) else {prefix + key: value}
-    return flat
+    found = [f"{key} was {_shortened(old)}, now {_shortened(new)}" for key, old, new in differences(before, now, " ")]
+    return "; ".join(found[:MAX_NAMED]) + (f" and {len(found) - MAX_NAMED} more" if found[MAX_NAMED:] else "")
 
 
 def _shortened(value: Any) -> str:

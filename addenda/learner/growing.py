@@ -13,8 +13,9 @@ from addenda.combined.routing.statistics import added, can_be_grown, known_class
 from addenda.exceptions import DataError, RegistryError
 from addenda.learner.activations import Activations
 from addenda.learner.closed_form import closed_form
-from addenda.learner.data import Data, LabelledImages, check_same_labels, has_test_part, open_images
+from addenda.learner.data import Data, LabelledImages, check_same_labels, open_images
 from addenda.learner.data.labelled import class_name, ten_of
+from addenda.learner.data.openers import open_test
 from addenda.learner.objectives import SingleLabel
 from addenda.learner.probes import as_tensors
 from addenda.registry import FeatureStatistics, Registry, Task
@@ -51,11 +52,7 @@ class Growth:
         known = {class_name(label) for label in self.task.labels}
         labels = (*self.task.labels, *sorted(set(images.labels) - known))
         images = check_same_labels(labels, images, self.task.objective)
-        test = data if test is None and has_test_part(data) else test
-        if test is None:
-            return images, None
-        test_images = open_images(test, "test").check_whole(skip_bad)
-        return images, check_same_labels(labels, test_images, self.task.objective)
+        return images, open_test(data, test, labels, self.task.objective, skip_bad)
 
     def new_images(self, images: LabelledImages) -> LabelledImages:
         """The hashed images that the task was not learned from.

@@ -114,34 +114,13 @@ class Learner:
         self, name: str, train: Data, test: Data | None, config: LearnConfig, new_version: bool, context: RunContext
     ) -> Task:
         check_new_name(name)
-        if config.head_only and (asked := config.settings_of_tokens):
-            raise TrainingError(
-                f"head_only trains no token, so {', '.join(asked)} would have no effect. Remove either."
-            )
-        if self.backbone.token_obstacle() is not None:
-            for setting in config.settings_of_tokens:
-                self.backbone.check_tokens(f"The setting {setting}")
-            config = replace(config, head_only=True)
         auto = config.extends == "auto"
-        parents = () if auto else tuple(self.registry.get(ref) for ref in config.extends)
-        for parent in parents:
-            if parent.class_token is None:
-                raise RegistryError(
-                    f"Task {parent.ref!r} is head-only: it has no token that {name!r} could extend. To give it one, "
-                    "learn it again with `fall_back: false`."
-                )
+        config, parents = self._tokens(name, config)
         images, test_images = open_parts(train, test, context.skip_bad)
         _log_remarks(images)
         if test_images is not None:
             _log_remarks(test_images)
-        can_vary = images.can_vary
-        if not can_vary and (config.augmentation.views or config.augmentation.fresh):
-            raise DataError(
-                f"{images.where} holds tensors, of which there are no random views. Set views to 0 and do not set "
-                "fresh, or pass PIL images."
-            )
-        augments = can_vary and not (config.head_only and not config.layer_head)
-        config = replace(config, augmentation=config.augmentation.resolved(augments))
+        config = replace(config, augmentation=_augmentation(config, images))
         if config.group_by is not None:
             images = images.grouped_by(config.group_by)
         images = images.hashed()
@@ -162,7 +141,8 @@ class Learner:
             test_data["test"] = {"skipped": skipped, "left_out": counted(test_images.left_out)}
         pool = None
         if auto:  # without tasks whose tokens were refitted to this run's validation images
-            others = (task for task in self.registry.load(self.backbone) if not _learned_from(task, run["data"]))
+            stored = self.registry.load(self.backbone)
+            others = (task for task in stored if task.data.get("run", {}).get("data") != run["data"])
             pool = [task for task in others if task.class_token is not None]
         tokens = not config.head_only
         extended = parents if tokens else ()
@@ -199,6 +179,25 @@ class Learner:
         if checkpoint is not None:
             checkpoint.clear()
         return registered_task
+
+    def _tokens(self, name: str, config: LearnConfig) -> tuple[LearnConfig, tuple[Task, ...]]:
+        """Checks what the settings say of tokens; returns them as the backbone allows, and the tasks to extend."""
+        if config.head_only and (asked := config.settings_of_tokens):
+            raise TrainingError(
+                f"head_only trains no token, so {', '.join(asked)} would have no effect. Remove either."
+            )
+        if self.backbone.token_obstacle() is not None:
+            for setting in config.settings_of_tokens:
+                self.backbone.check_tokens(f"The setting {setting}")
+            config = replace(config, head_only=True)
+        parents = () if config.extends == "auto" else tuple(self.registry.get(ref) for ref in config.extends)
+        for parent in parents:
+            if parent.class_token is None:
+                raise RegistryError(
+                    f"Task {parent.ref!r} is head-only: it has no token that {name!r} could extend. To give it one, "
+                    "learn it again with `fall_back: false`."
+                )
+        return config, parents
 
     def grow(
         self, ref: str, data: Data, test: Data | None = None, skip_bad: bool = False, report: Report | None = None
@@ -357,9 +356,14 @@ class Learner:
         return self.registry.add_evaluation(task.ref, scored.fingerprint(), fingerprint, metrics, logits_digest)
 
 
-def _learned_from(task: Task, dataset: str) -> bool:
-    """Whether a task was learned from a dataset with this fingerprint."""
-    return bool(task.data.get("run", {}).get("data") == dataset)
+def _augmentation(config: LearnConfig, images: LabelledImages) -> Augmentation:
+    """The settings of the random views; none for a linear probe alone, and tensors have none."""
+    if not images.can_vary and (config.augmentation.views or config.augmentation.fresh):
+        raise DataError(
+            f"{images.where} holds tensors, of which there are no random views. Set views to 0 and do not set fresh, "
+            "or pass PIL images."
+        )
+    return config.augmentation.resolved(images.can_vary and not (config.head_only and not config.layer_head))
 
 
 def _log_remarks(images: LabelledImages) -> None:

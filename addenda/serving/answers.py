@@ -12,7 +12,7 @@ from torch import Tensor
 
 from addenda.combined import Choice, CombinedModel, task_groups
 from addenda.registry import Task
-from addenda.serving.outputs import Outputs
+from addenda.serving.outputs import Outputs, columns_of
 
 INLINE = 1000
 """Number of logits whose answer takes well under a millisecond, so that the event loop may compute it."""
@@ -25,13 +25,11 @@ class AnswerPlan:
         self._facts = {
             task.name: {"ref": task.ref, "sha256": task.sha256, "objective": task.objective} for task in tasks
         }
-        starts, start = {}, 0
-        for task in tasks:
-            starts[task.name] = start
-            start += len(task.labels)
+        columns_by_name = columns_of(tuple(self._facts), tuple(len(task.labels) for task in tasks))
         self._groups = []
         for group in task_groups(tasks):
-            first = torch.tensor([starts[task.name] for task in group.tasks], dtype=torch.int64, device="cpu")
+            starts = [columns_by_name[task.name].start for task in group.tasks]
+            first = torch.tensor(starts, dtype=torch.int64, device="cpu")
             columns = torch.arange(len(group.tasks[0].labels), dtype=torch.int64, device="cpu")
             self._groups.append((group, first[:, None] + columns))
 

@@ -147,7 +147,7 @@ async def predict(
 ) -> Response:
     """Predicts for a JPEG, PNG or WebP file, sent as the body or as the form field `image`."""
     image = await _image(request, await read_images(request, service))
-    timeout_s = _seconds(addenda_timeout_ms)
+    timeout_s = addenda_timeout_ms and addenda_timeout_ms / 1000
     if task == AUTO and (tasks or tag):
         raise DataError("'task=auto' chooses among all tasks and cannot be combined with 'tasks' or 'tag'.")
     names = _listed(tasks) + ([] if task is None else [task])
@@ -189,16 +189,12 @@ async def embed(
     Features are comparable between responses with the same fingerprints, and a task's with the same `sha256`.
     """
     image = await _image(request, await read_images(request, service))
-    timeout_s = _seconds(addenda_timeout_ms)
+    timeout_s = addenda_timeout_ms and addenda_timeout_ms / 1000
     work = service.embed([image], _listed(features) or ["pooled"], timeout_s)
     embedded = await while_connected(request, work)
     snapshot = embedded.snapshot
     content = embedding(snapshot.generation, snapshot.model, snapshot.numerics_fingerprint, embedded.logits)
     return Response(content, headers=embedded.logits.headers, media_type="application/json")
-
-
-def _seconds(timeout_ms: int | None) -> float | None:
-    return None if timeout_ms is None else timeout_ms / 1000
 
 
 def _listed(values: list[str] | None) -> list[str]:

@@ -314,7 +314,7 @@ def _register(
         received = registry.import_bundle(path, dry_run=dry_run, owner=owner)
     except RegistryError as error:  # without the path of the temporary file
         raise type(error)(str(error).replace(f" {str(path)!r}", "")) from error
-    settled = dry_run or _settle(service)
+    settled = dry_run or service.follower.settle(service.registry.generation, SETTLE_S)
     added = not dry_run and any(task.state == "added" for task in received)
     status = (201 if added else 200) if settled else 202
     snapshot, tasks = service.snapshot, []
@@ -334,14 +334,9 @@ def _register(
     return status, ImportResult(generation=snapshot.generation, dry_run=dry_run, tasks=tasks)
 
 
-def _settle(service: Service) -> bool:
-    """Waits until the registry's current generation is served; returns False on timeout."""
-    return service.follower.settle(service.registry.generation, SETTLE_S)
-
-
 def _wait_until_served(service: Service, alias: str) -> None:
     """Waits until a change of an alias is served."""
-    if not _settle(service):
+    if not service.follower.settle(service.registry.generation, SETTLE_S):
         raise ProblemError(503, f"Alias {alias} was changed, but the change is not served yet.", {"Retry-After": "5"})
 
 

@@ -23,7 +23,7 @@ from addenda.serving import tensors
 from addenda.serving.routes import ProblemError, Served, needs, problem_responses, read_images, while_connected
 from addenda.serving.service import ServedPrediction, Service
 from addenda.serving.snapshot import Snapshot
-from addenda.serving.telemetry import check_ready
+from addenda.serving.telemetry import check_ready, livez, readyz
 
 COMBINED = "combined"
 """The model of all tasks; a task of this name has no model of its own, only outputs of this one."""
@@ -74,17 +74,8 @@ _INFER: dict[str, Any] = {
 _MODEL: dict[str, Any] = {"dependencies": [needs("predict")], "responses": problem_responses(404, 503)}
 
 
-@router.get("/health/live", summary="Liveness probe")
-async def live() -> dict[str, bool]:
-    """Always 200 while the process runs."""
-    return {"live": True}
-
-
-@router.get("/health/ready", summary="Readiness probe", responses=problem_responses(503))
-async def ready(request: Request) -> dict[str, bool]:
-    """200 when ready; 503 while the server drains."""
-    check_ready(request)
-    return {"ready": True}
+router.get("/health/live", name="live", summary="Liveness probe")(livez)
+router.get("/health/ready", name="ready", summary="Readiness probe", responses=problem_responses(503))(readyz)
 
 
 @router.get("", dependencies=[needs("predict")], summary="Server metadata")

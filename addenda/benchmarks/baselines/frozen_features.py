@@ -141,11 +141,10 @@ class FeCAM(_ClassGaussians):
 
     def _fit(self, features: Float[Tensor, "N D"], targets: Int[Tensor, " N"]) -> None:
         self._add(F.normalize(features, dim=1), targets)
-        means, covariances = zip(*self._gaussians().values(), strict=True)
-        seen = self._counts.nonzero()[:, 0].tolist()
-        scaled = self._classifier.apply_cov_transforms({n: c.float() for n, c in zip(seen, covariances, strict=True)})
-        self._classifier.replace_class_means_dict({n: mean.float() for n, mean in zip(seen, means, strict=True)})
-        self._classifier.replace_class_cov_dict(scaled)
+        gaussians = self._gaussians()
+        covariances = {number: covariance.float() for number, (_, covariance) in gaussians.items()}
+        self._classifier.replace_class_means_dict({number: mean.float() for number, (mean, _) in gaussians.items()})
+        self._classifier.replace_class_cov_dict(self._classifier.apply_cov_transforms(covariances))
 
     def _predict(self, features: Float[Tensor, "N D"]) -> Float[Tensor, "N C"]:
         chunks = F.normalize(features, dim=1).split(CHUNK)  # it computes the product of every image with every other
@@ -168,16 +167,15 @@ class GaussianReplay(_ClassGaussians):
     def _fit(self, features: Float[Tensor, "N D"], targets: Int[Tensor, " N"]) -> None:
         self._add(features, targets)
         random = torch.Generator().manual_seed(1_000_003 * self.seed + self.num_learned)
-        count, samples, seen = self.settings.gaussian_samples, [], []
-        for number, (mean, covariance) in self._gaussians().items():
+        count, gaussians, samples = self.settings.gaussian_samples, self._gaussians(), []
+        for mean, covariance in gaussians.values():
             identity = torch.eye(len(mean), dtype=torch.float64, device="cpu")
             scale = torch.linalg.cholesky(covariance + DIAGONAL * identity)
             noise = torch.randn(count, len(mean), generator=random, dtype=torch.float64, device="cpu")
             samples.append(mean + noise @ scale.T)
-            seen.append(number)
-        drawn = torch.arange(len(seen), dtype=torch.int64, device="cpu").repeat_interleave(count)
+        drawn = torch.arange(len(gaussians), dtype=torch.int64, device="cpu").repeat_interleave(count)
         head = SingleLabel().fit_linear_probe(torch.cat(samples).float(), drawn, self.settings.gaussian_strength)
-        self._seen, self._weight, self._bias = seen, head.weight, head.bias
+        self._seen, self._weight, self._bias = list(gaussians), head.weight, head.bias
 
     def _predict(self, features: Float[Tensor, "N D"]) -> Float[Tensor, "N C"]:
         scores = torch.zeros(len(features), len(self.stream.labels), dtype=torch.float32, device="cpu")

@@ -28,7 +28,8 @@ from addenda.benchmarks.cost import random_task
 from addenda.benchmarks.report.tables import Figure, write
 from addenda.benchmarks.serving.load import Measured, generator, pin
 from addenda.benchmarks.serving.server_process import ServerProcess
-from addenda.combined import CombinedModel, micro_batch, numerics, numerics_fingerprint, tensor_digest
+from addenda.combined import CombinedModel, micro_batch, numerics
+from addenda.combined.golden import goldens
 from addenda.combined.probe_inputs import probe_images
 from addenda.files import output_folder
 from addenda.registry import Golden, Registry, Task
@@ -126,12 +127,8 @@ class _Bench:
         tasks = [random_task(self.backbone, number) for number in range(count)]
         model, group = CombinedModel(self.backbone, tasks), plural(count, "task")
         of_rounds = partial(Figure.of_rounds, group)
-        bare: list[float] = []
-        combined: list[float] = []
-        loads: list[Measured] = []
-        with_workers: list[Measured] = []
-        alone_ms: tuple[list[float], list[float]] = [], []
-        one_client_ms: list[float] = []
+        bare, combined, bare_ms, combined_ms, one_client_ms = (list[float]() for _ in range(5))
+        loads, with_workers = list[Measured](), list[Measured]()
         with ExitStack() as stack:
             server = stack.enter_context(self._served(tasks))
             servers = [server]
@@ -144,8 +141,8 @@ class _Bench:
                 combined.append(self._alone(model))
                 loads.append(self.load(*server.address, clients=self.clients))
                 with_workers += [self.load(*each.address, clients=self.clients) for each in servers[1:]]
-                alone_ms[0].append(1000 / self._alone(self.backbone.backbone_logits, 1))
-                alone_ms[1].append(1000 / self._alone(model, 1))
+                bare_ms.append(1000 / self._alone(self.backbone.backbone_logits, 1))
+                combined_ms.append(1000 / self._alone(model, 1))
                 one_client_ms.append(_p(50, self.load(*server.address, clients=1)))
             rates = [load.rate for load in loads]
             throughput = THROUGHPUT if count <= 100 else THROUGHPUT_OF_MANY
@@ -166,11 +163,11 @@ class _Bench:
                     _failed(group, f"failed requests with {name}", with_workers),
                 ]
             figures += [
-                of_rounds("one image, stock timm alone", "ms", alone_ms[0]),
-                of_rounds("one image, the combined model alone", "ms", alone_ms[1]),
+                of_rounds("one image, stock timm alone", "ms", bare_ms),
+                of_rounds("one image, the combined model alone", "ms", combined_ms),
                 of_rounds("one image, served, p50 of one client", "ms", one_client_ms),
-                of_rounds("that / the combined model", "x", _ratios(one_client_ms, alone_ms[1]), LOW_LOAD),
-                of_rounds("that / stock timm", "x", _ratios(one_client_ms, alone_ms[0])),
+                of_rounds("that / the combined model", "x", _ratios(one_client_ms, combined_ms), LOW_LOAD),
+                of_rounds("that / stock timm", "x", _ratios(one_client_ms, bare_ms)),
             ]
             for share in SHARES:
                 rate = share * statistics.median(rates)
@@ -260,7 +257,7 @@ class _Bench:
         with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
             registry = stack.enter_context(Registry.open(f"{folder}/tasks.db"))
             registry.add_backbone(self.backbone.record())
-            for task, golden in zip(tasks, _goldens(self.backbone, tasks), strict=True):
+            for task, golden in zip(tasks, goldens(self.backbone, tasks), strict=True):
                 registry.register(task, golden)
             command = [sys.executable, "-m", "addenda.cli", "serve", "--registry", f"{folder}/tasks.db"]
             command += ["--port", "0", "--keys", f"{folder}/keys.json", "--log-level", "error"]
@@ -295,7 +292,7 @@ class _Bench:
         """An endless supply of unregistered tasks with their golden probes."""
         for start in numbers_from(CHANGED, 20):
             tasks = [random_task(self.backbone, number) for number in range(start, start + 20)]
-            yield from zip(tasks, _goldens(self.backbone, tasks), strict=True)
+            yield from zip(tasks, goldens(self.backbone, tasks), strict=True)
 
 
 def cores_apart(threads: int) -> tuple[list[int], list[int]]:
@@ -347,10 +344,3 @@ def _latencies(group: str, when: str, loads: Sequence[Measured]) -> list[Figure]
 
 def _failed(group: str, what: str, loads: Sequence[Measured]) -> Figure:
     return Figure(group, what, "", sum(sum(load.failed.values()) for load in loads), target=0)
-
-
-def _goldens(backbone: FrozenBackbone, tasks: Sequence[Task]) -> list[Golden]:
-    """Golden probes of many tasks in one forward pass; each has the same bits as if computed alone."""
-    described, outputs = numerics(backbone), CombinedModel(backbone, tasks)(probe_images(backbone))
-    logits = [outputs[task.name].cpu() for task in tasks]
-    return [Golden(described, numerics_fingerprint(described), values, tensor_digest(values)) for values in logits]

@@ -41,11 +41,17 @@ def open_parts(
     """
     images = open_images(train).check_whole(skip_bad)
     check_learnable(images)
+    return images, open_test(train, test, images.labels, images.objective.name, skip_bad)
+
+
+def open_test(
+    train: Data, test: Data | None, labels: Sequence[str], objective: str, skip_bad: bool
+) -> LabelledImages | None:
+    """Opens `test`, or else the test split of `train`, with a task's labels; None if there is neither."""
     test = train if test is None and has_test_part(train) else test
     if test is None:
-        return images, None
-    test_images = open_images(test, "test").check_whole(skip_bad)
-    return images, check_same_labels(images.labels, test_images, images.objective.name)
+        return None
+    return check_same_labels(labels, open_images(test, "test").check_whole(skip_bad), objective)
 
 
 def open_images(data: Data, split: Split = "train") -> LabelledImages:

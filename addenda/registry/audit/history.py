@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -13,6 +13,7 @@ from sqlalchemy import Connection, select
 from addenda.registry.store import schema
 from addenda.registry.store.queries import evaluations, find, plain_name
 from addenda.registry.store.records import EvaluationRecord, TaskRecord
+from addenda.text import differences, flattened
 
 _PER_CLASS = "per_class"
 _Numerics = dict[str, Mapping[str, Any] | None]
@@ -38,29 +39,14 @@ class VersionDifference(NamedTuple):
 def compare(one: TaskRecord, other: TaskRecord) -> list[VersionDifference]:
     """The differences between two versions, section by section; author, time and version number do not count."""
     sections = zip(_sections(one).items(), _sections(other).values(), strict=True)
-    return [VersionDifference(name, *found) for (name, a), b in sections for found in _differences(a, b)]
-
-
-def _differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(key, first value, second value) wherever two nested mappings differ; lists are compared as values."""
-    firsts, seconds = dict(_flatten(first)), dict(_flatten(second))
-    pairs = {path: (firsts.get(path), seconds.get(path)) for path in firsts | seconds}
-    return [(".".join(path), value, other) for path, (value, other) in pairs.items() if value != other]
-
-
-def _flatten(value: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    for key, inner in value.items():
-        if isinstance(inner, Mapping):
-            yield from _flatten(inner, (*path, key))
-        else:
-            yield (*path, key), inner
+    return [VersionDifference(name, *found) for (name, a), b in sections for found in differences(a, b)]
 
 
 def _sections(record: TaskRecord) -> dict[str, Mapping[str, Any]]:
     def attributes(*names: str) -> dict[str, Any]:
         return {name: getattr(record, name) for name in names}
 
-    metrics = dict(_flatten(record.metrics))
+    metrics = dict(flattened(record.metrics))
     return {
         "task": attributes("backbone", "objective", "retired"),
         "config": record.config,
@@ -124,8 +110,8 @@ def _compare(before: list[EvaluationRecord], now: EvaluationRecord, numerics: _N
     # Sorting is stable: the latest under the same numerics, or else the latest.
     previous = sorted(same_version, key=lambda record: record.numerics_fingerprint == now.numerics_fingerprint)[-1]
     same_numerics = previous.numerics_fingerprint == now.numerics_fingerprint
-    differences = _differences(previous.metrics, now.metrics)
-    if previous.logits_digest == now.logits_digest and not differences:
+    changed = differences(previous.metrics, now.metrics)
+    if previous.logits_digest == now.logits_digest and not changed:
         reason = "the same metrics; logits bitwise identical" + ("" if same_numerics else ", under other numerics")
         return ComparedEvaluation(now, previous.event_id, "equal", reason)
     if not same_numerics:
@@ -133,11 +119,11 @@ def _compare(before: list[EvaluationRecord], now: EvaluationRecord, numerics: _N
         return ComparedEvaluation(now, previous.event_id, "other numerics", change)
     # The prefix of a logits digest identifies the order of hashing; version 0.1 wrote none.
     same_hash = previous.logits_digest.rpartition(":")[0] == now.logits_digest.rpartition(":")[0]
-    if not same_hash and all(_close(old, new) for _, old, new in differences):
+    if not same_hash and all(_close(old, new) for _, old, new in changed):
         reason = "the same metrics; version 0.1 hashed logits in another order"
         return ComparedEvaluation(now, previous.event_id, "equal", reason)
     logits = "the same logits" if previous.logits_digest == now.logits_digest else "other logits"
-    metrics = ", ".join(f"{key} {old} -> {new}" for key, old, new in differences) or "the same metrics"
+    metrics = ", ".join(f"{key} {old} -> {new}" for key, old, new in changed) or "the same metrics"
     reason = f"{logits} under the same numerics: {metrics}"
     return ComparedEvaluation(now, previous.event_id, "unexplained", reason)
 
@@ -153,4 +139,4 @@ def _numerics_change(first: str, second: str, numerics: _Numerics) -> str:
     if before is None or after is None:
         unknown = " and ".join(f"{f[:12]}…" for f in (first, second) if numerics[f] is None)
         return f"numerics {unknown} are unknown: no golden probe was recorded under them"
-    return ", ".join(f"{key} {old} -> {new}" for key, old, new in _differences(before, after))
+    return ", ".join(f"{key} {old} -> {new}" for key, old, new in differences(before, after))

@@ -57,7 +57,7 @@ def _validated(rows: type, **by_name: Any) -> Any:
 if TYPE_CHECKING:
     from addenda.registry.store.records import BackboneRow, EvaluationRow, GoldenRow, RetirementRow, TaskRow
 else:
-    BackboneRow = _validated(ROWS["backbone"], created_at=Time)
+    BackboneRow = _validated(ROWS["backbone"], created_at=Time, num_parameters=Annotated[int, Field(ge=0, lt=2**63)])
     TaskRow, GoldenRow, EvaluationRow, RetirementRow = (
         _validated(ROWS[table], **_CHECKS_BY_NAME) for table in ("task", "golden", "evaluation", "retirement")
     )

@@ -42,6 +42,18 @@ def test_every_task_arrives_bit_for_bit(there, here, tmp_path):
     assert verify_ledger(here.location) == here.generation
 
 
+def test_a_task_on_a_backbone_of_billions_of_parameters_is_imported(tmp_path):
+    large = BACKBONE | {"num_parameters": 6_716_000_000}  # of a DINOv3 ViT-7B
+    for name in ("here.db", "there.db"):
+        Registry.open(tmp_path / name).close()
+    with Registry.open(tmp_path / "there.db") as there, Registry.open(tmp_path / "here.db") as here:
+        there.add_backbone(large)
+        there.register(a_task("digits"), probe(a_task("digits")))
+        there.export(["digits"], tmp_path / "one.addenda")
+        here.import_bundle(tmp_path / "one.addenda")
+        assert here.backbones() == [large]
+
+
 def test_author_and_time_are_imported_and_the_event_records_the_import(here, sent):
     received = {each.ref: each for each in here.import_bundle(sent)}
     record = here.record("digits:1")
