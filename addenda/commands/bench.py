@@ -223,7 +223,7 @@ def bench_serving(
     ] = None,
     replicas: Annotated[str, Option(help="With --ray: numbers of replicas, separated by commas.")] = "1,2",
     workers: Annotated[
-        int, Option(min=0, max=64, help="Load a server with this many workers too, in turn. Default: 0, none.")
+        int, Option(min=0, max=64, help="Load a server with this many workers too, in turn; 0: none.")
     ] = 0,
     out: Annotated[
         Path | None, Option(help="Folder for the table and the JSON. Default: print the table only.")

@@ -61,8 +61,7 @@ def serve(
             min=0,
             max=64,
             help="Processes that accept connections and decode images beside the one that computes; not with --ray "
-            "or --cache-mb. "
-            "Default: 0, one process for all.",
+            "or --cache-mb. 0: one process for all.",
         ),
     ] = 0,
     log_level: Annotated[str, Option(help="Log level: debug, info, warning or error.")] = "info",
