@@ -40,11 +40,11 @@ class UnknownTaskError(RegistryError):
 
 
 class NameTakenError(RegistryError):
-    """The task name is already registered with other content."""
+    """The task name is already registered with other content; `other` says what differs."""
 
-    def __init__(self, name: str, version: int) -> None:
+    def __init__(self, name: str, version: int, other: str = "content") -> None:
         super().__init__(
-            f"Task {name!r} is already registered (version {version}) with other content. Choose another name, or add "
+            f"Task {name!r} is already registered (version {version}) with other {other}. Choose another name, or add "
             "a version of it with --new-version (in Python: new_version=True)."
         )
 

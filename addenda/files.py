@@ -33,7 +33,7 @@ def written(path: Path, mode: int | None = None, replace: bool = True) -> Iterat
     A killed process leaves a temporary file that `is_unfinished` recognises. The file is created with its final
     permissions, less the umask; by default those of the file that it replaces.
     """
-    name = path.name.encode()[:200].decode(errors="ignore")  # names are limited to 255 bytes
+    name = os.fsencode(path.name)[:200].decode(errors="ignore")  # names are limited to 255 bytes
     unfinished = path.with_name(f".{name}.{secrets.token_hex(8)}{UNFINISHED}")
     if mode is None:
         mode = permissions(path) if path.exists() else 0o666

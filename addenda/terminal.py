@@ -19,7 +19,9 @@ from rich.text import Text
 
 from addenda.text import shown, shown_lines
 
-console = Console()
+console = Console(markup=False, highlight=False)
+if console.width < 1:  # COLUMNS=0
+    console.width = 80
 WORD = 16
 """Length up to which a table does not break words, in characters."""
 
@@ -39,7 +41,9 @@ PER_CLASS = {"single-label": ("accuracy", "class"), "multi-label": ("average pre
 
 
 def print_json(value: Any) -> None:
-    """Prints a value as JSON on standard output."""
+    """Prints a value as JSON on standard output, if it is open."""
+    if sys.stdout is None:
+        return
     text = json.dumps(value, indent=2, ensure_ascii=False)
     try:
         text.encode(sys.stdout.encoding or "utf-8")
@@ -63,7 +67,8 @@ def table(
 ) -> Group:  # fmt: skip
     """A table of plain text. Columns in `right` are right-aligned; cells of columns in `whole` are never wrapped.
 
-    Other columns wrap between words of up to WORD characters, unless the terminal is too narrow for that.
+    Other columns wrap between words of up to WORD characters. If the terminal is too narrow for that, each row becomes
+    a list of its cells.
     """
     grid = Table(header_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     cells = [[cell if isinstance(cell, Text) else Text(shown(str(cell))) for cell in row] for row in rows]
@@ -74,17 +79,24 @@ def table(
         widths.append(max(map(cell_len, text.split("\n"))))
         least.append(widths[-1] if column in whole else max(words, default=0))
     room = console.width - 2 * len(columns)
-    fits = sum(least) <= room
-    while fits and sum(widths) > room:  # the widest columns wrap; rich would cut off the last one
+    heading = Text(shown(title), "bold")  # rich would wrap the table's own title to the table's width
+    if sum(least) > room:
+        blocks = [
+            Text("\n").join(
+                Text.assemble(f"{column}: " if column else "", cell) for column, cell in pairs if cell.plain
+            )
+            for pairs in (zip(columns, row, strict=True) for row in cells)
+        ]
+        return Group(heading, Text("\n\n").join(blocks))
+    while sum(widths) > room:  # the widest columns wrap; rich would cut off the last one
         widest = max(range(len(widths)), key=lambda number: widths[number] - least[number])
         widths[widest] -= 1
     for column, width in zip(columns, widths, strict=True):
         side: Literal["left", "right"] = "right" if column in right else "left"
-        fixed = width if fits else None
-        grid.add_column(column, justify=side, overflow="fold", no_wrap=column in whole, width=fixed)
+        grid.add_column(column, justify=side, overflow="fold", no_wrap=column in whole, width=width)
     for row in cells:
         grid.add_row(*row)
-    return Group(Text(shown(title), "bold"), grid)  # rich would wrap the table's own title to the table's width
+    return Group(heading, grid)
 
 
 def percent(value: float | None) -> str:

@@ -16,8 +16,9 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "commands.md"
 HEAD = """# Commands
 
 The `--help` of every command on one page, written by `scripts/write_commands.py`. Exit codes: 0 for
-success, 1 if a command ran and found a failure, 2 for invalid usage or input, which prints one
-line, and 130 after Ctrl-C. `addenda --version` prints the version, and
+success, 1 if a command ran and found a failure, 2 for invalid usage, which shows the usage, and for
+invalid input, which prints one line ([details](doctor.md#output-and-exit-codes)), and 130 after
+Ctrl-C. `addenda --version` prints the version, and
 `addenda --install-completion` installs shell completion.
 
 ## Shared options

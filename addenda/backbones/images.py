@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -69,7 +70,7 @@ def read_image(
                     raise TooLargeError(f"{label} is a progressive JPEG of more than {MAX_SCANS} scans. Save it anew.")
             return prepared(image, label)
 
-    if isinstance(source, BytesIO) and not source.getbuffer().nbytes:
+    if not (source.getbuffer().nbytes if isinstance(source, BytesIO) else _size(source)):
         raise DataError(f"{label} cannot be read: it is empty, 0 bytes.")
     with _pillow_errors(label, formats):
         try:
@@ -79,6 +80,11 @@ def read_image(
             if stripped is None:
                 raise
             return read(BytesIO(stripped))
+
+
+def _size(file: str | Path) -> int:
+    """The size of a file in bytes, 1 for other kinds of paths, which fail when they are opened."""
+    return os.path.getsize(file) if os.path.isfile(file) else 1
 
 
 def _sized(image: Image.Image, label: str) -> str:

@@ -127,6 +127,5 @@ def run_demo() -> bool:
         f"  {command} predict {folder}/digits --registry {folder}/demo.db\n"
         f"  {command} verify --registry {folder}/demo.db",
         soft_wrap=True,
-        highlight=False,
     )
     return intact

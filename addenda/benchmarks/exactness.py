@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from avalanche.evaluation import PluginMetric
 from avalanche.evaluation.metric_results import MetricValue
-from avalanche.models import avalanche_forward
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
@@ -20,10 +19,11 @@ from addenda.exceptions import DataError
 class LogitBits(PluginMetric[float]):  # type: ignore[misc]
     """After each experience, compares the logits of every earlier one with those when it was learned, byte for byte.
 
-    Works with every strategy. For each earlier experience it emits `LogitsIdentical` (1 or 0) and `MaxLogitDifference`,
-    computed on some of its training images with the evaluation transform. `identical` and `max_difference` aggregate
-    over the stream. For `MaskedMemory` the logits are those of the task's head; for other strategies, the model's
-    output in evaluation mode, without columns that later experiences added.
+    Works with every supervised strategy. For each earlier experience it emits `LogitsIdentical` (1 or 0) and
+    `MaxLogitDifference`, computed on some of its training images with the evaluation transform. `identical` and
+    `max_difference` aggregate over the stream. For `MaskedMemory` the logits are those of the task's head; for other
+    strategies, the strategy's `forward` with its model in evaluation mode, of the classes seen when the experience was
+    learned.
 
     Args:
         num_images: maximum number of images per experience.
@@ -32,7 +32,8 @@ class LogitBits(PluginMetric[float]):  # type: ignore[misc]
     def __init__(self, num_images: int = 16) -> None:
         super().__init__()
         self._num_images = num_images
-        self._before: dict[int, tuple[Tensor, int, Tensor]] = {}
+        self._before: dict[int, tuple[Tensor, int, list[int] | slice, Tensor]] = {}
+        self._classes: set[int] = set()
         self.reset()
 
     def reset(self) -> None:
@@ -48,10 +49,10 @@ class LogitBits(PluginMetric[float]):  # type: ignore[misc]
         """Compares the earlier experiences, then stores the logits of the new one."""
         experience = strategy.experience
         values: list[MetricValue] = []
-        for number, (images, label, before) in self._before.items():
+        for number, (images, label, columns, before) in self._before.items():
             if number == experience.current_experience:
                 continue
-            now = _logits(strategy, images, label, number)[:, : before.shape[1]]
+            now = _logits(strategy, images, label, number)[:, columns].contiguous()
             same = now.numpy().tobytes() == before.numpy().tobytes()
             difference = 0.0 if same else (now - before).abs().max().nan_to_num(nan=math.inf).item()
             self.identical = self.identical and same
@@ -63,7 +64,11 @@ class LogitBits(PluginMetric[float]):  # type: ignore[misc]
         images = torch.stack([_tensor(strategy, dataset[i][0]) for i in range(min(self._num_images, len(dataset)))])
         label = task_label(experience)
         before = _logits(strategy, images, label, experience.current_experience)
-        self._before[experience.current_experience] = (images, label, before)
+        compared: list[int] | slice = slice(None)
+        if not isinstance(strategy.model, StreamClassifier):
+            self._classes |= {int(target) for target in experience.dataset.targets}
+            compared = [number for number in sorted(self._classes) if number < before.shape[1]]
+        self._before[experience.current_experience] = (images, label, compared, before[:, compared].contiguous())
         return values
 
     def __str__(self) -> str:
@@ -90,6 +95,10 @@ def _logits(strategy: Any, images: Float[Tensor, "B 3 H W"], label: int, number:
         return model.logits(images, number)
     model.eval()
     labels = torch.full((len(images),), label, device=strategy.device, dtype=torch.int64)
-    logits: Tensor = avalanche_forward(model, images.to(strategy.device), labels)
-    model.train(training)
-    return logits.float().cpu().contiguous()
+    mini_batch, strategy.mbatch = strategy.mbatch, [images.to(strategy.device), torch.zeros_like(labels), labels]
+    try:
+        logits: Tensor = strategy.forward()
+    finally:
+        strategy.mbatch = mini_batch
+        model.train(training)
+    return logits.float().cpu()

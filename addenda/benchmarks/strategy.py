@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from addenda.backbones import FrozenBackbone
 from addenda.combined import CombinedModel, Router, TaskLogits, joined_statistics
-from addenda.exceptions import DataError, RegistryError
+from addenda.exceptions import DataError, NameTakenError, RegistryError, RetiredError
 from addenda.learner import ActivationCache, LearnConfig, Learner
 from addenda.registry import FeatureStatistics, Registry, Task
 
@@ -236,16 +236,33 @@ class MaskedMemory(SupervisedTemplate):  # type: ignore[misc]
                 "A plugin has replaced the training data, but MaskedMemory learns from the experience's own images; "
                 "remove the plugin."
             )
+        self._check_transform(experience.dataset)
         images, label = ExperienceImages(experience.dataset), task_label(experience)
         name = f"{self._prefix}-{experience.current_experience:03d}"
-        task = self.learner.learn(name, images, config=self._config, skip_bad=self._skip_bad)
+        try:
+            task = self.learner.learn(name, images, config=self._config, skip_bad=self._skip_bad)
+        except (NameTakenError, RetiredError) as error:
+            raise RegistryError(
+                f"Task {name!r} is registered from other images, settings or numerics, or was retired. Give "
+                "MaskedMemory another `prefix`, or a registry of its own."
+            ) from error
+        self.clock.train_iterations += 1  # the steps of metrics count experiences
         classes = tuple(int(number) for number in task.labels)
         statistics = self.learner.registry.statistics(task.ref)
         self.model.add(LearnedTask(task, experience.current_experience, label, classes, statistics))
 
+    def _check_transform(self, dataset: Any) -> None:
+        """Warns if test images would not be transformed like those that the learner reads."""
+        image, prepared = _first_image(dataset), _first_image(dataset.eval())
+        if isinstance(image, Image.Image) and isinstance(prepared, Tensor):
+            expected = self.learner.backbone.transform(image)
+            if prepared.shape != expected.shape or not torch.allclose(prepared.to(expected), expected, atol=1e-3):
+                log.warning("The benchmark's eval_transform is not `backbone.transform`; test scores will be too low.")
+
     def forward(self) -> Tensor:
         """Scores of the current mini-batch; images with an unknown task label get an extra class that no image has."""
-        labels = self.mb_task_id if len(self.mbatch) > 2 else None  # without task labels a router chooses
+        # Without task labels a router chooses; an item's third element may be something else.
+        labels = self.mb_task_id if hasattr(self.experience.dataset, "targets_task_labels") else None
         scores: Tensor = self.model(self.mb_x, labels, int(self.mb_y.max()) + 1)
         if labels is None:
             return scores
@@ -300,6 +317,11 @@ class ExperienceImages(Dataset[tuple[Any, int]]):
     """
 
     def __init__(self, dataset: Any) -> None:
+        if not hasattr(dataset, "targets"):
+            raise DataError(
+                "A dataset of the benchmark has no attribute `targets`; make it with Avalanche's "
+                "`as_classification_dataset`."
+            )
         self._dataset = dataset.eval() if isinstance(_first_image(dataset), Tensor) else dataset
         stream_targets = [int(target) for target in dataset.targets]
         numbers = sorted(set(stream_targets))

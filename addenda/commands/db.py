@@ -30,8 +30,10 @@ app = typer.Typer(no_args_is_help=True, help="The registry as a database: event 
 @app.command("log")
 def db_log(
     name: Annotated[str | None, Argument(help="Show only the events of this task. Default: all events.")] = None,
-    after: Annotated[int, Option(min=0, help="Show only events after this generation.")] = 0,
-    limit: Annotated[int, Option(min=1, help="Number of events, at most; the newest are shown.")] = 50,
+    after: Annotated[int, Option(min=0, max=options.MAX_COUNT, help="Show only events after this generation.")] = 0,
+    limit: Annotated[
+        int, Option(min=1, max=options.MAX_COUNT, help="Number of events, at most; the newest are shown.")
+    ] = 50,
     registry: options.Registry = options.DEFAULT_REGISTRY,
     as_json: options.Json = False,
 ) -> None:

@@ -200,11 +200,15 @@ def learn(
         console.print(f"{task.ref} was already learned from these images with these settings; {action}.")
     elif record.grown_from:
         added, known = task.data["grown_from"]["added"], task.data["grown_from"]["known"]
-        left_out = f"; {plural(known, 'image')} that it was learned from were left out" if known else ""
+        verb = "was" if known == 1 else "were"
+        left_out = f"; {plural(known, 'image')} that it was learned from {verb} left out" if known else ""
         console.print(f"{task.ref} was grown from {record.grown_from} by {plural(added, 'image')}{left_out}.")
-    for message in (*task.data["skipped"], *test_data.get("skipped", ())):
-        console.print(f"skipped: {message}", markup=False, highlight=False, soft_wrap=True)
-    show_task(record)
+    when = "skipped when it was learned" if already else "skipped"
+    for message in task.data["skipped"]:
+        console.print(f"{when}: {message}", soft_wrap=True)
+    for message in test_data.get("skipped", ()):
+        console.print(f"skipped: {message}", soft_wrap=True)
+    show_task(record, task.metrics)
 
 
 def _data_summary(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -282,11 +286,14 @@ def learn_many(
             lines.append([outcome.ref or outcome.name, *cells, f"{outcome.seconds:.1f}", outcome.state])
         if not {line[3] for line in lines} - {"accuracy", "–"}:  # no column for the score's name
             columns, lines = columns[:3] + columns[4:], [line[:3] + line[4:] for line in lines]
-        title = f"{len(rows) - len(missing)} of {len(rows)} tasks of {file} are in {opened.location}"
+        title = f"{len(rows) - len(missing)} of {len(rows)} tasks of {file} learned; registry {opened.location}"
         console.print(table(title, columns, lines, right=("images", "classes", *HEADLINES[1:], "seconds")))
+        for outcome in outcomes:
+            for message in (*outcome.data.get("skipped", ()), *outcome.data.get("test", {}).get("skipped", ())):
+                console.print(f"{outcome.name}, skipped: {message}", soft_wrap=True)
         for outcome in missing:
             reason = shown_lines(f"{outcome.name} {outcome.state}: {outcome.reason}")
-            console.print(reason, markup=False, highlight=False)
+            console.print(reason)
     if missing:
         raise typer.Exit(1)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from typer import Argument, Context, Option, echo
+from typer import Argument, BadParameter, Context, Option, echo
 
 import addenda
 from addenda.exceptions import BackboneError, DataError
@@ -18,7 +19,16 @@ DEFAULT_REGISTRY = "addenda.db"
 DEFAULT_BACKBONE = "vit_base_patch16_224.augreg_in21k"
 TIMM_NAME = "timm model name, also hf-hub:ORG/NAME or local-dir:FOLDER; or 'glyphs', a small bundled ViT."
 REPEAT = "Repeat to try several."
+MAX_COUNT = 10**9
 RAY = "'local' starts one on this machine, 'auto' joins the one on this node, HOST:PORT another."
+
+
+def finite(value: float | None) -> float | None:
+    """Rejects infinity and NaN as the value of an option."""
+    if value is not None and not math.isfinite(value):
+        raise BadParameter(f"{value} is not a finite number.")
+    return value
+
 
 Registry = Annotated[
     str,
@@ -92,8 +102,9 @@ Json = Annotated[bool, Option("--json", help="Print JSON.")]
 CacheGb = Annotated[
     float | None,
     Option(
+        callback=finite,
         help="Disk budget of the activation cache in GB (10^9 bytes); 0 stores nothing. Default: half of the space "
-        "that is free or holds cache entries."
+        "that is free or holds cache entries.",
     ),
 ]
 NewVersion = Annotated[bool, Option("--new-version", help="Add a version if the name is taken, instead of failing.")]

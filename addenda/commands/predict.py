@@ -223,8 +223,8 @@ def _print_summary(summary: Summary, as_json: bool) -> None:
     console.print(
         f"{summary.images} images{skipped}, {summary.tasks} tasks{exact}: {summary.rows} rows in {summary.parts} "
         f"files, {size(summary.size_bytes)}, in {summary.folder}",
-        markup=False, highlight=False, soft_wrap=True,
-    )  # fmt: skip
+        soft_wrap=True,
+    )
     if summary.computed_parts < summary.parts:
         console.print(f"{summary.parts - summary.computed_parts} files existed already.")
     if summary.computed_parts:

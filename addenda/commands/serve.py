@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -49,11 +48,21 @@ def serve(
         ),
     ] = 256,
     cache_mb: Annotated[
-        float, Option(min=0, help="Memory in MB for outputs of images that may be sent again; 0 caches nothing.")
+        float,
+        Option(
+            min=0,
+            callback=options.finite,
+            help="Memory in MB for outputs of images that may be sent again; 0 caches nothing.",
+        ),
     ] = 0,
-    timeout: Annotated[float, Option(min=0.001, help="Request timeout in seconds.")] = 30.0,
+    timeout: Annotated[float, Option(min=0.001, callback=options.finite, help="Request timeout in seconds.")] = 30.0,
     drain: Annotated[
-        float, Option(min=0, help="Drain time in seconds after SIGTERM: requests are served while /readyz answers 503.")
+        float,
+        Option(
+            min=0,
+            callback=options.finite,
+            help="Drain time in seconds after SIGTERM: requests are served while /readyz answers 503.",
+        ),
     ] = 5.0,
     workers: Annotated[
         int,
@@ -86,7 +95,8 @@ def serve(
         int | None, Option(min=1, help="With --ray: CPUs, and so threads, per replica. Default: 1.")
     ] = None,
     gpus: Annotated[
-        float | None, Option(min=0, help="With --ray: GPUs per replica; may be a fraction. Default: 0.")
+        float | None,
+        Option(min=0, callback=options.finite, help="With --ray: GPUs per replica; may be a fraction. Default: 0."),
     ] = None,
 ) -> None:
     """Serves every task over HTTP and picks up new tasks while it runs; stop it with SIGTERM or Ctrl-C."""
@@ -151,15 +161,18 @@ def serve(
         if metrics_port is not None:
             notes.append(f"metrics on port {serve_metrics(app, host, metrics_port)}")
         address, bound_port = listening.getsockname()[:2]
-        line = f"Serving {opened.location} on http://{address}:{bound_port}"
-        typer.echo(line + (f" ({'; '.join(notes)})" if notes else ""))  # standard error is the log, JSON in every line
-        sys.stdout.flush()
-        logging.getLogger(__name__).info("%s as generation %d", line, opened.generation)
+        url, notes_line = f"http://{address}:{bound_port}", f" ({'; '.join(notes)})" if notes else ""
+
+        def say(line: str) -> None:
+            typer.echo(line)  # standard error is the log, JSON in every line
+            sys.stdout.flush()
+
+        say(f"Listening on {url}, loading {opened.location}")
         settings = WorkerSettings(
             workers, loaded.name, loaded.preprocessing, limits, str(keys), host in LOOPBACK, log_level, STOP_S
         )
         supervisor = stack.enter_context(Supervisor(app, settings, listening)) if workers else None
-        server = Server(app, drain, STOP_S, supervisor)
+        server = Server(app, drain, STOP_S, supervisor, lambda: say(f"Serving {opened.location} on {url}{notes_line}"))
         server.run([listening])
         if not server.started:
             sys.exit(1)

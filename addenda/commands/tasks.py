@@ -12,7 +12,7 @@ from typer import Argument, Option
 
 from addenda.commands import options
 from addenda.terminal import SCORES, console, minute, percent, print_json, print_result, size, table
-from addenda.text import plural
+from addenda.text import plural, shown
 
 if TYPE_CHECKING:
     from addenda.registry import Kin, TaskRecord
@@ -39,7 +39,9 @@ def tasks_list(
     ] = None,
     until: Annotated[str | None, Option(help="Only tasks registered before this UTC time.")] = None,
     retired: Annotated[bool, Option("--retired", help="Show retired versions too.")] = False,
-    limit: Annotated[int, Option(min=1, help="Number of versions, at most; the newest are shown.")] = 100,
+    limit: Annotated[
+        int, Option(min=1, max=options.MAX_COUNT, help="Number of versions, at most; the newest are shown.")
+    ] = 100,
     before: Annotated[
         str | None, Option(help="Only versions registered before this one, NAME:VERSION: the next page.")
     ] = None,
@@ -73,7 +75,8 @@ def tasks_list(
     title = f"{plural(len(records), 'task')} in {opened.location}, generation {generation}"
     right = ("classes", *HEADLINES[1:])
     rows = zip(*filled.values(), strict=True)
-    console.print(table(title, list(filled), rows, right, whole=("task", "learned", *right)) if records else title)
+    whole = ("task", "learned", *right)
+    console.print(table(title, list(filled), rows, right, whole) if records else shown(title))
     if more:
         console.print(f"Older tasks: --before {records[0].ref}")
 
@@ -109,8 +112,11 @@ def _details(record: TaskRecord) -> str:
     return " ".join([*(f"@{alias}" for alias in record.aliases), *(f"#{tag}" for tag in record.tags), *parents])
 
 
-def show_task(record: TaskRecord) -> None:
-    """Prints a task: its properties, its provenance, and its scores beside those of the probes on frozen features."""
+def show_task(record: TaskRecord, metrics: Mapping[str, Any] | None = None) -> None:
+    """Prints a task: its properties, its provenance, and its scores beside those of the probes on frozen features.
+
+    The scores are those of `metrics`, by default those that it was registered with.
+    """
     from addenda.registry import baselines
 
     labels = ", ".join(record.labels[:12]) + (", …" if len(record.labels) > 12 else "")
@@ -132,7 +138,7 @@ def show_task(record: TaskRecord) -> None:
         ("sha256", record.sha256),
         ("registered", f"{when} UTC by {record.created_by}, generation {record.generation}"),
     ]
-    metrics = record.metrics
+    metrics = record.metrics if metrics is None else metrics
     if "candidates" in metrics:
         chosen, text = metrics["chosen"], "no token: none improves on the probe on the validation split"
         if chosen is not None:

@@ -133,7 +133,7 @@ def doctor(
 
     findings = list(checkup(registry, device))
     broken = [finding.subject for finding in findings if finding.state == "BROKEN"]
-    checks = table("Checks of this installation", ("subject", "state", "detail"), findings, whole=("subject", "state"))
+    checks = table("Checks of this installation", ("subject", "state", "detail"), findings, whole=("state",))
     print_result(as_json, [finding._asdict() for finding in findings], checks)
     if broken:
         typer.echo(f"Broken: {', '.join(broken)}.", err=True)

@@ -78,21 +78,12 @@ class Growth:
         if contradicted:
             raise DataError(
                 f"Task {ref!r} was learned from {len(contradicted)} of the images with other labels:"
-                f"{ten_of(contradicted)}\nRemove or move them, or learn the task again from all its images."
+                f"{ten_of(contradicted)}\nRemove or move them, or learn it from all its images with --new-version."
             )
         rows = [row for row, labels in enumerate(known) if not labels]
         if not rows:
             raise DataError(f"{images.where} has nothing new: task {ref!r} was learned from all its images.")
         return images.select(rows)
-
-    def warn_of_repeats(self, test: LabelledImages) -> None:
-        """Warns of test images that the task was learned from."""
-        if test.digests is not None and self.statistics.digests is not None:
-            repeated = sum(map(bool, known_classes(self.statistics, test.digests)))
-            if repeated:
-                log.warning(
-                    "%s was learned from %d of the test images: the score is inflated.", self.task.ref, repeated
-                )
 
     def version(self, activations: Activations, dataset: str, known: int) -> tuple[Task, FeatureStatistics]:
         """The next version of the task, not registered, and its statistics.
@@ -138,3 +129,11 @@ class Growth:
 def _datasets(task: Task) -> list[str]:
     """Fingerprints of the datasets that a task was learned from, and grown by."""
     return task.data.get("datasets") or [(task.data.get("run") or {}).get("data")]
+
+
+def warn_of_repeats(ref: str, statistics: FeatureStatistics | None, test: LabelledImages) -> None:
+    """Warns of test images that a task was learned from, by its statistics."""
+    if statistics is not None and statistics.digests is not None and test.digests is not None:
+        repeated = sum(map(bool, known_classes(statistics, test.digests)))
+        if repeated:
+            log.warning("%s was learned from %d of the test images: the score is inflated.", ref, repeated)

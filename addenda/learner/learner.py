@@ -19,7 +19,7 @@ from addenda.learner.data import Data, LabelledImages, check_learnable, check_sa
 from addenda.learner.data.labelled import unreadable
 from addenda.learner.data.openers import repeats
 from addenda.learner.evaluation import check_readable, score
-from addenda.learner.growing import Growth
+from addenda.learner.growing import Growth, warn_of_repeats
 from addenda.learner.learn_config import LearnConfig
 from addenda.learner.learning_run import LearningRun
 from addenda.registry import (
@@ -36,6 +36,11 @@ from addenda.registry import (
     digest,
 )
 from addenda.text import shown
+
+OTHER_NUMERICS = (
+    "numerics, from these images with these settings: the number of threads (OMP_NUM_THREADS), the device or torch's "
+    "version has changed since"
+)
 
 log = logging.getLogger(__name__)
 
@@ -131,14 +136,15 @@ class Learner:
             "extends": "auto" if auto else [parent.sha256 for parent in parents],
             "numerics": fingerprint,
         }
-        registered = self._find_registered(name, images, run, new_version, context.skip_bad)
+        registered = self._find_registered(name, images, run, new_version, context)
         if registered is not None:
-            return self._reuse(registered.ref, test_images, context)
+            return self._reuse(registered.ref, images, test_images, context)
 
         test_data: dict[str, Any] = {}
         if test_images is not None:  # fail on bad test images before hours of training
             test_images, skipped = check_readable(self.backbone, test_images, context)
             test_data["test"] = {"skipped": skipped, "left_out": counted(test_images.left_out)}
+        repeated = repeats(images, test_images)
         pool = None
         if auto:  # without tasks whose tokens were refitted to this run's validation images
             stored = self.registry.load(self.backbone)
@@ -165,7 +171,7 @@ class Learner:
             "counts": readable.counts,
             "skipped": [shown(text) for text in (*images.lost, *activations.skipped)],
             "left_out": counted(images.left_out),
-            "repeated": repeats(images, test_images),
+            "repeated": repeated,
             "near_duplicates": learning_run.near_duplicates,
         }
         statistics = None
@@ -234,15 +240,15 @@ class Learner:
         images = images.hashed()
         fingerprint = numerics_fingerprint(numerics(self.backbone))
         run = {"data": images.fingerprint(), "grown_from": growth.task.sha256, "numerics": fingerprint}
-        registered = self._find_registered(growth.task.name, images, run, True, context.skip_bad)
+        registered = self._find_registered(growth.task.name, images, run, True, context)
         if registered is not None:
-            return self._reuse(registered.ref, test_images, context)
+            return self._reuse(registered.ref, images, test_images, context)
         test_data: dict[str, Any] = {}
         if test_images is not None:
             _log_remarks(test_images)
             test_images, skipped = check_readable(self.backbone, test_images, context)
             test_data["test"] = {"skipped": skipped, "left_out": counted(test_images.left_out)}
-            growth.warn_of_repeats(test_images)
+            warn_of_repeats(growth.task.ref, growth.statistics, test_images)
         new = growth.new_images(images)
         activations = Activations(self.backbone, new, Augmentation(views=0), self.cache, context=context, tokens=False)
         task, statistics = growth.version(activations, run["data"], len(images) - len(new))
@@ -284,28 +290,32 @@ class Learner:
         return self.registry.register(finished, golden_probe, statistics, new_version, evaluations)
 
     def _find_registered(
-        self, name: str, images: LabelledImages, run: Mapping[str, Any], new_version: bool, skip_bad: bool
+        self, name: str, images: LabelledImages, run: Mapping[str, Any], new_version: bool, context: RunContext
     ) -> TaskRecord | None:
         """Finds the active version that the same run registered; raises if the name is taken by another task."""
         versions = self.registry.tasks(TaskFilter(name=name, retired=True))
-        same = [
+        comparable = [
             record
             for record in versions
-            if record.data.get("run") == run and record.labels == images.labels
-            if record.backbone == self.backbone.fingerprint
+            if record.labels == images.labels and record.backbone == self.backbone.fingerprint
         ]
+        same = [record for record in comparable if record.data.get("run") == run]
         active = next((record for record in same if record.retired is None), None)
         if active is not None:
-            if active.data.get("skipped") and not skip_bad:
+            if active.data.get("skipped") and not context.skip_bad:
+                check_readable(self.backbone, images, context)  # names the files where they are now
                 raise unreadable(active.data["skipped"], len(images) + len(images.lost), images.where)
             return active
         if same and not new_version:
             raise RetiredError(same[-1].ref, same[-1].retired or "")
         if versions and not new_version:
+            for record in reversed(comparable):
+                if {**record.data.get("run", {}), "numerics": None} == {**run, "numerics": None}:
+                    raise NameTakenError(name, record.version, OTHER_NUMERICS)
             raise NameTakenError(name, versions[-1].version)
         return None
 
-    def _reuse(self, ref: str, test: LabelledImages | None, context: RunContext) -> Task:
+    def _reuse(self, ref: str, train: LabelledImages, test: LabelledImages | None, context: RunContext) -> Task:
         """Returns a registered version with its metrics on `test`, which is evaluated now if it was not before."""
         task = self.registry.get(ref)
         if test is None:
@@ -314,7 +324,7 @@ class Learner:
         evaluations = {record.data_fingerprint: record for record in self.registry.evaluations(ref)}
         if images.lost or images.fingerprint() not in evaluations:
             images, skipped = check_readable(self.backbone, images, context)
-        record = evaluations.get(images.fingerprint()) or self._evaluate(task, images, context)
+        record = evaluations.get(images.fingerprint()) or self._evaluate(task, images, context)[0]
         result = copy(task)
         scored = task.metrics.get("test")
         if scored is None or not scored.items() <= record.metrics.items():  # which may also count what was skipped
@@ -324,7 +334,7 @@ class Learner:
             }
             vars(result)["metrics"] = {**task.metrics, **probes, "test": record.metrics}
         test_data = {"skipped": skipped, "left_out": counted(images.left_out)}
-        vars(result)["data"] = {**task.data, "test": test_data}
+        vars(result)["data"] = {**task.data, "test": test_data, "repeated": repeats(train, images)}
         return result
 
     def evaluate(self, ref: str, data: Data, skip_bad: bool = False, report: Report | None = None) -> EvaluationRecord:
@@ -346,14 +356,20 @@ class Learner:
             _log_remarks(images)
             if not isinstance(images.items, list):  # read twice, to detect a Dataset whose images change
                 images = images.hashed()
-            return self._evaluate(task, images, RunContext(skip_bad, report or silent))
+            record, scored = self._evaluate(task, images, RunContext(skip_bad, report or silent))
+        warn_of_repeats(task.ref, self.registry.statistics(ref), scored)
+        return record
 
-    def _evaluate(self, task: Task, images: LabelledImages, context: RunContext) -> EvaluationRecord:
+    def _evaluate(
+        self, task: Task, images: LabelledImages, context: RunContext
+    ) -> tuple[EvaluationRecord, LabelledImages]:
+        """Evaluates a task and records the result; also returns the images that were scored."""
         ((metrics, logits_digest),), scored, bad = score(self.backbone, [task], images, context)
         counts = {"skipped": len(scored.lost) + len(bad), "left_out": counted(scored.left_out)}
         metrics |= {key: value for key, value in counts.items() if value}
         fingerprint = numerics_fingerprint(numerics(self.backbone))
-        return self.registry.add_evaluation(task.ref, scored.fingerprint(), fingerprint, metrics, logits_digest)
+        record = self.registry.add_evaluation(task.ref, scored.fingerprint(), fingerprint, metrics, logits_digest)
+        return record, scored
 
 
 def _augmentation(config: LearnConfig, images: LabelledImages) -> Augmentation:

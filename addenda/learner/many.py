@@ -162,9 +162,9 @@ def learn_many(
         result = LearnResult(reason=obstacle) if obstacle else attempt(row.name, learn)
         outcome = results.add(row, time.perf_counter() - started, result)
         if outcome.state == "learned" and not announced:
-            announced, seconds = True, (len(rows) - number) * outcome.seconds
-            if seconds >= NOTABLE_S:
-                log.info("Tasks left: %d, about %s if each takes as long.", len(rows) - number, duration(seconds))
+            announced, left = True, sum(not results.was_there(row.name) for row in rows[number:])
+            if (seconds := left * outcome.seconds) >= NOTABLE_S:
+                log.info("Tasks left: %d, about %s if each takes as long.", left, duration(seconds))
         yield outcome
 
 
@@ -175,6 +175,10 @@ class LearnManyResults:
         self._before = {record.ref for record in registry.tasks(TaskFilter(retired=True))}
         self._labels = {row.name: f"{row.name}, {number} of {len(rows)}" for number, row in enumerate(rows, start=1)}
         self._not_learned: dict[str, str] = {}
+
+    def was_there(self, name: str) -> bool:
+        """Whether a version of a task was in the registry at the start."""
+        return any(ref.startswith(f"{name}:") for ref in self._before)
 
     def label(self, row: LearnRow) -> str:
         """Returns a row's name and position, for progress messages."""

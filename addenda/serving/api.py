@@ -214,7 +214,7 @@ async def _image(request: Request, body: bytes) -> bytes:
         form = await MultiPartParser(request.headers, stream(), max_files=1, max_fields=8, max_part_size=4096).parse()
     except (MultiPartException, LookupError, ValueError) as error:
         reason = getattr(error, "message", "") or "it is malformed"
-        raise DataError(f"The form cannot be parsed: {reason}.") from error
+        raise DataError(f"The form cannot be parsed: {reason.rstrip('.')}.") from error
     try:
         image = form.get("image")
         if not isinstance(image, UploadFile):

@@ -16,7 +16,7 @@ from filelock import FileLock
 from pydantic import TypeAdapter, ValidationError
 
 from addenda.exceptions import KeyFileError
-from addenda.files import permissions, written
+from addenda.files import expanded, permissions, written
 
 SCOPES = ("predict", "register", "admin")
 """Each scope includes those before it."""
@@ -44,7 +44,7 @@ class KeyFile:
     """A JSON file of keys, reread whenever it changes; a missing file holds no keys."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = expanded(path)
         self._version: object = None
         self._existed: memoryview | list[int] = [0]  # of each process of the server
         self._own = 0
@@ -104,6 +104,8 @@ class KeyFile:
 
     def revoke(self, name: str) -> None:
         """Removes a key."""
+        if not self.path.exists():
+            raise KeyFileError(f"There is no key file {str(self.path)!r}; check the path.")
         with self._changing() as keys:
             remaining = [key for key in keys if key.name != name]
             if len(remaining) == len(keys):
@@ -117,30 +119,36 @@ class KeyFile:
 
         A new file is readable by its creator only.
         """
+        path = self.path.resolve()  # where a link points: it stays a link, and all who use the file share a lock
+        if not path.parent.is_dir():
+            raise KeyFileError(f"The key file's folder {str(path.parent)!r} does not exist; create it first.")
+        lock = path.with_name(f"{path.name}.lock")
         try:
-            with FileLock(f"{self.path}.lock"):
+            with FileLock(lock):
+                self._keep_access(lock)
                 keys = self.keys()
                 yield keys
-                with written(self.path, mode=0o600) as unfinished:
+                with written(path, mode=0o600) as unfinished:
                     unfinished.write_bytes(_KEYS.dump_json(keys, indent=2) + b"\n")
                     self._keep_access(unfinished)
         except OSError as error:
-            raise KeyFileError(f"Key file {str(self.path)!r} cannot be written: {error.strerror}.") from error
+            where = f" ({error.filename})" if error.filename else ""
+            raise KeyFileError(f"Key file {str(self.path)!r} cannot be written: {error.strerror}{where}.") from error
 
-    def _keep_access(self, unfinished: Path) -> None:
-        """Gives the new file the owner and the permissions of the old one, so that a server can still read it."""
+    def _keep_access(self, file: Path) -> None:
+        """Gives a file the key file's owner and permissions, so that its server and its owner can still use it."""
         if not self.path.exists():
             return
-        old, new = self.path.stat(), unfinished.stat()
+        old, new = self.path.stat(), file.stat()
         if (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid):
             try:
-                os.chown(unfinished, old.st_uid, old.st_gid)
+                os.chown(file, old.st_uid, old.st_gid)
             except PermissionError as error:
                 raise KeyFileError(
                     f"Key file {str(self.path)!r} belongs to another user (uid {old.st_uid}, gid {old.st_gid}), and a "
                     "server of that user could not read a new one. Run the command as that user or as root."
                 ) from error
-        unfinished.chmod(permissions(self.path))
+        file.chmod(permissions(self.path))
 
 
 def _digest(key: str) -> str:

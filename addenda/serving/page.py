@@ -286,7 +286,8 @@ def _score(record: TaskRecord) -> str:
     if record.score is None:
         return "–"
     name = SCORES[record.objective][headline(record.objective)]
-    return f"{percent(record.score)} %{'' if name == 'accuracy' else f' {name}'}"
+    split = "" if "test" in record.metrics else " (validation)"
+    return f"{percent(record.score)} %{'' if name == 'accuracy' else f' {name}'}{split}"
 
 
 def _age(at: str) -> str:

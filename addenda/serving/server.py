@@ -112,6 +112,9 @@ class StrictProtocol(H11Protocol):
         super().pause_writing()
         self._watch_sending()
 
+    def _unsupported_upgrade_warning(self) -> None:
+        """Logs nothing: any client may ask for WebSockets, and gets a plain response."""
+
     def on_response_complete(self) -> None:
         """Starts waiting for the rest of a response to be read, and of a rejected body to arrive."""
         super().on_response_complete()
@@ -195,9 +198,16 @@ class Server(ConnectionServer):
     have `stop_s` seconds to finish. With `workers`, these accept the connections, and it serves what they relay.
     """
 
-    def __init__(self, app: FastAPI, drain_s: float, stop_s: int, workers: Supervisor | None = None) -> None:
+    def __init__(
+        self,
+        app: FastAPI,
+        drain_s: float,
+        stop_s: int,
+        workers: Supervisor | None = None,
+        on_start: Callable[[], object] = lambda: None,
+    ) -> None:
         super().__init__(app, stop_s, trusted=None if workers is None else "*")  # workers say what their clients said
-        self._app, self._drain_s, self._workers = app, drain_s, workers
+        self._app, self._drain_s, self._workers, self._on_start = app, drain_s, workers, on_start
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Starts serving; with workers, once they all do. Until then a signal ends the process, then it drains it."""
@@ -210,6 +220,8 @@ class Server(ConnectionServer):
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, self._drain, loop)
+        if self.started:
+            self._on_start()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Refuses new connections and completes pending requests."""
@@ -273,5 +285,7 @@ def log_as_json(level: str) -> None:
         "A thread failed", exc_info=(failed.exc_type, failed.exc_value or failed.exc_type(), failed.exc_traceback)
     )
     sys.unraisablehook = lambda failed: log.error("Unraisable exception: %r", failed.exc_value or failed.object)
+    # `routes` has logged it with the request's id.
+    logging.getLogger("uvicorn.error").addFilter(lambda record: "Exception in ASGI application" not in str(record.msg))
     for name in ("addenda", "uvicorn"):
         logging.getLogger(name).setLevel(level.upper())

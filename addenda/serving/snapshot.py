@@ -22,6 +22,8 @@ WAIT_S = 1.0
 """Seconds that one wait for a registry change lasts; stopping may take as long."""
 RETRY_S = 1.0
 """Seconds between retries when the database is unavailable."""
+STOP_S = 5.0
+"""Seconds to wait for the follower's thread when the server stops."""
 
 log = logging.getLogger(__name__)
 
@@ -157,9 +159,9 @@ class Follower:
             return self.snapshot
 
     def stop(self) -> None:
-        """Stops the thread."""
+        """Stops the thread; one that waits for a database that hangs ends with the process."""
         self._stopping.set()
-        self._thread.join()
+        self._thread.join(STOP_S)
 
     def _run(self) -> None:
         while not self._stopping.is_set():

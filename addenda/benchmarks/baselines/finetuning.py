@@ -132,8 +132,9 @@ class Classifier(nn.Module):
 
     def __init__(self, backbone: FrozenBackbone, num_classes: int, autocast: bool) -> None:
         super().__init__()
-        self.body = backbone.trainable_copy(num_classes)
-        self.body.head = nn.Identity()
+        body: Any = backbone.trainable_copy(num_classes)
+        body.reset_classifier(0)  # pools, without a head
+        self.body = body
         self.head = IncrementalClassifier(backbone.embed_dim, num_classes, mask_value=NEVER).to(backbone.device)
         for parameter in self.head.parameters():
             nn.init.zeros_(parameter)

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from addenda.benchmarks.baselines.method import OneHead, quiet_evaluator
 from addenda.benchmarks.baselines.paper_methods import merged
 from addenda.benchmarks.baselines.per_task import train
-from addenda.combined import task_cost
+from addenda.combined import CombinedModel, pass_operations, task_cost
 from addenda.learner.data.labelled import LabelledImages
 from addenda.learner.objectives import SingleLabel
+from addenda.registry import Task
 
 CHUNK = 512
 """Images that FeCAM scores at once."""
@@ -39,6 +40,13 @@ class FeatureMethod(OneHead):
 
     def _logits(self, images: LabelledImages) -> Float[Tensor, "N C"]:
         return self._predict(self.pooled(images)).float()
+
+    def _relative_inference(self) -> float:
+        """Operations of the pooled feature, whose last block is reduced as in the combined model."""
+        zeros = torch.zeros(1, self.backbone.embed_dim, dtype=torch.float32, device="cpu")
+        head = Task("probe", self.backbone.fingerprint, ("any",), head_weight=zeros, head_bias=zeros[:, 0])
+        model = CombinedModel(self.backbone, [head], exact=False)
+        return pass_operations(model) / task_cost(self.backbone, 0).backbone_operations
 
     @abstractmethod
     def _fit(self, features: Float[Tensor, "N D"], targets: Int[Tensor, " N"]) -> None:
@@ -219,7 +227,8 @@ class RanPAC(FeatureMethod):
         return sum(tensor.nbytes for tensor in (self._projection, self._gram, self._sums, self._weight))
 
     def _relative_inference(self) -> float:
-        return 1 + self._projection.numel() / task_cost(self.backbone, 0).backbone_operations
+        projection = self._projection.numel() / task_cost(self.backbone, 0).backbone_operations
+        return super()._relative_inference() + projection
 
 
 class AdaptedRanPAC(RanPAC):

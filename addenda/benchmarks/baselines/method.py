@@ -109,9 +109,10 @@ class Method(ABC):
         return 1.0
 
     def pooled(self, images: LabelledImages) -> Float[Tensor, "N D"]:
-        """The backbone's pooled feature of each image, on the CPU; computed once and cached in memory."""
+        """The backbone's pooled feature of each image, on the CPU; computed once and kept in memory."""
         if id(images) not in self._features:
-            features = Activations(self.backbone, images, Augmentation(views=0), ActivationCache()).pooled
+            cache = ActivationCache(budget_gb=0)  # none, so that every method's seconds include the backbone's pass
+            features = Activations(self.backbone, images, Augmentation(views=0), cache, tokens=False).pooled
             self._features[id(images)] = images, features
         return self._features[id(images)][1]
 

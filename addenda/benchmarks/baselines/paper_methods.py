@@ -185,7 +185,9 @@ def train_baselines(
     for rate_index, rate in enumerate(rates):
         module, predict = _build(method, backbone, linear_probe, images.labels, config.seed)
         trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        head = {name: p for name, p in trained.items() if name.startswith(("head", "pooled"))}
+        own_head: Any = getattr(module, "get_classifier", nn.Identity)()  # timm's name for it is not always `head`
+        classifier = {id(p) for p in own_head.parameters()}
+        head = {name: p for name, p in trained.items() if name.startswith(("head", "pooled")) or id(p) in classifier}
         head_weights = [p for p in head.values() if p.ndim == 2]
         # The linear probe's penalty, once for each feature that the head reads (see Trainer.run).
         penalty = len(head_weights) / (2 * strength * len(train))
@@ -327,14 +329,15 @@ def _build(
             probe = AttentiveProbe(backbone, len(labels)).to(backbone.device)
         return probe, probe
     model: Any = backbone.trainable_copy(len(labels))
+    head = model.get_classifier()  # of a ViT its `head`, of other models another module
     with torch.no_grad():
-        model.head.weight.copy_(linear_probe.weight)
-        model.head.bias.copy_(linear_probe.bias)
+        head.weight.copy_(linear_probe.weight)
+        head.bias.copy_(linear_probe.bias)
     if kind == "lora":
         with torch.random.fork_rng(devices=[]):  # PEFT draws from the global generator
             torch.manual_seed(seed)
             model = _low_rank(model, size)
-        model.head.requires_grad_(True)
+        head.requires_grad_(True)
     return model, model
 
 

@@ -238,7 +238,7 @@ def print_comparison(comparison: Mapping[str, Any]) -> None:
     for run in ("a", "b"):
         only = comparison[f"only_{run}"]
         text = f"{run.upper()}: {comparison[run]}" + (f"; only in {run.upper()}: {', '.join(only)}" if only else "")
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        console.print(text, soft_wrap=True)
     if comparison["settings"]:
         settings = [(name, *values) for name, values in comparison["settings"].items()]
         show("Other differences", Table(("setting", "A", "B"), settings, num_left=3))

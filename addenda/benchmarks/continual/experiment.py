@@ -20,6 +20,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
+from addenda import __version__
 from addenda.backbones import FrozenBackbone, load_backbone
 from addenda.benchmarks.baselines.method import BaselineSettings, Method, Scores
 from addenda.benchmarks.baselines.methods import BASELINES, baseline
@@ -70,20 +71,18 @@ def run_continual(
     output_folder(out)
     if config.jobs > 1:
         _compute_in_parallel(config, str(backbone.device), out, data_root, [note.name for note in notes], report)
-    cells = []
+    cells, hardware = [], dict[str, None]()
     for seed in range(config.seeds):
         stream = build_stream(config, data_root, seed)
         for index, note in enumerate(notes):
             run = MethodRun(config, backbone, stream, note.name, seed, out)
             cells.append(run.cell(report, index, len(notes)))
+            hardware[run.hardware] = None
     environment = numerics(backbone)
-    processes, threads = "", environment["threads"]
-    if config.jobs > 1:
-        processes, threads = f"{config.jobs} processes of ", _threads_per_process(config.jobs)
     results = Results(
         stream=config.name,
         command=command,
-        hardware=f"{environment['device']}, {processes}{plural(threads, 'thread')}",
+        hardware="; ".join(hardware),
         expected=config.expected,
         experiences=[ExperienceNote(e.name, list(e.classes), len(e.train), len(e.test)) for e in stream.experiences],
         labels=list(stream.labels),
@@ -159,6 +158,13 @@ class MethodRun:
             settings = self._ours.to_json()
         dependencies = {"method": self.name, "seed": self.seed, "settings": settings}
         dependencies |= {"backbone": self.backbone.fingerprint, "images": self.stream.fingerprints}
+        described, threads = numerics(self.backbone), torch.get_num_threads()
+        processes = f"{self.config.jobs} processes of " if self.config.jobs > 1 else ""
+        # Of the process that computed the cell, which may be another than that of the others.
+        self.hardware = (
+            f"{described['device']}, {processes}{plural(threads, 'thread')}, torch {described['torch']}, "
+            f"Addenda {__version__}"
+        )
         self._key = hashlib.sha256(canonical_json(dependencies).encode()).hexdigest()[:16]
 
     def cell(self, report: Report, index: int = 0, num_methods: int = 1) -> Cell:
@@ -166,13 +172,15 @@ class MethodRun:
         cells = TypeAdapter(Cell)
         for line in read_lines(self.out / CELLS):
             if line["key"] == self._key:
+                self.hardware = line.get("hardware", self.hardware)
                 try:
                     return cells.validate_python(line["cell"])
                 except ValidationError:
                     continue  # written by another version; compute it again
         with self._method() as method:
             cell = self._compute(method, report, index, num_methods)
-        append_line(self.out / CELLS, {"key": self._key, "cell": json.loads(cells.dump_json(cell))})
+        values = {"key": self._key, "hardware": self.hardware, "cell": json.loads(cells.dump_json(cell))}
+        append_line(self.out / CELLS, values)
         return cell
 
     @contextmanager

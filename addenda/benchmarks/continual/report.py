@@ -75,13 +75,13 @@ def write_report(results: Results, folder: Path) -> None:
 
 def print_report(results: Results, folder: Path) -> None:
     """Print the comparison table, its notes and the paths of the report."""
-    console.print(columns.verdict(results), markup=False, highlight=False)
+    console.print(columns.verdict(results))
     titles = "method", "task-inc. %", "class-inc. %", "forgetting", "old logits", "per task", "train s", "passes"
     rows = columns.method_rows(results, columns.SHORT)
     show(f"Accuracy on stream {results.stream}", Table(titles, rows))
     for note in columns.footnotes(results):
-        console.print(f"- {note}", markup=False, highlight=False)
-    console.print(f"Report: {folder / 'report.html'} and {folder / 'report.md'}", markup=False, highlight=False)
+        console.print(f"- {note}")
+    console.print(f"Report: {folder / 'report.html'} and {folder / 'report.md'}")
 
 
 def mean_matrix(cells: Sequence[Cell], setting: Setting) -> list[list[float | None]]:

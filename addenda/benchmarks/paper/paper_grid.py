@@ -272,7 +272,7 @@ class _Run:
         self.cells.append(cell)
         append_line(self._file, cell)
         text = ", ".join(f"{key} {_shown(value)}" for key, value in fields.items() if key not in HIDDEN)
-        console.print(f"{name}, seed {seed}, {method}: {text}", markup=False, highlight=False)
+        console.print(f"{name}, seed {seed}, {method}: {text}")
 
 
 def balanced_rows(targets: Tensor, limit: int, seed: int) -> list[int]:

@@ -111,7 +111,7 @@ def write_report(cells: Cells, backbone: FrozenBackbone, data: Path, limit: int 
         if group:
             text += f"\n{title}\n\n{markdown(table(group))}" + f"\n{note}\n" * bool(note)
     (out / "paper.md").write_text(text)
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.print(text, soft_wrap=True)
     _write_csv(cells, out / "paper.csv")
     if compared:
         _plot(joined, compared, out / "paper.png")

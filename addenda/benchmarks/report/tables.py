@@ -143,14 +143,14 @@ def write(
     name: str, title: str, figures: Sequence[Figure], details: Mapping[str, Any], out: Path | None, summary: str = ""
 ) -> None:
     """Prints the tables and the summary below them; with `out`, writes them there as NAME.md and NAME.json."""
-    console.print(title, highlight=False)
+    console.print(title)
     text = f"`{details['command']}`\n\n{title}\n"
     for group in dict.fromkeys(figure.group for figure in figures):
         table = table_of([figure for figure in figures if figure.group == group])
         show(group, table)
         text += f"\n**{group}**\n\n{markdown(table)}"
     if summary:
-        console.print(summary, highlight=False)
+        console.print(summary)
         text += f"\n{summary}\n"
     if out is not None:
         report = {"figures": [asdict(figure) | {"met": figure.met} for figure in figures], **details}

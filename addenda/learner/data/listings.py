@@ -66,7 +66,10 @@ def open_listing(file: Path, split: str) -> LabelledImages:
         f"{row.position}: there is no file {str(row.path)!r}" for row in listed if not os.path.isfile(row.path)
     )
     if not existing:
-        raise DataError(f"None of the files in the listing {str(file)!r} exists, relative to its folder: {lost[0]}")
+        hint = ". Separate folders by /, not by \\" if "\\" in lost[0] and os.sep == "/" else ""
+        raise DataError(
+            f"None of the files in the listing {str(file)!r} exists, relative to its folder: {lost[0]}{hint}."
+        )
     number = {label: i for i, label in enumerate(labels)}
     targets = encoded([[number[label] for label in row.labels] for row in existing], len(labels), "labels" in columns)
     return LabelledImages(

@@ -120,7 +120,8 @@ def split_folders(folder: Path) -> dict[str, Path]:
             listed = " and ".join(f"{child.name}/" for _, child in named)
             raise DataError(
                 f"{str(folder)!r} contains {listed}, which are named like splits but hold no class folders. Put the "
-                f"images of each class into a folder of its own: {named[0][1].name}/cat/1.jpg."
+                f"images of each class into a folder of its own: {named[0][1].name}/cat/1.jpg. If these are classes, "
+                "rename them."
             )
         return {}
     if len(splits) == 1:
@@ -201,6 +202,14 @@ def _open_classes(folder: Path, root: Path, left_out_beside: LeftOut) -> Labelle
             f"subfolders: {listed}. If these are the classes, put the images of each class into one folder, or pass "
             "one of these folders by its own path."
         )
+    names = {path.name for path in classes}
+    for path, inner in zip(classes, children, strict=True):
+        if len(inner) > 1 and inner <= names:
+            listed = ", ".join(f"{name}/" for name in sorted(inner)[:3])
+            raise DataError(
+                f"{str(folder)!r} contains {path.name}/, which holds folders named like its neighbours ({listed}), as "
+                f"after unpacking an archive twice. Remove one of the copies, or pass {str(path)!r}."
+            )
     targets = [i for i, paths in enumerate(files.values()) for _ in paths]
     return LabelledImages(
         f"{str(folder)!r}",
@@ -265,18 +274,33 @@ def check_same_labels(labels: Sequence[str], images: LabelledImages, objective: 
 def repeats(train: LabelledImages, test: LabelledImages | None) -> dict[str, int]:
     """Counts identical images, byte for byte, among hashed images, and warns of them.
 
-    `classes`: training images that also occur with other labels; `test`: test images that are training images too.
+    `classes`: training images that also occur with other labels; `copies`: training images beyond the first of each
+    content and label; `test`: test images that are training images too.
     """
     assert train.digests is not None
     labels: dict[str, set[str]] = {}
-    for digest, target in zip(train.digests, train.targets.tolist(), strict=True):
-        if digest != UNREADABLE:
-            labels.setdefault(digest, set()).add(train.label_text(target))
-    in_classes = sum(len(labels.get(digest, ())) > 1 for digest in train.digests)
+    readable = [row for row, digest in enumerate(train.digests) if digest != UNREADABLE]
+    targets = train.targets.tolist()
+    for row in readable:
+        labels.setdefault(train.digests[row], set()).add(train.label_text(targets[row]))
+    contradicting = [row for row in readable if len(labels[train.digests[row]]) > 1]
+    in_classes, copies = len(contradicting), len(readable) - sum(map(len, labels.values()))
     in_test = 0 if test is None else sum(test.digest(index) in labels for index in range(len(test)))
-    remarks = [f"{in_classes} training images also occur with other labels"] if in_classes else []
+    remarks = []
+    if contradicting:
+        first = contradicting[0]
+        known = " and ".join(map(repr, sorted(labels[train.digests[first]])[:2]))
+        remarks.append(
+            f"{in_classes} training images also occur with other labels, such as {train.item(first).called} with "
+            f"{known}; give each image one label"
+        )
+    if copies:
+        remarks.append(
+            f"{copies} training images are copies of others of their class, which inflates the validation score; "
+            "remove them"
+        )
     if test is not None and in_test:
         remarks.append(f"{in_test} of {len(test)} test images are also training images, which inflates the test score")
     if remarks:
         log.warning("Byte-identical images: %s.", "; ".join(remarks))
-    return {"classes": in_classes, "test": in_test}
+    return {"classes": in_classes, "copies": copies, "test": in_test}

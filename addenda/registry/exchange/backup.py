@@ -27,6 +27,7 @@ from addenda.registry.store.database import (
 from addenda.registry.store.digests import digest
 from addenda.registry.store.ledger import notify
 from addenda.registry.store.upgrade import check_readable, upgrade
+from addenda.text import shown
 
 _BATCH, _SMALL_BATCH = 500, 16
 _MARKER, _COPY = "addenda-backup", "copy.db"
@@ -101,9 +102,14 @@ def _staging(engine: Engine, folder: Path) -> Iterator[Path]:
     prefix, marker_text = _folder_marks(engine)
     staging = folder / f"{prefix}{secrets.token_hex(4)}"
     staging.mkdir(mode=0o700)
-    with written(staging / _MARKER) as unfinished:  # locked before it is renamed, so that `remains` never finds it free
-        unfinished.write_text(marker_text)
-        hold = Hold(unfinished, shared=True)
+    try:
+        # Locked before it is renamed, so that `remains` never finds it free.
+        with written(staging / _MARKER) as unfinished:
+            unfinished.write_text(marker_text)
+            hold = Hold(unfinished, shared=True)
+    except BaseException:
+        discard(staging, _FILES, _MARKER)
+        raise
     with hold:
         try:
             yield staging / _COPY
@@ -114,7 +120,7 @@ def _staging(engine: Engine, folder: Path) -> Iterator[Path]:
 def _folder_marks(engine: Engine) -> tuple[str, str]:
     """The name prefix of a registry's backup folders, and the text of their marker files."""
     location = display_location(engine)
-    return f".backup-{digest(os.fsencode(location))[:8]}-", f"A backup of {location} that is being made.\n"
+    return f".backup-{digest(os.fsencode(location))[:8]}-", f"A backup of {shown(location)} that is being made.\n"
 
 
 @contextmanager

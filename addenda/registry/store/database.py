@@ -29,7 +29,9 @@ OUTAGES = frozenset({
 OUTAGE_CLASSES = frozenset({"08", "25", "40", "53", "55", "57", "58"})
 """Classes of PostgreSQL error codes: connection, read-only standby, deadlock, resources, lock, operator, system."""
 WAIT_S = 30
-"""Lock timeout in seconds."""
+"""Lock timeout of writers in seconds."""
+READ_WAIT_S = 10
+"""Lock timeout of readers in seconds: other programs, such as VACUUM FULL, may lock whole tables."""
 _PRAGMAS = (
     "synchronous=FULL",
     "foreign_keys=ON",
@@ -68,7 +70,7 @@ def connect(location: str | Path, create: bool, read_only: bool = False) -> Engi
 
 
 @contextmanager
-def database_errors(context: str) -> Iterator[None]:
+def database_errors(context: str, conclusion: str = " Nothing was changed.") -> Iterator[None]:
     """Turns errors of the database, and of values that it cannot store, into RegistryErrors with a context."""
     try:
         yield
@@ -81,7 +83,7 @@ def database_errors(context: str) -> Iterator[None]:
         rejected = isinstance(error, (ProgrammingError, OperationalError, sqlite3.OperationalError))
         permanent = RegistryFaultError if rejected else RegistryError
         error_class = RegistryUnavailableError if _is_outage(error) else permanent
-        raise error_class(f"{context}: {message}. Nothing was changed.") from error
+        raise error_class(f"{context}: {message}.{conclusion}") from error
 
 
 def _is_value_error(error: BaseException) -> bool:
@@ -113,7 +115,7 @@ def writing(engine: Engine) -> Iterator[Connection]:
 @contextmanager
 def reading(engine: Engine) -> Iterator[Connection]:
     """A consistent read transaction, which never waits for writers; raises RegistryError if rows are unreadable."""
-    with database_errors("The registry cannot be read"), engine.connect() as connection:
+    with database_errors("The registry cannot be read", conclusion=""), engine.connect() as connection:
         try:
             yield connection
         except (ValueError, RecursionError) as error:  # a JSON column that no longer parses
@@ -235,16 +237,23 @@ def _begin_sqlite(connection: Connection) -> None:
 
 
 def _postgresql(url: URL, read_only: bool) -> Engine:
-    options = {"options": "-c default_transaction_read_only=on"} if read_only else {}
     try:
         engine = create_engine(
             url.set(drivername="postgresql+psycopg"),
             json_serializer=canonical_json,
             pool_pre_ping=True,  # the server may have restarted since the last transaction
-            connect_args={"connect_timeout": 10, "application_name": "addenda"} | options,
+            connect_args={"connect_timeout": 10, "tcp_user_timeout": 1000 * WAIT_S, "application_name": "addenda"},
         )
     except ImportError as error:
         raise RegistryError("A PostgreSQL registry requires psycopg: pip install 'addenda[postgres]'.") from error
+
+    @event.listens_for(engine, "connect")
+    def configure(dbapi: Any, record: Any) -> None:
+        dbapi.execute(f"SET lock_timeout = '{READ_WAIT_S}s'")
+        if read_only:  # not as an option of the connection, which would replace those of the URL
+            dbapi.execute("SET default_transaction_read_only = on")
+        dbapi.commit()
+
     event.listen(engine, "begin", _begin_postgresql)
     return engine
 

@@ -22,7 +22,7 @@ from addenda.registry.store.digests import canonical_json, digest
 from addenda.registry.store.records import ROWS, defaults
 
 POLL_S = 0.2
-_CHANNEL = "'addenda.' || current_schema()"
+_CHANNEL = "'addenda.' || md5(current_schema())"  # a channel's name has at most 63 bytes, as a schema's has
 
 
 def notify(connection: Connection, generation: int) -> None:

@@ -157,8 +157,14 @@ def find(connection: Connection, ref: str) -> Row[Any]:
         similar = difflib.get_close_matches(name[:100], known, n=5, cutoff=0.4) or known[:5]
         listed = ", ".join(map(repr, similar)) + (", …" if len(similar) < len(known) else "")
         task_id = connection.scalar(select(task.id).where(task.name == name).limit(1))
-        why = "has no active version" if task_id is not None and ref == name else "is not registered"
-        raise UnknownTaskError(f"Task {ref!r} {why}. Known: {listed or 'none'}. See: addenda tasks list")
+        if task_id is not None and at:
+            raise UnknownTaskError(f"Task {name!r} has no alias {alias!r}. See: addenda tasks show {name}")
+        if task_id is not None and ref == name:
+            raise UnknownTaskError(
+                f"Task {ref!r} has no active version: all were retired. Name one, such as '{name}:1'; see: addenda "
+                f"tasks list {name} --retired"
+            )
+        raise UnknownTaskError(f"Task {ref!r} is not registered. Known: {listed or 'none'}. See: addenda tasks list")
     return row
 
 
