@@ -67,7 +67,7 @@ class LogitBits(PluginMetric[float]):  # type: ignore[misc]
         compared: list[int] | slice = slice(None)
         if not isinstance(strategy.model, StreamClassifier):
             self._classes |= {int(target) for target in experience.dataset.targets}
-            compared = [number for number in sorted(self._classes) if number < before.shape[1]]
+            compared = [number for number in sorted(self._classes) if number < before.shape[1]] or compared
         self._before[experience.current_experience] = (images, label, compared, before[:, compared].contiguous())
         return values
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +19,26 @@ from avalanche.benchmarks import (
     with_task_labels,
 )
 from avalanche.benchmarks.scenarios.online import split_online_stream
-from avalanche.benchmarks.utils import DataAttribute, TransformGroups, as_classification_dataset
+from avalanche.benchmarks.utils import AvalancheDataset, DataAttribute, TransformGroups, as_classification_dataset
 from avalanche.benchmarks.utils.classification_dataset import ClassificationDataset
 from avalanche.benchmarks.utils.flat_data import ConstantSequence
 from avalanche.core import SupervisedPlugin
 from avalanche.evaluation.metrics import accuracy_metrics, bwt_metrics, forgetting_metrics, forward_transfer_metrics
-from avalanche.models import SimpleMLP, as_multitask
+from avalanche.models import IncrementalClassifier, SimpleMLP, as_multitask
 from avalanche.training import plugins
 from avalanche.training.plugins import EvaluationPlugin, LwFPlugin
 from avalanche.training.plugins.clock import Clock
-from avalanche.training.supervised import Naive
+from avalanche.training.supervised import Naive, StreamingLDA
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 
 from addenda import FrozenBackbone, LearnConfig, Registry
 from addenda.backbones import KeyValue
 from addenda.benchmarks import LogitBits, MaskedMemory
 from addenda.benchmarks.demo import digits
-from addenda.benchmarks.strategy import NEVER, LearnedTask, StreamClassifier
+from addenda.benchmarks.strategy import NEVER, ExperienceImages, LearnedTask, StreamClassifier
 from addenda.combined import CombinedModel, Router, feature_statistics, forward, joined_statistics
 from addenda.combined.forward import attend
 from addenda.exceptions import DataError, IntegrityError, RegistryError
@@ -487,3 +489,104 @@ def test_an_experience_is_refused_before_anything_is_learned_from_it(
     with pytest.raises(DataError, match="A plugin has replaced the training data"):
         masked_memory(glyphs, registry, plugins=[Halving()]).train(benchmark.train_stream[1])
     assert registry.tasks() == []
+
+
+class Items(Dataset[Any]):
+    """Noise of one brightness for each class, with further elements beside image and target."""
+
+    def __init__(self, classes: Sequence[int], seed: int, *more: Any) -> None:
+        random = torch.Generator().manual_seed(seed)
+        self.targets = [classes[i % len(classes)] for i in range(24)]
+        self._more = more
+        self._images = [0.3 * torch.randn(3, 32, 32, generator=random) + (target - 1.5) for target in self.targets]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        return self._images[index], self.targets[index], *self._more
+
+
+@pytest.mark.parametrize("more", [(), (7,)])
+def test_a_further_element_of_an_item_is_no_task_label(
+    tiny: FrozenBackbone, registry: Registry, more: tuple[int, ...]
+) -> None:
+    parts = {
+        split: [as_classification_dataset(Items(classes, seed, *more)) for classes in ((0, 1), (2, 3))]
+        for seed, split in enumerate(("train", "test"))
+    }
+    benchmark = benchmark_from_datasets(**parts)
+    strategy = masked_memory(tiny, registry)
+    for experience in benchmark.train_stream:
+        strategy.train(experience)
+    assert strategy.clock.train_iterations == 2
+    assert list(accuracies(strategy.eval(benchmark.test_stream)).values()) == [1.0, 1.0]
+
+
+def test_a_dataset_without_targets_is_refused() -> None:
+    bare = AvalancheDataset([[(torch.randn(3, 32, 32), 0), (torch.randn(3, 32, 32), 1)]])
+    with pytest.raises(DataError, match="has no attribute `targets`"):
+        ExperienceImages(bare)
+
+
+def test_another_seed_in_the_same_registry_is_told_of_the_prefix(tiny: FrozenBackbone, registry: Registry) -> None:
+    first = stream().train_stream[0]
+    masked_memory(tiny, registry).train(first)
+    evaluator = EvaluationPlugin(loggers=[])
+    other = MaskedMemory(backbone=tiny, registry=registry, config=replace(QUICK, seed=1), evaluator=evaluator)
+    with pytest.raises(RegistryError, match=r"'experience-000' is registered from other .* another `prefix`"):
+        other.train(first)
+
+
+def test_the_metric_compares_the_scores_of_a_strategy_that_makes_its_own() -> None:
+    bits = LogitBits(num_images=4)
+    evaluator = EvaluationPlugin(bits, loggers=[])
+    features = nn.Sequential(nn.AvgPool2d(8), nn.Flatten())
+    strategy = StreamingLDA(features, nn.CrossEntropyLoss(), 48, 6, evaluator=evaluator, train_epochs=1)
+    for experience in stream(task_labels=False).train_stream:
+        strategy.train(experience)
+    assert not bits.identical
+
+
+class Growing(nn.Module):
+    """Avalanche's head that grows, and masks classes not seen yet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features, self.classifier = nn.Sequential(nn.AvgPool2d(8), nn.Flatten()), IncrementalClassifier(48, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.classifier(self.features(x))
+        return logits
+
+
+def test_the_metric_ignores_columns_of_classes_that_come_later() -> None:
+    bits, model = LogitBits(num_images=4), Growing()
+    strategy = Naive(
+        model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.0), train_mb_size=16,
+        evaluator=EvaluationPlugin(bits, loggers=[]),
+    )  # fmt: skip
+    experiences = stream(task_labels=False).train_stream
+    for experience in experiences[:2]:
+        strategy.train(experience)
+    assert (bits.identical, bits.max_difference) == (True, 0.0)
+    with torch.no_grad():
+        model.classifier.classifier.bias[0] += 1
+    strategy.train(experiences[2])
+    assert (bits.identical, bits.max_difference > 0.9) == (False, True)
+
+
+def test_an_eval_transform_other_than_the_backbones_causes_a_warning(
+    tiny: FrozenBackbone, registry: Registry, caplog: pytest.LogCaptureFixture
+) -> None:
+    def other(image: Image.Image) -> Tensor:
+        halved: Tensor = tiny.transform(image) / 2
+        return halved
+
+    for prefix, transform in (("its-own", tiny.transform), ("other", other)):
+        benchmark = nc_benchmark(
+            digits((0, 1), test=False, limit=24), digits((0, 1), test=True, limit=4), n_experiences=1, shuffle=False,
+            task_labels=False, train_transform=None, eval_transform=transform,
+        )  # fmt: skip
+        masked_memory(tiny, registry, prefix=prefix).train(benchmark.train_stream[0])
+        assert ("is not `backbone.transform`" in caplog.text) == (transform is other)

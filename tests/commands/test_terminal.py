@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from io import StringIO
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from addenda import terminal
+from addenda import Task, terminal
+from addenda.commands.checkup import Finding
+from addenda.commands.verify import doctor
+from tests.support.commands import Run
+from tests.support.places import ROOT
 
 ROWS = [("airplane-bird:1", "accuracy", "identical, byte for byte, to what was registered under the same numerics")]
 
@@ -39,3 +49,59 @@ def test_wide_characters_are_not_wrapped_while_there_is_room(monkeypatch: pytest
     monkeypatch.setattr(terminal, "console", Console(file=(out := StringIO()), width=80))
     terminal.console.print(terminal.table("Labels", ("label", "images"), [("柴犬と雪景色", 3)]))
     assert "柴犬と雪景色" in out.getvalue()
+
+
+def test_in_a_narrow_terminal_each_row_is_a_list_of_all_its_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(terminal, "console", Console(file=(out := StringIO()), width=20))
+    columns, row = ("#", "when", "who", "", "details"), ("7", "2026-01-31 12:00", "ada", "ok", "a note of some length")
+    terminal.console.print(terminal.table("Events", columns, [row, row], whole=("when",)))
+    printed = out.getvalue()
+    assert max(map(len, printed.splitlines())) <= 20
+    words = printed.replace("\n", " ").split()
+    assert [word for word in words if word in {"#:", "when:", "who:", "details:", "ok"}] == [
+        "#:", "when:", "who:", "ok", "details:",
+    ] * 2  # fmt: skip
+
+
+def test_a_width_of_zero_is_no_width(tmp_path: Path) -> None:
+    listed = subprocess.run(
+        [sys.executable, "-c", "from addenda import terminal; print(terminal.console.width)"],
+        capture_output=True, text=True, env={**os.environ, "COLUMNS": "0"}, check=True, cwd=ROOT,
+    )  # fmt: skip
+    assert listed.stdout.strip() == "80"
+
+
+def test_without_standard_output_json_is_not_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    terminal.print_json({"a": 1})
+
+
+@pytest.mark.parametrize("folder", ["[/red]", "v[red]"])
+def test_a_path_is_not_markup(run: Run, registered: Callable[..., Task], tmp_path: Path, folder: str) -> None:
+    registered("digits")
+    (tmp_path / folder).mkdir()
+    moved = tmp_path / folder / "a.db"
+    shutil.copy(tmp_path / "tasks.db", moved)
+    listed = run("tasks", "list", "zzz", "--registry", moved)
+    assert (listed.code, f"0 tasks in {moved}" in listed.out.replace("\n", "")) == (0, True), listed
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("serve", "--cache-mb", "inf"), ("serve", "--timeout", "nan"), ("serve", "--drain", "inf"),
+        ("db", "log", "--after", "9" * 20), ("db", "log", "--limit", "9" * 20), ("tasks", "list", "--limit", "9" * 19),
+    ],
+)  # fmt: skip
+def test_numbers_that_nothing_can_hold_are_refused(run: Run, words: tuple[str, ...]) -> None:
+    refused = run(*words)
+    assert refused.code == 2
+    assert "This is a bug" not in refused.err
+
+
+def test_doctor_keeps_its_details_in_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(terminal, "console", Console(file=(out := StringIO()), width=80))
+    subject = "exactness of vit_tiny_patch16_224.augreg_in21k_ft_in1k with the registry's tasks"
+    monkeypatch.setattr("addenda.commands.checkup.checkup", lambda *_: [Finding(subject, "ok", "one detail")])
+    doctor("addenda.db", "cpu")
+    assert "one detail" in out.getvalue()

@@ -245,6 +245,37 @@ def test_a_changed_key_file_keeps_its_owner_or_is_not_changed(keys: KeyFile, mon
     assert not list(keys.path.parent.glob(".*"))
 
 
+def test_a_key_revoked_through_a_link_is_revoked(keys: KeyFile, tmp_path: Path) -> None:
+    key = keys.create("shop", "predict")
+    link = tmp_path / "link.json"
+    link.symlink_to(keys.path.name)
+    other = KeyFile(link).create("trainers", "register")
+    KeyFile(link).revoke("shop")
+    assert link.is_symlink()
+    assert (keys.find(key), keys.find(other).name) == (None, "trainers")
+    assert not (tmp_path / "link.json.lock").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
+def test_the_lock_of_a_key_file_belongs_to_the_key_files_owner(keys: KeyFile) -> None:
+    keys.create("shop", "predict")
+    os.chown(keys.path, 12345, 12346)
+    KeyFile(keys.path).create("trainers", "register")
+    lock = keys.path.with_name(f"{keys.path.name}.lock").stat()
+    assert (lock.st_uid, lock.st_gid) == (12345, 12346)
+
+
+def test_a_mistyped_key_file_creates_no_folder(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    created = run("keys", "create", "shop", "--scope", "predict", "--keys", tmp_path / "typo" / "keys.json")
+    assert (created.code, "does not exist; create it first" in created.err) == (2, True)
+    revoked = run("keys", "revoke", "shop", "--keys", tmp_path / "typo" / "keys.json")
+    assert (revoked.code, "There is no key file" in revoked.err) == (2, True)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run("keys", "create", "shop", "--scope", "predict", "--keys=~/keys.json").code == 0
+    assert KeyFile(tmp_path / "keys.json").keys()[0].name == "shop"
+
+
 def test_a_malformed_key_file_is_rejected(tmp_path: Path) -> None:
     for text in ("", "{}", "[1]", '[{"name": "a", "scope": "root", "sha256": "", "created_at": ""}]'):
         (tmp_path / "keys.json").write_text(text)

@@ -296,8 +296,8 @@ def repeats(train: LabelledImages, test: LabelledImages | None) -> dict[str, int
         )
     if copies:
         remarks.append(
-            f"{copies} training images are copies of others of their class, which inflates the validation score; "
-            "remove them"
+            f"training images that are copies of others of their class: {copies}, which inflates the validation "
+            "score; remove them"
         )
     if test is not None and in_test:
         remarks.append(f"{in_test} of {len(test)} test images are also training images, which inflates the test score")

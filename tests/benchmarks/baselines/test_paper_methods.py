@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from addenda import FrozenBackbone, LearnConfig
 from addenda.benchmarks.baselines import paper_methods
 from addenda.benchmarks.baselines.dense_mask import DenseMask
+from addenda.benchmarks.baselines.finetuning import Classifier
 from addenda.benchmarks.baselines.paper_methods import (
     BaselineConfig,
     Rate,
     _low_rank,
+    baseline_logits,
     best_baseline,
     is_baseline,
     joined_accuracies,
@@ -240,3 +242,11 @@ def test_lora_on_another_backbone_family_is_refused(train: LabelledImages) -> No
     ):
         best_baseline(train_baselines("lora-4", dinov3, train, config=QUICK))
     assert best_baseline(train_baselines("full", dinov3, train, config=QUICK)).num_images > 0
+
+
+@pytest.mark.parametrize("kind", ["resnet", "convnext"])
+def test_models_whose_head_has_another_name_are_fine_tuned(kind: str, train: LabelledImages) -> None:
+    on = backbone(kind)
+    trained = best_baseline(train_baselines("full", on, train, config=QUICK))
+    assert baseline_logits(on, trained, train.read_all(on)[:2]).shape == (2, 3)
+    assert Classifier(on, 3, autocast=False)(images(2)).shape == (2, 3)

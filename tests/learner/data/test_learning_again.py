@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from addenda import LearnConfig, Learner, Registry
 from addenda.exceptions import NameTakenError, RegistryError, RetiredError
@@ -109,3 +110,37 @@ def test_test_images_with_a_bad_one_are_evaluated_once_and_it_is_reported(tmp_pa
     assert "skipped: " in run(*words).out
     with Registry.open(tmp_path / "tasks.db") as registry:
         assert len(registry.evaluations("any")) == 2
+
+
+def test_under_other_numerics_the_error_says_so(learner: Learner, folder: Path) -> None:
+    learner.learn("any", folder, config=HEAD_ONLY)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(NameTakenError, match=r"\(version 1\) with other numerics, from these images with these"):
+            learner.learn("any", folder, config=HEAD_ONLY)
+        with pytest.raises(NameTakenError, match="with other content"):
+            learner.learn("any", folder, config=LearnConfig(head_only=True, seed=1))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_test_split_given_later_is_compared_with_the_training_images(run: Run, folder: Path, tmp_path: Path) -> None:
+    run("learn", "any", folder, *LEARN)
+    again = run("learn", "any", folder, *LEARN, "--test", folder)
+    assert "8 of 8 test images are also training images" in again.err
+    assert "test" in again.out
+    repeated = json.loads(run("learn", "any", folder, *LEARN, "--test", folder, "--json").out)
+    assert repeated["repeated"]["test"] == 8
+    assert "any:1 was learned from 8 of the test images" in run("evaluate", "any", folder).err
+
+
+def test_the_files_that_cannot_be_read_are_named_where_they_are_now(run: Run, folder: Path, tmp_path: Path) -> None:
+    (folder / "red" / "junk.png").write_bytes(b"junk")
+    assert run("learn", "any", folder, *LEARN, "--skip-bad").code == 0
+    moved = folder.rename(tmp_path / "moved")
+    refused = run("learn", "any", moved, *LEARN)
+    assert refused.code == 2
+    assert f"{moved!s}/red/junk.png" in refused.err
+    assert str(folder) not in refused.err
+    assert "skipped when it was learned: " in run("learn", "any", moved, *LEARN, "--skip-bad").out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -300,3 +301,33 @@ def test_the_traceback_of_a_system_error_is_printed_on_request(run: Run, monkeyp
     assert run("tasks", "list").err == "Error: [Errno 5] Input/output error.\n"
     with pytest.raises(OSError, match="Input/output"):
         run("tasks", "list", "--traceback")
+
+
+def test_an_archive_unpacked_twice_is_refused(tmp_path: Path) -> None:
+    data = colour_folder(tmp_path / "trash", per_class=4)
+    colour_folder(data / "trash", per_class=4)
+    with pytest.raises(DataError, match=r"contains trash/, which holds folders named like its neighbours \(blue/, gre"):
+        open_images(data)
+
+
+def test_copies_and_contradictions_are_reported_with_an_example(learner: Learner, folder: Path, run: Run) -> None:
+    content = (folder / "red" / "0.png").read_bytes()
+    (folder / "red" / "0 (1).png").write_bytes(content)
+    (folder / "blue" / "again.png").write_bytes(content)
+    learned = run("learn", "any", folder, *LEARN, "--json")
+    assert json.loads(learned.out)["repeated"] == {"classes": 3, "copies": 1, "test": 0}
+    said = r"3 training images also occur with other labels, such as Image '\S+' with 'blue' and 'red'; give each"
+    assert re.search(said, learned.err)
+    assert "training images that are copies of others of their class: 1, which" in learned.err
+
+
+def test_an_empty_file_is_called_empty(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").touch()
+    with pytest.raises(DataError, match="it is empty, 0 bytes"):
+        read_image(tmp_path / "a.jpg")
+
+
+def test_a_listing_of_another_system_is_explained(folder: Path) -> None:
+    (folder / "all.csv").write_text("path,label\nred\\0.png,red\nblue\\0.png,blue\n")
+    with pytest.raises(DataError, match=r"Separate folders by /, not by \\"):
+        open_images(folder / "all.csv")

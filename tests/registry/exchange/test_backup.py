@@ -247,3 +247,14 @@ def test_a_copy_that_is_killed_leaves_nothing_and_can_be_made_again(book, locati
     killed("restore", tmp_path / "safe.db", empty, table)
     assert not any(rows(empty).values())
     assert restore(tmp_path / "safe.db", empty) == integrity
+
+
+def test_a_registry_whose_name_is_not_utf8_is_backed_up_without_remains(tmp_path):
+    name = os.fsdecode(b"na\xefme.db")
+    with Registry.open(tmp_path / name) as registry:
+        keep(registry, a_task("digits"))
+        registry.backup(tmp_path / "copy.db")
+        registry.export(["digits"], tmp_path / os.fsdecode(b"bu\xefn.addenda"))
+    assert len([path for path in tmp_path.iterdir() if path.name.startswith(".")]) == 0
+    with Registry.open(tmp_path / "copy.db") as copy:
+        assert [record.ref for record in copy.tasks()] == ["digits:1"]

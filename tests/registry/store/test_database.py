@@ -14,7 +14,7 @@ from sqlalchemy import text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ProgrammingError
 
-from addenda.exceptions import RegistryError
+from addenda.exceptions import RegistryError, RegistryUnavailableError
 from addenda.registry import Registry
 from addenda.registry.store import database as databases
 from tests.support.databases import ON_POSTGRESQL, address, everything, raw, rows
@@ -182,3 +182,27 @@ def test_nothing_is_written_to_a_file_that_was_removed_or_replaced(registry, tmp
             other.add_backbone(BACKBONE)
     with pytest.raises(RegistryError, match=r"'.*tasks\.db' was removed or replaced after it was opened\. Nothing was"):
         keep(registry, a_task())
+
+
+@ON_POSTGRESQL
+def test_a_registry_in_a_schema_is_read_from_that_schema(database, tmp_path):
+    location, schema = database.new(), "s" * 60  # as long as PostgreSQL allows
+    with raw(location) as connection:
+        connection.execute(text(f"CREATE SCHEMA {schema}"))
+    within = f"{location}?options=-csearch_path%3D{schema}"
+    with Registry.open(location) as public, Registry.open(within) as inner:
+        keep(public, a_task("outside"))
+        keep(inner, a_task("inside"))
+    with Registry.open(tmp_path / "merged.db") as merged:
+        assert [received.ref for received in merged.merge(within)] == ["inside:1"]
+        assert [received.ref for received in merged.merge(location)] == ["outside:1"]
+
+
+@ON_POSTGRESQL
+def test_a_reader_does_not_wait_for_long_when_a_table_is_locked(full_book, monkeypatch):
+    monkeypatch.setattr(databases, "READ_WAIT_S", 1)
+    with Registry.open(address(full_book)) as impatient, raw(full_book) as other:
+        other.execute(text("LOCK TABLE task, event IN ACCESS EXCLUSIVE MODE"))
+        with pytest.raises(RegistryUnavailableError, match=r"The registry cannot be read: .*lock timeout\.$"):
+            impatient.tasks()
+    assert [record.ref for record in full_book.tasks()] == ["strokes:1", "digits:1"]

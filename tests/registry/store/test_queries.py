@@ -138,3 +138,13 @@ def test_a_damaged_artifact_leaves_the_rest_of_a_record_as_it_is(full_book, data
     assert after.reads == "damaged"
     assert replace(after, **known, size_bytes=before.size_bytes) == before
     assert after in full_book.tasks()
+
+
+def test_a_retired_name_and_an_unknown_alias_are_named(full_book):
+    with pytest.raises(
+        UnknownTaskError, match=r"Task 'digits' has no alias 'staging'\. See: addenda tasks show digits"
+    ):
+        full_book.record("digits@staging")
+    full_book.retire("digits", "worse")
+    with pytest.raises(UnknownTaskError, match=r"'digits' has no active version: all were retired\. Name one, such as"):
+        full_book.record("digits")
