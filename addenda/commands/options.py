@@ -102,9 +102,8 @@ Json = Annotated[bool, Option("--json", help="Print JSON.")]
 CacheGb = Annotated[
     float | None,
     Option(
-        callback=finite,
         help="Disk budget of the activation cache in GB (10^9 bytes); 0 stores nothing. Default: half of the space "
-        "that is free or holds cache entries.",
+        "that is free or holds cache entries."
     ),
 ]
 NewVersion = Annotated[bool, Option("--new-version", help="Add a version if the name is taken, instead of failing.")]

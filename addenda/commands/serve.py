@@ -167,7 +167,7 @@ def serve(
             typer.echo(line)  # standard error is the log, JSON in every line
             sys.stdout.flush()
 
-        say(f"Listening on {url}, loading {opened.location}")
+        say(f"Listening on {url} while {opened.location} is loaded")
         settings = WorkerSettings(
             workers, loaded.name, loaded.preprocessing, limits, str(keys), host in LOOPBACK, log_level, STOP_S
         )

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from addenda import Task, terminal
+from addenda import Registry, terminal
 from addenda.commands.checkup import Finding
 from addenda.commands.verify import doctor
 from tests.support.commands import Run
@@ -77,13 +75,12 @@ def test_without_standard_output_json_is_not_printed(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("folder", ["[/red]", "v[red]"])
-def test_a_path_is_not_markup(run: Run, registered: Callable[..., Task], tmp_path: Path, folder: str) -> None:
-    registered("digits")
-    (tmp_path / folder).mkdir()
-    moved = tmp_path / folder / "a.db"
-    shutil.copy(tmp_path / "tasks.db", moved)
-    listed = run("tasks", "list", "zzz", "--registry", moved)
-    assert (listed.code, f"0 tasks in {moved}" in listed.out.replace("\n", "")) == (0, True), listed
+def test_a_path_is_not_markup(run: Run, tmp_path: Path, folder: str) -> None:
+    (tmp_path / folder).mkdir(parents=True)
+    location = tmp_path / folder / "a.db"
+    Registry.open(location).close()
+    listed = run("tasks", "list", "zzz", "--registry", location)
+    assert (listed.code, f"0 tasks in {location}" in listed.out.replace("\n", "")) == (0, True), listed
 
 
 @pytest.mark.parametrize(

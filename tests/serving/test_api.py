@@ -211,7 +211,7 @@ def test_an_alias_is_moved_only_if_the_precondition_holds(client: AppClient, reg
     def put(version: int, **headers: str) -> Any:
         return client.put(path, json={"version": version}, headers={k.replace("_", "-"): v for k, v in headers.items()})
 
-    problem(client.get(path), 404, "'digits@production' is not registered")
+    problem(client.get(path), 404, "'digits' has no alias 'production'")
     for body in (b"", b"{}", b'{"version": "x"}', b"[1]"):
         problem(client.put(path, content=body, headers={"If-None-Match": "*"}), 422, "body")
     problem(client.put(path, content=b" " * 5000, headers={"If-None-Match": "*"}), 413, "exceeds 4096 bytes")

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from addenda.benchmarks.baselines.method import OneHead, quiet_evaluator
 from addenda.benchmarks.baselines.paper_methods import merged
 from addenda.benchmarks.baselines.per_task import train
-from addenda.combined import CombinedModel, pass_operations, task_cost
+from addenda.combined import task_cost
 from addenda.learner.data.labelled import LabelledImages
 from addenda.learner.objectives import SingleLabel
-from addenda.registry import Task
 
 CHUNK = 512
 """Images that FeCAM scores at once."""
@@ -42,11 +41,7 @@ class FeatureMethod(OneHead):
         return self._predict(self.pooled(images)).float()
 
     def _relative_inference(self) -> float:
-        """Operations of the pooled feature, whose last block is reduced as in the combined model."""
-        zeros = torch.zeros(1, self.backbone.embed_dim, dtype=torch.float32, device="cpu")
-        head = Task("probe", self.backbone.fingerprint, ("any",), head_weight=zeros, head_bias=zeros[:, 0])
-        model = CombinedModel(self.backbone, [head], exact=False)
-        return pass_operations(model) / task_cost(self.backbone, 0).backbone_operations
+        return self.pooled_inference()
 
     @abstractmethod
     def _fit(self, features: Float[Tensor, "N D"], targets: Int[Tensor, " N"]) -> None:

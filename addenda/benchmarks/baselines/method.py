@@ -17,9 +17,11 @@ from torch import Tensor
 from addenda.backbones import FrozenBackbone
 from addenda.benchmarks.continual.stream import Experience, Stream
 from addenda.benchmarks.strategy import NEVER
+from addenda.combined import CombinedModel, pass_operations, task_cost
 from addenda.learner import ActivationCache, Augmentation
 from addenda.learner.activations import Activations
 from addenda.learner.data import LabelledImages
+from addenda.registry import Task
 
 Count = Annotated[int, Field(ge=1)]
 Rates = Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
@@ -115,6 +117,14 @@ class Method(ABC):
             features = Activations(self.backbone, images, Augmentation(views=0), cache, tokens=False).pooled
             self._features[id(images)] = images, features
         return self._features[id(images)][1]
+
+    def pooled_inference(self) -> float:
+        """Operations of the pooled feature, for which the last block is reduced, relative to a forward pass."""
+        weight = torch.zeros(1, self.backbone.embed_dim, dtype=torch.float32, device="cpu")
+        bias = torch.zeros(1, dtype=torch.float32, device="cpu")
+        head = Task("probe", self.backbone.fingerprint, ("any",), head_weight=weight, head_bias=bias)
+        model = CombinedModel(self.backbone, [head], exact=False)
+        return pass_operations(model) / task_cost(self.backbone, 0).backbone_operations
 
     def no_scores(self, images: LabelledImages) -> Float[Tensor, "N C"]:
         """Scores of NEVER for every class."""

@@ -115,3 +115,6 @@ class LinearProbePerTask(PerTask):
 
     def _stored_bytes(self) -> float:
         return sum(task.weight.nbytes + task.bias.nbytes for task in self._tasks)
+
+    def _relative_inference(self) -> float:
+        return self.pooled_inference()

@@ -187,10 +187,12 @@ def test_prices_count_the_stored_bytes(tiny: FrozenBackbone) -> None:
     for name, expected in stored_bytes.items():
         price = learned(name, tiny, "two", epochs=1).price()
         assert price.stored_bytes == pytest.approx(expected), name
+        # A pooled feature needs less than the whole last block; RanPAC adds a projection.
+        expected_inference = {"naive": 1, "joint": 1, "ewc": 1, "lwf": 1, "replay": 1}.get(name, 0.805)
         if name == "ranpac":
-            assert 1 < price.relative_inference < 1.1
+            assert 0.806 < price.relative_inference < 0.9
         else:
-            assert price.relative_inference == 1
+            assert price.relative_inference == pytest.approx(expected_inference, abs=1e-3), name
     full, lora = (learned(name, tiny, "two", epochs=1).price() for name in ("full", "lora-8"))
     assert full.relative_inference == lora.relative_inference == 2
     assert full.stored_bytes == weights - 4 * (classes - 2) * (width + 1)

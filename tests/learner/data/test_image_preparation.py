@@ -187,7 +187,7 @@ def test_an_unreadable_image_of_a_dataset_is_an_error_or_skipped(
     assert "Item 25 of the given Pictures has pixel values from 0 to 70000" in str(refused.value)
     task = learner.learn("colours", data, config=LearnConfig(head_only=True), skip_bad=True)
     assert (task.data["num_images"], len(task.data["skipped"])) == (24, 2)
-    assert task.data["repeated"] == {"classes": 0, "test": 0}
+    assert task.data["repeated"] == {"classes": 0, "copies": 0, "test": 0}
 
 
 def test_another_order_of_classes_is_another_task(tiny: FrozenBackbone, registry: Registry, tmp_path: Path) -> None:

@@ -316,7 +316,7 @@ def test_copies_and_contradictions_are_reported_with_an_example(learner: Learner
     (folder / "blue" / "again.png").write_bytes(content)
     learned = run("learn", "any", folder, *LEARN, "--json")
     assert json.loads(learned.out)["repeated"] == {"classes": 3, "copies": 1, "test": 0}
-    said = r"3 training images also occur with other labels, such as Image '\S+' with 'blue' and 'red'; give each"
+    said = r"3 training images also occur with other labels, such as \S+ with 'blue' and 'red'; give each"
     assert re.search(said, learned.err)
     assert "training images that are copies of others of their class: 1, which" in learned.err
 

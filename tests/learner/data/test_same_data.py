@@ -238,8 +238,8 @@ def test_images_in_both_splits_and_in_two_classes_are_counted(
     shutil.copy(tmp_path / "set" / "train" / "red" / "2.png", tmp_path / "set" / "train" / "blue" / "x2.png")
     with caplog.at_level(logging.WARNING):
         task = Learner(tiny, registry).learn("colours", tmp_path / "set", config=LearnConfig(head_only=True))
-    assert task.data["repeated"] == {"classes": 2, "test": 2}
-    assert registry.record("colours").data["repeated"] == {"classes": 2, "test": 2}
+    assert task.data["repeated"] == {"classes": 2, "copies": 0, "test": 2}
+    assert registry.record("colours").data["repeated"] == {"classes": 2, "copies": 0, "test": 2}
     (message,) = [record.getMessage() for record in caplog.records if "Byte-identical images" in record.getMessage()]
     assert "2 training images also occur with other labels" in message
     assert "2 of 26 test images are also training images" in message
@@ -249,8 +249,13 @@ def test_without_repeats_nothing_is_logged(
     tiny: FrozenBackbone, registry: Registry, pictures: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        task = Learner(tiny, registry).learn("colours", pictures, config=LearnConfig(head_only=True))
-    assert task.data["repeated"] == {"classes": 0, "test": 0}
+        copied = Learner(tiny, registry).learn("copied", pictures, config=LearnConfig(head_only=True))
+        assert copied.data["repeated"] == {"classes": 0, "copies": 1, "test": 0}
+        assert "training images that are copies of others of their class: 1" in caplog.text
+        caplog.clear()
+        whole = pictures / "test"
+        task = Learner(tiny, registry).learn("colours", whole, config=LearnConfig(head_only=True))
+    assert task.data["repeated"] == {"classes": 0, "copies": 0, "test": 0}
     assert "Byte-identical images" not in caplog.text
 
 
@@ -258,5 +263,5 @@ def test_repeats_are_in_the_json_too(run: Run, tmp_path: Path) -> None:
     colour_folder(tmp_path / "set" / "train")
     shutil.copytree(tmp_path / "set" / "train", tmp_path / "set" / "test")
     result = run("learn", "colours", tmp_path / "set", "--backbone", "glyphs", "--head-only", "--json")
-    assert json.loads(result.out)["repeated"] == {"classes": 0, "test": 24}
+    assert json.loads(result.out)["repeated"] == {"classes": 0, "copies": 0, "test": 24}
     assert "24 of 24 test images are also training images, which inflates the test score" in result.err

@@ -252,6 +252,7 @@ def test_a_copy_that_is_killed_leaves_nothing_and_can_be_made_again(book, locati
 def test_a_registry_whose_name_is_not_utf8_is_backed_up_without_remains(tmp_path):
     name = os.fsdecode(b"na\xefme.db")
     with Registry.open(tmp_path / name) as registry:
+        registry.add_backbone(BACKBONE)
         keep(registry, a_task("digits"))
         registry.backup(tmp_path / "copy.db")
         registry.export(["digits"], tmp_path / os.fsdecode(b"bu\xefn.addenda"))

@@ -45,7 +45,7 @@ def test_an_alias_is_removed_and_its_history_stays(versions):
     with pytest.raises(RegistryError, match="points at 'digits:2', not at 'digits:1' as expected"):
         versions.remove_alias("digits", "production", expected=1)
     versions.remove_alias("digits", "production", expected=2)
-    with pytest.raises(UnknownTaskError, match="'digits@production' is not registered"):
+    with pytest.raises(UnknownTaskError, match="'digits' has no alias 'production'"):
         versions.get("digits@production")
     with pytest.raises(RegistryError, match="There is no alias 'digits@production'"):
         versions.remove_alias("digits", "production")

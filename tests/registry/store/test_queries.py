@@ -145,6 +145,7 @@ def test_a_retired_name_and_an_unknown_alias_are_named(full_book):
         UnknownTaskError, match=r"Task 'digits' has no alias 'staging'\. See: addenda tasks show digits"
     ):
         full_book.record("digits@staging")
+    full_book.remove_alias("digits", "production")
     full_book.retire("digits", "worse")
     with pytest.raises(UnknownTaskError, match=r"'digits' has no active version: all were retired\. Name one, such as"):
         full_book.record("digits")

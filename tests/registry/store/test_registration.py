@@ -193,7 +193,10 @@ def test_an_unknown_reference_is_refused_everywhere(shared_book, ref):
     for ask in asks:
         with pytest.raises(UnknownTaskError) as refusal:
             ask(ref)
-        assert str(refusal.value) == f"Task {ref!r} is not registered. Known: 'digits'. See: addenda tasks list"
+        expected = f"Task {ref!r} is not registered. Known: 'digits'. See: addenda tasks list"
+        if "@" in ref:
+            expected = f"Task 'digits' has no alias {ref.partition('@')[2]!r}. See: addenda tasks show digits"
+        assert str(refusal.value) == expected
 
 
 def test_an_empty_registry_knows_no_names(database):
