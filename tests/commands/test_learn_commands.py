@@ -174,6 +174,14 @@ def test_many_tasks_are_learned_from_one_file(run: Run, digits_folder: Path, tmp
     ]  # fmt: skip
     assert "few failed: 6 of 6 images in" in first.out
     assert "after-few skipped: it extends 'few', which failed" in first.out
+    skipping = tmp_path / "skipping.yaml"
+    bad = next((digits_folder / "train").glob("*/*.png")).with_name("bad.png")
+    bad.write_bytes(b"no image")
+    skipping.write_text("tasks: [{name: with-bad, data: digits, config: {head_only: true}}]")
+    skipped = run("learn-many", skipping, "--skip-bad").out.replace("\n", "")
+    assert "with-bad, skipped: " in skipped
+    assert str(bad) in skipped
+    bad.unlink()
     again = run("learn-many", file, "--json")
     assert again.code == 1
     outcomes = json.loads(again.out)

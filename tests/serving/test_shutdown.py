@@ -61,3 +61,36 @@ def test_a_signal_during_the_start_ends_the_process_at_once() -> None:
         assert process.stdout.readline() == "starting\n"
         process.terminate()
         assert process.wait(30) == -signal.SIGTERM
+
+
+def test_requests_for_websockets_are_not_logged_and_failures_not_twice() -> None:
+    script = (
+        "import asyncio\n"
+        "from fastapi import FastAPI\n"
+        "from addenda.serving.server import Server, bind, log_as_json\n"
+        "app = FastAPI()\n"
+        "app.state.draining = False\n"
+        "@app.get('/fails')\n"
+        "async def fails():\n"
+        "    raise RuntimeError('at once')\n"
+        "async def ask():\n"
+        "    started = asyncio.Event()\n"
+        "    server = Server(app, drain_s=0, stop_s=2, on_start=started.set)\n"
+        "    running = asyncio.ensure_future(server.serve([bind('127.0.0.1', 0)]))\n"
+        "    await started.wait()\n"
+        "    host, port = server.servers[0].sockets[0].getsockname()\n"
+        "    upgrade = b'Upgrade: websocket\\r\\nConnection: Upgrade'\n"
+        "    for request in (b'GET / HTTP/1.1\\r\\n' + upgrade, b'GET /fails HTTP/1.1'):\n"
+        "        reader, writer = await asyncio.open_connection(host, port)\n"
+        "        writer.write(request + b'\\r\\nHost: localhost\\r\\n\\r\\n')\n"
+        "        print((await reader.readline()).decode().strip(), flush=True)\n"
+        "        writer.close()\n"
+        "    server.should_exit = True\n"
+        "    await running\n"
+        "log_as_json('info')\n"
+        "asyncio.run(ask())\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ended.stdout.splitlines() == ["HTTP/1.1 404 Not Found", "HTTP/1.1 500 Internal Server Error"], ended.stderr
+    assert "WebSocket" not in ended.stderr
+    assert "Exception in ASGI application" not in ended.stderr

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from addenda import FrozenBackbone, Registry, cli, load_backbone
+from addenda import FrozenBackbone, Registry, __version__, cli, load_backbone
 from addenda.benchmarks.baselines.method import Scores
 from addenda.benchmarks.continual.config import StreamConfig, build_stream, read_config
 from addenda.benchmarks.continual.experiment import CELLS, REGISTRIES, MethodRun, _Matrices, run_continual
@@ -97,7 +97,8 @@ def test_a_report_states_its_own_command_and_machine(run: Command, tmp_path: Pat
     assert results.command == f"addenda {' '.join(arguments)} --device cpu --out '{tmp_path}/a b'"
     fingerprint = numerics(load_backbone("glyphs", device="cpu"))
     count = fingerprint["threads"]
-    assert results.hardware == f"{fingerprint['device']}, {count} thread{'' if count == 1 else 's'}"
+    machine = f"{fingerprint['device']}, {count} thread{'' if count == 1 else 's'}"
+    assert results.hardware == f"{machine}, torch {fingerprint['torch']}, Addenda {__version__}"
     assert results.expected == {}
     assert not {"command", "hardware", "minutes", "expected"} & set(results.config)
     assert first.err.splitlines()[-1] == "seed 0: slda, done"  # standard error is not a terminal here
@@ -150,6 +151,17 @@ def test_a_finished_run_is_not_computed_again(tiny: FrozenBackbone, tmp_path: Pa
     other = run(quick(methods=["addenda", "nearest-mean"], limit=24), tiny, tmp_path)  # other images, so other cells
     assert len((tmp_path / CELLS).read_text().splitlines()) == 4
     assert other.experiences[0].num_train == 24
+
+
+def test_each_cell_keeps_the_hardware_that_it_was_computed_on(tiny: FrozenBackbone, tmp_path: Path) -> None:
+    first = run(quick(methods=["nearest-mean"]), tiny, tmp_path)
+    torch.set_num_threads(2)
+    try:
+        assert run(quick(methods=["nearest-mean"]), tiny, tmp_path).hardware == first.hardware
+        both = run(quick(methods=["nearest-mean", "slda"]), tiny, tmp_path).hardware
+    finally:
+        torch.set_num_threads(1)
+    assert both == f"{first.hardware}; {first.hardware.replace('1 thread', '2 threads')}"
 
 
 @pytest.mark.slow
