@@ -227,7 +227,7 @@ def test_an_alias_is_moved_only_if_the_precondition_holds(client: AppClient, reg
     problem(client.delete(path), 428, "If-Match")
     problem(client.delete(path, headers={"If-Match": '"1"'}), 412, "'digits:2', not at 'digits:1'")
     assert client.delete(path, headers={"If-Match": '"2"'}).status_code == 204
-    problem(client.get(path), 404, "is not registered")
+    problem(client.get(path), 404, "has no alias 'production'")
 
 
 def test_a_verification_is_returned_and_listed(client: AppClient) -> None:

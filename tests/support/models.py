@@ -38,7 +38,12 @@ def in_both_precisions(names: Sequence[str]) -> pytest.MarkDecorator:
     cases = [(name, precision) for name in names for precision in (torch.float32, torch.bfloat16)]
     return pytest.mark.parametrize(
         ("variant", "precision"),
-        [pytest.param(*case, marks=() if case in quick else pytest.mark.slow) for case in cases],
+        [
+            pytest.param(
+                *case, marks=() if case in quick else pytest.mark.slow, id=f"{case[0]}-{case[1]}".replace("torch.", "")
+            )
+            for case in cases
+        ],
     )
 
 
