@@ -17,8 +17,9 @@ from addenda.learner.activations import Activations
 from addenda.learner.context import Epoch
 from addenda.learner.data import open_images
 from addenda.learner.learn_config import AUTO_RANK
-from addenda.learner.learning_run import MAX_TRIED_PARENTS, pays, promising
+from addenda.learner.learning_run import MAX_TRIED_PARENTS, fused, pays, promising
 from addenda.learner.objectives import objective_of
+from addenda.learner.probes import LinearHead
 from tests.learner.test_learner import CountingDataset, noise
 from tests.support.tasks import random_task
 
@@ -176,3 +177,24 @@ def test_a_dropped_token_leaves_no_adapters(tiny: FrozenBackbone, registry: Regi
     config = LearnConfig(optimizer="sgd", epochs=1, learning_rate=1.0, adapter_rank=4)
     task = Learner(tiny, registry).learn("new", CountingDataset(images, targets), config=config)
     assert (task.metrics["chosen"], task.adapters) == (None, None)
+
+
+@pytest.mark.parametrize("classes", [3, 70])  # with more than 64 the layer weight is two factors
+def test_a_fused_task_has_the_logits_of_token_and_probe_added(classes: int) -> None:
+    random = torch.Generator().manual_seed(0)
+
+    def draw(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=random, dtype=torch.float64)
+
+    feature, pooled, layers = draw(5, 8), draw(5, 8), draw(5, 12)
+    token = {"head_weight": draw(classes, 8), "pooled_weight": draw(classes, 8), "head_bias": draw(classes)}
+    probe = LinearHead(draw(classes), draw(classes, 8), draw(classes, 12))
+    expected = feature @ token["head_weight"].T + pooled @ token["pooled_weight"].T + token["head_bias"]
+    alone = fused({**token, "memory": draw(2)}, 0.5, None)
+    assert alone.keys() == {*token, "memory"}
+    both = fused(token, 0.5, probe)
+    rows = layers @ both["layer_down"].double().T if "layer_down" in both else layers
+    logits = feature @ both["head_weight"].T + pooled @ both["pooled_weight"].T + both["head_bias"]
+    torch.testing.assert_close(
+        logits + rows @ both["layer_weight"].double().T, 0.5 * expected + probe(pooled, layers), rtol=0, atol=1e-4
+    )
