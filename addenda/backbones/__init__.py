@@ -3,7 +3,6 @@
 from addenda.backbones.arithmetic import MIN_ROWS, Adapter, BlockAdapters, is_traced, plain, product, traced, uncompiled
 from addenda.backbones.family import KeyValue, Reading
 from addenda.backbones.frozen import FrozenBackbone
-from addenda.backbones.frozen_stream import FrozenStream
 from addenda.backbones.image_files import (
     THREADS,
     Files,
@@ -28,7 +27,6 @@ __all__ = [
     "BlockAdapters",
     "Files",
     "FrozenBackbone",
-    "FrozenStream",
     "ImageInput",
     "KeyValue",
     "LeftOut",

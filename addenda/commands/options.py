@@ -20,6 +20,7 @@ DEFAULT_BACKBONE = "vit_base_patch16_224.augreg_in21k"
 TIMM_NAME = "timm model name, also hf-hub:ORG/NAME or local-dir:FOLDER; or 'glyphs', a small bundled ViT."
 REPEAT = "Repeat to try several."
 MAX_COUNT = 10**9
+"""Maximum of a number of rows, which every database can hold."""
 RAY = "'local' starts one on this machine, 'auto' joins the one on this node, HOST:PORT another."
 
 

@@ -1,4 +1,4 @@
-"""Outages and internal faults are told apart."""
+"""Outages and internal faults are distinguished."""
 
 from __future__ import annotations
 

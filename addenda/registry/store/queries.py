@@ -151,19 +151,19 @@ def find(connection: Connection, ref: str) -> Row[Any]:
         query = query.where(task.name == name, task.version == number if colon else ~retired())
     row = connection.execute(query).first()
     if row is None:
+        newest = connection.scalar(select(func.max(task.version)).where(task.name == name))
+        if newest is not None and at:
+            raise UnknownTaskError(f"Task {name!r} has no alias {alias!r}. See: addenda tasks show {name}")
+        if newest is not None and ref == name:
+            raise UnknownTaskError(
+                f"Task {ref!r} has no active version: all were retired. Name one, such as '{name}:{newest}'; see: "
+                f"addenda tasks list {name} --retired"
+            )
         names = select(task.name).distinct().order_by(task.name).limit(MAX_CANDIDATES)
         same_start = task.name.startswith(name[:2], autoescape=True)
         known = list(dict.fromkeys((*connection.scalars(names.where(same_start)), *connection.scalars(names))))
         similar = difflib.get_close_matches(name[:100], known, n=5, cutoff=0.4) or known[:5]
         listed = ", ".join(map(repr, similar)) + (", …" if len(similar) < len(known) else "")
-        task_id = connection.scalar(select(task.id).where(task.name == name).limit(1))
-        if task_id is not None and at:
-            raise UnknownTaskError(f"Task {name!r} has no alias {alias!r}. See: addenda tasks show {name}")
-        if task_id is not None and ref == name:
-            raise UnknownTaskError(
-                f"Task {ref!r} has no active version: all were retired. Name one, such as '{name}:1'; see: addenda "
-                f"tasks list {name} --retired"
-            )
         raise UnknownTaskError(f"Task {ref!r} is not registered. Known: {listed or 'none'}. See: addenda tasks list")
     return row
 
