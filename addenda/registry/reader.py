@@ -127,8 +127,10 @@ class Reader:
     def backbones(self) -> list[dict[str, Any]]:
         """The registered backbones, as `FrozenBackbone.record` described them."""
         with reading(self._engine) as connection:
-            rows = connection.execute(select(schema.backbone).order_by(schema.backbone.c.created_at)).mappings()
+            columns = schema.backbone.c
+            query = select(schema.backbone).order_by(columns.created_at, columns.fingerprint)
             internal = ("created_by", "created_at", "event_id")
+            rows = connection.execute(query).mappings()
             return [{key: value for key, value in row.items() if key not in internal} for row in rows]
 
     def goldens(self, ref: str) -> list[Golden]:

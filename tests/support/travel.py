@@ -33,7 +33,7 @@ def fill(location: str) -> str:
         registry.retire("old", "superseded")
         registry.set_alias("digits", "production", 1)
         registry.tag("digits:1", "site=oslo")
-        registry.add_golden("digits:1", dataclasses.replace(probe(digits), numerics_fingerprint="m" * 64))
+        registry.add_golden("digits:1", dataclasses.replace(probe(digits), numerics_fingerprint="z" * 64))
         for accuracy in (0.5, 1 / 3):
             registry.add_evaluation("digits:1", "d" * 64, "n" * 64, {"accuracy": accuracy}, "l" * 64)
     return location

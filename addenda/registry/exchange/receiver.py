@@ -79,7 +79,7 @@ def _plan(
     task, stored, active, conflicts = schema.task.c, {}, {}, []
     for name in sorted({renames.get(name, name) for name in names}):
         query = select(task.version, task.artifact, retired().label("retired")).where(task.name == name)
-        for row in connection.execute(query):
+        for row in connection.execute(query.order_by(task.version)):
             stored[name, row.version] = row.artifact
             if not row.retired:
                 active[name, row.artifact] = row.version

@@ -133,7 +133,7 @@ def _parent(connection: Connection, task: Task, parent: Task) -> int:
     row = connection.execute(
         select(schema.task)
         .where(schema.task.c.artifact == parent.sha256)
-        .order_by((schema.task.c.name != parent.name) | (schema.task.c.version != parent.version))
+        .order_by((schema.task.c.name != parent.name) | (schema.task.c.version != parent.version), schema.task.c.id)
     ).first()
     if row is None:
         raise RegistryError(

@@ -187,7 +187,8 @@ def _task_or_raise(task: Task | IntegrityError) -> Task:
 def load_goldens(connection: Connection, task_id: int, num_classes: int) -> list[Golden]:
     """A task's golden probes, newest first; raises IntegrityError if logits do not match their digest."""
     columns, goldens = schema.golden.c, []
-    query = select(schema.golden).where(columns.task_id == task_id).order_by(columns.event_id.desc())
+    query = select(schema.golden).where(columns.task_id == task_id)
+    query = query.order_by(columns.created_at.desc(), columns.numerics_fingerprint)  # an import adds several at once
     for row in connection.execute(query):
         if digest(row.logits) != row.digest or len(row.logits) % (4 * num_classes):
             raise IntegrityError("its golden probe's stored bytes have changed")

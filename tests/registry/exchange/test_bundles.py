@@ -162,8 +162,8 @@ def test_an_existing_task_gains_missing_golden_probes_and_tags(here, home, tmp_p
     first = here.record("digits")
     received = {each.ref: each for each in here.import_bundle(tmp_path / "one.addenda")}
     assert (received["digits:1"].state, received["strokes:1"].detail) == ("there already", "")
-    assert received["digits:1"].detail == "golden probe added (numerics mmmmmmmmmmmm…); tagged 'site=oslo'"
-    assert {probe.numerics_fingerprint[0] for probe in here.goldens("digits")} == {"n", "m"}
+    assert received["digits:1"].detail == "golden probe added (numerics zzzzzzzzzzzz…); tagged 'site=oslo'"
+    assert {probe.numerics_fingerprint[0] for probe in here.goldens("digits")} == {"n", "z"}
     assert here.record("digits") == replace(first, tags=("site=oslo",))
     assert [event.kind for event in here.events()] == ["backbone", "registered", "registered", "golden", "tagged"]
     assert verify_ledger(here.location) == 5
