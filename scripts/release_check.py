@@ -52,6 +52,7 @@ EXTRAS: Mapping[str, Extra] = {
         ("export-model", "--registry", "demo.db", "--format", "onnx", "--out", "model.onnx"),
         "onnx onnxscript onnxruntime",
     ),
+    "heic": Extra(("predict", "digits", str(ROOT / "tests/data/photo.heic"), "--registry", "demo.db"), "pi_heif"),
     "postgres": Extra(("tasks", "list", "--registry", "postgresql://somebody@127.0.0.1:1/none"), "psycopg"),
     "parquet": Extra(("learn", "x", "listing.parquet", "--backbone", "glyphs"), "pyarrow.parquet"),
     "ray": Extra(

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from addenda.backbones.frozen import FrozenBackbone
-from addenda.backbones.images import read_image
+from addenda.backbones.images import HEIC_REQUIRES, read_image
 from addenda.exceptions import DataError, UnsteadyError
 
 SYSTEM = frozenset({
@@ -30,12 +30,15 @@ UNDECODABLE = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
 LEFT_OUT = {
     "hidden": ("hidden or system file or folder", "hidden or system files and folders"),
     "not_images": ("file that Pillow does not read as an image", "files that Pillow does not read as images"),
+    "heic": (f"HEIC image, which requires {HEIC_REQUIRES}", f"HEIC images, which require {HEIC_REQUIRES}"),
     "linked_folders": ("link to a folder", "links to folders"),
     "beside_classes": ("image beside the class folders", "images beside the class folders"),
     "beside_parts": ("folder beside the splits", "folders beside the splits"),
     "validation": ("validation folder, because Addenda draws its own validation split from train", ""),
 }
 """The reasons for which entries of a folder are left out, with their singular and plural."""
+HEIC = frozenset({".heic", ".heif", ".hif"})
+"""Extensions of photos that Pillow reads with the extra `heic`."""
 MAX_NAMED = 3
 """Maximum number of paths per reason that a message names."""
 
@@ -92,7 +95,7 @@ def image_files(folder: Path, deep: bool = True) -> tuple[list[Path], dict[str, 
             elif not has_image_suffix and is_file and _has_image_header(path):
                 images.append(path)
             else:
-                left_out["not_images"].append(path)
+                left_out["heic" if path.suffix.lower() in HEIC else "not_images"].append(path)
     return sorted(images), {kind: sorted(paths) for kind, paths in left_out.items() if paths}
 
 

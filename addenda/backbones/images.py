@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 
@@ -13,11 +13,19 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from addenda.exceptions import DataError, TooLargeError
 
+with suppress(ImportError):
+    from pi_heif import register_heif_opener
+
+    register_heif_opener(thumbnails=False)
+
 PREPARATION = 1
 """Version of the image preparation, increased whenever the pixels of any image would change."""
 CUT = "addenda: 16-bit colours cut to 8"
 """Key in `Image.info` that marks 16-bit colours which Pillow has reduced to 8 bits."""
 PNG = b"\x89PNG\r\n\x1a\n"
+HEIC_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"})
+"""Bytes 8 to 12 of the files that phones write, after "ftyp"."""
+HEIC_REQUIRES = "pip install 'addenda[heic]'"
 SCAN, MAX_SCANS = b"\xff\xda", 100
 """The marker that starts a scan of a JPEG, and their maximum number in an upload. A progressive JPEG usually has ten;
 each further one takes the file twelve bytes, and the decoder a pass over all pixels."""
@@ -75,6 +83,10 @@ def read_image(
     with _pillow_errors(label, formats):
         try:
             return read(source)
+        except UnidentifiedImageError:
+            if formats is None and _is_heic(_content(source)[:12]):
+                raise DataError(f"{label} cannot be read: it is a HEIC file, which requires {HEIC_REQUIRES}.") from None
+            raise
         except ValueError:  # Pillow's limits on texts and colour profiles, which do not affect the pixels
             stripped = _without_text_chunks(_content(source))
             if stripped is None:
@@ -98,6 +110,10 @@ def _check_aspect(image: Image.Image, label: str, maximum: int) -> None:
 
 def _content(file: str | Path | BytesIO) -> bytes:
     return file.getvalue() if isinstance(file, BytesIO) else Path(file).read_bytes()
+
+
+def _is_heic(start: bytes) -> bool:
+    return start[4:8] == b"ftyp" and start[8:] in HEIC_BRANDS
 
 
 @contextmanager

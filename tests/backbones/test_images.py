@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from io import BytesIO
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from PIL import Image
 
 from addenda.backbones import load_backbone, prepared, read_image
 from addenda.exceptions import DataError
+from tests.support.places import DATA
 
 
 def pixels(path: Path) -> list[list[int]]:
@@ -49,6 +51,20 @@ def test_a_transparent_palette_entry_is_composited_over_white(tmp_path, transpar
     image.save(tmp_path / "a.png", transparency=transparency)
     assert mode(tmp_path / "a.png") == "P"
     assert pixels(tmp_path / "a.png") == [[255, 0, 0], [255, 255, 255], [0, 0, 255]]
+
+
+def test_a_photo_in_heic_is_upright(tmp_path):
+    image = read_image(shutil.copy(DATA / "photo.heic", tmp_path / "a.jpg"))  # as some programs name it
+    assert image.size == (48, 64)  # red, above left, and blue were turned by a quarter
+    corners = [image.getpixel(at) for at in ((4, 4), (43, 4), (4, 59), (43, 59))]
+    expected = [(30, 160, 60), (220, 30, 30), (30, 40, 220), (30, 160, 60)]
+    np.testing.assert_allclose(corners, expected, atol=6)
+
+
+def test_without_its_extra_a_photo_in_heic_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(Image, "ID", [kind for kind in Image.ID if kind != "HEIF"])
+    with pytest.raises(DataError, match=r"photo\.heic' cannot be .* HEIC file, .* pip install 'addenda\[heic\]'\.$"):
+        read_image(DATA / "photo.heic")
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif"])

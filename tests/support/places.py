@@ -9,4 +9,4 @@ ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared" / "data"
 """Real weights and images, if they are next to the checkout."""
 DATA = ROOT / "tests" / "data"
-"""Registries that earlier versions created."""
+"""Registries that earlier versions created, and a photo in HEIC, which no installed package can write."""

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float64, Int64
-from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from addenda.combined.routing.statistics import Moments
@@ -95,6 +94,8 @@ def best_temperature(scores: Float64[Tensor, "K C"], targets: Int64[Tensor, " K"
         log_probs = (scores / 10**power).log_softmax(1)
         runner_up = log_probs.masked_fill(true, -np.inf).amax(1)
         return -((1 - doubt) * log_probs[true] + doubt * runner_up).mean().item()
+
+    from scipy.optimize import minimize_scalar  # its import takes half a second, which `predict` and `verify` save
 
     optimum = minimize_scalar(loss, bounds=(-4.0, 4.0), method="bounded")
     return float(optimum.fun), float(10**optimum.x)

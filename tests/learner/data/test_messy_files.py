@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from addenda.learner.data.labelled import LabelledImages
 from tests.support.commands import Run
 from tests.support.images import colour_folder
 from tests.support.messy import HEAD_ONLY, LEARN, TWO, Pictures, with_splits
+from tests.support.places import DATA
 from tests.support.tiny import tiny_vit
 
 # --- which files are images -------------------------------------------------------------------------------------------
@@ -51,6 +53,17 @@ def test_every_file_that_pillow_reads_is_an_image_and_others_are_reported(folder
     assert "left out of" in predicted.err
     metrics = json.loads(run("evaluate", "any", folder, "--json").out)["metrics"]
     assert (metrics["num_images"], metrics["left_out"]) == (16, {"not_images": 3, "beside_classes": 1})
+
+
+def test_photos_in_heic_are_images_and_without_the_extra_left_out_by_name(folder: Path, monkeypatch) -> None:
+    for name in ("IMG_1.HEIC", "IMG_2.heif"):
+        shutil.copy(DATA / "photo.heic", folder / "red" / name)
+    assert open_images(folder).counts == [4, 6]
+    monkeypatch.delitem(Image.OPEN, "HEIF")
+    images = open_images(folder)
+    assert (images.counts, list(images.left_out)) == ([4, 4], ["heic"])
+    expected = "2 HEIC images, which require pip install 'addenda[heic]' (red/IMG_1.HEIC, red/IMG_2.heif)"
+    assert expected in images.remarks
 
 
 @pytest.mark.parametrize("name", [".ipynb_checkpoints", "__MACOSX", "@eaDir", "lost+found", ".AppleDouble"])
