@@ -13,26 +13,34 @@ from addenda.backbones.family import Family
 
 
 def headless(model: Any) -> Any:
-    """A copy without its classifier, which shares everything else."""
-    classifier = model.get_classifier()
-    name = next((name for name, module in model.named_modules() if module is classifier), "")
-    result = module = copy(model)
-    *parents, last = name.split(".")
-    for parent in parents:
-        module._modules = {**module._modules, parent: copy(module._modules[parent])}
-        module = module._modules[parent]
-    if name:
-        module._modules = {**module._modules, last: nn.Identity()}
+    """A copy without its classifiers, which shares everything else."""
+    result = copy(model)
+    for classifier in _classifiers(model):
+        name = next((name for name, module in model.named_modules() if module is classifier), "")
+        *parents, last = name.split(".")
+        module = result
+        for parent in parents:
+            module._modules = {**module._modules, parent: copy(module._modules[parent])}
+            module = module._modules[parent]
+        if name:
+            module._modules = {**module._modules, last: nn.Identity()}
     return result
 
 
 def with_new_head(model: Any, num_classes: int) -> nn.Module:
     """The model, to be trained in float32, with a new classifier that is initialised to zeros."""
     model.reset_classifier(num_classes)
-    for parameter in model.get_classifier().parameters():
-        nn.init.zeros_(parameter)
+    for classifier in _classifiers(model):
+        for parameter in classifier.parameters():
+            nn.init.zeros_(parameter)
     trainable: nn.Module = model.float().requires_grad_(True)
     return trainable
+
+
+def _classifiers(model: Any) -> tuple[nn.Module, ...]:
+    """A timm model's classifier; a distilled one has two."""
+    classifier = model.get_classifier()
+    return classifier if isinstance(classifier, tuple) else (classifier,)
 
 
 def hooked(model: nn.Module) -> str | None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from timm.data import resolve_model_data_config
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from addenda.backbones.arithmetic import float32_on_cpu, plain, uncompiled
@@ -19,7 +20,6 @@ from addenda.backbones.image_input import ImageInput
 from addenda.backbones.pooling import pool_by_latent_query, pool_operations, pools_by_latent_query
 from addenda.backbones.scope import FAMILIES, input_size, obstacle, token_obstacle
 from addenda.backbones.stages import StageFeatures, counted_operations
-from addenda.backbones.vit import VisionTransformerFamily
 from addenda.exceptions import BackboneError, IntegrityError
 
 
@@ -213,7 +213,7 @@ class FrozenBackbone(ImageInput):
 
     def check_vision_transformer(self, method: str) -> None:
         """Raises BackboneError, naming the method, unless the model is timm's VisionTransformer."""
-        if self.stages is not None or not isinstance(self.family, VisionTransformerFamily):
+        if self.stages is not None or type(self.model) is not VisionTransformer:
             timm_class = type(self.model).__name__
             raise BackboneError(
                 f"{method} requires timm's VisionTransformer; backbone {self.name!r} is timm's {timm_class}. Leave the "

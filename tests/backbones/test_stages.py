@@ -18,7 +18,7 @@ from addenda.backbones.stages import StageFeatures, stage_obstacle, stage_struct
 from addenda.combined import forward_pass
 from addenda.exceptions import BackboneError, IntegrityError
 from tests.support.models import backbone, images, lively_vit
-from tests.support.tiny import STAGED, tiny_staged, tiny_vit
+from tests.support.tiny import STAGED, shaken, tiny_staged, tiny_vit
 
 WIDTHS = {  # of the pooled feature, and of every stage but the last
     "convnext": (48, [16, 24, 32]),
@@ -70,6 +70,15 @@ def test_a_vit_with_other_blocks_has_features() -> None:
     on = FrozenBackbone(tiny_vit(block_fn=ParallelScalingBlock), "parallel", "hub")
     assert on.token_obstacle() == "its blocks are ParallelScalingBlock, not timm's standard Block"
     assert on.num_layer_features == 2 * 2 * 48
+
+
+def test_a_distilled_model_has_two_classifiers_to_train_and_to_leave_out() -> None:
+    sizes = {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 32}
+    on = FrozenBackbone(shaken(timm.create_model("deit_tiny_distilled_patch16_224", **sizes)), "distilled", "hub")
+    trainable = on.trainable_copy(5)
+    assert torch.equal(trainable(images(2)), torch.zeros(2, 5))
+    assert not any(name.startswith("head") for name, _ in on.without_head().model.named_parameters())
+    assert on.backbone_logits(images(2)).std() > 0
 
 
 def test_a_copy_of_a_backbone_has_the_same_features() -> None:

@@ -18,7 +18,8 @@ from addenda.registry.store.names import MAX_TEXT, check_name, check_tag, check_
 from addenda.registry.store.records import ROWS, default_of
 
 Name = Annotated[str, AfterValidator(check_name)]
-Text = Annotated[str, AfterValidator(lambda text: check_text(text, "A text"))]
+Text = Annotated[str, Field(max_length=MAX_TEXT), AfterValidator(lambda text: check_text(text, "A text"))]
+PathText = Annotated[str, Field(max_length=4_096), AfterValidator(lambda text: check_text(text, "A path"))]
 Version = Annotated[int, Field(ge=1, le=99_999_999)]
 Count = Annotated[int, Field(ge=0, lt=2**31)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -57,7 +58,8 @@ def _validated(rows: type, **by_name: Any) -> Any:
 if TYPE_CHECKING:
     from addenda.registry.store.records import BackboneRow, EvaluationRow, GoldenRow, RetirementRow, TaskRow
 else:
-    BackboneRow = _validated(ROWS["backbone"], created_at=Time, num_parameters=Annotated[int, Field(ge=0, lt=2**63)])
+    num_parameters = Annotated[int, Field(ge=0, lt=2**63)]
+    BackboneRow = _validated(ROWS["backbone"], created_at=Time, source=PathText, num_parameters=num_parameters)
     TaskRow, GoldenRow, EvaluationRow, RetirementRow = (
         _validated(ROWS[table], **_CHECKS_BY_NAME) for table in ("task", "golden", "evaluation", "retirement")
     )
@@ -184,10 +186,6 @@ def check_arrival(entry: Entry) -> None:
     ):
         if count > maximum:
             raise IntegrityError(f"it has {count:,} {what}; the maximum is {maximum:,}")
-    texts = [row.code_version, row.created_by, *([entry.retirement.reason] if entry.retirement else [])]
-    texts += [record.created_by for record in (*entry.goldens, *entry.evaluations)]
-    if (longest := max(map(len, texts))) > MAX_TEXT:
-        raise IntegrityError(f"one of its texts has {longest:,} characters; the maximum is {MAX_TEXT:,}")
     values = {"config": (row.config, MAX_JSON), "data": (row.data, MAX_METRICS), "metrics": (row.metrics, MAX_METRICS)}
     values["packages"] = (dict(row.packages), MAX_JSON)
     values |= {f"golden probe {i}": (golden.numerics, MAX_JSON) for i, golden in enumerate(entry.goldens)}

@@ -137,6 +137,7 @@ class _Receiver:
         """Adds a task, or adds missing golden probes and tags to an existing one."""
         details, generation, name = [], None, ref.partition(":")[0]
         with integrity_errors(f"Task {entry.ref!r} was not imported"):
+            check_arrival(entry)
             if new:
                 generation = self._insert(entry, name)
             row = self._rows[entry.task.name, entry.task.version] = find(self._connection, ref)
@@ -183,7 +184,6 @@ class _Receiver:
             if row is None or row.artifact != parent.sha256:
                 raise IntegrityError(f"it extends '{parent.name}:{parent.version}', which does not come before it")
             parents.append(row)
-        check_arrival(entry)
         artifact = self._read(entry.task.artifact)
         task = self._check(entry.task, artifact, parents)
         return insert_task(

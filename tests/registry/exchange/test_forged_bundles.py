@@ -213,7 +213,7 @@ FORGERIES: dict[str, tuple[Callable[[dict[str, Any], dict[str, bytes]], Any], st
         lambda m, b: retask(m, b, "old:1", a_task("old", 7, temperature=1e-300)), "it must be between 1e-06 and 1e"),
     "a label of 20 MB": (
         lambda m, b: retask(m, b, "old:1", a_task("old", 7, labels=("a" * 20_000_000, "b", "c"))),
-        "has 20,000,000 characters; the maximum is 1,000"),
+        "labels.0: String should have at most 1000 characters"),
     "labels of 5 MB": (
         lambda m, b: retask(m, b, "old:1", of_many_labels(5000)), "5,000 labels have 5,000,000 bytes in total"),
     "a label with NUL": (
@@ -244,7 +244,13 @@ FORGERIES: dict[str, tuple[Callable[[dict[str, Any], dict[str, bytes]], Any], st
     "a configuration of 2 MB": (
         lambda m, b: of(m, "old:1")["task"].update(config={"x": [[]] * 700_000}), "its config has 2,.* the maximum is"),
     "an author of 20 MB": (
-        lambda m, b: of(m, "old:1")["task"].update(created_by="a" * 20_000_000), "texts has 20,000,000 char"),
+        lambda m, b: of(m, "old:1")["task"].update(created_by="a" * 20_000_000), "created_by: .* at most 1000 char"),
+    "a path of 20 MB": (
+        lambda m, b: m["backbones"][0].update(source="a" * 20_000_000), "source: String should have at most 4096"),
+    "an evaluation of a long fingerprint": (
+        lambda m, b: of(m, "digits:1")["evaluations"][0].update(data_fingerprint="a" * 1001), "at most 1000 char"),
+    "a golden probe of a long fingerprint": (
+        lambda m, b: of(m, "old:1")["goldens"][0].update(numerics_fingerprint="a" * 1001), "at most 1000 char"),
     "2,000 tags": (
         lambda m, b: of(m, "old:1")["tags"].extend(map(str, range(2000))), "it has 2,000 tags; the maximum is 1,000"),
     "a probe of 100 images": (
@@ -271,6 +277,20 @@ def test_a_forged_bundle_is_refused_with_a_message(here, sent, tmp_path, kind):
     change, message = FORGERIES[kind]
     with refused(here.location, RegistryError, match=message):
         here.import_bundle(forge(tmp_path / "forged.addenda", sent, change))
+
+
+def test_what_a_bundle_adds_to_a_task_that_is_there_has_the_same_limits(here, sent, tmp_path):
+    here.import_bundle(sent)
+    path, (change, message) = tmp_path / "forged.addenda", FORGERIES["2,000 tags"]
+    with refused(here.location, IntegrityError, match=message):
+        here.import_bundle(forge(path, sent, change))
+
+    def add_numerics(manifest, blobs):
+        probes = of(manifest, "old:1")["goldens"]
+        probes.append(probes[0] | {"numerics_fingerprint": "e" * 64, "numerics": {"x": "y" * 2_000_000}})
+
+    with refused(here.location, IntegrityError, match="its golden probe 1 has 2,000,.* bytes"):
+        here.import_bundle(forge(path, sent, add_numerics))
 
 
 def test_an_unchanged_forgery_is_imported(here, sent, tmp_path):
