@@ -231,12 +231,12 @@ def test_the_names_of_methods_are_those_that_the_commands_take() -> None:
     from addenda.benchmarks.baselines.methods import BASELINES
     from addenda.benchmarks.continual.experiment import OURS
     from addenda.benchmarks.paper import paper_grid
-    from addenda.commands.bench import METHODS, PAPER_METHODS
+    from addenda.commands.bench import PAPER_METHODS, STREAM_METHODS
 
     methods = [*OURS, *(name.replace("lora-8", "lora-R") for name in BASELINES)]
     listed = re.findall(r"^\| `([\w+-]+)` \|", (DOCS / "avalanche.md").read_text(), re.MULTILINE)
     assert listed == [*methods, *paper_grid.KNOWN]
-    offered = METHODS.partition(": ")[2].partition(" of any rank")[0].split(", ")
+    offered = STREAM_METHODS.partition(": ")[2].partition(" of any rank")[0].split(", ")
     assert sorted(offered) == sorted(methods)
     kinds, _, rest = PAPER_METHODS.partition(": ")[2].partition("; with M memory tokens per layer and rank R ")
     assert sorted(kinds.split(", ")) == sorted(paper_grid.KNOWN)

@@ -182,8 +182,10 @@ def read_files(
     """Reads image files in batches of `size`, transformed for a backbone.
 
     Raises:
-        DataError: a file is not a readable image, and `skip_bad` is False.
+        DataError: a path is none, or a file is not a readable image, and `skip_bad` is False.
     """
+    if others := [path for path in paths if not isinstance(path, str | os.PathLike)]:
+        raise DataError(f"Images are given by the paths of their files, not as {type(others[0]).__name__}.")
     reading = read_ahead(paths, lambda path: backbone.transform(read_image(path)), size)
     empty = torch.empty(0, *backbone.preprocessing["input_size"], dtype=torch.float32, device="cpu")
     while batch := list(islice(reading, size)):

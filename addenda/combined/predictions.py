@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from addenda.exceptions import IntegrityError
-from addenda.registry import OBJECTIVES, Task, probabilities
+from addenda.registry import MEANINGS, Task, probabilities
 
 Prediction = list[tuple[str, float]]
 """A task's prediction for one image: (label, probability) pairs, best first."""
@@ -33,7 +33,7 @@ class TaskGroup:
 
     def __init__(self, tasks: Sequence[Task]) -> None:
         self.tasks = tasks
-        self._objective, self._exclusive = tasks[0].objective, OBJECTIVES[tasks[0].objective].exclusive
+        self._objective, self._exclusive = tasks[0].objective, MEANINGS[tasks[0].objective].exclusive
         temperatures = [task.temperature for task in tasks]
         self._temperatures = torch.tensor(temperatures, dtype=torch.float64, device="cpu")[:, None, None]
 

@@ -20,7 +20,7 @@ from addenda.terminal import print_json, progress
 
 BackboneOption = Annotated[str, Option("--backbone", help=options.TIMM_NAME)]
 STREAM_BACKBONE = f"{options.TIMM_NAME} Default: the stream's, else {options.DEFAULT_BACKBONE}."
-METHODS = (
+STREAM_METHODS = (
     "Methods, separated by commas: addenda, addenda-adapters, naive, joint, ewc, lwf, replay, slda, nearest-mean, "
     "ranpac, ranpac-adapted, fecam, gaussian-replay, linear-probe, full, lora-R of any rank R. Default: the stream's, "
     "else all of these, with lora-8."
@@ -64,7 +64,7 @@ def bench_continual(
         int | None,
         Option(min=1, help="Number of experiences to split a dataset's classes into. Default: the stream's, else 5."),
     ] = None,
-    methods: Annotated[str | None, Option(help=METHODS)] = None,
+    methods: Annotated[str | None, Option(help=STREAM_METHODS)] = None,
     seeds: Annotated[int | None, Option(min=1, help="Number of seeds. Default: the stream's, else 3.")] = None,
     jobs: Annotated[int | None, Option(min=1, help="Parallel processes. Default: the stream's, else 1.")] = None,
     limit: Annotated[

@@ -22,7 +22,7 @@ from addenda.combined.golden import TOLERANCE
 from addenda.combined.probe_inputs import probe_images
 from addenda.exceptions import AddendaError, BackboneError, DataError, ExactnessError
 from addenda.files import written
-from addenda.registry import Golden, Registry, Task
+from addenda.registry import MEANINGS, Golden, Registry, Task
 
 TASK_FIELDS = ("ref", "sha256", "labels", "objective", "temperature", "extends")
 """Metadata of each task in an exported file."""
@@ -211,7 +211,11 @@ def _metadata(registry: Registry, backbone: FrozenBackbone, tasks: Sequence[Task
         "backbone": {key: backbone.record()[key] for key in ("name", "fingerprint", "precision")},
         "input": INPUT,
         "preprocessing": backbone.preprocessing,
-        "tasks": {task.name: {key: getattr(task, key) for key in TASK_FIELDS} for task in tasks},
+        "tasks": {
+            task.name: {key: getattr(task, key) for key in TASK_FIELDS}
+            | {"exclusive": MEANINGS[task.objective].exclusive}
+            for task in tasks
+        },
         "tolerance": tolerance,
     }
 

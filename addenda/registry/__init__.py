@@ -13,7 +13,7 @@ from addenda.registry.registry import Registry
 from addenda.registry.store.digests import canonical_json, digest
 from addenda.registry.store.lineage import Kin, Lineage
 from addenda.registry.store.names import LABELS, check_labels, check_name, check_new_name, check_tag
-from addenda.registry.store.objectives import BASELINES, OBJECTIVES, baselines, headline
+from addenda.registry.store.objectives import BASELINES, MEANINGS, baselines, headline
 from addenda.registry.store.queries import TaskFilter, plain_name
 from addenda.registry.store.records import Evaluation, EvaluationRecord, Event, TaskRecord
 from addenda.registry.store.selection import select_tasks
@@ -39,7 +39,7 @@ __all__ = [
     "ADAPTED",
     "BASELINES",
     "LABELS",
-    "OBJECTIVES",
+    "MEANINGS",
     "ComparedEvaluation",
     "Evaluation",
     "EvaluationRecord",

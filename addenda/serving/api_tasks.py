@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from addenda.exceptions import RegistryError, UnknownTaskError
 from addenda.registry import Registry, TaskFilter, TaskRecord, plain_name
+from addenda.registry.exchange.manifest import Version
 from addenda.serving.routes import (
     BINARY,
     ProblemError,
@@ -91,7 +92,7 @@ class Alias(BaseModel):
 class AliasTarget(BaseModel):
     """The version that an alias is to point at."""
 
-    version: Annotated[int, Query(ge=1, le=999_999_999)]
+    version: Version
 
 
 async def _registry(request: Request, service: Served) -> Registry:

@@ -18,7 +18,7 @@ from torch import Tensor
 from addenda import __version__
 from addenda.combined import TASK_FEATURE, feature_widths, predictions
 from addenda.exceptions import DataError
-from addenda.registry import OBJECTIVES, Task
+from addenda.registry import MEANINGS, Task
 from addenda.serving import tensors
 from addenda.serving.routes import ProblemError, Served, needs, problem_responses, read_images, while_connected
 from addenda.serving.service import ServedPrediction, Service
@@ -188,7 +188,7 @@ class _Model(NamedTuple):
             }
         for task in self.tasks:
             prefix = f"{task.name}." if self.name == COMBINED else ""
-            for kind in ("logits", "probs", "label")[: 3 if OBJECTIVES[task.objective].exclusive else 2]:
+            for kind in ("logits", "probs", "label")[: 3 if MEANINGS[task.objective].exclusive else 2]:
                 outputs[f"{prefix}{kind}"] = _Output(f"{prefix}{kind}", task, kind, len(task.labels))
         return outputs
 

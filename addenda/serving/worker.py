@@ -51,6 +51,7 @@ class Worker:
             lifespan=self._lifespan, exception_handlers=HANDLERS, middleware=[Middleware(Telemetry, count=self.count)]
         )
         self._routes = [r for module in (api, inference) for r in module.router.routes if r.endpoint in ENDPOINTS]
+        assert len(self._routes) == len(ENDPOINTS), "an endpoint of another module: add the module above"
         app.router.routes[:] = self._routes
         app.state.keys, app.state.loopback, app.state.draining = KeyFile(settings.keys), settings.loopback, False
         app.state.keys.share(board.cells("key_file_existed"), number)

@@ -16,13 +16,13 @@ from addenda.combined import attention_map, golden, numerics, numerics_fingerpri
 from addenda.exceptions import BackboneError, ExactnessError, IntegrityError
 from addenda.registry import Task
 from tests.support.models import backbone, bits, fresh_backbone, head_only, images, lively_vit
-from tests.support.ordinary import VARIANTS, changed, plain_bits, same_bits, tasks_of
+from tests.support.ordinary import PLAIN_AND_ROTARY, changed, plain_bits, same_bits, tasks_of
 from tests.support.tasks import random_task
 
 # --- changes of a live model's backbone and tasks ---------------------------------------------------------------------
 
 
-@VARIANTS
+@PLAIN_AND_ROTARY
 def test_attention_that_is_no_longer_fused_is_refused(variant: str) -> None:
     on = backbone(variant)
     model = CombinedModel(on, tasks_of(on))

@@ -12,7 +12,7 @@ from torchvision import tv_tensors
 from addenda import CombinedModel
 from addenda.combined.forward import _batches
 from tests.support.models import backbone, bits, images
-from tests.support.ordinary import VARIANTS, tasks_of
+from tests.support.ordinary import PLAIN_AND_ROTARY, tasks_of
 
 
 class Subclass(Tensor):
@@ -69,7 +69,7 @@ INPUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@VARIANTS
+@PLAIN_AND_ROTARY
 @pytest.mark.parametrize("kind", INPUTS)
 def test_bits_do_not_depend_on_the_kind_of_tensor(variant: str, kind: str) -> None:
     on = backbone(variant)

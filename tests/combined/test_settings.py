@@ -21,7 +21,7 @@ from addenda.exceptions import ExactnessError
 from addenda.learner import ActivationCache, Augmentation
 from tests.support.images import colour_folder
 from tests.support.models import backbone, bits, family, images
-from tests.support.ordinary import VARIANTS, changed, plain_bits, same_bits, tasks_of
+from tests.support.ordinary import PLAIN_AND_ROTARY, changed, plain_bits, same_bits, tasks_of
 from tests.support.tasks import random_task
 
 
@@ -109,7 +109,7 @@ ALL = pytest.mark.parametrize("setting", SETTINGS)
 MAKING = pytest.mark.parametrize("setting", [name for name in SETTINGS if name not in LOWERED])
 
 
-@VARIANTS
+@PLAIN_AND_ROTARY
 @ALL
 def test_a_live_model_keeps_its_bits_or_refuses(variant: str, setting: str) -> None:
     on = backbone(variant)
@@ -126,7 +126,7 @@ def test_a_live_model_keeps_its_bits_or_refuses(variant: str, setting: str) -> N
 
 
 @pytest.mark.slow
-@VARIANTS
+@PLAIN_AND_ROTARY
 @MAKING
 def test_a_model_made_under_a_setting_has_the_bits_of_its_numerics(variant: str, setting: str) -> None:
     on, pixels = backbone(variant), images(3)
@@ -146,7 +146,7 @@ def test_a_model_made_under_a_setting_has_the_bits_of_its_numerics(variant: str,
     assert same_bits(model(pixels), expected)
 
 
-@VARIANTS
+@PLAIN_AND_ROTARY
 @MAKING
 def test_a_task_joins_under_a_setting(variant: str, setting: str) -> None:
     on, pixels = backbone(variant), images(3)
@@ -160,7 +160,7 @@ def test_a_task_joins_under_a_setting(variant: str, setting: str) -> None:
     assert same_bits(grown(pixels), expected)
 
 
-@VARIANTS
+@PLAIN_AND_ROTARY
 @MAKING
 def test_golden_probes_made_under_a_setting_verify(variant: str, setting: str) -> None:
     on = backbone(variant)
@@ -179,7 +179,7 @@ def test_golden_probes_made_under_a_setting_verify(variant: str, setting: str) -
     assert outside.same_numerics == (setting not in REFUSED)
 
 
-@VARIANTS
+@PLAIN_AND_ROTARY
 @pytest.mark.parametrize("setting", sorted(LOWERED))
 def test_no_exact_model_is_made_with_reduced_precision(variant: str, setting: str) -> None:
     on = backbone(variant)

@@ -259,6 +259,7 @@ def test_a_files_metadata_describes_its_tasks(written: tuple[FrozenBackbone, lis
         "sha256": tasks[4].sha256,
         "labels": ["class 0", "class 1", "class 2"],
         "objective": "multi-label",
+        "exclusive": False,
         "temperature": 2.5,
         "extends": [],
     }

@@ -12,7 +12,7 @@ from addenda import CombinedModel, FrozenBackbone
 from addenda.registry import Task
 from tests.support.models import bits, family, images
 
-VARIANTS = pytest.mark.parametrize("variant", ["plain", pytest.param("dinov3", marks=pytest.mark.slow)])
+PLAIN_AND_ROTARY = pytest.mark.parametrize("variant", ["plain", pytest.param("dinov3", marks=pytest.mark.slow)])
 
 
 @contextmanager

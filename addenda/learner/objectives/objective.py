@@ -21,7 +21,7 @@ from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from addenda.exceptions import DataError
-from addenda.registry import OBJECTIVES
+from addenda.registry import MEANINGS
 
 Classes = Int[Tensor, " N"]
 """Single-label targets: the class of each image."""
@@ -84,7 +84,7 @@ class Objective(ABC):
 
     def is_settled(self, num_classes: int) -> bool:
         """Whether there is nothing to learn, since only one prediction is possible."""
-        return num_classes == 1 and OBJECTIVES[self.name].exclusive
+        return num_classes == 1 and MEANINGS[self.name].exclusive
 
     def split(self, targets: Targets, num_classes: int, fraction: float, seed: int, groups: Groups = None) -> Rows:
         """Rows of the training and the validation split.

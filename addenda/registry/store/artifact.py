@@ -15,7 +15,7 @@ from torch import Tensor
 from addenda.exceptions import IntegrityError
 from addenda.registry.store.digests import canonical_json, digest
 from addenda.registry.store.header import header_size, parse_header
-from addenda.registry.store.objectives import OBJECTIVES
+from addenda.registry.store.objectives import MEANINGS
 
 FORMATS = {False: 1, True: 2}
 """The artifact's format, by whether the task has a layer head; version 0.1 reads only format 1."""
@@ -90,8 +90,8 @@ def read(data: bytes, sha256: str) -> tuple[dict[str, Any], dict[str, Any]]:
 def _check(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Checks the manifest and that tensors are finite and fit each other and the labels; raises IntegrityError."""
     labels, objective, temperature = manifest["labels"], manifest["objective"], manifest.get("temperature", 0.5)
-    if objective not in OBJECTIVES:
-        known = ", ".join(map(repr, OBJECTIVES))
+    if objective not in MEANINGS:
+        known = ", ".join(map(repr, MEANINGS))
         raise IntegrityError(f"its objective is {objective!r}; this version supports {known}. Upgrade Addenda")
     if not isinstance(temperature, float) or not math.isfinite(temperature) or temperature <= 0:
         raise IntegrityError(f"its temperature is {temperature!r}; it must be a finite number above 0")

@@ -13,7 +13,7 @@ class ObjectiveMeaning(NamedTuple):
     exclusive: bool  # True: one label per image (softmax); False: any number of labels (a sigmoid each)
 
 
-OBJECTIVES = {
+MEANINGS = {
     "single-label": ObjectiveMeaning("accuracy", exclusive=True),
     "multi-label": ObjectiveMeaning("mean_average_precision", exclusive=False),
 }
@@ -21,7 +21,7 @@ OBJECTIVES = {
 
 def headline(objective: str) -> str:
     """The name of an objective's headline metric."""
-    return OBJECTIVES[objective].headline
+    return MEANINGS[objective].headline
 
 
 BASELINES = {"linear_probe": "linear probe", "layer_probe": "layer probe", "regression": "linear probe"}

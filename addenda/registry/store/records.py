@@ -40,7 +40,7 @@ class TaskColumns:
     labels: tuple[str, ...]  # class names
     num_memory_tokens: int  # m, per layer
     num_parameters: int  # parameters added to the backbone
-    objective: str  # a key of OBJECTIVES
+    objective: str  # a key of MEANINGS
     config: dict[str, Any]  # resolved training configuration
     metrics: dict[str, Any]  # measured during training
     # Headline metric on the test split, or else on the validation split; None if neither was measured.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 from sqlalchemy import (
     JSON,
@@ -37,13 +37,13 @@ metadata = MetaData(
 def _columns(rows: type, key: str = "", **foreign_keys: str) -> list[Column[Any]]:
     """A row's columns; `key` names a column of the primary key, `foreign_keys` the columns that others refer to."""
     hints, old_values = get_type_hints(rows), defaults(rows)
-    types: dict[Any, Any] = {str: String, int: Integer, float | None: Float}
+    types: dict[Any, Any] = {str: String, int: Integer, float | None: Float, tuple: JSON, dict: JSON}
 
     def column(name: str) -> Column[Any]:
-        value = old_values.get(name)
+        value, hint = old_values.get(name), get_origin(hints[name])
         return Column(
             name,
-            types.get(hints[name], JSON),
+            types[hint if hint in types else hints[name]],  # a KeyError for a type that no column has yet
             *([ForeignKey(foreign_keys[name])] if name in foreign_keys else []),
             primary_key=name == key,
             nullable=hints[name] == float | None,

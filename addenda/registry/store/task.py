@@ -16,7 +16,7 @@ from addenda.exceptions import IntegrityError
 from addenda.registry.store.artifact import TENSORS, LowRank, adapters, pack, read
 from addenda.registry.store.digests import digest
 from addenda.registry.store.header import header_size
-from addenda.registry.store.objectives import OBJECTIVES
+from addenda.registry.store.objectives import MEANINGS
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,14 +148,14 @@ def probabilities(
 
     Args:
         logits: a task's logits, or those of several tasks with equally many labels.
-        objective: one of OBJECTIVES.
+        objective: one of MEANINGS.
         temperature: divides the logits; above 1 it lowers the confidence. A tensor is broadcast to the logits.
 
     Returns:
         The softmax for an exclusive objective, or else the sigmoid of each logit.
     """
     scaled = logits / temperature
-    if OBJECTIVES[objective].exclusive:
+    if MEANINGS[objective].exclusive:
         return scaled.softmax(-1)
     # torch.sigmoid gives other bits for a tensor's last elements than elsewhere, which would break batch invariance.
     return torch.stack([scaled, torch.zeros_like(scaled)], -1).softmax(-1)[..., 0].contiguous()
