@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import traceback as tracebacks
+import warnings
 from io import TextIOWrapper
 from types import FrameType
 from typing import Annotated
@@ -70,6 +71,7 @@ def main() -> None:
         sys.stdout.errors == "strict" or sys.stdout.encoding.lower() != "utf-8"
     ):
         sys.stdout.reconfigure(errors="backslashreplace")  # for file names and dashes outside the encoding
+    warnings.filterwarnings("ignore", "Image size .* exceeds limit")  # Pillow's, at half of the maximum
     with_traceback = TRACEBACK in sys.argv[1:]
     arguments = [word for word in sys.argv[1:] if word != TRACEBACK]
     try:

@@ -125,6 +125,9 @@ def _pillow_errors(label: str, formats: tuple[str, ...] | None = None) -> Iterat
         raise
     except FileNotFoundError as error:
         raise DataError(f"{label} does not exist.") from error
+    except Image.DecompressionBombError as error:
+        pixels = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        raise TooLargeError(f"{label} has more than {pixels:,} pixels, the maximum. Scale it down.") from error
     except UnidentifiedImageError as error:
         expected = f"a {', '.join(formats[:-1])} or {formats[-1]} file" if formats else "an image of a known format"
         raise DataError(f"{label} cannot be read: it is not {expected}.") from error

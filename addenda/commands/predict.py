@@ -57,7 +57,14 @@ def predict(
     weights: options.Weights = None,
     device: options.Device = "auto",
     as_json: options.Json = False,
-    as_csv: Annotated[bool, Option("--csv", help="Print CSV: one row per image, task and predicted label.")] = False,
+    as_csv: Annotated[
+        bool,
+        Option(
+            "--csv",
+            help="Print CSV for spreadsheets: one row per image, task and predicted label. Text that a spreadsheet "
+            "would take for a formula begins with '; programs read --json.",
+        ),
+    ] = False,
     inexact: Annotated[
         bool,
         Option(

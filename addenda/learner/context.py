@@ -64,20 +64,29 @@ class Checkpoint:
     def __init__(self, folder: Path, prepare: Callable[[], None] = lambda: None, run: Checkpoint | None = None) -> None:
         self._folder, self._prepare, self._run = folder, prepare, run or self
         self._hold: Hold | None = None
+        self._failed = False
 
     def within(self, name: str) -> Checkpoint:
         """Returns the checkpoint of one sweep of the run; it is deleted with the run's."""
         return Checkpoint(self._folder / name, self._prepare, self._run)
 
     def save(self, phase: str, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Replaces the checkpoint of a phase atomically."""
+        """Replaces the checkpoint of a phase atomically; if the disk is full, only warns."""
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         data = save(contiguous, metadata={"standing": json.dumps(values)})
         self._prepare()
-        self._run._lock()
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with written(self._folder / f"{phase}.safetensors") as unfinished:
-            unfinished.write_bytes(data)
+        try:
+            self._run._lock()
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with written(self._folder / f"{phase}.safetensors") as unfinished:
+                unfinished.write_bytes(data)
+        except OSError as error:
+            if not self._run._failed:
+                log.warning(
+                    "No checkpoint can be saved in %s: %s. If this run is interrupted, it starts over.",
+                    self._folder, error.strerror,
+                )  # fmt: skip
+            self._run._failed = True
 
     def _lock(self) -> None:
         """Creates the run's folder and locks it against `addenda cache clear`."""

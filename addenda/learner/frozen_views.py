@@ -156,7 +156,8 @@ class FrozenViews:
             "Activations of %d images%s take %s GB, and fits to them up to %s GB of memory; %s.",
             self._num_images, views, _rounded_up(total_gb), _rounded_up(FIT_MEMORY * layer_bytes / 1e9),
             f"all are cached in {cache.folder}" if capacity == len(keys)
-            else f"{cached_gb:.2f} GB are cached in {cache.folder}, the others are recomputed in each epoch",
+            else f"of these {cached_gb:.2f} GB fit into the cache in {cache.folder}, and the rest is computed again in "
+            "each epoch",
         )  # fmt: skip
         return cache.open(self._backbone, keys[:capacity], self._tokens) if capacity else None
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, ValidationInfo, field_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import ErrorDetails
 
@@ -131,6 +131,19 @@ class LearnConfig:
             raise ValueError("give at least one value")
         return value
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_no_switch(cls, value: Any, info: ValidationInfo) -> Any:
+        """Rejects `yes` for a number and "off" for a switch, which pydantic would convert."""
+        is_switch = isinstance(cls.__dataclass_fields__[str(info.field_name)].default, bool)
+        if is_switch and not isinstance(value, bool):
+            raise ValueError("give true or false")
+        if not is_switch and any(
+            isinstance(each, bool) for each in (value if isinstance(value, list | tuple) else [value])
+        ):
+            raise ValueError("true and false are no values of this setting")
+        return value
+
     @field_validator("group_by")
     @classmethod
     def _is_pattern(cls, value: str | None) -> str | None:
@@ -211,6 +224,19 @@ def _describe(error: ErrorDetails) -> str | None:
     return f"{'.'.join(map(str, [name, *path]))}: {message}"
 
 
+class _Loader(yaml.SafeLoader):
+    """Rejects a repeated key, of which YAML would keep the last."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode) and (first := lines.setdefault((key.tag, key.value), line)) != line:
+                raise yaml.MarkedYAMLError(None, None, f"the key {key.value!r} is on line {first} too", key.start_mark)
+        return node
+
+
 def read_mapping(file: Path) -> dict[str, Any]:
     """Reads a YAML file that holds a mapping; an empty file gives an empty mapping.
 
@@ -218,7 +244,7 @@ def read_mapping(file: Path) -> dict[str, Any]:
         DataError: the file cannot be read or holds no mapping.
     """
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        values = yaml.load(file.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise DataError(f"The file {str(file)!r} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:

@@ -16,7 +16,7 @@ from addenda.learner.activations import Activations
 from addenda.learner.augmentation import Augmentation
 from addenda.learner.context import OnEpoch, Report, RunContext, silent
 from addenda.learner.data import Data, LabelledImages, check_learnable, check_same_labels, open_images, open_parts
-from addenda.learner.data.labelled import unreadable
+from addenda.learner.data.labelled import alike, unreadable
 from addenda.learner.data.openers import repeats
 from addenda.learner.evaluation import check_readable, score
 from addenda.learner.growing import Growth, warn_of_repeats
@@ -389,3 +389,5 @@ def _log_remarks(images: LabelledImages) -> None:
         log.log(logging.INFO if only_hidden else logging.WARNING, "%s", images.remarks)
     if images.objective.is_settled(len(images.labels)):
         log.warning("%s has one class: every prediction will be %r.", images.where, images.labels[0])
+    if pair := alike(images.labels):
+        log.warning("%r and %r are learned as two classes. If they are one, give them one name.", *pair)

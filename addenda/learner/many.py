@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from addenda.exceptions import AddendaError, DataError, RegistryError
+from addenda.files import expanded
 from addenda.learner.context import Report
 from addenda.learner.data import Data, open_parts
 from addenda.learner.learn_config import LearnConfig, merged, read_mapping
@@ -76,10 +77,13 @@ class LearnResult(NamedTuple):
     data: Mapping[str, Any] = {}
 
 
+_Config = Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]
+
+
 class _File(BaseModel):
     model_config = ConfigDict(extra="forbid")
     tasks: Annotated[list[Any], Field(min_length=1)]
-    config: dict[str, Any] = {}
+    config: _Config = {}
 
 
 class _Entry(BaseModel):
@@ -87,7 +91,7 @@ class _Entry(BaseModel):
     name: str
     data: str
     test: str | None = None
-    config: dict[str, Any] = {}
+    config: _Config = {}
     extends: Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = []
 
 
@@ -229,8 +233,8 @@ def _row(
     parsed = _Entry(**entry)
     extends = "auto" if parsed.extends == ["auto"] else parsed.extends
     settings = merged(shared, parsed.config) | ({"extends": extends} if "extends" in entry else {})
-    config, data = LearnConfig(), folder / parsed.data
-    test = None if parsed.test is None else folder / parsed.test
+    config, data = LearnConfig(), folder / expanded(parsed.data)
+    test = None if parsed.test is None else folder / expanded(parsed.test)
     with _collecting(problems):
         check_new_name(parsed.name)
     if parsed.name in earlier:
@@ -262,6 +266,8 @@ def _schema_errors(model: type[BaseModel], values: Any) -> list[str]:
     messages = {
         "extra_forbidden": f"unknown key, expected one of {', '.join(model.model_fields)}",
         "missing": "is missing",
+        "dict_type": "must be a mapping, such as `epochs: 20`",
+        "list_type": "must be a list, whose entries start with `-`",
         "string_type": "must be text; in YAML, quote numbers, dates, yes and no",
     }
     try:

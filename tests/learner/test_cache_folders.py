@@ -16,7 +16,7 @@ import torch
 
 from addenda import FrozenBackbone, LearnConfig, Learner, Registry
 from addenda.exceptions import TrainingError
-from addenda.learner import ActivationCache, Augmentation
+from addenda.learner import ActivationCache, Augmentation, context
 from addenda.learner.activation_cache import NAME
 from addenda.learner.context import Checkpoint
 from tests.support.activations import ROW_GB, activations, fetched
@@ -239,6 +239,25 @@ def test_clearing_does_not_delete_the_checkpoints_of_a_running_run(tmp_path: Pat
     for run in runs:
         run.clear()
     assert list(cache.runs.iterdir()) == []
+
+
+def test_a_full_disk_ends_checkpoints_and_not_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Checkpoint(tmp_path / "run")
+    run.save("sweep", {"a": torch.ones(2)}, {"epoch": 1})
+
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(context, "written", full)
+    run.save("sweep", {"a": torch.ones(2)}, {"epoch": 2})
+    run.within("inner").save("sweep", {"a": torch.ones(2)}, {"epoch": 1})
+    assert [record.getMessage() for record in caplog.records] == [
+        f"No checkpoint can be saved in {tmp_path / 'run'}: No space left on device. If this run is interrupted, it "
+        "starts over."
+    ]
+    assert run.load("sweep")[1] == {"epoch": 1}
 
 
 def test_a_budget_of_zero_writes_no_cache(

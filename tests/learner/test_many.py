@@ -59,6 +59,14 @@ def test_rows_take_the_files_settings_then_their_own_and_paths_relative_to_the_f
     assert third.config.fall_back
 
 
+def test_an_empty_config_has_no_settings_and_a_home_folder_is_found(
+    registry: Registry, colours: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(colours.parent))
+    (row,) = read_rows(write(colours, "config:\ntasks: [{name: own, data: ~/colours, config: }]\n"), registry)
+    assert (row.data, row.config) == (colours, LearnConfig())
+
+
 def test_a_tasks_own_augmentation_is_merged_with_the_files(registry: Registry, colours: Path) -> None:
     file = write(
         colours.parent,
@@ -120,7 +128,7 @@ def test_all_errors_are_reported_at_once(registry: Registry, colours: Path) -> N
     [
         (b"", "tasks: is missing"),
         (b"tasks: []", "tasks: List should have at least 1 item"),
-        (b"tasks: {name: a}", "tasks: Input should be a valid list"),
+        (b"tasks: {name: a}", "tasks: must be a list, whose entries start with `-`"),
         (b"- name: a", "holds a list; it must hold a mapping"),
         (b"words", "holds a single value; it must hold a mapping"),
         (b"tasks: [", "is not valid YAML, line 1: expected the node content"),
@@ -130,8 +138,8 @@ def test_all_errors_are_reported_at_once(registry: Registry, colours: Path) -> N
         (b"[" * 100_000, "is not valid YAML"),
         (b"tasks:\n  - {name: a, data: \"a\\0b\"}", "There is no folder"),
         (b"tasks:\n  - {name: a, data: " + b"x" * 5000 + b"}", "File name too long"),
-        (b"tasks:\n  - {name: a, data: colours, extends: {a: b}}", "extends: Input should be a valid list"),
-        (b"config: 5\ntasks:\n  - {name: a, data: colours}", "config: Input should be a valid dictionary"),
+        (b"tasks:\n  - {name: a, data: colours, extends: {a: b}}", "extends: must be a list, whose entries"),
+        (b"config: 5\ntasks:\n  - {name: a, data: colours}", "config: must be a mapping, such as `epochs: 20`"),
     ],
 )  # fmt: skip
 def test_the_error_says_why_a_file_is_no_list_of_tasks(

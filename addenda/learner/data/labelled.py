@@ -328,12 +328,29 @@ def read_in_batches(
 
 
 def class_name(text: str, owner: str = "A class") -> str:
-    """A class name in Unicode's composed form (macOS decomposes names); DataError if it is not UTF-8."""
+    """A class name without outer spaces, in Unicode's composed form (macOS decomposes names).
+
+    Raises:
+        DataError: it is not UTF-8.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise DataError(f"{owner} has a name that is not UTF-8, {text!r}; rename it.") from error
-    return unicodedata.normalize("NFC", text)
+    return unicodedata.normalize("NFC", text.strip())
+
+
+def alike(labels: Sequence[str]) -> tuple[str, str] | None:
+    """The first two labels that differ only in case, or are one number; None if there are none."""
+    known: dict[str | float, str] = {}
+    for label in labels:
+        try:
+            key: str | float = float(label)
+        except ValueError:
+            key = label.casefold()
+        if (first := known.setdefault(key, label)) != label:
+            return first, label
+    return None
 
 
 def ten_of(texts: Sequence[str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import re
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,9 +119,10 @@ def _read_csv(file: Path) -> tuple[list[str], Lines]:
     try:
         with file.open(encoding="utf-8-sig", newline="") as opened:
             reader = csv.reader(opened, strict=True, skipinitialspace=True)
-            lines = [(f"line {reader.line_num}", fields) for fields in reader if fields]
+            lines = [(f"line {reader.line_num}", fields) for fields in reader if any(map(str.strip, fields))]
     except UnicodeDecodeError as error:
-        raise DataError(f"The listing {str(file)!r} is not UTF-8 ({error.reason}). Save it as UTF-8.") from error
+        kind = "UTF-16 text" if file.read_bytes()[:2] in (BOM_UTF16_LE, BOM_UTF16_BE) else f"not UTF-8 ({error.reason})"
+        raise DataError(f"The listing {str(file)!r} is {kind}. Save it as CSV in UTF-8, with commas.") from error
     except (OSError, csv.Error) as error:
         raise DataError(f"The listing {str(file)!r} cannot be read as CSV: {error}.") from error
     if not lines:
@@ -156,6 +158,8 @@ def _check_columns(file: Path, columns: Sequence[str]) -> None:
     found = f"Found: {', '.join(listed)}{more}."
     if len(columns) == 1 and {";", "\t"} & set(columns[0]):
         found += " Fields must be separated by commas: save it as CSV with commas."
+    elif {"path", "label", "labels"} & {name.lower() for name in columns} - {*columns}:
+        found += " Column names are in lower case."
     if "path" not in columns or not {"label", "labels"} & set(columns):
         raise DataError(
             f"The listing {str(file)!r} requires a column 'path', and 'label' (one per image) or 'labels' (any number, "
@@ -179,6 +183,8 @@ def _row(folder: Path, columns: Sequence[str], values: Sequence[Any], position: 
     fields = dict(zip(columns, values, strict=True))
     if not isinstance(fields["path"], str) or not fields["path"]:
         raise DataError("its path is empty" if fields["path"] in (None, "") else f"its path is {fields['path']!r}")
+    if "://" in fields["path"]:
+        raise DataError(f"its path is {fields['path']!r}; give the path of a file, since URLs are not read")
     path = _path(folder / fields["path"])
     labels = _labels(fields["labels"]) if "labels" in fields else (_text(fields["label"]),)
     if "" in labels:
@@ -221,4 +227,4 @@ def _text(value: Any) -> str:
         return ""
     if not isinstance(value, str | int):
         raise DataError(f"its value {value!r} is neither text nor a whole number")
-    return class_name(str(value).strip())
+    return class_name(str(value))

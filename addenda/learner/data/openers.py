@@ -178,7 +178,7 @@ def _open_classes(folder: Path, root: Path, left_out_beside: LeftOut) -> Labelle
         hint = "its images are not in class folders" if loose else "no images were found"
         raise DataError(
             f"{str(folder)!r} has no class folders with images ({hint}). Put the images of each class into a folder "
-            f"named after the class: {folder.name}/cat/1.jpg, {folder.name}/dog/1.jpg."
+            f"named after the class: {folder / 'cat' / '1.jpg'}, {folder / 'dog' / '1.jpg'}."
         )
     empty = [name for name, paths in files.items() if not paths]
     if empty:
@@ -292,7 +292,7 @@ def repeats(train: LabelledImages, test: LabelledImages | None) -> dict[str, int
         known = " and ".join(map(repr, sorted(labels[train.digests[first]])[:2]))
         remarks.append(
             f"{in_classes} training images also occur with other labels, such as {train.item(first).called} with "
-            f"{known}; give each image one label"
+            f"{known}, and are learned with each; give each image one label"
         )
     if copies:
         remarks.append(

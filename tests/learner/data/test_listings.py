@@ -223,6 +223,18 @@ def test_files_that_are_not_utf_8_csv_or_parquet_are_refused(tmp_path: Path) -> 
     assert "cannot be read as Parquet" in refused(tmp_path / "listing.parquet")
 
 
+def test_a_listing_of_a_spreadsheet_is_read_or_explained(folder: Path) -> None:
+    file = folder / "listing.csv"
+    file.write_text("path,label\nred/0.png,red\nblue/0.png,blue\n,\n , \n")
+    assert len(open_images(file)) == 2
+    file.write_text("path\tlabel\nred/0.png\tred\n", encoding="utf-16")
+    assert "is UTF-16 text. Save it as CSV in UTF-8, with commas." in refused(file)
+    file.write_text("Path,Label\nred/0.png,red\n")
+    assert "Found: 'Path', 'Label'. Column names are in lower case." in refused(file)
+    file.write_text("path,label\nhttps://example.org/a.png,red\n")
+    assert "line 2: its path is 'https://example.org/a.png'; give the path of a file, since URLs" in refused(file)
+
+
 @BOTH
 def test_up_to_ten_missing_files_are_listed_with_their_position(folder: Path, write: Write) -> None:
     rows = [{"path": "red/0.png", "label": "red"}, *({"path": f"{i}.png", "label": "red"} for i in range(12))]

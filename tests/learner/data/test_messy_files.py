@@ -89,8 +89,11 @@ def test_links_to_files_are_followed_and_links_to_folders_reported(folder: Path,
     assert "2 links to folders (red/more, red/round)" in images.remarks
 
 
-def test_a_pipe_named_like_an_image_does_not_block(folder: Path) -> None:
+def test_a_pipe_named_like_an_image_does_not_block(folder: Path, tmp_path: Path) -> None:
     os.mkfifo(folder / "red" / "pipe.png")
+    os.mkfifo(tmp_path / "pipe")
+    (folder / "red" / "linked.png").symlink_to(tmp_path / "pipe")
+    (folder / "red" / "endless.png").symlink_to("/dev/zero")
     assert len(open_images(folder)) == 8
 
 
@@ -329,7 +332,7 @@ def test_copies_and_contradictions_are_reported_with_an_example(learner: Learner
     (folder / "blue" / "again.png").write_bytes(content)
     learned = run("learn", "any", folder, *LEARN, "--json")
     assert json.loads(learned.out)["repeated"] == {"classes": 3, "copies": 1, "test": 0}
-    said = r"3 training images also occur with other labels, such as \S+ with 'blue' and 'red'; give each"
+    said = r"3 training images also occur with other labels, such as \S+ with 'blue' and 'red', and are learned with"
     assert re.search(said, learned.err)
     assert "training images that are copies of others of their class: 1, which" in learned.err
 

@@ -102,6 +102,22 @@ def test_names_that_are_not_utf8_are_refused_in_classes_and_shown_in_files(
 # --- one class, one image ---------------------------------------------------------------------------------------------
 
 
+def test_outer_spaces_are_no_part_of_a_class_name_in_folders_and_listings(folder: Path) -> None:
+    (folder / "red").rename(folder / "red ")
+    (folder / "rows.csv").write_text("path,label\nred /0.png,red \nblue/0.png,blue\n")
+    assert open_images(folder).labels == open_images(folder / "rows.csv").labels == ("blue", "red")
+
+
+@pytest.mark.parametrize(("first", "second"), [("Rot", "rot"), ("1", "1.0"), ("STRASSE", "straße")])
+def test_classes_that_are_probably_one_are_named(
+    learner: Learner, folder: Path, caplog: pytest.LogCaptureFixture, first: str, second: str
+) -> None:
+    (folder / "blue").rename(folder / first)
+    (folder / "red").rename(folder / second)
+    learner.learn("any", folder, config=HEAD_ONLY)
+    assert f"{first!r} and {second!r} are learned as two classes. If they are one, give them one name." in caplog.text
+
+
 def test_a_single_class_can_be_learned_and_is_always_predicted(
     learner: Learner, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,0 +1,5 @@
+"""`python -m addenda`."""
+
+from addenda.cli import main
+
+main()
