@@ -34,7 +34,8 @@ def estimate(noun: str, total: int, done: int, seconds: float) -> str:
     if rest < NOTABLE_S:
         return ""
     rate = done / seconds
-    return f"{total} {noun} at {rate:.{0 if rate >= 10 else 1}f} per second: about {duration(rest)}."
+    speed = f"at {rate:.{0 if rate >= 10 else 1}f} per second" if rate >= 0.1 else f"at {duration(1 / rate)} each"
+    return f"{total} {noun} {speed}: about {duration(rest)}."
 
 
 def duration(seconds: float) -> str:

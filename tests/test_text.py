@@ -11,6 +11,7 @@ def test_an_estimate_is_of_the_rest_and_empty_if_that_is_soon() -> None:
     assert estimate("views", 1000, 8, 0.4) == "1000 views at 20 per second: about 50 s."
     assert estimate("images", 40, 8, 2.0) == "40 images at 4.0 per second: about 8 s."
     assert estimate("views", 100_000, 64, 0.5) == "100000 views at 128 per second: about 13 min."
+    assert estimate("views", 1000, 1, 30.0) == "1000 views at 30 s each: about 8.3 h."
     assert estimate("images", 16, 8, 2.0) == ""
     assert estimate("images", 8, 8, 200.0) == ""
 

@@ -18,8 +18,8 @@ with suppress(ImportError):
 
     register_heif_opener(thumbnails=False)
 
-PREPARATION = 1
-"""Version of the image preparation, increased whenever the pixels of any image would change."""
+PREPARATION = 2
+"""Version of the preparation of images and views, increased whenever the pixels of any of them would change."""
 CUT = "addenda: 16-bit colours cut to 8"
 """Key in `Image.info` that marks 16-bit colours which Pillow has reduced to 8 bits."""
 PNG = b"\x89PNG\r\n\x1a\n"

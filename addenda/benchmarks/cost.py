@@ -120,7 +120,7 @@ def _measure_backbone(
     rows = []
     for variant, times in seconds.items():
         method, num_tasks, num_images, reference = variant
-        low, median, high = statistics.quantiles(times, n=4)
+        low, median, high = statistics.quantiles(times, n=4, method="inclusive")
         costs: dict[str, Any] = {"giga_operations": stock / 1e9} if method in (STOCK, STOCK_ONE) else {}
         if variant in models:
             model = models[variant]

@@ -32,7 +32,12 @@ def tasks_list(
     extends: Annotated[str | None, Option(help="Only tasks that extend this one.")] = None,
     min_score: Annotated[
         float | None,
-        Option(min=0, max=1, help="Only tasks with at least this test accuracy (multi-label: mAP), from 0 to 1."),
+        Option(
+            min=0,
+            max=1,
+            help="Only tasks with at least this accuracy (multi-label: mAP), from 0 to 1; on validation images if "
+            "there were no test images.",
+        ),
     ] = None,
     since: Annotated[
         str | None, Option(help="Only tasks registered since this UTC time: 2026-01-31 or 2026-01-31T12:00.")

@@ -99,7 +99,10 @@ def augment(
 
 
 def _crop(image: Image.Image, augmentation: Augmentation, random: np.random.Generator) -> tuple[int, int, int, int]:
-    """Draws top, left, height and width of a random crop; returns the whole image if ten draws do not fit into it."""
+    """Draws top, left, height and width of a random crop.
+
+    If ten draws do not fit into the image, it is the largest central crop with an aspect ratio within the bounds.
+    """
     for _ in range(10):
         area = image.width * image.height * random.uniform(*augmentation.scale)
         ratio = math.exp(random.uniform(math.log(augmentation.ratio[0]), math.log(augmentation.ratio[1])))
@@ -107,4 +110,7 @@ def _crop(image: Image.Image, augmentation: Augmentation, random: np.random.Gene
         if 0 < width <= image.width and 0 < height <= image.height:
             top, left = random.integers(image.height - height + 1), random.integers(image.width - width + 1)
             return int(top), int(left), height, width
-    return 0, 0, image.height, image.width
+    narrowest, widest = augmentation.ratio
+    width = min(image.width, round(image.height * widest))
+    height = min(image.height, round(image.width / narrowest))
+    return (image.height - height) // 2, (image.width - width) // 2, height, width

@@ -18,7 +18,7 @@ from addenda.learner.activations import Activations
 from addenda.learner.candidates import HEAD, Candidate, Tensors, as_fields
 from addenda.learner.context import Epoch, RunContext
 from addenda.learner.learn_config import LearnConfig
-from addenda.learner.objectives import LinearProbe
+from addenda.learner.objectives import LinearProbe, Weights
 from addenda.learner.probes import (
     EIGHTHS,
     LayerFeatures,
@@ -242,7 +242,8 @@ class LearningRun:
     def _extend(self, best: Sweep, pool: Sequence[Task]) -> tuple[Sweep, list[dict[str, Any]]]:
         """Tries to extend the most promising tasks one by one, and keeps those that pay; also returns what it tried."""
         tried = []
-        for task in promising(self._activations, pool, self._train_probe, self._train, self._validation):
+        rows = self._train, self._validation
+        for task in promising(self._activations, pool, self._train_probe, *rows, self._class_weights):
             parents = (*best.parents, task)
             sweep = self._sweep(self._activations.with_parents(parents, self._context.report), parents)
             taken = sweep.fusion.weight > 0 and pays(sweep.fusion.losses, best.fusion.losses)
@@ -305,6 +306,7 @@ def promising(
     linear_probe: LinearProbe,
     train: Int[Tensor, " N"],
     validation: Int[Tensor, " M"],
+    class_weights: Weights = None,
 ) -> list[Task]:
     """Returns the most promising tasks to extend, best first.
 
@@ -322,7 +324,9 @@ def promising(
     ranked = []
     for task, feature in zip(pool, activations.features(pool), strict=True):
         both = torch.cat([pooled, feature], dim=1)
-        loss = validation_loss(objective.fit_linear_probe(both[train], targets[train], linear_probe.strength), both)
+        fit = objective.fit_linear_probe
+        probe = fit(both[train], targets[train], linear_probe.strength, len(linear_probe.weight), class_weights)
+        loss = validation_loss(probe, both)
         if loss < baseline_loss:
             ranked.append((loss, task.name, task))
     return [task for *_, task in sorted(ranked)[:MAX_TRIED_PARENTS]]

@@ -89,7 +89,7 @@ class Trainer:
             first = first_tensors(self._backbone, linear_probe, settings, config.memory_std)
             candidates.append(Candidate(settings, first, config, steps_per_epoch * config.epochs, device))
         # Twice the linear probe's penalty: a weight split in halves over two features has half the squared norm.
-        penalty = 1 / (linear_probe.strength * len(train))
+        penalty = 2 * self._objective.l2_penalty(linear_probe.strength, len(train), len(linear_probe.weight))
         history, trial_epochs = self._resume(phase, candidates), max(MIN_TRIAL_EPOCHS, config.epochs // 3)
         total_steps, first_step, clock = stop_after * steps_per_epoch, len(history) * steps_per_epoch + 1, 0.0
         for epoch in range(len(history) + 1, stop_after + 1):
@@ -156,7 +156,7 @@ class Trainer:
         It is fitted to the same images, so that overconfidence does not count.
         """
         calibrate = self._config.calibrate and bool(logits.isfinite().all())
-        temperature = self._objective.fit_temperature(logits, targets) if calibrate else 1.0
+        temperature = self._objective.fit_temperature(logits, targets, prior=0.0) if calibrate else 1.0
         return self._objective.losses(logits / temperature, targets)
 
     @torch.no_grad()

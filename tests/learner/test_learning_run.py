@@ -78,6 +78,19 @@ def test_tasks_are_ranked_by_what_their_features_add_to_the_linear_probe(tiny: F
     assert [losses[pool.index(task)] for task in ranked] == better[:MAX_TRIED_PARENTS]
     assert promising(activations, [], probe, train, validation) == []
 
+    objective, weights = objective_of(targets), torch.linspace(0.1, 4.0, len(probe.weight))
+
+    def weighted_loss(feature: torch.Tensor) -> float:
+        both = torch.cat([pooled, feature], dim=1)
+        fitted = objective.fit_linear_probe(both[train], targets[train], 1.0, len(weights), weights)
+        logits = both[validation] @ fitted.weight.T + fitted.bias
+        return objective.loss(logits, targets[validation]).item()
+
+    losses = [weighted_loss(feature) for feature in activations.features(pool)]
+    ranked = promising(activations, pool, probe, train, validation, weights)
+    assert [pool.index(task) for task in ranked] == sorted(range(6), key=losses.__getitem__)[: len(ranked)]
+    assert ranked != promising(activations, pool, probe, train, validation)
+
 
 @pytest.mark.slow
 def test_extends_auto_takes_the_task_that_helps_and_records_what_was_tried(

@@ -18,6 +18,7 @@ from torchmetrics.functional.classification import binary_average_precision, bin
 
 from addenda.combined.predictions import LIKELY
 from addenda.learner.objectives.objective import (
+    CERTAIN,
     STRENGTHS,
     Array,
     LayerFits,
@@ -112,7 +113,7 @@ class MultiLabel(Objective):
 
     def accuracy(self, logits: Float[Tensor, "N C"], targets: MultiHot) -> float:
         """The share of correct predictions over all images and labels."""
-        return ((logits > 0) == targets).float().mean().item()
+        return ((logits >= 0) == targets).float().mean().item()
 
     def score(self, logits: Float[Tensor, "N C"], targets: MultiHot, labels: Sequence[str]) -> dict[str, Any]:
         """Mean average precision, F1 at probability 0.5, exact match and calibration error.
@@ -135,7 +136,7 @@ class MultiLabel(Objective):
             "f1_micro": binary_f1_score(predicted.int().flatten(), truth.flatten()).item() if known else None,
             "f1_macro": sum(f1) / len(f1) if f1 else None,
             "exact_match": (predicted == targets).all(1).float().mean().item(),
-            "calibration_error": binary_calibration_error(chance.flatten(), truth.flatten()).item(),
+            "calibration_error": binary_calibration_error(chance.flatten().clamp(max=CERTAIN), truth.flatten()).item(),
             "per_class": precision,
             "num_images": len(targets),
         }

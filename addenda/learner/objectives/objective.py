@@ -43,7 +43,9 @@ STRENGTHS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 NUM_FOLDS = 5
 """Folds of cross-validation; fewer if there are fewer groups."""
 TEMPERATURES = (0.2, 5.0)
-"""Bounds of the temperature. If all predictions are correct, the unbounded optimum is 0."""
+"""Bounds of the temperature."""
+CERTAIN = 1 - 1e-6
+"""Maximum confidence for torchmetrics' calibration error, which has a sixteenth bin for a confidence of exactly 1."""
 
 
 @dataclass(frozen=True)
@@ -171,29 +173,44 @@ class Objective(ABC):
     def score(self, logits: Float[Tensor, "N C"], targets: Targets, labels: Sequence[str]) -> dict[str, Any]:
         """Metrics in 0..1, by torchmetrics. Divide the logits by the temperature first; it affects calibration only."""
 
-    def fit_temperature(self, logits: Float[Tensor, "N C"], targets: Targets) -> float:
-        """Temperature scaling: the temperature of minimal negative log likelihood, to three decimals, else 1.0.
+    def fit_temperature(self, logits: Float[Tensor, "N C"], targets: Targets, prior: float = 0.5) -> float:
+        """Temperature scaling: the temperature of minimal negative log likelihood and prior, to three decimals, or 1.0.
+
+        The prior is a factor of the squared logarithm; 1/2 is a standard normal distribution. It matters on few images:
+        where all are predicted correctly, their likelihood alone makes every prediction certain. Without it (0), logits
+        of any scale have the same loss at their temperatures.
 
         Source: Guo, Pleiss, Sun and Weinberger, "On Calibration of Modern Neural Networks", ICML 2017, section 4.2,
-        here with bounds.
+        here with the prior and bounds.
         """
         if not len(targets):
             return 1.0
         logits, targets = logits.cpu().double(), targets.cpu()
-        temperature = round(self.least_loss_temperature(logits, targets, TEMPERATURES), 3)
+        fitted = self.least_loss_temperature(logits, targets, TEMPERATURES, prior=prior / len(targets))
+        temperature = round(fitted, 3)
         better = self.loss(logits / temperature, targets) < self.loss(logits, targets)
         return temperature if better else 1.0
 
     def least_loss_temperature(
-        self, logits: Float[Tensor, "N C"], targets: Targets, bounds: tuple[float, float], smoothing: float = 0.0
-    ) -> float:
-        """The temperature of minimal loss, between two bounds."""
+        self, logits: Float[Tensor, "N C"], targets: Targets, bounds: tuple[float, float], smoothing: float = 0.0,
+        prior: float = 0.0,
+    ) -> float:  # fmt: skip
+        """The temperature of minimal loss, between two bounds; `prior` times its squared logarithm is added."""
 
-        def loss(log_temperature: float) -> float:  # convex in 1 / temperature, so there is one minimum
-            return self.loss(logits / math.exp(log_temperature), targets, smoothing).item()
+        def loss(log_temperature: float) -> float:  # without `prior` convex in 1 / temperature: one minimum
+            scaled = self.loss(logits / math.exp(log_temperature), targets, smoothing).item()
+            return scaled + prior * log_temperature**2
 
         log_bounds = tuple(map(math.log, bounds))
         return math.exp(minimize_scalar(loss, bounds=log_bounds, method="bounded", options={"xatol": 1e-6}).x)
+
+    def l2_penalty(self, strength: float, num_images: int, num_classes: int) -> float:
+        """The factor of a head's squared norm that, added to a mean loss, equals scikit-learn's penalty with that C.
+
+        Of two exclusive classes, scikit-learn penalises the margin: two opposite rows with half of its squared norm.
+        """
+        rows_of_margin = 2 if num_classes == 2 and MEANINGS[self.name].exclusive else 1
+        return rows_of_margin / (2 * strength * num_images)
 
     def choose_strength(
         self,
@@ -203,7 +220,7 @@ class Objective(ABC):
         groups: Groups = None,
         class_weights: Weights = None,
     ) -> float:
-        """The C of minimal cross-validated log loss, from STRENGTHS; 1.0, where none matters, for a single class.
+        """The C from STRENGTHS at which the cross-validated log loss stops to fall; 1.0 for a single class.
 
         Class weights apply to the fits, not to the held-out losses.
         """

@@ -17,6 +17,7 @@ from torch import Tensor
 from torchmetrics.functional import classification as metrics
 
 from addenda.learner.objectives.objective import (
+    CERTAIN,
     STRENGTHS,
     Array,
     Classes,
@@ -107,7 +108,7 @@ class SingleLabel(Objective):
         return {
             "accuracy": metrics.multiclass_accuracy(logits, targets, count, average="micro").item(),
             "balanced_accuracy": per_class[present].mean().item(),
-            "calibration_error": metrics.multiclass_calibration_error(chance, targets, count).item(),
+            "calibration_error": metrics.multiclass_calibration_error(chance.clamp(max=CERTAIN), targets, count).item(),
             "per_class": {
                 label: value.item() if is_present else None
                 for label, value, is_present in zip(labels, per_class, present.tolist(), strict=True)

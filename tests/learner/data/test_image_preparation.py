@@ -18,6 +18,8 @@ from torchvision.datasets import ImageFolder
 from addenda import FrozenBackbone, LearnConfig, Learner, Registry
 from addenda.backbones import prepared, read_image
 from addenda.exceptions import DataError
+from addenda.learner import Augmentation
+from addenda.learner.augmentation import augment
 from addenda.learner.data import open_images
 from tests.support.datasets import Pictures, files
 from tests.support.images import colour_folder
@@ -201,3 +203,16 @@ def test_another_order_of_classes_is_another_task(tiny: FrozenBackbone, registry
     other = Pictures([(image, 2 - target) for image, target in rows], ["blue", "green", "red"])
     second = learner.learn("colours", other, config=config, new_version=True)
     assert (second.ref, second.labels) == ("colours:2", ("blue", "green", "red"))
+
+
+@pytest.mark.parametrize("turned_by", [None, Image.Transpose.ROTATE_90])
+def test_a_view_of_a_long_image_is_no_squashed_image(tiny: FrozenBackbone, turned_by: Image.Transpose | None) -> None:
+    position = np.tile(np.arange(200, dtype=np.uint8), (20, 1))
+    image = Image.fromarray(np.stack([position] * 3, axis=-1))
+    how = Augmentation(views=1, scale=(0.9, 1.0), hflip=0.0, color_jitter=0.0)
+    mean, std = (np.array(tiny.preprocessing[key]).reshape(3, 1, 1) for key in ("mean", "std"))
+    for seed in range(5):
+        view = augment(image if turned_by is None else image.transpose(turned_by), how, seed, tiny.preprocessing)
+        seen = 255 * (view.numpy() * std + mean)
+        assert seen.min() == pytest.approx(100 - 20 * 4 / 3 / 2, abs=2)  # the centre, in the widest permitted ratio
+        assert seen.max() == pytest.approx(99 + 20 * 4 / 3 / 2, abs=2)

@@ -57,6 +57,18 @@ def test_multi_label_scores_are_scikit_learns(seed: int) -> None:
     assert scores["calibration_error"] == pytest.approx(sum(gaps) / truth.size, abs=1e-5)
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_last_bin_of_the_calibration_error_holds_what_is_certain(objective: str) -> None:
+    logits = torch.tensor([[0.0, 200.0]] * 6 + [[0.0, 3.5]] * 4)  # confidences of 1 and 0.97
+    classes = torch.tensor([1] * 5 + [0] + [1] * 4)
+    targets = classes if objective == "single-label" else torch.stack([classes == 0, classes == 1], 1)
+    logits = logits if objective == "single-label" else torch.stack([-logits[:, 1], logits[:, 1]], 1)
+    confidence = (6 + 4 * torch.tensor(3.5).sigmoid().item()) / 10
+    assert score(logits, targets, ("a", "b"), objective)["calibration_error"] == pytest.approx(
+        confidence - 0.9, abs=1e-5
+    )
+
+
 def test_a_label_without_images_is_excluded_from_the_means() -> None:
     logits, targets = random_logits()
     targets[:, 1] = False

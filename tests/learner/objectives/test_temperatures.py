@@ -54,11 +54,20 @@ def test_scaling_improves_the_calibration_error_and_changes_no_other_score(objec
     assert after == before
 
 
+@pytest.mark.parametrize("count", [4, 12, 400])
+def test_a_few_correct_predictions_do_not_make_all_others_certain(count: int) -> None:
+    targets = torch.arange(count) % 2
+    logits = 2.0 * torch.nn.functional.one_hot(targets, 2)
+    temperature = fit_temperature(logits, targets, "single-label")
+    share = (logits / temperature).softmax(1).amax(1)[0].item()
+    assert 0.88 < share < 1 - 1 / (10 * count)  # at the lower bound of the temperature: 0.99995
+
+
 @OBJECTIVE
 def test_the_temperature_is_bounded(objective: str) -> None:
     targets = drawn(objective, 1.0)[1]
     correct = torch.nn.functional.one_hot(targets, 4) if targets.ndim == 1 else targets
-    assert fit_temperature((2.0 * correct - 1) * 3, targets, objective) == pytest.approx(BOUNDS[0], abs=2e-3)
+    assert fit_temperature((2.0 * correct - 1) * 0.3, targets, objective) == pytest.approx(BOUNDS[0], abs=2e-3)
     assert fit_temperature(-(2.0 * correct - 1) * 3, targets, objective) == pytest.approx(BOUNDS[1], abs=2e-3)
 
 
