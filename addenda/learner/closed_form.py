@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from addenda.combined.routing.classifiers import SHRINKAGES, Linear, discriminant, gaussians, tuned
-from addenda.combined.routing.statistics import Moments, unhashed
+from addenda.combined.routing.statistics import SAMPLES, Moments, unhashed, unsampled_classes
 from addenda.learner.probes import LinearHead, limited_rank
 from addenda.registry import FeatureStatistics
 
@@ -23,21 +24,27 @@ class ClosedForm(NamedTuple):
 
     head: LinearHead
     sample_logits: Float64[Tensor, "K C"]  # of the statistics' sample, by the same fit to all other images
+    sample_targets: Int64[Tensor, " K"]
 
 
 def closed_form(statistics: FeatureStatistics) -> ClosedForm:
     """Fits linear discriminants of the pooled feature and of the hashed layer features, and sums their logits.
 
-    Shrinkages and temperatures minimise the log loss of the sample. Equal statistics give equal heads, so learning
-    classes one after another is the same as learning them at once.
+    Shrinkages and temperatures minimise the log loss of the sample. If it lacks a class (`unsampled_classes`), nothing
+    is tuned on it and the returned sample is empty: the shrinkage is the largest, the temperatures follow from the
+    class means. Equal statistics give equal heads, so learning classes one after another is the same as learning them
+    at once.
     """
+    if unsampled_classes(statistics):
+        samples = {name: each[:0] for name, each in statistics.tensors.items() if name in (*SAMPLES, "sample_targets")}
+        statistics = replace(statistics, **samples)
     counts, targets, width = statistics.counts, statistics.sample_targets, statistics.sample.shape[1]
     expanded = Moments.sum([counts], [statistics.sums], [statistics.gram])
     linear, logits = _fitted(expanded.first(width), statistics.sample, targets)
     head = LinearHead(linear.bias, linear.weights.T)
     lengths, directions = statistics.layer_lengths, statistics.layer_directions
     if statistics.layers is None or lengths is None or directions is None:
-        return ClosedForm(head, logits)
+        return ClosedForm(head, logits, targets)
     sums, gram, sample = statistics.layers
     moments = Moments.sum([counts], [sums], [gram])
     linear, layer_logits = _fitted(moments, sample, targets)
@@ -45,7 +52,9 @@ def closed_form(statistics: FeatureStatistics) -> ClosedForm:
     total = counts.sum()
     layer_head = _on_layers(hashed_weight, bias, lengths.double() / total, directions.double() / total)
     return ClosedForm(
-        head * (1 - LAYER_WEIGHT) + layer_head * LAYER_WEIGHT, logits * (1 - LAYER_WEIGHT) + layer_logits * LAYER_WEIGHT
+        head * (1 - LAYER_WEIGHT) + layer_head * LAYER_WEIGHT,
+        logits * (1 - LAYER_WEIGHT) + layer_logits * LAYER_WEIGHT,
+        targets,
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from addenda.backbones import FrozenBackbone
 from addenda.combined import feature_statistics
 from addenda.combined.model import check_fits
-from addenda.combined.routing.statistics import added, can_be_grown, known_classes
+from addenda.combined.routing.statistics import can_be_grown, known_classes, unsampled_classes
 from addenda.exceptions import DataError, RegistryError
 from addenda.learner.activations import Activations
 from addenda.learner.closed_form import closed_form
@@ -94,13 +94,19 @@ class Growth:
             known: number of its images that the task was learned from.
         """
         old, objective = self.task, activations.objective
-        new = feature_statistics(
-            activations.pooled, activations.targets, activations.num_classes, activations.layers[0], activations.digests
-        )
-        statistics = added(self.statistics, new)
+        statistics = feature_statistics(
+            activations.pooled, activations.targets, activations.num_classes, activations.layers[0],
+            activations.digests, self.statistics,
+        )  # fmt: skip
         if unread := [activations.labels[label] for label in (statistics.counts == 0).nonzero()[:, 0].tolist()]:
             raise DataError(f"No image of class {unread[0]!r} can be read. Fix its images, or remove the class.")
-        fit, targets = closed_form(statistics), statistics.sample_targets
+        fit = closed_form(statistics)
+        if unsampled := [activations.labels[label] for label in unsampled_classes(statistics)]:
+            log.warning(
+                "The next version of %s has no validation score, a fixed shrinkage and temperature 1: its statistics "
+                "have no sampled image of class %r%s, which takes three images.",
+                old.name, unsampled[0], f" and {len(unsampled) - 1} others" if len(unsampled) > 1 else "",
+            )  # fmt: skip
         if fit.head.layer_weight is None and old.num_layer_features:
             log.warning(
                 "The statistics of %s lack layer features: its next version reads the pooled feature alone.", old.ref
@@ -109,10 +115,11 @@ class Growth:
             log.warning(
                 "The next version of %s has a head alone; the class token of %s is not continued.", old.name, old.ref
             )
-        temperature = objective.fit_temperature(fit.sample_logits, targets)
+        temperature = objective.fit_temperature(fit.sample_logits, fit.sample_targets)
         metrics: dict[str, Any] = {}
-        if len(targets):
-            metrics["validation"] = objective.score(fit.sample_logits / temperature, targets, activations.labels)
+        if len(fit.sample_targets):
+            scores = objective.score(fit.sample_logits / temperature, fit.sample_targets, activations.labels)
+            metrics["validation"] = scores
         task = Task(
             name=old.name, backbone=old.backbone, labels=activations.labels, objective=objective.name,
             temperature=temperature, metrics=metrics, **as_tensors(fit.head),

@@ -12,8 +12,8 @@ from torch import Tensor
 from addenda import CombinedModel, FrozenBackbone
 from addenda.combined import Router, feature_statistics
 from addenda.combined.routing.classifiers import best_temperature
-from addenda.combined.routing.router import REJECTED
-from addenda.combined.routing.statistics import HASHED, SAMPLE, hash_layers, joined_statistics
+from addenda.combined.routing.router import REJECTED, _Distance
+from addenda.combined.routing.statistics import HASHED, SAMPLE, Moments, hash_layers, joined_statistics
 from addenda.exceptions import RegistryError, UnknownTaskError
 from addenda.registry import FeatureStatistics
 from addenda.registry.store.task_reader import MAX_BYTES
@@ -23,12 +23,12 @@ WIDTH = 16
 CLASSIFIERS = ("nearest-mean", "mahalanobis", "ridge", "layers", "combined")
 
 
-def cloud(task: int, count: int, seed: int, classes: int = 2) -> tuple[Tensor, Tensor]:
+def cloud(task: int, count: int, seed: int, classes: int = 2, spread: float = 1.0) -> tuple[Tensor, Tensor]:
     """Features of a task's images: a Gaussian blob for each class."""
     centres = 3 * torch.randn(10 * classes, WIDTH, generator=torch.Generator().manual_seed(7))
     noise = torch.Generator().manual_seed(100 * task + seed)
     targets = torch.arange(count) % classes
-    return centres[task * classes + targets] + torch.randn(count, WIDTH, generator=noise), targets
+    return centres[task * classes + targets] + spread * torch.randn(count, WIDTH, generator=noise), targets
 
 
 def with_layers(pooled: Tensor) -> Tensor:
@@ -160,6 +160,71 @@ def test_images_of_no_task_are_unfamiliar(layers: bool) -> None:
     rejected = [not choice.familiar for choice in router.choose(own)]
     assert sum(rejected) < 3 * REJECTED * len(rejected)
     assert sum(not choice.familiar for choice in router.choose(other)) > 0.7 * len(other)
+
+
+@pytest.mark.parametrize("per_class", [3, 5, 10, 30])
+def test_a_task_rejects_one_in_twenty_unseen_images_or_one_more_than_its_sample(per_class: int) -> None:
+    rejected, foreign, num_classes = [], [], 6
+    for seed in range(6):
+        pooled, targets = cloud(0, per_class * num_classes, seed, num_classes)
+        statistics = feature_statistics(pooled, targets, num_classes, with_layers(pooled)[:, WIDTH:])
+        router = Router({"own": statistics})
+        expected = max(REJECTED, 1 / (len(statistics.sample) + 1))
+        for images, task in ((rejected, 0), (foreign, 1)):
+            choices = router.choose(with_layers(cloud(task, 300, 50 + seed, num_classes)[0]))
+            images.append(sum(not choice.familiar for choice in choices) / len(choices))
+    assert 0.4 * expected < np.mean(rejected) < 2 * expected
+    assert np.mean(foreign) > 0.8
+
+
+def test_the_threshold_of_a_varied_task_does_not_depend_on_other_tasks_with_less_spread() -> None:
+    rejected = torch.zeros(2)
+    for seed in (0, 1, 2):
+        varied, plain = cloud(0, 60, seed, 6), cloud(1, 360, seed, 6, spread=0.3)
+        router = Router({"varied": feature_statistics(*varied, 6), "plain": feature_statistics(*plain, 6)})
+        for task, spread in enumerate((1.0, 0.3)):
+            choices = router.choose(cloud(task, 300, 50, 6, spread)[0])
+            rejected[task] += sum(not choice.familiar for choice in choices) / len(choices) / 3
+    assert ((rejected > 0.01) & (rejected < 0.15)).all()
+
+
+def test_a_task_without_sampled_images_is_familiar_with_every_image_that_it_is_chosen_for() -> None:
+    few, many = feature_statistics(*cloud(0, 4, 0, spread=1.5), 2), feature_statistics(*cloud(1, 200, 0, spread=0.3), 2)
+    choices = Router({"few": few, "many": many}).choose(cloud(0, 50, 1, spread=1.5)[0])
+    assert sum(choice.task == "few" for choice in choices) > 40
+    assert all(choice.familiar for choice in choices if choice.task == "few")
+
+
+@pytest.mark.parametrize("num_classes", [1, 4])
+def test_an_image_that_is_left_out_has_its_distance_to_a_fit_without_it(num_classes: int) -> None:
+    pooled, targets = cloud(0, 5 * num_classes, 0, 4)[0].double(), torch.arange(5 * num_classes) % num_classes
+    one_hot = torch.nn.functional.one_hot(targets).double()
+    moments = Moments(one_hot.sum(0), one_hot.T @ pooled, pooled.T @ pooled)
+    left_out = _Distance(moments).left_out(pooled, targets)
+    refits = [_Distance(moments.without(pooled[[i]], targets[[i]]))(pooled[[i]]) for i in range(len(pooled))]
+    torch.testing.assert_close(left_out, torch.cat(refits), rtol=1e-8, atol=1e-8)
+
+
+def test_the_distance_is_the_formulas() -> None:
+    pooled, targets = cloud(0, 30, 0, 3)
+    statistics = feature_statistics(pooled, targets, 3)
+    moments = Moments.sum([statistics.counts], [statistics.sums], [statistics.gram]).first(WIDTH)
+    means = torch.stack([pooled[targets == label].double().mean(0) for label in range(3)])
+    deviation = pooled.double() - means[targets]
+    covariance = deviation.T @ deviation / 30
+    inverse = torch.linalg.inv(covariance + covariance.diagonal().mean() * torch.eye(WIDTH, dtype=torch.float64))
+    between = pooled.double()[:, None] - means
+    expected = torch.einsum("bcf,fg,bcg->bc", between, inverse, between).amin(1)
+    torch.testing.assert_close(_Distance(moments)(pooled.double()), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("per_class", [1, 2, 3])
+def test_images_without_any_spread_are_routed(per_class: int) -> None:
+    targets = torch.arange(4 * per_class) % 4
+    statistics = feature_statistics(torch.eye(4, WIDTH)[targets], targets, 4)
+    choices = Router({"points": statistics, "other": task_statistics(1)["task-0"]}).choose(torch.eye(4, WIDTH))
+    assert [choice.task for choice in choices] == ["points"] * 4
+    assert Router({"points": statistics}).familiarity(torch.eye(4, WIDTH)).isfinite().all()
 
 
 def test_sums_are_those_of_the_features() -> None:

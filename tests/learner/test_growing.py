@@ -14,7 +14,7 @@ from torch import Tensor
 
 from addenda import CombinedModel, FrozenBackbone, LearnConfig, Learner, Registry, Task
 from addenda.combined import Router, feature_statistics, golden, verify
-from addenda.combined.routing.statistics import SAMPLE, added, hash_layers, known_classes
+from addenda.combined.routing.statistics import SAMPLE, added, hash_layers, known_classes, unsampled_classes
 from addenda.exceptions import BackboneError, DataError, RegistryError
 from addenda.learner.closed_form import _on_layers, closed_form
 from addenda.learner.objectives import accuracy
@@ -57,9 +57,11 @@ def images_of(classes: int, seed: int, count: int = 30) -> tuple[Tensor, Tensor,
     return features[:, :WIDTH], (features[:, WIDTH:].unflatten(1, (VECTORS, WIDTH)) * lengths).flatten(1), targets
 
 
-def statistics_of(pooled: Tensor, layers: Tensor, targets: Tensor, num_classes: int) -> FeatureStatistics:
+def statistics_of(
+    pooled: Tensor, layers: Tensor, targets: Tensor, num_classes: int, earlier: FeatureStatistics | None = None
+) -> FeatureStatistics:
     digests = [f"{hash(tuple(row)) % 2**64:016x}" for row in pooled.tolist()]
-    return feature_statistics(pooled, targets, num_classes, layers, digests)
+    return feature_statistics(pooled, targets, num_classes, layers, digests, earlier)
 
 
 def in_steps(*, steps: list[list[int]], classes: int = 6, seed: int = 0) -> FeatureStatistics:
@@ -70,8 +72,7 @@ def in_steps(*, steps: list[list[int]], classes: int = 6, seed: int = 0) -> Feat
         first = sum(map(len, steps[:start]))
         position[step] = torch.arange(first, first + len(step))
         rows = torch.isin(targets, torch.tensor(step))
-        new = statistics_of(pooled[rows], layers[rows], position[targets[rows]], first + len(step))
-        grown = new if grown is None else added(grown, new)
+        grown = statistics_of(pooled[rows], layers[rows], position[targets[rows]], first + len(step), grown)
     assert grown is not None
     return grown
 
@@ -146,6 +147,70 @@ def test_images_of_known_classes_are_added_to_them() -> None:
     assert torch.equal(joined.digests, at_once.digests)
     torch.testing.assert_close(joined.layer_gram, at_once.layer_gram, rtol=1e-5, atol=1e-4)
     assert len(joined.sample) == sum(len(part.sample) for part in parts) <= SAMPLE
+
+
+def by_position(step: int, count: int, classes: int = 4) -> FeatureStatistics:
+    """Statistics of `count` images of each class, given in steps of `step` of each."""
+    pooled, layers, targets = images_of(classes, seed=0, count=count)
+    grown = None
+    for first in range(0, count, step):
+        rows = slice(first * classes, (first + step) * classes)
+        grown = statistics_of(pooled[rows], layers[rows], targets[rows], classes, grown)
+    assert grown is not None
+    return grown
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 10])
+def test_the_sample_follows_the_number_of_images_however_few_each_step_gives(step: int) -> None:
+    grown, at_once = by_position(step, 30), by_position(30, 30)
+    assert grown.sample_targets.bincount().tolist() == at_once.sample_targets.bincount().tolist() == [6] * 4
+    images = {row.numpy().tobytes(): label for row, label in zip(*images_of(4, seed=0)[::2], strict=True)}
+    assert [images[row.numpy().tobytes()] for row in grown.sample] == grown.sample_targets.tolist()
+    grown.check(4)
+    fit, pooled_and_layers, targets = closed_form(grown), images_of(4, seed=5)[:2], images_of(4, seed=5)[2]
+    assert len(fit.sample_targets) == 24
+    assert accuracy(fit.head(*pooled_and_layers), targets) > 0.9
+
+
+def test_a_sample_that_lacked_a_class_is_filled_from_its_further_images() -> None:
+    pooled, layers, targets = images_of(4, seed=0, count=10)
+    few = torch.cat([(targets == label).nonzero()[: 2 if label else 10, 0] for label in range(4)])
+    rest = torch.ones(len(targets), dtype=torch.bool)
+    rest[few] = False
+    first = statistics_of(pooled[few], layers[few], targets[few], 4)
+    assert first.sample_targets.tolist() == [0, 0]
+    decoded = FeatureStatistics.decode(first.data, first.sha256, 4)
+    grown = statistics_of(pooled[rest], layers[rest], targets[rest], 4, decoded)
+    assert grown.sample_targets.bincount().tolist() == [2] * 4
+
+
+def test_nothing_is_tuned_on_a_sample_that_lacks_a_class() -> None:
+    pooled, layers, targets = images_of(4, seed=0)
+    rows = torch.cat([(targets == label).nonzero()[: 30 if label == 3 else 2, 0] for label in range(4)])
+    statistics = statistics_of(pooled[rows], layers[rows], targets[rows], 4)
+    assert statistics.sample_targets.tolist() == [3] * 6
+    assert unsampled_classes(statistics) == [0, 1, 2]
+    fit = closed_form(statistics)
+    assert len(fit.sample_logits) == len(fit.sample_targets) == 0
+    emptied = {name: statistics.tensors[name][:0] for name in ("sample", "sample_targets", "layer_sample")}
+    logits = [head(pooled, layers) for head in (fit.head, closed_form(replace(statistics, **emptied)).head)]
+    assert torch.equal(*logits)
+
+
+def test_a_head_that_nothing_is_tuned_for_is_not_certain() -> None:
+    pooled, layers, targets = images_of(4, seed=0, count=2)
+    logits = closed_form(statistics_of(pooled, layers, targets, 4)).head(*images_of(4, seed=5)[:2])
+    assert 0.5 < logits.softmax(1).amax(1).mean() < 0.9
+    assert accuracy(logits, images_of(4, seed=5)[2]) > 0.8
+
+
+def test_a_full_sample_stands_for_further_classes_if_they_are_not_too_small() -> None:
+    pooled, layers, targets = images_of(70, seed=0, count=4)
+    assert unsampled_classes(statistics_of(pooled, layers, targets, 70)) == []
+    small = (targets > 1) | (torch.arange(len(targets)) < 140)
+    statistics = statistics_of(pooled[small], layers[small], targets[small], 70)
+    assert statistics.counts.tolist() == [2, 2] + [4] * 68
+    assert unsampled_classes(statistics) == [0, 1]
 
 
 def test_the_layer_head_reads_layer_features_as_the_discriminant_reads_their_hashes() -> None:
@@ -226,11 +291,32 @@ def test_without_recorded_digests_the_same_dataset_is_refused_and_repeats_are_wa
         learner.grow("old", colours / "more")
 
 
-def test_one_image_is_enough(learner: Learner, registry: Registry, colours: Path) -> None:
+def test_one_image_is_enough_but_leaves_the_version_without_a_validation_score(
+    learner: Learner, colours: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     learner.learn("colours", colours / "first", config=PROBE)
     (colours / "one" / "red").mkdir(parents=True)
     shutil.copy(colours / "all" / "red" / "0.png", colours / "one" / "red")
-    assert learner.grow("colours", colours / "one").data["counts"] == [12, 12, 1]
+    with caplog.at_level(logging.WARNING):
+        grown = learner.grow("colours", colours / "one", colours / "test")
+    assert grown.data["counts"] == [12, 12, 1]
+    assert (grown.temperature, set(grown.metrics)) == (1.0, {"test"})
+    assert "no validation score, a fixed shrinkage and temperature 1: its statistics have no" in caplog.text
+    assert "sampled image of class 'red', which takes three images" in caplog.text
+
+
+def test_a_class_that_grows_one_image_at_a_time_is_validated_once_it_has_three(
+    learner: Learner, colours: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    learner.learn("colours", colours / "first", config=PROBE)
+    scored = []
+    for number in range(3):
+        (colours / f"step {number}" / "red").mkdir(parents=True)
+        shutil.copy(colours / "all" / "red" / f"{number}.png", colours / f"step {number}" / "red")
+        scored.append(learner.grow("colours", colours / f"step {number}").metrics.get("validation"))
+    assert scored[:2] == [None, None]
+    assert scored[2]["per_class"].keys() == {"blue", "green", "red"}
+    assert None not in scored[2]["per_class"].values()
 
 
 def test_a_class_of_unreadable_images_is_refused(learner: Learner, registry: Registry, colours: Path) -> None:

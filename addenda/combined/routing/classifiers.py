@@ -36,11 +36,16 @@ def tuned(
 ) -> tuple[Linear, Float64[Tensor, "K C"]]:
     """Selects a strength and a temperature by log loss on the sample, which `training` lacks; refits to all images.
 
-    Also returns the scaled scores of the sample by the fit to `training`.
+    Also returns the scaled scores of the sample by the fit to `training`. Without a sample, the strength is the last
+    one, and the temperature gives the class means, on average, a probability of about C / (C + 1).
     """
     if not len(sample):
-        linear = fit(all_images, strengths[-1:])[0]
-        return linear, sample @ linear.weights + linear.bias
+        (weights, bias), (means, _) = fit(all_images, strengths[-1:])[0], gaussians(all_images)
+        scores = means @ weights + bias
+        scale = max(scores.std().item(), 1e-12) if scores.numel() > 1 else 1.0
+        labels = torch.arange(len(scores), dtype=torch.int64, device="cpu")
+        temperature = scale * best_temperature(scores / scale, labels)[1]
+        return Linear(weights / temperature, bias / temperature), sample @ weights
     tried = []
     for strength, (weights, bias) in zip(strengths, fit(training, strengths), strict=True):
         scores = sample @ weights + bias

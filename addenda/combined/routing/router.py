@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from addenda.combined.routing.classifiers import PENALTIES, SHRINKAGES, Linear, discriminant, gaussians, ridge, tuned
@@ -29,7 +29,11 @@ from addenda.exceptions import RegistryError, UnknownTaskError
 from addenda.registry import FeatureStatistics
 
 REJECTED = 0.05
-"""Fraction of the tasks' own images that the familiarity threshold rejects."""
+"""Fraction of a task's unseen images that its familiarity threshold rejects, but at least 1 in K + 1.
+
+K is the number of the task's sampled images: about a fifth, one of a class with 3 to 9 images and none of a smaller
+class. So 19 are needed for 5 %; with 6 (as of 6 classes with 3 to 9 images each) it is 14 %, and varies widely.
+"""
 
 
 class Choice(NamedTuple):
@@ -37,7 +41,7 @@ class Choice(NamedTuple):
 
     task: str  # the most probable task
     probability: float  # its probability among the router's tasks
-    familiar: bool  # False if the image is unlike the images of every task
+    familiar: bool  # False if the image is unlike this task's images: it belongs to none of the tasks
 
 
 class Router:
@@ -96,17 +100,17 @@ class Router:
             spaces["layers"] = Moments.sum(counts, sums, grams), torch.cat(samples).double()
         self._classifiers: dict[str, Linear] = {}
         self._distances: dict[str, _RelativeDistance] = {}
-        held_out = torch.zeros(len(sample), dtype=torch.float64, device="cpu")
+        in_class = moments.counts[targets] > 1  # an only image leaves no class behind
+        left_out = torch.zeros(int(in_class.sum()), dtype=torch.float64, device="cpu")
         for kind, (all_images, features) in spaces.items():
             training = all_images.without(features, targets)
             fit, strengths = (ridge, PENALTIES) if kind == "ridge" else (discriminant, SHRINKAGES)
             self._classifiers[kind], _ = tuned(fit, strengths, all_images, training, features, targets)
             if kind != "ridge":
-                distances = _RelativeDistance(training)(features)
-                scale = max(distances.std().item(), 1e-12) if len(sample) > 1 else 1.0
-                self._distances[kind] = _RelativeDistance(all_images, scale)
-                held_out += distances / scale
-        self._threshold = held_out.quantile(REJECTED).item() if len(sample) else -np.inf
+                self._distances[kind] = distance = _RelativeDistance(all_images, features[in_class], targets[in_class])
+                left_out += distance.left_out
+        thresholds = [_threshold(left_out[torch.isin(targets[in_class], self._columns[name])]) for name in self.tasks]
+        self._thresholds = torch.tensor(thresholds, dtype=torch.float64, device="cpu")
 
     def _spaces(self, features: Float[Tensor, "B F"]) -> dict[str, Float64[Tensor, "B G"]]:
         """What each classifier reads."""
@@ -151,7 +155,7 @@ class Router:
     def familiarity(self, features: Float[Tensor, "B F"]) -> Float64[Tensor, " B"]:
         """Relative Mahalanobis distance: how much closer each image is to some class than to images in general.
 
-        Distances of pooled and layer features are added, each divided by its standard deviation over held-out images.
+        Distances of pooled and layer features are added, each divided by its standard deviation over sampled images.
         """
         return self._closeness(self._spaces(features))
 
@@ -159,10 +163,13 @@ class Router:
         return torch.stack([distance(spaces[kind]) for kind, distance in self._distances.items()]).sum(0)
 
     def choose(self, features: Float[Tensor, "B F"]) -> list[Choice]:
-        """Chooses the most probable task for each image, and tests whether the image is familiar."""
+        """Chooses the most probable task for each image, and tests whether the image is familiar to it.
+
+        Every image is familiar to a task without sampled images, none of whose classes has three images.
+        """
         spaces = self._spaces(features)
         best = torch.stack(list(self._of_tasks(spaces).values()), dim=1).max(1)
-        familiar = self._closeness(spaces) >= self._threshold
+        familiar = self._closeness(spaces) >= self._thresholds[best.indices]
         return [
             Choice(self.tasks[index], probability, is_familiar)
             for index, probability, is_familiar in zip(
@@ -189,32 +196,75 @@ class Router:
         return {name: of_tasks[name][:, None] + double(within) for name, within in log_probabilities.items()}
 
 
+def _threshold(distances: Float64[Tensor, " K"]) -> float:
+    """The limit below which a further image is with probability k / (K + 1), if exchangeable with these K."""
+    if not len(distances):
+        return -np.inf
+    rank = max(1, round(REJECTED * (len(distances) + 1)))
+    return distances.kthvalue(rank).values.item()
+
+
 class _RelativeDistance:
     """Squared Mahalanobis distance to all images, minus that to the nearest class; greater is more familiar.
 
-    Classes are Gaussians with a shared covariance, all images are one Gaussian.
+    Classes are Gaussians with a shared covariance, all images are one Gaussian. `left_out` is that of each image of the
+    sample to the other images: an image is closer to a fit that has seen it. All are divided by its standard deviation.
     """
 
-    def __init__(self, moments: Moments, scale: float = 1.0) -> None:
-        self._scale = scale
-        self.means, within = gaussians(moments)
-        total = moments.counts.sum()
-        self._mean = moments.sums.sum(0) / total
-        self._within = _inverse(within)
-        self._overall = _inverse(moments.gram / total - torch.outer(self._mean, self._mean))
-        self._projected = self.means @ self._within
-        self._offsets = 0.5 * (self._projected * self.means).sum(1)
+    def __init__(self, moments: Moments, sample: Float64[Tensor, "K F"], targets: Int64[Tensor, " K"]) -> None:
+        as_one = Moments(moments.counts.sum()[None], moments.sums.sum(0, keepdim=True), moments.gram)
+        self._to_all, self._to_nearest = _Distance(as_one), _Distance(moments)
+        self.means = self._to_nearest.means
+        to_all = self._to_all.left_out(sample, torch.zeros_like(targets))
+        left_out = to_all - self._to_nearest.left_out(sample, targets)
+        self._scale = max(left_out.std().item(), 1e-12) if len(sample) > 1 else 1.0
+        self.left_out = left_out / self._scale
 
     def __call__(self, features: Float64[Tensor, "B F"]) -> Float64[Tensor, " B"]:
-        centred = features - self._mean
-        to_all = ((centred @ self._overall) * centred).sum(1)
-        likelihoods = features @ self._projected.T - self._offsets
-        to_nearest = ((features @ self._within) * features).sum(1) - 2 * likelihoods.max(1).values
-        return (to_all - to_nearest) / self._scale
+        return (self._to_all(features) - self._to_nearest(features)) / self._scale
 
 
-def _inverse(covariance: Float64[Tensor, "F F"]) -> Float64[Tensor, "F F"]:
-    """The inverse of a covariance plus its mean variance on the diagonal."""
-    scale = covariance.diagonal().mean()
-    inverse: Tensor = torch.linalg.inv(covariance + scale * torch.eye(len(covariance), dtype=scale.dtype, device="cpu"))
-    return inverse
+class _Distance:
+    """Squared Mahalanobis distance to the nearest class mean; the mean variance is added to all variances."""
+
+    def __init__(self, moments: Moments) -> None:
+        self._counts, self._total = moments.counts, moments.counts.sum()
+        self.means, within = gaussians(moments)
+        values, self._vectors = torch.linalg.eigh(within)
+        self._values = values.clamp(min=0)
+        self._rotated = self.means @ self._vectors
+
+    def __call__(self, features: Float64[Tensor, "B F"]) -> Float64[Tensor, " B"]:
+        precisions = _inverse(self._values + self._values.mean())
+        distances: Tensor = self._to_means(features @ self._vectors, precisions).min(1).values
+        return distances
+
+    def left_out(self, features: Float64[Tensor, "K F"], targets: Int64[Tensor, " K"]) -> Float64[Tensor, " K"]:
+        """The distance of each of these images if it alone is left out; each class has two images or more.
+
+        Without image x of class c, the scatter within classes is smaller by n_c / (n_c - 1) d d', with d = x - mean_c,
+        so its inverse follows from the Sherman-Morrison formula.
+        """
+        rotated, counts = features @ self._vectors, self._counts[targets]
+        deviation, share = rotated - self._rotated[targets], counts / (counts - 1)
+        weight, rest = share / (self._total - 1), self._total / (self._total - 1)
+        scale = rest * self._values.mean() - weight * deviation.square().mean(1)
+        precisions = _inverse(rest * self._values + scale.clamp(min=0)[:, None])
+        weighted = precisions * deviation
+        along = (rotated * weighted).sum(1, keepdim=True) - weighted @ self._rotated.T
+        gain = weight / (1 - weight * (deviation * weighted).sum(1)).clamp(min=1e-12)
+        distances: Tensor = self._to_means(rotated, precisions) + gain[:, None] * along.square()
+        rows = torch.arange(len(targets), dtype=torch.int64, device="cpu")
+        distances[rows, targets] *= share.square()  # the mean without x is share * d away from x
+        nearest: Tensor = distances.min(1).values
+        return nearest
+
+    def _to_means(self, rotated: Float64[Tensor, "B F"], precisions: Float64[Tensor, "*B F"]) -> Float64[Tensor, "B C"]:
+        weighted = rotated * precisions
+        own = (rotated * weighted).sum(1, keepdim=True)
+        return own - 2 * weighted @ self._rotated.T + precisions @ self._rotated.square().T
+
+
+def _inverse(variances: Float64[Tensor, "*B F"]) -> Float64[Tensor, "*B F"]:
+    """The inverse of variances; 1 where there is none."""
+    return torch.where(variances > 0, 1 / variances, 1.0)

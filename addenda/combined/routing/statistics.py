@@ -42,26 +42,24 @@ def feature_statistics(
     num_classes: int,
     layers: Float[Tensor, "N n"] | None = None,
     digests: Sequence[str] | None = None,
+    earlier: FeatureStatistics | None = None,
 ) -> FeatureStatistics:
-    """Sums the features of a task's images by class, in float64.
+    """Sums the features of a task's images by class, in float64, and adds them to those of earlier images.
 
-    The sample is a fifth of each class, at least one image of three, chosen by content. `digests` are the sha256 of the
-    images. They, and then the layer statistics, are left out where the maximum size would otherwise be exceeded.
+    The sample is a fifth of each class, at least one image of three, chosen by content; of classes that `earlier` has
+    too, it counts all images and chooses among the new and the sampled ones. `digests` are the sha256 of the images.
+    They, and then the layer statistics, are left out where the maximum size would otherwise be exceeded.
     """
     counts = targets.bincount(minlength=num_classes)
     sums, gram = _sums(expand(pooled), targets, num_classes)
-    features, sizes = pooled.float().cpu(), counts.tolist()
-    rows = [
-        row
-        for rank, row in _by_rank(features, targets)
-        if rank < min(max(1, sizes[targets[row]] // 5), sizes[targets[row]] - 2)
-    ][:SAMPLE]
+    features = pooled.float().cpu()
+    rows = _sampled(features, targets, counts if earlier is None else _plus(earlier.counts, counts))
     statistics = FeatureStatistics(counts, sums, gram, features[rows], targets[rows])
     if digests is not None:
         numbers = torch.tensor([*map(_prefix, digests)], dtype=torch.int64, device="cpu")
         statistics = replace(statistics, digests=_joined([numbers[targets == c] for c in range(num_classes)]))
     if layers is None or not layers.shape[1]:
-        return _fitting(statistics)
+        return _summed(statistics, earlier)
     hashed = hash_layers(layers, pooled.shape[1])
     sums, gram = _sums(hashed, targets, num_classes)
     chunks = (_vectors(chunk, pooled.shape[1]) for chunk in layers.split(1024))
@@ -74,17 +72,22 @@ def feature_statistics(
         layer_lengths=torch.stack(lengths).sum(0).float(),
         layer_directions=torch.stack(directions).sum(0).flatten().float(),
     )
-    return _fitting(with_layers)
+    return _summed(with_layers, earlier)
+
+
+def _summed(new: FeatureStatistics, earlier: FeatureStatistics | None) -> FeatureStatistics:
+    return _fitting(new) if earlier is None else added(earlier, _fitting(new))
 
 
 def added(old: FeatureStatistics, new: FeatureStatistics) -> FeatureStatistics:
     """Statistics of the images of both; the classes of `new` are those of `old` and possibly more.
 
     The sums are those of all images at once, but for their rounding to float32, and so is the sample if no class has
-    images on both sides. What one side lacks is left out.
+    images on both sides; otherwise it may be smaller than `feature_statistics(earlier=old)` makes it, which sees all
+    new images. What one side lacks is left out.
     """
     sample, targets = torch.cat([old.sample, new.sample]), torch.cat([old.sample_targets, new.sample_targets])
-    rows = [row for _, row in _by_rank(sample, targets)][:SAMPLE]
+    rows = _sampled(sample, targets, _plus(old.counts, new.counts))
     tensors = {"sample_targets": targets[rows]}
     for name in old.tensors.keys() & new.tensors.keys() - {"sample_targets", "digests"}:
         first, second = old.tensors[name], new.tensors[name]
@@ -134,6 +137,28 @@ def _prefix(digest: str) -> int:
 
 def _joined(digests: Sequence[Int64[Tensor, " _"]]) -> Int64[Tensor, " N"]:
     return torch.cat([of_class.sort().values for of_class in digests])
+
+
+def _sampled(features: Float[Tensor, "N D"], targets: Int64[Tensor, " N"], counts: Int64[Tensor, " C"]) -> list[int]:
+    """The rows of the sample among some images of classes with these counts: at most two fewer than a class has."""
+    sizes = counts.tolist()
+    return [
+        row
+        for rank, row in _by_rank(features, targets)
+        if rank < min(max(1, sizes[targets[row]] // 5), sizes[targets[row]] - 2)
+    ][:SAMPLE]
+
+
+def unsampled_classes(statistics: FeatureStatistics) -> list[int]:
+    """The classes that the sample lacks, without which nothing should be tuned on it.
+
+    A sample with an image of each of SAMPLE classes stands for the others, except those with too few images for one.
+    """
+    counts = statistics.counts
+    lacking = statistics.sample_targets.bincount(minlength=len(counts)) == 0
+    if (~lacking).sum() >= SAMPLE:
+        lacking &= counts < 3
+    return lacking.nonzero()[:, 0].tolist()
 
 
 def _by_rank(features: Float[Tensor, "N D"], targets: Int64[Tensor, " N"]) -> list[tuple[int, int]]:
