@@ -262,7 +262,8 @@ class _Distance:
     def _to_means(self, rotated: Float64[Tensor, "B F"], precisions: Float64[Tensor, "*B F"]) -> Float64[Tensor, "B C"]:
         weighted = rotated * precisions
         own = (rotated * weighted).sum(1, keepdim=True)
-        return own - 2 * weighted @ self._rotated.T + precisions @ self._rotated.square().T
+        distances: Tensor = own - 2 * weighted @ self._rotated.T + precisions @ self._rotated.square().T
+        return distances
 
 
 def _inverse(variances: Float64[Tensor, "*B F"]) -> Float64[Tensor, "*B F"]:
