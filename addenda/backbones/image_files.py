@@ -86,9 +86,7 @@ def image_files(folder: Path, deep: bool = True) -> tuple[list[Path], dict[str, 
                 left_out["hidden"].append(path)
             elif is_folder and not deep:
                 continue
-            elif has_image_suffix and (
-                is_folder or is_file or not os.path.exists(entry)
-            ):  # broken links fail when read
+            elif has_image_suffix and (is_folder or is_file or not os.path.exists(entry)):  # broken links fail later
                 images.append(path)
             elif is_folder and entry.is_symlink():
                 left_out["linked_folders"].append(path)

@@ -227,7 +227,7 @@ def _describe(error: ErrorDetails) -> str | None:
 class _Loader(yaml.SafeLoader):
     """Rejects a repeated key, of which YAML would keep the last."""
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
         lines: dict[tuple[str, str], int] = {}
         for key, _ in node.value:

@@ -321,7 +321,7 @@ def test_predict_gives_the_top_labels_of_the_requested_tasks(paths: list[Path]) 
     assert answers["one-label"] == [[("class 0", 1.0)]] * 6
     assert model.predict([], tasks=["five"]) == {"five": []}
     with pytest.raises(DataError, match="by the paths of their files, not as Image"):
-        model.predict([Image.new("RGB", (8, 8))])
+        model.predict([Image.new("RGB", (8, 8))])  # type: ignore[list-item]
 
 
 def test_a_multi_label_task_gives_every_likely_label_best_first(paths: list[Path]) -> None:
