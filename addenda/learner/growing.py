@@ -16,7 +16,7 @@ from addenda.learner.closed_form import closed_form
 from addenda.learner.data import Data, LabelledImages, check_same_labels, open_images
 from addenda.learner.data.labelled import class_name, ten_of
 from addenda.learner.data.openers import open_test
-from addenda.learner.objectives import SingleLabel
+from addenda.learner.objectives import OBJECTIVES
 from addenda.learner.probes import as_tensors
 from addenda.registry import FeatureStatistics, Registry, Task
 
@@ -37,7 +37,7 @@ class Growth:
         """The growth of a registered task; raises an error unless it can grow on this backbone."""
         task = registry.get(ref)
         check_fits(task, backbone)
-        if task.objective != SingleLabel.name:
+        if not OBJECTIVES[task.objective].routable:
             raise RegistryError(f"Task {task.ref!r} is {task.objective}; only a single-label task can grow. {AGAIN}")
         statistics = registry.statistics(ref)
         if statistics is None:
