@@ -85,7 +85,8 @@ class LearnConfig:
         patience: early stopping after this many epochs without a lower validation loss. With fewer than 200 validation
             images, too few to choose an epoch, every candidate trains for all epochs.
         augmentation: random views of the training images.
-        validation_fraction: share of the training images in the validation split, which is stratified by class.
+        validation_fraction: share of each class's training images in the validation split, which has at least one image
+            or group of a class with two, and so may be larger.
         group_by: regular expression that extracts an image's group from its file name or path within DATA, such as the
             video of a frame or the patient of a scan. A group is never divided between training and validation.
         calibrate: whether to fit a temperature on the validation split; candidates are then compared after temperature

@@ -24,7 +24,6 @@ from addenda.learner.objectives.objective import (
     LayerFits,
     MultiHot,
     Objective,
-    Rows,
     Weights,
     fit_logistic,
 )
@@ -62,33 +61,6 @@ class MultiLabel(Objective):
     def too_common(self, counts: Sequence[int], num_images: int) -> list[int]:
         """Labels that fewer than two images lack."""
         return [label for label, count in enumerate(counts) if count > num_images - 2]
-
-    def _split(self, targets: MultiHot, num_classes: int, fraction: float, seed: int) -> Rows:
-        """Iterative stratification: rarest label first, each image to the split that still needs most of that label.
-
-        The absence of a label counts as a label too. A label on at least two images has at least one in validation.
-
-        Source: Sechidis, Tsoumakas and Vlahavas, "On the Stratification of Multi-label Data", ECML PKDD 2011, section
-        3.3, for two subsets. The original does not count absent labels and has no minimum.
-        """
-        has = torch.cat([targets, ~targets], dim=1).numpy()  # [N, K]: K = 2 C, presence and absence of each label
-        counts = has.sum(0)
-        wanted = np.minimum(np.maximum(fraction * counts, 1), np.maximum(counts - 1, 0))
-        needed = np.stack([counts - wanted, wanted])  # [2, K]: training, validation
-        room = np.array([(1 - fraction) * len(has), fraction * len(has)])
-        split = np.full(len(has), -1)
-        order = np.random.default_rng(seed).permutation(len(has))
-        while (split < 0).any():
-            left = has[split < 0].sum(0)
-            label = int(np.where(left > 0, left, len(has) + 1).argmin())
-            for row in order[(split[order] < 0) & has[order, label]]:
-                split[row] = max((0, 1), key=lambda s: (needed[s, label], room[s]))
-                needed[split[row]] -= has[row]
-                room[split[row]] -= 1
-        # All images of a label may be in validation because of rarer labels.
-        for lost in np.flatnonzero((counts > 1) & ~has[split == 0].any(0)):
-            split[np.flatnonzero(has[:, lost])[0]] = 0
-        return torch.from_numpy(np.flatnonzero(split == 0)), torch.from_numpy(np.flatnonzero(split == 1))
 
     def losses(
         self, logits: Float[Tensor, "*S N C"], targets: MultiHot, smoothing: float = 0.0, class_weights: Weights = None

@@ -21,6 +21,7 @@ from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from addenda.exceptions import DataError
+from addenda.learner.objectives.stratification import divided, held_out_groups
 from addenda.registry import MEANINGS
 
 Classes = Int[Tensor, " N"]
@@ -91,56 +92,62 @@ class Objective(ABC):
     def split(self, targets: Targets, num_classes: int, fraction: float, seed: int, groups: Groups = None) -> Rows:
         """Rows of the training and the validation split.
 
-        Validation takes a fraction of each class, and at least one image of a class with two or more; an only image is
-        for training. The images of a group stay on one side; a class that is in one group only stays in training.
+        The images of a group stay on one side. Validation takes a fraction of the images of each class, and at least
+        one group of a class with two or more; an only group is for training. Without groups, each image counts as one.
+        Where groups have several classes, or images several labels, training may need all groups of a class because of
+        others; validation then lacks as few classes as possible.
 
         Raises:
             DataError: no group can be held out, since each holds the last images of a class.
         """
-        if groups is None:
-            return self._split(targets, num_classes, fraction, seed)
-        folds = self.folds(targets, seed, groups, max(2, round(1 / fraction)))
-        present = self.counts(targets, num_classes) > 0
-        for number in range(int(folds.max()) + 1):
-            held_out = folds == number
-            while (lost := present & (self.counts(targets[~held_out], num_classes) == 0)).any():
-                has = self.has_label(targets, int(lost.nonzero()[0])) & held_out
-                returned = groups[int(has.nonzero()[0])]
-                held_out &= torch.tensor([group != returned for group in groups], dtype=torch.bool, device="cpu")
-            if held_out.any():
-                return (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
-        raise DataError(
-            f"The images form {len(set(groups))} group{'' if len(set(groups)) == 1 else 's'}, and none can be held "
-            "out for validation: each holds the last images of a class. Use smaller groups, or none."
-        )
-
-    @abstractmethod
-    def _split(self, targets: Targets, num_classes: int, fraction: float, seed: int) -> Rows:
-        """`split` without groups."""
+        counts, sizes, group_of_image = self._counts_by_group(targets, num_classes, groups)
+        held_out = torch.from_numpy(held_out_groups(counts, sizes, fraction, seed, num_classes)[group_of_image])
+        if not held_out.any():
+            if groups is None:
+                raise DataError(
+                    f"None of the {len(targets)} images can be held out for validation: each is the last one with or "
+                    "without some label. Add images."
+                )
+            raise DataError(
+                f"The images form {len(sizes)} group{'' if len(sizes) == 1 else 's'}, and none can be held out for "
+                "validation: each holds the last images of a class. Use smaller groups, or none."
+            )
+        return (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
 
     @abstractmethod
     def has_label(self, targets: Targets, label: int) -> Bool[Tensor, " N"]:
         """Which images have a label."""
 
     def folds(self, targets: Targets, seed: int, groups: Groups = None, count: int = NUM_FOLDS) -> Int[Tensor, " N"]:
-        """The fold of each image, stratified by class; the images of a group are in one fold.
-
-        A group is stratified by its most frequent class.
-        """
-        names = [str(row) for row in range(len(targets))] if groups is None else list(groups)
-        rows: dict[str, list[int]] = {}
-        for row, name in enumerate(names):
-            rows.setdefault(name, []).append(row)
-        classes = self.strata(targets)
-        class_of_group = torch.stack([classes[members].mode().values for members in rows.values()])
+        """The fold of each image, stratified by class; the images of a group are in one fold."""
+        if groups is not None:
+            counts, sizes, group_of_image = self._counts_by_group(targets, len(self.counts(targets, 0)), groups)
+            count = min(count, len(sizes))
+            wanted, room = counts.sum(0) / np.full((count, 1), count), np.full(count, len(targets) / count)
+            return torch.from_numpy(divided(counts, sizes, wanted, room, seed)[group_of_image])
         random = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(rows), generator=random, dtype=torch.int64, device="cpu")
-        order = order[class_of_group[order].argsort(stable=True)]
+        order = torch.randperm(len(targets), generator=random, dtype=torch.int64, device="cpu")
+        order = order[self.strata(targets)[order].argsort(stable=True)]
         folds = torch.empty(len(targets), dtype=torch.int64, device="cpu")
-        rows_of_group = list(rows.values())
-        for position, group in enumerate(order.tolist()):
-            folds[rows_of_group[group]] = position % min(count, len(rows))
+        folds[order] = torch.arange(len(targets), dtype=torch.int64, device="cpu") % min(count, len(targets))
         return folds
+
+    def _counts_by_group(
+        self, targets: Targets, num_classes: int, groups: Groups
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Images of each group with and (if labels can be absent) without each label; sizes; each image's group."""
+        if groups is None:
+            group_of_image = np.arange(len(targets))
+        else:
+            numbers = {group: number for number, group in enumerate(sorted(set(groups)))}
+            group_of_image = np.array([numbers[group] for group in groups])
+        num_groups = int(group_of_image.max()) + 1
+        masks = [np.ones(len(targets), dtype=bool)] + [self.has_label(targets, i).numpy() for i in range(num_classes)]
+        sizes, *present = (np.bincount(group_of_image[mask], minlength=num_groups) for mask in masks)
+        counts = np.stack(present, axis=1)
+        if not OBJECTIVES[self.name].exclusive:
+            counts = np.concatenate([counts, sizes[:, None] - counts], axis=1)
+        return counts, sizes, group_of_image
 
     @abstractmethod
     def losses(
@@ -252,7 +259,7 @@ class Objective(ABC):
         return LinearProbe(torch.from_numpy(weight).float(), torch.from_numpy(bias - weight @ mean).float(), strength)
 
     def strata(self, targets: Targets) -> Int[Tensor, " N"]:
-        """What folds are stratified by: the class of each image, or zeros if an image may have several labels."""
+        """The classes by which folds without groups are stratified; zeros if an image may have several labels."""
         return torch.zeros(len(targets), dtype=torch.int64, device="cpu")
 
     @abstractmethod

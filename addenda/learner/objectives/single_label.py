@@ -21,6 +21,7 @@ from addenda.learner.objectives.objective import (
     STRENGTHS,
     Array,
     Classes,
+    Groups,
     LayerFits,
     Objective,
     Rows,
@@ -56,8 +57,10 @@ class SingleLabel(Objective):
         """Targets with renumbered classes."""
         return order[targets]
 
-    def _split(self, targets: Classes, num_classes: int, fraction: float, seed: int) -> Rows:
-        """Stratified by scikit-learn, with an image of every class on either side; an only image is for training."""
+    def split(self, targets: Classes, num_classes: int, fraction: float, seed: int, groups: Groups = None) -> Rows:
+        """Rows of the training and the validation split; without groups, it is stratified by scikit-learn."""
+        if groups is not None:
+            return super().split(targets, num_classes, fraction, seed, groups)
         class_of, several = targets.tolist(), self.counts(targets, num_classes) > 1
         rows, num_divided = several[targets].nonzero()[:, 0].tolist(), int(several.sum())
         num_held_out = min(max(num_divided, round(fraction * len(rows))), len(rows) - num_divided)
