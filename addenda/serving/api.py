@@ -56,7 +56,7 @@ class TaskPrediction(BaseModel):
 
 
 class RoutedTask(BaseModel):
-    """The task that the router chose; `familiar` is false if the image resembles no task's training images."""
+    """The task that the router chose; `familiar` is false if the image is unlike that task's training images."""
 
     task: str
     probability: float

@@ -145,7 +145,7 @@ class Objective(ABC):
         masks = [np.ones(len(targets), dtype=bool)] + [self.has_label(targets, i).numpy() for i in range(num_classes)]
         sizes, *present = (np.bincount(group_of_image[mask], minlength=num_groups) for mask in masks)
         counts = np.stack(present, axis=1)
-        if not OBJECTIVES[self.name].exclusive:
+        if not MEANINGS[self.name].exclusive:
             counts = np.concatenate([counts, sizes[:, None] - counts], axis=1)
         return counts, sizes, group_of_image
 

@@ -107,7 +107,7 @@ def test_a_multi_label_split_validates_as_many_labels_as_possible() -> None:
             continue
         fraction = random.choice([0.1, 0.2, 0.5])
         train, validation = (rows.numpy() for rows in split(torch.from_numpy(has), fraction, seed))
-        held_out = np.array(list(product((False, True), repeat=num_images)))  # every division into two
+        held_out = np.array(list(product((False, True), repeat=int(num_images))))  # every division into two
         held_out = held_out[((~held_out).astype(int) @ sides > 0)[:, sides.any(0)].all(1)]
         most = (held_out.astype(int) @ has > 0)[:, has.sum(0) > 1].sum(1).max()
         assert sides[train].any(0)[sides.any(0)].all()
