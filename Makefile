@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
-# Two processes: a test computes on one thread.
-PYTEST := $(BIN)/pytest --numprocesses 2 --dist worksteal
+# A process for each core, four at most: a test computes on one thread.
+PYTEST := $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist worksteal
 
 QUICK := not slow and not realdata and not gpu and not ray
 .PHONY: demo test test-slow test-ray check docs gpu-check release-check clean

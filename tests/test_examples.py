@@ -128,6 +128,7 @@ def test_the_papers_table_is_made_in_small(example: Example) -> None:
     assert "*SUN-397* (paper)" in "\n".join(said)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised by tensorboard
 def test_curves_are_written_for_tensorboard(example: Example) -> None:
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")

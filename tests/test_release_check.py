@@ -89,6 +89,7 @@ PACKAGES = {
     "bench": ("avalanche", "matplotlib", "peft", "vit_pytorch"),
     "serve": ("fastapi", "uvicorn", "prometheus_client"),
     "export": ("onnx", "onnxscript", "onnxruntime"),
+    "heic": ("pi_heif",),
     "postgres": ("psycopg",),
     "parquet": ("pyarrow",),
     "ray": ("ray",),

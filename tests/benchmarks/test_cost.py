@@ -33,6 +33,7 @@ def test_the_baseline_is_the_papers_dense_mask(variant: str, precomputed: bool) 
         assert (logits - expected[name]).abs().max() <= 1e-6 * expected[name].abs().max()  # its heads are in float32
 
 
+@pytest.mark.slow
 @quick_first(["plain", "average", "siglip", "gap-registers", *EVA])
 def test_operations_are_those_that_torch_counts(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
@@ -58,6 +59,7 @@ def test_operations_are_those_that_torch_counts(variant: str, monkeypatch: pytes
     assert pass_operations(model, filled=False) < pass_operations(model)
 
 
+@pytest.mark.slow
 def test_a_tasks_cost_is_what_it_adds_to_the_forward_pass() -> None:
     on = backbone()
     for rank in (0, 3, 8):
@@ -89,6 +91,7 @@ def test_loaded_bytes_grow_by_the_bytes_of_a_task() -> None:
     assert loaded_bytes(CombinedModel(on, adapted)) == sizes[0] + 64 * updates
 
 
+@pytest.mark.slow
 def test_bench_cost_measures_and_records_every_method(tmp_path: Path) -> None:
     rows = run_cost(["test_vit"], tmp_path, quick=True, batch=4)
     variants = {(row.what, row.num_tasks) for row in rows}

@@ -301,6 +301,7 @@ def test_images_with_a_train_transform_are_learned_through_the_eval_transform(
     assert accuracies(results[-1]) == {0: 1.0}
 
 
+@pytest.mark.slow
 def test_routing_statistics_of_the_training_images_are_stored(tiny: FrozenBackbone, registry: Registry) -> None:
     train(tiny, registry, stream())
     records = registry.tasks()
@@ -361,6 +362,7 @@ def test_predictions_for_an_unknown_task_label_are_never_correct(glyphs: FrozenB
     assert accuracies(strategy.eval(benchmark.test_stream))[1] == 0.0
 
 
+@pytest.mark.slow
 def test_an_experience_may_have_one_class(glyphs: FrozenBackbone, registry: Registry) -> None:
     benchmark = digits_stream(glyphs, (0, 1, 2), task_labels=False, per_exp_classes={0: 2, 1: 1})
     strategy = masked_memory(glyphs, registry)

@@ -22,6 +22,7 @@ from tests.support.tasks import random_task
 # --- changes of a live model's backbone and tasks ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @PLAIN_AND_ROTARY
 def test_attention_that_is_no_longer_fused_is_refused(variant: str) -> None:
     on = backbone(variant)
@@ -195,6 +196,7 @@ def nudging(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., 
     return lambda *given: [x * (1 + 2**-18) if x.is_floating_point() else x for x in graph(*given)]
 
 
+@pytest.mark.slow
 def test_a_call_within_compiled_code_keeps_its_bits() -> None:
     on = backbone()
     model, pixels = CombinedModel(on, tasks_of(on)), images(3)

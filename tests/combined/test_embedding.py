@@ -30,6 +30,7 @@ def images_of(count: int) -> torch.Tensor:
     return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(7))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["registers", "average", "dinov3", "wide"])
 def test_features_have_the_same_bits_in_any_company(variant: str) -> None:
     on = wide_backbone(torch.float32) if variant == "wide" else backbone(variant)
@@ -47,6 +48,7 @@ def test_features_have_the_same_bits_in_any_company(variant: str) -> None:
             assert alone.numpy().tobytes() == together[name][start:end].numpy().tobytes(), (name, start, end)
 
 
+@pytest.mark.slow
 def test_a_tasks_feature_is_what_its_head_reads(tiny: FrozenBackbone, tasks: list[Task]) -> None:
     model, images = CombinedModel(tiny, tasks), images_of(3)
     features, logits = model.embed(images, EVERY), model(images, features=True)

@@ -169,6 +169,7 @@ def test_a_task_keeps_its_bits_among_more_tasks_than_a_tile_holds(precision: tor
         assert bits(together[task.name]) == bits(reverse[task.name]) == alone(on, task, pictures)
 
 
+@pytest.mark.slow
 @PRECISIONS
 def test_a_chain_longer_than_a_tile_keeps_its_bits(precision: torch.dtype) -> None:
     on = backbone("plain", precision)
@@ -187,6 +188,7 @@ def test_a_task_keeps_its_bits_on_two_threads() -> None:
         assert_company_moves_no_bit(on, family(on)["sees-two"], list(family(on).values())[:6])
 
 
+@pytest.mark.slow
 @PRECISIONS
 def test_tasks_keep_their_bits_with_the_heads_of_a_real_backbone(precision: torch.dtype) -> None:
     """With 64 dimensions per head, some products of two or three columns give different bits in different rows."""
@@ -202,6 +204,7 @@ def test_tasks_keep_their_bits_with_the_heads_of_a_real_backbone(precision: torc
         assert bits(rolled[task.name].roll(-1, 0)) == expected, task.name
 
 
+@pytest.mark.slow
 @PRECISIONS
 @pytest.mark.parametrize("variant", ["plain", "wide"])
 def test_tasks_keep_their_bits_at_every_rank(variant: str, precision: torch.dtype) -> None:
@@ -244,6 +247,7 @@ def test_empty_slots_and_padded_ranks_are_zeros() -> None:
             assert down[3].count_nonzero() == up[3].count_nonzero() == 0
 
 
+@pytest.mark.slow
 def test_a_head_gives_an_image_the_same_bits_at_every_position_in_the_batch() -> None:
     on = backbone()
     picture = images(1)
@@ -258,6 +262,7 @@ def test_a_head_gives_an_image_the_same_bits_at_every_position_in_the_batch() ->
         assert results == [results[0]] * model.micro_batch, f"{classes} classes"
 
 
+@pytest.mark.slow
 def test_a_broken_image_changes_no_other_image_in_its_batch() -> None:
     on = backbone()
     model = CombinedModel(on, list(family(on).values()))
@@ -336,6 +341,7 @@ def test_a_task_keeps_its_bits_in_another_process() -> None:
 # --- adding tasks to a live model -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_live_model_computes_only_the_memory_of_a_new_task(monkeypatch: pytest.MonkeyPatch) -> None:
     on = backbone()
     new = random_task(on, "new", memory=5, seed=30, rank=5)
@@ -420,6 +426,7 @@ def test_subsets_do_not_evict_the_full_layout() -> None:
     assert len(model._store._tiles) == len(layout.tiles)
 
 
+@pytest.mark.slow
 def test_subsets_store_no_copies() -> None:
     on, choose = backbone(), random.Random(0)
     model = CombinedModel(on, [random_task(on, f"task-{i}", memory=40, rank=4 * (i % 2), seed=i) for i in range(48)])

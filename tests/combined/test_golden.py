@@ -27,6 +27,7 @@ from tests.support.tasks import random_task
 NUMERICS = importlib.import_module("addenda.combined.numerics")
 
 
+@pytest.mark.slow
 @PRECISIONS
 def test_tasks_recorded_alone_verify_together(precision: torch.dtype) -> None:
     on = backbone("plain", precision)

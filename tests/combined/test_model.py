@@ -139,6 +139,7 @@ def test_adapters_change_a_tasks_logits_and_those_of_tasks_that_extend_it() -> N
         assert (results[0][name] - results[1][name]).abs().max() > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [(0, 8, 0), (8, 0, 8), (8, 4, 0)])
 def test_a_task_sees_parents_of_any_rank(ranks: tuple[int, ...]) -> None:
     """The last two links and the first two tasks have equally many keys: only ranks distinguish their size classes."""

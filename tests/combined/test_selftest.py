@@ -131,6 +131,7 @@ def test_in_bfloat16_only_canonical_shapes_are_used() -> None:
     assert [len(tile.class_tokens) for tile in model.layout.tiles] == [TILE]
 
 
+@pytest.mark.slow
 def test_inexact_mode_tests_and_pads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     on = fresh_backbone()
     tasks = random_registry(on, 20, seed=8)

@@ -15,6 +15,7 @@ from tests.support.models import backbone, bits, family, images
 from tests.support.ordinary import plain_bits, same_bits, tasks_of
 
 
+@pytest.mark.slow
 def test_several_models_in_several_threads_keep_their_bits() -> None:
     on = backbone("dinov2")
     all_tasks = list(family(on).values())

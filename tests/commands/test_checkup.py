@@ -49,6 +49,7 @@ def registered(glyphs: FrozenBackbone, tmp_path: Path) -> Path:
     return tmp_path / "tasks.db"
 
 
+@pytest.mark.slow
 def test_without_a_registry_nothing_is_broken_and_nothing_is_made(run: Run, tmp_path: Path) -> None:
     result = run("doctor", "--json")
     assert result.code == 0, result.err
@@ -63,6 +64,7 @@ def test_without_a_registry_nothing_is_broken_and_nothing_is_made(run: Run, tmp_
     assert all(subject in text for subject in findings)
 
 
+@pytest.mark.slow
 def test_the_tasks_of_a_registry_are_tested(run: Run, registered: Path) -> None:
     findings = states(run("doctor", "--json").out)
     assert findings["registry"] == ("works", f"{registered}: 1 active task, generation 2")
@@ -70,6 +72,7 @@ def test_the_tasks_of_a_registry_are_tested(run: Run, registered: Path) -> None:
     assert findings["exactness of glyphs with the registry's tasks"][0] == "works"
 
 
+@pytest.mark.slow
 def test_a_task_with_altered_bytes_is_broken(run: Run, registered: Path) -> None:
     with closing(sqlite3.connect(registered)) as connection, connection:
         (trigger,) = connection.execute("SELECT sql FROM sqlite_master WHERE name = 'artifact_no_update'").fetchone()
@@ -81,6 +84,7 @@ def test_a_task_with_altered_bytes_is_broken(run: Run, registered: Path) -> None
     assert "ones:1" in result.out
 
 
+@pytest.mark.slow
 def test_a_damaged_registry_is_broken_and_the_exit_code_says_so(run: Run, registered: Path) -> None:
     with closing(sqlite3.connect(registered)) as connection, connection:
         connection.execute("DROP TRIGGER task_no_update")
@@ -109,6 +113,7 @@ def test_inexact_arithmetic_is_broken(run: Run, registered: Path, monkeypatch: p
     assert "Exact mode is refused on this machine" in states(result.out)["exactness of glyphs"][1]
 
 
+@pytest.mark.slow
 def test_downloaded_weights_are_found_in_the_hub_cache(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,6 +131,7 @@ def test_downloaded_weights_are_found_in_the_hub_cache(
     assert weights == ("works", str(file))
 
 
+@pytest.mark.slow
 def test_missing_weights_are_reported_with_their_old_path(run: Run, registered: Path, tmp_path: Path) -> None:
     record = load_backbone("glyphs", device="cpu").record()
     with Registry.open(registered) as opened:
@@ -135,6 +141,7 @@ def test_missing_weights_are_reported_with_their_old_path(run: Run, registered: 
     assert detail == f"not found at {str(tmp_path / 'gone.pth')!r}: pass --weights FILE"
 
 
+@pytest.mark.slow
 def test_an_unwritable_cache_is_broken(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("ADDENDA_CACHE", str(tmp_path / "file" / "cache"))

@@ -188,6 +188,7 @@ def test_without_weights_and_network_the_error_names_the_option_for_a_file(run: 
     assert "--weights" in result.err
 
 
+@pytest.mark.slow
 def test_backbones_are_listed_and_shown_with_the_cost_of_a_task(run: Run, learned: Result) -> None:
     listed = run("backbones", "list", "vit_tiny*")
     assert "in this registry" in listed.out
@@ -203,6 +204,7 @@ def test_backbones_are_listed_and_shown_with_the_cost_of_a_task(run: Run, learne
     assert "5 memory tokens and adapters of rank 8" in run("backbones", "show", "glyphs", "--adapter-rank", "8").out
 
 
+@pytest.mark.slow
 def test_moved_weights_are_required_and_checked(run: Run, digits_folder: Path, tmp_path: Path) -> None:
     import timm
     from safetensors.torch import load_file, save_file
@@ -298,6 +300,7 @@ def test_an_unexpected_error_is_one_line_unless_a_traceback_is_requested(
     assert result.err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_characters_outside_the_terminal_encoding_are_escaped_and_json_stays_valid(
     learned: Result, tmp_path: Path
 ) -> None:

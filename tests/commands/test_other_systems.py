@@ -52,6 +52,7 @@ def test_what_a_device_without_float64_computed_is_converted_on_the_cpu() -> Non
     assert OBJECTIVES["single-label"].fit_temperature(logits["one"], targets) > 0
 
 
+@pytest.mark.slow
 def test_a_run_needs_nothing_that_only_linux_has(
     run: Run, digits_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

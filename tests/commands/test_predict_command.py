@@ -31,6 +31,7 @@ def test_predict_prints_files_and_folders_as_table_json_and_csv(run: Run, learne
     }
 
 
+@pytest.mark.slow
 def test_multi_label_predictions_are_all_likely_labels(run: Run, learned: Result, tagged: Path) -> None:
     assert run("learn", "tags", tagged, "--head-only").code == 0
     digits = sorted(map(str, (tagged.parent / "tagged").glob("test-*.png")))
@@ -66,6 +67,7 @@ def two_tasks(run: Run, learned: Result, tmp_path: Path) -> Path:
     return mixed
 
 
+@pytest.mark.slow
 def test_predict_selects_tasks_by_pattern_and_tag_and_labels_by_probability(
     run: Run, two_tasks: Path, tmp_path: Path
 ) -> None:

@@ -206,6 +206,7 @@ def test_a_schema_is_checked(run: Run, location: str) -> None:
     assert "trigger: task_no_" in altered.err
 
 
+@pytest.mark.slow
 def test_a_deep_check_detects_altered_and_removed_history(run: Run, tmp_path: Path, glyphs: FrozenBackbone) -> None:
     location = str(tmp_path / "tasks.db")
     with Registry.open(location) as book:

@@ -35,6 +35,7 @@ def predicted(run: Run, image: Path, *options: str) -> list[str]:
     return list(json.loads(result.out)["images"][str(image)])
 
 
+@pytest.mark.slow
 def test_each_command_asks_which_backbone_and_takes_its_name_or_fingerprint(
     run: Run, colours: Path, tmp_path: Path
 ) -> None:
@@ -62,6 +63,7 @@ def test_each_command_asks_which_backbone_and_takes_its_name_or_fingerprint(
     assert "Traceback" not in both.err
 
 
+@pytest.mark.slow
 def test_each_backbone_has_a_server_of_its_own(run: Run, colours: Path, tmp_path: Path) -> None:
     with ServedProcess(tmp_path / "tasks.db", tmp_path, "--backbone", "glyphs") as served:
         assert list(httpx2.get(f"{served.url}/api/v1/status").json()["tasks"]) == ["on-glyphs"]

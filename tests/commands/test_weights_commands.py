@@ -26,6 +26,7 @@ def checkpoint(tmp_path: Path) -> Path:
     return tmp_path / "run.pth"
 
 
+@pytest.mark.slow
 def test_every_command_uses_the_size_that_was_learned_with(run: Run, checkpoint: Path, digits_folder: Path) -> None:
     quick = ("--epochs", "1", "--lr", "0.01", "--memory", "0", "--views", "0")
     made = run("learn", "ones", digits_folder, *ASKED, "--weights", checkpoint, *quick, "--adapter-rank", "4")
@@ -47,6 +48,7 @@ def test_every_command_uses_the_size_that_was_learned_with(run: Run, checkpoint:
     assert served["tasks"]["ones"]["labels"] == json.loads(predicted.out)["images"][str(image)]["ones"]
 
 
+@pytest.mark.slow
 def test_a_size_without_a_backbone_is_refused_beside_a_registered_one(
     run: Run, checkpoint: Path, digits_folder: Path
 ) -> None:

@@ -48,6 +48,7 @@ def test_the_budget_changes_no_bit(tiny: FrozenBackbone, folder: Path, tmp_path:
     assert torch.equal(unlimited.layers, limited.layers)
 
 
+@pytest.mark.slow
 def test_the_budget_changes_no_task(tiny: FrozenBackbone, folder: Path, tmp_path: Path) -> None:
     config = LearnConfig(epochs=2, batch_size=5, augmentation=Augmentation(views=1))
     shas = set()

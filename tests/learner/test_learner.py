@@ -65,6 +65,7 @@ def test_a_learned_task_is_registered_with_its_scores_beside_the_probes(learner:
     assert learner.registry.record("colours").data["counts"] == [8, 8, 8]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dinov3", "eva02"])
 def test_a_task_is_learned_on_an_eva_and_stays_as_it_is_when_another_joins(
     kind: str, registry: Registry, colours: Path
@@ -90,6 +91,7 @@ def test_a_task_is_learned_on_an_eva_and_stays_as_it_is_when_another_joins(
     assert len(router.choose(features)) == len(pixels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dinov3", "eva02", "eva02-small"])
 def test_adapters_are_learned_on_plain_and_gated_mlps(kind: str, registry: Registry, colours: Path) -> None:
     learner = Learner(FrozenBackbone(tiny_eva(kind), kind, "hub"), registry)
@@ -168,6 +170,7 @@ def test_the_same_run_is_not_repeated(learner: Learner, colours: Path) -> None:
     assert learner.registry.generation == generation
 
 
+@pytest.mark.slow
 def test_a_taken_name_is_refused_before_any_work_without_new_version(learner: Learner, colours: Path) -> None:
     learner.learn("colours", colours, config=QUICK)
     other = LearnConfig(epochs=1, seed=1, fall_back=False)
@@ -238,6 +241,7 @@ def test_a_token_that_does_not_pay_is_dropped_without_fall_back_false(
     assert kept.head_weight.any()
 
 
+@pytest.mark.slow
 def test_the_training_stream_is_the_combined_models_stream(tiny: FrozenBackbone) -> None:
     parent = random_task(tiny, "parent", memory=3, seed=1)
     child = random_task(tiny, "child", memory=5, parents=(parent,), seed=2, pooled=False)
@@ -255,6 +259,7 @@ def test_the_training_stream_is_the_combined_models_stream(tiny: FrozenBackbone)
     assert (alone[0] - features[0]).abs().max() > 0.02
 
 
+@pytest.mark.slow
 def test_an_extension_names_what_it_extends_and_stays_exact(learner: Learner, colours: Path) -> None:
     parent = learner.learn("parent", colours, config=QUICK)
     config = LearnConfig(
@@ -282,6 +287,7 @@ def test_a_token_of_weight_one_leaves_nothing_of_the_layer_probe(
     assert (task.layer_weight, task.layer_down) == (None, None)
 
 
+@pytest.mark.slow
 def test_a_token_that_extends_named_tasks_is_never_dropped(learner: Learner, colours: Path) -> None:
     images, targets = noise(48)
     images[:, 0] += 20 * targets[:, None, None]  # easy for the probe
@@ -294,6 +300,7 @@ def test_a_token_that_extends_named_tasks_is_never_dropped(learner: Learner, col
     assert child.metrics["token_weight"] > 0
 
 
+@pytest.mark.slow
 def test_two_versions_of_one_name_can_both_be_extended(learner: Learner, colours: Path) -> None:
     for seed in (0, 1):
         config = LearnConfig(optimizer="sgd", epochs=1, learning_rate=(0.1,), seed=seed, fall_back=False)
@@ -349,6 +356,7 @@ def test_a_cache_of_0_writes_nothing(tiny: FrozenBackbone, registry: Registry, c
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.slow
 def test_no_task_of_the_same_images_is_tried_as_a_parent(
     learner: Learner, colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -370,6 +378,7 @@ def test_on_epoch_sees_every_epoch_of_sweep_and_refit(learner: Learner, colours:
     assert len(refit) == task.metrics["chosen"]["epoch"]
 
 
+@pytest.mark.slow
 def test_refit_also_trains_on_the_validation_images(tiny: FrozenBackbone, colours: Path, tmp_path: Path) -> None:
     shas = set()
     for refit in (True, False):
@@ -400,6 +409,7 @@ def test_candidates_that_stop_or_diverge_are_in_the_record(
     assert metrics["curves"][-1]["train_loss"][2] is None
 
 
+@pytest.mark.slow
 def test_images_are_augmented_unless_they_are_tensors_or_only_the_linear_probe_is_fitted(
     learner: Learner, colours: Path
 ) -> None:
@@ -439,6 +449,7 @@ def test_a_task_is_refused_on_another_backbone(learner: Learner, colours: Path) 
         CombinedModel(other, [task])
 
 
+@pytest.mark.slow
 def test_an_unreadable_checkpoint_is_warned_of_and_training_starts_over(
     tiny: FrozenBackbone, registry: Registry, colours: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -58,6 +58,7 @@ def test_a_tasks_features_over_the_images_are_those_of_the_combined_model(
         assert (logits - expected[task.name]).abs().max() < 5e-3 * expected[task.name].abs().max()
 
 
+@pytest.mark.slow
 def test_tasks_are_ranked_by_what_their_features_add_to_the_linear_probe(tiny: FrozenBackbone, tmp_path: Path) -> None:
     pool = [random_task(tiny, f"task-{i}", seed=10 + i) for i in range(6)]
     data = labelled_by(tiny, random_task(tiny, "teacher", seed=3, pooled=False))
@@ -127,6 +128,7 @@ def easy(count: int = 48) -> CountingDataset:
     return CountingDataset(images, targets)
 
 
+@pytest.mark.slow
 def test_a_search_that_cannot_pay_ends_after_a_third_of_its_epochs(
     tiny: FrozenBackbone, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,6 +146,7 @@ def test_a_search_that_cannot_pay_ends_after_a_third_of_its_epochs(
         assert torch.equal(getattr(whole, name), getattr(task, name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interrupted_after", [5, 6])
 def test_a_resumed_search_ends_where_the_uninterrupted_one_does(
     tiny: FrozenBackbone, tmp_path: Path, interrupted_after: int
@@ -163,6 +166,7 @@ def test_a_resumed_search_ends_where_the_uninterrupted_one_does(
     assert resumed.metrics == learner("uninterrupted").learn("new", easy(), config=config).metrics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fall_back", [True, False])
 def test_adapter_rank_auto_tries_adapters_beside_none(
     tiny: FrozenBackbone, registry: Registry, fall_back: bool

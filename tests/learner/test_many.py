@@ -178,6 +178,7 @@ def test_tasks_are_learned_in_order_and_not_repeated_by_a_second_call(learner: L
     assert learner.registry.generation == generation + 1
 
 
+@pytest.mark.slow
 def test_after_the_first_task_the_time_of_the_others_is_said(
     learner: Learner, colours: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

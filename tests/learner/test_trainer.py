@@ -41,6 +41,7 @@ def run(learned: tuple[Activations, LinearProbe], config: LearnConfig) -> tuple[
     return *trainer.run(linear_probe, config.candidates, train, validation, config.epochs, "sweep"), trainer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_each_candidate_of_a_sweep_is_bitwise_identical_to_training_it_alone(
     learned: tuple[Activations, LinearProbe], optimizer: str
@@ -106,6 +107,7 @@ def test_a_training_step_waits_for_no_result_of_the_device(
         torch.ones(1).item()
 
 
+@pytest.mark.slow
 def test_candidates_share_a_forward_pass_if_it_preserves_the_bits(learned: tuple[Activations, LinearProbe]) -> None:
     *_, trainer = run(learned, SWEEP)
     assert any(trainer._together.values())
@@ -138,6 +140,7 @@ def test_a_candidate_that_diverges_is_dropped_and_the_others_continue(learned: t
     assert len(history) == 3
 
 
+@pytest.mark.slow
 def test_there_is_no_early_stopping_with_few_validation_images(learned: tuple[Activations, LinearProbe]) -> None:
     config = LearnConfig(optimizer="sgd", epochs=30, batch_size=16, learning_rate=(0.01, 3.0), patience=2)
     candidates, history, _ = run(learned, config)

@@ -134,6 +134,7 @@ def test_without_a_cache_nothing_is_said_about_one(tiny: FrozenBackbone, registr
         assert "x-cache" not in client.post(PREDICT, content=picture()).headers
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_and_the_least_recently_used_entry_is_evicted() -> None:
     cache, width = ContentCache(3 * (ENTRY_BYTES + 400) + 100), 100
     hits: list[bool] = []

@@ -21,6 +21,7 @@ from tests.support.servers import AppClient, client_of
 EMBED = "/api/v1/embed"
 
 
+@pytest.mark.slow
 def test_the_example_of_the_page_prints_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
     match = re.search(r"```python\n(.*?)```\n\n```\n(.*?)```", (ROOT / "docs" / "serving.md").read_text(), re.DOTALL)
     assert match is not None

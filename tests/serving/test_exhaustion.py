@@ -77,6 +77,7 @@ def test_unknown_methods_share_one_metric_label(client: AppClient) -> None:
     assert len([line for line in series if 'method="other"' in line]) == 2
 
 
+@pytest.mark.slow
 def test_an_unknown_name_is_compared_with_few_known_ones(
     tiny: FrozenBackbone, registry: Registry, registered: Callable[..., Task], monkeypatch: pytest.MonkeyPatch
 ) -> None:

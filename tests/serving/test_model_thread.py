@@ -143,6 +143,7 @@ def test_a_pause_after_each_layer_changes_no_bit_and_may_run_other_passes(
     assert len(inner) == tiny.depth
 
 
+@pytest.mark.slow
 def test_a_joining_task_gives_way_to_requests_and_is_served_once_its_golden_probe_holds(
     tiny: FrozenBackbone, registry: Registry, registered: Callable[..., Task], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,6 +188,7 @@ print(json.dumps([before, thread.run(compute).result(), compute(), other()]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
 def test_only_the_thread_of_the_model_computes_with_several_cores() -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
@@ -197,6 +199,7 @@ def test_only_the_thread_of_the_model_computes_with_several_cores() -> None:
     assert other == [1, before + 3]  # itself
 
 
+@pytest.mark.slow
 def test_a_server_has_the_bits_and_the_numerics_of_its_number_of_threads(
     glyphs: FrozenBackbone, tmp_path: Path
 ) -> None:

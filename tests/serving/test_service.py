@@ -97,6 +97,7 @@ def test_the_next_snapshot_shares_the_tasks_of_the_previous_one(
     assert [*before.records] == ["old-0", "old-1", "old-2"], "a snapshot is never mutated"
 
 
+@pytest.mark.slow
 def test_a_retired_task_is_not_served_and_its_tensors_are_freed(
     tiny: FrozenBackbone, registry: Registry, registered: Register
 ) -> None:

@@ -42,6 +42,7 @@ def test_a_connection_accepted_just_before_the_shutdown_is_closed_at_once(
     assert "timeout graceful shutdown exceeded" not in caplog.text
 
 
+@pytest.mark.slow
 def test_a_signal_during_the_start_ends_the_process_at_once() -> None:
     script = (
         "import asyncio, contextlib, time\n"
@@ -63,6 +64,7 @@ def test_a_signal_during_the_start_ends_the_process_at_once() -> None:
         assert process.wait(30) == -signal.SIGTERM
 
 
+@pytest.mark.slow
 def test_requests_for_websockets_are_not_logged_and_failures_not_twice() -> None:
     script = (
         "import asyncio\n"

@@ -55,6 +55,7 @@ def test_binary_tensors_are_parsed_exactly(floats: np.ndarray, strings: list[byt
     assert list(request.tensors["s"]) == strings
 
 
+@pytest.mark.slow
 @given(FINITE, STRINGS, st.booleans(), st.text(max_size=5))
 def test_json_tensors_are_parsed_exactly(floats: np.ndarray, strings: list[bytes], nested: bool, name: str) -> None:
     data = (floats if nested else floats.ravel()).tolist()

@@ -21,7 +21,7 @@ from tests.support.tiny import EVA, STAGED, tiny_eva, tiny_staged, tiny_vit
 
 PRECISIONS = pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 
-QUICK = ("plain", "dinov3", "eva02", "siglip", "wide", *STAGED)
+QUICK = ("plain", "dinov3", *STAGED)
 """Variants on which expensive tests run in the quick stage; the slow stage runs them on the others."""
 
 

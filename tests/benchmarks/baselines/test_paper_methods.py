@@ -159,6 +159,7 @@ def test_a_seed_determines_a_baseline_whatever_was_drawn_before(
     assert not all(torch.equal(tensor, other[name]) for name, tensor in first.items())
 
 
+@pytest.mark.slow
 def test_validation_selects_the_rate_and_test_images_do_not(
     tiny: FrozenBackbone, train: LabelledImages, test: LabelledImages
 ) -> None:

@@ -153,6 +153,7 @@ def test_a_finished_run_is_not_computed_again(tiny: FrozenBackbone, tmp_path: Pa
     assert other.experiences[0].num_train == 24
 
 
+@pytest.mark.slow
 def test_each_cell_keeps_the_hardware_that_it_was_computed_on(tiny: FrozenBackbone, tmp_path: Path) -> None:
     first = run(quick(methods=["nearest-mean"]), tiny, tmp_path)
     torch.set_num_threads(2)

@@ -128,6 +128,7 @@ def test_the_table_has_the_values_of_the_results(results: Results, folder: Path,
     assert shown[8:] == [over_seeds([33.0, 36.0], 1, 1), "2.25" if name == "prompt" else "1.00"]
 
 
+@pytest.mark.slow
 def test_a_single_seed_has_no_standard_deviation(tmp_path: Path) -> None:
     write_report(run(seeds=(1,)), tmp_path)
     shown = row_of((tmp_path / "report.md").read_text(), "addenda")
@@ -147,6 +148,7 @@ def test_the_verdict_summarises_exactness_and_forgetting(results: Results) -> No
     assert verdict(others) == f"prompts {HOSTILE} {highest}"
 
 
+@pytest.mark.slow
 def test_a_single_experience_proves_nothing(tmp_path: Path) -> None:
     results = run(num_experiences=1)
     write_report(results, tmp_path)
@@ -204,6 +206,7 @@ def test_metrics_before_learning_are_shown_only_where_they_can_be_measured(
     assert row_of(text, "full fine-tuning | class-incremental")[-1] == "25.0 ± 0.0"
 
 
+@pytest.mark.slow
 def test_expected_results_are_attributed_to_the_file_and_left_out_if_there_are_none(
     results: Results, folder: Path, tmp_path: Path
 ) -> None:

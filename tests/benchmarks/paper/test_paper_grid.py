@@ -126,6 +126,7 @@ def test_rows_are_drawn_by_the_seed_and_balanced_over_classes() -> None:
     assert balanced_rows(targets, 1000, seed=3) == list(range(64))
 
 
+@pytest.mark.slow
 def test_the_test_accuracy_is_that_of_the_learner(tiny: FrozenBackbone, tmp_path: Path) -> None:
     comparison = quick(tiny, two_sets(tmp_path / "sets"), limit=None)
     (cell,) = run_paper(comparison, ["cold"], 1, ["memory-5"], tmp_path / "out")
@@ -145,6 +146,7 @@ def test_under_the_mask_a_pair_predicts_as_each_task_alone(out: Path) -> None:
         assert registry.get("cold-on-warm-seed0-memory-5").extends == ("warm-seed0-memory-5:1",)
 
 
+@pytest.mark.slow
 def test_changed_logits_are_detected(comparison: PaperConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     predict = paper_grid._Run._predict
 

@@ -192,6 +192,7 @@ def test_an_unreadable_image_of_a_dataset_is_an_error_or_skipped(
     assert task.data["repeated"] == {"classes": 0, "copies": 0, "test": 0}
 
 
+@pytest.mark.slow
 def test_another_order_of_classes_is_another_task(tiny: FrozenBackbone, registry: Registry, tmp_path: Path) -> None:
     rows = [
         (Image.open(path), ("red", "green", "blue").index(label))

@@ -29,6 +29,7 @@ def test_a_repeated_run_keeps_the_probes_scores_beside_files_that_were_left_out(
 # --- learning again ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_new_test_images_are_evaluated_though_the_task_was_learned_before(tmp_path: Path, run: Run) -> None:
     data = with_splits(tmp_path / "data", "train", "test", "other")
     train, test, other = (data / split for split in ("train", "test", "other"))
@@ -99,6 +100,7 @@ def test_reserved_words_cannot_name_a_task(learner: Learner, folder: Path, run: 
         learner.registry.register(renamed, learner.registry.goldens("any")[0])
 
 
+@pytest.mark.slow
 def test_test_images_with_a_bad_one_are_evaluated_once_and_it_is_reported(tmp_path: Path, run: Run) -> None:
     data = with_splits(tmp_path / "data", "train", "other")
     (data / "other" / "red" / "junk.png").write_bytes(b"junk")
@@ -125,6 +127,7 @@ def test_under_other_numerics_the_error_says_so(learner: Learner, folder: Path) 
         torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_a_test_split_given_later_is_compared_with_the_training_images(run: Run, folder: Path, tmp_path: Path) -> None:
     run("learn", "any", folder, *LEARN)
     again = run("learn", "any", folder, *LEARN, "--test", folder)
@@ -135,6 +138,7 @@ def test_a_test_split_given_later_is_compared_with_the_training_images(run: Run,
     assert "any:1 was learned from 8 of the test images" in run("evaluate", "any", folder).err
 
 
+@pytest.mark.slow
 def test_the_files_that_cannot_be_read_are_named_where_they_are_now(run: Run, folder: Path, tmp_path: Path) -> None:
     (folder / "red" / "junk.png").write_bytes(b"junk")
     assert run("learn", "any", folder, *LEARN, "--skip-bad").code == 0

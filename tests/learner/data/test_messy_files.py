@@ -111,6 +111,7 @@ def spoil(folder: Path) -> int:
     return 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_bad_images_are_refused_before_training_or_skipped_and_counted(
     tmp_path: Path, run: Run, split: str, monkeypatch: pytest.MonkeyPatch

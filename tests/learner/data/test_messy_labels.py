@@ -82,6 +82,7 @@ def test_concatenated_datasets_of_different_classes_are_refused(folder: Path, tm
             open_images(data)
 
 
+@pytest.mark.slow
 def test_names_that_are_not_utf8_are_refused_in_classes_and_shown_in_files(
     folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

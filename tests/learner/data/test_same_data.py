@@ -84,6 +84,7 @@ def learned(
         return *digests, data, task.metrics, evaluation.metrics
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=5)
 @given(choose=st.randoms(use_true_random=False), forms=st.tuples(*[st.sampled_from((as_folder, as_listing))] * 2))
 def test_shuffled_and_renamed_data_give_one_artifact(
@@ -97,6 +98,7 @@ def test_shuffled_and_renamed_data_give_one_artifact(
     assert learned(tiny, folder, *data) == expected
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=3)
 @given(choose=st.randoms(use_true_random=False))
 def test_a_shuffled_dataset_gives_one_artifact(
@@ -245,6 +247,7 @@ def test_images_in_both_splits_and_in_two_classes_are_counted(
     assert "2 of 26 test images are also training images" in message
 
 
+@pytest.mark.slow
 def test_without_repeats_nothing_is_logged(
     tiny: FrozenBackbone, registry: Registry, pictures: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -259,6 +262,7 @@ def test_without_repeats_nothing_is_logged(
     assert "Byte-identical images" not in caplog.text
 
 
+@pytest.mark.slow
 def test_repeats_are_in_the_json_too(run: Run, tmp_path: Path) -> None:
     colour_folder(tmp_path / "set" / "train")
     shutil.copytree(tmp_path / "set" / "train", tmp_path / "set" / "test")

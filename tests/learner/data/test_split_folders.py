@@ -55,6 +55,7 @@ def test_no_error_suggests_to_learn_from_test_images_or_to_test_on_training_imag
         assert str(folder / other) not in str(refused.value)
 
 
+@pytest.mark.slow
 def test_a_validation_folder_and_others_beside_the_splits_are_reported(
     tmp_path: Path, run: Run, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -97,6 +97,7 @@ def test_a_small_class_drawn_for_validation_stays_in_training_too() -> None:
         assert len(train) + len(validation) == 42
 
 
+@pytest.mark.slow
 def test_a_multi_label_split_validates_as_many_labels_as_possible() -> None:
     random, possible, impossible = np.random.default_rng(0), 0, 0
     for seed in range(500):
@@ -118,6 +119,7 @@ def test_a_multi_label_split_validates_as_many_labels_as_possible() -> None:
     assert impossible > 10
 
 
+@pytest.mark.slow
 def test_a_label_lacks_validation_images_only_if_training_can_spare_none() -> None:
     for seed in range(2500):
         random = np.random.default_rng(seed)

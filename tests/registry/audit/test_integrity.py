@@ -335,6 +335,7 @@ def test_a_child_of_a_damaged_task_is_named_and_says_why(copied):
 # -- the schema --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_each_trigger_that_is_dropped_is_named(copied):
     with Registry.open(copied) as book:
         gone = [name for table in schema.IMMUTABLE for name in statements(table, book._engine.dialect.name)]

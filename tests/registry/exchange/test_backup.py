@@ -74,6 +74,7 @@ def test_a_backup_is_the_registry_row_for_row(book, filled, tmp_path):
         ]
 
 
+@pytest.mark.slow
 def test_a_backup_is_restored_into_either_database_and_lives_on(book, database, filled, tmp_path):
     book.backup(tmp_path / "safe.db")
     before = plain(str(tmp_path / "safe.db"))

@@ -42,6 +42,7 @@ def test_every_task_arrives_bit_for_bit(there, here, tmp_path):
     assert verify_ledger(here.location) == here.generation
 
 
+@pytest.mark.slow
 def test_a_task_on_a_backbone_of_billions_of_parameters_is_imported(tmp_path):
     large = BACKBONE | {"num_parameters": 6_716_000_000}  # of a DINOv3 ViT-7B
     for name in ("here.db", "there.db"):

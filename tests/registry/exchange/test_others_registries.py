@@ -79,6 +79,7 @@ def test_five_tasks_of_earlier_code_verify_bit_for_bit(tmp_path: Path) -> None:
         assert [(verdict.same_numerics, verdict.identical) for verdict in verdicts] == [(True, True)] * 5
 
 
+@pytest.mark.slow
 def test_tasks_of_version_0_1_predict_and_are_exported(old: Registry, tmp_path: Path) -> None:
     backbone = recorded_backbone(old, None, "cpu")
     pictures = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -230,6 +231,7 @@ def test_a_registry_on_a_read_only_medium_is_read(theirs: Path) -> None:
 # --- permissions of copies --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("permissions", [0o600, 0o640, 0o644])
 def test_copies_have_the_registrys_permissions(old: Registry, tmp_path: Path, permissions: int) -> None:
     Path(old.location).chmod(permissions)
@@ -297,6 +299,7 @@ def test_remains_are_named_by_check_and_removed_by_the_next_backup(
     assert (folder / ".backup-mine" / "copy.db").read_text() == "of somebody else"
 
 
+@pytest.mark.slow
 def test_backups_that_run_at_once_do_not_disturb_each_other(theirs: Path) -> None:
     def back_up(number: int) -> None:
         with Registry.open(theirs) as registry:

@@ -184,6 +184,7 @@ def test_nothing_is_written_to_a_file_that_was_removed_or_replaced(registry, tmp
         keep(registry, a_task())
 
 
+@pytest.mark.slow
 @ON_POSTGRESQL
 def test_a_registry_in_a_schema_is_read_from_that_schema(database, tmp_path):
     location, schema = database.new(), "s" * 60  # as long as PostgreSQL allows

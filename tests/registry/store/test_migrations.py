@@ -97,6 +97,7 @@ def test_an_upgraded_registry_is_like_a_new_one(old):
     assert verify_ledger(location) == len(before["event"]) + 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["none", *OLD])
 def test_eight_processes_that_open_a_registry_at_once_upgrade_it_once(database, present, first):
     location = database.new()
