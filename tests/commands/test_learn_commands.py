@@ -103,7 +103,6 @@ def test_every_invalid_setting_of_a_file_is_reported(run: Run, digits_folder: Pa
     assert "momentum" in result.err
 
 
-@pytest.mark.slow
 def test_a_multi_label_task_is_shown_with_its_own_metrics(run: Run, learned: Result, tagged: Path) -> None:
     created = run("learn", "tags", tagged, "--epochs", "1", "--lr", "0.3", "--class-weights", "balanced")
     assert created.code == 0, created.err
