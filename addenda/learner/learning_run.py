@@ -63,8 +63,8 @@ class Probe(NamedTuple):
     """A calibrated probe, as a task, as a head, and by the logits that it has when fitted to the training split."""
 
     task: Task
-    head: LinearHead  # divided by the temperature
-    logits: Float64[Tensor, "V C"]  # on the validation split, divided by the temperature
+    head: LinearHead  # divided by the temperature of highest likelihood, as everything that is compared
+    logits: Float64[Tensor, "V C"]  # on the validation split, divided likewise
     metrics: dict[str, Any]
 
 
@@ -139,7 +139,8 @@ class LearningRun:
             name=name.replace("_", " "), backbone=activations.backbone.fingerprint, labels=activations.labels,
             objective=self._objective.name, temperature=temperature, config=self._config.to_json(), **as_tensors(head),
         )  # fmt: skip
-        return Probe(task, head * (1 / temperature), logits / temperature, {**metrics, "validation": scores})
+        likeliest = self._likeliest_temperature(logits)
+        return Probe(task, head * (1 / likeliest), logits / likeliest, {**metrics, "validation": scores})
 
     def log_warnings(self) -> None:
         """Warns the user about the validation split."""
@@ -197,7 +198,7 @@ class LearningRun:
         """Chooses the weight of a candidate's token beside the probe; without a layer head it is 0 or 1."""
         objective, config, targets = self._objective, self._config, self._validation_targets
         token_logits = trainer.logits(candidate.best.tensors, self._validation).double()
-        temperature, _ = self._calibrate(token_logits)
+        temperature = self._likeliest_temperature(token_logits)
         weights = [
             weight for weight in (EIGHTHS if config.layer_head else (0.0, 1.0)) if weight or not config.keeps_token
         ]
@@ -208,6 +209,11 @@ class LearningRun:
         if weight and not config.keeps_token and not pays(losses, probe_losses, num_errors):
             return Fusion(0.0, temperature, self._probe.logits, probe_losses)
         return Fusion(weight, temperature, logits, losses)
+
+    def _likeliest_temperature(self, logits: Tensor) -> float:
+        """The temperature of probes and tokens that are compared: without a prior, so that no scale is preferred."""
+        targets = self._validation_targets
+        return self._objective.fit_temperature(logits, targets, prior=0.0) if self._config.calibrate else 1.0
 
     def _calibrate(self, logits: Tensor) -> tuple[float, dict[str, Any]]:
         """Fits a temperature to validation logits; returns it and the metrics after temperature scaling."""

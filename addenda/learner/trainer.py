@@ -88,8 +88,9 @@ class Trainer:
         for settings in sweep:
             first = first_tensors(self._backbone, linear_probe, settings, config.memory_std)
             candidates.append(Candidate(settings, first, config, steps_per_epoch * config.epochs, device))
-        # Twice the linear probe's penalty: a weight split in halves over two features has half the squared norm.
-        penalty = 2 * self._objective.l2_penalty(linear_probe.strength, len(train), len(linear_probe.weight))
+        # Twice the linear probe's penalty: a weight split in halves over two features has half the squared norm. Of two
+        # exclusive classes it is once: scikit-learn penalises their margin, which has twice the norm of the two rows.
+        penalty = 1 / (linear_probe.strength * len(train))
         history, trial_epochs = self._resume(phase, candidates), max(MIN_TRIAL_EPOCHS, config.epochs // 3)
         total_steps, first_step, clock = stop_after * steps_per_epoch, len(history) * steps_per_epoch + 1, 0.0
         for epoch in range(len(history) + 1, stop_after + 1):

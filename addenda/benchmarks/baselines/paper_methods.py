@@ -190,7 +190,7 @@ def train_baselines(
         head = {name: p for name, p in trained.items() if name.startswith(("head", "pooled")) or id(p) in classifier}
         head_weights = [p for p in head.values() if p.ndim == 2]
         # The linear probe's penalty, once for each feature that the head reads (see Trainer.run).
-        penalty = len(head_weights) * objective.l2_penalty(strength, len(train), len(images.labels))
+        penalty = len(head_weights) / (2 * strength * len(train))
         groups: list[dict[str, Any]] = [
             {"params": [p for name, p in trained.items() if name not in head]},
             {"params": list(head.values()), "weight_decay": 0.0},

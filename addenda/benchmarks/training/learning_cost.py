@@ -201,9 +201,7 @@ class DenseTraining:
         first = first_tensors(backbone, setting.linear_probe, settings, config.memory_std)
         self._setting = setting
         self._order = Trainer(setting.activations, [], config)._order
-        probe, activations = setting.linear_probe, setting.activations
-        penalty = activations.objective.l2_penalty(probe.strength, len(activations), len(probe.weight))
-        self._penalty = 2 * penalty  # as in the Trainer
+        self._penalty = 1 / (setting.linear_probe.strength * len(setting.activations))  # as in the Trainer
         num_steps = -(-len(setting.activations) // config.batch_size) * config.epochs
         self._candidate = Candidate(settings, first, config, num_steps, backbone.device)
         self._model = DenseMask(backbone, [as_task(setting, "dense", first)])

@@ -211,14 +211,6 @@ class Objective(ABC):
         log_bounds = tuple(map(math.log, bounds))
         return math.exp(minimize_scalar(loss, bounds=log_bounds, method="bounded", options={"xatol": 1e-6}).x)
 
-    def l2_penalty(self, strength: float, num_images: int, num_classes: int) -> float:
-        """The factor of a head's squared norm that, added to a mean loss, equals scikit-learn's penalty with that C.
-
-        Of two exclusive classes, scikit-learn penalises the margin: two opposite rows with half of its squared norm.
-        """
-        rows_of_margin = 2 if num_classes == 2 and MEANINGS[self.name].exclusive else 1
-        return rows_of_margin / (2 * strength * num_images)
-
     def choose_strength(
         self,
         features: Float[Tensor, "N D"],
