@@ -18,8 +18,9 @@ from addenda.registry.store.names import MAX_TEXT, check_name, check_tag, check_
 from addenda.registry.store.records import ROWS, default_of
 
 Name = Annotated[str, AfterValidator(check_name)]
-Text = Annotated[str, Field(max_length=MAX_TEXT), AfterValidator(lambda text: check_text(text, "A text"))]
-PathText = Annotated[str, Field(max_length=4_096), AfterValidator(lambda text: check_text(text, "A path"))]
+_Storable = AfterValidator(lambda text: check_text(text, "A text"))
+Text = Annotated[str, Field(max_length=MAX_TEXT), _Storable]
+PathText = Annotated[str, Field(max_length=4_096), _Storable]
 Version = Annotated[int, Field(ge=1, le=99_999_999)]
 Count = Annotated[int, Field(ge=0, lt=2**31)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
